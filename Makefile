@@ -1,0 +1,1 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.

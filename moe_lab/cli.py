@@ -1,0 +1,105 @@
+"""`moe-lab`: a plain Hydra application with one-line errors and exit codes.
+
+Exit codes: 0 all ok or declared skips; 1 a run failed; 2 the person's input, or an implementation or a device that is
+not there; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from moe_lab import configure
+from moe_lab.errors import UnavailableError
+from moe_lab.records.schema import Record
+from moe_lab.records.store import read_record
+
+OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+_records: list[Record] = []
+_mistakes: list[Exception] = []
+
+
+def _task(cfg: DictConfig) -> float | None:
+    """Hydra's job: run, keep the record for the table, return the median latency (for sweepers that optimise).
+
+    It never raises an ordinary error: Hydra would print it in its own manner, and a launcher might drop other jobs.
+    """
+    hydra_config = HydraConfig.get()
+    directory = Path(hydra_config.runtime.output_dir)
+    try:
+        cfg = configure.finish(cfg, hydra_config.overrides.task)
+        from moe_lab.runner import run  # imports torch: not before there is something to compute
+
+        record = run(cfg, directory)
+    except UnavailableError as error:
+        if hydra_config.mode != RunMode.MULTIRUN:
+            _mistakes.append(error)
+            return None
+        record = read_record(directory)  # in a sweep a declared skip is a row like the others
+    except (ValueError, OSError) as error:
+        _mistakes.append(error)
+        _remove_if_empty(directory)
+        return None
+    _records.append(record)
+    return record.latency_ms.p50 if record.latency_ms is not None else None
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Hydra made the run's directory before anybody looked at the configuration; a mistake leaves none behind."""
+    if [path.name for path in directory.glob("*")] in ([], [".hydra"]):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _report(error: BaseException) -> None:
+    print(f"moe-lab: {configure.explain(error)}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script. Returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    sys.argv = [sys.argv[0], *arguments]
+    wants_traceback = os.environ.get(_FULL_ERROR) == "1"
+    # Hydra prints errors in its own manner and exits with 1, unless it is told to let them through.
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        configure.register()
+        configure.trust_config_dirs(arguments)
+        configure.name_sweep(configure.argv_overrides(arguments))
+        hydra.main(version_base="1.3", config_path=f"pkg://{configure.CONFIG_MODULE}", config_name="config")(_task)()
+    except KeyboardInterrupt:
+        print("moe-lab: interrupted; what was known by then is in the record", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:  # tasks raise nothing: this is a configuration that could not be composed
+        if wants_traceback:
+            raise
+        _report(error)
+        return MISTAKE
+    finally:
+        if not wants_traceback:
+            os.environ.pop(_FULL_ERROR, None)
+    if _records:
+        from moe_lab.table import print_records
+
+        print_records(_records)
+    for mistake in _mistakes:
+        if wants_traceback:
+            traceback.print_exception(mistake)
+        else:
+            _report(mistake)
+    if _mistakes:
+        return MISTAKE
+    return FAILED if any(record.status == "failed" for record in _records) else OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

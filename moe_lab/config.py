@@ -1,0 +1,330 @@
+"""Typed schemas of the configuration and the checks that types cannot express. Imports no torch.
+
+Every YAML under conf/ that belongs to the package starts from one of these dataclasses, stored in Hydra's ConfigStore
+under `_schema/<group>`, so that a misspelt key or a value of the wrong type is an error before anything is built.
+A user's own YAML (a router with its own keys, say) needs no schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+DTYPES = ("fp32", "fp16", "bf16")
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+TOP_LEVEL_CHOICES = ("seq_len", "router", "experts")  # what a model may leave unread and then lists in `ignores`
+
+
+@dataclass
+class Minimal:
+    """model=minimal: y = RMSNorm(x + x W^T), x [batch, hidden]."""
+
+    _target_: str = "moe_lab.models.minimal.Minimal"
+    name: str = "minimal"
+    ignores: list[str] = field(default_factory=lambda: ["seq_len", "router", "experts"])
+    hidden: int = 1024
+    norm_eps: float = 1e-6
+    implementation: str = "auto"
+
+
+@dataclass
+class TransformerDecoder:
+    """model=transformer_decoder: a decoder-only Transformer with dense SwiGLU MLPs."""
+
+    _target_: str = "moe_lab.models.transformer_decoder.TransformerDecoder"
+    name: str = "transformer_decoder"
+    ignores: list[str] = field(default_factory=lambda: ["router", "experts"])
+    vocab_size: int = 32000
+    d_model: int = 512
+    n_heads: int = 8
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    n_layers: int = 6
+    mlp_hidden_dim: int = 2048
+    qk_norm: str = "none"
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    implementation: str = "auto"
+
+
+@dataclass
+class DecoderMoE(TransformerDecoder):
+    """model=decoder_moe: the same decoder with an MoE layer in place of each MLP."""
+
+    _target_: str = "moe_lab.models.decoder_moe.DecoderMoE"
+    name: str = "decoder_moe"
+    ignores: list[str] = field(default_factory=list)
+    n_experts: int = 8
+    top_k: int = 2
+    shared_expert_hidden_dim: int = 0
+    shared_expert_gate: bool = False
+    n_dense_layers: int = 0
+    dense_hidden_dim: int | None = None
+
+
+@dataclass
+class Shape:
+    """model/shape: the sizes of one MoE layer."""
+
+    name: str = MISSING
+    n_experts: int = MISSING
+    top_k: int = MISSING
+    d_model: int = MISSING
+    mlp_hidden_dim: int = MISSING
+
+
+@dataclass
+class MoELayerModel:
+    """model=moe_layer: one MoE layer alone, T = batch * seq_len hidden states."""
+
+    _target_: str = "moe_lab.models.moe_layer.MoELayerModel"
+    name: str = "moe_layer"
+    ignores: list[str] = field(default_factory=list)
+    shape: Shape = field(default_factory=Shape)
+
+
+@dataclass
+class SoftmaxTopK:
+    """Softmax over the experts, then the k largest."""
+
+    _target_: str = "moe_lab.routers.softmax_topk.SoftmaxTopK"
+    name: str = MISSING
+    impl: str = MISSING
+    renormalize: bool = True
+
+
+@dataclass
+class Sinkhorn:
+    """Top-k of a balanced transport plan between tokens and experts."""
+
+    _target_: str = "moe_lab.routers.sinkhorn.Sinkhorn"
+    name: str = "sinkhorn"
+    impl: str = "auto"
+    iters: int = 10
+    temperature: float = 1.0
+
+
+@dataclass
+class Experts:
+    """One way to compute the expert MLPs; `_target_` is a function `experts_impl(x_TD, routing, weights, *, scale)`."""
+
+    _target_: str = MISSING
+    name: str = MISSING
+
+
+@dataclass
+class Workload:
+    """Which tokens come in, and in which phase."""
+
+    _target_: str = MISSING
+    name: str = MISSING
+    phase: str = "forward"
+
+
+@dataclass
+class Device:
+    name: str = MISSING
+
+
+@dataclass
+class Dtype:
+    name: str = MISSING
+
+
+@dataclass
+class Execution:
+    name: str = MISSING
+
+
+@dataclass
+class Measure:
+    """How long to look, and at what; none of these keys changes what is computed."""
+
+    name: str = "default"
+    routing: bool = True
+    phases: bool = True
+    roofline: bool = True
+    target_ci: float = 0.02
+    max_time_s: float = 10.0
+    warmup_s: float = 0.5
+
+
+@dataclass
+class Export:
+    name: str = "none"
+    dir: str | None = None
+
+
+@dataclass
+class Sweep:
+    name: str | None = None
+
+
+@dataclass
+class Config:
+    """The top level. Group slots are `Any`, so that each option brings its own schema, and a user's option none."""
+
+    model: Any = MISSING
+    router: Any = MISSING
+    experts: Any = MISSING
+    workload: Any = MISSING
+    device: Any = MISSING
+    dtype: Any = MISSING
+    execution: Any = MISSING
+    measure: Any = MISSING
+    export: Any = MISSING
+    sweep: Sweep = field(default_factory=Sweep)
+    experiment: Any = None
+    debug: Any = None
+    batch: int = 2
+    seq_len: int = 128
+    seed: int = 0
+    name: str | None = None
+    overrides: list[str] = field(default_factory=list)
+
+
+SCHEMAS: dict[str, dict[str, type]] = {
+    "model": {
+        "minimal": Minimal,
+        "transformer_decoder": TransformerDecoder,
+        "decoder_moe": DecoderMoE,
+        "moe_layer": MoELayerModel,
+    },
+    "model/shape": {"shape": Shape},
+    "router": {"softmax_topk": SoftmaxTopK, "sinkhorn": Sinkhorn},
+    "experts": {"experts": Experts},
+    "workload": {"workload": Workload},
+    "device": {"device": Device},
+    "dtype": {"dtype": Dtype},
+    "execution": {"execution": Execution},
+    "measure": {"measure": Measure},
+    "export": {"export": Export},
+}
+
+
+def register() -> None:
+    """Put the schemas where the YAML files look for them."""
+    store = ConfigStore.instance()
+    store.store(name="base_config", node=Config)
+    for group, schemas in SCHEMAS.items():
+        for name, node in schemas.items():
+            store.store(group=f"_schema/{group}", name=name, node=node)
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """' Did you mean ...?' for the closest of `allowed`, or an empty string when none is close."""
+    match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]}?" if match else ""
+
+
+def _one_of(cfg: DictConfig, key: str, allowed: tuple[str, ...]) -> None:
+    value = OmegaConf.select(cfg, key)
+    if value is not None and value not in allowed:
+        raise ValueError(f"{key}={value}: it must be one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+
+
+def _at_least(cfg: DictConfig, keys: str, least: float) -> None:
+    for key in keys.split():
+        value = OmegaConf.select(cfg, key)
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < least:
+            raise ValueError(f"{key}={value}: it must be a number of at least {least:g}.")
+
+
+def _more_than_zero(cfg: DictConfig, keys: str) -> None:
+    for key in keys.split():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{key}={value}: it must be a number above 0.")
+
+
+def validate(cfg: DictConfig) -> None:
+    """Raise `ValueError` for what types cannot express. The message names the key, the value and the mend."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"{missing[0]} has no value: give {missing[0]}=... on the command line or in the YAML.")
+
+    unknown = sorted(str(key) for key in cfg if key not in Config.__dataclass_fields__ and key != "hydra")
+    if unknown:
+        raise ValueError(f"{unknown[0]}: nothing reads such a key.{nearest(unknown[0], Config.__dataclass_fields__)}")
+
+    _at_least(cfg, "batch seq_len", 1)
+    _at_least(cfg, "seed measure.warmup_s", 0)
+    _more_than_zero(cfg, "measure.target_ci measure.max_time_s")
+    _one_of(cfg, "workload.phase", ("forward",))
+    _one_of(cfg, "dtype.name", DTYPES)
+
+    sizes = "hidden vocab_size d_model n_heads n_kv_heads head_dim n_layers mlp_hidden_dim dense_hidden_dim n_experts"
+    _at_least(cfg, " ".join(f"model.{key}" for key in (*sizes.split(), "top_k")), 1)
+    _at_least(cfg, "model.shared_expert_hidden_dim model.n_dense_layers", 0)
+    _at_least(cfg, "model.shape.n_experts model.shape.top_k model.shape.d_model model.shape.mlp_hidden_dim", 1)
+    _more_than_zero(cfg, "model.norm_eps model.rope_theta")
+    _one_of(cfg, "model.qk_norm", ("none", "head", "full"))
+    _one_of(cfg, "model.implementation", IMPLEMENTATIONS)
+    _validate_decoder(cfg.model)
+    for at, sizes_of in (("model", cfg.model), ("model.shape", cfg.model.get("shape"))):
+        if sizes_of is not None and sizes_of.get("top_k") and sizes_of.top_k > sizes_of.n_experts:
+            raise ValueError(
+                f"{at}.top_k={sizes_of.top_k}: a token cannot choose more experts than there are "
+                f"({at}.n_experts={sizes_of.n_experts}); lower {at}.top_k or raise {at}.n_experts."
+            )
+
+    _at_least(cfg, "router.iters", 1)
+    _more_than_zero(cfg, "router.temperature")
+    _validate_router_impl(cfg.router)
+    _validate_device(cfg)
+
+
+def _validate_decoder(model: DictConfig) -> None:
+    if "n_heads" not in model:
+        return
+    if model.head_dim is None and model.d_model % model.n_heads:
+        raise ValueError(
+            f"model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}: "
+            "choose a divisor, or give model.head_dim."
+        )
+    head_dim = model.head_dim or model.d_model // model.n_heads
+    if head_dim % 2:
+        raise ValueError(f"model.head_dim={head_dim}: rotary embeddings turn pairs, so it must be even.")
+    if model.n_kv_heads is not None and model.n_heads % model.n_kv_heads:
+        raise ValueError(f"model.n_kv_heads={model.n_kv_heads}: it must divide model.n_heads={model.n_heads}.")
+    if model.get("n_dense_layers", 0) > model.n_layers:
+        raise ValueError(
+            f"model.n_dense_layers={model.n_dense_layers}: there are only model.n_layers={model.n_layers}."
+        )
+    if model.get("shared_expert_gate") and not model.shared_expert_hidden_dim:
+        raise ValueError("model.shared_expert_gate=true: give model.shared_expert_hidden_dim too.")
+
+
+def _validate_router_impl(router: DictConfig) -> None:
+    name, impl = router.get("name"), router.get("impl")
+    if name in ("torch", "cuda_ext") and impl != name:
+        raise ValueError(
+            f"router.impl={impl}: router={name} fixes its implementation to {name}; leave router.impl out."
+        )
+    if name == "sinkhorn" and impl not in ("auto", "torch"):
+        raise ValueError(f"router.impl={impl}: router=sinkhorn has the implementations auto, torch.")
+
+
+def _validate_device(cfg: DictConfig) -> None:
+    if cfg.device.name == "cpu" and cfg.dtype.name == "fp16":
+        raise ValueError("dtype=fp16 with device=cpu: half precision is not computed on a CPU; use bf16 or fp32.")
+    if cfg.device.name == "cpu" and cfg.execution.name == "cuda_graph":
+        raise ValueError("execution=cuda_graph with device=cpu: use device=cuda, or execution=eager or compile.")
+
+
+def reject_unread_choices(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    """Raise `ValueError` for an override of something that the chosen model does not read (seq_len for minimal)."""
+    ignores = set(cfg.model.get("ignores", ()))
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0]
+        if key.split(".")[0].split("@")[0] in ignores:
+            raise ValueError(f"{override}: model={cfg.model.name} does not read {key.split('.')[0]}; leave it out.")

@@ -1,0 +1,39 @@
+"""experts=grouped: slots sorted by expert, then one grouped matrix product per projection."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_lab.experts.weights import ExpertWeights, Scale, check_scale, swiglu
+from moe_lab.ops.dispatch import dispatch
+from moe_lab.ops.segment_mm import implementation_for, segment_mm
+from moe_lab.phases import phase
+from moe_lab.routers.base import Routing
+
+
+def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
+    """See `moe_lab.experts`. On CUDA nothing is read on the host; on a CPU only the experts in use are touched.
+
+    Raises:
+        UnavailableError: the device and dtype have no grouped product (see ops/segment_mm.py).
+    """
+    check_scale(scale)
+    (T, D), K = x_TD.shape, routing.expert_ids_TK.shape[1]
+    with phase("dispatch"):
+        order = routing.dispatch or dispatch(routing.expert_ids_TK, weights.n_experts)
+        x_ND = x_TD[order.perm_N // K]
+        if scale == "input":
+            x_ND = (x_ND * routing.weights_TK.reshape(-1)[order.perm_N, None]).to(x_TD.dtype)
+    with phase("experts"):
+        implementation = implementation_for(x_TD.device, x_TD.dtype)
+        h_NF = swiglu(segment_mm(x_ND, weights.w_gate_up_E2FD, order.offsets_E1, implementation))
+        o_ND = segment_mm(h_NF, weights.w_down_EDF, order.offsets_E1, implementation)
+    with phase("combine"):
+        o_TKD = o_ND[order.inverse_N].view(T, K, D).float()
+        used_TK1 = (routing.expert_ids_TK >= 0).unsqueeze(-1)
+        # Rows of unused slots hold anything, NaN too: they are replaced, not multiplied by 0.
+        weighted_TKD = o_TKD if scale == "input" else o_TKD * routing.weights_TK.unsqueeze(-1)
+        return weighted_TKD.where(used_TK1, 0).sum(1).to(x_TD.dtype)
+
+
+grouped.graph_safe = True  # type: ignore[attr-defined]

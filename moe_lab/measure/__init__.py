@@ -1,0 +1,1 @@
+"""Measuring: clocks, memory, phases, the roofline, routing metrics, the environment."""

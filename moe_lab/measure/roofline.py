@@ -1,0 +1,105 @@
+"""The floor of a forward pass: the fewest bytes and operations over what this machine was measured to do.
+
+floor = max(bytes / copy bandwidth, FLOPs / matrix-product rate)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_lab.models import Output
+from moe_lab.models.layers import Embedding
+from moe_lab.models.moe_layer import MoELayer
+from moe_lab.models.parameters import parameter_bytes
+
+
+def count_flops(forward: Callable[[], Output]) -> tuple[Output, int]:
+    """The forward pass's output and its floating-point operations in matrix products (2 per multiply-add)."""
+    with FlopCounterMode(display=False) as counter:
+        output = forward()
+    return output, int(counter.get_total_flops())
+
+
+def least_bytes(model: nn.Module, x: Tensor, output: Output) -> int:
+    """Bytes that any implementation moves: every parameter in use read once, the input read, the output written.
+
+    Of the embedding the rows of the distinct tokens, of the experts those that some token chose.
+    """
+    unused = 0
+    for module in model.modules():
+        if isinstance(module, Embedding):
+            rows = module.weight
+            tied = any(
+                other is rows for name, other in model.named_parameters(remove_duplicate=False) if "head" in name
+            )
+            unused += 0 if tied else (rows.shape[0] - len(x.unique())) * rows.shape[1] * rows.element_size()
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    for layer, routing in zip(layers, output.routings, strict=True):
+        weights = layer.weights
+        used = int((routing.expert_ids_TK.unique() >= 0).sum())
+        per_expert = (
+            weights.w_gate_up_E2FD[0].numel() + weights.w_down_EDF[0].numel()
+        ) * weights.gate_ED.element_size()
+        unused += (weights.n_experts - used) * per_expert
+    moved = x.numel() * x.element_size() + output.y.numel() * output.y.element_size()
+    return parameter_bytes(model) - unused + moved
+
+
+def _best_seconds(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """The quickest of some repeats: a ceiling asks for the best, not the typical."""
+    best = float("inf")
+    run()
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            stop.record()
+            torch.cuda.synchronize(device)
+            best = min(best, start.elapsed_time(stop) / 1e3)
+        else:
+            begin = time.perf_counter()
+            run()
+            best = min(best, time.perf_counter() - begin)
+    return best
+
+
+@cache
+def measured_peaks(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """{bytes_per_s, flops_per_s, peak_source} of this machine: a large copy, and a square matrix product in `dtype`."""
+    on_cuda = device.type == "cuda"
+    copy_bytes, side = (2**31, 8192) if on_cuda else (2**28, 1024)
+    source = torch.empty(copy_bytes // 4, dtype=torch.float32, device=device).fill_(1.0)
+    target = torch.empty_like(source)
+    copy_s = _best_seconds(partial(target.copy_, source), device, 5)
+    del source, target
+    a, b = (torch.randn(side, side, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    product_s = _best_seconds(partial(torch.mm, a, b), device, 10)
+    return {
+        "bytes_per_s": 2 * copy_bytes / copy_s,
+        "flops_per_s": 2 * side**3 / product_s,
+        "peak_source": f"measured: copy of {copy_bytes // 2**20} MiB, {side}^3 matrix product in {dtype}",
+    }
+
+
+def roofline(
+    model: nn.Module, x: Tensor, output: Output, flops: int, p50_ms: float, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The record's `roofline`. A fraction above 1 says that the data came from a cache."""
+    peaks = measured_peaks(x.device, dtype)
+    moved = least_bytes(model, x, output)
+    floor_ms = max(moved / peaks["bytes_per_s"], flops / peaks["flops_per_s"]) * 1e3
+    return {
+        "flops": flops,
+        "bytes": moved,
+        "floor_ms": floor_ms,
+        "fraction_of_floor": floor_ms / p50_ms,
+        **peaks,
+    }

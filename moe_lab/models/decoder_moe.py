@@ -1,0 +1,48 @@
+"""model=decoder_moe: the Transformer decoder with an MoE layer in place of each MLP (but for the first dense ones)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from moe_lab.experts.weights import ExpertsImpl, ExpertWeights
+from moe_lab.models import MakeRouter
+from moe_lab.models.layers import SwiGLU
+from moe_lab.models.moe_layer import MoELayer, SharedExpert
+from moe_lab.models.transformer_decoder import TransformerDecoder
+
+
+class DecoderMoE(TransformerDecoder):
+    """The keys are those of conf/model/decoder_moe.yaml; `mlp_hidden_dim` is the width of one expert."""
+
+    def __init__(
+        self,
+        *,
+        make_router: MakeRouter,
+        experts: ExpertsImpl,
+        n_experts: int,
+        top_k: int,
+        shared_expert_hidden_dim: int = 0,
+        shared_expert_gate: bool = False,
+        n_dense_layers: int = 0,
+        dense_hidden_dim: int | None = None,
+        **decoder: Any,
+    ):
+        self.make_router, self.experts, self.n_experts, self.top_k = make_router, experts, n_experts, top_k
+        self.shared_hidden_dim, self.shared_gate = shared_expert_hidden_dim, shared_expert_gate
+        self.n_dense_layers, self.dense_hidden_dim = n_dense_layers, dense_hidden_dim
+        super().__init__(**decoder)
+
+    def make_mlp(self, layer: int) -> nn.Module:
+        if layer < self.n_dense_layers:
+            return SwiGLU(self.d_model, self.dense_hidden_dim or self.mlp_hidden_dim)
+        shared = None
+        if self.shared_hidden_dim:
+            shared = SharedExpert(self.d_model, self.shared_hidden_dim, gated=self.shared_gate)
+        return MoELayer(
+            ExpertWeights(self.n_experts, self.d_model, self.mlp_hidden_dim),
+            self.make_router(self.n_experts, self.top_k),
+            self.experts,
+            shared,
+        )

@@ -1,0 +1,78 @@
+"""The small layers that the models share. Each casts its weight to the dtype of its input."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lab.ops.add_rms_norm import add_rms_norm
+from moe_lab.ops.library import resolve_implementation
+
+
+class Linear(nn.Module):
+    """y = x W^T, W [out, in]."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Module):
+    """Rows of W [V, D]; in the reference they come out in fp32, and every later layer follows."""
+
+    def __init__(self, vocab_size: int, d_model: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model), requires_grad=False)
+        self.dtype: torch.dtype | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = F.embedding(ids, self.weight)
+        return rows if self.dtype is None else rows.to(self.dtype)
+
+    def use_reference(self) -> None:
+        self.dtype = torch.float32
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class AddRMSNorm(RMSNorm):
+    """(norm(x + residual), x + residual) by the custom op; without a residual, (norm(x), x)."""
+
+    def __init__(self, width: int, eps: float, implementation: str):
+        super().__init__(width, eps)
+        self.implementation = resolve_implementation(implementation, self.weight.device, op="add_rms_norm")
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if residual is None:
+            return super().forward(x), x
+        return add_rms_norm(x, residual, self.weight, self.eps, self.implementation)
+
+    def use_reference(self) -> None:
+        self.implementation = "torch"
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)); Shazeer, 2002.05202."""
+
+    def __init__(self, d_model: int, hidden_dim: int):
+        super().__init__()
+        self.gate_up = Linear(d_model, 2 * hidden_dim)
+        self.down = Linear(hidden_dim, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]

@@ -1,0 +1,80 @@
+"""One MoE layer, and model=moe_layer: that layer alone, for work on routers and expert kernels.
+
+y = experts(x, router(x W_gate^T)) [+ shared expert(x)]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.experts.loop import loop
+from moe_lab.experts.weights import ExpertsImpl, ExpertWeights, Scale
+from moe_lab.models import ForcedRouting, MakeRouter, Output
+from moe_lab.models.layers import Linear, SwiGLU
+from moe_lab.phases import phase
+from moe_lab.routers.base import RouteContext, Router, Routing
+
+
+class SharedExpert(nn.Module):
+    """An expert that every token passes (DeepSeekMoE, 2401.06066); gated by sigmoid(x w) as in Qwen2-MoE."""
+
+    def __init__(self, d_model: int, hidden_dim: int, *, gated: bool):
+        super().__init__()
+        self.mlp = SwiGLU(d_model, hidden_dim)
+        self.gate = Linear(d_model, 1) if gated else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD: Tensor = self.mlp(x_TD)
+        return y_TD if self.gate is None else torch.sigmoid(self.gate(x_TD)) * y_TD
+
+
+class MoELayer(nn.Module):
+    """x_TD -> (y_TD, Routing)."""
+
+    def __init__(
+        self, weights: ExpertWeights, router: Router, experts: ExpertsImpl, shared: SharedExpert | None = None
+    ):
+        super().__init__()
+        self.weights, self.router, self.experts, self.shared = weights, router, experts, shared
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext, forced: Routing | None = None) -> tuple[Tensor, Routing]:
+        """`forced` is used instead of the router's own choice."""
+        routing = forced
+        if routing is None:
+            with phase("router"):
+                routing = self.router.route(x_TD, self.weights.gate_ED, ctx)
+        y_TD = self.routed(x_TD, routing)
+        return (y_TD if self.shared is None else y_TD + self.shared(x_TD)), routing
+
+    def routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """The routed experts alone."""
+        scale: Scale = "input" if self.router.scales_input else "output"
+        return self.experts(x_TD, routing, self.weights, scale=scale)
+
+    def use_reference(self) -> None:
+        self.experts = loop
+
+
+class MoELayerModel(nn.Module):
+    """The keys are those of conf/model/moe_layer.yaml; input: T = batch * seq_len hidden states [T, D]."""
+
+    vocab_size: int | None = None
+
+    def __init__(self, *, make_router: MakeRouter, experts: ExpertsImpl, shape: dict[str, Any]):
+        super().__init__()
+        self.d_model = int(shape["d_model"])
+        weights = ExpertWeights(shape["n_experts"], self.d_model, shape["mlp_hidden_dim"])
+        self.moe = MoELayer(weights, make_router(shape["n_experts"], shape["top_k"]), experts)
+
+    def input_shape(self, batch: int, seq_len: int) -> tuple[int, ...]:
+        """[T, D] hidden states."""
+        return batch * seq_len, self.d_model
+
+    def forward(self, x_TD: Tensor, forced_routing: ForcedRouting = None) -> Output:
+        """x [T, D] -> y of the same shape."""
+        forced = forced_routing[0] if forced_routing is not None else None
+        y_TD, routing = self.moe(x_TD, RouteContext(), forced)
+        return Output(y_TD, (routing,))

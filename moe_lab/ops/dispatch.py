@@ -1,0 +1,33 @@
+"""The used slots of a routing, sorted by expert: what a grouped matrix product reads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Dispatch(NamedTuple):
+    """All int32, on the routing's device, of fixed shape: unused slots (id -1) come last, after offsets_E1[-1]."""
+
+    counts_E: Tensor
+    """Slots of each expert."""
+    offsets_E1: Tensor
+    """[E + 1], first sorted position of each expert; the last entry is N, the number of used slots."""
+    perm_N: Tensor
+    """[T * K] flat slot (token * K + k) at each sorted position; stable, so tokens stay in order within an expert."""
+    inverse_N: Tensor
+    """[T * K] sorted position of each flat slot."""
+
+
+def dispatch(expert_ids_TK: Tensor, n_experts: int) -> Dispatch:
+    """Sort the slots of `expert_ids_TK` (int32, -1 = unused) by expert, without reading anything on the host."""
+    flat_N = expert_ids_TK.reshape(-1)
+    key_N = torch.where(flat_N < 0, n_experts, flat_N)  # unused slots last
+    sorted_N, perm_N = key_N.sort(stable=True)
+    # The first position of expert e is where e would be inserted; the entry for E counts the used slots.
+    experts_E1 = torch.arange(n_experts + 1, device=flat_N.device, dtype=sorted_N.dtype)
+    offsets_E1 = torch.searchsorted(sorted_N, experts_E1, out_int32=True)
+    inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(perm_N.numel(), device=flat_N.device))
+    return Dispatch(offsets_E1.diff(), offsets_E1, perm_N.to(torch.int32), inverse_N.to(torch.int32))

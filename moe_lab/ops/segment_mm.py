@@ -1,0 +1,115 @@
+"""Grouped matrix product: rows sorted by segment, each segment times a matrix of its own.
+
+    y[n] = x[n] @ w[e].T    for offsets[e] <= n < offsets[e + 1]
+
+Rows after the last offset belong to no segment; what stands in their results is unspecified (finite or not).
+
+Who computes it: on a CPU a loop over the segments in use, on CUDA CUTLASS through torch.nn.functional.grouped_mm for
+bf16, else a Triton kernel. None reads the offsets on the host of a CUDA run, and none copies weights.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_lab.errors import UnavailableError
+from moe_lab.ops.library import library, resolve_implementation
+
+library.define("segment_mm(Tensor x, Tensor w, Tensor offsets, str implementation) -> Tensor")
+
+# With so few rows, BLAS is quicker at w @ x.T than at x @ w.T: the weights then are the operand that it streams.
+# (benchmarks/experts_cpu.py shows the effect; MKL 2024.2, one EPYC core pair: 1.8 ms against 0.9 ms at two rows.)
+_FEW_ROWS = 6
+
+
+def implementation_for(device: torch.device, dtype: torch.dtype) -> str:
+    """`loop`, `grouped_mm` or `triton`: who computes `segment_mm` here.
+
+    Raises:
+        UnavailableError: a CUDA run in fp32 or fp16 without Triton. (grouped_mm takes those types too, but then reads
+            the offsets on the host.)
+    """
+    if device.type != "cuda":
+        return "loop"
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "grouped_mm"
+    if resolve_implementation("auto", device, op="segment_mm") == "triton":
+        return "triton"
+    raise UnavailableError(f"experts=grouped with {dtype} on CUDA needs the package triton (pip install triton)")
+
+
+def segment_mm(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor, implementation: str) -> Tensor:
+    """[N, F] in x's dtype; fp32 accumulation.
+
+    Args:
+        x_ND: [N, D], contiguous, rows sorted by segment.
+        w_EFD: [E, F, D], contiguous, of x's dtype.
+        offsets_E1: [E + 1] int32, non-decreasing from 0 to at most N.
+        implementation: as `implementation_for` gives.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit.
+    """
+    return torch.ops.moe_lab.segment_mm(x_ND, w_EFD, offsets_E1, implementation)  # type: ignore[no-any-return]
+
+
+def reference(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor) -> Tensor:
+    """Plain torch, one segment at a time; rows of no segment are 0."""
+    y_NF = x_ND.new_zeros(x_ND.shape[0], w_EFD.shape[1])
+    bounds = offsets_E1.tolist()
+    for expert, (start, stop) in enumerate(pairwise(bounds)):
+        if start < stop:
+            y_NF[start:stop] = x_ND[start:stop] @ w_EFD[expert].T
+    return y_NF
+
+
+def _loop(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor) -> Tensor:
+    y_NF = x_ND.new_empty(x_ND.shape[0], w_EFD.shape[1])
+    bounds = offsets_E1.tolist()
+    y_NF[bounds[-1] :] = 0
+    for expert, (start, stop) in enumerate(pairwise(bounds)):
+        if start == stop:
+            continue
+        w_FD, x_nD, y_nF = w_EFD[expert], x_ND[start:stop], y_NF[start:stop]
+        if stop - start == 1:
+            torch.mv(w_FD, x_nD[0], out=y_nF[0])
+        elif stop - start <= _FEW_ROWS:
+            y_nF.copy_((w_FD @ x_nD.T).T)
+        else:
+            torch.mm(x_nD, w_FD.T, out=y_nF)
+    return y_NF
+
+
+def _check(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor) -> None:
+    if x_ND.dim() != 2 or w_EFD.dim() != 3 or x_ND.shape[1] != w_EFD.shape[2] or x_ND.dtype != w_EFD.dtype:
+        raise ValueError(
+            f"segment_mm: x {tuple(x_ND.shape)} {x_ND.dtype} does not fit w {tuple(w_EFD.shape)} {w_EFD.dtype}"
+        )
+    if offsets_E1.shape != (w_EFD.shape[0] + 1,) or offsets_E1.dtype != torch.int32:
+        raise ValueError(f"segment_mm: offsets {tuple(offsets_E1.shape)} {offsets_E1.dtype} is not int32 [E + 1]")
+
+
+def _compute(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor, implementation: str) -> Tensor:
+    _check(x_ND, w_EFD, offsets_E1)
+    if implementation == "loop":
+        return _loop(x_ND, w_EFD, offsets_E1)
+    if implementation == "grouped_mm":
+        return F.grouped_mm(x_ND, w_EFD.transpose(1, 2), offs=offsets_E1[1:])
+    assert implementation == "triton", implementation
+    from moe_lab.ops.segment_mm_triton import launch
+
+    return launch(x_ND, w_EFD, offsets_E1)
+
+
+def _fake(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor, implementation: str) -> Tensor:
+    _check(x_ND, w_EFD, offsets_E1)
+    return x_ND.new_empty(x_ND.shape[0], w_EFD.shape[1])
+
+
+library.impl("segment_mm", _compute, "CPU")
+library.impl("segment_mm", _compute, "CUDA")
+torch.library.register_fake("moe_lab::segment_mm", _fake, lib=library)

@@ -1,0 +1,41 @@
+"""The k largest experts of each token and their softmax weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def top_k(scores_TE: Tensor, k: int) -> Tensor:
+    """Ids [T, K] (int32) of the k largest scores of each row, largest first; ties go to the lowest id.
+
+    torch.topk leaves the order of ties open, a stable sort does not but orders all E. So where the host may look at
+    the values (an eager CPU run), rows are taken from topk and only those with a tie among their k + 1 largest are
+    sorted; elsewhere, and where there is little to sort, all rows are.
+    """
+    host_may_look = scores_TE.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not host_may_look or scores_TE.numel() < 4096:
+        return _sorted_ids(scores_TE, k)
+    top_values, top_ids = scores_TE.topk(min(k + 1, scores_TE.shape[-1]), dim=-1)
+    ids_TK = top_ids[:, :k].to(torch.int32)
+    tied_T = (top_values[:, 1:] == top_values[:, :-1]).any(-1)
+    if tied_T.any():
+        ids_TK[tied_T] = _sorted_ids(scores_TE[tied_T], k)
+    return ids_TK
+
+
+def _sorted_ids(scores_TE: Tensor, k: int) -> Tensor:
+    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].to(torch.int32)
+
+
+def weights_of(logits_TE: Tensor, expert_ids_TK: Tensor, renormalize: bool) -> Tensor:
+    """Softmax weights [T, K] (float32) of the chosen experts; `renormalize` makes each row sum to 1.
+
+    Renormalised, softmax over all experts and division by the chosen share is the softmax over the chosen logits,
+    which cannot underflow.
+    """
+    wide_TE = logits_TE.float()
+    chosen_TK = wide_TE.gather(-1, expert_ids_TK.long())
+    if renormalize:
+        return chosen_TK.softmax(-1)
+    return (chosen_TK - wide_TE.logsumexp(-1, keepdim=True)).exp()

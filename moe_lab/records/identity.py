@@ -1,0 +1,90 @@
+"""Who a result is: which configuration, which code, which machine. Known without torch.
+
+`cell_id` names the directory and joins result sets; `code_id` and `env_id` say whether a result is still current.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+# Top-level keys that change nothing in what is computed: labels, and how long or at what is looked.
+_OUTSIDE = ("name", "overrides", "sweep", "experiment", "debug", "hydra", "measure")
+_SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
+_ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def cell_id(cfg: DictConfig) -> str:
+    """12 hex digits of everything in `cfg` that changes the result; what the model does not read is left out."""
+    content = OmegaConf.to_container(
+        OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in _OUTSIDE]), resolve=True
+    )
+    assert isinstance(content, dict)
+    for key in cfg.model.get("ignores", ()):
+        content.pop(key, None)
+    content["export"].pop("dir", None)
+    return _digest(content)
+
+
+def slug(cfg: DictConfig) -> str:
+    """A readable start for the directory's name, for example `decoder_moe-sinkhorn-b2-s128-cpu-fp32`."""
+    ignores = cfg.model.get("ignores", ())
+    parts = [option_name(cfg.model)]
+    if cfg.model.get("shape") is not None:
+        parts.append(cfg.model.shape.name)
+    if "router" not in ignores:
+        parts.append(option_name(cfg.router))
+    if "experts" not in ignores:
+        parts.append(option_name(cfg.experts))
+    parts.append(f"b{cfg.batch}")
+    if "seq_len" not in ignores:
+        parts.append(f"s{cfg.seq_len}")
+    parts += [cfg.device.name, cfg.dtype.name, cfg.execution.name]
+    return "-".join("".join(c if c.isalnum() or c in "_." else "_" for c in str(part)) for part in parts)[:120]
+
+
+def option_name(node: DictConfig) -> str:
+    """The option's `name`; a user's YAML may leave it out, then the last word of its `_target_`."""
+    return str(node.get("name") or str(node.get("_target_", "unnamed")).rsplit(".", 1)[-1])
+
+
+def _hash_files(roots: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for root in roots:
+        for path in sorted(p for pattern in _SOURCES for p in root.rglob(pattern)):
+            digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@cache
+def _package_code_id() -> str:
+    import moe_lab.kernels  # installed, it lies in the package; in a checkout, beside it
+
+    kernels = Path(next(iter(moe_lab.kernels.__path__)))
+    return _hash_files([PACKAGE] if PACKAGE in kernels.parents else [PACKAGE, kernels])
+
+
+def code_id(plugin_dirs: Iterable[Path] = ()) -> str:
+    """12 hex digits of the source bytes that a run can execute: the package, its kernels, the plug-in folders."""
+    plugins = [_hash_files([folder]) for folder in plugin_dirs]
+    return _digest([_package_code_id(), plugins]) if plugins else _package_code_id()
+
+
+def env_id(environment: Mapping[str, Any]) -> str:
+    """12 hex digits of the machine and its versions, from the fields of `measure.environment.capture`."""
+    fields = {key: environment.get(key) for key in _ENV_FIELDS}
+    fields["python"] = ".".join(str(fields["python"]).split(".")[:2])
+    return _digest(fields)

@@ -1,0 +1,93 @@
+"""The fields of `result.json`, schema 1. Units are in the names; what is unknown is null, never 0.
+
+`reason` is null, or `mismatch: route|layers`, `out_of_memory`, `timeout: STEP`, `crash: SIGNAL`, `unavailable: ...`,
+`excluded`, `interrupted`, `error: ...`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SCHEMA = 1
+
+
+@dataclass(kw_only=True)
+class Latency:
+    """Milliseconds of one iteration; the interval is the 95 % interval of the median."""
+
+    n: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    ci95_low: float | None
+    ci95_high: float | None
+    stable: bool
+    cache: Literal["natural", "cold", "hot"] = "natural"
+
+
+@dataclass(kw_only=True)
+class Check:
+    """How the run compares with the fp32 reference; see docs/architecture.md, "Verified before timed"."""
+
+    passed: bool
+    rel_error: float
+    max_abs_error: float
+    expert_rel_error: float | None
+    token_rel_error: float | None
+    near_ties: int | None
+    free_rel_error: float
+    changed_sets: int | None
+    reference: str
+
+
+@dataclass(kw_only=True)
+class Record:
+    """One run: what was asked, what ran, what came out."""
+
+    schema: int = SCHEMA
+    status: Literal["ok", "failed", "skipped"]
+    reason: str | None = None
+    cell_id: str
+    code_id: str
+    env_id: str | None = None
+    name: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    interleaved_with: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    implementation: dict[str, str] = field(default_factory=dict)
+    latency_ms: Latency | None = None
+    throughput: dict[str, float] | None = None
+    phases_ms: dict[str, Any] | None = None
+    memory: dict[str, float | None] | None = None
+    check: Check | None = None
+    routing: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
+    roofline: dict[str, Any] | None = None
+    export: dict[str, Any] | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    started: str | None = None
+    elapsed_s: float | None = None
+    directory: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `result.json`."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "directory"}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Record:
+        """The inverse of `to_dict`. Raises `ValueError` for another schema or unknown or missing fields."""
+        if content.get("schema") != SCHEMA:
+            raise ValueError(f"schema={content.get('schema')!r}: this version of moe-lab reads schema {SCHEMA}.")
+        fields = dict(content)
+        try:
+            if fields.get("latency_ms") is not None:
+                fields["latency_ms"] = Latency(**fields["latency_ms"])
+            if fields.get("check") is not None:
+                fields["check"] = Check(**fields["check"])
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"not a record of schema {SCHEMA}: {error}") from error

@@ -1,0 +1,71 @@
+"""Writing and reading a run's directory. A file is either the old one or the whole new one, never half of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_lab.records.schema import Record
+
+RESULT = "result.json"
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` to a temporary file beside `path`, flush it to the disk, then rename it over `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_record(directory: Path, record: Record) -> Path:
+    """Write `result.json`; the caller writes everything else first, so that its presence means the run is complete."""
+    path = directory / RESULT
+    text = json.dumps(_finite(record.to_dict()), indent=2, allow_nan=False)
+    write_atomic(path, text.encode() + b"\n")
+    return path
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write named arrays as a compressed `.npz`."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomic(path, buffer.getvalue())
+
+
+def read_record(directory: Path) -> Record:
+    """Read `directory/result.json`. Raises `ValueError` naming the file if it is no record of this schema."""
+    path = directory / RESULT
+    try:
+        record = Record.from_dict(json.loads(path.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    record.directory = str(directory)
+    return record

@@ -1,0 +1,1 @@
+"""Results: reading records with pandas. Imports no torch."""

@@ -1,0 +1,113 @@
+"""The seam every router fills: `Routing`, `RouteContext`, `Router`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lab.ops.dispatch import Dispatch
+
+
+class Routing(NamedTuple):
+    """Where each token goes.
+
+    expert_ids_TK: int32, -1 = unused slot; ties go to the lowest expert id.
+    weights_TK: float32, 0 where the id is -1.
+    dispatch: the slots sorted by expert, where the router already made them.
+    scores_TE: what the selection ranked, float32, when asked for.
+    """
+
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+    dispatch: Dispatch | None = None
+    scores_TE: Tensor | None = None
+
+
+class RouteContext(NamedTuple):
+    """What a router may know beside the logits; shapes are fixed, so that a captured graph can hold it.
+
+    token_ids_T: int64 ids of the tokens, None where the model is fed hidden states.
+    valid_T: bool, False for padding; None: all are valid.
+    seq_start_B1: int32 [B + 1], first token of each sequence.
+    layer: index of the layer, for messages and tables.
+    phase: forward, prefill or decode.
+    want_scores: fill `Routing.scores_TE`.
+    """
+
+    token_ids_T: Tensor | None = None
+    valid_T: Tensor | None = None
+    seq_start_B1: Tensor | None = None
+    layer: int = 0
+    phase: str = "forward"
+    want_scores: bool = False
+
+
+class Router(nn.Module):
+    """Selection only: a router owns its biases and tables, never the gate.
+
+    The class attributes declare what is true of every instance; tests hold routers to them.
+    """
+
+    needs_token_ids = False  # reads ctx.token_ids_T
+    causal = True  # later tokens change no earlier route
+    batch_invariant = True  # a token's route does not depend on the tokens beside it
+    static_k = True  # every token fills all K slots
+    graph_safe = True  # no host synchronisation, fixed shapes
+    scales_input = False  # the weight multiplies the expert's input, not its output
+
+    def __init__(self, n_experts: int, top_k: int, impl: str = "torch"):
+        super().__init__()
+        if not 1 <= top_k <= n_experts:
+            raise ValueError(f"top_k={top_k}: it must be between 1 and n_experts={n_experts}.")
+        self.n_experts, self.top_k, self.impl = n_experts, top_k, impl
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+        """The routing of logits [T, E] of any floating dtype."""
+        raise NotImplementedError(f"{type(self).__name__} must define select(logits_TE, ctx)")
+
+    def route(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
+        """The routing of hidden states [T, D]; a fused gate and route kernel overrides this and is tested equal."""
+        return self.select(gate_logits(x_TD, gate_ED), ctx)
+
+    def implementation(self) -> str:
+        """Who computes `select`, as it stands in the record."""
+        return self.impl
+
+    def warnings(self, n_tokens: int) -> list[str]:
+        """What a reader of a result with this many tokens should know."""
+        return []
+
+    def use_reference(self) -> None:
+        """From now on compute by the plain-torch reference."""
+        self.impl = "torch"
+
+
+def gate_logits(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
+    """Router logits [T, E] in x's dtype."""
+    return F.linear(x_TD, gate_ED.to(x_TD.dtype))
+
+
+def require_finite(logits_TE: Tensor, ctx: RouteContext | None, *, every_entry: bool = False) -> None:
+    """Raise `ValueError` naming the layer if a row has no softmax: it holds NaN or +inf, or nothing but -inf.
+
+    With `every_entry` a single -inf (a masked expert) is refused too. Silent where looking would stop the device or
+    break a captured graph (CUDA, torch.compile); a run looks at its logits on every device once, before it is timed.
+    """
+    if logits_TE.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_finite(logits_TE, 0 if ctx is None else ctx.layer, every_entry=every_entry)
+
+
+def check_finite(logits_TE: Tensor, layer: int, *, every_entry: bool = False) -> None:
+    """As `require_finite`, on every device, at the price of a host synchronisation on CUDA."""
+    if logits_TE.numel() == 0:
+        return
+    good_T = (logits_TE.isfinite().all(-1)) if every_entry else logits_TE.amax(-1).isfinite()
+    if not bool(good_T.all()):
+        kind = "values that are not finite" if every_entry else "NaN, +inf or nothing but -inf"
+        raise ValueError(
+            f"layer {layer}: the router's logits hold {kind} in {int((~good_T).sum())} of {len(good_T)} tokens "
+            f"(first: token {int((~good_T).nonzero()[0, 0])}); look at the layer's input and gate."
+        )

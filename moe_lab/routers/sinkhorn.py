@@ -1,0 +1,48 @@
+"""router=sinkhorn: top-k of a balanced transport plan, weights from the original softmax.
+
+    P = Sinkhorn(l / temperature), rows summing to 1 and columns to T/E;  S = top-k of P
+    w_e = p_e / sum_S p,  p = softmax(l)
+
+Source of the plan: ops/sinkhorn.py. The k-th best of a balanced plan is not itself balanced; it evens out skewed
+logits and can make nearly balanced ones worse.
+
+With one token the only balanced plan is the uniform one, whatever the logits: a tie of all experts. The selection then
+falls back to the logits, and a run says so in its warnings.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moe_lab.errors import UnavailableError
+from moe_lab.ops.sinkhorn import log_plan
+from moe_lab.ops.softmax_topk import top_k, weights_of
+from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+
+
+class Sinkhorn(Router):
+    """Balancing router; the plan couples the tokens of a batch, so neither causal nor batch invariant."""
+
+    causal = False
+    batch_invariant = False
+
+    def __init__(self, n_experts: int, top_k: int, impl: str = "auto", iters: int = 10, temperature: float = 1.0):
+        super().__init__(n_experts, top_k, "torch" if impl == "auto" else impl)
+        if self.impl != "torch":
+            raise UnavailableError(f"router=sinkhorn: this version of moe-lab has no router.impl={impl}; use torch")
+        self.iters, self.temperature = iters, temperature
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+        """See `Router.select`. Raises `ValueError` naming the layer for logits that are not finite."""
+        require_finite(logits_TE, ctx, every_entry=True)
+        one_token = logits_TE.shape[0] == 1
+        scores_TE = logits_TE.float() if one_token else log_plan(logits_TE, self.iters, self.temperature)
+        ids_TK = top_k(scores_TE, self.top_k)
+        wanted = ctx is not None and ctx.want_scores
+        return Routing(ids_TK, weights_of(logits_TE, ids_TK, True), scores_TE=scores_TE if wanted else None)
+
+    def warnings(self, n_tokens: int) -> list[str]:
+        """The declared fallback at one token."""
+        if n_tokens != 1:
+            return []
+        return ["router=sinkhorn: with one token the plan is uniform; the experts were chosen by the logits."]

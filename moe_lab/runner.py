@@ -1,0 +1,338 @@
+"""One run, end to end: build, verify, measure, observe, record.
+
+`Run` holds the steps apart, so that a sweep can interleave `time_block` over several runs; `run` calls them in order.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from moe_lab import build, targets
+from moe_lab.config import validate
+from moe_lab.errors import MismatchError, UnavailableError
+from moe_lab.measure import environment, memory, phases, roofline, routing_metrics, statistics
+from moe_lab.measure.clocks import STEPS, Block, Step
+from moe_lab.models.layers import AddRMSNorm
+from moe_lab.models.parameters import parameter_bytes, reference_twin
+from moe_lab.ops import segment_mm
+from moe_lab.records import identity, store
+from moe_lab.records.schema import Record
+from moe_lab.routers.base import gate_logits
+from moe_lab.verify import Verification, moe_layers, verify
+
+log = logging.getLogger("moe_lab")
+
+_BLOCK_S = 0.1  # a block of iterations takes about so long: short beside drift, long beside bookkeeping
+_LEAST_SAMPLES = 10
+
+
+class Run:
+    """One composed configuration, executed once. Call `build`, `verify`, `time_block`..., `observe`, then `record`."""
+
+    def __init__(self, cfg: DictConfig):
+        validate(cfg)
+        self.cfg = cfg
+        self.started = datetime.now(UTC)
+        self._begun = time.perf_counter()
+        self.device: torch.device | None = None
+        self.dtype = build.DTYPES[cfg.dtype.name]
+        self.warnings: list[str] = []
+        self.blocks: list[tuple[int, int, Block]] = []  # (round, place in the round, samples)
+        self.verification: Verification | None = None
+        self.peak_bytes: int | None = None
+        self.observed: dict[str, Any] = {}
+        self.routing_arrays: dict[str, np.ndarray] = {}
+
+    def build(self) -> None:
+        """Make the model, its reference twin, the input and the step.
+
+        Raises:
+            UnavailableError: the device, the dtype on it, or an implementation cannot run here.
+        """
+        cfg = self.cfg
+        self.device = build.resolve_device(cfg)
+        self.model: nn.Module = build.build_model(cfg, self.device)
+        self.twin: nn.Module = reference_twin(self.model)
+        self.x = build.build_input(cfg, self.model, self.device)
+        if cfg.execution.name not in STEPS:
+            raise ValueError(f"execution.name={cfg.execution.name}: it must be one of {', '.join(STEPS)}.")
+        for _, layer in moe_layers(self.model):
+            self._require_capturable(getattr(layer.experts, "graph_safe", True), f"experts={cfg.experts.name}")
+            self._require_capturable(layer.router.graph_safe, f"router={identity.option_name(cfg.router)}")
+        self.step: Step = STEPS[cfg.execution.name](self.model, self.x)
+        if "router" not in cfg.model.get("ignores", ()):
+            self.warnings += (
+                moe_layers(self.model)[0][1].router.warnings(self.n_tokens) if moe_layers(self.model) else []
+            )
+        log.info(
+            "built %s on %s: %.1f MB of parameters", cfg.model.name, self.device, parameter_bytes(self.model) / 1e6
+        )
+
+    def _require_capturable(self, graph_safe: bool, what: str) -> None:
+        if self.cfg.execution.name != "eager" and not graph_safe:
+            raise UnavailableError(
+                f"{what} reads results on the host, so execution={self.cfg.execution.name} cannot capture it; "
+                "use execution=eager or another implementation"
+            )
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of one iteration."""
+        return int(self.cfg.batch) * (1 if "seq_len" in self.cfg.model.get("ignores", ()) else int(self.cfg.seq_len))
+
+    def verify(self) -> None:
+        """Check the step's own output against the fp32 reference, then take the peak memory of one iteration.
+
+        Raises:
+            MismatchError: the run computes something else than its label says.
+            ValueError: router logits that are not finite; the message names the layer.
+        """
+        self.verification = verify(self.model, self.twin, self.x, self.step(), self.dtype)
+        if self.device is not None and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.info("verified: %s", self.verification.check)
+        if self.verification.mismatch is not None:
+            raise self.verification.mismatch
+        self.peak_bytes = memory.peak_bytes(self.step)
+
+    def warm_up(self) -> None:
+        """Repeat the step for `measure.warmup_s`."""
+        deadline = time.perf_counter() + self.cfg.measure.warmup_s
+        while time.perf_counter() < deadline:
+            self.step.time_block(1)
+
+    def block_size(self) -> int:
+        """Iterations that fill a block."""
+        once_s = float(np.median(self.step.time_block(3).ms)) / 1e3
+        return max(1, int(_BLOCK_S / max(once_s, 1e-7)))
+
+    def time_block(self, n: int, *, round_: int = 0, order: int = 0) -> Block:
+        """Time `n` iterations and keep the samples."""
+        block = self.step.time_block(n)
+        self.blocks.append((round_, order, block))
+        return block
+
+    def samples_ms(self) -> np.ndarray:
+        """Every sample so far, in order."""
+        return np.concatenate([block.ms for _, _, block in self.blocks]) if self.blocks else np.empty(0)
+
+    def measure(self) -> None:
+        """Warm up, then time blocks until the median is known to `target_ci` or `max_time_s` is spent."""
+        self.warm_up()
+        n, target = self.block_size(), self.cfg.measure.target_ci
+        deadline = time.perf_counter() + self.cfg.measure.max_time_s
+        round_ = 0
+        while True:
+            self.time_block(n, round_=round_)
+            round_ += 1
+            samples = self.samples_ms()
+            if len(samples) >= _LEAST_SAMPLES and statistics.relative_width(samples) <= target:
+                break
+            if time.perf_counter() >= deadline:
+                break
+        width = statistics.relative_width(samples)
+        if width > target:
+            self.warnings.append(
+                f"latency is not stable: the median's 95 % interval is "
+                f"{'unknown' if np.isinf(width) else f'{width:.1%} of it'} after {len(samples)} samples "
+                f"(measure.target_ci={target}); raise measure.max_time_s or quieten the machine."
+            )
+        log.info("timed %d iterations, median %.4g ms", len(samples), np.median(samples))
+
+    @torch.inference_mode()
+    def observe(self) -> None:
+        """Routing metrics, phases and roofline, each from passes of its own after the timing."""
+        cfg, output = self.cfg, self.step()
+        assert self.device is not None and self.verification is not None
+        p50 = float(np.median(self.samples_ms()))
+        eager = Step(self.model, self.x)
+        if cfg.measure.routing and output.routings:
+            self._observe_routing(eager)
+        if cfg.measure.phases:
+            graph_p50 = p50 if cfg.execution.name == "cuda_graph" else None
+            self.observed["phases_ms"] = phases.measure_phases(eager, min(1.0, cfg.measure.max_time_s / 4), graph_p50)
+        if cfg.measure.roofline:
+            self.observed["roofline"] = roofline.roofline(
+                self.model, self.x, output, self.verification.flops, p50, self.dtype
+            )
+
+    def _observe_routing(self, eager: Step) -> None:
+        layers, stats, handles = moe_layers(self.model), [], []
+
+        def look(layer: Any, arguments: tuple[Any, ...], result: tuple[Any, ...]) -> None:
+            logits_TE = gate_logits(arguments[0], layer.weights.gate_ED)
+            stats.append(routing_metrics.RoutingStats.of(logits_TE, result[1]))
+
+        try:
+            handles = [layer.register_forward_hook(look) for _, layer in layers]
+            eager()
+        finally:
+            for handle in handles:
+                handle.remove()
+        ids = [index for index, _ in layers]
+        self.observed["routing"] = routing_metrics.summarize(stats, ids)
+        self.routing_arrays = {
+            "layer": np.array(ids),
+            "counts_LE": np.stack([one.counts_E for one in stats]),
+            "mean_score_LE": np.stack([one.prob_sum_E / max(one.tokens, 1) for one in stats]),
+        }
+
+    def implementation(self) -> dict[str, str]:
+        """Who computed what, as it really ran."""
+        ran: dict[str, str] = {}
+        for module in self.model.modules():
+            if isinstance(module, AddRMSNorm):
+                ran["add_rms_norm"] = module.implementation
+        for _, layer in moe_layers(self.model):
+            ran["router"] = layer.router.implementation()
+            ran["experts"] = layer.experts.__name__
+            if layer.experts.__name__ == "grouped":
+                ran["segment_mm"] = segment_mm.implementation_for(self.x.device, self.dtype)
+        return ran
+
+    def record(self, status: str = "ok", reason: str | None = None) -> Record:
+        """What is known so far, as a record."""
+        cfg = self.cfg
+        env = environment.capture(self.device) if self.device is not None else {}
+        samples, check = self.samples_ms(), self.verification.check if self.verification else None
+        latency = statistics.summarize(samples, cfg.measure.target_ci) if len(samples) else None
+        built = hasattr(self, "model")
+        return Record(
+            status=status,  # type: ignore[arg-type]
+            reason=reason,
+            cell_id=identity.cell_id(cfg),
+            code_id=identity.code_id(targets.trusted_dirs()),
+            env_id=identity.env_id(env) if env else None,
+            name=cfg.name,
+            overrides=list(cfg.overrides),
+            config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+            implementation=self.implementation() if built else {},
+            latency_ms=latency,
+            throughput={
+                "tokens_per_s": self.n_tokens / (latency.p50 / 1e3),
+                "time_per_token_us": latency.p50 * 1e3 / self.n_tokens,
+            }
+            if latency
+            else None,
+            memory={
+                "peak_mb": self.peak_bytes / 1e6 if self.peak_bytes is not None else None,
+                "parameters_mb": parameter_bytes(self.model) / 1e6,
+            }
+            if built
+            else None,
+            check=check,
+            environment=env,
+            started=self.started.isoformat(timespec="seconds"),
+            elapsed_s=time.perf_counter() - self._begun,
+            warnings=self.warnings,
+            **self.observed,
+        )
+
+
+def default_directory(cfg: DictConfig) -> Path:
+    """`outputs/runs/<slug>-<cell_id>` below the current directory."""
+    return Path("outputs/runs") / f"{identity.slug(cfg)}-{identity.cell_id(cfg)}"
+
+
+def run(cfg: DictConfig, directory: str | Path | None = None) -> Record:
+    """Execute `cfg` and leave its record in `directory` (default: `default_directory`).
+
+    A failure while running is a record too: status `failed`, the cause in `reason`, the traceback in `run.log`.
+
+    Raises:
+        ValueError: a mistake in the configuration; one line that names the key and the mend.
+        UnavailableError: an implementation or a device that is not here. Its record, `skipped`, is written first.
+        OSError: the directory cannot be written.
+        KeyboardInterrupt: Ctrl-C; the record, `failed` with the reason `interrupted`, is written first.
+    """
+    the_run = Run(cfg)
+    folder = Path(directory) if directory is not None else default_directory(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _run_log(folder):
+        return _execute(the_run, folder)
+
+
+def _execute(the_run: Run, folder: Path) -> Record:
+    # What was asked for stands there before anything can go wrong.
+    store.write_atomic(folder / "config.yaml", OmegaConf.to_yaml(the_run.cfg, resolve=True).encode())
+    raised: BaseException | None = None
+    status, reason = "ok", None
+    try:
+        the_run.build()
+        the_run.verify()
+        the_run.measure()
+        the_run.observe()
+    except UnavailableError as error:
+        status, reason, raised = "skipped", f"unavailable: {error}", error
+    except MismatchError as error:
+        status, reason = "failed", f"mismatch: {error.where}"
+        log.error("%s", error)
+        the_run.warnings.append(str(error))
+    except KeyboardInterrupt as error:
+        status, reason, raised = "failed", "interrupted", error
+    except ValueError as error:
+        status, reason = "failed", f"error: {error}"
+        log.error("%s", traceback.format_exc())
+        raised = error if not hasattr(the_run, "step") else None  # before there was anything to run: a mistake
+    except Exception as error:  # whatever a run can meet becomes its record
+        status, reason = "failed", _reason(error)
+        log.error("%s", traceback.format_exc())
+    record = the_run.record(status, reason)
+    _write(the_run, record, folder)
+    record.directory = str(folder)
+    if raised is not None:
+        raise raised
+    return record
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+        return "out_of_memory"
+    lines: Sequence[str] = str(error).strip().splitlines() or [""]
+    return f"error: {type(error).__name__}: {lines[0]}"
+
+
+def _write(the_run: Run, record: Record, folder: Path) -> None:
+    """`result.json` last: where it stands, the rest does too."""
+    if the_run.blocks:
+        lengths = [len(block.ms) for _, _, block in the_run.blocks]
+        store.write_arrays(
+            folder / "samples.npz",
+            {
+                "ms": the_run.samples_ms(),
+                "round": np.repeat([round_ for round_, _, _ in the_run.blocks], lengths),
+                "order": np.repeat([order for _, order, _ in the_run.blocks], lengths),
+                "stamp_s": np.concatenate([block.stamp_s for _, _, block in the_run.blocks]),
+            },
+        )
+    if the_run.routing_arrays:
+        store.write_arrays(folder / "routing.npz", the_run.routing_arrays)
+    store.write_record(folder, record)
+
+
+@contextmanager
+def _run_log(folder: Path) -> Iterator[None]:
+    """Send the `moe_lab` logger to `run.log`, begun anew."""
+    handler = logging.FileHandler(folder / "run.log", mode="w")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+        handler.close()

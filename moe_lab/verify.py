@@ -1,0 +1,256 @@
+"""Verified before timed: is what ran what was asked for?
+
+route   each layer's expert ids and weights against the fp32 selection of the same logits. The sets must be equal but
+        for near-ties: tokens whose boundary margin lies below the dtype's rounding. Those are counted.
+layers  the fp32 reference of the whole model with the run's routing forced, layer by layer; and each MoE layer alone
+        on the run's own input, by expert and by token, where one wrong expert of many cannot hide in an average.
+free    the reference with its own routing: recorded, decides nothing (a near-tie may flip an expert, and a flipped
+        expert is no error).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.errors import MismatchError
+from moe_lab.measure.roofline import count_flops
+from moe_lab.models import Output
+from moe_lab.models.moe_layer import MoELayer
+from moe_lab.records.schema import Check
+from moe_lab.routers.base import Routing, check_finite, gate_logits
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What rounding explains in one dtype; everything beyond is a fault. All relative."""
+
+    model: float  # ||y - reference|| / ||reference|| of the whole model's output
+    expert: float  # the same of one MoE layer's output, over the tokens of one expert; the worst
+    token: float  # the same of one token; the worst
+    score: float  # of a selection score, as a share of the token's largest: below it two experts are a near-tie
+    weight: float  # absolute, of a routing weight
+
+
+TOLERANCES = {
+    torch.float32: Tolerance(model=1e-4, expert=1e-4, token=1e-3, score=1e-6, weight=1e-5),
+    torch.float16: Tolerance(model=5e-3, expert=2e-3, token=2e-2, score=1e-3, weight=2e-3),
+    torch.bfloat16: Tolerance(model=3e-2, expert=1e-2, token=1e-1, score=8e-3, weight=1.6e-2),
+}
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Full fp32 matrix products: TF32 off, and no reduced-precision sums in bf16 or fp16 GEMMs of the reference."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def relative_error(y: Tensor, reference: Tensor) -> float:
+    """||y - reference|| / ||reference||, Frobenius; infinite if y holds anything not finite."""
+    if not bool(y.isfinite().all()):
+        return float("inf")
+    wide = reference.double()
+    distance, norm = float((y.double() - wide).norm()), float(wide.norm())
+    return distance / norm if norm > 0 else (0.0 if distance == 0 else float("inf"))
+
+
+def moe_layers(model: nn.Module) -> list[tuple[int, MoELayer]]:
+    """(index of the layer in the model, MoELayer), in the order of `Output.routings`."""
+    found: list[tuple[int, MoELayer]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, MoELayer):
+            numbers = [int(part) for part in name.split(".") if part.isdigit()]
+            found.append((numbers[0] if numbers else 0, module))
+    return found
+
+
+def check_contract(routing: Routing, n_tokens: int, n_experts: int, layer: int) -> None:
+    """Raise `MismatchError` naming the clause of the router's contract that `routing` breaks."""
+    ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
+
+    def broken(clause: str) -> MismatchError:
+        return MismatchError("route", f"layer {layer}: the router breaks its contract: {clause}")
+
+    if ids_TK.dim() != 2 or ids_TK.shape[0] != n_tokens or weights_TK.shape != ids_TK.shape:
+        raise broken(f"ids {tuple(ids_TK.shape)} and weights {tuple(weights_TK.shape)} are not both [{n_tokens}, K]")
+    if ids_TK.dtype != torch.int32 or weights_TK.dtype != torch.float32:
+        raise broken(f"ids are {ids_TK.dtype} and weights {weights_TK.dtype}, not int32 and float32")
+    if bool(((ids_TK < -1) | (ids_TK >= n_experts)).any()):
+        raise broken(f"an expert id lies outside -1 .. {n_experts - 1}")
+    ordered = ids_TK.sort(-1).values
+    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+        raise broken("a token names one expert twice")
+    if not bool(weights_TK.isfinite().all()):
+        raise broken("a weight is NaN or infinite")
+    if bool((weights_TK[ids_TK < 0] != 0).any()):
+        raise broken("an unused slot (id -1) has a weight")
+
+
+def _members(ids_TK: Tensor, n_experts: int) -> Tensor:
+    """[T, E] bool: which experts each token uses."""
+    spread_TE = ids_TK.new_zeros(ids_TK.shape[0], n_experts + 1)
+    spread_TE.scatter_(1, torch.where(ids_TK < 0, n_experts, ids_TK).long(), 1)
+    return spread_TE[:, :n_experts].bool()
+
+
+def _weights_by_expert(routing: Routing, n_experts: int) -> Tensor:
+    """[T, E] float32, 0 for experts that are not used."""
+    spread_TE = routing.weights_TK.new_zeros(routing.weights_TK.shape[0], n_experts + 1)
+    ids_TK = torch.where(routing.expert_ids_TK < 0, n_experts, routing.expert_ids_TK).long()
+    return spread_TE.scatter_add_(1, ids_TK, routing.weights_TK)[:, :n_experts]
+
+
+def changed_sets(a: Sequence[Routing], b: Sequence[Routing], n_experts: Sequence[int]) -> int:
+    """How many (layer, token) pairs use another set of experts in `a` than in `b`."""
+    return sum(
+        int((_members(one.expert_ids_TK, E) != _members(other.expert_ids_TK, E)).any(-1).sum())
+        for one, other, E in zip(a, b, n_experts, strict=True)
+    )
+
+
+def compare_routes(ran: Routing, reference: Routing, n_experts: int, layer: int, tolerance: Tolerance) -> int:
+    """Number of near-ties in which `ran` chose otherwise than `reference` (which holds its scores).
+
+    Raises:
+        MismatchError: a set differs where the scores do not tie, or a weight differs.
+    """
+    assert reference.scores_TE is not None
+    ran_TE, want_TE = _members(ran.expert_ids_TK, n_experts), _members(reference.expert_ids_TK, n_experts)
+    scores_TE = reference.scores_TE.float()
+    # The worst chosen score against the best rejected one, where the two sets disagree.
+    differs_TE = ran_TE != want_TE
+    highest_T = scores_TE.masked_fill(~differs_TE, -torch.inf).amax(-1)
+    lowest_T = scores_TE.masked_fill(~differs_TE, torch.inf).amin(-1)
+    changed_T = differs_TE.any(-1)
+    finite_TE = scores_TE.masked_fill(~scores_TE.isfinite(), 0)
+    near_T = changed_T & (highest_T - lowest_T <= tolerance.score * finite_TE.abs().amax(-1).clamp(min=1e-30))
+    near_T &= ran_TE.sum(-1) == want_TE.sum(-1)
+    if bool((changed_T & ~near_T).any()):
+        token = int((changed_T & ~near_T).nonzero()[0, 0])
+        raise MismatchError(
+            "route",
+            f"layer {layer}: {int((changed_T & ~near_T).sum())} tokens go to other experts than the fp32 selection of "
+            f"their logits (first: token {token}, {sorted(ran.expert_ids_TK[token].tolist())} instead of "
+            f"{sorted(reference.expert_ids_TK[token].tolist())})",
+        )
+    off_TE = _weights_by_expert(ran, n_experts) - _weights_by_expert(reference, n_experts)
+    off_T = off_TE.abs().amax(-1).masked_fill(changed_T, 0)
+    if off_T.numel() and float(off_T.max()) > tolerance.weight:
+        raise MismatchError(
+            "route",
+            f"layer {layer}: a routing weight of token {int(off_T.argmax())} differs by {float(off_T.max()):.2e} "
+            f"(allowed: {tolerance.weight:.0e})",
+        )
+    return int(near_T.sum())
+
+
+class LayerProbe:
+    """Looks at every MoE layer of an eager pass with the run's routing forced, against the fp32 reference twin."""
+
+    def __init__(self, model: nn.Module, twin: nn.Module, tolerance: Tolerance):
+        self.tolerance, self.near_ties = tolerance, 0
+        self.expert_error, self.token_error = 0.0, 0.0
+        self._handles = []
+        for (index, layer), (_, reference) in zip(moe_layers(model), moe_layers(twin), strict=True):
+            self._handles.append(layer.register_forward_hook(self._hook(index, reference)))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, index: int, reference: MoELayer) -> Any:
+        def look(layer: MoELayer, arguments: tuple[Any, ...], result: tuple[Tensor, Routing]) -> None:
+            x_TD, ctx = arguments[0], arguments[1]
+            routing = result[1]
+            E = layer.weights.n_experts
+            check_contract(routing, x_TD.shape[0], E, index)
+            logits_TE = gate_logits(x_TD, layer.weights.gate_ED)
+            check_finite(logits_TE, index)
+            want = reference.router.select(logits_TE.float(), ctx._replace(want_scores=True))
+            if want.scores_TE is None:
+                raise ValueError(f"router: {type(reference.router).__name__}.select gave no scores_TE when asked to.")
+            self.near_ties += compare_routes(routing, want, E, index, self.tolerance)
+            self._compare_outputs(layer.routed(x_TD, routing), reference.routed(x_TD.float(), routing), routing, E)
+
+        return look
+
+    def _compare_outputs(self, y_TD: Tensor, reference_TD: Tensor, routing: Routing, n_experts: int) -> None:
+        if not y_TD.numel():
+            return
+        off_T = (y_TD.float() - reference_TD).square().sum(-1)
+        size_T = reference_TD.square().sum(-1)
+        members_TE = _members(routing.expert_ids_TK, n_experts).float()
+        by_expert_E = (off_T @ members_TE) / (size_T @ members_TE).clamp(min=1e-30)
+        by_token_T = off_T / size_T.clamp(min=1e-30)
+        bad = not bool(off_T.isfinite().all())
+        self.expert_error = float("inf") if bad else max(self.expert_error, float(by_expert_E.max().sqrt()))
+        self.token_error = float("inf") if bad else max(self.token_error, float(by_token_T.max().sqrt()))
+
+
+@dataclass
+class Verification:
+    """The record's check, why it failed if it did, and the operations counted on the way."""
+
+    check: Check
+    mismatch: MismatchError | None
+    flops: int
+
+
+@torch.inference_mode()
+def verify(model: nn.Module, twin: nn.Module, x: Tensor, ran: Output, dtype: torch.dtype) -> Verification:
+    """Compare `ran`, the output of the run's own execution, with the fp32 reference `twin`.
+
+    Raises:
+        ValueError: router logits that are not finite; the message names the layer.
+    """
+    tolerance = TOLERANCES[dtype]
+    layers = moe_layers(model)
+    reference_x = x.float() if x.is_floating_point() else x
+    mismatch: MismatchError | None = None
+    probe = LayerProbe(model, twin, tolerance)
+    try:
+        model(x, forced_routing=ran.routings)
+    except MismatchError as error:
+        mismatch = error
+    finally:
+        probe.close()
+    with exact_products():
+        forced, flops = count_flops(lambda: twin(reference_x, forced_routing=ran.routings))
+        rel_error = relative_error(ran.y, forced.y)
+        max_abs_error = float((ran.y.float() - forced.y).abs().max()) if ran.y.numel() else 0.0
+        del forced
+        free: Output = twin(reference_x)
+    check = Check(
+        passed=False,
+        rel_error=rel_error,
+        max_abs_error=max_abs_error,
+        expert_rel_error=probe.expert_error if layers else None,
+        token_rel_error=probe.token_error if layers else None,
+        near_ties=probe.near_ties if layers else None,
+        free_rel_error=relative_error(ran.y, free.y),
+        changed_sets=changed_sets(ran.routings, free.routings, [layer.weights.n_experts for _, layer in layers])
+        if layers
+        else None,
+        reference="fp32, torch, one expert at a time",
+    )
+    if mismatch is None:
+        limits = (("model", rel_error), ("expert", probe.expert_error), ("token", probe.token_error))
+        over = [
+            f"{name} {value:.2e} > {getattr(tolerance, name):.0e}"
+            for name, value in limits
+            if not value <= getattr(tolerance, name)
+        ]
+        if over:
+            mismatch = MismatchError("layers", f"relative error beyond {dtype}'s rounding: {', '.join(over)}")
+    check.passed = mismatch is None
+    return Verification(check, mismatch, flops)
