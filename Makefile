@@ -1,1 +1,55 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# `make demo` and `make test` do all the set-up on a fresh machine; it needs Python 3.11 or newer with venv.
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+READY := .venv/.ready
+BUNDLE := dist/device
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+# The first Python that will do. A name may exist and not run (a version manager's shim), so each is tried.
+$(READY): pyproject.toml constraints.txt
+	@set -e; rm -f $(READY); \
+	for candidate in "$${PYTHON:-python3}" python3 python3.12 python3.11; do \
+	  if "$$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$${python:-}" ]; then echo "moe-lab needs Python 3.11 or newer with the venv module; set PYTHON=..." >&2; exit 1; fi; \
+	echo "installing into .venv with $$("$$python" --version)"; \
+	"$$python" -m venv --clear .venv; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,peers]'; \
+	touch $(READY)
+
+.PHONY: help demo test test-all lint bench-experts device-bundle clean
+
+demo: $(READY) ## Run the main job on this machine and print its table
+	$(BIN)/moe-lab experiment=demo
+
+lint: $(READY) ## Style, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+test: lint ## Lint and the tests that CI runs (under 8 minutes on two cores)
+	$(BIN)/python -m pytest -c pyproject.toml -n 2 -m "not slow"
+
+test-all: lint ## Lint and every test
+	$(BIN)/python -m pytest -c pyproject.toml -n 2
+
+bench-experts: $(READY) ## experts=grouped against transformers' experts on this CPU, in alternated rounds
+	$(BIN)/python benchmarks/experts_cpu.py
+
+# hydra-core's antlr4 runtime is published as source only, so it is built here.
+device-bundle: $(READY) ## Wheels of moe-lab and what a GPU machine without network lacks
+	rm -rf $(BUNDLE) build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt -w $(BUNDLE) \
+	  . hydra-core omegaconf antlr4-python3-runtime
+	rm -rf build
+	@echo 'There, in the folder that holds $(BUNDLE):'
+	@echo 'python3 -m pip install --no-index --no-deps --force-reinstall $(BUNDLE)/*.whl'
+
+clean: ## Remove the virtual environment and everything built
+	rm -rf .venv build dist *.egg-info

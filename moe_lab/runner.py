@@ -99,7 +99,7 @@ class Run:
             MismatchError: the run computes something else than its label says.
             ValueError: router logits that are not finite; the message names the layer.
         """
-        self.verification = verify(self.model, self.twin, self.x, self.step(), self.dtype)
+        self.verification = verify(self.model, self.twin, self.x, self.step(), self.dtype, fuses=self.step.fuses)
         if self.device is not None and self.device.type == "cuda":
             torch.cuda.empty_cache()
         log.info("verified: %s", self.verification.check)

@@ -30,6 +30,9 @@ class Block(NamedTuple):
 class Step:
     """One eager forward pass of `model` on `x`; calling it runs it once."""
 
+    fuses = False
+    """Whether it computes by other kernels than the eager pass, so that it rounds otherwise in between."""
+
     def __init__(self, model: nn.Module, x: Tensor):
         self.model, self.x, self.device = model, x, x.device
         self._forward: Callable[[Tensor], Output] = model
@@ -75,6 +78,8 @@ class Step:
 
 class CompiledStep(Step):
     """torch.compile of the whole forward pass. A graph break is an error: what broke out would run eagerly."""
+
+    fuses = True
 
     def __init__(self, model: nn.Module, x: Tensor):
         super().__init__(model, x)
