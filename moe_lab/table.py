@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moe_lab.records.schema import Record
@@ -44,10 +45,10 @@ def print_records(records: Iterable[Record]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("router", "batch", "seq_len", "p50 [interval]", "tokens/s", "load max/mean", "error", "status"):
         left = name in ("router", "status")
-        table.add_column(name, justify="left" if left else "right", overflow="fold", no_wrap=name != "status")
+        table.add_column(escape(name), justify="left" if left else "right", overflow="fold", no_wrap=name != "status")
     records = list(records)
     for record in records:
-        table.add_row(*_row(record))
+        table.add_row(*map(escape, _row(record)))
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width to fit
         console = Console(width=200)

@@ -1,0 +1,36 @@
+"""What every test shares: one torch thread, markers that skip with a reason, and the list of skips at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on CPU tensors
+    torch.set_num_threads(1)  # xdist runs a process per core
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device for kernels: CUDA where there is one, else the CPU under Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _no_leftover_defaults() -> Iterator[None]:
+    """A test that changes torch's global defaults is a defect; so is code that leaves them changed."""
+    before = torch.get_default_dtype()
+    yield
+    assert torch.get_default_dtype() == before

@@ -1,0 +1,35 @@
+"""Overrides of a run of each model that takes milliseconds, for tests that go through the command line or `run`."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+import moe_lab
+
+_SHORT = ("measure.max_time_s=0.02", "measure.warmup_s=0", "measure.roofline=false")
+_DECODER = ("model.vocab_size=97", "model.d_model=32", "model.n_heads=4", "model.n_layers=2", "model.mlp_hidden_dim=24")
+MODELS = {
+    "minimal": ("model=minimal", "model.hidden=37", "batch=2"),
+    "transformer_decoder": ("model=transformer_decoder", *_DECODER, "batch=2", "seq_len=7"),
+    "decoder_moe": ("model=decoder_moe", *_DECODER, "model.n_experts=5", "model.top_k=2", "batch=2", "seq_len=7"),
+    "moe_layer": (
+        "model=moe_layer",
+        "model.shape.n_experts=5",
+        "model.shape.d_model=32",
+        "model.shape.mlp_hidden_dim=24",
+        "batch=2",
+        "seq_len=7",
+    ),
+}
+
+
+def overrides(model: str, *more: str, device: str = "cpu") -> list[str]:
+    """The overrides of a quick run of `model`; what `more` gives replaces what stands here."""
+    given = {text.split("=", 1)[0] for text in more}
+    start = [text for text in (*MODELS[model], f"device={device}", *_SHORT) if text.split("=", 1)[0] not in given]
+    return [*start, *more]
+
+
+def compose(model: str, *more: str, device: str = "cpu") -> DictConfig:
+    """The composed configuration of a quick run of `model`."""
+    return moe_lab.compose(overrides(model, *more, device=device))

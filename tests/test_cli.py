@@ -1,0 +1,194 @@
+"""The command line in processes of its own: output, exit codes, what is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_lab.records.store import read_record
+from tests import quick
+
+MOE_LAB = [sys.executable, "-m", "moe_lab"]
+
+
+def moe_lab(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run([*MOE_LAB, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def loaded_modules(arguments: list[str], cwd: Path) -> set[str]:
+    """What is in sys.modules after `moe-lab ARGUMENTS`."""
+    program = (
+        "import atexit, json, sys\n"
+        "atexit.register(lambda: print('\\n' + json.dumps(sorted(sys.modules))))\n"
+        "from moe_lab.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--help"], id="help"),
+        pytest.param(["--cfg", "job"], id="cfg"),
+        pytest.param(["--cfg", "job", "--resolve", "router=sinkhorn"], id="cfg-resolved"),
+        pytest.param(["--info", "config"], id="info"),
+    ],
+)
+def test_looking_at_the_configuration_imports_no_torch(arguments: list[str], tmp_path: Path) -> None:
+    """Neither torch nor pandas nor triton, and nothing is written."""
+    modules = loaded_modules(arguments, tmp_path)
+    assert not {"torch", "pandas", "triton", "transformers"} & modules
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_groups_and_their_options(tmp_path: Path) -> None:
+    """Every group of conf/ with its options, no schema, and the keys."""
+    text = moe_lab("--help", cwd=tmp_path).stdout
+    assert "router: cuda_ext, sinkhorn, torch" in text
+    assert "model/shape: deepseek_v3, demo" in text
+    assert "_schema" not in text
+    assert "mlp_hidden_dim: 2048" in text
+
+
+def test_a_run_prints_its_row_and_where_it_lies(tmp_path: Path) -> None:
+    """Exit code 0; the table has the promised columns; the file it names is the record."""
+    done = moe_lab(*quick.overrides("decoder_moe", "router=sinkhorn"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    columns = ["router", "batch", "seq_len", "p50 [interval]", "tokens/s", "load max/mean", "error", "status"]
+    positions = [lines[0].index(name) for name in columns]
+    assert positions == sorted(positions)
+    assert lines[1].split()[0] == "sinkhorn"
+    assert lines[1].split()[-1] == "ok"
+    record = read_record(Path(lines[-1]).parent)
+    assert record.status == "ok"
+    assert record.overrides[-1] == "router=sinkhorn"
+    assert Path(lines[-1]).parent.parent == tmp_path / "outputs" / "runs"
+
+
+def test_a_multirun_writes_a_row_per_cell(tmp_path: Path) -> None:
+    """Four cells, four folders named by their cells under one sweep, one table."""
+    done = moe_lab("-m", *quick.overrides("moe_layer", "router=torch,sinkhorn", "batch=1,3"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = sorted(tmp_path.glob("outputs/sweep-*/*/result.json"))
+    assert len(results) == 4
+    assert {read_record(path.parent).cell_id for path in results} == {p.parent.name.split("-")[-1] for p in results}
+    assert sum(line.split()[-1:] == ["ok"] for line in done.stdout.splitlines()) == 4
+
+
+def test_a_multirun_skips_what_is_unavailable_and_goes_on(tmp_path: Path) -> None:
+    """cuda_ext is a skipped row with its reason; the exit code stays 0."""
+    arguments = quick.overrides("moe_layer", "router=cuda_ext,torch", "sweep.name=mine")
+    done = moe_lab("-m", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = [read_record(path.parent) for path in tmp_path.glob("outputs/mine/*/result.json")]
+    reasons = {record.config["router"]["name"]: (record.status, record.reason) for record in records}
+    assert reasons["torch"] == ("ok", None)
+    assert reasons["cuda_ext"][0] == "skipped"
+    assert str(reasons["cuda_ext"][1]).startswith("unavailable: router=cuda_ext")
+
+
+MISTAKES = [
+    pytest.param(["batch=abc"], "batch", id="type"),
+    pytest.param(["model.n_heads=7"], "model.n_heads=7", id="heads"),
+    pytest.param(["model.top_k=9"], "model.top_k=9", id="top-k"),
+    pytest.param(["model.n_expert=9"], "model.n_expert", id="key"),
+    pytest.param(["router=sinkhrn"], "router=sinkhrn", id="option"),
+    pytest.param(["device=cpu", "dtype=fp16"], "dtype=fp16", id="dtype"),
+]
+
+
+@pytest.mark.parametrize("multirun", [pytest.param([], id="single"), pytest.param(["-m"], id="multirun")])
+@pytest.mark.parametrize(("arguments", "names"), MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], names: str, multirun: list[str], tmp_path: Path
+) -> None:
+    """Nothing on stdout, one line on stderr, no traceback, no run left behind."""
+    done = moe_lab(*multirun, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("moe-lab: ")
+    assert names in done.stderr
+    assert not list(tmp_path.glob("outputs/**/result.json"))
+    assert not list(tmp_path.glob("outputs/runs/*"))
+
+
+def test_hydra_full_error_shows_the_traceback(tmp_path: Path) -> None:
+    """The variable that Hydra's users know works for mistakes found while composing and while checking."""
+    for mistake in ("batch=abc", "model.n_heads=7"):
+        done = moe_lab(mistake, cwd=tmp_path, HYDRA_FULL_ERROR="1")
+        assert done.returncode != 0
+        assert "Traceback" in done.stderr
+
+
+def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    """CUDA_VISIBLE_DEVICES hides the device where there is one; the record is a skipped one."""
+    done = moe_lab("device=cuda", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "moe-lab: device=cuda: torch sees no CUDA device here; use device=cpu or device=auto"
+    ]
+    (result,) = tmp_path.glob("outputs/runs/*/result.json")
+    assert read_record(result.parent).status == "skipped"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("/proc/nowhere", id="not-a-place"),
+        pytest.param("file/below", id="below-a-file"),
+    ],
+)
+def test_an_output_directory_that_cannot_be_written_is_one_line(target: str, tmp_path: Path) -> None:
+    """Exit code 2 before anything is computed."""
+    (tmp_path / "file").write_text("")
+    done = moe_lab(*quick.overrides("minimal"), f"hydra.run.dir={target}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert target.split("/")[0] in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_output_directory_is_one_line(tmp_path: Path) -> None:
+    """Exit code 2 and the folder's name."""
+    (tmp_path / "outputs").mkdir(mode=0o500)
+    done = moe_lab(*quick.overrides("minimal"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_failed_run_has_exit_code_1(tmp_path: Path) -> None:
+    """A plug-in router that breaks the contract is a failed row naming the clause."""
+    (tmp_path / "mine" / "router").mkdir(parents=True)
+    (tmp_path / "mine" / "router" / "twice.yaml").write_text("_target_: twice_router.Twice\nname: twice\n")
+    (tmp_path / "mine" / "twice_router.py").write_text(
+        "import torch\n"
+        "from moe_lab.routers.base import Router, Routing\n"
+        "class Twice(Router):\n"
+        "    def select(self, logits_TE, ctx=None):\n"
+        "        T, K = logits_TE.shape[0], self.top_k\n"
+        "        return Routing(torch.zeros(T, K, dtype=torch.int32), torch.full((T, K), 0.5), scores_TE=logits_TE)\n"
+    )
+    done = moe_lab("--config-dir", "mine", *quick.overrides("moe_layer", "router=twice"), cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "failed: mismatch: route" in done.stdout
+    assert "a token names one expert twice" in done.stdout
+
+
+def test_a_target_outside_the_trusted_folders_is_refused(tmp_path: Path) -> None:
+    """A module in the current directory is not trusted because it is importable."""
+    (tmp_path / "evil.py").write_text("open('touched', 'w').close()\n")
+    done = moe_lab("router._target_=evil.Router", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "--config-dir" in done.stderr
+    assert not (tmp_path / "touched").exists()

@@ -1,0 +1,104 @@
+"""Every YAML option composes, and every model runs with every router and every experts implementation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import moe_lab
+from moe_lab import targets
+from moe_lab.errors import UnavailableError
+from moe_lab.records.schema import Record
+from tests import quick
+
+CONF = Path(__file__).parent.parent / "conf"
+OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("**/*.yaml"))
+ROUTERS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
+EXPERTS = sorted(path.stem for path in (CONF / "experts").glob("*.yaml"))
+UNAVAILABLE = {"cuda_ext"}
+
+
+def choose(option: str) -> list[str]:
+    """Overrides that choose `option` ('router/torch') and what it needs beside it."""
+    group, _, name = option.rpartition("/")
+    needs = {"model/shape": ["model=moe_layer"], "dtype": ["device=auto"], "execution": ["device=auto"]}
+    return [*needs.get(group, []), f"{group}={name}"]
+
+
+@pytest.mark.parametrize("option", [pytest.param(o, id=o.replace("/", "-")) for o in OPTIONS if o != "config"])
+def test_every_option_composes_and_names_what_exists(option: str) -> None:
+    """The option is in the composed configuration under its own name, and each target can be imported."""
+    cfg = moe_lab.compose(choose(option))
+    group, _, name = option.rpartition("/")
+    if group not in ("experiment", "debug"):
+        node = cfg
+        for key in group.split("/"):
+            node = node[key]
+        assert node.name == name
+        if "_target_" in node:
+            assert callable(targets.locate(node._target_))
+    assert (CONF / f"{option}.yaml").read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("experts", [pytest.param(e, id=e) for e in EXPERTS])
+@pytest.mark.parametrize("router", [pytest.param(r, id=r) for r in ROUTERS])
+@pytest.mark.parametrize("model", [pytest.param(m, id=m) for m in ("decoder_moe", "moe_layer")])
+def test_every_moe_model_runs_with_every_router_and_experts(
+    model: str, router: str, experts: str, tmp_path: Path
+) -> None:
+    """The record is ok, says what ran, and its routing counts add up; an unavailable router says so."""
+    cfg = quick.compose(model, f"router={router}", f"experts={experts}")
+    if router in UNAVAILABLE:
+        with pytest.raises(UnavailableError, match=router):
+            moe_lab.run(cfg, tmp_path)
+        return
+    record = moe_lab.run(cfg, tmp_path)
+    assert (record.status, record.reason) == ("ok", None)
+    assert record.implementation["experts"] == experts
+    assert record.check is not None
+    assert record.check.passed
+    assert record.routing is not None
+    assert len(record.routing["layers"]) == (2 if model == "decoder_moe" else 1)
+
+
+@pytest.mark.parametrize("model", [pytest.param(m, id=m) for m in ("minimal", "transformer_decoder")])
+def test_a_dense_model_runs_and_has_no_routing(model: str, tmp_path: Path) -> None:
+    """Without experts the record's routing is null and names no router."""
+    record: Record = moe_lab.run(quick.compose(model), tmp_path)
+    assert record.status == "ok"
+    assert record.routing is None
+    assert set(record.implementation) == {"add_rms_norm"}
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(d, id=d) for d in ("fp32", "bf16")])
+@pytest.mark.parametrize("model", [pytest.param(m, id=m) for m in quick.MODELS])
+def test_every_model_runs_in_every_cpu_dtype(model: str, dtype: str, tmp_path: Path) -> None:
+    """Verified, and the error is no larger than the dtype explains."""
+    record = moe_lab.run(quick.compose(model, f"dtype={dtype}"), tmp_path)
+    assert record.status == "ok"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("execution", [pytest.param(e, id=e) for e in ("eager", "cuda_graph", "compile")])
+@pytest.mark.parametrize("dtype", [pytest.param(d, id=d) for d in ("fp32", "fp16", "bf16")])
+@pytest.mark.parametrize("model", [pytest.param(m, id=m) for m in quick.MODELS])
+def test_every_model_runs_on_cuda(model: str, dtype: str, execution: str, tmp_path: Path) -> None:
+    """Verified on the device in every dtype and execution."""
+    sizes = ["model.shape.mlp_hidden_dim=64"] if model == "moe_layer" else ["model.mlp_hidden_dim=64"]
+    more = [] if model == "minimal" else sizes  # CUTLASS wants rows of 16 bytes
+    cfg = quick.compose(model, f"dtype={dtype}", f"execution={execution}", *more, device="cuda")
+    record = moe_lab.run(cfg, tmp_path)
+    assert (record.status, record.reason) == ("ok", None)
+
+
+def test_a_cpu_run_compiles(tmp_path: Path) -> None:
+    """execution=compile captures the MoE decoder whole and is verified like the others."""
+    record = moe_lab.run(quick.compose("decoder_moe", "execution=compile", "model.n_layers=1"), tmp_path)
+    assert (record.status, record.reason) == ("ok", None)
+
+
+def test_the_loop_cannot_be_compiled(tmp_path: Path) -> None:
+    """What reads results on the host is unavailable under compile, not silently eager."""
+    with pytest.raises(UnavailableError, match="experts=loop"):
+        moe_lab.run(quick.compose("decoder_moe", "execution=compile", "experts=loop"), tmp_path)

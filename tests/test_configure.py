@@ -1,0 +1,114 @@
+"""Composition in Python: the command line's language, the checks that types cannot express, the explanations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import moe_lab
+
+MISTAKES = [
+    pytest.param(["batch=abc"], "batch", "Integer", id="wrong-type"),
+    pytest.param(["batch=0"], "batch=0", "at least 1", id="zero-batch"),
+    pytest.param(["seed=-1"], "seed=-1", "at least 0", id="negative-seed"),
+    pytest.param(["model.n_heads=7"], "model.n_heads=7", "model.d_model=512", id="heads-do-not-divide"),
+    pytest.param(["model.head_dim=31"], "model.head_dim=31", "even", id="odd-head"),
+    pytest.param(["model.n_kv_heads=3"], "model.n_kv_heads=3", "model.n_heads=8", id="kv-heads-do-not-divide"),
+    pytest.param(["model.top_k=9"], "model.top_k=9", "model.n_experts=8", id="more-slots-than-experts"),
+    pytest.param(["model=moe_layer", "model.shape.top_k=9"], "model.shape.top_k=9", "n_experts=8", id="shape-top-k"),
+    pytest.param(["model.n_dense_layers=7"], "model.n_dense_layers=7", "model.n_layers=6", id="too-many-dense"),
+    pytest.param(["model.shared_expert_gate=true"], "shared_expert_gate", "hidden_dim", id="gate-without-expert"),
+    pytest.param(["model.qk_norm=heads"], "model.qk_norm=heads", "Did you mean head?", id="misspelt-choice"),
+    pytest.param(["model.d_modl=64"], "model.d_modl", "Did you mean d_model?", id="misspelt-key"),
+    pytest.param(["batchh=1"], "batchh", "Did you mean batch?", id="misspelt-top-key"),
+    pytest.param(["+foo=1"], "foo", "nothing reads", id="added-key"),
+    pytest.param(["router=sinkhron"], "router=sinkhron", "Did you mean sinkhorn?", id="misspelt-option"),
+    pytest.param(["ruter=torch"], "ruter", "Did you mean router?", id="misspelt-group"),
+    pytest.param(["router=sinkhorn", "router.iters=0"], "router.iters=0", "at least 1", id="no-iterations"),
+    pytest.param(["router=sinkhorn", "router.temperature=0"], "router.temperature", "above 0", id="zero-temperature"),
+    pytest.param(["router.impl=triton"], "router.impl=triton", "fixes its implementation", id="fixed-impl"),
+    pytest.param(["router=sinkhorn", "router.impl=fast"], "router.impl=fast", "auto, torch", id="unknown-impl"),
+    pytest.param(["workload.phase=decode"], "workload.phase=decode", "forward", id="unknown-phase"),
+    pytest.param(["device=cpu", "dtype=fp16"], "dtype=fp16", "bf16 or fp32", id="half-on-cpu"),
+    pytest.param(["device=cpu", "execution=cuda_graph"], "execution=cuda_graph", "eager", id="graph-on-cpu"),
+    pytest.param(["model=minimal", "seq_len=4"], "seq_len=4", "does not read", id="unread-seq-len"),
+    pytest.param(["model=minimal", "router=sinkhorn"], "router=sinkhorn", "does not read", id="unread-router"),
+    pytest.param(
+        ["model=transformer_decoder", "router.renormalize=false"],
+        "router.renormalize",
+        "does not read",
+        id="unread-key",
+    ),
+    pytest.param(["measure.target_ci=nan"], "measure.target_ci=nan", "above 0", id="nan"),
+    pytest.param(["measure.max_time_s=0"], "measure.max_time_s", "above 0", id="no-time"),
+    pytest.param(["batch=1,2"], "batch=1,2", "-m", id="sweep-without-m"),
+    pytest.param(["report"], "report", "EQUAL", id="not-an-override"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "names", "mends"), MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_key_and_the_mend(overrides: list[str], names: str, mends: str) -> None:
+    """ValueError; the message holds the key with its value and what to do instead."""
+    with pytest.raises(ValueError) as raised:
+        moe_lab.compose(overrides)
+    message = str(raised.value)
+    assert names in message
+    assert mends in message
+    assert "\n" not in message
+
+
+def test_compose_speaks_the_command_lines_language() -> None:
+    """Groups, values, nested keys, and what was typed is kept."""
+    overrides = ["model=moe_layer", "model/shape=olmoe_1b_7b", "router=sinkhorn", "router.iters=3", "batch=4"]
+    cfg = moe_lab.compose(overrides)
+    assert (cfg.model.shape.n_experts, cfg.model.shape.top_k) == (64, 8)
+    assert (cfg.router.iters, cfg.batch, cfg.seq_len) == (3, 4, 128)
+    assert list(cfg.overrides) == overrides
+
+
+def test_an_experiment_sets_what_it_names_and_the_command_line_wins() -> None:
+    """experiment=demo chooses sinkhorn; router=torch beside it is stronger."""
+    assert moe_lab.compose(["experiment=demo"]).router.name == "sinkhorn"
+    assert moe_lab.compose(["experiment=demo", "router=torch"]).router.name == "torch"
+    assert moe_lab.compose(["experiment=demo", "batch=5"]).batch == 5
+
+
+def test_a_group_of_the_users_own_is_found_and_trusted(tmp_path: Path) -> None:
+    """config_dir adds an option whose class lies beside it; its keys are the class's arguments."""
+    (tmp_path / "router").mkdir()
+    (tmp_path / "router" / "last_k.yaml").write_text("_target_: last_k_router.LastK\nname: last_k\nshift: 1\n")
+    (tmp_path / "last_k_router.py").write_text(
+        "import torch\n"
+        "from moe_lab.routers.base import Router, Routing\n"
+        "class LastK(Router):\n"
+        "    def __init__(self, n_experts, top_k, shift):\n"
+        "        super().__init__(n_experts, top_k)\n"
+        "        self.shift = shift\n"
+        "    def select(self, logits_TE, ctx=None):\n"
+        "        T, K = logits_TE.shape[0], self.top_k\n"
+        "        ids_K = torch.arange(self.n_experts - K - self.shift, self.n_experts - self.shift)\n"
+        "        scores_TE = torch.zeros(T, self.n_experts)\n"
+        "        scores_TE[:, ids_K] = 1\n"
+        "        ids_TK = ids_K.int().expand(T, K).contiguous()\n"
+        "        return Routing(ids_TK, torch.full((T, K), 1 / K), scores_TE=scores_TE)\n"
+    )
+    from tests import quick
+
+    cfg = moe_lab.compose(quick.overrides("moe_layer", "router=last_k", "router.shift=2"), config_dir=tmp_path)
+    router = moe_lab.build_router(cfg)
+    import torch
+
+    assert router.select(torch.zeros(3, 5)).expert_ids_TK.tolist() == [[1, 2]] * 3
+    record = moe_lab.run(cfg, tmp_path / "out")
+    assert (record.status, record.reason) == ("ok", None)
+    assert record.routing is not None
+    assert record.routing["pooled"]["dead_experts"] == 3
+
+
+def test_build_router_needs_sizes_where_the_model_has_no_experts() -> None:
+    """ValueError without them, a router with them."""
+    cfg = moe_lab.compose(["model=minimal"])
+    with pytest.raises(ValueError, match="n_experts"):
+        moe_lab.build_router(cfg)
+    assert moe_lab.build_router(cfg, n_experts=6, top_k=2).n_experts == 6
