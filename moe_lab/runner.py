@@ -71,11 +71,8 @@ class Run:
         for _, layer in moe_layers(self.model):
             self._require_capturable(getattr(layer.experts, "graph_safe", True), f"experts={cfg.experts.name}")
             self._require_capturable(layer.router.graph_safe, f"router={identity.option_name(cfg.router)}")
+            self.warnings += [text for text in layer.router.warnings(self.n_tokens) if text not in self.warnings]
         self.step: Step = STEPS[cfg.execution.name](self.model, self.x)
-        if "router" not in cfg.model.get("ignores", ()):
-            self.warnings += (
-                moe_layers(self.model)[0][1].router.warnings(self.n_tokens) if moe_layers(self.model) else []
-            )
         log.info(
             "built %s on %s: %.1f MB of parameters", cfg.model.name, self.device, parameter_bytes(self.model) / 1e6
         )
@@ -107,16 +104,13 @@ class Run:
             raise self.verification.mismatch
         self.peak_bytes = memory.peak_bytes(self.step)
 
-    def warm_up(self) -> None:
-        """Repeat the step for `measure.warmup_s`."""
+    def warm_up(self) -> int:
+        """Repeat the step for `measure.warmup_s`, at least once. Returns how many iterations fill a block."""
         deadline = time.perf_counter() + self.cfg.measure.warmup_s
-        while time.perf_counter() < deadline:
-            self.step.time_block(1)
-
-    def block_size(self) -> int:
-        """Iterations that fill a block."""
-        once_s = float(np.median(self.step.time_block(3).ms)) / 1e3
-        return max(1, int(_BLOCK_S / max(once_s, 1e-7)))
+        while True:
+            once_ms = float(self.step.time_block(1).ms[0])
+            if time.perf_counter() >= deadline:
+                return max(1, int(_BLOCK_S * 1e3 / max(once_ms, 1e-4)))
 
     def time_block(self, n: int, *, round_: int = 0, order: int = 0) -> Block:
         """Time `n` iterations and keep the samples."""
@@ -130,8 +124,7 @@ class Run:
 
     def measure(self) -> None:
         """Warm up, then time blocks until the median is known to `target_ci` or `max_time_s` is spent."""
-        self.warm_up()
-        n, target = self.block_size(), self.cfg.measure.target_ci
+        n, target = self.warm_up(), self.cfg.measure.target_ci
         deadline = time.perf_counter() + self.cfg.measure.max_time_s
         round_ = 0
         while True:
@@ -199,7 +192,9 @@ class Run:
             ran["router"] = layer.router.implementation()
             ran["experts"] = layer.experts.__name__
             if layer.experts.__name__ == "grouped":
-                ran["segment_mm"] = segment_mm.implementation_for(self.x.device, self.dtype)
+                ran["segment_mm"] = segment_mm.implementation_for(
+                    self.x.device, self.dtype, *layer.weights.w_down_EDF.shape[1:]
+                )
         return ran
 
     def record(self, status: str = "ok", reason: str | None = None) -> Record:

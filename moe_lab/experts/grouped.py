@@ -25,7 +25,7 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
         if scale == "input":
             x_ND = (x_ND * routing.weights_TK.reshape(-1)[order.perm_N, None]).to(x_TD.dtype)
     with phase("experts"):
-        implementation = implementation_for(x_TD.device, x_TD.dtype)
+        implementation = implementation_for(x_TD.device, x_TD.dtype, *weights.w_down_EDF.shape[1:])
         h_NF = swiglu(segment_mm(x_ND, weights.w_gate_up_E2FD, order.offsets_E1, implementation))
         o_ND = segment_mm(h_NF, weights.w_down_EDF, order.offsets_E1, implementation)
     with phase("combine"):

@@ -83,10 +83,11 @@ class CompiledStep(Step):
 
     def __init__(self, model: nn.Module, x: Tensor):
         super().__init__(model, x)
-        torch.compiler.reset()
         self._forward = torch.compile(model, fullgraph=True, dynamic=False)
         try:
-            self()
+            # Every model of a process compiles the same Python code: that is no sign of a shape that keeps changing.
+            with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
+                self()
         except torch._dynamo.exc.Unsupported as error:
             raise UnavailableError(f"execution=compile: {str(error).splitlines()[0]}") from error
 

@@ -17,6 +17,9 @@ library.define(
 )
 
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
 def reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Plain torch. Shapes and dtypes as `add_rms_norm`."""
     total = x + residual
@@ -46,6 +49,11 @@ def add_rms_norm(
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor) -> None:
+    if x.dim() == 0 or x.dtype not in _DTYPES or not weight.is_floating_point():
+        raise ValueError(
+            f"add_rms_norm: x {tuple(x.shape)} {x.dtype} and weight {weight.dtype} are not [..., D] in fp32, fp16 or "
+            "bf16 and a floating weight"
+        )
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(
             f"add_rms_norm: x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} differ"

@@ -34,8 +34,7 @@ def weights_of(logits_TE: Tensor, expert_ids_TK: Tensor, renormalize: bool) -> T
     Renormalised, softmax over all experts and division by the chosen share is the softmax over the chosen logits,
     which cannot underflow.
     """
-    wide_TE = logits_TE.float()
-    chosen_TK = wide_TE.gather(-1, expert_ids_TK.long())
+    wide_TE, ids_TK = logits_TE.float(), expert_ids_TK.long()
     if renormalize:
-        return chosen_TK.softmax(-1)
-    return (chosen_TK - wide_TE.logsumexp(-1, keepdim=True)).exp()
+        return wide_TE.gather(-1, ids_TK).softmax(-1)
+    return wide_TE.softmax(-1).gather(-1, ids_TK)

@@ -53,7 +53,9 @@ def slug(cfg: DictConfig) -> str:
     if "seq_len" not in ignores:
         parts.append(f"s{cfg.seq_len}")
     parts += [cfg.device.name, cfg.dtype.name, cfg.execution.name]
-    return "-".join("".join(c if c.isalnum() or c in "_." else "_" for c in str(part)) for part in parts)[:120]
+    return "-".join(
+        "".join(c if (c.isascii() and c.isalnum()) or c in "_." else "_" for c in str(part)) for part in parts
+    )[:120]
 
 
 def option_name(node: DictConfig) -> str:
@@ -64,7 +66,7 @@ def option_name(node: DictConfig) -> str:
 def _hash_files(roots: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for root in roots:
-        for path in sorted(p for pattern in _SOURCES for p in root.rglob(pattern)):
+        for path in sorted(p for pattern in _SOURCES for p in root.rglob(pattern) if p.is_file()):
             digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -31,10 +31,11 @@ def load(directory: str | Path) -> pd.DataFrame:
     for path in sorted(root.rglob(RESULT)):
         try:
             record = read_record(path.parent)
+            rows.append({**_asked(record.config), **_flatten(record.to_dict()), "directory": str(path.parent)})
         except (ValueError, OSError) as error:
             unreadable.append(str(error))
-            continue
-        rows.append({**_asked(record.config), **_flatten(record.to_dict()), "directory": str(path.parent)})
+        except (AttributeError, TypeError) as error:
+            unreadable.append(f"{path}: its config is not that of a run: {error}")
     if unreadable:
         raise ValueError("unreadable records (move them away to load the rest):\n  " + "\n  ".join(unreadable))
     return pd.DataFrame(rows)

@@ -104,7 +104,8 @@ def check_finite(logits_TE: Tensor, layer: int, *, every_entry: bool = False) ->
     """As `require_finite`, on every device, at the price of a host synchronisation on CUDA."""
     if logits_TE.numel() == 0:
         return
-    good_T = (logits_TE.isfinite().all(-1)) if every_entry else logits_TE.amax(-1).isfinite()
+    wide_TE = logits_TE.float()  # what the selection reads: float64 logits may overflow here
+    good_T = wide_TE.isfinite().all(-1) if every_entry else wide_TE.amax(-1).isfinite()
     if not bool(good_T.all()):
         kind = "values that are not finite" if every_entry else "NaN, +inf or nothing but -inf"
         raise ValueError(

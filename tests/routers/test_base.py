@@ -1,0 +1,374 @@
+"""The seam: what `Router`, `Routing` and the checks promise, and what every router must keep of it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lab.ops.dispatch import dispatch
+from moe_lab.ops.softmax_topk import top_k
+from moe_lab.routers.base import RouteContext, Router, Routing, check_finite, gate_logits, require_finite
+from moe_lab.routers.sinkhorn import Sinkhorn
+from moe_lab.routers.softmax_topk import SoftmaxTopK
+
+NewRouter = Callable[[int, int], Router]
+
+ROUTERS = pytest.mark.parametrize(
+    "new_router",
+    [
+        pytest.param(SoftmaxTopK, id="softmax"),
+        pytest.param(partial(SoftmaxTopK, renormalize=False), id="softmax-plain"),
+        pytest.param(Sinkhorn, id="sinkhorn"),
+    ],
+)
+
+SIZES = pytest.mark.parametrize(
+    ("T", "E", "K"),
+    [
+        pytest.param(0, 5, 2, id="T=0"),
+        pytest.param(1, 7, 3, id="T=1"),
+        pytest.param(37, 5, 5, id="k=E"),
+        pytest.param(37, 1, 1, id="E=1"),
+        pytest.param(199, 12, 2, id="T=199"),
+        pytest.param(199, 33, 4, id="topk path"),
+    ],
+)
+
+
+def random_logits(T: int, E: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Seeded logits without ties."""
+    return torch.randn(T, E, generator=torch.Generator().manual_seed(T + E), dtype=torch.float64).to(dtype)
+
+
+def assert_same_route(routing: Routing, expected: Routing) -> None:
+    """Equal ids, and weights equal up to rounding."""
+    assert torch.equal(routing.expert_ids_TK, expected.expert_ids_TK)
+    torch.testing.assert_close(routing.weights_TK, expected.weights_TK, rtol=1e-5, atol=1e-7)
+
+
+@ROUTERS
+@SIZES
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float32, id="fp32"),
+        pytest.param(torch.float16, id="fp16"),
+        pytest.param(torch.bfloat16, id="bf16"),
+        pytest.param(torch.float64, id="fp64"),
+    ],
+)
+def test_a_routing_fills_every_slot_with_a_different_expert(
+    new_router: NewRouter, T: int, E: int, K: int, dtype: torch.dtype
+) -> None:
+    """int32 ids in range and unique per token, float32 weights that are not negative, T*K slots in all."""
+    logits_TE = random_logits(T, E, dtype)
+    before_TE = logits_TE.clone()
+    router = new_router(E, K)
+    routing = router.select(logits_TE)
+    ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
+    assert router.static_k
+    assert ids_TK.shape == weights_TK.shape == (T, K)
+    assert (ids_TK.dtype, weights_TK.dtype) == (torch.int32, torch.float32)
+    assert bool(((ids_TK >= 0) & (ids_TK < E)).all())
+    assert bool((ids_TK.sort(-1).values.diff(dim=-1) > 0).all())
+    assert bool((weights_TK >= 0).all())
+    assert int(dispatch(ids_TK, E).counts_E.sum()) == T * K
+    assert torch.equal(logits_TE, before_TE)
+
+
+@ROUTERS
+@SIZES
+def test_renormalised_weights_sum_to_one(new_router: NewRouter, T: int, E: int, K: int) -> None:
+    """Rows sum to 1 where the router renormalises or every expert is chosen, else to less."""
+    router = new_router(E, K)
+    total_T = router.select(random_logits(T, E)).weights_TK.sum(-1)
+    if getattr(router, "renormalize", True) or K == E:
+        torch.testing.assert_close(total_T, torch.ones(T))
+    else:
+        assert bool((total_T < 1).all())
+
+
+@ROUTERS
+@SIZES
+def test_the_route_does_not_depend_on_the_experts_order(new_router: NewRouter, T: int, E: int, K: int) -> None:
+    """Permuting the experts' columns renames the chosen experts and keeps their weights."""
+    router, logits_TE = new_router(E, K), random_logits(T, E)
+    perm_E = torch.randperm(E, generator=torch.Generator().manual_seed(1))
+    permuted = router.select(logits_TE[:, perm_E])
+    renamed_TK = perm_E[permuted.expert_ids_TK.long()].to(torch.int32)
+    assert_same_route(permuted._replace(expert_ids_TK=renamed_TK), router.select(logits_TE))
+
+
+@ROUTERS
+@SIZES
+def test_the_route_does_not_depend_on_the_tokens_order(new_router: NewRouter, T: int, E: int, K: int) -> None:
+    """Permuting the tokens permutes the routing."""
+    router, logits_TE = new_router(E, K), random_logits(T, E)
+    perm_T = torch.randperm(T, generator=torch.Generator().manual_seed(1))
+    routing = router.select(logits_TE)
+    expected = Routing(routing.expert_ids_TK[perm_T], routing.weights_TK[perm_T])
+    assert_same_route(router.select(logits_TE[perm_T]), expected)
+
+
+@ROUTERS
+@pytest.mark.parametrize("T", [pytest.param(1, id="T=1"), pytest.param(37, id="T=37"), pytest.param(700, id="T=700")])
+@pytest.mark.parametrize(
+    "value", [pytest.param(0.0, id="0"), pytest.param(3e4, id="3e4"), pytest.param(-3e4, id="-3e4")]
+)
+def test_equal_logits_choose_the_lowest_ids(new_router: NewRouter, T: int, value: float) -> None:
+    """A tie of all experts goes to the first K, with equal weights."""
+    routing = new_router(7, 3).select(torch.full((T, 7), value))
+    assert routing.expert_ids_TK.tolist() == [[0, 1, 2]] * T
+    assert routing.weights_TK.unique().numel() == 1
+
+
+@ROUTERS
+def test_the_best_expert_comes_first(new_router: NewRouter) -> None:
+    """Within a row the ids stand by falling score."""
+    scores_TE = new_router(12, 4).select(random_logits(199, 12), RouteContext(want_scores=True)).scores_TE
+    routing = new_router(12, 4).select(random_logits(199, 12))
+    assert scores_TE is not None
+    assert bool((scores_TE.gather(1, routing.expert_ids_TK.long()).diff(dim=-1) <= 0).all())
+
+
+@ROUTERS
+@SIZES
+def test_scores_are_given_when_asked_for(new_router: NewRouter, T: int, E: int, K: int) -> None:
+    """want_scores adds [T, E] float32 scores whose k largest are the chosen; without it there are none."""
+    router, logits_TE = new_router(E, K), random_logits(T, E, torch.float16)
+    asked = router.select(logits_TE, RouteContext(want_scores=True))
+    assert asked.scores_TE is not None
+    assert asked.scores_TE.shape == (T, E) and asked.scores_TE.dtype == torch.float32
+    assert torch.equal(top_k(asked.scores_TE, K), asked.expert_ids_TK)
+    for ctx in (None, RouteContext()):
+        plain = router.select(logits_TE, ctx)
+        assert plain.scores_TE is None
+        assert_same_route(plain, asked)
+
+
+@ROUTERS
+@pytest.mark.parametrize(
+    "bad_row",
+    [
+        pytest.param([0.0, math.nan, 1.0, 2.0, 3.0], id="NaN"),
+        pytest.param([math.nan] * 5, id="all NaN"),
+        pytest.param([0.0, math.inf, 1.0, 2.0, 3.0], id="+inf"),
+        pytest.param([math.inf, -math.inf, 1.0, 2.0, 3.0], id="both infinities"),
+        pytest.param([-math.inf] * 5, id="all -inf"),
+    ],
+)
+@pytest.mark.parametrize("T", [pytest.param(1, id="T=1"), pytest.param(37, id="T=37"), pytest.param(1000, id="T=1000")])
+def test_a_row_without_a_softmax_names_its_layer(new_router: NewRouter, bad_row: list[float], T: int) -> None:
+    """NaN, +inf or nothing but -inf in one token is a ValueError with the layer of the context."""
+    logits_TE = random_logits(T, 5)
+    logits_TE[-1] = torch.tensor(bad_row)
+    with pytest.raises(ValueError, match=r"layer 13\b"):
+        new_router(5, 2).select(logits_TE, RouteContext(layer=13))
+    with pytest.raises(ValueError, match=r"layer 0\b"):
+        new_router(5, 2).select(logits_TE)
+
+
+@ROUTERS
+@pytest.mark.parametrize("T", [pytest.param(1, id="T=1"), pytest.param(37, id="T=37")])
+def test_finite_logits_beyond_float32_give_no_nan(new_router: NewRouter, T: int) -> None:
+    """float64 logits that overflow float32 are routed with finite weights, or refused by a ValueError."""
+    logits_TE = random_logits(T, 5, torch.float64)
+    logits_TE[:, 1], logits_TE[:, 4] = 1e39, 2e39
+    routing = None
+    with contextlib.suppress(ValueError):
+        routing = new_router(5, 2).select(logits_TE)
+    assert routing is None or routing.weights_TK.isfinite().all()
+
+
+@ROUTERS
+def test_the_route_of_hidden_states_is_that_of_their_logits(new_router: NewRouter) -> None:
+    """route(x, gate) equals select(x @ gate.T), passing the context on."""
+    x_TD, gate_ED, router = random_logits(37, 9), random_logits(7, 9), new_router(7, 3)
+    ctx = RouteContext(layer=3, want_scores=True)
+    routing = router.route(x_TD, gate_ED, ctx)
+    assert_same_route(routing, router.select(x_TD @ gate_ED.T, ctx))
+    assert routing.scores_TE is not None
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, id="fp16"), pytest.param(torch.float64, id="fp64")])
+def test_gate_logits_are_in_the_dtype_of_the_hidden_states(dtype: torch.dtype) -> None:
+    """The gate is cast to x's dtype, whatever its own."""
+    x_TD, gate_ED = random_logits(37, 9, dtype), random_logits(7, 9)
+    logits_TE = gate_logits(x_TD, gate_ED)
+    assert logits_TE.dtype == dtype
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        logits_TE.double(), x_TD.double() @ gate_ED.to(dtype).double().T, rtol=tolerance, atol=tolerance
+    )
+
+
+@ROUTERS
+@pytest.mark.parametrize("T", [pytest.param(12, id="T=12"), pytest.param(37, id="T=37")])
+def test_later_tokens_change_no_route_exactly_where_causal_is_declared(new_router: NewRouter, T: int) -> None:
+    """Tokens added at the end leave the earlier routes bitwise as they were, or `causal` is False."""
+    router, logits_TE = new_router(7, 2), random_logits(199, 7, torch.float64)
+    longer, shorter = router.select(logits_TE), router.select(logits_TE[:T])
+    same = torch.equal(longer.expert_ids_TK[:T], shorter.expert_ids_TK)
+    assert (same and torch.equal(longer.weights_TK[:T], shorter.weights_TK)) is router.causal
+
+
+@ROUTERS
+@pytest.mark.parametrize("E", [pytest.param(7, id="E=7"), pytest.param(65, id="E=65")])
+def test_a_token_alone_keeps_its_route_exactly_where_batch_invariance_is_declared(
+    new_router: NewRouter, E: int
+) -> None:
+    """A token alone gets bitwise the route that it gets in the batch, or `batch_invariant` is False."""
+    router, logits_TE = new_router(E, 2), random_logits(199, E, torch.float64)
+    together = router.select(logits_TE)
+    alone = [router.select(logits_1E) for logits_1E in logits_TE.split(1)]
+    same = torch.equal(torch.cat([routing.expert_ids_TK for routing in alone]), together.expert_ids_TK)
+    weights_TK = torch.cat([routing.weights_TK for routing in alone])
+    assert (same and torch.equal(weights_TK, together.weights_TK)) is router.batch_invariant
+
+
+@ROUTERS
+def test_a_router_declared_graph_safe_compiles_as_one_graph(new_router: NewRouter) -> None:
+    """Where `graph_safe` is declared, no step looks at a value: tracing finds one whole graph with the same route."""
+    router, logits_TE = new_router(7, 3), random_logits(37, 7)
+    assert router.graph_safe
+    compiled = torch.compile(router.select, backend="eager", fullgraph=True, dynamic=False)
+    assert_same_route(compiled(logits_TE, RouteContext(layer=1)), router.select(logits_TE))
+
+
+@pytest.mark.gpu
+@ROUTERS
+@SIZES
+def test_no_router_waits_for_the_device(new_router: NewRouter, T: int, E: int, K: int, device: torch.device) -> None:
+    """On CUDA select makes no host synchronisation, and routes as on the CPU."""
+    router, logits_TE = new_router(E, K), random_logits(T, E)
+    on_device_TE = logits_TE.to(device)
+    router.select(on_device_TE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        routing = router.select(on_device_TE)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_route(Routing(routing.expert_ids_TK.cpu(), routing.weights_TK.cpu()), router.select(logits_TE))
+
+
+@pytest.mark.gpu
+@ROUTERS
+def test_a_captured_graph_routes_new_logits(new_router: NewRouter, device: torch.device) -> None:
+    """Replaying a graph captured on other logits gives the route of the present ones."""
+    router, logits_TE = new_router(7, 3), random_logits(199, 7).to(device)
+    static_TE = torch.zeros_like(logits_TE)
+    router.select(static_TE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        routing = router.select(static_TE)
+    static_TE.copy_(logits_TE)
+    graph.replay()
+    assert_same_route(routing, router.select(logits_TE))
+
+
+@ROUTERS
+@pytest.mark.parametrize("k", [pytest.param(0, id="0"), pytest.param(-1, id="-1"), pytest.param(8, id="E+1")])
+def test_a_wrong_top_k_is_a_value_error(new_router: NewRouter, k: int) -> None:
+    """top_k lies between 1 and the number of experts, and the message says so."""
+    with pytest.raises(ValueError, match=rf"top_k={k}.*n_experts=7"):
+        new_router(7, k)
+
+
+@ROUTERS
+def test_a_router_says_who_computes_it(new_router: NewRouter) -> None:
+    """What stands in the record is the torch reference, before and after use_reference, and nothing needs saying."""
+    router = new_router(7, 3)
+    assert router.implementation() == "torch"
+    router.use_reference()
+    assert router.implementation() == "torch"
+    assert router.warnings(2) == []
+    assert (router.n_experts, router.top_k) == (7, 3)
+
+
+@ROUTERS
+def test_a_router_owns_no_gate(new_router: NewRouter) -> None:
+    """Selection only: these routers have no parameters, need no token ids and weight the output."""
+    router = new_router(7, 3)
+    assert list(router.parameters()) == []
+    assert not router.needs_token_ids and not router.scales_input
+
+
+def test_use_reference_leaves_another_implementation() -> None:
+    """From then on a router computes by torch."""
+    router = Router(7, 3, impl="fast")
+    assert router.implementation() == "fast"
+    router.use_reference()
+    assert router.implementation() == "torch"
+
+
+def test_a_router_without_select_names_itself() -> None:
+    """The message names the class and the method that is missing."""
+
+    class Mine(Router):
+        """A router of a user's own."""
+
+    with pytest.raises(NotImplementedError, match=r"Mine.*select\(logits_TE, ctx\)"):
+        Mine(7, 3).route(torch.ones(2, 9), torch.ones(7, 9))
+
+
+def test_what_a_routing_and_a_context_leave_out() -> None:
+    """By default a routing carries no dispatch and no scores, a context no tokens, and the first layer."""
+    routing = Routing(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1))
+    assert routing.dispatch is None and routing.scores_TE is None
+    assert RouteContext() == (None, None, None, 0, "forward", False)
+
+
+@pytest.mark.parametrize(
+    ("row", "has_softmax", "all_finite"),
+    [
+        pytest.param([0.0, 1.0, 2.0], True, True, id="finite"),
+        pytest.param([3e38, -3e38, 0.0], True, True, id="near the limit"),
+        pytest.param([0.0, -math.inf, 2.0], True, False, id="one -inf"),
+        pytest.param([-math.inf, -math.inf, 2.0], True, False, id="all but one -inf"),
+        pytest.param([-math.inf] * 3, False, False, id="all -inf"),
+        pytest.param([0.0, math.inf, 2.0], False, False, id="+inf"),
+        pytest.param([0.0, math.nan, -math.inf], False, False, id="NaN"),
+    ],
+)
+@pytest.mark.parametrize("every_entry", [pytest.param(True, id="every entry"), pytest.param(False, id="a softmax")])
+def test_rows_are_refused_for_what_they_hold(
+    row: list[float], has_softmax: bool, all_finite: bool, every_entry: bool
+) -> None:
+    """A row needs a softmax, or with every_entry only finite values; the message counts tokens and names the first."""
+    logits_TE = torch.zeros(5, 3)
+    logits_TE[2] = logits_TE[4] = torch.tensor(row)
+    if all_finite if every_entry else has_softmax:
+        assert check_finite(logits_TE, 4, every_entry=every_entry) is None
+    else:
+        with pytest.raises(ValueError, match=r"layer 4.*2 of 5 tokens.*first: token 2"):
+            check_finite(logits_TE, 4, every_entry=every_entry)
+
+
+@pytest.mark.parametrize("every_entry", [pytest.param(True, id="every entry"), pytest.param(False, id="a softmax")])
+def test_no_tokens_are_no_error(every_entry: bool) -> None:
+    """An empty table of logits passes the check."""
+    assert check_finite(torch.empty(0, 7), 0, every_entry=every_entry) is None
+
+
+def test_a_compiled_router_does_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While compiling the check is silent; outside it is not."""
+    logits_TE = torch.full((1, 3), math.nan)
+    with pytest.raises(ValueError, match="layer 0"):
+        require_finite(logits_TE, None)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert require_finite(logits_TE, None) is None
+
+
+@pytest.mark.gpu
+def test_on_cuda_only_the_explicit_check_looks(device: torch.device) -> None:
+    """require_finite is silent on CUDA, check_finite is not."""
+    logits_TE = torch.full((2, 3), math.nan, device=device)
+    assert require_finite(logits_TE, RouteContext(layer=2)) is None
+    with pytest.raises(ValueError, match="layer 2"):
+        check_finite(logits_TE, 2)

@@ -1,0 +1,117 @@
+"""router=torch: softmax over the experts, then the k largest."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_lab.errors import UnavailableError
+from moe_lab.routers.softmax_topk import SoftmaxTopK
+
+RENORMALIZE = pytest.mark.parametrize(
+    "renormalize", [pytest.param(True, id="renormalised"), pytest.param(False, id="plain")]
+)
+SIZES = pytest.mark.parametrize(
+    ("T", "E", "K"),
+    [
+        pytest.param(1, 7, 2, id="T=1"),
+        pytest.param(37, 5, 5, id="k=E"),
+        pytest.param(199, 12, 3, id="T=199"),
+        pytest.param(199, 65, 8, id="E=65"),
+    ],
+)
+
+
+def random_logits(T: int, E: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Seeded logits without ties."""
+    return torch.randn(T, E, generator=torch.Generator().manual_seed(T + E), dtype=torch.float64).to(dtype) * 3
+
+
+def published(logits_TE: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """As OLMoE and Mixtral write it, in float64: softmax, then topk of the probabilities, then their share."""
+    weights_TK, ids_TK = logits_TE.double().softmax(-1).topk(k, dim=-1)
+    if renormalize:
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    return ids_TK.to(torch.int32), weights_TK
+
+
+@SIZES
+@RENORMALIZE
+def test_the_route_is_that_of_olmoe_and_mixtral(T: int, E: int, K: int, renormalize: bool) -> None:
+    """Plain it is OLMoE's router, renormalised Mixtral's, up to float32 rounding."""
+    logits_TE = random_logits(T, E)
+    routing = SoftmaxTopK(E, K, renormalize=renormalize).select(logits_TE)
+    ids_TK, weights_TK = published(logits_TE, K, renormalize)
+    assert torch.equal(routing.expert_ids_TK, ids_TK)
+    torch.testing.assert_close(routing.weights_TK.double(), weights_TK, rtol=1e-5, atol=1e-7)
+
+
+@RENORMALIZE
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16")])
+def test_weights_of_narrow_logits_are_float32(renormalize: bool, dtype: torch.dtype) -> None:
+    """The softmax of fp16 and bf16 logits is computed in float32, not in their dtype."""
+    logits_TE = random_logits(199, 12, dtype)
+    routing = SoftmaxTopK(12, 3, renormalize=renormalize).select(logits_TE)
+    p_TE = logits_TE.double().softmax(-1)
+    chosen_TK = p_TE.gather(1, routing.expert_ids_TK.long())
+    expected_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True) if renormalize else chosen_TK
+    torch.testing.assert_close(routing.weights_TK.double(), expected_TK, rtol=1e-5, atol=1e-7)
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(row=st.lists(st.integers(-60, 60), min_size=1, max_size=12), data=st.data())
+def test_every_chosen_logit_is_at_least_every_other(row: list[int], data: st.DataObject) -> None:
+    """No expert outside the set has a larger logit, nor an equal one with a lower id."""
+    k = data.draw(st.integers(1, len(row)))
+    routing = SoftmaxTopK(len(row), k).select(torch.tensor([row], dtype=torch.float32))
+    assert routing.expert_ids_TK[0].tolist() == sorted(range(len(row)), key=lambda expert: (-row[expert], expert))[:k]
+
+
+def test_experts_that_underflow_are_still_ranked_by_their_logits() -> None:
+    """Probabilities that are all 0 in float32 would tie; the logits do not."""
+    routing = SoftmaxTopK(4, 3, renormalize=False).select(torch.tensor([[-400.0, 0.0, -200.0, -300.0]]))
+    assert routing.expert_ids_TK.tolist() == [[1, 2, 3]]
+    assert routing.weights_TK.tolist() == [[1.0, 0.0, 0.0]]
+
+
+@RENORMALIZE
+def test_a_masked_expert_is_chosen_last_and_weighs_nothing(renormalize: bool) -> None:
+    """-inf is a legal logit: the expert is taken only when no other is left, and then with weight 0."""
+    logits_TE = torch.tensor([[-math.inf, 1.0, -math.inf, 0.0, -math.inf], [0.0, 1.0, 2.0, 3.0, -math.inf]])
+    routing = SoftmaxTopK(5, 3, renormalize=renormalize).select(logits_TE)
+    assert routing.expert_ids_TK.tolist() == [[1, 3, 0], [3, 2, 1]]
+    assert float(routing.weights_TK[0, 2]) == 0.0
+    torch.testing.assert_close(routing.weights_TK[0].sum(), torch.tensor(1.0))
+
+
+@RENORMALIZE
+@pytest.mark.parametrize("size", [pytest.param(3e4, id="3e4"), pytest.param(3e38, id="3e38")])
+def test_huge_logits_give_a_one_hot_route(renormalize: bool, size: float) -> None:
+    """A logit far above the rest has weight 1, the rest 0, and nothing overflows."""
+    logits_TE = torch.tensor([[-size, 0.0, size, -size, 1.0]])
+    routing = SoftmaxTopK(5, 5, renormalize=renormalize).select(logits_TE)
+    assert routing.expert_ids_TK.tolist() == [[2, 4, 1, 0, 3]]
+    assert routing.weights_TK.tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
+
+
+def test_renormalised_weights_are_the_plain_ones_divided_by_their_sum() -> None:
+    """Both variants choose the same experts, and one's weights are the other's share."""
+    logits_TE = random_logits(199, 12)
+    plain = SoftmaxTopK(12, 3, renormalize=False).select(logits_TE)
+    shared = SoftmaxTopK(12, 3).select(logits_TE)
+    assert torch.equal(plain.expert_ids_TK, shared.expert_ids_TK)
+    torch.testing.assert_close(plain.weights_TK / plain.weights_TK.sum(-1, keepdim=True), shared.weights_TK)
+
+
+@pytest.mark.parametrize(
+    "impl", [pytest.param("cuda_ext", id="cuda_ext"), pytest.param("triton", id="triton"), pytest.param("x", id="x")]
+)
+def test_an_implementation_that_is_not_there_is_unavailable(impl: str) -> None:
+    """No silent fallback: the error names what was asked for."""
+    with pytest.raises(UnavailableError, match=f"router={impl}"):
+        SoftmaxTopK(7, 2, impl=impl)
