@@ -30,7 +30,7 @@ from moe_lab.ops import segment_mm
 from moe_lab.records import identity, store
 from moe_lab.records.schema import Record
 from moe_lab.routers.base import gate_logits
-from moe_lab.verify import Verification, moe_layers, verify
+from moe_lab.verify import Verification, exact_products, moe_layers, verify
 
 log = logging.getLogger("moe_lab")
 
@@ -265,10 +265,11 @@ def _execute(the_run: Run, folder: Path) -> Record:
     raised: BaseException | None = None
     status, reason = "ok", None
     try:
-        the_run.build()
-        the_run.verify()
-        the_run.measure()
-        the_run.observe()
+        with exact_products():  # fp32 means fp32, whatever this process has set
+            the_run.build()
+            the_run.verify()
+            the_run.measure()
+            the_run.observe()
     except UnavailableError as error:
         status, reason, raised = "skipped", f"unavailable: {error}", error
     except MismatchError as error:

@@ -1,8 +1,8 @@
 """From a `_target_` in a configuration to the Python object, and whom to trust with that.
 
-A `_target_` is code execution. It may name something in `moe_lab`, or in a module whose file lies under a folder that
-the person gave as `--config-dir` (or `config_dir=`). Nothing else widens that: no search path, no YAML, no result
-folder, no checkpoint.
+A `_target_` is code execution. It may name what is defined in `moe_lab`'s models, routers, experts and workloads, or in
+a module whose file lies under a folder that the person gave as `--config-dir` (or `config_dir=`). Nothing else widens
+that: no search path, no YAML, no result folder, no checkpoint.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 _trusted: list[Path] = []
+_BUILDABLE = ("moe_lab.models.", "moe_lab.routers.", "moe_lab.experts.", "moe_lab.workloads.")
 _ABOUT = ("name", "ignores")  # keys of an option that describe it and are no arguments of its target
 
 
@@ -47,38 +48,48 @@ def _targets(node: Any) -> Iterator[str]:
             yield from _targets(value)
 
 
-def _check_trusted(target: Any) -> None:
+def _check_trusted(target: str) -> None:
     """Raise `ValueError` unless importing `target` runs only trusted files. Nothing is imported to find that out."""
-    parts = str(target).split(".")
-    if parts[0] == "moe_lab" and len(parts) > 1:
+    module, _, _ = target.rpartition(".")
+    if module.startswith(_BUILDABLE):
         return
-    # The first name that `import` would look up decides which file is executed first.
-    owner = next((folder for folder in _trusted if _holds(folder, parts[0])), None)
-    if owner is None or len(parts) < 2:
+    folder = next((folder for folder in _trusted if _holds(folder, module.split("."))), None)
+    if folder is None:
         raise ValueError(
-            f"_target_={target}: only moe_lab.* and modules in a folder given with --config-dir may be named; "
-            "put the module beside your YAML files and give that folder."
+            f"_target_={target}: only moe_lab's models, routers, experts and workloads and modules in a folder given "
+            "with --config-dir may be named; put the module beside your YAML files and give that folder."
         )
-    loaded = sys.modules.get(parts[0])
-    if loaded is not None and owner not in Path(getattr(loaded, "__file__", None) or "/").resolve().parents:
-        raise ValueError(
-            f"_target_={target}: a module named {parts[0]} is loaded already from elsewhere; rename yours."
-        )
+    name = module.split(".")[0]
+    loaded = getattr(sys.modules.get(name), "__file__", None)
+    if name in sys.modules and (loaded is None or folder not in Path(loaded).resolve().parents):
+        raise ValueError(f"_target_={target}: a module named {name} is loaded already from elsewhere; rename yours.")
 
 
-def _holds(folder: Path, module: str) -> bool:
-    candidates = (folder / f"{module}.py", folder / module / "__init__.py")
-    return any(path.is_file() and folder in path.resolve().parents for path in candidates)
+def _holds(folder: Path, module: list[str]) -> bool:
+    """Whether every file that importing `module` from `folder` runs lies, links followed, in `folder`."""
+    place = folder
+    for depth, name in enumerate(module):
+        package = place / name  # a package hides a module of its name
+        file = package / "__init__.py" if package.is_dir() else place / f"{name}.py"
+        if not file.is_file() or folder not in file.resolve().parents:
+            return False
+        if not package.is_dir() and depth < len(module) - 1:
+            return False
+        place = package
+    return bool(module[0])
 
 
 def locate(target: str) -> Any:
     """The object that the dotted path `target` names. Raises `ValueError` if it is not trusted or not there."""
-    _check_trusted(target)
-    module_name, _, attribute = target.rpartition(".")
+    _check_trusted(str(target))
+    module_name, _, attribute = str(target).rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
+        found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"_target_={target}: {error}") from error
+    if module_name.startswith(_BUILDABLE) and getattr(found, "__module__", None) != module_name:
+        raise ValueError(f"_target_={target}: {module_name} only imports {attribute}; name what is defined there.")
+    return found
 
 
 def instantiate(node: DictConfig, **arguments: Any) -> Any:

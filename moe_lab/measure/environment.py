@@ -16,7 +16,6 @@ import torch
 import moe_lab
 
 
-@cache
 def capture(device: torch.device) -> dict[str, Any]:
     """The record's `environment`; what is unknown is None."""
     on_cuda = device.type == "cuda"
@@ -76,6 +75,7 @@ def _host_memory_mb() -> float | None:
     return int(found.group(1)) * 1024 / 1e6 if found else None
 
 
+@cache
 def _git() -> dict[str, Any]:
     """Commit and dirty flag of the checkout that the package runs from; None when it was installed."""
     root = Path(moe_lab.__file__).resolve().parent.parent

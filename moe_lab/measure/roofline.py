@@ -12,17 +12,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from moe_lab.models import Output
 from moe_lab.models.layers import Embedding
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.parameters import parameter_bytes
 
+# torch's counter knows the attention kernels of CUDA only.
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))
+
 
 def count_flops(forward: Callable[[], Output]) -> tuple[Output, int]:
-    """The forward pass's output and its floating-point operations in matrix products (2 per multiply-add)."""
-    with FlopCounterMode(display=False) as counter:
+    """The forward pass's output and its floating-point operations in matrix products (2 per multiply-add).
+
+    Attention counts as the full square, causal or not, as torch counts it.
+    """
+    with FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops}) as counter:
         output = forward()
     return output, int(counter.get_total_flops())
 

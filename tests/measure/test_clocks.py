@@ -1,0 +1,207 @@
+"""measure/clocks.py: eager, compiled and captured steps, and their clocks."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe_lab.errors import UnavailableError
+from moe_lab.measure.clocks import STEPS, CompiledStep, GraphStep, Step
+from moe_lab.models import Output
+from tests import tiny
+
+
+class Recording(nn.Module):
+    """Notes whether garbage collection was on in each call, and raises in call number `fails_at`."""
+
+    def __init__(self, fails_at: int | None = None):
+        super().__init__()
+        self.fails_at, self.collecting = fails_at, []
+
+    def forward(self, x: Tensor) -> Output:
+        self.collecting.append(gc.isenabled())
+        if self.fails_at == len(self.collecting):
+            raise RuntimeError("planted")
+        return Output(x + 1)
+
+
+class Breaking(nn.Module):
+    """Cannot be captured as one graph."""
+
+    def forward(self, x: Tensor) -> Output:
+        y = x + 1
+        torch._dynamo.graph_break()
+        return Output(y * 2)
+
+
+@pytest.fixture
+def _collection_on_afterwards() -> Iterator[None]:
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("n", [pytest.param(n, id=f"n{n}") for n in (1, 3, 17)])
+def test_step_times_each_iteration_on_the_cpu(n: int) -> None:
+    """n positive samples; stamps do not go back and lie within the call."""
+    step = tiny.built(tiny.moe_layer()).step
+    before = time.perf_counter()
+    block = step.time_block(n)
+    after = time.perf_counter()
+    assert block.ms.shape == block.stamp_s.shape == (n,)
+    assert (block.ms > 0).all()
+    assert (np.diff(block.stamp_s) >= 0).all()
+    assert before < block.stamp_s[0] and block.stamp_s[-1] < after
+
+
+def test_samples_fit_between_their_stamps() -> None:
+    """No sample is longer than the time since the stamp before it."""
+    block = tiny.built(tiny.moe_layer()).step.time_block(20)
+    assert (block.ms[1:] / 1e3 <= np.diff(block.stamp_s)).all()
+
+
+def test_step_computes_what_its_model_computes() -> None:
+    """A step adds nothing and leaves out nothing."""
+    run = tiny.built(tiny.decoder_moe())
+    assert torch.equal(run.step().y, run.model(run.x).y)
+
+
+def test_every_iteration_of_a_block_runs_the_model() -> None:
+    """n samples are n forward passes."""
+    model = Recording()
+    Step(model, torch.zeros(2)).time_block(5)
+    assert len(model.collecting) == 5
+
+
+@pytest.mark.usefixtures("_collection_on_afterwards")
+@pytest.mark.parametrize("enabled", [pytest.param(True, id="on_before"), pytest.param(False, id="off_before")])
+def test_garbage_collection_is_off_while_timing_and_then_as_before(enabled: bool) -> None:
+    """Nobody pays for another cell's garbage, and nobody is left without collection."""
+    (gc.enable if enabled else gc.disable)()
+    model = Recording()
+    Step(model, torch.zeros(2)).time_block(4)
+    assert model.collecting == [False] * 4
+    assert gc.isenabled() is enabled
+
+
+@pytest.mark.usefixtures("_collection_on_afterwards")
+@pytest.mark.parametrize("enabled", [pytest.param(True, id="on_before"), pytest.param(False, id="off_before")])
+def test_garbage_collection_is_as_before_after_an_exception(enabled: bool) -> None:
+    """An iteration that raises in the middle of a block."""
+    (gc.enable if enabled else gc.disable)()
+    with pytest.raises(RuntimeError, match="planted"):
+        Step(Recording(fails_at=3), torch.zeros(2)).time_block(5)
+    assert gc.isenabled() is enabled
+
+
+def test_a_step_leaves_gradients_alone() -> None:
+    """Forward passes are in inference mode, and the mode ends with them."""
+    step = tiny.built(tiny.minimal()).step
+    assert step().y.is_inference()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_compiled_step_computes_what_eager_computes() -> None:
+    """The whole forward pass of model=minimal, whose custom op Inductor must leave as it is."""
+    run = tiny.built(tiny.minimal())
+    compiled = CompiledStep(run.model, run.x)
+    torch.testing.assert_close(compiled().y, run.step().y, rtol=1e-5, atol=1e-6)
+    assert (compiled.time_block(3).ms > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", [pytest.param("torch", id="torch"), pytest.param("sinkhorn", id="sinkhorn")])
+def test_compiled_decoder_computes_what_eager_computes(router: str) -> None:
+    """Every layer of the decoder compiles without a graph break, and routes as before."""
+    run = tiny.built(tiny.decoder_moe(f"router={router}"))
+    compiled, eager = CompiledStep(run.model, run.x)(), run.step()
+    torch.testing.assert_close(compiled.y, eager.y, rtol=1e-4, atol=1e-5)
+    for one, other in zip(compiled.routings, eager.routings, strict=True):
+        assert torch.equal(one.expert_ids_TK, other.expert_ids_TK)
+
+
+def test_a_graph_break_is_unavailable_under_compile() -> None:
+    """What broke out would run eagerly under the label compile."""
+    with pytest.raises(UnavailableError, match="execution=compile"):
+        CompiledStep(Breaking(), torch.zeros(3))
+
+
+def test_a_second_compiled_step_leaves_the_first_compiled() -> None:
+    """A sweep times the members of a group in turns: no sample may hold a compilation."""
+    first = CompiledStep(nn.Sequential(nn.Identity(), nn.ReLU()), torch.zeros(3))
+    CompiledStep(nn.Sequential(nn.Identity(), nn.Tanh()), torch.zeros(3))
+    torch._dynamo.utils.counters.clear()
+    first.time_block(2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+def test_a_captured_graph_needs_cuda() -> None:
+    """The error names the key and what this run is on."""
+    with pytest.raises(UnavailableError, match=r"execution=cuda_graph.*cpu"):
+        GraphStep(Recording(), torch.zeros(2))
+
+
+def test_each_execution_of_the_configuration_has_a_step() -> None:
+    """conf/execution and STEPS list the same names."""
+    options = {path.stem for path in (tiny.ROOT / "conf/execution").glob("*.yaml")}
+    assert options == set(STEPS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, id=dtype) for dtype in ("fp32", "bf16")])
+def test_captured_graph_computes_what_eager_computes(dtype: str) -> None:
+    """A replay gives the eager pass's output and routing."""
+    run = tiny.built(tiny.decoder_moe("device=cuda", "execution=cuda_graph", f"dtype={dtype}"))
+    eager, replayed = Step(run.model, run.x)(), run.step()
+    torch.cuda.synchronize()
+    assert isinstance(run.step, GraphStep)
+    torch.testing.assert_close(replayed.y, eager.y, rtol=1e-5, atol=1e-5)
+    for one, other in zip(replayed.routings, eager.routings, strict=True):
+        assert torch.equal(one.expert_ids_TK, other.expert_ids_TK)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("execution", [pytest.param(name, id=name) for name in ("eager", "cuda_graph")])
+def test_events_give_positive_times(execution: str) -> None:
+    """n samples on CUDA, for a graph from the events that are nodes of it."""
+    step = tiny.built(tiny.decoder_moe("device=cuda", f"execution={execution}")).step
+    block = step.time_block(9)
+    assert block.ms.shape == block.stamp_s.shape == (9,)
+    assert (block.ms > 0).all()
+    assert (np.diff(block.stamp_s) >= 0).all()
+
+
+@pytest.mark.gpu
+def test_replays_of_a_timed_block_write_the_output_again() -> None:
+    """An output poisoned before the block is whole after it: what was timed is the whole pass."""
+    run = tiny.built(tiny.decoder_moe("device=cuda", "execution=cuda_graph"))
+    want = Step(run.model, run.x)().y.clone()
+    with torch.inference_mode():
+        run.step().y.fill_(float("nan"))
+    run.step.time_block(3)
+    torch.cuda.synchronize()
+    torch.testing.assert_close(run.step._output.y, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_replay_reads_the_input_anew() -> None:
+    """Other tokens in the same tensor give other logits: nothing was baked into the graph."""
+    run = tiny.built(tiny.decoder_moe("device=cuda", "execution=cuda_graph"))
+    before = run.step().y.clone()
+    run.x.copy_((run.x + 1) % tiny.VOCAB)
+    after = run.step().y.clone()
+    torch.testing.assert_close(after, Step(run.model, run.x)().y, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("execution", [pytest.param(name, id=name) for name in ("eager", "cuda_graph")])
+def test_peak_on_cuda_holds_at_least_the_parameters(execution: str) -> None:
+    """The allocator's peak includes the model itself."""
+    run = tiny.built(tiny.decoder_moe("device=cuda", f"execution={execution}"))
+    assert run.step.peak_bytes() >= sum(p.numel() * p.element_size() for p in run.model.parameters())

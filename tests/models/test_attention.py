@@ -1,0 +1,193 @@
+"""models/attention.py: attention re-derived in float64, and the properties of rotary positions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_lab.models.attention import Attention, rope_tables, rotate
+from moe_lab.models.parameters import initialize
+
+CPU = torch.device("cpu")
+THETA = 10000.0
+
+
+def attention_of(
+    d_model: int = 24, n_heads: int = 4, n_kv_heads: int = 4, head_dim: int = 6, qk_norm: str = "none"
+) -> Attention:
+    attention = Attention(d_model, n_heads, n_kv_heads, head_dim, qk_norm, 1e-6)
+    initialize(attention, seed=2)
+    return attention
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def turned(vector: Tensor, position: int) -> Tensor:
+    """RoPE by its definition: dimension i with i + d/2, by the angle position * theta^(-2i/d)."""
+    d = len(vector)
+    result = vector.clone()
+    for i in range(d // 2):
+        angle = position * THETA ** (-2 * i / d)
+        a, b = vector[i], vector[i + d // 2]
+        result[i] = a * math.cos(angle) - b * math.sin(angle)
+        result[i + d // 2] = a * math.sin(angle) + b * math.cos(angle)
+    return result
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def rederived(attention: Attention, x_BSD: Tensor) -> Tensor:
+    """One sequence, one head, one query at a time, in float64."""
+    x = x_BSD.double()
+    d, qk_norm = attention.head_dim, attention.qk_norm
+    q, k, v = (x @ projection.weight.double().T for projection in (attention.q, attention.k, attention.v))
+    if qk_norm == "full":
+        q, k = normed(q, attention.q_norm.weight.double()), normed(k, attention.k_norm.weight.double())
+    B, S, _ = x.shape
+    q, k, v = (part.view(B, S, -1, d) for part in (q, k, v))
+    if qk_norm == "head":
+        q, k = normed(q, attention.q_norm.weight.double()), normed(k, attention.k_norm.weight.double())
+    heads, shared_by = q.shape[2], q.shape[2] // k.shape[2]
+    y = torch.zeros(B, S, heads, d, dtype=torch.float64)
+    for b in range(B):
+        for h in range(heads):
+            kv = h // shared_by
+            for s in range(S):
+                scores = torch.stack(
+                    [turned(q[b, s, h], s) @ turned(k[b, t, kv], t) / math.sqrt(d) for t in range(s + 1)]
+                )
+                y[b, s, h] = scores.softmax(0) @ v[b, : s + 1, kv]
+    return y.flatten(2) @ attention.o.weight.double().T
+
+
+@pytest.mark.parametrize("qk_norm", [pytest.param(kind, id=kind) for kind in ("none", "head", "full")])
+@pytest.mark.parametrize("n_kv_heads", [pytest.param(n, id=f"kv{n}") for n in (1, 2, 4)])
+def test_attention_is_its_definition_in_float64(qk_norm: str, n_kv_heads: int) -> None:
+    """Projections, norms, rotation, causal softmax of each head, output projection."""
+    attention, x_BSD = attention_of(n_kv_heads=n_kv_heads, qk_norm=qk_norm), random(2, 5, 24)
+    y_BSD = attention(x_BSD, *rope_tables(5, 6, THETA, CPU))
+    torch.testing.assert_close(y_BSD.double(), rederived(attention, x_BSD), rtol=1e-4, atol=1e-5)
+
+
+def test_head_width_need_not_divide_the_model_width() -> None:
+    """An explicit head_dim, as in Qwen3."""
+    attention, x_BSD = attention_of(d_model=10, n_heads=3, n_kv_heads=3, head_dim=8), random(1, 4, 10)
+    y_BSD = attention(x_BSD, *rope_tables(4, 8, THETA, CPU))
+    torch.testing.assert_close(y_BSD.double(), rederived(attention, x_BSD), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_kv_heads", [pytest.param(n, id=f"kv{n}") for n in (1, 2)])
+def test_shared_key_heads_are_full_attention_with_them_repeated(n_kv_heads: int) -> None:
+    """Grouped queries: head h reads key head h // (heads / kv_heads)."""
+    few, full = attention_of(n_kv_heads=n_kv_heads), attention_of(n_kv_heads=4)
+    for name in ("k", "v"):
+        weight_HdD = getattr(few, name).weight.view(n_kv_heads, 6, 24)
+        getattr(full, name).weight.copy_(weight_HdD.repeat_interleave(4 // n_kv_heads, 0).reshape(24, 24))
+    x_BSD, rope = random(2, 7, 24), rope_tables(7, 6, THETA, CPU)
+    torch.testing.assert_close(few(x_BSD, *rope), full(x_BSD, *rope), rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_sees_no_later_token() -> None:
+    """Changing token t changes nothing before t, and t itself."""
+    attention, x_BSD, rope = attention_of(), random(1, 6, 24), rope_tables(6, 6, THETA, CPU)
+    before = attention(x_BSD, *rope)
+    changed_BSD = x_BSD.clone()
+    changed_BSD[:, 3] += 1
+    after = attention(changed_BSD, *rope)
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert (before[:, 3:] != after[:, 3:]).any(-1).all()
+
+
+def test_a_single_token_attends_to_itself_alone() -> None:
+    """B = S = 1: the output is o(v(x)), whatever the queries."""
+    attention, x_BSD = attention_of(), random(1, 1, 24)
+    want = attention.o(attention.v(x_BSD))
+    torch.testing.assert_close(attention(x_BSD, *rope_tables(1, 6, THETA, CPU)), want, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_distance_of_positions_matters() -> None:
+    """Positions 40 .. 46 give what positions 0 .. 6 give."""
+    attention, x_BSD = attention_of(), random(2, 7, 24)
+    cos_Sd, sin_Sd = rope_tables(47, 6, THETA, CPU)
+    torch.testing.assert_close(
+        attention(x_BSD, cos_Sd[40:], sin_Sd[40:]), attention(x_BSD, cos_Sd[:7], sin_Sd[:7]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_positions_matter() -> None:
+    """The last token of a sequence tells an order of the others from another."""
+    attention, x_BSD, rope = attention_of(), random(1, 4, 24), rope_tables(4, 6, THETA, CPU)
+    swapped_BSD = x_BSD[:, [1, 0, 2, 3]]
+    difference = attention(x_BSD, *rope)[:, 3] - attention(swapped_BSD, *rope)[:, 3]
+    assert float(difference.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("qk_norm", [pytest.param(kind, id=kind) for kind in ("head", "full")])
+def test_normed_queries_and_keys_forget_their_size(qk_norm: str) -> None:
+    """Attention weights stay when q and k grow tenfold; without the norm they do not."""
+    x_BSD, rope = random(1, 5, 24), rope_tables(5, 6, THETA, CPU)
+    changes = {}
+    for kind in (qk_norm, "none"):
+        attention = attention_of(qk_norm=kind)
+        before = attention(x_BSD, *rope)
+        attention.q.weight.mul_(10)
+        attention.k.weight.mul_(10)
+        changes[kind] = float((attention(x_BSD, *rope) - before).abs().max())
+    assert changes[qk_norm] < 1e-4 < 1e-2 < changes["none"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 999), position=st.integers(0, 500), distance=st.integers(0, 500))
+def test_a_product_of_turned_vectors_depends_on_their_distance_alone(seed: int, position: int, distance: int) -> None:
+    """<R(m) q, R(n) k> = <R(m - n) q, k>, and a turn keeps the length."""
+    q, k = random(2, 8, seed=seed).double()
+    cos_Sd, sin_Sd = rope_tables(1001, 8, THETA, CPU)
+
+    def turn(x: Tensor, at: int) -> Tensor:
+        return rotate(x.float().view(1, 1, 1, 8), cos_Sd[at : at + 1], sin_Sd[at : at + 1]).flatten().double()
+
+    product = turn(q, position + distance) @ turn(k, position)
+    assert float(product) == pytest.approx(float(turn(q, distance) @ turn(k, 0)), abs=2e-3)
+    assert float(turn(q, position).norm()) == pytest.approx(float(q.norm()), rel=1e-5)
+    assert torch.equal(turn(k, 0), k)
+
+
+@pytest.mark.parametrize("position", [pytest.param(p, id=f"p{p}") for p in (0, 1, 17)])
+def test_turning_pairs_a_dimension_with_that_half_the_width_further(position: int) -> None:
+    """The layout of Llama's checkpoints, against the definition one pair at a time."""
+    x = random(10)
+    cos_Sd, sin_Sd = rope_tables(18, 10, THETA, CPU)
+    at = slice(position, position + 1)
+    got = rotate(x.view(1, 1, 1, 10), cos_Sd[at], sin_Sd[at]).flatten()
+    torch.testing.assert_close(got.double(), turned(x.double(), position), rtol=1e-5, atol=1e-5)
+
+
+def test_turning_is_done_in_fp32_and_returned_in_the_inputs_dtype() -> None:
+    """A bf16 product with a bf16 cosine would lose a far position."""
+    x = random(1, 2, 900, 8).bfloat16()
+    tables = rope_tables(900, 8, THETA, CPU)
+    assert rotate(x, *tables).dtype == torch.bfloat16
+    assert torch.equal(rotate(x, *tables), rotate(x.float(), *tables).bfloat16())
+
+
+def test_tables_of_a_longer_sequence_begin_with_those_of_a_shorter() -> None:
+    """A position's angle does not depend on the length."""
+    for long, short in zip(rope_tables(50, 6, THETA, CPU), rope_tables(7, 6, THETA, CPU), strict=True):
+        assert torch.equal(long[:7], short)
+        assert long.dtype == torch.float32
+
+
+def test_a_larger_base_turns_slower() -> None:
+    """theta is the base of the wavelengths: all but the first pair turn less."""
+    slow, fast = (rope_tables(2, 8, theta, CPU)[1][1, :4] for theta in (1e6, 1e2))
+    assert slow[0] == fast[0]
+    assert (slow[1:] < fast[1:]).all()

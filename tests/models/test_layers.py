@@ -1,0 +1,95 @@
+"""models/layers.py: the small layers against their formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lab.models.layers import AddRMSNorm, Embedding, Linear, RMSNorm, SwiGLU
+from moe_lab.models.parameters import initialize
+
+
+def filled(module: nn.Module) -> nn.Module:
+    initialize(module, seed=5)
+    return module
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        pytest.param(lambda: Linear(6, 5), random(3, 6), id="linear"),
+        pytest.param(lambda: RMSNorm(6, 1e-6), random(3, 6), id="rms_norm"),
+        pytest.param(lambda: AddRMSNorm(6, 1e-6, "torch"), random(3, 6), id="add_rms_norm"),
+        pytest.param(lambda: SwiGLU(6, 4), random(3, 6), id="swiglu"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, id=str(dtype)) for dtype in (torch.float32, torch.bfloat16)])
+def test_a_layer_computes_in_the_dtype_of_its_input(
+    make: Callable[[], nn.Module], x: Tensor, dtype: torch.dtype
+) -> None:
+    """bf16 weights fed fp32 give fp32: the same modules are the fp32 reference of a bf16 run."""
+    module = filled(make().bfloat16())
+    y = module(x.to(dtype))
+    assert (y[0] if isinstance(y, tuple) else y).dtype == dtype
+
+
+def test_linear_is_x_times_w_transposed() -> None:
+    """No bias."""
+    linear, x = filled(Linear(7, 3)), random(2, 5, 7)
+    torch.testing.assert_close(linear(x).double(), x.double() @ linear.weight.double().T, rtol=1e-5, atol=1e-6)
+
+
+def test_embedding_gives_rows_and_in_the_reference_fp32_rows() -> None:
+    """The reference starts in fp32, and every later layer follows its input."""
+    embedding, ids = filled(Embedding(11, 4).bfloat16()), torch.tensor([[0, 10], [3, 3]])
+    rows = embedding(ids)
+    assert torch.equal(rows, embedding.weight[ids]) and rows.dtype == torch.bfloat16
+    embedding.use_reference()
+    assert torch.equal(embedding(ids), rows.float()) and embedding(ids).dtype == torch.float32
+
+
+@pytest.mark.parametrize("eps", [pytest.param(1e-6, id="small_eps"), pytest.param(0.5, id="large_eps")])
+@pytest.mark.parametrize("width", [pytest.param(width, id=f"d{width}") for width in (1, 33)])
+def test_rms_norm_is_its_formula(width: int, eps: float) -> None:
+    """eps stands under the root."""
+    norm, x = filled(RMSNorm(width, eps)), random(4, width)
+    torch.testing.assert_close(norm(x).double(), rms_norm(x.double(), norm.weight.double(), eps), rtol=1e-5, atol=1e-6)
+
+
+def test_add_rms_norm_returns_the_norm_and_the_sum() -> None:
+    """The sum is the residual of the next block."""
+    norm, x, residual = filled(AddRMSNorm(33, 1e-6, "torch")), random(2, 3, 33), random(2, 3, 33).flip(0)
+    normed, total = norm(x, residual)
+    assert torch.equal(total, x + residual)
+    want = rms_norm(total.double(), norm.weight.double(), 1e-6)
+    torch.testing.assert_close(normed.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, id=str(dtype)) for dtype in (torch.float32, torch.bfloat16)])
+def test_add_rms_norm_without_a_residual_is_that_of_zero(dtype: torch.dtype) -> None:
+    """The first block has nothing to add to."""
+    norm, x = filled(AddRMSNorm(33, 1e-6, "torch").to(dtype)), random(4, 33).to(dtype)
+    normed, total = norm(x)
+    assert torch.equal(total, x)
+    ulp = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(normed, norm(x, torch.zeros_like(x))[0], rtol=ulp, atol=ulp)
+
+
+def test_swiglu_takes_the_gate_first() -> None:
+    """down(silu(gate) * up): the halves are not alike."""
+    mlp, x = filled(SwiGLU(7, 5)), random(3, 7)
+    gate, up = mlp.gate_up.weight.double().split(5)
+    want = (F.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ mlp.down.weight.double().T
+    torch.testing.assert_close(mlp(x).double(), want, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,303 @@
+"""records/identity.py: cell_id, code_id, env_id and the readable slug."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+import moe_lab
+from moe_lab.records.identity import cell_id, code_id, env_id, option_name, slug
+from tests import tiny
+
+MACHINE = {
+    "device_name": "NVIDIA H100",
+    "driver": "570.1",
+    "cuda": "13.0",
+    "torch": "2.13.0",
+    "triton": "3.9.0",
+    "python": "3.11.7",
+    "cpu": "AMD EPYC",
+    "threads": 2,
+    "git_sha": "a" * 40,
+    "git_dirty": False,
+    "hydra": "1.3.8",
+    "host_memory_mb": 1000.0,
+}
+
+
+CONFIG = tiny.decoder_moe()
+
+
+def changed(cfg: DictConfig, key: str, value: Any) -> DictConfig:
+    """A copy with one value set, whether the key is there or not."""
+    other = cfg.copy()
+    with open_dict(other):
+        OmegaConf.update(other, key, value, force_add=True)
+    return other
+
+
+def script(body: str) -> str:
+    return f"import sys, json\nfrom moe_lab.records import identity\n{body}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        pytest.param("name", "my favourite", id="name"),
+        pytest.param("overrides", ["batch=2", "something=else"], id="overrides"),
+        pytest.param("sweep.name", "tuesday", id="sweep"),
+        pytest.param("measure.max_time_s", 99.0, id="how_long"),
+        pytest.param("measure.target_ci", 0.5, id="how_well"),
+        pytest.param("measure.routing", False, id="what_is_looked_at"),
+        pytest.param("export.dir", "/somewhere/else", id="export_dir"),
+        pytest.param("experiment", "demo", id="experiment"),
+        pytest.param("debug", "fast", id="debug"),
+        pytest.param("hydra", {"job": {"num": 3}}, id="hydra"),
+    ],
+)
+def test_cell_id_ignores_labels_and_how_it_is_looked_at(key: str, value: Any) -> None:
+    """What changes nothing in the result is not part of who it is."""
+    cfg = tiny.decoder_moe()
+    assert cell_id(changed(cfg, key, value)) == cell_id(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        pytest.param("batch", 3, id="batch"),
+        pytest.param("seq_len", 8, id="seq_len"),
+        pytest.param("seed", 1, id="seed"),
+        pytest.param("router.iters", 11, id="router_key"),
+        pytest.param("router.temperature", 1.5, id="router_temperature"),
+        pytest.param("dtype.name", "bf16", id="dtype"),
+        pytest.param("device.name", "cuda", id="device"),
+        pytest.param("execution.name", "compile", id="execution"),
+        pytest.param("experts.name", "loop", id="experts"),
+        pytest.param("model.n_experts", 6, id="model_key"),
+        pytest.param("model.tie_embeddings", True, id="model_flag"),
+        pytest.param("workload.phase", "prefill", id="phase"),
+        pytest.param("export.name", "netron", id="export"),
+        pytest.param("router.mine", 1, id="a_new_key"),
+    ],
+)
+def test_cell_id_changes_with_what_is_computed(key: str, value: Any) -> None:
+    """Every key that the result depends on is in it."""
+    cfg = tiny.decoder_moe("router=sinkhorn")
+    assert cell_id(changed(cfg, key, value)) != cell_id(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        pytest.param("seq_len", 999, id="seq_len"),
+        pytest.param("router.name", "other", id="router"),
+        pytest.param("experts._target_", "somewhere.else", id="experts"),
+    ],
+)
+def test_cell_id_ignores_what_the_model_does_not_read(key: str, value: Any) -> None:
+    """model=minimal has no sequence, router or experts: cells that differ in them are one."""
+    cfg = tiny.minimal()
+    assert cell_id(changed(cfg, key, value)) == cell_id(cfg)
+    assert slug(changed(cfg, key, value)) == slug(cfg)
+    assert cell_id(changed(cfg, "batch", 999)) != cell_id(cfg)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(["router=sinkhorn"], ["router=sinkhorn", "router.iters=10"], id="default_written_out"),
+        pytest.param(["experiment=demo"], ["router=sinkhorn", "batch=2", "seq_len=128"], id="experiment_spelt_out"),
+        pytest.param(["model.rope_theta=10000"], ["model.rope_theta=1e4"], id="whole_and_exponent"),
+        pytest.param(["batch=3", "seed=5"], ["seed=5", "batch=3"], id="order"),
+        pytest.param(["batch=9", "batch=3"], ["batch=3"], id="overridden_twice"),
+        pytest.param(["model.n_kv_heads=null"], [], id="null_written_out"),
+        pytest.param(["debug=fast"], ["batch=1", "seq_len=8"], id="debug_spelt_out"),
+        pytest.param(["name=a"], ["name=b", "measure.max_time_s=1"], id="labels"),
+    ],
+)
+def test_two_spellings_of_one_cell_have_one_id(one: list[str], other: list[str]) -> None:
+    """The id is of the resolved configuration, not of what was typed."""
+    assert cell_id(moe_lab.compose(one)) == cell_id(moe_lab.compose(other))
+
+
+def test_asking_for_an_id_leaves_the_configuration_as_it_was() -> None:
+    """What the id leaves out is still there for the run."""
+    cfg = tiny.minimal("export.dir=/x")
+    before = cfg.copy()
+    cell_id(cfg)
+    slug(cfg)
+    assert cfg == before
+
+
+def test_id_is_stable_across_processes_and_known_without_torch() -> None:
+    """Another process, another hash seed: the same 12 digits; and neither torch nor pandas is loaded for it."""
+    code = script(
+        "import moe_lab\n"
+        "cfg = moe_lab.compose(sys.argv[1:])\n"
+        "heavy = sorted({'torch', 'pandas'} & set(sys.modules))\n"
+        "print(json.dumps([identity.cell_id(cfg), identity.slug(cfg), identity.code_id(), heavy]))"
+    )
+    overrides = ["model=decoder_moe", "router=sinkhorn", "batch=3", "device=cpu"]
+    cfg = moe_lab.compose(overrides)
+    mine = [cell_id(cfg), slug(cfg), code_id(), []]
+    for seed in ("1", "2"):
+        assert json.loads(tiny.python(code, *overrides, env={"PYTHONHASHSEED": seed})) == mine
+
+
+def test_ids_are_twelve_hex_digits(tmp_path: Path) -> None:
+    """They stand in names of directories."""
+    for text in (cell_id(tiny.minimal()), code_id(), code_id([tmp_path]), env_id(MACHINE)):
+        assert re.fullmatch("[0-9a-f]{12}", text)
+
+
+def test_slug_reads_like_the_cell() -> None:
+    """The words of the design's example; what the model does not read is left out."""
+    assert slug(tiny.decoder_moe("router=sinkhorn")) == "decoder_moe-sinkhorn-grouped-b2-s7-cpu-fp32-eager"
+    assert slug(tiny.moe_layer()) == "moe_layer-demo-torch-grouped-b1-s14-cpu-fp32-eager"
+    assert slug(tiny.minimal("dtype=bf16")) == "minimal-b2-cpu-bf16-eager"
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.text(min_size=1, max_size=200))
+def test_slug_is_one_safe_path_component_whatever_the_name(name: str) -> None:
+    """No separator, space or shell character of a user's option reaches the file system, and the length is bounded."""
+    text = slug(changed(CONFIG, "router.name", name))
+    assert 0 < len(text) <= 120
+    assert not re.search(r"[^\w.-]", text)
+    assert Path(text).name == text and text not in (".", "..")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("../../etc/passwd", id="climbing"),
+        pytest.param("a b;rm -rf $HOME|`x`\n", id="shell"),
+        pytest.param("router" * 60, id="long"),
+        pytest.param("路" * 120, id="long_in_bytes"),
+    ],
+)
+def test_a_directory_of_slug_and_id_can_be_made(tmp_path: Path, name: str) -> None:
+    """A file system allows 255 bytes, not characters."""
+    cfg = changed(tiny.decoder_moe(), "router.name", name)
+    folder = tmp_path / f"{slug(cfg)}-{cell_id(cfg)}"
+    folder.mkdir()
+    assert folder.parent == tmp_path and folder.is_dir()
+
+
+def test_an_option_without_a_name_is_called_by_its_target() -> None:
+    """A user's YAML may leave the name out."""
+    node = {"_target_": "my_router.Mine", "name": "favourite"}
+    assert option_name(OmegaConf.create(node)) == "favourite"
+    del node["name"]
+    assert option_name(OmegaConf.create(node)) == "Mine"
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    """A folder of a user's own: a router, its configuration and a note."""
+    folder = tmp_path / "mine"
+    (folder / "router").mkdir(parents=True)
+    (folder / "my_router.py").write_text("ANSWER = 42\n")
+    (folder / "router" / "mine.yaml").write_text("_target_: my_router.Mine\n")
+    (folder / "notes.txt").write_text("to do\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda folder: (folder / "my_router.py").write_text("ANSWER = 43\n"), id="edited"),
+        pytest.param(lambda folder: (folder / "my_router.py").rename(folder / "renamed.py"), id="renamed"),
+        pytest.param(lambda folder: (folder / "more.py").write_text(""), id="added_empty"),
+        pytest.param(lambda folder: (folder / "router" / "deep.py").write_text("x = 1"), id="added_below"),
+        pytest.param(lambda folder: (folder / "kernel.cu").write_text("// cuda"), id="cuda_source"),
+        pytest.param(lambda folder: (folder / "my_router.py").unlink(), id="removed"),
+    ],
+)
+def test_code_id_changes_with_a_plugins_sources(plugin: Path, change: Callable[[Path], Any]) -> None:
+    """A result made with other source bytes is stale."""
+    before = code_id([plugin])
+    change(plugin)
+    assert code_id([plugin]) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda folder: (folder / "notes.txt").write_text("done\n"), id="note"),
+        pytest.param(lambda folder: (folder / "README.md").write_text("# hello"), id="readme"),
+        pytest.param(lambda folder: (folder / "router" / "mine.yaml").write_text("_target_: x.Y\n"), id="yaml"),
+        pytest.param(lambda folder: (folder / "my_router.py").touch(), id="touched"),
+    ],
+)
+def test_code_id_does_not_change_with_what_is_not_executed(plugin: Path, change: Callable[[Path], Any]) -> None:
+    """A note beside the sources, or a new time stamp (a YAML stands in the cell_id)."""
+    before = code_id([plugin])
+    change(plugin)
+    assert code_id([plugin]) == before
+
+
+def test_code_id_does_not_depend_on_where_a_plugin_lies(plugin: Path, tmp_path: Path) -> None:
+    """The same sources on another machine are the same code."""
+    before = code_id([plugin])
+    assert code_id([plugin.rename(tmp_path / "elsewhere")]) == before
+    assert code_id() != before
+
+
+def test_code_id_survives_an_editors_lock_file(plugin: Path) -> None:
+    """Emacs marks a file being edited by a symbolic link to nowhere, `.#my_router.py`."""
+    (plugin / ".#my_router.py").symlink_to("someone@somewhere.1234")
+    assert re.fullmatch("[0-9a-f]{12}", code_id([plugin]))
+
+
+def test_bytes_do_not_wander_between_files_unseen(tmp_path: Path) -> None:
+    """The end of one file and the start of the next are told apart."""
+    folders = []
+    for name, first, second in (("one", "ab", "c"), ("other", "a", "bc")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "a.py").write_text(first)
+        (folder / "b.py").write_text(second)
+        folders.append(folder)
+    assert code_id([folders[0]]) != code_id([folders[1]])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        pytest.param("threads", 3, id="threads"),
+        pytest.param("torch", "2.14.0", id="torch"),
+        pytest.param("triton", None, id="triton"),
+        pytest.param("cuda", "13.1", id="cuda"),
+        pytest.param("driver", "575.0", id="driver"),
+        pytest.param("device_name", "NVIDIA H200", id="device"),
+        pytest.param("cpu", "Intel Xeon", id="cpu"),
+        pytest.param("python", "3.12.7", id="python_minor"),
+    ],
+)
+def test_env_id_changes_with_the_machine_and_its_versions(key: str, value: Any) -> None:
+    """Each field of the design's list."""
+    assert env_id({**MACHINE, key: value}) != env_id(MACHINE)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        pytest.param("git_sha", "b" * 40, id="git_sha"),
+        pytest.param("git_dirty", True, id="git_dirty"),
+        pytest.param("python", "3.11.9", id="python_patch"),
+        pytest.param("hydra", "1.4.0", id="hydra"),
+        pytest.param("host_memory_mb", 2000.0, id="memory"),
+    ],
+)
+def test_env_id_does_not_change_with_the_commit(key: str, value: Any) -> None:
+    """A commit that changes no executed byte makes no result stale."""
+    assert env_id({**MACHINE, key: value}) == env_id(MACHINE)
