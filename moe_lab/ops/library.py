@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 
@@ -13,9 +12,8 @@ from moe_lab.errors import UnavailableError
 library = torch.library.Library("moe_lab", "FRAGMENT")
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+# A constant, so that torch.compile can trace what depends on it.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def triton_interprets() -> bool:
@@ -31,8 +29,8 @@ def resolve_implementation(asked: str, device: torch.device, *, op: str) -> str:
     """
     on_gpu = device.type == "cuda"
     if asked == "auto":
-        return "triton" if on_gpu and _has_triton() else "torch"
-    if asked == "triton" and not _has_triton():
+        return "triton" if on_gpu and HAS_TRITON else "torch"
+    if asked == "triton" and not HAS_TRITON:
         raise UnavailableError(f"{op}: the Triton implementation needs the package triton (pip install triton)")
     if asked == "triton" and not (on_gpu or triton_interprets()):
         raise UnavailableError(f"{op}: the Triton implementation needs device=cuda (this run is on {device.type})")

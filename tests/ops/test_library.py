@@ -37,7 +37,7 @@ def test_what_is_asked_for_is_what_runs(
     asked: str, device: str, has_triton: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """auto takes Triton on CUDA alone, interpreter or not; a named implementation is itself."""
-    monkeypatch.setattr(library, "_has_triton", lambda: has_triton)
+    monkeypatch.setattr(library, "HAS_TRITON", has_triton)
     assert library.resolve_implementation(asked, torch.device(device), op="some_op") == expected
 
 
@@ -55,18 +55,15 @@ def test_triton_runs_on_a_cpu_only_under_its_interpreter(interprets: bool) -> No
 @pytest.mark.parametrize("device", [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda")])
 def test_triton_that_is_not_installed_is_unavailable(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No silent fallback: the error names the op and the package."""
-    monkeypatch.setattr(library, "_has_triton", lambda: False)
+    monkeypatch.setattr(library, "HAS_TRITON", False)
     with pytest.raises(UnavailableError, match=r"some_op.*pip install triton"):
         library.resolve_implementation("triton", torch.device(device), op="some_op")
 
 
-def test_triton_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer is that of importlib and is kept."""
-    library._has_triton.cache_clear()
-    found = library._has_triton()
-    assert found is (importlib.util.find_spec("triton") is not None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: pytest.fail(f"{name} was looked for again"))
-    assert library._has_triton() is found
+def test_triton_is_where_importlib_finds_it() -> None:
+    """The constant is importlib's answer."""
+    found = importlib.util.find_spec("triton")
+    assert library.HAS_TRITON == (found is not None)
 
 
 @pytest.mark.parametrize(
