@@ -62,8 +62,8 @@ def test_triton_that_is_not_installed_is_unavailable(device: str, monkeypatch: p
 
 def test_triton_is_where_importlib_finds_it() -> None:
     """The constant is importlib's answer."""
-    found = importlib.util.find_spec("triton")
-    assert library.HAS_TRITON == (found is not None)
+    found = importlib.util.find_spec("triton") is not None
+    assert found is library.HAS_TRITON
 
 
 @pytest.mark.parametrize(
