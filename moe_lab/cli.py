@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -17,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from moe_lab import configure
+from moe_lab import configure, targets
 from moe_lab.errors import UnavailableError
 from moe_lab.records.schema import Record
 from moe_lab.records.store import read_record
@@ -46,7 +47,7 @@ def _task(cfg: DictConfig) -> float | None:
             _mistakes.append(error)
             return None
         record = read_record(directory)  # in a sweep a declared skip is a row like the others
-    except (ValueError, OSError) as error:
+    except Exception as error:  # a run's failure is a record: this is a configuration that does not make a run
         _mistakes.append(error)
         _remove_if_empty(directory)
         return None
@@ -60,29 +61,40 @@ def _remove_if_empty(directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _report(error: BaseException) -> None:
-    print(f"moe-lab: {configure.explain(error)}", file=sys.stderr)
+def _report(errors: Sequence[BaseException], wants_traceback: bool) -> None:
+    """One line for each different mistake, or their tracebacks."""
+    if wants_traceback:
+        for error in errors:
+            traceback.print_exception(error)
+    else:
+        for line in dict.fromkeys(configure.explain(error) for error in errors):
+            print(f"moe-lab: {line}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     sys.argv = [sys.argv[0], *arguments]
+    _records.clear()
+    _mistakes.clear()
     wants_traceback = os.environ.get(_FULL_ERROR) == "1"
     # Hydra prints errors in its own manner and exits with 1, unless it is told to let them through.
     os.environ[_FULL_ERROR] = "1"
     try:
         configure.register()
-        configure.trust_config_dirs(arguments)
-        configure.name_sweep(configure.argv_overrides(arguments))
+        config_dir, overrides = configure.config_dir_of(arguments), configure.argv_overrides(arguments)
+        if {"--help", "-h"} & set(arguments):
+            print(configure.help_text(overrides, config_dir), end="")
+            return OK
+        if config_dir is not None:
+            targets.trust(config_dir)
+        configure.name_sweep(overrides)
         hydra.main(version_base="1.3", config_path=f"pkg://{configure.CONFIG_MODULE}", config_name="config")(_task)()
     except KeyboardInterrupt:
         print("moe-lab: interrupted; what was known by then is in the record", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # tasks raise nothing: this is a configuration that could not be composed
-        if wants_traceback:
-            raise
-        _report(error)
+        _report([error], wants_traceback)
         return MISTAKE
     finally:
         if not wants_traceback:
@@ -91,12 +103,8 @@ def main(argv: list[str] | None = None) -> int:
         from moe_lab.table import print_records
 
         print_records(_records)
-    for mistake in _mistakes:
-        if wants_traceback:
-            traceback.print_exception(mistake)
-        else:
-            _report(mistake)
     if _mistakes:
+        _report(_mistakes, wants_traceback)
         return MISTAKE
     return FAILED if any(record.status == "failed" for record in _records) else OK
 

@@ -18,7 +18,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
-TOP_LEVEL_CHOICES = ("seq_len", "router", "experts")  # what a model may leave unread and then lists in `ignores`
+EXECUTIONS = ("eager", "compile", "cuda_graph")
+_GROUPS = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
+_LABELLED = ("model", "model.shape", "router", "experts", "workload", "measure", "export")
 
 
 @dataclass
@@ -246,8 +248,16 @@ def _more_than_zero(cfg: DictConfig, keys: str) -> None:
             raise ValueError(f"{key}={value}: it must be a number above 0.")
 
 
+def is_whole(cfg: DictConfig) -> bool:
+    """Whether every group has an option."""
+    return all(isinstance(cfg.get(group), DictConfig) for group in _GROUPS)
+
+
 def validate(cfg: DictConfig) -> None:
     """Raise `ValueError` for what types cannot express. The message names the key, the value and the mend."""
+    if not is_whole(cfg):
+        group = next(group for group in _GROUPS if not isinstance(cfg.get(group), DictConfig))
+        raise ValueError(f"{group} has no option: choose one with {group}=... (moe-lab --help lists them).")
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ValueError(f"{missing[0]} has no value: give {missing[0]}=... on the command line or in the YAML.")
@@ -260,8 +270,21 @@ def validate(cfg: DictConfig) -> None:
     _at_least(cfg, "seed measure.warmup_s", 0)
     _more_than_zero(cfg, "measure.target_ci measure.max_time_s")
     _one_of(cfg, "workload.phase", ("forward",))
+    _one_of(cfg, "device.name", ("auto", "cpu", "cuda"))
     _one_of(cfg, "dtype.name", DTYPES)
+    _one_of(cfg, "execution.name", EXECUTIONS)
+    if _is_ours(cfg.model):
+        _validate_model(cfg)
+    if _is_ours(cfg.router):
+        _validate_router(cfg)
 
+
+def _is_ours(node: DictConfig) -> bool:
+    """A user's own class has keys of its own, which are for it to check."""
+    return str(node.get("_target_")).startswith("moe_lab.")
+
+
+def _validate_model(cfg: DictConfig) -> None:
     sizes = "hidden vocab_size d_model n_heads n_kv_heads head_dim n_layers mlp_hidden_dim dense_hidden_dim n_experts"
     _at_least(cfg, " ".join(f"model.{key}" for key in (*sizes.split(), "top_k")), 1)
     _at_least(cfg, "model.shared_expert_hidden_dim model.n_dense_layers", 0)
@@ -276,11 +299,6 @@ def validate(cfg: DictConfig) -> None:
                 f"{at}.top_k={sizes_of.top_k}: a token cannot choose more experts than there are "
                 f"({at}.n_experts={sizes_of.n_experts}); lower {at}.top_k or raise {at}.n_experts."
             )
-
-    _at_least(cfg, "router.iters", 1)
-    _more_than_zero(cfg, "router.temperature")
-    _validate_router_impl(cfg.router)
-    _validate_device(cfg)
 
 
 def _validate_decoder(model: DictConfig) -> None:
@@ -304,8 +322,10 @@ def _validate_decoder(model: DictConfig) -> None:
         raise ValueError("model.shared_expert_gate=true: give model.shared_expert_hidden_dim too.")
 
 
-def _validate_router_impl(router: DictConfig) -> None:
-    name, impl = router.get("name"), router.get("impl")
+def _validate_router(cfg: DictConfig) -> None:
+    _at_least(cfg, "router.iters", 1)
+    _more_than_zero(cfg, "router.temperature")
+    name, impl = cfg.router.get("name"), cfg.router.get("impl")
     if name in ("torch", "cuda_ext") and impl != name:
         raise ValueError(
             f"router.impl={impl}: router={name} fixes its implementation to {name}; leave router.impl out."
@@ -314,17 +334,18 @@ def _validate_router_impl(router: DictConfig) -> None:
         raise ValueError(f"router.impl={impl}: router=sinkhorn has the implementations auto, torch.")
 
 
-def _validate_device(cfg: DictConfig) -> None:
-    if cfg.device.name == "cpu" and cfg.dtype.name == "fp16":
-        raise ValueError("dtype=fp16 with device=cpu: half precision is not computed on a CPU; use bf16 or fp32.")
-    if cfg.device.name == "cpu" and cfg.execution.name == "cuda_graph":
-        raise ValueError("execution=cuda_graph with device=cpu: use device=cuda, or execution=eager or compile.")
+def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    """Raise `ValueError` for an override that would do nothing or lie.
 
-
-def reject_unread_choices(cfg: DictConfig, overrides: Iterable[str]) -> None:
-    """Raise `ValueError` for an override of something that the chosen model does not read (seq_len for minimal)."""
+    Nothing: what the chosen model does not read (seq_len for minimal). A lie: the name of an option, by which results
+    are labelled, and the list of what a model does not read.
+    """
     ignores = set(cfg.model.get("ignores", ()))
+    labels = {f"{group}.name" for group in _LABELLED} | {"model.ignores", "overrides"}
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0]
-        if key.split(".")[0].split("@")[0] in ignores:
-            raise ValueError(f"{override}: model={cfg.model.name} does not read {key.split('.')[0]}; leave it out.")
+        if key in labels:
+            raise ValueError(f"{override}: {key} says what an option is; choose another option of the group instead.")
+        group = key.split(".")[0].split("@")[0]
+        if group in ignores:
+            raise ValueError(f"{override}: model={cfg.model.get('name')} does not read {group}; leave it out.")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -26,22 +28,36 @@ SWEEP_NAME = "MOE_LAB_SWEEP_NAME"  # an environment variable, so that a launcher
 
 
 def register() -> None:
-    """Make the schemas and the resolvers known to Hydra. Calling it again changes nothing."""
+    """Make the schemas and the resolvers known to Hydra, and look at what Hydra composes. Again changes nothing."""
     config.register()
     # (omegaconf 2.4 prefers register_resolver, a name that in 2.3 does something else.)
     add = OmegaConf.register_new_resolver
     add("moe_lab.cell_id", _cell_id, replace=True)
     add("moe_lab.slug", _slug, replace=True)
     add("moe_lab.sweep_name", _sweep_name, replace=True)
-    add("moe_lab.groups", _groups, replace=True)
+    ConfigLoaderImpl.load_configuration = _load_and_check  # type: ignore[method-assign]
+
+
+_load_configuration = ConfigLoaderImpl.load_configuration
+
+
+def _load_and_check(self: ConfigLoaderImpl, *arguments: Any, **options: Any) -> DictConfig:
+    """Hydra's composition, and then a look at its own node: callbacks and log handlers in it are code.
+
+    Hydra runs them before the application, so this is the one place that all compositions go through before that.
+    """
+    cfg = _load_configuration(self, *arguments, **options)
+    if "hydra" in cfg:
+        targets.check_hydra_node(cfg.hydra)
+    return cfg
 
 
 def _cell_id(_root_: DictConfig) -> str:
-    return identity.cell_id(_root_)
+    return identity.cell_id(_root_) if config.is_whole(_root_) else "incomplete"
 
 
 def _slug(_root_: DictConfig) -> str:
-    return identity.slug(_root_)
+    return identity.slug(_root_) if config.is_whole(_root_) else "incomplete"
 
 
 def _sweep_name(_root_: DictConfig) -> str:
@@ -49,27 +65,52 @@ def _sweep_name(_root_: DictConfig) -> str:
 
 
 def name_sweep(overrides: Sequence[str]) -> None:
-    """Fix the name of this process's sweep: its experiment's, else a hash of what was typed (never a time stamp)."""
+    """Fix the name of this process's sweep: its experiment's, else a hash of what was typed (never a time stamp).
+
+    How long is looked and what the sweep is called are no part of it.
+    """
     experiments = [text.split("=", 1)[1] for text in overrides if text.startswith("experiment=")]
-    digest = hashlib.sha256("\0".join(sorted(overrides)).encode()).hexdigest()[:8]
+    typed = sorted(text for text in overrides if not text.startswith(("measure.", "hydra.", "name=", "sweep.")))
+    digest = hashlib.sha256("\0".join(typed).encode()).hexdigest()[:8]
     os.environ[SWEEP_NAME] = experiments[-1] if experiments else f"sweep-{digest}"
 
 
-def _groups() -> str:
-    """The groups and options of conf/ for `--help`, without the schemas that stand behind them."""
-    loader = GlobalHydra.instance().config_loader()
-    groups = [group for group in loader.list_groups("") if group != "hydra" and not group.startswith("_")]
-    lines = []
-    for group in (*groups, *(f"{g}/{sub}" for g in groups for sub in loader.list_groups(g))):
-        lines.append(f"{group}: {', '.join(loader.get_group_options(group))}")
-    return "\n".join(sorted(lines))
+HELP = """\
+moe-lab: a laboratory for Mixture-of-Experts inference
+
+moe-lab [GROUP=OPTION ...] [KEY=VALUE ...]      one run, its record under outputs/runs/
+moe-lab -m router=torch,sinkhorn batch=1,8      every combination
+
+Groups (GROUP=OPTION)
+
+{groups}
+
+Values (KEY=VALUE), as they stand
+
+{values}
+--cfg job       print the composed configuration and stop
+--config-dir D  add a folder of your own YAML files; classes in it may be named by _target_
+--hydra-help    Hydra's own options
+HYDRA_FULL_ERROR=1 shows the traceback behind a one-line error
+"""
+
+
+def help_text(overrides: Sequence[str], config_dir: str | None) -> str:
+    """The text of `--help`: groups, options, and every key with its value under `overrides`."""
+    with _hydra_compose(overrides, config_dir) as composed:
+        loader = GlobalHydra.instance().config_loader()
+        groups = sorted(group for group in loader.list_groups("") if group != "hydra" and not group.startswith("_"))
+        groups += sorted(f"{group}/{sub}" for group in groups for sub in loader.list_groups(group))
+        options = "\n".join(f"{group}: {', '.join(loader.get_group_options(group))}" for group in groups)
+        del composed.overrides, composed["hydra"]
+        return HELP.format(groups=options, values=OmegaConf.to_yaml(composed))
 
 
 def finish(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
     """Check a composed configuration and note in it what was typed. Raises `ValueError` for a mistake."""
     overrides = list(overrides)
     config.validate(cfg)
-    config.reject_unread_choices(cfg, overrides)
+    config.check_overrides(cfg, overrides)
     with open_dict(cfg):
         cfg.overrides = overrides
     return cfg
@@ -80,31 +121,39 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
 
     Args:
         overrides: for example `["model=decoder_moe", "router=sinkhorn", "batch=2"]`.
-        config_dir: a folder of the caller's own YAML files, searched first, whose modules `_target_` may then name.
+        config_dir: a folder of the caller's own YAML files, whose modules `_target_` may then name. It adds options;
+            where one has the name of the package's own, the package's is taken.
 
     Raises:
         ValueError: one line that names the key, the value, what is allowed and the nearest name.
     """
     register()
-    arguments = list(overrides)
-    if config_dir is not None:
-        folder = targets.trust(config_dir)
-        arguments.append(f"hydra.searchpath=[file://{folder}]")
     try:
-        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            composed = hydra_compose("config", arguments, return_hydra_config=True)
+        with _hydra_compose(overrides, config_dir) as composed:
             typed = list(composed.hydra.overrides.task)
+            del composed["hydra"]
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
-    with open_dict(composed):
-        del composed["hydra"]
     return finish(composed, typed)
+
+
+@contextmanager
+def _hydra_compose(overrides: Sequence[str], config_dir: str | Path | None) -> Iterator[DictConfig]:
+    """The composed configuration, Hydra's own node included and open to changes."""
+    arguments = list(overrides)
+    if config_dir is not None:
+        path = str(targets.trust(config_dir)).replace("'", "\\'")
+        arguments.append(f"hydra.searchpath=['file://{path}']")
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        composed = hydra_compose("config", arguments, return_hydra_config=True)
+        with open_dict(composed):
+            yield composed
 
 
 def explain(error: BaseException) -> str:
     """One line for a mistake in the configuration: the key, the value, what is allowed, the nearest name."""
     if not isinstance(error, HydraException | OmegaConfBaseException):
-        return _one_line(str(error)) if isinstance(error, _IN_WORDS) else f"{type(error).__name__}: {error}"
+        return _one_line(str(error) if isinstance(error, _IN_WORDS) else f"{type(error).__name__}: {error}")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = [name.rsplit("/", 1)[-1] for name in error.options]
@@ -116,8 +165,11 @@ def explain(error: BaseException) -> str:
             return _explain_key(link)
         link = link.__cause__ or link.__context__
     text = str(error)
+    quoted = text.split("'")[1] if text.count("'") > 1 else ""
     if text.startswith("Ambiguous value for argument"):
-        return f"{text.split(chr(39))[1]}: several values make a sweep; add -m, or quote the value if it is one."
+        return f"{quoted}: several values make a sweep; add -m, or quote the value if it is one."
+    if text.startswith("Error parsing override") and "missing EQUAL" in text:
+        return f"{quoted}: it is no KEY=VALUE (moe-lab --help lists keys and groups)."
     return _one_line("\n".join(line for line in text.splitlines() if not line.startswith("See https")))
 
 
@@ -142,11 +194,10 @@ def argv_overrides(argv: Sequence[str]) -> list[str]:
     return [argument for argument in argv if "=" in argument and not argument.startswith("-")]
 
 
-def trust_config_dirs(argv: Sequence[str] = sys.argv) -> None:
-    """Trust the folder that `--config-dir` (or `-cd`) names on the command line."""
+def config_dir_of(argv: Sequence[str]) -> str | None:
+    """The folder that `--config-dir` (or `-cd`) names among command-line arguments."""
     for position, argument in enumerate(argv):
         name, separator, value = argument.partition("=")
         if name in ("--config-dir", "-cd"):
-            if not separator and position + 1 < len(argv):
-                value = argv[position + 1]
-            targets.trust(value)
+            return value if separator else next(iter(argv[position + 1 :]), "")
+    return None

@@ -44,6 +44,8 @@ class Run:
     def __init__(self, cfg: DictConfig):
         validate(cfg)
         self.cfg = cfg
+        self.code_id = identity.code_id(targets.folders_of(cfg))
+        self.implementation: dict[str, str] = {}
         self.started = datetime.now(UTC)
         self._begun = time.perf_counter()
         self.device: torch.device | None = None
@@ -66,15 +68,19 @@ class Run:
         self.model: nn.Module = build.build_model(cfg, self.device)
         self.twin: nn.Module = reference_twin(self.model)
         self.x = build.build_input(cfg, self.model, self.device)
-        if cfg.execution.name not in STEPS:
-            raise ValueError(f"execution.name={cfg.execution.name}: it must be one of {', '.join(STEPS)}.")
+        self.implementation = self._implementation()
         for _, layer in moe_layers(self.model):
-            self._require_capturable(getattr(layer.experts, "graph_safe", True), f"experts={cfg.experts.name}")
+            self._require_capturable(
+                getattr(layer.experts, "graph_safe", True), f"experts={identity.option_name(cfg.experts)}"
+            )
             self._require_capturable(layer.router.graph_safe, f"router={identity.option_name(cfg.router)}")
             self.warnings += [text for text in layer.router.warnings(self.n_tokens) if text not in self.warnings]
         self.step: Step = STEPS[cfg.execution.name](self.model, self.x)
         log.info(
-            "built %s on %s: %.1f MB of parameters", cfg.model.name, self.device, parameter_bytes(self.model) / 1e6
+            "built %s on %s: %.1f MB of parameters",
+            identity.option_name(cfg.model),
+            self.device,
+            parameter_bytes(self.model) / 1e6,
         )
 
     def _require_capturable(self, graph_safe: bool, what: str) -> None:
@@ -90,19 +96,21 @@ class Run:
         return int(self.cfg.batch) * (1 if "seq_len" in self.cfg.model.get("ignores", ()) else int(self.cfg.seq_len))
 
     def verify(self) -> None:
-        """Check the step's own output against the fp32 reference, then take the peak memory of one iteration.
+        """Take the peak memory of one iteration, then check the step's own output against the fp32 reference.
 
         Raises:
             MismatchError: the run computes something else than its label says.
             ValueError: router logits that are not finite; the message names the layer.
         """
+        self.step()  # what is allocated once is allocated now
+        peak_bytes = memory.peak_bytes(self.step)  # before the reference leaves its traces
         self.verification = verify(self.model, self.twin, self.x, self.step(), self.dtype, fuses=self.step.fuses)
-        if self.device is not None and self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.x.is_cuda:
+            torch.cuda.empty_cache()  # what the reference took
         log.info("verified: %s", self.verification.check)
         if self.verification.mismatch is not None:
             raise self.verification.mismatch
-        self.peak_bytes = memory.peak_bytes(self.step)
+        self.peak_bytes = peak_bytes
 
     def warm_up(self) -> int:
         """Repeat the step for `measure.warmup_s`, at least once. Returns how many iterations fill a block."""
@@ -144,25 +152,30 @@ class Run:
             )
         log.info("timed %d iterations, median %.4g ms", len(samples), np.median(samples))
 
-    @torch.inference_mode()
     def observe(self) -> None:
-        """Routing metrics, phases and roofline, each from passes of its own after the timing."""
-        cfg, output = self.cfg, self.step()
-        assert self.device is not None and self.verification is not None
-        p50 = float(np.median(self.samples_ms()))
-        eager = Step(self.model, self.x)
-        if cfg.measure.routing and output.routings:
-            self._observe_routing(eager)
-        if cfg.measure.phases:
-            graph_p50 = p50 if cfg.execution.name == "cuda_graph" else None
-            self.observed["phases_ms"] = phases.measure_phases(eager, min(1.0, cfg.measure.max_time_s / 4), graph_p50)
-        if cfg.measure.roofline:
-            self.observed["roofline"] = roofline.roofline(
-                self.model, self.x, output, self.verification.flops, p50, self.dtype
-            )
+        """Routing metrics, phases and roofline, each from passes of its own after the timing.
 
-    def _observe_routing(self, eager: Step) -> None:
-        layers, stats, handles = moe_layers(self.model), [], []
+        The latency stands whether or not these succeed: one that fails is a warning, and its field null.
+        """
+        measure = self.cfg.measure
+        for wanted, name, look in (
+            (measure.routing, "routing", self._observe_routing),
+            (measure.phases, "phases_ms", self._observe_phases),
+            (measure.roofline, "roofline", self._observe_roofline),
+        ):
+            try:
+                with torch.inference_mode():
+                    self.observed[name] = look() if wanted else None
+            except Exception as error:
+                log.error("%s", traceback.format_exc())
+                self.warnings.append(f"{name} could not be observed: {_reason(error)}")
+
+    def _observe_routing(self) -> dict[str, Any] | None:
+        """Metrics of the routing that the step's own execution realises."""
+        layers, routings = moe_layers(self.model), self.step().routings
+        if not routings:
+            return None
+        stats, handles = [], []
 
         def look(layer: Any, arguments: tuple[Any, ...], result: tuple[Any, ...]) -> None:
             logits_TE = gate_logits(arguments[0], layer.weights.gate_ED)
@@ -170,20 +183,30 @@ class Run:
 
         try:
             handles = [layer.register_forward_hook(look) for _, layer in layers]
-            eager()
+            self.model(self.x, forced_routing=routings)
         finally:
             for handle in handles:
                 handle.remove()
         ids = [index for index, _ in layers]
-        self.observed["routing"] = routing_metrics.summarize(stats, ids)
         self.routing_arrays = {
             "layer": np.array(ids),
             "counts_LE": np.stack([one.counts_E for one in stats]),
             "mean_score_LE": np.stack([one.prob_sum_E / max(one.tokens, 1) for one in stats]),
         }
+        return routing_metrics.summarize(stats, ids)
 
-    def implementation(self) -> dict[str, str]:
-        """Who computed what, as it really ran."""
+    def _observe_phases(self) -> dict[str, Any]:
+        graph_p50_ms = float(np.median(self.samples_ms())) if self.cfg.execution.name == "cuda_graph" else None
+        seconds = min(1.0, self.cfg.measure.max_time_s / 4)
+        return phases.measure_phases(Step(self.model, self.x), seconds, graph_p50_ms)
+
+    def _observe_roofline(self) -> dict[str, Any]:
+        assert self.verification is not None
+        p50_ms = float(np.median(self.samples_ms()))
+        return roofline.roofline(self.model, self.x, self.step(), self.verification.flops, p50_ms, self.dtype)
+
+    def _implementation(self) -> dict[str, str]:
+        """Who computes what."""
         ran: dict[str, str] = {}
         for module in self.model.modules():
             if isinstance(module, AddRMSNorm):
@@ -208,12 +231,12 @@ class Run:
             status=status,  # type: ignore[arg-type]
             reason=reason,
             cell_id=identity.cell_id(cfg),
-            code_id=identity.code_id(targets.trusted_dirs()),
+            code_id=self.code_id,
             env_id=identity.env_id(env) if env else None,
             name=cfg.name,
             overrides=list(cfg.overrides),
             config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
-            implementation=self.implementation() if built else {},
+            implementation=self.implementation,
             latency_ms=latency,
             throughput={
                 "tokens_per_s": self.n_tokens / (latency.p50 / 1e3),
@@ -260,8 +283,6 @@ def run(cfg: DictConfig, directory: str | Path | None = None) -> Record:
 
 
 def _execute(the_run: Run, folder: Path) -> Record:
-    # What was asked for stands there before anything can go wrong.
-    store.write_atomic(folder / "config.yaml", OmegaConf.to_yaml(the_run.cfg, resolve=True).encode())
     raised: BaseException | None = None
     status, reason = "ok", None
     try:
@@ -272,12 +293,14 @@ def _execute(the_run: Run, folder: Path) -> Record:
             the_run.observe()
     except UnavailableError as error:
         status, reason, raised = "skipped", f"unavailable: {error}", error
+        log.warning("%s", reason)
     except MismatchError as error:
         status, reason = "failed", f"mismatch: {error.where}"
         log.error("%s", error)
         the_run.warnings.append(str(error))
     except KeyboardInterrupt as error:
         status, reason, raised = "failed", "interrupted", error
+        log.warning("%s", reason)
     except ValueError as error:
         status, reason = "failed", f"error: {error}"
         log.error("%s", traceback.format_exc())
@@ -301,20 +324,24 @@ def _reason(error: BaseException) -> str:
 
 
 def _write(the_run: Run, record: Record, folder: Path) -> None:
-    """`result.json` last: where it stands, the rest does too."""
+    """`result.json` last: where it stands, the rest does too. What an earlier run left and this one has not goes."""
+    if (aside := store.set_aside_unreadable(folder)) is not None:
+        record.warnings.append(f"an earlier result could not be read; it is kept as {aside.name}")
+    store.write_atomic(folder / "config.yaml", OmegaConf.to_yaml(the_run.cfg, resolve=True).encode())
+    samples: dict[str, np.ndarray] = {}
     if the_run.blocks:
         lengths = [len(block.ms) for _, _, block in the_run.blocks]
-        store.write_arrays(
-            folder / "samples.npz",
-            {
-                "ms": the_run.samples_ms(),
-                "round": np.repeat([round_ for round_, _, _ in the_run.blocks], lengths),
-                "order": np.repeat([order for _, order, _ in the_run.blocks], lengths),
-                "stamp_s": np.concatenate([block.stamp_s for _, _, block in the_run.blocks]),
-            },
-        )
-    if the_run.routing_arrays:
-        store.write_arrays(folder / "routing.npz", the_run.routing_arrays)
+        samples = {
+            "ms": the_run.samples_ms(),
+            "round": np.repeat([round_ for round_, _, _ in the_run.blocks], lengths),
+            "order": np.repeat([order for _, order, _ in the_run.blocks], lengths),
+            "stamp_s": np.concatenate([block.stamp_s for _, _, block in the_run.blocks]),
+        }
+    for name, arrays in (("samples.npz", samples), ("routing.npz", the_run.routing_arrays)):
+        if arrays:
+            store.write_arrays(folder / name, arrays)
+        else:
+            (folder / name).unlink(missing_ok=True)
     store.write_record(folder, record)
 
 

@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moe_lab.records.identity import option_name
 from moe_lab.records.schema import Record
 
 _NONE = "-"
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return _NONE if value is None else f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return _NONE if value is None else f"{value:,.{digits}g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def _row(record: Record) -> list[str]:
@@ -29,13 +30,13 @@ def _row(record: Record) -> list[str]:
             p50 += f" [{_number(latency.ci95_low)}, {_number(latency.ci95_high)}]"
     pooled = (record.routing or {}).get("pooled", {})
     return [
-        _NONE if "router" in ignored else str(config["router"].get("name") or config["router"].get("_target_")),
+        _NONE if "router" in ignored else option_name(config["router"]),
         str(config["batch"]),
         _NONE if "seq_len" in ignored else str(config["seq_len"]),
         p50,
         _number((record.throughput or {}).get("tokens_per_s")),
         _number(pooled.get("load_max_over_mean")),
-        f"{check.rel_error:.1e}" if check else _NONE,
+        f"{check.rel_error:.1e}" if check and check.rel_error is not None else _NONE,
         record.status + (f": {record.reason}" if record.reason else ""),
     ]
 

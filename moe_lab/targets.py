@@ -8,12 +8,13 @@ that: no search path, no YAML, no result folder, no checkpoint.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 
 _trusted: list[Path] = []
@@ -32,9 +33,11 @@ def trust(config_dir: str | Path) -> Path:
     return folder
 
 
-def trusted_dirs() -> tuple[Path, ...]:
-    """The folders given with `trust`, in the order given."""
-    return tuple(_trusted)
+def folders_of(cfg: DictConfig) -> list[Path]:
+    """The trusted folders that some `_target_` of `cfg` lies in, sorted: the plug-ins whose code a run executes."""
+    content = OmegaConf.to_container(cfg, resolve=True)
+    modules = [str(target).rpartition(".")[0].split(".") for target in _targets(content)]
+    return sorted(folder for folder in _trusted if any(_holds(folder, module) for module in modules))
 
 
 def _targets(node: Any) -> Iterator[str]:
@@ -93,25 +96,57 @@ def locate(target: str) -> Any:
 
 
 def instantiate(node: DictConfig, **arguments: Any) -> Any:
-    """Call the target of `node` with its keys and `arguments` (which may be any objects).
-
-    The one place that asks Hydra to do so; Hydra 1.4 wants to be told which targets are allowed.
-    """
+    """Call the target of `node` with its keys and `arguments` (any objects). Nested nodes are made first."""
     content = OmegaConf.to_container(node, resolve=True)
     assert isinstance(content, dict)
     for target in _targets(content):
         locate(target)
+    made = locate(content["_target_"])
     keys = {str(key): value for key, value in content.items() if key not in ("_target_", *_ABOUT)}
-    nested = {key: _instantiate_nested(value) for key, value in keys.items()}
+    keys = {key: _instantiate_nested(value) for key, value in keys.items()}
     try:
-        return partial(locate(content["_target_"]), **nested)(**arguments)
+        inspect.signature(made).bind(**keys, **arguments)
     except TypeError as error:
-        if "argument" not in str(error):
-            raise
         raise ValueError(f"{content['_target_']}: {error}. The YAML's keys are its arguments.") from error
+    return made(**keys, **arguments)
 
 
 def _instantiate_nested(value: Any) -> Any:
-    from hydra.utils import instantiate as hydra_instantiate
+    """Hydra's own instantiation, for a value that holds nodes. Every target in it was found trustworthy before."""
+    if not any(_targets(value)):
+        return value
+    options: dict[str, Any] = {}
+    if "_execution_whitelist_" in inspect.signature(hydra.utils.instantiate).parameters:  # Hydra 1.4 wants to be told
+        options["_execution_whitelist_"] = list(_targets(value))
+    return hydra.utils.instantiate(value, **options)
 
-    return hydra_instantiate(value) if any(_targets(value)) else value
+
+_HYDRAS_OWN = ("hydra._internal.core_plugins.", "hydra.experimental.callbacks.", "hydra_plugins.")
+_LOGGING = ("logging.", "colorlog.", "hydra.", "ext://sys.")
+
+
+def check_hydra_node(node: DictConfig) -> None:
+    """Raise `ValueError` if Hydra's own configuration names code that is not trusted: a callback, a log handler.
+
+    Hydra would run it before any of ours, and a YAML found through a search path may set it.
+    """
+    content = OmegaConf.to_container(node, resolve=False)
+    for target in _targets(content):
+        if not str(target).startswith(_HYDRAS_OWN):
+            _check_trusted(str(target))
+    for value in _log_factories(content):
+        if not str(value).startswith(_LOGGING):
+            raise ValueError(f"{value}: a log handler or formatter must be of logging, colorlog or hydra.")
+
+
+def _log_factories(node: Any) -> Iterator[Any]:
+    """What `logging.config` would import: values of `()` and `class`, and `ext://...` anywhere."""
+    if isinstance(node, dict):
+        yield from (value for key, value in node.items() if key in ("()", "class"))
+        for value in node.values():
+            yield from _log_factories(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _log_factories(value)
+    elif isinstance(node, str) and node.startswith("ext://"):
+        yield node

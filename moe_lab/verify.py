@@ -10,6 +10,7 @@ free    the reference with its own routing: recorded, decides nothing (a near-ti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ TOLERANCES = {
     torch.float16: Tolerance(model=1.5e-3, expert=2e-3, token=4e-3, score=1e-3, weight=2e-3),
     torch.bfloat16: Tolerance(model=1.3e-2, expert=1.5e-2, token=3e-2, score=8e-3, weight=1.6e-2),
 }
-_SLOTS_AT_ONCE = 1 << 15
+_ROWS_AT_ONCE = 1 << 13  # what the checks compute in one piece, so that they need little memory beside the run's own
 
 
 def tolerance_of(model: nn.Module, dtype: torch.dtype, *, fuses: bool = False) -> Tolerance:
@@ -59,7 +60,7 @@ def tolerance_of(model: nn.Module, dtype: torch.dtype, *, fuses: bool = False) -
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Full fp32 matrix products: TF32 off, and no reduced-precision sums in bf16 or fp16 GEMMs of the reference."""
+    """Full fp32 matrix products inside: TF32 off."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -69,12 +70,15 @@ def exact_products() -> Iterator[None]:
 
 
 def relative_error(y: Tensor, reference: Tensor) -> float:
-    """||y - reference|| / ||reference||, Frobenius; infinite if y holds anything not finite."""
-    if not bool(y.isfinite().all()):
-        return float("inf")
-    wide = reference.double()
-    distance, norm = float((y.double() - wide).norm()), float(wide.norm())
-    return distance / norm if norm > 0 else (0.0 if distance == 0 else float("inf"))
+    """||y - reference|| / ||reference||, Frobenius, summed in fp64; infinite if y holds anything not finite."""
+    distance = norm = 0.0
+    rows = y.reshape(-1, y.shape[-1]), reference.reshape(-1, y.shape[-1])
+    for some, wanted in zip(*(one.split(_ROWS_AT_ONCE) for one in rows), strict=True):
+        distance += float((some.double() - wanted.double()).square().sum())
+        norm += float(wanted.double().square().sum())
+    if not math.isfinite(distance):
+        return math.inf
+    return math.sqrt(distance / norm) if norm > 0 else (0.0 if distance == 0 else math.inf)
 
 
 def moe_layers(model: nn.Module) -> list[tuple[int, MoELayer]]:
@@ -131,8 +135,13 @@ def changed_sets(a: Sequence[Routing], b: Sequence[Routing], n_experts: Sequence
     )
 
 
-def compare_routes(ran: Routing, reference: Routing, n_experts: int, layer: int, tolerance: Tolerance) -> int:
+def compare_routes(
+    ran: Routing, reference: Routing, n_experts: int, layer: int, tolerance: Tolerance, weights_TK: Tensor | None = None
+) -> int:
     """Number of near-ties in which `ran` chose otherwise than `reference` (which holds its scores).
+
+    `weights_TK` are the weights that the reference gives to the experts of `ran`, where its router can tell
+    (`Router.weigh`); else, of a near-tie, only what the weights add up to is compared.
 
     Raises:
         MismatchError: a set differs where the scores do not tie, or a weight differs.
@@ -140,14 +149,14 @@ def compare_routes(ran: Routing, reference: Routing, n_experts: int, layer: int,
     assert reference.scores_TE is not None
     ran_TE, want_TE = _members(ran.expert_ids_TK, n_experts), _members(reference.expert_ids_TK, n_experts)
     scores_TE = reference.scores_TE.float()
-    # The worst chosen score against the best rejected one, where the two sets disagree.
+    # The worst score against the best among the experts that only one of the two chose. Rounding is a share of the
+    # scores at stake: an expert that nobody chose (masked, or hardly likely) says nothing about it.
     differs_TE = ran_TE != want_TE
     highest_T = scores_TE.masked_fill(~differs_TE, -torch.inf).amax(-1)
     lowest_T = scores_TE.masked_fill(~differs_TE, torch.inf).amin(-1)
+    scale_T = scores_TE.masked_fill(~(ran_TE | want_TE), 0).abs().amax(-1)
     changed_T = differs_TE.any(-1)
-    finite_TE = scores_TE.masked_fill(~scores_TE.isfinite(), 0)
-    near_T = changed_T & (highest_T - lowest_T <= tolerance.score * finite_TE.abs().amax(-1).clamp(min=1e-30))
-    near_T &= ran_TE.sum(-1) == want_TE.sum(-1)
+    near_T = changed_T & (highest_T - lowest_T <= tolerance.score * scale_T) & (ran_TE.sum(-1) == want_TE.sum(-1))
     if bool((changed_T & ~near_T).any()):
         token = int((changed_T & ~near_T).nonzero()[0, 0])
         raise MismatchError(
@@ -156,9 +165,14 @@ def compare_routes(ran: Routing, reference: Routing, n_experts: int, layer: int,
             f"their logits (first: token {token}, {sorted(ran.expert_ids_TK[token].tolist())} instead of "
             f"{sorted(reference.expert_ids_TK[token].tolist())})",
         )
-    off_TE = _weights_by_expert(ran, n_experts) - _weights_by_expert(reference, n_experts)
-    # Of a near-tie the experts differ and with them the weights; what they add up to does not.
-    off_T = torch.where(changed_T, off_TE.sum(-1).abs(), off_TE.abs().amax(-1))
+    ran_weights_TE = _weights_by_expert(ran, n_experts)
+    off_TE = ran_weights_TE - _weights_by_expert(reference, n_experts)
+    if weights_TK is None:
+        tied_off_T = off_TE.sum(-1).abs()
+    else:
+        wanted = Routing(ran.expert_ids_TK, weights_TK.masked_fill(ran.expert_ids_TK < 0, 0))
+        tied_off_T = (ran_weights_TE - _weights_by_expert(wanted, n_experts)).abs().amax(-1)
+    off_T = torch.where(changed_T, tied_off_T, off_TE.abs().amax(-1))
     if off_T.numel() and float(off_T.max()) > tolerance.weight:
         raise MismatchError(
             "route",
@@ -187,14 +201,14 @@ class LayerProbe:
             x_TD, ctx = arguments[0], arguments[1]
             routing = result[1]
             E = layer.weights.n_experts
-            check_contract(routing, x_TD.shape[0], E, index)
             logits_TE = gate_logits(x_TD, layer.weights.gate_ED)
             check_finite(logits_TE, index)
             with exact_products():
                 want = reference.router.select(logits_TE.float(), ctx._replace(want_scores=True))
+                weights_TK = reference.router.weigh(logits_TE.float(), routing.expert_ids_TK.clamp(min=0))
             if want.scores_TE is None:
                 raise ValueError(f"router: {type(reference.router).__name__}.select gave no scores_TE when asked to.")
-            self.near_ties += compare_routes(routing, want, E, index, self.tolerance)
+            self.near_ties += compare_routes(routing, want, E, index, self.tolerance, weights_TK)
             y_TD = layer.routed(x_TD, routing)
             with exact_products():
                 y_reference_TD = reference.routed(x_TD.float(), routing)
@@ -208,7 +222,7 @@ class LayerProbe:
         E, K = layer.weights.n_experts, routing.expert_ids_TK.shape[1]
         ids_N = routing.expert_ids_TK.flatten()
         off_E, size_E = torch.zeros(2, E, device=x_TD.device, dtype=torch.float64)
-        for slot_N in (ids_N >= 0).nonzero().squeeze(1).split(_SLOTS_AT_ONCE):
+        for slot_N in (ids_N >= 0).nonzero().squeeze(1).split(_ROWS_AT_ONCE):
             alone = Routing(ids_N[slot_N, None], torch.ones(len(slot_N), 1, device=x_TD.device))
             x_ND = x_TD[slot_N // K]
             y_ND = layer.routed(x_ND, alone)
@@ -236,8 +250,22 @@ class Verification:
     """The record's check, why it failed if it did, and the operations counted on the way."""
 
     check: Check
-    mismatch: MismatchError | None
-    flops: int
+    mismatch: MismatchError | None = None
+    flops: int = 0
+
+
+def _nothing_known() -> Check:
+    return Check(
+        passed=False,
+        rel_error=None,
+        max_abs_error=None,
+        expert_rel_error=None,
+        token_rel_error=None,
+        near_ties=None,
+        free_rel_error=None,
+        changed_sets=None,
+        reference="fp32, torch, one expert at a time",
+    )
 
 
 @torch.inference_mode()
@@ -247,49 +275,64 @@ def verify(
     """Compare `ran`, the output of the run's own execution, with the fp32 reference `twin`.
 
     The logits that the route check selects from are those of an eager pass with the run's routing forced. An execution
-    that `fuses` rounds otherwise on the way there, so its scores may differ by what the model's output may.
+    that `fuses` rounds otherwise on the way there, so its scores may differ by what the model's output may. Such an
+    execution's own kernels are seen by the whole model's error alone; by expert and by token the eager ones are.
 
     Raises:
-        ValueError: router logits that are not finite; the message names the layer.
+        ValueError: router logits that are not finite (the message names the layer), or a reference that is not fp32.
     """
     tolerance = tolerance_of(model, dtype, fuses=fuses)
     layers = moe_layers(model)
-    reference_x = x.float() if x.is_floating_point() else x
-    mismatch: MismatchError | None = None
+    sizes = [layer.weights.n_experts for _, layer in layers]
+    result = Verification(_nothing_known())
+    check = result.check
+    try:
+        for (index, layer), routing in zip(layers, ran.routings, strict=True):
+            check_contract(routing, len(ran.routings[0].expert_ids_TK), layer.weights.n_experts, index)
+    except MismatchError as error:  # with such ids there is nothing to compute
+        result.mismatch = error
+        return result
+
     probe = LayerProbe(model, twin, tolerance)
     try:
         model(x, forced_routing=ran.routings)
+        if layers:
+            check.expert_rel_error, check.token_rel_error = probe.expert_error, probe.token_error
+            check.near_ties = probe.near_ties
     except MismatchError as error:
-        mismatch = error
+        result.mismatch = error
     finally:
         probe.close()
+
+    reference_x = x.float() if x.is_floating_point() else x
     with exact_products():
         forced: Output = twin(reference_x, forced_routing=ran.routings)
-        rel_error = relative_error(ran.y, forced.y)
-        max_abs_error = float((ran.y.float() - forced.y).abs().max()) if ran.y.numel() else 0.0
+        if forced.y.dtype != torch.float32:
+            raise ValueError(
+                f"model: its reference pass computes in {forced.y.dtype}; let each operation cast its weight to the "
+                "dtype of its input, and an embedding follow use_reference() (see moe_lab/models/__init__.py)."
+            )
+        check.rel_error = relative_error(ran.y, forced.y)
+        check.max_abs_error = float((ran.y - forced.y).abs().max()) if ran.y.numel() else 0.0
         del forced
-        free, flops = count_flops(lambda: twin(reference_x))
-    check = Check(
-        passed=False,
-        rel_error=rel_error,
-        max_abs_error=max_abs_error,
-        expert_rel_error=probe.expert_error if layers else None,
-        token_rel_error=probe.token_error if layers else None,
-        near_ties=probe.near_ties if layers else None,
-        free_rel_error=relative_error(ran.y, free.y),
-        changed_sets=changed_sets(ran.routings, free.routings, [layer.weights.n_experts for _, layer in layers])
-        if layers
-        else None,
-        reference="fp32, torch, one expert at a time",
+        free, result.flops = count_flops(lambda: twin(reference_x))
+    check.free_rel_error = relative_error(ran.y, free.y)
+    check.changed_sets = changed_sets(ran.routings, free.routings, sizes) if layers else None
+
+    if result.mismatch is None:
+        result.mismatch = _beyond(check, tolerance, dtype)
+    check.passed = result.mismatch is None
+    return result
+
+
+def _beyond(check: Check, tolerance: Tolerance, dtype: torch.dtype) -> MismatchError | None:
+    """The mismatch of the layers check, if an error is larger than its tolerance (or NaN)."""
+    limits = (
+        ("model", check.rel_error, tolerance.model),
+        ("expert", check.expert_rel_error, tolerance.expert),
+        ("token", check.token_rel_error, tolerance.token),
     )
-    if mismatch is None:
-        limits = (("model", rel_error), ("expert", probe.expert_error), ("token", probe.token_error))
-        over = [
-            f"{name} {value:.2e} > {getattr(tolerance, name):.0e}"
-            for name, value in limits
-            if not value <= getattr(tolerance, name)
-        ]
-        if over:
-            mismatch = MismatchError("layers", f"relative error beyond {dtype}'s rounding: {', '.join(over)}")
-    check.passed = mismatch is None
-    return Verification(check, mismatch, flops)
+    over = [
+        f"{name} {error:.2e} > {most:.1e}" for name, error, most in limits if error is not None and not error <= most
+    ]
+    return MismatchError("layers", f"relative error beyond what {dtype} explains: {', '.join(over)}") if over else None

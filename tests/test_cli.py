@@ -103,8 +103,21 @@ MISTAKES = [
     pytest.param(["model.top_k=9"], "model.top_k=9", id="top-k"),
     pytest.param(["model.n_expert=9"], "model.n_expert", id="key"),
     pytest.param(["router=sinkhrn"], "router=sinkhrn", id="option"),
-    pytest.param(["device=cpu", "dtype=fp16"], "dtype=fp16", id="dtype"),
 ]
+
+
+def test_a_callback_found_through_a_search_path_is_not_trusted(tmp_path: Path) -> None:
+    """Hydra would run it before the application; it is refused before that."""
+    (tmp_path / "there" / "experiment").mkdir(parents=True)
+    (tmp_path / "there" / "experiment" / "x.yaml").write_text(
+        "# @package _global_\nhydra:\n  callbacks:\n    e:\n      _target_: evil.Callback\n"
+    )
+    (tmp_path / "evil.py").write_text("open('touched', 'w').close()\nclass Callback: pass\n")
+    path = f"hydra.searchpath=[file://{tmp_path}/there]"
+    done = moe_lab(path, "experiment=x", *quick.overrides("minimal"), cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "evil.Callback" in done.stderr
+    assert not (tmp_path / "touched").exists()
 
 
 @pytest.mark.parametrize("multirun", [pytest.param([], id="single"), pytest.param(["-m"], id="multirun")])
@@ -127,7 +140,7 @@ def test_hydra_full_error_shows_the_traceback(tmp_path: Path) -> None:
     """The variable that Hydra's users know works for mistakes found while composing and while checking."""
     for mistake in ("batch=abc", "model.n_heads=7"):
         done = moe_lab(mistake, cwd=tmp_path, HYDRA_FULL_ERROR="1")
-        assert done.returncode != 0
+        assert done.returncode == 2
         assert "Traceback" in done.stderr
 
 
@@ -140,6 +153,29 @@ def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(tmp_path: Path) 
     ]
     (result,) = tmp_path.glob("outputs/runs/*/result.json")
     assert read_record(result.parent).status == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("combination", "mend"),
+    [
+        pytest.param("dtype=fp16", "bf16 or fp32", id="half-on-cpu"),
+        pytest.param("execution=cuda_graph", "eager or compile", id="graph-on-cpu"),
+        pytest.param("router=cuda_ext", "router=torch", id="no-extension"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line_alone_and_a_skip_in_a_sweep(
+    combination: str, mend: str, tmp_path: Path
+) -> None:
+    """Exit code 2 for one run; in a multirun a row with the reason and exit code 0."""
+    done = moe_lab(*quick.overrides("moe_layer", combination), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert combination in done.stderr
+    assert mend in done.stderr
+    sweep = moe_lab("-m", *quick.overrides("moe_layer", combination, "batch=1,2"), cwd=tmp_path)
+    assert sweep.returncode == 0
+    assert sweep.stdout.count("skipped: unavailable") == 2
 
 
 @pytest.mark.parametrize(

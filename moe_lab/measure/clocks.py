@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch._inductor.exc
 from torch import Tensor, nn
 
 from moe_lab.errors import UnavailableError
 from moe_lab.models import Output
+from moe_lab.routers.base import unchecked
 
 
 class Block(NamedTuple):
@@ -44,7 +46,7 @@ class Step:
     @torch.inference_mode()
     def time_block(self, n: int) -> Block:
         """Run `n` iterations and time each."""
-        with _no_garbage_collection():
+        with _no_garbage_collection(), unchecked():
             return self._time_on_cuda(n) if self.device.type == "cuda" else self._time_on_cpu(n)
 
     def _time_on_cpu(self, n: int) -> Block:
@@ -90,6 +92,10 @@ class CompiledStep(Step):
                 self()
         except torch._dynamo.exc.Unsupported as error:
             raise UnavailableError(f"execution=compile: {str(error).splitlines()[0]}") from error
+        except torch._inductor.exc.InductorError as error:
+            if "InvalidCxxCompiler" not in str(error):
+                raise
+            raise UnavailableError("execution=compile needs a C++ compiler (g++) for the CPU") from error
 
 
 class GraphStep(Step):
@@ -137,7 +143,7 @@ STEPS: dict[str, type[Step]] = {"eager": Step, "compile": CompiledStep, "cuda_gr
 
 
 @contextmanager
-def _no_garbage_collection():  # type: ignore[no-untyped-def]
+def _no_garbage_collection() -> Iterator[None]:
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_lab.experts.weights import swiglu
 from moe_lab.ops.add_rms_norm import add_rms_norm
 from moe_lab.ops.library import resolve_implementation
 
@@ -74,5 +75,4 @@ class SwiGLU(nn.Module):
         self.down = Linear(hidden_dim, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return self.down(swiglu(self.gate_up(x)))  # type: ignore[no-any-return]

@@ -58,7 +58,7 @@ def slug(cfg: DictConfig) -> str:
     )[:120]
 
 
-def option_name(node: DictConfig) -> str:
+def option_name(node: Mapping[Any, Any] | DictConfig) -> str:
     """The option's `name`; a user's YAML may leave it out, then the last word of its `_target_`."""
     return str(node.get("name") or str(node.get("_target_", "unnamed")).rsplit(".", 1)[-1])
 
@@ -67,6 +67,8 @@ def _hash_files(roots: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for root in roots:
         for path in sorted(p for pattern in _SOURCES for p in root.rglob(pattern) if p.is_file()):
+            if any(part.startswith(".") for part in path.relative_to(root).parts):
+                continue  # a virtual environment, a version control folder, an editor's file
             digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -33,12 +33,12 @@ class Check:
     """How the run compares with the fp32 reference; see docs/architecture.md, "Verified before timed"."""
 
     passed: bool
-    rel_error: float
-    max_abs_error: float
+    rel_error: float | None
+    max_abs_error: float | None
     expert_rel_error: float | None
     token_rel_error: float | None
     near_ties: int | None
-    free_rel_error: float
+    free_rel_error: float | None
     changed_sets: int | None
     reference: str
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_lab.records.schema import Record
 
-RESULT = "result.json"
+RESULT, UNREADABLE = "result.json", "result.unreadable.json"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -58,6 +58,19 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomic(path, buffer.getvalue())
+
+
+def set_aside_unreadable(directory: Path) -> Path | None:
+    """Rename a `result.json` that cannot be read, so that nothing overwrites it. Returns its new name, or None."""
+    try:
+        read_record(directory)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        aside = directory / UNREADABLE
+        os.replace(directory / RESULT, aside)
+        return aside
+    return None
 
 
 def read_record(directory: Path) -> Record:

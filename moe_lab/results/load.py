@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from moe_lab.records.identity import option_name
 from moe_lab.records.store import RESULT, read_record
 
 # Nested fields that stay out of the row: the whole configuration, and per-layer lists (routing.npz has those).
@@ -44,7 +45,7 @@ def load(directory: str | Path) -> pd.DataFrame:
 def _asked(config: dict[str, Any]) -> dict[str, Any]:
     ignored = set(config.get("model", {}).get("ignores") or ())
     settings = {key: None if key in ignored else config.get(key) for key in _SETTINGS}
-    options = {key: None if key in ignored else (config.get(key) or {}).get("name") for key in _OPTIONS}
+    options = {key: None if key in ignored or not config.get(key) else option_name(config[key]) for key in _OPTIONS}
     return {**settings, **options}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -72,6 +74,13 @@ class Router(nn.Module):
         """The routing of hidden states [T, D]; a fused gate and route kernel overrides this and is tested equal."""
         return self.select(gate_logits(x_TD, gate_ED), ctx)
 
+    def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
+        """The weights [T, K] this router gives to experts already chosen, if they follow from the logits; else None.
+
+        Verification asks for them where the choice was a near-tie and the run's own fell otherwise.
+        """
+        return None
+
     def implementation(self) -> str:
         """Who computes `select`, as it stands in the record."""
         return self.impl
@@ -85,6 +94,20 @@ class Router(nn.Module):
         self.impl = "torch"
 
 
+_looks = True
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Routers do not look for NaN inside: for timed blocks, whose input was looked at before."""
+    global _looks
+    before, _looks = _looks, False
+    try:
+        yield
+    finally:
+        _looks = before
+
+
 def gate_logits(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
     """Router logits [T, E] in x's dtype."""
     return F.linear(x_TD, gate_ED.to(x_TD.dtype))
@@ -94,9 +117,10 @@ def require_finite(logits_TE: Tensor, ctx: RouteContext | None, *, every_entry: 
     """Raise `ValueError` naming the layer if a row has no softmax: it holds NaN or +inf, or nothing but -inf.
 
     With `every_entry` a single -inf (a masked expert) is refused too. Silent where looking would stop the device or
-    break a captured graph (CUDA, torch.compile); a run looks at its logits on every device once, before it is timed.
+    break a captured graph (CUDA, torch.compile), and while a block is timed (`unchecked`): a run looks at its logits on
+    every device once, before that.
     """
-    if logits_TE.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _looks and logits_TE.device.type == "cpu" and not torch.compiler.is_compiling():
         check_finite(logits_TE, 0 if ctx is None else ctx.layer, every_entry=every_entry)
 
 

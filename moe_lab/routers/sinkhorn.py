@@ -39,7 +39,11 @@ class Sinkhorn(Router):
         scores_TE = logits_TE.float() if one_token else log_plan(logits_TE, self.iters, self.temperature)
         ids_TK = top_k(scores_TE, self.top_k)
         wanted = ctx is not None and ctx.want_scores
-        return Routing(ids_TK, weights_of(logits_TE, ids_TK, True), scores_TE=scores_TE if wanted else None)
+        return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if wanted else None)
+
+    def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """See `Router.weigh`."""
+        return weights_of(logits_TE, expert_ids_TK, renormalize=True)
 
     def warnings(self, n_tokens: int) -> list[str]:
         """The declared fallback at one token."""

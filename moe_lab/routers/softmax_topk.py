@@ -29,4 +29,8 @@ class SoftmaxTopK(Router):
         require_finite(logits_TE, ctx)
         ids_TK = top_k(logits_TE, self.top_k)
         scores_TE = logits_TE.float() if ctx is not None and ctx.want_scores else None
-        return Routing(ids_TK, weights_of(logits_TE, ids_TK, self.renormalize), scores_TE=scores_TE)
+        return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE)
+
+    def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """See `Router.weigh`."""
+        return weights_of(logits_TE, expert_ids_TK, self.renormalize)
