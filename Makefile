@@ -14,7 +14,7 @@ help: ## Show this list
 $(READY): pyproject.toml constraints.txt
 	@set -e; rm -f $(READY); \
 	for candidate in "$${PYTHON:-python3}" python3 python3.12 python3.11; do \
-	  if "$$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python="$$candidate"; break; fi; \
+	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python="$$candidate"; break; fi; \
 	done; \
 	if [ -z "$${python:-}" ]; then echo "moe-lab needs Python 3.11 or newer with the venv module; set PYTHON=..." >&2; exit 1; fi; \
 	echo "installing into .venv with $$("$$python" --version)"; \

@@ -11,6 +11,7 @@ from moe_lab import targets
 from moe_lab.errors import UnavailableError
 from moe_lab.records.schema import Record
 from tests import quick
+from tests.conftest import needs_cxx
 
 CONF = Path(__file__).parent.parent / "conf"
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("**/*.yaml"))
@@ -90,6 +91,7 @@ def test_every_model_runs_on_cuda(model: str, dtype: str, execution: str, tmp_pa
     assert (record.status, record.reason) == ("ok", None)
 
 
+@needs_cxx
 def test_a_cpu_run_compiles(tmp_path: Path) -> None:
     """execution=compile captures the MoE decoder whole and is verified like the others."""
     record = moe_lab.run(quick.compose("decoder_moe", "execution=compile", "model.n_layers=1"), tmp_path)

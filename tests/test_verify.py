@@ -12,7 +12,9 @@ from torch import Tensor
 
 from moe_lab.errors import MismatchError
 from moe_lab.experts.weights import ExpertWeights
+from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer
+from moe_lab.models.parameters import reference_twin
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.records.schema import Check
 from moe_lab.routers.base import RouteContext, Router, Routing
@@ -404,6 +406,44 @@ def test_a_fusing_execution_may_round_a_route_and_nothing_more(dtype: str) -> No
         assert mismatch is not None and mismatch.where == where
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_an_id_of_no_expert_is_a_mismatch_and_nothing_else_is_claimed(model: str) -> None:
+    """The contract is looked at before anything is computed with the routing; what was not measured is None."""
+    run = tiny.built(config(model))
+    ran = run.step()
+    wrong = [one._replace(expert_ids_TK=one.expert_ids_TK + 100) for one in ran.routings]
+    verification = verify(run.model, run.twin, run.x, ran._replace(routings=tuple(wrong)), run.dtype)
+    assert verification.mismatch is not None and "outside" in str(verification.mismatch)
+    check = verification.check
+    assert check.passed is False
+    assert (check.rel_error, check.expert_rel_error, check.near_ties, check.free_rel_error) == (None,) * 4
+
+
+def test_after_a_wrong_route_the_errors_of_the_layers_are_unknown() -> None:
+    """Null, not 0, for what the eager pass did not get to."""
+    run = tiny.built(tiny.decoder_moe())
+    in_router(run, swapped_ids, layer=0)
+    check = verified(run).check
+    assert (check.expert_rel_error, check.token_rel_error, check.near_ties) == (None, None, None)
+    assert check.rel_error is not None
+
+
+def test_a_model_that_has_no_fp32_reference_is_refused() -> None:
+    """Comparing bf16 with itself proves nothing."""
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(7, 5, dtype=torch.bfloat16)
+
+        def forward(self, ids: Tensor, forced_routing: Any = None) -> Output:
+            return Output(self.embed(ids))
+
+    model, ids = Plain(), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match=r"reference pass computes in torch\.bfloat16"):
+        verify(model, reference_twin(model), ids, model(ids), torch.bfloat16)
+
+
 # --- the contract of a router -----------------------------------------------------------------------------------------
 
 
@@ -558,9 +598,10 @@ def test_the_order_of_a_tokens_slots_does_not_matter() -> None:
         compare_routes(routing([[1, 0]], [[0.75, 0.25]]), reference, 3, 0, TOLERANCES[torch.float32])
 
 
-def test_masked_experts_do_not_make_everything_a_tie() -> None:
-    """A score of -inf is no measure of the others."""
-    scores_TE = torch.tensor([[3.0, 2.0, -torch.inf]])
+@pytest.mark.parametrize("masked", [pytest.param(-torch.inf, id="-inf"), pytest.param(-1e9, id="-1e9")])
+def test_masked_experts_do_not_make_everything_a_tie(masked: float) -> None:
+    """A score of -inf, or a very low one, is no measure of the others."""
+    scores_TE = torch.tensor([[3.0, 2.0, masked]])
     reference = routing([[0]], [[1.0]])._replace(scores_TE=scores_TE)
     for other in (1, 2):
         with pytest.raises(MismatchError, match="other experts"):
