@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale, swiglu
+from moe_lab.ops.combine import combine
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.segment_mm import implementation_for, segment_mm
 from moe_lab.phases import phase
@@ -18,10 +19,10 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
         UnavailableError: the device and dtype have no grouped product (see ops/segment_mm.py).
     """
     check_scale(scale)
-    (T, D), K = x_TD.shape, routing.expert_ids_TK.shape[1]
+    K = routing.expert_ids_TK.shape[1]
     with phase("dispatch"):
         order = routing.dispatch or dispatch(routing.expert_ids_TK, weights.n_experts)
-        x_ND = x_TD[order.perm_N // K]
+        x_ND = x_TD.index_select(0, order.perm_N // K)
         if scale == "input":
             x_ND = (x_ND * routing.weights_TK.reshape(-1)[order.perm_N, None]).to(x_TD.dtype)
     with phase("experts"):
@@ -29,11 +30,9 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
         h_NF = swiglu(segment_mm(x_ND, weights.w_gate_up_E2FD, order.offsets_E1, implementation))
         o_ND = segment_mm(h_NF, weights.w_down_EDF, order.offsets_E1, implementation)
     with phase("combine"):
-        o_TKD = o_ND[order.inverse_N].view(T, K, D).float()
-        used_TK1 = (routing.expert_ids_TK >= 0).unsqueeze(-1)
-        # Rows of unused slots hold anything, NaN too: they are replaced, not multiplied by 0.
-        weighted_TKD = o_TKD if scale == "input" else o_TKD * routing.weights_TK.unsqueeze(-1)
-        return weighted_TKD.where(used_TK1, 0).sum(1).to(x_TD.dtype)
+        used_TK = routing.expert_ids_TK >= 0
+        weights_TK = routing.weights_TK if scale == "output" else used_TK.float()
+        return combine(o_ND, order.inverse_N, weights_TK, used_TK)
 
 
 grouped.graph_safe = True  # type: ignore[attr-defined]
