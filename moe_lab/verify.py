@@ -39,6 +39,7 @@ class Tolerance:
     token: float  # of one token's output of one MoE layer; the worst token
     score: float  # of a selection score, as a share of the token's largest: below it two experts are a near-tie
     weight: float  # absolute, of a routing weight
+    logit: float = 0.0  # of a router logit, as a share of the token's median one, where the run's own are not at hand
 
 
 TOLERANCES = {
@@ -55,7 +56,8 @@ def tolerance_of(model: nn.Module, dtype: torch.dtype, *, fuses: bool = False) -
     allowed = replace(allowed, model=allowed.model * max(len(getattr(model, "layers", ())), 1) ** 0.5)
     if not fuses:
         return allowed
-    return replace(allowed, score=allowed.score + allowed.model, weight=allowed.weight + allowed.model)
+    # Rounding on the way to the logits is that of the model's output so far; the median is 2/3 of a standard deviation.
+    return replace(allowed, logit=3 * allowed.model, weight=allowed.weight + allowed.model)
 
 
 @contextmanager
@@ -135,12 +137,19 @@ def changed_sets(a: Sequence[Routing], b: Sequence[Routing], n_experts: Sequence
 
 
 def compare_routes(
-    ran: Routing, reference: Routing, n_experts: int, layer: int, tolerance: Tolerance, weights_TK: Tensor | None = None
+    ran: Routing,
+    reference: Routing,
+    n_experts: int,
+    layer: int,
+    tolerance: Tolerance,
+    weights_TK: Tensor | None = None,
+    logits_TE: Tensor | None = None,
 ) -> int:
     """Number of near-ties in which `ran` chose otherwise than `reference` (which holds its scores).
 
     `weights_TK` are the weights that the reference gives to the experts of `ran`, where its router can tell
-    (`Router.weigh`); else, of a near-tie, only what the weights add up to is compared.
+    (`Router.weigh`); else, of a near-tie, only what the weights add up to is compared. `logits_TE` are those that the
+    reference selected from, for `tolerance.logit`.
 
     Raises:
         MismatchError: a set differs where the scores do not tie, or a weight differs.
@@ -155,7 +164,10 @@ def compare_routes(
     lowest_T = scores_TE.masked_fill(~differs_TE, torch.inf).amin(-1)
     scale_T = scores_TE.masked_fill(~want_TE | ~scores_TE.isfinite(), 0).abs().amax(-1)
     changed_T = differs_TE.any(-1)
-    near_T = changed_T & (highest_T - lowest_T <= tolerance.score * scale_T) & (ran_TE.sum(-1) == want_TE.sum(-1))
+    allowed_T = tolerance.score * scale_T
+    if logits_TE is not None and tolerance.logit:
+        allowed_T = allowed_T + tolerance.logit * logits_TE.float().abs().median(-1).values
+    near_T = changed_T & (highest_T - lowest_T <= allowed_T) & (ran_TE.sum(-1) == want_TE.sum(-1))
     if bool((changed_T & ~near_T).any()):
         token = int((changed_T & ~near_T).nonzero()[0, 0])
         raise MismatchError(
@@ -207,7 +219,7 @@ class LayerProbe:
                 weights_TK = reference.router.weigh(logits_TE.float(), routing.expert_ids_TK.clamp(min=0))
             if want.scores_TE is None:
                 raise ValueError(f"router: {type(reference.router).__name__}.select gave no scores_TE when asked to.")
-            self.near_ties += compare_routes(routing, want, E, index, self.tolerance, weights_TK)
+            self.near_ties += compare_routes(routing, want, E, index, self.tolerance, weights_TK, logits_TE)
             y_TD = layer.routed(x_TD, routing)
             with exact_products():
                 y_reference_TD = reference.routed(x_TD.float(), routing)

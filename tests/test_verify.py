@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -606,6 +607,22 @@ def test_masked_experts_do_not_make_everything_a_tie(masked: float) -> None:
     for other in (1, 2):
         with pytest.raises(MismatchError, match="other experts"):
             compare_routes(routing([[other]], [[1.0]]), reference, 3, 0, TOLERANCES[torch.bfloat16])
+
+
+def test_logits_that_are_not_the_runs_own_widen_the_tie_by_their_typical_size() -> None:
+    """For an execution that fuses a gap of a few percent of the logits is a near-tie, a gap of their size is not."""
+    tolerance = replace(TOLERANCES[torch.bfloat16], logit=0.04)
+    for gap, near in ((0.03, True), (0.5, False)):
+        scores_TE = torch.tensor([[0.1 + gap, 0.1, -1.0, -2.0]])
+        reference = routing([[0]], [[1.0]])._replace(scores_TE=scores_TE)
+        other = routing([[1]], [[1.0]])
+        with pytest.raises(MismatchError):
+            compare_routes(other, reference, 4, 0, TOLERANCES[torch.bfloat16], None, scores_TE * 10)
+        if near:
+            assert compare_routes(other, reference, 4, 0, tolerance, None, scores_TE * 10) == 1
+        else:
+            with pytest.raises(MismatchError):
+                compare_routes(other, reference, 4, 0, tolerance, None, scores_TE * 10)
 
 
 def test_changed_sets_counts_layers_and_tokens() -> None:
