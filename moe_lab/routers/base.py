@@ -120,7 +120,9 @@ def require_finite(logits_TE: Tensor, ctx: RouteContext | None, *, every_entry: 
     break a captured graph (CUDA, torch.compile), and while a block is timed (`unchecked`): a run looks at its logits on
     every device once, before that.
     """
-    if _looks and logits_TE.device.type == "cpu" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # first: a compiled pass must not depend on `_looks`
+        return
+    if _looks and logits_TE.device.type == "cpu":
         check_finite(logits_TE, 0 if ctx is None else ctx.layer, every_entry=every_entry)
 
 

@@ -15,6 +15,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.measure.clocks import STEPS, CompiledStep, GraphStep, Step
 from moe_lab.models import Output
 from tests import tiny
+from tests.conftest import needs_cxx
 
 
 class Recording(nn.Module):
@@ -106,6 +107,7 @@ def test_a_step_leaves_gradients_alone() -> None:
     assert not torch.is_inference_mode_enabled()
 
 
+@needs_cxx
 def test_compiled_step_computes_what_eager_computes() -> None:
     """The whole forward pass of model=minimal, whose custom op Inductor must leave as it is."""
     run = tiny.built(tiny.minimal())
@@ -114,6 +116,7 @@ def test_compiled_step_computes_what_eager_computes() -> None:
     assert (compiled.time_block(3).ms > 0).all()
 
 
+@needs_cxx
 @pytest.mark.slow
 @pytest.mark.parametrize("router", [pytest.param("torch", id="torch"), pytest.param("sinkhorn", id="sinkhorn")])
 def test_compiled_decoder_computes_what_eager_computes(router: str) -> None:
@@ -131,6 +134,7 @@ def test_a_graph_break_is_unavailable_under_compile() -> None:
         CompiledStep(Breaking(), torch.zeros(3))
 
 
+@needs_cxx
 def test_a_second_compiled_step_leaves_the_first_compiled() -> None:
     """A sweep times the members of a group in turns: no sample may hold a compilation."""
     first = CompiledStep(nn.Sequential(nn.Identity(), nn.ReLU()), torch.zeros(3))
@@ -205,3 +209,14 @@ def test_peak_on_cuda_holds_at_least_the_parameters(execution: str) -> None:
     """The allocator's peak includes the model itself."""
     run = tiny.built(tiny.decoder_moe("device=cuda", f"execution={execution}"))
     assert run.step.peak_bytes() >= sum(p.numel() * p.element_size() for p in run.model.parameters())
+
+
+@needs_cxx
+def test_a_timed_block_compiles_nothing_again() -> None:
+    """What is timed is what was verified: a block neither recompiles nor depends on what only the host looks at."""
+    run = tiny.built(tiny.decoder_moe("execution=compile", "model.n_layers=1"))
+    before = run.step().y.clone()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        block = run.step.time_block(3)
+        assert torch.equal(run.step().y, before)
+    assert len(block.ms) == 3
