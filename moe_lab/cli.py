@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
         if config_dir is not None:
             targets.trust(config_dir)
         configure.name_sweep(overrides)
-        hydra.main(version_base="1.3", config_path=f"pkg://{configure.CONFIG_MODULE}", config_name="config")(_task)()
+        path = f"pkg://{configure.CONFIG_MODULE}"
+        hydra.main(config_path=path, config_name="config", **configure.VERSION_BASE)(_task)()
     except KeyboardInterrupt:
         print("moe-lab: interrupted; what was known by then is in the record", file=sys.stderr)
         return INTERRUPTED

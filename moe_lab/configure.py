@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -22,6 +23,9 @@ from moe_lab.errors import UnavailableError
 from moe_lab.records import identity
 
 CONFIG_MODULE = "moe_lab.conf"
+# Hydra 1.4 (with omegaconf 2.4) warns of what 1.3 needs: this argument, and register_new_resolver's name.
+_IS_HYDRA_1_4 = not hydra.__version__.startswith("1.3.")
+VERSION_BASE = {} if _IS_HYDRA_1_4 else {"version_base": "1.3"}
 _IN_WORDS = (ValueError, UnavailableError, OSError)  # their messages are sentences already
 _NOT_FOR_TYPING = ("_target_", "ignores", "overrides", "hydra")  # keys that nobody sets on the command line
 SWEEP_NAME = "MOE_LAB_SWEEP_NAME"  # an environment variable, so that a launcher's processes agree on it
@@ -30,8 +34,7 @@ SWEEP_NAME = "MOE_LAB_SWEEP_NAME"  # an environment variable, so that a launcher
 def register() -> None:
     """Make the schemas and the resolvers known to Hydra, and look at what Hydra composes. Again changes nothing."""
     config.register()
-    # (omegaconf 2.4 prefers register_resolver, a name that in 2.3 does something else.)
-    add = OmegaConf.register_new_resolver
+    add: Any = OmegaConf.register_resolver if _IS_HYDRA_1_4 else OmegaConf.register_new_resolver
     add("moe_lab.cell_id", _cell_id, replace=True)
     add("moe_lab.slug", _slug, replace=True)
     add("moe_lab.sweep_name", _sweep_name, replace=True)
@@ -144,7 +147,7 @@ def _hydra_compose(overrides: Sequence[str], config_dir: str | Path | None) -> I
     if config_dir is not None:
         path = str(targets.trust(config_dir)).replace("'", "\\'")
         arguments.append(f"hydra.searchpath=['file://{path}']")
-    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+    with initialize_config_module(CONFIG_MODULE, **VERSION_BASE):
         composed = hydra_compose("config", arguments, return_hydra_config=True)
         with open_dict(composed):
             yield composed
