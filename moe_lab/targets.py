@@ -25,7 +25,7 @@ _ABOUT = ("name", "ignores")  # keys of an option that describe it and are no ar
 def trust(config_dir: str | Path) -> Path:
     """Let `_target_` name modules under `config_dir`, which goes on `sys.path`."""
     folder = Path(config_dir).resolve()
-    if not folder.is_dir():
+    if not str(config_dir) or not folder.is_dir():
         raise ValueError(f"--config-dir {config_dir}: there is no such folder.")
     if folder not in _trusted:
         _trusted.append(folder)
@@ -130,13 +130,32 @@ def check_hydra_node(node: DictConfig) -> None:
 
     Hydra would run it before any of ours, and a YAML found through a search path may set it.
     """
+    for name in ("callbacks", "launcher", "sweeper"):  # resolved: an interpolation may stand for a whole node
+        part = node.get(name)
+        for target in _targets(OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part):
+            if not str(target).startswith(_HYDRAS_OWN):
+                _check_trusted(str(target))
     content = OmegaConf.to_container(node, resolve=False)
-    for target in _targets(content):
-        if not str(target).startswith(_HYDRAS_OWN):
-            _check_trusted(str(target))
+    assert isinstance(content, dict)
     for value in _log_factories(content):
         if not str(value).startswith(_LOGGING):
             raise ValueError(f"{value}: a log handler or formatter must be of logging, colorlog or hydra.")
+
+    for text in _strings([content.get("job_logging"), content.get("hydra_logging")]):
+        literal, interpolates, _ = text.partition("${")
+        # Interpolations of a log's configuration need what only a run knows. None may come to begin with ext://.
+        if interpolates and "ext://".startswith(literal) and not text.startswith("${hydra.runtime.output_dir}"):
+            raise ValueError(
+                f"{text}: in the configuration of a log only text or a path in the run's folder may stand."
+            )
+
+
+def _strings(node: Any) -> Iterator[str]:
+    if isinstance(node, dict | list):
+        for value in node.values() if isinstance(node, dict) else node:
+            yield from _strings(value)
+    elif isinstance(node, str):
+        yield node
 
 
 def _log_factories(node: Any) -> Iterator[Any]:

@@ -295,11 +295,12 @@ def verify(
     tolerance = tolerance_of(model, dtype, fuses=fuses)
     layers = moe_layers(model)
     sizes = [layer.weights.n_experts for _, layer in layers]
+    n_tokens = x.numel() // x.shape[-1] if x.is_floating_point() else x.numel()  # hidden states [..., D], or ids
     result = Verification(_nothing_known())
     check = result.check
     try:
         for (index, layer), routing in zip(layers, ran.routings, strict=True):
-            check_contract(routing, len(ran.routings[0].expert_ids_TK), layer.weights.n_experts, index)
+            check_contract(routing, n_tokens, layer.weights.n_experts, index)
     except MismatchError as error:  # with such ids there is nothing to compute
         result.mismatch = error
         return result

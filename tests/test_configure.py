@@ -30,6 +30,13 @@ MISTAKES = [
         ["+hydra.callbacks.e={_target_: shutil.copy, src: a, dst: b}"], "shutil.copy", "--config-dir", id="callback"
     ),
     pytest.param(["+hydra.job_logging.filters.x.class=evil.Filter"], "evil.Filter", "logging", id="log-factory"),
+    pytest.param(
+        ["debug={e: {_target_: shutil.copy, src: a, dst: b}}", "+hydra.callbacks.e=${debug.e}"],
+        "shutil.copy",
+        "--config-dir",
+        id="callback-behind-an-interpolation",
+    ),
+    pytest.param(["+hydra.job_logging.filters.x=${name}"], "${name}", "log", id="log-interpolation"),
     pytest.param(["+foo=1"], "foo", "nothing reads", id="added-key"),
     pytest.param(["router=sinkhron"], "router=sinkhron", "Did you mean sinkhorn?", id="misspelt-option"),
     pytest.param(["ruter=torch"], "ruter", "Did you mean router?", id="misspelt-group"),

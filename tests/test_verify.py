@@ -420,6 +420,16 @@ def test_an_id_of_no_expert_is_a_mismatch_and_nothing_else_is_claimed(model: str
     assert (check.rel_error, check.expert_rel_error, check.near_ties, check.free_rel_error) == (None,) * 4
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_routing_of_too_few_tokens_is_a_mismatch(model: str) -> None:
+    """The number of tokens is the input's, not what the routings agree on among themselves."""
+    run = tiny.built(config(model))
+    ran = run.step()
+    short = tuple(Routing(one.expert_ids_TK[1:], one.weights_TK[1:]) for one in ran.routings)
+    mismatch = verify(run.model, run.twin, run.x, ran._replace(routings=short), run.dtype).mismatch
+    assert mismatch is not None and "not both" in str(mismatch)
+
+
 def test_after_a_wrong_route_the_errors_of_the_layers_are_unknown() -> None:
     """Null, not 0, for what the eager pass did not get to."""
     run = tiny.built(tiny.decoder_moe())
