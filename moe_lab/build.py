@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.weights import ExpertsImpl
-from moe_lab.models.parameters import initialize
+from moe_lab.models.moe_layer import MoELayer
+from moe_lab.models.parameters import adopt, initialize, without_storage
+from moe_lab.records.identity import digest, option_name
 from moe_lab.routers.base import Router
 from moe_lab.targets import instantiate, locate
 
@@ -78,9 +80,24 @@ def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def build_model(cfg: DictConfig, device: torch.device | None = None) -> nn.Module:
-    """The model of `cfg` in its dtype on its device, parameters filled from `cfg.seed`, in inference mode."""
+def build_model(
+    cfg: DictConfig, device: torch.device | None = None, donor: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """The model of `cfg` in its dtype on its device, parameters filled from `cfg.seed`, in inference mode.
+
+    With `donor`, parameters by name of a model with the same `weights_key`, it shares those tensors.
+    """
     device = device or resolve_device(cfg)
+    with without_storage() if donor is not None else nullcontext():
+        model = _make_model(cfg, device)
+    if donor is None:
+        initialize(model, cfg.seed)
+    else:
+        adopt(model, donor, device, cfg.seed)
+    return model.eval().requires_grad_(False)
+
+
+def _make_model(cfg: DictConfig, device: torch.device) -> nn.Module:
     parts: dict[str, Any] = {}
     if "experts" not in cfg.model.get("ignores", ()):
         parts = {
@@ -89,8 +106,40 @@ def build_model(cfg: DictConfig, device: torch.device | None = None) -> nn.Modul
         }
     with _defaults(device, DTYPES[cfg.dtype.name]):
         model: nn.Module = instantiate(cfg.model, **parts)
-    initialize(model, cfg.seed)
-    return model.eval().requires_grad_(False)
+    return model
+
+
+def weights_key(cfg: DictConfig, device: torch.device) -> str:
+    """Equal for configurations whose models have the same parameters, but for those of their routers."""
+    return digest([OmegaConf.to_container(cfg.model, resolve=True), cfg.dtype.name, int(cfg.seed), str(device)])
+
+
+def check_available(cfg: DictConfig) -> torch.device:
+    """The device of `cfg`, if its parts can run there; tensors are made on the meta device, so nothing is allocated.
+
+    Raises:
+        UnavailableError: the device, the dtype on it, or an implementation cannot run here.
+        ValueError: a key that a part refuses.
+    """
+    device = resolve_device(cfg)
+    require_capturable(cfg, _make_model(cfg, torch.device("meta")))
+    return device
+
+
+def require_capturable(cfg: DictConfig, model: nn.Module) -> None:
+    """Raise `UnavailableError` if a part of `model` reads results on the host and `cfg.execution` captures."""
+    if cfg.execution.name == "eager":
+        return
+    for layer in model.modules():
+        if not isinstance(layer, MoELayer):
+            continue
+        parts = ((cfg.experts, "experts", layer.experts), (cfg.router, "router", layer.router))
+        for node, group, part in parts:
+            if not getattr(part, "graph_safe", True):
+                raise UnavailableError(
+                    f"{group}={option_name(node)} reads results on the host, so execution={cfg.execution.name} cannot "
+                    "capture it; use execution=eager or another implementation"
+                )
 
 
 def build_input(cfg: DictConfig, model: nn.Module, device: torch.device) -> Tensor:

@@ -16,9 +16,12 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from moe_lab.records.variants import COMPARE
+
 DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 EXECUTIONS = ("eager", "compile", "cuda_graph")
+STALE = ("rerun", "keep", "refuse")
 _GROUPS = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
 _LABELLED = ("model", "model.shape", "router", "experts", "workload", "measure", "export")
 
@@ -156,6 +159,7 @@ class Measure:
     target_ci: float = 0.02
     max_time_s: float = 10.0
     warmup_s: float = 0.5
+    replicates: int = 1
 
 
 @dataclass
@@ -166,7 +170,18 @@ class Export:
 
 @dataclass
 class Sweep:
+    """How a multirun goes about its cells; see conf/config.yaml."""
+
     name: str | None = None
+    compare: list[str] = field(default_factory=lambda: list(COMPARE))
+    anchor: Any = None
+    exclude: list[Any] = field(default_factory=list)
+    interleave: bool = True
+    worker: bool = True
+    timeout_s: float = 600.0
+    stale: str = "rerun"
+    retry_failed: bool = False
+    fail_fast: bool = False
 
 
 @dataclass
@@ -268,7 +283,9 @@ def validate(cfg: DictConfig) -> None:
 
     _at_least(cfg, "batch seq_len", 1)
     _at_least(cfg, "seed measure.warmup_s", 0)
-    _more_than_zero(cfg, "measure.target_ci measure.max_time_s")
+    _more_than_zero(cfg, "measure.target_ci measure.max_time_s sweep.timeout_s")
+    _at_least(cfg, "measure.replicates", 1)
+    _validate_sweep(cfg)
     _one_of(cfg, "workload.phase", ("forward",))
     _one_of(cfg, "device.name", ("auto", "cpu", "cuda"))
     _one_of(cfg, "dtype.name", DTYPES)
@@ -277,6 +294,27 @@ def validate(cfg: DictConfig) -> None:
         _validate_model(cfg)
     if _is_ours(cfg.router):
         _validate_router(cfg)
+
+
+def _validate_sweep(cfg: DictConfig) -> None:
+    sweep = cfg.sweep
+    _one_of(cfg, "sweep.stale", STALE)
+    for key in sweep.compare:
+        if key not in _GROUPS:
+            raise ValueError(f"sweep.compare={key}: it names groups: {', '.join(_GROUPS)}.{nearest(key, _GROUPS)}")
+    partials = [("sweep.exclude", partial) for partial in sweep.exclude]
+    if sweep.anchor is not None:
+        partials.append(("sweep.anchor", sweep.anchor))
+    for at, partial in partials:
+        if not isinstance(partial, DictConfig) or not partial:
+            raise ValueError(f"{at}={partial}: give keys and values of a configuration, as in {{router: torch}}.")
+        for key in partial:
+            if key not in Config.__dataclass_fields__:
+                raise ValueError(f"{at}: {key!s} is no key.{nearest(str(key), Config.__dataclass_fields__)}")
+    if cfg.measure.replicates > 1 and not sweep.worker:
+        raise ValueError(
+            f"measure.replicates={cfg.measure.replicates}: each is a fresh process; leave out sweep.worker=false."
+        )
 
 
 def _is_ours(node: DictConfig) -> bool:
@@ -334,11 +372,11 @@ def _validate_router(cfg: DictConfig) -> None:
         raise ValueError(f"router.impl={impl}: router=sinkhorn has the implementations auto, torch.")
 
 
-def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
+def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool = False) -> None:
     """Raise `ValueError` for an override that would do nothing or lie.
 
-    Nothing: what the chosen model does not read (seq_len for minimal). A lie: the name of an option, by which results
-    are labelled, and the list of what a model does not read.
+    Nothing: what the chosen model does not read (seq_len for minimal); in a sweep another model may. A lie: the name of
+    an option, by which results are labelled, and the list of what a model does not read.
     """
     ignores = set(cfg.model.get("ignores", ()))
     labels = {f"{group}.name" for group in _LABELLED} | {"model.ignores", "overrides"}
@@ -347,5 +385,5 @@ def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
         if key in labels:
             raise ValueError(f"{override}: {key} says what an option is; choose another option of the group instead.")
         group = key.split(".")[0].split("@")[0]
-        if group in ignores:
+        if group in ignores and not in_a_sweep:
             raise ValueError(f"{override}: model={cfg.model.get('name')} does not read {group}; leave it out.")

@@ -8,16 +8,17 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from moe_lab import build, targets
 from moe_lab.config import validate
@@ -28,52 +29,74 @@ from moe_lab.models.layers import AddRMSNorm
 from moe_lab.models.parameters import parameter_bytes, reference_twin
 from moe_lab.ops import segment_mm
 from moe_lab.records import identity, store
-from moe_lab.records.schema import Record
+from moe_lab.records.schema import Latency, Ratio, Record
 from moe_lab.routers.base import gate_logits
 from moe_lab.verify import Verification, exact_products, moe_layers, verify
 
 log = logging.getLogger("moe_lab")
 
 _BLOCK_S = 0.1  # a block of iterations takes about so long: short beside drift, long beside bookkeeping
-_LEAST_SAMPLES = 10
+LEAST_SAMPLES = 10
+LOG = "run.log"
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the first is ten times as fast, where libyaml is
+
+
+class TimedBlock(NamedTuple):
+    """A block of samples and when it was timed: in which process, which round, at which place in the round."""
+
+    replicate: int
+    round: int
+    order: int
+    block: Block
 
 
 class Run:
     """One composed configuration, executed once. Call `build`, `verify`, `time_block`..., `observe`, then `record`."""
 
     def __init__(self, cfg: DictConfig):
+        self._spent_s, self._begun = 0.0, time.perf_counter()
         validate(cfg)
         self.cfg = cfg
         self.code_id = identity.code_id(targets.folders_of(cfg))
         self.implementation: dict[str, str] = {}
         self.started = datetime.now(UTC)
-        self._begun = time.perf_counter()
         self.device: torch.device | None = None
         self.dtype = build.DTYPES[cfg.dtype.name]
         self.warnings: list[str] = []
-        self.blocks: list[tuple[int, int, Block]] = []  # (round, place in the round, samples)
+        self.blocks: list[TimedBlock] = []
+        self.peers: list[str] = []  # cell_ids of the runs whose blocks were interleaved with these
+        self.ratio: Ratio | None = None
         self.verification: Verification | None = None
         self.peak_bytes: int | None = None
         self.observed: dict[str, Any] = {}
         self.routing_arrays: dict[str, np.ndarray] = {}
 
-    def build(self) -> None:
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """What is done inside counts as time spent on this run; what other runs do meanwhile does not."""
+        if self._spent_s:  # else it has begun with `__init__`
+            self._begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent_s += time.perf_counter() - self._begun
+
+    def build(self, donor: Mapping[str, Tensor] | None = None) -> None:
         """Make the model, its reference twin, the input and the step.
+
+        With `donor` the model shares those parameters (`build.build_model`).
 
         Raises:
             UnavailableError: the device, the dtype on it, or an implementation cannot run here.
         """
         cfg = self.cfg
         self.device = build.resolve_device(cfg)
-        self.model: nn.Module = build.build_model(cfg, self.device)
+        self.model: nn.Module = build.build_model(cfg, self.device, donor)
         self.twin: nn.Module = reference_twin(self.model)
         self.x = build.build_input(cfg, self.model, self.device)
         self.implementation = self._implementation()
+        build.require_capturable(cfg, self.model)
         for _, layer in moe_layers(self.model):
-            self._require_capturable(
-                getattr(layer.experts, "graph_safe", True), f"experts={identity.option_name(cfg.experts)}"
-            )
-            self._require_capturable(layer.router.graph_safe, f"router={identity.option_name(cfg.router)}")
             self.warnings += [text for text in layer.router.warnings(self.n_tokens) if text not in self.warnings]
         self.step: Step = STEPS[cfg.execution.name](self.model, self.x)
         log.info(
@@ -82,13 +105,6 @@ class Run:
             self.device,
             parameter_bytes(self.model) / 1e6,
         )
-
-    def _require_capturable(self, graph_safe: bool, what: str) -> None:
-        if self.cfg.execution.name != "eager" and not graph_safe:
-            raise UnavailableError(
-                f"{what} reads results on the host, so execution={self.cfg.execution.name} cannot capture it; "
-                "use execution=eager or another implementation"
-            )
 
     @property
     def n_tokens(self) -> int:
@@ -104,31 +120,44 @@ class Run:
         """
         self.step()  # what is allocated once is allocated now
         peak_bytes = memory.peak_bytes(self.step)  # before the reference leaves its traces
+        self._verify_step()
+        self.peak_bytes = peak_bytes
+
+    def _verify_step(self) -> None:
         self.verification = verify(self.model, self.twin, self.x, self.step(), self.dtype, fuses=self.step.fuses)
         if self.x.is_cuda:
             torch.cuda.empty_cache()  # what the reference took
         log.info("verified: %s", self.verification.check)
         if self.verification.mismatch is not None:
             raise self.verification.mismatch
-        self.peak_bytes = peak_bytes
 
-    def warm_up(self) -> int:
-        """Repeat the step for `measure.warmup_s`, at least once. Returns how many iterations fill a block."""
+    def park(self) -> None:
+        """Let go of what a step holds beside the model: a graph's memory, compiled code."""
+        del self.step
+
+    def unpark(self) -> None:
+        """Make the step anew. An eager one is the one that was verified; another is verified again."""
+        self.step = STEPS[self.cfg.execution.name](self.model, self.x)
+        if self.cfg.execution.name != "eager":
+            self._verify_step()
+
+    def warm_up(self, block_s: float = _BLOCK_S) -> int:
+        """Repeat the step for `measure.warmup_s`, at least once. Returns how many iterations fill `block_s`."""
         deadline = time.perf_counter() + self.cfg.measure.warmup_s
         while True:
             once_ms = float(self.step.time_block(1).ms[0])
             if time.perf_counter() >= deadline:
-                return max(1, int(_BLOCK_S * 1e3 / max(once_ms, 1e-4)))
+                return max(1, int(block_s * 1e3 / max(once_ms, 1e-4)))
 
-    def time_block(self, n: int, *, round_: int = 0, order: int = 0) -> Block:
+    def time_block(self, n: int, *, replicate: int = 0, round_: int = 0, order: int = 0) -> TimedBlock:
         """Time `n` iterations and keep the samples."""
-        block = self.step.time_block(n)
-        self.blocks.append((round_, order, block))
-        return block
+        timed = TimedBlock(replicate, round_, order, self.step.time_block(n))
+        self.blocks.append(timed)
+        return timed
 
     def samples_ms(self) -> np.ndarray:
         """Every sample so far, in order."""
-        return np.concatenate([block.ms for _, _, block in self.blocks]) if self.blocks else np.empty(0)
+        return np.concatenate([timed.block.ms for timed in self.blocks]) if self.blocks else np.empty(0)
 
     def measure(self) -> None:
         """Warm up, then time blocks until the median is known to `target_ci` or `max_time_s` is spent."""
@@ -139,17 +168,10 @@ class Run:
             self.time_block(n, round_=round_)
             round_ += 1
             samples = self.samples_ms()
-            if len(samples) >= _LEAST_SAMPLES and statistics.relative_width(samples) <= target:
+            if len(samples) >= LEAST_SAMPLES and statistics.relative_width(samples) <= target:
                 break
             if time.perf_counter() >= deadline:
                 break
-        width = statistics.relative_width(samples)
-        if width > target:
-            self.warnings.append(
-                f"latency is not stable: the median's 95 % interval is "
-                f"{'unknown' if np.isinf(width) else f'{width:.1%} of it'} after {len(samples)} samples "
-                f"(measure.target_ci={target}); raise measure.max_time_s or quieten the machine."
-            )
         log.info("timed %d iterations, median %.4g ms", len(samples), np.median(samples))
 
     def observe(self) -> None:
@@ -220,12 +242,44 @@ class Run:
                 )
         return ran
 
+    def failed_with(self, error: BaseException) -> tuple[str, str]:
+        """(status, reason) of the record of a run that met `error`; the traceback goes into the log."""
+        if isinstance(error, UnavailableError):
+            log.warning("unavailable: %s", error)
+            return "skipped", f"unavailable: {error}"
+        if isinstance(error, KeyboardInterrupt):
+            log.warning("interrupted")
+            return "failed", "interrupted"
+        if isinstance(error, MismatchError):
+            log.error("%s", error)
+            self.warnings.append(str(error))
+            return "failed", f"mismatch: {error.where}"
+        log.error("%s", "".join(traceback.format_exception(error)))
+        return "failed", f"error: {error}" if isinstance(error, ValueError) else _reason(error)
+
+    def _replicates(self) -> list[np.ndarray]:
+        """The samples of each process."""
+        numbers = sorted({timed.replicate for timed in self.blocks})
+        return [np.concatenate([t.block.ms for t in self.blocks if t.replicate == number]) for number in numbers]
+
+    def _noise(self, latency: Latency | None) -> list[str]:
+        if latency is None or latency.stable:
+            return []
+        if latency.ci95_low is None or latency.ci95_high is None:
+            width = "unknown"
+        else:
+            width = f"{(latency.ci95_high - latency.ci95_low) / latency.p50:.1%} of it"
+        return [
+            f"latency is not stable: the median's 95 % interval is {width} after {latency.n} samples "
+            f"(measure.target_ci={self.cfg.measure.target_ci}); raise measure.max_time_s or quieten the machine."
+        ]
+
     def record(self, status: str = "ok", reason: str | None = None) -> Record:
         """What is known so far, as a record."""
         cfg = self.cfg
         env = environment.capture(self.device) if self.device is not None else {}
         samples, check = self.samples_ms(), self.verification.check if self.verification else None
-        latency = statistics.summarize(samples, cfg.measure.target_ci) if len(samples) else None
+        latency = statistics.summarize(samples, cfg.measure.target_ci, self._replicates()) if len(samples) else None
         built = hasattr(self, "model")
         return Record(
             status=status,  # type: ignore[arg-type]
@@ -235,9 +289,11 @@ class Run:
             env_id=identity.env_id(env) if env else None,
             name=cfg.name,
             overrides=list(cfg.overrides),
+            interleaved_with=self.peers,
             config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
             implementation=self.implementation,
             latency_ms=latency,
+            ratio_to_anchor=self.ratio,
             throughput={
                 "tokens_per_s": self.n_tokens / (latency.p50 / 1e3),
                 "time_per_token_us": latency.p50 * 1e3 / self.n_tokens,
@@ -253,8 +309,8 @@ class Run:
             check=check,
             environment=env,
             started=self.started.isoformat(timespec="seconds"),
-            elapsed_s=time.perf_counter() - self._begun,
-            warnings=self.warnings,
+            elapsed_s=self._spent_s + time.perf_counter() - self._begun,
+            warnings=[*self.warnings, *self._noise(latency)],
             **self.observed,
         )
 
@@ -278,7 +334,8 @@ def run(cfg: DictConfig, directory: str | Path | None = None) -> Record:
     the_run = Run(cfg)
     folder = Path(directory) if directory is not None else default_directory(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    with _run_log(folder):
+    (folder / LOG).unlink(missing_ok=True)
+    with run_log(folder):
         return _execute(the_run, folder)
 
 
@@ -291,29 +348,23 @@ def _execute(the_run: Run, folder: Path) -> Record:
             the_run.verify()
             the_run.measure()
             the_run.observe()
-    except UnavailableError as error:
-        status, reason, raised = "skipped", f"unavailable: {error}", error
-        log.warning("%s", reason)
-    except MismatchError as error:
-        status, reason = "failed", f"mismatch: {error.where}"
-        log.error("%s", error)
-        the_run.warnings.append(str(error))
-    except KeyboardInterrupt as error:
-        status, reason, raised = "failed", "interrupted", error
-        log.warning("%s", reason)
-    except ValueError as error:
-        status, reason = "failed", f"error: {error}"
-        log.error("%s", traceback.format_exc())
-        raised = error if not hasattr(the_run, "step") else None  # before there was anything to run: a mistake
-    except Exception as error:  # whatever a run can meet becomes its record
-        status, reason = "failed", _reason(error)
-        log.error("%s", traceback.format_exc())
+    except (Exception, KeyboardInterrupt) as error:
+        status, reason = the_run.failed_with(error)
+        if is_persons(error, the_run):
+            raised = error
     record = the_run.record(status, reason)
-    _write(the_run, record, folder)
+    write(the_run, record, folder)
     record.directory = str(folder)
     if raised is not None:
         raise raised
     return record
+
+
+def is_persons(error: BaseException, the_run: Run) -> bool:
+    """Whether a single run passes the error on to the person: a mistake of theirs, or their Ctrl-C."""
+    if isinstance(error, ValueError):
+        return not hasattr(the_run, "step")  # before there was anything to run: a mistake
+    return isinstance(error, UnavailableError | KeyboardInterrupt)
 
 
 def _reason(error: BaseException) -> str:
@@ -323,19 +374,20 @@ def _reason(error: BaseException) -> str:
     return f"error: {type(error).__name__}: {lines[0]}"
 
 
-def _write(the_run: Run, record: Record, folder: Path) -> None:
+def write(the_run: Run, record: Record, folder: Path) -> None:
     """`result.json` last: where it stands, the rest does too. What an earlier run left and this one has not goes."""
     if (aside := store.set_aside_unreadable(folder)) is not None:
         record.warnings.append(f"an earlier result could not be read; it is kept as {aside.name}")
-    store.write_atomic(folder / "config.yaml", OmegaConf.to_yaml(the_run.cfg, resolve=True).encode())
+    store.write_atomic(folder / "config.yaml", yaml.dump(record.config, Dumper=_DUMPER, sort_keys=False).encode())
     samples: dict[str, np.ndarray] = {}
     if the_run.blocks:
-        lengths = [len(block.ms) for _, _, block in the_run.blocks]
+        lengths = [len(timed.block.ms) for timed in the_run.blocks]
         samples = {
             "ms": the_run.samples_ms(),
-            "round": np.repeat([round_ for round_, _, _ in the_run.blocks], lengths),
-            "order": np.repeat([order for _, order, _ in the_run.blocks], lengths),
-            "stamp_s": np.concatenate([block.stamp_s for _, _, block in the_run.blocks]),
+            "replicate": np.repeat([timed.replicate for timed in the_run.blocks], lengths),
+            "round": np.repeat([timed.round for timed in the_run.blocks], lengths),
+            "order": np.repeat([timed.order for timed in the_run.blocks], lengths),
+            "stamp_s": np.concatenate([timed.block.stamp_s for timed in the_run.blocks]),
         }
     for name, arrays in (("samples.npz", samples), ("routing.npz", the_run.routing_arrays)):
         if arrays:
@@ -346,15 +398,16 @@ def _write(the_run: Run, record: Record, folder: Path) -> None:
 
 
 @contextmanager
-def _run_log(folder: Path) -> Iterator[None]:
-    """Send the `moe_lab` logger to `run.log`, begun anew."""
-    handler = logging.FileHandler(folder / "run.log", mode="w")
+def run_log(folder: Path) -> Iterator[TextIO]:
+    """Send the `moe_lab` logger to the end of `run.log`."""
+    handler = logging.FileHandler(folder / LOG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        yield
+        assert handler.stream is not None
+        yield handler.stream
     finally:
         log.removeHandler(handler)
         log.setLevel(before)

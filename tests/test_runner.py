@@ -16,12 +16,13 @@ import torch
 from omegaconf import OmegaConf
 
 import moe_lab
-from moe_lab.measure.clocks import Step
+from moe_lab.errors import MismatchError
+from moe_lab.measure.clocks import STEPS, Block, Step
 from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.minimal import Minimal
 from moe_lab.records.store import read_record
-from moe_lab.runner import Run
-from tests import quick
+from moe_lab.runner import Run, TimedBlock
+from tests import quick, tiny
 
 FIELDS = {
     *("schema", "status", "reason", "cell_id", "code_id", "env_id", "name", "overrides", "interleaved_with"),
@@ -239,3 +240,70 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_result_whole(tmp_path: Path)
     assert "File too large" in done.stderr
     assert read_record(tmp_path).name == "old"
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_a_parked_run_holds_no_step_and_an_eager_one_comes_back_without_another_check() -> None:
+    """Model, input and verification stay; what is timed then is the model that was verified."""
+    run = tiny.built(quick.compose("decoder_moe"))
+    run.verify()
+    verified, y, step = run.verification, run.step().y, run.step
+    run.park()
+    assert not hasattr(run, "step")
+    run.unpark()
+    assert run.step is not step
+    assert run.verification is verified
+    assert torch.equal(run.step().y, y)
+    assert len(run.time_block(3, replicate=1, round_=2, order=4).block.ms) == 3
+    assert [timed[:3] for timed in run.blocks] == [(1, 2, 4)]
+
+
+def test_another_execution_is_verified_again_when_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compiled or captured anew, so it may compute something else."""
+
+    class Wrong(Step):
+        """Right the first time that it is made."""
+
+        made = 0
+
+        def __init__(self, model: torch.nn.Module, x: torch.Tensor):
+            super().__init__(model, x)
+            Wrong.made += 1
+            self.factor = 1.0 if Wrong.made == 1 else 1.01
+
+        def __call__(self):  # type: ignore[no-untyped-def]
+            output = super().__call__()
+            return output._replace(y=output.y * self.factor)
+
+    monkeypatch.setitem(STEPS, "compile", Wrong)
+    run = tiny.built(quick.compose("minimal", "execution=compile"))
+    run.verify()
+    run.park()
+    with pytest.raises(MismatchError):
+        run.unpark()
+
+
+def test_the_time_spent_is_that_at_work(tmp_path: Path) -> None:
+    """Not what other runs of a sweep do meanwhile."""
+    begun = time.perf_counter()
+    run = Run(quick.compose("minimal"))
+    with run.at_work():
+        run.build()
+        time.sleep(0.1)
+    left = time.perf_counter()
+    time.sleep(0.3)
+    came = time.perf_counter()
+    with run.at_work():
+        record = run.record()
+    assert record.elapsed_s is not None
+    assert 0.1 <= record.elapsed_s <= time.perf_counter() - begun - (came - left)
+
+
+def test_samples_of_several_processes_are_summarised_by_process() -> None:
+    """replicate_p50 in order of their numbers, whatever the order of the blocks; an unstable median is a warning."""
+    run = tiny.built(quick.compose("minimal"))
+    for replicate, ms in ((1, 3.0), (0, 1.0), (1, 3.0), (0, 1.0)):
+        run.blocks.append(TimedBlock(replicate, 0, 0, Block(np.full(5, ms), np.zeros(5))))
+    record = run.record()
+    assert record.latency_ms is not None
+    assert record.latency_ms.replicate_p50 == [1.0, 3.0]
+    assert any("not stable" in warning and "20 samples" in warning for warning in record.warnings)

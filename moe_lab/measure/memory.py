@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from pathlib import Path
+
+import torch
 
 from moe_lab.measure.clocks import Step
 
@@ -18,6 +22,7 @@ def peak_bytes(step: Step) -> int | None:
     """
     if step.device.type == "cuda":
         return step.peak_bytes()
+    _give_back_free_memory()
     try:
         _CLEAR_REFS.write_text("5")  # resets VmHWM to the present resident size
     except OSError:
@@ -26,9 +31,35 @@ def peak_bytes(step: Step) -> int | None:
     return resident_peak_bytes()
 
 
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that this process has or could take on `device` now, or None where the system does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device))
+    try:
+        available = _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+        resident = _kilobytes(_STATUS, "VmRSS:")
+    except OSError:
+        return None
+    return None if available is None or resident is None else available + resident
+
+
+def _give_back_free_memory() -> None:
+    """What earlier runs of this process left with the allocator would count as this one's."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
+
+
 def resident_peak_bytes() -> int | None:
     """VmHWM of this process, or None where the kernel does not tell."""
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith("VmHWM:"):
+    return _kilobytes(_STATUS, "VmHWM:")
+
+
+def _kilobytes(path: Path, field: str) -> int | None:
+    """The field of a /proc file that counts in kB, in bytes."""
+    for line in path.read_text().splitlines():
+        if line.startswith(field):
             return int(line.split()[1]) * 1024
     return None

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_lab.records.schema import Latency
+from moe_lab.intervals import mean_interval
+from moe_lab.records.schema import Latency, Ratio
 
 
 def median_interval(ordered: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
@@ -36,11 +37,20 @@ def relative_width(samples_ms: Sequence[float] | np.ndarray) -> float:
     return math.inf if interval is None else (interval[1] - interval[0]) / float(np.median(ordered))
 
 
-def summarize(samples_ms: Sequence[float] | np.ndarray, target_ci: float) -> Latency:
-    """The record's `latency_ms`, from at least one sample."""
+def summarize(
+    samples_ms: Sequence[float] | np.ndarray, target_ci: float, replicates: Sequence[np.ndarray] = ()
+) -> Latency:
+    """The record's `latency_ms`, from at least one sample.
+
+    With the samples of two or more processes in `replicates` the interval is that of their medians' mean (Student's t
+    of the logarithms), for samples of one process know nothing of what differs between processes.
+    """
     ordered = np.sort(samples_ms)
-    interval = median_interval(ordered)
+    medians = [float(np.median(samples)) for samples in replicates] or [float(np.median(ordered))]
+    interval = mean_interval(np.log(medians)) if len(medians) > 1 else median_interval(ordered)
     p50, p90, p99 = (float(value) for value in np.percentile(ordered, (50, 90, 99)))
+    if interval is not None:
+        interval = min(interval[0], p50), max(interval[1], p50)
     return Latency(
         n=len(ordered),
         mean=float(np.mean(ordered)),
@@ -49,5 +59,27 @@ def summarize(samples_ms: Sequence[float] | np.ndarray, target_ci: float) -> Lat
         p99=p99,
         ci95_low=interval[0] if interval else None,
         ci95_high=interval[1] if interval else None,
-        stable=bool(relative_width(ordered) <= target_ci),
+        stable=interval is not None and interval[1] - interval[0] <= target_ci * p50,
+        replicate_p50=medians,
+    )
+
+
+def ratio(rounds: Sequence[tuple[int, float]], anchor: str) -> Ratio | None:
+    """Of (replicate, ratio to the anchor in one round) the median ratio and its interval; None without a round.
+
+    One process: the interval of the median over its rounds. Several: that of the mean of their medians.
+    """
+    if not rounds:
+        return None
+    ratios = np.sort([value for _, value in rounds])
+    numbers = sorted({replicate for replicate, _ in rounds})
+    medians = [float(np.median([value for number, value in rounds if number == wanted])) for wanted in numbers]
+    interval = mean_interval(np.log(medians)) if len(medians) > 1 else median_interval(ratios)
+    p50 = float(np.median(ratios))
+    return Ratio(
+        anchor=anchor,
+        p50=p50,
+        ci95_low=min(interval[0], p50) if interval else None,
+        ci95_high=max(interval[1], p50) if interval else None,
+        rounds=len(ratios),
     )

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from moe_lab.ops.hash_uniform import fill_uniform, stream_of
 
@@ -21,10 +25,14 @@ def initialize(model: nn.Module, seed: int) -> None:
     +-0.1, so that a kernel that forgets one of them is found out. [E, out, in] is filled expert by expert.
     """
     for name, parameter in model.named_parameters():
-        bound, centre = _range(name, parameter)
-        experts = parameter if parameter.dim() == 3 else parameter.unsqueeze(0)
-        for expert, values in enumerate(experts):
-            fill_uniform(values.data, stream_of(seed, name, expert), bound, centre)
+        _fill(name, parameter, seed)
+
+
+def _fill(name: str, parameter: Tensor, seed: int) -> None:
+    bound, centre = _range(name, parameter)
+    experts = parameter if parameter.dim() == 3 else parameter.unsqueeze(0)
+    for expert, values in enumerate(experts):
+        fill_uniform(values.data, stream_of(seed, name, expert), bound, centre)
 
 
 def _range(name: str, parameter: Tensor) -> tuple[float, float]:
@@ -34,6 +42,41 @@ def _range(name: str, parameter: Tensor) -> tuple[float, float]:
     if name.endswith("embed.weight"):
         return math.sqrt(3), 0.0
     return math.sqrt(3 / parameter.shape[-1]), 0.0
+
+
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Parameters that modules register inside are on the meta device: they have sizes and take no memory."""
+
+    def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None  # as it is; a tied parameter stays the same object
+        return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def adopt(model: nn.Module, donor: Mapping[str, Tensor], device: torch.device, seed: int) -> None:
+    """Give a model made `without_storage` the very parameters of `donor`, by name; what it has not is filled.
+
+    The caller answers for it that a donor's parameter of the same name, size and dtype holds the same values: they are
+    a function of seed and name.
+    """
+    given: dict[int, Tensor] = {}
+    for name, empty in model.named_parameters():
+        found = donor.get(name)
+        if found is None or found.shape != empty.shape or found.dtype != empty.dtype:
+            found = nn.Parameter(torch.empty_like(empty, device=device), requires_grad=False)
+            _fill(name, found, seed)
+        given[id(empty)] = found
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = given[id(parameter)]  # type: ignore[assignment]
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,35 @@ PACKAGE = Path(__file__).resolve().parent.parent
 # Top-level keys that change nothing in what is computed: labels, and how long or at what is looked.
 _OUTSIDE = ("name", "overrides", "sweep", "experiment", "debug", "hydra", "measure")
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
-_ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")
+# Of the package: what reads results or talks to people, and no run executes.
+_NOT_RUN = ("arguments.py", "cli.py", "commands.py", "completion.py", "doctor.py", "listing.py", "results", "table.py")
+ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """12 hex digits of a JSON-like value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def cell_id(cfg: DictConfig) -> str:
-    """12 hex digits of everything in `cfg` that changes the result; what the model does not read is left out."""
-    content = OmegaConf.to_container(
-        OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in _OUTSIDE]), resolve=True
-    )
-    assert isinstance(content, dict)
-    for key in cfg.model.get("ignores", ()):
-        content.pop(key, None)
-    content["export"].pop("dir", None)
-    return _digest(content)
+def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Everything in a configuration (composed, or a record's `config`) that changes the result.
+
+    What the model does not read is left out.
+    """
+    if isinstance(config, DictConfig):
+        resolved: Any = OmegaConf.to_container(
+            OmegaConf.masked_copy(config, [str(key) for key in config if key not in _OUTSIDE]), resolve=True
+        )
+        config = resolved
+    left_out = {*_OUTSIDE, *(config["model"].get("ignores") or ())}
+    export = {key: value for key, value in config["export"].items() if key != "dir"}
+    return {**{str(key): value for key, value in config.items() if key not in left_out}, "export": export}
+
+
+def cell_id(config: DictConfig | Mapping[str, Any]) -> str:
+    """12 hex digits of `content`."""
+    return digest(content(config))
 
 
 def slug(cfg: DictConfig) -> str:
@@ -63,14 +74,16 @@ def option_name(node: Mapping[Any, Any] | DictConfig) -> str:
     return str(node.get("name") or str(node.get("_target_", "unnamed")).rsplit(".", 1)[-1])
 
 
-def _hash_files(roots: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
+def _hash_files(roots: Iterable[Path], without: Sequence[str] = ()) -> str:
+    """Hash of the sources under `roots`; what lies at their top under a name of `without` is left out."""
+    hashed = hashlib.sha256()
     for root in roots:
         for path in sorted(p for pattern in _SOURCES for p in root.rglob(pattern) if p.is_file()):
-            if any(part.startswith(".") for part in path.relative_to(root).parts):
-                continue  # a virtual environment, a version control folder, an editor's file
-            digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+            parts = path.relative_to(root).parts
+            if parts[0] in without or any(part.startswith(".") for part in parts):
+                continue  # hidden: a virtual environment, a version control folder, an editor's file
+            hashed.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return hashed.hexdigest()[:12]
 
 
 @cache
@@ -78,17 +91,17 @@ def _package_code_id() -> str:
     import moe_lab.kernels  # installed, it lies in the package; in a checkout, beside it
 
     kernels = Path(next(iter(moe_lab.kernels.__path__)))
-    return _hash_files([PACKAGE] if PACKAGE in kernels.parents else [PACKAGE, kernels])
+    return _hash_files([PACKAGE] if PACKAGE in kernels.parents else [PACKAGE, kernels], _NOT_RUN)
 
 
 def code_id(plugin_dirs: Iterable[Path] = ()) -> str:
     """12 hex digits of the source bytes that a run can execute: the package, its kernels, the plug-in folders."""
     plugins = [_hash_files([folder]) for folder in plugin_dirs]
-    return _digest([_package_code_id(), plugins]) if plugins else _package_code_id()
+    return digest([_package_code_id(), plugins]) if plugins else _package_code_id()
 
 
 def env_id(environment: Mapping[str, Any]) -> str:
     """12 hex digits of the machine and its versions, from the fields of `measure.environment.capture`."""
-    fields = {key: environment.get(key) for key in _ENV_FIELDS}
+    fields = {key: environment.get(key) for key in ENV_FIELDS}
     fields["python"] = ".".join(str(fields["python"]).split(".")[:2])
-    return _digest(fields)
+    return digest(fields)

@@ -1,7 +1,7 @@
 """The fields of `result.json`, schema 1. Units are in the names; what is unknown is null, never 0.
 
 `reason` is null, or `mismatch: route|layers`, `out_of_memory`, `timeout: STEP`, `crash: SIGNAL`, `unavailable: ...`,
-`excluded`, `interrupted`, `error: ...`.
+`impossible: ...` (a combination that makes no run), `excluded`, `interrupted`, `error: ...`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,23 @@ class Latency:
     ci95_high: float | None
     stable: bool
     cache: Literal["natural", "cold", "hot"] = "natural"
+    replicate_p50: list[float] = field(default_factory=list)
+    """The median of each fresh process (`measure.replicates`), in order."""
+
+
+@dataclass(kw_only=True)
+class Ratio:
+    """Latency over that of the anchor, the variant that others are compared with, timed in the same rounds.
+
+    The median over the rounds of (block median of this cell / block median of the anchor), and its 95 % interval.
+    """
+
+    anchor: str
+    """The anchor's cell_id."""
+    p50: float
+    ci95_low: float | None
+    ci95_high: float | None
+    rounds: int
 
 
 @dataclass(kw_only=True)
@@ -59,6 +76,7 @@ class Record:
     config: dict[str, Any] = field(default_factory=dict)
     implementation: dict[str, str] = field(default_factory=dict)
     latency_ms: Latency | None = None
+    ratio_to_anchor: Ratio | None = None
     throughput: dict[str, float] | None = None
     phases_ms: dict[str, Any] | None = None
     memory: dict[str, float | None] | None = None
@@ -84,10 +102,9 @@ class Record:
             raise ValueError(f"schema={content.get('schema')!r}: this version of moe-lab reads schema {SCHEMA}.")
         fields = dict(content)
         try:
-            if fields.get("latency_ms") is not None:
-                fields["latency_ms"] = Latency(**fields["latency_ms"])
-            if fields.get("check") is not None:
-                fields["check"] = Check(**fields["check"])
+            for name, kind in (("latency_ms", Latency), ("ratio_to_anchor", Ratio), ("check", Check)):
+                if fields.get(name) is not None:
+                    fields[name] = kind(**fields[name])
             return cls(**fields)
         except TypeError as error:
             raise ValueError(f"not a record of schema {SCHEMA}: {error}") from error

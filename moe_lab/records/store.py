@@ -73,6 +73,22 @@ def set_aside_unreadable(directory: Path) -> Path | None:
     return None
 
 
+def set_aside_stale(directory: Path, cell_id: str, code_id: str, env_id: str | None) -> None:
+    """Keep a result of another configuration, code or machine beside the one to come.
+
+    `result.json`, `samples.npz` and `routing.npz` become `stale-<code_id>-<env_id>.result.json` and so on.
+    """
+    try:
+        record = read_record(directory)
+    except (FileNotFoundError, ValueError):
+        return
+    if (record.cell_id, record.code_id, record.env_id) == (cell_id, code_id, env_id):
+        return
+    for name in ("samples.npz", "routing.npz", RESULT):  # the record last: until then the rest belongs to it
+        if (directory / name).exists():
+            os.replace(directory / name, directory / f"stale-{record.code_id}-{record.env_id}.{name}")
+
+
 def read_record(directory: Path) -> Record:
     """Read `directory/result.json`. Raises `ValueError` naming the file if it is no record of this schema."""
     path = directory / RESULT

@@ -69,6 +69,28 @@ def test_a_run_records_more_at_its_peak_than_its_parameters_take() -> None:
     assert recorded["peak_mb"] > recorded["parameters_mb"] > 0
 
 
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="this system has no /proc/meminfo")
+def test_available_is_what_the_process_has_and_what_is_free() -> None:
+    """The 800 MB that it holds count as well, and together it is no more than the machine has."""
+    taken = torch.ones(800 * MB // 4)
+    available = memory.available_bytes(torch.device("cpu"))
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    assert available is not None
+    assert free + taken.nbytes / 2 < available <= total  # others on the machine take and give meanwhile
+
+
+def test_memory_that_is_not_told_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No file, or no such line in it."""
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    assert memory.available_bytes(torch.device("cpu")) is None
+    (tmp_path / "status").write_text("Name: python\n")
+    assert memory.available_bytes(torch.device("cpu")) is None
+    assert memory.resident_peak_bytes() is None
+    (tmp_path / "status").write_text("VmHWM:\t  3 kB\n")
+    assert memory.resident_peak_bytes() == 3 * 1024
+
+
 @pytest.mark.gpu
 def test_200_mb_taken_within_the_step_stand_in_the_allocators_peak() -> None:
     """On CUDA the allocator counts, so the difference is exact to its rounding."""
@@ -76,3 +98,15 @@ def test_200_mb_taken_within_the_step_stand_in_the_allocators_peak() -> None:
     quiet, hungry = (memory.peak_bytes(Step(Hungry(size), x)) for size in (1, 200))
     assert quiet is not None and hungry is not None
     assert abs(hungry - quiet - 199 * MB) < 4 * MB
+
+
+@pytest.mark.gpu
+def test_available_on_cuda_is_what_is_free_and_what_the_allocator_holds() -> None:
+    """Taking and giving back changes it by less than it took."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    before = memory.available_bytes(device)
+    taken = torch.ones(200 * MB // 4, device=device)
+    after = memory.available_bytes(device)
+    assert before is not None and after is not None
+    assert abs(after - before) < 100 * MB < taken.nbytes
+    assert after <= torch.cuda.get_device_properties(device).total_memory

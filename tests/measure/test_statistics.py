@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lab.measure.statistics import median_interval, relative_width, summarize
+from moe_lab.measure.statistics import median_interval, ratio, relative_width, summarize
 
 SAMPLES = st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=40)
 
@@ -138,3 +138,81 @@ def test_a_numpy_array_is_as_good_as_a_list() -> None:
     latency = summarize(samples, 0.02)
     assert latency == summarize(samples.tolist(), 0.02)
     assert {type(value) for value in (latency.mean, latency.p50, latency.ci95_low)} == {float}
+
+
+def test_replicates_give_the_interval_of_their_medians() -> None:
+    """Student's t with two degrees of freedom on the logarithms, by hand: 4.3027 standard errors."""
+    replicates = [np.array([value] * 9) for value in (1.0, 1.1, 1.21)]
+    latency = summarize(np.concatenate(replicates), 0.02, replicates)
+    assert latency.replicate_p50 == [1.0, 1.1, 1.21]
+    half = 4.302653 * math.log(1.1) / math.sqrt(3)
+    assert latency.ci95_low == pytest.approx(1.1 * math.exp(-half), rel=1e-5)
+    assert latency.ci95_high == pytest.approx(1.1 * math.exp(half), rel=1e-5)
+    assert not latency.stable
+    assert (latency.n, latency.p50) == (27, pytest.approx(1.1))
+
+
+def test_one_replicate_is_no_replicate() -> None:
+    """The interval is that of its samples, which a second process may widen."""
+    samples = np.linspace(1, 1.01, 50)
+    assert summarize(samples, 0.02, [samples]) == summarize(samples, 0.02)
+    assert summarize(samples, 0.02).replicate_p50 == [pytest.approx(np.median(samples))]
+    assert summarize(samples, 0.02).stable
+    assert not summarize(np.concatenate([samples, 2 * samples]), 0.02, [samples, 2 * samples]).stable
+
+
+@settings(max_examples=60, deadline=None)
+@given(replicates=st.lists(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=9), min_size=2, max_size=6))
+def test_the_interval_of_replicates_holds_the_recorded_median(replicates: list[list[float]]) -> None:
+    """Processes may have made different numbers of samples, so the pooled median may lie beside their mean."""
+    arrays = [np.array(samples) for samples in replicates]
+    latency = summarize(np.concatenate(arrays), 0.02, arrays)
+    assert latency.ci95_low is not None and latency.ci95_high is not None
+    assert latency.ci95_low <= latency.p50 <= latency.ci95_high
+    assert latency.replicate_p50 == [float(np.median(samples)) for samples in arrays]
+
+
+def test_the_ratio_of_one_process_is_the_median_of_its_rounds() -> None:
+    """Its interval is that of the median, from order statistics: of 20 rounds the 6th and the 15th."""
+    rounds = [(0, value) for value in random.Random(3).sample([1 + i / 100 for i in range(1, 21)], 20)]
+    found = ratio(rounds, "a" * 12)
+    assert found is not None
+    assert (found.anchor, found.rounds) == ("a" * 12, 20)
+    assert found.p50 == pytest.approx(1.105)
+    assert (found.ci95_low, found.ci95_high) == (pytest.approx(1.06), pytest.approx(1.15))
+
+
+def test_the_ratio_of_several_processes_has_the_interval_of_their_medians() -> None:
+    """Many rounds of one process know nothing of another: within a process they agree, the interval stays wide."""
+    rounds = [(replicate, 2.0 * 1.1**replicate) for replicate in range(3) for _ in range(100)]
+    found = ratio(rounds, "a" * 12)
+    assert found is not None and found.ci95_low is not None and found.ci95_high is not None
+    half = 4.302653 * math.log(1.1) / math.sqrt(3)
+    assert (found.p50, found.rounds) == (pytest.approx(2.2), 300)
+    assert found.ci95_low == pytest.approx(2.2 * math.exp(-half), rel=1e-5)
+    assert found.ci95_high == pytest.approx(2.2 * math.exp(half), rel=1e-5)
+
+
+def test_a_ratio_of_few_rounds_has_no_interval_and_of_none_there_is_none() -> None:
+    """Unknown is null."""
+    assert ratio([], "a" * 12) is None
+    found = ratio([(0, 1.5)] * 5, "a" * 12)
+    assert found is not None
+    assert (found.p50, found.ci95_low, found.ci95_high, found.rounds) == (1.5, None, None, 5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rounds=st.lists(st.tuples(st.integers(0, 3), st.floats(0.01, 100)), min_size=1, max_size=40),
+    seed=st.integers(0, 9),
+)
+def test_a_ratio_lies_in_its_interval_whatever_the_order_of_the_rounds(
+    rounds: list[tuple[int, float]], seed: int
+) -> None:
+    """Also where one process has few rounds."""
+    found = ratio(rounds, "a" * 12)
+    assert found is not None
+    other = ratio(random.Random(seed).sample(rounds, len(rounds)), "a" * 12)
+    assert other == found
+    if found.ci95_low is not None and found.ci95_high is not None:
+        assert found.ci95_low <= found.p50 <= found.ci95_high

@@ -16,7 +16,14 @@ import moe_lab
 from moe_lab.experts.loop import loop
 from moe_lab.models.layers import AddRMSNorm, Embedding
 from moe_lab.models.moe_layer import MoELayer
-from moe_lab.models.parameters import initialize, parameter_bytes, reference_twin, shared_copy
+from moe_lab.models.parameters import (
+    adopt,
+    initialize,
+    parameter_bytes,
+    reference_twin,
+    shared_copy,
+    without_storage,
+)
 from tests import quick, tiny
 
 DIGESTS = """
@@ -214,6 +221,66 @@ def test_parameter_bytes_follow_the_dtype(model: str) -> None:
     """Two bytes instead of four."""
     wide, narrow = (moe_lab.build_model(tiny.compose(model, f"dtype={dtype}")) for dtype in ("fp32", "bf16"))
     assert parameter_bytes(wide) == 2 * parameter_bytes(narrow) == 4 * sum(p.numel() for p in wide.parameters())
+
+
+class Tied(nn.Module):
+    """Two names for one matrix, a vector, a submodule's norm, and a buffer that is no parameter."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.one = nn.Linear(width, width, bias=False)
+        self.other = nn.Linear(width, width, bias=False)
+        self.other.weight = self.one.weight
+        self.inner = nn.LayerNorm(width)
+        self.register_buffer("table", torch.arange(3))
+        self.register_parameter("absent", None)
+
+
+def test_modules_made_without_storage_have_sizes_and_ties() -> None:
+    """Nothing is kept of a parameter; a buffer is as ever, for no donor has it."""
+    with without_storage():
+        model = Tied()
+    assert all(values.is_meta for values in model.parameters())
+    assert model.one.weight is model.other.weight
+    assert {name: values.shape for name, values in model.named_parameters()} == {
+        name: values.shape for name, values in Tied().named_parameters()
+    }
+    assert model.absent is None
+    assert model.table.tolist() == [0, 1, 2]
+
+
+def test_without_storage_ends_with_its_block() -> None:
+    """Also when making a module failed inside."""
+    with pytest.raises(RuntimeError, match="planted"), without_storage():
+        raise RuntimeError("planted")
+    assert not any(values.is_meta for values in Tied().parameters())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda values: None, id="missing"),
+        pytest.param(lambda values: values[:-1], id="size"),
+        pytest.param(lambda values: values.double(), id="dtype"),
+    ],
+)
+def test_what_a_donor_has_is_adopted_and_the_rest_is_filled(spoil: Callable[[Tensor], Tensor | None]) -> None:
+    """A donor's tensor of another size or dtype is none; ties stay ties, and the model is whole."""
+    alone = Tied().requires_grad_(False)
+    initialize(alone, 5)
+    donor: dict[str, Tensor] = dict(alone.named_parameters())
+    spoilt = spoil(donor.pop("inner.weight"))
+    if spoilt is not None:
+        donor["inner.weight"] = spoilt
+    with without_storage():
+        model = Tied()
+    adopt(model, donor, torch.device("cpu"), 5)
+    found = dict(model.named_parameters())
+    assert {name for name in found if found[name] is donor.get(name)} == {"one.weight", "inner.bias"}
+    assert same(found, dict(alone.named_parameters()))
+    assert model.other.weight is model.one.weight
+    assert not found["inner.weight"].requires_grad
+    assert torch.equal(model.inner(torch.ones(6)), alone.inner(torch.ones(6)))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,71 @@
+"""What a sweep compares: a setting is what its cells share, a variant is how they differ under `sweep.compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_lab.records import identity
+
+COMPARE = ("router", "experts", "execution")
+"""The default of `sweep.compare`."""
+
+
+def setting_id(content: Mapping[str, Any], compare: Sequence[str] = COMPARE) -> str:
+    """12 hex digits of `identity.content(...)` without the keys of `compare`: equal for the members of a group."""
+    return identity.digest({key: value for key, value in content.items() if key not in compare})
+
+
+def labels(contents: Sequence[Mapping[str, Any]], compare: Sequence[str] = COMPARE) -> list[str]:
+    """A short name of each content's variant: the options that differ, with the keys that tell namesakes apart.
+
+    For example `torch` and `sinkhorn` where only routers differ, `sinkhorn/loop` where experts do too,
+    `sinkhorn(iters=5)` beside `sinkhorn(iters=10)`. With nothing to compare it is the router's name. A model that reads
+    none of what is compared is a variant by its own name.
+    """
+    columns: list[list[str]] = []
+    for key in compare:
+        nodes = [content.get(key) for content in contents]
+        ids = [identity.digest(node) for node in nodes]
+        distinct = {id_: node for id_, node in zip(ids, nodes, strict=True) if node is not None}
+        if len(distinct) > 1 or (key == compare[0] and not columns):
+            names = _tell_apart(distinct)
+            columns.append([names.get(id_, "") for id_ in ids])
+    if len(columns) > 1 and len({name for name in columns[0] if name}) == 1:
+        del columns[0]  # only others differ
+    return [
+        "/".join(filter(None, (column[position] for column in columns))) or _name(content["model"])
+        for position, content in enumerate(contents)
+    ]
+
+
+def _name(node: Any) -> str:
+    return identity.option_name(node) if isinstance(node, Mapping) else str(node)
+
+
+def _tell_apart(nodes: Mapping[str, Any]) -> dict[str, str]:
+    """Each node's name, followed by the keys in which nodes of that name differ."""
+    names = {}
+    for id_, node in nodes.items():
+        namesakes = [other for other in nodes.values() if _name(other) == _name(node)]
+        told = []
+        if isinstance(node, Mapping):
+            for key in dict.fromkeys(key for other in namesakes for key in other):
+                if len({identity.digest(other.get(key)) for other in namesakes}) > 1:
+                    told.append(f"{key}={node.get(key)}")
+        names[id_] = _name(node) + (f"({', '.join(told)})" if told else "")
+    return names
+
+
+def matches(content: Mapping[str, Any], partial: Mapping[str, Any]) -> bool:
+    """Whether a configuration agrees with a partial one (`sweep.exclude`, `sweep.anchor`).
+
+    A group may be given by its option's name: `{router: sinkhorn, batch: 1, model: {top_k: 2}}`.
+    """
+    return all(key in content and _agrees(content[key], wanted) for key, wanted in partial.items())
+
+
+def _agrees(value: Any, wanted: Any) -> bool:
+    if isinstance(value, Mapping):
+        return matches(value, wanted) if isinstance(wanted, Mapping) else _name(value) == str(wanted)
+    return bool(value == wanted)

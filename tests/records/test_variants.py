@@ -1,0 +1,86 @@
+"""Settings, variants and their names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_lab.records import identity, variants
+from tests import tiny
+
+
+def content(*overrides: str, model: str = "moe_layer") -> dict[str, Any]:
+    """What of a quick configuration changes the result."""
+    return identity.content(tiny.compose(model, *overrides))
+
+
+def test_a_setting_is_what_is_left_without_what_is_compared() -> None:
+    """Router and experts do not change it; batch does, and so does a router that is not compared."""
+    base = content()
+    assert variants.setting_id(base) == variants.setting_id(content("router=sinkhorn", "experts=loop"))
+    assert variants.setting_id(base) != variants.setting_id(content("batch=3"))
+    compare = ("experts",)
+    assert variants.setting_id(base, compare) != variants.setting_id(content("router=sinkhorn"), compare)
+    assert variants.setting_id(base, compare) == variants.setting_id(content("experts=loop"), compare)
+
+
+CASES = [
+    pytest.param([["router=torch"]], ["torch"], id="one"),
+    pytest.param([["router=torch"], ["router=sinkhorn"]], ["torch", "sinkhorn"], id="routers"),
+    pytest.param([["experts=loop"], ["experts=grouped"]], ["loop", "grouped"], id="experts"),
+    pytest.param(
+        [["router=torch"], ["router=sinkhorn", "experts=loop"]], ["torch/grouped", "sinkhorn/loop"], id="both"
+    ),
+    pytest.param(
+        [["router=sinkhorn", "router.iters=5"], ["router=sinkhorn"], ["router=torch"]],
+        ["sinkhorn(iters=5)", "sinkhorn(iters=10)", "torch"],
+        id="namesakes",
+    ),
+    pytest.param([["batch=1"], ["batch=2"]], ["torch", "torch"], id="two-settings"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "names"), CASES)
+def test_a_label_names_what_differs_and_no_more(overrides: list[list[str]], names: list[str]) -> None:
+    """Options that differ; keys only among namesakes."""
+    assert variants.labels([content(*given) for given in overrides]) == names
+
+
+def test_a_model_that_reads_nothing_of_what_is_compared_is_named_by_itself() -> None:
+    """minimal beside two routers of a layer."""
+    contents = [content("router=torch"), content("router=sinkhorn"), content(model="minimal")]
+    assert variants.labels(contents) == ["torch", "sinkhorn", "minimal"]
+    assert variants.labels([]) == []
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 2), st.sampled_from("xy")), min_size=1, max_size=8))
+def test_labels_tell_apart_what_differs(cells: list[tuple[str, int, str]]) -> None:
+    """Two cells have the same label exactly if what is compared is the same in them."""
+    contents = [
+        {"router": {"name": name, "iters": iters}, "experts": {"name": experts}, "model": {"name": "m"}}
+        for name, iters, experts in cells
+    ]
+    names = variants.labels(contents, ("router", "experts"))
+    for one, its in zip(cells, names, strict=True):
+        for other, others in zip(cells, names, strict=True):
+            assert (one == other) == (its == others)
+
+
+PARTIALS = [
+    pytest.param({}, True, id="empty"),
+    pytest.param({"router": "torch"}, True, id="option"),
+    pytest.param({"router": "sinkhorn"}, False, id="other-option"),
+    pytest.param({"router": {"renormalize": True}, "batch": 2}, True, id="nested"),
+    pytest.param({"batch": 3}, False, id="other-value"),
+    pytest.param({"model": {"shape": {"n_experts": 5}}}, True, id="deep"),
+    pytest.param({"nothing": 1}, False, id="unknown"),
+]
+
+
+@pytest.mark.parametrize(("partial", "agrees"), PARTIALS)
+def test_a_partial_configuration_matches_what_agrees_with_it(partial: dict[str, Any], agrees: bool) -> None:
+    """Groups by their option's name or by keys within."""
+    assert variants.matches(content(), partial) is agrees
