@@ -1,55 +1,193 @@
-"""A directory of runs as a pandas DataFrame."""
+"""Reading a folder of records: one row per `result.json`, at any depth."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from moe_lab.records.identity import option_name
-from moe_lab.records.store import RESULT, read_record
+from moe_lab.records import identity, variants
+from moe_lab.records.schema import Record
+from moe_lab.records.store import RESULT, UNREADABLE
+from moe_lab.results import columns
 
+PLAN, SAMPLES = "plan.json", "samples.npz"
+UNREADABLE_BECAUSE = (ValueError, AttributeError, TypeError, KeyError, RecursionError, OSError)
+"""What reading a file that anybody may have written can raise."""
+
+_DEEPEST = 100
 # Nested fields that stay out of the row: the whole configuration, and per-layer lists (routing.npz has those).
 _NOT_COLUMNS = {"config", "routing.layers"}
 _SETTINGS = ("batch", "seq_len", "seed")
 _OPTIONS = ("model", "router", "experts", "workload", "device", "dtype", "execution")
 
 
+class Entry(NamedTuple):
+    """What the tables take from one record."""
+
+    row: dict[str, Any]
+    content: dict[str, Any] | None
+    """`identity.content` of its configuration; None where it has none (it failed before it was composed)."""
+
+
+class Plan(NamedTuple):
+    """What the tables take from `plan.json`; what stands here where there is none."""
+
+    compare: Sequence[str] = variants.COMPARE
+    anchor: Mapping[str, Any] | None = None
+
+
+class Found(NamedTuple):
+    """A record's folder, relative to the one searched, with the time stamp and size of its files (-1: not there)."""
+
+    folder: str
+    result: tuple[int, int]
+    samples: tuple[int, int]
+
+
 def load(directory: str | Path) -> pd.DataFrame:
     """One row per `result.json` under `directory`, at any depth, ordered by path.
 
-    Columns: `batch`, `seq_len`, `seed`, the chosen option of each group, then the record's fields, nested ones joined
-    by dots (`latency_ms.p50`), and `directory`. What the model does not read (`seq_len` for minimal) is None.
+    Columns (all of them in docs/results-format.md): the chosen option of each group, `batch`, `seq_len`, `seed`, the
+    `variant` and the `setting_id` it is compared in, the configuration's values in which the records differ
+    (`config.model.top_k`), the record's fields, nested ones joined by dots (`latency_ms.p50`), and `directory`. What
+    the model does not read (`seq_len` for minimal) is missing.
 
     Raises:
         ValueError: there is no such folder, or a record cannot be read; the message names every such file.
     """
+    root = folder(directory)
+    found, problems = search(root)
+    unreadable = [f"{root / path}: {error}" for path, error in problems if not path.endswith(UNREADABLE)]
+    entries, plan = [], Plan()
+    try:
+        plan = read_plan(root)
+    except UNREADABLE_BECAUSE as error:
+        unreadable.append(f"{root / PLAN}: {one_line(error)}")
+    for record in found:
+        try:
+            entries.append(read(root, record.folder))
+        except UNREADABLE_BECAUSE as error:
+            unreadable.append(f"{root / record.folder / RESULT}: {one_line(error)}")
+    if unreadable:
+        raise ValueError("unreadable records (move them away to load the rest):\n  " + "\n  ".join(unreadable))
+    rows = complete(entries, plan)
+    for row in rows:
+        row["directory"] = printable(root / row["directory"])
+    return columns.frame(columns.table(rows, columns.RUNS))
+
+
+def folder(directory: str | Path) -> Path:
+    """As a Path. Raises `ValueError` if there is no such folder."""
     root = Path(directory)
     if not root.is_dir():
         raise ValueError(f"{root}: there is no such folder.")
-    rows, unreadable = [], []
-    for path in sorted(root.rglob(RESULT)):
-        try:
-            record = read_record(path.parent)
-            rows.append({**_asked(record.config), **_flatten(record.to_dict()), "directory": str(path.parent)})
-        except (ValueError, OSError) as error:
-            unreadable.append(str(error))
-        except (AttributeError, TypeError) as error:
-            unreadable.append(f"{path}: its config is not that of a run: {error}")
-    if unreadable:
-        raise ValueError("unreadable records (move them away to load the rest):\n  " + "\n  ".join(unreadable))
-    return pd.DataFrame(rows)
+    return root
 
 
-def _asked(config: dict[str, Any]) -> dict[str, Any]:
+def search(root: Path) -> tuple[list[Found], list[tuple[str, str]]]:
+    """The records under `root`, ordered by path, and (path, what is wrong) of what is known to be unreadable."""
+    found: list[Found] = []
+    problems: list[tuple[str, str]] = []
+
+    def note(error: OSError) -> None:
+        problems.append((printable(Path(error.filename).relative_to(root)), one_line(error)))
+
+    for at, _, names in os.walk(root, onerror=note):
+        if RESULT in names:
+            relative = at[len(str(root)) :].strip(os.sep) or "."
+            found.append(Found(relative, stamp(f"{at}/{RESULT}"), stamp(f"{at}/{SAMPLES}")))
+        if UNREADABLE in names:
+            path = printable(Path(at, UNREADABLE).relative_to(root))
+            problems.append((path, "set aside: it could not be read when its cell was run again"))
+    return sorted(
+        found, key=lambda one: [*one.folder.split(os.sep), RESULT] if one.folder != "." else [RESULT]
+    ), sorted(problems)
+
+
+def stamp(path: str | Path) -> tuple[int, int]:
+    """Time of the last change in nanoseconds and size in bytes; (-1, -1) if there is no such file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return -1, -1
+    return status.st_mtime_ns, status.st_size
+
+
+def read_plan(root: Path) -> Plan:
+    """`plan.json` of a sweep's folder. Raises one of `UNREADABLE_BECAUSE` if it is there and no plan."""
+    if not (root / PLAN).exists():
+        return Plan()
+    content = json.loads((root / PLAN).read_bytes())
+    if content["schema"] != 1:
+        raise ValueError(f"schema={content['schema']!r}: this version of moe-lab reads schema 1.")
+    compare, anchor = content["compare"], content["anchor"]
+    _hold_depth(anchor)
+    if not isinstance(compare, list) or not compare:
+        raise ValueError(f"compare={str(compare)[:60]!r}: it is a list of groups.")
+    if not all(isinstance(text, str) for text in compare):
+        raise ValueError("compare: its groups must be text.")
+    if not isinstance(anchor, dict | None):
+        raise ValueError(f"anchor={str(anchor)[:60]!r}: it is a part of a configuration.")
+    return Plan(compare, anchor)
+
+
+def read(root: Path, relative: str) -> Entry:
+    """The record in `root/relative`. Raises one of `UNREADABLE_BECAUSE` if it is no record of this schema."""
+    with open(f"{root}/{relative}/{RESULT}", encoding="utf-8") as file:
+        text = file.read()
+    content = json.loads(text)
+    if "\\ud" in text.lower():  # a half of a pair of surrogates, which no file could take
+        json.dumps(content, ensure_ascii=False).encode()
+    if text.count("{") + text.count("[") > _DEEPEST:  # else it cannot be so deep
+        _hold_depth(content)
+    config = Record.from_dict(content).config
+    row = {**_asked(config), **_flatten(content), "directory": printable(relative)}
+    columns.check(row)
+    if not row.get("cell_id") or not row.get("status"):
+        raise ValueError("cell_id and status must be there.")
+    return Entry(row, identity.content(config) if "model" in config and "export" in config else None)
+
+
+def _hold_depth(node: Any, left: int = _DEEPEST) -> None:
+    """Refuse what is nested deeper than any record, before something that follows it down runs out of stack."""
+    if left == 0:
+        raise ValueError(f"it is nested deeper than {_DEEPEST}.")
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _hold_depth(child, left - 1)
+
+
+def complete(entries: Sequence[Entry], plan: Plan) -> list[dict[str, Any]]:
+    """The entries' rows with what only all records together tell: variants, settings, what differs, copies."""
+    contents = [entry.content for entry in entries if entry.content is not None]
+    together = zip(variants.labels(contents, plan.compare), contents, _differing(contents), strict=True)
+    copies = Counter(entry.row["cell_id"] for entry in entries)
+    rows = []
+    for row, content in entries:
+        row = {**row, "n_records": copies[row["cell_id"]]}
+        if content is not None:
+            row["variant"], content, differing = next(together)
+            row["setting_id"] = variants.setting_id(content, plan.compare)
+            row |= differing
+        rows.append(row)
+    return rows
+
+
+def _asked(config: Mapping[str, Any]) -> dict[str, Any]:
     ignored = set(config.get("model", {}).get("ignores") or ())
     settings = {key: None if key in ignored else config.get(key) for key in _SETTINGS}
-    options = {key: None if key in ignored or not config.get(key) else option_name(config[key]) for key in _OPTIONS}
+    options = {
+        key: None if key in ignored or not config.get(key) else identity.option_name(config[key]) for key in _OPTIONS
+    }
     return {**settings, **options}
 
 
-def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
@@ -57,6 +195,49 @@ def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             continue
         if isinstance(value, dict):
             row.update(_flatten(value, f"{name}."))
-        else:
+        elif value is not None:
             row[name] = value
     return row
+
+
+def _differing(contents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each content the values in which those with the same option of a group differ, as `config.<path>`."""
+    first: dict[tuple[str, str], Any] = {}
+    differing: dict[str, set[str]] = {}
+    for content in contents:
+        for group, node in content.items():
+            if group in _SETTINGS:
+                continue
+            other = first.setdefault((group, identity.option_name(node) if isinstance(node, Mapping) else ""), node)
+            if node != other:
+                mine, theirs = dict(_leaves(node, f"config.{group}")), dict(_leaves(other, f"config.{group}"))
+                paths = differing.setdefault(group, set())
+                paths |= {path for path in mine.keys() | theirs.keys() if mine.get(path) != theirs.get(path)}
+    return [
+        {
+            path: value
+            for group, paths in differing.items()
+            for path, value in _leaves(content.get(group), f"config.{group}")
+            if path in paths
+        }
+        for content in contents
+    ]
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}")
+    else:
+        yield path, node
+
+
+def printable(path: str | Path) -> str:
+    """The path with what is no UTF-8 in it escaped."""
+    return str(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def one_line(error: BaseException) -> str:
+    """What is wrong, without line breaks or what cannot be printed."""
+    text = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+    return " ".join(text.encode(errors="backslashreplace").decode().split())

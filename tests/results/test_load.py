@@ -71,6 +71,30 @@ def test_what_the_model_does_not_read_is_unknown(sweep: Path) -> None:
     assert frame["batch"].iloc[0] == 2
 
 
+def test_the_variant_and_its_setting_stand_in_the_row(tmp_path: Path) -> None:
+    """Cells that differ only in what is compared share a setting; names tell apart what differs."""
+    overrides = {"a": "router=torch", "b": "router=sinkhorn", "c": "batch=1"}
+    for name, override in overrides.items():
+        (tmp_path / name).mkdir()
+        write_record(tmp_path / name, tiny.record(tiny.decoder_moe(override), cell_id=name))
+    frame = load(tmp_path)
+    assert frame["variant"].tolist() == ["torch", "sinkhorn", "torch"]
+    a, b, c = frame["setting_id"]
+    assert a == b != c
+    plan = {"schema": 1, "compare": ["batch"], "anchor": None, "cells": []}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    frame = load(tmp_path)
+    a, b, c = frame["setting_id"]
+    assert a == c != b and frame["variant"].iloc[0] == "2"
+
+
+def test_a_broken_plan_is_listed(sweep: Path) -> None:
+    """What is compared could not be told."""
+    (sweep / "plan.json").write_text("{")
+    with pytest.raises(ValueError, match=r"plan\.json"):
+        load(sweep)
+
+
 def test_what_was_not_measured_is_unknown(sweep: Path) -> None:
     """A skipped run has no latency, and that is not 0."""
     assert math.isnan(load(sweep)["latency_ms.p50"].iloc[2])

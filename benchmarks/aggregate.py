@@ -1,0 +1,63 @@
+"""How long a sweep's records take to aggregate: all new, one changed, nothing changed; each in a fresh process.
+
+    .venv/bin/python -m benchmarks.aggregate              # 10,000 records of 50 samples
+
+The records are made up (tests/results/synthetic.py). Times are the call's, and the whole process's with its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from moe_lab.records.store import RESULT
+from moe_lab.results.aggregate import CACHE, OUTPUTS
+from tests.results import synthetic
+
+CALL = """
+import sys, time
+from moe_lab.results.aggregate import aggregate
+begin = time.perf_counter()
+aggregate(sys.argv[1])
+print(time.perf_counter() - begin)
+"""
+
+
+def measure(root: Path) -> tuple[float, float]:
+    """Seconds of the call and of the process."""
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", CALL, root], check=True, capture_output=True, text=True)
+    return float(done.stdout), time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", type=int, default=10_000)
+    parser.add_argument("--samples", type=int, default=50, help="timing samples of a record")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    print(f"{options.cells} records of {options.samples} samples, {len(os.sched_getaffinity(0))} CPUs\n")
+    print("| | the call [s] | the process [s] |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        folders = synthetic.sweep(root, options.cells, samples=options.samples)
+        for what in ("all new", "one changed", "nothing changed"):
+            seconds = []
+            for _ in range(options.repeats):
+                if what == "all new":
+                    for name in (*OUTPUTS, CACHE):
+                        (root / name).unlink(missing_ok=True)
+                elif what == "one changed":
+                    (folders[0] / RESULT).touch()
+                seconds.append(measure(root))
+            columns = (", ".join(f"{one:.2f}" for one in column) for column in zip(*seconds, strict=True))
+            print(f"| {what} | {' | '.join(columns)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""How large the report of a large sweep is, how long it takes to make, and how soon it can be used.
+
+    .venv/bin/python benchmarks/report.py            # or --cells 100
+
+Synthetic records (tests/results/synthetic.py). `plots` and `report` are the wall time of one call in this process, the
+import of matplotlib included. The page is opened in headless Chromium, a fresh one each time; from the start of the
+navigation: `table`, when the table can be sorted and filtered; `load`, the load event; `all`, when all plots are drawn.
+`sort` is one click on a heading, until the rows are in their new order on the screen. Medians of `--rounds`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from moe_lab.results.aggregate import aggregate
+from tests.results import browser, synthetic
+
+_SORT = """
+const done = arguments[0], start = performance.now();
+document.querySelectorAll("#table thead button")[5].click();
+requestAnimationFrame(() => setTimeout(() => done(performance.now() - start)));
+"""
+_TIMES = """
+const at = name => performance.getEntriesByName(name)[0].startTime;
+return [at("table"), performance.getEntriesByType("navigation")[0].loadEventEnd, at("plots")];
+"""
+
+
+def opened(page: Path, rounds: int) -> list[float]:
+    """Milliseconds to the table, to the load event, to the last plot, and of a sort."""
+    times = []
+    for _ in range(rounds):
+        driver = browser.start()
+        browser.show(driver, page)
+        times.append([*driver.execute_script(_TIMES), driver.execute_async_script(_SORT)])
+        driver.quit()
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", type=int, nargs="+", default=[100, 2000])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    print("| cells | plots s | report s | page MB | table ms | load ms | all ms | sort ms |")
+    print("|---|---|---|---|---|---|---|---|")
+    for cells in arguments.cells:
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(folder)
+            synthetic.sweep(directory, cells)
+            found = aggregate(directory)
+            start = time.perf_counter()
+            from moe_lab.results import plots
+
+            plots.draw(directory, found.runs, found.summary)
+            drawn = time.perf_counter()
+            from moe_lab.results import report
+
+            page = report.write(directory, found)
+            written = time.perf_counter()
+            table, load, plotted, sort = opened(page, arguments.rounds)
+            seconds = f"{drawn - start:.1f} | {written - drawn:.1f} | {page.stat().st_size / 1e6:.1f}"
+        print(f"| {cells} | {seconds} | {table:.0f} | {load:.0f} | {plotted:.0f} | {sort:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

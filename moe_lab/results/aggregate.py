@@ -1,0 +1,268 @@
+"""The tables of a sweep's folder: `runs`, `summary`, `samples`, `unreadable`; docs/results-format.md describes them.
+
+Reading is incremental: `.aggregate.parquet` keeps what was taken from each record, with the time stamp and size of its
+files, and is ignored where it does not fit. With nothing changed, nothing is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import csv
+
+from moe_lab.records.identity import PACKAGE
+from moe_lab.records.store import RESULT, write_atomic
+from moe_lab.results import columns, load
+from moe_lab.results.load import UNREADABLE_BECAUSE, Entry, Found
+from moe_lab.results.summary import summarize
+
+OUTPUTS = ("runs.parquet", "runs.csv", "summary.parquet", "summary.csv", "samples.parquet", "unreadable.csv")
+CACHE = ".aggregate.parquet"
+_CACHED = pa.schema(
+    [
+        ("folder", pa.string()),
+        *((name, pa.int64()) for name in ("result_ns", "result_bytes", "samples_ns", "samples_bytes", "n_samples")),
+        *((name, pa.string()) for name in ("entry", "problems")),
+    ]
+)
+_ARRAYS = {"replicate": np.int64, "round": np.int64, "order": np.int64, "ms": np.float64, "stamp_s": np.float64}
+
+Samples = dict[str, "np.ndarray[Any, Any]"]
+
+
+class Aggregate(NamedTuple):
+    """The tables as pandas. `runs["directory"]` is relative to the sweep's folder."""
+
+    runs: pd.DataFrame
+    summary: pd.DataFrame
+    unreadable: pd.DataFrame
+
+
+class Taken(NamedTuple):
+    """What was taken from a record's folder: the entry (None: unreadable), the samples, and (path, what is wrong)."""
+
+    entry: Entry | None
+    samples: Samples
+    problems: list[tuple[str, str]]
+
+
+def aggregate(directory: str | Path) -> Aggregate:
+    """Write the tables of the records under `directory` into it, and return them.
+
+    A record that cannot be read is listed in `unreadable` and stops nothing.
+
+    Raises:
+        ValueError: there is no such folder.
+        OSError: a table cannot be written; the error names it, and what was there before is whole.
+    """
+    root = load.folder(directory)
+    found, problems = load.search(root)
+    try:
+        plan = load.read_plan(root)
+    except UNREADABLE_BECAUSE as error:
+        plan = load.Plan()
+        problems.append((load.PLAN, f"read as if it were not there: {load.one_line(error)}"))
+    inputs = hashlib.sha256(json.dumps([found, problems, plan]).encode()).hexdigest()
+    if (before := _unchanged(root, inputs)) is not None:
+        return before
+
+    cached = _cached(root)
+    taken = [cached.get(one) or _take(root, one) for one in found]
+    problems += [problem for one in taken for problem in one.problems]
+    entries = [one.entry for one in taken if one.entry is not None]
+    rows = load.complete(entries, plan)
+    runs = columns.table(rows, columns.RUNS)
+    summary = columns.table(summarize(rows, [entry.content for entry in entries], plan.anchor), columns.SUMMARY)
+    unreadable = _unreadable(problems)
+    _write(root / "runs.parquet", _parquet(runs))
+    _write(root / "runs.csv", _csv(runs))
+    _write(root / "summary.parquet", _parquet(summary))
+    _write(root / "summary.csv", _csv(summary))
+    _write(root / "samples.parquet", _parquet(_samples_table(taken)))
+    _write(root / "unreadable.csv", _csv(unreadable))
+    _write(root / CACHE, _parquet(_cache_table(root, inputs, found, taken, problems)))
+    return Aggregate(*map(columns.frame, (runs, summary, unreadable)))
+
+
+def _unreadable(problems: Sequence[Sequence[str]]) -> Any:
+    rows = [dict(zip(columns.UNREADABLE, problem, strict=True)) for problem in problems]
+    return columns.table(rows, columns.UNREADABLE)
+
+
+def _take(root: Path, found: Found) -> Taken:
+    problems: list[tuple[str, str]] = []
+    try:
+        entry = load.read(root, found.folder)
+    except UNREADABLE_BECAUSE as error:
+        return Taken(None, _no_samples(), [(_path(found, RESULT), load.one_line(error))])
+    samples = _no_samples()
+    if found.samples[1] >= 0:
+        try:
+            with open(f"{root}/{found.folder}/{load.SAMPLES}", "rb") as file:
+                samples = read_samples(file.read())
+        except Exception as error:  # zipfile, zlib and numpy have many, and none of them may stop the others
+            problems.append((_path(found, load.SAMPLES), load.one_line(error)))
+    return Taken(entry, samples, problems)
+
+
+def _path(found: Found, name: str) -> str:
+    return load.printable(Path(found.folder, name))
+
+
+def _no_samples() -> Samples:
+    return {name: np.empty(0, dtype) for name, dtype in _ARRAYS.items()}
+
+
+def read_samples(content: bytes) -> Samples:
+    """The arrays of a `samples.npz`; `replicate` is 0 where an older one lacks it.
+
+    `np.load` spends most of its time on parsing the arrays' headers, which are the same in most files; here each is
+    parsed once. Raises `ValueError`, or an error of zipfile, zlib or numpy, if these are not such arrays.
+    """
+    samples: Samples = {}
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        there = set(archive.namelist())
+        for name, dtype in _ARRAYS.items():
+            if name == "replicate" and "replicate.npy" not in there:
+                continue
+            data = archive.read(f"{name}.npy")
+            if data[:8] != b"\x93NUMPY\x01\x00":
+                raise ValueError(f"{name} is no array.")
+            start = 10 + int.from_bytes(data[8:10], "little")
+            shape, kind = _array_header(data[8:start])
+            array = np.frombuffer(data, kind, offset=start)  # a ValueError for Python objects: nothing is unpickled
+            if len(shape) != 1 or array.shape != shape or not np.can_cast(kind, dtype, "same_kind"):
+                raise ValueError(f"{name} of {kind} {list(shape)}: expected a list of {np.dtype(dtype)}.")
+            samples[name] = array.astype(dtype, copy=False)
+    samples.setdefault("replicate", np.zeros(len(samples["ms"]), np.int64))
+    if len({len(array) for array in samples.values()}) > 1:
+        raise ValueError(f"arrays of different length: { {name: len(array) for name, array in samples.items()} }.")
+    return samples
+
+
+@lru_cache(maxsize=1024)
+def _array_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    shape, _, kind = np.lib.format.read_array_header_1_0(io.BytesIO(header))
+    return shape, kind
+
+
+def _samples_table(taken: Sequence[Taken]) -> Any:
+    lengths = [len(one.samples["ms"]) for one in taken]
+    of_cell = pa.array(np.repeat(np.arange(len(taken), dtype=np.int32), lengths))
+    arrays = {
+        name: pa.array(np.concatenate([_no_samples()[name], *(one.samples[name] for one in taken)])) for name in _ARRAYS
+    }
+    for name in ("cell_id", "directory"):
+        texts = pa.array([one.entry.row[name] if one.entry else None for one in taken], pa.string())
+        arrays[name] = pa.DictionaryArray.from_arrays(of_cell, texts).cast(pa.string())
+    return pa.table({name: arrays[name] for name in columns.SAMPLES})
+
+
+# ---- what was read before
+
+
+@cache
+def _code() -> str:
+    """Hash of what decides how a record becomes a row."""
+    hashed = hashlib.sha256()
+    for path in sorted(file for part in ("records", "results") for file in (PACKAGE / part).glob("*.py")):
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()
+
+
+def _unchanged(root: Path, inputs: str) -> Aggregate | None:
+    """The tables as they stand, if they were made of these inputs by this code and nobody has touched them since."""
+    try:
+        state = json.loads(pq.read_schema(root / CACHE).metadata[b"moe_lab"])
+        outputs = {name: list(load.stamp(root / name)) for name in OUTPUTS}
+        if (state["code"], state["inputs"], state["outputs"]) != (_code(), inputs, outputs):
+            return None
+        runs, summary = (pq.read_table(root / f"{name}.parquet") for name in ("runs", "summary"))
+        return Aggregate(*map(columns.frame, (runs, summary, _unreadable(state["unreadable"]))))
+    except (*UNREADABLE_BECAUSE, pa.ArrowException):
+        return None
+
+
+def _cached(root: Path) -> dict[Found, Taken]:
+    """What an earlier aggregation took from each record; nothing if that does not fit or is broken."""
+    try:
+        kept = pq.read_table(root / CACHE, page_checksum_verification=True)
+        state = json.loads(kept.schema.metadata[b"moe_lab"])
+        samples_as_written = state["outputs"]["samples.parquet"] == list(load.stamp(root / "samples.parquet"))
+        if state["code"] != _code() or not samples_as_written:
+            return {}
+        samples = pq.read_table(root / "samples.parquet", columns=list(_ARRAYS), page_checksum_verification=True)
+        arrays = {name: samples[name].to_numpy() for name in _ARRAYS}
+        ends = np.cumsum(kept["n_samples"].to_numpy())
+        result = {}
+        for row, stop in zip(kept.to_pylist(), ends.tolist(), strict=True):
+            found = Found(
+                row["folder"], (row["result_ns"], row["result_bytes"]), (row["samples_ns"], row["samples_bytes"])
+            )
+            entry = Entry(*json.loads(row["entry"])) if row["entry"] is not None else None
+            slices = {name: array[stop - row["n_samples"] : stop] for name, array in arrays.items()}
+            result[found] = Taken(entry, slices, [(path, error) for path, error in json.loads(row["problems"])])
+            if entry is not None:
+                columns.check(entry.row)
+    except (*UNREADABLE_BECAUSE, pa.ArrowException):
+        return {}
+    return result
+
+
+def _cache_table(
+    root: Path, inputs: str, found: Sequence[Found], taken: Sequence[Taken], problems: Sequence[tuple[str, str]]
+) -> Any:
+    rows = [
+        (
+            *(load.printable(one.folder), *one.result, *one.samples, len(what.samples["ms"])),
+            json.dumps(what.entry, ensure_ascii=False) if what.entry else None,
+            json.dumps(what.problems),
+        )
+        for one, what in zip(found, taken, strict=True)
+    ]
+    state = {
+        "code": _code(),
+        "inputs": inputs,
+        "outputs": {name: load.stamp(root / name) for name in OUTPUTS},
+        "unreadable": problems,
+    }
+    arrays = [pa.array([row[at] for row in rows], field.type) for at, field in enumerate(_CACHED)]
+    return pa.Table.from_arrays(arrays, schema=_CACHED.with_metadata({"moe_lab": json.dumps(state)}))
+
+
+# ---- writing
+
+
+def _parquet(table: Any) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, write_page_checksum=True)
+    return buffer.getvalue()
+
+
+def _csv(table: Any) -> bytes:
+    """Numbers with all their digits, text in quotes, what is missing empty, lists as JSON."""
+    for at, field in enumerate(table.schema):
+        if pa.types.is_list(field.type):
+            texts = [None if v is None else json.dumps(v, ensure_ascii=False) for v in table[at].to_pylist()]
+            table = table.set_column(at, field.name, pa.array(texts, pa.string()))
+    buffer = io.BytesIO()
+    csv.write_csv(table, buffer)
+    return buffer.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,0 +1,269 @@
+"""What the plots of a sweep show, as numbers and words: `plots` draws it into files, `figures` for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from moe_lab.results.settings import describe, sizes
+
+LATENCY, _INTERVAL = "latency_ms.p50", ("latency_ms.ci95_low", "latency_ms.ci95_high")
+TOKENS_PER_S, LOAD = "throughput.tokens_per_s", "routing.pooled.load_max_over_mean"
+_KEYS = ("variant", *_INTERVAL)
+_PHASE = "phases_ms."
+_PHASES = ("router", "dispatch", "experts", "combine", "attention", "other")
+_NO_PHASE = ("execution", "sum_ms", "launch_gap_ms")
+
+NAMES = (
+    "latency",
+    "latency_over_batch",
+    "latency_over_seq_len",
+    "throughput_over_batch",
+    "throughput_over_seq_len",
+    "load_against_latency",
+    "expert_load",
+    "phases",
+)
+"""Of all charts that there can be; the stems of their files."""
+
+
+FILE_PANELS = 6
+"""As many panels as a file shows; the report has all."""
+
+
+Row = dict[str, Any]
+
+
+class Series(NamedTuple):
+    """What one variant (in a stack: one phase) contributes to a panel."""
+
+    name: str
+    at: list[Any]
+    """A size, a load, or the name of the bar that it is part of."""
+    value: list[float]
+    low: Sequence[float | None]
+    """Of the value's 95 % interval; None where it has none."""
+    high: Sequence[float | None]
+    size: list[str]
+    """The cell's batch and sequence length, in words."""
+
+
+class Panel(NamedTuple):
+    """One picture of a chart: a setting."""
+
+    title: str
+    series: list[Series]
+
+    @property
+    def bars(self) -> list[str]:
+        """The names along the axis, where `at` holds names."""
+        return list(dict.fromkeys(at for series in self.series for at in series.at if isinstance(at, str)))
+
+
+class Heat(NamedTuple):
+    """The used slots of each layer and expert, and all variants of a setting that have just these."""
+
+    title: str
+    variants: list[str]
+    layers: list[int]
+    counts_LE: np.ndarray
+
+
+class Chart(NamedTuple):
+    """`lines` and `points` have numbers along both axes; `dots` and `stack` lie along the names of the variants."""
+
+    name: str
+    kind: Literal["lines", "points", "dots", "stack", "heat"]
+    title: str
+    x_label: str
+    y_label: str
+    panels: Sequence[Panel | Heat]
+
+
+class Charts(NamedTuple):
+    """All charts that the data allow."""
+
+    drawn: list[Chart]
+    left_out: list[str]
+    """A sentence for each chart that the data do not allow, and for what could not be read."""
+    variants: list[str]
+    """In the order of their styles: the anchors first."""
+    phases: list[str]
+    """In the order of their styles."""
+
+
+def is_log(values: Sequence[float]) -> bool:
+    """Whether an axis with these values is logarithmic: when they span a factor of eight or more."""
+    return min(values) > 0 and max(values) >= 8 * min(values)
+
+
+def relative_load(counts_LE: np.ndarray) -> np.ndarray:
+    """Slots of each expert over the mean of its layer; 0 in a layer without slots. 1 everywhere is an even load."""
+    mean_L1 = counts_LE.mean(axis=1, keepdims=True)
+    load_LE = np.zeros(counts_LE.shape)
+    np.divide(counts_LE, mean_L1, out=load_LE, where=mean_L1 > 0)
+    return load_LE
+
+
+def charts(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Charts:
+    """Of what `aggregate` found in a directory, and of the files beside the records for the load of the experts."""
+    left_out: list[str] = []
+    names = _in_order(summary)
+    runs, summary = _sorted(runs, names), _sorted(summary, names)
+    drawn = [chart for chart in _all(runs, summary, directory, left_out) if chart.panels]
+    return Charts(drawn, left_out, names, [name.removeprefix(_PHASE) for name in _phases_in(runs)])
+
+
+def _in_order(summary: pd.DataFrame) -> list[str]:
+    """The variants' names; those that are an anchor come first, the most frequent one before."""
+    anchors = summary.loc[summary["is_anchor"].fillna(False).astype(bool), "variant"].dropna()
+    return list(dict.fromkeys([*anchors.value_counts().index, *sorted(summary["variant"].dropna())]))
+
+
+def _sorted(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """By model, the largest sizes first: they show most. What was not composed has no variant and nothing to draw."""
+    known = frame[frame["variant"].isin(names)]
+    place = known["variant"].map({name: at for at, name in enumerate(names)})
+    return known.assign(_place=place).sort_values(
+        ["model", "batch", "seq_len", "_place"], ascending=[True, False, False, True], kind="stable"
+    )
+
+
+def _all(runs: pd.DataFrame, summary: pd.DataFrame, directory: Path, left_out: list[str]) -> Iterator[Chart]:
+    if summary[LATENCY].notna().any():
+        yield from _over_sizes(summary, left_out)
+        yield _load_against_latency(summary, left_out)
+    else:
+        left_out.append("Latency and throughput: no cell was timed.")
+    yield _expert_load(runs, directory, left_out)
+    yield _where_time_goes(runs, left_out)
+
+
+def _panels(frame: pd.DataFrame, *columns: str, without: tuple[str, ...] = ()) -> dict[str, list[Row]]:
+    """What these columns hold, by setting; those that differ only in `without` are one. Rows that lack one are out."""
+    if not set(columns) <= set(frame):
+        return {}
+    known = frame[frame[list(columns)].notna().all(axis=1)]
+    rows = known[[*_KEYS, *columns]].assign(size=sizes(known)).to_dict("records")
+    return _by(describe(known, without), rows)
+
+
+def _by(names: Iterable[str], rows: Iterable[Row]) -> dict[str, list[Row]]:
+    grouped: dict[str, list[Row]] = {}
+    for name, row in zip(names, rows, strict=True):
+        grouped.setdefault(name, []).append(row)
+    return grouped
+
+
+def _series(rows: Sequence[Row], at: str, value: str) -> list[Series]:
+    """One per variant, in the order of what they lie at."""
+    series = []
+    for name, of in _by((row["variant"] for row in rows), rows).items():
+        of = sorted(of, key=lambda row: row[at])
+        ends = [[None if value != LATENCY or pd.isna(row[end]) else float(row[end]) for row in of] for end in _INTERVAL]
+        values = [float(row[value]) for row in of]
+        series.append(Series(name, [row[at] for row in of], values, ends[0], ends[1], [row["size"] for row in of]))
+    return series
+
+
+def _over_sizes(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
+    """Over batch and over seq_len as far as each varies; with one size only, a dot per variant."""
+    swept = {}
+    for key in ("batch", "seq_len"):
+        swept[key] = _over(summary, key, LATENCY)
+        if not swept[key]:
+            left_out.append(f"Latency over {key}: no variant was timed at two values of it, all else equal.")
+        yield Chart(f"latency_over_{key}", "lines", f"Latency over {key}", key, "latency (ms)", swept[key])
+    over = next((key for key in swept if swept[key]), None)
+    if over:
+        panels = _over(summary, over, TOKENS_PER_S)
+        yield Chart(f"throughput_over_{over}", "lines", f"Throughput over {over}", over, "tokens / s", panels)
+    else:
+        left_out.append("Throughput: with one size per setting it says what the latency says.")
+        panels = [Panel(title, _series(rows, "variant", LATENCY)) for title, rows in _panels(summary, LATENCY).items()]
+        yield Chart("latency", "dots", "Latency", "latency (ms)", "", panels)
+
+
+def _over(summary: pd.DataFrame, key: str, value: str) -> list[Panel]:
+    """A panel per setting in which a variant has two values of `key`."""
+    settings = _panels(summary, key, value, without=(key,))
+    panels = [Panel(title, _series(rows, key, value)) for title, rows in settings.items()]
+    return [panel for panel in panels if any(len(set(series.at)) > 1 for series in panel.series)]
+
+
+def _load_against_latency(summary: pd.DataFrame, left_out: list[str]) -> Chart:
+    settings = _panels(summary, LOAD, LATENCY, without=("batch", "seq_len"))
+    if not settings:
+        left_out.append("Load balance against latency: no cell recorded its routing (measure.routing).")
+    panels = [Panel(title, _series(rows, LOAD, LATENCY)) for title, rows in settings.items()]
+    label = "load of the busiest expert / mean load"
+    return Chart("load_against_latency", "points", "Load balance against latency", label, "latency (ms)", panels)
+
+
+def _expert_load(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
+    """Cells of a setting that have equal counts share a panel: who computes the experts does not change their load."""
+    panels: list[Heat] = []
+    unreadable = []
+    for title, rows in _panels(runs, "directory").items():
+        heats: list[Heat] = []
+        for row in rows:
+            try:
+                layers, counts_LE = _counts(root / row["directory"] / "routing.npz")
+            except FileNotFoundError:
+                continue  # a model without experts, or a cell that failed before
+            except Exception as error:  # whatever zipfile, zlib and numpy raise for a file that was damaged
+                unreadable.append(f"{row['directory']} ({error})")
+                continue
+            same = [one for one in heats if one.layers == layers and np.array_equal(one.counts_LE, counts_LE)]
+            if same:
+                same[0].variants.append(row["variant"])
+            else:
+                heats.append(Heat(title, [row["variant"]], layers, counts_LE))
+        panels += heats
+    if unreadable:
+        left_out.append(f"Expert load: routing.npz cannot be read in {', '.join(unreadable)}.")
+    if not panels:
+        left_out.append("Expert load: no cell recorded its routing (measure.routing).")
+    return Chart("expert_load", "heat", "Expert load (slots / mean of the layer)", "expert", "layer", panels)
+
+
+def _counts(path: Path) -> tuple[list[int], np.ndarray]:
+    with np.load(path, allow_pickle=False) as arrays:
+        layers, counts_LE = arrays["layer"].tolist(), arrays["counts_LE"]
+    if counts_LE.dtype.kind not in "iu" or counts_LE.ndim != 2 or len(layers) != len(counts_LE) or not counts_LE.size:
+        raise ValueError("no counts by layer and expert")
+    return layers, counts_LE
+
+
+def _phases_in(runs: pd.DataFrame) -> list[str]:
+    """The columns of phases that took time somewhere; a joined name stands where its first phase would."""
+
+    def order(column: str) -> tuple[int, str]:
+        first = column.removeprefix(_PHASE).split("+")[0]
+        return (_PHASES.index(first) if first in _PHASES else len(_PHASES), column)
+
+    columns = [str(name) for name in runs if str(name).startswith(_PHASE)]
+    taken = [name for name in columns if name.removeprefix(_PHASE) not in _NO_PHASE and (runs[name] > 0).any()]
+    return sorted(taken, key=order)
+
+
+def _where_time_goes(runs: pd.DataFrame, left_out: list[str]) -> Chart:
+    columns = _phases_in(runs)
+    settings = (
+        _panels(runs[runs[columns].notna().any(axis=1)].fillna(dict.fromkeys(columns, 0.0)), *columns)
+        if columns
+        else {}
+    )
+    if not settings:
+        left_out.append("Where the time goes: no cell measured its phases (measure.phases).")
+    panels = []
+    for title, rows in settings.items():
+        bars, nothing = [row["variant"] for row in rows], [None] * len(rows)
+        size = [row["size"] for row in rows]
+        stacked = [(column.removeprefix(_PHASE), [float(row[column]) for row in rows]) for column in columns]
+        panels.append(Panel(title, [Series(name, bars, ms, nothing, nothing, size) for name, ms in stacked if any(ms)]))
+    return Chart("phases", "stack", "Where the time goes", "ms of an eager pass", "", panels)

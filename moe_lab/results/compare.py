@@ -1,0 +1,215 @@
+"""Two result sets, cell by cell: what became slower or faster, what stayed the same, and what cannot be told.
+
+Cells are joined by `cell_id`, the hash of the configuration, so the sets may come from other code or another machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from moe_lab.intervals import judge
+from moe_lab.records import identity
+from moe_lab.records.schema import Record
+from moe_lab.records.store import RESULT, read_record
+from moe_lab.results.noise import read_floor
+
+NAMES = ("model", "router", "experts", "batch", "seq_len", "dtype", "device", "execution")
+_NUMBERS = ("p50_a_ms", "p50_b_ms", "ratio", "ratio_low", "ratio_high")
+COLUMNS = ("cell_id", *NAMES, "also", *_NUMBERS, "replicates_a", "replicates_b", "verdict", "why")
+_FloorOf = Callable[[str], float | None]
+
+
+# --- reading ---
+
+
+@dataclass
+class _Run:
+    """What of a record is compared. Made by `_parse`, so that a foreign file fails there and nowhere later."""
+
+    record: Record
+    content: dict[str, Any]
+    names: dict[str, Any]
+    medians: list[float]
+    """Milliseconds, of each fresh process; empty if nothing was timed."""
+    told: dict[str, dict[str, str]]
+    """What both sides should agree in: the fields of `machine`, `implementation` and `timing`."""
+
+
+def _parse(record: Record) -> _Run:
+    content = identity.content(record.config)
+    nodes = {name: content.get(name) for name in NAMES}
+    latency = record.latency_ms if record.status == "ok" else None
+    medians = [float(value) for value in latency.replicate_p50 or [latency.p50]] if latency else []
+    if not all(0 < value < math.inf for value in medians):
+        raise ValueError(f"latency_ms: its medians {medians} are not all positive")
+    if record.status not in ("ok", "failed", "skipped"):
+        raise ValueError(f"status={record.status!r}: ok, failed or skipped is expected")
+    if not isinstance(record.cell_id, str) or not isinstance(record.env_id, str | None):
+        raise ValueError("cell_id and env_id must be text")
+    return _Run(
+        record=record,
+        content=content,
+        names={key: identity.option_name(node) if isinstance(node, Mapping) else node for key, node in nodes.items()},
+        medians=medians,
+        told={
+            "machine": {field: str(record.environment.get(field)) for field in identity.ENV_FIELDS},
+            "implementation": {str(key): str(value) for key, value in record.implementation.items()},
+            "timing": {"measure.cache": str(latency.cache)} if latency else {},
+        },
+    )
+
+
+def _read(root: Path) -> tuple[dict[str, list[_Run]], list[str]]:
+    """The runs under `root` by cell, in the order of their paths, and what is wrong with each that cannot be read."""
+    if not root.is_dir():
+        raise ValueError(f"{root}: there is no such folder.")
+    cells: dict[str, list[_Run]] = {}
+    unreadable = []
+    for path in sorted(root.rglob(RESULT)):
+        try:
+            run = _parse(read_record(path.parent))
+            cells.setdefault(run.record.cell_id, []).append(run)
+        except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+            text = str(error)
+            unreadable.append(text if text.startswith(str(path)) else f"{path}: not the record of a run: {error!r}")
+    if not cells:
+        raise ValueError(f"{root}: no records that can be read ({len(unreadable)} cannot).")
+    return cells, unreadable
+
+
+# --- comparing ---
+
+
+def compare(a: Path, b: Path, *, threshold: float = 0.03, floors: Mapping[str, float] | None = None) -> pd.DataFrame:
+    """One row per cell of either set, then one per record that cannot be read; the columns are `COLUMNS`.
+
+    `p50_*_ms` are the geometric means of the replicates' medians, `ratio` is B/A and `ratio_low` to `ratio_high` its
+    95 % interval, `also` tells apart cells of the same names. `verdict` is `slower`, `faster`, `same` or `inconclusive`
+    (the rule: `intervals.judge`) where the cell is ok in both sets; else it says where the cell is missing or failed.
+
+    Args:
+        threshold: the smallest difference that matters, a ratio minus 1.
+        floors: noise floor by `env_id`, a ratio minus 1; None reads those stored on this machine.
+
+    Raises:
+        ValueError: a threshold out of range; a folder that is missing or has no record that can be read.
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold={threshold}: give a share above 0 and below 1, such as 0.03 or 3%.")
+    (cells_a, unreadable_a), (cells_b, unreadable_b) = _read(Path(a)), _read(Path(b))
+    floor_of: _FloorOf = cache(read_floor) if floors is None else floors.get
+    rows, contents = [], []
+    for cell_id in dict.fromkeys([*cells_a, *cells_b]):
+        sides = {"A": cells_a.get(cell_id, []), "B": cells_b.get(cell_id, [])}
+        notes: list[str] = []
+        timed = {side: _distinct(side, runs, notes) for side, runs in sides.items()}
+        first = (sides["A"] or sides["B"])[0]
+        row = {"cell_id": cell_id, **first.names, "also": "", "verdict": _where(sides, timed)}
+        for side, runs in timed.items():
+            medians = [median for run in runs for median in run.medians]
+            row[f"replicates_{side.lower()}"] = len(medians)
+            row[f"p50_{side.lower()}_ms"] = float(np.exp(np.mean(np.log(medians)))) if medians else None
+        if timed["A"] and timed["B"]:
+            row.update(_judged(timed, threshold, floor_of, notes))
+        rows.append({**row, "why": "; ".join(notes)})
+        contents.append(first.content)
+    _tell_apart(rows, contents)
+    for side, unreadable in (("A", unreadable_a), ("B", unreadable_b)):
+        rows += [{"verdict": f"unreadable in {side}", "also": "", "why": text} for text in unreadable]
+    return pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).astype(dict.fromkeys(_NUMBERS, float))
+
+
+def _distinct(side: str, runs: list[_Run], notes: list[str]) -> list[_Run]:
+    """The timed ones of a cell's runs, a copy counted once: it is no replicate. Adds to `notes` what is not plain."""
+    distinct: list[_Run] = []
+    for run in runs:
+        if all(run.record.to_dict() != other.record.to_dict() for other in distinct):
+            distinct.append(run)
+    if len(distinct) < len(runs):
+        notes.append(f"identical copies in {side} count once")
+    timed = [run for run in distinct if run.medians]
+    if len(timed) > 1:
+        versions = len({run.record.code_id for run in timed})
+        notes.append(
+            f"{len(timed)} results pooled in {side}" + (f", of {versions} versions of the code" if versions > 1 else "")
+        )
+    for run in distinct:
+        if not run.medians:
+            notes.append(f"{side}: {run.record.reason or _state(run)}")
+    return timed
+
+
+def _state(run: _Run) -> str:
+    return "not timed" if run.record.status == "ok" else run.record.status
+
+
+def _where(sides: dict[str, list[_Run]], timed: dict[str, list[_Run]]) -> str:
+    """The verdict of a cell that is not timed in both sets."""
+    present = [side for side, runs in sides.items() if runs]
+    if len(present) == 1:
+        return f"only in {present[0]}"
+    states = {side: _state(runs[0]) for side, runs in sides.items() if not timed[side]}
+    if len(states) == 2 and len(set(states.values())) == 1:
+        return f"{states['A']} in both"
+    return ", ".join(f"{state} in {side}" for side, state in states.items())
+
+
+def _judged(timed: dict[str, list[_Run]], threshold: float, floor_of: _FloorOf, notes: list[str]) -> dict[str, Any]:
+    """Verdict, ratio and interval of a cell that is timed in both sets."""
+    a, b = ([median for run in timed[side] for median in run.medians] for side in ("A", "B"))
+    machines = {run.record.env_id for runs in timed.values() for run in runs}
+    machine = machines.pop() if len(machines) == 1 else None
+    floor = floor_of(machine) if machine else None
+    verdict, ratio, low, high, why = judge(a, b, threshold, floor)
+    notes.insert(0, why)
+    if low is None and floor is None:
+        mend = "moe-lab doctor --noise measures it" if machine else "measure.replicates=3 gives an interval"
+        notes.insert(1, f"no noise floor is known: {mend}")
+    if machines:
+        notes.append(f"machines differ: {_differences(timed, 'machine') or 'their env_id'}")
+    if differences := _differences(timed, "implementation"):
+        notes.append(f"what ran differs: {differences}")
+    if differences := _differences(timed, "timing"):
+        verdict = "inconclusive"
+        notes.append(f"timed in different ways, so not comparable: {differences}")
+    return {"verdict": verdict, "ratio": ratio, "ratio_low": low, "ratio_high": high}
+
+
+def _differences(timed: dict[str, list[_Run]], kind: str) -> str:
+    """The fields of that kind which are not the same in all runs, with their values on both sides."""
+    differ = []
+    for key in dict.fromkeys(key for runs in timed.values() for run in runs for key in run.told[kind]):
+        values = {side: sorted({run.told[kind].get(key, "none") for run in runs}) for side, runs in timed.items()}
+        if values["A"] != values["B"] or len(values["A"]) > 1:
+            differ.append(f"{key} {'/'.join(values['A'])} in A and {'/'.join(values['B'])} in B")
+    return ", ".join(differ)
+
+
+def _tell_apart(rows: list[dict[str, Any]], contents: list[dict[str, Any]]) -> None:
+    """Fill `also` of cells with the same names: the keys of their configurations that differ, `router.iters=5`."""
+    namesakes: dict[str, list[int]] = {}
+    for position, row in enumerate(rows):
+        namesakes.setdefault(repr([row[name] for name in NAMES]), []).append(position)
+    for positions in namesakes.values():
+        leaves = [{key: str(value) for key, value in _leaves(contents[position])} for position in positions]
+        for key in dict.fromkeys(key for leaf in leaves for key in leaf):
+            if len({leaf.get(key) for leaf in leaves}) > 1:
+                for position, leaf in zip(positions, leaves, strict=True):
+                    if key in leaf:
+                        rows[position]["also"] += f"{' ' if rows[position]['also'] else ''}{key}={leaf[key]}"
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

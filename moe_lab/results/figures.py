@@ -1,0 +1,145 @@
+"""The charts as Plotly's figures, plain dicts: for each panel its traces, and of the layout what is not a colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from textwrap import wrap
+from typing import Any
+
+from moe_lab.results.charts import Chart, Charts, Heat, Panel, Series, is_log
+from moe_lab.results.style import phase_style, variant_style
+
+HEAT_NUMBERS = 400_000
+"""As many counts of experts as a page carries: some 2 MB."""
+_WRAP = 20  # characters of a name beside an axis
+
+Figure = dict[str, Any]
+
+
+def figures(found: Charts) -> tuple[list[Figure], list[str]]:
+    """For each chart a dict that `report.html.jinja` draws, and a sentence for what would make the page too large."""
+    left_out = []
+    result = []
+    for chart in found.drawn:
+        panels: list[Figure]
+        if chart.kind == "heat":
+            kept = _within(HEAT_NUMBERS, [panel for panel in chart.panels if isinstance(panel, Heat)])
+            panels = [_heat(panel) for panel in kept]
+            if len(kept) < len(chart.panels):
+                left_out.append(
+                    f"Expert load: {len(kept)} of {len(chart.panels)} different loads are shown, the others would make "
+                    "the page too large; they stand in the routing.npz of the cells."
+                )
+        else:
+            panels = [_panel(panel, chart, found) for panel in chart.panels if isinstance(panel, Panel)]
+        result.append({"name": chart.name, "kind": chart.kind, "title": chart.title, "panels": panels})
+    return result, left_out
+
+
+def _within(limit: int, heats: Sequence[Heat]) -> list[Heat]:
+    kept = []
+    for heat in heats:
+        limit -= heat.counts_LE.size
+        if limit < 0:
+            break
+        kept.append(heat)
+    return kept
+
+
+def _heat(panel: Heat) -> Figure:
+    """The page turns the counts into a map of all layers or bars of one."""
+    variants = ", ".join(panel.variants)
+    return {"title": panel.title, "variants": variants, "layers": panel.layers, "counts": panel.counts_LE.tolist()}
+
+
+def _panel(panel: Panel, chart: Chart, found: Charts) -> Figure:
+    trace = {"stack": _bar, "dots": _dot}.get(chart.kind, _curve)
+    data = [trace(series, chart, found) for series in panel.series]
+    x: Figure = {"title": {"text": chart.x_label}}
+    y: Figure = {"title": {"text": chart.y_label}}
+    if chart.kind in ("stack", "dots"):
+        y |= {"autorange": "reversed", "automargin": True, "type": "category"}
+        x |= {"rangemode": "tozero"}
+    else:
+        y |= _axis([value for series in panel.series for value in series.value])
+        x |= {} if chart.kind == "points" else _axis([at for series in panel.series for at in series.at], ticks=True)
+    layout = {"xaxis": x, "yaxis": y, "barmode": "stack", "bars": len(panel.bars)}
+    return {"title": panel.title, "data": data, "layout": layout}
+
+
+def _axis(values: Sequence[float], ticks: bool = False) -> Figure:
+    axis: Figure = {"type": "log"} if is_log(values) else {"type": "linear", "rangemode": "tozero"}
+    if ticks:
+        places = sorted(set(values))
+        axis |= {"tickvals": places, "ticktext": [f"{place:,}" for place in places]}
+    elif is_log(values):
+        axis |= {"dtick": 1 if max(values) > 30 * min(values) else "D2"}
+    return axis
+
+
+def _error(series: Series) -> Figure:
+    """The interval, as lengths above and below; none of a value without."""
+    above = [None if end is None else _short(end - value) for value, end in zip(series.value, series.high, strict=True)]
+    below = [None if end is None else _short(value - end) for value, end in zip(series.value, series.low, strict=True)]
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2, "width": 3}
+
+
+def _curve(series: Series, chart: Chart, found: Charts) -> Figure:
+    style = variant_style(found.variants.index(series.name))
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if chart.kind == "lines" else "markers",
+        "name": _plain(series.name),
+        "x": [_short(at) for at in series.at],
+        "y": [_short(value) for value in series.value],
+        "error_y": _error(series),
+        "line": {"color": style.colour, "dash": style.plotly_dash, "width": 2},
+        "marker": {"color": style.colour, "symbol": style.plotly_symbol, "size": 8},
+        "text": _notes(series),
+        "hovertemplate": f"%{{fullData.name}}<br>%{{text}}<br>%{{y:,.4g}} {_unit(chart.y_label)}<extra></extra>",
+    }
+
+
+def _dot(series: Series, chart: Chart, found: Charts) -> Figure:
+    curve = _curve(series._replace(at=series.value), chart, found)
+    curve |= {"y": [_bar_name(name) for name in series.at], "error_x": curve.pop("error_y")}
+    return curve | {"showlegend": False, "hovertemplate": "%{text}<br>%{x:,.4g} ms<extra>%{y}</extra>"}
+
+
+def _bar(series: Series, chart: Chart, found: Charts) -> Figure:
+    style = phase_style(found.phases.index(series.name))
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": _plain(series.name),
+        "x": [_short(value) for value in series.value],
+        "y": [_bar_name(name) for name in series.at],
+        "marker": {"color": style.colour, "pattern": {"shape": style.plotly_pattern, "solidity": 0.35}},
+        "hovertemplate": "%{fullData.name}<br>%{x:,.4g} ms<extra>%{y}</extra>",
+    }
+
+
+def _notes(series: Series) -> list[str]:
+    return [
+        size if low is None or high is None else f"{size} [{low:.4g}, {high:.4g}]"
+        for size, low, high in zip(series.size, series.low, series.high, strict=True)
+    ]
+
+
+def _bar_name(name: str) -> str:
+    return "<br>".join(_plain(line) for line in wrap(name, _WRAP))
+
+
+def _plain(text: str) -> str:
+    """Plotly reads a little HTML in names, but knows no quotes in it."""
+    return escape(text, quote=False)
+
+
+def _unit(label: str) -> str:
+    return "ms" if "(ms)" in label else label
+
+
+def _short(value: float) -> float:
+    """Seven digits: as many as a picture can show, and half the size of the page."""
+    return float(f"{value:.7g}")

@@ -1,0 +1,218 @@
+"""A sweep's plots as files, `plots/*.png` and `plots/*.svg`; without colour they tell as much."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill, shorten
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+
+from moe_lab.records.store import write_atomic
+from moe_lab.results import charts
+from moe_lab.results.charts import Chart, Heat, Panel, relative_load
+from moe_lab.results.style import phase_style, variant_style
+
+_COLUMNS = 3
+# Inches: around the axes of a panel, the axes themselves, and above all panels.
+_LEFT, _RIGHT, _TOP, _BOTTOM, _AXES, _HEAD = 0.75, 0.4, 0.5, 0.6, (3.2, 2.1), 0.3
+_WRAP, _TICKS = 28, 7  # characters of a name beside an axis, ticks of an axis
+
+
+class Drawn(NamedTuple):
+    """The files written, and a sentence for everything that is not in them."""
+
+    paths: list[Path]
+    left_out: list[str]
+
+
+def draw(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Drawn:
+    """Write a PNG and an SVG of every plot that the data allow into `directory/plots`.
+
+    `runs` and `summary` are those of `aggregate`. A plot of an earlier call that is not drawn now is deleted.
+    """
+    found = charts.charts(directory, runs, summary)
+    folder = directory / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    left_out, paths = list(found.left_out), []
+    for chart in found.drawn:
+        figure = render(chart, found.variants, found.phases)
+        if len(chart.panels) > charts.FILE_PANELS:
+            left_out.append(
+                f"{chart.title}: plots/{chart.name} has the first {charts.FILE_PANELS} of {len(chart.panels)} panels; "
+                "the report has them all."
+            )
+        for ending in ("png", "svg"):
+            content = io.BytesIO()
+            figure.savefig(content, format=ending, dpi=100, metadata={"Date": None} if ending == "svg" else None)
+            paths.append(folder / f"{chart.name}.{ending}")
+            write_atomic(paths[-1], content.getvalue())
+    for name in charts.NAMES:
+        for path in (folder / f"{name}.png", folder / f"{name}.svg"):
+            if path not in paths:
+                path.unlink(missing_ok=True)
+    return Drawn(paths, left_out)
+
+
+def render(chart: Chart, variants: Sequence[str], phases: Sequence[str]) -> Figure:
+    """The first panels of a chart; the sequences give each variant and phase its style."""
+    panels = chart.panels[: charts.FILE_PANELS]
+    columns = min(_COLUMNS, len(panels))
+    bars = [panel.bars for panel in panels if isinstance(panel, Panel)]
+    names = [line for of_panel in bars for name in of_panel for line in fill(name, _WRAP).split("\n")]
+    left = _LEFT + 0.075 * max(map(len, names), default=0)
+    width = left + _AXES[0] + _RIGHT
+    height = _TOP + max([_AXES[1], *(0.3 * len(of_panel) for of_panel in bars)]) + _BOTTOM
+    entries = _entries(chart, panels, variants, phases)
+    per_row = max(1, int(max(columns * width, 5) / (0.7 + 0.08 * max(map(len, entries), default=0))))
+    foot = 0.25 * math.ceil(len(entries) / per_row) + 0.1
+    scale = 0.3 if chart.kind == "heat" else 0.0  # the colours' scale beside the last column
+    size = (max(columns * width, 5) + scale, _HEAD + math.ceil(len(panels) / columns) * height + foot)
+
+    figure = Figure(figsize=size)
+    figure.suptitle(_text(chart.title), x=0.15 / size[0], y=1 - 0.12 / size[1], ha="left", va="top", weight="bold")
+    boxes = []
+    for at in range(len(panels)):
+        row, column = divmod(at, columns)
+        corner = (column * width + left, size[1] - _HEAD - (row + 1) * height + _BOTTOM)
+        boxes.append((*corner, _AXES[0], height - _TOP - _BOTTOM))
+    heat_top = max([2.0, *(float(relative_load(p.counts_LE).max()) for p in panels if isinstance(p, Heat))])
+    for panel, (x, y, w, h) in zip(panels, boxes, strict=True):
+        axes = figure.add_axes((x / size[0], y / size[1], w / size[0], h / size[1]))
+        axes.set_xlabel(_text(chart.x_label))
+        axes.set_ylabel(_text(chart.y_label))
+        axes.set_title(_title(panel), fontsize=9, loc="left", y=1.0)  # a given y spares matplotlib its search
+        if isinstance(panel, Heat):
+            image = _heat(axes, panel, heat_top)
+            if panel is panels[columns - 1]:  # one scale for all panels, beside the first row
+                beside = figure.add_axes(((x + w + 0.1) / size[0], y / size[1], 0.1 / size[0], h / size[1]))
+                figure.colorbar(image, cax=beside).ax.tick_params(labelsize=8)
+        elif chart.kind == "stack":
+            _stack(axes, panel, phases)
+        else:
+            _curves(axes, panel, chart, variants)
+    if entries:
+        handles = list(entries.values())
+        figure.legend(handles, map(_text, entries), loc="lower center", ncols=per_row, frameon=False, fontsize=9)
+    return figure
+
+
+def _entries(
+    chart: Chart, panels: Sequence[Panel | Heat], variants: Sequence[str], phases: Sequence[str]
+) -> dict[str, Line2D | Patch]:
+    """The legend; along rows of names none is needed."""
+    shown = {series.name for panel in panels if isinstance(panel, Panel) for series in panel.series}
+    if chart.kind == "stack":
+        return {name: Patch(**_hatched(phases.index(name))) for name in phases if name in shown}
+    if chart.kind == "dots":
+        return {}
+    return {name: Line2D([], [], **_line(chart, variants.index(name))) for name in variants if name in shown}
+
+
+def _line(chart: Chart, index: int) -> dict[str, Any]:
+    style = variant_style(index)
+    dashes: Any = (0, style.dashes) if style.dashes else "-"
+    look = {"color": style.colour, "marker": style.marker, "markersize": 5}
+    return {**look, "linestyle": dashes if chart.kind == "lines" else ""}
+
+
+def _hatched(index: int) -> dict[str, Any]:
+    style = phase_style(index)
+    return {"facecolor": style.colour, "hatch": style.hatch, "edgecolor": "white", "linewidth": 0.5}
+
+
+def _curves(axes: Axes, panel: Panel, chart: Chart, variants: Sequence[str]) -> None:
+    """Values with their intervals, upwards; for `dots` along a row per variant."""
+    along = chart.kind == "dots"
+    for series in panel.series:
+        at = [panel.bars.index(name) for name in series.at] if along else series.at
+        reach = [
+            [0.0 if end is None else abs(value - end) for value, end in zip(series.value, ends, strict=True)]
+            for ends in (series.low, series.high)
+        ]
+        x, y, x_reach, y_reach = (series.value, at, reach, None) if along else (at, series.value, None, reach)
+        line = _line(chart, variants.index(series.name))
+        axes.errorbar(x, y, xerr=x_reach, yerr=y_reach, elinewidth=1.2, capsize=2.5, **line)
+    values = [value for series in panel.series for value in (*series.value, *filter(None, series.high))]
+    _scale(axes, "x" if along else "y", values)
+    if along:
+        _bar_names(axes, panel)
+    elif chart.kind == "lines":
+        places = sorted({at for series in panel.series for at in series.at})
+        _scale(axes, "x", places, places)
+    axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def _stack(axes: Axes, panel: Panel, phases: Sequence[str]) -> None:
+    ends = [0.0] * len(panel.bars)
+    for series in panel.series:
+        rows = [panel.bars.index(name) for name in series.at]
+        axes.barh(
+            rows, series.value, left=[ends[row] for row in rows], height=0.7, **_hatched(phases.index(series.name))
+        )
+        for row, value in zip(rows, series.value, strict=True):
+            ends[row] += value
+    _bar_names(axes, panel)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def _bar_names(axes: Axes, panel: Panel) -> None:
+    axes.yaxis.set_major_locator(FixedLocator(range(len(panel.bars))))
+    axes.yaxis.set_major_formatter(FixedFormatter([_text(fill(name, _WRAP)) for name in panel.bars]))
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_ylim(len(panel.bars) - 0.5, -0.5)
+
+
+def _heat(axes: Axes, panel: Heat, top: float) -> AxesImage:
+    """From 0 to `top`, which is at least 2: an even load, 1 everywhere, never has the last colour."""
+    image = axes.imshow(relative_load(panel.counts_LE), aspect="auto", cmap="viridis", vmin=0, vmax=top)
+    step = math.ceil(len(panel.layers) / _TICKS)
+    axes.yaxis.set_major_locator(FixedLocator(range(0, len(panel.layers), step)))
+    axes.yaxis.set_major_formatter(FixedFormatter([str(layer) for layer in panel.layers[::step]]))
+    axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True))
+    return image
+
+
+def _scale(axes: Axes, direction: Literal["x", "y"], values: Sequence[float], ticks: Sequence[float] = ()) -> None:
+    """Logarithmic over a factor of eight or more, else from 0; few ticks, the given ones where there are any."""
+    low, high = min(values), max(values)
+    log = charts.is_log(values)
+    if log:
+        getattr(axes, f"set_{direction}scale")("log")
+        getattr(axes, f"set_{direction}lim")(low / 1.25, high * 1.25)
+        ticks = ticks or _decades(low, high)
+    else:
+        getattr(axes, f"set_{direction}lim")(0, high * 1.08)
+    axis = getattr(axes, f"{direction}axis")
+    if ticks:
+        ticks = list(ticks)[:: math.ceil(len(ticks) / (_TICKS + 1))]
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_formatter(FixedFormatter([f"{tick:,g}" for tick in ticks]))
+        axis.set_minor_locator(NullLocator())
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten around low ... high; the powers alone where that would be many."""
+    powers = range(math.floor(math.log10(low / 1.25)), math.ceil(math.log10(high * 1.25)) + 1)
+    steps = (1, 2, 5) if len(powers) <= 3 else (1,)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    return [tick for tick in ticks if low / 1.25 <= tick <= high * 1.25]
+
+
+def _title(panel: Panel | Heat) -> str:
+    lines = [panel.title] if isinstance(panel, Panel) else [panel.title, ", ".join(panel.variants)]
+    return _text("\n".join(shorten(line, 110) if len(lines) == 1 else shorten(line, 55) for line in lines))
+
+
+def _text(text: str) -> str:
+    """Dollar signs would start a formula."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,211 @@
+"""`report.html`: one page that shows a sweep to other people. It holds all that it needs and loads nothing."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from moe_lab.records.store import write_atomic
+from moe_lab.records.variants import COMPARE
+from moe_lab.results.aggregate import Aggregate
+from moe_lab.results.charts import FILE_PANELS, charts
+from moe_lab.results.figures import figures
+from moe_lab.results.load import UNREADABLE_BECAUSE, one_line
+from moe_lab.results.settings import describe
+from moe_lab.results.verdicts import Verdict, verdicts
+
+REPORT, PLAN, LOG = "report.html", "plan.json", "run.log"
+NOT_RUN = ("to do", "stale", "excluded")
+TABLES = ("runs.csv", "runs.parquet", "summary.csv", "samples.parquet", "unreadable.csv")
+
+# Heading and column of `runs`. The first stand in the table only where they differ between its rows.
+_WHAT = ("workload", "device", "dtype", "router", "experts", "execution", "seed", "environment.device_name")
+_MEASURED = (
+    ("median ms", "latency_ms.p50"),
+    ("ms from", "latency_ms.ci95_low"),
+    ("ms to", "latency_ms.ci95_high"),
+    ("x anchor", "ratio_to_anchor.p50"),
+    ("x from", "ratio_to_anchor.ci95_low"),
+    ("x to", "ratio_to_anchor.ci95_high"),
+    ("tokens / s", "throughput.tokens_per_s"),
+    ("peak MB", "memory.peak_mb"),
+    ("load max / mean", "routing.pooled.load_max_over_mean"),
+    ("dead experts", "routing.pooled.dead_experts"),
+    ("relative error", "check.rel_error"),
+)
+
+
+class Field(NamedTuple):
+    """One field of the table: what is shown, and the number to sort by where it is one."""
+
+    text: str
+    number: float | None = None
+
+
+class Table(NamedTuple):
+    """All cells of the sweep; a row is (status, link to its folder, fields)."""
+
+    heads: list[str]
+    rows: list[tuple[str, str, list[Field]]]
+
+
+def write(directory: Path, aggregate: Aggregate) -> Path:
+    """Write `directory/report.html` from what `aggregate(directory)` returned, and return its path.
+
+    Links to the plots and tables that are there; draw them before. Raises `OSError` if the page cannot be written.
+    """
+    runs, summary, unreadable = aggregate
+    found = charts(directory, runs, summary)
+    drawn, too_large = figures(found)
+    plan, plan_error = _plan(directory)
+    environment = Environment(
+        loader=PackageLoader("moe_lab.results", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title=plan.get("name") or directory.resolve().name,
+        compare=plan.get("compare", []),
+        machines=sorted(set(runs["environment.device_name"].dropna())),
+        times=_times(runs["started"]),
+        verdicts=_by_group(summary),
+        status=Counter(runs["status"].astype(str)),
+        planned=Counter(str(cell["status"]) for cell in plan.get("cells", ()) if cell["status"] in NOT_RUN),
+        figures=drawn,
+        left_out=found.left_out + too_large,
+        table=_table(runs, plan.get("compare", COMPARE)),
+        problems=_problems(directory, runs),
+        unreadable=unreadable[["path", "error"]].to_dict("records"),
+        warnings=_warnings(runs),
+        environments=_environments(runs),
+        commands=[shlex.join(words) for words in plan.get("commands", [])],
+        plan_error=plan_error,
+        links=[name for name in TABLES if (directory / name).exists()],
+        plots=[
+            (chart.title, chart.name, min(FILE_PANELS, len(chart.panels)), len(chart.panels))
+            for chart in found.drawn
+            if (directory / "plots" / f"{chart.name}.png").exists()
+        ],
+        plotly=(files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8"),
+        nonce=secrets.token_hex(16),
+    )
+    path = directory / REPORT
+    write_atomic(path, page.encode(errors="replace"))
+    return path
+
+
+def _plan(directory: Path) -> tuple[dict[str, Any], str | None]:
+    """What `plan.json` says, and why it says nothing."""
+    try:
+        content = json.loads((directory / PLAN).read_bytes())
+        known = {
+            "name": None if content["name"] is None else str(content["name"]),
+            "commands": [[str(word) for word in words] for words in content["commands"]],
+            "compare": [str(key) for key in content["compare"]],
+            "cells": [{"status": cell["status"]} for cell in content["cells"]],
+        }
+    except FileNotFoundError:
+        return {}, f"there is no {PLAN} here"
+    except UNREADABLE_BECAUSE as error:
+        return {}, f"{PLAN} cannot be read: {one_line(error)}"
+    return known, None
+
+
+def _times(started: pd.Series) -> list[str]:
+    """When the first and the last cell started."""
+    known = pd.to_datetime(started, utc=True, errors="coerce", format="ISO8601").dropna()
+    return list(dict.fromkeys(f"{at:%Y-%m-%d %H:%M} UTC" for at in (known.min(), known.max()))) if len(known) else []
+
+
+def _by_group(summary: pd.DataFrame) -> dict[str, list[Verdict]]:
+    groups: dict[str, list[Verdict]] = {}
+    for verdict in verdicts(summary):
+        groups.setdefault(verdict.group, []).append(verdict)
+    return groups
+
+
+def _table(runs: pd.DataFrame, compare: Sequence[str]) -> Table:
+    """By model, sizes and variant; what is compared stands in the variant's name."""
+    runs = runs.sort_values(["model", "batch", "seq_len", "variant"], kind="stable")
+    config = [str(name) for name in runs if str(name).startswith("config.")]
+    others = [name for name in (*_WHAT, *config) if name.removeprefix("config.").split(".")[0] not in compare]
+    differ = [name for name in others if runs[name].astype(str).nunique() > 1]
+    columns = [("status", "status"), ("variant", "variant"), ("model", "model"), ("batch", "batch")]
+    columns += [("seq_len", "seq_len"), *((name.rsplit(".", 1)[-1], name) for name in differ), *_MEASURED]
+    fields = [[_field(value) for value in runs[name].astype(object)] for _, name in columns]
+    fields.append([Field(str(cell_id)) for cell_id in runs["cell_id"]])
+    links = [_link(folder, "") for folder in runs["directory"]]
+    heads = [*(head for head, _ in columns), "cell"]
+    rows = [list(row) for row in zip(*fields, strict=True)]
+    return Table(heads, list(zip(runs["status"].astype(str), links, rows, strict=True)))
+
+
+def _field(value: Any) -> Field:
+    if isinstance(value, list) or not pd.isna(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return Field(str(value))
+        if isinstance(value, int) or abs(value) >= 1000:
+            return Field(f"{value:,.0f}", float(value))
+        return Field(f"{value:#.4g}", float(f"{value:.7g}"))
+    return Field("")
+
+
+def _link(folder: str, file: str) -> str:
+    """Quoted, a name cannot be read as anything but a path below this page."""
+    return quote(f"{folder}/{file}")
+
+
+def _problems(directory: Path, runs: pd.DataFrame) -> list[dict[str, str]]:
+    """Failures, then skips, each with what was run, why not, and where its log lies."""
+    bad = runs[runs["status"] != "ok"].sort_values("status", kind="stable")
+    what = describe(runs)
+    return [
+        {
+            "status": str(row["status"]),
+            "what": ", ".join(part for part in (_text(row["variant"]), what[at]) if part) or str(row["directory"]),
+            "reason": _text(row["reason"]) or "no reason was recorded",
+            "log": _link(row["directory"], LOG) if (directory / row["directory"] / LOG).exists() else "",
+        }
+        for at, row in bad.iterrows()
+    ]
+
+
+def _text(value: Any) -> str:
+    return "" if pd.isna(value) else str(value)
+
+
+def _warnings(runs: pd.DataFrame) -> dict[str, list[tuple[str, str]]]:
+    """(cell, warning) by what stands before the colon: what follows are often its numbers."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    what = describe(runs)
+    for at, row in runs[["variant", "warnings"]].iterrows():
+        for text in row["warnings"] if isinstance(row["warnings"], list) else ():
+            kinds.setdefault(text.split(":")[0], []).append((f"{_text(row['variant'])}, {what[at]}", text))
+    copies = runs[runs["n_records"] > 1]
+    for at, row in copies.iterrows():
+        kinds.setdefault("a cell has more than one record here", []).append((what[at], str(row["directory"])))
+    return kinds
+
+
+def _environments(runs: pd.DataFrame) -> dict[str, Any]:
+    """A column per machine and versions; a field in which the records of one differ has all its values."""
+    columns = ["code_id", *(str(name) for name in runs if str(name).startswith("environment."))]
+    groups = list(runs.groupby(runs["env_id"].fillna("unknown"), sort=False))
+    rows = []
+    for name in columns:
+        values = [", ".join(dict.fromkeys(_field(value).text for value in of[name])) for _, of in groups]
+        if any(values):
+            rows.append((name.removeprefix("environment."), values, len({value for value in values if value}) > 1))
+    return {"heads": [(str(env_id), len(of)) for env_id, of in groups], "rows": rows}

@@ -1,0 +1,55 @@
+"""Short names for the settings of a sweep: only what differs is said."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import pandas as pd
+
+_OPTIONS = ("model", "router", "experts", "workload", "device", "dtype", "execution")
+_SIZES = ("batch", "seq_len")
+
+
+def describe(frame: pd.DataFrame, without: Collection[str] = ()) -> pd.Series:
+    """For each row its model and what else differs between the settings in `frame`: `decoder_moe, bf16, batch=2`.
+
+    `frame` is one of `aggregate`'s tables. What differs within a setting is compared, and belongs to the variant.
+    """
+    label = pd.Series("", index=frame.index, dtype=object)
+    others = [str(name) for name in frame if str(name).startswith("config.")]
+    for key in (*_OPTIONS, *_SIZES, "seed", *others):
+        text = frame[key].astype(object).map(_text)
+        # A model has no size or option that it does not read; of other keys, having none is a value.
+        values = text if key in others else text[text != ""]
+        differs = values.nunique() > 1 and text.groupby(frame["setting_id"]).nunique().max() == 1
+        if key in without or not (differs or key == "model"):
+            continue
+        if key not in _OPTIONS:
+            text = (key.rsplit(".", 1)[-1] + "=" + text).where(text != "", "")
+        label = label + text.map(lambda word: f", {word}" if word else "")
+    return (label + _machines(frame)).str.removeprefix(", ")
+
+
+def _machines(frame: pd.DataFrame) -> pd.Series:
+    """Where the records are of several machines, which; with the start of `env_id` where the device does not tell."""
+    device, env_id = (frame[key].astype(object).map(_text) for key in ("environment.device_name", "env_id"))
+    known = env_id != ""
+    if env_id[known].nunique() < 2:
+        return pd.Series("", index=frame.index, dtype=object)
+    if device[known].nunique() < env_id[known].nunique():
+        device = device + " " + env_id.str[:6]
+    return (", " + device).where(known, "")
+
+
+def sizes(frame: pd.DataFrame) -> list[str]:
+    """Each row's batch and sequence length, as far as the model reads them: `batch 2 x seq_len 128`."""
+    columns = [(key, frame[key].astype(object).map(_text)) for key in _SIZES if key in frame]
+    words = [[f"{key} {text}" if text else "" for text in column] for key, column in columns]
+    return [" x ".join(filter(None, row)) for row in zip(*words, strict=True)]
+
+
+def _text(value: Any) -> str:
+    if value is None or pd.isna(value):
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)

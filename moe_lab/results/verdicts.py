@@ -1,0 +1,169 @@
+"""What a sweep says about its variants, in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from moe_lab.results.settings import describe, sizes
+
+SAME = 0.03
+"""Latencies whose ratio lies surely within 1 / 1.03 and 1.03 are the same."""
+
+_RATIO = ("ratio_to_anchor.p50", "ratio_to_anchor.ci95_low", "ratio_to_anchor.ci95_high")
+
+Kind = Literal["faster", "slower", "same", "inconclusive", "not timed together", "failed", "skipped"]
+_COMPARED: tuple[Kind, ...] = ("faster", "slower", "same", "inconclusive")
+_ORDER: tuple[Kind, ...] = (*_COMPARED, "not timed together", "failed", "skipped")
+
+
+class Verdict(NamedTuple):
+    """A sentence about one variant in one group of settings, and what it was made of."""
+
+    group: str
+    """The model, and whatever else varies apart from batch and seq_len."""
+    variant: str
+    kind: Kind
+    where: str
+    """At which sizes."""
+    ratio: float | None
+    """Times slower, faster or as long; a median over the cells. None where nothing is claimed."""
+    low: float | None
+    high: float | None
+    cells: int
+    text: str
+
+
+class _Cell(NamedTuple):
+    kind: Kind | None
+    """None of an anchor that was timed: there is nothing to say."""
+    about: str
+    """The anchor; of a failed or skipped cell the reason."""
+    tokens: int
+    size: str
+    ratio: tuple[float, float, float]
+    """Median, low, high."""
+
+
+def verdicts(summary: pd.DataFrame) -> list[Verdict]:
+    """One sentence per variant and class of its cells, for each model and whatever else varies but batch and seq_len.
+
+    The rule. A cell's ratio is its latency over the anchor's, timed in the same rounds, with its 95 % interval. A cell
+    is `same` if the interval lies within 1 / 1.03 and 1.03, else `slower` or `faster` if it excludes 1, else, or with
+    no interval, `inconclusive`; a ratio that was not paired is never a verdict but `not timed together`. Cells of one
+    class make one sentence, whose ratio is the median over them and whose bracket is the hull of their intervals; of
+    `faster` both are inverted, so that they count times faster. T are the tokens of a pass, batch x seq_len; "T <= t"
+    and "T >= t" speak of the sizes that were measured. Failed and skipped cells, the anchor's too, are named with
+    their reasons.
+    """
+    found: list[Verdict] = []
+    if summary.empty:
+        return found
+    for group, of_group in summary.groupby(describe(summary, without=("batch", "seq_len")), sort=False):
+        rows = of_group.assign(size=sizes(of_group), variant=_names(of_group)).to_dict("records")
+        for variant in dict.fromkeys(row["variant"] for row in rows):
+            cells = [_cell(row) for row in rows if row["variant"] == variant]
+            compared = [cell for cell in cells if cell.kind in _COMPARED]
+            for kind in _ORDER:
+                for about in sorted({cell.about for cell in cells if cell.kind == kind}):
+                    alike = [cell for cell in cells if (cell.kind, cell.about) == (kind, about)]
+                    among = compared if kind in _COMPARED else cells
+                    others = [cell for cell in among if cell not in alike]
+                    where = _where(alike, others, everything=len(among) == len(cells))
+                    found.append(_verdict(str(group), variant, kind, about, alike, where))
+    return found
+
+
+def _names(rows: pd.DataFrame) -> pd.Series:
+    """The variant; of what failed before it was composed, its directory."""
+    return rows["variant"].where(rows["variant"].notna(), rows["directory"]).astype(str)
+
+
+def _true(value: Any) -> bool:
+    return not pd.isna(value) and bool(value)
+
+
+def _cell(row: Mapping[Any, Any]) -> _Cell:
+    """Which class a row of the summary belongs to."""
+    tokens = math.prod(int(row[key]) for key in ("batch", "seq_len") if not pd.isna(row[key]))
+    ratio = tuple(float(row[key]) if not pd.isna(row[key]) else np.nan for key in _RATIO)
+    _, low, high = ratio
+    kind: Kind | None
+    if row["status"] != "ok":
+        kind = "skipped" if row["status"] == "skipped" else "failed"
+    elif _true(row["is_anchor"]):
+        kind = None
+    elif not _true(row["ratio_to_anchor.paired"]):
+        kind = "not timed together"
+    elif low >= 1 / (1 + SAME) and high <= 1 + SAME:
+        kind = "same"
+    elif low > 1:
+        kind = "slower"
+    elif high < 1:
+        kind = "faster"
+    else:  # NaN too: no interval
+        kind = "inconclusive"
+    about = row["anchor" if row["status"] == "ok" else "reason"]
+    return _Cell(kind, "" if pd.isna(about) else str(about), tokens, row["size"], (ratio[0], low, high))
+
+
+def _where(cells: Collection[_Cell], others: Collection[_Cell], everything: bool) -> str:
+    """Where these cells are among all that were judged (`everything`: all that there are).
+
+    By the tokens of a pass; cells with as many tokens as one of another class are named by batch and seq_len.
+    """
+    if not all(cell.size for cell in cells):
+        return ""  # it failed before its size was known
+    theirs = {cell.tokens for cell in others}
+    mine = sorted({cell.tokens for cell in cells} - theirs)
+    unclear = sorted((cell.tokens, cell.size) for cell in cells if cell.tokens in theirs)
+    if not others and len(mine) > 1:
+        return " at every size" if everything else " at every size timed together"
+    parts = []
+    if len(mine) > 1 and mine[-1] < min(theirs):
+        parts.append(f"T <= {mine[-1]}")
+    elif len(mine) > 1 and mine[0] > max(theirs):
+        parts.append(f"T >= {mine[0]}")
+    elif mine:
+        parts.append("T = " + _listed([str(tokens) for tokens in mine]))
+    if unclear:
+        parts.append(_listed([size for _, size in unclear]))
+    return " at " + " and at ".join(parts)
+
+
+def _listed(words: Sequence[str]) -> str:
+    words = list(dict.fromkeys(words))
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def _verdict(group: str, variant: str, kind: Kind, about: str, cells: Sequence[_Cell], where: str) -> Verdict:
+    middle: float | None = None
+    low: float | None = None
+    high: float | None = None
+    if kind in ("faster", "slower", "same"):
+        ratios = np.array([cell.ratio for cell in cells])
+        if kind == "faster":
+            ratios = 1 / ratios[:, [0, 2, 1]]
+        middle, low, high = (float(v) for v in (np.median(ratios[:, 0]), ratios[:, 1].min(), ratios[:, 2].max()))
+        bracket = f"[{_number(low)}, {_number(high)}]"
+    if kind == "same":
+        text = f"{variant} takes as long as {about} (within {SAME:.0%}){where}, {bracket}"
+    elif kind in ("faster", "slower"):
+        text = f"{variant} is {_number(middle)}x {kind} than {about}{where}, {bracket}"
+    elif kind == "inconclusive":
+        text = f"{variant} against {about}: inconclusive{where}"
+    elif kind == "not timed together":
+        text = f"{variant} and {about} were not timed together{where}: no verdict"
+    else:
+        text = f"{variant} {'was skipped' if kind == 'skipped' else 'failed'}{where}" + (f": {about}" if about else "")
+    return Verdict(group, variant, kind, where.strip(), middle, low, high, len(cells), text)
+
+
+def _number(ratio: float | None) -> str:
+    """Three digits, and so many more that a number that is not 1 does not read as 1."""
+    assert ratio is not None
+    return next((text for text in (f"{ratio:.{digits}g}" for digits in range(3, 6)) if float(text) != 1), "1")

@@ -1,0 +1,296 @@
+"""results/compare.py: two result sets, cell by cell."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from moe_lab.records import identity
+from moe_lab.records.schema import Record
+from moe_lab.records.store import RESULT
+from moe_lab.results.compare import COLUMNS, compare
+from moe_lab.results.noise import write_floor
+from tests import tiny
+from tests.results.compared import HERE, QUIET, THERE, five_cells, record, tiny_config, write
+
+
+def row(tmp_path: Path, a: list[Record], b: list[Record], **options: Any) -> pd.Series:
+    """The one row that comparing these records gives."""
+    frame = compare(write(tmp_path / "a", *a), write(tmp_path / "b", *b), **{"floors": {}, **options})
+    assert len(frame) == 1
+    return frame.iloc[0]
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> tuple[Path, Path]:
+    return five_cells(tmp_path)
+
+
+def test_one_row_per_cell_with_names_numbers_and_verdict(sets: tuple[Path, Path]) -> None:
+    """Joined by cell_id, wherever the cell lies in its folder."""
+    frame = compare(*sets, floors={})
+    assert tuple(frame.columns) == COLUMNS
+    assert dict(zip(frame["batch"], frame["verdict"], strict=True)) == {
+        1: "slower",
+        2: "faster",
+        4: "same",
+        8: "only in A",
+        16: "failed in B",
+    }
+    first = frame.iloc[0]
+    assert first["cell_id"] == identity.cell_id({**tiny_config(), "batch": 1})
+    names = ["moe_layer", "sinkhorn", "grouped", "fp32", "cpu", "eager", tiny.T]
+    assert first[["model", "router", "experts", "dtype", "device", "execution", "seq_len"]].tolist() == names
+    assert first[["p50_a_ms", "p50_b_ms", "ratio"]].tolist() == pytest.approx([1.0, 1.2, 1.2], rel=1e-5)
+    assert first["ratio_low"] < 1.2 < first["ratio_high"]
+    assert (first["replicates_a"], first["replicates_b"], frame["replicates_b"].iloc[3]) == (3, 3, 0)
+    assert "out_of_memory" in frame["why"].iloc[4]
+    assert frame[["ratio", "p50_b_ms"]].iloc[3:].isna().all(axis=None)
+
+
+def test_the_sides_mirror(sets: tuple[Path, Path]) -> None:
+    """Compare(B, A): verdicts and sides exchanged, ratios inverted."""
+    there, back = (compare(*pair, floors={}).set_index("cell_id") for pair in (sets, sets[::-1]))
+    back = back.loc[there.index]
+    mirror = {"slower": "faster", "faster": "slower", "only in A": "only in B", "failed in B": "failed in A"}
+    assert back["verdict"].tolist() == [mirror.get(verdict, verdict) for verdict in there["verdict"]]
+    assert (back["ratio"] * there["ratio"]).dropna().tolist() == pytest.approx([1, 1, 1])
+    assert (back["ratio_low"] * there["ratio_high"]).dropna().tolist() == pytest.approx([1, 1, 1])
+    assert back["p50_a_ms"].equals(there["p50_b_ms"].rename("p50_a_ms"))
+
+
+def test_two_sets_of_the_same_rarely_differ(tmp_path: Path) -> None:
+    """A/A: 1000 cells, three replicates, 4 % of noise between processes; slower or faster in under 5 %."""
+    rng = np.random.default_rng(5)
+    sides = [
+        write(tmp_path / side, *(record(*np.exp(rng.normal(0, 0.04, 3)), cell_id=f"{cell}") for cell in range(1000)))
+        for side in "ab"
+    ]
+    verdicts = compare(*sides, floors={})["verdict"]
+    assert len(verdicts) == 1000 and verdicts.isin(["slower", "faster"]).sum() < 50
+
+
+def test_a_tenth_is_found(tmp_path: Path) -> None:
+    """100 cells, 10 % slower, three replicates with 1 % of noise: nearly all."""
+    rng = np.random.default_rng(6)
+    sides = [
+        write(
+            tmp_path / side,
+            *(record(*ratio * np.exp(rng.normal(0, 0.01, 3)), cell_id=f"{cell}") for cell in range(100)),
+        )
+        for side, ratio in (("a", 1.0), ("b", 1.1))
+    ]
+    assert (compare(*sides, floors={})["verdict"] == "slower").sum() >= 95
+
+
+def test_what_the_model_does_not_read_is_no_name(tmp_path: Path) -> None:
+    """model=minimal has no router."""
+    config = OmegaConf.to_container(tiny.minimal(), resolve=True)
+    only = row(tmp_path, [record(1.0, config=config)], [record(1.0, config=config)])
+    assert only["router"] is None and only["seq_len"] is None and only["model"] == "minimal"
+
+
+def test_cells_of_the_same_names_are_told_apart(tmp_path: Path) -> None:
+    """By the keys of the configuration that differ, also nested ones."""
+    shape = tiny_config()["model"]["shape"]
+    changes: list[dict[str, Any]] = [
+        {"router": {**tiny_config()["router"], "iters": 5}},
+        {
+            "router": {**tiny_config()["router"], "iters": 6},
+            "model": {**tiny_config()["model"], "shape": {**shape, "top_k": 1}},
+        },
+        {"batch": 77},
+    ]
+    records = [record(*QUIET, config=change) for change in changes]
+    frame = compare(write(tmp_path / "a", *records), write(tmp_path / "b", *records), floors={})
+    assert [set(also.split()) for also in frame["also"]] == [
+        {"router.iters=5", f"model.shape.top_k={tiny.K}"},
+        {"router.iters=6", "model.shape.top_k=1"},
+        set(),
+    ]
+
+
+def test_a_record_without_replicates_counts_by_its_median(tmp_path: Path) -> None:
+    """Older records have an empty list."""
+    older = record(2.0)
+    assert older.latency_ms is not None
+    older.latency_ms.replicate_p50 = []
+    only = row(tmp_path, [older], [record(3.0)])
+    assert (only["p50_a_ms"], only["replicates_a"]) == (2.0, 1) and only["ratio"] == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "verdict"),
+    [
+        pytest.param({"status": "failed", "reason": "crash: SIGSEGV"}, None, "failed in A", id="failed_in_a"),
+        pytest.param(None, {"status": "skipped", "reason": "excluded"}, "skipped in B", id="skipped_in_b"),
+        pytest.param({"status": "failed"}, {"status": "failed"}, "failed in both", id="failed_in_both"),
+        pytest.param({"status": "failed"}, {"status": "skipped"}, "failed in A, skipped in B", id="each_its_own"),
+        pytest.param({"status": "ok"}, None, "not timed in A", id="not_timed"),
+    ],
+)
+def test_only_what_is_ok_on_both_sides_is_judged(
+    tmp_path: Path, a: dict[str, Any] | None, b: dict[str, Any] | None, verdict: str
+) -> None:
+    """Whatever latency a failed record may hold."""
+    records = [record(*QUIET) if fields is None else record(**fields) for fields in (a, b)]
+    for one in records:
+        if one.status == "failed":
+            one.latency_ms = record(*QUIET).latency_ms
+    only = row(tmp_path, [records[0]], [records[1]])
+    assert only["verdict"] == verdict
+    assert np.isnan(only["ratio"])
+    assert all((fields or {}).get("reason", "") in only["why"] for fields in (a, b))
+
+
+def test_results_of_one_cell_are_pooled(tmp_path: Path) -> None:
+    """Replicates in separate folders: three of one median are as good as one of three, and it is said."""
+    a = [record(median, started=f"day {day}") for day, median in enumerate(QUIET)]
+    apart = row(tmp_path / "x", a, [record(*(1.2 * x for x in QUIET))])
+    together = row(tmp_path / "y", [record(*QUIET)], [record(*(1.2 * x for x in QUIET))])
+    assert apart["verdict"] == "slower" and apart["replicates_a"] == 3
+    assert apart["ratio_low"] == pytest.approx(together["ratio_low"])
+    assert "3 results pooled in A" in apart["why"] and "pooled" not in together["why"]
+    assert "versions" not in apart["why"]
+
+
+def test_pooled_versions_of_the_code_are_named(tmp_path: Path) -> None:
+    """A stale result beside its successor is still a result, but not quietly."""
+    b = [record(1.0), record(1.1, code_id="2" * 12)]
+    assert "2 results pooled in B, of 2 versions of the code" in row(tmp_path, [record(1.0)], b)["why"]
+
+
+def test_a_copy_is_no_replicate(tmp_path: Path) -> None:
+    """Copied on both sides it would have an interval of no width."""
+    only = row(tmp_path, [record(1.0)] * 2, [record(1.2)] * 2)
+    assert (only["verdict"], only["replicates_a"], only["replicates_b"]) == ("inconclusive", 1, 1)
+    assert "copies in A" in only["why"] and "copies in B" in only["why"]
+
+
+def test_a_failure_beside_a_success_is_told(tmp_path: Path) -> None:
+    """The cell is judged by what was timed."""
+    failed = record(status="failed", reason="timeout: verify")
+    only = row(tmp_path, [failed, record(*QUIET)], [record(*QUIET)])
+    assert only["verdict"] == "same" and "A: timeout: verify" in only["why"]
+
+
+BROKEN = [
+    pytest.param("", id="empty"),
+    pytest.param("[1]", id="no_record"),
+    pytest.param("[" * 100_000, id="too_deep"),
+    pytest.param(json.dumps({**tiny.record().to_dict(), "config": {"model": 3}}), id="strange_configuration"),
+    *(
+        pytest.param(json.dumps({**record(1.0).to_dict(), key: value}), id=f"{key}_{type(value).__name__}")
+        for key, value in {
+            "cell_id": [],
+            "status": "great",
+            "env_id": 7,
+            "environment": [],
+            "implementation": None,
+            "latency_ms": 5,
+        }.items()
+    ),
+    *(
+        pytest.param(json.dumps(record(*medians).to_dict()), id=f"medians_{position}")
+        for position, medians in enumerate([(0.0,), (-1.0, 1.0), (float("inf"),), (float("nan"), 1.0)])
+    ),
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_what_cannot_be_read_is_a_row_and_stops_nothing(tmp_path: Path, text: str) -> None:
+    """It names its side and its file."""
+    a, b = write(tmp_path / "a", record(*QUIET)), write(tmp_path / "b", record(*QUIET))
+    broken = b / "0" / RESULT
+    broken.parent.mkdir()
+    broken.write_text(text)
+    frame = compare(a, b, floors={})
+    assert frame["verdict"].tolist() == ["same", "unreadable in B"]
+    assert str(broken) in frame["why"].iloc[1] and pd.isna(frame["cell_id"].iloc[1])
+
+
+def test_another_machine_joins_and_is_named(tmp_path: Path) -> None:
+    """What differs stands in `why`; a floor of one machine is none of the pair."""
+    a = record(1.0, environment={"device_name": "A100", "torch": "2.11", "git_sha": "x"})
+    b = record(1.5, environment={"device_name": "H100", "torch": "2.11", "git_sha": "y"}, env_id=THERE)
+    only = row(tmp_path / "one", [a], [b], floors={HERE: 0.01, THERE: 0.01})
+    assert only["verdict"] == "inconclusive"
+    assert "machines differ: device_name A100 in A and H100 in B" in only["why"]
+    assert not re.search("torch|git_sha|doctor", only["why"])
+    replicated = [record(*QUIET), record(*(1.5 * x for x in QUIET), env_id=THERE)]
+    assert row(tmp_path / "three", replicated[:1], replicated[1:])["verdict"] == "slower"
+
+
+def test_two_machines_pooled_in_one_set_are_named(tmp_path: Path) -> None:
+    """Even if the other set pools the same two."""
+    pair = [record(x, environment={"cpu": x}, env_id=machine) for x, machine in ((1.0, HERE), (1.1, THERE))]
+    assert "cpu 1.0/1.1 in A and 1.0/1.1 in B" in row(tmp_path, pair, pair, floors={HERE: 0.01})["why"]
+
+
+def test_another_implementation_is_named(tmp_path: Path) -> None:
+    """`auto` may have chosen otherwise: a reason for a difference."""
+    a, b = (record(*QUIET, implementation={"router": "torch", "segment_mm": name}) for name in ("loop", "grouped_mm"))
+    assert "what ran differs: segment_mm loop in A and grouped_mm in B" in row(tmp_path, [a], [b])["why"]
+
+
+def test_another_way_of_timing_is_not_comparable(tmp_path: Path) -> None:
+    """`measure.cache` is no part of the cell_id, yet changes what a latency means."""
+    only = row(tmp_path, [record(*QUIET)], [record(*(2 * x for x in QUIET), cache="cold")])
+    assert only["verdict"] == "inconclusive" and "measure.cache natural in A and cold in B" in only["why"]
+
+
+@pytest.mark.parametrize(
+    ("floors", "verdict"),
+    [
+        pytest.param({HERE: 0.07}, "slower", id="beyond_the_floor"),
+        pytest.param({HERE: 0.2}, "inconclusive", id="within_the_floor"),
+        pytest.param({THERE: 0.01}, "inconclusive", id="floor_of_another_machine"),
+    ],
+)
+def test_one_replicate_is_judged_by_the_floor_of_its_machine(
+    tmp_path: Path, floors: dict[str, float], verdict: str
+) -> None:
+    """Where there is none, `why` says how to measure it."""
+    only = row(tmp_path, [record(1.0)], [record(1.1)], floors=floors)
+    assert only["verdict"] == verdict
+    assert ("moe-lab doctor --noise" in only["why"]) == (HERE not in floors)
+    assert np.isnan(only["ratio_low"])
+
+
+def test_stored_floors_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless others are given."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_floor(HERE, {"floor": 0.05, "runs": 8})
+    assert row(tmp_path / "x", [record(1.0)], [record(1.1)], floors=None)["verdict"] == "slower"
+    assert row(tmp_path / "y", [record(1.0)], [record(1.1)], floors={})["verdict"] == "inconclusive"
+
+
+@pytest.mark.parametrize("threshold", [pytest.param(x, id=str(x)) for x in (0, 1, -0.1, 3.0, float("nan"))])
+def test_a_threshold_out_of_range_is_a_mistake(sets: tuple[Path, Path], threshold: float) -> None:
+    """3 is more likely 3 % than 300 %."""
+    with pytest.raises(ValueError, match=f"threshold={threshold}: .*0.03 or 3%"):
+        compare(*sets, threshold=threshold, floors={})
+
+
+def test_the_threshold_moves_the_verdict(sets: tuple[Path, Path]) -> None:
+    """20 % is within 25 %."""
+    assert compare(*sets, threshold=0.25, floors={})["verdict"].tolist()[:3] == ["same", "same", "same"]
+
+
+def test_real_records_compare(tmp_path: Path) -> None:
+    """A record as a run writes it, copied: the same medians, one replicate."""
+    import moe_lab
+    from tests import quick
+
+    for side in "ab":
+        assert moe_lab.run(quick.compose("decoder_moe"), tmp_path / side / "cell").status == "ok"
+    only = compare(tmp_path / "a", tmp_path / "b", floors={}).iloc[0]
+    assert only["verdict"] == "inconclusive" and only["ratio"] > 0
+    assert not re.search("machines differ|what ran differs", only["why"])

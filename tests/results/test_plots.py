@@ -1,0 +1,202 @@
+"""results/charts.py, plots.py and style.py: what is drawn, what is left out and said, what can be told apart."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moe_lab.results import charts, plots, style
+from moe_lab.results.aggregate import Aggregate, aggregate
+from tests import tiny
+from tests.results import synthetic
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Aggregate]:
+    """A synthetic sweep over batch and seq_len for two models."""
+    directory = tmp_path_factory.mktemp("sweep")
+    synthetic.sweep(directory, 48)
+    return directory, aggregate(directory)
+
+
+def kept(sweep: tuple[Path, Aggregate], **wanted: object) -> charts.Charts:
+    """The charts of the cells with these values."""
+    directory, found = sweep
+    runs, summary = found.runs, found.summary
+    for key, value in wanted.items():
+        runs, summary = runs[runs[key] == value], summary[summary[key] == value]
+    return charts.charts(directory, runs, summary)
+
+
+def chart(found: charts.Charts, name: str) -> charts.Chart:
+    """The chart of this name."""
+    return next(one for one in found.drawn if one.name == name)
+
+
+def test_every_plot_is_a_png_and_an_svg(sweep: tuple[Path, Aggregate]) -> None:
+    """Those that exist can be opened; what does not fit into them is said."""
+    directory, found = sweep
+    (directory / "plots").mkdir(exist_ok=True)
+    (directory / "plots" / "latency.png").write_bytes(b"of an earlier sweep")
+    (directory / "plots" / "mine.png").write_bytes(b"of somebody else")
+    drawn = plots.draw(directory, found.runs, found.summary)
+    names = {path.stem for path in drawn.paths}
+    assert names == set(charts.NAMES) - {"latency", "throughput_over_seq_len"}
+    assert {path.name for path in drawn.paths} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert {path.name for path in (directory / "plots").iterdir()} - {path.name for path in drawn.paths} == {"mine.png"}
+    for path in drawn.paths:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                assert min(image.size) > 200
+        else:
+            assert "<svg" in path.read_text() and "<script" not in path.read_text()
+    for one in charts.charts(directory, found.runs, found.summary).drawn:
+        said = any(f"plots/{one.name} " in text and str(len(one.panels)) in text for text in drawn.left_out)
+        assert said == (len(one.panels) > charts.FILE_PANELS)
+
+
+def test_every_timed_cell_is_in_the_charts(sweep: tuple[Path, Aggregate]) -> None:
+    """With its median, and its interval around it."""
+    found = kept(sweep)
+    timed = sweep[1].summary["latency_ms.p50"].dropna()
+    points = [s for panel in chart(found, "load_against_latency").panels for s in panel.series]
+    assert sorted(value for series in points for value in series.value) == sorted(timed)
+    for series in points:
+        for low, value, high in zip(series.low, series.value, series.high, strict=True):
+            assert low is not None and high is not None and low <= value <= high
+
+
+@pytest.mark.parametrize(
+    ("wanted", "missing", "present"),
+    [
+        pytest.param({"batch": 1}, "Latency over batch", "latency_over_seq_len", id="one_batch"),
+        pytest.param({"seq_len": 8}, "Latency over seq_len", "latency_over_batch", id="one_seq_len"),
+        pytest.param({"batch": 1, "seq_len": 8}, "Throughput", "latency", id="one_size"),
+    ],
+)
+def test_what_the_data_do_not_allow_is_left_out_and_said(
+    sweep: tuple[Path, Aggregate], wanted: dict[str, object], missing: str, present: str
+) -> None:
+    """One batch value: no plot over batch."""
+    found = kept(sweep, **wanted)
+    assert any(text.startswith(missing) for text in found.left_out)
+    assert not any(one.title == missing for one in found.drawn)
+    assert chart(found, present).panels
+
+
+def test_nothing_at_all_draws_nothing(sweep: tuple[Path, Aggregate], tmp_path: Path) -> None:
+    """Every kind of plot is said to be missing."""
+    _, found = sweep
+    drawn = plots.draw(tmp_path, found.runs.iloc[:0], found.summary.iloc[:0])
+    assert drawn.paths == [] and len(drawn.left_out) == 3
+
+
+def test_joined_phases_keep_their_names_and_add_up(sweep: tuple[Path, Aggregate]) -> None:
+    """The loop's kernel spans three phases."""
+    found = kept(sweep)
+    assert "dispatch+experts+combine" in found.phases
+    for panel in chart(found, "phases").panels:
+        assert isinstance(panel, charts.Panel)
+        assert len(panel.bars) == len(set(panel.series[0].at))
+    total = sum(v for panel in chart(found, "phases").panels for series in panel.series for v in series.value)
+    assert total == pytest.approx(sweep[1].runs["phases_ms.sum_ms"].sum())
+
+
+def test_cells_with_the_same_load_share_a_map(sweep: tuple[Path, Aggregate], tmp_path: Path) -> None:
+    """And a file that cannot be read is named, not dropped."""
+    directory, found = sweep
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    before = len(chart(charts.charts(copy, found.runs, found.summary), "expert_load").panels)
+    same = found.runs[(found.runs["batch"] == 1) & (found.runs["seq_len"] == 8) & (found.runs["model"] == "moe_layer")]
+    files = [copy / folder / "routing.npz" for folder in same["directory"]]
+    first, second = [path for path in files if path.exists()][:2]
+    shutil.copy(first, second)
+    after = charts.charts(copy, found.runs, found.summary)
+    assert len(chart(after, "expert_load").panels) == before - 1
+    second.write_bytes(b"PK\x03\x04 cut off")
+    after = charts.charts(copy, found.runs, found.summary)
+    assert any(second.parent.name in text for text in after.left_out)
+
+
+def test_styles_are_distinct_without_colour() -> None:
+    """Marker and dashes of 35 variants, the whole look of 280, the hatches of eight phases; in both libraries."""
+    looks = [style.variant_style(index) for index in range(280)]
+    assert len(set(looks)) == 280
+    assert len({(look.marker, look.dashes) for look in looks[:35]}) == 35
+    assert len({(look.plotly_symbol, look.plotly_dash) for look in looks[:35]}) == 35
+    phases = [style.phase_style(index) for index in range(8)]
+    assert len({phase.hatch for phase in phases}) == len({phase.plotly_pattern for phase in phases}) == 8
+
+
+@pytest.mark.parametrize("kind", ["lines", "points", "stack"])
+def test_variants_and_phases_differ_in_grey(kind: str) -> None:
+    """The same data drawn as one series and as another give different grey pictures, and so different legends."""
+    nothing = [None, None]
+    pictures = []
+    names = [f"v{index}" for index in range(7)]
+    for name in names:
+        at = ["a", "b"] if kind == "stack" else [1, 2]
+        panel = charts.Panel("t", [charts.Series(name, at, [1.0, 2.0], nothing, nothing, ["", ""])])
+        figure = plots.render(charts.Chart("c", kind, "t", "x", "y", [panel]), names, names)  # type: ignore[arg-type]
+        figure.legends[0].remove()  # it has the name
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=150)
+        grey = np.asarray(Image.open(content).convert("L")).astype(int)
+        pictures.append(np.where(grey > 200, 255, 0) if kind != "stack" else grey)  # black on white: shape alone
+    for i, one in enumerate(pictures):
+        for other in pictures[:i]:
+            assert (abs(one - other) > 40).sum() > 10
+
+
+@pytest.mark.parametrize("kind", ["lines", "dots", "stack", "heat"])
+def test_any_text_can_be_drawn(kind: str) -> None:
+    """Dollars would start a formula, which can fail."""
+    name = r"$\frac{$ <b>&amp; \alpha$_"
+    series = charts.Series(name, [name] if kind in ("dots", "stack") else [1], [1.0], [0.9], [None], [""])
+    panel = charts.Panel(name, [series])
+    heat = charts.Heat(name, [name], [0], np.array([[0, 3]]))
+    one = charts.Chart("c", kind, name, name, name, [heat if kind == "heat" else panel])  # type: ignore[arg-type]
+    figure = plots.render(one, [name], [name])
+    figure.savefig(io.BytesIO(), format="svg")
+    assert name in figure.axes[0].get_title(loc="left").replace(r"\$", "$")
+
+
+def plot(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """scripts/plot.py in a process of its own."""
+    command = [sys.executable, tiny.ROOT / "scripts" / "plot.py", *arguments]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+
+
+def test_the_script_draws_any_two_columns(sweep: tuple[Path, Aggregate], tmp_path: Path) -> None:
+    """Into a file that it names, with how many runs are not in it."""
+    done = plot(sweep[0], "batch", "memory.peak_mb", "--by", "model", "--log", "-o", tmp_path / "a.png")
+    missing = sweep[1].runs["memory.peak_mb"].isna().sum()
+    assert done.returncode == 0 and f"without {missing} runs" in done.stdout
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        pytest.param("btch", "latency_ms.p50", "'btch'; the nearest name is batch", id="misspelt"),
+        pytest.param("batch", "variant", "'variant' holds no numbers", id="text"),
+    ],
+)
+def test_a_mistake_in_a_column_is_one_line(sweep: tuple[Path, Aggregate], x: str, y: str, message: str) -> None:
+    """With the nearest name."""
+    done = plot(sweep[0], x, y)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and message in done.stderr
+
+
+def test_load_is_relative_to_its_layer() -> None:
+    """A layer without slots is 0, not a division."""
+    assert charts.relative_load(np.array([[1, 3], [0, 0], [5, 5]])).tolist() == [[0.5, 1.5], [0, 0], [1, 1]]

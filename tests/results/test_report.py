@@ -1,0 +1,283 @@
+"""results/report.py: the page, read as HTML and in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_lab.records.schema import Record
+from moe_lab.records.store import RESULT, read_record, write_record
+from moe_lab.results import plots, report
+from moe_lab.results.aggregate import aggregate
+from tests.results import browser, synthetic
+
+EVIL = "<b>&lt;</b></script><script>window.ran = 1</script><img src=x onerror='window.ran=2'>\"'`${window.ran=3}"
+
+
+def written(directory: Path) -> Path:
+    """The report of what lies in the directory."""
+    return report.write(directory, aggregate(directory))
+
+
+def change(folder: Path, edit: Callable[[Record], None]) -> None:
+    """Edit a record in place."""
+    record = read_record(folder)
+    edit(record)
+    write_record(folder, record)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of 48 cells, with its plots."""
+    directory = tmp_path_factory.mktemp("sweep")
+    folders = synthetic.sweep(directory, 48)
+    (folders[1] / "run.log").write_text("what happened")
+    found = aggregate(directory)
+    plots.draw(directory, found.runs, found.summary)
+    return report.write(directory, found)
+
+
+def ours(page: Path) -> str:
+    """The page without Plotly's source."""
+    return re.sub(r'<script id="plotly".*?</script>', "", page.read_text(), flags=re.DOTALL)
+
+
+def shown(page: Path) -> str:
+    """Its words, without tags."""
+    return unescape(re.sub(r"<[^>]*>", " ", re.sub(r"<(script|style).*?</\1>", "", page.read_text(), flags=re.DOTALL)))
+
+
+def test_the_parts_stand_in_their_order(sweep: Path) -> None:
+    """What was found first, how it was found last."""
+    parts = ["verdicts", "counts", "plots", "cells", "problems", "warnings", "environment", "command", "files"]
+    assert re.findall(r'<h2 id="([a-z-]+)"', ours(sweep)) == parts
+
+
+def test_the_page_names_no_other_host(sweep: Path) -> None:
+    """It opens offline; the policy in it forbids the rest."""
+    assert not re.findall(r"https?://|//cdn|@import|url\(", ours(sweep))
+    assert "default-src 'none'" in ours(sweep)
+
+
+def test_every_link_leads_to_a_file(sweep: Path) -> None:
+    """Relative to the page."""
+    links = [unescape(link) for link in re.findall(r'href="([^"]*)"', ours(sweep)) if link != "data:,"]
+    assert len(links) > 60
+    assert [link for link in links if not (sweep.parent / link).exists()] == []
+
+
+def test_the_command_is_that_of_the_plan(sweep: Path) -> None:
+    """Quoted so that a shell reads the same words."""
+    command = unescape(re.findall(r"<pre><code>(.*?)</code></pre>", ours(sweep), re.DOTALL)[0])
+    assert shlex.split(command) == json.loads((sweep.parent / "plan.json").read_text())["commands"][-1]
+
+
+def test_counts_failures_and_machine_are_named(sweep: Path) -> None:
+    """Every record that is not ok, with its reason."""
+    runs, words = aggregate(sweep.parent).runs, shown(sweep)
+    for status, number in runs["status"].value_counts().items():
+        assert re.search(rf"\b{number}\s+{status}\b", words)
+    for reason in runs["reason"].dropna():
+        assert reason in words
+    assert "Synthetic CPU" in words
+    assert len(re.findall(r"<tr data-status", ours(sweep))) == len(runs)
+
+
+def test_unreadable_records_are_listed(tmp_path: Path) -> None:
+    """They stand in no table, and nothing is dropped in silence."""
+    broken = synthetic.sweep(tmp_path, 8)[3]
+    (broken / RESULT).write_text('{"schema": 1')
+    words = shown(written(tmp_path))
+    assert "Unreadable" in words and f"{broken.name}/{RESULT}" in words
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        pytest.param(None, id="none"),
+        pytest.param("{", id="cut_off"),
+        pytest.param("[1]", id="a_list"),
+        pytest.param('{"schema": 1, "name": 3, "commands": 7, "compare": ["router"], "cells": [3]}', id="wrong_types"),
+    ],
+)
+def test_without_a_plan_the_command_is_not_known(tmp_path: Path, plan: str | None) -> None:
+    """A folder of single runs has none; a broken one is said."""
+    synthetic.sweep(tmp_path, 8)
+    (tmp_path / "plan.json").unlink()
+    if plan is not None:
+        (tmp_path / "plan.json").write_text(plan)
+    words = shown(written(tmp_path))
+    assert "Not known" in words and "plan.json" in words and tmp_path.name in words
+
+
+def test_several_machines_stand_side_by_side(tmp_path: Path) -> None:
+    """What differs between them, and how many cells are of each."""
+
+    def other(record: Record) -> None:
+        record.env_id = "feedfeedfeed"
+        record.environment = {**record.environment, "device_name": "Another CPU"}
+
+    for folder in synthetic.sweep(tmp_path, 8)[:3]:
+        change(folder, other)
+    words = shown(written(tmp_path))
+    assert "Another CPU; Synthetic CPU" in words and "feedfeedfeed (3 cells)" in words
+
+
+def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
+    """It says that there is nothing."""
+    assert "Nothing was compared" in shown(written(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_page_of_2000_cells_is_under_15_mb(tmp_path: Path) -> None:
+    """It has every cell."""
+    synthetic.sweep(tmp_path, 2000, samples=10)
+    page = written(tmp_path)
+    assert page.stat().st_size < 15e6
+    assert len(re.findall(r"<tr data-status", ours(page))) == 2000
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """One Chromium for all tests of this file."""
+    driver = browser.start()
+    yield driver
+    driver.quit()
+
+
+@contextmanager
+def opened(driver: Any, page: Path, **view: Any) -> Iterator[Any]:
+    """The page with all its plots; at the end nothing may stand in the console."""
+    browser.show(driver, page, **view)
+    yield driver
+    assert driver.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_the_browser_draws_every_plot_and_loads_nothing(chromium: Any, sweep: Path) -> None:
+    """As many lines as variants; no request but for the page."""
+    found = aggregate(sweep.parent)
+    with opened(chromium, sweep) as driver:
+        drawn = driver.execute_script("return [...document.querySelectorAll('.plot')].map(p => [p.id, p.data.length])")
+        for name, traces in drawn:
+            svg = f"#{name} .scatterlayer .trace, #{name} .barlayer .trace, #{name} .heatmaplayer image"
+            assert len(driver.find_elements("css selector", svg)) == traces > 0
+        assert dict(drawn)["plot-latency_over_batch"] == found.summary["variant"].nunique()
+        assert len(drawn) == 6
+        assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+@pytest.mark.browser
+def test_the_choices_of_the_expert_load(chromium: Any, sweep: Path) -> None:
+    """All layers are a map, one is a row of bars with its own counts."""
+    with opened(chromium, sweep) as driver:
+        plot = "document.getElementById('plot-expert_load')"
+        boxes = driver.find_elements("css selector", "section:has(#plot-expert_load) select")
+        assert driver.execute_script(f"return {plot}.data[0].type") == "heatmap"
+        counts = driver.execute_script(f"return {plot}.data[0].text")
+        boxes[2].send_keys("2")
+        assert driver.execute_script(f"return [{plot}.data[0].type, {plot}.data[0].text]") == ["bar", counts[2]]
+        before = driver.execute_script(f"return {plot}.data[0].text")
+        boxes[1].send_keys("s")
+        assert driver.execute_script(f"return {plot}.data[0].text") != before
+
+
+@pytest.mark.browser
+def test_the_table_sorts_by_number_and_filters(chromium: Any, sweep: Path) -> None:
+    """By keyboard, as by the mouse; what is not known comes last either way."""
+    runs = aggregate(sweep.parent).runs
+    with opened(chromium, sweep) as driver:
+        heads = driver.find_elements("css selector", "#table th")
+        column = [head.text.split("\n")[0].strip() for head in heads].index("median ms")
+        button = heads[column].find_element("tag name", "button")
+        column_texts = (
+            f"return [...document.querySelectorAll('#table tbody tr')].map(r => r.cells[{column}].dataset.n ?? '')"
+        )
+        for direction, sign in (("ascending", 1), ("descending", -1)):
+            button.send_keys("\n")
+            assert heads[column].get_attribute("aria-sort") == direction
+            texts = driver.execute_script(column_texts)
+            known = [float(text) for text in texts if text]
+            assert known == sorted(known, key=lambda value: sign * value)
+            assert len(known) == runs["latency_ms.p50"].notna().sum() and all(texts[: len(known)])
+        visible = "return [...document.querySelectorAll('#table tbody tr')].filter(r => r.offsetHeight).length"
+        driver.find_element("id", "filter").send_keys("SINKHORN/l")
+        assert driver.execute_script(visible) == (runs["variant"] == "sinkhorn/loop").sum()
+        assert driver.find_element("id", "shown").text.endswith("of 48 cells")
+        driver.find_element("id", "filter").clear()
+        driver.find_element("id", "filter").send_keys(" ")
+        driver.find_element("id", "status").send_keys("failed")
+        assert driver.execute_script(visible) == (runs["status"] == "failed").sum() > 0
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [pytest.param(390, id="phone"), pytest.param(1280, id="desk")])
+@pytest.mark.parametrize("dark", [pytest.param(False, id="light"), pytest.param(True, id="dark")])
+def test_the_page_fits_its_window(chromium: Any, sweep: Path, width: int, dark: bool) -> None:
+    """It does not scroll sideways; text and page contrast, also in the plots and after the system changes its mind."""
+    colours = """
+      const plot = document.querySelector(".plot"), rgb = text => text.match(/[0-9.]+/g).slice(0, 3).map(Number);
+      return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,
+        getComputedStyle(plot.querySelector(".xtick text")).fill].map(rgb).map(c => (c[0] + c[1] + c[2]) / 3);
+    """
+    with opened(chromium, sweep, width=width, dark=dark) as driver:
+        assert driver.execute_script("return document.documentElement.scrollWidth") == width
+        for now in (dark, not dark):
+            browser.emulate(driver, width=width, dark=now)
+            driver.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 50))")
+            page, *texts = driver.execute_script(colours)
+            assert all((text - page > 150) if now else (page - text > 150) for text in texts)
+
+
+@pytest.mark.browser
+def test_planted_markup_is_shown_and_does_not_run(chromium: Any, tmp_path: Path) -> None:
+    """In the name, a reason, an override, a warning and a router's name; in the plan, too."""
+    folders = synthetic.sweep(tmp_path, 32)
+
+    def plant(record: Record) -> None:
+        record.name, record.overrides, record.warnings = EVIL, [EVIL], [EVIL]
+        if record.status != "ok":
+            record.reason = f"error: {EVIL}"
+        if record.config["router"]["name"] == "sinkhorn":
+            record.config["router"]["name"] = EVIL
+        record.environment = {**record.environment, "device_name": EVIL}
+
+    for folder in folders:
+        change(folder, plant)
+    change(folders[0], lambda record: record.__dict__.update(status="failed", reason=f"error: {EVIL}"))
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan |= {"name": EVIL, "commands": [["moe-lab", EVIL]]}
+    plan["cells"] = [{**cell, "variant": cell["variant"].replace("sinkhorn", EVIL)} for cell in plan["cells"]]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with opened(chromium, written(tmp_path)) as driver:
+        driver.find_element("css selector", "#table th:nth-child(2) button").click()
+        assert driver.execute_script("return window.ran") is None
+        assert driver.find_element("tag name", "h1").text == EVIL
+        for place in ("table", "problems ~ .scroll", "warnings + .card", "environment + .scroll"):
+            assert EVIL in driver.execute_script(f"return document.querySelector('#{place}').textContent")
+        legend = "return [...document.querySelectorAll('.legendtext')].map(text => text.textContent)"
+        assert f"{EVIL}/grouped" in driver.execute_script(legend)
+        assert not driver.find_elements("css selector", "img")
+
+
+@pytest.mark.browser
+def test_the_printed_page_has_every_row(chromium: Any, sweep: Path) -> None:
+    """Nothing is hidden in a box that scrolls."""
+    with opened(chromium, sweep, dark=True) as driver:
+        browser.emulate(driver, dark=True, media="print")
+        box = "const b = document.querySelector('#cells ~ .scroll'); return b.clientHeight >= b.scrollHeight"
+        assert driver.execute_script(box)
+        driver.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 50))")
+        colours = (
+            "return [getComputedStyle(document.body).backgroundColor,"
+            "getComputedStyle(document.querySelector('.xtick text')).fill]"
+        )
+        assert driver.execute_script(colours) == ["rgb(255, 255, 255)", "rgb(0, 0, 0)"]
