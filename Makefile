@@ -22,10 +22,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,peers]'; \
 	touch $(READY)
 
-.PHONY: help demo test test-all lint bench-experts device-bundle clean
+.PHONY: help demo test test-all lint bench-experts bench-sweep device-bundle clean
 
-demo: $(READY) ## Run the main job on this machine and print its table
-	$(BIN)/moe-lab experiment=demo
+demo: $(READY) ## Compare the routers on this machine: a table, and a report page
+	$(BIN)/moe-lab -m experiment=router_comparison
 
 lint: $(READY) ## Style, types, import contracts
 	$(BIN)/ruff check .
@@ -41,6 +41,13 @@ test-all: lint ## Lint and every test
 
 bench-experts: $(READY) ## experts=grouped against transformers' experts on this CPU, in alternated rounds
 	$(BIN)/python benchmarks/experts_cpu.py
+
+bench-sweep: $(READY) ## What a sweep costs, how fast tables and report are, how often compare is wrong (half an hour)
+	$(BIN)/python benchmarks/sweep_overhead.py
+	PYTHONPATH=. $(BIN)/python benchmarks/aggregate.py
+	PYTHONPATH=. $(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/aa_study.py
+	$(BIN)/python benchmarks/aa_study.py --load 2
 
 # hydra-core's antlr4 runtime is published as source only, so it is built here.
 device-bundle: $(READY) ## Wheels of moe-lab and what a GPU machine without network lacks

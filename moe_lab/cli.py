@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import hydra
@@ -18,10 +18,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from moe_lab import configure, targets
-from moe_lab.errors import UnavailableError
+from moe_lab import completion, configure, listing, targets
+from moe_lab.commands import COMMANDS
 from moe_lab.records.schema import Record
-from moe_lab.records.store import read_record
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -30,29 +29,34 @@ _records: list[Record] = []
 _mistakes: list[Exception] = []
 
 
-def _task(cfg: DictConfig) -> float | None:
+def _task(cfg: DictConfig, trusted: Sequence[str], environment: Mapping[str, str]) -> float | None:
     """Hydra's job: run, keep the record for the table, return the median latency (for sweepers that optimise).
 
     It never raises an ordinary error: Hydra would print it in its own manner, and a launcher might drop other jobs.
+    In a multirun it is called under launchers other than ours, whose processes know neither the trusted folders nor the
+    environment (numbers of threads) of this one.
     """
     hydra_config = HydraConfig.get()
     directory = Path(hydra_config.runtime.output_dir)
+    overrides = list(hydra_config.overrides.task)
     try:
-        cfg = configure.finish(cfg, hydra_config.overrides.task)
-        from moe_lab.runner import run  # imports torch: not before there is something to compute
+        for folder in trusted:
+            targets.trust(folder)
+        if hydra_config.mode == RunMode.MULTIRUN:
+            from moe_lab.sweep.foreign import run_job
 
-        record = run(cfg, directory)
-    except UnavailableError as error:
-        if hydra_config.mode != RunMode.MULTIRUN:
-            _mistakes.append(error)
-            return None
-        record = read_record(directory)  # in a sweep a declared skip is a row like the others
+            record = run_job(cfg, overrides, directory, environment)
+        else:
+            cfg = configure.finish(cfg, overrides)
+            from moe_lab.runner import run  # imports torch: not before there is something to compute
+
+            record = run(cfg, directory)
+            _records.append(record)
     except Exception as error:  # a run's failure is a record: this is a configuration that does not make a run
         _mistakes.append(error)
         _remove_if_empty(directory)
         return None
-    _records.append(record)
-    return record.latency_ms.p50 if record.latency_ms is not None else None
+    return record.latency_ms.p50 if record is not None and record.latency_ms is not None else None
 
 
 def _remove_if_empty(directory: Path) -> None:
@@ -71,6 +75,34 @@ def _report(errors: Sequence[BaseException], wants_traceback: bool) -> None:
             print(f"moe-lab: {line}", file=sys.stderr)
 
 
+def _words() -> dict[str, list[str]]:
+    """The commands and what may stand behind them."""
+    return {name: [] for name in COMMANDS} | {"list": list(listing.groups(None)), "doctor": ["--noise"]}
+
+
+def _show() -> None:
+    """The table of what ran; of a sweep also its files."""
+    multirun = sys.modules.get("moe_lab.sweep.multirun")
+    sweep = multirun.current if multirun is not None else None
+    if sweep is None and _records:
+        from moe_lab.table import print_records
+
+        print_records(_records)
+    if sweep is not None and sweep.plan is not None:
+        from moe_lab.results import outputs
+        from moe_lab.table import print_sweep
+
+        _records.extend(sweep.records())
+        print_sweep(_records, sweep.plan.sweep["compare"])
+        outputs.write(sweep.directory)
+
+
+def _end_multirun() -> None:
+    multirun = sys.modules.get("moe_lab.sweep.multirun")
+    if multirun is not None:
+        multirun.end()
+
+
 def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -82,6 +114,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ[_FULL_ERROR] = "1"
     try:
         configure.register()
+        if arguments and arguments[0] in COMMANDS:
+            return COMMANDS[arguments[0]](list(arguments[1:]))
+        if {"-sc", "--shell-completion"} & set(arguments) and completion.complete(_words()):
+            return OK
         config_dir, overrides = configure.config_dir_of(arguments), configure.argv_overrides(arguments)
         if {"--help", "-h"} & set(arguments):
             print(configure.help_text(overrides, config_dir), end="")
@@ -89,21 +125,26 @@ def main(argv: list[str] | None = None) -> int:
         if config_dir is not None:
             targets.trust(config_dir)
         configure.name_sweep(overrides)
+        configure.register_launcher()
+        trusted, environment = targets.trusted(), dict(os.environ)
+
+        def task(cfg: DictConfig) -> float | None:  # pickled with what it refers to, for launchers with processes
+            return _task(cfg, trusted, environment)
+
         path = f"pkg://{configure.CONFIG_MODULE}"
-        hydra.main(config_path=path, config_name="config", **configure.VERSION_BASE)(_task)()
+        hydra.main(config_path=path, config_name="config", **configure.VERSION_BASE)(task)()
+        _show()
     except KeyboardInterrupt:
         print("moe-lab: interrupted; what was known by then is in the record", file=sys.stderr)
+        _show()
         return INTERRUPTED
     except Exception as error:  # tasks raise nothing: this is a configuration that could not be composed
         _report([error], wants_traceback)
         return MISTAKE
     finally:
+        _end_multirun()
         if not wants_traceback:
             os.environ.pop(_FULL_ERROR, None)
-    if _records:
-        from moe_lab.table import print_records
-
-        print_records(_records)
     if _mistakes:
         _report(_mistakes, wants_traceback)
         return MISTAKE

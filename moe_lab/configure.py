@@ -13,8 +13,11 @@ import hydra
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,6 +26,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.records import identity
 
 CONFIG_MODULE = "moe_lab.conf"
+LAUNCHER = "hydra_plugins.moe_lab_launcher.MoeLabLauncher"
 # Hydra 1.4 (with omegaconf 2.4) warns of what 1.3 needs: this argument, and register_new_resolver's name.
 _IS_HYDRA_1_4 = not hydra.__version__.startswith("1.3.")
 VERSION_BASE = {} if _IS_HYDRA_1_4 else {"version_base": "1.3"}
@@ -38,7 +42,19 @@ def register() -> None:
     add("moe_lab.cell_id", _cell_id, replace=True)
     add("moe_lab.slug", _slug, replace=True)
     add("moe_lab.sweep_name", _sweep_name, replace=True)
+    ConfigStore.instance().store(
+        group="hydra/launcher", name="moe_lab", node={"_target_": LAUNCHER}, provider="moe_lab"
+    )
     ConfigLoaderImpl.load_configuration = _load_and_check  # type: ignore[method-assign]
+
+
+def register_launcher() -> None:
+    """Make the launcher known to Hydra, whose own search does not find it in an editable installation."""
+    from hydra.core.plugins import Plugins
+
+    from hydra_plugins.moe_lab_launcher import MoeLabLauncher
+
+    Plugins.instance().register(MoeLabLauncher)
 
 
 _load_configuration = ConfigLoaderImpl.load_configuration
@@ -82,7 +98,12 @@ HELP = """\
 moe-lab: a laboratory for Mixture-of-Experts inference
 
 moe-lab [GROUP=OPTION ...] [KEY=VALUE ...]      one run, its record under outputs/runs/
-moe-lab -m router=torch,sinkhorn batch=1,8      every combination
+moe-lab -m router=torch,sinkhorn batch=1,8      every combination, with tables, plots and a report page
+moe-lab plan -m router=torch,sinkhorn batch=1,8 what that would do
+moe-lab report DIR                              tables, plots and the report page of a folder of results
+moe-lab compare A B                             faster, slower, the same: two folders of results
+moe-lab list [GROUP]                            the options and what they are
+moe-lab doctor [--noise]                        what runs on this machine, and how noisy it is
 
 Groups (GROUP=OPTION)
 
@@ -101,7 +122,7 @@ HYDRA_FULL_ERROR=1 shows the traceback behind a one-line error
 def help_text(overrides: Sequence[str], config_dir: str | None) -> str:
     """The text of `--help`: groups, options, and every key with its value under `overrides`."""
     with _hydra_compose(overrides, config_dir) as composed:
-        loader = GlobalHydra.instance().config_loader()
+        loader = config_loader()
         groups = sorted(group for group in loader.list_groups("") if group != "hydra" and not group.startswith("_"))
         groups += sorted(f"{group}/{sub}" for group in groups for sub in loader.list_groups(group))
         options = "\n".join(f"{group}: {', '.join(loader.get_group_options(group))}" for group in groups)
@@ -143,14 +164,43 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
 @contextmanager
 def _hydra_compose(overrides: Sequence[str], config_dir: str | Path | None) -> Iterator[DictConfig]:
     """The composed configuration, Hydra's own node included and open to changes."""
-    arguments = list(overrides)
-    if config_dir is not None:
-        path = str(targets.trust(config_dir)).replace("'", "\\'")
-        arguments.append(f"hydra.searchpath=['file://{path}']")
+    arguments = _with(overrides, config_dir)
     with initialize_config_module(CONFIG_MODULE, **VERSION_BASE):
         composed = hydra_compose("config", arguments, return_hydra_config=True)
         with open_dict(composed):
             yield composed
+
+
+def config_loader() -> ConfigLoader:
+    """The loader of Hydra's present session."""
+    return GlobalHydra.instance().config_loader()
+
+
+@contextmanager
+def composing_multirun(
+    overrides: Sequence[str], config_dir: str | Path | None
+) -> Iterator[tuple[ConfigLoader, DictConfig]]:
+    """Hydra's loader and the master configuration of a multirun that does not run.
+
+    Raises:
+        ValueError: as `compose`.
+    """
+    register()
+    register_launcher()
+    try:
+        with initialize_config_module(CONFIG_MODULE, **VERSION_BASE):
+            loader = config_loader()
+            yield loader, loader.load_configuration("config", _with(overrides, config_dir), RunMode.MULTIRUN)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
+
+
+def _with(overrides: Sequence[str], config_dir: str | Path | None) -> list[str]:
+    """The overrides, with the trusted folder on Hydra's search path."""
+    if config_dir is None:
+        return list(overrides)
+    path = str(targets.trust(config_dir)).replace("'", "\\'")
+    return [*overrides, f"hydra.searchpath=['file://{path}']"]
 
 
 def explain(error: BaseException) -> str:

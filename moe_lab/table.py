@@ -2,60 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moe_lab.records import identity, variants
 from moe_lab.records.identity import option_name
 from moe_lab.records.schema import Record
 
 _NONE = "-"
+_NUMBERS = ("batch", "seq_len", "p50 [interval]", "ratio [interval]", "tokens/s", "load max/mean", "error")
 
 
 def _number(value: float | None, digits: int = 3) -> str:
     return _NONE if value is None else f"{value:,.{digits}g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
-def _row(record: Record) -> list[str]:
+def _interval(p50: float, low: float | None, high: float | None, unit: str = "") -> str:
+    text = f"{_number(p50)}{unit}"
+    return text if low is None or high is None else f"{text} [{_number(low)}, {_number(high)}]"
+
+
+def _cells(record: Record) -> dict[str, str]:
+    """What a row may show, by column."""
     config: dict[str, Any] = record.config
     ignored = set(config["model"].get("ignores") or ())
-    latency, check = record.latency_ms, record.check
-    p50 = _NONE
-    if latency is not None:
-        p50 = f"{_number(latency.p50)} ms"
-        if latency.ci95_low is not None and latency.ci95_high is not None:
-            p50 += f" [{_number(latency.ci95_low)}, {_number(latency.ci95_high)}]"
+    latency, ratio, check = record.latency_ms, record.ratio_to_anchor, record.check
     pooled = (record.routing or {}).get("pooled", {})
-    return [
-        _NONE if "router" in ignored else option_name(config["router"]),
-        str(config["batch"]),
-        _NONE if "seq_len" in ignored else str(config["seq_len"]),
-        p50,
-        _number((record.throughput or {}).get("tokens_per_s")),
-        _number(pooled.get("load_max_over_mean")),
-        f"{check.rel_error:.1e}" if check and check.rel_error is not None else _NONE,
-        record.status + (f": {record.reason}" if record.reason else ""),
-    ]
+    return {
+        "router": _NONE if "router" in ignored else option_name(config["router"]),
+        "batch": str(config["batch"]),
+        "seq_len": _NONE if "seq_len" in ignored else str(config["seq_len"]),
+        "p50 [interval]": _interval(latency.p50, latency.ci95_low, latency.ci95_high, " ms") if latency else _NONE,
+        "ratio [interval]": _interval(ratio.p50, ratio.ci95_low, ratio.ci95_high) if ratio else _NONE,
+        "tokens/s": _number((record.throughput or {}).get("tokens_per_s")),
+        "load max/mean": _number(pooled.get("load_max_over_mean")),
+        "error": f"{check.rel_error:.1e}" if check and check.rel_error is not None else _NONE,
+        "status": record.status + (f": {record.reason}" if record.reason else ""),
+    }
 
 
-def print_records(records: Iterable[Record]) -> None:
-    """One row per record: router, batch, seq_len, p50 [interval], tokens/s, load max/mean, error, status."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("router", "batch", "seq_len", "p50 [interval]", "tokens/s", "load max/mean", "error", "status"):
-        left = name in ("router", "status")
-        table.add_column(escape(name), justify="left" if left else "right", overflow="fold", no_wrap=name != "status")
-    records = list(records)
-    for record in records:
-        table.add_row(*map(escape, _row(record)))
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Console:
+    """Print a table and return the console, which is wide enough for it where the output is no terminal."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for name in columns:
+        left = name not in _NUMBERS
+        table.add_column(escape(name), justify="left" if left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width to fit
         console = Console(width=200)
     console.print(table)
+    return console
+
+
+_COLUMNS = ("batch", "seq_len", "p50 [interval]", "tokens/s", "load max/mean", "error", "status")
+
+
+def print_records(records: Iterable[Record]) -> None:
+    """One row per record: router, batch, seq_len, p50 [interval], tokens/s, load max/mean, error, status."""
+    records = list(records)
+    columns = ("router", *_COLUMNS)
+    console = print_table(columns, ([_cells(record)[name] for name in columns] for record in records))
     for record in records:
         for warning in record.warnings:
             console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
         if record.directory:
             console.print(f"{record.directory}/result.json", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_sweep(records: Sequence[Record], compare: Sequence[str]) -> None:
+    """One row per cell with its ratio to the anchor; then each warning once, and every failure."""
+    contents = [identity.content(record.config) for record in records]
+    shown = {"variant": variants.labels(contents, compare)}
+    for key in ("model", "dtype", "device"):
+        labels = variants.labels(contents, (key,))
+        if key not in compare and len(set(labels)) > 1:
+            shown[key] = labels
+    columns = list(_COLUMNS)
+    if any(record.ratio_to_anchor for record in records):
+        columns.insert(3, "ratio [interval]")
+    rows = []
+    for position, record in enumerate(records):
+        cells = {**_cells(record), "status": record.status}  # the reasons stand below
+        rows.append([*(labels[position] for labels in shown.values()), *(cells[name] for name in columns)])
+    console = print_table([*shown, *columns], rows)
+
+    unstable = sum(record.latency_ms is not None and not record.latency_ms.stable for record in records)
+    if unstable:
+        console.print(
+            f"warning: {unstable} of {len(records)} latencies are not known to measure.target_ci; "
+            "raise measure.max_time_s or quieten the machine",
+            style="yellow",
+            highlight=False,
+        )
+    other = Counter(w for record in records for w in record.warnings if not w.startswith("latency is not stable"))
+    for warning, number in other.items():
+        console.print(f"warning ({number} cells): {warning}", style="yellow", markup=False, highlight=False)
+    reasons = Counter(record.reason for record in records if record.status == "skipped")
+    for reason, number in reasons.items():
+        console.print(f"skipped ({number} cells): {reason}", style="yellow", markup=False, highlight=False)
+    for record in records:
+        if record.status == "failed":
+            text = f"failed: {record.reason} ({record.directory}/run.log)"
+            console.print(text, style="red", markup=False, highlight=False, soft_wrap=True)

@@ -33,6 +33,11 @@ def trust(config_dir: str | Path) -> Path:
     return folder
 
 
+def trusted() -> list[str]:
+    """The trusted folders, for another process."""
+    return [str(folder) for folder in _trusted]
+
+
 def folders_of(cfg: DictConfig) -> list[Path]:
     """The trusted folders that some `_target_` of `cfg` lies in, sorted: the plug-ins whose code a run executes."""
     content = OmegaConf.to_container(cfg, resolve=True)
@@ -122,6 +127,7 @@ def _instantiate_nested(value: Any) -> Any:
 
 
 _HYDRAS_OWN = ("hydra._internal.core_plugins.", "hydra.experimental.callbacks.", "hydra_plugins.")
+_OUR_CALLBACK = "moe_lab.sweep.foreign.ForeignLauncher"
 _LOGGING = ("logging.", "colorlog.", "hydra.", "ext://sys.")
 
 
@@ -133,7 +139,7 @@ def check_hydra_node(node: DictConfig) -> None:
     for name in ("callbacks", "launcher", "sweeper"):  # resolved: an interpolation may stand for a whole node
         part = node.get(name)
         for target in _targets(OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part):
-            if not str(target).startswith(_HYDRAS_OWN):
+            if not str(target).startswith(_HYDRAS_OWN) and target != _OUR_CALLBACK:
                 _check_trusted(str(target))
     content = OmegaConf.to_container(node, resolve=False)
     assert isinstance(content, dict)

@@ -12,6 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on CPU tensors
     torch.set_num_threads(1)  # xdist runs a process per core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so for the processes that tests start
 
 
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) for torch.compile")

@@ -19,7 +19,13 @@ ROOT = Path(__file__).parent.parent
 def packages_in_tree() -> set[str]:
     """Every folder with an __init__.py, under the name it is installed as."""
     found = set()
-    for top, name in (("moe_lab", "moe_lab"), ("conf", "moe_lab.conf"), ("kernels", "moe_lab.kernels")):
+    installed_as = {
+        "moe_lab": "moe_lab",
+        "conf": "moe_lab.conf",
+        "kernels": "moe_lab.kernels",
+        "hydra_plugins": "hydra_plugins",
+    }
+    for top, name in installed_as.items():
         for init in (ROOT / top).rglob("__init__.py"):
             found.add(".".join((name, *init.parent.relative_to(ROOT / top).parts)))
     return found

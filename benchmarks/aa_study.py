@@ -1,0 +1,113 @@
+"""How often does `moe-lab compare` find a difference where there is none, and an interleaved ratio one of 10 %?
+
+    .venv/bin/python benchmarks/aa_study.py --pairs 20              # an idle machine
+    .venv/bin/python benchmarks/aa_study.py --pairs 20 --load 2     # with 2 processes of numpy beside it
+
+Each pair is two sweeps of the same code, one after the other, with 3 replicates: `compare` should call fewer than
+5 % of the cells faster or slower. In every sweep a second router is the first one with a wait of 10 % of the whole
+pass, as measured before; the cell's ratio to the anchor, formed in the same rounds, should find it in at least 90 % of
+the cells (its interval lies above 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from moe_lab.records.store import read_record
+from moe_lab.results.compare import compare
+
+_SLOWER = '''
+import time
+from moe_lab.routers.softmax_topk import SoftmaxTopK
+
+class Slower(SoftmaxTopK):
+    """The softmax top-k router, which then waits; how long stands by the number of tokens."""
+
+    def __init__(self, n_experts, top_k, wait_ms):
+        super().__init__(n_experts, top_k)
+        self.wait_ms = {int(tokens): ms for tokens, ms in wait_ms.items()}
+
+    def select(self, logits_TE, ctx=None):
+        end = time.perf_counter() + self.wait_ms[logits_TE.shape[0]] / 1e3
+        routing = super().select(logits_TE, ctx)
+        while time.perf_counter() < end:
+            pass
+        return routing
+'''
+_AXES = ["model=moe_layer", "batch=1,16", "seq_len=4", "device=cpu"]
+_MEASURE = ["measure.replicates=3", "measure.max_time_s=0.5", "measure.warmup_s=0.1"]
+_LESS = ["measure.phases=false", "measure.roofline=false", "measure.routing=false"]
+
+
+def sweep(folder: Path, name: str, routers: str = "torch,slower") -> Path:
+    """One sweep over the routers and two sizes, in fresh processes."""
+    command = [sys.executable, "-m", "moe_lab", "-m", "--config-dir", "mine", *_AXES, *_MEASURE, *_LESS]
+    subprocess.run([*command, f"router={routers}", f"sweep.name={name}"], cwd=folder, check=True, capture_output=True)
+    return folder / "outputs" / name
+
+
+def plant(folder: Path) -> None:
+    """A router that waits for a tenth of what a pass takes here and now."""
+    (folder / "mine" / "router").mkdir(parents=True)
+    records = [read_record(path.parent) for path in sweep(folder, "before", "torch").glob("*/result.json")]
+    waits = {r.config["batch"] * r.config["seq_len"]: 0.1 * r.latency_ms.p50 for r in records if r.latency_ms}
+    print(f"waits in ms by tokens: {waits}", flush=True)
+    (folder / "mine" / "slower_router.py").write_text(_SLOWER)
+    yaml = {"_target_": "slower_router.Slower", "name": "slower", "wait_ms": waits}
+    (folder / "mine" / "router" / "slower.yaml").write_text(json.dumps(yaml).replace('"', ""))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--load", type=int, default=0, help="processes that multiply matrices meanwhile")
+    given = parser.parse_args()
+    noise = "import numpy as np\na = np.ones((512, 512))\nwhile True: a @ a"
+    others = [subprocess.Popen([sys.executable, "-c", noise]) for _ in range(given.load)]
+    verdicts: Counter[str] = Counter()
+    found: Counter[str] = Counter()
+    ratios: list[float] = []
+    try:
+        with tempfile.TemporaryDirectory() as text:
+            folder = Path(text)
+            plant(folder)
+            for pair in range(given.pairs):
+                a, b = sweep(folder, f"a{pair}"), sweep(folder, f"b{pair}")
+                verdicts.update(compare(a, b)["verdict"])
+                for path in [*a.glob("*slower*/result.json"), *b.glob("*slower*/result.json")]:
+                    ratio = read_record(path.parent).ratio_to_anchor
+                    assert ratio is not None
+                    assert ratio.ci95_low is not None
+                    ratios.append(ratio.p50)
+                    found["found" if ratio.ci95_low > 1 else "missed"] += 1
+                print(f"pair {pair}: {dict(verdicts)}; 10 % slower: {dict(found)}", flush=True)
+    finally:
+        for other in others:
+            other.kill()
+    cells = sum(verdicts.values())
+    wrong = verdicts["faster"] + verdicts["slower"]
+    ratios.sort()
+    print(
+        f"\n{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    print(f"{given.load} processes beside it; {given.pairs} pairs of sweeps, 3 replicates\n")
+    print("| | cells | share |\n|---|---|---|")
+    print(f"| same code called faster or slower | {wrong} of {cells} | {wrong / cells:.1%} |")
+    for verdict in ("same", "inconclusive"):
+        print(f"| same code called {verdict} | {verdicts[verdict]} of {cells} | {verdicts[verdict] / cells:.1%} |")
+    print(f"| planted 10 % found | {found['found']} of {len(ratios)} | {found['found'] / len(ratios):.1%} |")
+    low, middle, high = (ratios[int(share * (len(ratios) - 1))] for share in (0.05, 0.5, 0.95))
+    print(f"\nratio of the slowed router: median {middle:.3f}, 5 to 95 % of cells [{low:.3f}, {high:.3f}]")
+
+
+if __name__ == "__main__":
+    main()

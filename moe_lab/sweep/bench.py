@@ -1,0 +1,166 @@
+"""The runs that one process holds, and the steps that a sweep asks of them. The worker's side of a sweep."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from moe_lab import build, runner, targets
+from moe_lab.errors import UnavailableError
+from moe_lab.measure import environment, memory
+from moe_lab.measure.clocks import Block
+from moe_lab.models.parameters import parameter_bytes
+from moe_lab.records import identity
+from moe_lab.records.schema import Ratio
+from moe_lab.sweep.engine import CellFailedError
+from moe_lab.verify import exact_products
+
+
+class Bench:
+    """Runs by cell_id. Each method is one step; arguments and results are plain data that can be sent."""
+
+    def __init__(self, trusted: Sequence[str] = ()):
+        self.timeout_s: float | None = None
+        """In a process of its own: when the present step will be ended from outside."""
+        for folder in trusted:
+            targets.trust(folder)
+        self._runs: dict[str, tuple[runner.Run, Path]] = {}
+        self._donor: tuple[str, dict[str, Tensor]] = ("", {})  # the parameters of the last model built, and of which
+
+    def look(self, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Whether each configuration can run here: {env, env_id, available_bytes, skip}; skip is a reason or None."""
+        return [_look(OmegaConf.create(config)) for config in configs]
+
+    def build(self, config: dict[str, Any], directory: str) -> None:
+        """Make the run of `config`, whose files go to `directory`; parameters of an equal model are shared."""
+        cfg = OmegaConf.create(config)
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / runner.LOG).unlink(missing_ok=True)
+        run = runner.Run(cfg)
+        cell_id = identity.cell_id(cfg)
+        self._runs[cell_id] = run, folder
+        with self._step(cell_id):
+            key = build.weights_key(cfg, build.resolve_device(cfg))
+            if self._donor[0] != key:
+                self._donor = ("", {})  # before the next is made
+            run.build(self._donor[1] or None)
+            self._donor = key, dict(run.model.named_parameters())
+
+    def verify(self, cell_id: str) -> dict[str, int | None]:
+        """Peak memory and verification. Returns {peak_bytes, parameter_bytes}."""
+        with self._step(cell_id) as run:
+            run.verify()
+            return {"peak_bytes": run.peak_bytes, "parameter_bytes": parameter_bytes(run.model)}
+
+    def park(self, cell_id: str) -> None:
+        """See `Run.park`."""
+        self._runs[cell_id][0].park()
+        _free()
+
+    def unpark(self, cell_id: str) -> None:
+        """See `Run.unpark`."""
+        with self._step(cell_id) as run:
+            run.unpark()
+
+    def warm_up(self, cell_id: str, block_s: float) -> int:
+        """Warm up; how many iterations fill a block of `block_s`."""
+        with self._step(cell_id) as run:
+            return run.warm_up(block_s)
+
+    def time_block(self, cell_id: str, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Time `n` iterations: milliseconds of each, and the host's clock."""
+        with self._step(cell_id) as run:
+            block = run.step.time_block(n)
+            return block.ms, block.stamp_s
+
+    def finish(
+        self,
+        cell_id: str,
+        blocks: list[tuple[int, int, int, np.ndarray, np.ndarray]],
+        peers: list[str],
+        ratio: Ratio | None,
+        peak_bytes: int | None,
+        failure: tuple[str, str] | None = None,
+    ) -> None:
+        """Observe and write the record, with the samples of all processes. With `failure` only write."""
+        with self._step(cell_id) as run:
+            run.blocks = [runner.TimedBlock(r, round_, order, Block(ms, at)) for r, round_, order, ms, at in blocks]
+            run.peers, run.ratio, run.peak_bytes = peers, ratio, peak_bytes
+            if failure is None:
+                run.observe()
+            runner.write(run, run.record(*(failure or ())), self._runs[cell_id][1])
+
+    def release(self, cell_id: str) -> None:
+        """Let go of a run; the parameters stay until another model is built."""
+        self._runs.pop(cell_id, None)
+        _free()
+
+    @contextmanager
+    def _step(self, cell_id: str) -> Iterator[runner.Run]:
+        """One step of a run: exact products, its log open, and what goes wrong is its record."""
+        run, folder = self._runs[cell_id]
+        with runner.run_log(folder) as stream, exact_products(), run.at_work():
+            if self.timeout_s is not None:  # a crash or a hang leaves its traceback in the run's log
+                faulthandler.enable(stream)
+                faulthandler.dump_traceback_later(0.9 * self.timeout_s, file=stream)
+            try:
+                yield run
+            except Exception as error:
+                status, reason = run.failed_with(error)
+                runner.write(run, run.record(status, reason), folder)
+                failed = CellFailedError(status, reason, lost_device=_has_lost_device(run))
+            else:
+                return
+            finally:
+                if self.timeout_s is not None:
+                    faulthandler.cancel_dump_traceback_later()
+                    faulthandler.enable()
+        del run
+        self.release(cell_id)
+        raise failed
+
+
+def _look(cfg: DictConfig) -> dict[str, Any]:
+    device, skip = None, None
+    try:
+        device = build.check_available(cfg)
+    except UnavailableError as error:
+        skip = f"unavailable: {error}"
+    except ValueError as error:
+        skip = f"impossible: {error}"
+    except Exception:  # a part that cannot be made without memory: building it will tell
+        device = build.resolve_device(cfg)
+    env = environment.capture(device) if device is not None else {}
+    return {
+        "env": env,
+        "env_id": identity.env_id(env) if env else None,
+        "available_bytes": memory.available_bytes(device) if device is not None else None,
+        "skip": skip,
+    }
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _has_lost_device(run: runner.Run) -> bool:
+    """Whether the CUDA context no longer works, as after an illegal access."""
+    if run.device is None or run.device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(run.device)
+    except RuntimeError:
+        return True
+    return False

@@ -1,0 +1,196 @@
+"""Where the steps of runs are executed: a worker process, or this one.
+
+An engine is all that a sweep knows of the place. One on another machine (Ray, Slurm) is a class with these methods.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moe_lab import targets
+
+if TYPE_CHECKING:
+    from moe_lab.sweep.bench import Bench
+
+_START_S = 600.0  # importing torch and initialising a device from a cold disk
+
+
+class CellFailedError(Exception):
+    """A step of a cell failed; its record, written by then, says so."""
+
+    def __init__(self, status: str, reason: str, lost_device: bool = False):
+        super().__init__(status, reason, lost_device)
+        self.status, self.reason, self.lost_device = status, reason, lost_device
+
+
+class WorkerLostError(Exception):
+    """The process ended or was ended in the middle of a step: `crash: SIGSEGV`, `timeout: verify`."""
+
+
+class Engine(Protocol):
+    """Executes the steps of a `Bench`, one at a time."""
+
+    life: int
+    """Grows whenever what was built before is gone."""
+
+    def call(self, step: str, *arguments: Any, timeout_s: float = _START_S) -> Any:
+        """The result of the `Bench`'s method `step`.
+
+        Raises:
+            CellFailedError: the cell's record was written.
+            WorkerLostError: the process is gone; the next call starts another.
+        """
+        ...
+
+    def settle(self, timeout_s: float) -> None:
+        """After an interrupted call: wait for its step to end. Raises `WorkerLostError` if it does not."""
+        ...
+
+    def renew(self) -> None:
+        """Go on in a fresh process."""
+        ...
+
+    def close(self) -> None:
+        """End the process."""
+        ...
+
+
+class InProcess:
+    """This process (`sweep.worker=false`): no time-out, and a crash is the end of the sweep."""
+
+    def __init__(self) -> None:
+        self.life = 0
+        self._bench: Bench | None = None
+
+    def call(self, step: str, *arguments: Any, timeout_s: float = _START_S) -> Any:
+        """See `Engine.call`."""
+        from moe_lab.sweep.bench import Bench  # imports torch
+
+        self._bench = self._bench or Bench()
+        return getattr(self._bench, step)(*arguments)
+
+    def settle(self, timeout_s: float) -> None:
+        """See `Engine.settle`; the interrupt ended the step."""
+
+    def renew(self) -> None:
+        """What was built is let go of; the process stays."""
+        self._bench = None
+        self.life += 1
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._bench = None
+
+
+class Worker:
+    """One worker process, started when first needed and replaced when lost. It dies with this process."""
+
+    def __init__(self, log: Path | None = None, environment: Mapping[str, str] | None = None):
+        self.life = 0
+        self.log = log  # where its standard output and error go
+        self.environment = environment  # of the process, if not this one's
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._pending: str | None = None  # the step whose reply has not been read
+
+    def start(self) -> None:
+        """Start the process without waiting for it."""
+        ours, its = socket.socketpair()
+        with its, open(self.log or os.devnull, "ab") as log:
+            # -P: the current directory is not a place to import from. -u: what was printed is in the log before a kill.
+            # A session of its own: Ctrl-C is for the parent.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-u", "-m", "moe_lab.sweep.worker", str(its.fileno()), str(os.getpid())],
+                pass_fds=[its.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        self._connection.send(targets.trusted())
+        self._pending = "start"
+
+    def call(self, step: str, *arguments: Any, timeout_s: float = _START_S) -> Any:
+        """See `Engine.call`."""
+        if self._process is None:
+            self.start()
+        assert self._connection is not None
+        if self._pending == "start":
+            self._receive(_START_S)  # not the step's time
+        self._pending = step
+        try:
+            self._connection.send((step, arguments, timeout_s))
+        except OSError as error:
+            raise WorkerLostError(self._end()) from error
+        return self._receive(timeout_s)
+
+    def _receive(self, timeout_s: float) -> Any:
+        """The reply to the pending step."""
+        assert self._connection is not None
+        try:
+            if not self._connection.poll(timeout_s):
+                lost = WorkerLostError(f"timeout: {self._pending}")
+                self.close()
+                raise lost
+            with _without_interrupts():  # half a message would be the end of the conversation
+                kind, reply = self._connection.recv()
+                self._pending = None
+        except (EOFError, OSError) as error:
+            raise WorkerLostError(self._end()) from error
+        if kind == "ok":
+            return reply
+        if isinstance(reply, CellFailedError) and reply.lost_device:
+            self.close()
+        raise reply
+
+    def settle(self, timeout_s: float) -> None:
+        """See `Engine.settle`."""
+        if self._pending is not None:
+            with suppress(CellFailedError):
+                self._receive(timeout_s)
+
+    def _end(self) -> str:
+        """Why the process ended by itself."""
+        assert self._process is not None
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            code = -signal.SIGKILL
+        self.close()
+        return f"crash: {signal.Signals(-code).name}" if code < 0 else f"crash: exit code {code}"
+
+    def renew(self) -> None:
+        """See `Engine.renew`."""
+        self.close()
+        self.start()
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        if self._process is None or self._connection is None:
+            return
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+        self._process = self._connection = self._pending = None
+        self.life += 1
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,279 @@
+"""What a sweep is going to do: its cells, which of them are done, which cannot run here. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from moe_lab import config, targets
+from moe_lab.records import identity, store, variants
+from moe_lab.records.schema import Record
+from moe_lab.sweep.engine import Engine
+
+PLAN = "plan.json"
+Status = Literal["to do", "done", "stale", "skipped", "excluded"]
+
+
+@dataclass
+class Cell:
+    """One run of a sweep."""
+
+    cell_id: str
+    directory: Path
+    config: dict[str, Any]
+    """Resolved, as it will stand in the record."""
+    content: dict[str, Any]
+    """What of it changes the result."""
+    code_id: str
+    setting_id: str
+    variant: str = ""
+    environment: dict[str, Any] = field(default_factory=dict)
+    env_id: str | None = None
+    available_bytes: int | None = None
+    status: Status = "to do"
+    reason: str | None = None
+    is_ok: bool = False
+    """Done, and with success."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether the sweep is to run it."""
+        return self.status in ("to do", "stale")
+
+    def record(self, status: Literal["failed", "skipped"], reason: str) -> Record:
+        """A record without a measurement."""
+        return Record(
+            status=status,
+            reason=reason,
+            cell_id=self.cell_id,
+            code_id=self.code_id,
+            env_id=self.env_id,
+            name=self.config["name"],
+            overrides=list(self.config["overrides"]),
+            config=self.config,
+            environment=self.environment,
+        )
+
+
+@dataclass
+class Plan:
+    """The cells of a sweep in the order of the command, and how they are to be gone about."""
+
+    directory: Path
+    cells: list[Cell]
+    sweep: Mapping[str, Any]
+    """The `sweep` node of the configuration."""
+    command: list[str]
+    n_equal: int = 0
+    """Cells of the command left out because another one is the same."""
+    jobs: list[str] = field(default_factory=list)
+    """The cell_id of each job of the command."""
+
+    def to_run(self) -> list[Cell]:
+        """The cells that the sweep is to run."""
+        return [cell for cell in self.cells if cell.runs]
+
+    def anchor_of(self, setting_id: str) -> Cell | None:
+        """The variant of a setting that the others are compared with: the first that `sweep.anchor` describes."""
+        partial = self.sweep["anchor"] or {}
+        members = (cell for cell in self.cells if cell.setting_id == setting_id)
+        possible = [cell for cell in members if cell.runs or cell.is_ok]
+        return next((cell for cell in possible if variants.matches(cell.content, partial)), None)
+
+    def write(self) -> None:
+        """Write `plan.json`, before the first cell runs."""
+        content = {
+            "schema": 1,
+            "name": self.directory.name,
+            "commands": [*(words for words in read_commands(self.directory) if words != self.command), self.command],
+            "compare": list(self.sweep["compare"]),
+            "anchor": self.sweep["anchor"],
+            "cells_equal_to_another": self.n_equal,
+            "cells": [
+                {
+                    "cell_id": cell.cell_id,
+                    "directory": os.path.relpath(cell.directory, self.directory),
+                    "status": cell.status,
+                    "reason": cell.reason,
+                    "variant": cell.variant,
+                    "setting_id": cell.setting_id,
+                    "env_id": cell.env_id,
+                }
+                for cell in self.cells
+            ],
+        }
+        store.write_atomic(self.directory / PLAN, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def make(
+    composed: Iterable[tuple[DictConfig, Sequence[str], Path]], directory: Path, engine: Engine, command: list[str]
+) -> Plan:
+    """The plan for composed configurations, each with its overrides and its folder.
+
+    Raises:
+        ValueError: a mistake that is in every cell, or `sweep.stale=refuse` and there are stale results.
+    """
+    cells, n_equal, jobs, sweep = _cells(composed)
+    for cell, label in zip(cells, variants.labels([cell.content for cell in cells], sweep["compare"]), strict=True):
+        cell.variant = label
+        if any(variants.matches(cell.content, partial) for partial in sweep["exclude"]):
+            cell.status, cell.reason = "excluded", "excluded"
+    for cell, seen in _look([cell for cell in cells if cell.runs], engine):
+        cell.environment, cell.env_id = seen["env"], seen["env_id"]
+        cell.available_bytes = seen["available_bytes"]
+        if seen["skip"] is not None:
+            cell.status, cell.reason = "skipped", seen["skip"]
+        else:
+            judge(cell, sweep)
+    plan = Plan(directory, cells, sweep, command, n_equal, jobs)
+    _refuse_stale(plan)
+    return plan
+
+
+def _cells(
+    composed: Iterable[tuple[DictConfig, Sequence[str], Path]],
+) -> tuple[list[Cell], int, list[str], dict[str, Any]]:
+    cells: dict[str, Cell] = {}
+    impossible: dict[str, ValueError] = {}
+    sweep: dict[str, Any] = {}
+    jobs = []
+    for cfg, overrides, directory in composed:
+        cfg.overrides = list(overrides)
+        config.check_overrides(cfg, overrides, in_a_sweep=True)
+        mistake = None
+        try:
+            config.validate(cfg)
+        except ValueError as error:
+            mistake = error
+            if not config.is_whole(cfg) or OmegaConf.missing_keys(cfg):
+                raise
+        container = plain(cfg)
+        content = identity.content(cfg)
+        cell_id = identity.digest(content)
+        jobs.append(cell_id)
+        if cell_id in cells:
+            continue
+        sweep = sweep or container["sweep"]
+        cells[cell_id] = Cell(
+            cell_id=cell_id,
+            directory=directory,
+            config=container,
+            content=content,
+            code_id=identity.code_id(targets.folders_of(cfg)),
+            setting_id=variants.setting_id(content, container["sweep"]["compare"]),
+        )
+        if mistake is not None:
+            impossible[cell_id] = mistake
+            cells[cell_id].status, cells[cell_id].reason = "skipped", f"impossible: {mistake}"
+    if len(impossible) == len(cells):  # no combination at all: a mistake, not a gap in the table
+        raise next(iter(impossible.values()))
+    return list(cells.values()), len(jobs) - len(cells), jobs, sweep
+
+
+def _look(cells: Sequence[Cell], engine: Engine) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Each cell with what the engine says of it; sizes of the input change nothing there, so it is asked once."""
+    keys = []
+    for cell in cells:
+        parts = {key: part for key, part in cell.content.items() if key not in ("batch", "seq_len", "seed")}
+        keys.append(identity.digest(parts))
+    asked = dict(zip(keys, cells, strict=True))
+    seen = dict(zip(asked, engine.call("look", [cell.config for cell in asked.values()]), strict=True))
+    return ((cell, seen[key]) for cell, key in zip(cells, keys, strict=True))
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A configuration as it stands in a record."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def judge(cell: Cell, sweep: Mapping[str, Any]) -> None:
+    """Set what is to be done about a cell that can run here, from the record in its folder."""
+    try:
+        record = store.read_record(cell.directory)
+    except FileNotFoundError:
+        return
+    except ValueError:
+        cell.reason = "its record cannot be read"
+        return
+    named = ("configuration", "code", "machine")
+    there = (record.cell_id, record.code_id, record.env_id or cell.env_id)  # null: it failed before it looked
+    here = (cell.cell_id, cell.code_id, cell.env_id)
+    different = [name for name, old, new in zip(named, there, here, strict=True) if old != new]
+    if record.status == "skipped" or record.reason == "interrupted":
+        cell.reason = f"before: {record.reason}"
+    elif different and sweep["stale"] != "keep":
+        cell.status, cell.reason = "stale", f"of another {' and '.join(different)}"
+    elif record.status == "failed" and sweep["retry_failed"]:
+        cell.reason = f"failed before: {record.reason}"
+    else:
+        cell.status, cell.is_ok = "done", record.status == "ok"
+
+
+def _refuse_stale(plan: Plan) -> None:
+    stale = [cell for cell in plan.cells if cell.status == "stale"]
+    if stale and plan.sweep["stale"] == "refuse":
+        raise ValueError(
+            f"sweep.stale=refuse: {len(stale)} of {len(plan.cells)} results in {plan.directory} are stale "
+            f"({stale[0].variant}: {stale[0].reason}); use sweep.stale=rerun or keep, or another sweep.name."
+        )
+
+
+def read_commands(directory: Path) -> list[list[str]]:
+    """The commands that filled a sweep's folder, the last one last."""
+    try:
+        content = json.loads((directory / PLAN).read_text())
+        return [[str(word) for word in words] for words in content["commands"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return []  # the plan is rewritten, whatever was there
+
+
+def read_statuses(directory: Path) -> dict[str, str]:
+    """The status of each cell in the `plan.json` of a sweep's folder; empty if there is none."""
+    try:
+        content = json.loads((directory / PLAN).read_text())
+    except FileNotFoundError:
+        return {}
+    return {cell["cell_id"]: cell["status"] for cell in content["cells"]}
+
+
+def groups(plan: Plan) -> list[list[Cell]]:
+    """The cells to run, in groups that are timed together; groups of equal models follow each other."""
+    together: dict[str, list[Cell]] = {}
+    for cell in plan.to_run():
+        key = cell.setting_id if plan.sweep["interleave"] else cell.cell_id
+        together.setdefault(key, []).append(cell)
+    models: dict[str, int] = {}
+
+    def model_of(group: list[Cell]) -> int:
+        parts = [group[0].content[key] for key in ("model", "dtype", "device", "seed")]
+        return models.setdefault(identity.digest(parts), len(models))
+
+    return sorted(together.values(), key=model_of)
+
+
+def expected_seconds(plan: Plan) -> tuple[float, bool]:
+    """(seconds that the cells to run will take, whether that is from earlier records or the bound of `measure`)."""
+    known: dict[str, list[float]] = {}
+    for cell in plan.cells:
+        try:
+            record = store.read_record(cell.directory)
+        except (FileNotFoundError, ValueError):
+            continue
+        if record.status == "ok" and record.elapsed_s is not None:
+            known.setdefault(identity.digest(cell.content["model"]), []).append(record.elapsed_s)
+    seconds, all_known = 0.0, True
+    for cell in plan.to_run():
+        of_model = known.get(identity.digest(cell.content["model"]))
+        measure = cell.config["measure"]
+        all_known = all_known and of_model is not None
+        each = sum(of_model) / len(of_model) if of_model else measure["warmup_s"] + measure["max_time_s"]
+        seconds += each * measure["replicates"]
+    return seconds, all_known

@@ -1,0 +1,293 @@
+"""One group of a sweep: cells that differ only in what is compared, timed in interleaved rounds.
+
+Each is built, verified and its peak memory taken alone first. Then those that fit together are timed in rounds of short
+blocks in shuffled order, so that drift and neighbours fall on all alike, and ratios are formed within a round. With
+`measure.replicates` this repeats in fresh processes.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_lab.measure import statistics
+from moe_lab.records import store
+from moe_lab.records.schema import Ratio
+from moe_lab.sweep.engine import CellFailedError, Engine, WorkerLostError
+from moe_lab.sweep.plan import Cell
+
+_SPARE = 0.8  # the share of the memory that a group may take
+_LEAST_ROUNDS = 10  # for the interval of the ratios
+_LEAST_SAMPLES = 10
+_BLOCK_S, _SHORT_BLOCK_S = 0.1, 0.05  # of a cell alone, of one among others
+_GRACE_S = 10.0  # how long an interrupted block may take to end
+
+TimedBlock = tuple[int, int, int, np.ndarray, np.ndarray]  # replicate, round, order, ms, stamp_s
+
+
+@dataclass(eq=False)
+class Member:
+    """A cell while its group is timed."""
+
+    cell: Cell
+    folder: Path
+    is_recorded: bool = True
+    """False for an anchor that is done already and runs along."""
+    built_in: int = -1
+    """The engine's life in which it was built."""
+    is_parked: bool = False
+    is_finished: bool = False
+    peak_bytes: int | None = None
+    parameter_bytes: int = 0
+    blocks: list[TimedBlock] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        return self.cell.cell_id
+
+
+class Group:
+    """Times the cells of one group; `run` leaves a record of each."""
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        anchor: Cell | None,
+        engine: Engine,
+        *,
+        timeout_s: float,
+        on_step: Callable[[Cell, str], None],
+        on_end: Callable[[Cell], None],
+    ):
+        self.engine, self.timeout_s, self.on_step, self.on_end = engine, timeout_s, on_step, on_end
+        self.members = [Member(cell, cell.directory) for cell in cells]
+        self.anchor = next((member for member in self.members if member.cell is anchor), None)
+        self._scratch = Path(tempfile.mkdtemp(prefix="moe-lab-"))  # for what runs along and is not recorded
+        if anchor is not None and self.anchor is None:
+            self.anchor = Member(anchor, self._scratch, is_recorded=False)
+            self.members.insert(0, self.anchor)
+        self.timed: list[Member] = []
+        self.random = random.Random(cells[0].setting_id)
+
+    def run(self) -> None:
+        """Time the group.
+
+        Raises:
+            OSError: a record cannot be written.
+            KeyboardInterrupt: Ctrl-C; `interrupted` then writes what is there.
+        """
+        try:
+            members = [member for member in self.members if self._alone(member)]
+            for together in self._fitting(members):
+                self._time(together)
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _call(self, member: Member, step: str, *arguments: Any) -> Any:
+        return self.engine.call(step, *arguments, timeout_s=self.timeout_s)
+
+    def _alone(self, member: Member) -> bool:
+        """Build and verify one member with none beside it. False if that failed, which is then recorded."""
+        if member.is_recorded:
+            store.set_aside_stale(member.folder, member.id, member.cell.code_id, member.cell.env_id)
+        try:
+            self._build(member)
+            if len(self.members) > 1:
+                self._call(member, "park", member.id)
+                member.is_parked = True
+        except CellFailedError:
+            self._failed(member)
+        except WorkerLostError as lost:
+            self._failed(member, str(lost))
+        else:
+            return True
+        return False
+
+    def _build(self, member: Member) -> None:
+        self.on_step(member.cell, "build")
+        self._call(member, "build", member.cell.config, str(member.folder))
+        member.built_in, member.is_parked = self.engine.life, False
+        self.on_step(member.cell, "verify")
+        seen = self._call(member, "verify", member.id)
+        if member.peak_bytes is None:  # the first time, alone
+            member.peak_bytes, member.parameter_bytes = seen["peak_bytes"], seen["parameter_bytes"]
+
+    def _ready(self, member: Member) -> None:
+        """Built and verified in the engine's present life."""
+        if member.built_in != self.engine.life:
+            self._build(member)
+        elif member.is_parked:
+            self._call(member, "unpark", member.id)
+            member.is_parked = False
+
+    def _failed(self, member: Member, reason: str | None = None) -> None:
+        """Note a failure; with `reason` the worker could not write the record itself."""
+        if member.is_recorded:
+            if reason is not None:
+                write(member.cell, "failed", reason)
+            self.on_end(member.cell)
+
+    def _fitting(self, members: Sequence[Member]) -> list[list[Member]]:
+        """The members in subgroups whose measured peaks fit into the memory; each has the anchor if that fits too.
+
+        Parameters are shared: together they take them once, and beside them each what it takes alone.
+        """
+        subgroups: list[list[Member]] = []
+        for member in sorted(members, key=lambda member: member is not self.anchor):  # the anchor finds its place first
+            for subgroup in subgroups:
+                if self._fits([*subgroup, member]):
+                    subgroup.append(member)
+                    break
+            else:
+                first = subgroups[0][0] if subgroups else None
+                anchor = self.anchor if self.anchor in members and self.anchor is not member else None
+                if first is not None and anchor is not None and self._fits([anchor, member]):
+                    again = Member(anchor.cell, self._scratch, is_recorded=False, peak_bytes=anchor.peak_bytes)
+                    again.parameter_bytes = anchor.parameter_bytes
+                    subgroups.append([again, member])
+                else:
+                    subgroups.append([member])
+        return [subgroup for subgroup in subgroups if any(member.is_recorded for member in subgroup)]
+
+    def _fits(self, members: Sequence[Member]) -> bool:
+        available = members[0].cell.available_bytes
+        if available is None or any(member.peak_bytes is None for member in members):
+            return True  # the system does not tell
+        shared = max(member.parameter_bytes for member in members)
+        own = sum((member.peak_bytes or 0) - member.parameter_bytes for member in members)
+        return shared + own <= _SPARE * available
+
+    def _time(self, together: list[Member]) -> None:
+        """Time a subgroup in every replicate; who fails is recorded and removed, and the others start again."""
+        while any(member.is_recorded for member in together):
+            self.timed = together
+            for member in together:
+                member.blocks = []
+            failed = self._replicates(together)
+            if failed is None:
+                break
+            together.remove(failed)
+        for member in list(together):
+            self._finish(member, together)
+        self.timed = []
+
+    def _replicates(self, together: Sequence[Member]) -> Member | None:
+        """Every replicate. Returns the member that failed, if one did."""
+        for replicate in range(together[0].cell.config["measure"]["replicates"]):
+            if replicate:
+                self.engine.renew()
+            iterations: list[int] = []
+            max_time_s = together[0].cell.config["measure"]["max_time_s"]
+            block_s = min(_BLOCK_S, max_time_s)
+            if len(together) > 1:  # time for some rounds
+                block_s = min(_SHORT_BLOCK_S, max_time_s / (2 * _LEAST_ROUNDS))
+            for member in together:
+                try:
+                    self._ready(member)
+                    self.on_step(member.cell, "time")
+                    iterations.append(self._call(member, "warm_up", member.id, block_s))
+                except CellFailedError:
+                    self._failed(member)
+                    return member
+                except WorkerLostError as lost:
+                    self._failed(member, str(lost))
+                    return member
+            failed = self._rounds(together, iterations, replicate)
+            if failed is not None:
+                return failed
+        return None
+
+    def _rounds(self, together: Sequence[Member], iterations: Sequence[int], replicate: int) -> Member | None:
+        """Rounds of one block each in shuffled order, until every median is known well enough or the time is spent."""
+        measure = together[0].cell.config["measure"]
+        least_rounds = _LEAST_ROUNDS if len(together) > 1 else 1
+        budget_ms = 1e3 * measure["max_time_s"] * len(together)
+        spent_ms, round_ = 0.0, 0
+        while True:
+            order = list(range(len(together)))
+            self.random.shuffle(order)
+            for place, index in enumerate(order):
+                member = together[index]
+                try:
+                    ms, stamp_s = self._call(member, "time_block", member.id, iterations[index])
+                except CellFailedError:
+                    self._failed(member)
+                    return member
+                except WorkerLostError as lost:
+                    self._failed(member, str(lost).replace("time_block", "block"))
+                    return member
+                member.blocks.append((replicate, round_, place, ms, stamp_s))
+                spent_ms += float(ms.sum())
+            self.on_step(together[0].cell, "time")
+            round_ += 1
+            if spent_ms >= budget_ms:
+                return None
+            if round_ >= least_rounds and all(self._is_known(member, replicate) for member in together):
+                return None
+
+    def _is_known(self, member: Member, replicate: int) -> bool:
+        samples = np.concatenate([block[3] for block in member.blocks if block[0] == replicate])
+        if len(samples) < _LEAST_SAMPLES:
+            return False
+        return statistics.relative_width(samples) <= float(member.cell.config["measure"]["target_ci"])
+
+    def _finish(self, member: Member, together: Sequence[Member]) -> None:
+        """Observe, record and let go of one member."""
+        try:
+            if member.is_recorded:
+                self._ready(member)
+                self.on_step(member.cell, "observe")
+                member.is_finished = True
+                self._write(member, together)
+            self._call(member, "release", member.id)
+        except CellFailedError:
+            self._failed(member)
+        except WorkerLostError as lost:
+            self._failed(member, str(lost).replace("finish", "observe"))
+        else:
+            if member.is_recorded:
+                self.on_end(member.cell)
+
+    def _write(self, member: Member, together: Sequence[Member], failure: tuple[str, str] | None = None) -> None:
+        peers = [other.id for other in together if other is not member]
+        self._call(member, "finish", member.id, member.blocks, peers, self._ratio(member), member.peak_bytes, failure)
+
+    def _ratio(self, member: Member) -> Ratio | None:
+        """The ratio to the anchor, if that was timed in the same rounds."""
+        anchor = next((other for other in self.timed if self.anchor and other.id == self.anchor.id), None)
+        if anchor is None or anchor.id == member.id:
+            return None
+        base = {block[:2]: float(np.median(block[3])) for block in anchor.blocks}
+        ratios = [
+            (block[0], float(np.median(block[3])) / base[block[:2]]) for block in member.blocks if block[:2] in base
+        ]
+        return statistics.ratio(ratios, anchor.id)
+
+    def interrupted(self) -> None:
+        """After Ctrl-C: let the block end that is being timed, and write what is there."""
+        present = [member for member in self.timed if member.built_in == self.engine.life]
+        partial = [member for member in present if member.is_recorded and member.blocks and not member.is_finished]
+        if not partial:
+            return
+        try:
+            self.engine.settle(min(_GRACE_S, self.timeout_s))
+            for member in partial:
+                self._write(member, self.timed, ("failed", "interrupted"))
+        except (CellFailedError, WorkerLostError):
+            pass  # then nothing is there, and the cell will run again
+
+
+def write(cell: Cell, status: Any, reason: str) -> None:
+    """Write the record of a cell that a worker cannot write: excluded, or lost."""
+    cell.directory.mkdir(parents=True, exist_ok=True)
+    store.set_aside_unreadable(cell.directory)
+    for left in ("samples.npz", "routing.npz"):
+        (cell.directory / left).unlink(missing_ok=True)
+    store.write_record(cell.directory, cell.record(status, reason))

@@ -1,0 +1,58 @@
+"""The worker process: `python -m moe_lab.sweep.worker FD PARENT` serves the steps of a `Bench` over a socket."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with(parent: int) -> None:
+    """Linux ends this process when its parent dies; elsewhere it ends at the step after."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        sys.exit(0)
+
+
+def serve(connection: Connection) -> None:
+    """Execute steps until the other side is gone."""
+    trusted = connection.recv()
+    from moe_lab.sweep.bench import Bench  # imports torch: seconds, in which the parent composes
+
+    bench = Bench(trusted)
+    gc.freeze()  # what torch imported never goes; looking through it for garbage would take 0.2 s each time
+    connection.send(("ok", None))
+    while True:
+        try:
+            step, arguments, bench.timeout_s = connection.recv()
+        except EOFError:
+            return
+        connection.send(_perform(bench, step, arguments))
+
+
+def _perform(bench: Any, step: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+    from moe_lab.sweep.engine import CellFailedError
+
+    try:
+        return "ok", getattr(bench, step)(*arguments)
+    except CellFailedError as failed:
+        return "failed", failed
+    except Exception as error:
+        # Not the cell's: a full disk, a mistake of ours. Others than builtin exceptions may not survive the journey.
+        return "failed", error if isinstance(error, OSError) else RuntimeError(
+            f"{step}: {type(error).__name__}: {error}"
+        )
+
+
+if __name__ == "__main__":
+    _die_with(int(sys.argv[2]))
+    faulthandler.enable()
+    serve(Connection(int(sys.argv[1])))

@@ -1,0 +1,203 @@
+"""sweep/engine.py: a real worker process, what comes back from it and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moe_lab
+from moe_lab.records import identity
+from moe_lab.records.store import read_record
+from moe_lab.sweep.engine import CellFailedError, InProcess, Worker, WorkerLostError
+from moe_lab.sweep.plan import plain
+from tests import quick
+
+_MODULE = '''
+import os, time
+from moe_lab.routers.softmax_topk import SoftmaxTopK
+
+class Talker(SoftmaxTopK):
+    """Prints who it is, and waits in `select`."""
+
+    def __init__(self, n_experts, top_k, pause_s):
+        super().__init__(n_experts, top_k)
+        self.pause_s = pause_s
+        print(f"talker in {os.getpid()}")
+
+    def select(self, logits_TE, ctx=None):
+        time.sleep(self.pause_s)
+        return super().select(logits_TE, ctx)
+'''
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for --config-dir with router=talker."""
+    folder = tmp_path_factory.mktemp("talker")
+    (folder / "router").mkdir()
+    (folder / "router" / "talker.yaml").write_text("_target_: talking_router.Talker\nname: talker\npause_s: 0.0\n")
+    (folder / "talking_router.py").write_text(_MODULE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worker(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """One worker for the tests of this file; whoever ends its process leaves the next call to start another."""
+    moe_lab.compose([], config_dir=talker)  # trusts the folder, which the worker is told
+    buffering = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    worker = Worker(tmp_path_factory.mktemp("log") / "worker.log", buffering)
+    yield worker
+    worker.close()
+
+
+def config(talker: Path, pause_s: float = 0.0) -> dict[str, Any]:
+    overrides = quick.overrides("moe_layer", "router=talker", f"router.pause_s={pause_s}")
+    return plain(moe_lab.compose(overrides, config_dir=talker))
+
+
+def pid(worker: Worker) -> int:
+    assert worker._process is not None
+    return worker._process.pid
+
+
+def is_alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_steps_run_in_another_process_whose_output_is_its_log(worker: Worker, talker: Path, tmp_path: Path) -> None:
+    """What a step returns comes back; what is printed there stands in the log at once, not here."""
+    content = config(talker)
+    assert worker.call("build", content, str(tmp_path)) is None
+    seen = worker.call("verify", identity.cell_id(content))
+    run = moe_lab.build_model(quick.compose("moe_layer"))
+    assert seen["parameter_bytes"] == sum(p.numel() * p.element_size() for p in run.parameters())
+    assert worker.log is not None
+    assert f"talker in {pid(worker)}\n" in worker.log.read_text()
+    assert f"talker in {os.getpid()}\n" not in worker.log.read_text()
+    ms, stamp_s = worker.call("time_block", identity.cell_id(content), 3)
+    assert len(ms) == len(stamp_s) == 3 and (ms > 0).all()
+
+
+def test_a_mistake_of_ours_is_a_runtime_error_that_names_the_step(worker: Worker) -> None:
+    """The process goes on serving."""
+    for step, arguments, cause in (("verify", ["unknown"], "KeyError"), ("no_such_step", [], "AttributeError")):
+        with pytest.raises(RuntimeError, match=f"^{step}: {cause}: "):
+            worker.call(step, *arguments)
+    life = worker.life
+    assert worker.call("look", []) == []
+    assert worker.life == life
+
+
+def test_an_os_error_stays_one(worker: Worker, talker: Path, tmp_path: Path) -> None:
+    """With its class, its number and its file: a full disk is no failure of a cell."""
+    (tmp_path / "file").write_text("")
+    life = worker.life
+    with pytest.raises(NotADirectoryError) as raised:
+        worker.call("build", config(talker), str(tmp_path / "file" / "cell"))
+    assert raised.value.filename == str(tmp_path / "file" / "cell")
+    assert worker.call("look", []) == []
+    assert worker.life == life
+
+
+def test_a_cell_that_fails_is_told_from_a_mistake_and_has_a_record(worker: Worker, tmp_path: Path) -> None:
+    """dtype=fp16 on a CPU: status and reason come back, and the process goes on."""
+    content = plain(quick.compose("moe_layer", "dtype=fp16"))
+    with pytest.raises(CellFailedError) as raised:
+        worker.call("build", content, str(tmp_path))
+    record = read_record(tmp_path)
+    assert (raised.value.status, raised.value.reason) == (record.status, record.reason)
+    assert record.status == "skipped" and str(record.reason).startswith("unavailable: dtype=fp16")
+    assert not raised.value.lost_device
+    assert worker.call("look", []) == []
+
+
+def test_after_an_interrupted_call_settle_reads_its_reply(worker: Worker, talker: Path, tmp_path: Path) -> None:
+    """The step ends, and the next call gets its own answer, not that of the step before."""
+    content = config(talker, pause_s=0.2)
+    worker.call("build", content, str(tmp_path))
+    before = pid(worker)
+    interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        worker.call("verify", identity.cell_id(content))
+    interrupt.join()
+    worker.settle(60)
+    assert worker.call("look", []) == []
+    assert worker.call("verify", identity.cell_id(content))["parameter_bytes"] > 0
+    assert pid(worker) == before
+    worker.settle(0)  # nothing is pending: nothing to wait for
+
+
+def test_renew_is_another_process_in_which_nothing_is_built(worker: Worker, talker: Path, tmp_path: Path) -> None:
+    """A higher life says so to whoever holds a run."""
+    content = config(talker)
+    worker.call("build", content, str(tmp_path))
+    life, before = worker.life, pid(worker)
+    worker.renew()
+    assert worker.life > life
+    assert pid(worker) != before and not is_alive(before)
+    with pytest.raises(RuntimeError, match=r"^verify: KeyError"):
+        worker.call("verify", identity.cell_id(content))
+
+
+@pytest.mark.parametrize("how", [pytest.param(how, id=how) for how in ("call", "settle")])
+def test_a_step_out_of_time_is_named_and_its_process_ended(
+    worker: Worker, talker: Path, tmp_path: Path, how: str
+) -> None:
+    """Also one that does not end after Ctrl-C. The next call starts another process."""
+    content = config(talker, pause_s=3600)
+    worker.call("build", content, str(tmp_path))
+    life, before = worker.life, pid(worker)
+    if how == "call":
+        with pytest.raises(WorkerLostError, match=r"^timeout: verify$"):
+            worker.call("verify", identity.cell_id(content), timeout_s=0.3)
+    else:
+        interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            worker.call("verify", identity.cell_id(content))
+        interrupt.join()
+        with pytest.raises(WorkerLostError, match=r"^timeout: verify$"):
+            worker.settle(0.3)
+    assert not is_alive(before)
+    assert worker.life > life
+
+
+def test_the_start_is_not_the_steps_time_and_close_ends_the_process(tmp_path: Path) -> None:
+    """A start that takes longer than the step may; then a process that is gone, and no second life by closing twice."""
+    (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(1.5)\n")
+    worker = Worker(environment={**os.environ, "PYTHONPATH": str(tmp_path)})
+    try:
+        assert worker.call("look", [], timeout_s=1.5) == []
+        number = pid(worker)
+        assert is_alive(number)
+    finally:
+        worker.close()
+    assert not is_alive(number)
+    assert worker.life == 1
+    worker.close()
+    assert worker.life == 1
+
+
+def test_this_process_as_an_engine(tmp_path: Path) -> None:
+    """The same steps; renew and close let go of what was built."""
+    engine, content = InProcess(), plain(quick.compose("moe_layer"))
+    engine.call("build", content, str(tmp_path))
+    assert engine.call("verify", identity.cell_id(content))["parameter_bytes"] > 0
+    engine.settle(0)
+    for life, forget in ((1, engine.renew), (1, engine.close)):
+        engine.call("build", content, str(tmp_path))
+        forget()
+        assert engine.life == life
+        with pytest.raises(KeyError):
+            engine.call("verify", identity.cell_id(content))

@@ -1,0 +1,223 @@
+"""Plans: which cells there are, what is done about each, and in which groups."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moe_lab
+from moe_lab import configure
+from moe_lab.records import identity, variants
+from moe_lab.records.schema import Record
+from moe_lab.records.store import write_record
+from moe_lab.sweep import multirun, plan
+from moe_lab.sweep.engine import InProcess
+from moe_lab.sweep.plan import Cell, Plan
+from tests import quick
+
+
+def make(directory: Path, *more: str, model: str = "moe_layer") -> Plan:
+    """The plan of a multirun of `model` into `directory`."""
+    overrides = [*quick.overrides(model, *more), f"hydra.sweep.dir={directory}"]
+    with configure.composing_multirun(overrides, None) as (loader, config):
+        jobs = multirun.JobComposer(loader, config).jobs(multirun.expand(loader, config))
+        return plan.make(jobs, directory, InProcess(), ["moe-lab", "-m", *overrides])
+
+
+def leave(cell: Cell, **fields: Any) -> None:
+    """A record of the cell in its folder, with other fields where given."""
+    cell.directory.mkdir(parents=True, exist_ok=True)
+    known = {"cell_id": cell.cell_id, "code_id": cell.code_id, "env_id": cell.env_id, "config": cell.config}
+    write_record(cell.directory, Record(**{"status": "ok", **known, **fields}))
+
+
+def test_the_cells_are_those_of_hydras_sweeper(tmp_path: Path) -> None:
+    """Every combination in its order, with the cell_id and the folder that a single run would have."""
+    made = make(tmp_path / "s", "router=torch,sinkhorn", "batch=1,2")
+    combinations = [("torch", 1), ("torch", 2), ("sinkhorn", 1), ("sinkhorn", 2)]
+    assert [(c.content["router"]["name"], c.content["batch"]) for c in made.cells] == combinations
+    for cell, (router, batch) in zip(made.cells, combinations, strict=True):
+        cfg = quick.compose("moe_layer", f"router={router}", f"batch={batch}")
+        assert cell.cell_id == identity.cell_id(cfg)
+        assert cell.directory == tmp_path / "s" / f"{identity.slug(cfg)}-{cell.cell_id}"
+        assert cell.config["overrides"][-2:] == [f"router={router}", f"batch={batch}"]
+    assert [cell.variant for cell in made.cells] == ["torch", "torch", "sinkhorn", "sinkhorn"]
+    assert not (tmp_path / "s").exists()
+
+
+def test_an_experiment_is_a_sweep_whose_axes_the_command_line_overrides(tmp_path: Path) -> None:
+    """experiment=router_comparison, and the same with other routers."""
+    with configure.composing_multirun(["experiment=router_comparison"], None) as (loader, config):
+        assert len(multirun.expand(loader, config)) == 8
+    overrides = ["experiment=router_comparison", "router=sinkhorn", "batch=7"]
+    with configure.composing_multirun(overrides, None) as (loader, config):
+        jobs = multirun.expand(loader, config)
+    assert {override for job in jobs for override in job if override.startswith(("router", "batch"))} == {
+        "router=sinkhorn",
+        "batch=7",
+    }
+    assert len(jobs) == 2
+
+
+def test_cells_that_the_model_makes_equal_are_one(tmp_path: Path) -> None:
+    """minimal reads neither router nor seq_len; every job still finds its cell."""
+    made = make(tmp_path, "router=torch,sinkhorn", "seq_len=1,2", "batch=1,2", model="minimal")
+    assert len(made.cells) == 2
+    assert made.n_equal == 6
+    assert len(made.jobs) == 8
+    assert set(made.jobs) == {cell.cell_id for cell in made.cells}
+
+
+def test_what_cannot_be_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    """top_k > n_experts, a router that is not there, an exclusion; the rest is to do."""
+    exclude = "sweep.exclude=[{router: sinkhorn, model: {shape: {top_k: 2}}}]"
+    made = make(tmp_path, "router=torch,sinkhorn,cuda_ext", "model.shape.top_k=2,9", exclude)
+    statuses = {(c.variant, c.content["model"]["shape"]["top_k"]): (c.status, c.reason) for c in made.cells}
+    assert statuses[("torch", 2)] == ("to do", None)
+    assert statuses[("sinkhorn", 2)] == ("excluded", "excluded")
+    assert statuses[("cuda_ext", 2)][0] == "skipped"
+    assert str(statuses[("cuda_ext", 2)][1]).startswith("unavailable: router=cuda_ext")
+    for router in ("torch", "sinkhorn", "cuda_ext"):
+        assert statuses[(router, 9)][0] == "skipped"
+        assert str(statuses[(router, 9)][1]).startswith("impossible: model.shape.top_k=9")
+
+
+def test_a_mistake_in_every_cell_is_a_mistake(tmp_path: Path) -> None:
+    """Not a table of skips."""
+    with pytest.raises(ValueError, match=r"model\.shape\.top_k=9"):
+        make(tmp_path, "router=torch,sinkhorn", "model.shape.top_k=9")
+
+
+def test_a_label_cannot_be_overridden_in_a_sweep_either(tmp_path: Path) -> None:
+    """router.name says what an option is."""
+    with pytest.raises(ValueError, match=r"router\.name"):
+        make(tmp_path, "router.name=mine,yours")
+
+
+@pytest.mark.parametrize(
+    ("fields", "more", "expected"),
+    [
+        pytest.param({}, [], "done", id="ok"),
+        pytest.param({"code_id": "f" * 12}, [], "stale", id="code"),
+        pytest.param({"env_id": "f" * 12}, [], "stale", id="machine"),
+        pytest.param({"cell_id": "f" * 12}, [], "stale", id="configuration"),
+        pytest.param({"code_id": "f" * 12}, ["sweep.stale=keep"], "done", id="keep"),
+        pytest.param({"status": "failed", "reason": "out_of_memory"}, [], "done", id="failed"),
+        pytest.param({"status": "failed", "reason": "crash: SIGSEGV", "env_id": None}, [], "done", id="no-machine"),
+        pytest.param({"status": "failed", "reason": "out_of_memory"}, ["sweep.retry_failed=true"], "to do", id="retry"),
+        pytest.param({"status": "failed", "reason": "interrupted"}, [], "to do", id="interrupted"),
+        pytest.param({"status": "skipped", "reason": "unavailable: x"}, [], "to do", id="now-available"),
+    ],
+)
+def test_what_lies_in_the_folder_decides(
+    fields: dict[str, Any], more: list[str], expected: str, tmp_path: Path
+) -> None:
+    """A record counts when configuration, code and machine are the same."""
+    (cell,) = make(tmp_path).cells
+    leave(cell, **fields)
+    (judged,) = make(tmp_path, *more).cells
+    assert judged.status == expected
+    assert judged.is_ok == (expected == "done" and fields.get("status", "ok") == "ok")
+
+
+def test_refusing_stale_results_names_them(tmp_path: Path) -> None:
+    """sweep.stale=refuse is a mistake of one line that says what to do."""
+    (cell,) = make(tmp_path).cells
+    leave(cell, code_id="f" * 12)
+    with pytest.raises(ValueError, match=r"1 of 1 results .* of another code.*sweep\.stale=rerun"):
+        make(tmp_path, "sweep.stale=refuse")
+
+
+def test_an_unreadable_record_is_to_do(tmp_path: Path) -> None:
+    """It is set aside when the cell runs."""
+    (cell,) = make(tmp_path).cells
+    cell.directory.mkdir(parents=True)
+    (cell.directory / "result.json").write_text("{")
+    (judged,) = make(tmp_path).cells
+    assert (judged.status, judged.reason) == ("to do", "its record cannot be read")
+
+
+def test_groups_are_what_differs_only_under_compare_and_equal_models_follow_each_other(tmp_path: Path) -> None:
+    """router x batch x n_experts: a group for each batch and model, models not mixed."""
+    made = make(tmp_path, "batch=1,2", "model.shape.n_experts=5,7", "router=torch,sinkhorn")
+    groups = plan.groups(made)
+    assert [len(group) for group in groups] == [2, 2, 2, 2]
+    assert [group[0].content["model"]["shape"]["n_experts"] for group in groups] == [5, 5, 7, 7]
+    for group in groups:
+        assert len({cell.setting_id for cell in group}) == 1
+        assert [cell.variant for cell in group] == ["torch", "sinkhorn"]
+    alone = plan.groups(make(tmp_path, "batch=1,2", "router=torch,sinkhorn", "sweep.interleave=false"))
+    assert [len(group) for group in alone] == [1, 1, 1, 1]
+    by_batch = plan.groups(make(tmp_path, "batch=1,2", "router=torch,sinkhorn", "sweep.compare=[experts]"))
+    assert [len(group) for group in by_batch] == [1, 1, 1, 1]
+
+
+def test_the_anchor_is_the_first_variant_or_the_one_described(tmp_path: Path) -> None:
+    """A skipped one is none; neither is one that is done and failed."""
+    made = make(tmp_path, "router=cuda_ext,torch,sinkhorn")
+    (setting,) = {cell.setting_id for cell in made.cells}
+    assert made.anchor_of(setting) is made.cells[1]
+    described = make(tmp_path, "router=torch,sinkhorn", "sweep.anchor={router: sinkhorn}")
+    assert described.anchor_of(setting) is described.cells[1]
+    leave(made.cells[1], status="failed", reason="out_of_memory")
+    again = make(tmp_path, "router=torch,sinkhorn")
+    assert again.anchor_of(setting) is again.cells[1]
+
+
+def test_plan_json_states_every_cell(tmp_path: Path) -> None:
+    """Before anything runs; the statuses can be read back."""
+    made = make(tmp_path, "router=torch,cuda_ext", "batch=1,2")
+    made.write()
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["commands"][0][:2] == ["moe-lab", "-m"]
+    assert [cell["status"] for cell in content["cells"]] == ["to do", "to do", "skipped", "skipped"]
+    assert plan.read_statuses(tmp_path) == {cell.cell_id: cell.status for cell in made.cells}
+    assert plan.read_statuses(tmp_path / "nowhere") == {}
+
+
+def test_the_expected_time_is_that_of_earlier_records(tmp_path: Path) -> None:
+    """Without any it is the bound of `measure`, and said to be."""
+    made = make(tmp_path, "batch=1,2")
+    seconds, is_known = plan.expected_seconds(made)
+    assert not is_known
+    assert seconds == pytest.approx(2 * 0.02)
+    leave(made.cells[0], elapsed_s=7.0)
+    assert plan.expected_seconds(make(tmp_path, "batch=1,2")) == (7.0, True)
+
+
+MISTAKES = [
+    pytest.param("sweep.stale=sometimes", "sweep.stale=sometimes", id="stale"),
+    pytest.param("sweep.compare=[routers]", "Did you mean router", id="compare"),
+    pytest.param("sweep.exclude=[router]", "sweep.exclude=router", id="exclude"),
+    pytest.param("sweep.exclude=[{rooter: torch}]", "Did you mean router", id="exclude-key"),
+    pytest.param("sweep.anchor=torch", "sweep.anchor=torch", id="anchor"),
+    pytest.param("sweep.timeout_s=0", "sweep.timeout_s=0", id="timeout"),
+    pytest.param("measure.replicates=0", "measure.replicates=0", id="replicates"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MISTAKES)
+def test_a_mistake_in_the_sweep_keys_names_the_key(override: str, message: str) -> None:
+    """One line with the value and the mend."""
+    with pytest.raises(ValueError) as raised:
+        moe_lab.compose([override])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture(autouse=True)
+def _no_multirun_is_left() -> Iterator[None]:
+    yield
+    assert multirun.current is None
+
+
+def test_variants_of_a_plan_are_those_of_its_records(tmp_path: Path) -> None:
+    """Tables made from records alone name them alike."""
+    made = make(tmp_path, "router=sinkhorn", "router.iters=5,10", "experts=loop,grouped")
+    contents = [identity.content(cell.config) for cell in made.cells]
+    assert [cell.variant for cell in made.cells] == variants.labels(contents)
+    assert len({cell.variant for cell in made.cells}) == 4

@@ -1,0 +1,217 @@
+"""sweep/timing.py: one group, in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_lab import configure
+from moe_lab.records.schema import Record
+from moe_lab.records.store import read_record
+from moe_lab.sweep import multirun, timing
+from moe_lab.sweep import plan as planning
+from moe_lab.sweep.engine import InProcess
+from moe_lab.sweep.plan import Cell
+from moe_lab.sweep.timing import Group, Member
+from tests import quick
+from tests.sweep import faulty
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap() -> Iterator[None]:
+    """The engine collects garbage after every run; what pytest and the imports hold need not be gone through then."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return faulty.plugin(tmp_path_factory.mktemp("timing"))
+
+
+def cells(directory: Path, *more: str, plugin: Path | None = None) -> list[Cell]:
+    """The cells of a sweep of `moe_layer` that differ only in what is compared."""
+    overrides = [*quick.overrides("moe_layer", *more), f"hydra.sweep.dir={directory}"]
+    with configure.composing_multirun(overrides, plugin and str(plugin)) as (loader, config):
+        jobs = multirun.JobComposer(loader, config).jobs(multirun.expand(loader, config))
+        made = planning.make(jobs, directory, InProcess(), ["moe-lab"])
+    assert len({cell.setting_id for cell in made.cells}) == 1
+    return made.cells
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
+    """Four variants."""
+    return cells(tmp_path_factory.mktemp("planned"), "router=torch,sinkhorn", "experts=grouped,loop")
+
+
+@pytest.fixture
+def four(planned: list[Cell], tmp_path: Path) -> list[Cell]:
+    """The four with folders of this test's own."""
+    return [dataclasses.replace(cell, directory=tmp_path / cell.directory.name) for cell in planned]
+
+
+def time(group: Sequence[Cell], anchor: Cell | None) -> tuple[list[Record], list[tuple[str, str]]]:
+    """The records of a group after it was timed, and its steps; the cells that ended are those of the group."""
+    steps, ended = [], []
+    Group(
+        group,
+        anchor,
+        InProcess(),
+        timeout_s=60,
+        on_step=lambda cell, step: steps.append((cell.cell_id, step)),
+        on_end=lambda cell: ended.append(cell.cell_id),
+    ).run()
+    assert sorted(ended) == sorted(cell.cell_id for cell in group)
+    return [read_record(cell.directory) for cell in group], steps
+
+
+def rounds(record: Record) -> dict[int, int]:
+    """At which place in each round a cell's block was timed."""
+    with np.load(Path(str(record.directory)) / "samples.npz") as samples:
+        pairs = set(zip(samples["round"].tolist(), samples["order"].tolist(), strict=True))
+    assert len(dict(pairs)) == len(pairs), "two blocks of one cell in a round"
+    return dict(pairs)
+
+
+def test_a_group_is_timed_in_rounds_that_cover_every_member(four: list[Cell]) -> None:
+    """Four variants: every round has a block of each, in orders that change; each names the three others."""
+    records, steps = time(four, four[0])
+    ids = [cell.cell_id for cell in four]
+    places = [rounds(record) for record in records]
+    assert len(places[0]) >= 10
+    for number in places[0]:
+        assert sorted(place[number] for place in places) == [0, 1, 2, 3]
+    assert all(place.keys() == places[0].keys() for place in places)
+    assert len({tuple(place[number] for place in places) for number in places[0]}) > 1
+    for record in records:
+        assert record.status == "ok"
+        assert set(record.interleaved_with) == set(ids) - {record.cell_id}
+        assert (record.ratio_to_anchor and record.ratio_to_anchor.anchor) == (None if record is records[0] else ids[0])
+    alone = [steps.index((cell_id, "verify")) for cell_id in ids]
+    assert max(alone) < min(steps.index((cell_id, "time")) for cell_id in ids)
+
+
+def test_a_cell_alone_has_neither_peers_nor_a_ratio(four: list[Cell]) -> None:
+    """And needs no ten rounds."""
+    (record,), _ = time(four[:1], four[0])
+    assert (record.status, record.interleaved_with, record.ratio_to_anchor) == ("ok", [], None)
+
+
+def test_a_slow_router_has_a_large_ratio(plugin: Path, tmp_path: Path) -> None:
+    """It waits for 20 ms in a layer that takes far less; against it, the other has a small one."""
+    group = cells(tmp_path, "router=torch,slow", "measure.max_time_s=0.3", plugin=plugin)
+    (quick_, slow), _ = time(group, group[0])
+    assert quick_.ratio_to_anchor is None
+    assert slow.ratio_to_anchor is not None
+    assert slow.ratio_to_anchor.p50 > 2
+    assert slow.ratio_to_anchor.rounds >= 10
+    (quick_, slow), _ = time(group, group[1])
+    assert slow.ratio_to_anchor is None
+    assert quick_.ratio_to_anchor is not None
+    assert quick_.ratio_to_anchor.p50 < 0.5
+
+
+def test_an_anchor_that_is_done_runs_along_and_keeps_its_files(four: list[Cell]) -> None:
+    """What is added later has a ratio to it, and nothing of it is left elsewhere."""
+    anchor, added = four[:2]
+    time([anchor], anchor)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in anchor.directory.iterdir()}
+    assert {"result.json", "samples.npz"} <= {path.name for path in before}
+    (record,), steps = time([added], anchor)
+    assert (anchor.cell_id, "time") in steps
+    assert record.interleaved_with == [anchor.cell_id]
+    assert record.ratio_to_anchor is not None and record.ratio_to_anchor.anchor == anchor.cell_id
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in anchor.directory.iterdir()} == before
+    assert sorted(path.name for path in anchor.directory.parent.iterdir()) == sorted(
+        c.directory.name for c in (anchor, added)
+    )
+
+
+@pytest.mark.parametrize("first", [pytest.param(0, id="anchor-first"), pytest.param(2, id="anchor-third")])
+def test_what_does_not_fit_together_is_timed_in_subgroups_with_the_anchor(first: int, four: list[Cell]) -> None:
+    """Memory for two of four: three pairs, each with the anchor, which is recorded once."""
+    anchor = four[first]
+    engine = InProcess()
+    engine.call("build", anchor.config, str(anchor.directory))
+    peak_bytes = engine.call("verify", anchor.cell_id)["peak_bytes"]
+    if peak_bytes is None:
+        pytest.skip("this kernel does not reset the resident high-water mark")
+    for cell in four:
+        cell.available_bytes = 3 * peak_bytes  # of which four fifths are taken: 2.4 of these processes
+    records, _ = time(four, anchor)
+    for record in records:
+        if record.cell_id == anchor.cell_id:
+            assert len(record.interleaved_with) == 1 and record.ratio_to_anchor is None
+        else:
+            assert record.interleaved_with == [anchor.cell_id]
+            assert record.ratio_to_anchor is not None and record.ratio_to_anchor.rounds >= 10
+
+
+def test_what_fits_only_alone_is_timed_alone(four: list[Cell]) -> None:
+    """Then there is no ratio, and no peer is named."""
+    for cell in four[:2]:
+        cell.available_bytes = 0
+    records, _ = time(four[:2], four[0])
+    assert [(r.status, r.interleaved_with, r.ratio_to_anchor) for r in records] == [("ok", [], None)] * 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), anchor=st.integers(0, 3), is_done=st.booleans())
+def test_subgroups_fit_hold_everyone_once_and_have_the_anchor_if_they_can(
+    data: st.DataObject, planned: list[Cell], anchor: int, is_done: bool
+) -> None:
+    """Whatever the peaks, wherever the anchor stands, and whether it is recorded or only runs along."""
+    peaks = data.draw(st.lists(st.integers(10, 100), min_size=4, max_size=4))
+    available = data.draw(st.integers(1, 500))
+    group = Group(
+        [cell for cell in planned if not (is_done and cell is planned[anchor])],
+        planned[anchor],
+        InProcess(),
+        timeout_s=1,
+        on_step=lambda cell, step: None,
+        on_end=lambda cell: None,
+    )
+    group._scratch.rmdir()
+    peak_of = {cell.cell_id: peak for cell, peak in zip(planned, peaks, strict=True)}
+    for cell in planned:
+        cell.available_bytes = available
+    for member in group.members:
+        member.peak_bytes, member.parameter_bytes = peak_of[member.id], 10
+
+    def fits(members: Sequence[Member]) -> bool:
+        return 10 + sum(peak_of[member.id] - 10 for member in members) <= 0.8 * available
+
+    subgroups = group._fitting(group.members)
+    recorded = [member.id for subgroup in subgroups for member in subgroup if member.is_recorded]
+    assert sorted(recorded) == sorted(member.id for member in group.members if member.is_recorded)
+    for subgroup in subgroups:
+        ids = [member.id for member in subgroup]
+        assert len(set(ids)) == len(ids)
+        assert len(ids) == 1 or fits(subgroup)
+        assert any(member.is_recorded for member in subgroup)
+        if planned[anchor].cell_id not in ids:
+            assert group.anchor is not None
+            assert not fits([group.anchor, subgroup[0]])
+
+
+def test_a_record_from_outside_replaces_what_was_left(four: list[Cell]) -> None:
+    """Of a cell whose worker was lost: no samples of an earlier run beside it, and a broken record is kept."""
+    cell = four[0]
+    time([cell], cell)
+    assert (cell.directory / "samples.npz").exists() and (cell.directory / "routing.npz").exists()
+    (cell.directory / "result.json").write_text("{")
+    timing.write(cell, "failed", "crash: SIGSEGV")
+    record = read_record(cell.directory)
+    assert (record.status, record.reason, record.cell_id) == ("failed", "crash: SIGSEGV", cell.cell_id)
+    assert (cell.directory / "result.unreadable.json").read_text() == "{"
+    assert not list(cell.directory.glob("*.npz"))
