@@ -44,7 +44,7 @@ class Slower(SoftmaxTopK):
         return routing
 '''
 _AXES = ["model=moe_layer", "batch=1,16", "seq_len=4", "device=cpu"]
-_MEASURE = ["measure.replicates=3", "measure.max_time_s=0.5", "measure.warmup_s=0.1"]
+_MEASURE = ["measure.replicates=3", "measure.max_time_s=0.4", "measure.warmup_s=0.1"]
 _LESS = ["measure.phases=false", "measure.roofline=false", "measure.routing=false"]
 
 

@@ -94,7 +94,7 @@ def _show() -> None:
 
         _records.extend(sweep.records())
         print_sweep(_records, sweep.plan.sweep["compare"])
-        outputs.write(sweep.directory)
+        outputs.write(sweep.directory, with_report=sweep.plan.sweep["report"])
 
 
 def _end_multirun() -> None:

@@ -182,6 +182,7 @@ class Sweep:
     stale: str = "rerun"
     retry_failed: bool = False
     fail_fast: bool = False
+    report: bool = True
 
 
 @dataclass

@@ -101,12 +101,20 @@ class Judgement(NamedTuple):
     why: str
 
 
-def judge(a_medians: Sequence[float], b_medians: Sequence[float], threshold: float, floor: float | None) -> Judgement:
+def judge(
+    a_medians: Sequence[float],
+    b_medians: Sequence[float],
+    threshold: float,
+    floor: float | None,
+    probes: tuple[Sequence[float], Sequence[float]] = ((), ()),
+) -> Judgement:
     """Is B slower or faster than A by `threshold` (a ratio minus 1), the same within it, or can that not be told?
 
     `slower` and `faster` need an interval that excludes 1 and a ratio beyond the threshold and, where it is known, the
-    machine's noise floor (how far two runs of the same lie apart, a ratio minus 1). `same` needs the whole interval
-    within the threshold. With one replicate on a side there is no interval: the floor alone decides.
+    machine's noise floor (how far two runs of the same lie apart, a ratio minus 1). Where both sides have a probe for
+    each replicate (`probes`: a fixed piece of work timed beside it), the same must hold of the latencies in units of
+    the probe: else the machine may have changed, and not the code. `same` needs the whole interval within the
+    threshold. With one replicate on a side there is no interval: the floor alone decides.
     """
     limit = max(threshold, floor or 0.0)
     if min(len(a_medians), len(b_medians)) >= 2:
@@ -115,6 +123,12 @@ def judge(a_medians: Sequence[float], b_medians: Sequence[float], threshold: flo
         excludes_1 = low > 1 or high < 1
         if excludes_1 and difference >= limit:
             verdict, why = _direction(ratio), f"the interval excludes 1 and the ratio is beyond {percent(limit)}"
+            if len(probes[0]) == len(a_medians) and len(probes[1]) == len(b_medians):
+                in_probes = ratio_interval(np.divide(a_medians, probes[0]), np.divide(b_medians, probes[1]))
+                if _direction(in_probes[0]) != verdict or in_probes[1] <= 1 <= in_probes[2]:
+                    machine = _exp(float(np.mean(np.log(probes[1])) - np.mean(np.log(probes[0]))))
+                    verdict = "inconclusive"
+                    why = f"the machine may have changed: its probe took {machine:.3g} times as long in B, give or take"
         elif 1 / (1 + threshold) <= low and high <= 1 + threshold:
             verdict, why = "same", f"the interval lies within {percent(threshold)}"
         elif excludes_1 and difference >= threshold:

@@ -66,6 +66,7 @@ class Run:
         self.blocks: list[TimedBlock] = []
         self.peers: list[str] = []  # cell_ids of the runs whose blocks were interleaved with these
         self.ratio: Ratio | None = None
+        self.probe_ms: list[float] = []  # how fast the machine was, by replicate
         self.verification: Verification | None = None
         self.peak_bytes: int | None = None
         self.observed: dict[str, Any] = {}
@@ -280,6 +281,8 @@ class Run:
         env = environment.capture(self.device) if self.device is not None else {}
         samples, check = self.samples_ms(), self.verification.check if self.verification else None
         latency = statistics.summarize(samples, cfg.measure.target_ci, self._replicates()) if len(samples) else None
+        if latency is not None:
+            latency.replicate_probe_ms = self.probe_ms
         built = hasattr(self, "model")
         return Record(
             status=status,  # type: ignore[arg-type]

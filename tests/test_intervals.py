@@ -209,3 +209,15 @@ def test_no_pandas_is_loaded() -> None:
     """A run may import it."""
     code = "import sys, moe_lab.intervals; print({'pandas', 'torch', 'scipy'} & set(sys.modules))"
     assert tiny.python(code).strip() == "set()"
+
+
+def test_a_change_of_the_machine_is_none_of_the_code() -> None:
+    """All 20 % slower, the probe too: inconclusive, and the reason names the probe. The probe the same: slower."""
+    a, b = [1.0, 1.01, 0.99], [1.2, 1.21, 1.19]
+    steady, slower = [2.0, 2.01, 1.99], [2.4, 2.41, 2.39]
+    assert judge(a, b, 0.03, None, (steady, steady)).verdict == "slower"
+    assert judge(b, a, 0.03, None, (steady, steady)).verdict == "faster"
+    changed = judge(a, b, 0.03, None, (steady, slower))
+    assert changed.verdict == "inconclusive"
+    assert "its probe took 1.2 times as long in B" in changed.why
+    assert judge(a, b, 0.03, None, (steady, [])).verdict == "slower"  # an older record has no probe

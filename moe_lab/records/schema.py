@@ -28,6 +28,8 @@ class Latency:
     cache: Literal["natural", "cold", "hot"] = "natural"
     replicate_p50: list[float] = field(default_factory=list)
     """The median of each fresh process (`measure.replicates`), in order."""
+    replicate_probe_ms: list[float] = field(default_factory=list)
+    """In a sweep: the median of a fixed piece of work in the same rounds, which says how fast the machine was."""
 
 
 @dataclass(kw_only=True)

@@ -57,6 +57,7 @@ RUNS: Columns = {
     "latency_ms.stable": BOOL,
     "latency_ms.cache": TEXT,
     "latency_ms.replicate_p50": FLOATS,
+    "latency_ms.replicate_probe_ms": FLOATS,
     "ratio_to_anchor.anchor": TEXT,
     **_under("ratio_to_anchor", dict.fromkeys(("p50", "ci95_low", "ci95_high"), FLOAT)),
     "ratio_to_anchor.rounds": INT,

@@ -39,6 +39,8 @@ class _Run:
     names: dict[str, Any]
     medians: list[float]
     """Milliseconds, of each fresh process; empty if nothing was timed."""
+    probes: list[float]
+    """Milliseconds of the probe in each of them; empty if there was none."""
     told: dict[str, dict[str, str]]
     """What both sides should agree in: the fields of `machine`, `implementation` and `timing`."""
 
@@ -48,8 +50,9 @@ def _parse(record: Record) -> _Run:
     nodes = {name: content.get(name) for name in NAMES}
     latency = record.latency_ms if record.status == "ok" else None
     medians = [float(value) for value in latency.replicate_p50 or [latency.p50]] if latency else []
-    if not all(0 < value < math.inf for value in medians):
-        raise ValueError(f"latency_ms: its medians {medians} are not all positive")
+    probes = [float(value) for value in latency.replicate_probe_ms] if latency else []
+    if not all(0 < value < math.inf for value in (*medians, *probes)):
+        raise ValueError(f"latency_ms: its medians {medians} and probes {probes} are not all positive")
     if record.status not in ("ok", "failed", "skipped"):
         raise ValueError(f"status={record.status!r}: ok, failed or skipped is expected")
     if not isinstance(record.cell_id, str) or not isinstance(record.env_id, str | None):
@@ -59,6 +62,7 @@ def _parse(record: Record) -> _Run:
         content=content,
         names={key: identity.option_name(node) if isinstance(node, Mapping) else node for key, node in nodes.items()},
         medians=medians,
+        probes=probes,
         told={
             "machine": {field: str(record.environment.get(field)) for field in identity.ENV_FIELDS},
             "implementation": {str(key): str(value) for key, value in record.implementation.items()},
@@ -168,7 +172,8 @@ def _judged(timed: dict[str, list[_Run]], threshold: float, floor_of: _FloorOf, 
     machines = {run.record.env_id for runs in timed.values() for run in runs}
     machine = machines.pop() if len(machines) == 1 else None
     floor = floor_of(machine) if machine else None
-    verdict, ratio, low, high, why = judge(a, b, threshold, floor)
+    probes = tuple([probe for run in timed[side] for probe in run.probes] for side in ("A", "B"))
+    verdict, ratio, low, high, why = judge(a, b, threshold, floor, (probes[0], probes[1]))
     notes.insert(0, why)
     if low is None and floor is None:
         mend = "moe-lab doctor --noise measures it" if machine else "measure.replicates=3 gives an interval"

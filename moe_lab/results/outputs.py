@@ -7,20 +7,22 @@ from pathlib import Path
 from rich.console import Console
 
 
-def write(directory: Path) -> None:
-    """Write them, and print where the two that people open lie.
+def write(directory: Path, *, with_report: bool = True) -> None:
+    """Write them, or the tables alone, and print where those that people open lie.
 
     Raises:
         ValueError: there is no such folder.
         OSError: one of them cannot be written; the message names it.
     """
-    from moe_lab.results import aggregate, plots, report
+    from moe_lab.results import aggregate
 
     tables = aggregate.aggregate(directory)
-    plots.draw(directory, tables.runs, tables.summary)
-    page = report.write(directory, tables)
     console = Console(soft_wrap=True, highlight=False)
     if len(tables.unreadable):
         console.print(f"{len(tables.unreadable)} files could not be read: {directory}/unreadable.csv", markup=False)
     console.print(f"{directory}/runs.csv", markup=False)
-    console.print(f"{page}", markup=False)
+    if with_report:
+        from moe_lab.results import plots, report  # matplotlib takes half a second to import
+
+        plots.draw(directory, tables.runs, tables.summary)
+        console.print(f"{report.write(directory, tables)}", markup=False)

@@ -18,6 +18,7 @@ from moe_lab import build, runner, targets
 from moe_lab.errors import UnavailableError
 from moe_lab.measure import environment, memory
 from moe_lab.measure.clocks import Block
+from moe_lab.measure.probe import Probe
 from moe_lab.models.parameters import parameter_bytes
 from moe_lab.records import identity
 from moe_lab.records.schema import Ratio
@@ -34,6 +35,7 @@ class Bench:
         for folder in trusted:
             targets.trust(folder)
         self._runs: dict[str, tuple[runner.Run, Path]] = {}
+        self._probe: Probe | None = None
         self._donor: tuple[str, dict[str, Tensor]] = ("", {})  # the parameters of the last model built, and of which
 
     def look(self, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -83,6 +85,16 @@ class Bench:
             block = run.step.time_block(n)
             return block.ms, block.stamp_s
 
+    def probe(self, cell_id: str) -> float:
+        """Milliseconds of a fixed piece of work on the device of this run."""
+        run, _ = self._runs[cell_id]
+        assert run.device is not None
+        with exact_products():
+            if self._probe is None:
+                self._probe = Probe(run.device)
+                self._probe.ms()  # the first is slower
+            return self._probe.ms()
+
     def finish(
         self,
         cell_id: str,
@@ -90,12 +102,13 @@ class Bench:
         peers: list[str],
         ratio: Ratio | None,
         peak_bytes: int | None,
+        probe_ms: list[float],
         failure: tuple[str, str] | None = None,
     ) -> None:
         """Observe and write the record, with the samples of all processes. With `failure` only write."""
         with self._step(cell_id) as run:
             run.blocks = [runner.TimedBlock(r, round_, order, Block(ms, at)) for r, round_, order, ms, at in blocks]
-            run.peers, run.ratio, run.peak_bytes = peers, ratio, peak_bytes
+            run.peers, run.ratio, run.peak_bytes, run.probe_ms = peers, ratio, peak_bytes, probe_ms
             if failure is None:
                 run.observe()
             runner.write(run, run.record(*(failure or ())), self._runs[cell_id][1])
@@ -103,6 +116,8 @@ class Bench:
     def release(self, cell_id: str) -> None:
         """Let go of a run; the parameters stay until another model is built."""
         self._runs.pop(cell_id, None)
+        if not self._runs:
+            self._probe = None  # its memory is not to be in the peak of the next
         _free()
 
     @contextmanager

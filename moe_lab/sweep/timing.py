@@ -74,6 +74,7 @@ class Group:
             self.anchor = Member(anchor, self._scratch, is_recorded=False)
             self.members.insert(0, self.anchor)
         self.timed: list[Member] = []
+        self._probe_ms: list[list[float]] = []  # by replicate
         self.random = random.Random(cells[0].setting_id)
 
     def run(self) -> None:
@@ -167,7 +168,7 @@ class Group:
     def _time(self, together: list[Member]) -> None:
         """Time a subgroup in every replicate; who fails is recorded and removed, and the others start again."""
         while any(member.is_recorded for member in together):
-            self.timed = together
+            self.timed, self._probe_ms = together, []
             for member in together:
                 member.blocks = []
             failed = self._replicates(together)
@@ -210,6 +211,7 @@ class Group:
         least_rounds = _LEAST_ROUNDS if len(together) > 1 else 1
         budget_ms = 1e3 * measure["max_time_s"] * len(together)
         spent_ms, round_ = 0.0, 0
+        self._probe_ms.append([])
         while True:
             order = list(range(len(together)))
             self.random.shuffle(order)
@@ -225,6 +227,11 @@ class Group:
                     return member
                 member.blocks.append((replicate, round_, place, ms, stamp_s))
                 spent_ms += float(ms.sum())
+            try:
+                self._probe_ms[-1].append(self._call(together[0], "probe", together[0].id))
+            except WorkerLostError as lost:
+                self._failed(together[0], str(lost))
+                return together[0]
             self.on_step(together[0].cell, "time")
             round_ += 1
             if spent_ms >= budget_ms:
@@ -257,7 +264,9 @@ class Group:
 
     def _write(self, member: Member, together: Sequence[Member], failure: tuple[str, str] | None = None) -> None:
         peers = [other.id for other in together if other is not member]
-        self._call(member, "finish", member.id, member.blocks, peers, self._ratio(member), member.peak_bytes, failure)
+        probe_ms = [float(np.median(rounds)) for rounds in self._probe_ms if rounds]
+        arguments = (member.blocks, peers, self._ratio(member), member.peak_bytes, probe_ms, failure)
+        self._call(member, "finish", member.id, *arguments)
 
     def _ratio(self, member: Member) -> Ratio | None:
         """The ratio to the anchor, if that was timed in the same rounds."""

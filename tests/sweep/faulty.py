@@ -78,7 +78,7 @@ def sweep(*arguments: str, cwd: Path, plugin: Path | None = None, **options: Any
 def command_of(*arguments: str, plugin: Path | None = None) -> list[str]:
     """The command of `sweep`."""
     folder = ["--config-dir", str(plugin)] if plugin else []
-    return [*MOE_LAB, "-m", *folder, *quick.overrides("moe_layer", "sweep.name=s", *arguments)]
+    return [*MOE_LAB, "-m", *folder, *quick.overrides("moe_layer", "sweep.name=s", "sweep.report=false", *arguments)]
 
 
 def records_list(cwd: Path, name: str = "s") -> list[Record]:

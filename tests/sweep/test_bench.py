@@ -138,13 +138,15 @@ def test_a_run_in_steps_leaves_its_record(tmp_path: Path) -> None:
     bench.unpark(cell_id)
     n = bench.warm_up(cell_id, 0.001)
     blocks = [(replicate, 0, replicate, *bench.time_block(cell_id, n)) for replicate in (0, 1)]
-    bench.finish(cell_id, blocks, ["f" * 12], None, peak_bytes)
+    probe_ms = [bench.probe(cell_id) for _ in range(2)]
+    bench.finish(cell_id, blocks, ["f" * 12], None, peak_bytes, probe_ms)
     bench.release(cell_id)
     record = read_record(tmp_path)
     assert (record.status, record.interleaved_with) == ("ok", ["f" * 12])
     assert (record.env_id, record.environment) == (seen["env_id"], seen["env"])
     assert record.routing is not None and record.phases_ms is not None
     assert record.latency_ms is not None
+    assert record.latency_ms.replicate_probe_ms == probe_ms
     assert record.latency_ms.replicate_p50 == [pytest.approx(np.median(block[3])) for block in blocks]
     with np.load(tmp_path / "samples.npz") as samples:
         assert samples["ms"].tolist() == [*blocks[0][3], *blocks[1][3]]
@@ -156,7 +158,7 @@ def test_a_failure_from_outside_is_written_without_observing(tmp_path: Path) -> 
     bench, content = Bench(), config()
     cell_id = identity.cell_id(content)
     bench.build(content, str(tmp_path))
-    bench.finish(cell_id, [(0, 0, 0, np.ones(7), np.ones(7))], [], None, None, ("failed", "interrupted"))
+    bench.finish(cell_id, [(0, 0, 0, np.ones(7), np.ones(7))], [], None, None, [], ("failed", "interrupted"))
     record = read_record(tmp_path)
     assert (record.status, record.reason, record.routing) == ("failed", "interrupted", None)
     assert record.latency_ms is not None and record.latency_ms.n == 7

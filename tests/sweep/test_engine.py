@@ -162,11 +162,15 @@ def test_a_step_out_of_time_is_named_and_its_process_ended(
         with pytest.raises(WorkerLostError, match=r"^timeout: verify$"):
             worker.call("verify", identity.cell_id(content), timeout_s=0.3)
     else:
-        interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-        interrupt.start()
-        with pytest.raises(KeyboardInterrupt):
-            worker.call("verify", identity.cell_id(content))
-        interrupt.join()
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        try:
+            interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+            interrupt.start()
+            with pytest.raises(KeyboardInterrupt):
+                worker.call("verify", identity.cell_id(content))
+            interrupt.join()
+        finally:
+            signal.signal(signal.SIGINT, handler)
         with pytest.raises(WorkerLostError, match=r"^timeout: verify$"):
             worker.settle(0.3)
     assert not is_alive(before)

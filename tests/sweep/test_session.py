@@ -178,6 +178,7 @@ def test_ctrl_c_writes_what_is_there_and_says_how_to_go_on(tmp_path: Path) -> No
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     log = tmp_path / "outputs" / "s" / "worker.log"
     deadline = time.monotonic() + 60
@@ -245,7 +246,9 @@ def test_replicates_are_fresh_processes(tmp_path: Path) -> None:
         np.testing.assert_allclose(medians, record.latency_ms.replicate_p50)
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("basic", id="basic"), pytest.param("joblib", id="joblib")])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("basic", id="basic"), pytest.param("joblib", id="joblib", marks=pytest.mark.slow)]
+)
 def test_other_launchers_plan_resume_and_survive(launcher: str, tmp_path: Path) -> None:
     """A row per job though one dies, a plan before the first, nothing done twice, and a first line that says how."""
     plugin = faulty.plugin(tmp_path / "mine")
@@ -264,3 +267,21 @@ def test_other_launchers_plan_resume_and_survive(launcher: str, tmp_path: Path) 
     assert "0 to run" in again.stderr
     after = {name: record.started for name, record in faulty.records(tmp_path).items()}
     assert started["torch"] == after["torch"]
+
+
+def test_a_sweep_ends_with_a_table_and_the_paths_of_its_files(tmp_path: Path) -> None:
+    """Rows with ratios, then runs.csv and report.html; without the report, tables alone."""
+    from tests import quick
+
+    command = [*faulty.MOE_LAB, "-m", *quick.overrides("moe_layer", "router=torch,sinkhorn", "sweep.name=s")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split()[:3] == ["variant", "batch", "seq_len"]
+    assert lines[-2:] == ["outputs/s/runs.csv", "outputs/s/report.html"]
+    assert all((tmp_path / line).is_file() for line in lines[-2:])
+    assert list((tmp_path / "outputs/s/plots").glob("*.svg"))
+    assert lines[1].split()[0] == "torch"
+    done = faulty.sweep("router=torch", "sweep.name=t", cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "outputs/t/runs.csv"
+    assert not (tmp_path / "outputs" / "t" / "report.html").exists()
