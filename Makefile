@@ -44,8 +44,8 @@ bench-experts: $(READY) ## experts=grouped against transformers' experts on this
 
 bench-sweep: $(READY) ## What a sweep costs, how fast tables and report are, how often compare is wrong (half an hour)
 	$(BIN)/python benchmarks/sweep_overhead.py
-	PYTHONPATH=. $(BIN)/python benchmarks/aggregate.py
-	PYTHONPATH=. $(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.aggregate
+	$(BIN)/python -m benchmarks.report
 	$(BIN)/python benchmarks/aa_study.py
 	$(BIN)/python benchmarks/aa_study.py --load 2
 

@@ -97,8 +97,7 @@ def terminal(tmp_path: Path) -> Iterator[int]:
         os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], variables)
     read_until(descriptor, "ready>")
     os.write(descriptor, b"bind 'set enable-bracketed-paste off'; " + INSTALL.encode() + b"echo in''stalled\n")
-    read_until(descriptor, "installed")
-    read_until(descriptor, "ready>")
+    read_until(descriptor, "installed\r\nready>")  # in one: what is read beyond a text is gone
     yield descriptor
     os.close(descriptor)
     os.kill(process, 9)

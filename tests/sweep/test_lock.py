@@ -13,7 +13,13 @@ import pytest
 
 from moe_lab.sweep.lock import OWNER, Lock
 
-_HOLD = "import sys; from moe_lab.sweep.lock import *; lock = Lock(Path(sys.argv[1])); print('held'); sys.stdin.read()"
+_HOLD = """
+import sys
+from moe_lab.sweep.lock import *
+lock = Lock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_the_folder_is_made_and_the_next_one_gets_in(tmp_path: Path) -> None:
