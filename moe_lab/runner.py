@@ -36,8 +36,6 @@ from moe_lab.verify import Verification, exact_products, moe_layers, verify
 log = logging.getLogger("moe_lab")
 
 _BLOCK_S = 0.1  # a block of iterations takes about so long: short beside drift, long beside bookkeeping
-LEAST_SAMPLES = 10
-LOG = "run.log"
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the first is ten times as fast, where libyaml is
 
 
@@ -162,16 +160,15 @@ class Run:
 
     def measure(self) -> None:
         """Warm up, then time blocks until the median is known to `target_ci` or `max_time_s` is spent."""
-        n, target = self.warm_up(), self.cfg.measure.target_ci
-        deadline = time.perf_counter() + self.cfg.measure.max_time_s
+        max_time_s = self.cfg.measure.max_time_s
+        n = self.warm_up(min(_BLOCK_S, max_time_s))
+        deadline = time.perf_counter() + max_time_s
         round_ = 0
         while True:
             self.time_block(n, round_=round_)
             round_ += 1
             samples = self.samples_ms()
-            if len(samples) >= LEAST_SAMPLES and statistics.relative_width(samples) <= target:
-                break
-            if time.perf_counter() >= deadline:
+            if statistics.is_known(samples, self.cfg.measure.target_ci) or time.perf_counter() >= deadline:
                 break
         log.info("timed %d iterations, median %.4g ms", len(samples), np.median(samples))
 
@@ -337,7 +334,7 @@ def run(cfg: DictConfig, directory: str | Path | None = None) -> Record:
     the_run = Run(cfg)
     folder = Path(directory) if directory is not None else default_directory(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / LOG).unlink(missing_ok=True)
+    (folder / store.LOG).unlink(missing_ok=True)
     with run_log(folder):
         return _execute(the_run, folder)
 
@@ -353,7 +350,7 @@ def _execute(the_run: Run, folder: Path) -> Record:
             the_run.observe()
     except (Exception, KeyboardInterrupt) as error:
         status, reason = the_run.failed_with(error)
-        if is_persons(error, the_run):
+        if _is_persons(error, the_run):
             raised = error
     record = the_run.record(status, reason)
     write(the_run, record, folder)
@@ -363,7 +360,7 @@ def _execute(the_run: Run, folder: Path) -> Record:
     return record
 
 
-def is_persons(error: BaseException, the_run: Run) -> bool:
+def _is_persons(error: BaseException, the_run: Run) -> bool:
     """Whether a single run passes the error on to the person: a mistake of theirs, or their Ctrl-C."""
     if isinstance(error, ValueError):
         return not hasattr(the_run, "step")  # before there was anything to run: a mistake
@@ -371,7 +368,7 @@ def is_persons(error: BaseException, the_run: Run) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(error):
+    if memory.is_exhausted_by(error):
         return "out_of_memory"
     lines: Sequence[str] = str(error).strip().splitlines() or [""]
     return f"error: {type(error).__name__}: {lines[0]}"
@@ -392,7 +389,7 @@ def write(the_run: Run, record: Record, folder: Path) -> None:
             "order": np.repeat([timed.order for timed in the_run.blocks], lengths),
             "stamp_s": np.concatenate([timed.block.stamp_s for timed in the_run.blocks]),
         }
-    for name, arrays in (("samples.npz", samples), ("routing.npz", the_run.routing_arrays)):
+    for name, arrays in ((store.SAMPLES, samples), (store.ROUTING, the_run.routing_arrays)):
         if arrays:
             store.write_arrays(folder / name, arrays)
         else:
@@ -403,7 +400,7 @@ def write(the_run: Run, record: Record, folder: Path) -> None:
 @contextmanager
 def run_log(folder: Path) -> Iterator[TextIO]:
     """Send the `moe_lab` logger to the end of `run.log`."""
-    handler = logging.FileHandler(folder / LOG)
+    handler = logging.FileHandler(folder / store.LOG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = log.level
     log.addHandler(handler)

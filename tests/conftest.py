@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,8 @@ if not torch.cuda.is_available():
     torch.set_num_threads(1)  # xdist runs a process per core
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so for the processes that tests start
 
+# The background job of a shell ignores Ctrl-C, and so would it and the processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 needs_cxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) for torch.compile")
 

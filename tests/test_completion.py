@@ -117,6 +117,6 @@ def read_until(descriptor: int, text: str) -> str:
 def test_the_tab_key_in_a_terminal(terminal: int) -> None:
     """Typed, not called: a word, and behind `plan` a value that Hydra knows."""
     os.write(terminal, b"moe-lab doc\t")
-    read_until(terminal, "moe-lab doctor")
+    assert read_until(terminal, "moe-lab doctor").endswith("moe-lab doctor")
     os.write(terminal, b"\x15moe-lab plan -m router=sin\t")
-    read_until(terminal, "moe-lab plan -m router=sinkhorn")
+    assert "router=sinkhorn" in read_until(terminal, "moe-lab plan -m router=sinkhorn")

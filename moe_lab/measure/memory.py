@@ -63,3 +63,10 @@ def _kilobytes(path: Path, field: str) -> int | None:
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     return None
+
+
+def is_exhausted_by(error: BaseException) -> bool:
+    """Whether an error says that memory, the device's or the host's, did not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator: can't allocate" in str(error)  # a bare RuntimeError

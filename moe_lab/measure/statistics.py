@@ -10,6 +10,8 @@ import numpy as np
 from moe_lab.intervals import mean_interval
 from moe_lab.records.schema import Latency, Ratio
 
+_LEAST_SAMPLES = 10
+
 
 def median_interval(ordered: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
     """95 % interval of the median of sorted samples, from order statistics; None below 6 samples.
@@ -35,6 +37,11 @@ def relative_width(samples_ms: Sequence[float] | np.ndarray) -> float:
     ordered = np.sort(samples_ms)
     interval = median_interval(ordered)
     return math.inf if interval is None else (interval[1] - interval[0]) / float(np.median(ordered))
+
+
+def is_known(samples_ms: Sequence[float] | np.ndarray, target_ci: float) -> bool:
+    """Whether the median's interval is no wider than `target_ci` of it; not by fewer than 10 samples."""
+    return len(samples_ms) >= _LEAST_SAMPLES and relative_width(samples_ms) <= target_ci
 
 
 def summarize(

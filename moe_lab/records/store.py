@@ -14,7 +14,9 @@ import numpy as np
 
 from moe_lab.records.schema import Record
 
-RESULT, UNREADABLE = "result.json", "result.unreadable.json"
+# The files of a run's directory; `PLAN` lies in a sweep's, beside its runs.
+RESULT, SAMPLES, ROUTING, LOG = "result.json", "samples.npz", "routing.npz", "run.log"
+UNREADABLE, PLAN = "result.unreadable.json", "plan.json"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -84,7 +86,7 @@ def set_aside_stale(directory: Path, cell_id: str, code_id: str, env_id: str | N
         return
     if (record.cell_id, record.code_id, record.env_id) == (cell_id, code_id, env_id):
         return
-    for name in ("samples.npz", "routing.npz", RESULT):  # the record last: until then the rest belongs to it
+    for name in (SAMPLES, ROUTING, RESULT):  # the record last: until then the rest belongs to it
         if (directory / name).exists():
             os.replace(directory / name, directory / f"stale-{record.code_id}-{record.env_id}.{name}")
 

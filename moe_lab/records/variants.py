@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_lab.records import identity
@@ -29,7 +29,7 @@ def labels(contents: Sequence[Mapping[str, Any]], compare: Sequence[str] = COMPA
         ids = [identity.digest(node) for node in nodes]
         distinct = {id_: node for id_, node in zip(ids, nodes, strict=True) if node is not None}
         if len(distinct) > 1 or (key == compare[0] and not columns):
-            names = _tell_apart(distinct)
+            names = {id_: _label(node, distinct.values()) for id_, node in distinct.items()}
             columns.append([names.get(id_, "") for id_ in ids])
     if len(columns) > 1 and len({name for name in columns[0] if name}) == 1:
         del columns[0]  # only others differ
@@ -43,18 +43,17 @@ def _name(node: Any) -> str:
     return identity.option_name(node) if isinstance(node, Mapping) else str(node)
 
 
-def _tell_apart(nodes: Mapping[str, Any]) -> dict[str, str]:
-    """Each node's name, followed by the keys in which nodes of that name differ."""
-    names = {}
-    for id_, node in nodes.items():
-        namesakes = [other for other in nodes.values() if _name(other) == _name(node)]
-        told = []
-        if isinstance(node, Mapping):
-            for key in dict.fromkeys(key for other in namesakes for key in other):
-                if len({identity.digest(other.get(key)) for other in namesakes}) > 1:
-                    told.append(f"{key}={node.get(key)}")
-        names[id_] = _name(node) + (f"({', '.join(told)})" if told else "")
-    return names
+def _label(node: Any, among: Iterable[Any]) -> str:
+    """The node's name, followed by the keys in which nodes of that name differ."""
+    if not isinstance(node, Mapping):
+        return str(node)
+    namesakes = [other for other in among if isinstance(other, Mapping) and _name(other) == _name(node)]
+    told = []
+    for key in dict.fromkeys(key for other in namesakes for key in other):
+        values = [other.get(key) for other in namesakes]
+        if len({identity.digest(value) for value in values}) > 1:
+            told.append(f"{key}={_label(node.get(key), values)}")
+    return _name(node) + (f"({', '.join(told)})" if told else "")
 
 
 def matches(content: Mapping[str, Any], partial: Mapping[str, Any]) -> bool:
@@ -69,3 +68,12 @@ def _agrees(value: Any, wanted: Any) -> bool:
     if isinstance(value, Mapping):
         return matches(value, wanted) if isinstance(wanted, Mapping) else _name(value) == str(wanted)
     return bool(value == wanted)
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(`path.key.key`, value) of every value in nested mappings."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node

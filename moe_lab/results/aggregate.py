@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from moe_lab.records.identity import PACKAGE
-from moe_lab.records.store import RESULT, write_atomic
+from moe_lab.records.store import PLAN, RESULT, SAMPLES, write_atomic
 from moe_lab.results import columns, load
 from moe_lab.results.load import UNREADABLE_BECAUSE, Entry, Found
 from moe_lab.results.summary import summarize
@@ -72,7 +72,7 @@ def aggregate(directory: str | Path) -> Aggregate:
         plan = load.read_plan(root)
     except UNREADABLE_BECAUSE as error:
         plan = load.Plan()
-        problems.append((load.PLAN, f"read as if it were not there: {load.one_line(error)}"))
+        problems.append((PLAN, f"read as if it were not there: {load.one_line(error)}"))
     inputs = hashlib.sha256(json.dumps([found, problems, plan]).encode()).hexdigest()
     if (before := _unchanged(root, inputs)) is not None:
         return before
@@ -83,7 +83,7 @@ def aggregate(directory: str | Path) -> Aggregate:
     entries = [one.entry for one in taken if one.entry is not None]
     rows = load.complete(entries, plan)
     runs = columns.table(rows, columns.RUNS)
-    summary = columns.table(summarize(rows, [entry.content for entry in entries], plan.anchor), columns.SUMMARY)
+    summary = columns.table(summarize(rows, [entry.content for entry in entries], plan), columns.SUMMARY)
     unreadable = _unreadable(problems)
     _write(root / "runs.parquet", _parquet(runs))
     _write(root / "runs.csv", _csv(runs))
@@ -109,10 +109,10 @@ def _take(root: Path, found: Found) -> Taken:
     samples = _no_samples()
     if found.samples[1] >= 0:
         try:
-            with open(f"{root}/{found.folder}/{load.SAMPLES}", "rb") as file:
+            with open(f"{root}/{found.folder}/{SAMPLES}", "rb") as file:
                 samples = read_samples(file.read())
         except Exception as error:  # zipfile, zlib and numpy have many, and none of them may stop the others
-            problems.append((_path(found, load.SAMPLES), load.one_line(error)))
+            problems.append((_path(found, SAMPLES), load.one_line(error)))
     return Taken(entry, samples, problems)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+from moe_lab.records.store import ROUTING
 from moe_lab.results.settings import describe, sizes
 
 LATENCY, _INTERVAL = "latency_ms.p50", ("latency_ms.ci95_low", "latency_ms.ci95_high")
@@ -212,7 +213,7 @@ def _expert_load(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
         heats: list[Heat] = []
         for row in rows:
             try:
-                layers, counts_LE = _counts(root / row["directory"] / "routing.npz")
+                layers, counts_LE = _counts(root / row["directory"] / ROUTING)
             except FileNotFoundError:
                 continue  # a model without experts, or a cell that failed before
             except Exception as error:  # whatever zipfile, zlib and numpy raise for a file that was damaged

@@ -16,6 +16,9 @@ import pyarrow as pa
 Columns = dict[str, Any]
 """Name -> pyarrow type, or None for the place of columns that only some records have."""
 
+OPTIONS = ("model", "router", "experts", "workload", "device", "dtype", "execution")
+"""The groups whose chosen option is a column."""
+
 TEXT, INT, FLOAT, BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 TEXTS, FLOATS = pa.list_(TEXT), pa.list_(FLOAT)
 

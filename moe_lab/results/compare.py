@@ -6,7 +6,7 @@ Cells are joined by `cell_id`, the hash of the configuration, so the sets may co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from moe_lab.intervals import judge
-from moe_lab.records import identity
+from moe_lab.records import identity, variants
 from moe_lab.records.schema import Record
 from moe_lab.records.store import RESULT, read_record
 from moe_lab.results.noise import read_floor
@@ -204,17 +204,9 @@ def _tell_apart(rows: list[dict[str, Any]], contents: list[dict[str, Any]]) -> N
     for position, row in enumerate(rows):
         namesakes.setdefault(repr([row[name] for name in NAMES]), []).append(position)
     for positions in namesakes.values():
-        leaves = [{key: str(value) for key, value in _leaves(contents[position])} for position in positions]
+        leaves = [{key: str(value) for key, value in variants.leaves(contents[position])} for position in positions]
         for key in dict.fromkeys(key for leaf in leaves for key in leaf):
             if len({leaf.get(key) for leaf in leaves}) > 1:
                 for position, leaf in zip(positions, leaves, strict=True):
                     if key in leaf:
                         rows[position]["also"] += f"{' ' if rows[position]['also'] else ''}{key}={leaf[key]}"
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,9 @@ import pandas as pd
 
 from moe_lab.records import identity, variants
 from moe_lab.records.schema import Record
-from moe_lab.records.store import RESULT, UNREADABLE
+from moe_lab.records.store import PLAN, RESULT, SAMPLES, UNREADABLE
 from moe_lab.results import columns
 
-PLAN, SAMPLES = "plan.json", "samples.npz"
 UNREADABLE_BECAUSE = (ValueError, AttributeError, TypeError, KeyError, RecursionError, OSError)
 """What reading a file that anybody may have written can raise."""
 
@@ -24,7 +23,6 @@ _DEEPEST = 100
 # Nested fields that stay out of the row: the whole configuration, and per-layer lists (routing.npz has those).
 _NOT_COLUMNS = {"config", "routing.layers"}
 _SETTINGS = ("batch", "seq_len", "seed")
-_OPTIONS = ("model", "router", "experts", "workload", "device", "dtype", "execution")
 
 
 class Entry(NamedTuple):
@@ -36,10 +34,14 @@ class Entry(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the tables take from `plan.json`; what stands here where there is none."""
+    """What tables and page take from `plan.json`; what stands here where there is none."""
 
     compare: Sequence[str] = variants.COMPARE
     anchor: Mapping[str, Any] | None = None
+    name: str | None = None
+    commands: Sequence[Sequence[str]] = ()
+    statuses: Mapping[str, str] = {}
+    """By cell_id, in the order of the command."""
 
 
 class Found(NamedTuple):
@@ -134,7 +136,9 @@ def read_plan(root: Path) -> Plan:
         raise ValueError("compare: its groups must be text.")
     if not isinstance(anchor, dict | None):
         raise ValueError(f"anchor={str(anchor)[:60]!r}: it is a part of a configuration.")
-    return Plan(compare, anchor)
+    commands = [[str(word) for word in words] for words in content["commands"]]
+    statuses = {str(cell["cell_id"]): str(cell["status"]) for cell in content["cells"]}
+    return Plan(compare, anchor, None if content["name"] is None else str(content["name"]), commands, statuses)
 
 
 def read(root: Path, relative: str) -> Entry:
@@ -182,7 +186,8 @@ def _asked(config: Mapping[str, Any]) -> dict[str, Any]:
     ignored = set(config.get("model", {}).get("ignores") or ())
     settings = {key: None if key in ignored else config.get(key) for key in _SETTINGS}
     options = {
-        key: None if key in ignored or not config.get(key) else identity.option_name(config[key]) for key in _OPTIONS
+        key: None if key in ignored or not config.get(key) else identity.option_name(config[key])
+        for key in columns.OPTIONS
     }
     return {**settings, **options}
 
@@ -210,26 +215,18 @@ def _differing(contents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 continue
             other = first.setdefault((group, identity.option_name(node) if isinstance(node, Mapping) else ""), node)
             if node != other:
-                mine, theirs = dict(_leaves(node, f"config.{group}")), dict(_leaves(other, f"config.{group}"))
+                mine, theirs = (dict(variants.leaves(one, f"config.{group}")) for one in (node, other))
                 paths = differing.setdefault(group, set())
                 paths |= {path for path in mine.keys() | theirs.keys() if mine.get(path) != theirs.get(path)}
     return [
         {
             path: value
             for group, paths in differing.items()
-            for path, value in _leaves(content.get(group), f"config.{group}")
+            for path, value in variants.leaves(content.get(group), f"config.{group}")
             if path in paths
         }
         for content in contents
     ]
-
-
-def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}")
-    else:
-        yield path, node
 
 
 def printable(path: str | Path) -> str:

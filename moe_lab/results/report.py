@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import shlex
 from collections import Counter
@@ -15,16 +14,15 @@ from urllib.parse import quote
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from moe_lab.records.store import write_atomic
-from moe_lab.records.variants import COMPARE
+from moe_lab.records.store import LOG, PLAN, write_atomic
 from moe_lab.results.aggregate import Aggregate
 from moe_lab.results.charts import FILE_PANELS, charts
 from moe_lab.results.figures import figures
-from moe_lab.results.load import UNREADABLE_BECAUSE, one_line
+from moe_lab.results.load import UNREADABLE_BECAUSE, Plan, one_line, read_plan
 from moe_lab.results.settings import describe
 from moe_lab.results.verdicts import Verdict, verdicts
 
-REPORT, PLAN, LOG = "report.html", "plan.json", "run.log"
+REPORT = "report.html"
 NOT_RUN = ("to do", "stale", "excluded")
 TABLES = ("runs.csv", "runs.parquet", "summary.csv", "samples.parquet", "unreadable.csv")
 
@@ -76,21 +74,21 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html.jinja").render(
-        title=plan.get("name") or directory.resolve().name,
-        compare=plan.get("compare", []),
+        title=plan.name or directory.resolve().name,
+        compare=plan.compare,
         machines=sorted(set(runs["environment.device_name"].dropna())),
         times=_times(runs["started"]),
         verdicts=_by_group(summary),
         status=Counter(runs["status"].astype(str)),
-        planned=Counter(str(cell["status"]) for cell in plan.get("cells", ()) if cell["status"] in NOT_RUN),
+        planned=Counter(status for status in plan.statuses.values() if status in NOT_RUN),
         figures=drawn,
         left_out=found.left_out + too_large,
-        table=_table(runs, plan.get("compare", COMPARE)),
+        table=_table(runs, plan.compare),
         problems=_problems(directory, runs),
         unreadable=unreadable[["path", "error"]].to_dict("records"),
         warnings=_warnings(runs),
         environments=_environments(runs),
-        commands=[shlex.join(words) for words in plan.get("commands", [])],
+        commands=[shlex.join(words) for words in plan.commands],
         plan_error=plan_error,
         links=[name for name in TABLES if (directory / name).exists()],
         plots=[
@@ -106,21 +104,12 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
     return path
 
 
-def _plan(directory: Path) -> tuple[dict[str, Any], str | None]:
+def _plan(directory: Path) -> tuple[Plan, str | None]:
     """What `plan.json` says, and why it says nothing."""
     try:
-        content = json.loads((directory / PLAN).read_bytes())
-        known = {
-            "name": None if content["name"] is None else str(content["name"]),
-            "commands": [[str(word) for word in words] for words in content["commands"]],
-            "compare": [str(key) for key in content["compare"]],
-            "cells": [{"status": cell["status"]} for cell in content["cells"]],
-        }
-    except FileNotFoundError:
-        return {}, f"there is no {PLAN} here"
+        return read_plan(directory), None if (directory / PLAN).exists() else f"there is no {PLAN} here"
     except UNREADABLE_BECAUSE as error:
-        return {}, f"{PLAN} cannot be read: {one_line(error)}"
-    return known, None
+        return Plan(), f"{PLAN} cannot be read: {one_line(error)}"
 
 
 def _times(started: pd.Series) -> list[str]:

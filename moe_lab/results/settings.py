@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-_OPTIONS = ("model", "router", "experts", "workload", "device", "dtype", "execution")
+from moe_lab.results.columns import OPTIONS
+
 _SIZES = ("batch", "seq_len")
 
 
@@ -18,14 +19,14 @@ def describe(frame: pd.DataFrame, without: Collection[str] = ()) -> pd.Series:
     """
     label = pd.Series("", index=frame.index, dtype=object)
     others = [str(name) for name in frame if str(name).startswith("config.")]
-    for key in (*_OPTIONS, *_SIZES, "seed", *others):
+    for key in (*OPTIONS, *_SIZES, "seed", *others):
         text = frame[key].astype(object).map(_text)
         # A model has no size or option that it does not read; of other keys, having none is a value.
         values = text if key in others else text[text != ""]
         differs = values.nunique() > 1 and text.groupby(frame["setting_id"]).nunique().max() == 1
         if key in without or not (differs or key == "model"):
             continue
-        if key not in _OPTIONS:
+        if key not in OPTIONS:
             text = (key.rsplit(".", 1)[-1] + "=" + text).where(text != "", "")
         label = label + text.map(lambda word: f", {word}" if word else "")
     return (label + _machines(frame)).str.removeprefix(", ")

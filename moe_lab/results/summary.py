@@ -8,26 +8,26 @@ from typing import Any
 
 from moe_lab.records import variants
 from moe_lab.results import columns
+from moe_lab.results.load import Plan
 
 Row = dict[str, Any]
 
 
-def summarize(
-    rows: Sequence[Mapping[str, Any]], contents: Sequence[Mapping[str, Any] | None], anchor: Mapping[str, Any] | None
-) -> list[Row]:
+def summarize(rows: Sequence[Mapping[str, Any]], contents: Sequence[Mapping[str, Any] | None], plan: Plan) -> list[Row]:
     """The rows of `summary.csv`, from those of `runs.csv` and their configurations.
 
-    A setting's anchor is the variant that agrees with `anchor` (the plan's); of several, or without one, that which its
-    cells were timed beside; else the first by name. Of several records of one cell on one machine the newest stands
-    here, and `n_records` says how many there are.
+    A setting's anchor is the variant that agrees with the plan's; of several, or without one, that which its cells were
+    timed beside; else the first in the plan, or by name. Of several records of one cell on one machine the newest
+    stands here, and `n_records` says how many there are.
     """
+    places = {cell_id: place for place, cell_id in enumerate(plan.statuses)}
     settings: defaultdict[str, list[tuple[Mapping[str, Any], Mapping[str, Any] | None]]] = defaultdict(list)
     for row, content in zip(rows, contents, strict=True):
         settings[row.get("setting_id") or row["cell_id"]].append((row, content))
     configured = sorted({name for row in rows for name in row if name.startswith("config.")})
     summary = []
     for members in settings.values():
-        label = _anchor(members, anchor)
+        label = _anchor(members, plan.anchor, places)
         newest: dict[tuple[str | None, str | None], Mapping[str, Any]] = {}
         for row, _ in sorted(members, key=lambda member: member[0].get("started") or ""):
             newest[row.get("env_id"), row.get("variant")] = row
@@ -37,9 +37,12 @@ def summarize(
 
 
 def _anchor(
-    members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]], wanted: Mapping[str, Any] | None
+    members: Sequence[tuple[Mapping[str, Any], Mapping[str, Any] | None]],
+    wanted: Mapping[str, Any] | None,
+    places: Mapping[str, int],
 ) -> str | None:
-    labels = sorted({label for row, _ in members if (label := row.get("variant")) is not None})
+    in_order = sorted((places.get(row["cell_id"], len(places)), row.get("variant") or "") for row, _ in members)
+    labels = [label for _, label in in_order if label]
     chosen = {
         row.get("variant") for row, content in members if wanted and content and variants.matches(content, wanted)
     }

@@ -20,7 +20,7 @@ from moe_lab.measure import environment, memory
 from moe_lab.measure.clocks import Block
 from moe_lab.measure.probe import Probe
 from moe_lab.models.parameters import parameter_bytes
-from moe_lab.records import identity
+from moe_lab.records import identity, store
 from moe_lab.records.schema import Ratio
 from moe_lab.sweep.engine import CellFailedError
 from moe_lab.verify import exact_products
@@ -47,7 +47,7 @@ class Bench:
         cfg = OmegaConf.create(config)
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / runner.LOG).unlink(missing_ok=True)
+        (folder / store.LOG).unlink(missing_ok=True)
         run = runner.Run(cfg)
         cell_id = identity.cell_id(cfg)
         self._runs[cell_id] = run, folder
@@ -79,23 +79,30 @@ class Bench:
         with self._step(cell_id) as run:
             return run.warm_up(block_s)
 
-    def time_block(self, cell_id: str, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def block(self, cell_id: str, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Time `n` iterations: milliseconds of each, and the host's clock."""
         with self._step(cell_id) as run:
             block = run.step.time_block(n)
             return block.ms, block.stamp_s
 
-    def probe(self, cell_id: str) -> float:
-        """Milliseconds of a fixed piece of work on the device of this run."""
+    def probe(self, cell_id: str) -> float | None:
+        """Milliseconds of a fixed piece of work on the device of this run; None if no memory is left for it."""
         run, _ = self._runs[cell_id]
         assert run.device is not None
-        with exact_products():
-            if self._probe is None:
-                self._probe = Probe(run.device)
-                self._probe.ms()  # the first is slower
-            return self._probe.ms()
+        try:
+            with exact_products():
+                if self._probe is None:
+                    self._probe = Probe(run.device)
+                    self._probe.ms()  # the first is slower
+                return self._probe.ms()
+        except Exception as error:
+            if not memory.is_exhausted_by(error):
+                raise
+            self._probe = None
+            _free()
+            return None
 
-    def finish(
+    def observe(
         self,
         cell_id: str,
         blocks: list[tuple[int, int, int, np.ndarray, np.ndarray]],

@@ -144,10 +144,8 @@ def expand(loader: ConfigLoader, config: DictConfig) -> list[list[str]]:
     return jobs
 
 
-def _joined(before: Plan | None, added: Plan) -> Plan:
+def _joined(before: Plan, added: Plan) -> Plan:
     """A sweeper that optimises launches several batches."""
-    if before is None:
-        return added
     known = {cell.cell_id for cell in before.cells}
     before.cells += [cell for cell in added.cells if cell.cell_id not in known]
     before.n_equal += added.n_equal

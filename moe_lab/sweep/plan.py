@@ -16,7 +16,6 @@ from moe_lab.records import identity, store, variants
 from moe_lab.records.schema import Record
 from moe_lab.sweep.engine import Engine
 
-PLAN = "plan.json"
 Status = Literal["to do", "done", "stale", "skipped", "excluded"]
 
 
@@ -108,7 +107,7 @@ class Plan:
                 for cell in self.cells
             ],
         }
-        store.write_atomic(self.directory / PLAN, json.dumps(content, indent=1).encode() + b"\n")
+        store.write_atomic(self.directory / store.PLAN, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def make(
@@ -229,7 +228,7 @@ def _refuse_stale(plan: Plan) -> None:
 def read_commands(directory: Path) -> list[list[str]]:
     """The commands that filled a sweep's folder, the last one last."""
     try:
-        content = json.loads((directory / PLAN).read_text())
+        content = json.loads((directory / store.PLAN).read_text())
         return [[str(word) for word in words] for words in content["commands"]]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return []  # the plan is rewritten, whatever was there
@@ -238,7 +237,7 @@ def read_commands(directory: Path) -> list[list[str]]:
 def read_statuses(directory: Path) -> dict[str, str]:
     """The status of each cell in the `plan.json` of a sweep's folder; empty if there is none."""
     try:
-        content = json.loads((directory / PLAN).read_text())
+        content = json.loads((directory / store.PLAN).read_text())
     except FileNotFoundError:
         return {}
     return {cell["cell_id"]: cell["status"] for cell in content["cells"]}

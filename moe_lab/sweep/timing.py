@@ -11,9 +11,10 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,7 +26,6 @@ from moe_lab.sweep.plan import Cell
 
 _SPARE = 0.8  # the share of the memory that a group may take
 _LEAST_ROUNDS = 10  # for the interval of the ratios
-_LEAST_SAMPLES = 10
 _BLOCK_S, _SHORT_BLOCK_S = 0.1, 0.05  # of a cell alone, of one among others
 _GRACE_S = 10.0  # how long an interrupted block may take to end
 
@@ -51,6 +51,14 @@ class Member:
     @property
     def id(self) -> str:
         return self.cell.cell_id
+
+
+class _MemberFailedError(Exception):
+    """A member failed, and its record says so."""
+
+    def __init__(self, member: Member):
+        super().__init__(member.id)
+        self.member = member
 
 
 class Group:
@@ -92,10 +100,18 @@ class Group:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _call(self, member: Member, step: str, *arguments: Any) -> Any:
-        return self.engine.call(step, *arguments, timeout_s=self.timeout_s)
+        """A step of a member. Raises `_MemberFailedError`."""
+        try:
+            return self.engine.call(step, *arguments, timeout_s=self.timeout_s)
+        except (CellFailedError, WorkerLostError) as error:
+            if member.is_recorded:
+                if isinstance(error, WorkerLostError):  # it could not write the record itself
+                    write(member.cell, "failed", str(error))
+                self.on_end(member.cell)
+            raise _MemberFailedError(member) from error
 
     def _alone(self, member: Member) -> bool:
-        """Build and verify one member with none beside it. False if that failed, which is then recorded."""
+        """Build and verify one member with none beside it. False if that failed."""
         if member.is_recorded:
             store.set_aside_stale(member.folder, member.id, member.cell.code_id, member.cell.env_id)
         try:
@@ -103,13 +119,9 @@ class Group:
             if len(self.members) > 1:
                 self._call(member, "park", member.id)
                 member.is_parked = True
-        except CellFailedError:
-            self._failed(member)
-        except WorkerLostError as lost:
-            self._failed(member, str(lost))
-        else:
-            return True
-        return False
+        except _MemberFailedError:
+            return False
+        return True
 
     def _build(self, member: Member) -> None:
         self.on_step(member.cell, "build")
@@ -127,13 +139,6 @@ class Group:
         elif member.is_parked:
             self._call(member, "unpark", member.id)
             member.is_parked = False
-
-    def _failed(self, member: Member, reason: str | None = None) -> None:
-        """Note a failure; with `reason` the worker could not write the record itself."""
-        if member.is_recorded:
-            if reason is not None:
-                write(member.cell, "failed", reason)
-            self.on_end(member.cell)
 
     def _fitting(self, members: Sequence[Member]) -> list[list[Member]]:
         """The members in subgroups whose measured peaks fit into the memory; each has the anchor if that fits too.
@@ -171,16 +176,18 @@ class Group:
             self.timed, self._probe_ms = together, []
             for member in together:
                 member.blocks = []
-            failed = self._replicates(together)
-            if failed is None:
+            try:
+                self._replicates(together)
                 break
-            together.remove(failed)
+            except _MemberFailedError as failed:
+                together.remove(failed.member)
         for member in list(together):
-            self._finish(member, together)
+            with suppress(_MemberFailedError):
+                self._finish(member, together)
         self.timed = []
 
-    def _replicates(self, together: Sequence[Member]) -> Member | None:
-        """Every replicate. Returns the member that failed, if one did."""
+    def _replicates(self, together: Sequence[Member]) -> None:
+        """Every replicate, each in a fresh process but the first."""
         for replicate in range(together[0].cell.config["measure"]["replicates"]):
             if replicate:
                 self.engine.renew()
@@ -190,22 +197,12 @@ class Group:
             if len(together) > 1:  # time for some rounds
                 block_s = min(_SHORT_BLOCK_S, max_time_s / (2 * _LEAST_ROUNDS))
             for member in together:
-                try:
-                    self._ready(member)
-                    self.on_step(member.cell, "time")
-                    iterations.append(self._call(member, "warm_up", member.id, block_s))
-                except CellFailedError:
-                    self._failed(member)
-                    return member
-                except WorkerLostError as lost:
-                    self._failed(member, str(lost))
-                    return member
-            failed = self._rounds(together, iterations, replicate)
-            if failed is not None:
-                return failed
-        return None
+                self._ready(member)
+                self.on_step(member.cell, "time")
+                iterations.append(self._call(member, "warm_up", member.id, block_s))
+            self._rounds(together, iterations, replicate)
 
-    def _rounds(self, together: Sequence[Member], iterations: Sequence[int], replicate: int) -> Member | None:
+    def _rounds(self, together: Sequence[Member], iterations: Sequence[int], replicate: int) -> None:
         """Rounds of one block each in shuffled order, until every median is known well enough or the time is spent."""
         measure = together[0].cell.config["measure"]
         least_rounds = _LEAST_ROUNDS if len(together) > 1 else 1
@@ -217,56 +214,39 @@ class Group:
             self.random.shuffle(order)
             for place, index in enumerate(order):
                 member = together[index]
-                try:
-                    ms, stamp_s = self._call(member, "time_block", member.id, iterations[index])
-                except CellFailedError:
-                    self._failed(member)
-                    return member
-                except WorkerLostError as lost:
-                    self._failed(member, str(lost).replace("time_block", "block"))
-                    return member
+                ms, stamp_s = self._call(member, "block", member.id, iterations[index])
                 member.blocks.append((replicate, round_, place, ms, stamp_s))
                 spent_ms += float(ms.sum())
-            try:
-                self._probe_ms[-1].append(self._call(together[0], "probe", together[0].id))
-            except WorkerLostError as lost:
-                self._failed(together[0], str(lost))
-                return together[0]
+            probe_ms = self._call(together[0], "probe", together[0].id)
+            if probe_ms is not None:
+                self._probe_ms[-1].append(probe_ms)
             self.on_step(together[0].cell, "time")
             round_ += 1
             if spent_ms >= budget_ms:
-                return None
+                return
             if round_ >= least_rounds and all(self._is_known(member, replicate) for member in together):
-                return None
+                return
 
     def _is_known(self, member: Member, replicate: int) -> bool:
         samples = np.concatenate([block[3] for block in member.blocks if block[0] == replicate])
-        if len(samples) < _LEAST_SAMPLES:
-            return False
-        return statistics.relative_width(samples) <= float(member.cell.config["measure"]["target_ci"])
+        return statistics.is_known(samples, float(member.cell.config["measure"]["target_ci"]))
 
     def _finish(self, member: Member, together: Sequence[Member]) -> None:
         """Observe, record and let go of one member."""
-        try:
-            if member.is_recorded:
-                self._ready(member)
-                self.on_step(member.cell, "observe")
-                member.is_finished = True
-                self._write(member, together)
-            self._call(member, "release", member.id)
-        except CellFailedError:
-            self._failed(member)
-        except WorkerLostError as lost:
-            self._failed(member, str(lost).replace("finish", "observe"))
-        else:
-            if member.is_recorded:
-                self.on_end(member.cell)
+        if member.is_recorded:
+            self._ready(member)
+            self.on_step(member.cell, "observe")
+            member.is_finished = True
+            self._call(member, "observe", member.id, *self._timed(member, together))
+        self._call(member, "release", member.id)
+        if member.is_recorded:
+            self.on_end(member.cell)
 
-    def _write(self, member: Member, together: Sequence[Member], failure: tuple[str, str] | None = None) -> None:
+    def _timed(self, member: Member, together: Sequence[Member]) -> tuple[Any, ...]:
+        """What the timing tells of a member, for its record."""
         peers = [other.id for other in together if other is not member]
         probe_ms = [float(np.median(rounds)) for rounds in self._probe_ms if rounds]
-        arguments = (member.blocks, peers, self._ratio(member), member.peak_bytes, probe_ms, failure)
-        self._call(member, "finish", member.id, *arguments)
+        return member.blocks, peers, self._ratio(member), member.peak_bytes, probe_ms
 
     def _ratio(self, member: Member) -> Ratio | None:
         """The ratio to the anchor, if that was timed in the same rounds."""
@@ -285,18 +265,17 @@ class Group:
         partial = [member for member in present if member.is_recorded and member.blocks and not member.is_finished]
         if not partial:
             return
-        try:
+        with suppress(CellFailedError, WorkerLostError):  # then nothing is there, and the cell will run again
             self.engine.settle(min(_GRACE_S, self.timeout_s))
             for member in partial:
-                self._write(member, self.timed, ("failed", "interrupted"))
-        except (CellFailedError, WorkerLostError):
-            pass  # then nothing is there, and the cell will run again
+                timed = self._timed(member, self.timed)
+                self.engine.call("observe", member.id, *timed, ("failed", "interrupted"), timeout_s=self.timeout_s)
 
 
-def write(cell: Cell, status: Any, reason: str) -> None:
+def write(cell: Cell, status: Literal["failed", "skipped"], reason: str) -> None:
     """Write the record of a cell that a worker cannot write: excluded, or lost."""
     cell.directory.mkdir(parents=True, exist_ok=True)
     store.set_aside_unreadable(cell.directory)
-    for left in ("samples.npz", "routing.npz"):
+    for left in (store.SAMPLES, store.ROUTING):
         (cell.directory / left).unlink(missing_ok=True)
     store.write_record(cell.directory, cell.record(status, reason))

@@ -49,6 +49,15 @@ def test_a_label_names_what_differs_and_no_more(overrides: list[list[str]], name
     assert variants.labels([content(*given) for given in overrides]) == names
 
 
+def test_of_nested_groups_only_what_differs_is_said() -> None:
+    """A key of the shape, not the shape; its name where that tells."""
+    small, large = content(), content("model.shape.d_model=64")
+    assert variants.labels([small, large], ("model",)) == [
+        "moe_layer(shape=demo(d_model=32))",
+        "moe_layer(shape=demo(d_model=64))",
+    ]
+
+
 def test_a_model_that_reads_nothing_of_what_is_compared_is_named_by_itself() -> None:
     """minimal beside two routers of a layer."""
     contents = [content("router=torch"), content("router=sinkhorn"), content(model="minimal")]

@@ -29,6 +29,7 @@ from moe_lab.records.schema import Latency, Record
 from moe_lab.records.store import RESULT, UNREADABLE, write_arrays, write_record
 from moe_lab.results import columns
 from moe_lab.results.aggregate import CACHE, OUTPUTS, Aggregate, aggregate, read_samples
+from moe_lab.results.load import Plan
 from moe_lab.results.summary import summarize
 from tests import quick, tiny
 from tests.results import synthetic
@@ -154,9 +155,11 @@ def test_summary_has_a_row_per_setting_and_variant_with_one_anchor_each(sweep: P
 
 
 def test_without_common_rounds_the_ratio_is_a_quotient_without_an_interval(sweep: Path) -> None:
-    """Timed apart; the first variant by name is then the anchor, here sinkhorn/grouped."""
+    """Timed apart; the first variant of the plan is then the anchor, without a plan the first by name."""
     for folder in cells(sweep):
         edit(folder, ratio_to_anchor=None)
+    assert set(aggregate(sweep).summary["anchor"]) == {"torch/grouped"}
+    (sweep / "plan.json").unlink()
     summary = aggregate(sweep).summary
     assert set(summary["anchor"]) == {"sinkhorn/grouped"}
     p50 = summary.set_index(["setting_id", "variant"])["latency_ms.p50"]
@@ -188,7 +191,7 @@ def test_of_several_that_the_plan_would_have_the_one_timed_beside_is_the_anchor(
         (None, "gone", "a"),
     ):
         rows[0]["ratio_to_anchor.anchor"] = beside
-        assert {row["anchor"] for row in summarize(rows, contents, wanted)} == {expected}
+        assert {row["anchor"] for row in summarize(rows, contents, Plan(anchor=wanted))} == {expected}
 
 
 def test_a_ratio_without_a_value_is_none(tmp_path: Path) -> None:
@@ -197,7 +200,7 @@ def test_a_ratio_without_a_value_is_none(tmp_path: Path) -> None:
         {"cell_id": "a", "setting_id": "s", "env_id": "1", "variant": "x", "latency_ms.p50": 1.0},
         {"cell_id": "b", "setting_id": "s", "env_id": "1", "variant": "y", "ratio_to_anchor.anchor": "a"},
     ]
-    table = columns.table(summarize(rows, [None] * 2, None), columns.SUMMARY)
+    table = columns.table(summarize(rows, [None] * 2, Plan()), columns.SUMMARY)
     assert table["ratio_to_anchor.p50"].to_pylist() == table["ratio_to_anchor.paired"].to_pylist() == [None, None]
 
 
@@ -207,7 +210,7 @@ def test_machines_are_not_compared_with_each_other(tmp_path: Path) -> None:
         {"cell_id": cell, "setting_id": "s", "env_id": env, "variant": variant, "latency_ms.p50": p50}
         for cell, env, variant, p50 in (("a", "1", "x", 1.0), ("b", "1", "y", 2.0), ("b", "2", "y", 9.0))
     ]
-    summary = summarize(rows, [None] * 3, None)
+    summary = summarize(rows, [None] * 3, Plan())
     assert [(row["env_id"], row["variant"], row["ratio_to_anchor.p50"]) for row in summary] == [
         ("1", "x", None),
         ("1", "y", 2.0),
@@ -334,7 +337,7 @@ def test_records_set_aside_and_a_broken_plan_are_listed(sweep: Path) -> None:
     assert len(result.runs) == N and set(result.summary["anchor"]) == {"torch/grouped"}
 
 
-PLAN = {"schema": 1, "compare": ["router"], "anchor": None, "cells": []}
+PLAN = {"schema": 1, "name": "s", "commands": [], "compare": ["router"], "anchor": None, "cells": []}
 
 
 @pytest.mark.parametrize(
@@ -346,6 +349,8 @@ PLAN = {"schema": 1, "compare": ["router"], "anchor": None, "cells": []}
         pytest.param({**PLAN, "compare": "router"}, id="compare_is_text"),
         pytest.param({**PLAN, "compare": []}, id="compare_is_empty"),
         pytest.param({**PLAN, "anchor": "torch"}, id="anchor_is_text"),
+        pytest.param({**PLAN, "commands": 7}, id="commands_is_a_number"),
+        pytest.param({**PLAN, "cells": [3]}, id="a_cell_is_a_number"),
         pytest.param({**PLAN, "anchor": json.loads('{"a":' * 300 + "1" + "}" * 300)}, id="anchor_is_deep"),
     ],
 )

@@ -81,7 +81,7 @@ def test_the_variant_and_its_setting_stand_in_the_row(tmp_path: Path) -> None:
     assert frame["variant"].tolist() == ["torch", "sinkhorn", "torch"]
     a, b, c = frame["setting_id"]
     assert a == b != c
-    plan = {"schema": 1, "compare": ["batch"], "anchor": None, "cells": []}
+    plan = {"schema": 1, "name": "s", "commands": [], "compare": ["batch"], "anchor": None, "cells": []}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     frame = load(tmp_path)
     a, b, c = frame["setting_id"]

@@ -41,6 +41,10 @@ class Faulty(SoftmaxTopK):
             ctypes.string_at(0)
         if self.fault == "hang":
             time.sleep(3600)
+        if self.fault == "device_assert":  # the CUDA context is lost with it
+            torch.zeros(1, device=logits_TE.device)[torch.full((1,), 9, device=logits_TE.device)]
+        if self.fault == "device_hang":
+            torch.cuda._sleep(10**11)
         if self.fault == "memory":
             torch.ones(2**40)
         if self.fault == "slow":
@@ -55,7 +59,7 @@ class Faulty(SoftmaxTopK):
         self.fault = "none"
 '''
 
-FAULTS = ("raise", "exit", "segfault", "hang", "memory", "wrong", "slow")
+FAULTS = ("raise", "exit", "segfault", "hang", "memory", "wrong", "slow", "device_assert", "device_hang")
 
 
 def plugin(folder: Path) -> Path:

@@ -126,6 +126,30 @@ def test_a_routers_own_parameters_are_its_own(plugin: Path, tmp_path: Path) -> N
         assert all(torch.equal(values, found[name]) for name, values in fresh(content).items())
 
 
+@pytest.mark.gpu
+def test_on_cuda_parameters_are_held_once_and_a_parked_graph_holds_nothing(tmp_path: Path) -> None:
+    """Memory of the device: three runs of one model take its parameters once; a graph's pool goes when it is parked."""
+    bench = Bench()
+    sizes = ("model.shape.d_model=1024", "model.shape.mlp_hidden_dim=4096", "batch=64", "seq_len=16")
+    contents = [config("device=cuda", f"execution={name}", *sizes) for name in ("eager", "cuda_graph")]
+    contents.append(config("device=cuda", "router=sinkhorn", *sizes))
+    start = torch.cuda.memory_allocated()
+    for content in contents:
+        cell_id = identity.cell_id(content)
+        bench.build(content, str(tmp_path / cell_id))
+        size = bench.verify(cell_id)["parameter_bytes"]
+        assert size is not None and size > 2**27
+        if content is contents[1]:
+            (before, output) = torch.cuda.memory_reserved(), bench._runs[cell_id][0].step().y.clone()
+        bench.park(cell_id)
+        if content is contents[1]:
+            assert torch.cuda.memory_reserved() < before
+    assert torch.cuda.memory_allocated() - start < 1.5 * size
+    graph = identity.cell_id(contents[1])
+    bench.unpark(graph)
+    assert torch.equal(bench._runs[graph][0].step().y, output)
+
+
 def test_a_run_in_steps_leaves_its_record(tmp_path: Path) -> None:
     """Built, verified, parked, timed, finished: env_id is what `look` saw, the samples are those of all processes."""
     bench, content = Bench(), config()
@@ -137,9 +161,9 @@ def test_a_run_in_steps_leaves_its_record(tmp_path: Path) -> None:
     bench.park(cell_id)
     bench.unpark(cell_id)
     n = bench.warm_up(cell_id, 0.001)
-    blocks = [(replicate, 0, replicate, *bench.time_block(cell_id, n)) for replicate in (0, 1)]
+    blocks = [(replicate, 0, replicate, *bench.block(cell_id, n)) for replicate in (0, 1)]
     probe_ms = [bench.probe(cell_id) for _ in range(2)]
-    bench.finish(cell_id, blocks, ["f" * 12], None, peak_bytes, probe_ms)
+    bench.observe(cell_id, blocks, ["f" * 12], None, peak_bytes, probe_ms)
     bench.release(cell_id)
     record = read_record(tmp_path)
     assert (record.status, record.interleaved_with) == ("ok", ["f" * 12])
@@ -158,7 +182,7 @@ def test_a_failure_from_outside_is_written_without_observing(tmp_path: Path) -> 
     bench, content = Bench(), config()
     cell_id = identity.cell_id(content)
     bench.build(content, str(tmp_path))
-    bench.finish(cell_id, [(0, 0, 0, np.ones(7), np.ones(7))], [], None, None, [], ("failed", "interrupted"))
+    bench.observe(cell_id, [(0, 0, 0, np.ones(7), np.ones(7))], [], None, None, [], ("failed", "interrupted"))
     record = read_record(tmp_path)
     assert (record.status, record.reason, record.routing) == ("failed", "interrupted", None)
     assert record.latency_ms is not None and record.latency_ms.n == 7

@@ -84,7 +84,7 @@ def test_steps_run_in_another_process_whose_output_is_its_log(worker: Worker, ta
     assert worker.log is not None
     assert f"talker in {pid(worker)}\n" in worker.log.read_text()
     assert f"talker in {os.getpid()}\n" not in worker.log.read_text()
-    ms, stamp_s = worker.call("time_block", identity.cell_id(content), 3)
+    ms, stamp_s = worker.call("block", identity.cell_id(content), 3)
     assert len(ms) == len(stamp_s) == 3 and (ms > 0).all()
 
 
@@ -162,15 +162,11 @@ def test_a_step_out_of_time_is_named_and_its_process_ended(
         with pytest.raises(WorkerLostError, match=r"^timeout: verify$"):
             worker.call("verify", identity.cell_id(content), timeout_s=0.3)
     else:
-        handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-        try:
-            interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-            interrupt.start()
-            with pytest.raises(KeyboardInterrupt):
-                worker.call("verify", identity.cell_id(content))
-            interrupt.join()
-        finally:
-            signal.signal(signal.SIGINT, handler)
+        interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            worker.call("verify", identity.cell_id(content))
+        interrupt.join()
         with pytest.raises(WorkerLostError, match=r"^timeout: verify$"):
             worker.settle(0.3)
     assert not is_alive(before)

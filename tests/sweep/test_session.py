@@ -57,6 +57,53 @@ def test_a_hang_is_ended_and_its_log_says_where(tmp_path: Path) -> None:
     assert "faulty_router.py" in (tmp_path / str(records["hang"].directory) / "run.log").read_text()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("when", [pytest.param("", id="at-once"), pytest.param("late_", id="while-timed")])
+def test_a_lost_cuda_context_is_one_cells_failure(when: str, tmp_path: Path) -> None:
+    """A device-side assertion ends the context, a kernel without end the step: a new worker times the others."""
+    plugin = faulty.plugin(tmp_path / "mine")
+    routers = [f"{when}device_assert", f"{when}device_hang", "torch", "sinkhorn"]
+    more = ["device=cuda", "measure.max_time_s=2", "measure.target_ci=1e-9", "sweep.timeout_s=30"]
+    done = faulty.sweep(f"router={','.join(routers)}", *more, cwd=tmp_path, plugin=plugin)
+    assert done.returncode == 1, done.stderr
+    records = faulty.records(tmp_path)
+    lost, hung = (records[router] for router in routers[:2])
+    assert lost.status == hung.status == "failed"
+    assert "device-side assert" in str(lost.reason)
+    assert hung.reason == ("timeout: block" if when else "timeout: verify")
+    assert records["torch"].status == records["sinkhorn"].status == "ok"
+    assert records["sinkhorn"].interleaved_with == [records["torch"].cell_id]
+
+
+@pytest.mark.gpu
+def test_too_much_for_the_device_is_a_row(tmp_path: Path) -> None:
+    """384 GB of parameters; the cell that fits is measured in the same worker."""
+    done = faulty.sweep("model.shape.mlp_hidden_dim=200000000,24", "device=cuda", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    found = {
+        record.config["model"]["shape"]["mlp_hidden_dim"]: (record.status, record.reason)
+        for record in faulty.records_list(tmp_path)
+    }
+    assert found == {24: ("ok", None), 200000000: ("failed", "out_of_memory")}
+
+
+@pytest.mark.gpu
+def test_every_execution_on_cuda_is_timed_in_one_group(tmp_path: Path) -> None:
+    """Graphs and compiled code are parked while others are built, made and verified anew, and timed in turn."""
+    axes = ("router=torch,sinkhorn", "execution=eager,cuda_graph,compile")
+    more = ("device=cuda", "dtype=bf16", "measure.replicates=2", "measure.max_time_s=0.5")
+    done = faulty.sweep(*axes, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = faulty.records_list(tmp_path)
+    assert len(records) == 6
+    for record in records:
+        assert (record.status, len(record.interleaved_with)) == ("ok", 5)
+        assert record.latency_ms is not None
+        assert len(record.latency_ms.replicate_p50) == len(record.latency_ms.replicate_probe_ms) == 2
+        assert record.memory is not None and record.memory["peak_mb"] > record.memory["parameters_mb"] > 0
+    assert [record.ratio_to_anchor is None for record in records].count(True) == 1
+
+
 def test_memory_under_a_limit_of_the_process(tmp_path: Path) -> None:
     """RLIMIT_AS: the cell that wants more is a row, the one that does not is measured."""
     limit = 16 * 2**30
@@ -178,7 +225,6 @@ def test_ctrl_c_writes_what_is_there_and_says_how_to_go_on(tmp_path: Path) -> No
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     log = tmp_path / "outputs" / "s" / "worker.log"
     deadline = time.monotonic() + 60

@@ -157,6 +157,24 @@ def test_what_does_not_fit_together_is_timed_in_subgroups_with_the_anchor(first:
             assert record.ratio_to_anchor is not None and record.ratio_to_anchor.rounds >= 10
 
 
+@pytest.mark.gpu
+def test_a_group_is_split_by_the_peaks_on_the_device(tmp_path: Path) -> None:
+    """Parameters count once: three pairs of executions and experts fit where four members would not."""
+    sizes = ("model.shape.d_model=512", "model.shape.mlp_hidden_dim=512", "batch=64", "seq_len=128")
+    group = cells(tmp_path, "device=cuda", "experts=grouped,loop", "router=torch,sinkhorn", *sizes)
+    assert all(cell.available_bytes is not None and cell.available_bytes > 2**30 for cell in group)
+    records, _ = time(group, group[0])
+    assert all(len(record.interleaved_with) == 3 for record in records)
+    peaks = [record.memory["peak_mb"] for record in records if record.memory]
+    parameters = [record.memory["parameters_mb"] for record in records if record.memory]
+    assert min(parameters) == max(parameters) > 0
+    two = max(parameters) + sum(sorted(peak - max(parameters) for peak in peaks)[-2:])
+    for cell in group:
+        cell.available_bytes = int(two * 1e6 / 0.8) + 1
+    records, _ = time(group, group[0])
+    assert all(record.status == "ok" and 1 <= len(record.interleaved_with) < 3 for record in records)
+
+
 def test_what_fits_only_alone_is_timed_alone(four: list[Cell]) -> None:
     """Then there is no ratio, and no peer is named."""
     for cell in four[:2]:
