@@ -217,9 +217,10 @@ class Group:
                 ms, stamp_s = self._call(member, "block", member.id, iterations[index])
                 member.blocks.append((replicate, round_, place, ms, stamp_s))
                 spent_ms += float(ms.sum())
-            probe_ms = self._call(together[0], "probe", together[0].id)
-            if probe_ms is not None:
-                self._probe_ms[-1].append(probe_ms)
+            if measure["replicates"] > 1:  # with one, `compare` has no use for it
+                probe_ms = self._call(together[0], "probe", together[0].id)
+                if probe_ms is not None:
+                    self._probe_ms[-1].append(probe_ms)
             self.on_step(together[0].cell, "time")
             round_ += 1
             if spent_ms >= budget_ms:
