@@ -132,7 +132,7 @@ class JobComposer:
             if composed is None:
                 composed = self._compose(self.config, list(overrides))
             with open_dict(composed):
-                composed.hydra.job.id = composed.hydra.job.num = number
+                composed.hydra.job.id, composed.hydra.job.num = str(number), number
                 directory = Path(self.config.hydra.sweep.dir) / str(composed.hydra.sweep.subdir)
                 task_overrides = list(composed.hydra.overrides.task)
                 del composed["hydra"]
