@@ -47,7 +47,7 @@ bench-sweep: $(READY) ## What a sweep costs, how fast tables and report are, how
 	$(BIN)/python -m benchmarks.aggregate
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python benchmarks/aa_study.py
-	$(BIN)/python benchmarks/aa_study.py --load 2
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/aa_study.py --load 2
 
 # hydra-core's antlr4 runtime is published as source only, so it is built here.
 device-bundle: $(READY) ## Wheels of moe-lab and what a GPU machine without network lacks

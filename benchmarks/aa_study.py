@@ -1,7 +1,10 @@
 """How often does `moe-lab compare` find a difference where there is none, and an interleaved ratio one of 10 %?
 
     .venv/bin/python benchmarks/aa_study.py --pairs 20              # an idle machine
-    .venv/bin/python benchmarks/aa_study.py --pairs 20 --load 2     # with 2 processes of numpy beside it
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/aa_study.py --pairs 20 --load 2     # with 2 busy processes beside it
+
+(One thread under load: with more, OpenMP's threads wait for each other while the busy processes have the cores, and a
+pass takes 30 times as long.)
 
 Each pair is two sweeps of the same code, one after the other, with 3 replicates: `compare` should call fewer than
 5 % of the cells faster or slower. In every sweep a second router is the first one with a wait of 10 % of the whole
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -69,10 +73,11 @@ def plant(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--load", type=int, default=0, help="processes that multiply matrices meanwhile")
+    parser.add_argument("--load", type=int, default=0, help="processes of one thread that multiply matrices meanwhile")
     given = parser.parse_args()
     noise = "import numpy as np\na = np.ones((512, 512))\nwhile True: a @ a"
-    others = [subprocess.Popen([sys.executable, "-c", noise]) for _ in range(given.load)]
+    one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    others = [subprocess.Popen([sys.executable, "-c", noise], env=one_thread) for _ in range(given.load)]
     verdicts: Counter[str] = Counter()
     found: Counter[str] = Counter()
     ratios: list[float] = []

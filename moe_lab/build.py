@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -14,9 +16,11 @@ from moe_lab.errors import UnavailableError
 from moe_lab.experts.weights import ExpertsImpl
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.parameters import adopt, initialize, without_storage
+from moe_lab.records import store
 from moe_lab.records.identity import digest, option_name
-from moe_lab.routers.base import Router
+from moe_lab.routers.base import PROPERTIES, Router, Routing, gate_logits
 from moe_lab.targets import instantiate, locate
+from moe_lab.workloads import loads
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -55,10 +59,31 @@ def build_router(cfg: DictConfig, n_experts: int | None = None, top_k: int | Non
     n_experts, top_k = n_experts or sizes.get("n_experts"), top_k or sizes.get("top_k")
     if n_experts is None or top_k is None:
         raise ValueError(f"model={cfg.model.name} has no experts: give build_router n_experts and top_k.")
-    router = instantiate(cfg.router, n_experts=n_experts, top_k=top_k)
+    return _make_router(cfg.router, n_experts, top_k)
+
+
+def _make_router(node: DictConfig, n_experts: int, top_k: int) -> Router:
+    top_k = node.get("top_k") or top_k
+    inner = {"inner": _make_router(node.inner, n_experts, top_k)} if "inner" in node else {}
+    keys = [str(key) for key in node if key not in ("top_k", "inner", "calibration_tokens")]
+    try:
+        router = instantiate(OmegaConf.masked_copy(node, keys), n_experts=n_experts, top_k=top_k, **inner)
+    except UnavailableError as error:
+        raise UnavailableError(f"router={option_name(node)}: {error}") from error
     if not isinstance(router, Router):
-        raise ValueError(f"router: {cfg.router._target_} is no moe_lab.routers.base.Router; derive it from that class.")
+        raise ValueError(f"router: {node._target_} is no moe_lab.routers.base.Router; derive it from that class.")
     return router
+
+
+def describe_router(cfg: DictConfig) -> dict[str, Any]:
+    """{properties: those that it declares, implementations, skip: None or why it cannot run here} of `cfg.router`."""
+    try:
+        with torch.device("meta"):
+            router = build_router(cfg)
+    except (UnavailableError, ValueError) as error:
+        return {"properties": [], "implementations": [], "skip": str(error)}
+    declared = [name for name in PROPERTIES if getattr(router, name)]
+    return {"properties": declared, "implementations": list(router.implementations), "skip": None}
 
 
 def build_experts(cfg: DictConfig) -> ExpertsImpl:
@@ -94,7 +119,30 @@ def build_model(
         initialize(model, cfg.seed)
     else:
         adopt(model, donor, device, cfg.seed)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    _calibrate(cfg, model, device)
+    return model
+
+
+@torch.inference_mode()
+def _calibrate(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
+    """Fit the routers that ask for it, layer by layer, in one pass over tokens of another seed than the run's."""
+    layers = [layer for layer in model.modules() if isinstance(layer, MoELayer) and layer.router.calibrates]
+    if not layers:
+        return
+
+    def fit(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        assert isinstance(layer, MoELayer)
+        layer.router.fit(gate_logits(arguments[0], layer.weights.gate_ED))
+
+    handles = [layer.register_forward_pre_hook(fit) for layer in layers]
+    try:
+        tokens_per_sequence = 1 if "seq_len" in cfg.model.get("ignores", ()) else cfg.seq_len
+        batch = -(-cfg.router.get("calibration_tokens", 4096) // tokens_per_sequence)
+        model(build_input(cfg, model, device, batch=batch, seed=cfg.seed + 1))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _make_model(cfg: DictConfig, device: torch.device) -> nn.Module:
@@ -122,11 +170,27 @@ def check_available(cfg: DictConfig) -> torch.device:
         ValueError: a key that a part refuses.
     """
     device = resolve_device(cfg)
-    require_capturable(cfg, _make_model(cfg, torch.device("meta")))
+    require_runnable(cfg, _make_model(cfg, torch.device("meta")))
     return device
 
 
-def require_capturable(cfg: DictConfig, model: nn.Module) -> None:
+def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
+    """Raise `UnavailableError` if a part of `model` cannot do what the rest of the configuration asks of it."""
+    for layer in model.modules():
+        if isinstance(layer, MoELayer) and layer.router.needs_token_ids and model.vocab_size is None:
+            raise UnavailableError(
+                f"router={option_name(cfg.router)} reads the tokens' ids, and model={option_name(cfg.model)} is fed "
+                "hidden states; use a model with an embedding, as decoder_moe"
+            )
+        if isinstance(layer, MoELayer) and not layer.router.static_k and cfg.workload.get("load", "native") != "native":
+            raise UnavailableError(
+                f"workload.load={cfg.workload.load} replaces the experts of every slot, and router="
+                f"{option_name(cfg.router)} fills no fixed number of slots; use workload.load=native or another router"
+            )
+    _require_capturable(cfg, model)
+
+
+def _require_capturable(cfg: DictConfig, model: nn.Module) -> None:
     """Raise `UnavailableError` if a part of `model` reads results on the host and `cfg.execution` captures."""
     if cfg.execution.name == "eager":
         return
@@ -142,14 +206,76 @@ def require_capturable(cfg: DictConfig, model: nn.Module) -> None:
                 )
 
 
-def build_input(cfg: DictConfig, model: nn.Module, device: torch.device) -> Tensor:
-    """The one input of `model` that `cfg.workload` gives."""
+def _load_keys(cfg: DictConfig) -> dict[str, float]:
+    keys = ("zipf_exponent", "hot_experts", "hot_share")
+    return {"seed": int(cfg.seed), **{key: cfg.workload[key] for key in keys if cfg.workload.get(key) is not None}}
+
+
+@torch.inference_mode()
+def force_load(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[Routing, ...] | None:
+    """The routing of each layer that gives the experts the load of `cfg.workload.load`; None for `native`.
+
+    Its weights are those of the native pass.
+    """
+    load = cfg.workload.get("load", "native")
+    layers = [layer for layer in model.modules() if isinstance(layer, MoELayer)]
+    if load == "native" or not layers:
+        return None
+    keys, routings = _load_keys(cfg), model(x).routings
+    if load == "replay":
+        recorded = _trace(cfg.workload.trace, len(layers))
+        return tuple(
+            loads.replayed(ids_TK, routing, layer.weights.n_experts, int(cfg.seed))
+            for ids_TK, layer, routing in zip(recorded, layers, routings, strict=True)
+        )
+    return tuple(
+        loads.loaded(load, routing, layer.weights.n_experts, **keys)
+        for layer, routing in zip(layers, routings, strict=True)
+    )
+
+
+def _trace(directory: str, n_layers: int) -> np.ndarray:
+    """The recorded ids [L, T, K] of a run. Raises `ValueError` if there are none, or of another number of layers."""
+    path = Path(directory) / store.ROUTING
+    try:
+        with np.load(path) as arrays:
+            ids_LTK: np.ndarray = arrays["expert_ids_LTK"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"workload.trace={directory}: {path} holds no recorded routing ({error}); run with "
+            "measure.record_routing=true and name that run's folder."
+        ) from error
+    if len(ids_LTK) != n_layers:
+        raise ValueError(f"workload.trace={directory}: it has {len(ids_LTK)} MoE layers, and the model {n_layers}.")
+    return ids_LTK
+
+
+def load_difference(cfg: DictConfig, model: nn.Module, forced: Sequence[Routing] | None) -> float | None:
+    """By how much the worst layer's load differs from the one asked for (`loads.difference`); None if none was."""
+    if forced is None:
+        return None
+    if cfg.workload.load == "replay":
+        return None  # what was drawn is what there is
+    layers = [layer for layer in model.modules() if isinstance(layer, MoELayer)]
+    found = []
+    for layer, routing in zip(layers, forced, strict=True):
+        E, K = layer.weights.n_experts, routing.expert_ids_TK.shape[1]
+        asked_E = loads.asked_shares(cfg.workload.load, E, K, **_load_keys(cfg))
+        if asked_E is not None:
+            found.append(loads.difference(routing.expert_ids_TK, asked_E))
+    return max(found, default=None)
+
+
+def build_input(
+    cfg: DictConfig, model: nn.Module, device: torch.device, *, batch: int | None = None, seed: int | None = None
+) -> Tensor:
+    """The one input of `model` that `cfg.workload` gives, for `cfg.batch` and `cfg.seed` unless others are given."""
     workload = locate(cfg.workload._target_)
     x: Tensor = workload(
         model=model,
-        batch=cfg.batch,
+        batch=batch or cfg.batch,
         seq_len=cfg.seq_len,
-        seed=cfg.seed,
+        seed=cfg.seed if seed is None else seed,
         device=device,
         dtype=DTYPES[cfg.dtype.name],
         phase=cfg.workload.phase,

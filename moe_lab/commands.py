@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_lab import configure
+from moe_lab import configure, targets
 from moe_lab.arguments import Parser
 
 OK = 0
@@ -51,7 +51,14 @@ def _list(arguments: list[str]) -> int:
     parser.add_argument("group", nargs="*", help="router, model, experts, ... (all of them, if none is named)")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_args(arguments)
-    listing.show(given.group, given.config_dir)
+    if given.group in (["router"], ["routers"]):
+        from moe_lab import router_listing
+
+        if given.config_dir:
+            targets.trust(given.config_dir)
+        router_listing.show(given.config_dir)
+    else:
+        listing.show(given.group, given.config_dir)
     return OK
 
 

@@ -20,6 +20,7 @@ from moe_lab.records.variants import COMPARE
 
 DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
+LOADS = ("native", "balanced", "random", "zipf", "hot", "one_hot", "replay")
 EXECUTIONS = ("eager", "compile", "cuda_graph")
 STALE = ("rerun", "keep", "refuse")
 _GROUPS = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
@@ -96,24 +97,133 @@ class MoELayerModel:
 
 
 @dataclass
-class SoftmaxTopK:
-    """Softmax over the experts, then the k largest."""
+class RouterOption:
+    """What every router of the package has."""
 
-    _target_: str = "moe_lab.routers.softmax_topk.SoftmaxTopK"
+    _target_: str = MISSING
     name: str = MISSING
-    impl: str = MISSING
-    renormalize: bool = True
+    impl: str = "auto"
+    top_k: int | None = None
+    """Instead of the model's."""
 
 
 @dataclass
-class Sinkhorn:
+class SoftmaxTopK(RouterOption):
+    """Softmax over the experts, then the k largest."""
+
+    _target_: str = "moe_lab.routers.softmax_topk.SoftmaxTopK"
+    renormalize: bool = True
+    gate_bias: bool = False
+
+
+@dataclass
+class ScoredTopK(RouterOption):
+    """Top-k of a score with a selection bias, within limited groups."""
+
+    _target_: str = "moe_lab.routers.scored_topk.ScoredTopK"
+    score: str = "sigmoid"
+    bias: bool = False
+    n_groups: int = 1
+    top_groups: int = 1
+    group_score: str = "top2"
+    renormalize: bool = True
+    scale: float = 1.0
+    scales_input: bool = False
+
+
+@dataclass
+class Sinkhorn(RouterOption):
     """Top-k of a balanced transport plan between tokens and experts."""
 
     _target_: str = "moe_lab.routers.sinkhorn.Sinkhorn"
-    name: str = "sinkhorn"
-    impl: str = "auto"
     iters: int = 10
     temperature: float = 1.0
+
+
+@dataclass
+class ExpertChoice(RouterOption):
+    """Every expert takes its best tokens."""
+
+    _target_: str = "moe_lab.routers.expert_choice.ExpertChoice"
+    factor: float = 1.0
+
+
+@dataclass
+class BalancedAssignment(RouterOption):
+    """The best assignment at even load."""
+
+    _target_: str = "moe_lab.routers.balanced_assignment.BalancedAssignment"
+
+
+@dataclass
+class TokenHash(RouterOption):
+    """A hash of the token's id."""
+
+    _target_: str = "moe_lab.routers.token_hash.TokenHash"
+
+
+@dataclass
+class UniformRandom(RouterOption):
+    """Drawn at random."""
+
+    _target_: str = "moe_lab.routers.token_hash.UniformRandom"
+    seed: int = 0
+
+
+@dataclass
+class BalancingBias(RouterOption):
+    """A bias fitted in a calibration pass."""
+
+    steps: int = 20
+    calibration_tokens: int = 4096
+
+
+@dataclass
+class LossFreeBias(BalancingBias):
+    _target_: str = "moe_lab.routers.balancing_bias.LossFreeBias"
+    rate: float = 0.01
+
+
+@dataclass
+class QuantileBias(BalancingBias):
+    _target_: str = "moe_lab.routers.balancing_bias.QuantileBias"
+
+
+@dataclass
+class DynamicK(RouterOption):
+    """Fewer experts for tokens that need fewer."""
+
+    _target_: str = "moe_lab.routers.dynamic_k.DynamicK"
+    rule: str = MISSING
+    threshold: float | None = None
+    k_max: int | None = None
+    calibration_tokens: int = 4096
+
+
+@dataclass
+class OpportunisticActivation(RouterOption):
+    """Few experts of its own for every token, and those of the others."""
+
+    _target_: str = "moe_lab.routers.batch_aware.OpportunisticActivation"
+    k0: int = 1
+
+
+@dataclass
+class SharedBudget(RouterOption):
+    """A set of experts that the batch shares."""
+
+    _target_: str = "moe_lab.routers.batch_aware.SharedBudget"
+    budget: float = 0.5
+
+
+@dataclass
+class Capacity(RouterOption):
+    """Another router with limited room at each expert."""
+
+    _target_: str = "moe_lab.routers.capacity.Capacity"
+    inner: Any = MISSING
+    factor: float = 1.25
+    policy: str = "weight"
 
 
 @dataclass
@@ -126,11 +236,16 @@ class Experts:
 
 @dataclass
 class Workload:
-    """Which tokens come in, and in which phase."""
+    """Which tokens come in, in which phase, and which load the experts get."""
 
     _target_: str = MISSING
     name: str = MISSING
     phase: str = "forward"
+    load: str = "native"
+    zipf_exponent: float = 1.0
+    hot_experts: int = 1
+    hot_share: float = 0.5
+    trace: str | None = None
 
 
 @dataclass
@@ -154,6 +269,7 @@ class Measure:
 
     name: str = "default"
     routing: bool = True
+    record_routing: bool = False
     phases: bool = True
     roofline: bool = True
     target_ci: float = 0.02
@@ -216,7 +332,21 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "moe_layer": MoELayerModel,
     },
     "model/shape": {"shape": Shape},
-    "router": {"softmax_topk": SoftmaxTopK, "sinkhorn": Sinkhorn},
+    "router": {
+        "softmax_topk": SoftmaxTopK,
+        "scored_topk": ScoredTopK,
+        "sinkhorn": Sinkhorn,
+        "expert_choice": ExpertChoice,
+        "base": BalancedAssignment,
+        "token_hash": TokenHash,
+        "random": UniformRandom,
+        "loss_free": LossFreeBias,
+        "quantile": QuantileBias,
+        "dynamic_k": DynamicK,
+        "oea": OpportunisticActivation,
+        "xshare": SharedBudget,
+        "capacity": Capacity,
+    },
     "experts": {"experts": Experts},
     "workload": {"workload": Workload},
     "device": {"device": Device},
@@ -288,6 +418,15 @@ def validate(cfg: DictConfig) -> None:
     _at_least(cfg, "measure.replicates", 1)
     _validate_sweep(cfg)
     _one_of(cfg, "workload.phase", ("forward",))
+    _one_of(cfg, "workload.load", LOADS)
+    if cfg.workload.get("load") == "replay" and not cfg.workload.get("trace"):
+        raise ValueError(
+            "workload.load=replay: give workload.trace=RUN_DIR, the folder of a run with measure.record_routing=true."
+        )
+    _at_least(cfg, "workload.hot_experts", 1)
+    _at_least(cfg, "workload.zipf_exponent", 0)
+    if not 0 <= cfg.workload.get("hot_share", 0.0) <= 1:
+        raise ValueError(f"workload.hot_share={cfg.workload.hot_share}: it is a share of the slots, between 0 and 1.")
     _one_of(cfg, "device.name", ("auto", "cpu", "cuda"))
     _one_of(cfg, "dtype.name", DTYPES)
     _one_of(cfg, "execution.name", EXECUTIONS)
@@ -362,8 +501,8 @@ def _validate_decoder(model: DictConfig) -> None:
 
 
 def _validate_router(cfg: DictConfig) -> None:
-    _at_least(cfg, "router.iters", 1)
-    _more_than_zero(cfg, "router.temperature")
+    _at_least(cfg, "router.iters router.top_k router.k_max router.steps router.calibration_tokens", 1)
+    _more_than_zero(cfg, "router.temperature router.factor router.scale router.rate")
     name, impl = cfg.router.get("name"), cfg.router.get("impl")
     if name in ("torch", "cuda_ext") and impl != name:
         raise ValueError(

@@ -40,9 +40,9 @@ def show() -> None:
     try:
         worker.start()
         options = [f"{group}={path.stem}" for group in _LOOKED_AT for path in groups(None)[group]]
-        configs = [configure.compose(["model=moe_layer", option]) for option in options]
+        configs = [configure.compose(["model=decoder_moe", option]) for option in options]
         containers = [planning.plain(cfg) for cfg in configs]
-        base, *seen = worker.call("look", [planning.plain(configure.compose(["model=moe_layer"])), *containers])
+        base, *seen = worker.call("look", [planning.plain(configure.compose(["model=decoder_moe"])), *containers])
     finally:
         worker.close()
     console = Console(soft_wrap=True, highlight=False)

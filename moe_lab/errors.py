@@ -9,8 +9,11 @@ class UnavailableError(RuntimeError):
 
 
 class MismatchError(RuntimeError):
-    """The run's output disagrees with the fp32 reference; `where` is `route` or `layers`."""
+    """The run's output disagrees with the fp32 reference; `where` is `route` or `layers`.
 
-    def __init__(self, where: str, message: str):
+    `clause`: of the router's contract, where that is what was broken.
+    """
+
+    def __init__(self, where: str, message: str, clause: str | None = None):
         super().__init__(message)
-        self.where = where
+        self.where, self.clause = where, clause

@@ -41,10 +41,10 @@ def show(names: list[str], config_dir: str | None) -> None:
         console.print(group, style="bold", markup=False)
         width = max(len(path.stem) for path in known[group])
         for path in known[group]:
-            console.print(f"  {path.stem:{width}}  {_about(path)}", markup=False)
+            console.print(f"  {path.stem:{width}}  {about(path)}", markup=False)
 
 
-def _about(path: Path) -> str:
+def about(path: Path) -> str:
     """The first comment, but for Hydra's own that says where the content goes."""
     lines = path.read_text().splitlines()
     comments = [line.lstrip("# ") for line in lines if line.startswith("#") and not line.startswith("# @")]

@@ -35,6 +35,7 @@ from moe_lab.verify import Verification, exact_products, moe_layers, verify
 
 log = logging.getLogger("moe_lab")
 
+_LOAD_TOLERANCE = 0.02  # share of the slots
 _BLOCK_S = 0.1  # a block of iterations takes about so long: short beside drift, long beside bookkeeping
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the first is ten times as fast, where libyaml is
 
@@ -93,17 +94,28 @@ class Run:
         self.model: nn.Module = build.build_model(cfg, self.device, donor)
         self.twin: nn.Module = reference_twin(self.model)
         self.x = build.build_input(cfg, self.model, self.device)
-        self.implementation = self._implementation()
-        build.require_capturable(cfg, self.model)
+        build.require_runnable(cfg, self.model)
         for _, layer in moe_layers(self.model):
             self.warnings += [text for text in layer.router.warnings(self.n_tokens) if text not in self.warnings]
-        self.step: Step = STEPS[cfg.execution.name](self.model, self.x)
+        self.forced = build.force_load(cfg, self.model, self.x)
+        self.implementation = self._implementation()
+        self.step: Step = STEPS[cfg.execution.name](self.model, self.x, self.forced)
+        self._look_at_the_load()
         log.info(
             "built %s on %s: %.1f MB of parameters",
             identity.option_name(cfg.model),
             self.device,
             parameter_bytes(self.model) / 1e6,
         )
+
+    def _look_at_the_load(self) -> None:
+        """A warning for a layer whose experts are loaded otherwise than they were asked to be."""
+        worst = build.load_difference(self.cfg, self.model, self.forced)
+        if worst is not None and worst > _LOAD_TOLERANCE:
+            self.warnings.append(
+                f"workload.load={self.cfg.workload.load}: {worst:.1%} of the slots go elsewhere than asked, for no "
+                "token has an expert twice and slots are whole; the realised load stands in the row."
+            )
 
     @property
     def n_tokens(self) -> int:
@@ -123,7 +135,8 @@ class Run:
         self.peak_bytes = peak_bytes
 
     def _verify_step(self) -> None:
-        self.verification = verify(self.model, self.twin, self.x, self.step(), self.dtype, fuses=self.step.fuses)
+        forced, fuses = self.forced is not None, self.step.fuses
+        self.verification = verify(self.model, self.twin, self.x, self.step(), self.dtype, fuses=fuses, forced=forced)
         if self.x.is_cuda:
             torch.cuda.empty_cache()  # what the reference took
         log.info("verified: %s", self.verification.check)
@@ -136,7 +149,7 @@ class Run:
 
     def unpark(self) -> None:
         """Make the step anew. An eager one is the one that was verified; another is verified again."""
-        self.step = STEPS[self.cfg.execution.name](self.model, self.x)
+        self.step = STEPS[self.cfg.execution.name](self.model, self.x, self.forced)
         if self.cfg.execution.name != "eager":
             self._verify_step()
 
@@ -179,7 +192,7 @@ class Run:
         """
         measure = self.cfg.measure
         for wanted, name, look in (
-            (measure.routing, "routing", self._observe_routing),
+            (measure.routing or measure.record_routing, "routing", self._observe_routing),
             (measure.phases, "phases_ms", self._observe_phases),
             (measure.roofline, "roofline", self._observe_roofline),
         ):
@@ -213,12 +226,16 @@ class Run:
             "counts_LE": np.stack([one.counts_E for one in stats]),
             "mean_score_LE": np.stack([one.prob_sum_E / max(one.tokens, 1) for one in stats]),
         }
+        if self.cfg.measure.record_routing:
+            widest = max(routing.expert_ids_TK.shape[1] for routing in routings)
+            padded = [_padded(routing.expert_ids_TK, widest) for routing in routings]
+            self.routing_arrays["expert_ids_LTK"] = np.stack(padded)
         return routing_metrics.summarize(stats, ids)
 
     def _observe_phases(self) -> dict[str, Any]:
         graph_p50_ms = float(np.median(self.samples_ms())) if self.cfg.execution.name == "cuda_graph" else None
         seconds = min(1.0, self.cfg.measure.max_time_s / 4)
-        return phases.measure_phases(Step(self.model, self.x), seconds, graph_p50_ms)
+        return phases.measure_phases(Step(self.model, self.x, self.forced), seconds, graph_p50_ms)
 
     def _observe_roofline(self) -> dict[str, Any]:
         assert self.verification is not None
@@ -232,7 +249,9 @@ class Run:
             if isinstance(module, AddRMSNorm):
                 ran["add_rms_norm"] = module.implementation
         for _, layer in moe_layers(self.model):
-            ran["router"] = layer.router.implementation()
+            ran["router"] = (
+                layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"
+            )
             ran["experts"] = layer.experts.__name__
             if layer.experts.__name__ == "grouped":
                 ran["segment_mm"] = segment_mm.implementation_for(
@@ -251,7 +270,7 @@ class Run:
         if isinstance(error, MismatchError):
             log.error("%s", error)
             self.warnings.append(str(error))
-            return "failed", f"mismatch: {error.where}"
+            return "failed", f"mismatch: {error.where}" + (f": {error.clause}" if error.clause else "")
         log.error("%s", "".join(traceback.format_exception(error)))
         return "failed", f"error: {error}" if isinstance(error, ValueError) else _reason(error)
 
@@ -313,6 +332,11 @@ class Run:
             warnings=[*self.warnings, *self._noise(latency)],
             **self.observed,
         )
+
+
+def _padded(ids_TK: Tensor, width: int) -> np.ndarray:
+    """Rows of `width` slots, the additional ones unused."""
+    return np.asarray(nn.functional.pad(ids_TK, (0, width - ids_TK.shape[1]), value=-1).cpu())
 
 
 def default_directory(cfg: DictConfig) -> Path:

@@ -24,7 +24,7 @@ from moe_lab.measure.roofline import count_flops
 from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.records.schema import Check
-from moe_lab.routers.base import Routing, check_finite, gate_logits
+from moe_lab.routers.base import RouteContext, Routing, check_finite, gate_logits
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def check_contract(routing: Routing, n_tokens: int, n_experts: int, layer: int) 
     ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
 
     def broken(clause: str) -> MismatchError:
-        return MismatchError("route", f"layer {layer}: the router breaks its contract: {clause}")
+        return MismatchError("route", f"layer {layer}: the router breaks its contract: {clause}", clause)
 
     if ids_TK.dim() != 2 or ids_TK.shape[0] != n_tokens or weights_TK.shape != ids_TK.shape:
         raise broken(f"ids {tuple(ids_TK.shape)} and weights {tuple(weights_TK.shape)} are not both [{n_tokens}, K]")
@@ -144,12 +144,15 @@ def compare_routes(
     tolerance: Tolerance,
     weights_TK: Tensor | None = None,
     logits_TE: Tensor | None = None,
+    *,
+    static_k: bool = True,
 ) -> int:
     """Number of near-ties in which `ran` chose otherwise than `reference` (which holds its scores).
 
     `weights_TK` are the weights that the reference gives to the experts of `ran`, where its router can tell
     (`Router.weigh`); else, of a near-tie, only what the weights add up to is compared. `logits_TE` are those that the
-    reference selected from, for `tolerance.logit`.
+    reference selected from, for `tolerance.logit`. Where a token's number of experts is not fixed (`static_k`), a score
+    says by how much an expert was chosen or missed, and each that differs must be small.
 
     Raises:
         MismatchError: a set differs where the scores do not tie, or a weight differs.
@@ -167,7 +170,10 @@ def compare_routes(
     allowed_T = tolerance.score * scale_T
     if logits_TE is not None and tolerance.logit:
         allowed_T = allowed_T + tolerance.logit * logits_TE.float().abs().median(-1).values
-    near_T = changed_T & (highest_T - lowest_T <= allowed_T) & (ran_TE.sum(-1) == want_TE.sum(-1))
+    if static_k:
+        near_T = changed_T & (highest_T - lowest_T <= allowed_T) & (ran_TE.sum(-1) == want_TE.sum(-1))
+    else:
+        near_T = changed_T & (torch.maximum(highest_T, -lowest_T) <= allowed_T)
     if bool((changed_T & ~near_T).any()):
         token = int((changed_T & ~near_T).nonzero()[0, 0])
         raise MismatchError(
@@ -196,8 +202,8 @@ def compare_routes(
 class LayerProbe:
     """Looks at every MoE layer of an eager pass with the run's routing forced, against the fp32 reference twin."""
 
-    def __init__(self, model: nn.Module, twin: nn.Module, tolerance: Tolerance):
-        self.tolerance, self.near_ties = tolerance, 0
+    def __init__(self, model: nn.Module, twin: nn.Module, tolerance: Tolerance, *, routes: bool = True):
+        self.tolerance, self.near_ties, self.routes = tolerance, 0, routes
         self.expert_error, self.token_error = 0.0, 0.0
         self._handles = []
         for (index, layer), (_, reference) in zip(moe_layers(model), moe_layers(twin), strict=True):
@@ -211,15 +217,8 @@ class LayerProbe:
         def look(layer: MoELayer, arguments: tuple[Any, ...], result: tuple[Tensor, Routing]) -> None:
             x_TD, ctx = arguments[0], arguments[1]
             routing = result[1]
-            E = layer.weights.n_experts
-            logits_TE = gate_logits(x_TD, layer.weights.gate_ED)
-            check_finite(logits_TE, index)
-            with exact_products():
-                want = reference.router.select(logits_TE.float(), ctx._replace(want_scores=True))
-                weights_TK = reference.router.weigh(logits_TE.float(), routing.expert_ids_TK.clamp(min=0))
-            if want.scores_TE is None:
-                raise ValueError(f"router: {type(reference.router).__name__}.select gave no scores_TE when asked to.")
-            self.near_ties += compare_routes(routing, want, E, index, self.tolerance, weights_TK, logits_TE)
+            if self.routes:
+                self._compare_routes(index, layer, reference, x_TD, ctx, routing)
             y_TD = layer.routed(x_TD, routing)
             with exact_products():
                 y_reference_TD = reference.routed(x_TD.float(), routing)
@@ -227,6 +226,21 @@ class LayerProbe:
             self._compare_experts(layer, reference, x_TD, routing)
 
         return look
+
+    def _compare_routes(
+        self, index: int, layer: MoELayer, reference: MoELayer, x_TD: Tensor, ctx: RouteContext, routing: Routing
+    ) -> None:
+        logits_TE = gate_logits(x_TD, layer.weights.gate_ED)
+        check_finite(logits_TE, index)
+        router, E = reference.router, layer.weights.n_experts
+        with exact_products():
+            want = router.select(logits_TE.float(), ctx._replace(want_scores=True))
+            weights_TK = router.weigh(logits_TE.float(), routing.expert_ids_TK)
+        if want.scores_TE is None:
+            raise ValueError(f"router: {type(router).__name__}.select gave no scores_TE when asked to.")
+        self.near_ties += compare_routes(
+            routing, want, E, index, self.tolerance, weights_TK, logits_TE, static_k=router.static_k
+        )
 
     def _compare_experts(self, layer: MoELayer, reference: MoELayer, x_TD: Tensor, routing: Routing) -> None:
         """Each used slot as a token of its own with the weight 1: nothing hides in the sum over a token's experts."""
@@ -281,13 +295,22 @@ def _nothing_known() -> Check:
 
 @torch.inference_mode()
 def verify(
-    model: nn.Module, twin: nn.Module, x: Tensor, ran: Output, dtype: torch.dtype, *, fuses: bool = False
+    model: nn.Module,
+    twin: nn.Module,
+    x: Tensor,
+    ran: Output,
+    dtype: torch.dtype,
+    *,
+    fuses: bool = False,
+    forced: bool = False,
 ) -> Verification:
     """Compare `ran`, the output of the run's own execution, with the fp32 reference `twin`.
 
     The logits that the route check selects from are those of an eager pass with the run's routing forced. An execution
     that `fuses` rounds otherwise on the way there, so its scores may differ by what the model's output may. Such an
     execution's own kernels are seen by the whole model's error alone; by expert and by token the eager ones are.
+
+    Where the run's routing was `forced`, no router chose it: there is no route to check, and nothing to compare freely.
 
     Raises:
         ValueError: router logits that are not finite (the message names the layer), or a reference that is not fp32.
@@ -305,12 +328,12 @@ def verify(
         result.mismatch = error
         return result
 
-    probe = LayerProbe(model, twin, tolerance)
+    probe = LayerProbe(model, twin, tolerance, routes=not forced)
     try:
         model(x, forced_routing=ran.routings)
         if layers:
             check.expert_rel_error, check.token_rel_error = probe.expert_error, probe.token_error
-            check.near_ties = probe.near_ties
+            check.near_ties = None if forced else probe.near_ties
     except MismatchError as error:
         result.mismatch = error
     finally:
@@ -318,18 +341,19 @@ def verify(
 
     reference_x = x.float() if x.is_floating_point() else x
     with exact_products():
-        forced: Output = twin(reference_x, forced_routing=ran.routings)
-        if forced.y.dtype != torch.float32:
+        reference: Output = twin(reference_x, forced_routing=ran.routings)
+        if reference.y.dtype != torch.float32:
             raise ValueError(
-                f"model: its reference pass computes in {forced.y.dtype}; let each operation cast its weight to the "
+                f"model: its reference pass computes in {reference.y.dtype}; let each operation cast its weight to the "
                 "dtype of its input, and an embedding follow use_reference() (see moe_lab/models/__init__.py)."
             )
-        check.rel_error = relative_error(ran.y, forced.y)
-        check.max_abs_error = float((ran.y - forced.y).abs().max()) if ran.y.numel() else 0.0
-        del forced
-        free, result.flops = count_flops(lambda: twin(reference_x))
-    check.free_rel_error = relative_error(ran.y, free.y)
-    check.changed_sets = changed_sets(ran.routings, free.routings, sizes) if layers else None
+        check.rel_error = relative_error(ran.y, reference.y)
+        check.max_abs_error = float((ran.y - reference.y).abs().max()) if ran.y.numel() else 0.0
+        del reference
+        free, result.flops = count_flops(lambda: twin(reference_x, forced_routing=ran.routings if forced else None))
+    if not forced:
+        check.free_rel_error = relative_error(ran.y, free.y)
+        check.changed_sets = changed_sets(ran.routings, free.routings, sizes) if layers else None
 
     if result.mismatch is None:
         result.mismatch = _beyond(check, tolerance, dtype)

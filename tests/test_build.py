@@ -11,6 +11,11 @@ import moe_lab
 from moe_lab import build
 from moe_lab.errors import UnavailableError
 from moe_lab.measure import memory
+from moe_lab.models.moe_layer import MoELayer
+from moe_lab.routers.balancing_bias import BalancingBias
+from moe_lab.routers.base import Router
+from moe_lab.routers.capacity import Capacity
+from moe_lab.routers.sinkhorn import Sinkhorn
 from tests import quick, tiny
 
 CPU = torch.device("cpu")
@@ -100,7 +105,11 @@ def test_looking_takes_no_memory() -> None:
     [
         pytest.param(["dtype=fp16"], UnavailableError, "dtype=fp16", id="dtype"),
         pytest.param(["execution=cuda_graph"], UnavailableError, "execution=cuda_graph", id="execution"),
-        pytest.param(["router=cuda_ext"], UnavailableError, "router=cuda_ext", id="router"),
+        pytest.param(["router=cuda_ext"], UnavailableError, "router.impl=cuda_ext", id="router"),
+        pytest.param(["router=hash"], UnavailableError, "router=hash reads the tokens", id="token-ids"),
+        pytest.param(
+            ["router=top_p", "workload.load=zipf"], UnavailableError, "workload.load=zipf.*router=top_p", id="load"
+        ),
         pytest.param(["experts=loop", "execution=compile"], UnavailableError, "experts=loop", id="not-capturable"),
     ],
 )
@@ -127,3 +136,57 @@ def test_a_key_that_a_part_refuses_is_a_value_error(tmp_path: Path) -> None:
     cfg = moe_lab.compose(quick.overrides("moe_layer", "router=strict"), config_dir=tmp_path)
     with pytest.raises(ValueError, match=r"router\.level=7"):
         build.check_available(cfg)
+
+
+def routers_of(model: torch.nn.Module) -> list[Router]:
+    return [layer.router for layer in model.modules() if isinstance(layer, MoELayer)]
+
+
+@pytest.mark.parametrize("router", [pytest.param(name, id=name) for name in ("loss_free", "quantile")])
+def test_a_router_is_fitted_as_the_model_is_built(router: str) -> None:
+    """On tokens of its own, layer by layer: the same every time, other ones for another seed or workload."""
+    cfg = tiny.decoder_moe(f"router={router}")
+    biases = [r.bias_E for r in routers_of(build.build_model(cfg, CPU)) if isinstance(r, BalancingBias)]
+    assert len(biases) == 2 and all(float(bias_E.abs().max()) > 0 for bias_E in biases)
+    again = [r.bias_E for r in routers_of(build.build_model(cfg, CPU)) if isinstance(r, BalancingBias)]
+    assert all(torch.equal(a, b) for a, b in zip(biases, again, strict=True))
+    fewer = tiny.decoder_moe(f"router={router}", "router.calibration_tokens=64")
+    other = [r.bias_E for r in routers_of(build.build_model(fewer, CPU)) if isinstance(r, BalancingBias)]
+    assert not torch.equal(biases[0], other[0])
+
+
+def test_a_fitted_router_has_a_more_even_load_on_the_runs_own_tokens() -> None:
+    """Which are not those that it was fitted on."""
+    found = {}
+    for router in ("torch", "quantile"):
+        cfg = tiny.decoder_moe(f"router={router}", "batch=16", "seq_len=64")
+        model = build.build_model(cfg, CPU)
+        routing = model(build.build_input(cfg, model, CPU)).routings[0]
+        counts_E = routing.expert_ids_TK.flatten().bincount()
+        found[router] = float(counts_E.max() / counts_E.float().mean())
+    assert found["quantile"] < found["torch"]
+
+
+def test_a_router_may_fix_its_own_k_and_wrap_another() -> None:
+    """router.top_k goes before the model's; router@router.inner chooses what has a capacity."""
+    assert build.build_router(tiny.decoder_moe("router=switch")).top_k == 1
+    assert build.build_router(tiny.decoder_moe("router=torch", "router.top_k=3")).top_k == 3
+    capacity = build.build_router(tiny.decoder_moe("router=capacity", "router@router.inner=sinkhorn"))
+    assert isinstance(capacity, Capacity)
+    assert isinstance(capacity.inner, Sinkhorn)
+    assert capacity.inner.top_k == 2
+
+
+def test_a_forced_load_gives_the_counts_that_were_asked_for() -> None:
+    """In every layer; the weights are those of the native pass."""
+    cfg = tiny.decoder_moe("workload.load=balanced", "batch=4", "seq_len=25")
+    model = build.build_model(cfg, CPU)
+    x = build.build_input(cfg, model, CPU)
+    forced = build.force_load(cfg, model, x)
+    assert forced is not None and len(forced) == 2
+    for routing, native in zip(forced, model(x).routings, strict=True):
+        counts_E = routing.expert_ids_TK.flatten().bincount(minlength=5)
+        assert counts_E.tolist() == [40] * 5
+        assert torch.equal(routing.weights_TK, native.weights_TK)
+    assert build.load_difference(cfg, model, forced) == pytest.approx(0.0)
+    assert build.force_load(tiny.decoder_moe(), model, x) is None

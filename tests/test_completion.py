@@ -34,15 +34,16 @@ ask() {
 }
 while IFS= read -r line; do ask "$line"; done
 """
+ROUTERS = {f"router={path.stem}" for path in listing.groups(None)["router"]}
 OPTIONS = {
     "moe-lab rou": {"router.", "router="},
-    "moe-lab router=": {"router=cuda_ext", "router=sinkhorn", "router=torch"},
+    "moe-lab router=": ROUTERS,
     "moe-lab pl": {"plan"},
     "moe-lab re": {"report"},
     "moe-lab co": {"compare"},
     "moe-lab do": {"doctor"},
     "moe-lab plan -m rou": {"router.", "router="},
-    "moe-lab plan -m router=": {"router=cuda_ext", "router=sinkhorn", "router=torch"},
+    "moe-lab plan -m router=": ROUTERS,
     "moe-lab plan router=torch experts=lo": {"experts=loop"},
     "moe-lab plan model/sh": {"model/shape="},
     "moe-lab list ro": {"router"},

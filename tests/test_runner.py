@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from omegaconf import OmegaConf
 import moe_lab
 from moe_lab.errors import MismatchError
 from moe_lab.measure.clocks import STEPS, Block, Step
+from moe_lab.models import ForcedRouting
 from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.minimal import Minimal
+from moe_lab.records import identity
 from moe_lab.records.store import read_record
 from moe_lab.runner import Run, TimedBlock
 from tests import quick, tiny
@@ -265,8 +268,8 @@ def test_another_execution_is_verified_again_when_it_comes_back(monkeypatch: pyt
 
         made = 0
 
-        def __init__(self, model: torch.nn.Module, x: torch.Tensor):
-            super().__init__(model, x)
+        def __init__(self, model: torch.nn.Module, x: torch.Tensor, forced: ForcedRouting = None):
+            super().__init__(model, x, forced)
             Wrong.made += 1
             self.factor = 1.0 if Wrong.made == 1 else 1.01
 
@@ -307,3 +310,75 @@ def test_samples_of_several_processes_are_summarised_by_process() -> None:
     assert record.latency_ms is not None
     assert record.latency_ms.replicate_p50 == [1.0, 3.0]
     assert any("not stable" in warning and "20 samples" in warning for warning in record.warnings)
+
+
+@pytest.mark.parametrize(
+    "load", [pytest.param(load, id=load) for load in ("balanced", "random", "zipf", "hot", "one_hot")]
+)
+@pytest.mark.parametrize("model", [pytest.param(model, id=model) for model in ("decoder_moe", "moe_layer")])
+def test_a_forced_load_is_verified_and_said(model: str, load: str, tmp_path: Path) -> None:
+    """The record says that no router ran, the realised load is its own, and there is no route to check."""
+    record = moe_lab.run(quick.compose(model, f"workload.load={load}", "batch=5", "seq_len=8"), tmp_path)
+    assert (record.status, record.reason) == ("ok", None)
+    assert record.implementation["router"] == f"forced: {load}"
+    assert record.check is not None
+    assert record.check.passed
+    assert (record.check.near_ties, record.check.free_rel_error, record.check.changed_sets) == (None, None, None)
+    assert record.routing is not None
+    most = record.routing["worst"]["load_max_over_mean"]
+    assert most == pytest.approx({"balanced": 1.0, "one_hot": 2.5, "hot": 2.5}.get(load, most))
+    assert most > 1 or load == "balanced"
+
+
+def test_a_load_that_cannot_be_had_is_a_warning(tmp_path: Path) -> None:
+    """Nine tenths of the slots cannot go to one expert of which a token has two."""
+    cfg = quick.compose("moe_layer", "workload.load=hot", "workload.hot_share=0.9", "batch=5", "seq_len=8")
+    (warning,) = [text for text in moe_lab.run(cfg, tmp_path).warnings if "workload.load" in text]
+    assert "40.0% of the slots go elsewhere" in warning
+
+
+def test_a_recorded_routing_is_replayed(tmp_path: Path) -> None:
+    """The same ids for the same tokens; for others, drawn from them; the cell is that of the recording's content."""
+    recording = quick.compose("decoder_moe", "router=sinkhorn", "measure.record_routing=true")
+    first = moe_lab.run(recording, tmp_path / "first")
+    with np.load(tmp_path / "first" / "routing.npz") as arrays:
+        recorded_LTK, counts_LE = arrays["expert_ids_LTK"], arrays["counts_LE"]
+    assert recorded_LTK.shape == (2, 14, 2)
+    replay = ("workload.load=replay", f"workload.trace={tmp_path / 'first'}", "measure.record_routing=true")
+    record = moe_lab.run(quick.compose("decoder_moe", *replay), tmp_path / "second")
+    assert (record.status, record.implementation["router"]) == ("ok", "forced: replay")
+    with np.load(tmp_path / "second" / "routing.npz") as arrays:
+        assert np.array_equal(arrays["expert_ids_LTK"], recorded_LTK)
+        assert np.array_equal(arrays["counts_LE"], counts_LE)
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")
+    moved = quick.compose("decoder_moe", "workload.load=replay", f"workload.trace={tmp_path / 'moved'}")
+    assert identity.cell_id(moved) == record.cell_id != first.cell_id
+    longer = moe_lab.run(quick.compose("decoder_moe", *replay, "batch=9"), tmp_path / "third")
+    assert longer.status == "ok"
+    with np.load(tmp_path / "third" / "routing.npz") as arrays:
+        rows = {tuple(row) for row in recorded_LTK[1].tolist()}
+        assert arrays["expert_ids_LTK"].shape == (2, 63, 2)
+        assert {tuple(row) for row in arrays["expert_ids_LTK"][1].tolist()} <= rows
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        pytest.param(["workload.trace=nowhere"], "nowhere.*measure.record_routing", id="no-folder"),
+        pytest.param(["workload.trace=FIRST", "model.top_k=3"], "workload.trace.*has 3 of 5", id="other-k"),
+        pytest.param(["workload.trace=FIRST", "model.n_experts=2"], "workload.trace.*2 of 2", id="fewer-experts"),
+        pytest.param(["workload.trace=FIRST", "model.n_layers=3"], "2 MoE layers, and the model 3", id="other-layers"),
+    ],
+)
+def test_a_recording_that_does_not_fit_is_said(more: list[str], message: str, tmp_path: Path) -> None:
+    """A mistake that names the key."""
+    moe_lab.run(quick.compose("decoder_moe", "measure.record_routing=true"), tmp_path / "first")
+    given = [text.replace("FIRST", str(tmp_path / "first")) for text in more]
+    with pytest.raises(ValueError, match=message):
+        moe_lab.run(quick.compose("decoder_moe", "workload.load=replay", *given), tmp_path / "second")
+
+
+def test_a_replay_without_a_recording_is_a_mistake() -> None:
+    """Of the configuration: nothing is built."""
+    with pytest.raises(ValueError, match=r"workload\.trace=RUN_DIR"):
+        Run(quick.compose("decoder_moe", "workload.load=replay"))

@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch._inductor.exc
 from torch import Tensor, nn
 
 from moe_lab.errors import UnavailableError
-from moe_lab.models import Output
+from moe_lab.models import ForcedRouting, Output
 from moe_lab.routers.base import unchecked
 
 
@@ -30,14 +31,14 @@ class Block(NamedTuple):
 
 
 class Step:
-    """One eager forward pass of `model` on `x`; calling it runs it once."""
+    """One eager forward pass of `model` on `x`, by the routing `forced` if there is one; calling it runs it once."""
 
     fuses = False
     """Whether it computes by other kernels than the eager pass, so that it rounds otherwise in between."""
 
-    def __init__(self, model: nn.Module, x: Tensor):
+    def __init__(self, model: nn.Module, x: Tensor, forced: ForcedRouting = None):
         self.model, self.x, self.device = model, x, x.device
-        self._forward: Callable[[Tensor], Output] = model
+        self._forward: Callable[[Tensor], Output] = model if forced is None else partial(model, forced_routing=forced)
 
     @torch.inference_mode()
     def __call__(self) -> Output:
@@ -83,9 +84,9 @@ class CompiledStep(Step):
 
     fuses = True
 
-    def __init__(self, model: nn.Module, x: Tensor):
-        super().__init__(model, x)
-        self._forward = torch.compile(model, fullgraph=True, dynamic=False)
+    def __init__(self, model: nn.Module, x: Tensor, forced: ForcedRouting = None):
+        super().__init__(model, x, forced)
+        self._forward = torch.compile(self._forward, fullgraph=True, dynamic=False)
         try:
             # Every model of a process compiles the same Python code: that is no sign of a shape that keeps changing.
             with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=1000):
@@ -101,15 +102,15 @@ class CompiledStep(Step):
 class GraphStep(Step):
     """The forward pass captured once as a CUDA graph and replayed."""
 
-    def __init__(self, model: nn.Module, x: Tensor):
-        super().__init__(model, x)
+    def __init__(self, model: nn.Module, x: Tensor, forced: ForcedRouting = None):
+        super().__init__(model, x, forced)
         if self.device.type != "cuda":
             raise UnavailableError(f"execution=cuda_graph needs device=cuda (this run is on {self.device.type})")
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.inference_mode(), torch.cuda.stream(stream):
             for _ in range(2):  # lazy initialisation of libraries may not happen while capturing
-                model(x)
+                self._forward(x)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -118,7 +119,7 @@ class GraphStep(Step):
         self._stop = torch.cuda.Event(enable_timing=True, external=True)
         with torch.inference_mode(), torch.cuda.graph(self._graph):
             self._start.record()
-            self._output: Output = model(x)
+            self._output: Output = self._forward(x)
             self._stop.record()
         # Replays allocate nothing: what the capture took is the peak.
         self._peak_bytes = torch.cuda.max_memory_allocated(self.device)

@@ -22,6 +22,11 @@ def stream_of(*words: object) -> tuple[int, int]:
     return _signed(multiplier | 1), _signed(offset)
 
 
+def of_layer(stream: tuple[int, int], layer: int) -> tuple[int, int]:
+    """The stream of one layer; plain integers, which a compiled pass can follow."""
+    return stream[0], _signed((stream[1] + layer * 0x9E3779B1) & 0xFFFFFFFF)
+
+
 def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
@@ -29,7 +34,11 @@ def _signed(word: int) -> int:
 def hash_words(stream: tuple[int, int], start: int, count: int, device: torch.device) -> Tensor:
     """[count] int32 words of the stream from element `start` on; int32 arithmetic wraps."""
     assert start + count <= 1 << 31, "a stream has 2**31 elements"
-    x = torch.arange(start, start + count, dtype=torch.int32, device=device)
+    return _mixed(torch.arange(start, start + count, dtype=torch.int32, device=device), stream)
+
+
+def _mixed(x: Tensor, stream: tuple[int, int]) -> Tensor:
+    """The words of the int32 elements `x`, in place."""
     x.mul_(stream[0]).add_(stream[1])
     # >> keeps the sign: mask off what it shifted in.
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x21F0AAAD)
@@ -56,3 +65,10 @@ def hash_integers(shape: tuple[int, ...], stream: tuple[int, int], below: int, d
     count = int(torch.Size(shape).numel())
     words = hash_words(stream, 0, count, device).to(torch.int64).bitwise_and_(0xFFFFFFFF)
     return ((words * below) >> 32).view(shape)
+
+
+def hash_scores(keys_T: Tensor, width: int, stream: tuple[int, int]) -> Tensor:
+    """[T, width] float32 integers in [-2**23, 2**23), a function of (stream, key, column); keys below 2**31 / width."""
+    columns_E = torch.arange(width, device=keys_T.device)
+    words_TE = _mixed((keys_T.unsqueeze(1) * width + columns_E).to(torch.int32), stream)
+    return words_TE.bitwise_right_shift_(8).float()

@@ -29,12 +29,14 @@ def _sorted_ids(scores_TE: Tensor, k: int) -> Tensor:
 
 
 def weights_of(logits_TE: Tensor, expert_ids_TK: Tensor, renormalize: bool) -> Tensor:
-    """Softmax weights [T, K] (float32) of the chosen experts; `renormalize` makes each row sum to 1.
+    """Softmax weights [T, K] (float32) of the chosen experts, 0 where the id is -1; `renormalize`: rows sum to 1.
 
     Renormalised, softmax over all experts and division by the chosen share is the softmax over the chosen logits,
     which cannot underflow.
     """
-    wide_TE, ids_TK = logits_TE.float(), expert_ids_TK.long()
+    wide_TE, ids_TK, unused_TK = logits_TE.float(), expert_ids_TK.clamp(min=0).long(), expert_ids_TK < 0
     if renormalize:
-        return wide_TE.gather(-1, ids_TK).softmax(-1)
-    return wide_TE.softmax(-1).gather(-1, ids_TK)
+        # A row without any expert has no softmax; it weighs nothing.
+        chosen_TK = wide_TE.gather(-1, ids_TK).masked_fill(unused_TK, -torch.inf)
+        return chosen_TK.softmax(-1).masked_fill(unused_TK, 0)
+    return wide_TE.softmax(-1).gather(-1, ids_TK).masked_fill(unused_TK, 0)

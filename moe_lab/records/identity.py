@@ -14,13 +14,18 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from moe_lab.records.store import ROUTING
+
 PACKAGE = Path(__file__).resolve().parent.parent
 
 # Top-level keys that change nothing in what is computed: labels, and how long or at what is looked.
 _OUTSIDE = ("name", "overrides", "sweep", "experiment", "debug", "hydra", "measure")
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 # Of the package: what reads results or talks to people, and no run executes.
-_NOT_RUN = ("arguments.py", "cli.py", "commands.py", "completion.py", "doctor.py", "listing.py", "results", "table.py")
+_NOT_RUN = (
+    *("arguments.py", "cli.py", "commands.py", "completion.py", "doctor.py", "listing.py", "router_listing.py"),
+    *("results", "table.py"),
+)
 ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")
 
 
@@ -41,8 +46,19 @@ def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         )
         config = resolved
     left_out = {*_OUTSIDE, *(config["model"].get("ignores") or ())}
-    export = {key: value for key, value in config["export"].items() if key != "dir"}
-    return {**{str(key): value for key, value in config.items() if key not in left_out}, "export": export}
+    found = {str(key): value for key, value in config.items() if key not in left_out}
+    found["export"] = {key: value for key, value in config["export"].items() if key != "dir"}
+    trace = config["workload"].get("trace")
+    if trace is not None:  # what it holds, not where it lies
+        found["workload"] = {**config["workload"], "trace": _trace_id(str(trace))}
+    return found
+
+
+def _trace_id(directory: str) -> str:
+    try:
+        return hashlib.sha256((Path(directory) / ROUTING).read_bytes()).hexdigest()[:12]
+    except OSError:
+        return directory  # building it will tell
 
 
 def cell_id(config: DictConfig | Mapping[str, Any]) -> str:

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moe_lab.records.schema import Record
 
 # The files of a run's directory; `PLAN` lies in a sweep's, beside its runs.
@@ -57,6 +55,8 @@ def write_record(directory: Path, record: Record) -> Path:
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write named arrays as a compressed `.npz`."""
+    import numpy as np  # here: who only asks for an identity does not wait for it
+
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomic(path, buffer.getvalue())

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_lab.errors import UnavailableError
 from moe_lab.ops.dispatch import Dispatch
 
 
@@ -47,6 +48,18 @@ class RouteContext(NamedTuple):
     want_scores: bool = False
 
 
+PROPERTIES = (
+    "causal",
+    "batch_invariant",
+    "static_k",
+    "graph_safe",
+    "needs_token_ids",
+    "scales_input",
+    "calibrates",
+)
+"""What a router declares, as attributes."""
+
+
 class Router(nn.Module):
     """Selection only: a router owns its biases and tables, never the gate.
 
@@ -59,12 +72,22 @@ class Router(nn.Module):
     static_k = True  # every token fills all K slots
     graph_safe = True  # no host synchronisation, fixed shapes
     scales_input = False  # the weight multiplies the expert's input, not its output
+    calibrates = False  # `fit` must be called once, with the logits of a workload, before `select`
 
-    def __init__(self, n_experts: int, top_k: int, impl: str = "torch"):
+    implementations: tuple[str, ...] = ("torch",)
+    """Who can compute `select`, the one that `auto` takes first."""
+
+    def __init__(self, n_experts: int, top_k: int, impl: str = "auto"):
         super().__init__()
         if not 1 <= top_k <= n_experts:
             raise ValueError(f"top_k={top_k}: it must be between 1 and n_experts={n_experts}.")
-        self.n_experts, self.top_k, self.impl = n_experts, top_k, impl
+        self.n_experts, self.top_k = n_experts, top_k
+        self.impl = self.implementations[0] if impl == "auto" else impl
+        if self.impl not in self.implementations:
+            raise UnavailableError(
+                f"router.impl={impl}: in this version of moe-lab {type(self).__name__} is computed by "
+                f"{', '.join(self.implementations)} only; use that, or router=torch"
+            )
 
     def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
         """The routing of logits [T, E] of any floating dtype."""
@@ -77,9 +100,14 @@ class Router(nn.Module):
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
         """The weights [T, K] this router gives to experts already chosen, if they follow from the logits; else None.
 
+        An id of -1 weighs 0.
+
         Verification asks for them where the choice was a near-tie and the run's own fell otherwise.
         """
         return None
+
+    def fit(self, logits_TE: Tensor) -> None:
+        """Fit to the logits of a calibration pass, once; for routers that declare `calibrates`."""
 
     def implementation(self) -> str:
         """Who computes `select`, as it stands in the record."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_lab.errors import UnavailableError
 from moe_lab.ops.sinkhorn import log_plan
 from moe_lab.ops.softmax_topk import top_k, weights_of
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
@@ -27,9 +26,7 @@ class Sinkhorn(Router):
     batch_invariant = False
 
     def __init__(self, n_experts: int, top_k: int, impl: str = "auto", iters: int = 10, temperature: float = 1.0):
-        super().__init__(n_experts, top_k, "torch" if impl == "auto" else impl)
-        if self.impl != "torch":
-            raise UnavailableError(f"router=sinkhorn: this version of moe-lab has no router.impl={impl}; use torch")
+        super().__init__(n_experts, top_k, impl)
         self.iters, self.temperature = iters, temperature
 
     def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:

@@ -1,16 +1,18 @@
-"""router=torch (and cuda_ext): softmax over the experts, then the k largest.
+"""Softmax over the experts, then the k largest: router=torch, cuda_ext, mixtral, olmoe, gpt_oss, switch.
 
-    p = softmax(l);  S = top-k of p;  w_e = p_e, or p_e / sum_S p with `renormalize`
+    l' = l + b (with `gate_bias`);  p = softmax(l');  S = top-k of p;  w_e = p_e, or p_e / sum_S p with `renormalize`
 
-Shazeer et al. 2017 (1701.06538); renormalised in Mixtral (2401.04088), not in OLMoE (2409.02060). The ranking is done
-on the logits: it is that of the softmax, but does not lose small differences to underflow.
+Shazeer et al. 2017 (1701.06538); renormalised in Mixtral (2401.04088), not in OLMoE (2409.02060). Renormalised it is
+the softmax over the k chosen logits, as GPT-OSS and Granite write it; GPT-OSS adds a bias per expert to the logits.
+With k = 1 and not renormalised it is the Switch Transformer's (2101.03961). The ranking is done on the logits: it is
+that of the softmax, but does not lose small differences to underflow.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from moe_lab.errors import UnavailableError
 from moe_lab.ops.softmax_topk import top_k, weights_of
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 
@@ -18,19 +20,24 @@ from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 class SoftmaxTopK(Router):
     """Softmax top-k; every declared property of `Router` holds."""
 
-    def __init__(self, n_experts: int, top_k: int, impl: str = "torch", renormalize: bool = True):
+    def __init__(
+        self, n_experts: int, top_k: int, impl: str = "torch", renormalize: bool = True, gate_bias: bool = False
+    ):
         super().__init__(n_experts, top_k, impl)
-        if impl != "torch":
-            raise UnavailableError(f"router={impl}: this version of moe-lab has no {impl} router; use router=torch")
         self.renormalize = renormalize
+        self.bias_E = nn.Parameter(torch.empty(n_experts), requires_grad=False) if gate_bias else None
 
     def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
         """See `Router.select`. Raises `ValueError` naming the layer for logits without a softmax."""
         require_finite(logits_TE, ctx)
-        ids_TK = top_k(logits_TE, self.top_k)
-        scores_TE = logits_TE.float() if ctx is not None and ctx.want_scores else None
-        return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE)
+        biased_TE = self._biased(logits_TE)
+        ids_TK = top_k(biased_TE, self.top_k)
+        scores_TE = biased_TE.float() if ctx is not None and ctx.want_scores else None
+        return Routing(ids_TK, weights_of(biased_TE, ids_TK, self.renormalize), scores_TE=scores_TE)
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""
-        return weights_of(logits_TE, expert_ids_TK, self.renormalize)
+        return weights_of(self._biased(logits_TE), expert_ids_TK, self.renormalize)
+
+    def _biased(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE if self.bias_E is None else logits_TE.float() + self.bias_E.float()

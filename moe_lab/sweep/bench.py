@@ -42,6 +42,10 @@ class Bench:
         """Whether each configuration can run here: {env, env_id, available_bytes, skip}; skip is a reason or None."""
         return [_look(OmegaConf.create(config)) for config in configs]
 
+    def describe(self, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """See `build.describe_router`."""
+        return [build.describe_router(OmegaConf.create(config)) for config in configs]
+
     def build(self, config: dict[str, Any], directory: str) -> None:
         """Make the run of `config`, whose files go to `directory`; parameters of an equal model are shared."""
         cfg = OmegaConf.create(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -16,8 +15,8 @@ from moe_lab.ops.softmax_topk import top_k
 from moe_lab.routers.base import RouteContext, Router, Routing, check_finite, gate_logits, require_finite
 from moe_lab.routers.sinkhorn import Sinkhorn
 from moe_lab.routers.softmax_topk import SoftmaxTopK
-
-NewRouter = Callable[[int, int], Router]
+from moe_lab.verify import check_contract
+from tests.routers.cases import EVERY, NewRouter, context
 
 ROUTERS = pytest.mark.parametrize(
     "new_router",
@@ -208,68 +207,145 @@ def test_gate_logits_are_in_the_dtype_of_the_hidden_states(dtype: torch.dtype) -
     )
 
 
-@ROUTERS
+@EVERY
+@SIZES
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")])
+def test_every_router_keeps_the_contract(new_router: NewRouter, T: int, E: int, K: int, dtype: torch.dtype) -> None:
+    """Shapes, dtypes, ids in range and unique, finite weights, none on an unused slot; all slots used if declared."""
+    logits_TE = random_logits(T, E, dtype)
+    before_TE = logits_TE.clone()
+    router = new_router(E, K)
+    routing = router.select(logits_TE, context(T))
+    check_contract(routing, T, E, 0)
+    assert bool((routing.weights_TK >= 0).all())
+    if router.static_k:
+        assert routing.expert_ids_TK.shape[1] == router.top_k
+        assert bool((routing.expert_ids_TK >= 0).all())
+    assert torch.equal(logits_TE, before_TE)
+
+
+@EVERY
+@SIZES
+def test_every_score_says_who_is_chosen(new_router: NewRouter, T: int, E: int, K: int) -> None:
+    """With a fixed number the chosen have the largest scores, else those above 0; nobody asks, nobody is told."""
+    router, logits_TE = new_router(E, K), random_logits(T, E)
+    routing = router.select(logits_TE, context(T)._replace(want_scores=True))
+    scores_TE = routing.scores_TE
+    assert scores_TE is not None and scores_TE.shape == (T, E) and scores_TE.dtype == torch.float32
+    assert not bool(scores_TE.isnan().any())
+    ids_TK = routing.expert_ids_TK
+    chosen_TE = torch.zeros(T, E + 1, dtype=torch.bool).scatter_(1, torch.where(ids_TK < 0, E, ids_TK).long(), True)
+    chosen_TE = chosen_TE[:, :E]
+    if router.static_k:
+        least_T = scores_TE.masked_fill(~chosen_TE, torch.inf).amin(-1)
+        best_of_others_T = scores_TE.masked_fill(chosen_TE, -torch.inf).amax(-1)
+        assert bool((best_of_others_T <= least_T + 1e-6).all())
+    else:
+        assert bool((scores_TE[chosen_TE] >= 0).all())
+        assert bool((scores_TE[~chosen_TE] <= 0).all())
+    plain = router.select(logits_TE, context(T))
+    assert plain.scores_TE is None
+    assert_same_route(plain, routing)
+
+
+@EVERY
+@SIZES
+def test_weights_of_chosen_experts_are_those_of_the_route(new_router: NewRouter, T: int, E: int, K: int) -> None:
+    """`weigh` agrees with `select`, and an unused slot weighs nothing, or the router cannot tell."""
+    router, logits_TE = new_router(E, K), random_logits(T, E)
+    routing = router.select(logits_TE, context(T))
+    weights_TK = router.weigh(logits_TE, routing.expert_ids_TK)
+    if weights_TK is not None:
+        torch.testing.assert_close(weights_TK, routing.weights_TK, rtol=1e-5, atol=1e-7)
+
+
+@EVERY
+def test_all_tokens_the_same_keep_the_contract(new_router: NewRouter) -> None:
+    """Equal rows, and equal entries: whoever is chosen, nothing is NaN and nobody is chosen twice."""
+    for logits_TE in (torch.zeros(37, 7), torch.arange(7.0).expand(37, 7), torch.full((37, 7), -3e4)):
+        check_contract(new_router(7, 3).select(logits_TE, context(37)), 37, 7, 0)
+
+
+@EVERY
 @pytest.mark.parametrize("T", [pytest.param(12, id="T=12"), pytest.param(37, id="T=37")])
 def test_later_tokens_change_no_route_exactly_where_causal_is_declared(new_router: NewRouter, T: int) -> None:
     """Tokens added at the end leave the earlier routes bitwise as they were, or `causal` is False."""
-    router, logits_TE = new_router(7, 2), random_logits(199, 7, torch.float64)
-    longer, shorter = router.select(logits_TE), router.select(logits_TE[:T])
-    same = torch.equal(longer.expert_ids_TK[:T], shorter.expert_ids_TK)
-    assert (same and torch.equal(longer.weights_TK[:T], shorter.weights_TK)) is router.causal
+    E = 24  # many beside few tokens, so that what one wants is not there anyway
+    router, logits_TE = new_router(E, 2), random_logits(99, E, torch.float64)
+    longer, shorter = router.select(logits_TE, context(99)), router.select(logits_TE[:T], context(T))
+    assert torch.equal(by_expert(longer, E)[:T], by_expert(shorter, E)) is router.causal
 
 
-@ROUTERS
-@pytest.mark.parametrize("E", [pytest.param(7, id="E=7"), pytest.param(65, id="E=65")])
+@EVERY
+@pytest.mark.parametrize("E", [pytest.param(24, id="E=24"), pytest.param(65, id="E=65")])
 def test_a_token_alone_keeps_its_route_exactly_where_batch_invariance_is_declared(
     new_router: NewRouter, E: int
 ) -> None:
     """A token alone gets bitwise the route that it gets in the batch, or `batch_invariant` is False."""
-    router, logits_TE = new_router(E, 2), random_logits(199, E, torch.float64)
-    together = router.select(logits_TE)
-    alone = [router.select(logits_1E) for logits_1E in logits_TE.split(1)]
-    same = torch.equal(torch.cat([routing.expert_ids_TK for routing in alone]), together.expert_ids_TK)
-    weights_TK = torch.cat([routing.weights_TK for routing in alone])
-    assert (same and torch.equal(weights_TK, together.weights_TK)) is router.batch_invariant
+    router, logits_TE, ctx = new_router(E, 2), random_logits(13, E, torch.float64), context(13)
+    together = router.select(logits_TE, ctx)
+    assert ctx.token_ids_T is not None
+    alone = [
+        by_expert(router.select(logits_1E, RouteContext(token_ids_T=id_1)), E)
+        for logits_1E, id_1 in zip(logits_TE.split(1), ctx.token_ids_T.split(1), strict=True)
+    ]
+    assert torch.equal(torch.cat(alone), by_expert(together, E)) is router.batch_invariant
 
 
-@ROUTERS
+def by_expert(routing: Routing, E: int) -> Tensor:
+    """[T, E]: each expert's weight, -1 where it is not used; rows of another width can be compared."""
+    ids_TK = torch.where(routing.expert_ids_TK < 0, E, routing.expert_ids_TK).long()
+    return torch.full((len(ids_TK), E + 1), -1.0).scatter_(1, ids_TK, routing.weights_TK)[:, :E]
+
+
+@EVERY
 def test_a_router_declared_graph_safe_compiles_as_one_graph(new_router: NewRouter) -> None:
     """Where `graph_safe` is declared, no step looks at a value: tracing finds one whole graph with the same route."""
-    router, logits_TE = new_router(7, 3), random_logits(37, 7)
-    assert router.graph_safe
+    router, logits_TE, ctx = new_router(7, 3), random_logits(37, 7), context(37)._replace(layer=1)
+    torch.compiler.reset()
+    if not router.graph_safe:
+        pytest.skip("not declared graph_safe")
     compiled = torch.compile(router.select, backend="eager", fullgraph=True, dynamic=False)
-    assert_same_route(compiled(logits_TE, RouteContext(layer=1)), router.select(logits_TE))
+    assert_same_route(compiled(logits_TE, ctx), router.select(logits_TE, ctx))
 
 
 @pytest.mark.gpu
-@ROUTERS
+@EVERY
 @SIZES
 def test_no_router_waits_for_the_device(new_router: NewRouter, T: int, E: int, K: int, device: torch.device) -> None:
-    """On CUDA select makes no host synchronisation, and routes as on the CPU."""
-    router, logits_TE = new_router(E, K), random_logits(T, E)
-    on_device_TE = logits_TE.to(device)
-    router.select(on_device_TE)
+    """On CUDA select makes no host synchronisation exactly where `graph_safe`, and routes as on the CPU."""
+    router, logits_TE, ctx = new_router(E, K), random_logits(T, E), context(T)
+    assert ctx.token_ids_T is not None
+    on_device_TE, on_device = logits_TE.to(device), ctx._replace(token_ids_T=ctx.token_ids_T.to(device))
+    moved = new_router(E, K).to(device)
+    routing = moved.select(on_device_TE, on_device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        routing = router.select(on_device_TE)
+        with contextlib.nullcontext() if moved.graph_safe or not T else pytest.raises(RuntimeError, match="synchroniz"):
+            routing = moved.select(on_device_TE, on_device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert_same_route(Routing(routing.expert_ids_TK.cpu(), routing.weights_TK.cpu()), router.select(logits_TE))
+    on_cpu = Routing(routing.expert_ids_TK.cpu(), routing.weights_TK.cpu())
+    assert_same_route(on_cpu, router.select(logits_TE, ctx))
 
 
 @pytest.mark.gpu
-@ROUTERS
+@EVERY
 def test_a_captured_graph_routes_new_logits(new_router: NewRouter, device: torch.device) -> None:
     """Replaying a graph captured on other logits gives the route of the present ones."""
-    router, logits_TE = new_router(7, 3), random_logits(199, 7).to(device)
+    router, logits_TE, ctx = new_router(7, 3).to(device), random_logits(199, 7).to(device), context(199)
+    if not router.graph_safe:
+        pytest.skip("not declared graph_safe")
+    assert ctx.token_ids_T is not None
+    ctx = ctx._replace(token_ids_T=ctx.token_ids_T.to(device))
     static_TE = torch.zeros_like(logits_TE)
-    router.select(static_TE)
+    router.select(static_TE, ctx)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        routing = router.select(static_TE)
+        routing = router.select(static_TE, ctx)
     static_TE.copy_(logits_TE)
     graph.replay()
-    assert_same_route(routing, router.select(logits_TE))
+    assert_same_route(routing, router.select(logits_TE, ctx))
 
 
 @ROUTERS
@@ -301,7 +377,11 @@ def test_a_router_owns_no_gate(new_router: NewRouter) -> None:
 
 def test_use_reference_leaves_another_implementation() -> None:
     """From then on a router computes by torch."""
-    router = Router(7, 3, impl="fast")
+
+    class Two(Router):
+        implementations = ("torch", "fast")
+
+    router = Two(7, 3, impl="fast")
     assert router.implementation() == "fast"
     router.use_reference()
     assert router.implementation() == "torch"

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from moe_lab.errors import UnavailableError
 from moe_lab.routers.softmax_topk import SoftmaxTopK
+from tests.routers.cases import ready
+from tests.routers.peers import dense, peer_router
 
 RENORMALIZE = pytest.mark.parametrize(
     "renormalize", [pytest.param(True, id="renormalised"), pytest.param(False, id="plain")]
@@ -113,5 +115,50 @@ def test_renormalised_weights_are_the_plain_ones_divided_by_their_sum() -> None:
 )
 def test_an_implementation_that_is_not_there_is_unavailable(impl: str) -> None:
     """No silent fallback: the error names what was asked for."""
-    with pytest.raises(UnavailableError, match=f"router={impl}"):
+    with pytest.raises(UnavailableError, match=rf"router\.impl={impl}.*torch only"):
         SoftmaxTopK(7, 2, impl=impl)
+
+
+PEERS = [
+    pytest.param("mixtral", "MixtralTopKRouter", {}, True, id="mixtral"),
+    pytest.param("olmoe", "OlmoeTopKRouter", {"norm_topk_prob": False}, False, id="olmoe"),
+    pytest.param("qwen3_moe", "Qwen3MoeTopKRouter", {}, True, id="qwen3"),
+    pytest.param("granitemoe", "GraniteMoeTopKRouter", {}, True, id="granite"),
+]
+
+
+@SIZES
+@pytest.mark.parametrize(("kind", "name", "settings", "renormalize"), PEERS)
+def test_the_route_is_that_of_transformers(
+    kind: str, name: str, settings: dict[str, bool], renormalize: bool, T: int, E: int, K: int
+) -> None:
+    """Its modules on the same logits: exact sets, weights to 1e-5."""
+    logits_TE = random_logits(T, E)
+    _, weights_TK, ids_TK = peer_router(kind, name, E, K, **settings)(logits_TE)
+    routing = SoftmaxTopK(E, K, renormalize=renormalize).select(logits_TE)
+    torch.testing.assert_close(
+        dense(routing.expert_ids_TK, routing.weights_TK, E), dense(ids_TK, weights_TK, E), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_the_gate_bias_is_that_of_gpt_oss() -> None:
+    """Added to the logits, it chooses and weighs."""
+    E, K, logits_TE = 12, 3, random_logits(199, 12)
+    router, peer = ready(SoftmaxTopK, E, K, gate_bias=True), peer_router("gpt_oss", "GptOssTopKRouter", E, K)
+    assert isinstance(router, SoftmaxTopK) and router.bias_E is not None
+    peer.bias.copy_(router.bias_E)
+    _, weights_TK, ids_TK = peer(logits_TE)
+    routing = router.select(logits_TE)
+    torch.testing.assert_close(
+        dense(routing.expert_ids_TK, routing.weights_TK, E), dense(ids_TK, weights_TK, E), rtol=1e-5, atol=1e-7
+    )
+    assert not torch.equal(routing.expert_ids_TK, SoftmaxTopK(E, K).select(logits_TE).expert_ids_TK)
+
+
+def test_one_expert_not_renormalised_is_the_switch_router() -> None:
+    """The most likely expert, with its probability."""
+    logits_TE = random_logits(199, 12)
+    routing = SoftmaxTopK(12, 1, renormalize=False).select(logits_TE)
+    best_T1, id_T1 = logits_TE.double().softmax(-1).max(-1, keepdim=True)
+    assert torch.equal(routing.expert_ids_TK, id_T1.int())
+    torch.testing.assert_close(routing.weights_TK.double(), best_T1, rtol=1e-5, atol=1e-7)

@@ -1,0 +1,147 @@
+"""router=capacity: any router, with room for C tokens at each expert and a policy for those that find none.
+
+    C = max(1, ceil(factor * T k / E))                             (the rule of Megatron-LM; others count otherwise)
+
+    weight      an expert keeps the tokens that give it the most weight         (Megatron-LM's "probs")
+    token       ... those that come first in the batch
+    position    ... first choices before second choices, then as `token`        (GShard, 2006.16668; NLLB)
+    prioritized ... first choices first, then tokens by their largest weight    (V-MoE, 2106.05974: batch-prioritised)
+    next_best   as `position`; who finds no room goes to the best expert that has some
+    dropless    all of them (MegaBlocks, 2211.15841): the inner router as it is
+
+What is dropped is an unused slot (id -1); the kept weights stay as they were. With next_best they are what the inner
+router gives to the experts that it came to be.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_lab.ops.dispatch import dispatch
+from moe_lab.ops.softmax_topk import top_k
+from moe_lab.routers.base import RouteContext, Router, Routing
+
+POLICIES = ("weight", "token", "position", "prioritized", "next_best", "dropless")
+
+
+class Capacity(Router):
+    """Wraps `inner`; its properties are those of the inner router where `dropless`."""
+
+    causal = False
+    batch_invariant = False
+    static_k = False
+
+    def __init__(
+        self,
+        n_experts: int,
+        top_k: int,
+        inner: Router,
+        impl: str = "auto",
+        factor: float = 1.25,
+        policy: str = "weight",
+    ):
+        super().__init__(n_experts, top_k, impl)
+        if policy not in POLICIES:
+            raise ValueError(f"router.policy={policy}: it must be one of {', '.join(POLICIES)}.")
+        if not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"router.factor={factor}: it must be a number above 0.")
+        if not inner.static_k:
+            raise ValueError(
+                f"router.inner: {type(inner).__name__} fills no fixed number of slots; wrap another router."
+            )
+        self.inner, self.factor, self.policy = inner, factor, policy
+        self.needs_token_ids, self.scales_input = inner.needs_token_ids, inner.scales_input
+        self.graph_safe, self.calibrates = inner.graph_safe, inner.calibrates
+        if policy == "dropless":
+            self.causal, self.batch_invariant, self.static_k = inner.causal, inner.batch_invariant, True
+
+    def capacity(self, n_tokens: int) -> int:
+        """C for a batch of `n_tokens`."""
+        return max(1, math.ceil(self.factor * n_tokens * self.inner.top_k / self.n_experts))
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+        """See `Router.select`. With a capacity, `scores_TE` tells only what was chosen (1) from what was not (-1)."""
+        if self.policy == "dropless":
+            return self.inner.select(logits_TE, ctx)
+        wants = self.policy == "next_best"
+        routing = self.inner.select(logits_TE, (ctx or RouteContext())._replace(want_scores=wants))
+        ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
+        room = self.capacity(len(ids_TK))
+        room_E = torch.full((self.n_experts,), room, device=ids_TK.device)
+        kept_TK = within_capacity(ids_TK, self._order(weights_TK), room_E)
+        ids_TK = torch.where(kept_TK, ids_TK, -1)
+        if self.policy == "next_best":
+            assert routing.scores_TE is not None
+            ids_TK = fill_up(ids_TK, routing.scores_TE, room)
+            inner_TK = self.inner.weigh(logits_TE, ids_TK)
+            if inner_TK is None:
+                raise ValueError(f"router.policy=next_best: {type(self.inner).__name__} has no weigh(logits, ids).")
+            weights_TK = inner_TK
+        scores_TE = None
+        if ctx is not None and ctx.want_scores:
+            E = self.n_experts
+            spread_TE = torch.full((len(ids_TK), E + 1), -1.0, device=ids_TK.device)
+            scores_TE = spread_TE.scatter_(1, torch.where(ids_TK < 0, E, ids_TK).long(), 1.0)[:, :E]
+        return Routing(ids_TK, weights_TK.masked_fill(ids_TK < 0, 0), scores_TE=scores_TE)
+
+    def _order(self, weights_TK: Tensor) -> Tensor:
+        """[T * K] flat slots, those that are served first before the others."""
+        T, K = weights_TK.shape
+        flat_TK = torch.arange(T * K, device=weights_TK.device).view(T, K)
+        if self.policy == "weight":
+            return weights_TK.flatten().argsort(descending=True, stable=True)
+        if self.policy == "token":
+            return flat_TK.flatten()
+        if self.policy == "prioritized":
+            flat_TK = flat_TK[weights_TK.amax(-1).argsort(descending=True, stable=True)]
+        return flat_TK.T.flatten()
+
+    def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
+        """See `Router.weigh`; a row that lost a slot does not say what the others weighed before."""
+        return self.inner.weigh(logits_TE, expert_ids_TK) if self.policy in ("next_best", "dropless") else None
+
+    def fit(self, logits_TE: Tensor) -> None:
+        """See `Router.fit`."""
+        self.inner.fit(logits_TE)
+
+    def implementation(self) -> str:
+        """See `Router.implementation`."""
+        return self.inner.implementation()
+
+    def warnings(self, n_tokens: int) -> list[str]:
+        """See `Router.warnings`."""
+        return self.inner.warnings(n_tokens)
+
+
+def within_capacity(ids_TK: Tensor, order_N: Tensor, room_E: Tensor) -> Tensor:
+    """bool [T, K]: which slots are among the first `room_E` of their expert, in the given order of all slots."""
+    ordered_N = ids_TK.flatten()[order_N]
+    by_expert = dispatch(ordered_N.unsqueeze(1), len(room_E))
+    experts_N = ordered_N.clamp(min=0).long()
+    kept_N = by_expert.inverse_N - by_expert.offsets_E1[experts_N] < room_E[experts_N]
+    return torch.zeros_like(kept_N).scatter_(0, order_N, kept_N).view_as(ids_TK) & (ids_TK >= 0)
+
+
+def fill_up(ids_TK: Tensor, scores_TE: Tensor, room: int) -> Tensor:
+    """Give every unused slot to the best expert that has room and that the token has not yet, in the tokens' order.
+
+    In each round every token with an unused slot asks for one expert; whom an expert refuses asks another one, for it
+    is full then. So `K + E` rounds are enough.
+    """
+    (T, K), E = ids_TK.shape, scores_TE.shape[1]
+    for _ in range(K + E):
+        spread_TE = torch.zeros(T, E + 1, dtype=torch.bool, device=ids_TK.device)
+        has_TE = spread_TE.scatter_(1, torch.where(ids_TK < 0, E, ids_TK).long(), True)[:, :E]
+        left_E = room - has_TE.sum(0)
+        wanted_TE = scores_TE.masked_fill(has_TE | (left_E <= 0), -torch.inf)
+        best_T1 = top_k(wanted_TE, 1)
+        free_TK = ids_TK < 0
+        asks_T1 = free_TK.any(-1, keepdim=True) & wanted_TE.gather(1, best_T1.long()).isfinite()
+        asked_T1 = torch.where(asks_T1, best_T1, -1)
+        served_T1 = within_capacity(asked_T1, torch.arange(T, device=ids_TK.device), left_E)
+        first_free_TK = free_TK & (free_TK.cumsum(-1) == 1)
+        ids_TK = torch.where(first_free_TK & served_T1, asked_T1, ids_TK)
+    return ids_TK

@@ -1,0 +1,103 @@
+"""Top-k of a score with a bias, in limited groups: router=deepseek_v2, _v3, _v4, minimax_m2, ernie4_5, llama4.
+
+    s = softmax(l), sigmoid(l) or sqrt(softplus(l));  S = top-k of s + b within the best `top_groups` of `n_groups`
+    w_e = scale * s_e, or scale * s_e / sum_S s with `renormalize`
+
+The bias b chooses and never weighs. A group's score is its largest s + b (DeepSeek-V2, 2405.04434) or the sum of its
+two largest (DeepSeek-V3, 2412.19437); groups that are not among the best are out, whatever the sign of s + b. Llama 4
+(top-k of the logits, sigmoid of the chosen) multiplies the expert's input, not its output, by the weight. Where nothing
+is added to s the ranking is done on the logits, whose small differences s would lose.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.ops.softmax_topk import top_k
+from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+GROUP_SCORES = ("max", "top2")
+
+
+def score(logits_TE: Tensor, kind: str) -> Tensor:
+    """[T, E] float32, of one of `SCORES`."""
+    wide_TE = logits_TE.float()
+    if kind == "softmax":
+        return wide_TE.softmax(-1)
+    if kind == "sigmoid":
+        return sigmoid(wide_TE)
+    return (wide_TE.clamp(min=0) + (-wide_TE.abs()).exp().log1p()).sqrt()
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """The same bits wherever an element stands: torch's own rounds the last ones of a CPU tensor otherwise."""
+    return 1 / (1 + (-x).exp())
+
+
+def within_groups(scores_TE: Tensor, n_groups: int, top_groups: int, group_score: str) -> Tensor:
+    """The scores with -inf for the experts of all but the best `top_groups` of `n_groups` neighbouring groups."""
+    T, E = scores_TE.shape
+    scores_TGE = scores_TE.view(T, n_groups, E // n_groups)
+    n_best = min(2, E // n_groups) if group_score == "top2" else 1
+    best_TG = scores_TGE.topk(n_best, dim=-1).values.sum(-1)
+    kept_TG = torch.zeros_like(best_TG, dtype=torch.bool).scatter_(1, top_k(best_TG, top_groups).long(), True)
+    return scores_TGE.masked_fill(~kept_TG.unsqueeze(-1), -torch.inf).view(T, E)
+
+
+class ScoredTopK(Router):
+    """See the module. `bias_E`, float32, is a parameter where `bias` is asked for."""
+
+    def __init__(
+        self,
+        n_experts: int,
+        top_k: int,
+        impl: str = "auto",
+        score: str = "sigmoid",
+        bias: bool = False,
+        n_groups: int = 1,
+        top_groups: int = 1,
+        group_score: str = "top2",
+        renormalize: bool = True,
+        scale: float = 1.0,
+        scales_input: bool = False,
+    ):
+        super().__init__(n_experts, top_k, impl)
+        for key, value, allowed in (("score", score, SCORES), ("group_score", group_score, GROUP_SCORES)):
+            if value not in allowed:
+                raise ValueError(f"router.{key}={value}: it must be one of {', '.join(allowed)}.")
+        if n_experts % n_groups:
+            raise ValueError(f"router.n_groups={n_groups}: it must divide n_experts={n_experts}.")
+        if not 1 <= top_groups <= n_groups or top_groups * (n_experts // n_groups) < top_k:
+            raise ValueError(
+                f"router.top_groups={top_groups}: of {n_groups} groups of {n_experts // n_groups} experts it must keep "
+                f"enough for top_k={top_k}."
+            )
+        self.score, self.renormalize, self.scale = score, renormalize, scale
+        self.n_groups, self.top_groups, self.group_score = n_groups, top_groups, group_score
+        self.scales_input = scales_input
+        empty_E = torch.empty(n_experts, dtype=torch.float32)
+        self.bias_E = nn.Parameter(empty_E, requires_grad=False) if bias else None
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+        """See `Router.select`. Raises `ValueError` naming the layer for logits without a softmax."""
+        require_finite(logits_TE, ctx)
+        scores_TE = logits_TE.float()
+        if self.bias_E is not None or (self.n_groups > 1 and self.group_score == "top2"):
+            scores_TE = score(logits_TE, self.score)
+        if self.bias_E is not None:
+            scores_TE = scores_TE + self.bias_E
+        if self.top_groups < self.n_groups:
+            scores_TE = within_groups(scores_TE, self.n_groups, self.top_groups, self.group_score)
+        ids_TK = top_k(scores_TE, self.top_k)
+        wanted = ctx is not None and ctx.want_scores
+        return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if wanted else None)
+
+    def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """See `Router.weigh`."""
+        weights_TK = score(logits_TE, self.score).gather(-1, expert_ids_TK.clamp(min=0).long())
+        weights_TK = weights_TK.masked_fill(expert_ids_TK < 0, 0)
+        if self.renormalize:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-20)
+        return self.scale * weights_TK

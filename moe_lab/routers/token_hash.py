@@ -1,0 +1,61 @@
+"""router=hash: the token's id chooses, through a fixed hash (Roller et al. 2021, 2106.04426).
+
+    S = the k experts with the largest hash of (id, expert);  w_e = softmax over the chosen logits
+
+The hash stands for the random table of the paper, one for each layer. DeepSeek-V4 (modeling code in transformers) uses
+such tables in its first layers, with weights from the logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_lab.ops.hash_uniform import hash_scores, of_layer, stream_of
+from moe_lab.ops.softmax_topk import top_k, weights_of
+from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+
+_TABLES = stream_of("router=hash")
+
+
+class TokenHash(Router):
+    """Reads token ids, so it cannot route a model that is fed hidden states."""
+
+    needs_token_ids = True
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+        """See `Router.select`. Raises `ValueError` without the tokens' ids."""
+        require_finite(logits_TE, ctx)
+        if ctx is None or ctx.token_ids_T is None:
+            raise ValueError("router=hash: it needs the tokens' ids (ctx.token_ids_T).")
+        scores_TE = hash_scores(ctx.token_ids_T, self.n_experts, of_layer(_TABLES, ctx.layer))
+        ids_TK = top_k(scores_TE, self.top_k)
+        return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if ctx.want_scores else None)
+
+    def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """See `Router.weigh`."""
+        return weights_of(logits_TE, expert_ids_TK, renormalize=True)
+
+
+class UniformRandom(Router):
+    """router=random: as `TokenHash`, but the token's place in the batch chooses: a control whose load is even."""
+
+    batch_invariant = False
+
+    def __init__(self, n_experts: int, top_k: int, impl: str = "auto", seed: int = 0):
+        super().__init__(n_experts, top_k, impl)
+        self.stream = stream_of("router=random", seed)
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+        """See `Router.select`."""
+        require_finite(logits_TE, ctx)
+        layer = 0 if ctx is None else ctx.layer
+        places_T = torch.arange(logits_TE.shape[0], device=logits_TE.device)
+        scores_TE = hash_scores(places_T, self.n_experts, of_layer(self.stream, layer))
+        ids_TK = top_k(scores_TE, self.top_k)
+        wanted = ctx is not None and ctx.want_scores
+        return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if wanted else None)
+
+    def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """See `Router.weigh`."""
+        return weights_of(logits_TE, expert_ids_TK, renormalize=True)

@@ -1,0 +1,74 @@
+"""routers/balancing_bias.py: a bias fitted to even out a load, then frozen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lab.routers.balancing_bias import BalancingBias, LossFreeBias, QuantileBias
+from moe_lab.routers.softmax_topk import SoftmaxTopK
+
+ROUTERS = pytest.mark.parametrize(
+    "make", [pytest.param(LossFreeBias, id="loss-free"), pytest.param(QuantileBias, id="quantile")]
+)
+
+
+def skewed(T: int, E: int, seed: int = 0) -> Tensor:
+    """Seeded logits that favour the first experts."""
+    return torch.randn(T, E, generator=torch.Generator().manual_seed(seed)) - torch.arange(E) * 2 / E
+
+
+def most_over_mean(ids_TK: Tensor, E: int) -> float:
+    return float(ids_TK.flatten().bincount(minlength=E).max()) * E / ids_TK.numel()
+
+
+@ROUTERS
+@pytest.mark.parametrize(("E", "K"), [pytest.param(8, 1, id="k=1"), pytest.param(13, 3, id="k=3")])
+def test_the_load_of_the_calibration_becomes_even_and_that_of_its_like_nearly(
+    make: type[BalancingBias], E: int, K: int
+) -> None:
+    """From twice the mean to under 1.1; on other tokens of the same kind under 1.35."""
+    router = make(E, K)
+    native = most_over_mean(SoftmaxTopK(E, K).select(skewed(2048, E)).expert_ids_TK, E)
+    router.fit(skewed(2048, E))
+    assert native > 1.7
+    assert most_over_mean(router.select(skewed(2048, E)).expert_ids_TK, E) < 1.1
+    assert most_over_mean(router.select(skewed(2048, E, seed=1)).expert_ids_TK, E) < 1.35
+
+
+@ROUTERS
+def test_before_the_fit_it_is_the_plain_top_k(make: type[BalancingBias]) -> None:
+    """The bias is 0; it never weighs, before or after."""
+    router, logits_TE = make(7, 2), skewed(37, 7)
+    plain = SoftmaxTopK(7, 2).select(logits_TE)
+    assert torch.equal(router.select(logits_TE).expert_ids_TK, plain.expert_ids_TK)
+    before = router.weigh(logits_TE, plain.expert_ids_TK)
+    router.fit(logits_TE)
+    assert float(router.bias_E.abs().max()) > 0
+    assert torch.equal(router.weigh(logits_TE, plain.expert_ids_TK), before)
+    torch.testing.assert_close(before.sum(-1), torch.ones(37))
+
+
+def test_the_loss_free_bias_moves_by_the_sign_of_the_load() -> None:
+    """By hand: two steps of 0.1 on four tokens that all want expert 0 of three; then the load is as even as it gets."""
+    logits_TE = torch.tensor([[1.0, 0.9, 0.0]] * 4)
+    router = LossFreeBias(3, 1, steps=1, rate=0.5)
+    router.fit(logits_TE)
+    assert router.bias_E.tolist() == [0.0, 0.0, 0.0]  # all to expert 1 is no better than all to expert 0
+    router = LossFreeBias(2, 1, steps=1, rate=0.05)
+    router.fit(torch.tensor([[0.1, 0.0], [3.0, 0.0]]))
+    assert router.bias_E.tolist() == pytest.approx([-0.05, 0.05])
+    assert router.select(torch.tensor([[0.1, 0.0], [3.0, 0.0]])).expert_ids_TK.tolist() == [[1], [0]]
+
+
+@ROUTERS
+@pytest.mark.parametrize(
+    ("T", "E", "K"),
+    [pytest.param(0, 5, 2, id="T=0"), pytest.param(1, 5, 2, id="T=1"), pytest.param(9, 4, 4, id="k=E")],
+)
+def test_degenerate_calibrations_give_finite_biases(make: type[BalancingBias], T: int, E: int, K: int) -> None:
+    """Nothing to even out, and nothing breaks."""
+    router = make(E, K)
+    router.fit(skewed(T, E))
+    assert bool(router.bias_E.isfinite().all())
