@@ -48,9 +48,9 @@ def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     left_out = {*_OUTSIDE, *(config["model"].get("ignores") or ())}
     found = {str(key): value for key, value in config.items() if key not in left_out}
     found["export"] = {key: value for key, value in config["export"].items() if key != "dir"}
-    trace = config["workload"].get("trace")
-    if trace is not None:  # what it holds, not where it lies
-        found["workload"] = {**config["workload"], "trace": _trace_id(str(trace))}
+    workload = found.get("workload")
+    if isinstance(workload, Mapping) and workload.get("trace") is not None:  # what it holds, not where it lies
+        found["workload"] = {**workload, "trace": _trace_id(str(workload["trace"]))}
     return found
 
 

@@ -37,7 +37,7 @@ def kill_and_resume(tmp_path: Path, seed: int) -> int:
             faulty.command_of(*ROUTERS_AND_BATCHES), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         if kills < 3:
-            wait_for_results(tmp_path, process, rng.randint(before, min(before + 1, 5)))
+            wait_for_results(tmp_path, process, rng.randint(min(before, 5), min(before + 1, 5)))
             time.sleep(rng.uniform(0, 0.4))
             process.send_signal(signal.SIGKILL)
         process.wait(timeout=300)
