@@ -1,0 +1,64 @@
+"""Every router under every load, in one sweep: what cannot be is skipped with its reason, the rest is verified."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moe_lab.config import LOADS
+from moe_lab.records.schema import Record
+from tests import quick
+from tests.sweep import faulty
+
+RAGGED = {"expert_choice", "top_p", "min_p", "expert_skip", "oea", "xshare", "capacity"}
+"""Routers that fill no fixed number of slots, so that no load can be forced on them."""
+
+
+def swept(folder: Path, *axes: str) -> list[Record]:
+    """The records of a sweep of the tiny MoE decoder with 8 experts."""
+    more = ("model.n_experts=8", "sweep.name=s", "sweep.report=false", "measure.phases=false", *axes)
+    command = [*faulty.MOE_LAB, "-m", *quick.overrides("decoder_moe", *more)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return faulty.records_list(folder)
+
+
+def check(records: list[Record]) -> None:
+    """Each is ok and verified, with the load that was asked for, or skipped for a reason that is true of it."""
+    for record in records:
+        router, load = record.config["router"]["name"], record.config["workload"]["load"]
+        if router == "cuda_ext":
+            assert record.status == "skipped" and "impl=cuda_ext" in str(record.reason)
+        elif load != "native" and router in RAGGED:
+            assert record.status == "skipped" and f"workload.load={load}" in str(record.reason)
+        else:
+            assert (record.status, record.reason) == ("ok", None), (router, load)
+            assert record.check is not None and record.check.passed
+            assert record.implementation["router"] == (f"forced: {load}" if load != "native" else "torch") or (
+                router == "base" and record.implementation["router"] == "scipy"
+            )
+            if load == "balanced":
+                assert record.routing is not None
+                counts = record.routing["pooled"]["load_max_over_mean"]
+                used = record.config["batch"] * record.config["seq_len"] * (1 if router in ("switch", "llama4") else 2)
+                assert counts == pytest.approx(-(-used // 8) * 8 / used)
+
+
+def test_some_routers_under_some_loads(tmp_path: Path) -> None:
+    """One of each kind."""
+    records = swept(tmp_path, "router=deepseek_v3,sinkhorn,top_p,quantile", "workload.load=native,zipf", "batch=1")
+    assert len(records) == 8
+    check(records)
+
+
+@pytest.mark.slow
+def test_all_routers_under_all_loads(tmp_path: Path) -> None:
+    """router x batch x load."""
+    loads = [load for load in LOADS if load != "replay"]
+    records = swept(tmp_path, "router=glob(*)", f"workload.load={','.join(loads)}", "batch=1,32", "seq_len=3")
+    routers = {record.config["router"]["name"] for record in records}
+    assert len(records) == len(routers) * len(loads) * 2
+    assert len(routers) > 20
+    check(records)
