@@ -23,7 +23,6 @@ from moe_lab.results.settings import describe
 from moe_lab.results.verdicts import Verdict, verdicts
 
 REPORT = "report.html"
-NOT_RUN = ("to do", "stale", "excluded")
 TABLES = ("runs.csv", "runs.parquet", "summary.csv", "samples.parquet", "unreadable.csv")
 
 # Heading and column of `runs`. The first stand in the table only where they differ between its rows.
@@ -80,7 +79,7 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
         times=_times(runs["started"]),
         verdicts=_by_group(summary),
         status=Counter(runs["status"].astype(str)),
-        planned=Counter(status for status in plan.statuses.values() if status in NOT_RUN),
+        not_run=len(plan.statuses.keys() - set(runs["cell_id"])),
         figures=drawn,
         left_out=found.left_out + too_large,
         table=_table(runs, plan.compare),

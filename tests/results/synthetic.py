@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from moe_lab.measure.statistics import median_interval, summarize
 from moe_lab.records import identity, variants
 from moe_lab.records.schema import Check, Ratio, Record
 from moe_lab.records.store import RESULT
+from moe_lab.sweep.plan import plain
 from tests import quick
 
 LAYERS = {"decoder_moe": 4, "moe_layer": 1}
@@ -112,7 +112,7 @@ def sweep(directory: Path, n_cells: int, *, seed: int = 0, samples: int = 50) ->
 def _config(model: str, router: str, experts: str) -> dict[str, Any]:
     size = "model.n_experts" if model == "decoder_moe" else "model.shape.n_experts"
     cfg = quick.compose(model, f"{size}={N_EXPERTS}", f"router={router}", f"experts={experts}")
-    return {str(key): value for key, value in OmegaConf.to_container(cfg, resolve=True).items()}  # type: ignore
+    return plain(cfg)
 
 
 def _status(at: int) -> tuple[Any, str | None]:

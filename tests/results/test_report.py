@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import unescape
@@ -97,6 +98,15 @@ def test_unreadable_records_are_listed(tmp_path: Path) -> None:
     (broken / RESULT).write_text('{"schema": 1')
     words = shown(written(tmp_path))
     assert "Unreadable" in words and f"{broken.name}/{RESULT}" in words
+
+
+def test_cells_of_the_plan_without_a_record_are_counted(tmp_path: Path) -> None:
+    """A sweep that was interrupted; where every cell has one, nothing is said."""
+    folders = synthetic.sweep(tmp_path, 8)
+    assert "not run" not in shown(written(tmp_path))
+    for folder in folders[:2]:
+        shutil.rmtree(folder)
+    assert "2 not run of the plan" in " ".join(shown(written(tmp_path)).split())
 
 
 @pytest.mark.parametrize(
