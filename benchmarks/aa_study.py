@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/aa_study.py --pairs 20 --load 2     # with 2 busy processes beside it
 
 (One thread under load: with more, OpenMP's threads wait for each other while the busy processes have the cores, and a
-pass takes 30 times as long.)
+pass takes up to 28 times as long.)
 
 Each pair is two sweeps of the same code, one after the other, with 3 replicates: `compare` should call fewer than
 5 % of the cells faster or slower. In every sweep a second router is the first one with a wait of 10 % of the whole

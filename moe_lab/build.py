@@ -138,7 +138,8 @@ def _calibrate(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
     handles = [layer.register_forward_pre_hook(fit) for layer in layers]
     try:
         tokens_per_sequence = 1 if "seq_len" in cfg.model.get("ignores", ()) else cfg.seq_len
-        batch = -(-cfg.router.get("calibration_tokens", 4096) // tokens_per_sequence)
+        fitted = cfg.router.inner if "inner" in cfg.router else cfg.router  # capacity passes `fit` on
+        batch = -(-fitted.get("calibration_tokens", 4096) // tokens_per_sequence)
         model(build_input(cfg, model, device, batch=batch, seed=cfg.seed + 1))
     finally:
         for handle in handles:

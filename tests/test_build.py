@@ -177,6 +177,18 @@ def test_a_router_may_fix_its_own_k_and_wrap_another() -> None:
     assert capacity.inner.top_k == 2
 
 
+def test_a_wrapped_router_is_fitted_on_the_tokens_that_it_asks_for() -> None:
+    """router.inner.calibration_tokens, as router.calibration_tokens of the router alone."""
+    biases = []
+    for more in ((), ("router.inner.calibration_tokens=64",)):
+        cfg = tiny.decoder_moe("router=capacity", "router@router.inner=quantile", *more)
+        (router, _) = routers_of(build.build_model(cfg, CPU))
+        assert isinstance(router, Capacity) and isinstance(router.inner, BalancingBias)
+        biases.append(router.inner.bias_E)
+    assert float(biases[0].abs().max()) > 0
+    assert not torch.equal(*biases)
+
+
 def test_a_forced_load_gives_the_counts_that_were_asked_for() -> None:
     """In every layer; the weights are those of the native pass."""
     cfg = tiny.decoder_moe("workload.load=balanced", "batch=4", "seq_len=25")

@@ -39,4 +39,9 @@ def weights_of(logits_TE: Tensor, expert_ids_TK: Tensor, renormalize: bool) -> T
         # A row without any expert has no softmax; it weighs nothing.
         chosen_TK = wide_TE.gather(-1, ids_TK).masked_fill(unused_TK, -torch.inf)
         return chosen_TK.softmax(-1).masked_fill(unused_TK, 0)
-    return wide_TE.softmax(-1).gather(-1, ids_TK).masked_fill(unused_TK, 0)
+    return chosen(wide_TE.softmax(-1), expert_ids_TK)
+
+
+def chosen(values_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """The values [T, K] of the chosen experts, 0 where the id is -1."""
+    return values_TE.gather(-1, expert_ids_TK.clamp(min=0).long()).masked_fill(expert_ids_TK < 0, 0)

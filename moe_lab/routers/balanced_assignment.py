@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.errors import UnavailableError
-from moe_lab.ops.softmax_topk import top_k
+from moe_lab.ops.softmax_topk import chosen, top_k
 from moe_lab.routers.base import RouteContext, Router, Routing, check_finite
 
 
@@ -49,8 +49,7 @@ class BalancedAssignment(Router):
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""
-        weights_TK = logits_TE.float().sigmoid().gather(-1, expert_ids_TK.clamp(min=0).long())
-        return weights_TK.masked_fill(expert_ids_TK < 0, 0)
+        return chosen(logits_TE.float().sigmoid(), expert_ids_TK)
 
     def use_reference(self) -> None:
         """It is its own reference: scipy's solution in float64."""

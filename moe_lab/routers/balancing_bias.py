@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.ops.softmax_topk import top_k, weights_of
+from moe_lab.ops.softmax_topk import chosen, top_k, weights_of
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 from moe_lab.routers.scored_topk import sigmoid
 
@@ -62,8 +62,7 @@ class LossFreeBias(BalancingBias):
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""
-        chosen_TK = self.score(logits_TE).gather(-1, expert_ids_TK.clamp(min=0).long())
-        chosen_TK = chosen_TK.masked_fill(expert_ids_TK < 0, 0)
+        chosen_TK = chosen(self.score(logits_TE), expert_ids_TK)
         return chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp(min=1e-20)
 
     def fit(self, logits_TE: Tensor) -> None:

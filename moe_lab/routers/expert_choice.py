@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe_lab.ops.softmax_topk import top_k
+from moe_lab.ops.softmax_topk import chosen, top_k
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 
 
@@ -50,8 +50,7 @@ class ExpertChoice(Router):
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""
-        p_TE = logits_TE.float().softmax(-1)
-        return p_TE.gather(-1, expert_ids_TK.clamp(min=0).long()).masked_fill(expert_ids_TK < 0, 0)
+        return chosen(logits_TE.float().softmax(-1), expert_ids_TK)
 
     def warnings(self, n_tokens: int) -> list[str]:
         """Where it degenerates."""

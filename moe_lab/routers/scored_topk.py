@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lab.ops.softmax_topk import top_k
+from moe_lab.ops.softmax_topk import chosen, top_k
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
@@ -96,8 +96,7 @@ class ScoredTopK(Router):
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""
-        weights_TK = score(logits_TE, self.score).gather(-1, expert_ids_TK.clamp(min=0).long())
-        weights_TK = weights_TK.masked_fill(expert_ids_TK < 0, 0)
+        weights_TK = chosen(score(logits_TE, self.score), expert_ids_TK)
         if self.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-20)
         return self.scale * weights_TK

@@ -14,7 +14,7 @@ out exactly: with the slots sorted by expert, slot i goes to token i mod T.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def deal(counts_E: np.ndarray, order_E: Sequence[int] | np.ndarray, T: int, K: i
     return slots_N.reshape(K, T).T.astype(np.int32) if T else np.empty((0, K), dtype=np.int32)
 
 
-def _balanced(T: int, E: int, K: int, **_: float) -> np.ndarray:
+def _balanced(T: int, E: int, K: int) -> np.ndarray:
     order_E = dealing_order(E)
     ids_TK: np.ndarray = order_E[np.arange(T * K) % E].reshape(T, K).astype(np.int32)
     return ids_TK
@@ -100,20 +100,9 @@ def hot_shares(E: int, hot_experts: int, hot_share: float) -> np.ndarray:
     return np.where(np.arange(E) < hot_experts, hot_share / hot_experts, cold)
 
 
-def _random(T: int, E: int, K: int, *, seed: int, **_: float) -> np.ndarray:
+def _random(T: int, E: int, K: int, seed: int) -> np.ndarray:
     ids_TK: np.ndarray = top_k(hash_scores(torch.arange(T), E, stream_of(seed, "load", "random")), K).numpy()
     return ids_TK
-
-
-_MAKERS: dict[str, Callable[..., np.ndarray]] = {
-    "balanced": _balanced,
-    "random": _random,
-    "zipf": lambda T, E, K, *, seed, zipf_exponent, **_: _by_shares(zipf_shares(E, zipf_exponent), T, K, seed),
-    "hot": lambda T, E, K, *, seed, hot_experts, hot_share, **_: _by_shares(
-        hot_shares(E, hot_experts, hot_share), T, K, seed
-    ),
-    "one_hot": lambda T, E, K, *, seed, **_: _by_shares(hot_shares(E, 1, 1 / K), T, K, seed),
-}
 
 
 def loaded(load: str, native: Routing, n_experts: int, **keys: float) -> Routing:
@@ -130,8 +119,12 @@ def loaded(load: str, native: Routing, n_experts: int, **keys: float) -> Routing
     if load == "native":
         return native
     (T, K), device = native.expert_ids_TK.shape, native.expert_ids_TK.device
-    ids_TK = torch.from_numpy(_MAKERS[load](T, n_experts, K, **keys)).to(device)
-    return Routing(ids_TK, native.weights_TK)
+    seed, shares_E = int(keys["seed"]), asked_shares(load, n_experts, K, **keys)
+    if load == "balanced":
+        ids_TK = _balanced(T, n_experts, K)
+    else:
+        ids_TK = _random(T, n_experts, K, seed) if shares_E is None else _by_shares(shares_E, T, K, seed)
+    return Routing(torch.from_numpy(ids_TK).to(device), native.weights_TK)
 
 
 def replayed(recorded_TK: np.ndarray, native: Routing, n_experts: int, seed: int) -> Routing:
