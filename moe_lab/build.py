@@ -16,9 +16,11 @@ from moe_lab.errors import UnavailableError
 from moe_lab.experts.weights import ExpertsImpl
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.parameters import adopt, initialize, without_storage
+from moe_lab.models.soft_moe import SoftMoELayer
 from moe_lab.records import store
 from moe_lab.records.identity import digest, option_name
 from moe_lab.routers.base import PROPERTIES, Router, Routing, gate_logits
+from moe_lab.routers.soft import SoftMoE
 from moe_lab.targets import instantiate, locate
 from moe_lab.workloads import loads
 
@@ -176,17 +178,34 @@ def check_available(cfg: DictConfig) -> torch.device:
 
 
 def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
-    """Raise `UnavailableError` if a part of `model` cannot do what the rest of the configuration asks of it."""
+    """Raise `UnavailableError` if a part of `model` cannot do what the rest of the configuration asks of it.
+
+    Raises:
+        ValueError: the model makes its MoE layers so that they would not be those of the router.
+    """
+    router, load = option_name(cfg.router), cfg.workload.get("load", "native")
     for layer in model.modules():
-        if isinstance(layer, MoELayer) and layer.router.needs_token_ids and model.vocab_size is None:
+        if not isinstance(layer, MoELayer):
+            continue
+        if isinstance(layer.router, SoftMoE) and not isinstance(layer, SoftMoELayer):
+            raise ValueError(
+                f"router={router} asks for a layer of its own, and model={option_name(cfg.model)} makes another; let "
+                "it call moe_lab.models.moe_layer.make_moe_layer."
+            )
+        if layer.router.needs_token_ids and model.vocab_size is None:
             raise UnavailableError(
-                f"router={option_name(cfg.router)} reads the tokens' ids, and model={option_name(cfg.model)} is fed "
+                f"router={router} reads the tokens' ids, and model={option_name(cfg.model)} is fed "
                 "hidden states; use a model with an embedding, as decoder_moe"
             )
-        if isinstance(layer, MoELayer) and not layer.router.static_k and cfg.workload.get("load", "native") != "native":
+        if load != "native" and isinstance(layer, SoftMoELayer):
             raise UnavailableError(
-                f"workload.load={cfg.workload.load} replaces the experts of every slot, and router="
-                f"{option_name(cfg.router)} fills no fixed number of slots; use workload.load=native or another router"
+                f"workload.load={load} replaces the experts of every slot, and with router={router} every token goes "
+                "to every expert, so there is no choice to replace; use workload.load=native or another router"
+            )
+        if load != "native" and not layer.router.static_k:
+            raise UnavailableError(
+                f"workload.load={load} replaces the experts of every slot, and router="
+                f"{router} fills no fixed number of slots; use workload.load=native or another router"
             )
     _require_capturable(cfg, model)
 

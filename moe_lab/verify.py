@@ -24,7 +24,7 @@ from moe_lab.measure.roofline import count_flops
 from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.records.schema import Check
-from moe_lab.routers.base import RouteContext, Routing, check_finite, gate_logits
+from moe_lab.routers.base import RouteContext, Routing, check_finite
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ def check_contract(routing: Routing, n_tokens: int, n_experts: int, layer: int) 
         raise broken("an unused slot (id -1) has a weight")
 
 
-def _members(ids_TK: Tensor, n_experts: int) -> Tensor:
+def members(ids_TK: Tensor, n_experts: int) -> Tensor:
     """[T, E] bool: which experts each token uses."""
     spread_TE = ids_TK.new_zeros(ids_TK.shape[0], n_experts + 1)
     spread_TE.scatter_(1, torch.where(ids_TK < 0, n_experts, ids_TK).long(), 1)
     return spread_TE[:, :n_experts].bool()
 
 
-def _weights_by_expert(routing: Routing, n_experts: int) -> Tensor:
+def weights_by_expert(routing: Routing, n_experts: int) -> Tensor:
     """[T, E] float32, 0 for experts that are not used."""
     spread_TE = routing.weights_TK.new_zeros(routing.weights_TK.shape[0], n_experts + 1)
     ids_TK = torch.where(routing.expert_ids_TK < 0, n_experts, routing.expert_ids_TK).long()
@@ -131,7 +131,7 @@ def _weights_by_expert(routing: Routing, n_experts: int) -> Tensor:
 def changed_sets(a: Sequence[Routing], b: Sequence[Routing], n_experts: Sequence[int]) -> int:
     """How many (layer, token) pairs use another set of experts in `a` than in `b`."""
     return sum(
-        int((_members(one.expert_ids_TK, E) != _members(other.expert_ids_TK, E)).any(-1).sum())
+        int((members(one.expert_ids_TK, E) != members(other.expert_ids_TK, E)).any(-1).sum())
         for one, other, E in zip(a, b, n_experts, strict=True)
     )
 
@@ -158,7 +158,7 @@ def compare_routes(
         MismatchError: a set differs where the scores do not tie, or a weight differs.
     """
     assert reference.scores_TE is not None
-    ran_TE, want_TE = _members(ran.expert_ids_TK, n_experts), _members(reference.expert_ids_TK, n_experts)
+    ran_TE, want_TE = members(ran.expert_ids_TK, n_experts), members(reference.expert_ids_TK, n_experts)
     scores_TE = reference.scores_TE.float()
     # The worst score against the best among the experts that only one of the two chose. Rounding is a share of the
     # scores that the reference chose: an expert that is masked or hardly likely says nothing about it.
@@ -182,13 +182,13 @@ def compare_routes(
             f"their logits (first: token {token}, {sorted(ran.expert_ids_TK[token].tolist())} instead of "
             f"{sorted(reference.expert_ids_TK[token].tolist())})",
         )
-    ran_weights_TE = _weights_by_expert(ran, n_experts)
-    off_TE = ran_weights_TE - _weights_by_expert(reference, n_experts)
+    ran_weights_TE = weights_by_expert(ran, n_experts)
+    off_TE = ran_weights_TE - weights_by_expert(reference, n_experts)
     if weights_TK is None:
         tied_off_T = off_TE.sum(-1).abs()
     else:
         wanted = Routing(ran.expert_ids_TK, weights_TK.masked_fill(ran.expert_ids_TK < 0, 0))
-        tied_off_T = (ran_weights_TE - _weights_by_expert(wanted, n_experts)).abs().amax(-1)
+        tied_off_T = (ran_weights_TE - weights_by_expert(wanted, n_experts)).abs().amax(-1)
     off_T = torch.where(changed_T, tied_off_T, off_TE.abs().amax(-1))
     if off_T.numel() and float(off_T.max()) > tolerance.weight:
         raise MismatchError(
@@ -219,18 +219,18 @@ class LayerProbe:
             routing = result[1]
             if self.routes:
                 self._compare_routes(index, layer, reference, x_TD, ctx, routing)
-            y_TD = layer.routed(x_TD, routing)
+            y_TD = layer.routed(x_TD, routing, ctx)
             with exact_products():
-                y_reference_TD = reference.routed(x_TD.float(), routing)
+                y_reference_TD = reference.routed(x_TD.float(), routing, ctx)
             self._keep_worst("token_error", *_squares(y_TD, y_reference_TD))
-            self._compare_experts(layer, reference, x_TD, routing)
+            self._compare_experts(layer, reference, *layer.rows(x_TD, routing, ctx))
 
         return look
 
     def _compare_routes(
         self, index: int, layer: MoELayer, reference: MoELayer, x_TD: Tensor, ctx: RouteContext, routing: Routing
     ) -> None:
-        logits_TE = gate_logits(x_TD, layer.weights.gate_ED)
+        logits_TE = layer.logits(x_TD)
         check_finite(logits_TE, index)
         router, E = reference.router, layer.weights.n_experts
         with exact_products():
@@ -250,9 +250,9 @@ class LayerProbe:
         for slot_N in (ids_N >= 0).nonzero().squeeze(1).split(_ROWS_AT_ONCE):
             alone = Routing(ids_N[slot_N, None], torch.ones(len(slot_N), 1, device=x_TD.device))
             x_ND = x_TD[slot_N // K]
-            y_ND = layer.routed(x_ND, alone)
+            y_ND = layer.compute(x_ND, alone)
             with exact_products():
-                y_reference_ND = reference.routed(x_ND.float(), alone)
+                y_reference_ND = reference.compute(x_ND.float(), alone)
             off_N, size_N = _squares(y_ND, y_reference_ND)
             off_E.index_add_(0, ids_N[slot_N], off_N.double())
             size_E.index_add_(0, ids_N[slot_N], size_N.double())

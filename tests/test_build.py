@@ -110,6 +110,13 @@ def test_looking_takes_no_memory() -> None:
         pytest.param(
             ["router=top_p", "workload.load=zipf"], UnavailableError, "workload.load=zipf.*router=top_p", id="load"
         ),
+        pytest.param(
+            ["router=soft", "workload.load=balanced"],
+            UnavailableError,
+            "workload.load=balanced.*router=soft.*no choice to replace",
+            id="soft-load",
+        ),
+        pytest.param(["router=capacity", "router@router.inner=soft"], ValueError, "room to limit", id="soft-capacity"),
         pytest.param(["experts=loop", "execution=compile"], UnavailableError, "experts=loop", id="not-capturable"),
     ],
 )
@@ -135,6 +142,24 @@ def test_a_key_that_a_part_refuses_is_a_value_error(tmp_path: Path) -> None:
     )
     cfg = moe_lab.compose(quick.overrides("moe_layer", "router=strict"), config_dir=tmp_path)
     with pytest.raises(ValueError, match=r"router\.level=7"):
+        build.check_available(cfg)
+
+
+def test_a_model_that_makes_its_layers_itself_is_refused_a_layer_of_the_routers_own(tmp_path: Path) -> None:
+    """Every token would go to every expert, under the name of a Soft MoE."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: my_model.Mine\nname: mine\nn_experts: 3\ntop_k: 1\n")
+    (tmp_path / "my_model.py").write_text(
+        "from moe_lab.experts.weights import ExpertWeights\n"
+        "from moe_lab.models.moe_layer import MoELayer\n"
+        "class Mine(MoELayer):\n"
+        "    vocab_size = None\n"
+        "    def __init__(self, make_router, experts, n_experts, top_k):\n"
+        "        super().__init__(ExpertWeights(n_experts, 8, 4), make_router(n_experts, top_k), experts)\n"
+    )
+    build.check_available(moe_lab.compose(["model=mine", "device=cpu"], config_dir=tmp_path))
+    cfg = moe_lab.compose(["model=mine", "router=soft", "device=cpu"], config_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"router=soft.*model=mine.*make_moe_layer"):
         build.check_available(cfg)
 
 

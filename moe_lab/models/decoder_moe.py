@@ -9,7 +9,7 @@ from torch import nn
 from moe_lab.experts.weights import ExpertsImpl, ExpertWeights
 from moe_lab.models import MakeRouter
 from moe_lab.models.layers import SwiGLU
-from moe_lab.models.moe_layer import MoELayer, SharedExpert
+from moe_lab.models.moe_layer import SharedExpert, make_moe_layer
 from moe_lab.models.transformer_decoder import TransformerDecoder
 
 
@@ -40,7 +40,7 @@ class DecoderMoE(TransformerDecoder):
         shared = None
         if self.shared_hidden_dim:
             shared = SharedExpert(self.d_model, self.shared_hidden_dim, gated=self.shared_gate)
-        return MoELayer(
+        return make_moe_layer(
             ExpertWeights(self.n_experts, self.d_model, self.mlp_hidden_dim),
             self.make_router(self.n_experts, self.top_k),
             self.experts,

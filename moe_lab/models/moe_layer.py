@@ -15,7 +15,8 @@ from moe_lab.experts.weights import ExpertsImpl, ExpertWeights, Scale
 from moe_lab.models import ForcedRouting, MakeRouter, Output
 from moe_lab.models.layers import Linear, SwiGLU
 from moe_lab.phases import phase
-from moe_lab.routers.base import RouteContext, Router, Routing
+from moe_lab.routers.base import RouteContext, Router, Routing, gate_logits
+from moe_lab.routers.soft import SoftMoE
 
 
 class SharedExpert(nn.Module):
@@ -32,7 +33,7 @@ class SharedExpert(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """x_TD -> (y_TD, Routing)."""
+    """x_TD -> (y_TD, Routing). Models make it by `make_moe_layer`, for a router may ask for a layer of another kind."""
 
     def __init__(
         self, weights: ExpertWeights, router: Router, experts: ExpertsImpl, shared: SharedExpert | None = None
@@ -46,16 +47,38 @@ class MoELayer(nn.Module):
         if routing is None:
             with phase("router"):
                 routing = self.router.route(x_TD, self.weights.gate_ED, ctx)
-        y_TD = self.routed(x_TD, routing)
+        y_TD = self.routed(x_TD, routing, ctx)
         return (y_TD if self.shared is None else y_TD + self.shared(x_TD)), routing
 
-    def routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """The routed experts alone."""
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """The router's logits [T, E]."""
+        return gate_logits(x_TD, self.weights.gate_ED)
+
+    def routed(self, x_TD: Tensor, routing: Routing, ctx: RouteContext) -> Tensor:
+        """The output less the shared expert's."""
+        return self.compute(*self.rows(x_TD, routing, ctx))
+
+    def rows(self, x_TD: Tensor, routing: Routing, ctx: RouteContext) -> tuple[Tensor, Routing]:
+        """(what the experts are given [N, D], which of them each row goes to): here the tokens themselves."""
+        return x_TD, routing
+
+    def compute(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        """The experts' outputs [N, D], weighted and summed by row."""
         scale: Scale = "input" if self.router.scales_input else "output"
-        return self.experts(x_TD, routing, self.weights, scale=scale)
+        return self.experts(x_ND, routing, self.weights, scale=scale)
 
     def use_reference(self) -> None:
         self.experts = loop
+
+
+def make_moe_layer(
+    weights: ExpertWeights, router: Router, experts: ExpertsImpl, shared: SharedExpert | None = None
+) -> MoELayer:
+    """The MoE layer that `router` asks for."""
+    from moe_lab.models.soft_moe import SoftMoELayer  # which derives from MoELayer
+
+    kind = SoftMoELayer if isinstance(router, SoftMoE) else MoELayer
+    return kind(weights, router, experts, shared)
 
 
 class MoELayerModel(nn.Module):
@@ -67,7 +90,7 @@ class MoELayerModel(nn.Module):
         super().__init__()
         self.d_model = int(shape["d_model"])
         weights = ExpertWeights(shape["n_experts"], self.d_model, shape["mlp_hidden_dim"])
-        self.moe = MoELayer(weights, make_router(shape["n_experts"], shape["top_k"]), experts)
+        self.moe = make_moe_layer(weights, make_router(shape["n_experts"], shape["top_k"]), experts)
 
     def input_shape(self, batch: int, seq_len: int) -> tuple[int, ...]:
         """[T, D] hidden states."""

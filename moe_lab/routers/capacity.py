@@ -23,6 +23,7 @@ from torch import Tensor
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.softmax_topk import top_k
 from moe_lab.routers.base import RouteContext, Router, Routing
+from moe_lab.routers.soft import SoftMoE
 
 POLICIES = ("weight", "token", "position", "prioritized", "next_best", "dropless")
 
@@ -51,6 +52,11 @@ class Capacity(Router):
         if not inner.static_k:
             raise ValueError(
                 f"router.inner: {type(inner).__name__} fills no fixed number of slots; wrap another router."
+            )
+        if isinstance(inner, SoftMoE):
+            raise ValueError(
+                "router.inner: with router=soft an expert takes one mixture per sequence and no tokens, so there is no "
+                "room to limit; wrap another router."
             )
         self.inner, self.factor, self.policy = inner, factor, policy
         self.needs_token_ids, self.scales_input = inner.needs_token_ids, inner.scales_input

@@ -1,11 +1,12 @@
-"""Softmax over the experts, then the k largest: router=torch, cuda_ext, mixtral, olmoe, gpt_oss, switch.
+"""Top-k of the softmax: router=torch, cuda_ext, mixtral, qwen3_moe, granite, olmoe, gpt_oss, switch.
 
     l' = l + b (with `gate_bias`);  p = softmax(l');  S = top-k of p;  w_e = p_e, or p_e / sum_S p with `renormalize`
 
-Shazeer et al. 2017 (1701.06538); renormalised in Mixtral (2401.04088), not in OLMoE (2409.02060). Renormalised it is
-the softmax over the k chosen logits, as GPT-OSS and Granite write it; GPT-OSS adds a bias per expert to the logits.
-With k = 1 and not renormalised it is the Switch Transformer's (2101.03961). The ranking is done on the logits: it is
-that of the softmax, but does not lose small differences to underflow.
+Shazeer et al. 2017 (1701.06538); renormalised in Mixtral (2401.04088) and Qwen3 (2505.09388), not in OLMoE
+(2409.02060). Renormalised it is the softmax over the k chosen logits, as Granite 3.0, JetMoE (2404.07413) and GPT-OSS
+(2508.10925) write it; GPT-OSS adds a bias per expert to the logits. With k = 1 and not renormalised it is the Switch
+Transformer's (2101.03961). The ranking is done on the logits: it is that of the softmax, but does not lose small
+differences to underflow.
 """
 
 from __future__ import annotations

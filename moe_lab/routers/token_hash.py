@@ -2,8 +2,8 @@
 
     S = the k experts with the largest hash of (id, expert);  w_e = softmax over the chosen logits
 
-The hash stands for the random table of the paper, one for each layer. DeepSeek-V4 (modeling code in transformers) uses
-such tables in its first layers, with weights from the logits.
+The hash stands for the random table of the paper, one for each layer. DeepSeek-V4 (2606.19348) uses such tables in its
+first layers, with weights from the logits.
 """
 
 from __future__ import annotations

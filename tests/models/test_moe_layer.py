@@ -114,7 +114,7 @@ def test_the_shared_expert_is_added_for_every_token(gated: bool) -> None:
         assert shared.gate is not None
         want_TD = want_TD * torch.sigmoid(x @ shared.gate.weight.double().T)
     y_TD, _ = layer(x_TD, CTX, forced_routing())
-    extra_TD = y_TD - layer.routed(x_TD, forced_routing())
+    extra_TD = y_TD - layer.routed(x_TD, forced_routing(), CTX)
     torch.testing.assert_close(extra_TD.double(), want_TD, rtol=1e-4, atol=1e-5)
 
 

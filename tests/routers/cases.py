@@ -20,6 +20,7 @@ from moe_lab.routers.dynamic_k import DynamicK
 from moe_lab.routers.expert_choice import ExpertChoice
 from moe_lab.routers.scored_topk import ScoredTopK
 from moe_lab.routers.sinkhorn import Sinkhorn
+from moe_lab.routers.soft import SoftMoE
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.routers.token_hash import TokenHash, UniformRandom
 
@@ -63,6 +64,7 @@ CASES: dict[str, NewRouter] = {
     "base": partial(ready, BalancedAssignment),
     "hash": TokenHash,
     "random": UniformRandom,
+    "soft": SoftMoE,
     "loss-free": partial(ready, partial(LossFreeBias, rate=0.05)),
     "quantile": partial(ready, QuantileBias),
     "top-p": partial(DynamicK, rule="top_p", threshold=0.4),
@@ -73,3 +75,8 @@ CASES: dict[str, NewRouter] = {
     **{f"capacity-{policy}": partial(with_capacity, policy=policy) for policy in POLICIES},
 }
 EVERY = pytest.mark.parametrize("new_router", [pytest.param(make, id=name) for name, make in CASES.items()])
+EVERY_WHOSE_TOKENS_STAY_APART = pytest.mark.parametrize(
+    "new_router", [pytest.param(make, id=name) for name, make in CASES.items() if name != "soft"]
+)
+"""Those whose `causal` and `batch_invariant` are decided by `select`. Soft MoE mixes its tokens in the layer:
+tests/models/test_soft_moe.py holds that to what the router declares."""

@@ -16,7 +16,7 @@ from moe_lab.routers.base import RouteContext, Router, Routing, check_finite, ga
 from moe_lab.routers.sinkhorn import Sinkhorn
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.verify import check_contract
-from tests.routers.cases import EVERY, NewRouter, context
+from tests.routers.cases import EVERY, EVERY_WHOSE_TOKENS_STAY_APART, NewRouter, context
 
 ROUTERS = pytest.mark.parametrize(
     "new_router",
@@ -266,7 +266,7 @@ def test_all_tokens_the_same_keep_the_contract(new_router: NewRouter) -> None:
         check_contract(new_router(7, 3).select(logits_TE, context(37)), 37, 7, 0)
 
 
-@EVERY
+@EVERY_WHOSE_TOKENS_STAY_APART
 @pytest.mark.parametrize("T", [pytest.param(12, id="T=12"), pytest.param(37, id="T=37")])
 def test_later_tokens_change_no_route_exactly_where_causal_is_declared(new_router: NewRouter, T: int) -> None:
     """Tokens added at the end leave the earlier routes bitwise as they were, or `causal` is False."""
@@ -276,7 +276,7 @@ def test_later_tokens_change_no_route_exactly_where_causal_is_declared(new_route
     assert torch.equal(by_expert(longer, E)[:T], by_expert(shorter, E)) is router.causal
 
 
-@EVERY
+@EVERY_WHOSE_TOKENS_STAY_APART
 @pytest.mark.parametrize("E", [pytest.param(24, id="E=24"), pytest.param(65, id="E=65")])
 def test_a_token_alone_keeps_its_route_exactly_where_batch_invariance_is_declared(
     new_router: NewRouter, E: int

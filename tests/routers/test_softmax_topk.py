@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_lab.build import build_router
 from moe_lab.errors import UnavailableError
 from moe_lab.routers.softmax_topk import SoftmaxTopK
+from tests import tiny
 from tests.routers.cases import ready
 from tests.routers.peers import dense, peer_router
 
@@ -120,25 +122,38 @@ def test_an_implementation_that_is_not_there_is_unavailable(impl: str) -> None:
 
 
 PEERS = [
-    pytest.param("mixtral", "MixtralTopKRouter", {}, True, id="mixtral"),
-    pytest.param("olmoe", "OlmoeTopKRouter", {"norm_topk_prob": False}, False, id="olmoe"),
-    pytest.param("qwen3_moe", "Qwen3MoeTopKRouter", {}, True, id="qwen3"),
-    pytest.param("granitemoe", "GraniteMoeTopKRouter", {}, True, id="granite"),
+    pytest.param("mixtral", "mixtral", "MixtralTopKRouter", {}, id="mixtral"),
+    pytest.param("olmoe", "olmoe", "OlmoeTopKRouter", {"norm_topk_prob": False}, id="olmoe"),
+    pytest.param("qwen3_moe", "qwen3_moe", "Qwen3MoeTopKRouter", {}, id="qwen3"),
+    pytest.param("granite", "granitemoe", "GraniteMoeTopKRouter", {}, id="granite"),
 ]
 
 
 @SIZES
-@pytest.mark.parametrize(("kind", "name", "settings", "renormalize"), PEERS)
+@pytest.mark.parametrize(("option", "kind", "name", "settings"), PEERS)
 def test_the_route_is_that_of_transformers(
-    kind: str, name: str, settings: dict[str, bool], renormalize: bool, T: int, E: int, K: int
+    option: str, kind: str, name: str, settings: dict[str, bool], T: int, E: int, K: int
 ) -> None:
-    """Its modules on the same logits: exact sets, weights to 1e-5."""
+    """Its modules on the same logits, and the router that the option makes: exact sets, weights to 1e-5."""
     logits_TE = random_logits(T, E)
     _, weights_TK, ids_TK = peer_router(kind, name, E, K, **settings)(logits_TE)
-    routing = SoftmaxTopK(E, K, renormalize=renormalize).select(logits_TE)
+    routing = build_router(tiny.decoder_moe(f"router={option}"), E, K).select(logits_TE)
     torch.testing.assert_close(
         dense(routing.expert_ids_TK, routing.weights_TK, E), dense(ids_TK, weights_TK, E), rtol=1e-5, atol=1e-7
     )
+
+
+def test_the_route_of_granite_is_that_of_jetmoe() -> None:
+    """Whose module sorts the slots by expert, and tells neither ids nor weights but for that."""
+    gating = pytest.importorskip("transformers.models.jetmoe.modeling_jetmoe").JetMoeTopKGating(12, 12, 3)
+    gating.layer.weight.data.copy_(torch.eye(12))
+    logits_TE = random_logits(199, 12)
+    _, token_N, weight_N, counts, _ = gating.requires_grad_(False)(logits_TE)
+    ids_N = torch.arange(12).repeat_interleave(torch.tensor(counts))
+    weights_TE = torch.zeros(199, 12, dtype=torch.float64)
+    weights_TE[token_N, ids_N] = weight_N.double()
+    routing = build_router(tiny.decoder_moe("router=granite"), 12, 3).select(logits_TE)
+    torch.testing.assert_close(dense(routing.expert_ids_TK, routing.weights_TK, 12), weights_TE, rtol=1e-5, atol=1e-7)
 
 
 def test_the_gate_bias_is_that_of_gpt_oss() -> None:
