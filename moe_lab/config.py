@@ -171,6 +171,13 @@ class UniformRandom(RouterOption):
 
 
 @dataclass
+class SoftMoE(RouterOption):
+    """Every token with every expert, in mixtures."""
+
+    _target_: str = "moe_lab.routers.soft.SoftMoE"
+
+
+@dataclass
 class BalancingBias(RouterOption):
     """A bias fitted in a calibration pass."""
 
@@ -270,6 +277,7 @@ class Measure:
     name: str = "default"
     routing: bool = True
     record_routing: bool = False
+    reference_router: Any = None
     phases: bool = True
     roofline: bool = True
     target_ci: float = 0.02
@@ -340,6 +348,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "base": BalancedAssignment,
         "token_hash": TokenHash,
         "random": UniformRandom,
+        "soft": SoftMoE,
         "loss_free": LossFreeBias,
         "quantile": QuantileBias,
         "dynamic_k": DynamicK,
@@ -434,6 +443,12 @@ def validate(cfg: DictConfig) -> None:
         _validate_model(cfg)
     if _is_ours(cfg.router):
         _validate_router(cfg)
+    reference = cfg.measure.get("reference_router")
+    if reference is not None and not isinstance(reference, DictConfig):
+        raise ValueError(
+            f"measure.reference_router={reference}: in a YAML it is chosen in the defaults list, as "
+            "`override /router@measure.reference_router: torch`."
+        )
 
 
 def _validate_sweep(cfg: DictConfig) -> None:
@@ -510,6 +525,10 @@ def _validate_router(cfg: DictConfig) -> None:
         )
     if name == "sinkhorn" and impl not in ("auto", "torch"):
         raise ValueError(f"router.impl={impl}: router=sinkhorn has the implementations auto, torch.")
+    if name == "soft" and cfg.router.get("top_k"):
+        raise ValueError(
+            f"router.top_k={cfg.router.top_k}: router=soft gives every token all experts; leave router.top_k out."
+        )
 
 
 def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool = False) -> None:

@@ -31,6 +31,10 @@ LAUNCHER = "hydra_plugins.moe_lab_launcher.MoeLabLauncher"
 _IS_HYDRA_1_4 = not hydra.__version__.startswith("1.3.")
 VERSION_BASE = {} if _IS_HYDRA_1_4 else {"version_base": "1.3"}
 _IN_WORDS = (ValueError, UnavailableError, OSError)  # their messages are sentences already
+_REFERENCE = (
+    "measure.reference_router=",
+    "router@measure.reference_router=",
+)  # as it is typed, and in Hydra's language
 _NOT_FOR_TYPING = ("_target_", "ignores", "overrides", "hydra")  # keys that nobody sets on the command line
 SWEEP_NAME = "MOE_LAB_SWEEP_NAME"  # an environment variable, so that a launcher's processes agree on it
 
@@ -60,12 +64,18 @@ def register_launcher() -> None:
 _load_configuration = ConfigLoaderImpl.load_configuration
 
 
-def _load_and_check(self: ConfigLoaderImpl, *arguments: Any, **options: Any) -> DictConfig:
+def _load_and_check(
+    self: ConfigLoaderImpl, config_name: str | None, overrides: list[str], *arguments: Any, **options: Any
+) -> DictConfig:
     """Hydra's composition, and then a look at its own node: callbacks and log handlers in it are code.
 
     Hydra runs them before the application, so this is the one place that all compositions go through before that.
     """
-    cfg = _load_configuration(self, *arguments, **options)
+    overrides = [
+        text.replace(*_REFERENCE, 1) if text.startswith(_REFERENCE[0]) and not text.endswith("=null") else text
+        for text in overrides
+    ]
+    cfg = _load_configuration(self, config_name, overrides, *arguments, **options)
     if "hydra" in cfg:
         targets.check_hydra_node(cfg.hydra)
     return cfg

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import traceback
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from moe_lab import build, targets
+from moe_lab.agreement import agreement
 from moe_lab.config import validate
 from moe_lab.errors import MismatchError, UnavailableError
 from moe_lab.measure import environment, memory, phases, roofline, routing_metrics, statistics
@@ -30,7 +32,7 @@ from moe_lab.models.parameters import parameter_bytes, reference_twin
 from moe_lab.ops import segment_mm
 from moe_lab.records import identity, store
 from moe_lab.records.schema import Latency, Ratio, Record
-from moe_lab.routers.base import gate_logits
+from moe_lab.routers.base import PROPERTIES
 from moe_lab.verify import Verification, exact_products, moe_layers, verify
 
 log = logging.getLogger("moe_lab")
@@ -193,6 +195,7 @@ class Run:
         measure = self.cfg.measure
         for wanted, name, look in (
             (measure.routing or measure.record_routing, "routing", self._observe_routing),
+            (measure.reference_router is not None, "agreement", self._observe_agreement),
             (measure.phases, "phases_ms", self._observe_phases),
             (measure.roofline, "roofline", self._observe_roofline),
         ):
@@ -211,8 +214,15 @@ class Run:
         stats, handles = [], []
 
         def look(layer: Any, arguments: tuple[Any, ...], result: tuple[Any, ...]) -> None:
-            logits_TE = gate_logits(arguments[0], layer.weights.gate_ED)
-            stats.append(routing_metrics.RoutingStats.of(logits_TE, result[1]))
+            logits_TE = layer.logits(arguments[0])
+            stats.append(
+                routing_metrics.RoutingStats.of(
+                    logits_TE,
+                    result[1],
+                    seq_start_B1=arguments[1].seq_start_B1,
+                    bytes_per_expert=layer.weights.bytes_per_expert,
+                )
+            )
 
         try:
             handles = [layer.register_forward_hook(look) for _, layer in layers]
@@ -225,12 +235,33 @@ class Run:
             "layer": np.array(ids),
             "counts_LE": np.stack([one.counts_E for one in stats]),
             "mean_score_LE": np.stack([one.prob_sum_E / max(one.tokens, 1) for one in stats]),
+            "coactivation_LEE": np.stack([one.pairs_EE for one in stats]).astype(np.int32),
         }
         if self.cfg.measure.record_routing:
             widest = max(routing.expert_ids_TK.shape[1] for routing in routings)
             padded = [_padded(routing.expert_ids_TK, widest) for routing in routings]
             self.routing_arrays["expert_ids_LTK"] = np.stack(padded)
         return routing_metrics.summarize(stats, ids)
+
+    def _observe_agreement(self) -> dict[str, Any] | None:
+        """How far routes and outputs are from those of `measure.reference_router`, in a pass of its own."""
+        assert self.device is not None
+        if not moe_layers(self.model):
+            return None
+        if self.forced is not None:
+            self.warnings.append(
+                f"measure.reference_router: with workload.load={self.cfg.workload.load} no router chose the experts, "
+                "so there is no agreement to look for; use workload.load=native."
+            )
+            return None
+        cfg = copy.copy(self.cfg)
+        cfg.router = self.cfg.measure.reference_router
+        reference = build.build_model(cfg, self.device, dict(self.model.named_parameters()))
+        build.require_runnable(cfg, reference)
+        found = agreement(self.model, reference, self.x, self.step())
+        name = identity.option_name(cfg.router)
+        log.info("agreement with router=%s looked at in %.2f s", name, found["seconds"])
+        return {"reference": name, **found}
 
     def _observe_phases(self) -> dict[str, Any]:
         graph_p50_ms = float(np.median(self.samples_ms())) if self.cfg.execution.name == "cuda_graph" else None
@@ -258,6 +289,11 @@ class Run:
                     self.x.device, self.dtype, *layer.weights.w_down_EDF.shape[1:]
                 )
         return ran
+
+    def _properties(self) -> dict[str, bool] | None:
+        """What the router declares, for a reader of the results; None for a model without one."""
+        layers = moe_layers(self.model)
+        return {name: bool(getattr(layers[0][1].router, name)) for name in PROPERTIES} if layers else None
 
     def failed_with(self, error: BaseException) -> tuple[str, str]:
         """(status, reason) of the record of a run that met `error`; the traceback goes into the log."""
@@ -326,6 +362,7 @@ class Run:
             if built
             else None,
             check=check,
+            router=self._properties() if built else None,
             environment=env,
             started=self.started.isoformat(timespec="seconds"),
             elapsed_s=self._spent_s + time.perf_counter() - self._begun,

@@ -15,7 +15,8 @@ from moe_lab.records.identity import option_name
 from moe_lab.records.schema import Record
 
 _NONE = "-"
-_NUMBERS = ("batch", "seq_len", "p50 [interval]", "ratio [interval]", "tokens/s", "load max/mean", "error")
+_OFF = "off reference (floor)"
+_NUMBERS = ("batch", "seq_len", "p50 [interval]", "ratio [interval]", "tokens/s", "load max/mean", "error", _OFF)
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -32,7 +33,7 @@ def _cells(record: Record) -> dict[str, str]:
     config: dict[str, Any] = record.config
     ignored = set(config["model"].get("ignores") or ())
     latency, ratio, check = record.latency_ms, record.ratio_to_anchor, record.check
-    pooled = (record.routing or {}).get("pooled", {})
+    pooled, agreement = (record.routing or {}).get("pooled", {}), record.agreement
     return {
         "router": _NONE if "router" in ignored else option_name(config["router"]),
         "batch": str(config["batch"]),
@@ -42,6 +43,9 @@ def _cells(record: Record) -> dict[str, str]:
         "tokens/s": _number((record.throughput or {}).get("tokens_per_s")),
         "load max/mean": _number(pooled.get("load_max_over_mean")),
         "error": f"{check.rel_error:.1e}" if check and check.rel_error is not None else _NONE,
+        _OFF: f"{agreement['output_rel_error']:.1e} ({agreement['floor']['output_rel_error']:.0e})"
+        if agreement
+        else _NONE,
         "status": record.status + (f": {record.reason}" if record.reason else ""),
     }
 
@@ -64,11 +68,29 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Consol
 _COLUMNS = ("batch", "seq_len", "p50 [interval]", "tokens/s", "load max/mean", "error", "status")
 
 
+def _columns(records: Sequence[Record]) -> list[str]:
+    """With the output's difference from the reference router's, where that was looked at."""
+    columns = list(_COLUMNS)
+    if any(record.agreement for record in records):
+        columns.insert(-1, _OFF)
+    return columns
+
+
+def _print_time_of_agreement(console: Console, records: Sequence[Record]) -> None:
+    """What the passes with the reference router took, which no latency holds."""
+    found = [record.agreement for record in records if record.agreement]
+    if found:
+        names, seconds = sorted({one["reference"] for one in found}), sum(one["seconds"] for one in found)
+        text = f"reference: router={', '.join(names)}; comparing with it took {seconds:.2f} s"
+        console.print(text, markup=False, highlight=False)
+
+
 def print_records(records: Iterable[Record]) -> None:
     """One row per record: router, batch, seq_len, p50 [interval], tokens/s, load max/mean, error, status."""
     records = list(records)
-    columns = ("router", *_COLUMNS)
+    columns = ("router", *_columns(records))
     console = print_table(columns, ([_cells(record)[name] for name in columns] for record in records))
+    _print_time_of_agreement(console, records)
     for record in records:
         for warning in record.warnings:
             console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
@@ -84,7 +106,7 @@ def print_sweep(records: Sequence[Record], compare: Sequence[str]) -> None:
         labels = variants.labels(contents, (key,))
         if key not in compare and len(set(labels)) > 1:
             shown[key] = labels
-    columns = list(_COLUMNS)
+    columns = _columns(records)
     if any(record.ratio_to_anchor for record in records):
         columns.insert(3, "ratio [interval]")
     rows = []
@@ -92,6 +114,7 @@ def print_sweep(records: Sequence[Record], compare: Sequence[str]) -> None:
         cells = {**_cells(record), "status": record.status}  # the reasons stand below
         rows.append([*(labels[position] for labels in shown.values()), *(cells[name] for name in columns)])
     console = print_table([*shown, *columns], rows)
+    _print_time_of_agreement(console, records)
 
     unstable = sum(record.latency_ms is not None and not record.latency_ms.stable for record in records)
     if unstable:

@@ -39,6 +39,10 @@ MISTAKES = [
     pytest.param(["+hydra.job_logging.filters.x=${name}"], "${name}", "log", id="log-interpolation"),
     pytest.param(["+foo=1"], "foo", "nothing reads", id="added-key"),
     pytest.param(["router=sinkhron"], "router=sinkhron", "Did you mean sinkhorn?", id="misspelt-option"),
+    pytest.param(["measure.reference_router=sinkhron"], "=sinkhron", "Did you mean sinkhorn?", id="misspelt-reference"),
+    pytest.param(
+        ["measure={reference_router: torch}"], "measure.reference_router=torch", "defaults", id="reference-text"
+    ),
     pytest.param(["ruter=torch"], "ruter", "Did you mean router?", id="misspelt-group"),
     pytest.param(["router=sinkhorn", "router.iters=0"], "router.iters=0", "at least 1", id="no-iterations"),
     pytest.param(["router=sinkhorn", "router.temperature=0"], "router.temperature", "above 0", id="zero-temperature"),
@@ -125,3 +129,41 @@ def test_build_router_needs_sizes_where_the_model_has_no_experts() -> None:
     with pytest.raises(ValueError, match="n_experts"):
         moe_lab.build_router(cfg)
     assert moe_lab.build_router(cfg, n_experts=6, top_k=2).n_experts == 6
+
+
+def test_a_reference_router_is_a_router_of_its_own() -> None:
+    """With the option's keys, which can be set; the run's own router stays."""
+    cfg = moe_lab.compose(
+        ["router=torch", "measure.reference_router=sinkhorn", "measure.reference_router.iters=3"],
+    )
+    assert (cfg.router.name, cfg.measure.reference_router.name, cfg.measure.reference_router.iters) == (
+        "torch",
+        "sinkhorn",
+        3,
+    )
+    assert moe_lab.compose([]).measure.reference_router is None
+    assert moe_lab.compose(["measure.reference_router=null"]).measure.reference_router is None
+
+
+def test_a_reference_router_of_ones_own_is_found(tmp_path: Path) -> None:
+    """In the folder given, as any other option."""
+    (tmp_path / "router").mkdir()
+    (tmp_path / "router" / "mine.yaml").write_text("_target_: moe_lab.routers.softmax_topk.SoftmaxTopK\nname: mine\n")
+    cfg = moe_lab.compose(["measure.reference_router=mine"], config_dir=tmp_path)
+    assert cfg.measure.reference_router.name == "mine"
+
+
+def test_a_reference_router_as_plain_text_says_how_it_is_chosen(tmp_path: Path) -> None:
+    """In an experiment's YAML it is an option of a group, chosen in its defaults list."""
+    (tmp_path / "experiment").mkdir()
+    head = "# @package _global_\n"
+    (tmp_path / "experiment" / "text.yaml").write_text(f"{head}measure: {{reference_router: torch}}\n")
+    (tmp_path / "experiment" / "group.yaml").write_text(
+        f"{head}defaults:\n  - override /router@measure.reference_router: torch\n"
+    )
+    with pytest.raises(ValueError, match=r"override /router@measure\.reference_router: torch"):
+        moe_lab.compose(["experiment=text"], config_dir=tmp_path)
+    cfg = moe_lab.compose(["experiment=group"], config_dir=tmp_path)
+    assert cfg.measure.reference_router.name == "torch"
+    cfg = moe_lab.compose(["experiment=group", "measure.reference_router=null"], config_dir=tmp_path)
+    assert cfg.measure.reference_router is None

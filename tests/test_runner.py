@@ -56,9 +56,10 @@ def test_the_record_has_every_field_and_the_folder_every_file(in_tmp: Path) -> N
     assert latency is not None
     assert latency.n == len(samples["ms"]) == len(samples["round"]) == len(samples["order"]) == len(samples["stamp_s"])
     assert latency.p50 == pytest.approx(np.median(samples["ms"]))
-    assert latency.ci95_low is not None
-    assert latency.ci95_high is not None
-    assert latency.ci95_low <= latency.p50 <= latency.ci95_high
+    if latency.n >= 6:  # with fewer the median has no 95 % interval; how many there are depends on the machine
+        assert latency.ci95_low is not None
+        assert latency.ci95_high is not None
+        assert latency.ci95_low <= latency.p50 <= latency.ci95_high
     assert record.throughput is not None
     assert record.throughput["tokens_per_s"] == pytest.approx(14 / latency.p50 * 1e3)
 

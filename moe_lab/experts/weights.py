@@ -29,6 +29,11 @@ class ExpertWeights(nn.Module):
     def n_experts(self) -> int:
         return self.gate_ED.shape[0]
 
+    @property
+    def bytes_per_expert(self) -> int:
+        """Of the matrices of one expert."""
+        return sum(w[0].numel() * w.element_size() for w in (self.w_gate_up_E2FD, self.w_down_EDF))
+
 
 class ExpertsImpl(Protocol):
     """One implementation of the expert MLPs, a stateless function."""

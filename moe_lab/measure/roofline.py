@@ -54,10 +54,7 @@ def least_bytes(model: nn.Module, x: Tensor, output: Output) -> int:
     for layer, routing in zip(layers, output.routings, strict=True):
         weights = layer.weights
         used = int((routing.expert_ids_TK.unique() >= 0).sum())
-        per_expert = (
-            weights.w_gate_up_E2FD[0].numel() + weights.w_down_EDF[0].numel()
-        ) * weights.gate_ED.element_size()
-        unused += (weights.n_experts - used) * per_expert
+        unused += (weights.n_experts - used) * weights.bytes_per_expert
     moved = x.numel() * x.element_size() + output.y.numel() * output.y.element_size()
     return parameter_bytes(model) - unused + moved
 

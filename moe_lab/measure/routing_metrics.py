@@ -17,8 +17,17 @@ tokens:
     topk_mass                                 mean_t of p over the chosen experts
     dropped_fraction, dropped_tokens_fraction unused slots over T K; tokens with no used slot over T
     tile_waste_64, tile_waste_128             sum_e ceil(c_e / B) B / N - 1: padding of a grouped matrix product
+    uniform_unique_experts                    E (1 - (1 - N / (T E))^T): unique_experts expected of uniform routing
+    expert_mb                                 weights of the experts with c > 0: what one pass has to read of them
+    shared_with_previous                      sum_t |S_t and S_(t-1)| / sum_t |S_t|, tokens t that follow another of
+                                              their sequence, S_t their experts; uniform routing: k / E
+    first_choice_repeats                      those whose expert of largest weight is the one before's, over all those
+    rank_load_PLACEMENT_R                     slots of the fullest of R ranks over the mean (measure/placement.py)
 
-A metric that has no value here (no tokens, no (k+1)-th expert, one expert's entropy) is None.
+A metric that has no value here (no tokens, no (k+1)-th expert, one expert's entropy, more ranks than experts) is None.
+
+Pooled, `expert_mb` is that of all layers, and the fullest ranks and the means are added up: the ranks wait for each
+other in every layer.
 """
 
 from __future__ import annotations
@@ -32,6 +41,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_lab.measure import placement
+from moe_lab.ops.routing_sums import NAMES, first_tokens, routing_sums
 from moe_lab.routers.base import Routing
 
 Metrics = dict[str, float | None]
@@ -58,58 +69,74 @@ WORSE: dict[str, Callable[[Sequence[float]], float]] = {
     "dropped_tokens_fraction": max,
     "tile_waste_64": max,
     "tile_waste_128": max,
+    "uniform_unique_experts": max,
+    "expert_mb": max,
+    "shared_with_previous": min,
+    "first_choice_repeats": min,
+    **dict.fromkeys(placement.NAMES, max),
 }
 TILES = (64, 128)
+
+
+# Sums that, over the tokens, are a metric as they stand.
+_MEANS = ("z_loss", "token_entropy", "top1_prob", "top1_margin", "boundary_margin", "topk_mass")
 
 
 @dataclass
 class RoutingStats:
     """Sums over the tokens of one layer, or of several layers added."""
 
-    counts_E: np.ndarray
+    pairs_EE: np.ndarray
+    """Tokens that use both experts; on the diagonal, `counts_E`."""
     prob_sum_E: np.ndarray
     tokens: int
     slots: int
-    dropped_tokens: int
+    sums: np.ndarray
+    """As `ops.routing_sums.NAMES`."""
     tiled_rows: np.ndarray
-    sums: dict[str, float]
+    touched_bytes: float
+    """Of the weights of experts in use; NaN where the size of an expert is not known."""
+    fullest_ranks: np.ndarray
+    """As `placement.NAMES`."""
 
     @classmethod
-    def of(cls, logits_TE: Tensor, routing: Routing) -> RoutingStats:
-        """From router logits [T, E] of any dtype and the routing of the same tokens."""
-        T, E = logits_TE.shape
-        ids_TK = routing.expert_ids_TK.long()
-        K = ids_TK.shape[1]
-        used_TK = ids_TK >= 0
-        counts_E = torch.bincount(ids_TK[used_TK], minlength=E).cpu().numpy()
-        log_p_TE = logits_TE.float().log_softmax(-1)
-        p_TE = log_p_TE.exp()
-        sorted_TE = p_TE.sort(-1, descending=True).values
-        chosen_TK = p_TE.gather(-1, ids_TK.clamp(min=0)) * used_TK
-        per_token = {
-            "z_loss": logits_TE.float().logsumexp(-1).square(),
-            "token_entropy": -(p_TE * log_p_TE.clamp(min=-1e30)).sum(-1),
-            "top1_prob": sorted_TE[:, 0],
-            "topk_mass": chosen_TK.sum(-1),
-        }
-        if E > 1:
-            per_token["top1_margin"] = sorted_TE[:, 0] - sorted_TE[:, 1]
-        if E > K:
-            per_token["boundary_margin"] = sorted_TE[:, K - 1] - sorted_TE[:, K]
+    def of(
+        cls,
+        logits_TE: Tensor,
+        routing: Routing,
+        *,
+        seq_start_B1: Tensor | None = None,
+        bytes_per_expert: float = np.nan,
+    ) -> RoutingStats:
+        """From router logits [T, E] of any dtype and the routing of the same tokens.
+
+        Without `seq_start_B1` (int [B + 1]) all tokens are one sequence.
+        """
+        (T, E), ids_TK = logits_TE.shape, routing.expert_ids_TK
+        first_T = first_tokens(T, seq_start_B1, logits_TE.device)
+        found = routing_sums(logits_TE, ids_TK, routing.weights_TK, first_T)
+        packed = torch.cat([found.pairs_EE.flatten().double(), found.prob_E, found.sums]).cpu().numpy()  # read once
+        pairs_EE = packed[: E * E].reshape(E, E).astype(np.int64)
+        counts_E = pairs_EE.diagonal()
         return cls(
-            counts_E=counts_E,
-            prob_sum_E=p_TE.double().sum(0).cpu().numpy(),
+            pairs_EE=pairs_EE,
+            prob_sum_E=packed[E * E : -len(NAMES)],
             tokens=T,
-            slots=T * K,
-            dropped_tokens=int((~used_TK.any(-1)).sum()),
+            slots=ids_TK.numel(),
+            sums=packed[-len(NAMES) :],
             tiled_rows=np.array([int((-(-counts_E // tile) * tile).sum()) for tile in TILES]),
-            sums={name: float(values.double().sum()) for name, values in per_token.items()},
+            touched_bytes=int((counts_E > 0).sum()) * bytes_per_expert,
+            fullest_ranks=placement.fullest_ranks(counts_E),
         )
 
+    @property
+    def counts_E(self) -> np.ndarray:  # noqa: N802 - a shape, as every name of a tensor
+        """Slots of each expert."""
+        return self.pairs_EE.diagonal()
+
     def __add__(self, other: RoutingStats) -> RoutingStats:
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        sums = {name: value + theirs["sums"][name] for name, value in mine.pop("sums").items()}
-        return RoutingStats(**{name: value + theirs[name] for name, value in mine.items()}, sums=sums)
+        names = [field.name for field in dataclasses.fields(self)]
+        return RoutingStats(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 def _entropy(shares: np.ndarray) -> float:
@@ -123,14 +150,25 @@ def metrics(stats: RoutingStats) -> Metrics:
     c, E, used = stats.counts_E.astype(float), len(stats.counts_E), int(stats.counts_E.sum())
     if stats.tokens == 0:
         return result
-    result.update({name: total / stats.tokens for name, total in stats.sums.items()})
+    sums, K = dict(zip(NAMES, stats.sums.tolist(), strict=True)), stats.slots / stats.tokens
+    result.update({name: sums[name] / stats.tokens for name in _MEANS})
+    if E == 1:
+        result["top1_margin"] = None
+    if K >= E or K == 0:
+        result["boundary_margin"] = None
     mean_p = stats.prob_sum_E / stats.tokens
-    token_entropy = stats.sums["token_entropy"] / stats.tokens
-    result["mutual_information"] = max(_entropy(mean_p) - token_entropy, 0.0)
-    result["dropped_fraction"] = (stats.slots - used) / stats.slots
-    result["dropped_tokens_fraction"] = stats.dropped_tokens / stats.tokens
+    result["mutual_information"] = max(_entropy(mean_p) - sums["token_entropy"] / stats.tokens, 0.0)
+    result["dropped_fraction"] = (stats.slots - used) / stats.slots if stats.slots else None
+    result["dropped_tokens_fraction"] = sums["unrouted"] / stats.tokens
     result["dead_experts"] = int((c == 0).sum())
     result["unique_experts"] = int((c > 0).sum())
+    result["uniform_unique_experts"] = E * (1 - (1 - used / (stats.tokens * E)) ** stats.tokens)
+    if np.isfinite(stats.touched_bytes):
+        result["expert_mb"] = stats.touched_bytes / 1e6
+    if sums["followers"]:
+        result["first_choice_repeats"] = sums["repeats"] / sums["followers"]
+    if sums["followed_slots"]:
+        result["shared_with_previous"] = sums["shared_slots"] / sums["followed_slots"]
     if used == 0:
         return result
     share = c / used
@@ -145,6 +183,9 @@ def metrics(stats: RoutingStats) -> Metrics:
         aux_loss=float(E * (share * mean_p).sum()),
     )
     result.update({f"tile_waste_{B}": float(rows / used - 1) for B, rows in zip(TILES, stats.tiled_rows, strict=True)})
+    for name, fullest in zip(placement.NAMES, stats.fullest_ranks.tolist(), strict=True):
+        if np.isfinite(fullest):
+            result[name] = fullest * int(name.rsplit("_", 1)[1]) / used
     return result
 
 

@@ -83,7 +83,11 @@ class Record:
     phases_ms: dict[str, Any] | None = None
     memory: dict[str, float | None] | None = None
     check: Check | None = None
+    router: dict[str, bool] | None = None
+    """Which of the properties of `routers.base.PROPERTIES` it declares."""
     routing: dict[str, Any] | None = None
+    agreement: dict[str, Any] | None = None
+    """With the routes and outputs of `measure.reference_router`; see moe_lab/agreement.py."""
     quality: dict[str, Any] | None = None
     roofline: dict[str, Any] | None = None
     export: dict[str, Any] | None = None

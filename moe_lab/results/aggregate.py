@@ -1,4 +1,4 @@
-"""The tables of a sweep's folder: `runs`, `summary`, `samples`, `unreadable`; docs/results-format.md describes them.
+"""The tables of a sweep's folder, as docs/results-format.md describes them.
 
 Reading is incremental: `.aggregate.parquet` keeps what was taken from each record, with the time stamp and size of its
 files, and is ignored where it does not fit. With nothing changed, nothing is written.
@@ -23,11 +23,14 @@ from pyarrow import csv
 
 from moe_lab.records.identity import PACKAGE
 from moe_lab.records.store import PLAN, RESULT, SAMPLES, write_atomic
-from moe_lab.results import columns, load
+from moe_lab.results import coactivation, columns, load
 from moe_lab.results.load import UNREADABLE_BECAUSE, Entry, Found
 from moe_lab.results.summary import summarize
 
-OUTPUTS = ("runs.parquet", "runs.csv", "summary.parquet", "summary.csv", "samples.parquet", "unreadable.csv")
+OUTPUTS = (
+    *("runs.parquet", "runs.csv", "summary.parquet", "summary.csv"),
+    *("samples.parquet", "coactivation.parquet", "unreadable.csv"),
+)
 CACHE = ".aggregate.parquet"
 _CACHED = pa.schema(
     [
@@ -80,6 +83,9 @@ def aggregate(directory: str | Path) -> Aggregate:
     cached = _cached(root)
     taken = [cached.get(one) or _take(root, one) for one in found]
     problems += [problem for one in taken for problem in one.problems]
+    cells = [(at.folder, one.entry.row["cell_id"]) for at, one in zip(found, taken, strict=True) if one.entry]
+    pairs, damaged = coactivation.table(root, cells)
+    problems += damaged
     entries = [one.entry for one in taken if one.entry is not None]
     rows = load.complete(entries, plan)
     runs = columns.table(rows, columns.RUNS)
@@ -90,6 +96,7 @@ def aggregate(directory: str | Path) -> Aggregate:
     _write(root / "summary.parquet", _parquet(summary))
     _write(root / "summary.csv", _csv(summary))
     _write(root / "samples.parquet", _parquet(_samples_table(taken)))
+    _write(root / "coactivation.parquet", _parquet(pairs))
     _write(root / "unreadable.csv", _csv(unreadable))
     _write(root / CACHE, _parquet(_cache_table(root, inputs, found, taken, problems)))
     return Aggregate(*map(columns.frame, (runs, summary, unreadable)))

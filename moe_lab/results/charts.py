@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 
 from moe_lab.records.store import ROUTING
+from moe_lab.results import coactivation
 from moe_lab.results.settings import describe, sizes
 
 LATENCY, _INTERVAL = "latency_ms.p50", ("latency_ms.ci95_low", "latency_ms.ci95_high")
 TOKENS_PER_S, LOAD = "throughput.tokens_per_s", "routing.pooled.load_max_over_mean"
+OUTPUT_ERROR, EXPERT_MB = "agreement.output_rel_error", "routing.pooled.expert_mb"
 _KEYS = ("variant", *_INTERVAL)
 _PHASE = "phases_ms."
 _PHASES = ("router", "dispatch", "experts", "combine", "attention", "other")
@@ -26,7 +28,10 @@ NAMES = (
     "throughput_over_batch",
     "throughput_over_seq_len",
     "load_against_latency",
+    "latency_against_error",
+    "bytes_against_error",
     "expert_load",
+    "coactivation",
     "phases",
 )
 """Of all charts that there can be; the stems of their files."""
@@ -74,15 +79,27 @@ class Heat(NamedTuple):
     counts_LE: np.ndarray
 
 
+class Pairs(NamedTuple):
+    """The tokens that use two experts of a layer, and all variants of a setting that have just these."""
+
+    title: str
+    variants: list[str]
+    layers: list[int]
+    counts_LEE: np.ndarray
+
+
 class Chart(NamedTuple):
-    """`lines` and `points` have numbers along both axes; `dots` and `stack` lie along the names of the variants."""
+    """`lines`, `points` and `front` have numbers along both axes; `dots` and `stack` lie along the variants' names.
+
+    A `front` has a staircase below its points: those that no other beats in both.
+    """
 
     name: str
-    kind: Literal["lines", "points", "dots", "stack", "heat"]
+    kind: Literal["lines", "points", "front", "dots", "stack", "heat", "pairs"]
     title: str
     x_label: str
     y_label: str
-    panels: Sequence[Panel | Heat]
+    panels: Sequence[Panel | Heat | Pairs]
 
 
 class Charts(NamedTuple):
@@ -108,6 +125,16 @@ def relative_load(counts_LE: np.ndarray) -> np.ndarray:
     load_LE = np.zeros(counts_LE.shape)
     np.divide(counts_LE, mean_L1, out=load_LE, where=mean_L1 > 0)
     return load_LE
+
+
+def front(panel: Panel) -> tuple[list[float], list[float]]:
+    """The points of a panel that none beats in one direction without losing in the other, from left to right."""
+    points = sorted((at, value) for series in panel.series for at, value in zip(series.at, series.value, strict=True))
+    best: list[tuple[float, float]] = []
+    for at, value in points:
+        if not best or value < best[-1][1]:
+            best.append((at, value))
+    return [at for at, _ in best], [value for _, value in best]
 
 
 def charts(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Charts:
@@ -140,7 +167,9 @@ def _all(runs: pd.DataFrame, summary: pd.DataFrame, directory: Path, left_out: l
         yield _load_against_latency(summary, left_out)
     else:
         left_out.append("Latency and throughput: no cell was timed.")
+    yield from _against_error(summary, left_out)
     yield _expert_load(runs, directory, left_out)
+    yield _coactivation(runs, directory, left_out)
     yield _where_time_goes(runs, left_out)
 
 
@@ -205,31 +234,70 @@ def _load_against_latency(summary: pd.DataFrame, left_out: list[str]) -> Chart:
     return Chart("load_against_latency", "points", "Load balance against latency", label, "latency (ms)", panels)
 
 
+def _against_error(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
+    """What another router costs and what it changes, by setting: the Pareto plots."""
+    references = summary["agreement.reference"].dropna().unique()
+    label = f"relative error of the output against router={', '.join(references)}"
+    for name, column, title, axis in (
+        ("latency_against_error", LATENCY, "Latency against output error", "latency (ms)"),
+        ("bytes_against_error", EXPERT_MB, "Bytes of experts against output error", "weights of experts in use (MB)"),
+    ):
+        settings = _panels(summary, OUTPUT_ERROR, column)
+        if not settings:
+            left_out.append(f"{title}: no cell was compared with another router (measure.reference_router).")
+        panels = [Panel(setting, _series(rows, OUTPUT_ERROR, column)) for setting, rows in settings.items()]
+        yield Chart(name, "front", title, label, axis, panels)
+
+
 def _expert_load(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     """Cells of a setting that have equal counts share a panel: who computes the experts does not change their load."""
     panels: list[Heat] = []
-    unreadable = []
-    for title, rows in _panels(runs, "directory").items():
-        heats: list[Heat] = []
-        for row in rows:
-            try:
-                layers, counts_LE = _counts(root / row["directory"] / ROUTING)
-            except FileNotFoundError:
-                continue  # a model without experts, or a cell that failed before
-            except Exception as error:  # whatever zipfile, zlib and numpy raise for a file that was damaged
-                unreadable.append(f"{row['directory']} ({error})")
-                continue
-            same = [one for one in heats if one.layers == layers and np.array_equal(one.counts_LE, counts_LE)]
-            if same:
-                same[0].variants.append(row["variant"])
-            else:
-                heats.append(Heat(title, [row["variant"]], layers, counts_LE))
-        panels += heats
+    unreadable: list[str] = []
+    for title, found in _arrays(runs, root, _counts, unreadable):
+        panels += [Heat(title, *one) for one in found]
     if unreadable:
         left_out.append(f"Expert load: routing.npz cannot be read in {', '.join(unreadable)}.")
     if not panels:
         left_out.append("Expert load: no cell recorded its routing (measure.routing).")
     return Chart("expert_load", "heat", "Expert load (slots / mean of the layer)", "expert", "layer", panels)
+
+
+def _coactivation(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
+    """As `_expert_load`; what cannot be read is said there."""
+    panels = [Pairs(title, *one) for title, found in _arrays(runs, root, coactivation.read, []) for one in found]
+    panels = [panel for panel in panels if panel.counts_LEE.shape[1] > 1]
+    if not panels:
+        left_out.append("Co-activation: no cell recorded which experts are used together (measure.routing).")
+    title = "Co-activation (share of an expert's tokens that use the other too)"
+    return Chart("coactivation", "pairs", title, "the other", "expert", panels)
+
+
+Arrays = tuple[list[str], list[int], np.ndarray]
+"""Variants that have the same, layers, and an array over them."""
+
+
+def _arrays(
+    runs: pd.DataFrame, root: Path, read: Callable[[Path], tuple[list[int], np.ndarray] | None], unreadable: list[str]
+) -> Iterator[tuple[str, list[Arrays]]]:
+    """What `read` finds in the cells' `routing.npz`, by setting, each different array once."""
+    for title, rows in _panels(runs, "directory").items():
+        different: list[Arrays] = []
+        for row in rows:
+            try:
+                found = read(root / row["directory"] / ROUTING)
+            except FileNotFoundError:
+                continue  # a model without experts, or a cell that failed before
+            except Exception as error:  # whatever zipfile, zlib and numpy raise for a file that was damaged
+                unreadable.append(f"{row['directory']} ({error})")
+                continue
+            if found is None:
+                continue
+            same = [one for one in different if one[1] == found[0] and np.array_equal(one[2], found[1])]
+            if same:
+                same[0][0].append(row["variant"])
+            else:
+                different.append(([row["variant"]], *found))
+        yield title, different
 
 
 def _counts(path: Path) -> tuple[list[int], np.ndarray]:

@@ -24,14 +24,23 @@ TEXTS, FLOATS = pa.list_(TEXT), pa.list_(FLOAT)
 
 _LOAD = ("load_max_over_mean", "load_min_over_mean", "load_cv", "load_gini", "load_entropy", "effective_experts")
 _SCORES = ("aux_loss", "z_loss", "token_entropy", "mutual_information", "top1_prob", "top1_margin", "boundary_margin")
+_RANKS = tuple(
+    f"rank_load_{place}_{R}" for place in ("contiguous", "round_robin", "eplb") for R in (2, 4, 8, 16, 32, 64)
+)
 _LOST = ("topk_mass", "dropped_fraction", "dropped_tokens_fraction", "tile_waste_64", "tile_waste_128")
 ROUTING: Columns = {
     **dict.fromkeys(_LOAD, FLOAT),
     "dead_experts": INT,
     "unique_experts": INT,
     **dict.fromkeys((*_SCORES, *_LOST), FLOAT),
+    **dict.fromkeys(("uniform_unique_experts", "expert_mb", "shared_with_previous", "first_choice_repeats"), FLOAT),
+    **dict.fromkeys(_RANKS, FLOAT),
 }
 """The metrics of measure/routing_metrics.py."""
+PROPERTIES = ("causal", "batch_invariant", "static_k", "graph_safe", "needs_token_ids", "scales_input", "calibrates")
+"""What a router declares, in moe_lab/routers/base.py."""
+AGREEMENT = dict.fromkeys(("jaccard", "same_experts", "same_first_choice", "combine_l1", "rel_error"), FLOAT)
+"""The measures of agreement.py."""
 
 
 _NATIVE = {str: TEXT, int: INT, float: FLOAT, bool: BOOL}
@@ -78,6 +87,15 @@ RUNS: Columns = {
     "check.reference": TEXT,
     **_under("routing.pooled", ROUTING),
     **_under("routing.worst", ROUTING),
+    **_under("router", dict.fromkeys(PROPERTIES, BOOL)),
+    "agreement.reference": TEXT,
+    "agreement.seconds": FLOAT,
+    "agreement.output_rel_error": FLOAT,
+    **_under("agreement.pooled", AGREEMENT),
+    **_under("agreement.worst", AGREEMENT),
+    "agreement.floor.output_rel_error": FLOAT,
+    **_under("agreement.floor.pooled", AGREEMENT),
+    **_under("agreement.floor.worst", AGREEMENT),
     "quality.*": None,
     "roofline.flops": INT,
     "roofline.bytes": INT,
@@ -109,7 +127,10 @@ _OF_A_RESULT = (
     *("throughput.tokens_per_s", "ratio_to_anchor.p50", "ratio_to_anchor.ci95_low", "ratio_to_anchor.ci95_high"),
     *("ratio_to_anchor.rounds", "ratio_to_anchor.paired", "memory.peak_mb"),
     *(f"routing.pooled.{name}" for name in ("load_max_over_mean", "load_cv", "load_entropy", "effective_experts")),
-    *("routing.pooled.dead_experts", "routing.pooled.dropped_fraction", "check.passed", "check.rel_error"),
+    *(f"routing.pooled.{name}" for name in ("dead_experts", "dropped_fraction", "topk_mass", "expert_mb")),
+    *("routing.worst.load_max_over_mean", "agreement.reference", "agreement.output_rel_error"),
+    *("agreement.floor.output_rel_error", "agreement.pooled.jaccard", "agreement.worst.jaccard"),
+    *("check.passed", "check.rel_error"),
     *("check.expert_rel_error", "check.token_rel_error", "check.free_rel_error", "check.near_ties"),
 )
 _NEW = {"anchor": TEXT, "is_anchor": BOOL, "n_replicates": INT, "ratio_to_anchor.paired": BOOL}
@@ -127,6 +148,11 @@ SAMPLES: Columns = {
     "cell_id": TEXT,
     **dict.fromkeys(("replicate", "round", "order"), INT),
     **dict.fromkeys(("ms", "stamp_s"), FLOAT),
+    "directory": TEXT,
+}
+COACTIVATION: Columns = {
+    "cell_id": TEXT,
+    **dict.fromkeys(("layer", "expert", "other", "tokens"), INT),
     "directory": TEXT,
 }
 UNREADABLE: Columns = {"path": TEXT, "error": TEXT}

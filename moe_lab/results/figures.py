@@ -7,7 +7,7 @@ from html import escape
 from textwrap import wrap
 from typing import Any
 
-from moe_lab.results.charts import Chart, Charts, Heat, Panel, Series, is_log
+from moe_lab.results.charts import Chart, Charts, Heat, Pairs, Panel, Series, front, is_log
 from moe_lab.results.style import phase_style, variant_style
 
 HEAT_NUMBERS = 400_000
@@ -23,13 +23,13 @@ def figures(found: Charts) -> tuple[list[Figure], list[str]]:
     result = []
     for chart in found.drawn:
         panels: list[Figure]
-        if chart.kind == "heat":
-            kept = _within(HEAT_NUMBERS, [panel for panel in chart.panels if isinstance(panel, Heat)])
+        if chart.kind in ("heat", "pairs"):
+            kept = _within(HEAT_NUMBERS, [panel for panel in chart.panels if isinstance(panel, Heat | Pairs)])
             panels = [_heat(panel) for panel in kept]
             if len(kept) < len(chart.panels):
                 left_out.append(
-                    f"Expert load: {len(kept)} of {len(chart.panels)} different loads are shown, the others would make "
-                    "the page too large; they stand in the routing.npz of the cells."
+                    f"{chart.title.split(' (')[0]}: {len(kept)} of {len(chart.panels)} different ones are shown, the "
+                    "others would make the page too large; they stand in the routing.npz of the cells."
                 )
         else:
             panels = [_panel(panel, chart, found) for panel in chart.panels if isinstance(panel, Panel)]
@@ -37,20 +37,20 @@ def figures(found: Charts) -> tuple[list[Figure], list[str]]:
     return result, left_out
 
 
-def _within(limit: int, heats: Sequence[Heat]) -> list[Heat]:
+def _within(limit: int, heats: Sequence[Heat | Pairs]) -> list[Heat | Pairs]:
     kept = []
     for heat in heats:
-        limit -= heat.counts_LE.size
+        limit -= heat[-1].size
         if limit < 0:
             break
         kept.append(heat)
     return kept
 
 
-def _heat(panel: Heat) -> Figure:
-    """The page turns the counts into a map of all layers or bars of one."""
-    variants = ", ".join(panel.variants)
-    return {"title": panel.title, "variants": variants, "layers": panel.layers, "counts": panel.counts_LE.tolist()}
+def _heat(panel: Heat | Pairs) -> Figure:
+    """The page turns counts by expert into a map of all layers or bars of one, those of pairs into a map of one."""
+    title, variants, layers, counts = panel
+    return {"title": title, "variants": ", ".join(variants), "layers": layers, "counts": counts.tolist()}
 
 
 def _panel(panel: Panel, chart: Chart, found: Charts) -> Figure:
@@ -63,7 +63,14 @@ def _panel(panel: Panel, chart: Chart, found: Charts) -> Figure:
         x |= {"rangemode": "tozero"}
     else:
         y |= _axis([value for series in panel.series for value in series.value])
-        x |= {} if chart.kind == "points" else _axis([at for series in panel.series for at in series.at], ticks=True)
+        x |= (
+            {}
+            if chart.kind in ("points", "front")
+            else _axis([at for series in panel.series for at in series.at], ticks=True)
+        )
+    if chart.kind == "front":
+        x |= _axis([at for series in panel.series for at in series.at])
+        data.append(_front(panel))
     layout = {"xaxis": x, "yaxis": y, "barmode": "stack", "bars": len(panel.bars)}
     return {"title": panel.title, "data": data, "layout": layout}
 
@@ -76,6 +83,14 @@ def _axis(values: Sequence[float], ticks: bool = False) -> Figure:
     elif is_log(values):
         axis |= {"dtick": 1 if max(values) > 30 * min(values) else "D2"}
     return axis
+
+
+def _front(panel: Panel) -> Figure:
+    """A staircase through the points that none beats."""
+    at, value = front(panel)
+    line = {"color": "#7a828e", "dash": "dot", "width": 1.5, "shape": "hv"}
+    trace = {"type": "scatter", "mode": "lines", "name": "not beaten", "hoverinfo": "skip", "line": line}
+    return trace | {"x": [_short(one) for one in at], "y": [_short(one) for one in value]}
 
 
 def _error(series: Series) -> Figure:

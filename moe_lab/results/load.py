@@ -20,8 +20,8 @@ UNREADABLE_BECAUSE = (ValueError, AttributeError, TypeError, KeyError, Recursion
 """What reading a file that anybody may have written can raise."""
 
 _DEEPEST = 100
-# Nested fields that stay out of the row: the whole configuration, and per-layer lists (routing.npz has those).
-_NOT_COLUMNS = {"config", "routing.layers"}
+# Nested fields that stay out of the row: the whole configuration, and per-layer lists (`result.json` has those).
+_NOT_COLUMNS = {"config", "routing.layers", "agreement.layers", "agreement.floor.layers"}
 _SETTINGS = ("batch", "seq_len", "seed")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import fill, shorten
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +20,8 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from moe_lab.records.store import write_atomic
 from moe_lab.results import charts
-from moe_lab.results.charts import Chart, Heat, Panel, relative_load
+from moe_lab.results.charts import Chart, Heat, Pairs, Panel, relative_load
+from moe_lab.results.coactivation import given
 from moe_lab.results.style import phase_style, variant_style
 
 _COLUMNS = 3
@@ -51,6 +53,11 @@ def draw(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Drawn:
                 f"{chart.title}: plots/{chart.name} has the first {charts.FILE_PANELS} of {len(chart.panels)} panels; "
                 "the report has them all."
             )
+        if chart.kind == "pairs" and any(len(panel.layers) > 1 for panel in chart.panels if isinstance(panel, Pairs)):
+            left_out.append(
+                f"{chart.title}: plots/{chart.name} has the layer of each variant with the largest share; the report "
+                "has them all."
+            )
         for ending in ("png", "svg"):
             content = io.BytesIO()
             figure.savefig(content, format=ending, dpi=100, metadata={"Date": None} if ending == "svg" else None)
@@ -75,7 +82,7 @@ def render(chart: Chart, variants: Sequence[str], phases: Sequence[str]) -> Figu
     entries = _entries(chart, panels, variants, phases)
     per_row = max(1, int(max(columns * width, 5) / (0.7 + 0.08 * max(map(len, entries), default=0))))
     foot = 0.25 * math.ceil(len(entries) / per_row) + 0.1
-    scale = 0.3 if chart.kind == "heat" else 0.0  # the colours' scale beside the last column
+    scale = 0.3 if chart.kind in ("heat", "pairs") else 0.0  # the colours' scale beside the last column
     size = (max(columns * width, 5) + scale, _HEAD + math.ceil(len(panels) / columns) * height + foot)
 
     figure = Figure(figsize=size)
@@ -91,8 +98,8 @@ def render(chart: Chart, variants: Sequence[str], phases: Sequence[str]) -> Figu
         axes.set_xlabel(_text(chart.x_label))
         axes.set_ylabel(_text(chart.y_label))
         axes.set_title(_title(panel), fontsize=9, loc="left", y=1.0)  # a given y spares matplotlib its search
-        if isinstance(panel, Heat):
-            image = _heat(axes, panel, heat_top)
+        if isinstance(panel, Heat | Pairs):
+            image = _heat(axes, panel, heat_top) if isinstance(panel, Heat) else _pairs(axes, panel)
             if panel is panels[columns - 1]:  # one scale for all panels, beside the first row
                 beside = figure.add_axes(((x + w + 0.1) / size[0], y / size[1], 0.1 / size[0], h / size[1]))
                 figure.colorbar(image, cax=beside).ax.tick_params(labelsize=8)
@@ -107,7 +114,7 @@ def render(chart: Chart, variants: Sequence[str], phases: Sequence[str]) -> Figu
 
 
 def _entries(
-    chart: Chart, panels: Sequence[Panel | Heat], variants: Sequence[str], phases: Sequence[str]
+    chart: Chart, panels: Sequence[Panel | Heat | Pairs], variants: Sequence[str], phases: Sequence[str]
 ) -> dict[str, Line2D | Patch]:
     """The legend; along rows of names none is needed."""
     shown = {series.name for panel in panels if isinstance(panel, Panel) for series in panel.series}
@@ -146,6 +153,9 @@ def _curves(axes: Axes, panel: Panel, chart: Chart, variants: Sequence[str]) -> 
     _scale(axes, "x" if along else "y", values)
     if along:
         _bar_names(axes, panel)
+    elif chart.kind == "front":
+        axes.step(*charts.front(panel), where="post", color="0.5", linestyle=":", zorder=0)
+        _scale(axes, "x", [at for series in panel.series for at in series.at])
     elif chart.kind == "lines":
         places = sorted({at for series in panel.series for at in series.at})
         _scale(axes, "x", places, places)
@@ -182,6 +192,17 @@ def _heat(axes: Axes, panel: Heat, top: float) -> AxesImage:
     return image
 
 
+def _pairs(axes: Axes, panel: Pairs) -> AxesImage:
+    """Of the layer in which some expert's tokens use another the most."""
+    shares = [given(counts_EE) for counts_EE in panel.counts_LEE]
+    at = int(np.argmax([np.nanmax(share_EE) for share_EE in shares]))
+    image = axes.imshow(shares[at], cmap="viridis", vmin=0, vmax=1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(_TICKS, integer=True))
+    axes.set_ylabel(f"expert of layer {panel.layers[at]}")
+    return image
+
+
 def _scale(axes: Axes, direction: Literal["x", "y"], values: Sequence[float], ticks: Sequence[float] = ()) -> None:
     """Logarithmic over a factor of eight or more, else from 0; few ticks, the given ones where there are any."""
     low, high = min(values), max(values)
@@ -191,7 +212,7 @@ def _scale(axes: Axes, direction: Literal["x", "y"], values: Sequence[float], ti
         getattr(axes, f"set_{direction}lim")(low / 1.25, high * 1.25)
         ticks = ticks or _decades(low, high)
     else:
-        getattr(axes, f"set_{direction}lim")(0, high * 1.08)
+        getattr(axes, f"set_{direction}lim")(0, (high or 1.0) * 1.08)
     axis = getattr(axes, f"{direction}axis")
     if ticks:
         ticks = list(ticks)[:: math.ceil(len(ticks) / (_TICKS + 1))]
@@ -208,7 +229,7 @@ def _decades(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if low / 1.25 <= tick <= high * 1.25]
 
 
-def _title(panel: Panel | Heat) -> str:
+def _title(panel: Panel | Heat | Pairs) -> str:
     lines = [panel.title] if isinstance(panel, Panel) else [panel.title, ", ".join(panel.variants)]
     return _text("\n".join(shorten(line, 110) if len(lines) == 1 else shorten(line, 55) for line in lines))
 

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moe_lab.records.store import LOG, PLAN, write_atomic
 from moe_lab.results.aggregate import Aggregate
+from moe_lab.results.cards import RANKS, cards
 from moe_lab.results.charts import FILE_PANELS, charts
 from moe_lab.results.figures import figures
 from moe_lab.results.load import UNREADABLE_BECAUSE, Plan, one_line, read_plan
@@ -81,6 +82,9 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
         status=Counter(runs["status"].astype(str)),
         not_run=len(plan.statuses.keys() - set(runs["cell_id"])),
         figures=drawn,
+        routers=cards(runs),
+        ranks=RANKS,
+        floor="agreement.reference" in runs and runs["agreement.reference"].notna().any(),
         left_out=found.left_out + too_large,
         table=_table(runs, plan.compare),
         problems=_problems(directory, runs),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_lab.measure import placement
 from moe_lab.measure.routing_metrics import WORSE, RoutingStats, metrics, summarize
 from moe_lab.ops.softmax_topk import top_k, weights_of
 from moe_lab.routers.base import Routing
@@ -46,6 +47,24 @@ BY_HAND = {
     "dropped_tokens_fraction": 0.0,
     "tile_waste_64": 3 * 64 / 7 - 1,
     "tile_waste_128": 3 * 128 / 7 - 1,
+    # 7 slots of 4 tokens and 4 experts: a token misses an expert with probability 9/16.
+    "uniform_unique_experts": 4 * (1 - (9 / 16) ** 4),
+    "expert_mb": 3 * 1.5,
+    # Sequences of 3 and 1 tokens: tokens 1 and 2 follow another, share all four slots, and one has its first choice.
+    "shared_with_previous": 1.0,
+    "first_choice_repeats": 0.5,
+    # Ranks (0 1)(2 3) have 6 and 1 slots, (0 2)(1 3) 3 and 4. With three places each, experts 0 and 1 have two copies
+    # of 1.5: 1.5 + 1.5 + 1 and 1.5 + 1.5 + 0. With two places on four ranks, three copies of 1: 1 + 1 thrice, and 1.
+    "rank_load_contiguous_2": 6 / 3.5,
+    "rank_load_contiguous_4": 3 / 1.75,
+    "rank_load_round_robin_2": 4 / 3.5,
+    "rank_load_round_robin_4": 3 / 1.75,
+    "rank_load_eplb_2": 4 / 3.5,
+    "rank_load_eplb_4": 2 / 1.75,
+    **dict.fromkeys(
+        (f"rank_load_{name}_{R}" for name in ("contiguous", "round_robin", "eplb") for R in (8, 16, 32, 64)),
+        None,
+    ),
 }
 ROUNDED = {
     "load_max_over_mean": 1.714286,
@@ -59,8 +78,10 @@ ROUNDED = {
     "topk_mass": 0.6875,
     "tile_waste_64": 26.428571,
     "tile_waste_128": 53.857143,
+    "uniform_unique_experts": 3.599548,
 }
-LOAD = [name for name in WORSE if name.startswith(("load_", "tile_"))] + ["effective_experts", "aux_loss"]
+LOAD = [name for name in WORSE if name.startswith(("load_", "tile_", "rank_"))] + ["effective_experts", "aux_loss"]
+OF_NEIGHBOURS = ["shared_with_previous", "first_choice_repeats"]
 
 
 def routing_to(ids: list[list[int]] | Tensor) -> Routing:
@@ -70,7 +91,9 @@ def routing_to(ids: list[list[int]] | Tensor) -> Routing:
 
 def by_hand() -> RoutingStats:
     logits_TE = torch.tensor(PROBABILITIES_TE).log() + torch.tensor(LOGSUMEXP_T)[:, None]
-    return RoutingStats.of(logits_TE, routing_to(IDS_TK))
+    ids_TK = torch.tensor(IDS_TK, dtype=torch.int32)
+    routing = Routing(ids_TK, torch.where(ids_TK < 0, 0.0, torch.tensor([0.7, 0.3])))
+    return RoutingStats.of(logits_TE, routing, seq_start_B1=torch.tensor([0, 3, 4]), bytes_per_expert=1_500_000)
 
 
 def softmax_stats(logits_TE: Tensor, k: int) -> RoutingStats:
@@ -101,7 +124,8 @@ def one_takes_all(E: int = 4, T: int = 10) -> RoutingStats:
 @pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in WORSE])
 def test_metric_of_a_small_table_is_the_number_computed_by_hand(name: str) -> None:
     """Four tokens, four experts, top-2, one slot dropped."""
-    assert metrics(by_hand())[name] == pytest.approx(BY_HAND[name], rel=1e-6, abs=1e-7)
+    expected = BY_HAND[name]
+    assert metrics(by_hand())[name] == (expected if expected is None else pytest.approx(expected, rel=1e-6, abs=1e-7))
 
 
 @pytest.mark.parametrize(("name", "value"), [pytest.param(*item, id=item[0]) for item in ROUNDED.items()])
@@ -220,10 +244,11 @@ def test_all_experts_chosen_leave_no_boundary() -> None:
 
 
 def test_one_expert_alone_has_neither_entropy_nor_margin() -> None:
-    """E = 1: ln E is 0, and there is no second."""
+    """E = 1: ln E is 0, and there is no second, neither expert nor rank."""
     result = metrics(softmax_stats(torch.randn(6, 1, generator=torch.Generator().manual_seed(0)), 1))
-    unknown = {name for name, value in result.items() if value is None}
-    assert unknown == {"load_entropy", "top1_margin", "boundary_margin"}
+    unknown = {name for name, value in result.items() if value is None and not name.startswith("rank_load_")}
+    assert unknown == {"load_entropy", "top1_margin", "boundary_margin", "expert_mb"}
+    assert all(value is None for name, value in result.items() if name.startswith("rank_load_"))
     assert (result["effective_experts"], result["aux_loss"], result["load_gini"]) == (1.0, 1.0, 0.0)
 
 
@@ -263,7 +288,7 @@ def test_load_metrics_stay_within_their_bounds(counts: list[int]) -> None:
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**16), T=st.integers(1, 20), E=st.integers(2, 9), data=st.data())
 def test_names_of_experts_and_order_of_tokens_change_no_metric(seed: int, T: int, E: int, data: st.DataObject) -> None:
-    """Relabelled experts and shuffled tokens are the same routing."""
+    """Relabelled experts and shuffled tokens are the same routing, but for who lies beside whom."""
     k = data.draw(st.integers(1, E))
     generator = torch.Generator().manual_seed(seed)
     logits_TE = torch.randn(T, E, generator=generator)
@@ -274,19 +299,29 @@ def test_names_of_experts_and_order_of_tokens_change_no_metric(seed: int, T: int
     one, other = metrics(RoutingStats.of(logits_TE, routing_to(ids_TK))), metrics(renamed)
     unknown = {name for name, value in one.items() if value is None}
     assert unknown == {name for name, value in other.items() if value is None}
-    known = [name for name in one if name not in unknown]
+    by_place = (*OF_NEIGHBOURS, *placement.NAMES)
+    known = [name for name in one if name not in unknown and name not in by_place]
     assert [other[name] for name in known] == pytest.approx([one[name] for name in known], rel=1e-5, abs=1e-6)
 
 
 def test_pooled_adds_counts_and_sums_of_the_layers() -> None:
-    """All tokens of two layers are as one layer of them; only tiles are cut layer by layer."""
+    """All tokens of two layers are as one layer of them; only tiles and ranks are filled layer by layer."""
     generator = torch.Generator().manual_seed(5)
     tables = [torch.randn(70, 6, generator=generator), 3 * torch.randn(30, 6, generator=generator)]
     layers = [softmax_stats(logits_TE, 2) for logits_TE in tables]
     pooled = summarize(layers, [0, 1])["pooled"]
     together = metrics(softmax_stats(torch.cat(tables), 2))
     tiles = {name: together.pop(name) for name in ("tile_waste_64", "tile_waste_128")}
-    assert {name: pooled[name] for name in together} == pytest.approx(together, rel=1e-6)
+    for name in together:
+        if not name.startswith("rank_load_") and name not in OF_NEIGHBOURS:
+            expected = together[name]
+            assert pooled[name] == (expected if expected is None else pytest.approx(expected, rel=1e-6)), name
+    full = (
+        sum(layer.counts_E[:3].sum().item() for layer in layers),
+        sum(layer.counts_E.sum().item() for layer in layers),
+    )
+    assert full[0] > full[1] / 2  # the first rank is the fuller one in both layers
+    assert pooled["rank_load_contiguous_2"] == pytest.approx(2 * full[0] / full[1])
     rows = sum(-(-count // 64) * 64 for layer in layers for count in layer.counts_E)
     assert pooled["tile_waste_64"] == pytest.approx(rows / 200 - 1)
     assert pooled["tile_waste_64"] > tiles["tile_waste_64"]
@@ -345,6 +380,55 @@ def test_layers_keep_their_indices_and_order() -> None:
     assert result["layers"][0] == {"layer": 3, **metrics(by_hand())}
 
 
+def test_neighbours_of_one_sequence_only_are_compared() -> None:
+    """The same ids cut into sequences otherwise: the first token of each follows nobody."""
+    ids_TK = torch.tensor([[0, 1], [0, 2], [2, 0], [1, -1], [1, 3]], dtype=torch.int32)
+    routing = Routing(ids_TK, torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [1.0, 0.0], [0.6, 0.4]]))
+
+    def of(*starts: int) -> tuple[float | None, float | None]:
+        found = metrics(RoutingStats.of(torch.zeros(5, 4), routing, seq_start_B1=torch.tensor(starts)))
+        return found["shared_with_previous"], found["first_choice_repeats"]
+
+    # Shared: 1 of 2, 2 of 2, 0 of 1, 1 of 2; first choices by weight: 0, 2, 2, 1, 1.
+    assert of(0, 5) == (4 / 7, 2 / 4)
+    assert of(0, 2, 5) == (2 / 5, 1 / 3)
+    assert of(0, 1, 2, 3, 4, 5) == (None, None)
+    whole = metrics(RoutingStats.of(torch.zeros(5, 4), routing))
+    assert (whole["shared_with_previous"], whole["first_choice_repeats"]) == of(0, 5)
+
+
+def test_uniform_routing_has_the_locality_and_the_experts_expected_of_it() -> None:
+    """Random ids: neighbours share k / E of their experts, and E (1 - (1 - k/E)^T) are in use."""
+    generator = torch.Generator().manual_seed(0)
+    E, K = 40, 4
+    ids_TK = torch.rand(4000, E, generator=generator).topk(K).indices
+    found = metrics(RoutingStats.of(torch.zeros(4000, E), routing_to(ids_TK)))
+    assert found["shared_with_previous"] == pytest.approx(K / E, abs=0.01)
+    assert found["first_choice_repeats"] == pytest.approx(1 / E, abs=0.01)
+    unique = [metrics(RoutingStats.of(torch.zeros(9, E), routing_to(ids_TK[9 * i : 9 * i + 9]))) for i in range(400)]
+    assert np.mean([one["unique_experts"] for one in unique]) == pytest.approx(
+        unique[0]["uniform_unique_experts"], 0.01
+    )
+    assert unique[0]["uniform_unique_experts"] == pytest.approx(E * (1 - (1 - K / E) ** 9))
+
+
+def test_touched_bytes_are_those_of_experts_in_use_in_every_layer() -> None:
+    """Pooled is what a pass reads of all layers, though the layers' experts have the same numbers."""
+    layers = [
+        RoutingStats.of(torch.zeros(2, 4), routing_to(ids), bytes_per_expert=10**6) for ids in ([[0], [0]], [[0], [3]])
+    ]
+    result = summarize(layers, [0, 1])
+    assert [layer["expert_mb"] for layer in result["layers"]] == [1.0, 2.0]
+    assert (result["pooled"]["expert_mb"], result["worst"]["expert_mb"]) == (3.0, 2.0)
+
+
+def test_pairs_count_tokens_that_use_both() -> None:
+    """Symmetric, the experts' own counts on the diagonal; a row of K experts adds K^2."""
+    stats = by_hand()
+    assert stats.pairs_EE.tolist() == [[3, 3, 0, 0], [3, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert stats.counts_E.tolist() == [3, 3, 0, 1]
+
+
 def test_the_summary_is_json() -> None:
     """Plain numbers and null, nothing of numpy."""
     result = summarize([by_hand(), one_takes_all()], [0, 1])
@@ -371,3 +455,30 @@ def test_aux_loss_is_that_of_transformers_divided_by_k(k: int) -> None:
     for logits_TE, layer in zip(tables, layers, strict=True):
         alone = float(mixtral.load_balancing_loss_func((logits_TE,), 7, k))
         assert metrics(layer)["aux_loss"] == pytest.approx(alone / k, rel=1e-5)
+
+
+def test_z_loss_is_that_of_transformers() -> None:
+    """Of the Switch Transformer's code, over all tokens of a batch."""
+    switch = pytest.importorskip("transformers.models.switch_transformers.modeling_switch_transformers")
+    logits_TE = 3 * torch.randn(40, 7, generator=torch.Generator().manual_seed(2))
+    theirs = float(switch.router_z_loss_func(logits_TE.view(4, 10, 7)))
+    assert metrics(softmax_stats(logits_TE, 1))["z_loss"] == pytest.approx(theirs, rel=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(counts=st.lists(st.integers(0, 300), min_size=2, max_size=9).filter(any))
+def test_the_largest_load_is_maxvio_and_one(counts: list[int]) -> None:
+    """MaxVio of loss-free balancing (2408.15664): (max load - mean load) / mean load."""
+    mean = sum(counts) / len(counts)
+    assert metrics(stats_of_counts(counts))["load_max_over_mean"] == pytest.approx((max(counts) - mean) / mean + 1)
+
+
+def test_co_activation_is_olmoes_over_all_pairs() -> None:
+    """OLMoE (2409.02060, section 5.2): tokens that activate both experts over tokens that activate the one."""
+    generator = torch.Generator().manual_seed(4)
+    ids_TK = torch.rand(300, 6, generator=generator).topk(3).indices
+    pairs_EE = RoutingStats.of(torch.zeros(300, 6), routing_to(ids_TK)).pairs_EE
+    for one in range(6):
+        for other in range(6):
+            both = sum({one, other} <= set(ids) for ids in ids_TK.tolist())
+            assert pairs_EE[one, other] == both

@@ -20,6 +20,7 @@ from moe_lab.measure.statistics import median_interval, summarize
 from moe_lab.records import identity, variants
 from moe_lab.records.schema import Check, Ratio, Record
 from moe_lab.records.store import RESULT
+from moe_lab.results.columns import PROPERTIES
 from moe_lab.sweep.plan import plain
 from tests import quick
 
@@ -168,6 +169,11 @@ def _measured(record: Record, folder: Path, anchor_id: str | None, rng: np.rando
     if not record.latency_ms.stable:
         record.warnings = ["latency is not stable: the median's 95 % interval is wider than measure.target_ci=0.02"]
 
+    record.router = dict.fromkeys(PROPERTIES, False) | {
+        "static_k": True,
+        "graph_safe": True,
+        "causal": router == "torch",
+    }
     skew = 0.3 if router == "sinkhorn" else 1.0
     share_LE = rng.dirichlet(np.ones(N_EXPERTS) / skew, size=layers)
     counts_LE = rng.multinomial(tokens * TOP_K, share_LE)
@@ -178,8 +184,17 @@ def _measured(record: Record, folder: Path, anchor_id: str | None, rng: np.rando
         "worst": {**pooled, "load_max_over_mean": max(one["load_max_over_mean"] for one in metrics)},
         "layers": [{"layer": layer, **one} for layer, one in enumerate(metrics)],
     }
+    if router == "sinkhorn":
+        record.agreement = _agreement(error=0.2 + 0.1 * float(rng.random()))
+    pairs_LEE = rng.integers(0, tokens + 1, (layers, N_EXPERTS, N_EXPERTS))
+    pairs_LEE = np.minimum(pairs_LEE, pairs_LEE.transpose(0, 2, 1))
+    pairs_LEE[:, np.arange(N_EXPERTS), np.arange(N_EXPERTS)] = counts_LE
     _write_arrays(
-        folder / "routing.npz", layer=np.arange(layers), counts_LE=counts_LE, mean_score_LE=share_LE.astype(np.float32)
+        folder / "routing.npz",
+        layer=np.arange(layers),
+        counts_LE=counts_LE,
+        mean_score_LE=share_LE.astype(np.float32),
+        coactivation_LEE=pairs_LEE,
     )
     _write_arrays(
         folder / "samples.npz",
@@ -189,6 +204,18 @@ def _measured(record: Record, folder: Path, anchor_id: str | None, rng: np.rando
         replicate=np.zeros(samples, int),
         stamp_s=np.cumsum(ms) / 1e3,
     )
+
+
+def _agreement(error: float) -> dict[str, Any]:
+    """With router=torch; the floor is what rounding in fp32 leaves."""
+
+    def of(jaccard: float, error: float) -> dict[str, Any]:
+        layer = {"jaccard": jaccard, "same_experts": jaccard, "same_first_choice": jaccard}
+        pooled = {**layer, "combine_l1": error, "rel_error": error}
+        worst = {**pooled, "jaccard": jaccard * 0.9}
+        return {"output_rel_error": error, "pooled": pooled, "worst": worst, "layers": [{"layer": 0, **pooled}]}
+
+    return {"reference": "torch", "seconds": 0.1, **of(0.7, error), "floor": of(1.0, 3e-7)}
 
 
 def _write_arrays(path: Path, **arrays: np.ndarray) -> None:
@@ -224,4 +251,9 @@ def _metrics(counts_E: np.ndarray) -> dict[str, float]:
         "dropped_tokens_fraction": 0.0,
         "tile_waste_64": 10.5,
         "tile_waste_128": 21.9,
+        "uniform_unique_experts": 7.5,
+        "expert_mb": 0.5 * len(share),
+        "shared_with_previous": 0.3,
+        "first_choice_repeats": 0.2,
+        **{f"rank_load_{place}_{R}": 1 + 0.1 * R for place in ("contiguous", "round_robin", "eplb") for R in (2, 4, 8)},
     }

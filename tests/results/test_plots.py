@@ -95,7 +95,7 @@ def test_nothing_at_all_draws_nothing(sweep: tuple[Path, Aggregate], tmp_path: P
     """Every kind of plot is said to be missing."""
     _, found = sweep
     drawn = plots.draw(tmp_path, found.runs.iloc[:0], found.summary.iloc[:0])
-    assert drawn.paths == [] and len(drawn.left_out) == 3
+    assert drawn.paths == [] and len(drawn.left_out) == 6
 
 
 def test_joined_phases_keep_their_names_and_add_up(sweep: tuple[Path, Aggregate]) -> None:
@@ -126,6 +126,51 @@ def test_cells_with_the_same_load_share_a_map(sweep: tuple[Path, Aggregate], tmp
     assert any(second.parent.name in text for text in after.left_out)
 
 
+def panel_of(*points: tuple[float, float]) -> charts.Panel:
+    """A series per point."""
+    return charts.Panel("", [charts.Series("v", [x], [y], [None], [None], [""]) for x, y in points])
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        pytest.param([(1, 5)], [(1, 5)], id="one"),
+        pytest.param([(1, 5), (2, 4), (3, 4.5), (4, 1)], [(1, 5), (2, 4), (4, 1)], id="one_is_beaten"),
+        pytest.param([(1, 1), (2, 2), (0.5, 3)], [(0.5, 3), (1, 1)], id="unsorted"),
+        pytest.param([(1, 5), (1, 3), (2, 3)], [(1, 3)], id="ties"),
+    ],
+)
+def test_the_front_is_what_nothing_beats(
+    points: list[tuple[float, float]], expected: list[tuple[float, float]]
+) -> None:
+    """Less of both is better; a tie in one and worse in the other is beaten."""
+    assert list(zip(*charts.front(panel_of(*points)), strict=True)) == expected
+
+
+def test_the_front_is_drawn_by_setting(sweep: tuple[Path, Aggregate]) -> None:
+    """Only cells that were compared with another router; where none was, it is said."""
+    found = kept(sweep)
+    for name in ("latency_against_error", "bytes_against_error"):
+        panels = chart(found, name).panels
+        assert len({panel.title for panel in panels}) == len(panels) > 1
+        assert {series.name for panel in panels for series in panel.series} == {"sinkhorn/grouped", "sinkhorn/loop"}
+    without = kept(sweep, router="torch")
+    assert sum("measure.reference_router" in text for text in without.left_out) == 2
+
+
+def test_pairs_that_cannot_be_read_are_left_out(sweep: tuple[Path, Aggregate], tmp_path: Path) -> None:
+    """An older file has none; the counts of slots are still shown."""
+    directory, found = sweep
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    for path in copy.glob("*/routing.npz"):
+        with np.load(path) as arrays:
+            np.savez(path, layer=arrays["layer"], counts_LE=arrays["counts_LE"])
+    older = charts.charts(copy, found.runs, found.summary)
+    assert chart(older, "expert_load").panels
+    assert any(text.startswith("Co-activation") for text in older.left_out)
+
+
 def test_styles_are_distinct_without_colour() -> None:
     """Marker and dashes of 35 variants, the whole look of 280, the hatches of eight phases; in both libraries."""
     looks = [style.variant_style(index) for index in range(280)]
@@ -136,7 +181,7 @@ def test_styles_are_distinct_without_colour() -> None:
     assert len({phase.hatch for phase in phases}) == len({phase.plotly_pattern for phase in phases}) == 8
 
 
-@pytest.mark.parametrize("kind", ["lines", "points", "stack"])
+@pytest.mark.parametrize("kind", ["lines", "points", "front", "stack"])
 def test_variants_and_phases_differ_in_grey(kind: str) -> None:
     """The same data drawn as one series and as another give different grey pictures, and so different legends."""
     nothing = [None, None]
@@ -156,14 +201,16 @@ def test_variants_and_phases_differ_in_grey(kind: str) -> None:
             assert (abs(one - other) > 40).sum() > 10
 
 
-@pytest.mark.parametrize("kind", ["lines", "dots", "stack", "heat"])
+@pytest.mark.parametrize("kind", ["lines", "front", "dots", "stack", "heat", "pairs"])
 def test_any_text_can_be_drawn(kind: str) -> None:
     """Dollars would start a formula, which can fail."""
     name = r"$\frac{$ <b>&amp; \alpha$_"
     series = charts.Series(name, [name] if kind in ("dots", "stack") else [1], [1.0], [0.9], [None], [""])
     panel = charts.Panel(name, [series])
     heat = charts.Heat(name, [name], [0], np.array([[0, 3]]))
-    one = charts.Chart("c", kind, name, name, name, [heat if kind == "heat" else panel])  # type: ignore[arg-type]
+    pairs = charts.Pairs(name, [name], [0], np.array([[[1, 1], [1, 3]]]))
+    shown = {"heat": heat, "pairs": pairs}.get(kind, panel)
+    one = charts.Chart("c", kind, name, name, name, [shown])  # type: ignore[arg-type]
     figure = plots.render(one, [name], [name])
     figure.savefig(io.BytesIO(), format="svg")
     assert name in figure.axes[0].get_title(loc="left").replace(r"\$", "$")

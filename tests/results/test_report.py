@@ -58,7 +58,18 @@ def shown(page: Path) -> str:
 
 def test_the_parts_stand_in_their_order(sweep: Path) -> None:
     """What was found first, how it was found last."""
-    parts = ["verdicts", "counts", "plots", "cells", "problems", "warnings", "environment", "command", "files"]
+    parts = [
+        "verdicts",
+        "counts",
+        "plots",
+        "routers",
+        "cells",
+        "problems",
+        "warnings",
+        "environment",
+        "command",
+        "files",
+    ]
     assert re.findall(r'<h2 id="([a-z-]+)"', ours(sweep)) == parts
 
 
@@ -181,7 +192,7 @@ def test_the_browser_draws_every_plot_and_loads_nothing(chromium: Any, sweep: Pa
             svg = f"#{name} .scatterlayer .trace, #{name} .barlayer .trace, #{name} .heatmaplayer image"
             assert len(driver.find_elements("css selector", svg)) == traces > 0
         assert dict(drawn)["plot-latency_over_batch"] == found.summary["variant"].nunique()
-        assert len(drawn) == 6
+        assert len(drawn) == 9
         assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
 
 
@@ -198,6 +209,30 @@ def test_the_choices_of_the_expert_load(chromium: Any, sweep: Path) -> None:
         before = driver.execute_script(f"return {plot}.data[0].text")
         boxes[1].send_keys("s")
         assert driver.execute_script(f"return {plot}.data[0].text") != before
+
+
+@pytest.mark.browser
+def test_the_choices_of_the_co_activation(chromium: Any, sweep: Path) -> None:
+    """A map of one layer, with the shares of each row's own tokens and nothing on the diagonal."""
+    with opened(chromium, sweep) as driver:
+        plot = "document.getElementById('plot-coactivation')"
+        boxes = driver.find_elements("css selector", "section:has(#plot-coactivation) select")
+        counts, shares = driver.execute_script(f"return [{plot}.data[0].text, {plot}.data[0].z]")
+        assert shares[2][2] is None and shares[2][5] == pytest.approx(counts[2][5] / max(counts[2][2], 1))
+        assert "all" not in boxes[2].text.split()
+        boxes[2].send_keys("2")
+        assert driver.execute_script(f"return {plot}.data[0].text") != counts
+
+
+@pytest.mark.browser
+def test_the_front_lies_below_the_points(chromium: Any, sweep: Path) -> None:
+    """A staircase beside the variants, with a name in the legend."""
+    with opened(chromium, sweep) as driver:
+        traces = driver.execute_script("return document.getElementById('plot-latency_against_error').data")
+        *points, front = traces
+        assert front["name"] == "not beaten" and front["mode"] == "lines"
+        lowest = min(y for trace in points for y in trace["y"])
+        assert min(front["y"]) == pytest.approx(lowest)
 
 
 @pytest.mark.browser

@@ -1,0 +1,88 @@
+"""A card for each router of a sweep: what it declares, and what it did to load, agreement and latency."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from moe_lab.results.columns import PROPERTIES
+from moe_lab.results.settings import describe
+
+RANKS = 8
+"""Expert-parallel ranks of which the card shows the fullest."""
+
+
+_WANTED = ("causal", "batch_invariant", "static_k", "graph_safe")
+"""Properties whose absence is worth a word; of the others only those that hold are named."""
+
+
+class Card(NamedTuple):
+    """One router; a row per cell that ran, with the fields of `heads`."""
+
+    name: str
+    properties: list[tuple[str, bool]]
+    """Name, and whether it holds."""
+    heads: list[str]
+    rows: list[list[str]]
+
+
+def cards(runs: pd.DataFrame) -> list[Card]:
+    """Of the cells that recorded their routing, in the order of the routers' names; the largest sizes first.
+
+    A column that no cell of the sweep has a value for is left out.
+    """
+    ran = runs[(runs["status"] == "ok") & runs["routing.pooled.load_max_over_mean"].notna()]
+    ran = ran.assign(setting=describe(ran)).sort_values(
+        ["router", "model", "batch", "seq_len", "variant"], kind="stable"
+    )
+    ran = ran[~ran["implementation.router"].fillna("").str.startswith("forced")]  # no router had a say
+    fields = [_fields(row) for row in ran.to_dict("records")]
+    heads = [head for head in (fields[0] if fields else {}) if any(row[head] for row in fields)]
+    found = []
+    for name, of in ran.reset_index(drop=True).groupby("router", sort=False):
+        first = of.iloc[0]
+        holds = {key: bool(first[f"router.{key}"]) for key in PROPERTIES if not pd.isna(first[f"router.{key}"])}
+        properties = [(key, value) for key, value in holds.items() if value or key in _WANTED]
+        found.append(Card(str(name), properties, heads, [[fields[at][head] for head in heads] for at in of.index]))
+    return found
+
+
+def _fields(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a row of a card shows, by heading; empty where it is not known."""
+
+    def number(name: str, suffix: str = "") -> str:
+        value = row.get(name)
+        return (
+            ""
+            if value is None or pd.isna(value)
+            else f"{value:,.3g}{suffix}"
+            if abs(value) < 999.5
+            else f"{value:,.0f}"
+        )
+
+    def both(name: str, group: str = "routing") -> str:
+        pooled, worst = (number(f"{group}.{of}.{name}") for of in ("pooled", "worst"))
+        return f"{pooled} · {worst}" if pooled else ""
+
+    def beside_floor(text: str, name: str) -> str:
+        floor = number(f"agreement.floor.{name}")
+        return f"{text} ({floor})" if text and floor else text
+
+    used, uniform = number("routing.pooled.unique_experts"), number("routing.pooled.uniform_unique_experts")
+    latency, ratio = number("latency_ms.p50"), number("ratio_to_anchor.p50")
+    together, copied = (number(f"routing.pooled.rank_load_{place}_{RANKS}") for place in ("contiguous", "eplb"))
+    return {
+        "cell": row["setting"] if row["variant"] == row["router"] else f"{row['setting']}: {row['variant']}",
+        "median ms": latency,
+        "x anchor": ratio,
+        "load max / mean": both("load_max_over_mean"),
+        "experts in use": f"{used} of {uniform}" if used and uniform else used,
+        "experts MB": number("routing.pooled.expert_mb"),
+        f"{RANKS} ranks": f"{together}, {copied}" if together and copied else "",
+        "dropped": both("dropped_fraction"),
+        "mass chosen": number("routing.pooled.topk_mass"),
+        "Jaccard": beside_floor(both("jaccard", "agreement"), "pooled.jaccard"),
+        "output error": beside_floor(number("agreement.output_rel_error"), "output_rel_error"),
+    }

@@ -1,0 +1,90 @@
+"""results/coactivation.py: pairs of experts as a table, and as shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import moe_lab
+from moe_lab.results import coactivation, columns
+from moe_lab.results.aggregate import aggregate
+from tests import tiny
+
+PAIRS_LEE = np.array([[[3, 2, 0], [2, 4, 1], [0, 1, 1]], [[0, 0, 0], [0, 2, 2], [0, 2, 2]]])
+
+
+def cell(root: Path, name: str, **arrays: np.ndarray) -> tuple[str, str]:
+    """A cell's folder with these arrays; (folder, cell_id)."""
+    (root / name).mkdir()
+    np.savez(root / name / "routing.npz", **arrays)
+    return name, name * 3
+
+
+def test_the_table_has_every_pair_once(tmp_path: Path) -> None:
+    """With the index of the layer in the model; pairs that nobody used are left out."""
+    cells = [cell(tmp_path, "a", layer=np.array([1, 4]), coactivation_LEE=PAIRS_LEE), ("missing", "m")]
+    table, problems = coactivation.table(tmp_path, cells)
+    rows = [tuple(row.values()) for row in table.to_pylist()]
+    assert rows == [
+        ("aaa", 1, 0, 0, 3, "a"),
+        ("aaa", 1, 0, 1, 2, "a"),
+        ("aaa", 1, 1, 1, 4, "a"),
+        ("aaa", 1, 1, 2, 1, "a"),
+        ("aaa", 1, 2, 2, 1, "a"),
+        ("aaa", 4, 1, 1, 2, "a"),
+        ("aaa", 4, 1, 2, 2, "a"),
+        ("aaa", 4, 2, 2, 2, "a"),
+    ]
+    assert problems == [] and table.column_names == list(columns.COACTIVATION)
+
+
+@pytest.mark.parametrize(
+    ("layer", "pairs"),
+    [
+        pytest.param([0], np.zeros((1, 3, 4), int), id="not square"),
+        pytest.param([0, 1], PAIRS_LEE[:1], id="a layer short"),
+        pytest.param([0, 1], PAIRS_LEE.astype(float), id="floats"),
+        pytest.param([0], np.array(3), id="a number"),
+    ],
+)
+def test_a_damaged_array_is_named_and_stops_nothing(tmp_path: Path, layer: list[int], pairs: np.ndarray) -> None:
+    """The other cells are there."""
+    cells = [
+        cell(tmp_path, "bad", layer=np.array(layer), coactivation_LEE=pairs),
+        cell(tmp_path, "good", layer=np.array([0, 1]), coactivation_LEE=PAIRS_LEE),
+        cell(tmp_path, "older", layer=np.array([0])),
+    ]
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "routing.npz").write_bytes(b"PK\x03\x04 cut off")
+    table, problems = coactivation.table(tmp_path, [*cells, ("cut", "c")])
+    assert set(table["directory"].to_pylist()) == {"good"}
+    assert [path for path, _ in problems] == ["bad/routing.npz", "cut/routing.npz"]
+
+
+def test_shares_are_of_the_rows_own_tokens() -> None:
+    """Not symmetric; an expert with itself says nothing, one without tokens shares none."""
+    share_EE = coactivation.given(np.array([[4, 1, 0], [1, 2, 0], [0, 0, 0]]))
+    np.testing.assert_array_equal(share_EE, [[np.nan, 0.25, 0], [0.5, np.nan, 0], [0, 0, np.nan]])
+
+
+def test_the_pairs_of_a_run_are_those_of_its_routes(tmp_path: Path) -> None:
+    """Counted again from the recorded ids, through the files that a user reads."""
+    moe_lab.run(tiny.decoder_moe("measure.record_routing=true"), tmp_path / "cell")
+    assert aggregate(tmp_path).unreadable.empty
+    with np.load(tmp_path / "cell" / "routing.npz") as arrays:
+        ids_LTK = arrays["expert_ids_LTK"]
+    found = {
+        (row["layer"], row["expert"], row["other"]): row["tokens"]
+        for row in pq.read_table(tmp_path / "coactivation.parquet").to_pylist()
+    }
+    counted: dict[tuple[int, int, int], int] = {}
+    for layer, ids_TK in enumerate(ids_LTK):
+        for ids in ids_TK.tolist():
+            for one in ids:
+                for other in ids:
+                    if one <= other:
+                        counted[layer, one, other] = counted.get((layer, one, other), 0) + 1
+    assert found == counted
