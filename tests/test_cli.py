@@ -86,6 +86,22 @@ def test_a_multirun_writes_a_row_per_cell(tmp_path: Path) -> None:
     assert sum(line.split()[-1:] == ["ok"] for line in done.stdout.splitlines()) == 4
 
 
+def test_a_comparison_with_a_reference_router_is_shown_with_its_floor_and_its_time(tmp_path: Path) -> None:
+    """In the table, in the tables of the folder, and as plots and cards of the page."""
+    arguments = quick.overrides("moe_layer", "router=torch,sinkhorn", "measure.reference_router=torch", "sweep.name=s")
+    done = moe_lab("-m", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "off reference (floor)" in done.stdout
+    assert re.search(r"^reference: router=torch; comparing with it took \d+\.\d\d s$", done.stdout, re.MULTILINE)
+    row = next(line for line in done.stdout.splitlines() if line.startswith("torch"))
+    assert re.search(r" 0\.0e\+00 \(\de-\d\d\) ok *$", row)
+    folder = tmp_path / "outputs" / "s"
+    assert "agreement.floor.pooled.jaccard" in (folder / "runs.csv").read_text().splitlines()[0]
+    assert (folder / "coactivation.parquet").exists() and (folder / "plots" / "latency_against_error.png").exists()
+    assert '<h2 id="routers">' in (folder / "report.html").read_text()
+    assert "comparing" not in moe_lab(*quick.overrides("moe_layer"), cwd=tmp_path).stdout
+
+
 def test_a_multirun_skips_what_is_unavailable_and_goes_on(tmp_path: Path) -> None:
     """cuda_ext is a skipped row with its reason; the exit code stays 0."""
     arguments = quick.overrides("moe_layer", "router=cuda_ext,torch", "sweep.name=mine")

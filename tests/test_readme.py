@@ -14,6 +14,13 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 FENCED = re.findall(r"^\.venv/bin/(moe-lab .+)$", README, re.MULTILINE)
 IN_TABLE = re.findall(r"^\| `[^|]*\| `(moe-lab [^`]+)`|`(moe-lab measure[^`]+)`", README, re.MULTILINE)
 COMMANDS = list(dict.fromkeys(FENCED + [first or second for first, second in IN_TABLE]))
+# Each of the table's builds a model of the demo's size.
+TRIED = [
+    pytest.param(
+        command, id=command.replace("moe-lab ", "")[:60], marks=[] if command in FENCED else [pytest.mark.slow]
+    )
+    for command in COMMANDS
+]
 
 
 def test_the_readme_has_the_commands_that_are_tried() -> None:
@@ -23,7 +30,7 @@ def test_the_readme_has_the_commands_that_are_tried() -> None:
     assert "moe-lab measure.routing=false device=cpu" in COMMANDS
 
 
-@pytest.mark.parametrize("command", [pytest.param(c, id=c.replace("moe-lab ", "")[:60]) for c in COMMANDS])
+@pytest.mark.parametrize("command", TRIED)
 def test_a_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
     """Exit code 0 and a row that is ok; 2 and one line for what the README calls unavailable, or has no device."""
     quick = [] if "--help" in command else ["measure.max_time_s=0.1", "measure.warmup_s=0"]

@@ -69,7 +69,9 @@ def wait_for_results(tmp_path: Path, process: subprocess.Popen[bytes], n: int) -
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, id=f"seed-{seed}") for seed in range(3)])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, id=f"seed-{seed}", marks=[pytest.mark.slow] if seed else []) for seed in range(3)]
+)
 def test_a_killed_sweep_resumes(seed: int, tmp_path: Path) -> None:
     """Every cell once, none lost, none run again after it was ok."""
     assert kill_and_resume(tmp_path, seed) >= 1

@@ -18,7 +18,8 @@ RAGGED = {"expert_choice", "top_p", "min_p", "expert_skip", "oea", "xshare", "ca
 
 def swept(folder: Path, *axes: str) -> list[Record]:
     """The records of a sweep of the tiny MoE decoder with 8 experts."""
-    more = ("model.n_experts=8", "sweep.name=s", "sweep.report=false", "measure.phases=false", *axes)
+    more = ("model.n_experts=8", "sweep.name=s", "sweep.report=false", "measure.phases=false")
+    more = (*more, "measure.reference_router=torch", *axes)
     command = [*faulty.MOE_LAB, "-m", *quick.overrides("decoder_moe", *more)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
@@ -36,6 +37,7 @@ def check(records: list[Record]) -> None:
         else:
             assert (record.status, record.reason) == ("ok", None), (router, load)
             assert record.check is not None and record.check.passed
+            check_agreement(record, router, load)
             assert record.implementation["router"] == (f"forced: {load}" if load != "native" else "torch") or (
                 router == "base" and record.implementation["router"] == "scipy"
             )
@@ -44,6 +46,19 @@ def check(records: list[Record]) -> None:
                 counts = record.routing["pooled"]["load_max_over_mean"]
                 used = record.config["batch"] * record.config["seq_len"] * (1 if router in ("switch", "llama4") else 2)
                 assert counts == pytest.approx(-(-used // 8) * 8 / used)
+
+
+def check_agreement(record: Record, router: str, load: str) -> None:
+    """With router=torch, where a router chose; the floor is fp32's rounding, which changes no choice here."""
+    if load != "native":
+        assert record.agreement is None and any("no agreement" in text for text in record.warnings)
+        return
+    assert record.agreement is not None and record.agreement["reference"] == "torch"
+    pooled, floor = record.agreement["pooled"], record.agreement["floor"]
+    assert 0 <= pooled["jaccard"] <= 1 and record.agreement["worst"]["jaccard"] <= pooled["jaccard"]
+    assert floor["pooled"]["jaccard"] == 1 and floor["output_rel_error"] < 1e-5
+    if router in ("torch", "mixtral", "granite", "qwen3_moe"):
+        assert pooled["jaccard"] == 1 and record.agreement["output_rel_error"] < 1e-5
 
 
 def test_some_routers_under_some_loads(tmp_path: Path) -> None:
