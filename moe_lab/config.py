@@ -24,7 +24,10 @@ LOADS = ("native", "balanced", "random", "zipf", "hot", "one_hot", "replay")
 EXECUTIONS = ("eager", "compile", "cuda_graph")
 STALE = ("rerun", "keep", "refuse")
 _GROUPS = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
-_LABELLED = ("model", "model.shape", "router", "experts", "workload", "measure", "export")
+_LABELLED = (
+    *("model", "model.shape", "router", "router.inner", "experts", "workload", "measure", "export"),
+    "measure.reference_router",
+)
 
 
 @dataclass
@@ -442,13 +445,15 @@ def validate(cfg: DictConfig) -> None:
     if _is_ours(cfg.model):
         _validate_model(cfg)
     if _is_ours(cfg.router):
-        _validate_router(cfg)
+        _validate_router(cfg, "router")
     reference = cfg.measure.get("reference_router")
     if reference is not None and not isinstance(reference, DictConfig):
         raise ValueError(
             f"measure.reference_router={reference}: in a YAML it is chosen in the defaults list, as "
             "`override /router@measure.reference_router: torch`."
         )
+    if reference is not None and _is_ours(reference):
+        _validate_router(cfg, "measure.reference_router")
 
 
 def _validate_sweep(cfg: DictConfig) -> None:
@@ -515,20 +520,18 @@ def _validate_decoder(model: DictConfig) -> None:
         raise ValueError("model.shared_expert_gate=true: give model.shared_expert_hidden_dim too.")
 
 
-def _validate_router(cfg: DictConfig) -> None:
-    _at_least(cfg, "router.iters router.top_k router.k_max router.steps router.calibration_tokens", 1)
-    _more_than_zero(cfg, "router.temperature router.factor router.scale router.rate")
-    name, impl = cfg.router.get("name"), cfg.router.get("impl")
+def _validate_router(cfg: DictConfig, at: str) -> None:
+    """Of the router whose node is at this key."""
+    node = OmegaConf.select(cfg, at)
+    _at_least(cfg, " ".join(f"{at}.{key}" for key in ("iters", "top_k", "k_max", "steps", "calibration_tokens")), 1)
+    _more_than_zero(cfg, " ".join(f"{at}.{key}" for key in ("temperature", "factor", "scale", "rate")))
+    name, impl = node.get("name"), node.get("impl")
     if name in ("torch", "cuda_ext") and impl != name:
-        raise ValueError(
-            f"router.impl={impl}: router={name} fixes its implementation to {name}; leave router.impl out."
-        )
+        raise ValueError(f"{at}.impl={impl}: router={name} fixes its implementation to {name}; leave {at}.impl out.")
     if name == "sinkhorn" and impl not in ("auto", "torch"):
-        raise ValueError(f"router.impl={impl}: router=sinkhorn has the implementations auto, torch.")
-    if name == "soft" and cfg.router.get("top_k"):
-        raise ValueError(
-            f"router.top_k={cfg.router.top_k}: router=soft gives every token all experts; leave router.top_k out."
-        )
+        raise ValueError(f"{at}.impl={impl}: router=sinkhorn has the implementations auto, torch.")
+    if name == "soft" and node.get("top_k"):
+        raise ValueError(f"{at}.top_k={node.top_k}: router=soft gives every token all experts; leave {at}.top_k out.")
 
 
 def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool = False) -> None:

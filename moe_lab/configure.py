@@ -93,13 +93,16 @@ def _sweep_name(_root_: DictConfig) -> str:
     return str(_root_.sweep.name or os.environ.get(SWEEP_NAME, "sweep"))
 
 
+_OF_NO_MATTER = ("measure.", _REFERENCE[1], "hydra.", "name=", "sweep.")
+
+
 def name_sweep(overrides: Sequence[str]) -> None:
     """Fix the name of this process's sweep: its experiment's, else a hash of what was typed (never a time stamp).
 
     How long is looked and what the sweep is called are no part of it.
     """
     experiments = [text.split("=", 1)[1] for text in overrides if text.startswith("experiment=")]
-    typed = sorted(text for text in overrides if not text.startswith(("measure.", "hydra.", "name=", "sweep.")))
+    typed = sorted(text for text in overrides if not text.startswith(_OF_NO_MATTER))
     digest = hashlib.sha256("\0".join(typed).encode()).hexdigest()[:8]
     os.environ[SWEEP_NAME] = experiments[-1] if experiments else f"sweep-{digest}"
 

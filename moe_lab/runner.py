@@ -28,7 +28,7 @@ from moe_lab.errors import MismatchError, UnavailableError
 from moe_lab.measure import environment, memory, phases, roofline, routing_metrics, statistics
 from moe_lab.measure.clocks import STEPS, Block, Step
 from moe_lab.models.layers import AddRMSNorm
-from moe_lab.models.parameters import parameter_bytes, reference_twin
+from moe_lab.models.parameters import parameter_bytes, reference_twin, shareable
 from moe_lab.ops import segment_mm
 from moe_lab.records import identity, store
 from moe_lab.records.schema import Latency, Ratio, Record
@@ -195,7 +195,7 @@ class Run:
         measure = self.cfg.measure
         for wanted, name, look in (
             (measure.routing or measure.record_routing, "routing", self._observe_routing),
-            (measure.reference_router is not None, "agreement", self._observe_agreement),
+            (measure.get("reference_router") is not None, "agreement", self._observe_agreement),
             (measure.phases, "phases_ms", self._observe_phases),
             (measure.roofline, "roofline", self._observe_roofline),
         ):
@@ -254,14 +254,15 @@ class Run:
                 "so there is no agreement to look for; use workload.load=native."
             )
             return None
+        begun = time.perf_counter()
         cfg = copy.copy(self.cfg)
-        cfg.router = self.cfg.measure.reference_router
-        reference = build.build_model(cfg, self.device, dict(self.model.named_parameters()))
+        cfg.router, cfg.execution.name = cfg.measure.reference_router, "eager"
+        reference = build.build_model(cfg, self.device, shareable(self.model))
         build.require_runnable(cfg, reference)
-        found = agreement(self.model, reference, self.x, self.step())
-        name = identity.option_name(cfg.router)
-        log.info("agreement with router=%s looked at in %.2f s", name, found["seconds"])
-        return {"reference": name, **found}
+        found = agreement(self.model, reference, self.x, self.step(), fuses=self.step.fuses)
+        name, seconds = identity.option_name(cfg.router), time.perf_counter() - begun
+        log.info("agreement with router=%s looked at in %.2f s", name, seconds)
+        return {"reference": name, "seconds": seconds, **found}
 
     def _observe_phases(self) -> dict[str, Any]:
         graph_p50_ms = float(np.median(self.samples_ms())) if self.cfg.execution.name == "cuda_graph" else None

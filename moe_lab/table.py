@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +21,11 @@ _NUMBERS = ("batch", "seq_len", "p50 [interval]", "ratio [interval]", "tokens/s"
 
 def _number(value: float | None, digits: int = 3) -> str:
     return _NONE if value is None else f"{value:,.{digits}g}" if abs(value) < 999.5 else f"{value:,.0f}"
+
+
+def _error(agreement: Mapping[str, Any], digits: int) -> str:
+    error = agreement["output_rel_error"]  # null where the reference's output is zero or not finite
+    return _NONE if error is None else f"{error:.{digits}e}"
 
 
 def _interval(p50: float, low: float | None, high: float | None, unit: str = "") -> str:
@@ -43,9 +48,7 @@ def _cells(record: Record) -> dict[str, str]:
         "tokens/s": _number((record.throughput or {}).get("tokens_per_s")),
         "load max/mean": _number(pooled.get("load_max_over_mean")),
         "error": f"{check.rel_error:.1e}" if check and check.rel_error is not None else _NONE,
-        _OFF: f"{agreement['output_rel_error']:.1e} ({agreement['floor']['output_rel_error']:.0e})"
-        if agreement
-        else _NONE,
+        _OFF: f"{_error(agreement, 1)} ({_error(agreement['floor'], 0)})" if agreement else _NONE,
         "status": record.status + (f": {record.reason}" if record.reason else ""),
     }
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
+import moe_lab
 from moe_lab import build
 from moe_lab.agreement import WORSE, Difference, agreement
 from moe_lab.records.identity import cell_id
 from moe_lab.routers.base import Routing
 from moe_lab.runner import Run
+from moe_lab.table import print_records
 from moe_lab.verify import moe_layers, relative_error
-from tests import tiny
+from tests import quick, tiny
 
 
 def routing(ids: list[list[int]], weights: list[list[float]]) -> Routing:
@@ -170,11 +175,93 @@ def test_a_reference_that_fails_leaves_nothing_behind() -> None:
     run = tiny.built(tiny.decoder_moe())
     reference = tiny.built(tiny.decoder_moe("router=sinkhorn")).model
     for _, layer in moe_layers(reference):
-        layer.router.select = lambda *_: 1 / 0  # type: ignore[method-assign]
+        select = layer.router.select
+
+        def only_narrow(logits_TE: Tensor, ctx: object, select: Any = select) -> Routing:
+            return 1 / 0 if logits_TE.dtype == torch.float64 else select(logits_TE, ctx)  # type: ignore[return-value]
+
+        layer.router.select = only_narrow  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
         agreement(run.model, reference, run.x, run.step())
     for _, layer in (*moe_layers(run.model), *moe_layers(reference)):
         assert "route" not in vars(layer.router) and not layer._forward_hooks
+
+
+def test_a_router_of_two_layers_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared by the model's layers it is switched to float64 and back once."""
+    run = tiny.built(tiny.decoder_moe())
+    reference = tiny.built(tiny.decoder_moe("router=sinkhorn")).model
+    shared = moe_layers(reference)[0][1].router
+    for _, layer in moe_layers(reference):
+        layer.router = shared
+    assert agreement(run.model, reference, run.x, run.step())["pooled"]["jaccard"] < 1
+    assert "route" not in vars(shared)
+
+
+def test_an_execution_that_fuses_is_compared_by_its_routers_choice_in_the_pass() -> None:
+    """With other hidden states its own routes would differ from those of the very same router."""
+    run, twin = tiny.built(tiny.decoder_moe()), tiny.built(tiny.decoder_moe()).model
+    ran = run.step()
+    elsewhere = ran._replace(routings=tuple(r._replace(expert_ids_TK=r.expert_ids_TK.roll(1, 0)) for r in ran.routings))
+    assert agreement(run.model, twin, run.x, elsewhere)["pooled"]["jaccard"] < 1
+    assert agreement(run.model, twin, run.x, elsewhere, fuses=True)["pooled"]["jaccard"] == 1
+
+
+def test_a_fitted_router_of_ones_own_keeps_what_it_was_fitted_to(tmp_path: Path) -> None:
+    """Also as a parameter: the reference of the same class is fitted apart, and says something else."""
+    (tmp_path / "router").mkdir()
+    (tmp_path / "router" / "fitted.yaml").write_text("_target_: fitted_router.Fitted\nname: fitted\nto: 0\n")
+    (tmp_path / "fitted_router.py").write_text(
+        "import torch\n"
+        "from moe_lab.routers.softmax_topk import SoftmaxTopK\n"
+        "class Fitted(SoftmaxTopK):\n"
+        "    calibrates = True\n"
+        "    def __init__(self, n_experts, top_k, to):\n"
+        "        super().__init__(n_experts, top_k, gate_bias=True)\n"
+        "        self.to_expert = to\n"
+        "    def fit(self, logits_TE):\n"
+        "        self.bias_E.zero_()\n"
+        "        self.bias_E[self.to_expert] = 50.0\n"
+    )
+    words = quick.overrides("decoder_moe", "router=fitted", "measure.reference_router=fitted")
+    cfg = moe_lab.compose([*words, "measure.reference_router.to=3"], config_dir=tmp_path)
+    run = tiny.built(cfg)
+    before = run.step()
+    run.observe()
+    assert run.observed["agreement"]["pooled"]["same_first_choice"] == 0
+    assert torch.equal(run.step().y, before.y)
+
+
+def test_a_reference_that_cannot_be_captured_is_looked_at_eagerly() -> None:
+    """It is no part of what is timed."""
+    cfg = tiny.decoder_moe("measure.reference_router=expert_choice")
+    run = tiny.built(cfg)
+    run.cfg.execution.name = "compile"  # after the step was made
+    run.observe()
+    assert run.observed["agreement"]["pooled"]["jaccard"] < 1
+
+
+def test_a_measure_option_of_ones_own_needs_no_such_key() -> None:
+    """As one written before there was any."""
+    cfg = tiny.decoder_moe()
+    keys = {str(key): value for key, value in cfg.measure.items() if key != "reference_router"}
+    cfg.measure = OmegaConf.create(keys)
+    OmegaConf.set_struct(cfg, True)
+    run = tiny.built(cfg)
+    run.observe()
+    assert run.observed["agreement"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"), [pytest.param(None, "- (3e-07)", id="null"), pytest.param(0.25, "2.5e-01 (3e-07)", id="known")]
+)
+def test_an_error_that_is_not_known_is_a_dash(
+    error: float | None, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Infinity is null in a record that was written."""
+    found = {"reference": "torch", "seconds": 1.25, "output_rel_error": error, "floor": {"output_rel_error": 3e-7}}
+    print_records([tiny.record(tiny.decoder_moe(), agreement=found)])
+    assert shown in capsys.readouterr().out
 
 
 def test_a_forced_load_has_no_agreement() -> None:

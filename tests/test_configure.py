@@ -43,6 +43,21 @@ MISTAKES = [
     pytest.param(
         ["measure={reference_router: torch}"], "measure.reference_router=torch", "defaults", id="reference-text"
     ),
+    pytest.param(
+        ["measure.reference_router=sinkhorn", "measure.reference_router.iters=0"],
+        "measure.reference_router.iters=0",
+        "at least 1",
+        id="reference-without-iterations",
+    ),
+    pytest.param(
+        ["measure.reference_router=sinkhorn", "measure.reference_router.name=mine"],
+        "measure.reference_router.name=mine",
+        "choose another option",
+        id="reference-label",
+    ),
+    pytest.param(
+        ["router=capacity", "router.inner.name=mine"], "router.inner.name=mine", "choose another", id="inner-label"
+    ),
     pytest.param(["ruter=torch"], "ruter", "Did you mean router?", id="misspelt-group"),
     pytest.param(["router=sinkhorn", "router.iters=0"], "router.iters=0", "at least 1", id="no-iterations"),
     pytest.param(["router=sinkhorn", "router.temperature=0"], "router.temperature", "above 0", id="zero-temperature"),

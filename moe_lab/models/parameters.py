@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from moe_lab.ops.hash_uniform import fill_uniform, stream_of
+from moe_lab.routers.base import Router
 
 
 def initialize(model: nn.Module, seed: int) -> None:
@@ -58,6 +59,15 @@ def without_storage() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def shareable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters, by name, that a model with another router may share: all but those of the routers.
+
+    A router's are its own: they are few, and one that is calibrated writes into them.
+    """
+    own = {id(tensor) for router in model.modules() if isinstance(router, Router) for tensor in router.parameters()}
+    return {name: tensor for name, tensor in model.named_parameters() if id(tensor) not in own}
 
 
 def adopt(model: nn.Module, donor: Mapping[str, Tensor], device: torch.device, seed: int) -> None:

@@ -47,11 +47,11 @@ class RoutingSums(NamedTuple):
 
 def first_tokens(n_tokens: int, seq_start_B1: Tensor | None, device: torch.device) -> Tensor:
     """[T] bool: which tokens begin a sequence; the first alone where `seq_start_B1` (int [B + 1]) is not known."""
-    first_T = torch.zeros(n_tokens, dtype=torch.bool, device=device)
-    if n_tokens == 0:
-        return first_T
-    starts_B = torch.zeros(1, dtype=torch.long, device=device) if seq_start_B1 is None else seq_start_B1[:-1].long()
-    return first_T.index_fill_(0, starts_B, True)
+    first_T1 = torch.zeros(n_tokens + 1, dtype=torch.bool, device=device)  # one more, where empty sequences may start
+    first_T1[:1] = True
+    if seq_start_B1 is not None:
+        first_T1.index_fill_(0, seq_start_B1.long(), True)
+    return first_T1[:n_tokens]
 
 
 def routing_sums(

@@ -1,7 +1,8 @@
 """The tables of a sweep's folder, as docs/results-format.md describes them.
 
 Reading is incremental: `.aggregate.parquet` keeps what was taken from each record, with the time stamp and size of its
-files, and is ignored where it does not fit. With nothing changed, nothing is written.
+files, and is ignored where it does not fit. With nothing changed, nothing is written. The pairs of experts alone are
+read anew from all records when anything has changed: they may be too many to keep.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 
 from moe_lab.records.identity import PACKAGE
-from moe_lab.records.store import PLAN, RESULT, SAMPLES, write_atomic
+from moe_lab.records.store import PLAN, RESULT, ROUTING, SAMPLES, write_atomic
 from moe_lab.results import coactivation, columns, load
 from moe_lab.results.load import UNREADABLE_BECAUSE, Entry, Found
 from moe_lab.results.summary import summarize
@@ -76,7 +77,8 @@ def aggregate(directory: str | Path) -> Aggregate:
     except UNREADABLE_BECAUSE as error:
         plan = load.Plan()
         problems.append((PLAN, f"read as if it were not there: {load.one_line(error)}"))
-    inputs = hashlib.sha256(json.dumps([found, problems, plan]).encode()).hexdigest()
+    routings = [load.stamp(f"{root}/{one.folder}/{ROUTING}") for one in found]
+    inputs = hashlib.sha256(json.dumps([found, routings, problems, plan]).encode()).hexdigest()
     if (before := _unchanged(root, inputs)) is not None:
         return before
 
@@ -96,8 +98,8 @@ def aggregate(directory: str | Path) -> Aggregate:
     _write(root / "summary.parquet", _parquet(summary))
     _write(root / "summary.csv", _csv(summary))
     _write(root / "samples.parquet", _parquet(_samples_table(taken)))
-    _write(root / "coactivation.parquet", _parquet(pairs))
     _write(root / "unreadable.csv", _csv(unreadable))
+    _write(root / "coactivation.parquet", pairs)
     _write(root / CACHE, _parquet(_cache_table(root, inputs, found, taken, problems)))
     return Aggregate(*map(columns.frame, (runs, summary, unreadable)))
 

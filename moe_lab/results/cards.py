@@ -29,7 +29,7 @@ class Card(NamedTuple):
 
 
 def cards(runs: pd.DataFrame) -> list[Card]:
-    """Of the cells that recorded their routing, in the order of the routers' names; the largest sizes first.
+    """Of the cells that recorded their routing, in the order of the routers' names; the smallest sizes first.
 
     A column that no cell of the sweep has a value for is left out.
     """
@@ -70,7 +70,8 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
         floor = number(f"agreement.floor.{name}")
         return f"{text} ({floor})" if text and floor else text
 
-    used, uniform = number("routing.pooled.unique_experts"), number("routing.pooled.uniform_unique_experts")
+    # Of the worst layer: pooled, experts of different layers with the same number would count as one.
+    used, uniform = number("routing.worst.unique_experts"), number("routing.worst.uniform_unique_experts")
     latency, ratio = number("latency_ms.p50"), number("ratio_to_anchor.p50")
     together, copied = (number(f"routing.pooled.rank_load_{place}_{RANKS}") for place in ("contiguous", "eplb"))
     return {
@@ -78,7 +79,7 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
         "median ms": latency,
         "x anchor": ratio,
         "load max / mean": both("load_max_over_mean"),
-        "experts in use": f"{used} of {uniform}" if used and uniform else used,
+        "fewest experts": f"{used} of {uniform}" if used and uniform else used,
         "experts MB": number("routing.pooled.expert_mb"),
         f"{RANKS} ranks": f"{together}, {copied}" if together and copied else "",
         "dropped": both("dropped_fraction"),

@@ -15,7 +15,8 @@ from moe_lab.results.settings import describe, sizes
 
 LATENCY, _INTERVAL = "latency_ms.p50", ("latency_ms.ci95_low", "latency_ms.ci95_high")
 TOKENS_PER_S, LOAD = "throughput.tokens_per_s", "routing.pooled.load_max_over_mean"
-OUTPUT_ERROR, EXPERT_MB = "agreement.output_rel_error", "routing.pooled.expert_mb"
+OUTPUT_ERROR, REFERENCE = "agreement.output_rel_error", "agreement.reference"
+EXPERT_MB = "routing.pooled.expert_mb"
 _KEYS = ("variant", *_INTERVAL)
 _PHASE = "phases_ms."
 _PHASES = ("router", "dispatch", "experts", "combine", "attention", "other")
@@ -236,16 +237,18 @@ def _load_against_latency(summary: pd.DataFrame, left_out: list[str]) -> Chart:
 
 def _against_error(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
     """What another router costs and what it changes, by setting: the Pareto plots."""
-    references = summary["agreement.reference"].dropna().unique()
-    label = f"relative error of the output against router={', '.join(references)}"
+    label = "relative error of the output against the reference router's"
     for name, column, title, axis in (
         ("latency_against_error", LATENCY, "Latency against output error", "latency (ms)"),
         ("bytes_against_error", EXPERT_MB, "Bytes of experts against output error", "weights of experts in use (MB)"),
     ):
-        settings = _panels(summary, OUTPUT_ERROR, column)
-        if not settings:
-            left_out.append(f"{title}: no cell was compared with another router (measure.reference_router).")
-        panels = [Panel(setting, _series(rows, OUTPUT_ERROR, column)) for setting, rows in settings.items()]
+        panels = [
+            Panel(f"{setting}, against {reference}", _series(of_reference, OUTPUT_ERROR, column))
+            for setting, rows in _panels(summary, OUTPUT_ERROR, column, REFERENCE).items()
+            for reference, of_reference in _by((row[REFERENCE] for row in rows), rows).items()
+        ]
+        if not panels:
+            left_out.append(f"{title}: no cell has both (measure.reference_router, measure.routing).")
         yield Chart(name, "front", title, label, axis, panels)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from moe_lab.records.store import ROUTING
 from moe_lab.results import columns
@@ -26,8 +27,9 @@ def read(path: Path) -> tuple[list[int], np.ndarray] | None:
         if _ARRAY not in arrays:
             return None
         layers, counts_LEE = arrays["layer"].tolist(), arrays[_ARRAY]
-    L, E = len(layers), counts_LEE.shape[-1] if counts_LEE.ndim else 0
-    if counts_LEE.dtype.kind not in "iu" or counts_LEE.shape != (L, E, E):
+        whole = arrays["layer"].dtype.kind in "iu" and arrays["layer"].ndim == 1
+    E = counts_LEE.shape[-1] if counts_LEE.ndim else 0
+    if not whole or counts_LEE.dtype.kind not in "iu" or counts_LEE.shape != (len(layers), E, E) or not counts_LEE.size:
         raise ValueError(f"{_ARRAY} of {counts_LEE.dtype} {list(counts_LEE.shape)}: no counts by layer and pair")
     return layers, counts_LEE
 
@@ -43,34 +45,34 @@ def given(counts_EE: np.ndarray) -> np.ndarray:
     return share_EE
 
 
-def table(root: Path, cells: Sequence[tuple[str, str]]) -> tuple[Any, list[tuple[str, str]]]:
-    """The `pyarrow.Table` of (folder, cell_id) `cells`, and (path, what is wrong) of the files that cannot be read.
+def table(root: Path, cells: Sequence[tuple[str, str]]) -> tuple[bytes, list[tuple[str, str]]]:
+    """A parquet file of the (folder, cell_id) `cells`, and (path, what is wrong) of the files that cannot be read.
 
-    Pairs with expert <= other that some token used; an expert with itself has the tokens that used it.
+    Pairs with expert <= other that some token used; an expert with itself has the tokens that used it. A row group per
+    cell: a model of many layers and experts has millions of pairs, and no two cells are in memory together.
     """
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("layer", "expert", "other", "tokens")}
-    lengths, problems = [], []
-    for folder, _ in cells:
-        found = None
-        try:
-            found = read(root / folder / ROUTING)
-        except FileNotFoundError:
-            pass  # a model without experts, or a cell that failed before
-        except Exception as error:  # zipfile, zlib and numpy have many, and none of them may stop the others
-            problems.append((printable(Path(folder, ROUTING)), one_line(error)))
-        if found is None:
-            lengths.append(0)
-            continue
-        layers, counts_LEE = found
-        at_L, expert, other = np.nonzero(np.triu(counts_LEE))
-        lengths.append(len(at_L))
-        values = (np.array(layers)[at_L], expert, other, counts_LEE[at_L, expert, other])
-        for name, value in zip(parts, values, strict=True):
-            parts[name].append(value.astype(np.int64))
-    nothing = np.empty(0, np.int64)
-    arrays = {name: pa.array(np.concatenate([nothing, *of_cells])) for name, of_cells in parts.items()}
-    of_cell = pa.array(np.repeat(np.arange(len(cells), dtype=np.int32), lengths))
-    for at, name in enumerate(("directory", "cell_id")):
-        texts = pa.array([printable(cell[at]) for cell in cells], pa.string())
-        arrays[name] = pa.DictionaryArray.from_arrays(of_cell, texts).cast(pa.string())
-    return pa.table({name: arrays[name] for name in columns.COACTIVATION}), problems
+    schema = pa.schema(columns.COACTIVATION.items())
+    content, problems = io.BytesIO(), []
+    with pq.ParquetWriter(content, schema, write_page_checksum=True) as file:
+        for folder, cell_id in cells:
+            found = None
+            try:
+                found = read(root / folder / ROUTING)
+            except FileNotFoundError:
+                pass  # a model without experts, or a cell that failed before
+            except Exception as error:  # zipfile, zlib and numpy have many, and none of them may stop the others
+                problems.append((printable(Path(folder, ROUTING)), one_line(error)))
+            if found is None:
+                continue
+            layers, counts_LEE = found
+            at_L, expert, other = np.nonzero(np.triu(counts_LEE))
+            values = {
+                "cell_id": pa.repeat(cell_id, len(at_L)),
+                "layer": np.array(layers, np.int64)[at_L],
+                "expert": expert,
+                "other": other,
+                "tokens": counts_LEE[at_L, expert, other].astype(np.int64),
+                "directory": pa.repeat(printable(folder), len(at_L)),
+            }
+            file.write_table(pa.table(values, schema=schema))
+    return content.getvalue(), problems

@@ -24,27 +24,31 @@ def figures(found: Charts) -> tuple[list[Figure], list[str]]:
     for chart in found.drawn:
         panels: list[Figure]
         if chart.kind in ("heat", "pairs"):
-            kept = _within(HEAT_NUMBERS, [panel for panel in chart.panels if isinstance(panel, Heat | Pairs)])
+            kept, n_maps = _within(HEAT_NUMBERS, [panel for panel in chart.panels if isinstance(panel, Heat | Pairs)])
             panels = [_heat(panel) for panel in kept]
-            if len(kept) < len(chart.panels):
+            shown, name = sum(len(panel.layers) for panel in kept), chart.title.split(" (")[0]
+            if shown < n_maps:
                 left_out.append(
-                    f"{chart.title.split(' (')[0]}: {len(kept)} of {len(chart.panels)} different ones are shown, the "
-                    "others would make the page too large; they stand in the routing.npz of the cells."
+                    f"{name}: {shown} of {n_maps} layers of different cells are shown, the others would make the page "
+                    "too large; they stand in the routing.npz of the cells."
                 )
         else:
             panels = [_panel(panel, chart, found) for panel in chart.panels if isinstance(panel, Panel)]
-        result.append({"name": chart.name, "kind": chart.kind, "title": chart.title, "panels": panels})
+        if panels:
+            result.append({"name": chart.name, "kind": chart.kind, "title": chart.title, "panels": panels})
     return result, left_out
 
 
-def _within(limit: int, heats: Sequence[Heat | Pairs]) -> list[Heat | Pairs]:
-    kept = []
+def _within(limit: int, heats: Sequence[Heat | Pairs]) -> tuple[list[Heat | Pairs], int]:
+    """The first layers of the first panels that have no more numbers than this, and how many layers there are."""
+    kept: list[Heat | Pairs] = []
     for heat in heats:
-        limit -= heat[-1].size
-        if limit < 0:
-            break
-        kept.append(heat)
-    return kept
+        title, variants, layers, counts = heat
+        fit = min(len(layers), limit // counts[0].size)
+        limit -= fit * counts[0].size
+        if fit:
+            kept.append(type(heat)(title, variants, layers[:fit], counts[:fit]))
+    return kept, sum(len(heat.layers) for heat in heats)
 
 
 def _heat(panel: Heat | Pairs) -> Figure:
@@ -56,8 +60,8 @@ def _heat(panel: Heat | Pairs) -> Figure:
 def _panel(panel: Panel, chart: Chart, found: Charts) -> Figure:
     trace = {"stack": _bar, "dots": _dot}.get(chart.kind, _curve)
     data = [trace(series, chart, found) for series in panel.series]
-    x: Figure = {"title": {"text": chart.x_label}}
-    y: Figure = {"title": {"text": chart.y_label}}
+    x: Figure = {"title": {"text": _plain(chart.x_label)}}
+    y: Figure = {"title": {"text": _plain(chart.y_label)}}
     if chart.kind in ("stack", "dots"):
         y |= {"autorange": "reversed", "automargin": True, "type": "category"}
         x |= {"rangemode": "tozero"}

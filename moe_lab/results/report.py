@@ -24,7 +24,7 @@ from moe_lab.results.settings import describe
 from moe_lab.results.verdicts import Verdict, verdicts
 
 REPORT = "report.html"
-TABLES = ("runs.csv", "runs.parquet", "summary.csv", "samples.parquet", "unreadable.csv")
+TABLES = ("runs.csv", "runs.parquet", "summary.csv", "samples.parquet", "coactivation.parquet", "unreadable.csv")
 
 # Heading and column of `runs`. The first stand in the table only where they differ between its rows.
 _WHAT = ("workload", "device", "dtype", "router", "experts", "execution", "seed", "environment.device_name")

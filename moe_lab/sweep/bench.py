@@ -19,7 +19,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.measure import environment, memory
 from moe_lab.measure.clocks import Block
 from moe_lab.measure.probe import Probe
-from moe_lab.models.parameters import parameter_bytes
+from moe_lab.models.parameters import parameter_bytes, shareable
 from moe_lab.records import identity, store
 from moe_lab.records.schema import Ratio
 from moe_lab.sweep.engine import CellFailedError
@@ -60,7 +60,7 @@ class Bench:
             if self._donor[0] != key:
                 self._donor = ("", {})  # before the next is made
             run.build(self._donor[1] or None)
-            self._donor = key, dict(run.model.named_parameters())
+            self._donor = key, shareable(run.model)
 
     def verify(self, cell_id: str) -> dict[str, int | None]:
         """Peak memory and verification. Returns {peak_bytes, parameter_bytes}."""

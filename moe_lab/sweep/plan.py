@@ -157,6 +157,11 @@ def _cells(
         cell_id = identity.digest(content)
         jobs.append(cell_id)
         if cell_id in cells:
+            if _reference(cells[cell_id].config) != _reference(container):
+                raise ValueError(
+                    "measure.reference_router: one sweep compares with one router; to compare with another, give the "
+                    "other one in a sweep of another name (sweep.name)."
+                )
             continue
         sweep = sweep or container["sweep"]
         cells[cell_id] = Cell(
@@ -212,8 +217,15 @@ def judge(cell: Cell, sweep: Mapping[str, Any]) -> None:
         cell.status, cell.reason = "stale", f"of another {' and '.join(different)}"
     elif record.status == "failed" and sweep["retry_failed"]:
         cell.reason = f"failed before: {record.reason}"
+    elif record.status == "ok" and _reference(cell.config) not in (None, _reference(record.config)):
+        cell.reason = "not compared with this measure.reference_router"
     else:
         cell.status, cell.is_ok = "done", record.status == "ok"
+
+
+def _reference(config: Mapping[str, Any]) -> Any:
+    """The router that a configuration's run is compared with, as a node; None for none, or of an older record."""
+    return config.get("measure", {}).get("reference_router")
 
 
 def _refuse_stale(plan: Plan) -> None:

@@ -105,6 +105,8 @@ def test_the_first_token_follows_nobody() -> None:
     cpu = torch.device("cpu")
     assert first_tokens(3, None, cpu).tolist() == [True, False, False]
     assert first_tokens(4, torch.tensor([0, 2, 2, 4]), cpu).tolist() == [True, False, True, False]
+    assert first_tokens(4, torch.tensor([0, 4, 4]), cpu).tolist() == [True, False, False, False]
+    assert first_tokens(3, torch.tensor([1, 3]), cpu).tolist() == [True, True, False]
     assert first_tokens(0, torch.tensor([0, 0]), cpu).tolist() == []
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -26,7 +28,8 @@ def cell(root: Path, name: str, **arrays: np.ndarray) -> tuple[str, str]:
 def test_the_table_has_every_pair_once(tmp_path: Path) -> None:
     """With the index of the layer in the model; pairs that nobody used are left out."""
     cells = [cell(tmp_path, "a", layer=np.array([1, 4]), coactivation_LEE=PAIRS_LEE), ("missing", "m")]
-    table, problems = coactivation.table(tmp_path, cells)
+    content, problems = coactivation.table(tmp_path, cells)
+    table = pq.read_table(io.BytesIO(content))
     rows = [tuple(row.values()) for row in table.to_pylist()]
     assert rows == [
         ("aaa", 1, 0, 0, 3, "a"),
@@ -48,9 +51,13 @@ def test_the_table_has_every_pair_once(tmp_path: Path) -> None:
         pytest.param([0, 1], PAIRS_LEE[:1], id="a layer short"),
         pytest.param([0, 1], PAIRS_LEE.astype(float), id="floats"),
         pytest.param([0], np.array(3), id="a number"),
+        pytest.param([], np.zeros((0, 3, 3), int), id="no layers"),
+        pytest.param(["a", "b"], PAIRS_LEE, id="layers of text"),
+        pytest.param([[0, 1], [2, 3]], PAIRS_LEE, id="a table of layers"),
+        pytest.param([0.5, 1.5], PAIRS_LEE, id="broken layers"),
     ],
 )
-def test_a_damaged_array_is_named_and_stops_nothing(tmp_path: Path, layer: list[int], pairs: np.ndarray) -> None:
+def test_a_damaged_array_is_named_and_stops_nothing(tmp_path: Path, layer: list[Any], pairs: np.ndarray) -> None:
     """The other cells are there."""
     cells = [
         cell(tmp_path, "bad", layer=np.array(layer), coactivation_LEE=pairs),
@@ -59,9 +66,24 @@ def test_a_damaged_array_is_named_and_stops_nothing(tmp_path: Path, layer: list[
     ]
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "routing.npz").write_bytes(b"PK\x03\x04 cut off")
-    table, problems = coactivation.table(tmp_path, [*cells, ("cut", "c")])
+    content, problems = coactivation.table(tmp_path, [*cells, ("cut", "c")])
+    table = pq.read_table(io.BytesIO(content))
     assert set(table["directory"].to_pylist()) == {"good"}
     assert [path for path, _ in problems] == ["bad/routing.npz", "cut/routing.npz"]
+
+
+def test_a_damaged_file_leaves_every_table(tmp_path: Path) -> None:
+    """It is listed as unreadable, until it is mended."""
+    for name in ("one", "two"):
+        moe_lab.run(tiny.moe_layer(f"seed={len(name)}", f"batch={2 if name == 'one' else 1}"), tmp_path / name)
+    whole = (tmp_path / "one" / "routing.npz").read_bytes()
+    (tmp_path / "one" / "routing.npz").write_bytes(whole[:200])
+    found = aggregate(tmp_path)
+    assert len(found.runs) == 2 and found.unreadable["path"].tolist() == ["one/routing.npz"]
+    assert set(pq.read_table(tmp_path / "coactivation.parquet")["directory"].to_pylist()) == {"two"}
+    (tmp_path / "one" / "routing.npz").write_bytes(whole)
+    assert aggregate(tmp_path).unreadable.empty
+    assert set(pq.read_table(tmp_path / "coactivation.parquet")["directory"].to_pylist()) == {"one", "two"}
 
 
 def test_shares_are_of_the_rows_own_tokens() -> None:

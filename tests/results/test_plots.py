@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 from moe_lab.results import charts, plots, style
 from moe_lab.results.aggregate import Aggregate, aggregate
+from moe_lab.results.figures import figures
 from tests import tiny
 from tests.results import synthetic
 
@@ -156,6 +158,43 @@ def test_the_front_is_drawn_by_setting(sweep: tuple[Path, Aggregate]) -> None:
         assert {series.name for panel in panels for series in panel.series} == {"sinkhorn/grouped", "sinkhorn/loop"}
     without = kept(sweep, router="torch")
     assert sum("measure.reference_router" in text for text in without.left_out) == 2
+
+
+def test_each_reference_has_a_front_of_its_own(sweep: tuple[Path, Aggregate]) -> None:
+    """Errors against different routers are not compared with each other."""
+    directory, found = sweep
+    summary = found.summary.copy()
+    there = summary["agreement.reference"].notna()
+    summary.loc[there & (summary["batch"] == 1), "agreement.reference"] = "mixtral"
+    panels = chart(charts.charts(directory, found.runs, summary), "latency_against_error").panels
+    assert {panel.title.rsplit(" ", 1)[1] for panel in panels} == {"torch", "mixtral"}
+    assert all(("batch=1," in panel.title + ",") == panel.title.endswith("mixtral") for panel in panels)
+
+
+def heat(kind: Any, *shape: int) -> charts.Heat | charts.Pairs:
+    """Counts of this shape."""
+    return kind("t", ["v"], list(range(shape[0])), np.ones(shape, int))
+
+
+@pytest.mark.parametrize(
+    ("panels", "layers"),
+    [
+        pytest.param([heat(charts.Pairs, 5, 300, 300)], [4], id="some layers of one"),
+        pytest.param([heat(charts.Pairs, 2, 300, 300), heat(charts.Pairs, 3, 300, 300)], [2, 2], id="and of the next"),
+        pytest.param([heat(charts.Pairs, 1, 700, 700)], [], id="no layer at all"),
+        pytest.param([heat(charts.Heat, 3, 300_000)], [1], id="experts"),
+    ],
+)
+def test_what_is_too_large_for_the_page_is_left_out_and_said(panels: list[Any], layers: list[int]) -> None:
+    """Layer by layer; a chart without any is no chart, for the page could not draw it."""
+    kind = "pairs" if isinstance(panels[0], charts.Pairs) else "heat"
+    one = charts.Chart("c", kind, "Co (words)", "x", "y", panels)  # type: ignore[arg-type]
+    drawn, left_out = figures(charts.Charts([one], [], ["v"], []))
+    assert [[len(panel["layers"]), len(panel["counts"])] for figure in drawn for panel in figure["panels"]] == [
+        [n, n] for n in layers
+    ]
+    assert len(drawn) == bool(layers)
+    assert f"Co: {sum(layers)} of {sum(len(panel.layers) for panel in panels)} layers" in left_out[0]
 
 
 def test_pairs_that_cannot_be_read_are_left_out(sweep: tuple[Path, Aggregate], tmp_path: Path) -> None:

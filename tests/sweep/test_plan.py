@@ -132,6 +132,27 @@ def test_refusing_stale_results_names_them(tmp_path: Path) -> None:
         make(tmp_path, "sweep.stale=refuse")
 
 
+def test_a_cell_that_was_not_compared_with_the_reference_router_is_to_do(tmp_path: Path) -> None:
+    """The configuration that is timed is the same; what is asked of it now is not in its record."""
+    for cell in make(tmp_path, "router=torch,sinkhorn").cells:
+        leave(cell)
+    assert make(tmp_path, "router=torch,sinkhorn").to_run() == []
+    asked = ["router=torch,sinkhorn", "measure.reference_router=torch"]
+    again = make(tmp_path, *asked)
+    assert len(again.to_run()) == 2 and "reference_router" in str(again.cells[0].reason)
+    for cell in again.cells:
+        leave(cell)
+    assert make(tmp_path, *asked).to_run() == []
+    assert make(tmp_path, "router=torch,sinkhorn").to_run() == []  # more than asked is no less
+    assert len(make(tmp_path, "router=torch,sinkhorn", "measure.reference_router=sinkhorn").to_run()) == 2
+
+
+def test_one_sweep_compares_with_one_router(tmp_path: Path) -> None:
+    """Two would be one cell, of which one is dropped."""
+    with pytest.raises(ValueError, match=r"measure\.reference_router.*one router"):
+        make(tmp_path, "router=torch", "measure.reference_router=torch,sinkhorn")
+
+
 def test_an_unreadable_record_is_to_do(tmp_path: Path) -> None:
     """It is set aside when the cell runs."""
     (cell,) = make(tmp_path).cells
