@@ -147,6 +147,7 @@ def plan_of(tmp_path: Path, environment: dict[str, str], *more: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_an_edit_of_what_a_cell_runs_makes_it_stale_and_a_commit_does_not(tmp_path: Path) -> None:
     """An edit of a router's source: stale, and the older result stays beside the new one. Of the report: not."""
     environment = installed_copy(tmp_path)

@@ -21,7 +21,9 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("when", [pytest.param("", id="at-once"), pytest.param("late_", id="while-timed")])
+@pytest.mark.parametrize(
+    "when", [pytest.param("", id="at-once"), pytest.param("late_", id="while-timed", marks=[pytest.mark.slow])]
+)
 def test_every_way_to_fail_is_a_row_and_the_others_are_measured(when: str, tmp_path: Path) -> None:
     """One group of six routers: five rows name the cause, the good one is timed, the exit code is 1."""
     plugin = faulty.plugin(tmp_path / "mine")
