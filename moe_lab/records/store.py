@@ -76,19 +76,25 @@ def set_aside_unreadable(directory: Path) -> Path | None:
 
 
 def set_aside_stale(directory: Path, cell_id: str, code_id: str, env_id: str | None) -> None:
-    """Keep a result of another configuration, code or machine beside the one to come.
+    """Keep a result of another configuration, code or machine, or one that is ok, beside the one to come.
 
-    `result.json`, `samples.npz` and `routing.npz` become `stale-<code_id>-<env_id>.result.json` and so on.
+    `result.json`, `samples.npz` and `routing.npz` become `stale-<code_id>-<env_id>.result.json` and so on, the next of
+    the same code and machine `stale-<code_id>-<env_id>-2.result.json`.
     """
     try:
         record = read_record(directory)
     except (FileNotFoundError, ValueError):
         return
-    if (record.cell_id, record.code_id, record.env_id) == (cell_id, code_id, env_id):
+    if (record.cell_id, record.code_id, record.env_id) == (cell_id, code_id, env_id) and record.status != "ok":
         return
+    prefix = stale = f"stale-{record.code_id}-{record.env_id}"
+    number = 1
+    while (directory / f"{stale}.{RESULT}").exists():
+        number += 1
+        stale = f"{prefix}-{number}"
     for name in (SAMPLES, ROUTING, RESULT):  # the record last: until then the rest belongs to it
         if (directory / name).exists():
-            os.replace(directory / name, directory / f"stale-{record.code_id}-{record.env_id}.{name}")
+            os.replace(directory / name, directory / f"{stale}.{name}")
 
 
 def read_record(directory: Path) -> Record:

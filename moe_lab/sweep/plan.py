@@ -217,10 +217,15 @@ def judge(cell: Cell, sweep: Mapping[str, Any]) -> None:
         cell.status, cell.reason = "stale", f"of another {' and '.join(different)}"
     elif record.status == "failed" and sweep["retry_failed"]:
         cell.reason = f"failed before: {record.reason}"
-    elif record.status == "ok" and _reference(cell.config) not in (None, _reference(record.config)):
-        cell.reason = "not compared with this measure.reference_router"
+    elif _lacks_reference(cell, record) and sweep["stale"] != "keep":
+        cell.status, cell.reason = "stale", "not compared with this measure.reference_router"
     else:
         cell.status, cell.is_ok = "done", record.status == "ok"
+
+
+def _lacks_reference(cell: Cell, record: Record) -> bool:
+    """Whether the record has not the comparison that the cell asks for."""
+    return record.status == "ok" and _reference(cell.config) not in (None, _reference(record.config))
 
 
 def _reference(config: Mapping[str, Any]) -> Any:

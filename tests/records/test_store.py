@@ -291,3 +291,28 @@ def test_arrays_that_cannot_be_written_leave_the_old_ones(tmp_path: Path, monkey
     with np.load(path) as content:
         assert content["ms"].tolist() == [1.0, 1.0, 1.0]
     assert os.listdir(tmp_path) == ["samples.npz"]
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        pytest.param({}, True, id="ok: to be looked at anew"),
+        pytest.param({"status": "failed"}, False, id="failed: nothing to keep"),
+        pytest.param({"status": "failed", "code_id": "2" * 12}, True, id="of other code"),
+    ],
+)
+def test_a_result_that_is_to_be_replaced_is_kept_if_it_says_something(
+    tmp_path: Path, change: dict[str, Any], kept: bool
+) -> None:
+    """With its samples; a second one of the same code and machine has a name of its own."""
+    for number in (1, 2):
+        record = tiny.record(env_id="3" * 12, name=f"run {number}", **change)
+        write_record(tmp_path, record)
+        write_arrays(tmp_path / "samples.npz", {"ms": np.array([float(number)])})
+        store.set_aside_stale(tmp_path, record.cell_id, "1" * 12, record.env_id)
+        assert (tmp_path / RESULT).exists() != kept
+    stale = sorted(tmp_path.glob("stale-*.result.json"), key=lambda path: len(path.name))
+    assert [json.loads(path.read_text())["name"] for path in stale] == (["run 1", "run 2"] if kept else [])
+    for number, path in enumerate(stale, 1):
+        with np.load(path.with_name(path.name.replace(RESULT, "samples.npz"))) as arrays:
+            assert arrays["ms"].tolist() == [number]

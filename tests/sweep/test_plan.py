@@ -139,7 +139,9 @@ def test_a_cell_that_was_not_compared_with_the_reference_router_is_to_do(tmp_pat
     assert make(tmp_path, "router=torch,sinkhorn").to_run() == []
     asked = ["router=torch,sinkhorn", "measure.reference_router=torch"]
     again = make(tmp_path, *asked)
-    assert len(again.to_run()) == 2 and "reference_router" in str(again.cells[0].reason)
+    assert [cell.status for cell in again.cells] == ["stale"] * 2 and again.to_run() == again.cells
+    assert "reference_router" in str(again.cells[0].reason)
+    assert make(tmp_path, *asked, "sweep.stale=keep").to_run() == []
     for cell in again.cells:
         leave(cell)
     assert make(tmp_path, *asked).to_run() == []
