@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_lab.measure.routing_metrics import worst_of
 from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.routers.base import RouteContext, Router, Routing, gate_logits
@@ -158,12 +159,8 @@ def _summary(found: Sequence[Difference], layer_ids: Sequence[int]) -> dict[str,
     for one in found[1:]:
         pooled = pooled + one
     layers = [one.measures() for one in found]
-    worst = {}
-    for name, worse in WORSE.items():
-        values = [value for one in layers if (value := one[name]) is not None]
-        worst[name] = worse(values) if values else None
     return {
         "pooled": pooled.measures(),
-        "worst": worst,
+        "worst": worst_of(layers, WORSE),
         "layers": [{"layer": index, **one} for index, one in zip(layer_ids, layers, strict=True)],
     }

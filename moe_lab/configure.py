@@ -31,10 +31,8 @@ LAUNCHER = "hydra_plugins.moe_lab_launcher.MoeLabLauncher"
 _IS_HYDRA_1_4 = not hydra.__version__.startswith("1.3.")
 VERSION_BASE = {} if _IS_HYDRA_1_4 else {"version_base": "1.3"}
 _IN_WORDS = (ValueError, UnavailableError, OSError)  # their messages are sentences already
-_REFERENCE = (
-    "measure.reference_router=",
-    "router@measure.reference_router=",
-)  # as it is typed, and in Hydra's language
+# As it is typed, and in Hydra's language.
+_REFERENCE = ("measure.reference_router=", "router@measure.reference_router=")
 _NOT_FOR_TYPING = ("_target_", "ignores", "overrides", "hydra")  # keys that nobody sets on the command line
 SWEEP_NAME = "MOE_LAB_SWEEP_NAME"  # an environment variable, so that a launcher's processes agree on it
 

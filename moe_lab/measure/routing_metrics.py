@@ -33,7 +33,7 @@ other in every layer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,18 +189,20 @@ def metrics(stats: RoutingStats) -> Metrics:
     return result
 
 
+def worst_of(layers: Sequence[Metrics], worse: Mapping[str, Callable[[Sequence[float]], float]]) -> Metrics:
+    """For each name the worse of the layers that have a value; None if none has."""
+    known = {name: [value for one in layers if (value := one[name]) is not None] for name in worse}
+    return {name: worse[name](values) if values else None for name, values in known.items()}
+
+
 def summarize(layers: Sequence[RoutingStats], layer_ids: Sequence[int]) -> dict[str, Any]:
     """The record's `routing`: {pooled, worst, layers} of at least one layer."""
     per_layer = [metrics(stats) for stats in layers]
     pooled = layers[0]
     for stats in layers[1:]:
         pooled = pooled + stats
-    worst: Metrics = {}
-    for name, worse in WORSE.items():
-        values = [value for one in per_layer if (value := one[name]) is not None]
-        worst[name] = worse(values) if values else None
     return {
         "pooled": metrics(pooled),
-        "worst": worst,
+        "worst": worst_of(per_layer, WORSE),
         "layers": [{"layer": layer, **one} for layer, one in zip(layer_ids, per_layer, strict=True)],
     }

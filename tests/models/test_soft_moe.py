@@ -302,6 +302,13 @@ def config(model: str, *more: str) -> DictConfig:
     return make("router=soft", *more)
 
 
+def assert_verified(cfg: DictConfig) -> None:
+    """`verify` raises for a mismatch; its check says so, too."""
+    run = tiny.built(cfg)
+    run.verify()
+    assert run.verification is not None and run.verification.check.passed
+
+
 @MODELS
 @DTYPES
 @BOTH
@@ -322,14 +329,14 @@ def test_a_correct_run_passes(model: str, dtype: str, experts: ExpertsImpl, seed
 @pytest.mark.parametrize("execution", [pytest.param(name, id=name) for name in ("eager", "cuda_graph", "compile")])
 def test_a_correct_run_passes_on_cuda(model: str, dtype: str, execution: str) -> None:
     """In every dtype and execution."""
-    tiny.built(config(model, "device=cuda", f"dtype={dtype}", f"execution={execution}")).verify()
+    assert_verified(config(model, "device=cuda", f"dtype={dtype}", f"execution={execution}"))
 
 
 @needs_cxx
 @MODELS
 def test_a_correct_run_compiles(model: str) -> None:
     """Captured whole, and verified like the others."""
-    tiny.built(config(model, "execution=compile", "dtype=bf16")).verify()
+    assert_verified(config(model, "execution=compile", "dtype=bf16"))
 
 
 @pytest.mark.parametrize(
@@ -344,7 +351,7 @@ def test_a_correct_run_compiles(model: str) -> None:
 @DTYPES
 def test_every_size_of_the_decoder_is_verified(more: list[str], dtype: str) -> None:
     """The reference follows the model's options."""
-    tiny.built(config("decoder_moe", f"dtype={dtype}", *more)).verify()
+    assert_verified(config("decoder_moe", f"dtype={dtype}", *more))
 
 
 def test_the_record_says_what_its_load_is(tmp_path: Path) -> None:
