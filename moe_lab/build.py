@@ -12,11 +12,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from moe_lab.config import Workload
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.weights import ExpertsImpl
+from moe_lab.models import checkpoint_config
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.parameters import adopt, initialize, without_storage
+from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.soft_moe import SoftMoELayer
+from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import store
 from moe_lab.records.identity import digest, option_name
 from moe_lab.routers.base import PROPERTIES, Router, Routing, gate_logits
@@ -24,6 +28,7 @@ from moe_lab.routers.soft import SoftMoE
 from moe_lab.targets import instantiate, locate
 from moe_lab.workloads import loads
 
+CHECKPOINT, NATIVE = "moe_lab.models.checkpoint.Checkpoint", "moe_lab.routers.native.native"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -57,16 +62,38 @@ def build_router(cfg: DictConfig, n_experts: int | None = None, top_k: int | Non
         UnavailableError: the implementation asked for cannot run here.
         ValueError: the model has no experts and no sizes were given.
     """
-    sizes = cfg.model.get("shape") or cfg.model
-    n_experts, top_k = n_experts or sizes.get("n_experts"), top_k or sizes.get("top_k")
+    if n_experts is None or top_k is None:
+        sizes = cfg.model.get("shape") or cfg.model
+        if is_checkpoint(cfg.model):
+            settings = checkpoint_config.read(cfg.model.path)
+            sizes = {"n_experts": settings.n_experts, "top_k": settings.top_k}
+        n_experts, top_k = n_experts or sizes.get("n_experts"), top_k or sizes.get("top_k")
     if n_experts is None or top_k is None:
         raise ValueError(f"model={cfg.model.name} has no experts: give build_router n_experts and top_k.")
-    return _make_router(cfg.router, n_experts, top_k)
+    return _make_router(cfg, cfg.router, n_experts, top_k)
 
 
-def _make_router(node: DictConfig, n_experts: int, top_k: int) -> Router:
+def is_checkpoint(node: DictConfig) -> bool:
+    """Whether the model of this node comes from the folder of a checkpoint."""
+    return str(node.get("_target_")) == CHECKPOINT
+
+
+def is_native(node: DictConfig) -> bool:
+    """Whether the router of this node is `router=native`."""
+    return str(node.get("_target_")) == NATIVE
+
+
+def native_router(cfg: DictConfig) -> DictConfig:
+    """The node of `router=native`, for a configuration whose router is another."""
+    return OmegaConf.create({"_target_": NATIVE, "name": "native", "impl": "auto", "top_k": None})
+
+
+def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int) -> Router:
     top_k = node.get("top_k") or top_k
-    inner = {"inner": _make_router(node.inner, n_experts, top_k)} if "inner" in node else {}
+    inner = {"inner": _make_router(cfg, node.inner, n_experts, top_k)} if "inner" in node else {}
+    if is_native(node) and is_checkpoint(cfg.model):  # what it is stands in the checkpoint's own configuration
+        native = OmegaConf.create(checkpoint_config.read(cfg.model.path).router)
+        node = OmegaConf.create({"name": node.name, "impl": node.impl, **native})
     keys = [str(key) for key in node if key not in ("top_k", "inner", "calibration_tokens")]
     try:
         router = instantiate(OmegaConf.masked_copy(node, keys), n_experts=n_experts, top_k=top_k, **inner)
@@ -142,7 +169,7 @@ def _calibrate(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
         tokens_per_sequence = 1 if "seq_len" in cfg.model.get("ignores", ()) else cfg.seq_len
         fitted = cfg.router.inner if "inner" in cfg.router else cfg.router  # capacity passes `fit` on
         batch = -(-fitted.get("calibration_tokens", 4096) // tokens_per_sequence)
-        model(build_input(cfg, model, device, batch=batch, seed=cfg.seed + 1))
+        model(build_input(cfg, model, device, batch=batch, seq_len=cfg.seq_len, seed=cfg.seed + 1))
     finally:
         for handle in handles:
             handle.remove()
@@ -184,6 +211,12 @@ def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
         ValueError: the model makes its MoE layers so that they would not be those of the router.
     """
     router, load = option_name(cfg.router), cfg.workload.get("load", "native")
+    kind = cfg.workload.get("phase", "forward")
+    if kind != "forward" and not isinstance(model, TransformerDecoder):
+        raise UnavailableError(
+            f"workload.phase={kind} needs a decoder that keeps keys and values, and model={option_name(cfg.model)} is "
+            "none; use workload.phase=forward, or model=decoder_moe, transformer_decoder or checkpoint"
+        )
     for layer in model.modules():
         if not isinstance(layer, MoELayer):
             continue
@@ -196,6 +229,11 @@ def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
             raise UnavailableError(
                 f"router={router} reads the tokens' ids, and model={option_name(cfg.model)} is fed "
                 "hidden states; use a model with an embedding, as decoder_moe"
+            )
+        if kind == "decode" and isinstance(layer, SoftMoELayer):
+            raise UnavailableError(
+                f"router={router} mixes the tokens of a whole sequence, of which a decode step has one; use "
+                "workload.phase=forward or prefill, or another router"
             )
         if load != "native" and isinstance(layer, SoftMoELayer):
             raise UnavailableError(
@@ -235,7 +273,7 @@ def _load_keys(cfg: DictConfig) -> dict[str, float]:
 def force_load(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[Routing, ...] | None:
     """The routing of each layer that gives the experts the load of `cfg.workload.load`; None for `native`.
 
-    Its weights are those of the native pass.
+    Its weights are those of the native pass of `model`, which may be a phase of serving it (`build_task`).
     """
     load = cfg.workload.get("load", "native")
     layers = [layer for layer in model.modules() if isinstance(layer, MoELayer)]
@@ -286,18 +324,67 @@ def load_difference(cfg: DictConfig, model: nn.Module, forced: Sequence[Routing]
     return max(found, default=None)
 
 
+def n_positions(cfg: DictConfig) -> int:
+    """How long a sequence gets."""
+    return int(cfg.seq_len + (cfg.workload.context_len if cfg.workload.get("phase") == "decode" else 0))
+
+
 def build_input(
-    cfg: DictConfig, model: nn.Module, device: torch.device, *, batch: int | None = None, seed: int | None = None
+    cfg: DictConfig,
+    model: nn.Module,
+    device: torch.device,
+    *,
+    batch: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
 ) -> Tensor:
-    """The one input of `model` that `cfg.workload` gives, for `cfg.batch` and `cfg.seed` unless others are given."""
+    """The one input of `model` that `cfg.workload` gives; batch, length and seed are those of `cfg` unless given.
+
+    Raises:
+        ValueError: the workload does not fit the model.
+    """
+    seq_len = seq_len or n_positions(cfg)
+    longest = getattr(model, "max_positions", None)
+    if longest is not None and seq_len > longest:
+        raise ValueError(
+            f"seq_len={cfg.seq_len}: with workload.phase={cfg.workload.phase} a sequence has {seq_len} tokens, and the "
+            f"model is made for {longest}; lower seq_len or workload.context_len."
+        )
     workload = locate(cfg.workload._target_)
     x: Tensor = workload(
         model=model,
         batch=batch or cfg.batch,
-        seq_len=cfg.seq_len,
+        seq_len=seq_len,
         seed=cfg.seed if seed is None else seed,
         device=device,
         dtype=DTYPES[cfg.dtype.name],
         phase=cfg.workload.phase,
+        **_own_keys(cfg.workload),
     )
     return x
+
+
+def _own_keys(workload: DictConfig) -> dict[str, Any]:
+    """The keys of a workload that not every one has; a user's own has what it has."""
+    content = OmegaConf.to_container(workload, resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items() if key not in (*Workload.__dataclass_fields__, "ignores")}
+
+
+def build_task(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[nn.Module, tuple[Routing, ...] | None]:
+    """What is timed: the model itself, or a phase of serving it; and the routing of the cached context, if any.
+
+    Raises:
+        UnavailableError: the model keeps no keys and values.
+    """
+    kind = cfg.workload.get("phase", "forward")
+    if kind == "forward":
+        if isinstance(model, TransformerDecoder):
+            model.rope.reserve(n_positions(cfg), x.device)
+        return model, None
+    assert isinstance(model, TransformerDecoder)  # `require_runnable` has looked
+    cache = model.make_cache(len(x), n_positions(cfg))
+    if kind == "prefill":
+        return Prefill(model, cache), None
+    task = Decode(model, cache, cfg.workload.context_len)
+    return task, task.fill(x)

@@ -1,4 +1,4 @@
-"""The words that may stand first behind `moe-lab`, beside Hydra's language: plan, report, compare, list, doctor."""
+"""The words that may stand first behind `moe-lab`, beside Hydra's language: plan, report, compare, generate, ..."""
 
 from __future__ import annotations
 
@@ -62,6 +62,20 @@ def _list(arguments: list[str]) -> int:
     return OK
 
 
+def _generate(arguments: list[str]) -> int:
+    parser = Parser(prog="moe-lab generate", description="The text that a checkpoint writes.")
+    parser.add_argument("prompt", help="what it goes on from")
+    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="model.path=DIR, router=..., dtype=..., ...")
+    parser.add_argument("--max-tokens", type=int, default=200, help="at most so many tokens (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: always the likeliest token")
+    parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
+    given = parser.parse_intermixed_args(arguments)
+    from moe_lab import generate
+
+    generate.main(given.prompt, given.overrides, given.config_dir, given.max_tokens, given.temperature)
+    return OK
+
+
 def _doctor(arguments: list[str]) -> int:
     parser = Parser(prog="moe-lab doctor", description="What this machine is and what can run on it.")
     parser.add_argument(
@@ -83,6 +97,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "report": _report,
     "compare": _compare,
+    "generate": _generate,
     "list": _list,
     "doctor": _doctor,
 }

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
 from moe_lab.records.variants import COMPARE
 
 DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 LOADS = ("native", "balanced", "random", "zipf", "hot", "one_hot", "replay")
+PHASES = ("forward", "prefill", "decode")
 EXECUTIONS = ("eager", "compile", "cuda_graph")
 STALE = ("rerun", "keep", "refuse")
 _GROUPS = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
@@ -100,6 +101,17 @@ class MoELayerModel:
 
 
 @dataclass
+class Checkpoint:
+    """model=checkpoint: a trained model in Hugging Face format; its sizes stand in its own config.json."""
+
+    _target_: str = "moe_lab.models.checkpoint.Checkpoint"
+    name: str = "checkpoint"
+    ignores: list[str] = field(default_factory=list)
+    path: str = MISSING
+    implementation: str = "auto"
+
+
+@dataclass
 class RouterOption:
     """What every router of the package has."""
 
@@ -108,6 +120,13 @@ class RouterOption:
     impl: str = "auto"
     top_k: int | None = None
     """Instead of the model's."""
+
+
+@dataclass
+class Native(RouterOption):
+    """The router that a checkpoint was trained with."""
+
+    _target_: str = "moe_lab.routers.native.native"
 
 
 @dataclass
@@ -251,11 +270,20 @@ class Workload:
     _target_: str = MISSING
     name: str = MISSING
     phase: str = "forward"
+    context_len: int = 128
     load: str = "native"
     zipf_exponent: float = 1.0
     hot_experts: int = 1
     hot_share: float = 0.5
     trace: str | None = None
+
+
+@dataclass
+class Text(Workload):
+    """Real text."""
+
+    _target_: str = "moe_lab.workloads.text.text_input"
+    path: Any = MISSING
 
 
 @dataclass
@@ -283,6 +311,8 @@ class Measure:
     reference_router: Any = None
     phases: bool = True
     roofline: bool = True
+    quality: bool = True
+    quality_tokens: int | None = 65536
     target_ci: float = 0.02
     max_time_s: float = 10.0
     warmup_s: float = 0.5
@@ -341,9 +371,11 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "transformer_decoder": TransformerDecoder,
         "decoder_moe": DecoderMoE,
         "moe_layer": MoELayerModel,
+        "checkpoint": Checkpoint,
     },
     "model/shape": {"shape": Shape},
     "router": {
+        "native": Native,
         "softmax_topk": SoftmaxTopK,
         "scored_topk": ScoredTopK,
         "sinkhorn": Sinkhorn,
@@ -360,7 +392,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "capacity": Capacity,
     },
     "experts": {"experts": Experts},
-    "workload": {"workload": Workload},
+    "workload": {"workload": Workload, "text": Text},
     "device": {"device": Device},
     "dtype": {"dtype": Dtype},
     "execution": {"execution": Execution},
@@ -429,7 +461,10 @@ def validate(cfg: DictConfig) -> None:
     _more_than_zero(cfg, "measure.target_ci measure.max_time_s sweep.timeout_s")
     _at_least(cfg, "measure.replicates", 1)
     _validate_sweep(cfg)
-    _one_of(cfg, "workload.phase", ("forward",))
+    _one_of(cfg, "workload.phase", PHASES)
+    _at_least(cfg, "workload.context_len measure.quality_tokens", 1)
+    if "path" in cfg.workload and not _is_paths(cfg.workload.path):
+        raise ValueError(f"workload.path={cfg.workload.path}: give a file, a folder, or a list of those.")
     _one_of(cfg, "workload.load", LOADS)
     if cfg.workload.get("load") == "replay" and not cfg.workload.get("trace"):
         raise ValueError(
@@ -475,6 +510,11 @@ def _validate_sweep(cfg: DictConfig) -> None:
         raise ValueError(
             f"measure.replicates={cfg.measure.replicates}: each is a fresh process; leave out sweep.worker=false."
         )
+
+
+def _is_paths(value: Any) -> bool:
+    paths = value if isinstance(value, ListConfig) else [value]
+    return len(paths) > 0 and all(isinstance(path, str) and path for path in paths)
 
 
 def _is_ours(node: DictConfig) -> bool:
@@ -546,6 +586,8 @@ def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bo
         key = override.lstrip("+~").split("=", 1)[0]
         if key in labels:
             raise ValueError(f"{override}: {key} says what an option is; choose another option of the group instead.")
+        if key == "workload.context_len" and cfg.workload.get("phase") != "decode" and not in_a_sweep:
+            raise ValueError(f"{override}: only workload.phase=decode reads it; leave it out, or give that phase.")
         group = key.split(".")[0].split("@")[0]
         if group in ignores and not in_a_sweep:
             raise ValueError(f"{override}: model={cfg.model.get('name')} does not read {group}; leave it out.")

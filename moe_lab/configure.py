@@ -113,6 +113,7 @@ moe-lab -m router=torch,sinkhorn batch=1,8      every combination, with tables, 
 moe-lab plan -m router=torch,sinkhorn batch=1,8 what that would do
 moe-lab report DIR                              tables, plots and the report page of a folder of results
 moe-lab compare A B                             faster, slower, the same: two folders of results
+moe-lab generate TEXT model.path=DIR            the text that a checkpoint writes
 moe-lab list [GROUP]                            the options and what they are
 moe-lab doctor [--noise]                        what runs on this machine, and how noisy it is
 

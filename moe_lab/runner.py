@@ -27,17 +27,24 @@ from moe_lab.config import validate
 from moe_lab.errors import MismatchError, UnavailableError
 from moe_lab.measure import environment, memory, phases, roofline, routing_metrics, statistics
 from moe_lab.measure.clocks import STEPS, Block, Step
+from moe_lab.models import Output
+from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.layers import AddRMSNorm
 from moe_lab.models.parameters import parameter_bytes, reference_twin, shareable
+from moe_lab.models.serving import Decode, Prefill, Serving
+from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.ops import segment_mm
+from moe_lab.quality import quality
 from moe_lab.records import identity, store
 from moe_lab.records.schema import Latency, Ratio, Record
-from moe_lab.routers.base import PROPERTIES
-from moe_lab.verify import Verification, exact_products, moe_layers, verify
+from moe_lab.routers.base import PROPERTIES, Routing
+from moe_lab.verify import Verification, exact_products, moe_layers, verify, verify_decode
+from moe_lab.workloads import text
 
 log = logging.getLogger("moe_lab")
 
 _LOAD_TOLERANCE = 0.02  # share of the slots
+_STEPS_OBSERVED = 16  # of decoding, for what is a mean over steps
 _BLOCK_S = 0.1  # a block of iterations takes about so long: short beside drift, long beside bookkeeping
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # the first is ten times as fast, where libyaml is
 
@@ -94,14 +101,14 @@ class Run:
         cfg = self.cfg
         self.device = build.resolve_device(cfg)
         self.model: nn.Module = build.build_model(cfg, self.device, donor)
-        self.twin: nn.Module = reference_twin(self.model)
-        self.x = build.build_input(cfg, self.model, self.device)
         build.require_runnable(cfg, self.model)
-        for _, layer in moe_layers(self.model):
-            self.warnings += [text for text in layer.router.warnings(self.n_tokens) if text not in self.warnings]
-        self.forced = build.force_load(cfg, self.model, self.x)
+        self.x = build.build_input(cfg, self.model, self.device)
+        self.task, self.context = build.build_task(cfg, self.model, self.x)
+        self.twin: nn.Module = reference_twin(self.model)
+        self._look_at_the_input()
+        self.forced = build.force_load(cfg, self.task, self.x)
         self.implementation = self._implementation()
-        self.step: Step = STEPS[cfg.execution.name](self.model, self.x, self.forced)
+        self.step: Step = STEPS[cfg.execution.name](self.task, self.x, self.forced)
         self._look_at_the_load()
         log.info(
             "built %s on %s: %.1f MB of parameters",
@@ -109,6 +116,23 @@ class Run:
             self.device,
             parameter_bytes(self.model) / 1e6,
         )
+
+    def _look_at_the_input(self) -> None:
+        """Warnings for a router that is told too little, and for a trained model that is told nothing."""
+        for _, layer in moe_layers(self.model):
+            self.warnings += [text for text in layer.router.warnings(self.n_tokens) if text not in self.warnings]
+        if not isinstance(self.model, Checkpoint):
+            return
+        if self.cfg.workload.get("name") == "random":
+            self.warnings.append(
+                "workload=random: a trained model routes random ids otherwise than text, so load and latency are not "
+                "those of its use; use workload=text."
+            )
+        if untrained := self.model.untrained():
+            self.warnings.append(
+                f"router={identity.option_name(self.cfg.router)}: checkpoints hold no {', '.join(untrained)} for it, "
+                "so that is 0 in every layer."
+            )
 
     def _look_at_the_load(self) -> None:
         """A warning for a layer whose experts are loaded otherwise than they were asked to be."""
@@ -121,8 +145,26 @@ class Run:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of one iteration."""
-        return int(self.cfg.batch) * (1 if "seq_len" in self.cfg.model.get("ignores", ()) else int(self.cfg.seq_len))
+        """Tokens of one iteration; of decoding, one for each sequence."""
+        is_one = "seq_len" in self.cfg.model.get("ignores", ()) or self._decodes
+        return int(self.cfg.batch) * (1 if is_one else int(self.cfg.seq_len))
+
+    @property
+    def _decodes(self) -> bool:
+        return bool(self.cfg.workload.get("phase") == "decode")
+
+    def _outputs(self, most: int | None = None) -> Iterator[Output]:
+        """What the run's own execution computes: one pass, or every step of decoding (or `most`, evenly spread).
+
+        When a step is given out, the run stands at its position; its tensors hold until the next is asked for.
+        """
+        if not isinstance(self.task, Decode):
+            yield self.step()
+            return
+        n = self.task.n_steps
+        for index in sorted({i * n // (most or n) for i in range(most or n)}):
+            self.task.seek(index)
+            yield self.step()
 
     def verify(self) -> None:
         """Take the peak memory of one iteration, then check the step's own output against the fp32 reference.
@@ -137,8 +179,18 @@ class Run:
         self.peak_bytes = peak_bytes
 
     def _verify_step(self) -> None:
-        forced, fuses = self.forced is not None, self.step.fuses
-        self.verification = verify(self.model, self.twin, self.x, self.step(), self.dtype, fuses=fuses, forced=forced)
+        how = {"fuses": self.step.fuses, "forced": self.forced is not None}
+        if isinstance(self.task, Decode):
+            assert isinstance(self.twin, TransformerDecoder) and self.context is not None
+            steps = [_kept(output) for output in self._outputs()]
+            self.verification = verify_decode(self.task, self.twin, self.x, steps, self.context, self.dtype, **how)
+            self.task.seek(0)
+        else:
+            twin = self.twin
+            if isinstance(self.task, Prefill):
+                assert isinstance(twin, TransformerDecoder)
+                twin = self.task.on(twin)
+            self.verification = verify(self.task, twin, self.x, self.step(), self.dtype, **how)
         if self.x.is_cuda:
             torch.cuda.empty_cache()  # what the reference took
         log.info("verified: %s", self.verification.check)
@@ -198,6 +250,7 @@ class Run:
             (measure.get("reference_router") is not None, "agreement", self._observe_agreement),
             (measure.phases, "phases_ms", self._observe_phases),
             (measure.roofline, "roofline", self._observe_roofline),
+            (measure.get("quality", True), "quality", self._observe_quality),
         ):
             try:
                 with torch.inference_mode():
@@ -207,11 +260,31 @@ class Run:
                 self.warnings.append(f"{name} could not be observed: {_reason(error)}")
 
     def _observe_routing(self) -> dict[str, Any] | None:
-        """Metrics of the routing that the step's own execution realises."""
-        layers, routings = moe_layers(self.model), self.step().routings
-        if not routings:
+        """Metrics of the routing that the run's own execution realises; of decoding the mean over some of its steps."""
+        layers = moe_layers(self.model)
+        if not layers:
             return None
-        stats, handles = [], []
+        ids, found, recorded = [index for index, _ in layers], [], []
+        for output in self._outputs(_STEPS_OBSERVED if self._decodes else None):
+            found.append(self._routing_stats(output.routings))
+            recorded.append([routing.expert_ids_TK.cpu() for routing in output.routings])
+        total = [sum(of_layer[1:], of_layer[0]) for of_layer in zip(*found, strict=True)]
+        self.routing_arrays = {
+            "layer": np.array(ids),
+            "counts_LE": np.stack([one.counts_E for one in total]),
+            "mean_score_LE": np.stack([one.prob_sum_E / max(one.tokens, 1) for one in total]),
+            "coactivation_LEE": np.stack([one.pairs_EE for one in total]).astype(np.int32),
+        }
+        if self.cfg.measure.record_routing:
+            widest = max(ids_TK.shape[1] for of_step in recorded for ids_TK in of_step)
+            padded = [[_padded(ids_TK, widest) for ids_TK in of_step] for of_step in recorded]
+            self.routing_arrays["expert_ids_LTK"] = np.concatenate([np.stack(of_step) for of_step in padded], axis=1)
+        summary = routing_metrics.mean_of([routing_metrics.summarize(stats, ids) for stats in found])
+        return {**summary, "steps": len(found)} if self._decodes else summary
+
+    def _routing_stats(self, routings: Sequence[Routing]) -> list[routing_metrics.RoutingStats]:
+        """Of each MoE layer, in an eager pass by these routings."""
+        stats: list[routing_metrics.RoutingStats] = []
 
         def look(layer: Any, arguments: tuple[Any, ...], result: tuple[Any, ...]) -> None:
             logits_TE = layer.logits(arguments[0])
@@ -224,24 +297,13 @@ class Run:
                 )
             )
 
+        handles = [layer.register_forward_hook(look) for _, layer in moe_layers(self.model)]
         try:
-            handles = [layer.register_forward_hook(look) for _, layer in layers]
-            self.model(self.x, forced_routing=routings)
+            self.task(self.x, forced_routing=routings)
         finally:
             for handle in handles:
                 handle.remove()
-        ids = [index for index, _ in layers]
-        self.routing_arrays = {
-            "layer": np.array(ids),
-            "counts_LE": np.stack([one.counts_E for one in stats]),
-            "mean_score_LE": np.stack([one.prob_sum_E / max(one.tokens, 1) for one in stats]),
-            "coactivation_LEE": np.stack([one.pairs_EE for one in stats]).astype(np.int32),
-        }
-        if self.cfg.measure.record_routing:
-            widest = max(routing.expert_ids_TK.shape[1] for routing in routings)
-            padded = [_padded(routing.expert_ids_TK, widest) for routing in routings]
-            self.routing_arrays["expert_ids_LTK"] = np.stack(padded)
-        return routing_metrics.summarize(stats, ids)
+        return stats
 
     def _observe_agreement(self) -> dict[str, Any] | None:
         """How far routes and outputs are from those of `measure.reference_router`, in a pass of its own."""
@@ -259,7 +321,12 @@ class Run:
         cfg.router, cfg.execution.name = cfg.measure.reference_router, "eager"
         reference = build.build_model(cfg, self.device, shareable(self.model))
         build.require_runnable(cfg, reference)
-        found = agreement(self.model, reference, self.x, self.step(), fuses=self.step.fuses)
+        other = reference
+        if isinstance(self.task, Serving):
+            assert isinstance(reference, TransformerDecoder) and isinstance(self.task, Prefill | Decode)
+            reference.rope.reserve(build.n_positions(cfg), self.x.device)
+            other = self.task.on(reference)
+        found = agreement(self.task, other, self.x, self.step(), fuses=self.step.fuses)
         name, seconds = identity.option_name(cfg.router), time.perf_counter() - begun
         log.info("agreement with router=%s looked at in %.2f s", name, seconds)
         return {"reference": name, "seconds": seconds, **found}
@@ -267,12 +334,44 @@ class Run:
     def _observe_phases(self) -> dict[str, Any]:
         graph_p50_ms = float(np.median(self.samples_ms())) if self.cfg.execution.name == "cuda_graph" else None
         seconds = min(1.0, self.cfg.measure.max_time_s / 4)
-        return phases.measure_phases(Step(self.model, self.x, self.forced), seconds, graph_p50_ms)
+        return phases.measure_phases(Step(self.task, self.x, self.forced), seconds, graph_p50_ms)
 
     def _observe_roofline(self) -> dict[str, Any]:
         assert self.verification is not None
         p50_ms = float(np.median(self.samples_ms()))
-        return roofline.roofline(self.model, self.x, self.step(), self.verification.flops, p50_ms, self.dtype)
+        moved = []
+        for output in self._outputs(_STEPS_OBSERVED):
+            read = self.x if not isinstance(self.task, Decode) else self.x.index_select(1, self.task.position_1)
+            cached = self.task.cached_bytes() if isinstance(self.task, Serving) else 0
+            moved.append(roofline.least_bytes(self.model, read, output) + cached)
+        return roofline.roofline(
+            round(float(np.mean(moved))), self.verification.flops, p50_ms, self.x.device, self.dtype
+        )
+
+    def _observe_quality(self) -> dict[str, Any] | None:
+        """What the router does to predictions of the workload's text, in whole sequences; None without a text."""
+        cfg = self.cfg
+        if cfg.workload.get("name") != "text" or self._decodes:
+            return None
+        assert self.device is not None
+        vocab_size: Any = self.model.vocab_size
+        domains = text.read_domains(cfg.workload.path, vocab_size, getattr(self.model, "tokenizer_file", None))
+        wanted = cfg.measure.get("quality_tokens")
+        n_windows = None if wanted is None else max(wanted // (cfg.batch * cfg.seq_len), 1) * cfg.batch
+        windows = text.windows(domains, cfg.seq_len, n_windows, cfg.seed)
+        native: nn.Module | None = None
+        if isinstance(self.model, Checkpoint):
+            native = self.model
+            if not build.is_native(cfg.router) or cfg.router.top_k is not None:
+                other = copy.copy(cfg)
+                other.router = build.native_router(cfg)
+                native = build.build_model(other, self.device, shareable(self.model))
+        found, counts_LGE = quality(self.model, native, windows, cfg.batch, self.device)
+        if counts_LGE.size:
+            self.routing_arrays |= {"domain_counts_LGE": counts_LGE, "domain": np.array(windows.names)}
+        if windows.left_out:
+            self.warnings.append(f"quality: too short for one window of seq_len tokens: {', '.join(windows.left_out)}.")
+        return found
 
     def _implementation(self) -> dict[str, str]:
         """Who computes what."""
@@ -328,6 +427,13 @@ class Run:
             f"(measure.target_ci={self.cfg.measure.target_ci}); raise measure.max_time_s or quieten the machine."
         ]
 
+    def _throughput(self, p50_ms: float) -> dict[str, float]:
+        found = {
+            "tokens_per_s": self.n_tokens / (p50_ms / 1e3),
+            "time_per_token_us": p50_ms * 1e3 / self.n_tokens,
+        }
+        return {**found, "time_per_output_token_ms": p50_ms} if self._decodes else found
+
     def record(self, status: str = "ok", reason: str | None = None) -> Record:
         """What is known so far, as a record."""
         cfg = self.cfg
@@ -350,12 +456,7 @@ class Run:
             implementation=self.implementation,
             latency_ms=latency,
             ratio_to_anchor=self.ratio,
-            throughput={
-                "tokens_per_s": self.n_tokens / (latency.p50 / 1e3),
-                "time_per_token_us": latency.p50 * 1e3 / self.n_tokens,
-            }
-            if latency
-            else None,
+            throughput=self._throughput(latency.p50) if latency else None,
             memory={
                 "peak_mb": self.peak_bytes / 1e6 if self.peak_bytes is not None else None,
                 "parameters_mb": parameter_bytes(self.model) / 1e6,
@@ -370,6 +471,12 @@ class Run:
             warnings=[*self.warnings, *self._noise(latency)],
             **self.observed,
         )
+
+
+def _kept(output: Output) -> Output:
+    """A copy, for the next step may overwrite it."""
+    routings = (Routing(one.expert_ids_TK.clone(), one.weights_TK.clone()) for one in output.routings)
+    return Output(output.y.clone(), tuple(routings))
 
 
 def _padded(ids_TK: Tensor, width: int) -> np.ndarray:

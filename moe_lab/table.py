@@ -16,7 +16,11 @@ from moe_lab.records.schema import Record
 
 _NONE = "-"
 _OFF = "off reference (floor)"
-_NUMBERS = ("batch", "seq_len", "p50 [interval]", "ratio [interval]", "tokens/s", "load max/mean", "error", _OFF)
+_BITS, _KL = "bits/byte (- native) [interval]", "KL to native"
+_NUMBERS = (
+    *("batch", "seq_len", "p50 [interval]", "ratio [interval]", "tokens/s", "load max/mean", "error"),
+    *(_OFF, _BITS, _KL),
+)
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -31,6 +35,21 @@ def _error(agreement: Mapping[str, Any], digits: int) -> str:
 def _interval(p50: float, low: float | None, high: float | None, unit: str = "") -> str:
     text = f"{_number(p50)}{unit}"
     return text if low is None or high is None else f"{text} [{_number(low)}, {_number(high)}]"
+
+
+def _bits(quality: Mapping[str, Any]) -> str:
+    """Bits per byte, and by how much more than the native router's, with the interval of that."""
+    bits, *difference = (
+        quality.get(name)
+        for name in ("bits_per_byte", *(f"delta_bits_per_byte{end}" for end in ("", "_ci95_low", "_ci95_high")))
+    )
+    if bits is None:
+        return _NONE
+    if difference[0] is None:
+        return f"{bits:.3f}"
+    if None in difference:
+        return f"{bits:.3f} ({difference[0]:+.3f})"
+    return f"{bits:.3f} ({difference[0]:+.3f}) [{difference[1]:+.3f}, {difference[2]:+.3f}]"
 
 
 def _cells(record: Record) -> dict[str, str]:
@@ -49,6 +68,8 @@ def _cells(record: Record) -> dict[str, str]:
         "load max/mean": _number(pooled.get("load_max_over_mean")),
         "error": f"{check.rel_error:.1e}" if check and check.rel_error is not None else _NONE,
         _OFF: f"{_error(agreement, 1)} ({_error(agreement['floor'], 0)})" if agreement else _NONE,
+        _BITS: _bits(record.quality or {}),
+        _KL: _number((record.quality or {}).get("kl_to_native")),
         "status": record.status + (f": {record.reason}" if record.reason else ""),
     }
 
@@ -72,10 +93,14 @@ _COLUMNS = ("batch", "seq_len", "p50 [interval]", "tokens/s", "load max/mean", "
 
 
 def _columns(records: Sequence[Record]) -> list[str]:
-    """With the output's difference from the reference router's, where that was looked at."""
+    """With the quality, and the output's difference from the reference router's, where that was looked at."""
     columns = list(_COLUMNS)
     if any(record.agreement for record in records):
         columns.insert(-1, _OFF)
+    if any(record.quality for record in records):
+        columns.insert(-1, _BITS)
+    if any((record.quality or {}).get("kl_to_native") is not None for record in records):
+        columns.insert(-1, _KL)
     return columns
 
 

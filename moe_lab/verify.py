@@ -11,7 +11,7 @@ free    the reference with its own routing: recorded, decides nothing (a near-ti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,8 @@ from moe_lab.errors import MismatchError
 from moe_lab.measure.roofline import count_flops
 from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer
+from moe_lab.models.serving import Decode, whole_routing
+from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records.schema import Check
 from moe_lab.routers.base import RouteContext, Routing, check_finite
 
@@ -47,6 +49,7 @@ TOLERANCES = {
     torch.float16: Tolerance(model=1.5e-3, expert=2e-3, token=4e-3, score=1e-3, weight=2e-3),
     torch.bfloat16: Tolerance(model=1.3e-2, expert=1.5e-2, token=3e-2, score=8e-3, weight=1.6e-2),
 }
+_TOKENS_AT_ONCE = 1 << 14  # of whole sequences in one pass of the reference
 _ROWS_AT_ONCE = 1 << 13  # what the checks compute in one piece, so that they need little memory beside the run's own
 
 
@@ -71,15 +74,34 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+class Distance:
+    """||y - reference|| and ||reference||, Frobenius, summed in fp64 over as many pieces as are added."""
+
+    def __init__(self) -> None:
+        self.largest, self._off, self._size = 0.0, 0.0, 0.0
+
+    def add(self, y: Tensor, reference: Tensor) -> None:
+        """One more piece."""
+        for some, wanted in zip(y.flatten().split(1 << 22), reference.flatten().split(1 << 22), strict=True):
+            off = some.double() - wanted.double()
+            self._off += float(off.square().sum())
+            self._size += float(wanted.double().square().sum())
+            if off.numel() and not math.isnan(self.largest):
+                largest = float(off.abs().max())
+                self.largest = self.largest if largest <= self.largest else largest  # NaN stays
+
+    def relative(self) -> float:
+        """||y - reference|| / ||reference||; infinite if y holds anything not finite."""
+        if not math.isfinite(self._off):
+            return math.inf
+        return math.sqrt(self._off / self._size) if self._size > 0 else (0.0 if self._off == 0 else math.inf)
+
+
 def relative_error(y: Tensor, reference: Tensor) -> float:
-    """||y - reference|| / ||reference||, Frobenius, summed in fp64; infinite if y holds anything not finite."""
-    distance = norm = 0.0
-    for some, wanted in zip(y.flatten().split(1 << 22), reference.flatten().split(1 << 22), strict=True):
-        distance += float((some.double() - wanted.double()).square().sum())
-        norm += float(wanted.double().square().sum())
-    if not math.isfinite(distance):
-        return math.inf
-    return math.sqrt(distance / norm) if norm > 0 else (0.0 if distance == 0 else math.inf)
+    """See `Distance.relative`."""
+    distance = Distance()
+    distance.add(y, reference)
+    return distance.relative()
 
 
 def moe_layers(model: nn.Module) -> list[tuple[int, MoELayer]]:
@@ -206,6 +228,7 @@ class LayerProbe:
         self.tolerance, self.near_ties, self.routes = tolerance, 0, routes
         self.expert_error, self.token_error = 0.0, 0.0
         self._handles = []
+        self.n_layers = len(moe_layers(model))
         for (index, layer), (_, reference) in zip(moe_layers(model), moe_layers(twin), strict=True):
             self._handles.append(layer.register_forward_hook(self._hook(index, reference)))
 
@@ -279,7 +302,7 @@ class Verification:
     flops: int = 0
 
 
-def _nothing_known() -> Check:
+def _nothing_known(more: str = "") -> Check:
     return Check(
         passed=False,
         rel_error=None,
@@ -289,7 +312,7 @@ def _nothing_known() -> Check:
         near_ties=None,
         free_rel_error=None,
         changed_sets=None,
-        reference="fp32, torch, one expert at a time",
+        reference=f"fp32, torch, one expert at a time{more}",
     )
 
 
@@ -317,29 +340,15 @@ def verify(
     """
     tolerance = tolerance_of(model, dtype, fuses=fuses)
     layers = moe_layers(model)
-    sizes = [layer.weights.n_experts for _, layer in layers]
     n_tokens = x.numel() // x.shape[-1] if x.is_floating_point() else x.numel()  # hidden states [..., D], or ids
     result = Verification(_nothing_known())
     check = result.check
-    try:
-        for (index, layer), routing in zip(layers, ran.routings, strict=True):
-            check_contract(routing, n_tokens, layer.weights.n_experts, index)
-    except MismatchError as error:  # with such ids there is nothing to compute
-        result.mismatch = error
+    if not _keeps_contract(result, layers, [ran], n_tokens):
         return result
-
-    probe = LayerProbe(model, twin, tolerance, routes=not forced)
-    try:
-        model(x, forced_routing=ran.routings)
-        if layers:
-            check.expert_rel_error, check.token_rel_error = probe.expert_error, probe.token_error
-            check.near_ties = None if forced else probe.near_ties
-    except MismatchError as error:
-        result.mismatch = error
-    finally:
-        probe.close()
+    _probe_layers(result, LayerProbe(model, twin, tolerance, routes=not forced), lambda: model(x, ran.routings))
 
     reference_x = x.float() if x.is_floating_point() else x
+    off = Distance()
     with exact_products():
         reference: Output = twin(reference_x, forced_routing=ran.routings)
         if reference.y.dtype != torch.float32:
@@ -347,17 +356,118 @@ def verify(
                 f"model: its reference pass computes in {reference.y.dtype}; let each operation cast its weight to the "
                 "dtype of its input, and an embedding follow use_reference() (see moe_lab/models/__init__.py)."
             )
-        check.rel_error = relative_error(ran.y, reference.y)
-        check.max_abs_error = float((ran.y - reference.y).abs().max()) if ran.y.numel() else 0.0
+        off.add(ran.y, reference.y)
         del reference
         free, result.flops = count_flops(lambda: twin(reference_x, forced_routing=ran.routings if forced else None))
+    check.rel_error, check.max_abs_error = off.relative(), off.largest
     if not forced:
         check.free_rel_error = relative_error(ran.y, free.y)
+        sizes = [layer.weights.n_experts for _, layer in layers]
         check.changed_sets = changed_sets(ran.routings, free.routings, sizes) if layers else None
+    return _judged(result, tolerance, dtype)
 
+
+_STEPS_PROBED = 4
+
+
+@torch.inference_mode()
+def verify_decode(
+    task: Decode,
+    twin: TransformerDecoder,
+    ids_BN: Tensor,
+    steps: Sequence[Output],
+    context: Sequence[Routing],
+    dtype: torch.dtype,
+    *,
+    fuses: bool = False,
+    forced: bool = False,
+) -> Verification:
+    """As `verify`, for decoding: the output of every step against one pass of `twin` over whole sequences, cacheless.
+
+    So what the steps find in the cache is checked too. Layer by layer some of the steps are looked at, and which stands
+    in the record. A router that looks at the whole batch has no free choice over whole sequences to compare with.
+
+    Args:
+        steps: what the run's own execution computed, step by step.
+        context: the routing of each MoE layer in the cached context.
+    """
+    tolerance = tolerance_of(task, dtype, fuses=fuses)
+    layers, (B, N), n = moe_layers(task), ids_BN.shape, len(steps)
+    probed = sorted({round(i * (n - 1) / max(_STEPS_PROBED - 1, 1)) for i in range(_STEPS_PROBED)})
+    result = Verification(_nothing_known(f", over whole sequences; layers alone in {len(probed)} of {n} steps"))
+    if not _keeps_contract(result, layers, steps, B):
+        return result
+
+    def some_steps() -> None:
+        for index in probed:
+            task.seek(index)
+            task(ids_BN, steps[index].routings)
+
+    _probe_layers(result, LayerProbe(task, twin, tolerance, routes=not forced), some_steps)
+    task.seek(n - 1)
+    _, result.flops = count_flops(lambda: task.on(twin)(ids_BN, steps[-1].routings))
+
+    whole = [
+        whole_routing(of_layer[0], of_layer[1:], B)
+        for of_layer in zip(context, *(s.routings for s in steps), strict=True)
+    ]
+    y_BSV = torch.cat([step.y for step in steps], dim=1)
+    is_free = bool(layers) and not forced and all(layer.router.batch_invariant for _, layer in layers)
+    off, free_off, changed, rows = Distance(), Distance(), 0, max(1, _TOKENS_AT_ONCE // N)
+    for a in range(0, B, rows):
+        ran = [
+            Routing(one.expert_ids_TK[a * N : (a + rows) * N], one.weights_TK[a * N : (a + rows) * N]) for one in whole
+        ]
+        some_BN, y = ids_BN[a : a + rows], y_BSV[a : a + rows]
+        with exact_products():
+            off.add(y, twin(some_BN, ran, last=n).y)
+            if is_free:
+                free = twin(some_BN, last=n)
+                free_off.add(y, free.y)
+                for (_, layer), one, other in zip(layers, ran, free.routings, strict=True):
+                    E = layer.weights.n_experts
+                    differs_BN = (members(one.expert_ids_TK, E) != members(other.expert_ids_TK, E)).any(-1).view(-1, N)
+                    changed += int(differs_BN[:, N - n :].sum())
+    check = result.check
+    check.rel_error, check.max_abs_error = off.relative(), off.largest
+    if is_free:
+        check.free_rel_error, check.changed_sets = free_off.relative(), changed
+    return _judged(result, tolerance, dtype)
+
+
+def _keeps_contract(
+    result: Verification, layers: Sequence[tuple[int, MoELayer]], outputs: Sequence[Output], n_tokens: int
+) -> bool:
+    """Whether every routing keeps the router's contract; else there is nothing to compute, and `result` says why."""
+    try:
+        for output in outputs:
+            for (index, layer), routing in zip(layers, output.routings, strict=True):
+                check_contract(routing, n_tokens, layer.weights.n_experts, index)
+    except MismatchError as error:
+        result.mismatch = error
+        return False
+    return True
+
+
+def _probe_layers(result: Verification, probe: LayerProbe, run: Callable[[], Any]) -> None:
+    """`run` the model with the run's routing forced, under the eyes of `probe`; what it saw goes into `result`."""
+    check = result.check
+    try:
+        run()
+        if probe.n_layers:
+            check.expert_rel_error, check.token_rel_error = probe.expert_error, probe.token_error
+            check.near_ties = probe.near_ties if probe.routes else None
+    except MismatchError as error:
+        result.mismatch = error
+    finally:
+        probe.close()
+
+
+def _judged(result: Verification, tolerance: Tolerance, dtype: torch.dtype) -> Verification:
+    """`result` with its verdict."""
     if result.mismatch is None:
-        result.mismatch = _beyond(check, tolerance, dtype)
-    check.passed = result.mismatch is None
+        result.mismatch = _beyond(result.check, tolerance, dtype)
+    result.check.passed = result.mismatch is None
     return result
 
 

@@ -39,6 +39,8 @@ class Step:
     def __init__(self, model: nn.Module, x: Tensor, forced: ForcedRouting = None):
         self.model, self.x, self.device = model, x, x.device
         self._forward: Callable[[Tensor], Output] = model if forced is None else partial(model, forced_routing=forced)
+        # What goes on between two iterations and is not timed: a decode step is followed by one at the next position.
+        self._advance: Callable[[], None] = getattr(model, "advance", _nothing)
 
     @torch.inference_mode()
     def __call__(self) -> Output:
@@ -58,6 +60,7 @@ class Step:
             forward(x)
             stamp[i] = stop = time.perf_counter()
             ms[i] = (stop - start) * 1e3
+            self._advance()
         return Block(ms, stamp)
 
     def _time_on_cuda(self, n: int) -> Block:
@@ -67,6 +70,7 @@ class Step:
             start.record()
             self._forward(self.x)
             stop.record()
+            self._advance()
         torch.cuda.synchronize(self.device)
         ms = np.array([start.elapsed_time(stop) for start, stop in zip(starts, stops, strict=True)])
         return Block(ms, np.full(n, time.perf_counter()))
@@ -134,10 +138,15 @@ class GraphStep(Step):
             self._graph.replay()
             self._stop.synchronize()
             ms[i], stamp[i] = self._start.elapsed_time(self._stop), time.perf_counter()
+            self._advance()
         return Block(ms, stamp)
 
     def peak_bytes(self) -> int:
         return self._peak_bytes
+
+
+def _nothing() -> None:
+    pass
 
 
 STEPS: dict[str, type[Step]] = {"eager": Step, "compile": CompiledStep, "cuda_graph": GraphStep}

@@ -206,3 +206,15 @@ def summarize(layers: Sequence[RoutingStats], layer_ids: Sequence[int]) -> dict[
         "worst": worst_of(per_layer, WORSE),
         "layers": [{"layer": layer, **one} for layer, one in zip(layer_ids, per_layer, strict=True)],
     }
+
+
+def mean_of(summaries: Sequence[Any]) -> Any:
+    """One summary of several alike (those of decoding steps): each number their mean, None where one has none."""
+    first = summaries[0]
+    if len(summaries) == 1:
+        return first
+    if isinstance(first, dict):
+        return {key: first[key] if key == "layer" else mean_of([one[key] for one in summaries]) for key in first}
+    if isinstance(first, list):
+        return [mean_of(of_place) for of_place in zip(*summaries, strict=True)]
+    return None if any(value is None for value in summaries) else float(np.mean(summaries))

@@ -6,55 +6,101 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_lab.models.kv_cache import LayerCache
 from moe_lab.models.layers import Linear, RMSNorm
+from moe_lab.models.rope import rotate
 from moe_lab.phases import phase
 
 
-def rope_tables(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [S, head_dim] in fp32 for positions 0 .. length-1 (RoPE: Su et al., 2104.09864).
+def attend(
+    q_BHSd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, position_S: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over the keys at most as late as the query, and of those the last `window`.
 
-    Dimension i is turned together with i + head_dim/2, by the angle position * theta^(-2i / head_dim).
+    Args:
+        position_S: where in 0 .. N-1 the queries stand; None: they are all N, in order.
+
+    Returns:
+        [B, H, S, d]; k and v may have fewer heads, each for as many neighbouring ones of q.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency).repeat(1, 2)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-    """Turn each pair of dimensions by its position's angle; computed in fp32, returned in x's dtype."""
-    wide = x_BHSd.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos_Sd + torch.cat((-second, first), dim=-1) * sin_Sd).to(x_BHSd.dtype)
+    S, N, shares = q_BHSd.shape[2], k_BHNd.shape[2], q_BHSd.shape[1] != k_BHNd.shape[1]
+    if position_S is None and (window is None or window >= N):
+        return F.scaled_dot_product_attention(q_BHSd, k_BHNd, v_BHNd, is_causal=True, enable_gqa=shares)
+    key_N = torch.arange(N, device=q_BHSd.device)
+    query_S1 = (key_N if position_S is None else position_S).unsqueeze(1)
+    seen_SN = key_N <= query_S1
+    if window is not None:
+        seen_SN &= key_N > query_S1 - window
+    if shares and S == 1:  # heads that share a key are queries of one head: no copy of the keys, in no backend
+        B, H, _, d = q_BHSd.shape
+        grouped = q_BHSd.view(B, k_BHNd.shape[1], -1, d)
+        return F.scaled_dot_product_attention(grouped, k_BHNd, v_BHNd, attn_mask=seen_SN).view(B, H, 1, d)
+    return F.scaled_dot_product_attention(q_BHSd, k_BHNd, v_BHNd, attn_mask=seen_SN, enable_gqa=shares)
 
 
 class Attention(nn.Module):
-    """Self-attention over x [B, S, D]; `qk_norm`: none, head (one norm for every head) or full (all as one)."""
+    """Self-attention over x [B, S, D].
 
-    def __init__(self, d_model: int, n_heads: int, n_kv_heads: int, head_dim: int, qk_norm: str, norm_eps: float):
+    Args:
+        qk_norm: RMSNorm of queries and keys: none, head (one norm for every head) or full (all heads as one vector).
+        qkv_bias, o_bias: whether these projections have one.
+        clip_qkv: queries, keys and values are clamped to +- this, after the norm (DBRX, OLMoE).
+        window: a token sees this many tokens, itself included; None: all before it.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        qk_norm: str,
+        norm_eps: float,
+        *,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        clip_qkv: float | None = None,
+        window: int | None = None,
+    ):
         super().__init__()
-        self.head_dim, self.qk_norm = head_dim, qk_norm
-        self.q = Linear(d_model, n_heads * head_dim)
-        self.k = Linear(d_model, n_kv_heads * head_dim)
-        self.v = Linear(d_model, n_kv_heads * head_dim)
-        self.o = Linear(n_heads * head_dim, d_model)
+        self.head_dim, self.qk_norm, self.clip_qkv, self.window = head_dim, qk_norm, clip_qkv, window
+        self.q = Linear(d_model, n_heads * head_dim, bias=qkv_bias)
+        self.k = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
+        self.v = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
+        self.o = Linear(n_heads * head_dim, d_model, bias=o_bias)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if qk_norm != "none":
             self.q_norm = RMSNorm(head_dim if qk_norm == "head" else n_heads * head_dim, norm_eps)
             self.k_norm = RMSNorm(head_dim if qk_norm == "head" else n_kv_heads * head_dim, norm_eps)
 
-    def forward(self, x_BSD: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        cos_Sd: Tensor,
+        sin_Sd: Tensor,
+        cache: LayerCache | None = None,
+        position_S: Tensor | None = None,
+    ) -> Tensor:
+        """Without `position_S` the tokens are the first of their sequences; with it they go on from the cache."""
         with phase("attention"):
-            q, k, v = self.q(x_BSD), self.k(x_BSD), self._heads(self.v(x_BSD))
+            q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
             if self.qk_norm == "full":
                 assert self.q_norm is not None and self.k_norm is not None
                 q, k = self.q_norm(q), self.k_norm(k)
-            q, k = self._heads(q), self._heads(k)
+            if self.clip_qkv is not None:
+                q, k, v = (part.clamp(-self.clip_qkv, self.clip_qkv) for part in (q, k, v))
+            q, k, v = self._heads(q), self._heads(k), self._heads(v)
             if self.qk_norm == "head":
                 assert self.q_norm is not None and self.k_norm is not None
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, cos_Sd, sin_Sd), rotate(k, cos_Sd, sin_Sd)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            if cache is not None and position_S is None:
+                cache.begin(k, v)
+            elif cache is not None:
+                assert position_S is not None
+                k, v = cache.put(k, v, position_S)
+            y = attend(q, k, v, position_S, self.window)
             return self.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _heads(self, x_BSn: Tensor) -> Tensor:

@@ -34,8 +34,12 @@ class DecoderMoE(TransformerDecoder):
         self.n_dense_layers, self.dense_hidden_dim = n_dense_layers, dense_hidden_dim
         super().__init__(**decoder)
 
+    def is_dense(self, layer: int) -> bool:
+        """Whether this layer has no experts."""
+        return layer < self.n_dense_layers
+
     def make_mlp(self, layer: int) -> nn.Module:
-        if layer < self.n_dense_layers:
+        if self.is_dense(layer):
             return SwiGLU(self.d_model, self.dense_hidden_dim or self.mlp_hidden_dim)
         shared = None
         if self.shared_hidden_dim:

@@ -1,7 +1,8 @@
 """Initial parameters from an integer hash, and modules that share them.
 
-Each element is a function of (seed, state_dict name, expert, index): the same for every device, dtype (rounded), router
-and implementation, with no fp32 copy and no random generator.
+A checkpoint's come from its files. In every other model each element is a function of (seed, state_dict name, expert,
+index): the same for every device, dtype (rounded), router and implementation, with no fp32 copy and no random
+generator.
 """
 
 from __future__ import annotations
@@ -20,12 +21,21 @@ from moe_lab.routers.base import Router
 
 
 def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of `model` in place.
+    """Fill every parameter of `model` in place; a checkpoint loads its own.
 
     Matrices [..., out, in] have standard deviation 1/sqrt(in), the embedding 1; norms are 1 +- 0.1 and other vectors
     +-0.1, so that a kernel that forgets one of them is found out. [E, out, in] is filled expert by expert.
     """
-    for name, parameter in model.named_parameters():
+    _fill_all(model, dict(model.named_parameters()), seed)
+
+
+def _fill_all(model: nn.Module, parameters: Mapping[str, Tensor], seed: int) -> None:
+    """Fill parameters of `model`, by name; one that has values of its own (a checkpoint) loads them."""
+    load = getattr(model, "load_parameters", None)
+    if load is not None:
+        load(parameters)
+        return
+    for name, parameter in parameters.items():
         _fill(name, parameter, seed)
 
 
@@ -74,15 +84,16 @@ def adopt(model: nn.Module, donor: Mapping[str, Tensor], device: torch.device, s
     """Give a model made `without_storage` the very parameters of `donor`, by name; what it has not is filled.
 
     The caller answers for it that a donor's parameter of the same name, size and dtype holds the same values: they are
-    a function of seed and name.
+    a function of seed and name, or of a checkpoint and name.
     """
     given: dict[int, Tensor] = {}
+    missing: dict[str, Tensor] = {}
     for name, empty in model.named_parameters():
         found = donor.get(name)
         if found is None or found.shape != empty.shape or found.dtype != empty.dtype:
-            found = nn.Parameter(torch.empty_like(empty, device=device), requires_grad=False)
-            _fill(name, found, seed)
+            found = missing[name] = nn.Parameter(torch.empty_like(empty, device=device), requires_grad=False)
         given[id(empty)] = found
+    _fill_all(model, missing, seed)
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:

@@ -7,15 +7,18 @@ sublayer computed, and the stream it has still to be added to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_lab.models import ForcedRouting, Output
-from moe_lab.models.attention import Attention, rope_tables
+from moe_lab.models.attention import Attention
+from moe_lab.models.kv_cache import KVCache, LayerCache
 from moe_lab.models.layers import AddRMSNorm, Embedding, Linear, SwiGLU
 from moe_lab.models.moe_layer import MoELayer
+from moe_lab.models.rope import Rope
 from moe_lab.routers.base import RouteContext, Routing
 
 
@@ -36,9 +39,11 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         ctx: RouteContext,
         forced: Iterator[Routing] | None,
+        cache: LayerCache | None,
+        position_S: Tensor | None,
     ) -> tuple[Tensor, Tensor, Routing | None]:
         normed, residual = self.attention_norm(x_BSD, residual_BSD)
-        normed, residual = self.mlp_norm(self.attention(normed, *rope), residual)
+        normed, residual = self.mlp_norm(self.attention(normed, *rope, cache, position_S), residual)
         if not isinstance(self.mlp, MoELayer):
             return self.mlp(normed), residual, None
         y_TD, routing = self.mlp(normed.flatten(0, 1), ctx, next(forced) if forced is not None else None)
@@ -46,7 +51,13 @@ class Block(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """Decoder-only Transformer; the keys are those of conf/model/transformer_decoder.yaml."""
+    """Decoder-only Transformer; the keys are those of conf/model/transformer_decoder.yaml.
+
+    A checkpoint may ask for more: `rope_scaling` (see `rope`), the options of `Attention`, and `windows`, the attention
+    window of each layer. `max_positions` is how long a sequence the model is made for, None for any.
+    """
+
+    max_positions: int | None = None
 
     def __init__(
         self,
@@ -60,17 +71,25 @@ class TransformerDecoder(nn.Module):
         head_dim: int | None = None,
         qk_norm: str = "none",
         rope_theta: float = 10000.0,
+        rope_scaling: Mapping[str, Any] | None = None,
         norm_eps: float = 1e-6,
         tie_embeddings: bool = False,
         implementation: str = "auto",
+        windows: Sequence[int | None] | None = None,
+        **attention: Any,
     ):
         super().__init__()
         self.vocab_size, self.d_model, self.mlp_hidden_dim = vocab_size, d_model, mlp_hidden_dim
-        self.head_dim, self.rope_theta = head_dim or d_model // n_heads, rope_theta
+        self.head_dim, self.n_kv_heads = head_dim or d_model // n_heads, n_kv_heads or n_heads
         self.embed = Embedding(vocab_size, d_model)
+        self.rope = Rope(self.head_dim, rope_theta, rope_scaling)
         self.layers = nn.ModuleList(
             Block(
-                Attention(d_model, n_heads, n_kv_heads or n_heads, self.head_dim, qk_norm, norm_eps),
+                Attention(
+                    *(d_model, n_heads, self.n_kv_heads, self.head_dim, qk_norm, norm_eps),
+                    window=windows[layer] if windows is not None else None,
+                    **attention,
+                ),
                 self.make_mlp(layer),
                 d_model,
                 norm_eps,
@@ -91,19 +110,44 @@ class TransformerDecoder(nn.Module):
         """[B, S] token ids."""
         return batch, seq_len
 
-    def forward(self, ids_BS: Tensor, forced_routing: ForcedRouting = None) -> Output:
-        """Token ids [B, S] (int64) -> logits [B, S, V], and the routing of each MoE layer."""
+    def make_cache(self, batch: int, length: int) -> KVCache:
+        """Room for `length` positions of `batch` sequences, in the dtype of the parameters; tables are reserved too."""
+        weight = self.embed.weight
+        self.rope.reserve(length, weight.device)
+        shape = (batch, self.n_kv_heads, length, self.head_dim)
+        return KVCache(LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers)
+
+    def forward(
+        self,
+        ids_BS: Tensor,
+        forced_routing: ForcedRouting = None,
+        *,
+        cache: KVCache | None = None,
+        position_S: Tensor | None = None,
+        last: int | None = None,
+    ) -> Output:
+        """Token ids [B, S] (int64) -> logits [B, S, V], and the routing of each MoE layer.
+
+        Args:
+            cache: what the pass adds its keys and values to.
+            position_S: int64, where the tokens stand; what is before them is in the cache. None: they come first.
+            last: of so many positions at the end the logits are wanted; None: of all.
+        """
         B, S = ids_BS.shape
-        rope = rope_tables(S, self.head_dim, self.rope_theta, ids_BS.device)
+        rope = self.rope(S, ids_BS.device) if position_S is None else self.rope.at(position_S)
         starts_B1 = torch.arange(0, (B + 1) * S, S, dtype=torch.int32, device=ids_BS.device)
-        ctx = RouteContext(token_ids_T=ids_BS.flatten(), seq_start_B1=starts_B1)
+        kind = "forward" if cache is None else "prefill" if position_S is None else "decode"
+        ctx = RouteContext(token_ids_T=ids_BS.flatten(), seq_start_B1=starts_B1, phase=kind)
         forced = iter(forced_routing) if forced_routing is not None else None
+        caches = [None] * len(self.layers) if cache is None else cache.layers
         x: Tensor = self.embed(ids_BS)
         residual: Tensor | None = None
         routings: list[Routing] = []
-        for layer, block in enumerate(self.layers):
-            x, residual, routing = block(x, residual, rope, ctx._replace(layer=layer), forced)
+        for layer, (block, kept) in enumerate(zip(self.layers, caches, strict=True)):
+            x, residual, routing = block(x, residual, rope, ctx._replace(layer=layer), forced, kept, position_S)
             if routing is not None:
                 routings.append(routing)
+        if last is not None:
+            x, residual = x[:, S - last :], residual if residual is None else residual[:, S - last :]
         normed, _ = self.norm(x, residual)
         return Output(self.head(normed), tuple(routings))

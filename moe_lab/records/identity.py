@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from moe_lab.records.store import ROUTING
+from moe_lab.records import inputs
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -23,8 +23,8 @@ _OUTSIDE = ("name", "overrides", "sweep", "experiment", "debug", "hydra", "measu
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 # Of the package: what reads results or talks to people, and no run executes.
 _NOT_RUN = (
-    *("arguments.py", "cli.py", "commands.py", "completion.py", "doctor.py", "listing.py", "router_listing.py"),
-    *("results", "table.py"),
+    *("arguments.py", "cli.py", "commands.py", "completion.py", "doctor.py", "generate.py", "listing.py"),
+    *("results", "router_listing.py", "table.py"),
 )
 ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")
 
@@ -48,17 +48,18 @@ def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     left_out = {*_OUTSIDE, *(config["model"].get("ignores") or ())}
     found = {str(key): value for key, value in config.items() if key not in left_out}
     found["export"] = {key: value for key, value in config["export"].items() if key != "dir"}
-    workload = found.get("workload")
-    if isinstance(workload, Mapping) and workload.get("trace") is not None:  # what it holds, not where it lies
-        found["workload"] = {**workload, "trace": _trace_id(str(workload["trace"]))}
+    # What files hold, not where they lie.
+    if found["model"].get("path") is not None:
+        found["model"] = {**found["model"], "path": inputs.checkpoint_id(str(found["model"]["path"]))}
+    if (workload := found.get("workload")) is not None:
+        found["workload"] = dict(workload)
+        if workload.get("trace") is not None:
+            found["workload"]["trace"] = inputs.trace_id(str(workload["trace"]))
+        if workload.get("path") is not None:
+            found["workload"]["path"] = inputs.text_id(workload["path"])
+        if workload.get("phase") != "decode":
+            found["workload"].pop("context_len", None)
     return found
-
-
-def _trace_id(directory: str) -> str:
-    try:
-        return hashlib.sha256((Path(directory) / ROUTING).read_bytes()).hexdigest()[:12]
-    except OSError:
-        return directory  # building it will tell
 
 
 def cell_id(config: DictConfig | Mapping[str, Any]) -> str:
@@ -69,7 +70,7 @@ def cell_id(config: DictConfig | Mapping[str, Any]) -> str:
 def slug(cfg: DictConfig) -> str:
     """A readable start for the directory's name, for example `decoder_moe-sinkhorn-b2-s128-cpu-fp32`."""
     ignores = cfg.model.get("ignores", ())
-    parts = [option_name(cfg.model)]
+    parts = [model_name(cfg.model)]
     if cfg.model.get("shape") is not None:
         parts.append(cfg.model.shape.name)
     if "router" not in ignores:
@@ -79,6 +80,8 @@ def slug(cfg: DictConfig) -> str:
     parts.append(f"b{cfg.batch}")
     if "seq_len" not in ignores:
         parts.append(f"s{cfg.seq_len}")
+    if (phase := cfg.workload.get("phase", "forward")) != "forward":
+        parts.append(f"{phase}{cfg.workload.context_len}" if phase == "decode" else phase)
     parts += [cfg.device.name, cfg.dtype.name, cfg.execution.name]
     return "-".join(
         "".join(c if (c.isascii() and c.isalnum()) or c in "_." else "_" for c in str(part)) for part in parts
@@ -88,6 +91,11 @@ def slug(cfg: DictConfig) -> str:
 def option_name(node: Mapping[Any, Any] | DictConfig) -> str:
     """The option's `name`; a user's YAML may leave it out, then the last word of its `_target_`."""
     return str(node.get("name") or str(node.get("_target_", "unnamed")).rsplit(".", 1)[-1])
+
+
+def model_name(node: Mapping[Any, Any] | DictConfig) -> str:
+    """As `option_name`; a checkpoint is called by its folder."""
+    return Path(str(node["path"])).name if node.get("path") is not None else option_name(node)
 
 
 def _hash_files(roots: Iterable[Path], without: Sequence[str] = ()) -> str:

@@ -30,8 +30,7 @@ _RANKS = tuple(
 _LOST = ("topk_mass", "dropped_fraction", "dropped_tokens_fraction", "tile_waste_64", "tile_waste_128")
 ROUTING: Columns = {
     **dict.fromkeys(_LOAD, FLOAT),
-    "dead_experts": INT,
-    "unique_experts": INT,
+    **dict.fromkeys(("dead_experts", "unique_experts"), FLOAT),  # of decoding a mean over steps
     **dict.fromkeys((*_SCORES, *_LOST), FLOAT),
     **dict.fromkeys(("uniform_unique_experts", "expert_mb", "shared_with_previous", "first_choice_repeats"), FLOAT),
     **dict.fromkeys(_RANKS, FLOAT),
@@ -41,6 +40,13 @@ PROPERTIES = ("causal", "batch_invariant", "static_k", "graph_safe", "needs_toke
 """What a router declares, in moe_lab/routers/base.py."""
 AGREEMENT = dict.fromkeys(("jaccard", "same_experts", "same_first_choice", "combine_l1", "rel_error"), FLOAT)
 """The measures of agreement.py."""
+_INTERVAL = ("", "_ci95_low", "_ci95_high")
+QUALITY = (
+    *(f"{name}{end}" for name in ("bits_per_byte", "nats_per_token") for end in _INTERVAL),
+    "native_bits_per_byte",
+    *(f"{name}{end}" for name in ("delta_bits_per_byte", "kl_to_native", "top1_agreement") for end in _INTERVAL),
+)
+"""The measures of quality.py."""
 
 
 _NATIVE = {str: TEXT, int: INT, float: FLOAT, bool: BOOL}
@@ -74,6 +80,7 @@ RUNS: Columns = {
     **_under("ratio_to_anchor", dict.fromkeys(("p50", "ci95_low", "ci95_high"), FLOAT)),
     "ratio_to_anchor.rounds": INT,
     **_under("throughput", dict.fromkeys(("tokens_per_s", "time_per_token_us"), FLOAT)),
+    "throughput.time_per_output_token_ms": FLOAT,
     "phases_ms.execution": TEXT,
     **_under("phases_ms", dict.fromkeys(("router", "dispatch", "experts", "combine", "attention"), FLOAT)),
     "phases_ms.*": None,
@@ -87,6 +94,7 @@ RUNS: Columns = {
     "check.reference": TEXT,
     **_under("routing.pooled", ROUTING),
     **_under("routing.worst", ROUTING),
+    "routing.steps": INT,
     **_under("router", dict.fromkeys(PROPERTIES, BOOL)),
     "agreement.reference": TEXT,
     "agreement.seconds": FLOAT,
@@ -96,6 +104,8 @@ RUNS: Columns = {
     "agreement.floor.output_rel_error": FLOAT,
     **_under("agreement.floor.pooled", AGREEMENT),
     **_under("agreement.floor.worst", AGREEMENT),
+    **_under("quality", dict.fromkeys(("tokens", "windows", "windows_left_out", "bytes"), INT)),
+    **_under("quality", dict.fromkeys(QUALITY, FLOAT)),
     "quality.*": None,
     "roofline.flops": INT,
     "roofline.bytes": INT,
@@ -124,12 +134,19 @@ RUNS: Columns = {
 _OF_A_SETTING = ("model", "batch", "seq_len", "seed", "workload", "device", "dtype")
 _OF_A_RESULT = (
     *("latency_ms.n", "latency_ms.p50", "latency_ms.ci95_low", "latency_ms.ci95_high", "latency_ms.stable"),
-    *("throughput.tokens_per_s", "ratio_to_anchor.p50", "ratio_to_anchor.ci95_low", "ratio_to_anchor.ci95_high"),
+    *(
+        "throughput.tokens_per_s",
+        "throughput.time_per_output_token_ms",
+        "ratio_to_anchor.p50",
+        "ratio_to_anchor.ci95_low",
+        "ratio_to_anchor.ci95_high",
+    ),
     *("ratio_to_anchor.rounds", "ratio_to_anchor.paired", "memory.peak_mb"),
     *(f"routing.pooled.{name}" for name in ("load_max_over_mean", "load_cv", "load_entropy", "effective_experts")),
     *(f"routing.pooled.{name}" for name in ("dead_experts", "dropped_fraction", "topk_mass", "expert_mb")),
     *("routing.worst.load_max_over_mean", "agreement.reference", "agreement.output_rel_error"),
     *("agreement.floor.output_rel_error", "agreement.pooled.jaccard", "agreement.worst.jaccard"),
+    *(f"quality.{name}" for name in QUALITY if "nats" not in name),
     *("check.passed", "check.rel_error"),
     *("check.expert_rel_error", "check.token_rel_error", "check.free_rel_error", "check.near_ties"),
 )

@@ -189,6 +189,8 @@ def _asked(config: Mapping[str, Any]) -> dict[str, Any]:
         key: None if key in ignored or not config.get(key) else identity.option_name(config[key])
         for key in columns.OPTIONS
     }
+    if config.get("model"):
+        options["model"] = identity.model_name(config["model"])
     return {**settings, **options}
 
 

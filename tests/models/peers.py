@@ -35,7 +35,7 @@ def decoder_settings(model: TransformerDecoder) -> dict[str, Any]:
         "rms_norm_eps": model.norm.eps,
         "tie_word_embeddings": model.head.weight is model.embed.weight,
         "max_position_embeddings": 64,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope.theta},
         "attn_implementation": "eager",
         "pad_token_id": None,
     }

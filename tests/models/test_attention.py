@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lab.models.attention import Attention, rope_tables, rotate
+from moe_lab.models.attention import Attention
 from moe_lab.models.parameters import initialize
+from moe_lab.models.rope import rope_tables, rotate
 
 CPU = torch.device("cpu")
 THETA = 10000.0

@@ -1,0 +1,251 @@
+"""The config.json of a Hugging Face checkpoint, as the settings of our decoder. Imports no torch.
+
+An architecture is a function from the file's keys to settings; what most share stands in `_decoder` and `_moe`. Files
+written by transformers 4 and 5 differ in some names (`rope_theta` and `rope_scaling` against `rope_parameters`,
+`num_experts` against `num_local_experts`), and both are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+CONFIG = "config.json"
+_SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+"""The kinds of RoPE in `rope`, and the keys that each cannot do without."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint says of itself.
+
+    decoder: arguments of `DecoderMoE`, but for the router, the experts and the implementation.
+    dense_layers: those without experts.
+    router: the node of the router that it was trained with, without `name` and `impl`.
+    max_positions: the longest sequence that it is made for.
+    ends: the ids that end a text.
+    """
+
+    model_type: str
+    decoder: dict[str, Any]
+    router: dict[str, Any]
+    max_positions: int
+    dense_layers: frozenset[int] = field(default_factory=frozenset)
+    ends: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def n_experts(self) -> int:
+        return int(self.decoder["n_experts"])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.decoder["top_k"])
+
+
+class _Config:
+    """The keys of one file; one that is needed and missing is an error that names it."""
+
+    def __init__(self, path: Path, content: Mapping[str, Any]):
+        self.path, self.content = path, content
+
+    def need(self, *names: str) -> Any:
+        """The first of several names that the file has."""
+        found = self.get(*names)
+        if found is None:
+            raise ValueError(
+                f"model.path: {self.path} has no {' or '.join(names)}; it is not the configuration of a whole "
+                f"{self.content.get('model_type')} checkpoint."
+            )
+        return found
+
+    def get(self, *names: str, default: Any = None) -> Any:
+        """As `need`, with a default; null counts as missing."""
+        return next((self.content[name] for name in names if self.content.get(name) is not None), default)
+
+    def refuse(self, what: str) -> ValueError:
+        return ValueError(f"model.path: {self.path}: {what}")
+
+
+def read(folder: str | Path) -> Settings:
+    """The settings of the checkpoint in `folder`.
+
+    Raises:
+        ValueError: one line for what is missing, unreadable or not supported.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"model.path={folder}: {path} cannot be read ({error.strerror}); give the folder of a checkpoint in "
+            "Hugging Face format, with config.json and safetensors."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"model.path={folder}: {path} is no JSON ({error}); fetch the file again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"model.path={folder}: {path} holds no JSON object; fetch the file again.")
+    model_type = content.get("model_type")
+    if model_type not in _ARCHITECTURES:
+        raise ValueError(
+            f"model.path={folder}: model_type={model_type} is not supported; there are {', '.join(_ARCHITECTURES)}."
+        )
+    config = _Config(path, content)
+    if (activation := config.get("hidden_act", default="silu")) != "silu":
+        raise config.refuse(f"hidden_act={activation} is not supported; experts are SwiGLU (silu).")
+    if content.get("quantization_config"):
+        raise config.refuse("it is quantised, which is not supported; take the bf16 weights.")
+    end = config.get("eos_token_id", default=[])
+    ends = frozenset(end if isinstance(end, list) else [end])
+    return replace(_ARCHITECTURES[model_type](config), ends=ends)
+
+
+def _decoder(config: _Config, *, rope_theta: float) -> dict[str, Any]:
+    """What every decoder has; `rope_theta` is the architecture's default."""
+    theta, scaling = _rope(config, rope_theta)
+    d_model, n_heads = config.need("hidden_size"), config.need("num_attention_heads")
+    return {
+        "vocab_size": config.need("vocab_size"),
+        "d_model": d_model,
+        "n_heads": n_heads,
+        "n_kv_heads": config.get("num_key_value_heads"),
+        "head_dim": config.get("head_dim", default=d_model // n_heads),
+        "n_layers": config.need("num_hidden_layers"),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "norm_eps": config.need("rms_norm_eps"),
+        "tie_embeddings": config.get("tie_word_embeddings", default=False),
+    }
+
+
+def _rope(config: _Config, default_theta: float) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling or None)."""
+    scaling = dict(config.get("rope_parameters", "rope_scaling", default={}))
+    theta = scaling.pop("rope_theta", None) or config.get("rope_theta", default=default_theta)
+    kind = scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
+    if kind not in _SCALINGS:
+        raise config.refuse(f"rope_type={kind} is not supported; there are {', '.join(_SCALINGS)}.")
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise config.refuse("partial_rotary_factor is not supported: all dimensions of a head are turned.")
+    longest = config.need("max_position_embeddings")
+    if kind in ("yarn", "llama3"):
+        original = scaling.setdefault(
+            "original_max_position_embeddings", config.get("original_max_position_embeddings", default=longest)
+        )
+        if scaling.get("factor") is None:
+            scaling["factor"] = longest / original
+    for key in _SCALINGS[kind]:
+        if not isinstance(scaling.get(key), int | float):
+            raise config.refuse(f"rope_type={kind} needs the number {key}.")
+    return float(theta), None if kind == "default" else scaling
+
+
+def _moe(config: _Config, hidden_dim: int) -> dict[str, Any]:
+    """The routed experts, of which each is `hidden_dim` wide."""
+    n_experts = config.need("num_experts", "num_local_experts", "n_routed_experts")
+    top_k = config.need("num_experts_per_tok")
+    if not 1 <= top_k <= n_experts:
+        raise config.refuse(f"num_experts_per_tok={top_k} of {n_experts} experts.")
+    return {"mlp_hidden_dim": hidden_dim, "n_experts": n_experts, "top_k": top_k}
+
+
+def _softmax_topk(renormalize: bool) -> dict[str, Any]:
+    return {"_target_": "moe_lab.routers.softmax_topk.SoftmaxTopK", "renormalize": renormalize}
+
+
+def _dense_layers(config: _Config, n_layers: int) -> frozenset[int]:
+    """Of the Qwen models: those named, and those between every `decoder_sparse_step`-th."""
+    named, step = config.get("mlp_only_layers", default=[]), config.get("decoder_sparse_step", default=1)
+    return frozenset(layer for layer in range(n_layers) if layer in named or (layer + 1) % step)
+
+
+def _mixtral(config: _Config) -> Settings:
+    decoder = _decoder(config, rope_theta=1e6)
+    window = config.get("sliding_window")
+    return Settings(
+        "mixtral",
+        {**decoder, **_moe(config, config.need("intermediate_size")), "windows": [window] * decoder["n_layers"]},
+        _softmax_topk(renormalize=True),
+        config.need("max_position_embeddings"),
+    )
+
+
+def _olmoe(config: _Config) -> Settings:
+    bias = config.get("attention_bias", default=False)
+    return Settings(
+        "olmoe",
+        {
+            **_decoder(config, rope_theta=1e4),
+            **_moe(config, config.need("intermediate_size")),
+            "qk_norm": "full",
+            "clip_qkv": config.get("clip_qkv"),
+            "qkv_bias": bias,
+            "o_bias": bias,
+        },
+        _softmax_topk(config.get("norm_topk_prob", default=False)),
+        config.need("max_position_embeddings"),
+    )
+
+
+def _qwen3_moe(config: _Config) -> Settings:
+    decoder = _decoder(config, rope_theta=1e4)
+    bias = config.get("attention_bias", default=False)
+    window = config.get("sliding_window") if config.get("use_sliding_window", default=False) else None
+    return Settings(
+        "qwen3_moe",
+        {
+            **decoder,
+            **_moe(config, config.need("moe_intermediate_size")),
+            "dense_hidden_dim": config.need("intermediate_size"),
+            "qk_norm": "head",
+            "qkv_bias": bias,
+            "o_bias": bias,
+            "windows": [window] * decoder["n_layers"],
+        },
+        _softmax_topk(config.get("norm_topk_prob", default=False)),
+        config.need("max_position_embeddings"),
+        _dense_layers(config, decoder["n_layers"]),
+    )
+
+
+def _qwen2_moe(config: _Config) -> Settings:
+    decoder = _decoder(config, rope_theta=1e4)
+    n_layers = decoder["n_layers"]
+    slides = config.get("use_sliding_window", default=False)
+    kinds = config.get("layer_types")
+    if kinds is None:  # as transformers reads it: every other layer, below max_window_layers
+        widest = config.get("max_window_layers", default=28)
+        kinds = [
+            "sliding_attention" if layer % 2 == 0 and layer < widest else "full_attention" for layer in range(n_layers)
+        ]
+    window = config.get("sliding_window") if slides else None
+    return Settings(
+        "qwen2_moe",
+        {
+            **decoder,
+            **_moe(config, config.need("moe_intermediate_size")),
+            "dense_hidden_dim": config.need("intermediate_size"),
+            "shared_expert_hidden_dim": config.need("shared_expert_intermediate_size"),
+            "shared_expert_gate": True,
+            "qkv_bias": config.get("qkv_bias", default=True),
+            "windows": [window if kind == "sliding_attention" else None for kind in kinds],
+        },
+        _softmax_topk(config.get("norm_topk_prob", default=False)),
+        config.need("max_position_embeddings"),
+        _dense_layers(config, n_layers),
+    )
+
+
+_ARCHITECTURES: dict[str, Callable[[_Config], Settings]] = {
+    "olmoe": _olmoe,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
+    "qwen2_moe": _qwen2_moe,
+}

@@ -1,0 +1,250 @@
+"""The weights of a Hugging Face checkpoint: which tensor of which file goes where, and the loading. safetensors only.
+
+Which layout a checkpoint has is read off its keys: experts one by one (`experts.3.up_proj`, or Mixtral's w1, w2, w3) or
+stacked. Files are memory-mapped one after the other and every tensor is copied straight to its place in the model's own
+parameters, on their device and in their dtype, so that the host never holds more than the pages of one file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16")
+_OF_NO_USE = re.compile(r".*rotary_emb\.inv_freq$")  # computed anew
+_THREADS = min(8, os.cpu_count() or 1)
+_SHOWN = 6  # keys that a message names
+
+_ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
+_LAYER = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+    "mlp.shared.mlp.down.weight": "mlp.shared_expert.down_proj.weight",
+    "mlp.shared.gate.weight": "mlp.shared_expert_gate.weight",
+}
+_WHOLE = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_GATE_UP = {"mlp.gate_up.weight": "mlp", "mlp.shared.mlp.gate_up.weight": "mlp.shared_expert"}
+_EXPERTS = (  # the MoE block, and how it calls gate, up and down of one expert
+    ("mlp", ("gate_proj", "up_proj", "down_proj")),
+    ("block_sparse_moe", ("w1", "w3", "w2")),
+)
+
+
+class Source(NamedTuple):
+    """The tensor `key` of the checkpoint belongs into `parameter[place]`."""
+
+    key: str
+    place: tuple[Any, ...] = ()
+
+
+def sources(name: str, shape: Sequence[int]) -> list[list[Source]]:
+    """Where a checkpoint may have our parameter `name`: for each known layout, the tensors that make it up."""
+    if name in _WHOLE:
+        return [[Source(_WHOLE[name])]]
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    if match is None:
+        return []
+    at, rest = f"model.layers.{match[1]}", match[2]
+    if rest in _LAYER:
+        return [[Source(f"{at}.{_LAYER[rest]}")]]
+    if rest.startswith("attention."):
+        _, part, kind = rest.split(".")
+        return [[Source(f"{at}.self_attn.{_ATTENTION[part]}.{kind}")]]
+    if rest in _GATE_UP:
+        half = shape[0] // 2
+        gate, up = slice(0, half), slice(half, None)
+        block = f"{at}.{_GATE_UP[rest]}"
+        return [[Source(f"{block}.gate_proj.weight", (gate,)), Source(f"{block}.up_proj.weight", (up,))]]
+    return _expert_sources(rest, at, shape)
+
+
+def _expert_sources(rest: str, at: str, shape: Sequence[int]) -> list[list[Source]]:
+    if rest == "mlp.weights.gate_ED":
+        return [[Source(f"{at}.{block}.gate.weight")] for block, _ in _EXPERTS]
+    experts = range(shape[0])
+    if rest == "mlp.weights.w_gate_up_E2FD":
+        gate, up = slice(0, shape[1] // 2), slice(shape[1] // 2, None)
+        return [
+            *(
+                [
+                    Source(f"{at}.{block}.experts.{expert}.{name}.weight", (expert, half))
+                    for expert in experts
+                    for name, half in ((names[0], gate), (names[1], up))
+                ]
+                for block, names in _EXPERTS
+            ),
+            [Source(f"{at}.mlp.experts.gate_up_proj")],
+        ]
+    if rest == "mlp.weights.w_down_EDF":
+        return [
+            *(
+                [Source(f"{at}.{block}.experts.{expert}.{names[2]}.weight", (expert,)) for expert in experts]
+                for block, names in _EXPERTS
+            ),
+            [Source(f"{at}.mlp.experts.down_proj")],
+        ]
+    return []
+
+
+class Found(NamedTuple):
+    """A tensor in a file: its shape, dtype and place, from the file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    n_bytes: int
+
+
+def files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises `ValueError` if there are none or one is missing."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        names = sorted(set(index["weight_map"].values()))
+    except FileNotFoundError:
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        more = f" ({others[0]} is a pickle, which is never loaded: convert it to safetensors)" if others else ""
+        raise ValueError(f"model.path={folder}: there is neither {SINGLE} nor {INDEX}{more}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"model.path: {folder / INDEX} cannot be read ({error}); fetch the file again.") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"model.path={folder}: {len(missing)} of {len(names)} files of {INDEX} are missing ({_some(missing)}); "
+            "fetch them."
+        )
+    return [folder / name for name in names]
+
+
+def headers(paths: Sequence[Path]) -> dict[str, Found]:
+    """Every tensor by its key. Raises `ValueError` for a file that is cut short or no safetensors."""
+    found: dict[str, Found] = {}
+    for path in paths:
+        try:
+            with path.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                if size > os.path.getsize(path):
+                    raise ValueError("its header is cut short")
+                header = json.loads(stream.read(size))
+            header.pop("__metadata__", None)
+            for key, entry in header.items():
+                start, stop = entry["data_offsets"]
+                found[key] = Found(path, tuple(entry["shape"]), entry["dtype"], 8 + size + start, stop - start)
+            end = max((one.start + one.n_bytes for one in found.values() if one.file == path), default=8 + size)
+            if end != os.path.getsize(path):
+                raise ValueError(f"it has {os.path.getsize(path)} bytes, and its header speaks of {end}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"model.path: {path} is damaged ({error}); fetch the file again.") from error
+    return found
+
+
+class Copy(NamedTuple):
+    """A tensor of a file and the place it is copied to."""
+
+    key: str
+    found: Found
+    target: Tensor
+
+
+def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: bool) -> list[Copy]:
+    """What to copy, in the order of the files.
+
+    Args:
+        parameters: all those of the model that a checkpoint has, by our names.
+        found: all tensors of the checkpoint.
+        tied: whether the head is the embedding, which some files hold twice.
+
+    Raises:
+        ValueError: keys that are missing or unexpected, or shapes that differ, in one line.
+    """
+    copies, missing, wrong = [], [], []
+    expected = {"lm_head.weight"} if tied else set()
+    for name, parameter in parameters.items():
+        layouts = sources(name, parameter.shape)
+        assert layouts, f"no layout has {name}"
+        chosen = max(layouts, key=lambda layout: sum(source.key in found for source in layout))
+        for source in chosen:
+            expected.add(source.key)
+            if (there := found.get(source.key)) is None:
+                missing.append(source.key)
+                continue
+            target = parameter.data[source.place]
+            if tuple(target.shape) != there.shape:
+                wrong.append(f"{source.key} is {list(there.shape)} and not {list(target.shape)}")
+            elif there.dtype not in _DTYPES:
+                wrong.append(f"{source.key} is {there.dtype}, and {', '.join(_DTYPES)} are supported")
+            else:
+                copies.append(Copy(source.key, there, target))
+    unexpected = [key for key in found if key not in expected and not _OF_NO_USE.match(key)]
+    complaints = [
+        f"{len(keys)} {what}: {_some(keys)}"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("do not fit", wrong))
+        if keys
+    ]
+    if complaints:
+        raise ValueError(
+            f"model.path: the tensors are not those of the config.json beside them; {'; '.join(complaints)}."
+        )
+    return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
+
+
+def execute(copies: Sequence[Copy]) -> None:
+    """Copy, with a progress bar where somebody looks.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    with _progress(sum(copy.found.n_bytes for copy in copies)) as advance:
+        by_file: dict[Path, list[Copy]] = {}
+        for copy in copies:
+            by_file.setdefault(copy.found.file, []).append(copy)
+        for path, of_file in by_file.items():
+            try:
+                _execute(path, of_file, advance)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"model.path: {path} cannot be read ({error}); fetch the file again.") from error
+
+
+def _execute(path: Path, copies: Sequence[Copy], advance: Callable[[int], None]) -> None:
+    """All copies out of one file. Each thread waits for its own page faults and transfers."""
+
+    def one(copy: Copy) -> int:
+        copy.target.copy_(handle.get_tensor(copy.key))
+        return copy.found.n_bytes
+
+    with safe_open(path, framework="pt") as handle, ThreadPoolExecutor(_THREADS) as pool:
+        for n_bytes in pool.map(one, copies):
+            advance(n_bytes)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on the terminal's standard error, if it is one."""
+    console = Console(stderr=True)
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda n_bytes: progress.advance(task, n_bytes)

@@ -1,0 +1,115 @@
+"""Rotary positions (RoPE: Su et al., 2104.09864) and how their frequencies are stretched for longer contexts.
+
+Dimension i is turned together with i + head_dim/2, by the angle position * f_i, f_i = theta^(-2i / head_dim). `scaling`
+changes the frequencies; its keys are those that checkpoints have:
+
+    linear  f_i / factor                                                             (Chen et al., 2306.15595)
+    llama3  slow dimensions are divided by `factor`, fast ones kept, between them a ramp over the number of turns in the
+            original context                                                         (Llama 3, 2407.21783)
+    yarn    the same with a ramp over i, and cos and sin grow by 0.1 ln(factor) + 1  (Peng et al., 2309.00071)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SCALINGS = ("default", "linear", "llama3", "yarn")
+
+
+def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> tuple[Tensor, float]:
+    """(f [head_dim / 2] fp32 on the CPU, what cos and sin are multiplied by)."""
+    f = theta ** (-torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim)
+    kind = "default" if scaling is None else scaling["rope_type"]
+    if scaling is None or kind == "default":
+        return f, 1.0
+    if kind == "linear":
+        return f / scaling["factor"], 1.0
+    if kind == "llama3":
+        return _llama3(f, scaling), 1.0
+    assert kind == "yarn", kind
+    return _yarn(f, head_dim, theta, scaling)
+
+
+def _llama3(f: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
+    slowed: Tensor = f / scaling["factor"]
+    return kept * f + (1 - kept) * slowed
+
+
+def _yarn(f: Tensor, head_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
+    original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+
+    def dimension_of(turns: float) -> float:
+        """The dimension that makes so many turns in the original context."""
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(scaling.get("beta_fast") or 32), dimension_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, device="cpu", dtype=torch.float32) - low) / max(high - low, 1e-3)
+    kept = 1 - ramp.clamp(0, 1)
+    return kept * f + (1 - kept) * f / factor, _yarn_attention_factor(factor, scaling)
+
+
+def _yarn_attention_factor(factor: float, scaling: Mapping[str, Any]) -> float:
+    def grown(by: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
+
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return grown(scaling["mscale"]) / grown(scaling["mscale_all_dim"])
+    return grown(1.0)
+
+
+def rope_tables(
+    length: int, head_dim: int, theta: float, device: torch.device, scaling: Mapping[str, Any] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [length, head_dim] in fp32 for positions 0 .. length-1."""
+    f, grown = frequencies(head_dim, theta, scaling)
+    positions = torch.arange(length, device=device, dtype=torch.float32)
+    angle = torch.outer(positions, f.to(device)).repeat(1, 2)
+    return angle.cos() * grown, angle.sin() * grown
+
+
+def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
+    """Turn each pair of dimensions by its position's angle; computed in fp32, returned in x's dtype."""
+    wide = x_BHSd.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos_Sd + torch.cat((-second, first), dim=-1) * sin_Sd).to(x_BHSd.dtype)
+
+
+class Rope(nn.Module):
+    """The tables of a model, which `reserve` keeps so that a pass need not compute them."""
+
+    cos_Nd: Tensor | None
+    sin_Nd: Tensor | None
+
+    def __init__(self, head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
+        self.register_buffer("cos_Nd", None, persistent=False)
+        self.register_buffer("sin_Nd", None, persistent=False)
+
+    def reserve(self, length: int, device: torch.device) -> None:
+        """Keep the tables of the first `length` positions."""
+        self.cos_Nd, self.sin_Nd = rope_tables(length, self.head_dim, self.theta, device, self.scaling)
+
+    def forward(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(cos, sin) [length, head_dim]; what was not reserved is computed."""
+        if self.cos_Nd is None or self.sin_Nd is None or len(self.cos_Nd) < length:
+            return rope_tables(length, self.head_dim, self.theta, device, self.scaling)
+        return self.cos_Nd[:length], self.sin_Nd[:length]
+
+    def at(self, position_S: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) [S, head_dim] of these positions, which must be reserved."""
+        assert self.cos_Nd is not None and self.sin_Nd is not None
+        return self.cos_Nd.index_select(0, position_S), self.sin_Nd.index_select(0, position_S)

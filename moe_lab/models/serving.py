@@ -1,0 +1,129 @@
+"""The two phases of serving a decoder, each as a module that is called like a model: prefill and decode.
+
+forward(ids, forced_routing=None) -> Output with the logits of the last position [B, 1, V]
+on(decoder)                       the same with another decoder, on the same cache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_lab.models import ForcedRouting, Output
+from moe_lab.models.kv_cache import KVCache
+from moe_lab.models.transformer_decoder import TransformerDecoder
+from moe_lab.routers.base import Routing
+
+_TOKENS_AT_ONCE = 1 << 14  # of a context, so that computing it needs little memory beside the cache
+
+
+class Serving(nn.Module):
+    """A decoder and its cache."""
+
+    def __init__(self, decoder: TransformerDecoder, cache: KVCache):
+        super().__init__()
+        self.decoder, self.cache = decoder, cache
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Those of the decoder."""
+        return self.decoder.layers
+
+    def cached_bytes(self) -> int:
+        """What any implementation of the present pass reads of the cache and writes into it."""
+        raise NotImplementedError
+
+
+class Prefill(Serving):
+    """All tokens at once, from the first on; their keys and values go into the cache."""
+
+    def on(self, decoder: TransformerDecoder) -> Prefill:
+        return Prefill(decoder, self.cache)
+
+    def cached_bytes(self) -> int:
+        """See `Serving.cached_bytes`: all is written."""
+        return self.cache.bytes_per_position * self.cache.length
+
+    def forward(self, ids_BS: Tensor, forced_routing: ForcedRouting = None) -> Output:
+        """ids [B, S] -> logits [B, 1, V]."""
+        return self.decoder(ids_BS, forced_routing, cache=self.cache, last=1)  # type: ignore[no-any-return]
+
+
+class Decode(Serving):
+    """One step: the next token of every sequence, on the keys and values of those before it.
+
+    Of ids [B, N] the first `context_len` are in the cache (`fill`); a step takes the token at `position_1`, a tensor on
+    the device, so that a captured graph may be replayed at each position. `advance` goes on to the next, and from the
+    last back to the first step, which overwrites what it finds in the cache.
+    """
+
+    position_1: Tensor
+
+    def __init__(self, decoder: TransformerDecoder, cache: KVCache, context_len: int, position_1: Tensor | None = None):
+        super().__init__(decoder, cache)
+        self.context_len = context_len
+        if position_1 is None:
+            position_1 = torch.tensor([context_len], device=decoder.embed.weight.device)
+        self.register_buffer("position_1", position_1, persistent=False)
+
+    @property
+    def n_steps(self) -> int:
+        """From the end of the context to the end of the cache."""
+        return self.cache.length - self.context_len
+
+    def on(self, decoder: TransformerDecoder) -> Decode:
+        return Decode(decoder, self.cache, self.context_len, self.position_1)
+
+    def cached_bytes(self) -> int:
+        """See `Serving.cached_bytes`: what came before is read, one position written. Looks at the host."""
+        return self.cache.bytes_per_position * (int(self.position_1) + 1)
+
+    @torch.inference_mode()
+    def fill(self, ids_BN: Tensor) -> tuple[Routing, ...]:
+        """Compute the context and keep it in the cache, some sequences at a time; its routing, layer by layer."""
+        B, C = len(ids_BN), self.context_len
+        rows = max(1, _TOKENS_AT_ONCE // C)
+        passes = [
+            self.decoder(ids_BN[a : a + rows, :C], cache=self.cache.rows(a, a + rows), last=1).routings
+            for a in range(0, B, rows)
+        ]
+        return tuple(Routing(*_joined(of_layer)) for of_layer in zip(*passes, strict=True))
+
+    def seek(self, step: int) -> None:
+        """Go to a step, counted from 0."""
+        self.position_1.fill_(self.context_len + step)
+
+    def advance(self) -> None:
+        """Go to the next step, without a look at the host."""
+        self.position_1.sub_(self.context_len - 1).remainder_(self.n_steps).add_(self.context_len)
+
+    def forward(self, ids_BN: Tensor, forced_routing: ForcedRouting = None) -> Output:
+        """ids [B, N] -> logits [B, 1, V] of the present step."""
+        ids_B1 = ids_BN.index_select(1, self.position_1)
+        return self.decoder(  # type: ignore[no-any-return]
+            ids_B1, forced_routing, cache=self.cache, position_S=self.position_1
+        )
+
+
+def _joined(routings: Sequence[Routing]) -> tuple[Tensor, Tensor]:
+    """Ids and weights of several routings, as wide as the widest."""
+    K = max(routing.expert_ids_TK.shape[1] for routing in routings)
+    ids = [F.pad(routing.expert_ids_TK, (0, K - routing.expert_ids_TK.shape[1]), value=-1) for routing in routings]
+    weights = [F.pad(routing.weights_TK, (0, K - routing.weights_TK.shape[1])) for routing in routings]
+    return torch.cat(ids), torch.cat(weights)
+
+
+def whole_routing(context: Routing, steps: Sequence[Routing], batch: int) -> Routing:
+    """The routing of whole sequences, by (sequence, position), from that of their contexts and of each step after."""
+    ids_TK, weights_TK = _joined([context, *steps])
+    C = len(context.expert_ids_TK) // batch
+
+    def ordered(values_TK: Tensor) -> Tensor:
+        before, after = values_TK[: batch * C], values_TK[batch * C :]
+        sequences = (before.view(batch, C, -1), after.view(len(steps), batch, -1).transpose(0, 1))
+        return torch.cat(sequences, dim=1).flatten(0, 1)
+
+    return Routing(ordered(ids_TK), ordered(weights_TK))

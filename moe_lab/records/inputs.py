@@ -1,0 +1,101 @@
+"""What a configuration names by a path and a run reads: which files they are, and what they hold. Imports no torch.
+
+A result depends on what such files hold and not on where they lie, so identities take a hash of their content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from moe_lab.records.store import ROUTING
+
+TEXTS = (".txt", ".md")
+_CHECKPOINT = ("config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json")
+_WHOLE = 1 << 24  # bytes up to which a file is read from end to end
+_PROBES, _PROBE = 64, 1 << 16  # of a larger one, so many places and so many bytes at each
+
+
+def text_files(path: str | Sequence[str]) -> list[Path]:
+    """The files that `workload.path` means: a file, a folder, or several of those.
+
+    Of a folder all `*.txt` and `*.md` files directly in it, sorted by name, but for README.md, which is about the
+    texts.
+
+    Raises:
+        ValueError: there is no such file or folder, or the folder has no texts.
+    """
+    return [file for each in ([path] if isinstance(path, str) else path) for file in _texts_of(each)]
+
+
+def _texts_of(path: str) -> list[Path]:
+    if Path(path).is_file():
+        return [Path(path)]
+    if not Path(path).is_dir():
+        raise ValueError(f"workload.path={path}: there is no such file or folder; name a text or a folder of texts.")
+    files = [
+        file
+        for file in sorted(Path(path).iterdir())
+        if file.suffix in TEXTS and file.is_file() and file.name.lower() != "readme.md"
+    ]
+    if not files:
+        raise ValueError(
+            f"workload.path={path}: the folder has no text ({' or '.join(f'*{suffix}' for suffix in TEXTS)}, not "
+            "counting README.md); put one there or name the files."
+        )
+    return files
+
+
+def text_id(path: str | Sequence[str]) -> str | Sequence[str]:
+    """12 hex digits of the texts' names and content; the path itself where they cannot be read."""
+    try:
+        return _hash(text_files(path))
+    except (OSError, ValueError):
+        return path  # building the run will tell
+
+
+def trace_id(directory: str) -> str:
+    """12 hex digits of a run's recorded routing, or the path."""
+    try:
+        return _hash([Path(directory) / ROUTING])
+    except OSError:
+        return directory
+
+
+def checkpoint_id(directory: str) -> str:
+    """12 hex digits of a checkpoint's configuration, tokenizer and weights, or the path.
+
+    Of a file of more than 16 MiB its size and 4 MiB in 64 places are read, so that tens of gigabytes take no minutes.
+    """
+    folder = Path(directory)
+    files = sorted(file for pattern in _CHECKPOINT for file in folder.glob(pattern) if file.is_file())
+    try:
+        return _hash(files) if files else directory
+    except OSError:
+        return directory
+
+
+def _hash(files: Iterable[Path]) -> str:
+    hashed = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        hashed.update(f"{file.name}\0{stat.st_size}\0".encode())
+        hashed.update(_content(os.path.abspath(file), stat.st_mtime_ns, stat.st_size))
+    return hashed.hexdigest()[:12]
+
+
+@lru_cache(maxsize=256)  # identities are asked for again and again
+def _content(file: str, mtime_ns: int, size: int) -> bytes:
+    """A hash of the file's content, by its stamp."""
+    hashed = hashlib.sha256()
+    with open(file, "rb") as stream:
+        if size <= _WHOLE:
+            hashed.update(stream.read())
+        else:
+            for probe in range(_PROBES):
+                stream.seek(probe * (size - _PROBE) // (_PROBES - 1))
+                hashed.update(stream.read(_PROBE))
+    return hashed.digest()

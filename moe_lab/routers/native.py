@@ -1,0 +1,14 @@
+"""router=native: the router that a checkpoint was trained with."""
+
+from __future__ import annotations
+
+from moe_lab.routers.base import Router
+
+
+def native(n_experts: int, top_k: int, impl: str = "auto") -> Router:
+    """What `router=native` is for a model that is no checkpoint (see `build.native_router`).
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("router=native: only model=checkpoint has a router of its own; choose another router.")

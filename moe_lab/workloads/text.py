@@ -1,0 +1,252 @@
+"""workload=text: windows of real text, one file a domain.
+
+A text is turned into tokens once per process and cut into windows of `seq_len` tokens that do not overlap. A window's
+targets, the tokens that follow its own, lie in the same text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_lab.records.inputs import text_files
+
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One file's tokens. Tensors are int64 on the CPU, shared by all who ask: nobody writes into them.
+
+    `byte_ends_N[i]` is where the text of token i ends, in bytes of UTF-8 from the start of the file; it never falls.
+    Bytes between the texts of two tokens, as a space that the tokenizer drops, count with the second. Where several
+    tokens share a character, its bytes count with the first.
+    """
+
+    name: str
+    ids_N: Tensor
+    byte_ends_N: Tensor
+
+
+class Windows(NamedTuple):
+    """Windows of S tokens; all tensors int64 on the CPU. Domains are numbered as in `names`."""
+
+    ids_WS: Tensor
+    targets_WS: Tensor  # [w, s]: the token that follows ids_WS[w, s] in the text
+    domain_W: Tensor
+    bytes_W: Tensor  # bytes of text in the window's targets
+    names: tuple[str, ...]  # of all domains, those left out too
+    left_out: tuple[str, ...]  # names of the domains that are too short for one window
+
+
+class _Stamp(NamedTuple):
+    """A file as it was: another stamp, and it is read again."""
+
+    file: Path
+    mtime_ns: int
+    size: int
+
+
+def read_domains(path: str | Sequence[str] | None, vocab_size: int, tokenizer_file: Path | None) -> list[Domain]:
+    """The texts of `workload.path`, in the order in which they are named; a file named twice is read once.
+
+    Args:
+        path: a file, a folder, or several of those. Of a folder all `*.txt` and `*.md` files directly in it, sorted by
+            name, but for README.md, which is about the texts.
+        vocab_size: of the model.
+        tokenizer_file: a Hugging Face tokenizer.json. Without one the ids are the bytes of UTF-8, and the model must
+            have 256 of them.
+
+    Returns:
+        a domain per file, named by the file's name without suffix; where two have the same, by as much of the path as
+        tells them apart.
+
+    Raises:
+        ValueError: a text is not there, empty or not UTF-8, or the tokenizer is not there, unreadable or of another
+            model.
+    """
+    if not path:
+        raise ValueError("workload.path: workload=text needs a text file, a folder of them, or a list of those.")
+    # A link keeps its own name: what it leads to is often called by a hash.
+    files = {file.resolve(): Path(os.path.abspath(file)) for file in text_files(path)}.values()
+    if tokenizer_file is None and vocab_size != 256:
+        raise ValueError(
+            f"workload=text: the model has {vocab_size} ids and no tokenizer: put the checkpoint's tokenizer.json "
+            "beside its config.json, or use a model with 256 ids (bytes)."
+        )
+    if tokenizer_file is not None and not tokenizer_file.is_file():
+        raise ValueError(f"workload=text: there is no {tokenizer_file}: put the checkpoint's tokenizer.json there.")
+    return list(
+        _read(tuple(map(_stamp, files)), vocab_size, _stamp(tokenizer_file) if tokenizer_file is not None else None)
+    )
+
+
+def _stamp(file: Path) -> _Stamp:
+    stat = file.stat()
+    return _Stamp(file, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4)  # every cell of a sweep asks for the same texts
+def _read(texts: tuple[_Stamp, ...], vocab_size: int, tokenizer: _Stamp | None) -> tuple[Domain, ...]:
+    files = [text.file for text in texts]
+    contents = [_content(file) for file in files]
+    tokens = [_bytes(text) for text in contents] if tokenizer is None else _encoded(contents, tokenizer.file)
+    for ids_N, _ in tokens:
+        if len(ids_N) and int(ids_N.max()) >= vocab_size:
+            assert tokenizer is not None
+            raise ValueError(
+                f"workload=text: {tokenizer.file} gives the id {int(ids_N.max())}, and the model has {vocab_size} ids, "
+                "so it is another model's; put the checkpoint's own tokenizer.json there."
+            )
+    return tuple(
+        Domain(name, torch.from_numpy(ids_N), torch.from_numpy(byte_ends_N))
+        for name, (ids_N, byte_ends_N) in zip(_names(files), tokens, strict=True)
+    )
+
+
+def _content(file: Path) -> str:
+    """The file's text, its line ends as they are."""
+    try:
+        content = file.read_bytes().decode()
+    except OSError as error:
+        raise ValueError(f"workload.path: {file} cannot be read ({error.strerror}); name another file.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"workload.path: {file} is not UTF-8 (at byte {error.start}); convert it, as with iconv, or leave it out."
+        ) from error
+    if not content:
+        raise ValueError(f"workload.path: {file} is empty; put text into it or leave it out.")
+    return content
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """A name for each of `files`, all different."""
+
+    def name(file: Path, parts: int) -> str:
+        return "/".join(file.parts[-parts:]) if parts > 1 else file.stem
+
+    names: dict[Path, str] = {}
+    for parts in itertools.count(1):
+        counts = Counter(name(file, parts) for file in files)
+        names |= {file: name(file, parts) for file in files if file not in names and counts[name(file, parts)] == 1}
+        if len(names) == len(files):
+            break
+    return [names[file] for file in files]
+
+
+def _bytes(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of UTF-8 as ids, and where each ends."""
+    ids_N = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+    return ids_N, np.arange(1, len(ids_N) + 1)
+
+
+def _encoded(texts: Sequence[str], tokenizer_file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each text, the ids that a tokenizer.json gives, without special tokens, and at which byte each ends."""
+    from tokenizers import Tokenizer  # here: models of bytes need none
+
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the library raises no other
+        raise ValueError(
+            f"workload=text: {tokenizer_file} is no tokenizer.json ({error}); copy the checkpoint's own again."
+        ) from error
+    tokenizer.no_truncation()  # a tokenizer.json may ask for both
+    tokenizer.no_padding()
+    encodings = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return [
+        (np.array(encoding.ids, dtype=np.int64), _byte_ends(text, [end for _, end in encoding.offsets]))
+        for text, encoding in zip(texts, encodings, strict=True)
+    ]
+
+
+def _byte_ends(text: str, char_ends: Sequence[int]) -> np.ndarray:
+    """Where characters end, as bytes of UTF-8, made to never fall (a token that a tokenizer adds ends at 0)."""
+    points_C = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    lengths_C = 1 + (points_C >= 0x80) + (points_C >= 0x800) + (points_C >= 0x10000)
+    bytes_before_C1 = np.concatenate([[0], np.cumsum(lengths_C, dtype=np.int64)])
+    return np.maximum.accumulate(bytes_before_C1[np.array(char_ends, dtype=np.int64)])
+
+
+def windows(domains: Sequence[Domain], seq_len: int, n_windows: int | None, seed: int) -> Windows:
+    """Windows of `seq_len` tokens that do not overlap, their domains taking turns: 0, 1, 2, 0, 1, 2, ...
+
+    A domain of N tokens has (N - 1) // seq_len of them and drops out of the turns when they are used up. With
+    `n_windows` the turns end there, and a domain that gives some of its windows gives evenly spaced ones, the seed
+    deciding at which it starts. If there are no more than `n_windows`, or that is None, all are taken.
+
+    Raises:
+        ValueError: no domain is long enough for a window.
+    """
+    S, lengths_D = seq_len, np.array([len(domain.ids_N) for domain in domains])
+    there_D = np.maximum(lengths_D - 1, 0) // S
+    if not there_D.any():
+        raise ValueError(
+            f"workload.path: no text is long enough for seq_len={S}: that takes {S + 1} tokens, and the longest has "
+            f"{lengths_D.max()}; lower seq_len or name longer texts."
+        )
+    turn_W = np.concatenate([np.arange(there) for there in there_D])
+    domain_W = np.repeat(np.arange(len(domains)), there_D)
+    order_W = np.lexsort((domain_W, turn_W))[:n_windows]
+    turn_W, domain_W = turn_W[order_W], domain_W[order_W]
+    taken_D = np.bincount(domain_W, minlength=len(domains))
+    # Of `there` windows `taken` are spread by turn * there / taken, rounded down. What is added before rounding moves
+    # them all by less than one such step; multiples of the golden ratio put seeds that are neighbours far apart.
+    shift_D = (seed * _GOLDEN % 1 * there_D).astype(np.int64)
+    place_W = (turn_W * there_D[domain_W] + shift_D[domain_W]) // taken_D[domain_W]
+    first_D = np.cumsum(lengths_D) - lengths_D
+    start_W = torch.from_numpy(first_D[domain_W] + place_W * S)
+    at_WS = start_W.unsqueeze(1) + torch.arange(S)
+    ids_N, byte_ends_N = (torch.cat([getattr(d, name) for d in domains]) for name in ("ids_N", "byte_ends_N"))
+    return Windows(
+        ids_WS=ids_N[at_WS],
+        targets_WS=ids_N[at_WS + 1],
+        domain_W=torch.from_numpy(domain_W),
+        bytes_W=byte_ends_N[start_W + S] - byte_ends_N[start_W],
+        names=tuple(domain.name for domain in domains),
+        left_out=tuple(domain.name for domain, there in zip(domains, there_D, strict=True) if not there),
+    )
+
+
+def text_input(
+    *,
+    model: nn.Module,
+    batch: int,
+    seq_len: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    phase: str,
+    path: str | Sequence[str] | None,
+) -> Tensor:
+    """The model's input: `batch` windows of the texts in `path` (`workload.path`), a row each.
+
+    The model's `tokenizer_file`, if it has one, is the tokenizer.json.
+
+    Returns:
+        int64 token ids [batch, seq_len].
+
+    Raises:
+        ValueError: the model is fed no token ids, or the texts cannot be read or are too short.
+    """
+    if model.vocab_size is None:
+        raise ValueError(
+            "workload=text: the model is fed hidden states, not tokens; use a model with an embedding, as decoder_moe."
+        )
+    domains = read_domains(path, int(model.vocab_size), getattr(model, "tokenizer_file", None))  # type: ignore[arg-type]
+    ids_BS = windows(domains, seq_len, batch, seed).ids_WS
+    if len(ids_BS) < batch:
+        raise ValueError(
+            f"workload.path={path}: of seq_len={seq_len} tokens it gives {len(ids_BS)} rows, and {batch} are needed; "
+            "lower batch (or router.calibration_tokens, where it is the router that is fitted) or seq_len, or add text."
+        )
+    return ids_BS.to(device)

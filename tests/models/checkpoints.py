@@ -1,0 +1,156 @@
+"""Checkpoints of the supported architectures, tiny: made by transformers, with weights that hide no mistake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe_lab.experts.grouped import grouped
+from moe_lab.models import MakeRouter, checkpoint_config
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.parameters import initialize, without_storage
+from moe_lab.targets import locate
+from tests.models.peers import peer_model
+
+KINDS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe")
+VOCAB, D, HEADS, LAYERS, E, K, F = 97, 32, 4, 2, 5, 2, 24
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": D,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": K,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "attn_implementation": "eager",
+}
+_OWN = {
+    "olmoe": {"num_experts": E, "intermediate_size": F},
+    "mixtral": {"num_local_experts": E, "intermediate_size": F},
+    "qwen2_moe": {
+        "num_experts": E,
+        "moe_intermediate_size": F,
+        "intermediate_size": 40,
+        "shared_expert_intermediate_size": 12,
+    },
+    "qwen3_moe": {"num_experts": E, "moe_intermediate_size": F, "intermediate_size": 40, "head_dim": 12},
+}
+
+kinds = pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in KINDS])
+
+
+def trained(kind: str, seed: int = 0, **settings: Any) -> Any:
+    """A model of transformers that stands for a trained one: norms are not 1, biases not 0, logits of size 1."""
+    model: Any = peer_model(kind, **{**_COMMON, **_OWN[kind], **settings})
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            parameter.copy_(0.3 * noise + float("norm" in name))
+        else:
+            parameter.copy_(noise * (0.5 if "embed" in name else parameter.shape[-1] ** -0.5))
+    return model
+
+
+def save(model: Any, folder: Path, **options: Any) -> Path:
+    """`model` in `folder` as transformers writes it: by default in the layout of the hub, a key per expert."""
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def checkpoint(kind: str, folder: Path, seed: int = 0, **settings: Any) -> Path:
+    """`trained`, saved."""
+    return save(trained(kind, seed, **settings), folder)
+
+
+def native_router(folder: Path) -> MakeRouter:
+    """What makes the router that config.json tells of."""
+    node = dict(checkpoint_config.read(folder).router)
+    made = locate(node.pop("_target_"))
+    return lambda n_experts, top_k: made(n_experts, top_k, **node)
+
+
+def build(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    make_router: MakeRouter | None = None,
+    empty: bool = False,
+) -> Checkpoint:
+    """Our model of the checkpoint, before it is loaded; `empty`: without storage."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with without_storage() if empty else nullcontext():
+            model = Checkpoint(path=str(folder), make_router=make_router or native_router(folder), experts=grouped)
+    finally:
+        torch.set_default_dtype(before)
+    return model
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, *, make_router: MakeRouter | None = None) -> Checkpoint:
+    """Our model of the checkpoint."""
+    model = build(folder, dtype, make_router=make_router)
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)  # what is not loaded shows
+    initialize(model, 0)
+    return model
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], None] | None = None, **keys: Any) -> None:
+    """Change config.json: by a function, by keys (... removes one), or both."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content |= keys
+    content = {key: value for key, value in content.items() if value is not ...}
+    if change is not None:
+        change(content)
+    path.write_text(json.dumps(content))
+
+
+def as_written_by_4(content: dict[str, Any]) -> None:
+    """Turn a config.json of transformers 5 into that of the same model by transformers 4."""
+    rope = content.pop("rope_parameters")
+    content["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    content["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    content["torch_dtype"] = content.pop("dtype")
+    content["transformers_version"] = "4.40.0"
+    content.pop("layer_types", None)
+    if content["model_type"] == "qwen3_moe" and "num_local_experts" in content:
+        content["num_experts"] = content.pop("num_local_experts")
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """All that model.safetensors holds."""
+    return load_file(folder / "model.safetensors")
+
+
+def write_tensors(folder: Path, content: Mapping[str, Tensor]) -> None:
+    """Replace model.safetensors."""
+    save_file(dict(content), folder / "model.safetensors")
+
+
+def complaint(act: Callable[[], object]) -> str:
+    """The message of the `ValueError` that `act` raises, which is one line and a sentence."""
+    with pytest.raises(ValueError) as caught:
+        act()
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith("."), message
+    return message
+
+
+def ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Token ids [B, S]."""
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,523 @@
+"""models/checkpoint.py: trained models in Hugging Face format against transformers, and what a loaded model is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe_lab.models import Output
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.layers import SwiGLU
+from moe_lab.models.moe_layer import MoELayer
+from moe_lab.models.parameters import adopt, shareable
+from moe_lab.models.serving import Decode, Prefill, whole_routing
+from moe_lab.routers.base import Routing
+from moe_lab.routers.softmax_topk import SoftmaxTopK
+from tests import tiny
+from tests.models import checkpoints
+from tests.models.checkpoints import (
+    LAYERS,
+    VOCAB,
+    E,
+    K,
+    as_written_by_4,
+    build,
+    checkpoint,
+    edit_config,
+    ids,
+    kinds,
+    load,
+    save,
+    tensors,
+    trained,
+    write_tensors,
+)
+
+ATOL = 2e-4
+REAL = tiny.ROOT / "assets" / "tiny-olmoe"
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 |= {"low_freq_factor": 0.5, "high_freq_factor": 6.0}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
+YARN |= {"beta_fast": 4.0}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def case(kind: str, name: str, **settings: Any) -> Any:
+    return pytest.param(kind, settings, id=f"{kind}-{name}")
+
+
+PLAIN = [pytest.param(kind, {}, id=f"{kind}-plain") for kind in checkpoints.KINDS]
+CHANGED = [
+    case("olmoe", "renormalized", norm_topk_prob=True),
+    case("olmoe", "clipped", clip_qkv=0.6),
+    case("olmoe", "biases", attention_bias=True),
+    case("olmoe", "biases_clipped_renormalized", attention_bias=True, clip_qkv=0.9, norm_topk_prob=True),
+    case("olmoe", "a_key_head_per_head", num_key_value_heads=4),
+    case("olmoe", "one_key_head", num_key_value_heads=1),
+    case("olmoe", "tied", tie_word_embeddings=True),
+    case("olmoe", "eps", rms_norm_eps=0.3),
+    case("olmoe", "yarn", rope_parameters=YARN),
+    case("mixtral", "window", sliding_window=4),
+    case("mixtral", "window_of_one", sliding_window=1),
+    case("mixtral", "head_dim", head_dim=12),
+    case("mixtral", "a_key_head_per_head", num_key_value_heads=4),
+    case("mixtral", "one_key_head", num_key_value_heads=1),
+    case("mixtral", "tied", tie_word_embeddings=True),
+    case("mixtral", "eps", rms_norm_eps=0.3),
+    case("mixtral", "all_experts", num_experts_per_tok=E),
+    case("mixtral", "one_of_the_experts", num_experts_per_tok=1),
+    case("mixtral", "theta", rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
+    case("mixtral", "linear", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
+    case("mixtral", "llama3", rope_parameters=LLAMA3),
+    case("mixtral", "yarn", head_dim=8, rope_parameters=YARN),
+    case(
+        "mixtral", "yarn_defaults", head_dim=8, rope_parameters={key: YARN[key] for key in YARN if key != "beta_fast"}
+    ),
+    case("mixtral", "yarn_beta_slow", head_dim=16, rope_parameters={**YARN, "beta_slow": 0.25}),
+    case("mixtral", "yarn_attention_factor", head_dim=8, rope_parameters={**YARN, "attention_factor": 1.7}),
+    case("mixtral", "yarn_mscale", head_dim=8, rope_parameters={**YARN, "mscale": 0.7, "mscale_all_dim": 2.5}),
+    case("mixtral", "yarn_not_truncated", head_dim=16, rope_parameters={**YARN, "truncate": False}),
+    case("mixtral", "yarn_no_factor", head_dim=8, rope_parameters={**YARN, "factor": None}),
+    case("qwen2_moe", "renormalized", norm_topk_prob=True),
+    case("qwen2_moe", "no_biases", qkv_bias=False),
+    case("qwen2_moe", "wide_shared_expert", shared_expert_intermediate_size=33),
+    case("qwen2_moe", "named_dense_layers", num_hidden_layers=4, mlp_only_layers=[0, 2]),
+    case("qwen2_moe", "every_other_layer_dense", num_hidden_layers=4, decoder_sparse_step=2),
+    case("qwen2_moe", "dense_both_ways", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3]),
+    case("qwen2_moe", "windows", num_hidden_layers=4, use_sliding_window=True, sliding_window=4),
+    case(
+        *("qwen2_moe", "windows_below_a_layer"),
+        num_hidden_layers=4,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=2,
+    ),
+    case(
+        *("qwen2_moe", "windows_by_layer_types"),
+        num_hidden_layers=3,
+        use_sliding_window=True,
+        sliding_window=3,
+        layer_types=[FULL, SLIDING, SLIDING],
+    ),
+    case("qwen2_moe", "head_dim", head_dim=12),
+    case("qwen2_moe", "tied", tie_word_embeddings=True),
+    case("qwen2_moe", "llama3", rope_parameters=LLAMA3),
+    case("qwen2_moe", "one_key_head", num_key_value_heads=1),
+    case("qwen3_moe", "renormalized", norm_topk_prob=True),
+    case("qwen3_moe", "biases", attention_bias=True),
+    case("qwen3_moe", "window", use_sliding_window=True, sliding_window=4),
+    case("qwen3_moe", "head_dim_by_default", head_dim=8),
+    case("qwen3_moe", "named_dense_layers", num_hidden_layers=3, mlp_only_layers=[1]),
+    case("qwen3_moe", "every_third_layer_sparse", num_hidden_layers=3, decoder_sparse_step=3),
+    case("qwen3_moe", "one_key_head", num_key_value_heads=1),
+    case("qwen3_moe", "tied", tie_word_embeddings=True),
+    case("qwen3_moe", "yarn", rope_parameters=YARN),
+]
+"""The settings that change what an architecture computes."""
+
+cases = pytest.mark.parametrize(("kind", "settings"), PLAIN + CHANGED)
+
+
+@torch.inference_mode()
+def computed(model: Any, ids_BS: Tensor) -> Any:
+    """What a model of transformers gives for these tokens: .logits and .router_logits, one [T, E] per MoE layer."""
+    return model(ids_BS, output_router_logits=True)
+
+
+def assert_same_experts(routings: tuple[Routing, ...], router_logits: tuple[Tensor, ...], top_k: int = K) -> None:
+    """The same set of experts for each token and layer, where rounding cannot have decided."""
+    assert len(routings) == len(router_logits)
+    for routing, logits_TE in zip(routings, router_logits, strict=True):
+        want_TK = logits_TE.topk(top_k).indices.sort().values
+        ranked_TE = logits_TE.sort(descending=True).values
+        clear_T = torch.ones(len(logits_TE), dtype=torch.bool)
+        if top_k < logits_TE.shape[1]:
+            clear_T = ranked_TE[:, top_k - 1] - ranked_TE[:, top_k] > 1e-5
+        assert clear_T.float().mean() > 0.9
+        assert torch.equal(routing.expert_ids_TK.sort().values[clear_T], want_TK[clear_T].int())
+
+
+def assert_logits(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
+
+
+@torch.inference_mode()
+def decoded(model: Checkpoint, ids_BN: Tensor, context_len: int) -> tuple[Tensor, tuple[Routing, ...]]:
+    """(logits [B, N - context_len, V], the routing of whole sequences), one token after the other by the cache."""
+    batch, length = ids_BN.shape
+    decode = Decode(model, model.make_cache(batch, length), context_len)
+    context = decode.fill(ids_BN)
+    steps: list[Output] = []
+    for _ in range(decode.n_steps):
+        steps.append(decode(ids_BN))
+        decode.advance()
+    routings = tuple(
+        whole_routing(before, [step.routings[layer] for step in steps], batch) for layer, before in enumerate(context)
+    )
+    return torch.cat([step.y for step in steps], dim=1), routings
+
+
+@cases
+@pytest.mark.parametrize("seed", [pytest.param(seed, id=f"seed{seed}") for seed in range(3)])
+def test_logits_and_routes_are_those_of_transformers(
+    kind: str, settings: dict[str, Any], seed: int, tmp_path: Path
+) -> None:
+    """All positions at once."""
+    peer = trained(kind, seed, **settings)
+    model, ids_BS = load(save(peer, tmp_path)), ids(2, 14, seed)
+    want, got = computed(peer, ids_BS), model(ids_BS)
+    assert float(want.logits.std()) > 0.3
+    assert_logits(got.y, want.logits)
+    assert_same_experts(got.routings, want.router_logits, model.top_k)
+
+
+@cases
+def test_prefill_and_decode_give_the_logits_of_transformers(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """The whole at once and token by token, both through the cache."""
+    peer = trained(kind, 7, **settings)
+    model, ids_BN = load(save(peer, tmp_path)), ids(2, 14, 7)
+    want = computed(peer, ids_BN)
+    prefilled = Prefill(model, model.make_cache(2, 14))(ids_BN)
+    assert_logits(prefilled.y, want.logits[:, -1:])
+    assert_same_experts(prefilled.routings, want.router_logits, model.top_k)
+    logits, routings = decoded(model, ids_BN, context_len=3)
+    assert_logits(logits, want.logits[:, 3:])
+    assert_same_experts(routings, want.router_logits, model.top_k)
+
+
+@pytest.mark.parametrize(("kind", "settings"), CHANGED)
+def test_each_setting_changes_the_logits(kind: str, settings: dict[str, Any]) -> None:
+    """So a model that ignored one would be found out above: this is of transformers alone."""
+    ids_BS = ids(2, 14)
+    plain, changed = computed(trained(kind), ids_BS).logits, computed(trained(kind, **settings), ids_BS).logits
+    assert float((plain - changed).abs().max()) > 100 * ATOL
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param({"beta_slow": 0.25}, id="beta_slow"),
+        pytest.param({"attention_factor": 1.7}, id="attention_factor"),
+        pytest.param({"mscale": 0.7, "mscale_all_dim": 2.5}, id="mscale"),
+        pytest.param({"truncate": False}, id="truncate"),
+        pytest.param({"factor": 2.0}, id="factor"),
+    ],
+)
+def test_each_key_of_yarn_changes_the_logits(keys: dict[str, Any]) -> None:
+    """As above, with the other keys in place."""
+    ids_BS = ids(2, 14)
+    one, other = (
+        computed(trained("mixtral", head_dim=16, rope_parameters=rope), ids_BS).logits for rope in (YARN, YARN | keys)
+    )
+    assert float((one - other).abs().max()) > 10 * ATOL
+
+
+@kinds
+def test_stacked_experts_on_disk_give_the_same_model(kind: str, tmp_path: Path) -> None:
+    """The layout that transformers has in memory, bit for bit what the hub's layout gives."""
+    peer = trained(kind)
+    one = save(peer, tmp_path / "hub")
+    other = save(peer, tmp_path / "stacked", save_original_format=False)
+    assert not any(".experts.0." in key for key in tensors(other))
+    assert torch.equal(load(one)(ids(2, 9)).y, load(other)(ids(2, 9)).y)
+
+
+@kinds
+@pytest.mark.parametrize("stacked", [pytest.param(False, id="by_expert"), pytest.param(True, id="stacked")])
+def test_shards_give_the_same_model(kind: str, stacked: bool, tmp_path: Path) -> None:
+    """However the tensors are spread over files, those of one layer included."""
+    peer = trained(kind)
+    single, folder = save(peer, tmp_path / "single"), tmp_path / "shards"
+    save(peer, folder, max_shard_size="15KB", save_original_format=not stacked)
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    got, want = dict(load(folder).named_parameters()), dict(load(single).named_parameters())
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [pytest.param(d, id=str(d)[6:]) for d in (torch.bfloat16, torch.float16)])
+def test_half_precision_on_disk_is_loaded_exactly_as_fp32(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Every value as it stands in the file: the logits are those of transformers in fp32 on rounded weights."""
+    peer = trained(kind)
+    for parameter in peer.parameters():
+        parameter.copy_(parameter.to(dtype))
+    model = load(save(copy.deepcopy(peer).to(dtype), tmp_path))
+    assert tensors(tmp_path)["model.norm.weight"].dtype == dtype
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert torch.equal(model.embed.weight, peer.model.embed_tokens.weight)
+    assert_logits(model(ids(2, 9)).y, computed(peer, ids(2, 9)).logits)
+
+
+@kinds
+def test_fp32_on_disk_is_rounded_to_a_bf16_model(kind: str, tmp_path: Path) -> None:
+    """Each parameter is the fp32 model's, rounded once."""
+    folder = checkpoint(kind, tmp_path)
+    narrow, wide = load(folder, torch.bfloat16), dict(load(folder).named_parameters())
+    for name, parameter in narrow.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, wide[name].bfloat16())
+
+
+def test_a_file_may_mix_dtypes(tmp_path: Path) -> None:
+    """Norms in fp32 beside bf16 matrices, as some trainers write."""
+    folder = checkpoint("olmoe", tmp_path)
+    mixed = {key: value if value.dim() == 1 else value.bfloat16() for key, value in tensors(folder).items()}
+    write_tensors(folder, mixed)
+    model = load(folder)
+    assert torch.equal(model.norm.weight, mixed["model.norm.weight"])
+    assert torch.equal(model.head.weight, mixed["lm_head.weight"].float())
+
+
+@kinds
+@pytest.mark.parametrize("in_file", [pytest.param(False, id="without_a_key"), pytest.param(True, id="with_a_key")])
+def test_a_tied_head_is_the_embedding(kind: str, in_file: bool, tmp_path: Path) -> None:
+    """Some files hold the matrix twice."""
+    peer = trained(kind, tie_word_embeddings=True)
+    folder = save(peer, tmp_path)
+    assert "lm_head.weight" not in tensors(folder)
+    if in_file:
+        write_tensors(folder, {**tensors(folder), "lm_head.weight": peer.lm_head.weight.clone()})
+    model = load(folder)
+    assert model.head.weight is model.embed.weight
+    assert_logits(model(ids(2, 9)).y, computed(peer, ids(2, 9)).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *PLAIN,
+        case("olmoe", "clipped", clip_qkv=0.6, attention_bias=True),
+        case("olmoe", "linear", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
+        case("mixtral", "llama3", rope_parameters=LLAMA3),
+        case("mixtral", "window", sliding_window=4),
+        case("qwen2_moe", "theta", rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        case("qwen2_moe", "windows", num_hidden_layers=4, use_sliding_window=True, sliding_window=4),
+        case(
+            *("qwen2_moe", "windows_below_a_layer"),
+            num_hidden_layers=4,
+            use_sliding_window=True,
+            sliding_window=4,
+            max_window_layers=2,
+        ),
+        case("qwen3_moe", "yarn", rope_parameters=YARN, norm_topk_prob=True),
+    ],
+)
+def test_a_configuration_as_transformers_4_wrote_it_gives_the_same_model(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """rope_theta and rope_scaling{type}, torch_dtype, no layer_types: the same logits, bit for bit."""
+    folder = checkpoint(kind, tmp_path, **settings)
+    want = load(folder)(ids(2, 9)).y
+    edit_config(folder, as_written_by_4)
+    assert "rope_parameters" not in (folder / "config.json").read_text()
+    assert torch.equal(load(folder)(ids(2, 9)).y, want)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dense"),
+    [
+        pytest.param({"mlp_only_layers": [0, 2]}, {0, 2}, id="named"),
+        pytest.param({"decoder_sparse_step": 3}, {0, 1, 3}, id="stepped"),
+    ],
+)
+def test_dense_layers_have_no_experts(settings: dict[str, Any], dense: set[int], tmp_path: Path) -> None:
+    """They have an MLP of their own width, and there is a routing for each of the others."""
+    model = load(checkpoint("qwen3_moe", tmp_path, num_hidden_layers=4, **settings))
+    assert {index for index, block in enumerate(model.layers) if isinstance(block.mlp, SwiGLU)} == dense
+    assert all(model.layers[index].mlp.down.weight.shape[1] == 40 for index in dense)
+    assert len(model(ids(1, 3)).routings) == sum(isinstance(block.mlp, MoELayer) for block in model.layers)
+
+
+def test_forced_with_its_own_routing_a_checkpoint_computes_the_same(tmp_path: Path) -> None:
+    """Dense layers are skipped."""
+    model = load(checkpoint("qwen2_moe", tmp_path, num_hidden_layers=3, mlp_only_layers=[1]))
+    free = model(ids(2, 5))
+    assert torch.equal(model(ids(2, 5), forced_routing=free.routings).y, free.y)
+
+
+def test_a_swapped_router_starts_with_parameters_of_zero(tmp_path: Path) -> None:
+    """Its own are in no file; what the checkpoint holds is loaded as before."""
+
+    def biased(n_experts: int, top_k: int) -> SoftmaxTopK:
+        return SoftmaxTopK(n_experts, top_k, renormalize=False, gate_bias=True)
+
+    folder = checkpoint("olmoe", tmp_path)
+    model = load(folder, make_router=biased)
+    assert all(torch.equal(block.mlp.router.bias_E, torch.zeros(E)) for block in model.layers)
+    assert torch.equal(model(ids(2, 5)).y, load(folder)(ids(2, 5)).y)
+
+
+def test_a_model_that_shares_all_weights_reads_no_file(tmp_path: Path) -> None:
+    """Another router on the same tensors: the router's own are filled, and the checkpoint may be gone."""
+
+    def biased(n_experts: int, top_k: int) -> SoftmaxTopK:
+        return SoftmaxTopK(n_experts, top_k, renormalize=False, gate_bias=True)
+
+    folder = checkpoint("olmoe", tmp_path)
+    donor = load(folder)
+    (folder / "model.safetensors").unlink()
+    model = build(folder, make_router=biased, empty=True)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    adopt(model, shareable(donor), torch.device("cpu"), 0)
+    assert model.embed.weight is donor.embed.weight
+    assert torch.equal(model(ids(2, 5)).y, donor(ids(2, 5)).y)
+
+
+def test_a_model_without_storage_is_filled_from_the_files(tmp_path: Path) -> None:
+    """Nothing to share: everything is loaded, a tied head stays tied."""
+    folder = checkpoint("mixtral", tmp_path, tie_word_embeddings=True)
+    model = build(folder, empty=True)
+    adopt(model, {}, torch.device("cpu"), 0)
+    assert model.head.weight is model.embed.weight
+    assert torch.equal(model(ids(2, 5)).y, load(folder)(ids(2, 5)).y)
+
+
+def test_the_seed_changes_nothing(tmp_path: Path) -> None:
+    """A checkpoint's parameters are those of its files."""
+    folder = checkpoint("olmoe", tmp_path)
+    one, other = build(folder), build(folder)
+    for seed, model in enumerate((one, other)):
+        adopt(model, {}, torch.device("cpu"), seed)
+    assert torch.equal(one(ids(1, 5)).y, other(ids(1, 5)).y)
+
+
+@pytest.mark.parametrize("there", [pytest.param(True, id="there"), pytest.param(False, id="not_there")])
+def test_the_tokenizer_is_the_file_beside_the_configuration(there: bool, tmp_path: Path) -> None:
+    """None without one: a model of bytes needs none."""
+    folder = checkpoint("olmoe", tmp_path)
+    if there:
+        (folder / "tokenizer.json").write_text("{}")
+    model = build(folder)
+    assert model.tokenizer_file == (folder / "tokenizer.json" if there else None)
+    assert (model.max_positions, model.vocab_size, len(model.layers)) == (128, VOCAB, LAYERS)
+
+
+def test_a_folder_may_hold_other_files(tmp_path: Path) -> None:
+    """Texts, tokenizers, and safetensors that model.safetensors.index.json does not name."""
+    folder = checkpoint("olmoe", tmp_path)
+    want = load(folder)(ids(1, 5)).y
+    (folder / "README.md").write_text("about")
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    (folder / "adapter.safetensors").write_bytes(b"nothing")
+    assert torch.equal(load(folder)(ids(1, 5)).y, want)
+
+
+def test_the_small_checkpoint_in_the_repository_gives_the_logits_of_transformers() -> None:
+    """Trained weights on real text: forward, prefill and decode."""
+    pytest.importorskip("transformers")
+    from transformers.models.olmoe.modeling_olmoe import OlmoeForCausalLM
+
+    text = (tiny.ROOT / "assets" / "text" / "python.txt").read_bytes()[:400]
+    ids_BN = torch.tensor(list(text)).view(2, 200)
+    peer = OlmoeForCausalLM.from_pretrained(REAL, dtype=torch.float32, attn_implementation="eager").eval()
+    want, model = computed(peer, ids_BN), load(REAL)
+    with torch.inference_mode():
+        got = model(ids_BN)
+        prefilled = Prefill(model, model.make_cache(2, 200))(ids_BN)
+    assert_logits(got.y, want.logits)
+    assert_same_experts(got.routings, want.router_logits)
+    assert_logits(prefilled.y, want.logits[:, -1:])
+    logits, routings = decoded(model, ids_BN, context_len=120)
+    assert_logits(logits, want.logits[:, 120:])
+    assert_same_experts(routings, want.router_logits)
+
+
+MEMORY = """
+import sys, threading, time
+import torch
+torch.set_num_threads(1)
+from moe_lab.experts.grouped import grouped
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.parameters import initialize
+from moe_lab.routers.softmax_topk import SoftmaxTopK
+
+def status(key):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+model = Checkpoint(path=sys.argv[1], make_router=SoftmaxTopK, experts=grouped)
+for parameter in model.parameters():
+    parameter.fill_(1)  # its pages are there
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts anew
+before = status("VmRSS")
+initialize(model, 0)
+assert float(model.layers[-1].mlp.weights.w_down_EDF.double().mean()) == 0.5
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_loading_holds_no_more_than_one_file_beside_the_parameters(tmp_path: Path) -> None:
+    """Peak memory of a fresh process, mapped pages of files included, over four files of 20 MB."""
+    folder = _shards(tmp_path, n_shards=4)
+    largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert int(tiny.python(MEMORY, folder)) < 1.2 * largest
+
+
+def _shards(folder: Path, n_shards: int) -> Path:
+    """A checkpoint with a file per layer and the rest in the last; every value is 0.5."""
+    D, F, experts = 256, 512, 13
+    config = trained("olmoe").config.to_dict()
+    config |= {"hidden_size": D, "intermediate_size": F, "num_experts": experts, "num_hidden_layers": n_shards}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": None, "dtype": "float32"}))
+    layer = {
+        **{f"self_attn.{name}_proj": (D if name in "qo" else D // 2, D) for name in "qkvo"},
+        "self_attn.q_norm": (D,),
+        "self_attn.k_norm": (D // 2,),
+        "mlp.gate": (experts, D),
+        "input_layernorm": (D,),
+        "post_attention_layernorm": (D,),
+        **{f"mlp.experts.{e}.{name}_proj": (F, D) for e in range(experts) for name in ("gate", "up")},
+        **{f"mlp.experts.{e}.down_proj": (D, F) for e in range(experts)},
+    }
+    whole = {"model.embed_tokens": (VOCAB, D), "model.norm": (D,), "lm_head": (VOCAB, D)}
+    weight_map = {}
+    for index in range(n_shards):
+        shapes = {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+        shapes |= whole if index == n_shards - 1 else {}
+        name = f"model-{index + 1:05}-of-{n_shards:05}.safetensors"
+        content = {f"{key}.weight": torch.full(shape, 0.5) for key, shape in shapes.items()}
+        save_file(content, folder / name)
+        weight_map |= dict.fromkeys(content, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_no_pickle_is_opened(tmp_path: Path) -> None:
+    """Beside safetensors, and alone: neither read nor executed."""
+    folder = checkpoint("olmoe", tmp_path)
+    trap = folder / "pytorch_model.bin"
+    torch.save({"model.norm.weight": torch.zeros(3)}, trap)
+    opened: list[str] = []
+    watching = True
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open" and str(arguments[0]).endswith(".bin"):
+            opened.append(str(arguments[0]))
+        if watching and event == "pickle.find_class":
+            opened.append("a pickle")
+
+    sys.addaudithook(watch)
+    load(folder)
+    (folder / "model.safetensors").unlink()
+    message = checkpoints.complaint(lambda: load(folder))
+    assert opened == []
+    torch.load(trap)
+    watching = False
+    assert opened
+    assert "pytorch_model.bin" in message and "pickle" in message and "safetensors" in message

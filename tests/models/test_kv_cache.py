@@ -1,0 +1,105 @@
+"""models/kv_cache.py: keys and values in memory that is allocated once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lab.models.kv_cache import KVCache, LayerCache
+
+B, H, N, d = 3, 2, 7, 4
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer(dtype: torch.dtype = torch.float32) -> LayerCache:
+    return LayerCache(torch.zeros(B, H, N, d, dtype=dtype), torch.zeros(B, H, N, d, dtype=dtype))
+
+
+def cache(layers: int = 2, dtype: torch.dtype = torch.float32) -> KVCache:
+    return KVCache(layer(dtype) for _ in range(layers))
+
+
+@pytest.mark.parametrize("S", [pytest.param(s, id=f"s{s}") for s in (1, 4, N)])
+def test_begin_keeps_the_first_positions_and_touches_no_other(S: int) -> None:
+    """Keys and values each in their place."""
+    kept, k, v = layer(), random(B, H, S, d), random(B, H, S, d, seed=1)
+    kept.begin(k, v)
+    assert torch.equal(kept.k_BHNd[:, :, :S], k) and torch.equal(kept.v_BHNd[:, :, :S], v)
+    assert not kept.k_BHNd[:, :, S:].any() and not kept.v_BHNd[:, :, S:].any()
+
+
+@pytest.mark.parametrize("positions", [pytest.param([0], id="first"), pytest.param([N - 1], id="last")])
+def test_put_keeps_one_position_and_returns_all(positions: list[int]) -> None:
+    """The others stay as they were."""
+    kept = layer()
+    before_k, before_v = random(B, H, N, d), random(B, H, N, d, seed=1)
+    kept.begin(before_k, before_v)
+    k, v, at = random(B, H, 1, d, seed=2), random(B, H, 1, d, seed=3), torch.tensor(positions)
+    all_k, all_v = kept.put(k, v, at)
+    for before, new, after in ((before_k, k, all_k), (before_v, v, all_v)):
+        want = before.clone()
+        want[:, :, positions] = new
+        assert torch.equal(after, want)
+    assert torch.equal(all_k, kept.k_BHNd) and torch.equal(all_v, kept.v_BHNd)
+
+
+def test_put_keeps_several_positions_in_any_order() -> None:
+    """Position s of the arguments belongs to position_S[s]."""
+    kept, k, v = layer(), random(B, H, 3, d), random(B, H, 3, d, seed=1)
+    all_k, all_v = kept.put(k, v, torch.tensor([5, 0, 3]))
+    assert torch.equal(all_k[:, :, [5, 0, 3]], k) and torch.equal(all_v[:, :, [5, 0, 3]], v)
+    assert not all_k[:, :, [1, 2, 4, 6]].any()
+
+
+def test_one_put_after_the_other_is_begin() -> None:
+    """Position by position or all at once."""
+    one, other, k, v = layer(), layer(), random(B, H, N, d), random(B, H, N, d, seed=1)
+    one.begin(k, v)
+    for t in range(N):
+        other.put(k[:, :, t : t + 1], v[:, :, t : t + 1], torch.tensor([t]))
+    assert torch.equal(one.k_BHNd, other.k_BHNd) and torch.equal(one.v_BHNd, other.v_BHNd)
+
+
+def test_a_bf16_cache_rounds_what_is_put_and_returns_the_arguments_dtype() -> None:
+    """The fp32 reference of a bf16 model reads the same cache."""
+    kept, k = layer(torch.bfloat16), random(B, H, 1, d)
+    all_k, all_v = kept.put(k, 2 * k, torch.tensor([2]))
+    assert kept.k_BHNd.dtype == torch.bfloat16 and all_k.dtype == all_v.dtype == torch.float32
+    assert torch.equal(all_k[:, :, 2:3], k.bfloat16().float())
+    assert torch.equal(all_v[:, :, 2:3], (2 * k).bfloat16().float())
+    kept.begin(k, k)
+    assert torch.equal(kept.k_BHNd[:, :, :1], k.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [pytest.param(0, 1, id="first"), pytest.param(1, 3, id="last_two"), pytest.param(2, 9, id="past_the_end")],
+)
+def test_rows_are_some_sequences_in_the_same_memory(start: int, stop: int) -> None:
+    """What is written into the part is in the whole, and in no other sequence."""
+    whole = cache()
+    part = whole.rows(start, stop)
+    assert part.length == N and len(part.layers) == 2
+    n = min(stop, B) - start
+    part.layers[1].begin(torch.ones(n, H, 4, d), torch.full((n, H, 4, d), 2.0))
+    assert whole.layers[1].k_BHNd.sum() == n * H * 4 * d and whole.layers[1].v_BHNd.sum() == 2 * n * H * 4 * d
+    assert torch.equal(whole.layers[1].k_BHNd[start:stop], part.layers[1].k_BHNd)
+    assert part.layers[1].k_BHNd.data_ptr() == whole.layers[1].k_BHNd[start].data_ptr()
+    assert not whole.layers[0].k_BHNd.any()
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)], ids=["fp32", "bf16"])
+def test_bytes_per_position_are_of_all_sequences_layers_keys_and_values(dtype: torch.dtype, size: int) -> None:
+    """Times the length they are what the cache takes."""
+    kept = cache(layers=5, dtype=dtype)
+    assert kept.bytes_per_position == 5 * 2 * B * H * d * size
+    assert kept.bytes_per_position * kept.length == sum(b.untyped_storage().nbytes() for b in kept.buffers())
+
+
+def test_a_cache_is_part_of_no_state() -> None:
+    """It is not saved and has no parameters, and so changes no model that holds it."""
+    assert not cache().state_dict() and not list(cache().parameters())

@@ -1,0 +1,381 @@
+"""models/serving.py: prefill and decode against one pass over the whole sequence."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lab.experts.grouped import grouped
+from moe_lab.models import Output, serving
+from moe_lab.models.decoder_moe import DecoderMoE
+from moe_lab.models.parameters import initialize, reference_twin
+from moe_lab.models.serving import Decode, Prefill, whole_routing
+from moe_lab.models.transformer_decoder import TransformerDecoder
+from moe_lab.routers.base import RouteContext, Routing
+from moe_lab.routers.softmax_topk import SoftmaxTopK
+from tests.conftest import needs_cxx
+
+VOCAB, LAYERS, E, K = 61, 3, 5, 2
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_layers": LAYERS, "mlp_hidden_dim": 24}
+
+
+class Seen(SoftmaxTopK):
+    """The softmax router, which notes the contexts that it is asked with."""
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+        assert ctx is not None
+        CONTEXTS.append(ctx)
+        return super().select(logits_TE, ctx)
+
+
+CONTEXTS: list[RouteContext] = []
+
+
+def decoder(dtype: torch.dtype = torch.float32, router: type[SoftmaxTopK] = SoftmaxTopK, **options: Any) -> DecoderMoE:
+    keys = {"n_kv_heads": 2, **SIZES, "n_experts": E, "top_k": K, **options}
+    model = DecoderMoE(make_router=router, experts=grouped, **keys).to(dtype)
+    initialize(model, 3)
+    return model.eval()
+
+
+def ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def decoding(model: TransformerDecoder, ids_BN: Tensor, context_len: int) -> tuple[Decode, tuple[Routing, ...]]:
+    """(before its first step, the routing of the context)."""
+    decode = Decode(model, model.make_cache(*ids_BN.shape), context_len)
+    return decode, decode.fill(ids_BN)
+
+
+def stepped(decode: Decode, ids_BN: Tensor) -> list[Output]:
+    """All steps once, from the present one on."""
+    outputs = []
+    for _ in range(decode.n_steps):
+        outputs.append(decode(ids_BN))
+        decode.advance()
+    return outputs
+
+
+def logits_of(outputs: Sequence[Output]) -> Tensor:
+    return torch.cat([output.y for output in outputs], dim=1)
+
+
+def assert_close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def same_routes(one: Routing, other: Routing) -> bool:
+    return torch.equal(one.expert_ids_TK, other.expert_ids_TK) and torch.allclose(
+        one.weights_TK, other.weights_TK, atol=1e-5
+    )
+
+
+models = pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="grouped_queries"),
+        pytest.param({"n_kv_heads": 4}, id="a_key_head_per_head"),
+        pytest.param({"n_kv_heads": 1, "qk_norm": "head"}, id="one_key_head"),
+        pytest.param({"windows": [3, None, 5]}, id="windows"),
+        pytest.param({"windows": [1, 1, 1], "n_kv_heads": 4}, id="windows_of_one"),
+        pytest.param({"windows": [50, 10, None]}, id="windows_longer_than_the_sequence"),
+        pytest.param({"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "qk_norm": "full"}, id="scaled_rope"),
+        pytest.param({"qkv_bias": True, "o_bias": True, "clip_qkv": 0.3}, id="biases_clipped"),
+        pytest.param({"n_dense_layers": 1, "shared_expert_hidden_dim": 9, "tie_embeddings": True}, id="dense_layer"),
+    ],
+)
+contexts = pytest.mark.parametrize("context_len", [pytest.param(n, id=f"context{n}") for n in (1, 4, 9)])
+batches = pytest.mark.parametrize("batch", [pytest.param(b, id=f"b{b}") for b in (1, 3)])
+
+
+@models
+@batches
+@contexts
+def test_each_step_gives_the_logits_and_routes_of_the_whole_pass(
+    options: dict[str, Any], batch: int, context_len: int
+) -> None:
+    """At every position, whatever the context."""
+    model, ids_BN = decoder(**options), ids(batch, 10)
+    whole = model(ids_BN)
+    decode, context = decoding(model, ids_BN, context_len)
+    steps = stepped(decode, ids_BN)
+    assert len(steps) == decode.n_steps == 10 - context_len
+    assert_close(logits_of(steps), whole.y[:, context_len:])
+    assert len(context) == len(whole.routings)
+    for layer, (before, want) in enumerate(zip(context, whole.routings, strict=True)):
+        assert same_routes(whole_routing(before, [step.routings[layer] for step in steps], batch), want)
+
+
+def test_a_decoder_without_experts_decodes_too() -> None:
+    """There are no routings, and the logits are those of the whole pass."""
+    model = TransformerDecoder(**SIZES)
+    initialize(model, 1)
+    decode, context = decoding(model, ids(2, 8), 3)
+    assert context == ()
+    assert_close(logits_of(stepped(decode, ids(2, 8))), model(ids(2, 8)).y[:, 3:])
+
+
+@models
+@batches
+def test_prefill_gives_the_last_logits_of_the_whole_pass(options: dict[str, Any], batch: int) -> None:
+    """And the routes of all tokens."""
+    model, ids_BS = decoder(**options), ids(batch, 10)
+    whole, prefilled = model(ids_BS), Prefill(model, model.make_cache(batch, 10))(ids_BS)
+    assert prefilled.y.shape == (batch, 1, VOCAB)
+    assert_close(prefilled.y, whole.y[:, -1:])
+    assert all(same_routes(*pair) for pair in zip(prefilled.routings, whole.routings, strict=True))
+
+
+@models
+def test_prefill_leaves_the_cache_that_decoding_needs(options: dict[str, Any]) -> None:
+    """A step after it gives the logits of the whole pass, and the cache is that of token by token."""
+    model, ids_BN = decoder(**options), ids(2, 10)
+    cache = model.make_cache(2, 10)
+    Prefill(model, cache)(ids_BN[:, :9])
+    assert all(not buffer[:, :, 9:].any() and buffer[:, :, :9].all() for buffer in cache.buffers())
+    assert_close(Decode(model, cache, 9)(ids_BN).y, model(ids_BN).y[:, 9:])
+    decode, _ = decoding(model, ids_BN, 1)
+    stepped(decode, ids_BN)
+    for one, other in zip(cache.buffers(), decode.cache.buffers(), strict=True):
+        assert_close(one, other)
+
+
+def test_a_longer_cache_changes_nothing_of_a_prefill() -> None:
+    """Room for what comes later is not looked at."""
+    model, ids_BS = decoder(windows=[3, None, 2]), ids(2, 6)
+    short, long = (Prefill(model, model.make_cache(2, length))(ids_BS).y for length in (6, 40))
+    assert torch.equal(short, long)
+
+
+@contexts
+def test_going_round_gives_the_same_steps_again(context_len: int) -> None:
+    """From the last step back to the first: what later steps left in the cache is not seen. Bit for bit."""
+    model, ids_BN = decoder(windows=[None, 4, 1]), ids(2, 10)
+    decode, _ = decoding(model, ids_BN, context_len)
+    first = logits_of(stepped(decode, ids_BN))
+    assert int(decode.position_1) == context_len
+    assert torch.equal(logits_of(stepped(decode, ids_BN)), first)
+
+
+@pytest.mark.parametrize(("context_len", "length"), [(1, 2), (1, 6), (5, 6), (3, 11)])
+def test_advance_visits_each_position_after_the_context_in_turn(context_len: int, length: int) -> None:
+    """Twice round, in place: the tensor stays the one that a graph has captured."""
+    decode = Decode(decoder(), decoder().make_cache(1, length), context_len)
+    position_1 = decode.position_1
+    visited = []
+    for _ in range(2 * decode.n_steps):
+        visited.append(int(position_1))
+        decode.advance()
+    assert visited == 2 * list(range(context_len, length))
+    assert decode.position_1 is position_1 and position_1.dtype == torch.int64
+
+
+def test_seek_goes_to_any_step() -> None:
+    """Steps count from the context's end; once all are in the cache, in any order."""
+    model, ids_BN = decoder(), ids(2, 9)
+    decode, _ = decoding(model, ids_BN, 4)
+    logits = logits_of(stepped(decode, ids_BN))
+    for step in (3, 0, 4, 1):
+        decode.seek(step)
+        assert int(decode.position_1) == 4 + step
+        assert torch.equal(decode(ids_BN).y, logits[:, step : step + 1])
+
+
+def test_a_step_sees_the_past_and_not_the_future() -> None:
+    """Another token later changes nothing; one before it, in the cache, does."""
+    model, ids_BN = decoder(), ids(1, 8)
+    later_BN, earlier_BN = ids_BN.clone(), ids_BN.clone()
+    later_BN[:, 6] = (later_BN[:, 6] + 1) % VOCAB
+    earlier_BN[:, 2] = (earlier_BN[:, 2] + 1) % VOCAB
+    one, later, earlier = (decoding(model, each, 5)[0](each).y for each in (ids_BN, later_BN, earlier_BN))
+    assert torch.equal(one, later)
+    assert float((one - earlier).abs().max()) > 1e-3
+
+
+def test_a_sequence_does_not_see_those_beside_it() -> None:
+    """Each of three gives what it gives alone."""
+    model, ids_BN = decoder(), ids(3, 8)
+    together = logits_of(stepped(decoding(model, ids_BN, 3)[0], ids_BN))
+    for row in range(3):
+        alone_1N = ids_BN[row : row + 1]
+        alone = logits_of(stepped(decoding(model, alone_1N, 3)[0], alone_1N))
+        assert_close(together[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("at_once", [pytest.param(n, id=f"tokens{n}") for n in (1, 4, 8, 11, 12)])
+def test_a_context_filled_in_parts_is_the_same(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some sequences at a time: cache, routing and steps, for parts that divide the batch and that do not."""
+    model, ids_BN = decoder(), ids(5, 7)
+    want, want_context = decoding(model, ids_BN, 4)
+    monkeypatch.setattr(serving, "_TOKENS_AT_ONCE", at_once)
+    got, got_context = decoding(model, ids_BN, 4)
+    assert all(same_routes(*pair) for pair in zip(got_context, want_context, strict=True))
+    for one, other in zip(got.cache.buffers(), want.cache.buffers(), strict=True):
+        assert_close(one, other)
+    assert_close(logits_of(stepped(got, ids_BN)), logits_of(stepped(want, ids_BN)))
+
+
+def test_a_context_is_filled_in_as_many_parts_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pass has more tokens than allowed, unless one sequence has."""
+    model, ids_BN = decoder(router=Seen), ids(5, 7)
+    for at_once, want in ((4, [4] * 5), (11, [8, 8, 4]), (100, [20])):
+        monkeypatch.setattr(serving, "_TOKENS_AT_ONCE", at_once)
+        CONTEXTS.clear()
+        decoding(model, ids_BN, 4)
+        tokens = [len(ctx.token_ids_T) for ctx in CONTEXTS if ctx.layer == 0 and ctx.token_ids_T is not None]
+        assert tokens == want
+
+
+def test_routers_are_told_phase_layer_and_tokens() -> None:
+    """The context in prefill, a step in decode, a plain pass in forward; in each the tokens at hand."""
+    model, ids_BN = decoder(router=Seen), ids(2, 6)
+    decode, _ = decoding(model, ids_BN, 4)
+    CONTEXTS.clear()
+    decode.seek(1)
+    decode(ids_BN)
+    Prefill(model, model.make_cache(2, 6))(ids_BN)
+    model(ids_BN)
+    assert [ctx.layer for ctx in CONTEXTS] == 3 * list(range(LAYERS))
+    assert [ctx.phase for ctx in CONTEXTS[::LAYERS]] == ["decode", "prefill", "forward"]
+    step, whole = CONTEXTS[0], CONTEXTS[LAYERS]
+    assert step.token_ids_T is not None and torch.equal(step.token_ids_T, ids_BN[:, 5])
+    assert step.seq_start_B1 is not None and step.seq_start_B1.tolist() == [0, 1, 2]
+    assert whole.token_ids_T is not None and torch.equal(whole.token_ids_T, ids_BN.flatten())
+    assert whole.seq_start_B1 is not None and whole.seq_start_B1.tolist() == [0, 6, 12]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.__name__) for kind in (Prefill, Decode)])
+def test_forced_with_its_own_routing_a_phase_computes_the_same(kind: type) -> None:
+    """And with another routing something else."""
+    model, ids_BN = decoder(), ids(3, 6)
+    task = decoding(model, ids_BN, 5)[0] if kind is Decode else Prefill(model, model.make_cache(3, 6))
+    free = task(ids_BN)
+    assert torch.equal(task(ids_BN, forced_routing=free.routings).y, free.y)
+    moved = [routing._replace(expert_ids_TK=(routing.expert_ids_TK + 1) % E) for routing in free.routings]
+    assert float((task(ids_BN, forced_routing=moved).y - free.y).abs().max()) > 1e-3
+
+
+def test_on_another_decoder_a_phase_has_the_same_cache_and_position() -> None:
+    """The fp32 reference of a bf16 model takes the same step: the cache stays bf16 and is read in fp32."""
+    model, ids_BN = decoder(torch.bfloat16), ids(2, 9)
+    decode, _ = decoding(model, ids_BN, 4)
+    twin = decode.on(reference_twin(model))
+    assert twin.cache is decode.cache and twin.position_1 is decode.position_1
+    decode.advance()
+    assert int(twin.position_1) == 5 and twin.n_steps == decode.n_steps
+    assert twin(ids_BN).y.dtype == torch.float32 and decode(ids_BN).y.dtype == torch.bfloat16
+    assert all(buffer.dtype == torch.bfloat16 for buffer in decode.cache.buffers())
+    prefill = Prefill(model, decode.cache)
+    assert prefill.on(twin.decoder).cache is decode.cache
+    assert prefill.on(twin.decoder)(ids_BN).y.dtype == torch.float32
+
+
+def test_on_the_same_decoder_a_phase_is_the_same() -> None:
+    """Of the class, with equal logits."""
+    model, ids_BN = decoder(), ids(2, 9)
+    decode, _ = decoding(model, ids_BN, 4)
+    assert torch.equal(decode.on(model)(ids_BN).y, decode(ids_BN).y)
+    prefill = Prefill(model, model.make_cache(2, 9))
+    assert torch.equal(prefill.on(model)(ids_BN).y, prefill(ids_BN).y)
+
+
+def test_a_bf16_model_keeps_a_bf16_cache() -> None:
+    """Its steps are its whole pass up to bf16's rounding."""
+    model, ids_BN = decoder(torch.bfloat16), ids(2, 9)
+    whole = model(ids_BN)
+    decode, _ = decoding(model, ids_BN, 4)
+    assert all(buffer.dtype == torch.bfloat16 for buffer in decode.cache.buffers())
+    for step in range(decode.n_steps):
+        at = torch.arange(2) * 9 + 4 + step
+        forced = [Routing(r.expert_ids_TK[at], r.weights_TK[at]) for r in whole.routings]
+        decode.seek(step)
+        error = (decode(ids_BN, forced).y - whole.y[:, 4 + step : 5 + step]).float().norm()
+        assert float(error / whole.y[:, 4 + step].float().norm()) < 0.05
+
+
+def test_cached_bytes_are_what_a_pass_reads_and_writes() -> None:
+    """A step: every position up to its own; a prefill: all."""
+    model = decoder()
+    cache = model.make_cache(3, 10)
+    per_position = LAYERS * 2 * 3 * 2 * 8 * 4
+    decode = Decode(model, cache, 4)
+    assert decode.cached_bytes() == 5 * per_position
+    decode.seek(5)
+    assert decode.cached_bytes() == 10 * per_position
+    assert Prefill(model, cache).cached_bytes() == 10 * per_position
+
+
+def test_a_cache_is_reserved_with_its_tables_for_the_models_sizes() -> None:
+    """Of the key heads, in the parameters' dtype, empty."""
+    model = decoder(torch.bfloat16)
+    cache = model.make_cache(3, 10)
+    assert len(cache.layers) == LAYERS and cache.length == 10
+    assert all(buffer.shape == (3, 2, 10, 8) and not buffer.any() for buffer in cache.buffers())
+    assert {buffer.dtype for buffer in cache.buffers()} == {torch.bfloat16}
+    assert model.rope.cos_Nd is not None and len(model.rope.cos_Nd) == 10
+
+
+def marked(rows: Sequence[tuple[int, int]], width: int) -> Routing:
+    """A routing whose ids tell (sequence, position), with weights that follow from them."""
+    ids_TK = torch.tensor([[100 * b + t] * width for b, t in rows], dtype=torch.int32)
+    return Routing(ids_TK, ids_TK.float() / 7)
+
+
+@pytest.mark.parametrize("widths", list(itertools.product((1, 2, 3), repeat=2)), ids=str)
+@batches
+def test_whole_routing_goes_by_sequence_and_position(widths: tuple[int, int], batch: int) -> None:
+    """Contexts come by sequence, steps by step; rows as wide as the widest, unused slots -1 and 0."""
+    context = marked([(b, t) for b in range(batch) for t in range(3)], widths[0])
+    steps = [marked([(b, t) for b in range(batch)], widths[1]) for t in (3, 4)]
+    whole, width = whole_routing(context, steps, batch), max(widths)
+    assert whole.expert_ids_TK.shape == whole.weights_TK.shape == (5 * batch, width)
+    assert whole.expert_ids_TK.dtype == torch.int32 and whole.weights_TK.dtype == torch.float32
+    assert whole.expert_ids_TK[:, 0].tolist() == [100 * b + t for b in range(batch) for t in range(5)]
+    for row in range(5 * batch):
+        used = widths[0] if row % 5 < 3 else widths[1]
+        ids_K, weights_K = whole.expert_ids_TK[row], whole.weights_TK[row]
+        assert ids_K[:used].eq(ids_K[0]).all() and torch.equal(weights_K[:used], ids_K[:used].float() / 7)
+        assert ids_K[used:].eq(-1).all() and weights_K[used:].eq(0).all()
+
+
+class Uneven(SoftmaxTopK):
+    """One expert per token in passes of an odd number of tokens, else K: parts of a context may differ in width."""
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+        routing = super().select(logits_TE, ctx)
+        width = 1 if len(logits_TE) % 2 else self.top_k
+        return Routing(routing.expert_ids_TK[:, :width].contiguous(), routing.weights_TK[:, :width].contiguous())
+
+
+def test_parts_of_a_context_may_differ_in_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The narrower one is filled up with unused slots."""
+    monkeypatch.setattr(serving, "_TOKENS_AT_ONCE", 6)
+    for routing in decoding(decoder(router=Uneven), ids(3, 4), 3)[1]:
+        assert routing.expert_ids_TK.shape == (9, K)
+        assert routing.expert_ids_TK[:6].ge(0).all() and routing.expert_ids_TK[6:, 0].ge(0).all()
+        assert routing.expert_ids_TK[6:, 1:].eq(-1).all() and routing.weights_TK[6:, 1:].eq(0).all()
+
+
+@needs_cxx
+@pytest.mark.slow
+def test_a_step_compiles_as_one_graph_and_for_all_positions() -> None:
+    """torch.compile without a break: the position is read on the device, so one graph serves every step."""
+    model, ids_BN = decoder(windows=[None, 4, None]), ids(2, 8)
+    decode, _ = decoding(model, ids_BN, 3)
+    with torch.inference_mode():
+        want = logits_of(stepped(decode, ids_BN))
+        compiled = torch.compile(decode, fullgraph=True)
+        got = []
+        with torch.compiler.set_stance("default"):
+            got.append(compiled(ids_BN).y)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for _ in range(decode.n_steps - 1):
+                decode.advance()
+                got.append(compiled(ids_BN).y)
+    assert_close(torch.cat(got, dim=1), want)
