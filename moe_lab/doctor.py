@@ -54,7 +54,8 @@ def show() -> None:
     console.print(f"{'noise floor':20} {known}", markup=False)
     console.print(f"{'load average':20} {_load()}\n", markup=False)
     for option, look in zip(options, seen, strict=True):
-        console.print(f"{option:28} {look['skip'] or 'ok'}", markup=False)
+        words = str(look["skip"] or "ok").replace("impossible: ", "not with model=decoder_moe: ", 1)
+        console.print(f"{option:28} {words}", markup=False)
     for tool, purpose in (("g++", "execution=compile on a CPU"), ("nvcc", "building the CUDA extension")):
         console.print(f"{tool:28} {shutil.which(tool) or f'not found; needed for {purpose}'}", markup=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from moe_lab import build, configure
 from moe_lab.measure.clocks import STEPS
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.serving import Decode
+from moe_lab.records.identity import option_name
 from moe_lab.verify import exact_products
 
 _DEFAULTS = ("model=checkpoint", "router=native")
@@ -42,6 +44,8 @@ class _Tokenizer:
         from tokenizers.decoders import DecodeStream
 
         self._tokenizer, self._stream = Tokenizer.from_file(file), DecodeStream(skip_special_tokens=True)
+        self._tokenizer.no_truncation()  # a tokenizer.json may ask for both
+        self._tokenizer.no_padding()
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text).ids)
@@ -77,10 +81,13 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
         ValueError: no checkpoint, an empty prompt, or one that leaves no room in the model's longest sequence.
         UnavailableError: an implementation or a device that is not here.
     """
+    if not build.is_checkpoint(cfg.model):
+        raise ValueError(
+            f"model={option_name(cfg.model)}: it was not trained and writes nothing; use model=checkpoint."
+        )
     device = build.resolve_device(cfg)
     model = build.build_model(cfg, device)
-    if not isinstance(model, Checkpoint):
-        raise ValueError(f"model={cfg.model.name}: it was not trained and writes nothing; use model=checkpoint.")
+    assert isinstance(model, Checkpoint)
     cfg.workload.phase = "decode"
     build.require_runnable(cfg, model)
     tokenizer = _tokenizer_of(model)
@@ -96,7 +103,8 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
     ids_1N = torch.zeros(1, len(ids) + n, dtype=torch.int64, device=device)
     ids_1N[0, : len(ids)] = torch.tensor(ids)
     task = Decode(model, model.make_cache(1, ids_1N.shape[1]), len(ids) - 1)
-    task.fill(ids_1N)
+    if len(ids) > 1:
+        task.fill(ids_1N)
     step = STEPS[cfg.execution.name](task, ids_1N)
     generator = torch.Generator(device).manual_seed(int(cfg.seed))
     for at in range(len(ids), len(ids) + n):
@@ -115,14 +123,16 @@ def main(prompt: str, overrides: Sequence[str], config_dir: str | None, max_toke
     if temperature < 0:
         raise ValueError(f"--temperature {temperature}: it must be at least 0.")
     cfg = configure.compose([*_DEFAULTS, *overrides], config_dir=config_dir)
-    print(prompt, end="", flush=True)
-    stamps = [time.perf_counter()]
+    stamps = []
     with exact_products():
-        for piece in generate(cfg, prompt, max_tokens, temperature):
+        pieces = generate(cfg, prompt, max_tokens, temperature)
+        first = next(pieces, None)  # a mistake is found before anything is printed
+        print(prompt, end="")
+        for piece in [] if first is None else itertools.chain([first], pieces):
             print(piece, end="", flush=True)
             stamps.append(time.perf_counter())
     print()
-    if len(stamps) > 2:
-        ms = (stamps[-1] - stamps[1]) * 1e3 / (len(stamps) - 2)
-        text = f"{len(stamps) - 1} tokens, {ms:.3g} ms each after the first (execution={cfg.execution.name})"
+    if len(stamps) > 1:
+        ms = (stamps[-1] - stamps[0]) * 1e3 / (len(stamps) - 1)
+        text = f"{len(stamps)} tokens, {ms:.3g} ms each after the first (execution={cfg.execution.name})"
         print(f"moe-lab: {text}", file=sys.stderr)

@@ -28,12 +28,14 @@ from moe_lab.errors import MismatchError, UnavailableError
 from moe_lab.measure import environment, memory, phases, roofline, routing_metrics, statistics
 from moe_lab.measure.clocks import STEPS, Block, Step
 from moe_lab.models import Output
+from moe_lab.models.attention import Attention
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.layers import AddRMSNorm
 from moe_lab.models.parameters import parameter_bytes, reference_twin, shareable
 from moe_lab.models.serving import Decode, Prefill, Serving
 from moe_lab.models.transformer_decoder import TransformerDecoder
-from moe_lab.ops import segment_mm
+from moe_lab.ops import few_tokens, segment_mm
+from moe_lab.ops.library import HAS_TRITON
 from moe_lab.quality import quality
 from moe_lab.records import identity, store
 from moe_lab.records.schema import Latency, Ratio, Record
@@ -203,7 +205,7 @@ class Run:
 
     def unpark(self) -> None:
         """Make the step anew. An eager one is the one that was verified; another is verified again."""
-        self.step = STEPS[self.cfg.execution.name](self.model, self.x, self.forced)
+        self.step = STEPS[self.cfg.execution.name](self.task, self.x, self.forced)
         if self.cfg.execution.name != "eager":
             self._verify_step()
 
@@ -379,16 +381,24 @@ class Run:
         for module in self.model.modules():
             if isinstance(module, AddRMSNorm):
                 ran["add_rms_norm"] = module.implementation
+            elif isinstance(module, Attention) and self._decodes:
+                ran["attention"] = "triton" if module.fuses else "torch"
         for _, layer in moe_layers(self.model):
             ran["router"] = (
                 layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"
             )
             ran["experts"] = layer.experts.__name__
-            if layer.experts.__name__ == "grouped":
+            if layer.experts.__name__ == "grouped" and self._has_few_tokens:
+                ran["experts"] = "grouped:few_tokens"
+            elif layer.experts.__name__ == "grouped":
                 ran["segment_mm"] = segment_mm.implementation_for(
                     self.x.device, self.dtype, *layer.weights.w_down_EDF.shape[1:]
                 )
         return ran
+
+    @property
+    def _has_few_tokens(self) -> bool:
+        return self.x.is_cuda and HAS_TRITON and self.n_tokens <= few_tokens.MOST
 
     def _properties(self) -> dict[str, bool] | None:
         """What the router declares, for a reader of the results; None for a model without one."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 import moe_lab
 
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+TINY_OLMOE, TEXTS = ASSETS / "tiny-olmoe", ASSETS / "text"
 _SHORT = ("measure.max_time_s=0.02", "measure.warmup_s=0", "measure.roofline=false")
 _DECODER = ("model.vocab_size=97", "model.d_model=32", "model.n_heads=4", "model.n_layers=2", "model.mlp_hidden_dim=24")
 MODELS = {
@@ -20,13 +24,21 @@ MODELS = {
         "batch=2",
         "seq_len=7",
     ),
+    "checkpoint": (
+        *("model=checkpoint", f"model.path={TINY_OLMOE}", "router=native"),
+        *("workload=text", f"workload.path={TEXTS}", "measure.quality_tokens=64", "batch=2", "seq_len=16"),
+    ),
 }
 
 
 def overrides(model: str, *more: str, device: str = "cpu") -> list[str]:
-    """The overrides of a quick run of `model`; what `more` gives replaces what stands here."""
+    """The overrides of a quick run of `model`; what `more` gives replaces what stands here.
+
+    With another option of a group go the keys of the one that stands here.
+    """
     given = {text.split("=", 1)[0] for text in more}
-    start = [text for text in (*MODELS[model], f"device={device}", *_SHORT) if text.split("=", 1)[0] not in given]
+    keys = {text: text.split("=", 1)[0] for text in (*MODELS[model], f"device={device}", *_SHORT)}
+    start = [text for text, key in keys.items() if not {key, key.split(".")[0]} & given]
     return [*start, *more]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_lab.commands import COMMANDS
-from tests import tiny
+from tests import quick, tiny
 from tests.results.compared import record, write
 from tests.test_cli import loaded_modules
 
@@ -29,6 +29,7 @@ HELP = {
     "plan": ["moe-lab plan [-m] OVERRIDES", "nothing is run or written"],
     "report": ["moe-lab report", "directory", "a sweep's folder"],
     "compare": ["moe-lab compare", "--threshold", "exit codes"],
+    "generate": ["moe-lab generate", "KEY=VALUE", "--max-tokens", "--temperature", "default: 200"],
     "list": ["moe-lab list", "--config-dir", "router, model, experts"],
     "doctor": ["moe-lab doctor", "--noise"],
 }
@@ -43,6 +44,21 @@ MISTAKES = {
     "doctor now": "doctor: unrecognized arguments: now",
     "compare a": "compare: .*required: B",
     "compare nowhere nowhere": "nowhere: there is no such folder",
+    "generate": "generate: .*required: prompt, KEY=VALUE",
+    "generate abc": "generate: .*required: KEY=VALUE",
+    "generate abc model.path=d --max-tokens few": "generate: .*--max-tokens: invalid int value: 'few'",
+    "generate abc model.path=d --loud": "generate: unrecognized arguments: --loud",
+}
+OF_GENERATE = {  # typed behind a prompt
+    "router=native": r"model\.path has no value: give model\.path=",
+    "model.path=nowhere": r"model\.path=nowhere: nowhere/config\.json cannot be read .*; give the folder",
+    "model=decoder_moe": "model=decoder_moe: .*use model=checkpoint",
+    "model=decoder_moe router=torch": "model=decoder_moe: .*use model=checkpoint",
+    "{} foo": "foo: it is no KEY=VALUE",
+    "{} --max-tokens 0": "--max-tokens 0: it must be at least 1",
+    "{} --temperature -1": "--temperature -1.0: it must be at least 0",
+    "{} router=soft": "router=soft mixes .*or another router",
+    "{} execution=cuda_graph device=cpu": "execution=cuda_graph: .*use execution=eager",
 }
 
 
@@ -70,6 +86,34 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         code, out, err, has_torch = result
         assert (code, out, has_torch) == (2, "", False), (typed, err)
         assert re.fullmatch(f"moe-lab: .*{pattern}.*\n", err), (typed, err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_of_generate_prints_no_text(tmp_path: Path) -> None:
+    """One line and exit code 2; the prompt is not printed before it is known that something can follow."""
+    path = f"model.path={quick.TINY_OLMOE}"
+    commands = [["generate", "abc", *typed.format(path).split()] for typed in OF_GENERATE]
+    patterns = [*OF_GENERATE.values(), "the prompt is empty", "the prompt has 1024 tokens, and .* for 1024; shorten it"]
+    commands += [["generate", prompt, path] for prompt in ("", "x" * 1024)]
+    for typed, pattern, result in zip(commands, patterns, run(commands, tmp_path), strict=True):
+        code, out, err, _ = result
+        assert (code, out) == (2, ""), (typed, err)
+        assert re.fullmatch(f"moe-lab: .*{pattern}.*\n", err), (typed, err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_begins_with_its_prompt_and_is_the_same_again(tmp_path: Path) -> None:
+    """The likeliest, and one drawn by a seed; how many tokens and how long each took stand on standard error."""
+    command = ["generate", "def read(path):\n", f"model.path={quick.TINY_OLMOE}", "device=cpu", "--max-tokens", "12"]
+    warm = [*command, "--temperature", "0.9", "seed=3"]
+    found = run([command, command, warm, warm, [*warm[:-1], "seed=4"], [*command, "router=sinkhorn"]], tmp_path)
+    texts = [out for _, out, _, _ in found]
+    for code, out, err, _ in found:
+        assert code == 0, err
+        assert out.startswith("def read(path):\n") and out.endswith("\n")
+        assert re.fullmatch(r"moe-lab: 12 tokens, [\d.]+ ms each after the first \(execution=eager\)\n", err)
+    assert texts[0] == texts[1] and texts[2] == texts[3]
+    assert len({texts[0], texts[2], texts[4]}) == 3
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,7 +25,8 @@ def choose(option: str) -> list[str]:
     """Overrides that choose `option` ('router/torch') and what it needs beside it."""
     group, _, name = option.rpartition("/")
     needs = {"model/shape": ["model=moe_layer"], "dtype": ["device=auto"], "execution": ["device=auto"]}
-    return [*needs.get(group, []), f"{group}={name}"]
+    paths = {"model/checkpoint": [f"model.path={quick.TINY_OLMOE}"], "workload/text": [f"workload.path={quick.TEXTS}"]}
+    return [*needs.get(group, []), f"{group}={name}", *paths.get(option, [])]
 
 
 @pytest.mark.parametrize("option", [pytest.param(o, id=o.replace("/", "-")) for o in OPTIONS if o != "config"])
@@ -56,6 +57,10 @@ def test_every_moe_model_runs_with_every_router_and_experts(
     """The record is ok, says what ran, and its routing counts add up; an unavailable router says so."""
     eight = [EIGHT[model]] if router in ("deepseek_v2", "deepseek_v3") else []
     cfg = quick.compose(model, f"router={router}", f"experts={experts}", *eight)
+    if router == "native":
+        with pytest.raises(ValueError, match="router=native: only model=checkpoint has a router of its own"):
+            moe_lab.run(cfg, tmp_path)
+        return
     if (model, router) in UNAVAILABLE:
         with pytest.raises(UnavailableError, match=router):
             moe_lab.run(cfg, tmp_path)
@@ -67,6 +72,40 @@ def test_every_moe_model_runs_with_every_router_and_experts(
     assert record.check.passed
     assert record.routing is not None
     assert len(record.routing["layers"]) == (2 if model == "decoder_moe" else 1)
+
+
+@pytest.mark.parametrize("router", [pytest.param(r, id=r) for r in ROUTERS])
+def test_a_checkpoint_runs_with_every_router(router: str, tmp_path: Path) -> None:
+    """On text: verified, and what the router does to the predictions is known against the checkpoint's own."""
+    cfg = quick.compose("checkpoint", f"router={router}")
+    if router == "cuda_ext":
+        with pytest.raises(UnavailableError, match=router):
+            moe_lab.run(cfg, tmp_path)
+        return
+    record = moe_lab.run(cfg, tmp_path)
+    assert (record.status, record.reason) == ("ok", None)
+    assert record.check is not None and record.check.passed
+    assert record.quality is not None and record.routing is not None and len(record.routing["layers"]) == 4
+    assert not any("could not be observed" in text for text in record.warnings)
+    if router in ("native", "olmoe"):  # OLMoE is what it was trained as
+        assert (record.quality["kl_to_native"], record.quality["top1_agreement"]) == (0, 1)
+    else:
+        assert record.quality["kl_to_native"] > 0
+    assert 1 < record.quality["native_bits_per_byte"] < 3
+
+
+@pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("prefill", "decode")])
+@pytest.mark.parametrize(
+    "router",
+    [pytest.param(r, id=r) for r in ("native", "sinkhorn", "expert_choice", "hash", "loss_free", "top_p", "capacity")],
+)
+def test_routers_of_every_kind_serve_a_checkpoint(router: str, phase: str, tmp_path: Path) -> None:
+    """Filling a cache and stepping behind one, each verified."""
+    more = [f"workload.phase={phase}", "seq_len=5", *(["workload.context_len=9"] if phase == "decode" else [])]
+    record = moe_lab.run(quick.compose("checkpoint", f"router={router}", *more), tmp_path)
+    assert (record.status, record.reason) == ("ok", None)
+    assert record.check is not None and record.check.passed
+    assert not any("could not be observed" in text for text in record.warnings)
 
 
 @pytest.mark.parametrize("model", [pytest.param(m, id=m) for m in ("minimal", "transformer_decoder")])

@@ -63,7 +63,33 @@ MISTAKES = [
     pytest.param(["router=sinkhorn", "router.temperature=0"], "router.temperature", "above 0", id="zero-temperature"),
     pytest.param(["router.impl=triton"], "router.impl=triton", "fixes its implementation", id="fixed-impl"),
     pytest.param(["router=sinkhorn", "router.impl=fast"], "router.impl=fast", "auto, torch", id="unknown-impl"),
-    pytest.param(["workload.phase=decode"], "workload.phase=decode", "forward", id="unknown-phase"),
+    pytest.param(
+        ["workload.phase=generate"], "workload.phase=generate", "forward, prefill, decode", id="unknown-phase"
+    ),
+    pytest.param(["workload.phase=decod"], "workload.phase=decod", "Did you mean decode?", id="misspelt-phase"),
+    pytest.param(
+        ["workload.context_len=5"], "workload.context_len=5", "only workload.phase=decode", id="unread-context"
+    ),
+    pytest.param(
+        ["workload.phase=prefill", "workload.context_len=5"], "context_len=5", "that phase", id="context-in-prefill"
+    ),
+    pytest.param(
+        ["workload.phase=decode", "workload.context_len=0"], "workload.context_len=0", "at least 1", id="no-context"
+    ),
+    pytest.param(["workload=text"], "workload.path", "give workload.path=", id="no-text"),
+    pytest.param(["workload=text", "workload.path=7"], "workload.path=7", "a file, a folder", id="number-for-a-path"),
+    pytest.param(["workload=text", "workload.path=[]"], "workload.path=[]", "a list of those", id="no-paths"),
+    pytest.param(["workload=text", "workload.path=[a,3]"], "workload.path=['a', 3]", "a list", id="number-in-paths"),
+    pytest.param(["workload=text", "workload.path=''"], "workload.path=", "a file, a folder", id="empty-path"),
+    pytest.param(["workload.path=a"], "workload.path", "no such key", id="path-without-text"),
+    pytest.param(["model=checkpoint"], "model.path", "give model.path=", id="no-checkpoint"),
+    pytest.param(
+        ["model=checkpoint", "model.path=d", "model.d_model=8"], "model.d_model", "path", id="size-of-its-own"
+    ),
+    pytest.param(
+        ["model=checkpoint", "model.path=d", "model.implementation=fast"], "implementation=fast", "auto", id="norm-impl"
+    ),
+    pytest.param(["measure.quality_tokens=0"], "measure.quality_tokens=0", "at least 1", id="no-quality-tokens"),
     pytest.param(["model=minimal", "seq_len=4"], "seq_len=4", "does not read", id="unread-seq-len"),
     pytest.param(["model=minimal", "router=sinkhorn"], "router=sinkhorn", "does not read", id="unread-router"),
     pytest.param(

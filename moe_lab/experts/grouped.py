@@ -1,4 +1,7 @@
-"""experts=grouped: slots sorted by expert, then one grouped matrix product per projection."""
+"""experts=grouped: slots sorted by expert, then one grouped matrix product per projection.
+
+On CUDA at most 16 tokens, as in decoding, are not sorted: `ops/few_tokens.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,16 @@ from torch import Tensor
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale, swiglu
 from moe_lab.ops.combine import combine
 from moe_lab.ops.dispatch import dispatch
+from moe_lab.ops.few_tokens import MOST, few_tokens_mlp
+from moe_lab.ops.library import HAS_TRITON
 from moe_lab.ops.segment_mm import implementation_for, segment_mm
 from moe_lab.phases import phase
 from moe_lab.routers.base import Routing
+
+
+def takes_few_tokens(x_TD: Tensor) -> bool:
+    """Whether so few tokens are computed without sorting them (ops/few_tokens.py)."""
+    return x_TD.is_cuda and len(x_TD) <= MOST and HAS_TRITON
 
 
 def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
@@ -19,6 +29,11 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
         UnavailableError: the device and dtype have no grouped product (see ops/segment_mm.py).
     """
     check_scale(scale)
+    if takes_few_tokens(x_TD):
+        with phase("dispatch+experts+combine"):
+            ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
+            matrices = (weights.w_gate_up_E2FD, weights.w_down_EDF)
+            return few_tokens_mlp(x_TD, ids_TK, weights_TK, *matrices, scale == "input")
     K = routing.expert_ids_TK.shape[1]
     with phase("dispatch"):
         order = routing.dispatch or dispatch(routing.expert_ids_TK, weights.n_experts)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from moe_lab.models.kv_cache import LayerCache
 from moe_lab.models.layers import Linear, RMSNorm
 from moe_lab.models.rope import rotate
+from moe_lab.ops.decode_attention import cached_attention, rope_append
+from moe_lab.ops.library import resolve_implementation
 from moe_lab.phases import phase
 
 
@@ -64,6 +66,8 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.head_dim, self.qk_norm, self.clip_qkv, self.window = head_dim, qk_norm, clip_qkv, window
+        device = torch.get_default_device()
+        self.fuses = resolve_implementation("auto", device, op="attention") == "triton"
         self.q = Linear(d_model, n_heads * head_dim, bias=qkv_bias)
         self.k = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
         self.v = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
@@ -85,6 +89,8 @@ class Attention(nn.Module):
         """Without `position_S` the tokens are the first of their sequences; with it they go on from the cache."""
         with phase("attention"):
             q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
+            if self.fuses and cache is not None and position_S is not None and x_BSD.shape[1] == 1:
+                return self._one_token(q, k, v, cos_Sd, sin_Sd, cache, position_S)
             if self.qk_norm == "full":
                 assert self.q_norm is not None and self.k_norm is not None
                 q, k = self.q_norm(q), self.k_norm(k)
@@ -102,6 +108,22 @@ class Attention(nn.Module):
                 k, v = cache.put(k, v, position_S)
             y = attend(q, k, v, position_S, self.window)
             return self.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _one_token(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, position_1: Tensor
+    ) -> Tensor:
+        """The same for one new token per sequence, by kernels."""
+        norms = [None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm)]
+        eps = self.q_norm.eps if self.q_norm is not None else 0.0
+        q, k, v = q.squeeze(1), k.squeeze(1), v.squeeze(1)
+        kept = (cache.k_BHNd, cache.v_BHNd)
+        q_BHd = rope_append(q, k, v, norms[0], norms[1], eps, self.clip_qkv, (cos, sin), position_1, *kept)
+        y_BHd = cached_attention(q_BHd, *kept, position_1, self.window)
+        return self.o(y_BHd.flatten(1).unsqueeze(1))  # type: ignore[no-any-return]
+
+    def use_reference(self) -> None:
+        """From now on compute in plain torch."""
+        self.fuses = False
 
     def _heads(self, x_BSn: Tensor) -> Tensor:
         """[B, S, heads * head_dim] -> [B, heads, S, head_dim]."""

@@ -21,6 +21,8 @@ _SCALINGS = {
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 """The kinds of RoPE in `rope`, and the keys that each cannot do without."""
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_OPTIONAL_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,13 @@ class _Config:
         """As `need`, with a default; null counts as missing."""
         return next((self.content[name] for name in names if self.content.get(name) is not None), default)
 
+    def size(self, *names: str, default: int | None = None) -> int:
+        """As `need`, or with a default as `get`: a whole number of 1 or more."""
+        found = self.need(*names) if default is None else self.get(*names, default=default)
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            raise self.refuse(f"{' or '.join(names)}={found} is no whole number of 1 or more; fetch the file again.")
+        return found
+
     def refuse(self, what: str) -> ValueError:
         return ValueError(f"model.path: {self.path}: {what}")
 
@@ -92,7 +101,7 @@ def read(folder: str | Path) -> Settings:
         raise ValueError(f"model.path={folder}: {path} is no JSON ({error}); fetch the file again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"model.path={folder}: {path} holds no JSON object; fetch the file again.")
-    model_type = content.get("model_type")
+    model_type = str(content.get("model_type"))
     if model_type not in _ARCHITECTURES:
         raise ValueError(
             f"model.path={folder}: model_type={model_type} is not supported; there are {', '.join(_ARCHITECTURES)}."
@@ -110,14 +119,14 @@ def read(folder: str | Path) -> Settings:
 def _decoder(config: _Config, *, rope_theta: float) -> dict[str, Any]:
     """What every decoder has; `rope_theta` is the architecture's default."""
     theta, scaling = _rope(config, rope_theta)
-    d_model, n_heads = config.need("hidden_size"), config.need("num_attention_heads")
+    d_model, n_heads = config.size("hidden_size"), config.size("num_attention_heads")
     return {
-        "vocab_size": config.need("vocab_size"),
+        "vocab_size": config.size("vocab_size"),
         "d_model": d_model,
         "n_heads": n_heads,
-        "n_kv_heads": config.get("num_key_value_heads"),
-        "head_dim": config.get("head_dim", default=d_model // n_heads),
-        "n_layers": config.need("num_hidden_layers"),
+        "n_kv_heads": config.size("num_key_value_heads", default=n_heads),
+        "head_dim": config.size("head_dim", default=d_model // n_heads),
+        "n_layers": config.size("num_hidden_layers"),
         "rope_theta": theta,
         "rope_scaling": scaling,
         "norm_eps": config.need("rms_norm_eps"),
@@ -127,32 +136,45 @@ def _decoder(config: _Config, *, rope_theta: float) -> dict[str, Any]:
 
 def _rope(config: _Config, default_theta: float) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling or None)."""
-    scaling = dict(config.get("rope_parameters", "rope_scaling", default={}))
+    given = config.get("rope_parameters", "rope_scaling", default={})
+    if not isinstance(given, dict):
+        raise config.refuse(f"rope_parameters or rope_scaling={given} is no JSON object; fetch the file again.")
+    scaling = dict(given)
     theta = scaling.pop("rope_theta", None) or config.get("rope_theta", default=default_theta)
-    kind = scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
+    if not _is_number(theta) or theta <= 1:
+        raise config.refuse(f"rope_theta={theta} is no number above 1; fetch the file again.")
+    old_name = scaling.pop("type", None)
+    kind = scaling["rope_type"] = str(scaling.get("rope_type") or old_name or "default")
     if kind not in _SCALINGS:
         raise config.refuse(f"rope_type={kind} is not supported; there are {', '.join(_SCALINGS)}.")
-    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+    if (scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor", default=1.0)) != 1.0:
         raise config.refuse("partial_rotary_factor is not supported: all dimensions of a head are turned.")
-    longest = config.need("max_position_embeddings")
+    longest = config.size("max_position_embeddings")
     if kind in ("yarn", "llama3"):
         original = scaling.setdefault(
             "original_max_position_embeddings", config.get("original_max_position_embeddings", default=longest)
         )
-        if scaling.get("factor") is None:
+        if scaling.get("factor") is None and _is_number(original) and original > 0:
             scaling["factor"] = longest / original
     for key in _SCALINGS[kind]:
-        if not isinstance(scaling.get(key), int | float):
-            raise config.refuse(f"rope_type={kind} needs the number {key}.")
+        if not _is_number(scaling.get(key)) or scaling[key] <= 0:
+            raise config.refuse(f"rope_type={kind} needs {key}, a number above 0, and it is {scaling.get(key)}.")
+    for key in _OPTIONAL_NUMBERS:
+        if scaling.get(key) is not None and (not _is_number(scaling[key]) or scaling[key] < 0):
+            raise config.refuse(f"rope_type={kind} has {key}={scaling[key]}, which is no number of 0 or more.")
     return float(theta), None if kind == "default" else scaling
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _moe(config: _Config, hidden_dim: int) -> dict[str, Any]:
     """The routed experts, of which each is `hidden_dim` wide."""
-    n_experts = config.need("num_experts", "num_local_experts", "n_routed_experts")
-    top_k = config.need("num_experts_per_tok")
-    if not 1 <= top_k <= n_experts:
-        raise config.refuse(f"num_experts_per_tok={top_k} of {n_experts} experts.")
+    n_experts = config.size("num_experts", "num_local_experts", "n_routed_experts")
+    top_k = config.size("num_experts_per_tok")
+    if top_k > n_experts:
+        raise config.refuse(f"num_experts_per_tok={top_k} of {n_experts} experts; fetch the file again.")
     return {"mlp_hidden_dim": hidden_dim, "n_experts": n_experts, "top_k": top_k}
 
 
@@ -162,7 +184,9 @@ def _softmax_topk(renormalize: bool) -> dict[str, Any]:
 
 def _dense_layers(config: _Config, n_layers: int) -> frozenset[int]:
     """Of the Qwen models: those named, and those between every `decoder_sparse_step`-th."""
-    named, step = config.get("mlp_only_layers", default=[]), config.get("decoder_sparse_step", default=1)
+    named, step = config.get("mlp_only_layers", default=[]), config.size("decoder_sparse_step", default=1)
+    if not isinstance(named, list):
+        raise config.refuse(f"mlp_only_layers={named} is no list of layers; fetch the file again.")
     return frozenset(layer for layer in range(n_layers) if layer in named or (layer + 1) % step)
 
 
@@ -171,9 +195,9 @@ def _mixtral(config: _Config) -> Settings:
     window = config.get("sliding_window")
     return Settings(
         "mixtral",
-        {**decoder, **_moe(config, config.need("intermediate_size")), "windows": [window] * decoder["n_layers"]},
+        {**decoder, **_moe(config, config.size("intermediate_size")), "windows": [window] * decoder["n_layers"]},
         _softmax_topk(renormalize=True),
-        config.need("max_position_embeddings"),
+        config.size("max_position_embeddings"),
     )
 
 
@@ -183,14 +207,14 @@ def _olmoe(config: _Config) -> Settings:
         "olmoe",
         {
             **_decoder(config, rope_theta=1e4),
-            **_moe(config, config.need("intermediate_size")),
+            **_moe(config, config.size("intermediate_size")),
             "qk_norm": "full",
             "clip_qkv": config.get("clip_qkv"),
             "qkv_bias": bias,
             "o_bias": bias,
         },
         _softmax_topk(config.get("norm_topk_prob", default=False)),
-        config.need("max_position_embeddings"),
+        config.size("max_position_embeddings"),
     )
 
 
@@ -202,15 +226,15 @@ def _qwen3_moe(config: _Config) -> Settings:
         "qwen3_moe",
         {
             **decoder,
-            **_moe(config, config.need("moe_intermediate_size")),
-            "dense_hidden_dim": config.need("intermediate_size"),
+            **_moe(config, config.size("moe_intermediate_size")),
+            "dense_hidden_dim": config.size("intermediate_size"),
             "qk_norm": "head",
             "qkv_bias": bias,
             "o_bias": bias,
             "windows": [window] * decoder["n_layers"],
         },
         _softmax_topk(config.get("norm_topk_prob", default=False)),
-        config.need("max_position_embeddings"),
+        config.size("max_position_embeddings"),
         _dense_layers(config, decoder["n_layers"]),
     )
 
@@ -225,20 +249,24 @@ def _qwen2_moe(config: _Config) -> Settings:
         kinds = [
             "sliding_attention" if layer % 2 == 0 and layer < widest else "full_attention" for layer in range(n_layers)
         ]
+    if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= _LAYER_TYPES:
+        raise config.refuse(
+            f"layer_types={kinds} does not name one of {', '.join(sorted(_LAYER_TYPES))} for each of {n_layers} layers."
+        )
     window = config.get("sliding_window") if slides else None
     return Settings(
         "qwen2_moe",
         {
             **decoder,
-            **_moe(config, config.need("moe_intermediate_size")),
-            "dense_hidden_dim": config.need("intermediate_size"),
-            "shared_expert_hidden_dim": config.need("shared_expert_intermediate_size"),
+            **_moe(config, config.size("moe_intermediate_size")),
+            "dense_hidden_dim": config.size("intermediate_size"),
+            "shared_expert_hidden_dim": config.size("shared_expert_intermediate_size"),
             "shared_expert_gate": True,
             "qkv_bias": config.get("qkv_bias", default=True),
             "windows": [window if kind == "sliding_attention" else None for kind in kinds],
         },
         _softmax_topk(config.get("norm_topk_prob", default=False)),
-        config.need("max_position_embeddings"),
+        config.size("max_position_embeddings"),
         _dense_layers(config, n_layers),
     )
 

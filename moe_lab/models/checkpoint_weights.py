@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
@@ -119,7 +121,7 @@ def files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     try:
         index = json.loads((folder / INDEX).read_text())
-        names = sorted(set(index["weight_map"].values()))
+        names = sorted({str(name) for name in index["weight_map"].values()})
     except FileNotFoundError:
         others = sorted(path.name for path in folder.glob("*.bin"))
         more = f" ({others[0]} is a pickle, which is never loaded: convert it to safetensors)" if others else ""
@@ -174,20 +176,18 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
         tied: whether the head is the embedding, which some files hold twice.
 
     Raises:
-        ValueError: keys that are missing or unexpected, or shapes that differ, in one line.
+        ValueError: keys that are missing or unexpected, shapes that differ, or a tied head that is another matrix, in
+            one line.
     """
     copies, missing, wrong = [], [], []
     expected = {"lm_head.weight"} if tied else set()
-    for name, parameter in parameters.items():
-        layouts = sources(name, parameter.shape)
-        assert layouts, f"no layout has {name}"
-        chosen = max(layouts, key=lambda layout: sum(source.key in found for source in layout))
-        for source in chosen:
+    for name, layout in _layouts(parameters, found).items():
+        for source in layout:
             expected.add(source.key)
             if (there := found.get(source.key)) is None:
                 missing.append(source.key)
                 continue
-            target = parameter.data[source.place]
+            target = parameters[name].data[source.place]
             if tuple(target.shape) != there.shape:
                 wrong.append(f"{source.key} is {list(there.shape)} and not {list(target.shape)}")
             elif there.dtype not in _DTYPES:
@@ -204,7 +204,40 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
         raise ValueError(
             f"model.path: the tensors are not those of the config.json beside them; {'; '.join(complaints)}."
         )
+    head, embedding = (found.get(_WHOLE[name]) for name in ("head.weight", "embed.weight"))
+    if tied and head is not None and embedding is not None and not _same_bytes(head, embedding):
+        raise ValueError(
+            f"model.path: {head.file} has a {_WHOLE['head.weight']} of its own, and the config.json beside it says "
+            "tie_word_embeddings; set that to false."
+        )
     return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))
+
+
+def _same_bytes(one: Found, other: Found, at_once: int = 1 << 20) -> bool:
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    with one.file.open("rb") as a, other.file.open("rb") as b:
+        a.seek(one.start)
+        b.seek(other.start)
+        return all(
+            a.read(n) == b.read(n)
+            for n in (min(at_once, one.n_bytes - done) for done in range(0, one.n_bytes, at_once))
+        )
+
+
+def _layouts(parameters: Mapping[str, Tensor], found: Mapping[str, Found]) -> dict[str, list[Source]]:
+    """For each parameter the layout that the checkpoint has it in; if it has none of it, that of most others."""
+    possible = {name: sources(name, parameter.shape) for name, parameter in parameters.items()}
+    hits: Counter[int] = Counter()
+    for layouts in possible.values():
+        if len(layouts) > 1:
+            hits.update(number for number, layout in enumerate(layouts) for source in layout if source.key in found)
+    chosen = {}
+    for name, layouts in possible.items():
+        assert layouts, f"no layout has {name}"
+        ranks = [(sum(source.key in found for source in layout), hits[n], -n) for n, layout in enumerate(layouts)]
+        chosen[name] = layouts[-max(ranks)[2]]
+    return chosen
 
 
 def _some(keys: Sequence[str]) -> str:
@@ -231,8 +264,11 @@ def execute(copies: Sequence[Copy]) -> None:
 def _execute(path: Path, copies: Sequence[Copy], advance: Callable[[int], None]) -> None:
     """All copies out of one file. Each thread waits for its own page faults and transfers."""
 
+    mode = torch.is_inference_mode_enabled()  # a thread has its own
+
     def one(copy: Copy) -> int:
-        copy.target.copy_(handle.get_tensor(copy.key))
+        with torch.inference_mode(mode):
+            copy.target.copy_(handle.get_tensor(copy.key))
         return copy.found.n_bytes
 
     with safe_open(path, framework="pt") as handle, ThreadPoolExecutor(_THREADS) as pool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +18,9 @@ RANKS = 8
 
 _WANTED = ("causal", "batch_invariant", "static_k", "graph_safe")
 """Properties whose absence is worth a word; of the others only those that hold are named."""
+
+
+_BITS = ("bits_per_byte", *(f"delta_bits_per_byte{end}" for end in ("", "_ci95_low", "_ci95_high")))
 
 
 class Card(NamedTuple):
@@ -70,6 +75,15 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
         floor = number(f"agreement.floor.{name}")
         return f"{text} ({floor})" if text and floor else text
 
+    def bits_per_byte() -> str:
+        """And by how much more than with the native router, give or take half its interval, which is symmetric."""
+        found = [row.get(f"quality.{name}") for name in _BITS]
+        bits, more, low, high = (None if value is None or pd.isna(value) else float(value) for value in found)
+        if bits is None or more is None:
+            return "" if bits is None else f"{bits:.3f}"
+        half = "" if low is None or high is None else f" ± {(high - low) / 2:.3f}"
+        return f"{bits:.3f} ({more:+.3f}{half})"
+
     # Of the worst layer: pooled, experts of different layers with the same number would count as one.
     used, uniform = number("routing.worst.unique_experts"), number("routing.worst.uniform_unique_experts")
     latency, ratio = number("latency_ms.p50"), number("ratio_to_anchor.p50")
@@ -78,6 +92,9 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
         "cell": row["setting"] if row["variant"] == row["router"] else f"{row['setting']}: {row['variant']}",
         "median ms": latency,
         "x anchor": ratio,
+        "bits per byte": bits_per_byte(),
+        "KL to native": number("quality.kl_to_native"),
+        "top-1 agreement": number("quality.top1_agreement"),
         "load max / mean": both("load_max_over_mean"),
         "fewest experts": f"{used} of {uniform}" if used and uniform else used,
         "experts MB": number("routing.pooled.expert_mb"),
@@ -86,4 +103,13 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
         "mass chosen": number("routing.pooled.topk_mass"),
         "Jaccard": beside_floor(both("jaccard", "agreement"), "pooled.jaccard"),
         "output error": beside_floor(number("agreement.output_rel_error"), "output_rel_error"),
+        "text information": _text_information(row.get("quality.domain_information")),
     }
+
+
+def _text_information(listed: Any) -> str:
+    """Mean of the layers, from the list that a column of `quality.*` holds as text."""
+    try:
+        return f"{statistics.fmean(json.loads(listed)):.2g}"
+    except (ValueError, TypeError):  # none, or of no layer
+        return ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +19,10 @@ LATENCY, _INTERVAL = "latency_ms.p50", ("latency_ms.ci95_low", "latency_ms.ci95_
 TOKENS_PER_S, LOAD = "throughput.tokens_per_s", "routing.pooled.load_max_over_mean"
 OUTPUT_ERROR, REFERENCE = "agreement.output_rel_error", "agreement.reference"
 EXPERT_MB = "routing.pooled.expert_mb"
+BITS = "quality.bits_per_byte"
+_BITS_OF_TEXT = re.compile(r"quality\.domains\.(.+)\.bits_per_byte")
+_ENDS = ("_ci95_low", "_ci95_high")
+_SWEPT = ("batch", "seq_len", "config.workload.context_len")
 _KEYS = ("variant", *_INTERVAL)
 _PHASE = "phases_ms."
 _PHASES = ("router", "dispatch", "experts", "combine", "attention", "other")
@@ -26,12 +32,17 @@ NAMES = (
     "latency",
     "latency_over_batch",
     "latency_over_seq_len",
+    "latency_over_context_len",
     "throughput_over_batch",
     "throughput_over_seq_len",
+    "throughput_over_context_len",
     "load_against_latency",
     "latency_against_error",
     "bytes_against_error",
+    "latency_against_bits",
+    "bits_by_text",
     "expert_load",
+    "experts_by_text",
     "coactivation",
     "phases",
 )
@@ -50,7 +61,7 @@ class Series(NamedTuple):
 
     name: str
     at: list[Any]
-    """A size, a load, or the name of the bar that it is part of."""
+    """A size, a load, or the name of the row that it lies in."""
     value: list[float]
     low: Sequence[float | None]
     """Of the value's 95 % interval; None where it has none."""
@@ -69,6 +80,21 @@ class Panel(NamedTuple):
     def bars(self) -> list[str]:
         """The names along the axis, where `at` holds names."""
         return list(dict.fromkeys(at for series in self.series for at in series.at if isinstance(at, str)))
+
+    @property
+    def crowd(self) -> int:
+        """The most series that have a value beside one name."""
+        return max(Counter(at for series in self.series for at in series.at if isinstance(at, str)).values(), default=0)
+
+    @property
+    def rows(self) -> float:
+        """How many rows of the usual height `dots` need: a crowded one is higher."""
+        return len(self.bars) * max(1.0, 0.32 * self.crowd)
+
+    def offsets(self) -> list[float]:
+        """By how much of a row each series of `dots` is moved, so that they do not cover each other."""
+        n = len(self.series)
+        return [0.7 * (index - (n - 1) / 2) / n if self.crowd > 1 else 0.0 for index in range(n)]
 
 
 class Heat(NamedTuple):
@@ -89,18 +115,32 @@ class Pairs(NamedTuple):
     counts_LEE: np.ndarray
 
 
+class Texts(NamedTuple):
+    """The used slots of each layer, text and expert, and all variants of a setting that have just these."""
+
+    title: str
+    variants: list[str]
+    layers: list[int]
+    counts_LGE: np.ndarray
+    texts: list[str]
+
+
+Map = Heat | Pairs | Texts
+"""What is drawn in colours; the fourth field of each has an array by layer."""
+
+
 class Chart(NamedTuple):
-    """`lines`, `points` and `front` have numbers along both axes; `dots` and `stack` lie along the variants' names.
+    """`lines`, `points` and `front` have numbers along both axes; `dots` and `stack` lie along names.
 
     A `front` has a staircase below its points: those that no other beats in both.
     """
 
     name: str
-    kind: Literal["lines", "points", "front", "dots", "stack", "heat", "pairs"]
+    kind: Literal["lines", "points", "front", "dots", "stack", "heat", "pairs", "texts"]
     title: str
     x_label: str
     y_label: str
-    panels: Sequence[Panel | Heat | Pairs]
+    panels: Sequence[Panel | Map]
 
 
 class Charts(NamedTuple):
@@ -121,8 +161,11 @@ def is_log(values: Sequence[float]) -> bool:
 
 
 def relative_load(counts_LE: np.ndarray) -> np.ndarray:
-    """Slots of each expert over the mean of its layer; 0 in a layer without slots. 1 everywhere is an even load."""
-    mean_L1 = counts_LE.mean(axis=1, keepdims=True)
+    """Slots of each expert over the mean of its layer; 0 in a layer without slots. 1 everywhere is an even load.
+
+    Of counts [L, G, E] over the mean of its layer and text.
+    """
+    mean_L1 = counts_LE.mean(axis=-1, keepdims=True)
     load_LE = np.zeros(counts_LE.shape)
     np.divide(counts_LE, mean_L1, out=load_LE, where=mean_L1 > 0)
     return load_LE
@@ -169,7 +212,15 @@ def _all(runs: pd.DataFrame, summary: pd.DataFrame, directory: Path, left_out: l
     else:
         left_out.append("Latency and throughput: no cell was timed.")
     yield from _against_error(summary, left_out)
+    has_texts = BITS in runs and runs[BITS].notna().any()
+    if has_texts:
+        yield _against_bits(summary, left_out)
+        yield _bits_by_text(runs, left_out)
+    else:
+        left_out.append("Bits per byte, and experts by text: no cell was given texts (workload=text, measure.quality).")
     yield _expert_load(runs, directory, left_out)
+    if has_texts:
+        yield _experts_by_text(runs, directory, left_out)
     yield _coactivation(runs, directory, left_out)
     yield _where_time_goes(runs, left_out)
 
@@ -202,21 +253,25 @@ def _series(rows: Sequence[Row], at: str, value: str) -> list[Series]:
 
 
 def _over_sizes(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
-    """Over batch and over seq_len as far as each varies; with one size only, a dot per variant."""
+    """Over each size as far as it varies; with one size only, a dot per variant."""
     swept = {}
-    for key in ("batch", "seq_len"):
-        swept[key] = _over(summary, key, LATENCY)
-        if not swept[key]:
-            left_out.append(f"Latency over {key}: no variant was timed at two values of it, all else equal.")
-        yield Chart(f"latency_over_{key}", "lines", f"Latency over {key}", key, "latency (ms)", swept[key])
-    over = next((key for key in swept if swept[key]), None)
+    for column in _SWEPT:
+        name, swept[column] = _last(column), _over(summary, column, LATENCY)
+        if not swept[column] and column in summary:
+            left_out.append(f"Latency over {name}: no variant was timed at two values of it, all else equal.")
+        yield Chart(f"latency_over_{name}", "lines", f"Latency over {name}", name, "latency (ms)", swept[column])
+    over = next((column for column in swept if swept[column]), None)
     if over:
-        panels = _over(summary, over, TOKENS_PER_S)
-        yield Chart(f"throughput_over_{over}", "lines", f"Throughput over {over}", over, "tokens / s", panels)
+        name, panels = _last(over), _over(summary, over, TOKENS_PER_S)
+        yield Chart(f"throughput_over_{name}", "lines", f"Throughput over {name}", name, "tokens / s", panels)
     else:
         left_out.append("Throughput: with one size per setting it says what the latency says.")
         panels = [Panel(title, _series(rows, "variant", LATENCY)) for title, rows in _panels(summary, LATENCY).items()]
         yield Chart("latency", "dots", "Latency", "latency (ms)", "", panels)
+
+
+def _last(column: str) -> str:
+    return column.rsplit(".", 1)[-1]
 
 
 def _over(summary: pd.DataFrame, key: str, value: str) -> list[Panel]:
@@ -252,6 +307,43 @@ def _against_error(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart
         yield Chart(name, "front", title, label, axis, panels)
 
 
+def _against_bits(summary: pd.DataFrame, left_out: list[str]) -> Chart:
+    """What another router costs and what it does to the predictions, by setting."""
+    title = "Latency against bits per byte"
+    panels = [Panel(setting, _series(rows, BITS, LATENCY)) for setting, rows in _panels(summary, BITS, LATENCY).items()]
+    if not panels:
+        left_out.append(f"{title}: no cell has both (measure.quality).")
+    return Chart("latency_against_bits", "front", title, "bits per byte", "latency (ms)", panels)
+
+
+def _bits_by_text(runs: pd.DataFrame, left_out: list[str]) -> Chart:
+    """A row for each text, in it a value of every variant; of several records of a cell the first."""
+    texts = {match[1]: match[0] for name in runs if (match := _BITS_OF_TEXT.fullmatch(str(name)))}
+    panels = []
+    for setting, rows in _by_setting_and_text(runs, texts).items():
+        series = []
+        for variant, (row, *_) in _by((row["variant"] for row in rows), rows).items():
+            there = {text: column for text, column in texts.items() if not pd.isna(row[column])}
+            low, high = ([_known(row.get(column + end)) for column in there.values()] for end in _ENDS)
+            value = [float(row[column]) for column in there.values()]
+            series.append(Series(variant, list(there), value, low, high, [row["size"]] * len(there)))
+        panels.append(Panel(setting, series))
+    if not panels:
+        left_out.append("Bits per byte by text: no text is long enough for one window.")
+    return Chart("bits_by_text", "dots", "Bits per byte by text", "bits per byte", "", panels)
+
+
+def _by_setting_and_text(runs: pd.DataFrame, texts: dict[str, str]) -> dict[str, list[Row]]:
+    """The numbers of texts, by setting, of the rows that have one."""
+    columns = [name + end for name in texts.values() for end in ("", *_ENDS) if name + end in runs]
+    known = runs[runs[list(texts.values())].notna().any(axis=1)]
+    return _by(describe(known), known[["variant", *columns]].assign(size=sizes(known)).to_dict("records"))
+
+
+def _known(value: Any) -> float | None:
+    return None if value is None or pd.isna(value) else float(value)
+
+
 def _expert_load(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     """Cells of a setting that have equal counts share a panel: who computes the experts does not change their load."""
     panels: list[Heat] = []
@@ -265,6 +357,18 @@ def _expert_load(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     return Chart("expert_load", "heat", "Expert load (slots / mean of the layer)", "expert", "layer", panels)
 
 
+def _experts_by_text(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
+    """As `_expert_load`; a file that is damaged as a whole is said there too."""
+    unreadable: list[str] = []
+    panels = [Texts(title, *one) for title, found in _arrays(runs, root, _texts, unreadable) for one in found]
+    if unreadable:
+        left_out.append(f"Experts by text: routing.npz cannot be read in {', '.join(unreadable)}.")
+    elif not panels:
+        left_out.append("Experts by text: no cell recorded which experts its texts use.")
+    title = "Experts by text (slots / mean of the layer and text)"
+    return Chart("experts_by_text", "texts", title, "expert", "", panels)
+
+
 def _coactivation(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     """As `_expert_load`; what cannot be read is said there."""
     panels = [Pairs(title, *one) for title, found in _arrays(runs, root, coactivation.read, []) for one in found]
@@ -275,16 +379,12 @@ def _coactivation(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     return Chart("coactivation", "pairs", title, "the other", "expert", panels)
 
 
-Arrays = tuple[list[str], list[int], np.ndarray]
-"""Variants that have the same, layers, and an array over them."""
-
-
 def _arrays(
-    runs: pd.DataFrame, root: Path, read: Callable[[Path], tuple[list[int], np.ndarray] | None], unreadable: list[str]
-) -> Iterator[tuple[str, list[Arrays]]]:
-    """What `read` finds in the cells' `routing.npz`, by setting, each different array once."""
+    runs: pd.DataFrame, root: Path, read: Callable[[Path], tuple[Any, ...] | None], unreadable: list[str]
+) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+    """By setting what `read` finds in the `routing.npz` of cells: each different once, behind its variants."""
     for title, rows in _panels(runs, "directory").items():
-        different: list[Arrays] = []
+        different: list[tuple[Any, ...]] = []
         for row in rows:
             try:
                 found = read(root / row["directory"] / ROUTING)
@@ -295,7 +395,7 @@ def _arrays(
                 continue
             if found is None:
                 continue
-            same = [one for one in different if one[1] == found[0] and np.array_equal(one[2], found[1])]
+            same = [one for one in different if all(map(np.array_equal, one[1:], found))]
             if same:
                 same[0][0].append(row["variant"])
             else:
@@ -309,6 +409,18 @@ def _counts(path: Path) -> tuple[list[int], np.ndarray]:
     if counts_LE.dtype.kind not in "iu" or counts_LE.ndim != 2 or len(layers) != len(counts_LE) or not counts_LE.size:
         raise ValueError("no counts by layer and expert")
     return layers, counts_LE
+
+
+def _texts(path: Path) -> tuple[list[int], np.ndarray, list[str]] | None:
+    """Layers, counts and the texts' names; None where the run had no texts."""
+    with np.load(path, allow_pickle=False) as arrays:
+        if "domain_counts_LGE" not in arrays:
+            return None
+        layers, counts_LGE, texts = arrays["layer"].tolist(), arrays["domain_counts_LGE"], arrays["domain"].tolist()
+    whole = counts_LGE.dtype.kind in "iu" and counts_LGE.ndim == 3 and counts_LGE.size
+    if not whole or counts_LGE.shape[:2] != (len(layers), len(texts)):
+        raise ValueError("no counts by layer, text and expert")
+    return layers, counts_LGE, texts
 
 
 def _phases_in(runs: pd.DataFrame) -> list[str]:

@@ -7,7 +7,7 @@ from html import escape
 from textwrap import wrap
 from typing import Any
 
-from moe_lab.results.charts import Chart, Charts, Heat, Pairs, Panel, Series, front, is_log
+from moe_lab.results.charts import Chart, Charts, Map, Panel, Series, Texts, front, is_log
 from moe_lab.results.style import phase_style, variant_style
 
 HEAT_NUMBERS = 400_000
@@ -23,9 +23,9 @@ def figures(found: Charts) -> tuple[list[Figure], list[str]]:
     result = []
     for chart in found.drawn:
         panels: list[Figure]
-        if chart.kind in ("heat", "pairs"):
-            kept, n_maps = _within(HEAT_NUMBERS, [panel for panel in chart.panels if isinstance(panel, Heat | Pairs)])
-            panels = [_heat(panel) for panel in kept]
+        if chart.kind in ("heat", "pairs", "texts"):
+            kept, n_maps = _within(HEAT_NUMBERS, [panel for panel in chart.panels if not isinstance(panel, Panel)])
+            panels = [_map(panel) for panel in kept]
             shown, name = sum(len(panel.layers) for panel in kept), chart.title.split(" (")[0]
             if shown < n_maps:
                 left_out.append(
@@ -39,32 +39,43 @@ def figures(found: Charts) -> tuple[list[Figure], list[str]]:
     return result, left_out
 
 
-def _within(limit: int, heats: Sequence[Heat | Pairs]) -> tuple[list[Heat | Pairs], int]:
+def _within(limit: int, maps: Sequence[Map]) -> tuple[list[Map], int]:
     """The first layers of the first panels that have no more numbers than this, and how many layers there are."""
-    kept: list[Heat | Pairs] = []
-    for heat in heats:
-        title, variants, layers, counts = heat
+    kept: list[Map] = []
+    for panel in maps:
+        title, variants, layers, counts, *texts = panel
         fit = min(len(layers), limit // counts[0].size)
         limit -= fit * counts[0].size
         if fit:
-            kept.append(type(heat)(title, variants, layers[:fit], counts[:fit]))
-    return kept, sum(len(heat.layers) for heat in heats)
+            kept.append(type(panel)(title, variants, layers[:fit], counts[:fit], *texts))
+    return kept, sum(len(panel.layers) for panel in maps)
 
 
-def _heat(panel: Heat | Pairs) -> Figure:
-    """The page turns counts by expert into a map of all layers or bars of one, those of pairs into a map of one."""
-    title, variants, layers, counts = panel
-    return {"title": title, "variants": ", ".join(variants), "layers": layers, "counts": counts.tolist()}
+def _map(panel: Map) -> Figure:
+    """The page turns counts by expert into a map of all layers or bars of one, those of pairs into a map of one.
+
+    Those by text become a map of all layers or of one, with a row for each text.
+    """
+    title, variants, layers, counts, *_ = panel
+    found = {"title": title, "variants": ", ".join(variants), "layers": layers, "counts": counts.tolist()}
+    return found | ({"texts": [_plain(text) for text in panel.texts]} if isinstance(panel, Texts) else {})
 
 
 def _panel(panel: Panel, chart: Chart, found: Charts) -> Figure:
-    trace = {"stack": _bar, "dots": _dot}.get(chart.kind, _curve)
-    data = [trace(series, chart, found) for series in panel.series]
+    data = (
+        _dots(panel, chart, found)
+        if chart.kind == "dots"
+        else [(_bar if chart.kind == "stack" else _curve)(series, chart, found) for series in panel.series]
+    )
     x: Figure = {"title": {"text": _plain(chart.x_label)}}
     y: Figure = {"title": {"text": _plain(chart.y_label)}}
-    if chart.kind in ("stack", "dots"):
+    if chart.kind == "stack":
         y |= {"autorange": "reversed", "automargin": True, "type": "category"}
         x |= {"rangemode": "tozero"}
+    elif chart.kind == "dots":
+        y |= {"range": [len(panel.bars) - 0.5, -0.5], "automargin": True, "zeroline": False}
+        y |= {"tickvals": [*range(len(panel.bars))], "ticktext": [_bar_name(name) for name in panel.bars]}
+        x |= _axis([value for series in panel.series for value in series.value])
     else:
         y |= _axis([value for series in panel.series for value in series.value])
         x |= (
@@ -75,7 +86,8 @@ def _panel(panel: Panel, chart: Chart, found: Charts) -> Figure:
     if chart.kind == "front":
         x |= _axis([at for series in panel.series for at in series.at])
         data.append(_front(panel))
-    layout = {"xaxis": x, "yaxis": y, "barmode": "stack", "bars": len(panel.bars)}
+    bars = panel.rows if chart.kind == "dots" else len(panel.bars)
+    layout = {"xaxis": x, "yaxis": y, "barmode": "stack", "bars": bars}
     return {"title": panel.title, "data": data, "layout": layout}
 
 
@@ -120,10 +132,19 @@ def _curve(series: Series, chart: Chart, found: Charts) -> Figure:
     }
 
 
-def _dot(series: Series, chart: Chart, found: Charts) -> Figure:
-    curve = _curve(series._replace(at=series.value), chart, found)
-    curve |= {"y": [_bar_name(name) for name in series.at], "error_x": curve.pop("error_y")}
-    return curve | {"showlegend": False, "hovertemplate": "%{text}<br>%{x:,.4g} ms<extra>%{y}</extra>"}
+def _dots(panel: Panel, chart: Chart, found: Charts) -> list[Figure]:
+    """A row for each name; side by side in it where several have a value there."""
+    rows = {name: row for row, name in enumerate(panel.bars)}
+    dots = []
+    for series, offset in zip(panel.series, panel.offsets(), strict=True):
+        curve = _curve(series._replace(at=series.value), chart, found)
+        names = [f"{_plain(name)}<br>{note}" for name, note in zip(series.at, curve["text"], strict=True)]
+        curve |= {"y": [_short(rows[name] + offset) for name in series.at], "error_x": curve.pop("error_y")}
+        hover = f"%{{text}}<br>%{{x:,.4g}} {_unit(chart.x_label)}<extra></extra>"
+        if panel.crowd > 1:
+            hover = f"%{{fullData.name}}<br>{hover}"
+        dots.append(curve | {"text": names, "showlegend": panel.crowd > 1, "hovertemplate": hover})
+    return dots
 
 
 def _bar(series: Series, chart: Chart, found: Charts) -> Figure:

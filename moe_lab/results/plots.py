@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from moe_lab.records.store import write_atomic
 from moe_lab.results import charts
-from moe_lab.results.charts import Chart, Heat, Pairs, Panel, relative_load
+from moe_lab.results.charts import Chart, Heat, Map, Pairs, Panel, Texts, relative_load
 from moe_lab.results.coactivation import given
 from moe_lab.results.style import phase_style, variant_style
 
@@ -58,6 +58,11 @@ def draw(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Drawn:
                 f"{chart.title}: plots/{chart.name} has the layer of each variant with the largest share; the report "
                 "has them all."
             )
+        if chart.kind == "texts" and any(len(panel.layers) > 1 for panel in chart.panels if isinstance(panel, Texts)):
+            left_out.append(
+                f"{chart.title}: plots/{chart.name} has the layer of each variant in which the texts differ most; the "
+                "report has them all."
+            )
         for ending in ("png", "svg"):
             content = io.BytesIO()
             figure.savefig(content, format=ending, dpi=100, metadata={"Date": None} if ending == "svg" else None)
@@ -74,15 +79,16 @@ def render(chart: Chart, variants: Sequence[str], phases: Sequence[str]) -> Figu
     """The first panels of a chart; the sequences give each variant and phase its style."""
     panels = chart.panels[: charts.FILE_PANELS]
     columns = min(_COLUMNS, len(panels))
-    bars = [panel.bars for panel in panels if isinstance(panel, Panel)]
-    names = [line for of_panel in bars for name in of_panel for line in fill(name, _WRAP).split("\n")]
+    named = [panel.bars if isinstance(panel, Panel) else getattr(panel, "texts", []) for panel in panels]
+    names = [line for of_panel in named for name in of_panel for line in fill(name, _WRAP).split("\n")]
     left = _LEFT + 0.075 * max(map(len, names), default=0)
     width = left + _AXES[0] + _RIGHT
-    height = _TOP + max([_AXES[1], *(0.3 * len(of_panel) for of_panel in bars)]) + _BOTTOM
+    rows = [panel.rows if chart.kind == "dots" else len(panel.bars) for panel in panels if isinstance(panel, Panel)]
+    height = _TOP + max([_AXES[1], *(0.3 * n for n in rows)]) + _BOTTOM
     entries = _entries(chart, panels, variants, phases)
     per_row = max(1, int(max(columns * width, 5) / (0.7 + 0.08 * max(map(len, entries), default=0))))
     foot = 0.25 * math.ceil(len(entries) / per_row) + 0.1
-    scale = 0.3 if chart.kind in ("heat", "pairs") else 0.0  # the colours' scale beside the last column
+    scale = 0.3 if chart.kind in ("heat", "pairs", "texts") else 0.0  # the colours' scale beside the last column
     size = (max(columns * width, 5) + scale, _HEAD + math.ceil(len(panels) / columns) * height + foot)
 
     figure = Figure(figsize=size)
@@ -92,14 +98,15 @@ def render(chart: Chart, variants: Sequence[str], phases: Sequence[str]) -> Figu
         row, column = divmod(at, columns)
         corner = (column * width + left, size[1] - _HEAD - (row + 1) * height + _BOTTOM)
         boxes.append((*corner, _AXES[0], height - _TOP - _BOTTOM))
-    heat_top = max([2.0, *(float(relative_load(p.counts_LE).max()) for p in panels if isinstance(p, Heat))])
+    loads = [relative_load(panel[3]) for panel in panels if isinstance(panel, Heat | Texts)]
+    heat_top = max([2.0, *(float(load.max()) for load in loads)])
     for panel, (x, y, w, h) in zip(panels, boxes, strict=True):
         axes = figure.add_axes((x / size[0], y / size[1], w / size[0], h / size[1]))
         axes.set_xlabel(_text(chart.x_label))
         axes.set_ylabel(_text(chart.y_label))
         axes.set_title(_title(panel), fontsize=9, loc="left", y=1.0)  # a given y spares matplotlib its search
-        if isinstance(panel, Heat | Pairs):
-            image = _heat(axes, panel, heat_top) if isinstance(panel, Heat) else _pairs(axes, panel)
+        if not isinstance(panel, Panel):
+            image = _map(axes, panel, heat_top)
             if panel is panels[columns - 1]:  # one scale for all panels, beside the first row
                 beside = figure.add_axes(((x + w + 0.1) / size[0], y / size[1], 0.1 / size[0], h / size[1]))
                 figure.colorbar(image, cax=beside).ax.tick_params(labelsize=8)
@@ -114,13 +121,13 @@ def render(chart: Chart, variants: Sequence[str], phases: Sequence[str]) -> Figu
 
 
 def _entries(
-    chart: Chart, panels: Sequence[Panel | Heat | Pairs], variants: Sequence[str], phases: Sequence[str]
+    chart: Chart, panels: Sequence[Panel | Map], variants: Sequence[str], phases: Sequence[str]
 ) -> dict[str, Line2D | Patch]:
     """The legend; along rows of names none is needed."""
     shown = {series.name for panel in panels if isinstance(panel, Panel) for series in panel.series}
     if chart.kind == "stack":
         return {name: Patch(**_hatched(phases.index(name))) for name in phases if name in shown}
-    if chart.kind == "dots":
+    if chart.kind == "dots" and all(panel.crowd < 2 for panel in panels if isinstance(panel, Panel)):
         return {}
     return {name: Line2D([], [], **_line(chart, variants.index(name))) for name in variants if name in shown}
 
@@ -138,10 +145,10 @@ def _hatched(index: int) -> dict[str, Any]:
 
 
 def _curves(axes: Axes, panel: Panel, chart: Chart, variants: Sequence[str]) -> None:
-    """Values with their intervals, upwards; for `dots` along a row per variant."""
+    """Values with their intervals, upwards; for `dots` along a row per name."""
     along = chart.kind == "dots"
-    for series in panel.series:
-        at = [panel.bars.index(name) for name in series.at] if along else series.at
+    for series, offset in zip(panel.series, panel.offsets(), strict=True):
+        at = [panel.bars.index(name) + offset for name in series.at] if along else series.at
         reach = [
             [0.0 if end is None else abs(value - end) for value, end in zip(series.value, ends, strict=True)]
             for ends in (series.low, series.high)
@@ -182,6 +189,12 @@ def _bar_names(axes: Axes, panel: Panel) -> None:
     axes.set_ylim(len(panel.bars) - 0.5, -0.5)
 
 
+def _map(axes: Axes, panel: Map, top: float) -> AxesImage:
+    if isinstance(panel, Pairs):
+        return _pairs(axes, panel)
+    return _heat(axes, panel, top) if isinstance(panel, Heat) else _texts(axes, panel, top)
+
+
 def _heat(axes: Axes, panel: Heat, top: float) -> AxesImage:
     """From 0 to `top`, which is at least 2: an even load, 1 everywhere, never has the last colour."""
     image = axes.imshow(relative_load(panel.counts_LE), aspect="auto", cmap="viridis", vmin=0, vmax=top)
@@ -189,6 +202,19 @@ def _heat(axes: Axes, panel: Heat, top: float) -> AxesImage:
     axes.yaxis.set_major_locator(FixedLocator(range(0, len(panel.layers), step)))
     axes.yaxis.set_major_formatter(FixedFormatter([str(layer) for layer in panel.layers[::step]]))
     axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True))
+    return image
+
+
+def _texts(axes: Axes, panel: Texts, top: float) -> AxesImage:
+    """Of the layer in which an expert's loads by two texts differ most; the scale is that of `_heat`."""
+    load_LGE = relative_load(panel.counts_LGE)
+    at = int(np.ptp(load_LGE, axis=1).max(axis=-1).argmax())
+    image = axes.imshow(load_LGE[at], aspect="auto", cmap="viridis", vmin=0, vmax=top)
+    axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True))
+    axes.yaxis.set_major_locator(FixedLocator(range(len(panel.texts))))
+    axes.yaxis.set_major_formatter(FixedFormatter([_text(fill(name, _WRAP)) for name in panel.texts]))
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_ylabel(f"layer {panel.layers[at]}")
     return image
 
 
@@ -229,7 +255,7 @@ def _decades(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if low / 1.25 <= tick <= high * 1.25]
 
 
-def _title(panel: Panel | Heat | Pairs) -> str:
+def _title(panel: Panel | Map) -> str:
     lines = [panel.title] if isinstance(panel, Panel) else [panel.title, ", ".join(panel.variants)]
     return _text("\n".join(shorten(line, 110) if len(lines) == 1 else shorten(line, 55) for line in lines))
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from moe_lab.records.store import LOG, PLAN, write_atomic
 from moe_lab.results.aggregate import Aggregate
 from moe_lab.results.cards import RANKS, cards
-from moe_lab.results.charts import FILE_PANELS, charts
+from moe_lab.results.charts import BITS, FILE_PANELS, charts
 from moe_lab.results.figures import figures
 from moe_lab.results.load import UNREADABLE_BECAUSE, Plan, one_line, read_plan
 from moe_lab.results.settings import describe
@@ -40,6 +40,16 @@ _MEASURED = (
     ("load max / mean", "routing.pooled.load_max_over_mean"),
     ("dead experts", "routing.pooled.dead_experts"),
     ("relative error", "check.rel_error"),
+)
+# These only where some cell has them.
+_MEASURED_SOMETIMES = (
+    ("ms per output token", "throughput.time_per_output_token_ms"),
+    ("bits per byte", "quality.bits_per_byte"),
+    ("over native", "quality.delta_bits_per_byte"),
+    ("over native from", "quality.delta_bits_per_byte_ci95_low"),
+    ("over native to", "quality.delta_bits_per_byte_ci95_high"),
+    ("KL to native", "quality.kl_to_native"),
+    ("top-1 agreement", "quality.top1_agreement"),
 )
 
 
@@ -84,6 +94,7 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
         figures=drawn,
         routers=cards(runs),
         ranks=RANKS,
+        texts=BITS in runs and runs[BITS].notna().any(),
         floor="agreement.reference" in runs and runs["agreement.reference"].notna().any(),
         left_out=found.left_out + too_large,
         table=_table(runs, plan.compare),
@@ -136,6 +147,7 @@ def _table(runs: pd.DataFrame, compare: Sequence[str]) -> Table:
     differ = [name for name in others if runs[name].astype(str).nunique() > 1]
     columns = [("status", "status"), ("variant", "variant"), ("model", "model"), ("batch", "batch")]
     columns += [("seq_len", "seq_len"), *((name.rsplit(".", 1)[-1], name) for name in differ), *_MEASURED]
+    columns += [(head, name) for head, name in _MEASURED_SOMETIMES if name in runs and runs[name].notna().any()]
     fields = [[_field(value) for value in runs[name].astype(object)] for _, name in columns]
     fields.append([Field(str(cell_id)) for cell_id in runs["cell_id"]])
     links = [_link(folder, "") for folder in runs["directory"]]

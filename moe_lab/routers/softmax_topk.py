@@ -14,16 +14,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lab.ops.softmax_topk import top_k, weights_of
+from moe_lab.ops.library import resolve_implementation
+from moe_lab.ops.softmax_topk import softmax_topk, top_k, weights_of
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 
 
 class SoftmaxTopK(Router):
     """Softmax top-k; every declared property of `Router` holds."""
 
+    implementations = ("torch", "triton")
+
     def __init__(
-        self, n_experts: int, top_k: int, impl: str = "torch", renormalize: bool = True, gate_bias: bool = False
+        self, n_experts: int, top_k: int, impl: str = "auto", renormalize: bool = True, gate_bias: bool = False
     ):
+        if impl in ("auto", "triton"):  # auto: the kernel where it runs
+            impl = resolve_implementation(impl, torch.get_default_device(), op="router.impl")
         super().__init__(n_experts, top_k, impl)
         self.renormalize = renormalize
         self.bias_E = nn.Parameter(torch.empty(n_experts), requires_grad=False) if gate_bias else None
@@ -32,8 +37,10 @@ class SoftmaxTopK(Router):
         """See `Router.select`. Raises `ValueError` naming the layer for logits without a softmax."""
         require_finite(logits_TE, ctx)
         biased_TE = self._biased(logits_TE)
-        ids_TK = top_k(biased_TE, self.top_k)
         scores_TE = biased_TE.float() if ctx is not None and ctx.want_scores else None
+        if self.impl == "triton":
+            return Routing(*softmax_topk(biased_TE, self.top_k, self.renormalize), scores_TE=scores_TE)
+        ids_TK = top_k(biased_TE, self.top_k)
         return Routing(ids_TK, weights_of(biased_TE, ids_TK, self.renormalize), scores_TE=scores_TE)
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:

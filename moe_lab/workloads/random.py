@@ -18,7 +18,6 @@ def random_input(
     Returns:
         int64 token ids in [0, vocab_size), or hidden states of mean 0 and variance 1, of `model.input_shape`.
     """
-    assert phase == "forward", phase
     shape: tuple[int, ...] = model.input_shape(batch, seq_len)  # type: ignore[operator]
     stream = stream_of(seed, "workload", "random")
     if model.vocab_size is not None:

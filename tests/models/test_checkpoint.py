@@ -385,6 +385,14 @@ def test_a_model_without_storage_is_filled_from_the_files(tmp_path: Path) -> Non
     assert torch.equal(model(ids(2, 5)).y, load(folder)(ids(2, 5)).y)
 
 
+def test_a_model_may_be_made_and_loaded_in_inference_mode(tmp_path: Path) -> None:
+    """Its tensors are then of that mode, in every thread that fills them."""
+    folder = checkpoint("olmoe", tmp_path)
+    want = load(folder)(ids(2, 5)).y
+    with torch.inference_mode():
+        assert torch.equal(load(folder)(ids(2, 5)).y, want)
+
+
 def test_the_seed_changes_nothing(tmp_path: Path) -> None:
     """A checkpoint's parameters are those of its files."""
     folder = checkpoint("olmoe", tmp_path)

@@ -26,6 +26,7 @@ scalings = pytest.mark.parametrize(
         pytest.param(YARN, id="yarn"),
         pytest.param({**YARN, "original_max_position_embeddings": 64}, id="yarn_short"),
         pytest.param({**YARN, "factor": 1.0}, id="yarn_factor_1"),
+        pytest.param({**YARN, "factor": 0.5}, id="yarn_factor_below_1"),
         pytest.param({**YARN, "beta_fast": 16, "beta_slow": 0.5}, id="yarn_betas"),
         pytest.param({**YARN, "beta_fast": None, "beta_slow": None}, id="yarn_null_betas"),
         pytest.param({**YARN, "truncate": False}, id="yarn_not_truncated"),
@@ -181,6 +182,8 @@ def test_kept_computed_and_looked_up_tables_agree(scaling: dict[str, Any]) -> No
     for length in (1, 7, 20, 21):  # more than is kept is computed
         for one, other in zip(fresh(length, CPU), kept(length, CPU), strict=True):
             assert one.shape == (length, 16) and torch.equal(one, other)
+        assert kept.cos_Nd is not None
+        assert (kept(length, CPU)[0].data_ptr() == kept.cos_Nd.data_ptr()) == (length <= 20)
     position_S = torch.tensor([19, 0, 7, 7])
     for whole, found in zip(fresh(20, CPU), kept.at(position_S), strict=True):
         assert torch.equal(whole[position_S], found)

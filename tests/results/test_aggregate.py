@@ -117,7 +117,7 @@ def test_types_are_kept(sweep: Path) -> None:
     assert {name: schema.field(name).type for name in schema.names if name in columns.RUNS} == {
         name: kind for name, kind in columns.RUNS.items() if kind is not None
     }
-    assert str(result.runs["routing.pooled.dead_experts"].dtype) == "Int64"
+    assert str(result.runs["check.near_ties"].dtype) == "Int64"
     assert str(result.runs["check.passed"].dtype) == "boolean"
     assert isinstance(result.runs["overrides"].iloc[0], list)
 

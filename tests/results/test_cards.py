@@ -44,7 +44,7 @@ def test_a_row_has_the_numbers_of_its_cell(runs: pd.DataFrame) -> None:
     assert of_cell["load max / mean"] == f"{pooled:.3g} · {worst:.3g}"
     assert of_cell["output error"] == f"{row['agreement.output_rel_error']:.3g} (3e-07)"
     assert of_cell["Jaccard"] == "0.7 · 0.63 (1)"
-    assert of_cell["fewest experts"] == f"{row['routing.worst.unique_experts']} of 7.5"
+    assert of_cell["fewest experts"] == f"{row['routing.worst.unique_experts']:g} of 7.5"
 
 
 def test_a_property_that_holds_is_told_from_one_that_does_not(runs: pd.DataFrame) -> None:

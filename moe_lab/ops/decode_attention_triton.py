@@ -1,0 +1,157 @@
+"""The Triton kernels of `decode_attention`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_KEYS = 128  # of a piece
+
+
+@triton.jit
+def _turned(
+    x_ptr, norm_ptr, cos_ptr, sin_ptr, heads, d, eps, clip,
+    NORM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One row of heads * d values, normed, clamped and turned: [BLOCK_H, BLOCK_D] fp32. NORM: 0 none, 1 head, 2 all."""
+    h = tl.arange(0, BLOCK_H)[:, None]
+    i = tl.arange(0, BLOCK_D)[None, :]
+    partner = (i + d // 2) % d  # with which dimension i is turned
+    inside = (h < heads) & (i < d)
+    x = tl.load(x_ptr + h * d + i, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(x_ptr + h * d + partner, mask=inside, other=0.0).to(tl.float32)
+    if NORM == 2:
+        scale = 1.0 / tl.sqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / (heads * d) + eps)
+        x *= scale * tl.load(norm_ptr + h * d + i, mask=inside, other=0.0).to(tl.float32)
+        other *= scale * tl.load(norm_ptr + h * d + partner, mask=inside, other=0.0).to(tl.float32)
+    x = tl.minimum(tl.maximum(x, -clip), clip)
+    other = tl.minimum(tl.maximum(other, -clip), clip)
+    if NORM == 1:
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / d + eps)[:, None]
+        x *= scale * tl.load(norm_ptr + i, mask=i < d, other=0.0).to(tl.float32)
+        other *= scale * tl.load(norm_ptr + partner, mask=i < d, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + i, mask=i < d, other=0.0)
+    sin = tl.load(sin_ptr + i, mask=i < d, other=0.0)
+    return x * cos + tl.where(i < d // 2, -other, other) * sin
+
+
+@triton.jit
+def _append_kernel(
+    q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, position_ptr, y_ptr, k_cache_ptr, v_cache_ptr,
+    H, H_KV, N, d, q_row, k_row, v_row, cache_row, eps, clip,
+    NORM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    position = tl.load(position_ptr)
+    i = tl.arange(0, BLOCK_D)[None, :]
+    if tl.program_id(1) == 0:
+        h = tl.arange(0, BLOCK_H)[:, None]
+        q = _turned(q_ptr + b * q_row, q_norm_ptr, cos_ptr, sin_ptr, H, d, eps, clip, NORM, BLOCK_H, BLOCK_D)
+        tl.store(y_ptr + b * H * d + h * d + i, q.to(y_ptr.dtype.element_ty), mask=(h < H) & (i < d))
+    else:
+        h = tl.arange(0, BLOCK_KV)[:, None]
+        inside = (h < H_KV) & (i < d)
+        at = b * cache_row + h.to(tl.int64) * N * d + position * d + i
+        if tl.program_id(1) == 1:
+            k = _turned(k_ptr + b * k_row, k_norm_ptr, cos_ptr, sin_ptr, H_KV, d, eps, clip, NORM, BLOCK_KV, BLOCK_D)
+            tl.store(k_cache_ptr + at, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
+        else:
+            v = tl.load(v_ptr + b * v_row + h * d + i, mask=inside, other=0.0).to(tl.float32)
+            v = tl.minimum(tl.maximum(v, -clip), clip)
+            tl.store(v_cache_ptr + at, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
+
+
+def launch_append(
+    q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, clip: float,
+    cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor,
+) -> Tensor:  # fmt: skip
+    """Run the kernel; arguments and result as `rope_append`."""
+    B, H_KV, N, d = k_cache.shape
+    H = q.shape[1] // d
+    y = q.new_empty(B, H, d)
+    norm = 0 if q_norm is None else 1 if q_norm.shape[0] == d and H > 1 else 2
+    block_h, block_kv = triton.next_power_of_2(H), triton.next_power_of_2(H_KV)
+    _append_kernel[(B, 3)](
+        q, k, v, q if q_norm is None else q_norm, k if k_norm is None else k_norm, cos, sin, position, y, k_cache,
+        v_cache, H, H_KV, N, d, q.stride(0), k.stride(0), v.stride(0), k_cache.stride(0), eps, clip,
+        NORM=norm, BLOCK_H=block_h, BLOCK_KV=block_kv, BLOCK_D=triton.next_power_of_2(d), num_warps=8,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _piece_kernel(
+    q_ptr, k_ptr, v_ptr, position_ptr, acc_ptr, max_ptr, sum_ptr, H_KV, N, d, window, cache_row, scale, n_pieces,
+    G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A piece of the keys of one key head, for the G query heads that share it."""
+    pair, piece = tl.program_id(0), tl.program_id(1)
+    b, kv = (pair // H_KV).to(tl.int64), pair % H_KV
+    position = tl.load(position_ptr)
+    first = tl.maximum(position - window + 1, 0)
+    g = tl.arange(0, BLOCK_G)
+    i = tl.arange(0, BLOCK_D)
+    query = pair.to(tl.int64) * G + g
+    q = tl.load(q_ptr + query[:, None] * d + i[None, :], mask=(g[:, None] < G) & (i[None, :] < d), other=0.0)
+    best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    start = piece * KEYS
+    if (start <= position) & (start + KEYS > first):
+        at = b * cache_row + kv.to(tl.int64) * N * d
+        for block in range(0, KEYS, BLOCK_N):
+            n = start + block + tl.arange(0, BLOCK_N)
+            seen = (n <= position) & (n >= first)
+            where = at + n[:, None].to(tl.int64) * d + i[None, :]
+            inside = seen[:, None] & (i[None, :] < d)
+            k = tl.load(k_ptr + where, mask=inside, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, axis=1))
+            known = tl.where(new_best == float("-inf"), 0.0, new_best)  # nothing seen yet
+            p = tl.exp(scores - known[:, None])
+            kept = tl.exp(best - known)
+            v = tl.load(v_ptr + where, mask=inside, other=0.0)
+            acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            total = total * kept + tl.sum(p, axis=1)
+            best = new_best
+    out = query * n_pieces + piece
+    tl.store(max_ptr + out, best, mask=g < G)
+    tl.store(sum_ptr + out, total, mask=g < G)
+    tl.store(acc_ptr + out[:, None] * d + i[None, :], acc, mask=(g[:, None] < G) & (i[None, :] < d))
+
+
+@triton.jit
+def _join_kernel(acc_ptr, max_ptr, sum_ptr, y_ptr, d, n_pieces, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The pieces of one query head, put together."""
+    query = tl.program_id(0).to(tl.int64)
+    p = tl.arange(0, BLOCK_P)
+    i = tl.arange(0, BLOCK_D)
+    best = tl.load(max_ptr + query * n_pieces + p, mask=p < n_pieces, other=float("-inf"))
+    total = tl.load(sum_ptr + query * n_pieces + p, mask=p < n_pieces, other=0.0)
+    share = tl.exp(best - tl.max(best, axis=0))
+    inside = (p[:, None] < n_pieces) & (i[None, :] < d)
+    acc = tl.load(acc_ptr + (query * n_pieces + p[:, None]) * d + i[None, :], mask=inside, other=0.0)
+    y = tl.sum(acc * share[:, None], axis=0) / tl.sum(total * share, axis=0)
+    tl.store(y_ptr + query * d + i, y.to(y_ptr.dtype.element_ty), mask=i < d)
+
+
+def launch_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, window: int) -> Tensor:
+    """Run the kernels; arguments and result as `cached_attention`."""
+    (B, H, d), (_, H_KV, N, _) = q.shape, k_cache.shape
+    G, n_pieces = H // H_KV, triton.cdiv(N, _KEYS)
+    wide = {"dtype": torch.float32, "device": q.device}
+    acc = torch.empty(B * H, n_pieces, d, **wide)
+    best, total = torch.empty(B * H, n_pieces, **wide), torch.empty(B * H, n_pieces, **wide)
+    block_d = max(triton.next_power_of_2(d), 16)
+    _piece_kernel[(B * H_KV, n_pieces)](
+        q, k_cache, v_cache, position, acc, best, total, H_KV, N, d, window, k_cache.stride(0), d**-0.5, n_pieces,
+        G=G, BLOCK_G=max(triton.next_power_of_2(G), 16), BLOCK_D=block_d, KEYS=_KEYS, BLOCK_N=64, num_warps=4,
+    )  # fmt: skip
+    y = torch.empty_like(q)
+    _join_kernel[(B * H,)](
+        acc, best, total, y, d, n_pieces, BLOCK_P=triton.next_power_of_2(n_pieces), BLOCK_D=block_d, num_warps=4
+    )
+    return y

@@ -1,0 +1,53 @@
+"""The expert MLPs of few tokens (decoding), without sorting them: each expert in use multiplies all tokens at once.
+
+    h[t, k] = silu(g) * u,  (g, u) = x[t] W_gate_up[e]^T;   o[t, k] = h[t, k] W_down[e]^T     where ids[t, k] = e
+
+A matrix unit takes 16 rows at the least, and no token has an expert twice. So with at most 16 tokens there is nothing
+to gain from gathering an expert's own: the weights are read once, which is what decoding costs, and rows that are not
+its own are dropped. Nothing is read on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_lab.ops.library import library
+
+MOST = 16  # tokens
+
+library.define(
+    "few_tokens_mlp(Tensor x, Tensor ids, Tensor weights, Tensor w_gate_up, Tensor w_down, bool scales_input) -> Tensor"
+)
+
+
+def few_tokens_mlp(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, scales_input: bool
+) -> Tensor:
+    """[T, D], the weighted sum of each token's experts; by Triton kernels, fp32 accumulation.
+
+    Args:
+        x_TD: at most 16 tokens.
+        ids_TK: int32, -1 for an unused slot; no token has an expert twice.
+        weights_TK: float32; they multiply the expert's input where `scales_input`, else its output.
+    """
+    result: Tensor = torch.ops.moe_lab.few_tokens_mlp(
+        x_TD, ids_TK, weights_TK, w_gate_up_E2FD, w_down_EDF, scales_input
+    )
+    return result
+
+
+def _compute(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool) -> Tensor:
+    from moe_lab.ops.few_tokens_triton import launch
+
+    assert x.shape[0] <= MOST
+    return launch(x, ids, weights, w_gate_up, w_down, scales_input)
+
+
+def _fake(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+library.impl("few_tokens_mlp", _compute, "CPU")  # by Triton's interpreter, for tests
+library.impl("few_tokens_mlp", _compute, "CUDA")
+torch.library.register_fake("moe_lab::few_tokens_mlp", _fake, lib=library)

@@ -1,0 +1,132 @@
+"""The Triton kernels of `few_tokens_mlp`: up, down, and the sum over a token's slots.
+
+A program belongs to a slot and a piece of the width; of the slots with one expert the first does the work for all.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 16
+
+
+@triton.jit
+def _is_first(ids_ptr, slot, expert, BLOCK_N: tl.constexpr):
+    """Whether no slot before this one has the expert."""
+    n = tl.arange(0, BLOCK_N)
+    before = tl.load(ids_ptr + n, mask=n < slot, other=-1)
+    return tl.sum((before == expert).to(tl.int32), axis=0) == 0
+
+
+@triton.jit
+def _own_slot(ids_ptr, expert, T, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """For each token which of its slots has the expert, -1 if none."""
+    t = tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    ids = tl.load(ids_ptr + t[:, None] * K + k[None, :], mask=(t[:, None] < T) & (k[None, :] < K), other=-1)
+    return tl.max(tl.where(ids == expert, k[None, :], -1), axis=1)
+
+
+@triton.jit
+def _up_kernel(
+    x_ptr, ids_ptr, weights_ptr, w_ptr, h_ptr, T, K, D, F, SCALES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0)
+    expert = tl.load(ids_ptr + slot)
+    if expert < 0:
+        return
+    if not _is_first(ids_ptr, slot, expert, BLOCK_N):
+        return
+    own = _own_slot(ids_ptr, expert, T, K, ROWS, BLOCK_K)
+    t = tl.arange(0, ROWS)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    d = tl.arange(0, BLOCK_D)
+    gate_at = w_ptr + expert.to(tl.int64) * 2 * F * D + f[None, :].to(tl.int64) * D + d[:, None]
+    gate = tl.zeros((ROWS, BLOCK_F), tl.float32)
+    up = tl.zeros((ROWS, BLOCK_F), tl.float32)
+    if SCALES:
+        weight = tl.load(weights_ptr + t * K + own, mask=own >= 0, other=0.0)
+    for at in range(0, D, BLOCK_D):
+        inside = (f[None, :] < F) & (d[:, None] + at < D)
+        x = tl.load(
+            x_ptr + t[:, None] * D + d[None, :] + at, mask=(own[:, None] >= 0) & (d[None, :] + at < D), other=0.0
+        )
+        if SCALES:
+            x = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
+        gate += tl.dot(x, tl.load(gate_at + at, mask=inside, other=0.0), input_precision="ieee")
+        up += tl.dot(x, tl.load(gate_at + F.to(tl.int64) * D + at, mask=inside, other=0.0), input_precision="ieee")
+    gate, up = gate.to(h_ptr.dtype.element_ty).to(tl.float32), up.to(h_ptr.dtype.element_ty).to(tl.float32)
+    h = gate / (1.0 + tl.exp(-gate)) * up
+    where = h_ptr + (t * K + own)[:, None] * F + f[None, :]
+    tl.store(where, h.to(h_ptr.dtype.element_ty), mask=(own[:, None] >= 0) & (f[None, :] < F))
+
+
+@triton.jit
+def _down_kernel(
+    h_ptr, ids_ptr, w_ptr, o_ptr, T, K, D, F,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    slot = tl.program_id(0)
+    expert = tl.load(ids_ptr + slot)
+    if expert < 0:
+        return
+    if not _is_first(ids_ptr, slot, expert, BLOCK_N):
+        return
+    own = _own_slot(ids_ptr, expert, T, K, ROWS, BLOCK_K)
+    t = tl.arange(0, ROWS)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    f = tl.arange(0, BLOCK_F)
+    w_at = w_ptr + expert.to(tl.int64) * D * F + d[None, :].to(tl.int64) * F + f[:, None]
+    o = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for at in range(0, F, BLOCK_F):
+        h = tl.load(
+            h_ptr + (t * K + own)[:, None] * F + f[None, :] + at,
+            mask=(own[:, None] >= 0) & (f[None, :] + at < F), other=0.0,
+        )  # fmt: skip
+        w = tl.load(w_at + at, mask=(d[None, :] < D) & (f[:, None] + at < F), other=0.0)
+        o += tl.dot(h, w, input_precision="ieee")
+    where = o_ptr + (t * K + own)[:, None] * D + d[None, :]
+    tl.store(where, o.to(o_ptr.dtype.element_ty), mask=(own[:, None] >= 0) & (d[None, :] < D))
+
+
+@triton.jit
+def _sum_kernel(
+    o_ptr, ids_ptr, weights_ptr, y_ptr, K, D, SCALES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    t = tl.program_id(0)
+    k = tl.arange(0, BLOCK_K)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    used = tl.load(ids_ptr + t * K + k, mask=k < K, other=-1) >= 0
+    o = tl.load(o_ptr + (t * K + k)[:, None] * D + d[None, :], mask=used[:, None] & (d[None, :] < D), other=0.0)
+    o = o.to(tl.float32)
+    if not SCALES:
+        o *= tl.load(weights_ptr + t * K + k, mask=used, other=0.0)[:, None]
+    tl.store(y_ptr + t * D + d, tl.sum(o, axis=0).to(y_ptr.dtype.element_ty), mask=d < D)
+
+
+def launch(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool) -> Tensor:
+    """Run the kernels; arguments and result as `few_tokens_mlp`."""
+    (T, D), K, F = x.shape, ids.shape[1], w_down.shape[2]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if T == 0 or K == 0:
+        return y.zero_()
+    x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+    h, o = x.new_empty(T * K, F), x.new_empty(T * K, D)
+    wide = x.dtype == torch.float32
+    blocks = {"ROWS": ROWS, "BLOCK_N": triton.next_power_of_2(T * K), "BLOCK_K": triton.next_power_of_2(K)}
+    depth, width = 64 if wide else 128, 32
+    _up_kernel[(T * K, triton.cdiv(F, width))](
+        x, ids, weights, w_gate_up, h, T, K, D, F, SCALES=scales_input, **blocks, BLOCK_F=width, BLOCK_D=depth,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _down_kernel[(T * K, triton.cdiv(D, width))](
+        h, ids, w_down, o, T, K, D, F, **blocks, BLOCK_F=depth, BLOCK_D=width, num_warps=4, num_stages=3
+    )
+    _sum_kernel[(T, triton.cdiv(D, 512))](
+        o, ids, weights, y, K, D, SCALES=scales_input, BLOCK_K=blocks["BLOCK_K"], BLOCK_D=512, num_warps=4
+    )
+    return y
