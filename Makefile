@@ -24,8 +24,8 @@ $(READY): pyproject.toml constraints.txt
 
 .PHONY: help demo test test-all lint bench-experts bench-sweep device-bundle clean
 
-demo: $(READY) ## Compare the routers on this machine: a table, and a report page
-	$(BIN)/moe-lab -m experiment=router_comparison
+demo: $(READY) ## Five routers in a trained model on this machine: a table, and a report page
+	$(BIN)/moe-lab -m experiment=router_swap
 
 lint: $(READY) ## Style, types, import contracts
 	$(BIN)/ruff check .

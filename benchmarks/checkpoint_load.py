@@ -169,8 +169,8 @@ def main() -> None:
                 seconds, peak, before = found
                 largest = max(sizes) / 1e6
                 print(
-                    f"load   {seconds:6.2f} s  {sum(sizes) / 1e9 / seconds:6.2f} GB/s  host memory {peak:.0f} MB, {before:.0f} "
-                    f"before: {(peak - before) / largest:.2f} x the largest file"
+                    f"load   {seconds:6.2f} s  {sum(sizes) / 1e9 / seconds:6.2f} GB/s  host memory {peak:.0f} MB, "
+                    f"{before:.0f} before: {(peak - before) / largest:.2f} x the largest file"
                 )
             else:
                 print(f"{what}  {found:6.2f} s  {sum(sizes) / 1e9 / found:6.2f} GB/s")

@@ -7,8 +7,8 @@
 Both load the same folder. Of transformers every experts implementation that runs is timed (eager, batched_mm,
 grouped_mm), with SDPA and, for decode, a StaticCache of the same length; on CUDA it is compiled (mode reduce-overhead,
 so with CUDA graphs; prefill is left eager). A round times everybody once in shuffled order, a decode round some
-consecutive tokens, and the ratio ours / peer is formed within the round; the interval is that of the median ratio. Before
-any timing the logits are compared with those of transformers.
+consecutive tokens, and the ratio ours / peer is formed within the round; the interval is that of the median ratio.
+Before any timing the logits are compared with those of transformers.
 
 Exit code 1 if the interval against the best peer lies above 1.03 anywhere.
 """

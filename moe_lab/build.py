@@ -281,7 +281,7 @@ def force_load(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[Routing, .
         return None
     keys, routings = _load_keys(cfg), model(x).routings
     if load == "replay":
-        recorded = _trace(cfg.workload.trace, len(layers))
+        recorded = _trace(cfg.workload.trace, cfg.workload.get("trace_layer"), len(layers))
         return tuple(
             loads.replayed(ids_TK, routing, layer.weights.n_experts, int(cfg.seed))
             for ids_TK, layer, routing in zip(recorded, layers, routings, strict=True)
@@ -292,8 +292,12 @@ def force_load(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[Routing, .
     )
 
 
-def _trace(directory: str, n_layers: int) -> np.ndarray:
-    """The recorded ids [L, T, K] of a run. Raises `ValueError` if there are none, or of another number of layers."""
+def _trace(directory: str, layer: int | None, n_layers: int) -> np.ndarray:
+    """The recorded ids [L, T, K] of a run, or of one of its MoE layers (counted from 0) for a model that has one.
+
+    Raises:
+        ValueError: there are none, or of another number of layers.
+    """
     path = Path(directory) / store.ROUTING
     try:
         with np.load(path) as arrays:
@@ -303,8 +307,18 @@ def _trace(directory: str, n_layers: int) -> np.ndarray:
             f"workload.trace={directory}: {path} holds no recorded routing ({error}); run with "
             "measure.record_routing=true and name that run's folder."
         ) from error
+    if layer is not None and (n_layers != 1 or layer >= len(ids_LTK)):
+        raise ValueError(
+            f"workload.trace_layer={layer}: it is one of the {len(ids_LTK)} layers of {directory}, counted from 0, "
+            f"for a model with one MoE layer (this one has {n_layers})."
+        )
+    if layer is not None:
+        return ids_LTK[layer : layer + 1]
     if len(ids_LTK) != n_layers:
-        raise ValueError(f"workload.trace={directory}: it has {len(ids_LTK)} MoE layers, and the model {n_layers}.")
+        more = "; give workload.trace_layer=0, or sweep over them" if n_layers == 1 else ""
+        raise ValueError(
+            f"workload.trace={directory}: it has {len(ids_LTK)} MoE layers, and the model {n_layers}{more}."
+        )
     return ids_LTK
 
 

@@ -276,6 +276,7 @@ class Workload:
     hot_experts: int = 1
     hot_share: float = 0.5
     trace: str | None = None
+    trace_layer: int | None = None
 
 
 @dataclass
@@ -457,7 +458,7 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(f"{unknown[0]}: nothing reads such a key.{nearest(unknown[0], Config.__dataclass_fields__)}")
 
     _at_least(cfg, "batch seq_len", 1)
-    _at_least(cfg, "seed measure.warmup_s", 0)
+    _at_least(cfg, "seed measure.warmup_s workload.trace_layer", 0)
     _more_than_zero(cfg, "measure.target_ci measure.max_time_s sweep.timeout_s")
     _at_least(cfg, "measure.replicates", 1)
     _validate_sweep(cfg)

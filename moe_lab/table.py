@@ -128,9 +128,9 @@ def print_records(records: Iterable[Record]) -> None:
 
 def print_sweep(records: Sequence[Record], compare: Sequence[str]) -> None:
     """One row per cell with its ratio to the anchor; then each warning once, and every failure."""
-    contents = [identity.content(record.config) for record in records]
+    contents = [variants.named(identity.content(record.config), record.config) for record in records]
     shown = {"variant": variants.labels(contents, compare)}
-    for key in ("model", "dtype", "device"):
+    for key in ("model", "workload", "dtype", "device"):
         labels = variants.labels(contents, (key,))
         if key not in compare and len(set(labels)) > 1:
             shown[key] = labels

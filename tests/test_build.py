@@ -6,16 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
 
 import moe_lab
 from moe_lab import build
 from moe_lab.errors import UnavailableError
 from moe_lab.measure import memory
+from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.moe_layer import MoELayer
+from moe_lab.models.parameters import shareable
+from moe_lab.models.serving import Decode, Prefill
+from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.routers.balancing_bias import BalancingBias
-from moe_lab.routers.base import Router
+from moe_lab.routers.base import Router, Routing
 from moe_lab.routers.capacity import Capacity
 from moe_lab.routers.sinkhorn import Sinkhorn
+from moe_lab.routers.softmax_topk import SoftmaxTopK
 from tests import quick, tiny
 
 CPU = torch.device("cpu")
@@ -227,3 +234,276 @@ def test_a_forced_load_gives_the_counts_that_were_asked_for() -> None:
         assert torch.equal(routing.weights_TK, native.weights_TK)
     assert build.load_difference(cfg, model, forced) == pytest.approx(0.0)
     assert build.force_load(tiny.decoder_moe(), model, x) is None
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def checkpoint(*more: str) -> DictConfig:
+    return tiny.compose("checkpoint", *more)
+
+
+@pytest.fixture(scope="module")
+def native() -> Checkpoint:
+    """The repository's checkpoint with its own router."""
+    model = build.build_model(checkpoint(), CPU)
+    assert isinstance(model, Checkpoint)
+    return model
+
+
+def text_of(cfg: DictConfig, model: nn.Module) -> Tensor:
+    return build.build_input(cfg, model, CPU)
+
+
+def same_routes(one: Routing, other: Routing) -> bool:
+    return all(torch.equal(*pair) for pair in zip(one[:2], other[:2], strict=True))
+
+
+def test_a_checkpoint_has_the_router_that_its_configuration_says() -> None:
+    """Its number of experts and slots; its weights add up to less than 1 (norm_topk_prob is false)."""
+    router = build.build_router(checkpoint())
+    assert (router.n_experts, router.top_k) == (16, 2)
+    assert isinstance(router, SoftmaxTopK) and router.renormalize is False
+    assert float(router.select(torch.zeros(3, 16)).weights_TK.sum(-1).max()) == pytest.approx(2 / 16)
+    assert build.build_router(checkpoint("router=sinkhorn", "router.top_k=3")).top_k == 3
+    assert build.build_router(checkpoint(), n_experts=7, top_k=1).n_experts == 7
+
+
+def test_native_routers_and_checkpoints_are_known_by_their_nodes() -> None:
+    """Where the router is another, and for the reference."""
+    cfg, other = checkpoint(), checkpoint("router=olmoe", "measure.reference_router=native")
+    assert build.is_checkpoint(cfg.model) and not build.is_checkpoint(tiny.decoder_moe().model)
+    assert build.is_native(cfg.router) and build.is_native(other.measure.reference_router)
+    assert not build.is_native(other.router)
+    node = build.native_router(other)
+    assert OmegaConf.to_container(node) == OmegaConf.to_container(cfg.router)
+
+
+def test_without_a_checkpoint_there_is_no_native_router() -> None:
+    """Alone, inside a capacity, and without being built."""
+    for more in (["router=native"], ["router=capacity", "router@router.inner=native"]):
+        cfg = tiny.decoder_moe(*more)
+        for act in (build.build_router, build.build_model, build.check_available):
+            with pytest.raises(ValueError, match="router=native: only model=checkpoint has a router of its own"):
+                act(cfg)
+
+
+@pytest.mark.parametrize(
+    ("more", "properties"),
+    [
+        pytest.param([], ["causal", "batch_invariant", "static_k", "graph_safe"], id="native"),
+        pytest.param(["router=hash"], ["causal", "static_k", "graph_safe", "needs_token_ids"], id="hash"),
+    ],
+)
+def test_what_a_checkpoints_router_declares_is_known_without_its_weights(
+    more: list[str], properties: list[str], tmp_path: Path
+) -> None:
+    """From config.json alone."""
+    (tmp_path / "config.json").write_text((quick.TINY_OLMOE / "config.json").read_text())
+    described = build.describe_router(checkpoint(*more, f"model.path={tmp_path}"))
+    assert described["skip"] is None
+    assert set(properties) <= set(described["properties"])
+    assert build.check_available(checkpoint(*more, f"model.path={tmp_path}")) == CPU
+
+
+def test_native_routes_are_those_of_the_architecture_by_name(native: Checkpoint) -> None:
+    """router=native of an OLMoE is router=olmoe; Mixtral's would weigh them otherwise."""
+    x = text_of(checkpoint(), native)
+    olmoe, mixtral = (build.build_model(checkpoint(f"router={name}"), CPU)(x) for name in ("olmoe", "mixtral"))
+    own = native(x)
+    assert torch.equal(olmoe.y, own.y) and all(map(same_routes, olmoe.routings, own.routings))
+    assert torch.equal(mixtral.routings[0].expert_ids_TK, own.routings[0].expert_ids_TK)
+    assert not torch.equal(mixtral.y, own.y)
+
+
+def test_a_native_router_may_have_other_slots_and_a_capacity(native: Checkpoint) -> None:
+    """router.top_k, and room for all or for few; the weights are those of the probabilities all the same."""
+    x = text_of(checkpoint(), native)
+    own = native(x)
+    three = build.build_model(checkpoint("router.top_k=3"), CPU)(x)
+    assert three.routings[0].expert_ids_TK.shape[1] == 3
+    assert torch.equal(three.routings[0].weights_TK[:, :2], own.routings[0].weights_TK)
+    inner = ("router=capacity", "router@router.inner=native")
+    roomy = build.build_model(checkpoint(*inner, "router.factor=16"), CPU)(x)
+    assert torch.equal(roomy.y, own.y)
+    tight = build.build_model(checkpoint(*inner, "router.factor=0.5"), CPU)(x)
+    assert int((tight.routings[0].expert_ids_TK < 0).sum()) > 0
+
+
+@pytest.mark.parametrize(
+    "router", [pytest.param(r, id=r) for r in ("sinkhorn", "deepseek_v3", "loss_free", "capacity", "soft")]
+)
+def test_routers_of_a_checkpoint_share_its_weights_and_read_no_file(
+    router: str, native: Checkpoint, tmp_path: Path
+) -> None:
+    """Given those of another router, the files may be gone; what comes out is what comes out alone."""
+    donor = shareable(native)
+    alone = build.build_model(checkpoint(f"router={router}"), CPU)
+    (tmp_path / "config.json").write_text((quick.TINY_OLMOE / "config.json").read_text())
+    cfg = checkpoint(f"router={router}", f"model.path={tmp_path}")
+    model = build.build_model(cfg, CPU, donor)
+    found = dict(model.named_parameters())
+    assert donor.keys() <= found.keys()
+    assert all(found[name].data_ptr() == values.data_ptr() for name, values in donor.items())
+    x = text_of(cfg, model)
+    assert torch.equal(model(x).y, alone(x).y)
+    with pytest.raises(ValueError, match=r"there is neither model\.safetensors"):
+        build.build_model(cfg, CPU)
+
+
+def test_the_native_router_takes_the_weights_of_another(native: Checkpoint) -> None:
+    """Whichever was built first; what is the other router's own is not taken."""
+    other = build.build_model(checkpoint("router=deepseek_v3"), CPU)
+    donor = shareable(other)
+    assert not any("router" in name for name in donor)
+    assert any("router.bias_E" in name for name, _ in other.named_parameters())
+    model = build.build_model(checkpoint(), CPU, donor)
+    assert {name for name, _ in model.named_parameters()} == donor.keys()
+    x = text_of(checkpoint(), native)
+    assert torch.equal(model(x).y, native(x).y)
+
+
+def test_the_seed_and_the_router_are_not_in_a_checkpoints_weights(native: Checkpoint) -> None:
+    """They are what they were trained to; the key tells folders and dtypes apart."""
+    for values, other in zip(
+        native.parameters(), build.build_model(checkpoint("seed=5"), CPU).parameters(), strict=True
+    ):
+        assert torch.equal(values, other)
+    key = build.weights_key(checkpoint(), CPU)
+    assert build.weights_key(checkpoint("router=sinkhorn", "batch=1"), CPU) == key
+    assert build.weights_key(checkpoint("dtype=bf16"), CPU) != key
+    assert build.weights_key(checkpoint("model.path=elsewhere"), CPU) != key
+
+
+def test_what_is_not_trained_is_0_and_named(native: Checkpoint) -> None:
+    """DeepSeek's selection bias; not what is fitted, and nothing of a router without parameters."""
+    for router, untrained in (
+        (["router=deepseek_v3"], ["bias_E"]),
+        (["router=capacity", "router@router.inner=deepseek_v3"], ["inner.bias_E"]),
+        (["router=loss_free"], []),
+        (["router=sinkhorn"], []),
+    ):
+        model = build.build_model(checkpoint(*router), CPU)
+        assert isinstance(model, Checkpoint) and model.untrained() == untrained
+        own = [values for name, values in model.named_parameters() if name.endswith("bias_E")]
+        assert len(own) == (4 if untrained or "loss_free" in router[0] else 0)
+        assert all(bool((values == 0).all()) == bool(untrained) for values in own)
+    assert native.untrained() == []
+
+
+def test_a_router_is_fitted_to_the_text(native: Checkpoint, tmp_path: Path) -> None:
+    """The same every time, other biases on another text; afterwards the load is more even on the run's own tokens."""
+    cfg = checkpoint("router=loss_free", "batch=8", "seq_len=64", "router.calibration_tokens=2048")
+
+    def biases(cfg: DictConfig) -> list[Tensor]:
+        return [r.bias_E for r in routers_of(build.build_model(cfg, CPU)) if isinstance(r, BalancingBias)]
+
+    fitted = biases(cfg)
+    assert len(fitted) == 4 and all(map(torch.equal, fitted, biases(cfg)))
+    other = biases(checkpoint(*cfg.overrides, f"workload.path={quick.TEXTS}/roff.txt"))
+    assert not any(map(torch.equal, fitted, other))
+    model, x = build.build_model(cfg, CPU), text_of(cfg, native)
+    largest = [
+        max(int(routing.expert_ids_TK.flatten().bincount(minlength=16).max()) for routing in one(x).routings)
+        for one in (model, native)
+    ]
+    assert largest[0] < 0.8 * largest[1]
+
+
+def test_too_little_text_to_fit_a_router_names_both_mends(tmp_path: Path) -> None:
+    """More text, or fewer tokens to fit to."""
+    (tmp_path / "short.txt").write_text("x" * 100)
+    cfg = checkpoint("router=loss_free", f"workload.path={tmp_path}")
+    with pytest.raises(ValueError, match=r"gives 6 rows, and 256 are needed; lower .*router\.calibration_tokens"):
+        build.build_model(cfg, CPU)
+
+
+# --- phases -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "longest", "allowed"),
+    [
+        pytest.param(["seq_len=1024"], 1024, True, id="forward-full"),
+        pytest.param(["seq_len=1025"], 1025, False, id="forward-longer"),
+        pytest.param(["workload.phase=prefill", "seq_len=1025"], 1025, False, id="prefill-longer"),
+        pytest.param(
+            ["workload.phase=decode", "workload.context_len=1000", "seq_len=24"], 1024, True, id="decode-full"
+        ),
+        pytest.param(
+            ["workload.phase=decode", "workload.context_len=1000", "seq_len=25"], 1025, False, id="decode-longer"
+        ),
+    ],
+)
+def test_a_sequence_is_no_longer_than_a_checkpoint_is_made_for(
+    more: list[str], longest: int, allowed: bool, native: Checkpoint
+) -> None:
+    """In decode the context counts too; the message names what to lower."""
+    cfg = checkpoint("batch=1", *more)
+    assert build.n_positions(cfg) == longest
+    if allowed:
+        assert build.build_input(cfg, native, CPU).shape == (1, longest)
+        return
+    with pytest.raises(ValueError, match=rf"^seq_len={cfg.seq_len}: .*{longest} tokens.* 1024; lower seq_len"):
+        build.build_input(cfg, native, CPU)
+
+
+def test_a_model_without_a_longest_sequence_takes_any() -> None:
+    """Its positions are computed, not learnt."""
+    cfg = tiny.decoder_moe("seq_len=3000", "batch=1")
+    assert build.build_input(cfg, build.build_model(cfg, CPU), CPU).shape == (1, 3000)
+
+
+@pytest.mark.parametrize("model", [pytest.param(name, id=name) for name in ("decoder_moe", "transformer_decoder")])
+def test_the_task_is_the_phase(model: str) -> None:
+    """The model itself in forward; a prefill or a decode with a cache as long as the sequence gets."""
+    for phase, more, kind, length in (
+        ("forward", [], TransformerDecoder, 7),
+        ("prefill", [], Prefill, 7),
+        ("decode", ["workload.context_len=4"], Decode, 11),
+    ):
+        cfg = tiny.compose(model, f"workload.phase={phase}", *more)
+        decoder = build.build_model(cfg, CPU)
+        x = build.build_input(cfg, decoder, CPU)
+        task, context = build.build_task(cfg, decoder, x)
+        assert isinstance(task, kind) and x.shape == (2, length)
+        assert decoder.rope.cos_Nd is not None and len(decoder.rope.cos_Nd) == length
+        assert (context is not None) == (phase == "decode")
+        if isinstance(task, Prefill | Decode):
+            assert task.cache.length == length
+        if isinstance(task, Decode):
+            assert (task.context_len, task.n_steps, int(task.position_1)) == (4, 7, 4)
+            assert [len(routing.expert_ids_TK) for routing in context or ()] == [8] * (2 if "moe" in model else 0)
+
+
+@pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("prefill", "decode")])
+@pytest.mark.parametrize("model", [pytest.param(model, id=model) for model in ("minimal", "moe_layer")])
+def test_a_model_without_a_cache_has_no_phases(model: str, phase: str) -> None:
+    """The message says which have."""
+    cfg = tiny.compose(model, f"workload.phase={phase}")
+    wanted = f"workload.phase={phase} needs a decoder .*model={model} is none; use workload.phase=forward"
+    for act in (build.check_available, tiny.built):
+        with pytest.raises(UnavailableError, match=wanted):
+            act(cfg)
+
+
+def test_soft_moe_prefills_and_does_not_decode() -> None:
+    """A step has one token of a sequence to mix."""
+    assert build.check_available(tiny.decoder_moe("router=soft", "workload.phase=prefill")) == CPU
+    with pytest.raises(UnavailableError, match=r"router=soft mixes .*use workload\.phase=forward or prefill"):
+        build.check_available(tiny.decoder_moe("router=soft", "workload.phase=decode"))
+
+
+@pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("prefill", "decode")])
+def test_a_forced_load_is_that_of_the_phase(phase: str) -> None:
+    """One routing a layer for the tokens of a pass: in decode, one for each sequence."""
+    cfg = tiny.decoder_moe(f"workload.phase={phase}", "workload.load=one_hot", "batch=5")
+    decoder = build.build_model(cfg, CPU)
+    x = build.build_input(cfg, decoder, CPU)
+    task, _ = build.build_task(cfg, decoder, x)
+    forced = build.force_load(cfg, task, x)
+    assert forced is not None and len(forced) == 2
+    tokens = 5 if phase == "decode" else 35
+    for routing in forced:
+        assert routing.expert_ids_TK.flatten().bincount(minlength=5).max() == tokens
+    assert build.load_difference(cfg, decoder, forced) == pytest.approx(0.0, abs=0.15)

@@ -102,6 +102,16 @@ def test_a_comparison_with_a_reference_router_is_shown_with_its_floor_and_its_ti
     assert "comparing" not in moe_lab(*quick.overrides("moe_layer"), cwd=tmp_path).stdout
 
 
+def test_a_path_that_is_none_is_named_though_the_folder_of_the_run_depends_on_it(tmp_path: Path) -> None:
+    """Hydra asks for the folder, and so for the cell's identity, before the configuration is checked."""
+    done = moe_lab(*quick.overrides("checkpoint", "workload.path=7"), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "moe-lab: workload.path=7: give a file, a folder, or a list of those.\n"
+    done = moe_lab("-m", *quick.overrides("checkpoint", "model.path=nowhere", "router=native,torch"), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("moe-lab: model.path=nowhere: ") and len(done.stderr.splitlines()) == 1
+
+
 def test_a_multirun_skips_what_is_unavailable_and_goes_on(tmp_path: Path) -> None:
     """cuda_ext is a skipped row with its reason; the exit code stays 0."""
     arguments = quick.overrides("moe_layer", "router=cuda_ext,torch", "sweep.name=mine")

@@ -5,6 +5,7 @@ On CUDA at most 16 tokens, as in decoding, are not sorted: `ops/few_tokens.py`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale, swiglu
@@ -34,6 +35,9 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
             ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
             matrices = (weights.w_gate_up_E2FD, weights.w_down_EDF)
             return few_tokens_mlp(x_TD, ids_TK, weights_TK, *matrices, scale == "input")
+    is_one = len(x_TD) == 1 and x_TD.device.type == "cpu" and x_TD.dtype == torch.float32
+    if is_one and not torch.compiler.is_compiling():
+        return _one_token(x_TD, routing, weights, scale)
     K = routing.expert_ids_TK.shape[1]
     with phase("dispatch"):
         order = routing.dispatch or dispatch(routing.expert_ids_TK, weights.n_experts)
@@ -48,6 +52,22 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
         used_TK = routing.expert_ids_TK >= 0
         weights_TK = routing.weights_TK if scale == "output" else used_TK.float()
         return combine(o_ND, order.inverse_N, weights_TK, used_TK)
+
+
+def _one_token(x_1D: Tensor, routing: Routing, weights: ExpertWeights, scale: Scale) -> Tensor:
+    """The same for one token on a CPU, where the sorting would take longer than the products."""
+    with phase("dispatch+experts+combine"):
+        ids_1K, weights_1K = routing.expert_ids_TK.tolist(), routing.weights_TK.tolist()
+        used = [(expert, weight) for expert, weight in zip(ids_1K[0], weights_1K[0], strict=True) if expert >= 0]
+        w_up_E2FD, w_down_EDF = weights.w_gate_up_E2FD, weights.w_down_EDF
+        h_K2F = x_1D.new_empty(len(used), w_up_E2FD.shape[1])
+        for slot, (expert, weight) in enumerate(used):
+            x_D = x_1D[0] * weight if scale == "input" else x_1D[0]
+            torch.mv(w_up_E2FD[expert], x_D, out=h_K2F[slot])
+        y_1D, h_KF = torch.zeros_like(x_1D), swiglu(h_K2F)
+        for slot, (expert, weight) in enumerate(used):
+            y_1D[0].addmv_(w_down_EDF[expert], h_KF[slot], alpha=weight if scale == "output" else 1.0)
+        return y_1D
 
 
 grouped.graph_safe = True  # type: ignore[attr-defined]

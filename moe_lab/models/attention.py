@@ -28,6 +28,10 @@ def attend(
     S, N, shares = q_BHSd.shape[2], k_BHNd.shape[2], q_BHSd.shape[1] != k_BHNd.shape[1]
     if position_S is None and (window is None or window >= N):
         return F.scaled_dot_product_attention(q_BHSd, k_BHNd, v_BHNd, is_causal=True, enable_gqa=shares)
+    if position_S is not None and S == 1 and q_BHSd.device.type == "cpu" and not torch.compiler.is_compiling():
+        stop = int(position_S) + 1  # a CPU's tensor is at hand: no mask, and nothing read of what is not yet there
+        seen = slice(0 if window is None else max(stop - window, 0), stop)
+        return F.scaled_dot_product_attention(q_BHSd, k_BHNd[:, :, seen], v_BHNd[:, :, seen], enable_gqa=shares)
     key_N = torch.arange(N, device=q_BHSd.device)
     query_S1 = (key_N if position_S is None else position_S).unsqueeze(1)
     seen_SN = key_N <= query_S1

@@ -82,9 +82,12 @@ def rope_tables(
 
 def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
     """Turn each pair of dimensions by its position's angle; computed in fp32, returned in x's dtype."""
+    half = x_BHSd.shape[-1] // 2
     wide = x_BHSd.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos_Sd + torch.cat((-second, first), dim=-1) * sin_Sd).to(x_BHSd.dtype)
+    y_BHSd = wide * cos_Sd
+    y_BHSd[..., :half].addcmul_(wide[..., half:], sin_Sd[..., :half], value=-1)
+    y_BHSd[..., half:].addcmul_(wide[..., :half], sin_Sd[..., half:])
+    return y_BHSd.to(x_BHSd.dtype)
 
 
 class Rope(nn.Module):

@@ -20,13 +20,16 @@ def combine(o_ND: Tensor, inverse_N: Tensor, weights_TK: Tensor, used_TK: Tensor
         used_TK: bool, False for slots that count nothing.
     """
     (T, K), D = weights_TK.shape, o_ND.shape[1]
-    weights_TK = weights_TK.masked_fill(~used_TK, 0)
     rows_TK = inverse_N.view(T, K)
     if o_ND.device.type == "cpu" and o_ND.dtype == torch.float32:
         # One pass without the gathered [T, K, D] (0.8 ms against 15 for T=256, K=8, D=2048 on two EPYC cores). It reads
         # no row of an unused slot: that one is replaced by a row of the same token, or dropped with the whole token.
+        if T and not torch.compiler.is_compiling() and bool(used_TK.all()):
+            return F.embedding_bag(rows_TK, o_ND, mode="sum", per_sample_weights=weights_TK)
+        weights_TK = weights_TK.masked_fill(~used_TK, 0)
         rows_TK = rows_TK.where(used_TK, rows_TK.masked_fill(~used_TK, 0).amax(-1, keepdim=True))
         y_TD = F.embedding_bag(rows_TK, o_ND, mode="sum", per_sample_weights=weights_TK) if T else o_ND.new_empty(0, D)
         return y_TD.masked_fill(~used_TK.any(-1, keepdim=True), 0)
+    weights_TK = weights_TK.masked_fill(~used_TK, 0)
     o_TKD = o_ND[inverse_N].view(T, K, D).float()
     return (o_TKD * weights_TK.unsqueeze(-1)).where(used_TK.unsqueeze(-1), 0).sum(1).to(o_ND.dtype)

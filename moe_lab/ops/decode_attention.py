@@ -39,7 +39,8 @@ def rope_append(
 
     Args:
         q_Bn, k_Bm, v_Bm: projections [B, heads * d].
-        q_norm, k_norm: RMSNorm weights of the width d (each head alone) or of the whole projection; None: no norm.
+        q_norm, k_norm: RMSNorm weights of the width d (each head alone) or of the whole projection, which a single head
+            of q counts as; None: no norm.
         clip: all three are clamped to +- this, after a norm of the whole projection and before one of each head.
         tables: cos and sin [1, d] fp32 of the position.
     """
@@ -85,7 +86,7 @@ def _attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, wi
 
 
 def _attention_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, window: int) -> Tensor:
-    return torch.empty_like(q)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 for device in ("CPU", "CUDA"):  # on a CPU Triton's interpreter runs them, for tests

@@ -11,6 +11,12 @@ _KEYS = 128  # of a piece
 
 
 @triton.jit
+def _clamped(x, clip):
+    """NaN stays NaN, as in torch.clamp."""
+    return tl.minimum(tl.maximum(x, -clip, tl.PropagateNan.ALL), clip, tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _turned(
     x_ptr, norm_ptr, cos_ptr, sin_ptr, heads, d, eps, clip,
     NORM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -26,8 +32,7 @@ def _turned(
         scale = 1.0 / tl.sqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / (heads * d) + eps)
         x *= scale * tl.load(norm_ptr + h * d + i, mask=inside, other=0.0).to(tl.float32)
         other *= scale * tl.load(norm_ptr + h * d + partner, mask=inside, other=0.0).to(tl.float32)
-    x = tl.minimum(tl.maximum(x, -clip), clip)
-    other = tl.minimum(tl.maximum(other, -clip), clip)
+    x, other = _clamped(x, clip), _clamped(other, clip)
     if NORM == 1:
         scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / d + eps)[:, None]
         x *= scale * tl.load(norm_ptr + i, mask=i < d, other=0.0).to(tl.float32)
@@ -51,16 +56,15 @@ def _append_kernel(
         q = _turned(q_ptr + b * q_row, q_norm_ptr, cos_ptr, sin_ptr, H, d, eps, clip, NORM, BLOCK_H, BLOCK_D)
         tl.store(y_ptr + b * H * d + h * d + i, q.to(y_ptr.dtype.element_ty), mask=(h < H) & (i < d))
     else:
-        h = tl.arange(0, BLOCK_KV)[:, None]
-        inside = (h < H_KV) & (i < d)
-        at = b * cache_row + h.to(tl.int64) * N * d + position * d + i
+        kv = tl.arange(0, BLOCK_KV)[:, None]  # not h: a name has one shape in both branches
+        inside = (kv < H_KV) & (i < d)
+        at = b * cache_row + kv.to(tl.int64) * N * d + position * d + i
         if tl.program_id(1) == 1:
             k = _turned(k_ptr + b * k_row, k_norm_ptr, cos_ptr, sin_ptr, H_KV, d, eps, clip, NORM, BLOCK_KV, BLOCK_D)
             tl.store(k_cache_ptr + at, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
         else:
-            v = tl.load(v_ptr + b * v_row + h * d + i, mask=inside, other=0.0).to(tl.float32)
-            v = tl.minimum(tl.maximum(v, -clip), clip)
-            tl.store(v_cache_ptr + at, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
+            v = tl.load(v_ptr + b * v_row + kv * d + i, mask=inside, other=0.0).to(tl.float32)
+            tl.store(v_cache_ptr + at, _clamped(v, clip).to(v_cache_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_append(
@@ -70,6 +74,7 @@ def launch_append(
     """Run the kernel; arguments and result as `rope_append`."""
     B, H_KV, N, d = k_cache.shape
     H = q.shape[1] // d
+    q, k, v = (part if part.stride(1) == 1 else part.contiguous() for part in (q, k, v))
     y = q.new_empty(B, H, d)
     norm = 0 if q_norm is None else 1 if q_norm.shape[0] == d and H > 1 else 2
     block_h, block_kv = triton.next_power_of_2(H), triton.next_power_of_2(H_KV)
@@ -142,9 +147,10 @@ def launch_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tens
     """Run the kernels; arguments and result as `cached_attention`."""
     (B, H, d), (_, H_KV, N, _) = q.shape, k_cache.shape
     G, n_pieces = H // H_KV, triton.cdiv(N, _KEYS)
-    wide = {"dtype": torch.float32, "device": q.device}
-    acc = torch.empty(B * H, n_pieces, d, **wide)
-    best, total = torch.empty(B * H, n_pieces, **wide), torch.empty(B * H, n_pieces, **wide)
+    q = q.contiguous()
+    acc = torch.empty((B * H, n_pieces, d), dtype=torch.float32, device=q.device)
+    best = torch.empty((B * H, n_pieces), dtype=torch.float32, device=q.device)
+    total = torch.empty_like(best)
     block_d = max(triton.next_power_of_2(d), 16)
     _piece_kernel[(B * H_KV, n_pieces)](
         q, k_cache, v_cache, position, acc, best, total, H_KV, N, d, window, k_cache.stride(0), d**-0.5, n_pieces,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,10 @@ class Dispatch(NamedTuple):
 
 
 def dispatch(expert_ids_TK: Tensor, n_experts: int) -> Dispatch:
-    """Sort the slots of `expert_ids_TK` (int32, -1 = unused) by expert, without reading anything on the host."""
+    """Sort the slots of `expert_ids_TK` (int32, -1 = unused) by expert; of a GPU nothing is read on the host."""
     flat_N = expert_ids_TK.reshape(-1)
+    if flat_N.device.type == "cpu" and len(flat_N) <= _FEW and not torch.compiler.is_compiling():
+        return _few(flat_N.tolist(), n_experts)
     key_N = torch.where(flat_N < 0, n_experts, flat_N)  # unused slots last
     sorted_N, perm_N = key_N.sort(stable=True)
     # The first position of expert e is where e would be inserted; the entry for E counts the used slots.
@@ -31,3 +34,17 @@ def dispatch(expert_ids_TK: Tensor, n_experts: int) -> Dispatch:
     offsets_E1 = torch.searchsorted(sorted_N, experts_E1, out_int32=True)
     inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(perm_N.numel(), device=flat_N.device))
     return Dispatch(offsets_E1.diff(), offsets_E1, perm_N.to(torch.int32), inverse_N.to(torch.int32))
+
+
+_FEW = 64  # slots, that Python sorts sooner than ten calls of torch do
+
+
+def _few(ids: list[int], n_experts: int) -> Dispatch:
+    perm = sorted(range(len(ids)), key=lambda slot: ids[slot] if ids[slot] >= 0 else n_experts)
+    counts, inverse = [0] * n_experts, [0] * len(ids)
+    for position, slot in enumerate(perm):
+        inverse[slot] = position
+        if ids[slot] >= 0:
+            counts[ids[slot]] += 1
+    offsets = [0, *accumulate(counts)]
+    return Dispatch(*(torch.tensor(values, dtype=torch.int32) for values in (counts, offsets, perm, inverse)))

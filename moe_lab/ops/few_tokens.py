@@ -30,6 +30,10 @@ def few_tokens_mlp(
         x_TD: at most 16 tokens.
         ids_TK: int32, -1 for an unused slot; no token has an expert twice.
         weights_TK: float32; they multiply the expert's input where `scales_input`, else its output.
+        w_gate_up_E2FD, w_down_EDF: contiguous, of x's dtype.
+
+    Raises:
+        ValueError: the matrices are of another dtype.
     """
     result: Tensor = torch.ops.moe_lab.few_tokens_mlp(
         x_TD, ids_TK, weights_TK, w_gate_up_E2FD, w_down_EDF, scales_input
@@ -37,14 +41,21 @@ def few_tokens_mlp(
     return result
 
 
+def _check(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> None:
+    if not x.dtype == w_gate_up.dtype == w_down.dtype:
+        raise ValueError(f"few_tokens_mlp: x {x.dtype} does not fit matrices {w_gate_up.dtype} and {w_down.dtype}")
+
+
 def _compute(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool) -> Tensor:
     from moe_lab.ops.few_tokens_triton import launch
 
-    assert x.shape[0] <= MOST
+    _check(x, w_gate_up, w_down)
+    assert x.shape[0] <= MOST and w_gate_up.is_contiguous() and w_down.is_contiguous()
     return launch(x, ids, weights, w_gate_up, w_down, scales_input)
 
 
 def _fake(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool) -> Tensor:
+    _check(x, w_gate_up, w_down)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

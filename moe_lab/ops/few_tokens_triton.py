@@ -58,7 +58,9 @@ def _up_kernel(
         if SCALES:
             x = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
         gate += tl.dot(x, tl.load(gate_at + at, mask=inside, other=0.0), input_precision="ieee")
-        up += tl.dot(x, tl.load(gate_at + F.to(tl.int64) * D + at, mask=inside, other=0.0), input_precision="ieee")
+        up += tl.dot(
+            x, tl.load(gate_at + tl.cast(F, tl.int64) * D + at, mask=inside, other=0.0), input_precision="ieee"
+        )
     gate, up = gate.to(h_ptr.dtype.element_ty).to(tl.float32), up.to(h_ptr.dtype.element_ty).to(tl.float32)
     h = gate / (1.0 + tl.exp(-gate)) * up
     where = h_ptr + (t * K + own)[:, None] * F + f[None, :]

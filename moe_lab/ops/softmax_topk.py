@@ -13,7 +13,8 @@ library.define("softmax_topk(Tensor logits, int k, bool renormalize) -> (Tensor,
 def softmax_topk(logits_TE: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """(ids [T, K] int32, weights [T, K] float32) as `top_k` and `weights_of` give, by one Triton kernel.
 
-    Logits of any floating dtype; a row must have k finite ones.
+    Logits of any floating dtype, ranked in float32. Of a row with NaN or +inf, or without a finite logit, the ids are
+    still different experts, and the weights are NaN.
     """
     ids_TK, weights_TK = torch.ops.moe_lab.softmax_topk(logits_TE, k, renormalize)
     return ids_TK, weights_TK
@@ -57,12 +58,17 @@ def _sorted_ids(scores_TE: Tensor, k: int) -> Tensor:
     return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].to(torch.int32)
 
 
-def weights_of(logits_TE: Tensor, expert_ids_TK: Tensor, renormalize: bool) -> Tensor:
+def weights_of(logits_TE: Tensor, expert_ids_TK: Tensor, renormalize: bool, *, all_used: bool = False) -> Tensor:
     """Softmax weights [T, K] (float32) of the chosen experts, 0 where the id is -1; `renormalize`: rows sum to 1.
+
+    `all_used` says that no id is -1.
 
     Renormalised, softmax over all experts and division by the chosen share is the softmax over the chosen logits,
     which cannot underflow.
     """
+    if all_used:
+        wide_TE, ids_TK = logits_TE.float(), expert_ids_TK.long()
+        return wide_TE.gather(-1, ids_TK).softmax(-1) if renormalize else wide_TE.softmax(-1).gather(-1, ids_TK)
     wide_TE, ids_TK, unused_TK = logits_TE.float(), expert_ids_TK.clamp(min=0).long(), expert_ids_TK < 0
     if renormalize:
         # A row without any expert has no softmax; it weighs nothing.

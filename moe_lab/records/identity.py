@@ -57,6 +57,8 @@ def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
             found["workload"]["trace"] = inputs.trace_id(str(workload["trace"]))
         if workload.get("path") is not None:
             found["workload"]["path"] = inputs.text_id(workload["path"])
+        if workload.get("trace_layer") is None:
+            found["workload"].pop("trace_layer", None)
         if workload.get("phase") != "decode":
             found["workload"].pop("context_len", None)
     return found
@@ -94,8 +96,9 @@ def option_name(node: Mapping[Any, Any] | DictConfig) -> str:
 
 
 def model_name(node: Mapping[Any, Any] | DictConfig) -> str:
-    """As `option_name`; a checkpoint is called by its folder."""
-    return Path(str(node["path"])).name if node.get("path") is not None else option_name(node)
+    """As `option_name`; a checkpoint is called by its folder, where its path names that."""
+    name = Path(str(node["path"])).name if node.get("path") is not None else ""
+    return name if name not in ("", "..") else option_name(node)
 
 
 def _hash_files(roots: Iterable[Path], without: Sequence[str] = ()) -> str:

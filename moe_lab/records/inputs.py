@@ -53,7 +53,7 @@ def text_id(path: str | Sequence[str]) -> str | Sequence[str]:
     """12 hex digits of the texts' names and content; the path itself where they cannot be read."""
     try:
         return _hash(text_files(path))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # the last: what is no path
         return path  # building the run will tell
 
 

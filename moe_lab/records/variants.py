@@ -39,6 +39,16 @@ def labels(contents: Sequence[Mapping[str, Any]], compare: Sequence[str] = COMPA
     ]
 
 
+def named(content: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a configuration with a checkpoint called by its folder, for people to read."""
+    model = content["model"]
+    return (
+        {**content, "model": {**model, "name": identity.model_name(config["model"])}}
+        if "path" in model
+        else {**content}
+    )
+
+
 def _name(node: Any) -> str:
     return identity.option_name(node) if isinstance(node, Mapping) else str(node)
 
@@ -51,7 +61,7 @@ def _label(node: Any, among: Iterable[Any]) -> str:
     told = []
     for key in dict.fromkeys(key for other in namesakes for key in other):
         values = [other.get(key) for other in namesakes]
-        if len({identity.digest(value) for value in values}) > 1:
+        if key in node and len({identity.digest(value) for value in values}) > 1:
             told.append(f"{key}={_label(node.get(key), values)}")
     return _name(node) + (f"({', '.join(told)})" if told else "")
 

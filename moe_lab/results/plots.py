@@ -197,7 +197,9 @@ def _map(axes: Axes, panel: Map, top: float) -> AxesImage:
 
 def _heat(axes: Axes, panel: Heat, top: float) -> AxesImage:
     """From 0 to `top`, which is at least 2: an even load, 1 everywhere, never has the last colour."""
-    image = axes.imshow(relative_load(panel.counts_LE), aspect="auto", cmap="viridis", vmin=0, vmax=top)
+    image = axes.imshow(
+        relative_load(panel.counts_LE), aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=top
+    )
     step = math.ceil(len(panel.layers) / _TICKS)
     axes.yaxis.set_major_locator(FixedLocator(range(0, len(panel.layers), step)))
     axes.yaxis.set_major_formatter(FixedFormatter([str(layer) for layer in panel.layers[::step]]))
@@ -209,7 +211,7 @@ def _texts(axes: Axes, panel: Texts, top: float) -> AxesImage:
     """Of the layer in which an expert's loads by two texts differ most; the scale is that of `_heat`."""
     load_LGE = relative_load(panel.counts_LGE)
     at = int(np.ptp(load_LGE, axis=1).max(axis=-1).argmax())
-    image = axes.imshow(load_LGE[at], aspect="auto", cmap="viridis", vmin=0, vmax=top)
+    image = axes.imshow(load_LGE[at], aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=top)
     axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True))
     axes.yaxis.set_major_locator(FixedLocator(range(len(panel.texts))))
     axes.yaxis.set_major_formatter(FixedFormatter([_text(fill(name, _WRAP)) for name in panel.texts]))
@@ -222,7 +224,7 @@ def _pairs(axes: Axes, panel: Pairs) -> AxesImage:
     """Of the layer in which some expert's tokens use another the most."""
     shares = [given(counts_EE) for counts_EE in panel.counts_LEE]
     at = int(np.argmax([np.nanmax(share_EE) for share_EE in shares]))
-    image = axes.imshow(shares[at], cmap="viridis", vmin=0, vmax=1)
+    image = axes.imshow(shares[at], cmap="viridis", interpolation="nearest", vmin=0, vmax=1)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(_TICKS, integer=True))
     axes.set_ylabel(f"expert of layer {panel.layers[at]}")

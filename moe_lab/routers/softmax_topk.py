@@ -41,7 +41,7 @@ class SoftmaxTopK(Router):
         if self.impl == "triton":
             return Routing(*softmax_topk(biased_TE, self.top_k, self.renormalize), scores_TE=scores_TE)
         ids_TK = top_k(biased_TE, self.top_k)
-        return Routing(ids_TK, weights_of(biased_TE, ids_TK, self.renormalize), scores_TE=scores_TE)
+        return Routing(ids_TK, weights_of(biased_TE, ids_TK, self.renormalize, all_used=True), scores_TE=scores_TE)
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""

@@ -17,6 +17,7 @@ from moe_lab.records.schema import Record
 from moe_lab.sweep.engine import Engine
 
 Status = Literal["to do", "done", "stale", "skipped", "excluded"]
+_IMPOSSIBLE = "impossible: "
 
 
 @dataclass
@@ -123,6 +124,7 @@ def make(
         cell.variant = label
         if any(variants.matches(cell.content, partial) for partial in sweep["exclude"]):
             cell.status, cell.reason = "excluded", "excluded"
+    _refuse_impossible(cells)  # before anybody is asked
     for cell, seen in _look([cell for cell in cells if cell.runs], engine):
         cell.environment, cell.env_id = seen["env"], seen["env_id"]
         cell.available_bytes = seen["available_bytes"]
@@ -130,6 +132,7 @@ def make(
             cell.status, cell.reason = "skipped", seen["skip"]
         else:
             judge(cell, sweep)
+    _refuse_impossible(cells)
     plan = Plan(directory, cells, sweep, command, n_equal, jobs)
     _refuse_stale(plan)
     return plan
@@ -139,7 +142,6 @@ def _cells(
     composed: Iterable[tuple[DictConfig, Sequence[str], Path]],
 ) -> tuple[list[Cell], int, list[str], dict[str, Any]]:
     cells: dict[str, Cell] = {}
-    impossible: dict[str, ValueError] = {}
     sweep: dict[str, Any] = {}
     jobs = []
     for cfg, overrides, directory in composed:
@@ -173,11 +175,15 @@ def _cells(
             setting_id=variants.setting_id(content, container["sweep"]["compare"]),
         )
         if mistake is not None:
-            impossible[cell_id] = mistake
-            cells[cell_id].status, cells[cell_id].reason = "skipped", f"impossible: {mistake}"
-    if len(impossible) == len(cells):  # no combination at all: a mistake, not a gap in the table
-        raise next(iter(impossible.values()))
+            cells[cell_id].status, cells[cell_id].reason = "skipped", f"{_IMPOSSIBLE}{mistake}"
     return list(cells.values()), len(jobs) - len(cells), jobs, sweep
+
+
+def _refuse_impossible(cells: Sequence[Cell]) -> None:
+    """Raise `ValueError` where no combination is possible: a mistake, not gaps in the table."""
+    reasons = [cell.reason or "" for cell in cells if cell.status != "excluded"]
+    if reasons and all(reason.startswith(_IMPOSSIBLE) for reason in reasons):
+        raise ValueError(reasons[0].removeprefix(_IMPOSSIBLE))
 
 
 def _look(cells: Sequence[Cell], engine: Engine) -> Iterator[tuple[Cell, dict[str, Any]]]:

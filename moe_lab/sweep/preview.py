@@ -29,16 +29,19 @@ def make(overrides: list[str], config_dir: str | None) -> Plan:
 def show(overrides: list[str], config_dir: str | None) -> None:
     """Print every cell with what would be done about it, and how long that would take."""
     plan = make(overrides, config_dir)
+    contents = [variants.named(cell.content, cell.config) for cell in plan.cells]
+    models, workloads = (variants.labels(contents, (key,)) for key in ("model", "workload"))
+    differ = len(set(workloads)) > 1
     rows = []
-    models = variants.labels([cell.content for cell in plan.cells], ("model",))
-    for cell, model in zip(plan.cells, models, strict=True):
+    for cell, model, workload in zip(plan.cells, models, workloads, strict=True):
         cannot = cell.status == "skipped" and (cell.reason or "").startswith("unavailable")
         status: str = "cannot run here" if cannot else cell.status
         if cell.reason and cell.reason != status:
             status += f": {cell.reason}"
         sizes = (str(cell.content["batch"]), str(cell.content.get("seq_len", "-")))
-        rows.append((cell.variant, model, *sizes, cell.cell_id, status))
-    console = print_table(("variant", "model", "batch", "seq_len", "cell_id", "status"), rows)
+        rows.append((cell.variant, model, *([workload] if differ else []), *sizes, cell.cell_id, status))
+    columns = ("variant", "model", *(["workload"] if differ else []), "batch", "seq_len", "cell_id", "status")
+    console = print_table(columns, rows)
     n_to_run = len(plan.to_run())
     line = f"{plan.directory}: {len(plan.cells)} cells, {n_to_run} to run"
     if plan.n_equal:

@@ -122,4 +122,5 @@ def test_phases_on_cuda_add_up() -> None:
     """The marks are events in the stream."""
     result = measured("device=cuda")
     assert sum(named(result).values()) + result["other"] == pytest.approx(result["sum_ms"])
-    assert all(result[name] > 0 for name in NAMES)
+    taken = {name for whole in named(result) for name in whole.split("+")}
+    assert taken == set(NAMES) and all(ms > 0 for ms in named(result).values())

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import moe_lab
-from moe_lab.records.identity import cell_id, code_id, env_id, option_name, slug
-from tests import tiny
+from moe_lab.records.identity import cell_id, code_id, content, env_id, model_name, option_name, slug
+from tests import quick, tiny
 
 MACHINE = {
     "device_name": "NVIDIA H100",
@@ -128,6 +128,65 @@ def test_two_spellings_of_one_cell_have_one_id(one: list[str], other: list[str])
     assert cell_id(moe_lab.compose(one)) == cell_id(moe_lab.compose(other))
 
 
+def on_files(folder: Path, *more: str, text: str = "some text", weights: bytes = b"weights") -> DictConfig:
+    """A checkpoint and a text in this folder; whether they can be run nobody asks."""
+    for name in ("model", "texts"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "model" / "model.safetensors").write_bytes(weights)
+    (folder / "texts" / "a.txt").write_text(text)
+    paths = (f"model.path={folder}/model", "workload=text", f"workload.path={folder}/texts")
+    return moe_lab.compose(quick.overrides("checkpoint", *paths, *more))
+
+
+def test_files_are_told_by_what_they_hold_and_not_by_where_they_lie(tmp_path: Path) -> None:
+    """The same checkpoint and text at two places are one cell; another byte in either makes another."""
+    one, other = on_files(tmp_path / "one"), on_files(tmp_path / "deep" / "other")
+    assert cell_id(one) == cell_id(other)
+    assert str(tmp_path) not in json.dumps(content(one))
+    ids = {cell_id(one)}
+    ids.add(cell_id(on_files(tmp_path / "text", text="some texT")))
+    ids.add(cell_id(on_files(tmp_path / "weights", weights=b"weightS")))
+    moved = on_files(tmp_path / "name")
+    (tmp_path / "name/texts/a.txt").rename(tmp_path / "name/texts/b.txt")
+    ids.add(cell_id(moved))
+    assert len(ids) == 4
+
+
+def test_a_path_from_here_and_from_the_root_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they were typed on two days; a list of one text is that text."""
+    monkeypatch.chdir(tmp_path)
+    whole = on_files(tmp_path)
+    for path in ("texts", "texts/", "texts/a.txt", "[texts/a.txt]"):
+        here = on_files(tmp_path, "model.path=model", f"workload.path={path}")
+        assert cell_id(here) == cell_id(whole)
+
+
+def test_a_cell_whose_files_are_gone_still_has_an_id(tmp_path: Path) -> None:
+    """By their names, so that a row can say what is missing."""
+    one, other = (on_files(tmp_path, f"model.path={name}", "workload.path=gone") for name in ("x", "y"))
+    assert cell_id(one) != cell_id(other)
+    assert content(one)["model"]["path"] == "x" and content(one)["workload"]["path"] == "gone"
+
+
+@pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("forward", "prefill", "decode")])
+def test_the_length_of_the_context_counts_in_decode_alone(phase: str) -> None:
+    """A sweep over both has no cell twice."""
+    cfg = changed(tiny.decoder_moe(), "workload.phase", phase)
+    other = changed(cfg, "workload.context_len", 77)
+    assert (cell_id(other) == cell_id(cfg)) == (phase != "decode")
+    assert (slug(other) == slug(cfg)) == (phase != "decode")
+
+
+def test_records_and_configurations_have_the_same_identity(tmp_path: Path) -> None:
+    """A record holds the resolved configuration, as plain data with its paths."""
+    cfg = on_files(tmp_path, "workload.phase=decode", "workload.context_len=9")
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    before = json.dumps(plain)
+    assert cell_id(plain) == cell_id(cfg)
+    assert json.dumps(plain) == before
+
+
 def test_asking_for_an_id_leaves_the_configuration_as_it_was() -> None:
     """What the id leaves out is still there for the run."""
     cfg = tiny.minimal("export.dir=/x")
@@ -163,6 +222,37 @@ def test_slug_reads_like_the_cell() -> None:
     assert slug(tiny.decoder_moe("router=sinkhorn")) == "decoder_moe-sinkhorn-grouped-b2-s7-cpu-fp32-eager"
     assert slug(tiny.moe_layer()) == "moe_layer-demo-torch-grouped-b1-s14-cpu-fp32-eager"
     assert slug(tiny.minimal("dtype=bf16")) == "minimal-b2-cpu-bf16-eager"
+
+
+def test_slug_of_a_checkpoint_has_its_folders_name_and_the_phase(tmp_path: Path) -> None:
+    """And the length of the context in decode; forward goes without saying."""
+    (tmp_path / "my olmoe").symlink_to(quick.TINY_OLMOE)
+    path = f"model.path={tmp_path}/my olmoe"
+    end = "cpu-fp32-eager"
+    for more, middle in (
+        ([], "b2-s16"),
+        (["workload.phase=prefill"], "b2-s16-prefill"),
+        (["workload.phase=decode", "workload.context_len=77"], "b2-s16-decode77"),
+    ):
+        cfg = moe_lab.compose(quick.overrides("checkpoint", path, *more))
+        assert slug(cfg) == f"my_olmoe-native-grouped-{middle}-{end}"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        pytest.param("/models/OLMoE-1B-7B", "OLMoE-1B-7B", id="absolute"),
+        pytest.param("../OLMoE/", "OLMoE", id="slash_at_the_end"),
+        pytest.param(".", "checkpoint", id="here"),
+        pytest.param("..", "checkpoint", id="above"),
+        pytest.param("/", "checkpoint", id="root"),
+        pytest.param(None, "checkpoint", id="none"),
+    ],
+)
+def test_a_checkpoint_is_called_by_its_folder(path: str | None, name: str) -> None:
+    """Where its path names one; other models by their option."""
+    assert model_name({"_target_": "x.Y", "name": "checkpoint", "path": path}) == name
+    assert model_name(tiny.minimal().model) == "minimal"
 
 
 @settings(max_examples=60, deadline=None)

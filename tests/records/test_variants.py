@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from moe_lab.records import identity, variants
 from tests import tiny
@@ -56,6 +58,30 @@ def test_of_nested_groups_only_what_differs_is_said() -> None:
         "moe_layer(shape=demo(d_model=32))",
         "moe_layer(shape=demo(d_model=64))",
     ]
+
+
+def test_a_key_that_a_cell_has_not_is_not_said_of_it() -> None:
+    """In prefill there is no context before the sequence."""
+    given = [["workload.phase=prefill"], *(["workload.phase=decode", f"workload.context_len={n}"] for n in (3, 5))]
+    assert variants.labels([content(*more) for more in given], ("workload",)) == [
+        "random(phase=prefill)",
+        "random(phase=decode, context_len=3)",
+        "random(phase=decode, context_len=5)",
+    ]
+
+
+def test_checkpoints_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    """By name where that does; the content stays what it is."""
+    paths = [tmp_path / "a" / "first", tmp_path / "a" / "second", tmp_path / "b" / "first"]
+    configs = [OmegaConf.to_container(tiny.compose("checkpoint", f"model.path={path}")) for path in paths]
+    assert all(isinstance(config, dict) for config in configs)
+    contents = [identity.content(config) for config in configs]  # type: ignore[arg-type]
+    named = [variants.named(*pair) for pair in zip(contents, configs, strict=True)]  # type: ignore[arg-type]
+    one, other = variants.labels(named[:2], ("model",))
+    assert (one, other) == ("first", "second")
+    assert len(set(variants.labels(named, ("model",)))) == 3
+    assert {content["model"]["name"] for content in contents} == {"checkpoint"}
+    assert variants.named(content(), {"model": {}}) == content()
 
 
 def test_a_model_that_reads_nothing_of_what_is_compared_is_named_by_itself() -> None:

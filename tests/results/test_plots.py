@@ -19,6 +19,8 @@ from moe_lab.results.figures import figures
 from tests import tiny
 from tests.results import synthetic
 
+OF_TEXTS = {"latency_against_bits", "bits_by_text", "experts_by_text"}
+
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Aggregate]:
@@ -50,7 +52,8 @@ def test_every_plot_is_a_png_and_an_svg(sweep: tuple[Path, Aggregate]) -> None:
     (directory / "plots" / "mine.png").write_bytes(b"of somebody else")
     drawn = plots.draw(directory, found.runs, found.summary)
     names = {path.stem for path in drawn.paths}
-    assert names == set(charts.NAMES) - {"latency", "throughput_over_seq_len"}
+    of_others = {"latency_over_context_len", "throughput_over_context_len", *OF_TEXTS}  # see test_charts.py
+    assert names == set(charts.NAMES) - {"latency", "throughput_over_seq_len"} - of_others
     assert {path.name for path in drawn.paths} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert {path.name for path in (directory / "plots").iterdir()} - {path.name for path in drawn.paths} == {"mine.png"}
     for path in drawn.paths:
@@ -97,7 +100,7 @@ def test_nothing_at_all_draws_nothing(sweep: tuple[Path, Aggregate], tmp_path: P
     """Every kind of plot is said to be missing."""
     _, found = sweep
     drawn = plots.draw(tmp_path, found.runs.iloc[:0], found.summary.iloc[:0])
-    assert drawn.paths == [] and len(drawn.left_out) == 6
+    assert drawn.paths == [] and len(drawn.left_out) == 7
 
 
 def test_joined_phases_keep_their_names_and_add_up(sweep: tuple[Path, Aggregate]) -> None:
@@ -171,9 +174,10 @@ def test_each_reference_has_a_front_of_its_own(sweep: tuple[Path, Aggregate]) ->
     assert all(("batch=1," in panel.title + ",") == panel.title.endswith("mixtral") for panel in panels)
 
 
-def heat(kind: Any, *shape: int) -> charts.Heat | charts.Pairs:
+def heat(kind: Any, *shape: int) -> charts.Map:
     """Counts of this shape."""
-    return kind("t", ["v"], list(range(shape[0])), np.ones(shape, int))
+    texts = [[f"text {place}" for place in range(shape[1])]] if kind is charts.Texts else []
+    return kind("t", ["v"], list(range(shape[0])), np.ones(shape, int), *texts)
 
 
 @pytest.mark.parametrize(
@@ -183,11 +187,12 @@ def heat(kind: Any, *shape: int) -> charts.Heat | charts.Pairs:
         pytest.param([heat(charts.Pairs, 2, 300, 300), heat(charts.Pairs, 3, 300, 300)], [2, 2], id="and of the next"),
         pytest.param([heat(charts.Pairs, 1, 700, 700)], [], id="no layer at all"),
         pytest.param([heat(charts.Heat, 3, 300_000)], [1], id="experts"),
+        pytest.param([heat(charts.Texts, 3, 2, 100_000)], [2], id="texts"),
     ],
 )
 def test_what_is_too_large_for_the_page_is_left_out_and_said(panels: list[Any], layers: list[int]) -> None:
     """Layer by layer; a chart without any is no chart, for the page could not draw it."""
-    kind = "pairs" if isinstance(panels[0], charts.Pairs) else "heat"
+    kind = {charts.Pairs: "pairs", charts.Heat: "heat", charts.Texts: "texts"}[type(panels[0])]
     one = charts.Chart("c", kind, "Co (words)", "x", "y", panels)  # type: ignore[arg-type]
     drawn, left_out = figures(charts.Charts([one], [], ["v"], []))
     assert [[len(panel["layers"]), len(panel["counts"])] for figure in drawn for panel in figure["panels"]] == [
@@ -240,7 +245,7 @@ def test_variants_and_phases_differ_in_grey(kind: str) -> None:
             assert (abs(one - other) > 40).sum() > 10
 
 
-@pytest.mark.parametrize("kind", ["lines", "front", "dots", "stack", "heat", "pairs"])
+@pytest.mark.parametrize("kind", ["lines", "front", "dots", "stack", "heat", "pairs", "texts"])
 def test_any_text_can_be_drawn(kind: str) -> None:
     """Dollars would start a formula, which can fail."""
     name = r"$\frac{$ <b>&amp; \alpha$_"
@@ -248,7 +253,8 @@ def test_any_text_can_be_drawn(kind: str) -> None:
     panel = charts.Panel(name, [series])
     heat = charts.Heat(name, [name], [0], np.array([[0, 3]]))
     pairs = charts.Pairs(name, [name], [0], np.array([[[1, 1], [1, 3]]]))
-    shown = {"heat": heat, "pairs": pairs}.get(kind, panel)
+    texts = charts.Texts(name, [name], [0], np.array([[[0, 3]]]), [name])
+    shown = {"heat": heat, "pairs": pairs, "texts": texts}.get(kind, panel)
     one = charts.Chart("c", kind, name, name, name, [shown])  # type: ignore[arg-type]
     figure = plots.render(one, [name], [name])
     figure.savefig(io.BytesIO(), format="svg")

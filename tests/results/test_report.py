@@ -12,13 +12,14 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moe_lab.records.schema import Record
-from moe_lab.records.store import RESULT, read_record, write_record
+from moe_lab.records.store import RESULT, ROUTING, read_record, write_record
 from moe_lab.results import plots, report
 from moe_lab.results.aggregate import aggregate
-from tests.results import browser, synthetic
+from tests.results import browser, synthetic, texts
 
 EVIL = "<b>&lt;</b></script><script>window.ran = 1</script><img src=x onerror='window.ran=2'>\"'`${window.ran=3}"
 
@@ -44,6 +45,26 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = aggregate(directory)
     plots.draw(directory, found.runs, found.summary)
     return report.write(directory, found)
+
+
+@pytest.fixture(scope="module")
+def of_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of 16 cells on texts, some of which are steps of decoding; the name of one text is markup."""
+    directory = tmp_path_factory.mktemp("texts")
+    folders = synthetic.sweep(directory, 16)
+    for folder in folders:
+        texts.add(folder)
+    with np.load(folders[0] / ROUTING) as arrays:
+        changed = {**arrays, "domain": np.array([EVIL, "prose"])}
+    np.savez(folders[0] / ROUTING, **changed)
+
+    def plant(record: Record) -> None:
+        assert record.quality is not None and record.throughput is not None
+        record.quality["domains"] = {EVIL: record.quality["domains"]["code"]}
+        record.throughput["time_per_output_token_ms"] = 12.5
+
+    change(folders[0], plant)
+    return written(directory)
 
 
 def ours(page: Path) -> str:
@@ -101,6 +122,26 @@ def test_counts_failures_and_machine_are_named(sweep: Path) -> None:
         assert reason in words
     assert "Synthetic CPU" in words
     assert len(re.findall(r"<tr data-status", ours(sweep))) == len(runs)
+
+
+def heads_of(page: Path) -> list[str]:
+    """Of the table of all cells."""
+    table = re.findall(r'<table id="table">.*?</thead>', ours(page), re.DOTALL)[0]
+    return re.findall(r'<button type="button">([^<]*)<', table)
+
+
+def test_columns_that_few_sweeps_have_are_there_only_where_they_are_known(sweep: Path, of_texts: Path) -> None:
+    """Time per output token and the quality, with a word on what they mean below the cards."""
+    extra = {"ms per output token", "bits per byte", "over native", "KL to native", "top-1 agreement"}
+    assert extra <= set(heads_of(of_texts)) and not extra & set(heads_of(sweep))
+    assert "I(expert; text) / H(text)" in shown(of_texts) and "I(expert; text)" not in shown(sweep)
+    assert "12.50" in shown(of_texts)
+
+
+def test_cards_say_what_a_router_does_to_the_predictions(of_texts: Path) -> None:
+    """The difference from the native router with its interval, half of which is 0.05."""
+    assert "1.750 (+0.250 ± 0.050)" in shown(of_texts) and "1.500 (+0.000 ± 0.050)" in shown(of_texts)
+    assert "text information" in shown(of_texts) and " 0.2 " in shown(of_texts)
 
 
 def test_unreadable_records_are_listed(tmp_path: Path) -> None:
@@ -222,6 +263,38 @@ def test_the_choices_of_the_co_activation(chromium: Any, sweep: Path) -> None:
         assert "all" not in boxes[2].text.split()
         boxes[2].send_keys("2")
         assert driver.execute_script(f"return {plot}.data[0].text") != counts
+
+
+@pytest.mark.browser
+def test_the_choices_of_the_experts_by_text(chromium: Any, of_texts: Path) -> None:
+    """All layers are one map with an empty row below each, one layer a map with a row for each text."""
+    with opened(chromium, of_texts) as driver:
+        plot = "document.getElementById('plot-experts_by_text')"
+        boxes = driver.find_elements("css selector", "section:has(#plot-experts_by_text) select")
+        boxes[1].send_keys("s")  # sinkhorn, of which no text is markup
+        z, y, names = driver.execute_script(
+            f"return [{plot}.data[0].z, {plot}.data[0].y, {plot}.layout.yaxis.ticktext]"
+        )
+        assert y == list(range(4 * 3 - 1)) and [row[0] is None for row in z] == 3 * [False, False, True] + 2 * [False]
+        assert names[:3] == ["layer 0: code", "prose.v2", "layer 1: code"]
+        assert all(sum(row) == pytest.approx(len(row)) for row in z if row[0] is not None)
+        boxes[2].send_keys("2")
+        one, names = driver.execute_script(f"return [{plot}.data[0].z, {plot}.layout.yaxis.ticktext]")
+        assert one == z[6:8] and names == ["code", "prose.v2"]
+
+
+@pytest.mark.browser
+def test_the_bits_of_texts_lie_in_rows_with_their_names(chromium: Any, of_texts: Path) -> None:
+    """Names are words and nothing that runs, also those of texts."""
+    with opened(chromium, of_texts) as driver:
+        plot = "document.getElementById('plot-bits_by_text')"
+        shown = f"return [...{plot}.querySelectorAll('.ytick text')].map(text => text.textContent)"
+        assert set(texts.TEXTS) <= set(driver.execute_script(shown))
+        markers = f"return {plot}.querySelectorAll('.scatterlayer .point').length"
+        data = driver.execute_script(f"return {plot}.data.map(trace => trace.x.length)")
+        assert driver.execute_script(markers) == sum(data) > 4
+        assert driver.execute_script("return window.ran") is None
+        assert not driver.find_elements("css selector", "img")
 
 
 @pytest.mark.browser

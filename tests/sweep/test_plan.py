@@ -92,6 +92,45 @@ def test_a_mistake_in_every_cell_is_a_mistake(tmp_path: Path) -> None:
         make(tmp_path, "router=torch,sinkhorn", "model.shape.top_k=9")
 
 
+def test_a_mistake_that_only_building_finds_in_every_cell_is_one_too(tmp_path: Path) -> None:
+    """A folder without a checkpoint; what is excluded does not count, and a cell that is possible makes it a gap."""
+    paths = f"model.path={tmp_path}/nowhere,{quick.TINY_OLMOE}"
+    exclude = f"sweep.exclude=[{{model: {{path: {identity.content(quick.compose('checkpoint'))['model']['path']}}}}}]"
+    with pytest.raises(ValueError, match=rf"^model\.path={tmp_path}/nowhere: .* cannot be read"):
+        make(tmp_path, f"model.path={tmp_path}/nowhere", "router=native,torch", model="checkpoint")
+    with pytest.raises(ValueError, match="nowhere"):
+        make(tmp_path, paths, exclude, model="checkpoint")
+    made = make(tmp_path, paths, model="checkpoint")
+    assert [cell.status for cell in made.cells] == ["skipped", "to do"]
+    assert str(made.cells[0].reason).startswith(f"impossible: model.path={tmp_path}/nowhere")
+
+
+def test_other_texts_are_other_cells_and_the_same_ones_again_are_done(tmp_path: Path) -> None:
+    """What was measured on a text stays, and is found when the text is what it was."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+
+    def made(text: str) -> list[str]:
+        (texts / "a.txt").write_text(text)
+        plan = make(tmp_path / "s", f"workload.path={texts}", "router=native,torch", model="checkpoint")
+        return [cell.status for cell in plan.cells]
+
+    (texts / "a.txt").write_text("one " * 99)
+    for cell in make(tmp_path / "s", f"workload.path={texts}", "router=native,torch", model="checkpoint").cells:
+        leave(cell)
+    assert made("one " * 99) == ["done", "done"]
+    assert made("two " * 99) == ["to do", "to do"]
+    assert made("one " * 99 + "!") == ["to do", "to do"]
+    assert made("one " * 99) == ["done", "done"]
+
+
+def test_a_context_makes_cells_in_decode_alone(tmp_path: Path) -> None:
+    """Two phases and two contexts are three cells."""
+    made = make(tmp_path, "workload.phase=prefill,decode", "workload.context_len=3,5", model="decoder_moe")
+    assert (len(made.cells), made.n_equal) == (3, 1)
+    assert len({cell.setting_id for cell in made.cells}) == 3
+
+
 def test_a_label_cannot_be_overridden_in_a_sweep_either(tmp_path: Path) -> None:
     """router.name says what an option is."""
     with pytest.raises(ValueError, match=r"router\.name"):

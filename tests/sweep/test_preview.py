@@ -17,6 +17,7 @@ MISTAKES = {
     "sweep.stale=sometimes": "sweep.stale=sometimes",
     "router": "router: it is no KEY=VALUE",
     "--multi": "--multi: it is no KEY=VALUE",
+    "workload=text": "give workload.path=",
 }
 
 
@@ -64,6 +65,19 @@ def test_what_is_done_is_not_done_again_and_its_time_is_expected_of_the_rest(tmp
     assert statuses == {cell.cell_id: status for cell, status in zip(made.cells, expected, strict=True)}
     assert done.stdout.splitlines()[-1] == ("outputs/s: 3 cells, 2 to run (1 more equal one of them), about 3:00")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_checkpoints_and_phases_are_told_apart(tmp_path: Path) -> None:
+    """The model by its folder; the workload has a column where it differs, and prefill has no context."""
+    arguments = quick.overrides("checkpoint", "workload.phase=prefill,decode", "workload.context_len=3,5")
+    done = plan(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    head, *rows, last = done.stdout.splitlines()
+    assert head.split() == ["variant", "model", "workload", "batch", "seq_len", "cell_id", "status"]
+    shown = ("prefill)", "decode, context_len=3)", "decode, context_len=5)")
+    assert len(rows) == len(shown) and "3 to run (1 more equal one of them)" in last
+    for row, text in zip(rows, shown, strict=True):
+        assert row.startswith(f"native  tiny-olmoe text(phase={text}")
 
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
