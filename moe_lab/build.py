@@ -112,7 +112,9 @@ def describe_router(cfg: DictConfig) -> dict[str, Any]:
     except (UnavailableError, ValueError) as error:
         return {"properties": [], "implementations": [], "skip": str(error)}
     declared = [name for name in PROPERTIES if getattr(router, name)]
-    return {"properties": declared, "implementations": list(router.implementations), "skip": None}
+    fixes = cfg.router.get("name") == cfg.router.get("impl")  # router=torch
+    implementations = [router.impl] if fixes else list(router.implementations)
+    return {"properties": declared, "implementations": implementations, "skip": None}
 
 
 def build_experts(cfg: DictConfig) -> ExpertsImpl:

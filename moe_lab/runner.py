@@ -353,8 +353,8 @@ class Run:
     def _observe_quality(self) -> dict[str, Any] | None:
         """What the router does to predictions of the workload's text, in whole sequences; None without a text."""
         cfg = self.cfg
-        if cfg.workload.get("name") != "text" or self._decodes:
-            return None
+        if cfg.workload.get("name") != "text" or self._decodes or self.forced is not None:
+            return None  # whole sequences are not what decoding computes, nor a forced load what a router chooses
         assert self.device is not None
         vocab_size: Any = self.model.vocab_size
         domains = text.read_domains(cfg.workload.path, vocab_size, getattr(self.model, "tokenizer_file", None))

@@ -56,9 +56,9 @@ def verdicts(summary: pd.DataFrame) -> list[Verdict]:
     is `same` if the interval lies within 1 / 1.03 and 1.03, else `slower` or `faster` if it excludes 1, else, or with
     no interval, `inconclusive`; a ratio that was not paired is never a verdict but `not timed together`. Cells of one
     class make one sentence, whose ratio is the median over them and whose bracket is the hull of their intervals; of
-    `faster` both are inverted, so that they count times faster. T are the tokens of a pass, batch x seq_len; "T <= t"
-    and "T >= t" speak of the sizes that were measured. Failed and skipped cells, the anchor's too, are named with
-    their reasons.
+    `faster` both are inverted, so that they count times faster. T are the tokens of a pass, batch x seq_len, or of
+    decoding batch; "T <= t" and "T >= t" speak of the sizes that were measured. Failed and skipped cells, the anchor's
+    too, are named with their reasons.
     """
     found: list[Verdict] = []
     if summary.empty:
@@ -89,7 +89,9 @@ def _true(value: Any) -> bool:
 
 def _cell(row: Mapping[Any, Any]) -> _Cell:
     """Which class a row of the summary belongs to."""
-    tokens = math.prod(int(row[key]) for key in ("batch", "seq_len") if not pd.isna(row[key]))
+    decodes = not pd.isna(row.get("throughput.time_per_output_token_ms", math.nan))
+    sizes = ("batch",) if decodes else ("batch", "seq_len")
+    tokens = math.prod(int(row[key]) for key in sizes if not pd.isna(row[key]))
     ratio = tuple(float(row[key]) if not pd.isna(row[key]) else np.nan for key in _RATIO)
     _, low, high = ratio
     kind: Kind | None

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from moe_lab.errors import UnavailableError
 from moe_lab.measure.clocks import STEPS, CompiledStep, GraphStep, Step
-from moe_lab.models import Output
+from moe_lab.models import ForcedRouting, Output
+from moe_lab.models.serving import Decode
+from moe_lab.runner import Run
 from tests import tiny
 from tests.conftest import needs_cxx
 
@@ -30,6 +32,22 @@ class Recording(nn.Module):
         if self.fails_at == len(self.collecting):
             raise RuntimeError("planted")
         return Output(x + 1)
+
+
+class Walking(nn.Module):
+    """Goes on between iterations, and takes its time for it."""
+
+    def __init__(self, pause_s: float = 0.0):
+        super().__init__()
+        self.pause_s, self.at, self.seen = pause_s, 0, []
+
+    def forward(self, x: Tensor, forced_routing: ForcedRouting = None) -> Output:
+        self.seen.append(self.at)
+        return Output(x + 1)
+
+    def advance(self) -> None:
+        time.sleep(self.pause_s)
+        self.at += 1
 
 
 class Breaking(nn.Module):
@@ -77,6 +95,63 @@ def test_every_iteration_of_a_block_runs_the_model() -> None:
     model = Recording()
     Step(model, torch.zeros(2)).time_block(5)
     assert len(model.collecting) == 5
+
+
+@pytest.mark.parametrize("forced", [pytest.param(None, id="free"), pytest.param((), id="forced")])
+def test_what_goes_on_between_iterations_is_not_timed(forced: ForcedRouting) -> None:
+    """Once after each iteration of a block, and not after a call; the pauses are in no sample, but between stamps."""
+    model = Walking(pause_s=0.02)
+    step = Step(model, torch.zeros(2), forced)
+    step()
+    block = step.time_block(4)
+    step()
+    assert model.seen == [0, 0, 1, 2, 3, 4]
+    assert np.median(block.ms) < 20
+    assert (np.diff(block.stamp_s) > 0.02).all()
+
+
+def decode(*more: str) -> Run:
+    return tiny.built(tiny.decoder_moe("workload.phase=decode", "workload.context_len=3", *more))
+
+
+def test_a_timed_block_of_decoding_goes_round() -> None:
+    """Seven steps, one after the other, and from the last back to the first; what they compute stays the same."""
+    run = decode()
+    assert isinstance(run.task, Decode) and run.task.n_steps == 7
+    before = [output.y.clone() for output in run._outputs()]
+    run.task.seek(5)
+    run.step.time_block(17)
+    assert int(run.task.position_1) == 3 + (5 + 17) % 7
+    assert all(map(torch.equal, before, (output.y for output in run._outputs())))
+
+
+@needs_cxx
+@pytest.mark.slow
+def test_a_compiled_step_of_decoding_serves_every_position() -> None:
+    """It compiles nothing when it goes on, and computes what the eager one does."""
+    run = decode("execution=compile", "model.n_layers=1")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        run.step.time_block(9)
+        outputs = [output.y.clone() for output in run._outputs()]
+    eager = Step(run.task, run.x)
+    for index, y in enumerate(outputs):
+        run.task.seek(index)
+        torch.testing.assert_close(y, eager().y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, id=dtype) for dtype in ("fp32", "bf16")])
+def test_a_captured_step_of_decoding_is_replayed_at_each_position(dtype: str) -> None:
+    """The position is read on the device: every replay gives what an eager step gives there."""
+    run = decode("device=cuda", "execution=cuda_graph", f"dtype={dtype}")
+    assert isinstance(run.task, Decode)
+    run.step.time_block(10)
+    assert int(run.task.position_1) == 3 + 10 % 7
+    eager = Step(run.task, run.x)
+    for index, output in enumerate(run._outputs()):
+        y = output.y.clone()
+        assert int(run.task.position_1) == 3 + index
+        torch.testing.assert_close(y, eager().y)
 
 
 @pytest.mark.usefixtures("_collection_on_afterwards")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_lab.measure import placement
-from moe_lab.measure.routing_metrics import WORSE, RoutingStats, metrics, summarize
+from moe_lab.measure.routing_metrics import WORSE, RoutingStats, mean_of, metrics, summarize
 from moe_lab.ops.softmax_topk import top_k, weights_of
 from moe_lab.routers.base import Routing
 
@@ -427,6 +427,23 @@ def test_pairs_count_tokens_that_use_both() -> None:
     stats = by_hand()
     assert stats.pairs_EE.tolist() == [[3, 3, 0, 0], [3, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     assert stats.counts_E.tolist() == [3, 3, 0, 1]
+
+
+def test_the_mean_of_summaries_is_that_of_each_number() -> None:
+    """Pooled, worst and by layer; a layer's index stays, and what one has no value for has none."""
+    found = [summarize([by_hand(), one_takes_all()], [3, 7]), summarize([one_takes_all(), by_hand()], [3, 7])]
+    found.append(summarize([RoutingStats.of(torch.zeros(3, 4), routing_to(torch.full((3, 1), -1)))] * 2, [3, 7]))
+    mean, of_two = mean_of(found), mean_of(found[:2])
+    assert [layer["layer"] for layer in mean["layers"]] == [3, 7]
+    for name in WORSE:
+        for part in (lambda one: one["pooled"], lambda one: one["worst"], lambda one: one["layers"][1]):
+            values = [part(one)[name] for one in found]
+            known = None not in values[:2]
+            assert part(of_two)[name] == (pytest.approx(sum(values[:2]) / 2) if known else None)
+            assert part(mean)[name] == (pytest.approx(sum(values) / 3) if known and values[2] is not None else None)
+    assert mean["pooled"]["load_gini"] is None and of_two["pooled"]["load_gini"] is not None
+    assert mean_of(found[:1]) == found[0]
+    assert json.loads(json.dumps(of_two, allow_nan=False)) == of_two
 
 
 def test_the_summary_is_json() -> None:

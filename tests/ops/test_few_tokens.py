@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from moe_lab.ops.few_tokens import MOST, few_tokens_mlp
 from tests.ops.compiling import assert_compiles
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where a fixture cannot say it
 
 SIZES = pytest.mark.parametrize(
     ("T", "E", "K", "D", "F"),
@@ -25,9 +27,9 @@ SIZES = pytest.mark.parametrize(
         pytest.param(3, 5, 5, 33, 17, id="T=3, k=E"),
         pytest.param(3, 1, 1, 8, 8, id="E=1"),
         pytest.param(5, 6, 2, 1, 1, id="D=F=1"),
-        pytest.param(2, 33, 17, 10, 6, id="many slots"),
-        pytest.param(16, 7, 3, 40, 130, id="T=16, wide F"),
-        pytest.param(16, 9, 1, 135, 33, id="T=16, top 1, wide D"),
+        pytest.param(2, 13, 9, 10, 6, id="many slots"),
+        pytest.param(16, 3, 1, 135, 130, id="T=16, top 1, wide"),
+        pytest.param(16, 5, 2, 20, 33, id="T=16, top 2"),
     ],
 )
 SCALES = pytest.mark.parametrize("scales_input", [pytest.param(False, id="output"), pytest.param(True, id="input")])
@@ -98,14 +100,14 @@ def test_it_is_the_weighted_sum_of_each_tokens_experts(
 
 
 @SCALES
-@settings(max_examples=25, deadline=None, database=None)
+@settings(max_examples=15, deadline=None, database=None)
 @given(data=st.data(), T=st.integers(0, MOST), E=st.integers(1, 9), K=st.integers(1, 4))
 def test_unused_slots_may_stand_anywhere(scales_input: bool, data: st.DataObject, T: int, E: int, K: int) -> None:
     """Any slots of any tokens, all of a token's, all there are; what weight stands beside them is not read."""
     K = min(K, E)
-    x_TD, ids_TK, weights_TK, *matrices = operands(T, E, K, 5, 3)
+    x_TD, ids_TK, weights_TK, *matrices = operands(T, E, K, 5, 3, device=DEVICE)
     used = data.draw(st.lists(st.booleans(), min_size=T * K, max_size=T * K))
-    unused_TK = ~torch.tensor(used, dtype=torch.bool).view(T, K)
+    unused_TK = ~torch.tensor(used, dtype=torch.bool, device=DEVICE).view(T, K)
     ids_TK = ids_TK.masked_fill(unused_TK, -1)
     inputs = (x_TD, ids_TK, weights_TK.masked_fill(unused_TK, math.nan), *matrices)
     assert_is_the_sum(few_tokens_mlp(*inputs, scales_input), inputs, scales_input)
@@ -171,22 +173,27 @@ def test_the_matrices_of_other_experts_are_not_used(scales_input: bool, device: 
     assert torch.equal(y_TD[:2], clean_TD[:2]) and bool(y_TD[2].isnan().all())
 
 
-@DTYPES
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param(torch.float16, id="fp16"),
+        pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),
+    ],
+)
 def test_products_are_accumulated_in_fp32(dtype: torch.dtype, device: torch.device) -> None:
-    """Sums of 4000 ones are 4000, which an fp16 or bf16 accumulator cannot reach: of D first, of F then."""
+    """Sums of 2500 ones are 2500, which an fp16 or bf16 accumulator cannot reach: of D first, of F then."""
     one_11 = torch.ones(1, 1, device=device)
     id_11 = torch.zeros(1, 1, dtype=torch.int32, device=device)
     silu_8 = 8 / (1 + math.exp(-8))
-    for D, F in ((4000, 1), (1, 4000)):
+    for D, F in ((2500, 1), (1, 2500)):
         w_gate_up_12FD = torch.ones(1, 2 * F, D, dtype=dtype, device=device)
         w_gate_up_12FD[:, :F] = 0
         w_gate_up_12FD[:, :F, 0] = 8
         x_1D = torch.ones(1, D, dtype=dtype, device=device)
         w_down_1DF = torch.full((1, D, F), 0.125, dtype=dtype, device=device)
         y_1D = few_tokens_mlp(x_1D, id_11, one_11, w_gate_up_12FD, w_down_1DF, False)
-        expected_1D = torch.full((1, D), silu_8 * 0.125 * 4000, dtype=torch.float64)
-        tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
-        torch.testing.assert_close(y_1D.double().cpu(), expected_1D, rtol=tolerance, atol=0)
+        expected_1D = torch.full((1, D), silu_8 * 0.125 * 2500, dtype=torch.float64)
+        torch.testing.assert_close(y_1D.double().cpu(), expected_1D, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 @DTYPES
@@ -250,7 +257,7 @@ def test_matrices_of_another_dtype_are_a_value_error(which: int, device: torch.d
 
 
 @SCALES
-@pytest.mark.parametrize("T", [pytest.param(0, id="T=0"), pytest.param(3, id="T=3"), pytest.param(16, id="T=16")])
+@pytest.mark.parametrize("T", [pytest.param(0, id="T=0"), pytest.param(3, id="T=3")])
 def test_the_op_passes_opcheck(scales_input: bool, T: int, device: torch.device) -> None:
     """Schema, fake tensors and tracing agree with what the op does."""
     arguments = (*operands(T, 5, 2, 7, 6, device=device), scales_input)
@@ -269,14 +276,22 @@ def test_fake_tensors_have_the_real_shape(dtype: torch.dtype) -> None:
 
 
 def launches() -> None:
-    """Every shape of program: all sizes 1, which Triton takes for constants, and none."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        few_tokens_mlp(*operands(16, 9, 3, 40, 24, dtype), True)
-        few_tokens_mlp(*operands(1, 2, 1, 1, 1, dtype), False)
-    few_tokens_mlp(*operands(2, 5, 1, 3, 1), True)
-    few_tokens_mlp(*operands(1, 5, 2, 1, 3), True)
+    """Sizes of 1, which Triton takes for constants of the kernel, and larger ones."""
+    few_tokens_mlp(*operands(16, 9, 3, 40, 24, torch.bfloat16), True)
+    few_tokens_mlp(*operands(1, 2, 1, 1, 1, torch.bfloat16), True)
 
 
-def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """In every dtype, with sizes of 1 and larger ones."""
+def more_launches() -> None:
+    """The other dtypes, and a size of 1 beside larger ones."""
+    for dtype in (torch.float16, torch.float32):
+        few_tokens_mlp(*operands(16, 9, 3, 40, 24, dtype), False)
+        few_tokens_mlp(*operands(1, 2, 1, 1, 1, dtype), True)
+    few_tokens_mlp(*operands(2, 5, 1, 3, 1), False)
+    few_tokens_mlp(*operands(1, 5, 2, 1, 3), False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launches", [pytest.param(launches, id="bf16"), pytest.param(more_launches, id="more")])
+def test_the_kernels_compile_for_a_gpu(launches: Callable[[], None], tmp_path: Path) -> None:
+    """Which their interpreter does not ask."""
     assert_compiles(launches, tmp_path)

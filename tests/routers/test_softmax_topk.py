@@ -112,13 +112,20 @@ def test_renormalised_weights_are_the_plain_ones_divided_by_their_sum() -> None:
     torch.testing.assert_close(plain.weights_TK / plain.weights_TK.sum(-1, keepdim=True), shared.weights_TK)
 
 
-@pytest.mark.parametrize(
-    "impl", [pytest.param("cuda_ext", id="cuda_ext"), pytest.param("triton", id="triton"), pytest.param("x", id="x")]
-)
+@pytest.mark.parametrize("impl", [pytest.param(name, id=name) for name in ("cuda_ext", "x")])
 def test_an_implementation_that_is_not_there_is_unavailable(impl: str) -> None:
     """No silent fallback: the error names what was asked for."""
-    with pytest.raises(UnavailableError, match=rf"router\.impl={impl}.*torch only"):
+    with pytest.raises(UnavailableError, match=rf"router\.impl={impl}.*torch, triton only"):
         SoftmaxTopK(7, 2, impl=impl)
+
+
+def test_the_kernel_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA and the interpreter it is unavailable, and `auto` means torch."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with torch.device("cpu"):
+        assert SoftmaxTopK(7, 2).impl == "torch"
+        with pytest.raises(UnavailableError, match="needs device=cuda"):
+            SoftmaxTopK(7, 2, impl="triton")
 
 
 PEERS = [
