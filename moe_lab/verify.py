@@ -3,7 +3,9 @@
 route   each layer's expert ids and weights against the fp32 selection of the same logits. The sets must be equal but
         for near-ties: tokens whose boundary margin lies below the dtype's rounding. Those are counted.
 layers  the fp32 reference of the whole model with the run's routing forced, layer by layer; and each MoE layer alone
-        on the run's own input, by token and by expert, where one wrong expert of many cannot hide in an average.
+        on the run's own input, by token and by expert, where one wrong expert of many cannot hide in an average. Of
+        prefill and decoding also what the cache holds at each position: of a long context one wrong key or value
+        changes the output by less than bf16 rounds.
 free    the reference with its own routing: recorded, decides nothing (a near-tie may flip an expert, and a flipped
         expert is no error).
 """
@@ -22,8 +24,9 @@ from torch import Tensor, nn
 from moe_lab.errors import MismatchError
 from moe_lab.measure.roofline import count_flops
 from moe_lab.models import Output
+from moe_lab.models.kv_cache import KVCache, LayerCache
 from moe_lab.models.moe_layer import MoELayer
-from moe_lab.models.serving import Decode, whole_routing
+from moe_lab.models.serving import Decode, Prefill, whole_routing
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records.schema import Check
 from moe_lab.routers.base import RouteContext, Routing, check_finite
@@ -42,6 +45,7 @@ class Tolerance:
     score: float  # of a selection score, as a share of the token's largest: below it two experts are a near-tie
     weight: float  # absolute, of a routing weight
     logit: float = 0.0  # of a router logit, as a share of the token's median one, where the run's own are not at hand
+    cache: float = 0.0  # of a token's keys or values in a layer's cache: `token` times the square root of the depth
 
 
 TOLERANCES = {
@@ -56,7 +60,8 @@ _ROWS_AT_ONCE = 1 << 13  # what the checks compute in one piece, so that they ne
 def tolerance_of(model: nn.Module, dtype: torch.dtype, *, fuses: bool = False) -> Tolerance:
     """The tolerances for `model` in `dtype`; `fuses` as in `verify`."""
     allowed = TOLERANCES[dtype]
-    allowed = replace(allowed, model=allowed.model * max(len(getattr(model, "layers", ())), 1) ** 0.5)
+    walk = max(len(getattr(model, "layers", ())), 1) ** 0.5
+    allowed = replace(allowed, model=allowed.model * walk, cache=allowed.token * walk)
     if not fuses:
         return allowed
     # Rounding on the way to the logits is that of the model's output so far; the median is 2/3 of a standard deviation.
@@ -293,6 +298,34 @@ def _squares(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     return (y.float() - reference).square().sum(-1), reference.square().sum(-1)
 
 
+class _ComparedLayer(LayerCache):
+    """Instead of keeping keys and values, compares them with those that are there."""
+
+    def __init__(self, kept: LayerCache):
+        super().__init__(kept.k_BHNd, kept.v_BHNd)
+        self.error = 0.0
+        """Of the worst token's keys or values, over all heads; infinite if anything is not finite."""
+
+    def begin(self, k_BHSd: Tensor, v_BHSd: Tensor) -> None:
+        """See `LayerCache.begin`."""
+        for kept_BHNd, wanted_BHSd in ((self.k_BHNd, k_BHSd), (self.v_BHNd, v_BHSd)):
+            off = (kept_BHNd[:, :, : wanted_BHSd.shape[2]].float() - wanted_BHSd).square().sum((1, 3))
+            size = wanted_BHSd.square().sum((1, 3))
+            error = float((off / size.clamp(min=1e-30)).max().sqrt()) if bool(off.isfinite().all()) else math.inf
+            self.error = max(self.error, error)
+
+
+class _ComparedCache(KVCache):
+    """Stands in for a cache in a cacheless pass of the reference, and is compared with what that computes."""
+
+    def __init__(self, cache: KVCache):
+        super().__init__(_ComparedLayer(layer) for layer in cache.layers if isinstance(layer, LayerCache))
+
+    def error(self) -> float:
+        """Of the worst layer."""
+        return max((layer.error for layer in self.layers if isinstance(layer, _ComparedLayer)), default=0.0)
+
+
 @dataclass
 class Verification:
     """The record's check, why it failed if it did, and the operations counted on the way."""
@@ -345,12 +378,16 @@ def verify(
     check = result.check
     if not _keeps_contract(result, layers, [ran], n_tokens):
         return result
-    _probe_layers(result, LayerProbe(model, twin, tolerance, routes=not forced), lambda: model(x, ran.routings))
-
     reference_x = x.float() if x.is_floating_point() else x
     off = Distance()
     with exact_products():
-        reference: Output = twin(reference_x, forced_routing=ran.routings)
+        reference: Output
+        if isinstance(model, Prefill) and isinstance(twin, Prefill):  # before a pass writes into the cache again
+            cache = _ComparedCache(model.cache)
+            reference = twin.decoder(x, ran.routings, cache=cache, last=1)
+            check.cache_rel_error = cache.error()
+        else:
+            reference = twin(reference_x, forced_routing=ran.routings)
         if reference.y.dtype != torch.float32:
             raise ValueError(
                 f"model: its reference pass computes in {reference.y.dtype}; let each operation cast its weight to the "
@@ -358,6 +395,8 @@ def verify(
             )
         off.add(ran.y, reference.y)
         del reference
+    _probe_layers(result, LayerProbe(model, twin, tolerance, routes=not forced), lambda: model(x, ran.routings))
+    with exact_products():
         free, result.flops = count_flops(lambda: twin(reference_x, forced_routing=ran.routings if forced else None))
     check.rel_error, check.max_abs_error = off.relative(), off.largest
     if not forced:
@@ -388,7 +427,7 @@ def verify_decode(
     in the record. A router that looks at the whole batch has no free choice over whole sequences to compare with.
 
     Args:
-        steps: what the run's own execution computed, step by step.
+        steps: what the run's own execution computed, step by step; the cache is as they left it.
         context: the routing of each MoE layer in the cached context.
     """
     tolerance = tolerance_of(task, dtype, fuses=fuses)
@@ -398,29 +437,22 @@ def verify_decode(
     if not _keeps_contract(result, layers, steps, B):
         return result
 
-    def some_steps() -> None:
-        for index in probed:
-            task.seek(index)
-            task(ids_BN, steps[index].routings)
-
-    _probe_layers(result, LayerProbe(task, twin, tolerance, routes=not forced), some_steps)
-    task.seek(n - 1)
-    _, result.flops = count_flops(lambda: task.on(twin)(ids_BN, steps[-1].routings))
-
     whole = [
         whole_routing(of_layer[0], of_layer[1:], B)
         for of_layer in zip(context, *(s.routings for s in steps), strict=True)
     ]
     y_BSV = torch.cat([step.y for step in steps], dim=1)
     is_free = bool(layers) and not forced and all(layer.router.batch_invariant for _, layer in layers)
-    off, free_off, changed, rows = Distance(), Distance(), 0, max(1, _TOKENS_AT_ONCE // N)
+    off, free_off, changed, cache_error, rows = Distance(), Distance(), 0, 0.0, max(1, _TOKENS_AT_ONCE // N)
     for a in range(0, B, rows):
         ran = [
             Routing(one.expert_ids_TK[a * N : (a + rows) * N], one.weights_TK[a * N : (a + rows) * N]) for one in whole
         ]
         some_BN, y = ids_BN[a : a + rows], y_BSV[a : a + rows]
+        cache = _ComparedCache(task.cache.rows(a, a + rows))
         with exact_products():
-            off.add(y, twin(some_BN, ran, last=n).y)
+            off.add(y, twin(some_BN, ran, last=n, cache=cache).y)
+            cache_error = max(cache_error, cache.error())
             if is_free:
                 free = twin(some_BN, last=n)
                 free_off.add(y, free.y)
@@ -429,9 +461,18 @@ def verify_decode(
                     differs_BN = (members(one.expert_ids_TK, E) != members(other.expert_ids_TK, E)).any(-1).view(-1, N)
                     changed += int(differs_BN[:, N - n :].sum())
     check = result.check
-    check.rel_error, check.max_abs_error = off.relative(), off.largest
+    check.rel_error, check.max_abs_error, check.cache_rel_error = off.relative(), off.largest, cache_error
     if is_free:
         check.free_rel_error, check.changed_sets = free_off.relative(), changed
+
+    def some_steps() -> None:  # they write into the cache again, so it was compared before
+        for index in probed:
+            task.seek(index)
+            task(ids_BN, steps[index].routings)
+
+    _probe_layers(result, LayerProbe(task, twin, tolerance, routes=not forced), some_steps)
+    task.seek(n - 1)
+    _, result.flops = count_flops(lambda: task.on(twin)(ids_BN, steps[-1].routings if forced else None))
     return _judged(result, tolerance, dtype)
 
 
@@ -477,6 +518,7 @@ def _beyond(check: Check, tolerance: Tolerance, dtype: torch.dtype) -> MismatchE
         ("model", check.rel_error, tolerance.model),
         ("expert", check.expert_rel_error, tolerance.expert),
         ("token", check.token_rel_error, tolerance.token),
+        ("cache", check.cache_rel_error, tolerance.cache),
     )
     over = [
         f"{name} {error:.2e} > {most:.1e}" for name, error, most in limits if error is not None and not error <= most

@@ -60,6 +60,7 @@ class Check:
     free_rel_error: float | None
     changed_sets: int | None
     reference: str
+    cache_rel_error: float | None = None
 
 
 @dataclass(kw_only=True)

@@ -88,6 +88,7 @@ RUNS: Columns = {
     **_under("memory", dict.fromkeys(("peak_mb", "parameters_mb"), FLOAT)),
     "check.passed": BOOL,
     **_under("check", dict.fromkeys(("rel_error", "max_abs_error", "expert_rel_error", "token_rel_error"), FLOAT)),
+    "check.cache_rel_error": FLOAT,
     "check.near_ties": INT,
     "check.free_rel_error": FLOAT,
     "check.changed_sets": INT,
