@@ -185,8 +185,8 @@ def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("combination", "mend"),
     [
-        pytest.param("dtype=fp16", "bf16 or fp32", id="half-on-cpu"),
-        pytest.param("execution=cuda_graph", "eager or compile", id="graph-on-cpu"),
+        pytest.param("dtype=fp16", "bf16 or fp32", id="half-on-cpu", marks=pytest.mark.slow),
+        pytest.param("execution=cuda_graph", "eager or compile", id="graph-on-cpu", marks=pytest.mark.slow),
         pytest.param("router=cuda_ext", "router=torch", id="no-extension"),
     ],
 )

@@ -50,7 +50,10 @@ PAIRS = [(router, "grouped") for router in ROUTERS] + [
 
 
 @pytest.mark.parametrize(("router", "experts"), [pytest.param(*pair, id="-".join(pair)) for pair in PAIRS])
-@pytest.mark.parametrize("model", [pytest.param(m, id=m) for m in ("decoder_moe", "moe_layer")])
+@pytest.mark.parametrize(  # a decoder with every router is tried on the checkpoint
+    "model",
+    [pytest.param("decoder_moe", id="decoder_moe", marks=pytest.mark.slow), pytest.param("moe_layer", id="moe_layer")],
+)
 def test_every_moe_model_runs_with_every_router_and_experts(
     model: str, router: str, experts: str, tmp_path: Path
 ) -> None:
@@ -110,7 +113,10 @@ def test_a_checkpoint_runs_with_every_router(router: str, native: Record, tmp_pa
 @pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("prefill", "decode")])
 @pytest.mark.parametrize(
     "router",
-    [pytest.param(r, id=r) for r in ("native", "sinkhorn", "expert_choice", "hash", "loss_free", "top_p", "capacity")],
+    [
+        *(pytest.param(r, id=r) for r in ("native", "sinkhorn", "hash")),
+        *(pytest.param(r, id=r, marks=pytest.mark.slow) for r in ("expert_choice", "loss_free", "top_p", "capacity")),
+    ],
 )
 def test_routers_of_every_kind_serve_a_checkpoint(router: str, phase: str, tmp_path: Path) -> None:
     """Filling a cache and stepping behind one, each verified."""

@@ -39,8 +39,8 @@ def attend(
         seen_SN &= key_N > query_S1 - window
     if shares and S == 1:  # heads that share a key are queries of one head: no copy of the keys, in no backend
         B, H, _, d = q_BHSd.shape
-        grouped = q_BHSd.view(B, k_BHNd.shape[1], -1, d)
-        return F.scaled_dot_product_attention(grouped, k_BHNd, v_BHNd, attn_mask=seen_SN).view(B, H, 1, d)
+        grouped = q_BHSd.reshape(B, k_BHNd.shape[1], -1, d)
+        return F.scaled_dot_product_attention(grouped, k_BHNd, v_BHNd, attn_mask=seen_SN).reshape(B, H, 1, d)
     return F.scaled_dot_product_attention(q_BHSd, k_BHNd, v_BHNd, attn_mask=seen_SN, enable_gqa=shares)
 
 

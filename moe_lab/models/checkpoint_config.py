@@ -1,4 +1,4 @@
-"""The config.json of a Hugging Face checkpoint, as the settings of our decoder. Imports no torch.
+"""The config.json of a Hugging Face checkpoint, as the settings of our decoder.
 
 An architecture is a function from the file's keys to settings; what most share stands in `_decoder` and `_moe`. Files
 written by transformers 4 and 5 differ in some names (`rope_theta` and `rope_scaling` against `rope_parameters`,
@@ -79,6 +79,24 @@ class _Config:
             raise self.refuse(f"{' or '.join(names)}={found} is no whole number of 1 or more; fetch the file again.")
         return found
 
+    def number(self, *names: str) -> float | None:
+        """As `get`: a number above 0, or None."""
+        found = self.get(*names)
+        if found is not None and (not _is_number(found) or found <= 0):
+            raise self.refuse(f"{' or '.join(names)}={found} is no number above 0; fetch the file again.")
+        return found  # type: ignore[no-any-return]
+
+    def flag(self, name: str, default: bool) -> bool:
+        """As `get`: true or false."""
+        found = self.get(name, default=default)
+        if not isinstance(found, bool):
+            raise self.refuse(f"{name}={found} is neither true nor false; fetch the file again.")
+        return found
+
+    def window(self) -> int | None:
+        """How many tokens a token of a sliding layer sees; None: all before it."""
+        return None if self.get("sliding_window") is None else self.size("sliding_window")
+
     def refuse(self, what: str) -> ValueError:
         return ValueError(f"model.path: {self.path}: {what}")
 
@@ -112,8 +130,10 @@ def read(folder: str | Path) -> Settings:
     if content.get("quantization_config"):
         raise config.refuse("it is quantised, which is not supported; take the bf16 weights.")
     end = config.get("eos_token_id", default=[])
-    ends = frozenset(end if isinstance(end, list) else [end])
-    return replace(_ARCHITECTURES[model_type](config), ends=ends)
+    ends = end if isinstance(end, list) else [end]
+    if not all(isinstance(one, int) for one in ends):
+        raise config.refuse(f"eos_token_id={end} is neither an id nor a list of ids; fetch the file again.")
+    return replace(_ARCHITECTURES[model_type](config), ends=frozenset(ends))
 
 
 def _decoder(config: _Config, *, rope_theta: float) -> dict[str, Any]:
@@ -129,8 +149,8 @@ def _decoder(config: _Config, *, rope_theta: float) -> dict[str, Any]:
         "n_layers": config.size("num_hidden_layers"),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "norm_eps": config.need("rms_norm_eps"),
-        "tie_embeddings": config.get("tie_word_embeddings", default=False),
+        "norm_eps": config.number("rms_norm_eps") or config.need("rms_norm_eps"),
+        "tie_embeddings": config.flag("tie_word_embeddings", default=False),
     }
 
 
@@ -192,7 +212,7 @@ def _dense_layers(config: _Config, n_layers: int) -> frozenset[int]:
 
 def _mixtral(config: _Config) -> Settings:
     decoder = _decoder(config, rope_theta=1e6)
-    window = config.get("sliding_window")
+    window = config.window()
     return Settings(
         "mixtral",
         {**decoder, **_moe(config, config.size("intermediate_size")), "windows": [window] * decoder["n_layers"]},
@@ -202,26 +222,26 @@ def _mixtral(config: _Config) -> Settings:
 
 
 def _olmoe(config: _Config) -> Settings:
-    bias = config.get("attention_bias", default=False)
+    bias = config.flag("attention_bias", default=False)
     return Settings(
         "olmoe",
         {
             **_decoder(config, rope_theta=1e4),
             **_moe(config, config.size("intermediate_size")),
             "qk_norm": "full",
-            "clip_qkv": config.get("clip_qkv"),
+            "clip_qkv": config.number("clip_qkv"),
             "qkv_bias": bias,
             "o_bias": bias,
         },
-        _softmax_topk(config.get("norm_topk_prob", default=False)),
+        _softmax_topk(config.flag("norm_topk_prob", default=False)),
         config.size("max_position_embeddings"),
     )
 
 
 def _qwen3_moe(config: _Config) -> Settings:
     decoder = _decoder(config, rope_theta=1e4)
-    bias = config.get("attention_bias", default=False)
-    window = config.get("sliding_window") if config.get("use_sliding_window", default=False) else None
+    bias = config.flag("attention_bias", default=False)
+    window = config.window() if config.flag("use_sliding_window", default=False) else None
     return Settings(
         "qwen3_moe",
         {
@@ -233,7 +253,7 @@ def _qwen3_moe(config: _Config) -> Settings:
             "o_bias": bias,
             "windows": [window] * decoder["n_layers"],
         },
-        _softmax_topk(config.get("norm_topk_prob", default=False)),
+        _softmax_topk(config.flag("norm_topk_prob", default=False)),
         config.size("max_position_embeddings"),
         _dense_layers(config, decoder["n_layers"]),
     )
@@ -242,7 +262,7 @@ def _qwen3_moe(config: _Config) -> Settings:
 def _qwen2_moe(config: _Config) -> Settings:
     decoder = _decoder(config, rope_theta=1e4)
     n_layers = decoder["n_layers"]
-    slides = config.get("use_sliding_window", default=False)
+    slides = config.flag("use_sliding_window", default=False)
     kinds = config.get("layer_types")
     if kinds is None:  # as transformers reads it: every other layer, below max_window_layers
         widest = config.get("max_window_layers", default=28)
@@ -253,7 +273,7 @@ def _qwen2_moe(config: _Config) -> Settings:
         raise config.refuse(
             f"layer_types={kinds} does not name one of {', '.join(sorted(_LAYER_TYPES))} for each of {n_layers} layers."
         )
-    window = config.get("sliding_window") if slides else None
+    window = config.window() if slides else None
     return Settings(
         "qwen2_moe",
         {
@@ -262,10 +282,10 @@ def _qwen2_moe(config: _Config) -> Settings:
             "dense_hidden_dim": config.size("intermediate_size"),
             "shared_expert_hidden_dim": config.size("shared_expert_intermediate_size"),
             "shared_expert_gate": True,
-            "qkv_bias": config.get("qkv_bias", default=True),
+            "qkv_bias": config.flag("qkv_bias", default=True),
             "windows": [window if kind == "sliding_attention" else None for kind in kinds],
         },
-        _softmax_topk(config.get("norm_topk_prob", default=False)),
+        _softmax_topk(config.flag("norm_topk_prob", default=False)),
         config.size("max_position_embeddings"),
         _dense_layers(config, n_layers),
     )

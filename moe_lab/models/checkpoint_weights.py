@@ -201,8 +201,9 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
         if keys
     ]
     if complaints:
+        folder = next((there.file.parent for there in found.values()), "")
         raise ValueError(
-            f"model.path: the tensors are not those of the config.json beside them; {'; '.join(complaints)}."
+            f"model.path={folder}: the tensors are not those of the config.json beside them; {'; '.join(complaints)}."
         )
     head, embedding = (found.get(_WHOLE[name]) for name in ("head.weight", "embed.weight"))
     if tied and head is not None and embedding is not None and not _same_bytes(head, embedding):

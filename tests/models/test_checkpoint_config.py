@@ -395,6 +395,24 @@ def test_all_names_of_the_number_of_experts_are_said_when_there_is_none(tmp_path
     assert "num_experts or num_local_experts" in message
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        pytest.param("olmoe", "clip_qkv", "8", id="clip_as_text"),
+        pytest.param("olmoe", "clip_qkv", -8.0, id="clip_below_0"),
+        pytest.param("olmoe", "norm_topk_prob", "false", id="flag_as_text"),
+        pytest.param("olmoe", "attention_bias", 1, id="flag_as_number"),
+        pytest.param("mixtral", "sliding_window", 0, id="window_of_0"),
+        pytest.param("mixtral", "sliding_window", "4096", id="window_as_text"),
+        pytest.param("qwen2_moe", "qkv_bias", "yes", id="bias_as_text"),
+        pytest.param("qwen3_moe", "use_sliding_window", "no", id="sliding_as_text"),
+    ],
+)
+def test_a_setting_of_another_type_is_named(kind: str, key: str, value: Any, tmp_path: Path) -> None:
+    """And not taken for true, or for whatever arithmetic makes of it."""
+    assert f"{key}={value}" in refusal(tmp_path, kind, **{key: value})
+
+
 @pytest.mark.parametrize("value", [pytest.param(v, id=str(v)) for v in (0, -1, 2.5, "many", [1], True)])
 @pytest.mark.parametrize(
     "key",
@@ -453,6 +471,11 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("rope_of_text", {"rope_scaling": "yarn"}, ["rope_scaling=yarn", "JSON"]),
     ("theta", {"rope_theta": "1e6"}, ["rope_theta=1e6"]),
+    ("eps_of_text", {"rms_norm_eps": "1e-6"}, ["rms_norm_eps=1e-6"]),
+    ("eps_below_0", {"rms_norm_eps": -1e-6}, ["rms_norm_eps=-1e-06"]),
+    ("end_of_text", {"eos_token_id": "</s>"}, ["eos_token_id=</s>"]),
+    ("end_as_object", {"eos_token_id": {"id": 2}}, ["eos_token_id="]),
+    ("tied_as_text", {"tie_word_embeddings": "false"}, ["tie_word_embeddings=false"]),
 ]
 
 

@@ -312,7 +312,9 @@ def assert_verified(cfg: DictConfig) -> None:
 @MODELS
 @DTYPES
 @BOTH
-@pytest.mark.parametrize("seed", [pytest.param(seed, id=f"seed{seed}") for seed in range(3)])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, id=f"seed{seed}", marks=[pytest.mark.slow] if seed else []) for seed in range(3)]
+)
 def test_a_correct_run_passes(model: str, dtype: str, experts: ExpertsImpl, seed: int) -> None:
     """There are no near-ties and no changed sets, for nothing is chosen; so forced and free are the same pass."""
     run = tiny.built(config(model, f"dtype={dtype}", f"experts={experts.__name__}", f"seed={seed}"))

@@ -295,7 +295,7 @@ def test_replicates_are_fresh_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "launcher", [pytest.param("basic", id="basic"), pytest.param("joblib", id="joblib", marks=pytest.mark.slow)]
+    "launcher", [pytest.param(name, id=name, marks=pytest.mark.slow) for name in ("basic", "joblib")]
 )
 def test_other_launchers_plan_resume_and_survive(launcher: str, tmp_path: Path) -> None:
     """A row per job though one dies, a plan before the first, nothing done twice, and a first line that says how."""
