@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from moe_lab import quality as quality_module
 from moe_lab.models import Output
 from moe_lab.models.parameters import shareable
 from moe_lab.quality import domain_information, quality
-from moe_lab.workloads.text import Windows
-from tests import tiny
+from moe_lab.workloads.text import Windows, read_domains, windows
+from tests import quick, tiny
 
 CPU = torch.device("cpu")
 NAMES = ("code", "prose")
@@ -311,6 +312,45 @@ def test_another_router_in_a_real_decoder(dtype: str) -> None:
     assert found["native_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     same, _ = quality(native, native, windows, 3, CPU)
     assert same["kl_to_native"] == 0 and same["top1_agreement"] == 1 and same["bits_per_byte"] == pytest.approx(bits)
+
+
+def bits_per_byte_of_transformers(run: Windows) -> dict[str, float]:
+    """Of the checkpoint in assets/ on the same windows, text by text."""
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(quick.TINY_OLMOE, dtype=torch.float32).eval()
+    bits = {}
+    for domain, name in enumerate(run.names):
+        mine = run.domain_W == domain
+        with torch.inference_mode():
+            y_TV = torch.cat([peer(ids_BS).logits.flatten(0, 1) for ids_BS in run.ids_WS[mine].split(8)])
+        nats = nn.functional.cross_entropy(y_TV, run.targets_WS[mine].flatten(), reduction="sum")
+        bits[name] = float(nats) / math.log(2) / int(run.bytes_W[mine].sum())
+    return bits
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens"),
+    [
+        pytest.param("fp32", 4096, id="fp32"),
+        pytest.param("bf16", 4096, id="bf16"),
+        pytest.param("fp32", None, id="whole_texts", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_gives_the_bits_per_byte_of_transformers(dtype: str, tokens: int | None, tmp_path: Path) -> None:
+    """Of every text, for the same windows: within 1 % in bf16, and in fp32 to the rounding."""
+    more = (
+        f"measure.quality_tokens={'null' if tokens is None else tokens}",
+        f"dtype={dtype}",
+        "batch=1",
+        "seq_len=256",
+    )
+    record = moe_lab.run(quick.compose("checkpoint", *more), tmp_path)
+    assert record.quality is not None
+    texts = read_domains(str(quick.TEXTS), 256, None)
+    want = bits_per_byte_of_transformers(windows(texts, 256, None if tokens is None else tokens // 256, seed=0))
+    assert set(want) == {"jargon", "pydoc", "python", "roff"} == set(record.quality["domains"])
+    got = {name: domain["bits_per_byte"] for name, domain in record.quality["domains"].items()}
+    assert got == pytest.approx(want, rel=1e-5 if dtype == "fp32" else 1e-2)
 
 
 def test_without_a_native_router_nothing_compares_with_it() -> None:
