@@ -40,13 +40,13 @@ def labels(contents: Sequence[Mapping[str, Any]], compare: Sequence[str] = COMPA
 
 
 def named(content: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a configuration with a checkpoint called by its folder, for people to read."""
-    model = content["model"]
-    return (
-        {**content, "model": {**model, "name": identity.model_name(config["model"])}}
-        if "path" in model
-        else {**content}
-    )
+    """The content of a configuration for people to read: a checkpoint is called by its folder, a replay a replay."""
+    found, model, workload = {**content}, content["model"], content.get("workload", {})
+    if "path" in model:
+        found["model"] = {**model, "name": identity.model_name(config["model"])}
+    if workload.get("load") == "replay":  # and not by where the tokens come from
+        found["workload"] = {**workload, "name": "replay"}
+    return found
 
 
 def _name(node: Any) -> str:

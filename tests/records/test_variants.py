@@ -84,6 +84,13 @@ def test_checkpoints_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     assert variants.named(content(), {"model": {}}) == content()
 
 
+def test_a_replay_is_called_so() -> None:
+    """Its ids are those of a trace, wherever its tokens come from."""
+    layers = [{**content(), "workload": {"name": "random", "load": "replay", "trace_layer": n}} for n in (0, 3)]
+    named = [variants.named(layer, {"model": {}}) for layer in layers]
+    assert variants.labels(named, ("workload",)) == ["replay(trace_layer=0)", "replay(trace_layer=3)"]
+
+
 def test_a_model_that_reads_nothing_of_what_is_compared_is_named_by_itself() -> None:
     """minimal beside two routers of a layer."""
     contents = [content("router=torch"), content("router=sinkhorn"), content(model="minimal")]
