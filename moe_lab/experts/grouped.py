@@ -41,9 +41,12 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
     K = routing.expert_ids_TK.shape[1]
     with phase("dispatch"):
         order = routing.dispatch or dispatch(routing.expert_ids_TK, weights.n_experts)
-        x_ND = x_TD.index_select(0, order.perm_N // K)
+        perm_N = order.perm_N
+        if x_TD.device.type == "cpu" and x_TD.dtype == torch.float32 and not torch.compiler.is_compiling():
+            perm_N = perm_N[: int(order.offsets_E1[-1])]  # the used ones
+        x_ND = x_TD.index_select(0, perm_N // K)
         if scale == "input":
-            x_ND = (x_ND * routing.weights_TK.reshape(-1)[order.perm_N, None]).to(x_TD.dtype)
+            x_ND = (x_ND * routing.weights_TK.reshape(-1)[perm_N, None]).to(x_TD.dtype)
     with phase("experts"):
         implementation = implementation_for(x_TD.device, x_TD.dtype, *weights.w_down_EDF.shape[1:])
         h_NF = swiglu(segment_mm(x_ND, weights.w_gate_up_E2FD, order.offsets_E1, implementation))

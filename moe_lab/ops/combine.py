@@ -14,7 +14,8 @@ def combine(o_ND: Tensor, inverse_N: Tensor, weights_TK: Tensor, used_TK: Tensor
     """[T, D] in o's dtype; products and sums in fp32.
 
     Args:
-        o_ND: [T * K, D] outputs in sorted order; rows of unused slots may hold anything, NaN too.
+        o_ND: outputs in sorted order, of T * K slots or of the used ones; rows of unused slots may hold anything, NaN
+            too.
         inverse_N: [T * K] int32, the row of `o_ND` of each flat slot.
         weights_TK: float32.
         used_TK: bool, False for slots that count nothing.
@@ -24,8 +25,13 @@ def combine(o_ND: Tensor, inverse_N: Tensor, weights_TK: Tensor, used_TK: Tensor
     if o_ND.device.type == "cpu" and o_ND.dtype == torch.float32:
         # One pass without the gathered [T, K, D] (0.8 ms against 15 for T=256, K=8, D=2048 on two EPYC cores). It reads
         # no row of an unused slot: that one is replaced by a row of the same token, or dropped with the whole token.
-        if T and not torch.compiler.is_compiling() and bool(used_TK.all()):
-            return F.embedding_bag(rows_TK, o_ND, mode="sum", per_sample_weights=weights_TK)
+        if T and not torch.compiler.is_compiling():
+            if bool(used_TK.all()):
+                return F.embedding_bag(rows_TK, o_ND, mode="sum", per_sample_weights=weights_TK)
+            used_T = used_TK.sum(-1)
+            starts_T = (used_T.cumsum(0) - used_T).to(rows_TK.dtype)
+            chosen_N, weights_N = rows_TK[used_TK], weights_TK[used_TK]
+            return F.embedding_bag(chosen_N, o_ND, starts_T, mode="sum", per_sample_weights=weights_N)
         weights_TK = weights_TK.masked_fill(~used_TK, 0)
         rows_TK = rows_TK.where(used_TK, rows_TK.masked_fill(~used_TK, 0).amax(-1, keepdim=True))
         y_TD = F.embedding_bag(rows_TK, o_ND, mode="sum", per_sample_weights=weights_TK) if T else o_ND.new_empty(0, D)

@@ -69,3 +69,13 @@ def test_all_slots_unused_is_zero(device: torch.device) -> None:
     nothing_TK = torch.zeros(3, 2, dtype=torch.bool, device=device)
     y_TD = combine(o_ND, torch.arange(6, dtype=torch.int32, device=device), torch.ones(3, 2, device=device), nothing_TK)
     assert torch.equal(y_TD, torch.zeros(3, 4, device=device))
+
+
+def test_rows_of_unused_slots_need_not_be_there() -> None:
+    """On a CPU in fp32 the used ones alone are computed; they come first in the order."""
+    o_ND, _, weights_TK, used_TK = case(37, 3, 33, torch.float32, torch.device("cpu"))
+    used_N = used_TK.flatten()
+    inverse_N = torch.where(used_N, used_N.cumsum(0) - 1, used_N.sum() + (~used_N).cumsum(0) - 1).int()
+    few = combine(o_ND[: int(used_N.sum())], inverse_N, weights_TK, used_TK)
+    torch.testing.assert_close(few, combine(o_ND, inverse_N, weights_TK, used_TK), atol=0, rtol=0)
+    assert combine(o_ND[:0], inverse_N, weights_TK, torch.zeros_like(used_TK)).eq(0).all()
