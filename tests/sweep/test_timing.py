@@ -50,8 +50,9 @@ def cells(directory: Path, *more: str, plugin: Path | None = None) -> list[Cell]
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
-    """Four variants."""
-    return cells(tmp_path_factory.mktemp("planned"), "router=torch,sinkhorn", "experts=grouped,loop")
+    """Four variants; with time for ten rounds on a busy machine, after which any interval is narrow enough."""
+    enough = ("measure.max_time_s=1", "measure.target_ci=100")
+    return cells(tmp_path_factory.mktemp("planned"), "router=torch,sinkhorn", "experts=grouped,loop", *enough)
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_a_cell_alone_has_neither_peers_nor_a_ratio(four: list[Cell]) -> None:
 
 def test_a_slow_router_has_a_large_ratio(plugin: Path, tmp_path: Path) -> None:
     """It waits for 20 ms in a layer that takes far less; against it, the other has a small one."""
-    group = cells(tmp_path, "router=torch,slow", "measure.max_time_s=0.3", plugin=plugin)
+    group = cells(tmp_path, "router=torch,slow", "measure.max_time_s=1", "measure.target_ci=100", plugin=plugin)
     (quick_, slow), _ = time(group, group[0])
     assert quick_.ratio_to_anchor is None
     assert slow.ratio_to_anchor is not None
