@@ -23,6 +23,7 @@ IMPLEMENTATIONS = ("auto", "torch", "triton")
 LOADS = ("native", "balanced", "random", "zipf", "hot", "one_hot", "replay")
 PHASES = ("forward", "prefill", "decode")
 EXECUTIONS = ("eager", "compile", "cuda_graph")
+EXPORTS, VIEWS, OPSETS, AXES = ("none", "netron"), ("modules", "flat"), (18, 23), ("batch", "seq_len")
 STALE = ("rerun", "keep", "refuse")
 _GROUPS = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
 _LABELLED = (
@@ -322,8 +323,15 @@ class Measure:
 
 @dataclass
 class Export:
+    """See conf/export/netron.yaml."""
+
     name: str = "none"
     dir: str | None = None
+    dynamic: list[str] = field(default_factory=lambda: ["batch", "seq_len"])
+    opset: int = 23
+    view: str = "modules"
+    verify: bool = True
+    overwrite: bool = False
 
 
 @dataclass
@@ -478,6 +486,13 @@ def validate(cfg: DictConfig) -> None:
     _one_of(cfg, "device.name", ("auto", "cpu", "cuda"))
     _one_of(cfg, "dtype.name", DTYPES)
     _one_of(cfg, "execution.name", EXECUTIONS)
+    _one_of(cfg, "export.name", EXPORTS)
+    _one_of(cfg, "export.view", VIEWS)
+    if cfg.export.get("opset", 23) not in OPSETS:
+        raise ValueError(f"export.opset={cfg.export.opset}: it must be one of {', '.join(map(str, OPSETS))}.")
+    for axis in cfg.export.get("dynamic", ()):
+        if axis not in AXES:
+            raise ValueError(f"export.dynamic={axis}: an axis is one of {', '.join(AXES)}.{nearest(str(axis), AXES)}")
     if _is_ours(cfg.model):
         _validate_model(cfg)
     if _is_ours(cfg.router):

@@ -1,5 +1,9 @@
 """The errors a person can meet, apart from plain `ValueError` (their mistake: names the key and the mend)."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class UnavailableError(RuntimeError):
     """What was asked for cannot run here: an implementation, a device, or a dtype on that device.
@@ -9,11 +13,15 @@ class UnavailableError(RuntimeError):
 
 
 class MismatchError(RuntimeError):
-    """The run's output disagrees with the fp32 reference; `where` is `route` or `layers`.
+    """The run's output disagrees with the fp32 reference; `where` is `route`, `layers` or `export`.
 
-    `clause`: of the router's contract, where that is what was broken.
+    `clause`: of the router's contract, where that is what was broken. `found`: what is known of an export.
     """
 
-    def __init__(self, where: str, message: str, clause: str | None = None):
+    def __init__(self, where: str, message: str, clause: str | None = None, found: dict[str, Any] | None = None):
         super().__init__(message)
-        self.where, self.clause = where, clause
+        self.where, self.clause, self.found = where, clause, found
+
+
+class ExportError(RuntimeError):
+    """A model that could not be exported, or an exported one that does not compute what the model does."""

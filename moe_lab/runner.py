@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import time
 import traceback
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from moe_lab import build, targets
 from moe_lab.agreement import agreement
 from moe_lab.config import validate
-from moe_lab.errors import MismatchError, UnavailableError
+from moe_lab.errors import ExportError, MismatchError, UnavailableError
 from moe_lab.measure import environment, memory, phases, roofline, routing_metrics, statistics
 from moe_lab.measure.clocks import STEPS, Block, Step
 from moe_lab.models import Output
@@ -63,10 +65,12 @@ class TimedBlock(NamedTuple):
 class Run:
     """One composed configuration, executed once. Call `build`, `verify`, `time_block`..., `observe`, then `record`."""
 
-    def __init__(self, cfg: DictConfig):
+    def __init__(self, cfg: DictConfig, directory: Path | None = None):
+        """`directory` is where its files go: those of an export lie there unless `export.dir` says otherwise."""
         self._spent_s, self._begun = 0.0, time.perf_counter()
         validate(cfg)
         self.cfg = cfg
+        self.directory = directory or default_directory(cfg)
         self.code_id = identity.code_id(targets.folders_of(cfg))
         self.implementation: dict[str, str] = {}
         self.started = datetime.now(UTC)
@@ -104,6 +108,8 @@ class Run:
         self.device = build.resolve_device(cfg)
         self.model: nn.Module = build.build_model(cfg, self.device, donor)
         build.require_runnable(cfg, self.model)
+        if self._export_dir is not None:
+            exporter().require_exportable(cfg, self.model, self._export_dir)
         self.x = build.build_input(cfg, self.model, self.device)
         self.task, self.context = build.build_task(cfg, self.model, self.x)
         self.twin: nn.Module = reference_twin(self.model)
@@ -260,6 +266,28 @@ class Run:
             except Exception as error:
                 log.error("%s", traceback.format_exc())
                 self.warnings.append(f"{name} could not be observed: {_reason(error)}")
+
+    @property
+    def _export_dir(self) -> Path | None:
+        if self.cfg.export.get("name", "none") == "none":
+            return None
+        return self.directory / "netron" if self.cfg.export.dir is None else Path(self.cfg.export.dir)
+
+    def export(self) -> None:
+        """Write the model, whatever the phase that was timed, where `export` asks for it.
+
+        Raises:
+            ExportError: there is no pair.
+            MismatchError: it computes something else than the model; what is known of it stands in the record.
+        """
+        if self._export_dir is None:
+            return
+        try:
+            self.observed["export"] = exporter().export(self.cfg, self.model, self._export_dir)
+        except MismatchError as error:
+            self.observed["export"] = error.found
+            raise
+        log.info("exported: %s", self.observed["export"])
 
     def _observe_routing(self) -> dict[str, Any] | None:
         """Metrics of the routing that the run's own execution realises; of decoding the mean over some of its steps."""
@@ -418,6 +446,8 @@ class Run:
             self.warnings.append(str(error))
             return "failed", f"mismatch: {error.where}" + (f": {error.clause}" if error.clause else "")
         log.error("%s", "".join(traceback.format_exception(error)))
+        if isinstance(error, ExportError):
+            return "failed", f"error: export: {error}"
         return "failed", f"error: {error}" if isinstance(error, ValueError) else _reason(error)
 
     def _replicates(self) -> list[np.ndarray]:
@@ -494,6 +524,20 @@ def _padded(ids_TK: Tensor, width: int) -> np.ndarray:
     return np.asarray(nn.functional.pad(ids_TK, (0, width - ids_TK.shape[1]), value=-1).cpu())
 
 
+def exporter() -> ModuleType:
+    """The module that exports; what it is made with comes with an extra.
+
+    Raises:
+        UnavailableError: that is not installed.
+    """
+    try:
+        return importlib.import_module("moe_lab.export.export")
+    except ImportError as error:
+        if error.name is not None and error.name.startswith("moe_lab"):
+            raise
+        raise UnavailableError(f"export=netron: it needs {error.name}; pip install 'moe-lab[export]'") from error
+
+
 def default_directory(cfg: DictConfig) -> Path:
     """`outputs/runs/<slug>-<cell_id>` below the current directory."""
     return Path("outputs/runs") / f"{identity.slug(cfg)}-{identity.cell_id(cfg)}"
@@ -510,8 +554,8 @@ def run(cfg: DictConfig, directory: str | Path | None = None) -> Record:
         OSError: the directory cannot be written.
         KeyboardInterrupt: Ctrl-C; the record, `failed` with the reason `interrupted`, is written first.
     """
-    the_run = Run(cfg)
-    folder = Path(directory) if directory is not None else default_directory(cfg)
+    the_run = Run(cfg, Path(directory) if directory is not None else None)
+    folder = the_run.directory
     folder.mkdir(parents=True, exist_ok=True)
     (folder / store.LOG).unlink(missing_ok=True)
     with run_log(folder):
@@ -527,6 +571,7 @@ def _execute(the_run: Run, folder: Path) -> Record:
             the_run.verify()
             the_run.measure()
             the_run.observe()
+            the_run.export()
     except (Exception, KeyboardInterrupt) as error:
         status, reason = the_run.failed_with(error)
         if _is_persons(error, the_run):

@@ -22,7 +22,7 @@ def peak_bytes(step: Step) -> int | None:
     """
     if step.device.type == "cuda":
         return step.peak_bytes()
-    _give_back_free_memory()
+    give_back_free_memory()
     try:
         _CLEAR_REFS.write_text("5")  # resets VmHWM to the present resident size
     except OSError:
@@ -44,7 +44,7 @@ def available_bytes(device: torch.device) -> int | None:
     return None if available is None or resident is None else available + resident
 
 
-def _give_back_free_memory() -> None:
+def give_back_free_memory() -> None:
     """What earlier runs of this process left with the allocator would count as this one's."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it

@@ -46,7 +46,7 @@ class MoELayer(nn.Module):
         routing = forced
         if routing is None:
             with phase("router"):
-                routing = self.router.route(x_TD, self.weights.gate_ED, ctx)
+                routing = self.router(x_TD, self.weights.gate_ED, ctx)
         y_TD = self.routed(x_TD, routing, ctx)
         return (y_TD if self.shared is None else y_TD + self.shared(x_TD)), routing
 

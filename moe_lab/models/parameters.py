@@ -106,6 +106,16 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+def copied_to(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy whose parameters and buffers lie on `device`; tied ones stay tied."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        there = tensor.to(device)
+        return nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there
+
+    return copy.deepcopy(model, {id(tensor): moved(tensor) for tensor in (*model.parameters(), *model.buffers())})
+
+
 def reference_twin(model: nn.Module) -> nn.Module:
     """The fp32 reference of `model`: the same tensors, every module on its plain-torch implementation."""
     twin = shared_copy(model)

@@ -80,16 +80,6 @@ def rope_tables(
     return angle.cos() * grown, angle.sin() * grown
 
 
-def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
-    """Turn each pair of dimensions by its position's angle; computed in fp32, returned in x's dtype."""
-    half = x_BHSd.shape[-1] // 2
-    wide = x_BHSd.float()
-    y_BHSd = wide * cos_Sd
-    y_BHSd[..., :half].addcmul_(wide[..., half:], sin_Sd[..., :half], value=-1)
-    y_BHSd[..., half:].addcmul_(wide[..., :half], sin_Sd[..., half:])
-    return y_BHSd.to(x_BHSd.dtype)
-
-
 class Rope(nn.Module):
     """The tables of a model, which `reserve` keeps so that a pass need not compute them."""
 

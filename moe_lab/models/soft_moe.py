@@ -53,18 +53,18 @@ class SoftMoELayer(MoELayer):
         o_ND = self.compute(*self._slots(x_TD, D_BSE))
         with phase("combine"):
             C_BSE = routing.weights_TK.view_as(D_BSE).to(x_TD.dtype)
-            y_BSD = C_BSE @ o_ND.view(len(C_BSE), C_BSE.shape[2], x_TD.shape[1])
+            y_BSD = C_BSE @ o_ND.view(C_BSE.shape[0], C_BSE.shape[2], x_TD.shape[1])
         return y_BSD.view_as(x_TD), routing
 
     def _weights(self, x_TD: Tensor, ctx: RouteContext) -> tuple[Tensor, Routing]:
         """(D [B, S, E] in fp32, the routing that holds C [T, E])."""
-        T, E = len(x_TD), self.weights.n_experts
-        B = 1 if ctx.seq_start_B1 is None else len(ctx.seq_start_B1) - 1
+        T, E = x_TD.shape[0], self.weights.n_experts
+        B = 1 if ctx.seq_start_B1 is None else ctx.seq_start_B1.shape[0] - 1
         S = T // max(B, 1)
         assert B * S == T, f"{T} tokens are no {B} sequences of one length"
         with phase("router"):
             # The router's scores are its logits, of which D is made, too.
-            scored = self.router.route(x_TD.float(), self.weights.gate_ED, ctx._replace(want_scores=True))
+            scored = self.router(x_TD.float(), self.weights.gate_ED, ctx._replace(want_scores=True))
             ids_TK, weights_TK, order, scores_TE = scored
             assert scores_TE is not None
             # Not `scored._replace`: what that makes a pass compiled by torch 2.11 cannot return.

@@ -135,7 +135,7 @@ class TransformerDecoder(nn.Module):
         """
         B, S = ids_BS.shape
         rope = self.rope(S, ids_BS.device) if position_S is None else self.rope.at(position_S)
-        starts_B1 = torch.arange(0, (B + 1) * S, S, dtype=torch.int32, device=ids_BS.device)
+        starts_B1 = torch.arange(B + 1, dtype=torch.int32, device=ids_BS.device) * S
         kind = "forward" if cache is None else "prefill" if position_S is None else "decode"
         ctx = RouteContext(token_ids_T=ids_BS.flatten(), seq_start_B1=starts_B1, phase=kind)
         forced = iter(forced_routing) if forced_routing is not None else None

@@ -11,12 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lab.ops.library import library
-
-library.define(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str implementation) -> (Tensor, Tensor)"
-)
-
+from moe_lab.ops.library import register
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -81,6 +76,10 @@ def _fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float, implementatio
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-library.impl("add_rms_norm", _compute, "CPU")
-library.impl("add_rms_norm", _compute, "CUDA")
-torch.library.register_fake("moe_lab::add_rms_norm", _fake, lib=library)
+register(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str implementation) -> (Tensor, Tensor)",
+    _compute,
+    _fake,
+    reference=reference,
+    onnx="moe_lab.ops.add_rms_norm_onnx",
+)

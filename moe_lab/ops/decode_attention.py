@@ -13,13 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.ops.library import library
-
-library.define(
-    "rope_append(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, float clip, Tensor cos, "
-    "Tensor sin, Tensor position, Tensor(a!) k_cache, Tensor(b!) v_cache) -> Tensor"
-)
-library.define("cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor position, int window) -> Tensor")
+from moe_lab.ops.library import register
 
 
 def rope_append(
@@ -89,8 +83,14 @@ def _attention_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tenso
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-for device in ("CPU", "CUDA"):  # on a CPU Triton's interpreter runs them, for tests
-    library.impl("rope_append", _append, device)
-    library.impl("cached_attention", _attention, device)
-torch.library.register_fake("moe_lab::rope_append", _append_fake, lib=library)
-torch.library.register_fake("moe_lab::cached_attention", _attention_fake, lib=library)
+register(
+    "rope_append(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, float clip, Tensor cos, "
+    "Tensor sin, Tensor position, Tensor(a!) k_cache, Tensor(b!) v_cache) -> Tensor",
+    _append,
+    _append_fake,
+)
+register(
+    "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor position, int window) -> Tensor",
+    _attention,
+    _attention_fake,
+)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lab.ops.library import register
+
 
 class Dispatch(NamedTuple):
     """All int32, on the routing's device, of fixed shape: unused slots (id -1) come last, after offsets_E1[-1]."""
@@ -24,9 +26,16 @@ class Dispatch(NamedTuple):
 
 def dispatch(expert_ids_TK: Tensor, n_experts: int) -> Dispatch:
     """Sort the slots of `expert_ids_TK` (int32, -1 = unused) by expert; of a GPU nothing is read on the host."""
+    if torch.compiler.is_exporting():  # one node of the graph
+        return Dispatch(*torch.ops.moe_lab.dispatch(expert_ids_TK, n_experts))
     flat_N = expert_ids_TK.reshape(-1)
     if flat_N.device.type == "cpu" and len(flat_N) <= _FEW and not torch.compiler.is_compiling():
         return _few(flat_N.tolist(), n_experts)
+    return _compute(expert_ids_TK, n_experts)
+
+
+def _compute(expert_ids_TK: Tensor, n_experts: int) -> Dispatch:
+    flat_N = expert_ids_TK.reshape(-1)
     key_N = torch.where(flat_N < 0, n_experts, flat_N)  # unused slots last
     sorted_N, perm_N = key_N.sort(stable=True)
     # The first position of expert e is where e would be inserted; the entry for E counts the used slots.
@@ -48,3 +57,16 @@ def _few(ids: list[int], n_experts: int) -> Dispatch:
             counts[ids[slot]] += 1
     offsets = [0, *accumulate(counts)]
     return Dispatch(*(torch.tensor(values, dtype=torch.int32) for values in (counts, offsets, perm, inverse)))
+
+
+def _fake(ids: Tensor, n_experts: int) -> Dispatch:
+    sizes = (n_experts, n_experts + 1, ids.numel(), ids.numel())
+    return Dispatch(*(ids.new_empty(size, dtype=torch.int32) for size in sizes))
+
+
+register(
+    "dispatch(Tensor ids, int n_experts) -> (Tensor, Tensor, Tensor, Tensor)",
+    _compute,
+    _fake,
+    onnx="moe_lab.ops.dispatch_onnx",
+)

@@ -12,13 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.ops.library import library
+from moe_lab.ops.library import register
 
 MOST = 16  # tokens
-
-library.define(
-    "few_tokens_mlp(Tensor x, Tensor ids, Tensor weights, Tensor w_gate_up, Tensor w_down, bool scales_input) -> Tensor"
-)
 
 
 def few_tokens_mlp(
@@ -59,6 +55,9 @@ def _fake(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Te
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-library.impl("few_tokens_mlp", _compute, "CPU")  # by Triton's interpreter, for tests
-library.impl("few_tokens_mlp", _compute, "CUDA")
-torch.library.register_fake("moe_lab::few_tokens_mlp", _fake, lib=library)
+register(
+    "few_tokens_mlp(Tensor x, Tensor ids, Tensor weights, Tensor w_gate_up, Tensor w_down, bool scales_input) "
+    "-> Tensor",
+    _compute,
+    _fake,
+)

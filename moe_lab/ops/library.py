@@ -1,15 +1,61 @@
-"""What the torch.library ops share: the namespace `moe_lab`, and which kernels can run where."""
+"""The custom ops: one record of each (`OPS`), and which kernels can run where."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from moe_lab.errors import UnavailableError
 
 library = torch.library.Library("moe_lab", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op `torch.ops.moe_lab.<name>`.
+
+    Attributes:
+        schema: torch's; ONNX's follows from it. Tensors are inputs, numbers and bools attributes, and a string (who
+            computes it) is left out.
+        compute: on CPU and CUDA tensors; with an argument `implementation` it says which kernel.
+        fake: output shapes and dtypes of fake tensors.
+        reference: the same in plain torch, where `compute` may be something else.
+        onnx: the module whose `body(opset)` gives the onnxscript function that is the op in an exported graph; by name,
+            for it needs onnxscript. None: the op cannot be exported.
+    """
+
+    name: str
+    schema: torch.FunctionSchema
+    compute: Callable[..., Any]
+    fake: Callable[..., Any]
+    reference: Callable[..., Any]
+    onnx: str | None
+
+
+OPS: dict[str, Op] = {}
+"""Every op that has been imported, by name."""
+
+
+def register(
+    schema: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    reference: Callable[..., Any] | None = None,
+    onnx: str | None = None,
+) -> None:
+    """Make the op of `schema` (torch's notation); the arguments are those of `Op`."""
+    name = library.define(schema)
+    for device in ("CPU", "CUDA"):  # on a CPU Triton's interpreter runs kernels, for tests
+        library.impl(name, compute, device)
+    torch.library.register_fake(f"moe_lab::{name}", fake, lib=library)
+    parsed = getattr(torch.ops.moe_lab, name).default._schema
+    OPS[name] = Op(name, parsed, compute, fake, reference or compute, onnx)
 
 
 # A constant, so that torch.compile can trace what depends on it.

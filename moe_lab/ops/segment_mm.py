@@ -18,9 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.errors import UnavailableError
-from moe_lab.ops.library import library, resolve_implementation
-
-library.define("segment_mm(Tensor x, Tensor w, Tensor offsets, str implementation) -> Tensor")
+from moe_lab.ops.library import register, resolve_implementation
 
 # MKL is quicker at (w @ x.T).T than at x @ w.T for few rows, and at its best for a multiple of 8 of them: for
 # 2048 x 2048 in fp32 on two EPYC cores (MKL 2024.2) 1.0 ms against 2.6 at 3 rows, 2.2 against 3.3 at 31, 6.0 against
@@ -123,6 +121,6 @@ def _fake(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor, implementation: str) 
     return x_ND.new_empty(x_ND.shape[0], w_EFD.shape[1])
 
 
-library.impl("segment_mm", _compute, "CPU")
-library.impl("segment_mm", _compute, "CUDA")
-torch.library.register_fake("moe_lab::segment_mm", _fake, lib=library)
+register(
+    "segment_mm(Tensor x, Tensor w, Tensor offsets, str implementation) -> Tensor", _compute, _fake, reference=reference
+)

@@ -9,7 +9,33 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
+
+from moe_lab.ops.library import register
+
+
+def sinkhorn_scores(logits_TE: Tensor, iters: int, temperature: float) -> Tensor:
+    """What is ranked, [T, E] float32: `log_plan`; of one token, whose plan is uniform, the logits."""
+    if torch.compiler.is_exporting():  # one node of the graph
+        return torch.ops.moe_lab.sinkhorn_scores(logits_TE, iters, temperature)  # type: ignore[no-any-return]
+    return _compute(logits_TE, iters, temperature)
+
+
+def _compute(logits: Tensor, iters: int, temperature: float) -> Tensor:
+    return logits.float() if logits.shape[0] == 1 else log_plan(logits, iters, temperature)
+
+
+def _fake(logits: Tensor, iters: int, temperature: float) -> Tensor:
+    return torch.empty_like(logits, dtype=torch.float32)
+
+
+register(
+    "sinkhorn_scores(Tensor logits, int iters, float temperature) -> Tensor",
+    _compute,
+    _fake,
+    onnx="moe_lab.ops.sinkhorn_onnx",
+)
 
 
 def log_plan(logits_TE: Tensor, iters: int, temperature: float) -> Tensor:

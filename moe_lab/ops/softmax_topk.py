@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.ops.library import library
-
-library.define("softmax_topk(Tensor logits, int k, bool renormalize) -> (Tensor, Tensor)")
+from moe_lab.ops.library import register
 
 
 def softmax_topk(logits_TE: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -31,9 +29,7 @@ def _fake(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
 
 
-library.impl("softmax_topk", _compute, "CPU")  # by Triton's interpreter, for tests
-library.impl("softmax_topk", _compute, "CUDA")
-torch.library.register_fake("moe_lab::softmax_topk", _fake, lib=library)
+register("softmax_topk(Tensor logits, int k, bool renormalize) -> (Tensor, Tensor)", _compute, _fake)
 
 
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
@@ -43,6 +39,8 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
     the values (an eager CPU run), rows are taken from topk and only those with a tie among their k + 1 largest are
     sorted; elsewhere, and where there is little to sort, all rows are.
     """
+    if torch.compiler.is_exporting():  # ONNX's TopK gives ties to the lowest index (its specification)
+        return scores_TE.float().topk(k, dim=-1).indices.to(torch.int32)
     host_may_look = scores_TE.device.type == "cpu" and not torch.compiler.is_compiling()
     if not host_may_look or scores_TE.numel() < 4096:
         return _sorted_ids(scores_TE, k)

@@ -47,7 +47,13 @@ def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         config = resolved
     left_out = {*_OUTSIDE, *(config["model"].get("ignores") or ())}
     found = {str(key): value for key, value in config.items() if key not in left_out}
-    found["export"] = {key: value for key, value in config["export"].items() if key != "dir"}
+    # Where a pair lies is no part of what it is, and where there is none its other keys are not either.
+    is_none = config["export"].get("name", "none") == "none"
+    found["export"] = {
+        key: value
+        for key, value in config["export"].items()
+        if key == "name" or not (is_none or key in ("dir", "overwrite"))
+    }
     # What files hold, not where they lie.
     if found["model"].get("path") is not None:
         found["model"] = {**found["model"], "path": inputs.checkpoint_id(str(found["model"]["path"]))}

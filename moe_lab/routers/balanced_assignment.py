@@ -28,6 +28,7 @@ class BalancedAssignment(Router):
     batch_invariant = False
     graph_safe = False
     implementations = ("scipy",)
+    not_exportable = "an assignment solver on the host chooses the experts"
 
     def __init__(self, n_experts: int, top_k: int, impl: str = "auto"):
         super().__init__(n_experts, top_k, impl)

@@ -74,6 +74,9 @@ class Router(nn.Module):
     scales_input = False  # the weight multiplies the expert's input, not its output
     calibrates = False  # `fit` must be called once, with the logits of a workload, before `select`
 
+    not_exportable: str | None = None
+    """Why no ONNX graph can say `select`; None: one can."""
+
     implementations: tuple[str, ...] = ("torch",)
     """Who can compute `select`, the one that `auto` takes first."""
 
@@ -96,6 +99,10 @@ class Router(nn.Module):
     def route(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
         """The routing of hidden states [T, D]; a fused gate and route kernel overrides this and is tested equal."""
         return self.select(gate_logits(x_TD, gate_ED), ctx)
+
+    def forward(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
+        """`route`; an exported graph has a node for each call of a module."""
+        return self.route(x_TD, gate_ED, ctx)
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
         """The weights [T, K] this router gives to experts already chosen, if they follow from the logits; else None.

@@ -20,8 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe_lab.ops.dispatch import dispatch
-from moe_lab.ops.softmax_topk import top_k
+from moe_lab.ops.capacity import fill_up, within_capacity
 from moe_lab.routers.base import RouteContext, Router, Routing
 from moe_lab.routers.soft import SoftMoE
 
@@ -61,6 +60,7 @@ class Capacity(Router):
         self.inner, self.factor, self.policy = inner, factor, policy
         self.needs_token_ids, self.scales_input = inner.needs_token_ids, inner.scales_input
         self.graph_safe, self.calibrates = inner.graph_safe, inner.calibrates
+        self.not_exportable = inner.not_exportable
         if policy == "dropless":
             self.causal, self.batch_invariant, self.static_k = inner.causal, inner.batch_invariant, True
 
@@ -75,13 +75,13 @@ class Capacity(Router):
         wants = self.policy == "next_best"
         routing = self.inner.select(logits_TE, (ctx or RouteContext())._replace(want_scores=wants))
         ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
-        room = self.capacity(len(ids_TK))
+        room = self.capacity(ids_TK.shape[0])  # len() would be a constant of an exported graph
         room_E = torch.full((self.n_experts,), room, device=ids_TK.device)
         kept_TK = within_capacity(ids_TK, self._order(weights_TK), room_E)
         ids_TK = torch.where(kept_TK, ids_TK, -1)
         if self.policy == "next_best":
             assert routing.scores_TE is not None
-            ids_TK = fill_up(ids_TK, routing.scores_TE, room)
+            ids_TK = fill_up(ids_TK, routing.scores_TE, room_E)
             inner_TK = self.inner.weigh(logits_TE, ids_TK)
             if inner_TK is None:
                 raise ValueError(f"router.policy=next_best: {type(self.inner).__name__} has no weigh(logits, ids).")
@@ -120,34 +120,3 @@ class Capacity(Router):
     def warnings(self, n_tokens: int) -> list[str]:
         """See `Router.warnings`."""
         return self.inner.warnings(n_tokens)
-
-
-def within_capacity(ids_TK: Tensor, order_N: Tensor, room_E: Tensor) -> Tensor:
-    """bool [T, K]: which slots are among the first `room_E` of their expert, in the given order of all slots."""
-    ordered_N = ids_TK.flatten()[order_N]
-    by_expert = dispatch(ordered_N.unsqueeze(1), len(room_E))
-    experts_N = ordered_N.clamp(min=0).long()
-    kept_N = by_expert.inverse_N - by_expert.offsets_E1[experts_N] < room_E[experts_N]
-    return torch.zeros_like(kept_N).scatter_(0, order_N, kept_N).view_as(ids_TK) & (ids_TK >= 0)
-
-
-def fill_up(ids_TK: Tensor, scores_TE: Tensor, room: int) -> Tensor:
-    """Give every unused slot to the best expert that has room and that the token has not yet, in the tokens' order.
-
-    In each round every token with an unused slot asks for one expert; whom an expert refuses asks another one, for it
-    is full then. So `K + E` rounds are enough.
-    """
-    (T, K), E = ids_TK.shape, scores_TE.shape[1]
-    for _ in range(K + E):
-        spread_TE = torch.zeros(T, E + 1, dtype=torch.bool, device=ids_TK.device)
-        has_TE = spread_TE.scatter_(1, torch.where(ids_TK < 0, E, ids_TK).long(), True)[:, :E]
-        left_E = room - has_TE.sum(0)
-        wanted_TE = scores_TE.masked_fill(has_TE | (left_E <= 0), -torch.inf)
-        best_T1 = top_k(wanted_TE, 1)
-        free_TK = ids_TK < 0
-        asks_T1 = free_TK.any(-1, keepdim=True) & wanted_TE.gather(1, best_T1.long()).isfinite()
-        asked_T1 = torch.where(asks_T1, best_T1, -1)
-        served_T1 = within_capacity(asked_T1, torch.arange(T, device=ids_TK.device), left_E)
-        first_free_TK = free_TK & (free_TK.cumsum(-1) == 1)
-        ids_TK = torch.where(first_free_TK & served_T1, asked_T1, ids_TK)
-    return ids_TK

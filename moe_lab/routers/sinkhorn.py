@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_lab.ops.sinkhorn import log_plan
+from moe_lab.ops.sinkhorn import sinkhorn_scores
 from moe_lab.ops.softmax_topk import top_k, weights_of
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 
@@ -32,8 +32,7 @@ class Sinkhorn(Router):
     def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
         """See `Router.select`. Raises `ValueError` naming the layer for logits that are not finite."""
         require_finite(logits_TE, ctx, every_entry=True)
-        one_token = logits_TE.shape[0] == 1
-        scores_TE = logits_TE.float() if one_token else log_plan(logits_TE, self.iters, self.temperature)
+        scores_TE = sinkhorn_scores(logits_TE, self.iters, self.temperature)
         ids_TK = top_k(scores_TE, self.top_k)
         wanted = ctx is not None and ctx.want_scores
         return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if wanted else None)

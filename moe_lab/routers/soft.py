@@ -35,8 +35,8 @@ class SoftMoE(Router):
         A masked expert (-inf for every token) has no mixture, so it is refused, too.
         """
         require_finite(logits_TE, ctx, every_entry=True)
-        T, E = logits_TE.shape
-        ids_TK = torch.arange(E, dtype=torch.int32, device=logits_TE.device).repeat(T, 1)
+        columns_E = torch.arange(logits_TE.shape[1], dtype=torch.int32, device=logits_TE.device)
+        ids_TK = torch.zeros_like(logits_TE, dtype=torch.int32) + columns_E
         wanted = ctx is not None and ctx.want_scores
         return Routing(ids_TK, logits_TE.float().softmax(-1), scores_TE=logits_TE.float() if wanted else None)
 

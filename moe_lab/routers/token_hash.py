@@ -41,6 +41,7 @@ class UniformRandom(Router):
     """router=random: as `TokenHash`, but the token's place in the batch chooses: a control whose load is even."""
 
     batch_invariant = False
+    not_exportable = "it chooses at random"
 
     def __init__(self, n_experts: int, top_k: int, impl: str = "auto", seed: int = 0):
         super().__init__(n_experts, top_k, impl)

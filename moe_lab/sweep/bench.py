@@ -52,7 +52,7 @@ class Bench:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / store.LOG).unlink(missing_ok=True)
-        run = runner.Run(cfg)
+        run = runner.Run(cfg, folder)
         cell_id = identity.cell_id(cfg)
         self._runs[cell_id] = run, folder
         with self._step(cell_id):
@@ -122,6 +122,7 @@ class Bench:
             run.peers, run.ratio, run.peak_bytes, run.probe_ms = peers, ratio, peak_bytes, probe_ms
             if failure is None:
                 run.observe()
+                run.export()
             runner.write(run, run.record(*(failure or ())), self._runs[cell_id][1])
 
     def release(self, cell_id: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moe_lab.models.attention import Attention
 from moe_lab.models.parameters import initialize
-from moe_lab.models.rope import rope_tables, rotate
+from moe_lab.models.rope import rope_tables
+from moe_lab.ops.rotate import rotate
 
 CPU = torch.device("cpu")
 THETA = 10000.0

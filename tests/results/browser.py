@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 
-def start() -> Any:
-    """A selenium driver of Chromium, without a network; `quit()` it. Skips the test where there is none of these."""
+def start(*, offline: bool = True) -> Any:
+    """A selenium driver of Chromium, `offline` without any network; `quit()` it. Skips the test where there is none."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     service = shutil.which("chromedriver")
@@ -23,8 +23,8 @@ def start() -> Any:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(service))
     driver.execute_cdp_cmd("Network.enable", {})
-    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-    driver.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
+    network = {"offline": offline, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    driver.execute_cdp_cmd("Network.emulateNetworkConditions", network)
     return driver
 
 

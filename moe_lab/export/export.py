@@ -1,0 +1,186 @@
+"""export=netron: from a run's model to a folder with the pair, its manifest and its parity."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from moe_lab import build
+from moe_lab.config import validate
+from moe_lab.errors import ExportError, MismatchError, UnavailableError
+from moe_lab.export import pair
+from moe_lab.export.form import Form
+from moe_lab.export.parity import check_graph, parity, versions
+from moe_lab.export.trace import trace
+from moe_lab.measure.memory import available_bytes
+from moe_lab.models.parameters import copied_to, parameter_bytes
+from moe_lab.records import identity
+from moe_lab.verify import moe_layers
+
+_DEBUG = "__debug__"
+
+
+def export(cfg: DictConfig, model: nn.Module, folder: Path) -> dict[str, Any]:
+    """Write the pair of `model` into `folder` and hold it against the model; returns what the record says of it.
+
+    Raises:
+        ExportError: it cannot be traced or written as promised.
+        MismatchError: ONNX Runtime computes something else than torch; then the folder is not there.
+    """
+    begun = time.perf_counter()
+    model = _on_host(model)
+    state = model.state_dict()
+    n_layers = len(moe_layers(model))
+    y_name = "logits" if getattr(model, "vocab_size", None) is not None else "y"
+    routed = [f"{what}_{layer}" for layer in range(n_layers) for what in ("expert_ids", "weights")]
+    with pair.beside(folder) as part, torch.inference_mode(False):
+        traced = _traced(cfg, model, wide=False)
+        graph = pair.finished(traced, list(state), [y_name], cfg.export.view)
+        pair.save(graph, part, state)
+        report: dict[str, Any] = {"status": "not_verified", "reason": "export.verify=false"}
+        if cfg.export.verify:
+            if cfg.dtype.name != "fp32":
+                traced = _traced(cfg, model, wide=True)
+            debug = pair.finished(traced, list(state), [y_name, *routed], cfg.export.view)
+            pair.on_same_params(debug, part, _DEBUG)
+            report = parity(part, _DEBUG, model, _inputs(cfg, model))
+            (part / _DEBUG).unlink()
+        pair.write_json(part / pair.PARITY, report)
+        manifest = _manifest(cfg, part, graph, y_name)
+        pair.write_json(part / pair.MANIFEST, manifest)
+        found = {
+            "dir": str(folder),
+            **{key: manifest[key] for key in ("opset", "view", "dynamic")},
+            **manifest["counts"],
+            "model_bytes": manifest["files"][pair.MODEL]["bytes"],
+            "params_bytes": manifest["files"][pair.PARAMS]["bytes"],
+            "seconds": time.perf_counter() - begun,
+            "parity": {key: value for key, value in report.items() if key not in ("cases", "versions", "sha256")},
+        }
+        if report["status"] == "failed":
+            raise MismatchError("export", f"export={cfg.export.name}: {report['reason']}", found=found)
+    return found
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Hold a pair that was written earlier against its manifest and against the model that this describes.
+
+    Returns:
+        As `parity`; of a type that ONNX Runtime does not compute, the graph is checked and nothing is computed.
+
+    Raises:
+        ExportError: a file is missing, truncated or changed, or the pair does not compute what the model does.
+        ValueError: there is no export in `folder`, or its model cannot be built here.
+    """
+    manifest = pair.read_manifest(folder)
+    pair.require_intact(folder, manifest)
+    check_graph(folder / pair.MODEL)
+    cfg = OmegaConf.create(manifest["config"])
+    validate(cfg)
+    if cfg.dtype.name != "fp32":
+        reason = f"the files are intact, and ONNX's checker takes the graph; nothing was computed in {cfg.dtype.name}"
+        return {"status": "intact", "reason": reason}
+    model = build.build_model(cfg, torch.device("cpu"))
+    report = parity(folder, None, model, _inputs(cfg, model))
+    if report["status"] == "failed":
+        raise ExportError(f"{folder}: {report['reason']}")
+    return report
+
+
+def require_exportable(cfg: DictConfig, model: nn.Module, folder: Path) -> None:
+    """Raise before anything is timed if `export` would refuse.
+
+    Raises:
+        UnavailableError: a router that no ONNX graph can say, or memory for a copy on the host.
+        ValueError: the folder cannot be written.
+    """
+    for _, layer in moe_layers(model):
+        if layer.router.not_exportable is not None:
+            raise UnavailableError(
+                f"export={cfg.export.name}: router={identity.option_name(cfg.router)} cannot be said in ONNX: "
+                f"{layer.router.not_exportable}; use another router, or export=none"
+            )
+    n_bytes = parameter_bytes(model)
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        there = available_bytes(torch.device("cpu"))
+        if there is not None and there < n_bytes:
+            raise UnavailableError(
+                f"export={cfg.export.name}: the model is copied to the host first, which takes {n_bytes / 1e9:.1f} GB, "
+                f"and {there / 1e9:.1f} GB are free"
+            )
+    is_default = cfg.export.dir is None  # below the run's own folder: that is replaced with the run
+    pair.require_room(folder, overwrite=is_default or cfg.export.overwrite, n_bytes=n_bytes)
+
+
+def _on_host(model: nn.Module) -> nn.Module:
+    if not any(parameter.is_cuda for parameter in model.parameters()):
+        return model
+    return copied_to(model, torch.device("cpu"))
+
+
+def axes(model: Any, dynamic: Sequence[str]) -> list[str | None]:
+    """The name of each axis of the model's input, None where it is fixed: because it always is, or as asked for."""
+    shape, other_batch, other_length = model.input_shape(2, 3), model.input_shape(5, 3), model.input_shape(2, 7)
+    found: list[str | None] = []
+    for axis, size in enumerate(shape):
+        of = [name for name, other in (("batch", other_batch), ("seq_len", other_length)) if other[axis] != size]
+        name = of[0] if len(of) == 1 else "tokens"
+        found.append(name if set(of) & set(dynamic) else None)
+    return found
+
+
+def _traced(cfg: DictConfig, model: Any, *, wide: bool) -> Any:
+    dynamic = list(cfg.export.dynamic)
+    # What is traced with length 1 stays 1.
+    batch = max(cfg.batch, 2) if "batch" in dynamic else cfg.batch
+    length = max(cfg.seq_len, 3) if "seq_len" in dynamic else cfg.seq_len
+    shape = model.input_shape(batch, length)
+    takes_ids = model.vocab_size is not None
+    dtype = torch.int64 if takes_ids else torch.float32 if wide else build.DTYPES[cfg.dtype.name]
+    x, name = torch.zeros(shape, dtype=dtype), "ids" if takes_ids else "x"
+    return trace(Form(model, wide=wide), x, axes(model, dynamic), cfg.export.opset, name=name)
+
+
+def _inputs(cfg: DictConfig, model: Any) -> list[Tensor]:
+    """Inputs of the run's own workload: its shape first, then, along free axes, one token and odd lengths."""
+    dynamic, B, S = cfg.export.dynamic, cfg.batch, cfg.seq_len
+    wanted = [(B, S), (1, S), (1, 1), (3, S // 2 + 1), (5, 7), (7, 11)]
+    longest = getattr(model, "max_positions", None) or max(S, 11)
+    shapes = {
+        model.input_shape(b, s): (b, s)
+        for batch, length in wanted
+        if (b := batch if "batch" in dynamic else B) and (s := min(length, longest) if "seq_len" in dynamic else S)
+    }
+    device = torch.device("cpu")
+    return [
+        build.build_input(cfg, model, device, batch=b, seq_len=s, seed=cfg.seed + number)
+        for number, (b, s) in enumerate(shapes.values())
+    ]
+
+
+def _manifest(cfg: DictConfig, folder: Path, graph: Any, y_name: str) -> dict[str, Any]:
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    config["export"] = {**config["export"], "dir": None}
+    kept = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
+    return {
+        "schema": 1,
+        "name": cfg.name,
+        "opset": cfg.export.opset,
+        "view": cfg.export.view,
+        "dynamic": list(cfg.export.dynamic),
+        "input": {"name": graph.graph.inputs[0].name, "shape": [str(size) for size in graph.graph.inputs[0].shape]},
+        "output": y_name,
+        "counts": pair.counts(graph),
+        "files": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": pair.sha256(folder / name)}
+            for name in (pair.MODEL, pair.PARAMS)
+        },
+        "versions": versions(),
+        "config": {key: config[key] for key in (*kept, "batch", "seq_len", "seed", "name", "overrides", "sweep")},
+    }

@@ -1,0 +1,208 @@
+"""The two files, `__model__` (the graph) and `__params__` (every weight), and the folder that holds them.
+
+The folder is written beside its target and renamed: a failed export leaves nothing behind, and readers see the old pair
+or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+from onnx_ir.passes import common as passes
+from torch import Tensor
+
+from moe_lab.errors import ExportError
+from moe_lab.export.outline import outline
+from moe_lab.export.simplify import simplify
+from moe_lab.ops.library import OPS
+from moe_lab.ops.onnx_function import DOMAIN
+
+MODEL, PARAMS, MANIFEST, PARITY = "__model__", "__params__", "manifest.json", "parity.json"
+_ALIGNMENT = 4096  # of every weight in the file, so that it can be mapped
+_MORE_BYTES = 1 << 20  # for what is not a weight
+
+
+def finished(traced: ir.Model, names: Sequence[str], outputs: Sequence[str], view: str) -> ir.Model:
+    """The graph that is written: the first outputs of the traced one, under these names, its ops with their bodies.
+
+    Args:
+        names: of the weights, as in the state_dict.
+        view: modules (each a function) or flat.
+    """
+    model = traced.clone()
+    graph = model.graph
+    while len(graph.outputs) > len(outputs):
+        graph.outputs.pop()
+    simplify(model, names)
+    for value, name in zip(graph.outputs, outputs, strict=True):
+        value.name = name
+    if view == "modules":
+        outline(model)
+    _attach_bodies(model)
+    passes.RemoveUnusedOpsetsPass()(model)
+    _forget_the_machine(model)
+    return model
+
+
+def _attach_bodies(model: ir.Model) -> None:
+    """The function of every op of our own that is used."""
+    nodes = [*model.graph, *(node for function in model.functions.values() for node in function)]
+    opset = getattr(onnxscript, f"opset{model.opset_imports['']}")
+    for name in sorted({node.op_type for node in nodes if node.domain == DOMAIN and node.op_type in OPS}):
+        module = OPS[name].onnx
+        assert module is not None, f"{name} was traced without a body"
+        body = importlib.import_module(module).body(opset)
+        function = ir.serde.deserialize_function(body.to_function_proto())
+        model.functions[function.identifier()] = function
+        model.opset_imports[DOMAIN] = 1
+
+
+def _forget_the_machine(model: ir.Model) -> None:
+    """No source paths and no versions of tools: the same configuration gives the same bytes."""
+    passes.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    graphs: list[Any] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *graph.outputs, *(output for node in graph for output in node.outputs)):
+            value.metadata_props.clear()
+    for weight in model.graph.initializers.values():
+        weight.metadata_props.clear()
+    model.producer_name, model.producer_version, model.doc_string = "moe-lab", None, None
+    model.graph.name = "moe_lab"
+
+
+def save(model: ir.Model, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write the pair into `folder`.
+
+    Raises:
+        ExportError: a weight of `state` is not in the file under its name, or one is not in `__params__`.
+    """
+    ir.save(
+        model, folder / MODEL, external_data=PARAMS, size_threshold_bytes=0, alignment=_ALIGNMENT, align_threshold=0
+    )
+    (folder / PARAMS).touch()  # where there is no weight at all
+    written = onnx.load(folder / MODEL, load_external_data=False)
+    places = {tensor.name: tensor for tensor in written.graph.initializer}
+    inline = [name for name, tensor in places.items() if tensor.data_location != onnx.TensorProto.EXTERNAL]
+    if inline:
+        raise ExportError(f"the weight {inline[0]} stayed inside the graph ({len(inline)} in all)")
+    tied: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for name, tensor in state.items():
+        tied.setdefault((tensor.data_ptr(), tuple(tensor.shape)), []).append(name)
+    lost = [names[0] for names in tied.values() if not set(names) & set(places)]
+    if lost:
+        raise ExportError(f"the weight {lost[0]} is not in the graph under its name ({len(lost)} in all are not)")
+
+
+def on_same_params(model: ir.Model, folder: Path, name: str) -> Path:
+    """Write another graph over the weights that lie in `folder` already."""
+    kept = ir.load(folder / MODEL).graph.initializers
+    for key, value in model.graph.initializers.items():
+        value.const_value = kept[key].const_value
+    ir.save(model, folder / name)
+    return folder / name
+
+
+def require_room(folder: Path, *, overwrite: bool, n_bytes: int) -> None:
+    """Raise `ValueError` if no pair with `n_bytes` of weights can be written there."""
+    if folder.exists() and not overwrite:
+        raise ValueError(f"export.dir={folder}: it exists; give another, or export.overwrite=true to replace it.")
+    if folder.exists() and not (folder / MODEL).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"export.dir={folder}: it is no export, so export.overwrite=true does not replace it.")
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
+        raise ValueError(f"export.dir={folder}: nothing can be written in {above}; give another folder.")
+    free = shutil.disk_usage(above).free
+    if free < n_bytes + _MORE_BYTES:
+        raise ValueError(
+            f"export.dir={folder}: the weights take {n_bytes / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free there; "
+            "give a folder on another disk."
+        )
+
+
+@contextlib.contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, that takes its name and place at the end, or is gone if something fails."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}.part-*"):
+        if not _lives(int(left.suffix.removeprefix(".part-"))):
+            shutil.rmtree(left)  # of an export that was killed
+    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    part.mkdir()
+    try:
+        yield part
+        old = part.with_name(f"{part.name}.old")
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises `ValueError` where there is none."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: there is no export ({MANIFEST}: {error}).") from error
+    return manifest
+
+
+def require_intact(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise `ExportError` if a file of the pair is not as the manifest says."""
+    for name, written in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ExportError(f"{path} is missing")
+        size = path.stat().st_size
+        if size != written["bytes"]:
+            how = "truncated" if size < written["bytes"] else "too long"
+            raise ExportError(f"{path} is {how}: {size} bytes, and {written['bytes']} were written")
+        if sha256(path) != written["sha256"]:
+            raise ExportError(f"{path} was changed: its sha256 is not the one that was written")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Readable JSON."""
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def counts(model: ir.Model) -> dict[str, int]:
+    """Nodes of the graph itself and of all functions (constants too), functions, weights."""
+    inside = sum(len(list(function)) for function in model.functions.values())
+    return {
+        "nodes": len(list(model.graph)),
+        "nodes_in_functions": inside,
+        "functions": len(model.functions),
+        "weights": len(model.graph.initializers),
+    }

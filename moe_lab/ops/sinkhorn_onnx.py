@@ -1,0 +1,24 @@
+"""`sinkhorn_scores` as an ONNX function: the iterations are a Loop."""
+
+from __future__ import annotations
+
+from moe_lab.ops.onnx_function import function
+
+
+def body(op):  # see `library.Op`
+    @function(op)
+    def sinkhorn_scores(logits, iters: int, temperature: float):
+        wide = op.Cast(logits, to=1)
+        n_tokens, n_experts = op.Shape(wide, end=1), op.Shape(wide, start=1)
+        axis_0, axis_1 = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+        shifted = op.Max(wide - op.ReduceMax(wide, axis_1), op.Constant(value_float=-1e30))
+        log_k = shifted / op.Constant(value_float=temperature)
+        log_share = op.Log(op.Cast(n_tokens, to=1) / op.Cast(n_experts, to=1))
+        log_b = op.Expand(op.Constant(value_float=0.0), n_experts)
+        log_p = op.LogSoftmax(log_k, axis=1)
+        for _ in range(op.Constant(value_int=iters)):
+            log_b = log_b + (log_share - op.ReduceLogSumExp(log_p, axis_0, keepdims=0))
+            log_p = op.LogSoftmax(log_k + log_b, axis=1)
+        return op.Where(n_tokens == op.Constant(value_ints=[1]), wide, log_p)
+
+    return sinkhorn_scores

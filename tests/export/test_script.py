@@ -1,0 +1,104 @@
+"""scripts/export_netron.py: from an earlier run to a pair, and what it says of a pair that was damaged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import moe_lab
+from tests import quick, tiny
+from tests.export import pairs
+
+SCRIPT = str(tiny.ROOT / "scripts" / "export_netron.py")
+
+
+def call(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        pairs.python(SCRIPT, *map(str, arguments)), cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+
+
+def damaged(pair: Path, tmp_path: Path, how: str) -> Path:
+    """A copy of `pair` with its weights overwritten, truncated or gone."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(pair, folder)
+    blob = folder / "__params__"
+    if how == "missing":
+        blob.unlink()
+    elif how == "truncated":
+        os.truncate(blob, 5000)
+    elif how == "overwritten":
+        with blob.open("r+b") as file:
+            file.seek(4096)
+            file.write(b"\x3f" * 100)
+    else:
+        (folder / "manifest.json").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run without an export."""
+    folder = tmp_path_factory.mktemp("script") / "run"
+    assert moe_lab.run(quick.compose("decoder_moe", "router=sinkhorn", "seed=3"), folder).status == "ok"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(run: Path) -> Path:
+    """Its export by the script."""
+    done = call(run, cwd=run.parent)
+    assert done.returncode == 0, done.stderr
+    assert "passed, relative error" in done.stdout
+    return run / "netron"
+
+
+def test_a_run_is_exported_once_and_verifies(run: Path, pair: Path, tmp_path: Path) -> None:
+    """From another folder; a second call leaves what is there."""
+    before = (pair / "__model__").stat().st_mtime_ns
+    again = call(run, cwd=tmp_path)
+    assert (again.returncode, (pair / "__model__").stat().st_mtime_ns) == (0, before)
+    assert "there already" in again.stdout
+    verified = call("--verify", pair, cwd=tmp_path)
+    assert (verified.returncode, verified.stdout) == (0, f"{pair}: passed\n")
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "code"),
+    [
+        pytest.param("overwritten", "__params__ was changed", 1, id="overwritten"),
+        pytest.param("truncated", "__params__ is truncated: 5000 bytes", 1, id="truncated"),
+        pytest.param("missing", "__params__ is missing", 1, id="missing"),
+        pytest.param("no manifest", "there is no export", 2, id="no manifest"),
+    ],
+)
+def test_damage_has_a_message_of_its_own(how: str, said: str, code: int, pair: Path, tmp_path: Path) -> None:
+    """One line, exit code 1; 2 where there never was an export."""
+    done = call("--verify", damaged(pair, tmp_path, how), cwd=tmp_path)
+    assert done.returncode == code and said in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param(("export.opsets=18",), "Did you mean opset?", id="typo"),
+        pytest.param(("export.opset=19",), "it must be one of 18, 23", id="opset"),
+        pytest.param(("export.dynamic=[time]",), "an axis is one of batch, seq_len", id="axis"),
+        pytest.param(("batch=3",), "only keys of export", id="the run's own key"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: tuple[str, ...], said: str, run: Path, tmp_path: Path) -> None:
+    """Exit code 2, and nothing is written."""
+    done = call(run, *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    """It says so."""
+    done = call(tmp_path, cwd=tmp_path)
+    assert done.returncode == 2 and "no run's folder" in done.stderr
