@@ -83,7 +83,10 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Record:
     return moe_lab.run(quick.compose("checkpoint"), tmp_path_factory.mktemp("native"))
 
 
-RELATED = {"mixtral", "granite", "qwen3_moe", "switch", "deepseek_v2", "deepseek_v4", "minimax_m2", "ernie4_5", "min_p"}
+RELATED = {
+    *("mixtral", "granite", "qwen3_moe", "switch", "olmoe", "deepseek_v2", "deepseek_v4", "minimax_m2", "ernie4_5"),
+    *("min_p", "expert_skip", "quantile", "xshare"),
+}
 """Routers that share their code with others."""
 
 

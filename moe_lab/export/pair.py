@@ -50,6 +50,7 @@ def finished(traced: ir.Model, names: Sequence[str], outputs: Sequence[str], vie
     if view == "modules":
         outline(model)
     _attach_bodies(model)
+    _constants_as_tensors(model)
     passes.RemoveUnusedOpsetsPass()(model)
     _forget_the_machine(model)
     return model
@@ -66,6 +67,19 @@ def _attach_bodies(model: ir.Model) -> None:
         function = ir.serde.deserialize_function(body.to_function_proto())
         model.functions[function.identifier()] = function
         model.opset_imports[DOMAIN] = 1
+
+
+def _constants_as_tensors(model: ir.Model) -> None:
+    """Of the ways to write a constant Netron shows this one beside its use, and the others as nodes."""
+    graphs: list[Any] = [model.graph, *model.functions.values()]
+    for node in (node for graph in graphs for node in ir.traversal.RecursiveGraphIterator(graph)):
+        if node.op_type != "Constant":
+            continue
+        ((name, attribute),) = node.attributes.items()
+        if name != "value" and not attribute.is_ref():
+            dtype = ir.DataType.FLOAT if name.startswith("value_float") else ir.DataType.INT64
+            del node.attributes[name]
+            node.attributes.add(ir.AttrTensor("value", ir.tensor(attribute.value, dtype=dtype)))
 
 
 def _forget_the_machine(model: ir.Model) -> None:

@@ -22,6 +22,7 @@ def peak_bytes(step: Step) -> int | None:
     """
     if step.device.type == "cuda":
         return step.peak_bytes()
+    gc.collect()
     give_back_free_memory()
     try:
         _CLEAR_REFS.write_text("5")  # resets VmHWM to the present resident size
@@ -45,8 +46,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def give_back_free_memory() -> None:
-    """What earlier runs of this process left with the allocator would count as this one's."""
-    gc.collect()
+    """What was freed and is still the allocator's, to the system; else it counts as what is done next."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)

@@ -99,6 +99,7 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
         left_out=found.left_out + too_large,
         table=_table(runs, plan.compare),
         problems=_problems(directory, runs),
+        exports=_exports(directory, runs),
         unreadable=unreadable[["path", "error"]].to_dict("records"),
         warnings=_warnings(runs),
         environments=_environments(runs),
@@ -184,6 +185,27 @@ def _problems(directory: Path, runs: pd.DataFrame) -> list[dict[str, str]]:
         }
         for at, row in bad.iterrows()
     ]
+
+
+def _exports(directory: Path, runs: pd.DataFrame) -> list[dict[str, str]]:
+    """The ONNX pairs of the cells that wrote one, with what their parity says, if that still lies below the cell."""
+    if "export.dir" not in runs:
+        return []
+    what, found = describe(runs), []
+    for at, row in runs[runs["export.dir"].notna()].iterrows():
+        link = _link(row["directory"], "netron/parity.json")
+        found.append(
+            {
+                "what": ", ".join(part for part in (_text(row["variant"]), what[at]) if part),
+                "dir": str(row["export.dir"]),
+                "link": link if (directory / row["directory"] / "netron" / "parity.json").exists() else "",
+                "parity": _text(row.get("export.parity.status")),
+                "error": _field(row.get("export.parity.rel_error")).text,
+                "nodes": f"{row['export.nodes']} in the graph, {row['export.functions']} functions",
+                "size": f"{row['export.params_bytes'] / 1e6:,.1f} MB",
+            }
+        )
+    return found
 
 
 def _text(value: Any) -> str:

@@ -35,7 +35,8 @@ class Sinkhorn(Router):
         scores_TE = sinkhorn_scores(logits_TE, self.iters, self.temperature)
         ids_TK = top_k(scores_TE, self.top_k)
         wanted = ctx is not None and ctx.want_scores
-        return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if wanted else None)
+        weights_TK = weights_of(logits_TE, ids_TK, renormalize=True, all_used=True)
+        return Routing(ids_TK, weights_TK, scores_TE=scores_TE if wanted else None)
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""

@@ -303,7 +303,11 @@ def test_processes_write_the_same_bytes(tmp_path: Path) -> None:
     """With other hash seeds, in other folders."""
     digests = []
     for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(tiny.ROOT)}
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": seed,
+            "PYTHONPATH": f"{tiny.ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        }
         (tmp_path / seed).mkdir()
         target = tmp_path / seed / "pair"
         subprocess.run(pairs.python("-c", _RUN, str(target)), check=True, cwd=tmp_path / seed, env=environment)
@@ -335,3 +339,18 @@ def test_a_folder_that_is_there_stops_a_run_before_it_is_timed(tmp_path: Path) -
     cfg = pairs.compose("minimal", f"export.dir={tmp_path / 'pair'}")
     with pytest.raises(ValueError, match=r"export\.dir=.*export\.overwrite=true"):
         moe_lab.run(cfg, tmp_path / "run")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [pytest.param(name, id=name) for name in ("fp32", "bf16", "fp16")])
+def test_a_cuda_run_exports_a_copy(dtype: str, tmp_path: Path) -> None:
+    """Parity is against that copy; the bytes are those of a CPU run, where that dtype is computed on a CPU."""
+    overrides = ("router=sinkhorn", "measure.phases=false", f"dtype={dtype}")
+    cfg = quick.compose("decoder_moe", "export=netron", *overrides, device="cuda")
+    record = moe_lab.run(cfg, tmp_path / "run")
+    assert record.status == "ok" and record.export is not None
+    assert record.export["parity"]["status"] == ("passed" if dtype == "fp32" else "verified_in_fp32")
+    if dtype != "fp16":
+        pairs.export(pairs.compose("decoder_moe", *overrides), tmp_path / "cpu")
+        for name in ("__model__", "__params__"):
+            assert (tmp_path / "run" / "netron" / name).read_bytes() == (tmp_path / "cpu" / name).read_bytes()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,7 +71,8 @@ def nodes(driver: Any) -> list[str]:
     """The operators of the graph that is shown."""
     return list(
         driver.execute_script("""
-            return [...document.querySelectorAll("g.node-item-type text")].map(t => t.textContent).filter(t => t != "ƒ");
+            const titles = [...document.querySelectorAll("g.node > g.node-item-type:first-child > text")];
+            return titles.map(title => title.textContent);
         """)
     )
 
@@ -80,22 +80,25 @@ def nodes(driver: Any) -> list[str]:
 def open_function(driver: Any, kind: str) -> list[str]:
     """Click the sign on the first node of that kind; what is shown then."""
     before = nodes(driver)
-    found = driver.execute_script(
-        """
-        for (const title of document.querySelectorAll("g.node-item-type")) {
-            const texts = [...title.parentElement.querySelectorAll("g.node-item text, g.node-item-type text")];
-            if (texts.some(t => t.textContent == arguments[0])) {
-                const sign = texts.find(t => t.textContent == "ƒ");
-                sign.parentElement.dispatchEvent(new MouseEvent("click", {bubbles: true}));
-                return true;
-            }
-        }
-        return false;
-        """,
-        kind,
-    )
-    assert found, (kind, before)
-    return until(driver, f"the inside of {kind}", lambda: (now := nodes(driver)) != before and now)  # type: ignore[no-any-return]
+    assert kind in before
+
+    def inside() -> list[str]:
+        if (now := nodes(driver)) and now != before:
+            return now
+        driver.execute_script(_CLICK, kind)  # again, if it was still busy
+        time.sleep(0.3)
+        return []
+
+    return list(until(driver, f"the inside of {kind}", inside))
+
+
+_CLICK = """
+    for (const node of document.querySelectorAll("g.node")) {
+        const items = [...node.querySelectorAll(":scope > g.node-item-type")];
+        if (items.length == 2 && items[0].querySelector("text").textContent == arguments[0])
+            return items[1].dispatchEvent(new MouseEvent("click", {bubbles: true}));
+    }
+"""
 
 
 @pytest.mark.browser

@@ -399,3 +399,26 @@ def test_the_printed_page_has_every_row(chromium: Any, sweep: Path) -> None:
             "getComputedStyle(document.querySelector('.xtick text')).fill]"
         )
         assert driver.execute_script(colours) == ["rgb(255, 255, 255)", "rgb(0, 0, 0)"]
+
+
+def test_exports_are_listed_with_their_parity(tmp_path: Path) -> None:
+    """A link where the pair still lies below its cell; a path as text where it lies elsewhere."""
+    folders = synthetic.sweep(tmp_path, 3)
+    counts = {"nodes": 7, "functions": 13, "params_bytes": 2_500_000}
+    here = {"dir": str(folders[0] / "netron"), **counts, "parity": {"status": "passed", "rel_error": 2.7e-07}}
+    gone = {"dir": "/else/where", **counts, "parity": {"status": "verified_in_fp32", "rel_error": 3e-07}}
+    change(folders[0], lambda record: setattr(record, "export", here))
+    change(folders[1], lambda record: setattr(record, "export", gone))
+    (folders[0] / "netron").mkdir()
+    (folders[0] / "netron" / "parity.json").write_text("{}")
+    page = written(tmp_path).read_text()
+    table = page[page.index('id="exports"') :].split("</table>")[0]
+    assert f'<a href="{folders[0].name}/netron/parity.json">passed</a>' in table
+    assert "/else/where" in table and "verified_in_fp32" in table and table.count("<a href") == 1
+    assert "2.700e-07" in table and "7 in the graph, 13 functions" in table and "2.5 MB" in table
+    assert 'id="exports"' not in written_without_exports(tmp_path / "none")
+
+
+def written_without_exports(directory: Path) -> str:
+    synthetic.sweep(directory, 2)
+    return written(directory).read_text()
