@@ -15,10 +15,10 @@ def body(op):  # see `library.Op`
         log_k = shifted / op.Constant(value_float=temperature)
         log_share = op.Log(op.Cast(n_tokens, to=1) / op.Cast(n_experts, to=1))
         log_b = op.Expand(op.Constant(value_float=0.0), n_experts)
-        log_p = op.LogSoftmax(log_k, axis=1)
         for _ in range(op.Constant(value_int=iters)):
-            log_b = log_b + (log_share - op.ReduceLogSumExp(log_p, axis_0, keepdims=0))
-            log_p = op.LogSoftmax(log_k + log_b, axis=1)
+            columns = op.ReduceLogSumExp(op.LogSoftmax(log_k + log_b, axis=1), axis_0, keepdims=0)
+            log_b = log_b + (log_share - columns)
+        log_p = op.LogSoftmax(log_k + log_b, axis=1)
         return op.Where(n_tokens == op.Constant(value_ints=[1]), wide, log_p)
 
     return sinkhorn_scores
