@@ -39,6 +39,13 @@ CASES = [
             *("model.n_layers=5", "model.mlp_hidden_dim=1024", "model.n_experts=64", "seq_len=32"),
         ],
     ),
+    (
+        "decoder_moe torch, large, vocabulary 32000",
+        [
+            *("model=decoder_moe", "model.d_model=1024", "model.n_heads=16", "model.n_layers=4"),
+            *("model.mlp_hidden_dim=1024", "model.n_experts=64", "seq_len=32"),
+        ],
+    ),
 ]
 _PROGRAM = """
 import json, sys

@@ -43,6 +43,7 @@ def export(cfg: DictConfig, model: nn.Module, folder: Path) -> dict[str, Any]:
         traced = _traced(cfg, model, wide=False)
         graph = pair.finished(traced, list(state), [y_name], cfg.export.view)
         pair.save(graph, part, state)
+        files = pair.described(part)
         report: dict[str, Any] = {"status": "not_verified", "reason": "export.verify=false"}
         if cfg.export.verify:
             if cfg.dtype.name != "fp32":
@@ -51,15 +52,16 @@ def export(cfg: DictConfig, model: nn.Module, folder: Path) -> dict[str, Any]:
             pair.on_same_params(debug, part, _DEBUG)
             report = parity(part, _DEBUG, model, _inputs(cfg, model))
             (part / _DEBUG).unlink()
+        report["sha256"] = {name: file["sha256"] for name, file in files.items()}
         pair.write_json(part / pair.PARITY, report)
-        manifest = _manifest(cfg, part, graph, y_name)
+        manifest = _manifest(cfg, files, graph, y_name)
         pair.write_json(part / pair.MANIFEST, manifest)
         found = {
             "dir": str(folder),
             **{key: manifest[key] for key in ("opset", "view", "dynamic")},
             **manifest["counts"],
-            "model_bytes": manifest["files"][pair.MODEL]["bytes"],
-            "params_bytes": manifest["files"][pair.PARAMS]["bytes"],
+            "model_bytes": files[pair.MODEL]["bytes"],
+            "params_bytes": files[pair.PARAMS]["bytes"],
             "seconds": time.perf_counter() - begun,
             "parity": {key: value for key, value in report.items() if key not in ("cases", "versions", "sha256")},
         }
@@ -164,7 +166,7 @@ def _inputs(cfg: DictConfig, model: Any) -> list[Tensor]:
     ]
 
 
-def _manifest(cfg: DictConfig, folder: Path, graph: Any, y_name: str) -> dict[str, Any]:
+def _manifest(cfg: DictConfig, files: dict[str, Any], graph: Any, y_name: str) -> dict[str, Any]:
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     config["export"] = {**config["export"], "dir": None}
     kept = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
@@ -177,10 +179,7 @@ def _manifest(cfg: DictConfig, folder: Path, graph: Any, y_name: str) -> dict[st
         "input": {"name": graph.graph.inputs[0].name, "shape": [str(size) for size in graph.graph.inputs[0].shape]},
         "output": y_name,
         "counts": pair.counts(graph),
-        "files": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": pair.sha256(folder / name)}
-            for name in (pair.MODEL, pair.PARAMS)
-        },
+        "files": files,
         "versions": versions(),
         "config": {key: config[key] for key in (*kept, "batch", "seq_len", "seed", "name", "overrides", "sweep")},
     }

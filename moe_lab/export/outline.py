@@ -54,11 +54,10 @@ class Outliner:
         """Replace `nodes` by a call of the function that they are."""
         graph, inside = self.model.graph, set(nodes)
         ordered = [node for node in graph if node in inside]
-        made = {value for node in ordered for value in node.outputs}
+        made = {value: None for node in ordered for value in node.outputs}  # in order
         inputs = list(dict.fromkeys(v for node in ordered for v in node.inputs if v is not None and v not in made))
         inputs.sort(key=lambda value: value.name in graph.initializers)  # weights last
         outputs = [v for v in made if v.is_graph_output() or any(user not in inside for user, _ in v.uses())]
-        outputs.sort(key=lambda value: [v for node in ordered for v in node.outputs].index(value))
         call = ir.Node(DOMAIN, kind, inputs, num_outputs=len(outputs), name=path)
         call.meta["scope"] = scope
         for new, old in zip(call.outputs, outputs, strict=True):

@@ -183,6 +183,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def described(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and sha256 of both files."""
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in (MODEL, PARAMS)
+    }
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises `ValueError` where there is none."""
     try:
