@@ -21,6 +21,7 @@ from moe_lab.models.parameters import adopt, initialize, without_storage
 from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.soft_moe import SoftMoELayer
 from moe_lab.models.transformer_decoder import TransformerDecoder
+from moe_lab.ops.library import building_for
 from moe_lab.records import store
 from moe_lab.records.identity import digest, option_name
 from moe_lab.routers.base import PROPERTIES, Router, Routing, gate_logits
@@ -107,7 +108,7 @@ def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int) 
 def describe_router(cfg: DictConfig) -> dict[str, Any]:
     """{properties: those that it declares, implementations, skip: None or why it cannot run here} of `cfg.router`."""
     try:
-        with torch.device("meta"):
+        with building_for(resolve_device(cfg)), torch.device("meta"):
             router = build_router(cfg)
     except (UnavailableError, ValueError) as error:
         return {"properties": [], "implementations": [], "skip": str(error)}
@@ -202,7 +203,8 @@ def check_available(cfg: DictConfig) -> torch.device:
         ValueError: a key that a part refuses.
     """
     device = resolve_device(cfg)
-    require_runnable(cfg, _make_model(cfg, torch.device("meta")))
+    with building_for(device):
+        require_runnable(cfg, _make_model(cfg, torch.device("meta")))
     return device
 
 

@@ -582,7 +582,7 @@ def _validate_router(cfg: DictConfig, at: str) -> None:
     _at_least(cfg, " ".join(f"{at}.{key}" for key in ("iters", "top_k", "k_max", "steps", "calibration_tokens")), 1)
     _more_than_zero(cfg, " ".join(f"{at}.{key}" for key in ("temperature", "factor", "scale", "rate")))
     name, impl = node.get("name"), node.get("impl")
-    if name in ("torch", "cuda_ext") and impl != name:
+    if name in ("torch", "triton", "cuda_ext") and impl != name:
         raise ValueError(f"{at}.impl={impl}: router={name} fixes its implementation to {name}; leave {at}.impl out.")
     if name == "sinkhorn" and impl not in ("auto", "torch"):
         raise ValueError(f"{at}.impl={impl}: router=sinkhorn has the implementations auto, torch.")

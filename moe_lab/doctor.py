@@ -41,6 +41,9 @@ def show() -> None:
         worker.start()
         options = [f"{group}={path.stem}" for group in _LOOKED_AT for path in groups(None)[group]]
         configs = [configure.compose(["model=decoder_moe", option]) for option in options]
+        options += [f"router.impl={impl} device={device}" for impl in _IMPLEMENTATIONS for device in ("cpu", "cuda")]
+        asked = [option.split() for option in options[len(configs) :]]
+        configs += [configure.compose(["model=decoder_moe", "router=mixtral", *words]) for words in asked]
         containers = [planning.plain(cfg) for cfg in configs]
         base, *seen = worker.call("look", [planning.plain(configure.compose(["model=decoder_moe"])), *containers])
     finally:
@@ -55,11 +58,12 @@ def show() -> None:
     console.print(f"{'load average':20} {_load()}\n", markup=False)
     for option, look in zip(options, seen, strict=True):
         words = str(look["skip"] or "ok").replace("impossible: ", "not with model=decoder_moe: ", 1)
-        console.print(f"{option:28} {words}", markup=False)
+        console.print(f"{option:32} {words}", markup=False)
     for tool, purpose in (("g++", "execution=compile on a CPU"), ("nvcc", "building the CUDA extension")):
-        console.print(f"{tool:28} {shutil.which(tool) or f'not found; needed for {purpose}'}", markup=False)
+        console.print(f"{tool:32} {shutil.which(tool) or f'not found; needed for {purpose}'}", markup=False)
 
 
+_IMPLEMENTATIONS = ("torch", "triton", "cuda_ext")
 _LOOKED_AT = ("router", "experts", "execution", "dtype", "device")
 
 

@@ -27,6 +27,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extension cannot be built, so router=cuda_ext is unavailable."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip `gpu` tests where there is no CUDA device."""
     if torch.cuda.is_available():

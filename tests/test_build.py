@@ -107,6 +107,7 @@ def test_looking_takes_no_memory() -> None:
     assert build.check_available(cfg) == CPU
 
 
+@pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize(
     ("more", "error", "text"),
     [

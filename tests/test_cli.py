@@ -51,6 +51,7 @@ def test_looking_at_the_configuration_imports_no_torch(arguments: list[str], tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_help_lists_the_groups_and_their_options(tmp_path: Path) -> None:
     """Every group of conf/ with its options, no schema, and the keys."""
     text = moe_lab("--help", cwd=tmp_path).stdout
@@ -112,6 +113,7 @@ def test_a_path_that_is_none_is_named_though_the_folder_of_the_run_depends_on_it
     assert done.stderr.startswith("moe-lab: model.path=nowhere: ") and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_a_multirun_skips_what_is_unavailable_and_goes_on(tmp_path: Path) -> None:
     """cuda_ext is a skipped row with its reason; the exit code stays 0."""
     arguments = quick.overrides("moe_layer", "router=cuda_ext,torch", "sweep.name=mine")
@@ -182,6 +184,7 @@ def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(tmp_path: Path) 
     assert read_record(result.parent).status == "skipped"
 
 
+@pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize(
     ("combination", "mend"),
     [

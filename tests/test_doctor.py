@@ -18,12 +18,13 @@ from moe_lab.records.store import read_record
 from moe_lab.results import noise
 from tests import quick, test_cli
 
+IMPLEMENTATIONS = ("torch", "triton", "cuda_ext")
 MEDIANS = st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=12)
 
 
 def run(cache: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """`moe-lab doctor` with a cache folder of its own."""
-    done = test_cli.moe_lab("doctor", *more, cwd=cache, XDG_CACHE_HOME=str(cache))
+    done = test_cli.moe_lab("doctor", *more, cwd=cache, XDG_CACHE_HOME=str(cache), CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
     return done
 
@@ -69,7 +70,12 @@ def test_every_option_says_whether_it_runs_here(printed: list[str]) -> None:
     assert native.startswith("not with model=decoder_moe: ") and "only model=checkpoint" in native
     assert all(text == "ok" or text.startswith("unavailable: ") for text in said.values())
     assert said["router=torch"] == said["device=cpu"] == said["execution=eager"] == "ok"
-    assert said["router=cuda_ext"].startswith("unavailable: router=cuda_ext")
+    assert said["router=cuda_ext"].startswith("unavailable: router=cuda_ext: router.impl=cuda_ext: it needs a C++ comp")
+    by_device = {
+        (i, d): value(printed, f"router.impl={i} device={d}") for i in IMPLEMENTATIONS for d in ("cpu", "cuda")
+    }
+    assert by_device["torch", "cpu"] == "ok" and "C++ compiler" in by_device["cuda_ext", "cpu"]
+    assert all(text == "ok" or text.startswith("unavailable: ") for text in by_device.values())
     assert value(printed, "g++").startswith(shutil.which("g++") or "not found; needed for execution=compile")
 
 

@@ -13,6 +13,7 @@ from tests import tiny
 ROUTERS = {path.stem for path in (tiny.ROOT / "conf" / "router").glob("*.yaml")}
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_every_router_with_its_properties(capsys: pytest.CaptureFixture[str]) -> None:
     """Its comment, then what it declares and who computes it, or why it cannot run."""
     router_listing.show(None)

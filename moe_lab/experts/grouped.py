@@ -74,3 +74,10 @@ def _one_token(x_1D: Tensor, routing: Routing, weights: ExpertWeights, scale: Sc
 
 
 grouped.graph_safe = True  # type: ignore[attr-defined]
+
+
+def _reads_dispatch(x_TD: Tensor) -> bool:
+    return not takes_few_tokens(x_TD)
+
+
+grouped.reads_dispatch = _reads_dispatch  # type: ignore[attr-defined]  # asked by MoELayer

@@ -46,6 +46,9 @@ class MoELayer(nn.Module):
         routing = forced
         if routing is None:
             with phase("router"):
+                reads_dispatch = getattr(self.experts, "reads_dispatch", None)
+                if reads_dispatch is not None and reads_dispatch(x_TD):
+                    ctx = ctx._replace(want_dispatch=True)
                 routing = self.router(x_TD, self.weights.gate_ED, ctx)
         y_TD = self.routed(x_TD, routing, ctx)
         return (y_TD if self.shared is None else y_TD + self.shared(x_TD)), routing

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +67,24 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def triton_interprets() -> bool:
     """Whether Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1, for tests)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_target: ContextVar[torch.device | None] = ContextVar("target", default=None)
+
+
+@contextmanager
+def building_for(device: torch.device) -> Iterator[None]:
+    """What is made inside will compute on `device`, though it may be made on the meta device, to look at it."""
+    token = _target.set(device)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def target_device() -> torch.device:
+    """The device that what is being made will compute on."""
+    return _target.get() or torch.get_default_device()
 
 
 def resolve_implementation(asked: str, device: torch.device, *, op: str) -> str:

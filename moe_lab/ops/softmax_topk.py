@@ -5,32 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.ops.library import register
-
-
-def softmax_topk(logits_TE: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """(ids [T, K] int32, weights [T, K] float32) as `top_k` and `weights_of` give, by one Triton kernel.
-
-    Logits of any floating dtype, ranked in float32. Of a row with NaN or +inf, or without a finite logit, the ids are
-    still different experts, and the weights are NaN.
-    """
-    ids_TK, weights_TK = torch.ops.moe_lab.softmax_topk(logits_TE, k, renormalize)
-    return ids_TK, weights_TK
-
-
-def _compute(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    from moe_lab.ops.softmax_topk_triton import launch
-
-    return launch(logits, k, renormalize)
-
-
-def _fake(logits: Tensor, k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0], k)
-    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
-
-
-register("softmax_topk(Tensor logits, int k, bool renormalize) -> (Tensor, Tensor)", _compute, _fake)
-
 
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
     """Ids [T, K] (int32) of the k largest scores of each row, largest first; ties go to the lowest id.

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lab.errors import UnavailableError
+from moe_lab.ops import extension
 from moe_lab.ops.dispatch import Dispatch
+from moe_lab.ops.library import resolve_implementation, target_device
 
 
 class Routing(NamedTuple):
@@ -38,6 +40,7 @@ class RouteContext(NamedTuple):
     layer: index of the layer, for messages and tables.
     phase: forward, prefill or decode.
     want_scores: fill `Routing.scores_TE`.
+    want_dispatch: the experts read `Routing.dispatch`; a router whose kernel can fills it.
     """
 
     token_ids_T: Tensor | None = None
@@ -46,6 +49,7 @@ class RouteContext(NamedTuple):
     layer: int = 0
     phase: str = "forward"
     want_scores: bool = False
+    want_dispatch: bool = False
 
 
 PROPERTIES = (
@@ -85,12 +89,26 @@ class Router(nn.Module):
         if not 1 <= top_k <= n_experts:
             raise ValueError(f"top_k={top_k}: it must be between 1 and n_experts={n_experts}.")
         self.n_experts, self.top_k = n_experts, top_k
-        self.impl = self.implementations[0] if impl == "auto" else impl
-        if self.impl not in self.implementations:
+        self._computes = self._resolve(impl)
+        self.impl = self._computes.partition(":")[0]
+
+    def _resolve(self, impl: str) -> str:
+        """Who computes `select` when `impl` is asked for, as it stands in the record."""
+        if impl != "auto" and impl not in self.implementations:
             raise UnavailableError(
                 f"router.impl={impl}: in this version of moe-lab {type(self).__name__} is computed by "
                 f"{', '.join(self.implementations)} only; use that, or router=torch"
             )
+        device = target_device()
+        if impl == "cuda_ext":
+            if (reason := extension.why_unavailable(device)) is not None:
+                raise UnavailableError(f"router.impl=cuda_ext: {reason}; or use router=torch")
+            if torch.get_default_device().type != "meta":  # else nothing is going to be computed
+                extension.load()
+            return extension.label(device)
+        if impl == "triton" or (impl == "auto" and "triton" in self.implementations):
+            return resolve_implementation(impl, device, op="router.impl")
+        return self.implementations[0] if impl == "auto" else impl
 
     def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
         """The routing of logits [T, E] of any floating dtype."""
@@ -117,8 +135,8 @@ class Router(nn.Module):
         """Fit to the logits of a calibration pass, once; for routers that declare `calibrates`."""
 
     def implementation(self) -> str:
-        """Who computes `select`, as it stands in the record."""
-        return self.impl
+        """Who computes `select`, as it stands in the record: `cuda_ext:sm_90`, say."""
+        return self._computes
 
     def warnings(self, n_tokens: int) -> list[str]:
         """What a reader of a result with this many tokens should know."""
@@ -126,7 +144,7 @@ class Router(nn.Module):
 
     def use_reference(self) -> None:
         """From now on compute by the plain-torch reference."""
-        self.impl = "torch"
+        self.impl = self._computes = "torch"
 
 
 _looks = True

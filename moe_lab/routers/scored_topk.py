@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_lab.ops.route import IMPLEMENTATIONS, Selection, require_extension, route
 from moe_lab.ops.softmax_topk import chosen, top_k
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 
@@ -49,6 +50,8 @@ def within_groups(scores_TE: Tensor, n_groups: int, top_groups: int, group_score
 class ScoredTopK(Router):
     """See the module. `bias_E`, float32, is a parameter where `bias` is asked for."""
 
+    implementations = ("torch", *IMPLEMENTATIONS)
+
     def __init__(
         self,
         n_experts: int,
@@ -77,22 +80,32 @@ class ScoredTopK(Router):
         self.score, self.renormalize, self.scale = score, renormalize, scale
         self.n_groups, self.top_groups, self.group_score = n_groups, top_groups, group_score
         self.scales_input = scales_input
+        self.how = Selection(top_k, score, n_groups, top_groups, group_score, renormalize, scale)
+        if self.impl == "cuda_ext":
+            require_extension(self.how, n_experts)
         empty_E = torch.empty(n_experts, dtype=torch.float32)
         self.bias_E = nn.Parameter(empty_E, requires_grad=False) if bias else None
 
     def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
         """See `Router.select`. Raises `ValueError` naming the layer for logits without a softmax."""
+        ctx = ctx or RouteContext()
         require_finite(logits_TE, ctx)
+        if self.impl in IMPLEMENTATIONS and not torch.compiler.is_exporting():
+            routed = route(logits_TE, self.how, self.impl, bias_E=self.bias_E, sort=ctx.want_dispatch)
+            return Routing(*routed, scores_TE=self._ranked(logits_TE) if ctx.want_scores else None)
+        scores_TE = self._ranked(logits_TE)
+        ids_TK = top_k(scores_TE, self.top_k)
+        return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if ctx.want_scores else None)
+
+    def _ranked(self, logits_TE: Tensor) -> Tensor:
         scores_TE = logits_TE.float()
-        if self.bias_E is not None or (self.n_groups > 1 and self.group_score == "top2"):
+        if self.bias_E is not None or (self.top_groups < self.n_groups and self.group_score == "top2"):
             scores_TE = score(logits_TE, self.score)
         if self.bias_E is not None:
             scores_TE = scores_TE + self.bias_E
         if self.top_groups < self.n_groups:
             scores_TE = within_groups(scores_TE, self.n_groups, self.top_groups, self.group_score)
-        ids_TK = top_k(scores_TE, self.top_k)
-        wanted = ctx is not None and ctx.want_scores
-        return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if wanted else None)
+        return scores_TE
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""

@@ -1,4 +1,4 @@
-"""Top-k of the softmax: router=torch, cuda_ext, mixtral, qwen3_moe, granite, olmoe, gpt_oss, switch.
+"""Top-k of the softmax: router=torch, triton, cuda_ext, mixtral, qwen3_moe, granite, olmoe, gpt_oss, switch.
 
     l' = l + b (with `gate_bias`);  p = softmax(l');  S = top-k of p;  w_e = p_e, or p_e / sum_S p with `renormalize`
 
@@ -14,32 +14,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lab.ops.library import resolve_implementation
-from moe_lab.ops.softmax_topk import softmax_topk, top_k, weights_of
+from moe_lab.ops.route import IMPLEMENTATIONS, Selection, require_extension, route
+from moe_lab.ops.softmax_topk import top_k, weights_of
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 
 
 class SoftmaxTopK(Router):
     """Softmax top-k; every declared property of `Router` holds."""
 
-    implementations = ("torch", "triton")
+    implementations = ("torch", *IMPLEMENTATIONS)
 
     def __init__(
         self, n_experts: int, top_k: int, impl: str = "auto", renormalize: bool = True, gate_bias: bool = False
     ):
-        if impl in ("auto", "triton"):  # auto: the kernel where it runs
-            impl = resolve_implementation(impl, torch.get_default_device(), op="router.impl")
         super().__init__(n_experts, top_k, impl)
         self.renormalize = renormalize
         self.bias_E = nn.Parameter(torch.empty(n_experts), requires_grad=False) if gate_bias else None
+        self.how = Selection(top_k, renormalize=renormalize)
+        if self.impl == "cuda_ext":
+            require_extension(self.how, n_experts)
 
     def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
         """See `Router.select`. Raises `ValueError` naming the layer for logits without a softmax."""
+        ctx = ctx or RouteContext()
         require_finite(logits_TE, ctx)
+        scores_TE = self._biased(logits_TE).float() if ctx.want_scores else None
+        if self.impl in IMPLEMENTATIONS and not torch.compiler.is_exporting():
+            routed = route(logits_TE, self.how, self.impl, gate_bias_E=self.bias_E, sort=ctx.want_dispatch)
+            return Routing(*routed, scores_TE=scores_TE)
         biased_TE = self._biased(logits_TE)
-        scores_TE = biased_TE.float() if ctx is not None and ctx.want_scores else None
-        if self.impl == "triton":
-            return Routing(*softmax_topk(biased_TE, self.top_k, self.renormalize), scores_TE=scores_TE)
         ids_TK = top_k(biased_TE, self.top_k)
         return Routing(ids_TK, weights_of(biased_TE, ids_TK, self.renormalize, all_used=True), scores_TE=scores_TE)
 

@@ -57,7 +57,9 @@ class WithoutBody(Router):
     """Computed by an op that has none."""
 
     def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
-        return Routing(*torch.ops.moe_lab.softmax_topk(logits_TE, self.top_k, True))
+        return Routing(
+            *torch.ops.moe_lab.route_triton(logits_TE, None, None, self.top_k, "softmax", 1, 1, "max", True, 1.0)
+        )
 
 
 class ReadsTheHost(Router):

@@ -26,7 +26,6 @@ from tests.export import pairs
 REFUSED = {
     "base": "an assignment solver on the host chooses the experts",
     "random": "it chooses at random",
-    "cuda_ext": "cuda_ext",
     "native": "only model=checkpoint",
 }
 NEEDS = {  # what the option asks of five experts
@@ -268,7 +267,7 @@ def test_a_router_that_onnx_cannot_express_is_refused_by_name(router: str, tmp_p
 @pytest.mark.parametrize(
     ("make_router", "raised", "said"),
     [
-        pytest.param(pairs.WithoutBody, ExportError, "op moe_lab.softmax_topk has no body", id="op without a body"),
+        pytest.param(pairs.WithoutBody, ExportError, "op moe_lab.route_triton has no body", id="op without a body"),
         pytest.param(pairs.ReadsTheHost, ExportError, "torch cannot export it", id="reads values"),
         pytest.param(pairs.OtherExperts, MismatchError, "other experts than the fp32 selection", id="other experts"),
         pytest.param(pairs.OtherWeights, MismatchError, "a routing weight of token", id="other weights"),

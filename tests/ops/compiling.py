@@ -73,7 +73,7 @@ def _compile(kernel: Any, *arguments: Any, num_warps: int = 4, num_stages: int =
             signature[parameter.name] = TYPES[value.dtype]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
-        elif parameter.is_constexpr or value == 1:
+        elif parameter.is_constexpr or value is None or value == 1:
             signature[parameter.name] = "constexpr"
             constants[(place,)] = value
         else:

@@ -1,10 +1,8 @@
-"""top_k, weights_of and the kernel that does both: order, ties, extreme values, weights."""
+"""top_k and weights_of: order, ties, extreme values, weights."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_lab.ops.softmax_topk import softmax_topk, top_k, weights_of
-from tests.ops.compiling import assert_compiles
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where a fixture cannot say it
+from moe_lab.ops.softmax_topk import top_k, weights_of
 
 SIZES = pytest.mark.parametrize(
     ("T", "E", "k"),
@@ -188,171 +182,3 @@ def test_one_renormalised_expert_weighs_exactly_one() -> None:
     """With k=1 the weight is 1 without rounding."""
     logits_TE = normal(199, 7) * 100
     assert bool((weights_of(logits_TE, top_k(logits_TE, 1), True) == 1).all())
-
-
-KERNEL_SIZES = pytest.mark.parametrize(
-    ("T", "E", "k"),
-    [
-        pytest.param(0, 5, 2, id="T=0"),
-        pytest.param(1, 7, 3, id="T=1"),
-        pytest.param(3, 1, 1, id="E=1"),
-        pytest.param(16, 5, 5, id="k=E"),
-        pytest.param(5, 12, 1, id="top 1"),
-        pytest.param(37, 65, 6, id="E=65"),
-        pytest.param(2, 130, 130, id="k=E=130"),
-        pytest.param(3, 300, 9, id="E=300"),
-    ],
-)
-
-
-def assert_are_the_largest(results: tuple[Tensor, Tensor], logits_TE: Tensor, k: int, renormalize: bool) -> None:
-    """The ids of a stable sort, and the weights of the softmax in float64."""
-    ids_TK, weights_TK = (result.cpu() for result in results)
-    logits_TE = logits_TE.cpu()
-    assert (ids_TK.dtype, weights_TK.dtype) == (torch.int32, torch.float32)
-    assert ids_TK.shape == weights_TK.shape == (len(logits_TE), k)
-    assert ids_TK.tolist() == expected_ids(logits_TE, k)
-    np.testing.assert_allclose(weights_TK, weights64(logits_TE, ids_TK, renormalize), rtol=1e-5, atol=1e-7)
-
-
-@KERNEL_SIZES
-@RENORMALIZE
-@pytest.mark.parametrize("scores", [pytest.param(normal, id="no ties"), pytest.param(few_levels, id="ties")])
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(torch.float32, id="fp32"),
-        pytest.param(torch.float16, id="fp16"),
-        pytest.param(torch.bfloat16, id="bf16"),
-    ],
-)
-def test_the_kernel_chooses_and_weighs_as_a_sort_does(
-    scores: Callable[[int, int], Tensor],
-    T: int,
-    E: int,
-    k: int,
-    renormalize: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """For any number of experts, all of them chosen or one, ties to the lowest id."""
-    logits_TE = scores(T, E).to(device, dtype)
-    before_TE = logits_TE.clone()
-    results = softmax_topk(logits_TE, k, renormalize)
-    assert_are_the_largest(results, logits_TE, k, renormalize)
-    assert torch.equal(logits_TE, before_TE)
-    assert torch.equal(results[0], top_k(logits_TE, k))
-    torch.testing.assert_close(results[1], weights_of(logits_TE, results[0], renormalize), rtol=1e-5, atol=1e-7)
-
-
-@RENORMALIZE
-@settings(max_examples=25, deadline=None, database=None)
-@given(
-    row=st.lists(st.sampled_from([-np.inf, -3e38, -1.0, -0.0, 0.0, 1.0, 3e4, 3e38]), min_size=1, max_size=12),
-    data=st.data(),
-)
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
-def test_the_kernel_sorts_any_row_of_few_values_stably(
-    renormalize: bool, row: list[float], data: st.DataObject
-) -> None:
-    """Ties of -inf, of the two zeros and of huge values go to the lowest id; weights as by torch."""
-    k = data.draw(st.integers(1, len(row)))
-    logits_1E = torch.tensor([row], device=DEVICE)
-    ids_1K, weights_1K = softmax_topk(logits_1E, k, renormalize)
-    assert ids_1K.tolist() == expected_ids(logits_1E.cpu(), k)
-    expected_1K = weights_of(logits_1E, ids_1K, renormalize)
-    torch.testing.assert_close(weights_1K, expected_1K, rtol=1e-5, atol=1e-7, equal_nan=True)
-
-
-@RENORMALIZE
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize(
-    "bad_row",
-    [
-        pytest.param([0.0, math.nan, 1.0, 2.0, 3.0], id="NaN"),
-        pytest.param([math.nan] * 5, id="all NaN"),
-        pytest.param([0.0, math.inf, 1.0, math.inf, 3.0], id="+inf"),
-        pytest.param([-math.inf, math.nan, math.inf, -math.inf, 3.0], id="all kinds"),
-        pytest.param([-math.inf] * 5, id="all -inf"),
-    ],
-)
-@pytest.mark.parametrize("k", [pytest.param(1, id="k=1"), pytest.param(3, id="k=3"), pytest.param(5, id="k=5")])
-def test_a_row_without_a_softmax_still_names_different_experts(
-    k: int, bad_row: list[float], renormalize: bool, device: torch.device
-) -> None:
-    """Ids in range and unique, so that nothing is read outside; weights NaN, so that it shows; other rows untouched."""
-    logits_TE = normal(3, 5).to(device)
-    clean_ids_TK, clean_weights_TK = softmax_topk(logits_TE, k, renormalize)
-    logits_TE[1] = torch.tensor(bad_row)
-    ids_TK, weights_TK = softmax_topk(logits_TE, k, renormalize)
-    chosen = ids_TK[1].tolist()
-    assert len(set(chosen)) == k and all(0 <= expert < 5 for expert in chosen)
-    assert bool(weights_TK[1].isnan().all())
-    assert torch.equal(ids_TK[::2], clean_ids_TK[::2]) and torch.equal(weights_TK[::2], clean_weights_TK[::2])
-
-
-@pytest.mark.parametrize(
-    "view",
-    [
-        pytest.param(lambda x: x[:7, :12].t(), id="transposed"),
-        pytest.param(lambda x: x[:7, ::3], id="every third column"),
-        pytest.param(lambda x: x[1:20:4, 3:15], id="every fourth row, cut"),
-        pytest.param(lambda x: x[:1, :12].expand(5, 12), id="expanded over rows"),
-        pytest.param(lambda x: x[:5, :1].expand(5, 12), id="expanded over columns"),
-        pytest.param(lambda x: x[:5, 3:4], id="one column of many"),
-    ],
-)
-def test_the_kernel_takes_views(view: Callable[[Tensor], Tensor], device: torch.device) -> None:
-    """Whatever the strides of the logits."""
-    logits_TE = view(normal(37, 37).to(device))
-    k = min(4, logits_TE.shape[1])
-    assert_are_the_largest(softmax_topk(logits_TE, k, True), logits_TE, k, True)
-
-
-def test_the_kernel_does_not_let_weights_underflow(device: torch.device) -> None:
-    """Experts whose probability is 0 in fp32 are still ranked, and share the weight by their logits."""
-    logits_1E = torch.tensor([[-400.0, 0.0, -200.0, -200.5]], device=device)
-    ids_1K, weights_1K = softmax_topk(logits_1E, 4, False)
-    assert ids_1K.tolist() == [[1, 2, 3, 0]] and weights_1K.tolist() == [[1.0, 0.0, 0.0, 0.0]]
-    for shift in (-3e4, 3e4):
-        ids_1K, weights_1K = softmax_topk(logits_1E[:, 2:] + shift, 2, True)
-        torch.testing.assert_close(weights_1K.cpu(), torch.tensor([[0.5, 0.0]]).softmax(-1))
-
-
-def test_logits_in_float64_are_ranked_in_float32(device: torch.device) -> None:
-    """What fp32 does not tell apart is a tie there."""
-    logits_1E = torch.tensor([[1.0, 1.0 + 1e-12, 3.0, 2.0]], dtype=torch.float64, device=device)
-    ids_1K, weights_1K = softmax_topk(logits_1E, 4, True)
-    assert ids_1K.tolist() == [[2, 3, 0, 1]]
-    np.testing.assert_allclose(weights_1K.cpu(), weights64(logits_1E.cpu(), ids_1K.cpu(), True), rtol=1e-5)
-
-
-@RENORMALIZE
-@pytest.mark.parametrize("T", [pytest.param(0, id="T=0"), pytest.param(5, id="T=5")])
-def test_the_op_passes_opcheck(T: int, renormalize: bool, device: torch.device) -> None:
-    """Schema, fake tensors and tracing agree with what the op does."""
-    arguments = (normal(T, 7).to(device), 3, renormalize)
-    results = torch.library.opcheck(torch.ops.moe_lab.softmax_topk.default, arguments)
-    assert set(results.values()) == {"SUCCESS"}
-
-
-def test_fake_tensors_have_the_real_shapes() -> None:
-    """Under FakeTensorMode ids are int32 and weights float32 [T, K], contiguous, whatever the logits."""
-    with FakeTensorMode():
-        ids_TK, weights_TK = softmax_topk(torch.empty(7, 5, dtype=torch.float16).t(), 3, True)
-    for result, dtype in ((ids_TK, torch.int32), (weights_TK, torch.float32)):
-        assert result.shape == (5, 3) and result.dtype == dtype and result.is_contiguous()
-
-
-def launches() -> None:
-    """Few experts and many, and sizes of 1, which Triton takes for constants of the kernel."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        softmax_topk(normal(3, 65).to(dtype), 6, True)
-        softmax_topk(normal(3, 1).to(dtype), 1, False)
-    softmax_topk(normal(3, 300), 300, False)
-
-
-@pytest.mark.slow
-def test_the_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
-    """Which its interpreter does not ask."""
-    assert_compiles(launches, tmp_path)

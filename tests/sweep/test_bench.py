@@ -188,6 +188,7 @@ def test_a_failure_from_outside_is_written_without_observing(tmp_path: Path) -> 
     assert record.latency_ms is not None and record.latency_ms.n == 7
 
 
+@pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize(
     ("more", "skip"),
     [

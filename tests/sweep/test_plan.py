@@ -72,6 +72,7 @@ def test_cells_that_the_model_makes_equal_are_one(tmp_path: Path) -> None:
     assert set(made.jobs) == {cell.cell_id for cell in made.cells}
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_what_cannot_be_is_skipped_with_its_reason(tmp_path: Path) -> None:
     """top_k > n_experts, a router that is not there, an exclusion; the rest is to do."""
     exclude = "sweep.exclude=[{router: sinkhorn, model: {shape: {top_k: 2}}}]"
@@ -218,6 +219,7 @@ def test_groups_are_what_differs_only_under_compare_and_equal_models_follow_each
     assert [len(group) for group in by_batch] == [1, 1, 1, 1]
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_the_anchor_is_the_first_variant_or_the_one_described(tmp_path: Path) -> None:
     """A skipped one is none; neither is one that is done and failed."""
     made = make(tmp_path, "router=cuda_ext,torch,sinkhorn")
@@ -230,6 +232,7 @@ def test_the_anchor_is_the_first_variant_or_the_one_described(tmp_path: Path) ->
     assert again.anchor_of(setting) is again.cells[1]
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_plan_json_states_every_cell(tmp_path: Path) -> None:
     """Before anything runs; the statuses can be read back."""
     made = make(tmp_path, "router=torch,cuda_ext", "batch=1,2")

@@ -6,6 +6,8 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests import quick, tiny
 from tests.sweep import faulty, test_plan
 
@@ -26,6 +28,7 @@ def plan(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_every_cell_is_shown_with_what_would_be_done_and_nothing_is_written(tmp_path: Path) -> None:
     """In an empty folder: to do, cannot run here, impossible, excluded; a bound for the time; `-m` may be there."""
     arguments = quick.overrides(

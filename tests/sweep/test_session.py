@@ -294,6 +294,7 @@ def test_replicates_are_fresh_processes(tmp_path: Path) -> None:
         np.testing.assert_allclose(medians, record.latency_ms.replicate_p50)
 
 
+@pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize(
     "launcher", [pytest.param(name, id=name, marks=pytest.mark.slow) for name in ("basic", "joblib")]
 )

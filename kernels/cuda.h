@@ -1,0 +1,60 @@
+// What the ops ask of the CUDA half of the extension, and how its kernels are launched.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "route.h"
+
+namespace moe_lab {
+
+struct Device {
+  cudaStream_t stream;
+  int multiprocessors;
+  bool is_hopper;  // or newer: clusters, and launches that begin while the kernel before ends
+};
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes = 0;
+  int cluster = 1;
+};
+
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, const Device& device, Parameters... parameters) {
+  if (how.shared_bytes > 48 * 1024) {
+    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.dynamicSmemBytes = how.shared_bytes;
+  config.stream = device.stream;
+  config.attrs = attributes;
+  if (device.is_hopper) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    if (how.cluster > 1) {
+      if (how.cluster > 8) {
+        const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        if (error != cudaSuccess) return error;
+      }
+      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
+    }
+  }
+  return cudaLaunchKernelEx(&config, kernel, parameters...);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// With `s` the slots are sorted too. By scores: where they are ranked or groups limited. T is not 0.
+cudaError_t route_by_logits(const RouteArguments& a, const SortArguments* s, const Device& device);
+cudaError_t route_by_scores(const RouteArguments& a, const SortArguments* s, const Device& device);
+// Rows of `SortArguments::block_counts`.
+int64_t sort_blocks(int64_t slots, const Device& device);
+cudaError_t sort_slots(const int32_t* ids, const SortArguments& s, int E, int64_t slots, const Device& device);
+
+}  // namespace moe_lab

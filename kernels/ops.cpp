@@ -1,0 +1,241 @@
+// The ops torch.ops.moe_lab.{route,route_and_sort}, on torch's stable ABI: one binary for several versions of torch.
+//
+// Without MOE_LAB_CUDA only the C++ half is here. All outputs are made or given by the caller, nothing is read on the
+// host, and all work is put on the current stream.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "route.h"
+#ifdef MOE_LAB_CUDA
+#include <mutex>
+#include <vector>
+
+#include <dlfcn.h>
+
+#include "cuda.h"
+#endif
+
+namespace moe_lab {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+const float* bias_of(const std::optional<Tensor>& bias, const Tensor& logits, const char* name) {
+  if (!bias.has_value()) return nullptr;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == logits.size(1) && bias->scalar_type() == ScalarType::Float &&
+                      bias->is_contiguous() && bias->device() == logits.device(),
+                  name, ": it must be float32 [E], contiguous, on the device of the logits");
+  return static_cast<const float*>(bias->data_ptr());
+}
+
+void check_output(const Tensor& output, const Tensor& logits, ScalarType dtype, int64_t elements, const char* name) {
+  STD_TORCH_CHECK(output.scalar_type() == dtype && output.numel() == elements && output.is_contiguous() &&
+                      output.device() == logits.device(),
+                  name, ": it must be contiguous, on the device of the logits, ",
+                  dtype == ScalarType::Int ? "int32" : "float32", ", with ", elements, " elements");
+}
+
+RouteArguments arguments(const Tensor& logits, const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& bias,
+                         int64_t k, const std::string& score, int64_t n_groups, int64_t top_groups,
+                         const std::string& group_score, bool renormalize, double scale, Tensor& ids, Tensor& weights) {
+  STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(0) < 2 || logits.stride(0) >= logits.size(1)) &&
+                      (logits.size(1) < 2 || logits.stride(1) == 1),
+                  "logits: they must be [T, E] with neighbouring experts side by side");
+  RouteArguments a = {};
+  const int64_t E = logits.size(1);
+  STD_TORCH_CHECK(1 <= E && E <= kMaxExperts, "logits: E=", E, " must be between 1 and ", kMaxExperts);
+  STD_TORCH_CHECK(1 <= k && k <= kMaxTopK && k <= E, "k=", k, ": it must be between 1 and min(E, ", kMaxTopK, ")");
+  STD_TORCH_CHECK(1 <= n_groups && n_groups <= kMaxGroups && E % n_groups == 0, "n_groups=", n_groups,
+                  ": it must divide E and be at most ", kMaxGroups);
+  STD_TORCH_CHECK(1 <= top_groups && top_groups <= n_groups && top_groups * (E / n_groups) >= k, "top_groups=", top_groups,
+                  ": it must be at most n_groups and leave k experts");
+  STD_TORCH_CHECK(group_score == "max" || group_score == "top2", "group_score=", group_score, ": it must be max or top2");
+  const ScalarType dtype = logits.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "logits: they must be float32, float16 or bfloat16");
+  STD_TORCH_CHECK(score == "softmax" || score == "sigmoid" || score == "sqrt_softplus", "score=", score,
+                  ": it must be softmax, sigmoid or sqrt_softplus");
+  a.logits = logits.data_ptr();
+  a.gate_bias = bias_of(gate_bias, logits, "gate_bias");
+  a.bias = bias_of(bias, logits, "bias");
+  a.T = logits.size(0);
+  a.row_stride = a.T < 2 ? E : logits.stride(0);
+  a.E = static_cast<int>(E), a.k = static_cast<int>(k);
+  STD_TORCH_CHECK(a.T * k < (int64_t{1} << 31), "logits: T * k must be below 2**31");
+  a.dtype = dtype == ScalarType::Float ? Dtype::kFloat32 : dtype == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16;
+  const auto bytes_of_four = dtype == ScalarType::Float ? 16 : 8;
+  a.aligned = E % 4 == 0 && a.row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(a.logits) % bytes_of_four == 0 &&
+              reinterpret_cast<uintptr_t>(a.bias) % 16 == 0;
+  a.score = score == "softmax" ? Score::kSoftmax : score == "sigmoid" ? Score::kSigmoid : Score::kSqrtSoftplus;
+  a.n_groups = static_cast<int>(n_groups), a.top_groups = static_cast<int>(top_groups);
+  a.group_size = static_cast<int>(E / n_groups);
+  a.group_top2 = group_score == "top2";
+  a.renormalize = renormalize;
+  a.scale = static_cast<float>(scale);
+  check_output(ids, logits, ScalarType::Int, a.T * k, "ids");
+  check_output(weights, logits, ScalarType::Float, a.T * k, "weights");
+  a.ids = static_cast<int32_t*>(ids.mutable_data_ptr());
+  a.weights = static_cast<float*>(weights.mutable_data_ptr());
+  return a;
+}
+
+Tensor new_int32(const Tensor& like, int64_t size) { return torch::stable::new_empty(like, {size}, ScalarType::Int); }
+
+struct Outputs {
+  Tensor counts, offsets, perm, inverse;
+};
+
+SortArguments sort_arguments(const RouteArguments& a, const Tensor& logits, Outputs& out) {
+  check_output(out.counts, logits, ScalarType::Int, a.E, "counts");
+  check_output(out.offsets, logits, ScalarType::Int, a.E + 1, "offsets");
+  check_output(out.perm, logits, ScalarType::Int, a.T * a.k, "perm");
+  check_output(out.inverse, logits, ScalarType::Int, a.T * a.k, "inverse");
+  auto data = [](Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); };
+  return {data(out.counts), data(out.offsets), data(out.perm), data(out.inverse), nullptr};
+}
+
+void run_cpu(const RouteArguments& a, const SortArguments* s, const Tensor&) {
+  route_cpu(a);
+  if (s != nullptr) sort_cpu(a.ids, *s, a.E, a.T * a.k);
+}
+
+#ifdef MOE_LAB_CUDA
+void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "moe_lab: CUDA: ", cudaGetErrorString(error));
+}
+
+// The tensor's device while one of these lives.
+struct OnDevice {
+  int before = 0;
+  explicit OnDevice(int index) {
+    check(cudaGetDevice(&before));
+    if (index != before) check(cudaSetDevice(index));
+  }
+  ~OnDevice() { cudaSetDevice(before); }
+};
+
+// Of a function in libtorch_cuda, which a CPU build of torch does not have, so that nothing here is linked with it.
+cudaStream_t current_stream(int index) {
+  using Get = AOTITorchError (*)(int32_t device_index, void** stream);
+  static const Get get = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return torch_cuda == nullptr ? nullptr : reinterpret_cast<Get>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get != nullptr && get(index, &stream) == 0, "moe_lab: torch has no current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+Device device_of(int index) {
+  static std::mutex mutex;
+  static std::vector<Device> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  while (known.size() <= static_cast<size_t>(index)) {
+    const int next = static_cast<int>(known.size());
+    int multiprocessors = 0, major = 0;
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, next));
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, next));
+    known.push_back({nullptr, multiprocessors, major >= 9});
+  }
+  Device device = known[index];
+  device.stream = current_stream(index);
+  return device;
+}
+
+void run_cuda(const RouteArguments& a, const SortArguments* s, const Tensor& logits) {
+  const int index = logits.get_device_index();
+  const OnDevice guard(index);
+  const Device device = device_of(index);
+  SortArguments sort = {};
+  std::optional<Tensor> scratch;  // lives on the stream's order of allocations, so it may go when this returns
+  if (s != nullptr) {
+    sort = *s;
+    scratch = new_int32(logits, sort_blocks(a.T * a.k, device) * a.E);
+    sort.block_counts = static_cast<int32_t*>(scratch->mutable_data_ptr());
+  }
+  if (a.T == 0) {
+    if (s != nullptr) check(sort_slots(a.ids, sort, a.E, 0, device));
+    return;
+  }
+  const bool by_scores = a.ranks_scores() || a.grouped();
+  check((by_scores ? route_by_scores : route_by_logits)(a, s == nullptr ? nullptr : &sort, device));
+}
+#endif
+
+// What follows is the same for both devices but for who computes.
+using Run = void (*)(const RouteArguments&, const SortArguments*, const Tensor&);
+
+#define MOE_LAB_ROUTE_PARAMETERS                                                                                  \
+  const Tensor &logits, std::optional<Tensor> gate_bias, std::optional<Tensor> bias, int64_t k, std::string score, \
+      int64_t n_groups, int64_t top_groups, std::string group_score, bool renormalize, double scale
+#define MOE_LAB_ROUTE_ARGUMENTS \
+  logits, gate_bias, bias, k, score, n_groups, top_groups, group_score, renormalize, scale
+
+template <Run run>
+void route_out(MOE_LAB_ROUTE_PARAMETERS, Tensor ids, Tensor weights) {
+  run(arguments(MOE_LAB_ROUTE_ARGUMENTS, ids, weights), nullptr, logits);
+}
+
+template <Run run>
+void route_and_sort_out(MOE_LAB_ROUTE_PARAMETERS, Tensor ids, Tensor weights, Tensor counts, Tensor offsets, Tensor perm, Tensor inverse) {
+  const RouteArguments a = arguments(MOE_LAB_ROUTE_ARGUMENTS, ids, weights);
+  Outputs outputs{counts, offsets, perm, inverse};
+  const SortArguments s = sort_arguments(a, logits, outputs);
+  run(a, &s, logits);
+}
+
+template <Run run>
+std::tuple<Tensor, Tensor> route(MOE_LAB_ROUTE_PARAMETERS) {
+  Tensor ids = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Int);
+  Tensor weights = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Float);
+  route_out<run>(MOE_LAB_ROUTE_ARGUMENTS, ids, weights);
+  return {ids, weights};
+}
+
+template <Run run>
+Six route_and_sort(MOE_LAB_ROUTE_PARAMETERS) {
+  const int64_t T = logits.size(0), E = logits.size(1);
+  Tensor ids = torch::stable::new_empty(logits, {T, k}, ScalarType::Int);
+  Tensor weights = torch::stable::new_empty(logits, {T, k}, ScalarType::Float);
+  Tensor counts = new_int32(logits, E), offsets = new_int32(logits, E + 1);
+  Tensor perm = new_int32(logits, T * k), inverse = new_int32(logits, T * k);
+  route_and_sort_out<run>(MOE_LAB_ROUTE_ARGUMENTS, ids, weights, counts, offsets, perm, inverse);
+  return {ids, weights, counts, offsets, perm, inverse};
+}
+
+#define MOE_LAB_ROUTE_SCHEMA                                                                                     \
+  "(Tensor logits, Tensor? gate_bias, Tensor? bias, int k, str score, int n_groups, int top_groups, str group_score, " \
+  "bool renormalize, float scale"
+
+}  // namespace
+}  // namespace moe_lab
+
+STABLE_TORCH_LIBRARY_FRAGMENT(moe_lab, m) {
+  m.def("route" MOE_LAB_ROUTE_SCHEMA ") -> (Tensor ids, Tensor weights)");
+  m.def("route.out" MOE_LAB_ROUTE_SCHEMA ", *, Tensor(a!) ids, Tensor(b!) weights) -> ()");
+  m.def("route_and_sort" MOE_LAB_ROUTE_SCHEMA
+        ") -> (Tensor ids, Tensor weights, Tensor counts, Tensor offsets, Tensor perm, Tensor inverse)");
+  m.def("route_and_sort.out" MOE_LAB_ROUTE_SCHEMA
+        ", *, Tensor(a!) ids, Tensor(b!) weights, Tensor(c!) counts, Tensor(d!) offsets, Tensor(e!) perm, "
+        "Tensor(f!) inverse) -> ()");
+}
+
+#define MOE_LAB_IMPLEMENT(m, run)                                          \
+  m.impl("route", TORCH_BOX(&moe_lab::route<&moe_lab::run>));              \
+  m.impl("route.out", TORCH_BOX(&moe_lab::route_out<&moe_lab::run>));      \
+  m.impl("route_and_sort", TORCH_BOX(&moe_lab::route_and_sort<&moe_lab::run>)); \
+  m.impl("route_and_sort.out", TORCH_BOX(&moe_lab::route_and_sort_out<&moe_lab::run>))
+
+STABLE_TORCH_LIBRARY_IMPL(moe_lab, CPU, m) { MOE_LAB_IMPLEMENT(m, run_cpu); }
+#ifdef MOE_LAB_CUDA
+STABLE_TORCH_LIBRARY_IMPL(moe_lab, CUDA, m) { MOE_LAB_IMPLEMENT(m, run_cuda); }
+#endif

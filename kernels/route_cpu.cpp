@@ -1,0 +1,209 @@
+// route and the sort of its slots on a CPU: rows in parallel, a row's keys in vectors of sixteen.
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "route.h"
+
+// The compiler makes a version for each of these, and the machine takes the best it can run.
+#if defined(__x86_64__) && defined(__linux__)
+#define MOE_LAB_VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define MOE_LAB_VECTORS
+#endif
+
+namespace moe_lab {
+namespace {
+
+constexpr int kChunk = 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Row {
+  alignas(64) float logits[kMaxExperts];
+  alignas(64) float ranked[kMaxExperts];
+  alignas(64) uint32_t keys[kMaxExperts];
+  uint32_t chunk_max[kMaxExperts / kChunk];
+};
+
+uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+void load(const RouteArguments& a, int64_t t, float* x) {
+  const int64_t at = t * a.row_stride;
+  if (a.dtype == Dtype::kFloat32) {
+    std::memcpy(x, static_cast<const float*>(a.logits) + at, a.E * sizeof(float));
+  } else if (a.dtype == Dtype::kFloat16) {
+    const auto* from = static_cast<const uint16_t*>(a.logits) + at;
+    for (int e = 0; e < a.E; ++e) x[e] = c10::detail::fp16_ieee_to_fp32_value(from[e]);
+  } else {
+    const auto* from = static_cast<const uint16_t*>(a.logits) + at;
+    for (int e = 0; e < a.E; ++e) x[e] = float_of(static_cast<uint32_t>(from[e]) << 16);
+  }
+  for (int e = 0; a.gate_bias != nullptr && e < a.E; ++e) x[e] += a.gate_bias[e];
+}
+
+float score_of(Score score, float x, float highest, float total) {
+  if (score == Score::kSoftmax) return std::exp(x - highest) / total;
+  if (score == Score::kSigmoid) return 1.0f / (1.0f + std::exp(-x));
+  return std::sqrt(std::max(x, 0.0f) + std::log1p(std::exp(-std::fabs(x))));
+}
+
+// NaN if the row holds one.
+float highest_of(const float* x, int E) {
+  float highest = -kInfinity;
+  for (int e = 0; e < E; ++e) highest = x[e] > highest || x[e] != x[e] ? x[e] : highest;
+  return highest;
+}
+
+float total_of(const float* x, int E, float highest) {
+  float total = 0.0f;
+  for (int e = 0; e < E; ++e) total += std::exp(x[e] - highest);
+  return total;
+}
+
+// Keys that order as the values do, -0 as +0 and NaN above +inf; never 0, which is no expert.
+MOE_LAB_VECTORS void keys_of(const float* ranked, int E, int padded, uint32_t* keys, uint32_t* chunk_max) {
+  for (int e = 0; e < E; ++e) {
+    uint32_t bits;
+    const float x = ranked[e] + 0.0f;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t key = bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+    keys[e] = x != x ? 0xffffffffu : key;
+  }
+  for (int e = E; e < padded; ++e) keys[e] = 0;
+  for (int c = 0; c < padded / kChunk; ++c) {
+    uint32_t best = 0;
+    for (int i = 0; i < kChunk; ++i) best = std::max(best, keys[c * kChunk + i]);
+    chunk_max[c] = best;
+  }
+}
+
+// The k largest keys, each taken out as it is found: the first chunk that holds the largest, and there the first key.
+MOE_LAB_VECTORS void take_largest(uint32_t* keys, uint32_t* chunk_max, int chunks, int k, int32_t* ids) {
+  for (int rank = 0; rank < k; ++rank) {
+    uint32_t best = 0;
+    for (int c = 0; c < chunks; ++c) best = std::max(best, chunk_max[c]);
+    int chunk = 0;
+    while (chunk_max[chunk] != best) ++chunk;
+    uint32_t* of_chunk = keys + chunk * kChunk;
+    int place = kChunk;
+    for (int i = 0; i < kChunk; ++i) place = std::min(place, of_chunk[i] == best ? i : kChunk);
+    ids[rank] = chunk * kChunk + place;
+    of_chunk[place] = 0;
+    uint32_t left = 0;
+    for (int i = 0; i < kChunk; ++i) left = std::max(left, of_chunk[i]);
+    chunk_max[chunk] = left;
+  }
+}
+
+// -inf is a value too, so what is out is told by its key.
+void limit_groups(const RouteArguments& a, Row& row) {
+  uint32_t scores[kMaxGroups];
+  for (int g = 0; g < a.n_groups; ++g) {
+    const float* x = row.ranked + g * a.group_size;
+    float first = -kInfinity, second = -kInfinity;
+    for (int i = 0; i < a.group_size; ++i) {
+      second = std::max(second, std::min(first, x[i]));
+      first = std::max(first, x[i]);
+    }
+    const float score = (a.group_top2 && a.group_size > 1 ? first + second : first) + 0.0f;
+    const uint32_t bits = bits_of(score);
+    scores[g] = score != score ? 0xffffffffu : bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+  }
+  for (int g = 0; g < a.n_groups; ++g) {
+    int better = 0;
+    for (int other = 0; other < a.n_groups; ++other) better += scores[other] > scores[g] || (scores[other] == scores[g] && other < g);
+    if (better < a.top_groups) continue;
+    std::fill_n(row.keys + g * a.group_size, a.group_size, 0);
+  }
+  for (int c = 0; c < (a.E + kChunk - 1) / kChunk; ++c) {
+    row.chunk_max[c] = *std::max_element(row.keys + c * kChunk, row.keys + (c + 1) * kChunk);
+  }
+}
+
+void route_row(const RouteArguments& a, int64_t t, Row& row) {
+  load(a, t, row.logits);
+  const bool softmax = a.score == Score::kSoftmax, ranks_scores = a.ranks_scores();
+  const float* ranked = row.logits;
+  float highest = 0.0f, total = 1.0f;
+  if (softmax && (ranks_scores || !a.renormalize)) {
+    highest = highest_of(row.logits, a.E);
+    total = total_of(row.logits, a.E, highest);
+  }
+  if (ranks_scores) {
+    for (int e = 0; e < a.E; ++e) row.ranked[e] = score_of(a.score, row.logits[e], highest, total);
+    for (int e = 0; a.bias != nullptr && e < a.E; ++e) row.ranked[e] += a.bias[e];
+    ranked = row.ranked;
+  } else if (a.grouped()) {
+    std::copy_n(row.logits, a.E, row.ranked);
+  }
+  const int chunks = (a.E + kChunk - 1) / kChunk;
+  keys_of(ranked, a.E, chunks * kChunk, row.keys, row.chunk_max);
+  if (a.grouped()) limit_groups(a, row);
+  int32_t* ids = a.ids + t * a.k;
+  float* weights = a.weights + t * a.k;
+  take_largest(row.keys, row.chunk_max, chunks, a.k, ids);
+
+  if (softmax && a.renormalize) highest = ranks_scores ? highest : row.logits[ids[0]], total = 1.0f;
+  float sum = 0.0f;
+  for (int i = 0; i < a.k; ++i) sum += weights[i] = score_of(a.score, row.logits[ids[i]], highest, total);
+  const float divisor = a.renormalize ? (sum < 1e-20f ? 1e-20f : sum) : 1.0f;
+  for (int i = 0; i < a.k; ++i) weights[i] = a.scale * weights[i] / divisor;
+}
+
+}  // namespace
+
+void route_cpu(const RouteArguments& a) {
+  torch::stable::parallel_for(0, a.T, std::max<int64_t>(1, 4096 / a.E), [&](int64_t begin, int64_t end) {
+    Row row;
+    for (int64_t t = begin; t < end; ++t) route_row(a, t, row);
+  });
+}
+
+// By counting, in parts whose order is that of the slots.
+void sort_cpu(const int32_t* ids, const SortArguments& s, int E, int64_t slots) {
+  const int64_t parts = std::clamp<int64_t>(slots / 16384, 1, torch::stable::get_num_threads());
+  const int64_t each = (slots + parts - 1) / parts;
+  std::vector<int32_t> counts(parts * E, 0);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      for (int64_t slot = part * each; slot < std::min((part + 1) * each, slots); ++slot) ++counts[part * E + ids[slot]];
+    }
+  });
+  int32_t before = 0;
+  for (int e = 0; e < E; ++e) {
+    s.offsets[e] = before;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int32_t its = counts[part * E + e];
+      counts[part * E + e] = before;  // from now on the next free position
+      before += its;
+    }
+    s.counts[e] = before - s.offsets[e];
+  }
+  s.offsets[E] = before;
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      for (int64_t slot = part * each; slot < std::min((part + 1) * each, slots); ++slot) {
+        const int32_t position = counts[part * E + ids[slot]]++;
+        s.perm[position] = static_cast<int32_t>(slot);
+        s.inverse[slot] = position;
+      }
+    }
+  });
+}
+
+}  // namespace moe_lab

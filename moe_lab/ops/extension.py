@@ -1,0 +1,231 @@
+"""The C++/CUDA extension of kernels/: built once per user, loaded once per process.
+
+A build lies in `<cache>/moe-lab/extension/<key>/<architectures>.so`; `<cache>` is XDG_CACHE_HOME or ~/.cache, and the
+key is a hash of the sources, the compilers and torch's version. A binary that names more architectures than this
+machine's GPUs need serves too. Where no GPU is seen only the C++ half is built, which needs no nvcc.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from moe_lab.errors import UnavailableError
+from moe_lab.ops.library import library
+
+OLDEST = "80"
+"""The oldest architecture that the CUDA sources compile for."""
+_CPP = ("ops.cpp", "route_cpu.cpp")
+_CUDA = ("route_by_logits.cu", "route_by_scores.cu", "sort.cu")
+# The functions of torch 2.11 and no newer ones: what is built under one version loads under the others.
+_DEFINES = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
+_CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC")
+_NVCC_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC")
+
+
+def sources() -> Path:
+    """The folder of the sources, in a checkout and installed."""
+    import moe_lab.kernels
+
+    return Path(moe_lab.kernels.__path__[0])
+
+
+def visible_architectures() -> tuple[str, ...]:
+    """Those of the GPUs that torch sees, such as ("90",), each once."""
+    if not torch.cuda.is_available():
+        return ()
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return tuple(f"{major}{minor}" for major, minor in sorted(capabilities))
+
+
+def find_cxx() -> str | None:
+    """The C++ compiler: $CXX, or the first of c++, g++ and clang++."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def find_nvcc() -> str | None:
+    """nvcc on the path, or of $CUDA_HOME, or of the usual folder."""
+    folders = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    return shutil.which("nvcc") or next(
+        (path for folder in folders if folder and (path := shutil.which("nvcc", path=f"{folder}/bin"))), None
+    )
+
+
+def cannot_build(architectures: tuple[str, ...]) -> str | None:
+    """What is missing here to build for these architectures (none: the C++ half), or None."""
+    if find_cxx() is None:
+        return "it needs a C++ compiler (g++ or clang++; $CXX names another)"
+    if too_old := [name for name in architectures if int(name) < int(OLDEST)]:
+        return f"its kernels need compute capability 8.0 or newer, not {', '.join(too_old)}"
+    if architectures and find_nvcc() is None:
+        return "its CUDA half needs nvcc (the CUDA toolkit; $CUDA_HOME names its folder)"
+    return None
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """Why the extension cannot compute on `device`; None: it is built, or can be at first use."""
+    if device.type not in ("cpu", "cuda"):
+        return f"the extension has no kernels for {device.type}"
+    architectures = visible_architectures()
+    if device.type == "cuda" and not architectures:
+        return "torch sees no CUDA device here"
+    halves = [architectures] if device.type == "cuda" else [architectures, ()]  # for a CPU the C++ half is enough
+    for half in halves:
+        if built(half) is not None or cannot_build(half) is None:
+            return None
+    return cannot_build(halves[-1])
+
+
+def label(device: torch.device) -> str:
+    """Who computes on `device`, for the record: `cuda_ext:cpp`, or `cuda_ext:sm_90`."""
+    if device.type != "cuda":
+        return "cuda_ext:cpp"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda_ext:sm_{major}{minor}"
+
+
+def binary(architectures: tuple[str, ...]) -> Path:
+    """Where the build for these architectures lies, whether it was made or not."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (
+        base
+        / "moe-lab"
+        / "extension"
+        / _key(find_cxx(), find_nvcc() if architectures else None)
+        / f"{'-'.join(architectures) or 'cpu'}.so"
+    )
+
+
+def built(architectures: tuple[str, ...]) -> Path | None:
+    """A build that serves these architectures, if there is one."""
+    exact = binary(architectures)
+    if exact.exists():
+        return exact
+    wanted = set(architectures)
+    others = sorted(exact.parent.glob("*.so")) if wanted else []
+    return next((path for path in others if wanted <= set(path.stem.split("-"))), None)
+
+
+def build(architectures: tuple[str, ...]) -> Path:
+    """Compile for these architectures, unless a build serves them already; one process at a time.
+
+    Raises:
+        UnavailableError: a compiler is missing, or failed (its last lines, and where all of them are).
+    """
+    if (missing := cannot_build(architectures)) is not None:
+        raise UnavailableError(f"the extension cannot be built: {missing}")
+    target = binary(architectures)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock")):
+            if (found := built(architectures)) is not None:
+                return found
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as folder:
+                made = _compile(Path(folder), architectures, target.with_suffix(".log"))
+                os.replace(made, target)  # a reader sees all of it or none
+    except OSError as error:
+        raise UnavailableError(f"the extension cannot be built in {target.parent}: {error}") from error
+    return target
+
+
+def _compile(folder: Path, architectures: tuple[str, ...], log: Path) -> Path:
+    torch_folder = Path(torch.__path__[0])
+    cxx, nvcc = find_cxx(), find_nvcc()
+    assert cxx is not None
+    include = (f"-I{torch_folder / 'include'}", *_DEFINES)
+    commands = {name: [cxx, *_CXX_FLAGS, *include] for name in _CPP}
+    if architectures:
+        assert nvcc is not None
+        newest = max(architectures, key=int)
+        targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
+        targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # what is newer compiles this at start
+        for_cuda = [nvcc, *_NVCC_FLAGS, f"-ccbin={cxx}"]
+        # nvcc knows where its headers are, and hands C++ sources on.
+        commands = {name: [*for_cuda, *targets] for name in _CUDA} | {
+            name: [*for_cuda, "-DMOE_LAB_CUDA", *include] for name in _CPP
+        }
+    objects = [str(folder / f"{name}.o") for name in commands]
+
+    def compile_one(item: tuple[str, list[str]]) -> None:
+        name, command = item
+        _run([*command, "-c", str(sources() / name), "-o", str(folder / f"{name}.o")], log)
+
+    log.unlink(missing_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, commands.items()))
+    library_path = folder / "moe_lab.so"
+    linked = ["-shared", *objects, "-o", str(library_path), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    if architectures:
+        linked = [str(nvcc), f"-ccbin={cxx}", "-cudart=static", *linked]
+    _run(linked if architectures else [cxx, *linked], log)
+    return library_path
+
+
+def _run(command: list[str], log: Path) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = (done.stdout + done.stderr).strip()
+    with log.open("a") as file:
+        file.write(f"{' '.join(command)}\n{said}\n")
+    if done.returncode:
+        last = " / ".join(said.splitlines()[-3:])
+        raise UnavailableError(f"the extension does not compile: {last} (all of it in {log})")
+
+
+@cache
+def _key(*compilers: str | None) -> str:
+    digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(sources().glob("*")):
+        if path.suffix in (".cpp", ".cu", ".cuh", ".h"):
+            digest.update(path.name.encode() + path.read_bytes())
+    for compiler in compilers:
+        if compiler is not None:
+            said = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+            digest.update(compiler.encode() + said.stdout.encode())
+    digest.update(repr((_CXX_FLAGS, _NVCC_FLAGS)).encode())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def load() -> tuple[str, ...]:
+    """Build what this machine needs, load it, and return the architectures of its CUDA half (none: there is none).
+
+    Raises:
+        UnavailableError: see `build`.
+    """
+    architectures = visible_architectures()
+    if cannot_build(architectures) is not None and built(architectures) is None:
+        architectures = ()
+    path = built(architectures) or build(architectures)
+    torch.ops.load_library(str(path))
+    torch.library.register_fake("moe_lab::route", _fake_route, lib=library)
+    torch.library.register_fake("moe_lab::route_and_sort", _fake_route_and_sort, lib=library)
+    return architectures
+
+
+def _fake_route(
+    logits: Tensor, gate_bias: Tensor | None, bias: Tensor | None, k: int, *_: object
+) -> tuple[Tensor, ...]:
+    shape = (logits.shape[0], k)
+    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_route_and_sort(
+    logits: Tensor, gate_bias: Tensor | None, bias: Tensor | None, k: int, *rest: object
+) -> tuple[Tensor, ...]:
+    T, E = logits.shape
+    sizes = (E, E + 1, T * k, T * k)
+    return (
+        *_fake_route(logits, gate_bias, bias, k, *rest),
+        *(logits.new_empty(size, dtype=torch.int32) for size in sizes),
+    )

@@ -1,0 +1,125 @@
+"""The k best experts of each token and their weights, by one kernel: what `route` of kernels/ computes.
+
+    x = logits + gate bias;  s = softmax(x), sigmoid(x) or sqrt(softplus(x))
+    S = top-k of s + b within the best `top_groups` of `n_groups`;  w_e = scale * s_e, or scale * s_e / sum_S s
+
+Where nothing is added to s the ranking is done on x, whose small differences s would lose. The plain-torch form is that
+of the routers themselves (routers/softmax_topk.py, routers/scored_topk.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_lab.errors import UnavailableError
+from moe_lab.ops import extension
+from moe_lab.ops.dispatch import Dispatch
+from moe_lab.ops.library import register
+
+IMPLEMENTATIONS = ("triton", "cuda_ext")
+MOST_EXPERTS, MOST_K, MOST_GROUPS = 1024, 32, 32  # of the extension, as kernels/route.h says
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How experts are chosen and weighed; see the module.
+
+    Attributes:
+        score: softmax, sigmoid or sqrt_softplus.
+        group_score: a group's score is its largest s + b (max) or the sum of its two largest (top2).
+    """
+
+    k: int
+    score: str = "softmax"
+    n_groups: int = 1
+    top_groups: int = 1
+    group_score: str = "max"
+    renormalize: bool = True
+    scale: float = 1.0
+
+
+class Routed(NamedTuple):
+    """ids [T, K] int32, weights [T, K] float32, and the slots sorted by expert where that was asked for."""
+
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+    dispatch: Dispatch | None = None
+
+
+def require_extension(how: Selection, n_experts: int) -> None:
+    """Raise `UnavailableError` where the extension has no kernel for these sizes."""
+    for what, size, most in (
+        ("experts", n_experts, MOST_EXPERTS),
+        ("experts for a token", how.k, MOST_K),
+        ("groups", how.n_groups, MOST_GROUPS),
+    ):
+        if size > most:
+            raise UnavailableError(f"router.impl=cuda_ext: its kernels take at most {most} {what}, not {size}")
+
+
+def route(
+    logits_TE: Tensor,
+    how: Selection,
+    implementation: str,
+    *,
+    gate_bias_E: Tensor | None = None,
+    bias_E: Tensor | None = None,
+    sort: bool = False,
+) -> Routed:
+    """By `triton` or `cuda_ext`, from logits of any floating dtype; biases are taken as float32.
+
+    `sort` fills the dispatch where the kernel can (cuda_ext). Of a row with NaN or +inf, or without a finite logit, the
+    ids are still different experts, and the weights of a softmax are NaN. CUDA rows of a NaN bias are not defined.
+    """
+    gate_bias_E = None if gate_bias_E is None else gate_bias_E.float()
+    bias_E = None if bias_E is None else bias_E.float()
+    groups = (how.n_groups, how.top_groups, how.group_score)
+    arguments = (gate_bias_E, bias_E, how.k, how.score, *groups, how.renormalize, how.scale)
+    if implementation == "triton":
+        return Routed(*torch.ops.moe_lab.route_triton(logits_TE, *arguments))
+    assert implementation == "cuda_ext", implementation
+    if not torch.compiler.is_compiling():  # a router has loaded it as it was made
+        extension.load()
+    if logits_TE.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        logits_TE = logits_TE.float()
+    if logits_TE.stride(1) != 1 or logits_TE.stride(0) < logits_TE.shape[1]:
+        logits_TE = logits_TE.contiguous()
+    if not sort:
+        return Routed(*torch.ops.moe_lab.route(logits_TE, *arguments))
+    ids_TK, weights_TK, *order = torch.ops.moe_lab.route_and_sort(logits_TE, *arguments)
+    return Routed(ids_TK, weights_TK, Dispatch(*order))
+
+
+def _compute(
+    logits: Tensor,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    score: str,
+    n_groups: int,
+    top_groups: int,
+    group_score: str,
+    renormalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from moe_lab.ops.route_triton import launch
+
+    how = Selection(k, score, n_groups, top_groups, group_score, renormalize, scale)
+    return launch(logits, how, gate_bias, bias)
+
+
+def _fake(logits: Tensor, gate_bias: Tensor | None, bias: Tensor | None, k: int, *_: object) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], k)
+    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
+
+
+register(
+    "route_triton(Tensor logits, Tensor? gate_bias, Tensor? bias, int k, str score, int n_groups, int top_groups, "
+    "str group_score, bool renormalize, float scale) -> (Tensor, Tensor)",
+    _compute,
+    _fake,
+)
