@@ -180,11 +180,11 @@ def _calibrate(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
 
 def _make_model(cfg: DictConfig, device: torch.device) -> nn.Module:
     parts: dict[str, Any] = {}
-    if "experts" not in cfg.model.get("ignores", ()):
-        parts = {
-            "make_router": lambda n_experts, top_k: build_router(cfg, n_experts, top_k),
-            "experts": build_experts(cfg),
-        }
+    ignores = cfg.model.get("ignores", ())
+    if "router" not in ignores:
+        parts["make_router"] = lambda n_experts, top_k: build_router(cfg, n_experts, top_k)
+    if "experts" not in ignores:
+        parts["experts"] = build_experts(cfg)
     with _defaults(device, DTYPES[cfg.dtype.name]):
         model: nn.Module = instantiate(cfg.model, **parts)
     return model

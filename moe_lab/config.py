@@ -102,6 +102,18 @@ class MoELayerModel:
 
 
 @dataclass
+class RouterModel:
+    """model=router: a router alone, T = batch * seq_len rows of logits."""
+
+    _target_: str = "moe_lab.models.router_only.RouterModel"
+    name: str = "router"
+    ignores: list[str] = field(default_factory=lambda: ["experts"])
+    n_experts: int = MISSING
+    top_k: int = MISSING
+    sort: bool = False
+
+
+@dataclass
 class Checkpoint:
     """model=checkpoint: a trained model in Hugging Face format; its sizes stand in its own config.json."""
 
@@ -380,6 +392,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "transformer_decoder": TransformerDecoder,
         "decoder_moe": DecoderMoE,
         "moe_layer": MoELayerModel,
+        "router": RouterModel,
         "checkpoint": Checkpoint,
     },
     "model/shape": {"shape": Shape},

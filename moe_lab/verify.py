@@ -28,6 +28,7 @@ from moe_lab.models.kv_cache import KVCache, LayerCache
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.serving import Decode, Prefill, whole_routing
 from moe_lab.models.transformer_decoder import TransformerDecoder
+from moe_lab.ops.dispatch import dispatch
 from moe_lab.records.schema import Check
 from moe_lab.routers.base import RouteContext, Routing, check_finite
 
@@ -139,6 +140,10 @@ def check_contract(routing: Routing, n_tokens: int, n_experts: int, layer: int) 
         raise broken("a weight is NaN or infinite")
     if bool((weights_TK[ids_TK < 0] != 0).any()):
         raise broken("an unused slot (id -1) has a weight")
+    if routing.dispatch is not None:
+        wanted = dispatch(ids_TK, n_experts)
+        if not all(torch.equal(its, other) for its, other in zip(routing.dispatch, wanted, strict=True)):
+            raise broken("the slots of its dispatch are not sorted by expert")
 
 
 def members(ids_TK: Tensor, n_experts: int) -> Tensor:

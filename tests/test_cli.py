@@ -87,6 +87,7 @@ def test_a_multirun_writes_a_row_per_cell(tmp_path: Path) -> None:
     assert sum(line.split()[-1:] == ["ok"] for line in done.stdout.splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_a_comparison_with_a_reference_router_is_shown_with_its_floor_and_its_time(tmp_path: Path) -> None:
     """In the table, in the tables of the folder, and as plots and cards of the page."""
     arguments = quick.overrides("moe_layer", "router=torch,sinkhorn", "measure.reference_router=torch", "sweep.name=s")

@@ -29,6 +29,7 @@ def test_every_router_with_its_properties(capsys: pytest.CaptureFixture[str]) ->
     assert "2401.04088" in shown["mixtral"][0]
 
 
+@pytest.mark.slow
 def test_a_router_of_ones_own_stands_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the folder of examples."""
     shutil.copytree(tiny.ROOT / "examples" / "my_router", tmp_path / "my_router")

@@ -338,13 +338,14 @@ def test_a_fault_of_a_router_names_its_layer(tamper: Tamper, layer: int) -> None
 
 
 def test_a_dispatch_that_does_not_fit_its_ids_fails() -> None:
-    """A router may hand over the slots sorted already; the experts then read those and the reference the ids."""
+    """A router may hand over the slots sorted already; the experts then read those, so they must be of the ids."""
     run = tiny.built(tiny.moe_layer("experts=grouped"))
     in_router(run, lambda routing: routing._replace(dispatch=dispatch(routing.expert_ids_TK, E)))
     run.verify()
     wrong = tiny.built(tiny.moe_layer("experts=grouped"))
     in_router(wrong, lambda routing: routing._replace(dispatch=dispatch(swapped_ids(routing).expert_ids_TK, E)))
-    assert fault_found(wrong).where == "layers"
+    found = fault_found(wrong)
+    assert found.where == "route" and "not sorted by expert" in str(found.clause)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -56,6 +56,9 @@ def least_bytes(model: nn.Module, x: Tensor, output: Output) -> int:
         used = int((routing.expert_ids_TK.unique() >= 0).sum())
         unused += (weights.n_experts - used) * weights.bytes_per_expert
     moved = x.numel() * x.element_size() + output.y.numel() * output.y.element_size()
+    if getattr(model, "gives_routing", False):
+        given = [tensor for routing in output.routings for tensor in (routing.expert_ids_TK, *(routing.dispatch or ()))]
+        moved += sum(tensor.numel() * tensor.element_size() for tensor in given)
     return parameter_bytes(model) - unused + moved
 
 

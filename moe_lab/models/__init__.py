@@ -1,4 +1,4 @@
-"""Models: minimal, transformer_decoder, decoder_moe, moe_layer.
+"""Models: minimal, transformer_decoder, decoder_moe, moe_layer, router (one alone).
 
 A model is an `nn.Module` with
 

@@ -49,8 +49,8 @@ def visible_architectures() -> tuple[str, ...]:
 
 
 def find_cxx() -> str | None:
-    """The C++ compiler: $CXX, or the first of c++, g++ and clang++."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    """The C++ compiler: $CXX, or the first of g++, c++ and clang++."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     return next((path for name in names if (path := shutil.which(name))), None)
 
 

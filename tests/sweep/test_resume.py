@@ -175,6 +175,7 @@ def test_an_edit_of_what_a_cell_runs_makes_it_stale_and_a_commit_does_not(tmp_pa
     assert len(moe_lab.load(tmp_path / "outputs" / "s")) == 1
 
 
+@pytest.mark.slow
 def test_a_result_of_another_machine_is_stale_here_and_joins_in_compare(tmp_path: Path) -> None:
     """Same cell_id, another env_id."""
     assert faulty.sweep("router=torch", cwd=tmp_path).returncode == 0

@@ -60,6 +60,7 @@ def check_agreement(record: Record, router: str, load: str) -> None:
         assert pooled["jaccard"] == 1 and record.agreement["output_rel_error"] < 1e-5
 
 
+@pytest.mark.slow
 def test_some_routers_under_some_loads(tmp_path: Path) -> None:
     """One of each kind."""
     routers = "router=deepseek_v3,sinkhorn,top_p,quantile,native"

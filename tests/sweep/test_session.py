@@ -123,6 +123,7 @@ def test_memory_under_a_limit_of_the_process(tmp_path: Path) -> None:
     assert sorted(results) == [(24, "ok", None), (40000000, "failed", "out_of_memory")]
 
 
+@pytest.mark.slow
 def test_members_of_a_group_name_each_other_and_have_a_ratio(tmp_path: Path) -> None:
     """The anchor has none; the others' is of paired rounds; samples.npz has rounds in shuffled order."""
     import numpy as np
@@ -163,6 +164,7 @@ def test_again_runs_nothing_and_a_missing_member_runs_with_the_anchor(tmp_path: 
     assert [cell["status"] for cell in faulty.plan(tmp_path)["cells"]] == ["done", "to do"]
 
 
+@pytest.mark.slow
 def test_failures_stay_until_they_are_to_be_retried(tmp_path: Path) -> None:
     """sweep.retry_failed; the exit code speaks of the whole table."""
     plugin = faulty.plugin(tmp_path / "mine")
@@ -278,6 +280,7 @@ def test_a_sweep_in_this_process(tmp_path: Path) -> None:
     assert "measure.replicates=2" in refused.stderr
 
 
+@pytest.mark.slow
 def test_replicates_are_fresh_processes(tmp_path: Path) -> None:
     """Three medians, the interval of their mean, and samples that say from which process they are."""
     import numpy as np

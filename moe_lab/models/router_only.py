@@ -1,0 +1,88 @@
+"""model=router: a router alone, fed T = batch * seq_len rows of logits: for work on its kernels.
+
+What runs and is timed is `select`, and with `sort` also the sorting of the slots for a grouped product, by the router's
+own kernel where it does both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.experts.weights import ExpertWeights, Scale
+from moe_lab.models import ForcedRouting, MakeRouter, Output
+from moe_lab.models.moe_layer import MoELayer
+from moe_lab.ops.dispatch import dispatch
+from moe_lab.phases import phase
+from moe_lab.routers.base import RouteContext, Router, Routing
+
+
+class _NoWeights(ExpertWeights):
+    """Experts without matrices."""
+
+    def __init__(self, n_experts: int):
+        nn.Module.__init__(self)
+        self._n_experts = n_experts
+
+    @property
+    def n_experts(self) -> int:
+        return self._n_experts
+
+    @property
+    def bytes_per_expert(self) -> int:
+        return 0
+
+
+def none(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
+    """No experts: the routing weights, [T, E], which is all that a router has to show for itself."""
+    E = weights.n_experts
+    ids_TK = torch.where(routing.expert_ids_TK < 0, E, routing.expert_ids_TK).long()  # unused slots beside the experts
+    return routing.weights_TK.new_zeros(len(ids_TK), E + 1).scatter_add_(1, ids_TK, routing.weights_TK)[:, :E]
+
+
+class RouterLayer(MoELayer):
+    """An MoE layer that is fed logits [T, E] and stops at the routing."""
+
+    def __init__(self, n_experts: int, router: Router, sort: bool):
+        super().__init__(_NoWeights(n_experts), router, none)
+        self.sort = sort
+
+    def forward(self, x_TD: Tensor, ctx: RouteContext, forced: Routing | None = None) -> tuple[Tensor, Routing]:
+        """(weights [T, K], Routing)."""
+        routing = forced
+        if routing is None:
+            with phase("router"):
+                routing = self.router.select(x_TD, ctx._replace(want_dispatch=self.sort))
+        if self.sort and routing.dispatch is None:
+            with phase("dispatch"):
+                routing = routing._replace(dispatch=dispatch(routing.expert_ids_TK, self.weights.n_experts))
+        return routing.weights_TK, routing
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """The input."""
+        return x_TD
+
+    def use_reference(self) -> None:
+        """There are no experts to replace."""
+
+
+class RouterModel(nn.Module):
+    """The keys are those of conf/model/router.yaml; input: logits [T, E], the output the weights [T, K]."""
+
+    vocab_size: int | None = None
+    gives_routing = True
+    """Ids and sorted slots are part of what it writes."""
+
+    def __init__(self, *, make_router: MakeRouter, n_experts: int, top_k: int, sort: bool):
+        super().__init__()
+        self.n_experts = n_experts
+        self.moe = RouterLayer(n_experts, make_router(n_experts, top_k), sort)
+
+    def input_shape(self, batch: int, seq_len: int) -> tuple[int, ...]:
+        """[T, E] logits."""
+        return batch * seq_len, self.n_experts
+
+    def forward(self, x_TD: Tensor, forced_routing: ForcedRouting = None) -> Output:
+        """logits [T, E] -> weights [T, K]."""
+        weights_TK, routing = self.moe(x_TD, RouteContext(), forced_routing[0] if forced_routing is not None else None)
+        return Output(weights_TK, (routing,))
