@@ -19,7 +19,7 @@ $(READY): pyproject.toml constraints.txt
 	if [ -z "$${python:-}" ]; then echo "moe-lab needs Python 3.11 or newer with the venv module; set PYTHON=..." >&2; exit 1; fi; \
 	echo "installing into .venv with $$("$$python" --version)"; \
 	"$$python" -m venv --clear .venv; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,export,netron,peers]'; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,export,netron]'; \
 	touch $(READY)
 
 .PHONY: help demo test test-all lint bench-experts bench-sweep device-bundle clean

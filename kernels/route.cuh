@@ -1,4 +1,4 @@
-// What the kernels of route share: loads, scores, the launch.
+// What the kernels of route share: loads, scores, sums over lanes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +10,6 @@
 
 namespace moe_lab {
 
-constexpr unsigned kAll = 0xffffffffu;  // every lane of a warp
 constexpr float kInfinity = __builtin_huge_valf();
 
 // The kernel after this one may be launched; none of the kernels before is read or overwritten above the wait.

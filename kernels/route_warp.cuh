@@ -1,7 +1,7 @@
 // A row of logits by one warp: K times the largest of what is left, found by one reduction of the hardware.
 //
-// For any E and K. Every lane holds VALUES neighbouring experts, sorted, so that a round looks at the lanes' first ones only; lanes are in the order
-// of their experts, so that of equal values the lowest lane's is the lowest expert's.
+// For any E and K. Every lane holds VALUES neighbouring experts, sorted, so that a round looks at the lanes' first ones
+// only; lanes are in the order of their experts, so that of equal values the lowest lane's is the lowest expert's.
 #pragma once
 
 #include "route.cuh"

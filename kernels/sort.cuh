@@ -86,7 +86,7 @@ struct Sorter {
 
   __device__ void place_slots(const SortArguments& s, int64_t first_slot) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = warp * share(), end = min(begin + share(), slots);
-    // What lanes share an expert is told by bits in memory: the instruction that compares lanes takes ten times as long.
+    // What lanes share an expert is told by bits in memory; __match_any_sync takes as long.
     for (int slot = begin + lane; slot - lane < end; slot += 32) {
       const bool live = slot < end;
       const int at = live ? warp * E + ids[slot] : 0;

@@ -8,6 +8,8 @@
 
 namespace moe_lab {
 
+constexpr unsigned kAll = 0xffffffffu;  // every lane of a warp
+
 // Orders as the float does, and is never 0: -0 equals +0, and NaN is above +inf (adding zero makes every NaN the one positive NaN).
 __device__ __forceinline__ uint32_t ordered(float x) {
   const int bits = __float_as_int(x + 0.0f);
@@ -71,7 +73,7 @@ __device__ __forceinline__ void merge_lanes(Key (&best)[N]) {
   if constexpr (STEP < LANES) {
     Key other[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) other[i] = __shfl_xor_sync(0xffffffffu, best[i], STEP);
+    for (int i = 0; i < N; ++i) other[i] = __shfl_xor_sync(kAll, best[i], STEP);
     merge(best, other);
     merge_lanes<LANES, 2 * STEP>(best);
   }

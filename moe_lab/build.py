@@ -51,6 +51,13 @@ def resolve_device(cfg: DictConfig) -> torch.device:
         raise UnavailableError("dtype=fp16: half precision is not computed on a CPU; use bf16 or fp32")
     if name == "cpu" and cfg.execution.name == "cuda_graph":
         raise UnavailableError("execution=cuda_graph: this run is on a CPU; use execution=eager or compile")
+    cache = cfg.measure.get("cache", "natural")
+    if cache == "hot" and cfg.execution.name != "cuda_graph":
+        raise UnavailableError(
+            "measure.cache=hot is 20 calls in one CUDA graph; give execution=cuda_graph, or measure.cache=natural"
+        )
+    if cache == "cold" and name == "cpu":
+        raise UnavailableError("measure.cache=cold: the caches of a CPU are not flushed; use device=cuda")
     if name == "cuda" and cfg.dtype.name == "bf16" and torch.cuda.get_device_capability() < (8, 0):
         raise UnavailableError("dtype=bf16: this GPU is older than compute capability 8.0; use fp16 or fp32")
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)

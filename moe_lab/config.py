@@ -22,6 +22,7 @@ DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 LOADS = ("native", "balanced", "random", "zipf", "hot", "one_hot", "replay")
 PHASES = ("forward", "prefill", "decode")
+CACHES = ("natural", "cold", "hot")
 EXECUTIONS = ("eager", "compile", "cuda_graph")
 EXPORTS, VIEWS, OPSETS, AXES = ("none", "netron"), ("modules", "flat"), (18, 23), ("batch", "seq_len")
 STALE = ("rerun", "keep", "refuse")
@@ -317,7 +318,7 @@ class Execution:
 
 @dataclass
 class Measure:
-    """How long to look, and at what; none of these keys changes what is computed."""
+    """How long to look, and at what; of these keys only `cache` changes the result."""
 
     name: str = "default"
     routing: bool = True
@@ -327,6 +328,8 @@ class Measure:
     roofline: bool = True
     quality: bool = True
     quality_tokens: int | None = 65536
+    cache: str = "natural"
+    caches: bool = True
     target_ci: float = 0.02
     max_time_s: float = 10.0
     warmup_s: float = 0.5
@@ -482,6 +485,7 @@ def validate(cfg: DictConfig) -> None:
     _at_least(cfg, "seed measure.warmup_s workload.trace_layer", 0)
     _more_than_zero(cfg, "measure.target_ci measure.max_time_s sweep.timeout_s")
     _at_least(cfg, "measure.replicates", 1)
+    _one_of(cfg, "measure.cache", CACHES)
     _validate_sweep(cfg)
     _one_of(cfg, "workload.phase", PHASES)
     _at_least(cfg, "workload.context_len measure.quality_tokens", 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import shutil
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from moe_lab import configure
 from moe_lab.listing import groups
+from moe_lab.ops import extension
 from moe_lab.records.schema import Record
 from moe_lab.results.noise import noise_file, read_floor, write_floor
 from moe_lab.sweep import multirun, session
@@ -59,11 +59,14 @@ def show() -> None:
     for option, look in zip(options, seen, strict=True):
         words = str(look["skip"] or "ok").replace("impossible: ", "not with model=decoder_moe: ", 1)
         console.print(f"{option:32} {words}", markup=False)
-    for tool, purpose in (("g++", "execution=compile on a CPU"), ("nvcc", "building the CUDA extension")):
-        console.print(f"{tool:32} {shutil.which(tool) or f'not found; needed for {purpose}'}", markup=False)
+    for tool, found, purpose in (
+        ("C++ compiler", extension.find_cxx(), "execution=compile on a CPU and router.impl=cuda_ext"),
+        ("nvcc", extension.find_nvcc(), "building the CUDA extension"),
+    ):
+        console.print(f"{tool:32} {found or f'not found; needed for {purpose}'}", markup=False)
 
 
-_IMPLEMENTATIONS = ("torch", "triton", "cuda_ext")
+_IMPLEMENTATIONS = ("torch", "triton", "cuda_ext", "vllm", "sglang")
 _LOOKED_AT = ("router", "experts", "execution", "dtype", "device")
 
 

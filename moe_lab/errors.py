@@ -13,7 +13,7 @@ class UnavailableError(RuntimeError):
 
 
 class MismatchError(RuntimeError):
-    """The run's output disagrees with the fp32 reference; `where` is `route`, `layers` or `export`.
+    """The run's output disagrees with the fp32 reference; `where` is `route`, `layers`, `replay` or `export`.
 
     `clause`: of the router's contract, where that is what was broken. `found`: what is known of an export.
     """

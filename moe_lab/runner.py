@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TextIO
@@ -28,7 +29,7 @@ from moe_lab.agreement import agreement
 from moe_lab.config import validate
 from moe_lab.errors import ExportError, MismatchError, UnavailableError
 from moe_lab.measure import environment, memory, phases, roofline, routing_metrics, statistics
-from moe_lab.measure.clocks import STEPS, Block, Step
+from moe_lab.measure.clocks import Block, HotGraphStep, Step, make_step
 from moe_lab.models import Output
 from moe_lab.models.attention import Attention
 from moe_lab.models.checkpoint import Checkpoint
@@ -116,7 +117,7 @@ class Run:
         self._look_at_the_input()
         self.forced = build.force_load(cfg, self.task, self.x)
         self.implementation = self._implementation()
-        self.step: Step = STEPS[cfg.execution.name](self.task, self.x, self.forced)
+        self.step = self._make_step()
         self._look_at_the_load()
         log.info(
             "built %s on %s: %.1f MB of parameters",
@@ -124,6 +125,13 @@ class Run:
             self.device,
             parameter_bytes(self.model) / 1e6,
         )
+
+    def _make_step(self) -> Step:
+        return make_step(self.cfg.execution.name, self._cache, self.task, self.x, self.forced)
+
+    @property
+    def _cache(self) -> Any:
+        return self.cfg.measure.get("cache", "natural")
 
     def _look_at_the_input(self) -> None:
         """Warnings for a router that is told too little, and for a trained model that is told nothing."""
@@ -211,7 +219,7 @@ class Run:
 
     def unpark(self) -> None:
         """Make the step anew. An eager one is the one that was verified; another is verified again."""
-        self.step = STEPS[self.cfg.execution.name](self.task, self.x, self.forced)
+        self.step = self._make_step()
         if self.cfg.execution.name != "eager":
             self._verify_step()
 
@@ -219,7 +227,7 @@ class Run:
         """Repeat the step for `measure.warmup_s`, at least once. Returns how many iterations fill `block_s`."""
         deadline = time.perf_counter() + self.cfg.measure.warmup_s
         while True:
-            once_ms = float(self.step.time_block(1).ms[0])
+            once_ms = float(self.step.time_block(1).ms[0]) * self.step.calls
             if time.perf_counter() >= deadline:
                 return max(1, int(block_s * 1e3 / max(once_ms, 1e-4)))
 
@@ -251,9 +259,17 @@ class Run:
         """Routing metrics, phases and roofline, each from passes of its own after the timing.
 
         The latency stands whether or not these succeed: one that fails is a warning, and its field null.
+
+        Raises:
+            MismatchError: the graph that was timed does not write its outputs again.
         """
         measure = self.cfg.measure
+        if isinstance(self.step, HotGraphStep):
+            self.step.check()
+        look_at_caches = self.cfg.execution.name == "cuda_graph" and measure.get("caches", True)
         for wanted, name, look in (
+            (look_at_caches, "latency_hot_ms", partial(self._observe_cache, "hot")),
+            (look_at_caches, "latency_cold_ms", partial(self._observe_cache, "cold")),
             (measure.routing or measure.record_routing, "routing", self._observe_routing),
             (measure.get("reference_router") is not None, "agreement", self._observe_agreement),
             (measure.phases, "phases_ms", self._observe_phases),
@@ -288,6 +304,18 @@ class Run:
             self.observed["export"] = error.found
             raise
         log.info("exported: %s", self.observed["export"])
+
+    def _observe_cache(self, cache: str) -> float:
+        """Median milliseconds with the caches in that state."""
+        if cache == self._cache:
+            return float(np.median(self.samples_ms()))
+        step = make_step(self.cfg.execution.name, cache, self.task, self.x, self.forced)
+        once_ms = float(step.time_block(3).ms.min()) * step.calls
+        seconds = min(0.1, self.cfg.measure.max_time_s / 10)
+        ms = step.time_block(min(max(int(seconds * 1e3 / max(once_ms, 1e-3)), 3), 200)).ms
+        if isinstance(step, HotGraphStep):
+            step.check()
+        return float(np.median(ms))
 
     def _observe_routing(self) -> dict[str, Any] | None:
         """Metrics of the routing that the run's own execution realises; of decoding the mean over some of its steps."""
@@ -482,6 +510,7 @@ class Run:
         latency = statistics.summarize(samples, cfg.measure.target_ci, self._replicates()) if len(samples) else None
         if latency is not None:
             latency.replicate_probe_ms = self.probe_ms
+            latency.cache = self._cache
         built = hasattr(self, "model")
         return Record(
             status=status,  # type: ignore[arg-type]

@@ -113,6 +113,8 @@ def test_looking_takes_no_memory() -> None:
     [
         pytest.param(["dtype=fp16"], UnavailableError, "dtype=fp16", id="dtype"),
         pytest.param(["execution=cuda_graph"], UnavailableError, "execution=cuda_graph", id="execution"),
+        pytest.param(["measure.cache=hot"], UnavailableError, "give execution=cuda_graph", id="hot"),
+        pytest.param(["measure.cache=cold"], UnavailableError, "use device=cuda", id="cold"),
         pytest.param(["router=cuda_ext"], UnavailableError, "router.impl=cuda_ext", id="router"),
         pytest.param(["router=hash"], UnavailableError, "router=hash reads the tokens", id="token-ids"),
         pytest.param(

@@ -35,8 +35,7 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
             ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
             matrices = (weights.w_gate_up_E2FD, weights.w_down_EDF)
             return few_tokens_mlp(x_TD, ids_TK, weights_TK, *matrices, scale == "input")
-    is_one = len(x_TD) == 1 and x_TD.device.type == "cpu" and x_TD.dtype == torch.float32
-    if is_one and not torch.compiler.is_compiling():
+    if _is_one_token(x_TD):
         return _one_token(x_TD, routing, weights, scale)
     K = routing.expert_ids_TK.shape[1]
     with phase("dispatch"):
@@ -55,6 +54,11 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
         used_TK = routing.expert_ids_TK >= 0
         weights_TK = routing.weights_TK if scale == "output" else used_TK.float()
         return combine(o_ND, order.inverse_N, weights_TK, used_TK)
+
+
+def _is_one_token(x_TD: Tensor) -> bool:
+    on_cpu = x_TD.device.type == "cpu" and x_TD.dtype == torch.float32 and not torch.compiler.is_compiling()
+    return on_cpu and len(x_TD) == 1
 
 
 def _one_token(x_1D: Tensor, routing: Routing, weights: ExpertWeights, scale: Scale) -> Tensor:
@@ -77,7 +81,7 @@ grouped.graph_safe = True  # type: ignore[attr-defined]
 
 
 def _reads_dispatch(x_TD: Tensor) -> bool:
-    return not takes_few_tokens(x_TD)
+    return not (takes_few_tokens(x_TD) or _is_one_token(x_TD))
 
 
 grouped.reads_dispatch = _reads_dispatch  # type: ignore[attr-defined]  # asked by MoELayer

@@ -2,6 +2,10 @@
 
 On a CPU `perf_counter` around each iteration; on CUDA an event before and after each, and for a captured graph the two
 events are nodes of the graph itself, so that the replay's launch is outside the interval.
+
+What the caches hold before an iteration is what the one before left (`natural`), nothing of it (`cold`: the L2 cache is
+overwritten outside the interval), or all that fits (`hot`: 20 calls in one graph, one after the other, and their time
+over 20, in which the graph's own start counts little: for kernels of some microseconds).
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ import torch
 import torch._inductor.exc
 from torch import Tensor, nn
 
-from moe_lab.errors import UnavailableError
+from moe_lab.errors import MismatchError, UnavailableError
+from moe_lab.measure.statistics import HOT_CALLS
 from moe_lab.models import ForcedRouting, Output
 from moe_lab.routers.base import unchecked
 
@@ -35,12 +40,16 @@ class Step:
 
     fuses = False
     """Whether it computes by other kernels than the eager pass, so that it rounds otherwise in between."""
+    calls = 1
+    """Passes of one iteration; its time is divided by them."""
 
     def __init__(self, model: nn.Module, x: Tensor, forced: ForcedRouting = None):
         self.model, self.x, self.device = model, x, x.device
         self._forward: Callable[[Tensor], Output] = model if forced is None else partial(model, forced_routing=forced)
         # What goes on between two iterations and is not timed: a decode step is followed by one at the next position.
         self._advance: Callable[[], None] = getattr(model, "advance", _nothing)
+        self.prepare: Callable[[], None] = _nothing
+        """Called before each iteration on CUDA, outside the interval."""
 
     @torch.inference_mode()
     def __call__(self) -> Output:
@@ -67,6 +76,7 @@ class Step:
         starts = [torch.cuda.Event(enable_timing=True) for _ in range(n)]
         stops = [torch.cuda.Event(enable_timing=True) for _ in range(n)]
         for start, stop in zip(starts, stops, strict=True):
+            self.prepare()
             start.record()
             self._forward(self.x)
             stop.record()
@@ -123,7 +133,8 @@ class GraphStep(Step):
         self._stop = torch.cuda.Event(enable_timing=True, external=True)
         with torch.inference_mode(), torch.cuda.graph(self._graph):
             self._start.record()
-            self._output: Output = self._forward(x)
+            for _ in range(self.calls):
+                self._output: Output = self._forward(x)
             self._stop.record()
         # Replays allocate nothing: what the capture took is the peak.
         self._peak_bytes = torch.cuda.max_memory_allocated(self.device)
@@ -135,9 +146,10 @@ class GraphStep(Step):
     def _time_on_cuda(self, n: int) -> Block:
         ms, stamp = np.empty(n), np.empty(n)
         for i in range(n):
+            self.prepare()
             self._graph.replay()
             self._stop.synchronize()
-            ms[i], stamp[i] = self._start.elapsed_time(self._stop), time.perf_counter()
+            ms[i], stamp[i] = self._start.elapsed_time(self._stop) / self.calls, time.perf_counter()
             self._advance()
         return Block(ms, stamp)
 
@@ -145,11 +157,62 @@ class GraphStep(Step):
         return self._peak_bytes
 
 
+class HotGraphStep(GraphStep):
+    """Twenty passes in one graph."""
+
+    calls = HOT_CALLS
+
+    @torch.inference_mode()
+    def check(self) -> None:
+        """Poison the outputs, replay, and look whether they come back: what was timed is what computes them.
+
+        Raises:
+            MismatchError: they do not.
+        """
+        tensors = [self._output.y, *(ids for ids, *_ in self._output.routings)]
+        self._graph.replay()
+        before = [tensor.clone() for tensor in tensors]
+        for tensor in tensors:
+            tensor.fill_(torch.nan if tensor.is_floating_point() else -7)
+        self._graph.replay()
+        # Sums that are made in no fixed order may round otherwise, and in a deep model send a token elsewhere.
+        y, *ids = (then.double() for then in tensors)
+        was, *ids_were = (tensor.double() for tensor in before)
+        same_y = bool((y - was).norm() <= 1e-2 * was.norm())
+        same_ids = all(
+            bool((now == then).double().mean() > 0.99) for now, then in zip(ids, ids_were, strict=True) if now.numel()
+        )
+        if not (same_y and same_ids):
+            raise MismatchError("replay", "the graph that was timed does not write the outputs again.")
+
+
+class _FlushL2:
+    """Overwrites three times the size of the device's L2 cache."""
+
+    def __init__(self, device: torch.device):
+        n_bytes = 3 * torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.empty(n_bytes // 4, dtype=torch.int32, device=device)
+
+    def __call__(self) -> None:
+        self._buffer.zero_()
+
+
 def _nothing() -> None:
     pass
 
 
 STEPS: dict[str, type[Step]] = {"eager": Step, "compile": CompiledStep, "cuda_graph": GraphStep}
+
+
+def make_step(execution: str, cache: str, model: nn.Module, x: Tensor, forced: ForcedRouting = None) -> Step:
+    """A step of one of `STEPS`, the caches in the state `cache`: natural, cold (on CUDA) or hot (of a CUDA graph)."""
+    if cache == "hot":
+        assert execution == "cuda_graph", execution
+        return HotGraphStep(model, x, forced)
+    step = STEPS[execution](model, x, forced)
+    if cache == "cold":
+        step.prepare = _FlushL2(x.device)
+    return step
 
 
 @contextmanager

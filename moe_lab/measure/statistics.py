@@ -39,6 +39,10 @@ def relative_width(samples_ms: Sequence[float] | np.ndarray) -> float:
     return math.inf if interval is None else (interval[1] - interval[0]) / float(np.median(ordered))
 
 
+HOT_CALLS = 20
+"""Passes in the graph whose share is a hot figure."""
+
+
 def is_known(samples_ms: Sequence[float] | np.ndarray, target_ci: float) -> bool:
     """Whether the median's interval is no wider than `target_ci` of it; not by fewer than 10 samples."""
     return len(samples_ms) >= _LEAST_SAMPLES and relative_width(samples_ms) <= target_ci

@@ -30,6 +30,9 @@ _CUDA = ("route_by_logits.cu", "route_by_scores.cu", "sort.cu")
 # The functions of torch 2.11 and no newer ones: what is built under one version loads under the others.
 _DEFINES = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
 _CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC")
+# libstdc++ by its file: a compiler that has a static one only would link that, and what one libstdc++ throws and
+# torch's other catches ends the process.
+_LIBRARIES = ("-ltorch_cpu", "-l:libstdc++.so.6")
 _NVCC_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC")
 
 
@@ -165,7 +168,7 @@ def _compile(folder: Path, architectures: tuple[str, ...], log: Path) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, commands.items()))
     library_path = folder / "moe_lab.so"
-    linked = ["-shared", *objects, "-o", str(library_path), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    linked = ["-shared", *objects, "-o", str(library_path), f"-L{torch_folder / 'lib'}", *_LIBRARIES]
     if architectures:
         linked = [str(nvcc), f"-ccbin={cxx}", "-cudart=static", *linked]
     _run(linked if architectures else [cxx, *linked], log)
@@ -192,7 +195,7 @@ def _key(*compilers: str | None) -> str:
         if compiler is not None:
             said = subprocess.run([compiler, "--version"], capture_output=True, text=True)
             digest.update(compiler.encode() + said.stdout.encode())
-    digest.update(repr((_CXX_FLAGS, _NVCC_FLAGS)).encode())
+    digest.update(repr((_CXX_FLAGS, _NVCC_FLAGS, _LIBRARIES)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -208,14 +211,12 @@ def load() -> tuple[str, ...]:
         architectures = ()
     path = built(architectures) or build(architectures)
     torch.ops.load_library(str(path))
-    torch.library.register_fake("moe_lab::route", _fake_route, lib=library)
+    torch.library.register_fake("moe_lab::route", fake_route, lib=library)
     torch.library.register_fake("moe_lab::route_and_sort", _fake_route_and_sort, lib=library)
     return architectures
 
 
-def _fake_route(
-    logits: Tensor, gate_bias: Tensor | None, bias: Tensor | None, k: int, *_: object
-) -> tuple[Tensor, ...]:
+def fake_route(logits: Tensor, gate_bias: Tensor | None, bias: Tensor | None, k: int, *_: object) -> tuple[Tensor, ...]:
     shape = (logits.shape[0], k)
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
 
@@ -226,6 +227,6 @@ def _fake_route_and_sort(
     T, E = logits.shape
     sizes = (E, E + 1, T * k, T * k)
     return (
-        *_fake_route(logits, gate_bias, bias, k, *rest),
+        *fake_route(logits, gate_bias, bias, k, *rest),
         *(logits.new_empty(size, dtype=torch.int32) for size in sizes),
     )

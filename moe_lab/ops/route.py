@@ -19,8 +19,9 @@ from moe_lab.errors import UnavailableError
 from moe_lab.ops import extension
 from moe_lab.ops.dispatch import Dispatch
 from moe_lab.ops.library import register
+from moe_lab.ops.route_peers import PEERS, require_computes
 
-IMPLEMENTATIONS = ("triton", "cuda_ext")
+IMPLEMENTATIONS = ("triton", "cuda_ext", *PEERS)
 MOST_EXPERTS, MOST_K, MOST_GROUPS = 1024, 32, 32  # of the extension, as kernels/route.h says
 
 
@@ -50,8 +51,14 @@ class Routed(NamedTuple):
     dispatch: Dispatch | None = None
 
 
-def require_extension(how: Selection, n_experts: int) -> None:
-    """Raise `UnavailableError` where the extension has no kernel for these sizes."""
+def require_computable(
+    implementation: str, how: Selection, n_experts: int, *, bias: bool = False, gate_bias: bool = False
+) -> None:
+    """Raise `UnavailableError` where this one of `IMPLEMENTATIONS` has no kernel for it."""
+    if implementation in PEERS:
+        require_computes(implementation, how, bias=bias, gate_bias=gate_bias)
+    if implementation != "cuda_ext":
+        return
     for what, size, most in (
         ("experts", n_experts, MOST_EXPERTS),
         ("experts for a token", how.k, MOST_K),
@@ -70,10 +77,10 @@ def route(
     bias_E: Tensor | None = None,
     sort: bool = False,
 ) -> Routed:
-    """By `triton` or `cuda_ext`, from logits of any floating dtype; biases are taken as float32.
+    """By one of `IMPLEMENTATIONS`, from logits of any floating dtype; biases are taken as float32.
 
     `sort` fills the dispatch where the kernel can (cuda_ext). Of a row with NaN or +inf, or without a finite logit, the
-    ids are still different experts, and the weights of a softmax are NaN. CUDA rows of a NaN bias are not defined.
+    ids are still different experts, and the weights of a softmax are NaN; an expert of NaN score ranks first.
     """
     gate_bias_E = None if gate_bias_E is None else gate_bias_E.float()
     bias_E = None if bias_E is None else bias_E.float()
@@ -81,6 +88,8 @@ def route(
     arguments = (gate_bias_E, bias_E, how.k, how.score, *groups, how.renormalize, how.scale)
     if implementation == "triton":
         return Routed(*torch.ops.moe_lab.route_triton(logits_TE, *arguments))
+    if implementation in PEERS:
+        return Routed(*PEERS[implementation](logits_TE, how, bias_E))
     assert implementation == "cuda_ext", implementation
     if not torch.compiler.is_compiling():  # a router has loaded it as it was made
         extension.load()
@@ -112,14 +121,9 @@ def _compute(
     return launch(logits, how, gate_bias, bias)
 
 
-def _fake(logits: Tensor, gate_bias: Tensor | None, bias: Tensor | None, k: int, *_: object) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0], k)
-    return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape, dtype=torch.float32)
-
-
 register(
     "route_triton(Tensor logits, Tensor? gate_bias, Tensor? bias, int k, str score, int n_groups, int top_groups, "
     "str group_score, bool renormalize, float scale) -> (Tensor, Tensor)",
     _compute,
-    _fake,
+    extension.fake_route,
 )

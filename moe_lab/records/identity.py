@@ -18,7 +18,7 @@ from moe_lab.records import inputs
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
-# Top-level keys that change nothing in what is computed: labels, and how long or at what is looked.
+# Top-level keys that change nothing in the result: labels, and how long or at what is looked (but measure.cache).
 _OUTSIDE = ("name", "overrides", "sweep", "experiment", "debug", "hydra", "measure")
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 # Of the package: what reads results or talks to people, and no run executes.
@@ -44,9 +44,12 @@ def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
         resolved: Any = OmegaConf.to_container(
             OmegaConf.masked_copy(config, [str(key) for key in config if key not in _OUTSIDE]), resolve=True
         )
+        resolved["measure"] = {"cache": config.measure.get("cache", "natural")}
         config = resolved
     left_out = {*_OUTSIDE, *(config["model"].get("ignores") or ())}
     found = {str(key): value for key, value in config.items() if key not in left_out}
+    if (cache := (config.get("measure") or {}).get("cache", "natural")) != "natural":
+        found["measure"] = {"cache": cache}
     # Where a pair lies is no part of what it is, and where there is none its other keys are not either.
     is_none = config["export"].get("name", "none") == "none"
     found["export"] = {

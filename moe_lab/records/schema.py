@@ -79,6 +79,10 @@ class Record:
     config: dict[str, Any] = field(default_factory=dict)
     implementation: dict[str, str] = field(default_factory=dict)
     latency_ms: Latency | None = None
+    latency_hot_ms: float | None = None
+    """Median of a call among 20 in one CUDA graph."""
+    latency_cold_ms: float | None = None
+    """Median of a CUDA graph's replay with nothing in the L2 cache."""
     ratio_to_anchor: Ratio | None = None
     throughput: dict[str, float] | None = None
     phases_ms: dict[str, Any] | None = None

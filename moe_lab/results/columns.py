@@ -76,6 +76,7 @@ RUNS: Columns = {
     "latency_ms.cache": TEXT,
     "latency_ms.replicate_p50": FLOATS,
     "latency_ms.replicate_probe_ms": FLOATS,
+    **dict.fromkeys(("latency_hot_ms", "latency_cold_ms"), FLOAT),
     "ratio_to_anchor.anchor": TEXT,
     **_under("ratio_to_anchor", dict.fromkeys(("p50", "ci95_low", "ci95_high"), FLOAT)),
     "ratio_to_anchor.rounds": INT,
@@ -135,6 +136,7 @@ RUNS: Columns = {
 _OF_A_SETTING = ("model", "batch", "seq_len", "seed", "workload", "device", "dtype")
 _OF_A_RESULT = (
     *("latency_ms.n", "latency_ms.p50", "latency_ms.ci95_low", "latency_ms.ci95_high", "latency_ms.stable"),
+    *("latency_hot_ms", "latency_cold_ms"),
     *(
         "throughput.tokens_per_s",
         "throughput.time_per_output_token_ms",

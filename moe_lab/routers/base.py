@@ -14,6 +14,8 @@ from moe_lab.errors import UnavailableError
 from moe_lab.ops import extension
 from moe_lab.ops.dispatch import Dispatch
 from moe_lab.ops.library import resolve_implementation, target_device
+from moe_lab.ops.route_peers import PEERS
+from moe_lab.ops.route_peers import require as require_peer
 
 
 class Routing(NamedTuple):
@@ -106,6 +108,8 @@ class Router(nn.Module):
             if torch.get_default_device().type != "meta":  # else nothing is going to be computed
                 extension.load()
             return extension.label(device)
+        if impl in PEERS and impl in self.implementations:
+            require_peer(impl, device)
         if impl == "triton" or (impl == "auto" and "triton" in self.implementations):
             return resolve_implementation(impl, device, op="router.impl")
         return self.implementations[0] if impl == "auto" else impl

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lab.ops.route import IMPLEMENTATIONS, Selection, require_extension, route
+from moe_lab.ops.route import IMPLEMENTATIONS, Selection, require_computable, route
 from moe_lab.ops.softmax_topk import chosen, top_k
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 
@@ -81,8 +81,7 @@ class ScoredTopK(Router):
         self.n_groups, self.top_groups, self.group_score = n_groups, top_groups, group_score
         self.scales_input = scales_input
         self.how = Selection(top_k, score, n_groups, top_groups, group_score, renormalize, scale)
-        if self.impl == "cuda_ext":
-            require_extension(self.how, n_experts)
+        require_computable(self.impl, self.how, n_experts, bias=bias)
         empty_E = torch.empty(n_experts, dtype=torch.float32)
         self.bias_E = nn.Parameter(empty_E, requires_grad=False) if bias else None
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lab.ops.route import IMPLEMENTATIONS, Selection, require_extension, route
+from moe_lab.ops.route import IMPLEMENTATIONS, Selection, require_computable, route
 from moe_lab.ops.softmax_topk import top_k, weights_of
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 
@@ -31,8 +31,7 @@ class SoftmaxTopK(Router):
         self.renormalize = renormalize
         self.bias_E = nn.Parameter(torch.empty(n_experts), requires_grad=False) if gate_bias else None
         self.how = Selection(top_k, renormalize=renormalize)
-        if self.impl == "cuda_ext":
-            require_extension(self.how, n_experts)
+        require_computable(self.impl, self.how, n_experts, gate_bias=gate_bias)
 
     def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
         """See `Router.select`. Raises `ValueError` naming the layer for logits without a softmax."""

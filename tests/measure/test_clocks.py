@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_lab.errors import UnavailableError
-from moe_lab.measure.clocks import STEPS, CompiledStep, GraphStep, Step
+from moe_lab.errors import MismatchError, UnavailableError
+from moe_lab.measure.clocks import STEPS, CompiledStep, GraphStep, HotGraphStep, Step, make_step
 from moe_lab.models import ForcedRouting, Output
 from moe_lab.models.serving import Decode
 from moe_lab.runner import Run
@@ -295,3 +295,49 @@ def test_a_timed_block_compiles_nothing_again() -> None:
         block = run.step.time_block(3)
         assert torch.equal(run.step().y, before)
     assert len(block.ms) == 3
+
+
+@pytest.mark.gpu
+def test_a_hot_graph_is_twenty_passes_and_times_one() -> None:
+    model = Walking()
+    x = torch.ones(1024, device="cuda")
+    step = make_step("cuda_graph", "hot", model, x)
+    assert isinstance(step, HotGraphStep)
+    assert len(model.seen) == 2 + 20  # two before the capture
+    ms = step.time_block(5).ms
+    whole = make_step("cuda_graph", "natural", model, x)
+    assert len(ms) == 5 and (ms > 0).all()
+    assert isinstance(whole, GraphStep) and whole.calls == 1
+    step.check()
+
+
+@pytest.mark.gpu
+def test_a_graph_that_does_not_write_its_outputs_is_found() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made_once = torch.ones(4, device="cuda")
+
+        def forward(self, x: Tensor) -> Output:
+            x + 1  # what the graph computes instead
+            return Output(self.made_once)
+
+    step = make_step("cuda_graph", "hot", Constant(), torch.ones(4, device="cuda"))
+    assert isinstance(step, HotGraphStep)
+    with pytest.raises(MismatchError, match="does not write the outputs"):
+        step.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("execution", ["eager", "cuda_graph"])
+def test_the_l2_cache_is_overwritten_before_each_cold_iteration(execution: str) -> None:
+    step = make_step(execution, "cold", Walking(), torch.ones(4, device="cuda"))
+    flush, calls = step.prepare, []
+
+    def counted() -> None:
+        calls.append(1)
+        flush()
+
+    step.prepare = counted
+    assert len(step.time_block(7).ms) == len(calls) == 7
+    assert flush._buffer.nbytes >= 3 * torch.cuda.get_device_properties(0).L2_cache_size  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.ops import extension
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.library import triton_interprets
-from moe_lab.ops.route import Routed, Selection, require_extension, route
+from moe_lab.ops.route import Routed, Selection, require_computable, route
 from moe_lab.routers.scored_topk import ScoredTopK
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from tests.ops.compiling import assert_compiles
@@ -373,10 +373,10 @@ def test_the_op_refuses_what_it_cannot_compute(change: dict[str, object], messag
 
 def test_sizes_without_a_kernel_are_unavailable() -> None:
     """Before the extension is asked."""
-    require_extension(Selection(32, n_groups=32), 1024)
+    require_computable("cuda_ext", Selection(32, n_groups=32), 1024)
     for how, E in ((Selection(33), 64), (Selection(2), 1025), (Selection(2, n_groups=64), 64)):
         with pytest.raises(UnavailableError, match="its kernels take at most"):
-            require_extension(how, E)
+            require_computable("cuda_ext", how, E)
 
 
 @IMPLEMENTATION

@@ -391,3 +391,9 @@ def test_env_id_changes_with_the_machine_and_its_versions(key: str, value: Any) 
 def test_env_id_does_not_change_with_the_commit(key: str, value: Any) -> None:
     """A commit that changes no executed byte makes no result stale."""
     assert env_id({**MACHINE, key: value}) == env_id(MACHINE)
+
+
+def test_the_state_of_the_caches_counts() -> None:
+    ids = {cell_id(changed(CONFIG, "measure.cache", cache)) for cache in ("natural", "cold", "hot")}
+    assert len(ids) == 3
+    assert cell_id(CONFIG) in ids  # natural, as records were before there was a choice

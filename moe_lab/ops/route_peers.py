@@ -1,0 +1,76 @@
+"""`route` by the kernels of vLLM and SGLang, where those packages are installed: what a user would otherwise use."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe_lab.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from moe_lab.ops.route import Selection
+
+Peer = Callable[[Tensor, "Selection", Tensor | None], tuple[Tensor, Tensor]]
+"""(logits [T, E], how, bias [E]) -> ids [T, K], weights [T, K]."""
+
+
+def _vllm(logits_TE: Tensor, how: Selection, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    if how.top_groups < how.n_groups:
+        grouped = torch.ops._moe_C.grouped_topk
+        groups = (how.n_groups, how.top_groups, how.k, how.renormalize, how.scale)
+        weights_TK, ids_TK = grouped(logits_TE, *groups, bias_E, 1)  # 1: the sigmoid
+        return ids_TK.int(), weights_TK
+    ids_TK = logits_TE.new_empty(len(logits_TE), how.k, dtype=torch.int32)
+    weights_TK = torch.empty_like(ids_TK, dtype=torch.float32)
+    ranked = (weights_TK, ids_TK, torch.empty_like(ids_TK), logits_TE, how.renormalize, bias_E)
+    if how.score == "softmax":
+        torch.ops._moe_C.topk_softmax(*ranked)
+    else:
+        torch.ops._moe_C.topk_sigmoid(*ranked, how.scale)
+    return ids_TK, weights_TK
+
+
+def _sglang(logits_TE: Tensor, how: Selection, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    fused: Any = importlib.import_module("sglang.kernels.ops.moe.moe_fused_gate").moe_fused_gate
+    weights_TK, ids_TK = fused(
+        logits_TE,
+        bias_E,
+        how.k,
+        how.score,
+        renormalize=how.renormalize,
+        routed_scaling_factor=how.scale,
+        apply_routed_scaling_factor_on_output=True,
+        num_expert_group=how.n_groups if how.top_groups < how.n_groups else 1,
+        topk_group=how.top_groups if how.top_groups < how.n_groups else 1,
+    )
+    return ids_TK, weights_TK
+
+
+PEERS: dict[str, Peer] = {"vllm": _vllm, "sglang": _sglang}
+_MODULES = {"vllm": "vllm._custom_ops", "sglang": "sglang.kernels.ops.moe.moe_fused_gate"}
+
+
+def require(name: str, device: torch.device) -> None:
+    """Raise `UnavailableError` where this peer's kernels are not installed or have no such device."""
+    if device.type != "cuda":
+        raise UnavailableError(f"router.impl={name}: its kernels need device=cuda (this run is on {device.type})")
+    try:
+        importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        raise UnavailableError(f"router.impl={name}: pip install {name} ({error})") from error
+
+
+def require_computes(name: str, how: Selection, *, bias: bool, gate_bias: bool) -> None:
+    """Raise `UnavailableError` where the peer's kernel computes something else than `how`."""
+    grouped = how.top_groups < how.n_groups
+    plain_softmax = how.score == "softmax" and not bias and not grouped and how.scale == 1
+    scored = how.score == "sigmoid" and bias and (not grouped or how.group_score == "top2")
+    if gate_bias or not (plain_softmax or scored):
+        raise UnavailableError(
+            f"router.impl={name}: it computes a softmax without bias, groups and scale, and a sigmoid with a bias; "
+            "use router.impl=torch"
+        )

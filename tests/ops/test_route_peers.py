@@ -1,0 +1,77 @@
+"""ops/route_peers.py: other packages' kernels as implementations of a router."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from moe_lab.errors import UnavailableError
+from moe_lab.ops.library import building_for
+from moe_lab.ops.route_peers import PEERS
+from moe_lab.routers.base import Router
+from moe_lab.routers.scored_topk import ScoredTopK
+from moe_lab.routers.softmax_topk import SoftmaxTopK
+
+CUDA = torch.device("cuda")
+GROUPS = {"bias": True, "n_groups": 8, "top_groups": 4, "scale": 2.5}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_cpu_has_none_of_them(peer: str) -> None:
+    with pytest.raises(UnavailableError, match=f"router.impl={peer}: its kernels need device=cuda"):
+        SoftmaxTopK(8, 2, impl=peer)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_what_is_not_installed_says_how_to_get_it(peer: str) -> None:
+    if importlib.util.find_spec(peer) is not None:
+        pytest.skip(f"{peer} is installed")
+    with building_for(CUDA), pytest.raises(UnavailableError, match=f"pip install {peer}"):
+        SoftmaxTopK(8, 2, impl=peer)
+
+
+def peers_router(peer: str, kind: type[Router], E: int, k: int, **keys: object) -> Router:
+    if importlib.util.find_spec(peer) is None:
+        pytest.skip(f"{peer} is not installed")
+    with torch.device("cuda"):
+        return kind(E, k, impl=peer, **keys)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 37, 199])
+@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize(("E", "k"), [(8, 2), (128, 8)], ids=["E8k2", "E128k8"])
+def test_a_softmax_is_the_torch_router_s(peer: str, E: int, k: int, T: int) -> None:
+    logits_TE = torch.randn(T, E, device="cuda")
+    expected, got = (router.select(logits_TE) for router in (SoftmaxTopK(E, k), peers_router(peer, SoftmaxTopK, E, k)))
+    assert torch.equal(got.expert_ids_TK, expected.expert_ids_TK)
+    torch.testing.assert_close(got.weights_TK, expected.weights_TK, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 37, 199])
+@pytest.mark.parametrize("peer", PEERS)
+def test_groups_are_the_torch_router_s(peer: str, T: int) -> None:
+    logits_TE, bias_E = torch.randn(T, 256, device="cuda"), torch.randn(256, device="cuda") / 8
+    weights = []
+    with torch.device("cuda"):
+        reference = ScoredTopK(256, 8, impl="torch", **GROUPS)
+    for router in (reference, peers_router(peer, ScoredTopK, 256, 8, **GROUPS)):
+        assert isinstance(router, ScoredTopK) and router.bias_E is not None
+        router.bias_E.copy_(bias_E)
+        routing = router.select(logits_TE)
+        by_expert_TE = logits_TE.new_zeros(T, 256)
+        weights.append(by_expert_TE.scatter_(1, routing.expert_ids_TK.long(), routing.weights_TK))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "keys", [{"score": "sqrt_softplus"}, {"scale": 2.5}, {**GROUPS, "group_score": "max"}], ids=str
+)
+@pytest.mark.parametrize("peer", PEERS)
+def test_what_a_peer_computes_otherwise_is_refused(peer: str, keys: dict[str, object]) -> None:
+    with pytest.raises(UnavailableError, match=f"router.impl={peer}: it computes"):
+        peers_router(peer, ScoredTopK, 256, 8, **keys)
