@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moe_lab.models.kv_cache import LayerCache
 from moe_lab.models.layers import Linear, RMSNorm
 from moe_lab.ops.decode_attention import cached_attention, rope_append
-from moe_lab.ops.library import resolve_implementation
+from moe_lab.ops.library import is_exporting, resolve_implementation
 from moe_lab.ops.rotate import rotate
 from moe_lab.phases import phase
 
@@ -27,7 +27,7 @@ def attend(
     """
     S, N, shares = q_BHSd.shape[2], k_BHNd.shape[2], q_BHSd.shape[1] != k_BHNd.shape[1]
     # An exported graph is one for every length, so there a window is a mask.
-    if position_S is None and (window is None or (not torch.compiler.is_exporting() and window >= N)):
+    if position_S is None and (window is None or (not is_exporting() and window >= N)):
         return F.scaled_dot_product_attention(q_BHSd, k_BHNd, v_BHNd, is_causal=True, enable_gqa=shares)
     if position_S is not None and S == 1 and q_BHSd.device.type == "cpu" and not torch.compiler.is_compiling():
         stop = int(position_S) + 1  # a CPU's tensor is at hand: no mask, and nothing read of what is not yet there

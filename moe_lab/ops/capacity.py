@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.ops.dispatch import dispatch
-from moe_lab.ops.library import register
+from moe_lab.ops.library import is_exporting, register
 from moe_lab.ops.softmax_topk import top_k
 
 
@@ -25,7 +25,7 @@ def fill_up(ids_TK: Tensor, scores_TE: Tensor, room_E: Tensor) -> Tensor:
     In each round every token with an unused slot asks for one expert; whom an expert refuses asks another one, for it
     is full then. So `K + E` rounds are enough.
     """
-    if torch.compiler.is_exporting():  # one node of the graph
+    if is_exporting():  # one node of the graph
         return torch.ops.moe_lab.fill_up(ids_TK, scores_TE, room_E)  # type: ignore[no-any-return]
     return _compute(ids_TK, scores_TE, room_E)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lab.ops.library import register
+from moe_lab.ops.library import is_exporting, register
 
 
 class Dispatch(NamedTuple):
@@ -26,7 +26,7 @@ class Dispatch(NamedTuple):
 
 def dispatch(expert_ids_TK: Tensor, n_experts: int) -> Dispatch:
     """Sort the slots of `expert_ids_TK` (int32, -1 = unused) by expert; of a GPU nothing is read on the host."""
-    if torch.compiler.is_exporting():  # one node of the graph
+    if is_exporting():  # one node of the graph
         return Dispatch(*torch.ops.moe_lab.dispatch(expert_ids_TK, n_experts))
     flat_N = expert_ids_TK.reshape(-1)
     if flat_N.device.type == "cpu" and len(flat_N) <= _FEW and not torch.compiler.is_compiling():

@@ -64,6 +64,11 @@ def register(
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+def is_exporting() -> bool:
+    """Whether a graph is exported, which is to hold an op as one node; torch 2.11 says so of torch.compile too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def triton_interprets() -> bool:
     """Whether Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1, for tests)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.ops.library import register
+from moe_lab.ops.library import is_exporting, register
 
 
 def rotate(x_BHSd: Tensor, cos_Sd: Tensor, sin_Sd: Tensor) -> Tensor:
     """Turn each pair of dimensions by its position's angle; computed in fp32, returned in x's dtype."""
-    if torch.compiler.is_exporting():  # one node of the graph
+    if is_exporting():  # one node of the graph
         return torch.ops.moe_lab.rotate(x_BHSd, cos_Sd, sin_Sd)  # type: ignore[no-any-return]
     return _compute(x_BHSd, cos_Sd, sin_Sd)
 

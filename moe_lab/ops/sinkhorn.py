@@ -12,12 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from moe_lab.ops.library import register
+from moe_lab.ops.library import is_exporting, register
 
 
 def sinkhorn_scores(logits_TE: Tensor, iters: int, temperature: float) -> Tensor:
     """What is ranked, [T, E] float32: `log_plan`; of one token, whose plan is uniform, the logits."""
-    if torch.compiler.is_exporting():  # one node of the graph
+    if is_exporting():  # one node of the graph
         return torch.ops.moe_lab.sinkhorn_scores(logits_TE, iters, temperature)  # type: ignore[no-any-return]
     return _compute(logits_TE, iters, temperature)
 

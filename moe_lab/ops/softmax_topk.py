@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_lab.ops.library import is_exporting
+
 
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
     """Ids [T, K] (int32) of the k largest scores of each row, largest first; ties go to the lowest id.
@@ -13,7 +15,7 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
     the values (an eager CPU run), rows are taken from topk and only those with a tie among their k + 1 largest are
     sorted; elsewhere, and where there is little to sort, all rows are.
     """
-    if torch.compiler.is_exporting():  # ONNX's TopK gives ties to the lowest index (its specification)
+    if is_exporting():  # ONNX's TopK gives ties to the lowest index (its specification)
         return scores_TE.float().topk(k, dim=-1).indices.to(torch.int32)
     host_may_look = scores_TE.device.type == "cpu" and not torch.compiler.is_compiling()
     if not host_may_look or scores_TE.numel() < 4096:

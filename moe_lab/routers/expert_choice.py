@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from moe_lab.ops.library import is_exporting
 from moe_lab.ops.softmax_topk import chosen, top_k
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 
@@ -43,7 +44,7 @@ class ExpertChoice(Router):
         tokens_EC = top_k(p_TE.T.contiguous(), capacity).long()
         taken_TE = torch.zeros_like(p_TE, dtype=torch.bool).scatter_(0, tokens_EC.T, True)
         # An exported graph has a fixed width.
-        width = E if torch.compiler.is_exporting() else max(int(taken_TE.sum(-1).max()), 1)
+        width = E if is_exporting() else max(int(taken_TE.sum(-1).max()), 1)
         ids_TK = top_k(p_TE.masked_fill(~taken_TE, -1), width)
         ids_TK = torch.where(taken_TE.gather(1, ids_TK.long()), ids_TK, -1)
         scores_TE = p_TE - p_TE.gather(0, tokens_EC[:, -1:].T) if wants_scores else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_lab.ops.library import is_exporting
 from moe_lab.ops.route import IMPLEMENTATIONS, Selection, require_computable, route
 from moe_lab.ops.softmax_topk import chosen, top_k
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
@@ -89,7 +90,7 @@ class ScoredTopK(Router):
         """See `Router.select`. Raises `ValueError` naming the layer for logits without a softmax."""
         ctx = ctx or RouteContext()
         require_finite(logits_TE, ctx)
-        if self.impl in IMPLEMENTATIONS and not torch.compiler.is_exporting():
+        if self.impl in IMPLEMENTATIONS and not is_exporting():
             routed = route(logits_TE, self.how, self.impl, bias_E=self.bias_E, sort=ctx.want_dispatch)
             return Routing(*routed, scores_TE=self._ranked(logits_TE) if ctx.want_scores else None)
         scores_TE = self._ranked(logits_TE)

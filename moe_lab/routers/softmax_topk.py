@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_lab.ops.library import is_exporting
 from moe_lab.ops.route import IMPLEMENTATIONS, Selection, require_computable, route
 from moe_lab.ops.softmax_topk import top_k, weights_of
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
@@ -38,7 +39,7 @@ class SoftmaxTopK(Router):
         ctx = ctx or RouteContext()
         require_finite(logits_TE, ctx)
         scores_TE = self._biased(logits_TE).float() if ctx.want_scores else None
-        if self.impl in IMPLEMENTATIONS and not torch.compiler.is_exporting():
+        if self.impl in IMPLEMENTATIONS and not is_exporting():
             routed = route(logits_TE, self.how, self.impl, gate_bias_E=self.bias_E, sort=ctx.want_dispatch)
             return Routing(*routed, scores_TE=scores_TE)
         biased_TE = self._biased(logits_TE)

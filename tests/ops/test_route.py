@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moe_lab import build, configure, listing
 from moe_lab.errors import UnavailableError
 from moe_lab.ops import extension
 from moe_lab.ops.dispatch import dispatch
-from moe_lab.ops.library import triton_interprets
+from moe_lab.ops.library import building_for, triton_interprets
 from moe_lab.ops.route import Routed, Selection, require_computable, route
 from moe_lab.routers.scored_topk import ScoredTopK
 from moe_lab.routers.softmax_topk import SoftmaxTopK
@@ -470,3 +471,38 @@ def launches() -> None:
 def test_the_triton_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     """Which its interpreter does not ask."""
     assert_compiles(launches, tmp_path)
+
+
+def test_the_table_of_routers_implementations_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    """Printed; whatever `route` can compute is reached through its router."""
+    columns = [(impl, on) for impl in ("torch", "triton", "cuda_ext", "vllm", "sglang") for on in ("cpu", "cuda")]
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    for path in listing.groups(None)["router"]:
+        found[path.stem] = {}
+        for impl, on in columns:
+            try:
+                cfg = configure.compose(["model=router", f"router={path.stem}", f"router.impl={impl}"])
+                with building_for(torch.device(on)), torch.device("meta"):
+                    found[path.stem][impl, on] = build.build_router(cfg, 64, 1).implementation()
+            except UnavailableError:
+                found[path.stem][impl, on] = "-"
+            except ValueError:  # its implementation is fixed, or it is a checkpoint's
+                found[path.stem][impl, on] = ""
+    with capsys.disabled():
+        print("\n" + " " * 14 + "".join(f"{impl + ' ' + on:15}" for impl, on in columns))
+        for name, cells in found.items():
+            print(f"{name:14}" + "".join(f"{cells[column]:15}" for column in columns))
+    fused = {
+        "mixtral",
+        "qwen3_moe",
+        "granite",
+        "olmoe",
+        "gpt_oss",
+        "switch",
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v4",
+    }
+    fused |= {"minimax_m2", "ernie4_5", "llama4", "cuda_ext"}
+    by_extension = {name for name, cells in found.items() if cells["cuda_ext", "cpu"] not in ("", "-")}
+    assert by_extension == (fused if extension.why_unavailable(torch.device("cpu")) is None else set())
