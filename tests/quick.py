@@ -29,6 +29,11 @@ MODELS = {
         *("workload=text", f"workload.path={TEXTS}", "measure.quality_tokens=64", "batch=2", "seq_len=16"),
     ),
 }
+RELATED = {
+    *("mixtral", "granite", "qwen3_moe", "switch", "olmoe", "deepseek_v2", "deepseek_v4", "minimax_m2", "ernie4_5"),
+    *("min_p", "expert_skip", "quantile", "xshare", "triton"),
+}
+"""Routers that share their code with others: a checkpoint and an export with them are left to the slow tests."""
 
 
 def overrides(model: str, *more: str, device: str = "cpu") -> list[str]:

@@ -79,7 +79,8 @@ def test_a_run_prints_its_row_and_where_it_lies(tmp_path: Path) -> None:
 
 def test_a_multirun_writes_a_row_per_cell(tmp_path: Path) -> None:
     """Four cells, four folders named by their cells under one sweep, one table."""
-    done = moe_lab("-m", *quick.overrides("moe_layer", "router=torch,sinkhorn", "batch=1,3"), cwd=tmp_path)
+    axes = ("router=torch,sinkhorn", "batch=1,3", "sweep.report=false")
+    done = moe_lab("-m", *quick.overrides("moe_layer", *axes), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = sorted(tmp_path.glob("outputs/sweep-*/*/result.json"))
     assert len(results) == 4
@@ -117,7 +118,7 @@ def test_a_path_that_is_none_is_named_though_the_folder_of_the_run_depends_on_it
 @pytest.mark.usefixtures("no_compiler")
 def test_a_multirun_skips_what_is_unavailable_and_goes_on(tmp_path: Path) -> None:
     """cuda_ext is a skipped row with its reason; the exit code stays 0."""
-    arguments = quick.overrides("moe_layer", "router=cuda_ext,torch", "sweep.name=mine")
+    arguments = quick.overrides("moe_layer", "router=cuda_ext,torch", "sweep.name=mine", "sweep.report=false")
     done = moe_lab("-m", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     records = [read_record(path.parent) for path in tmp_path.glob("outputs/mine/*/result.json")]
@@ -204,7 +205,8 @@ def test_what_does_not_go_together_is_one_line_alone_and_a_skip_in_a_sweep(
     assert len(done.stderr.strip().splitlines()) == 1
     assert combination in done.stderr
     assert mend in done.stderr
-    sweep = moe_lab("-m", *quick.overrides("moe_layer", combination, "batch=1,2"), cwd=tmp_path)
+    axes = (combination, "batch=1,2", "sweep.report=false")
+    sweep = moe_lab("-m", *quick.overrides("moe_layer", *axes), cwd=tmp_path)
     assert sweep.returncode == 0
     assert "skipped (2 cells): unavailable" in sweep.stdout
 

@@ -83,15 +83,8 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Record:
     return moe_lab.run(quick.compose("checkpoint"), tmp_path_factory.mktemp("native"))
 
 
-RELATED = {
-    *("mixtral", "granite", "qwen3_moe", "switch", "olmoe", "deepseek_v2", "deepseek_v4", "minimax_m2", "ernie4_5"),
-    *("min_p", "expert_skip", "quantile", "xshare", "triton"),
-}
-"""Routers that share their code with others."""
-
-
 @pytest.mark.parametrize(
-    "router", [pytest.param(r, id=r, marks=[pytest.mark.slow] if r in RELATED else []) for r in ROUTERS]
+    "router", [pytest.param(r, id=r, marks=pytest.mark.slow if r in quick.RELATED else ()) for r in ROUTERS]
 )
 def test_a_checkpoint_runs_with_every_router(router: str, native: Record, tmp_path: Path) -> None:
     """On text: verified, and what the router does to the predictions is known against the checkpoint's own."""

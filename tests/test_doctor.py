@@ -78,6 +78,7 @@ def test_every_option_says_whether_it_runs_here(printed: list[str]) -> None:
     assert value(printed, "C++ compiler").startswith("not found; needed for execution=compile")  # it has no compiler
 
 
+@pytest.mark.slow
 def test_a_stored_floor_is_shown(printed: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of this machine, not of another."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))

@@ -29,14 +29,15 @@ import sys
 from omegaconf import OmegaConf
 from moe_lab import targets
 
-folder, content = sys.argv[1], OmegaConf.create(sys.argv[2])
+folder, *contents = sys.argv[1:]
 if folder:
     targets.trust(folder)
-try:
-    found = targets.instantiate(content)
-    print("found", found)
-except ValueError as error:
-    print("refused", error)
+for content in contents:
+    try:
+        found = targets.instantiate(OmegaConf.create(content))
+        print("found", found)
+    except ValueError as error:
+        print("refused", error)
 """
 WIDEN = """
 import sys
@@ -199,43 +200,22 @@ def test_a_module_on_the_path_but_outside_is_refused_and_not_imported(outside: P
     assert not mark.exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "unsafe"),
-    [
-        pytest.param(
-            "{_target_: moe_lab.routers.base.Routing, expert_ids_TK: {_target_: evil.call}}",
-            "evil",
-            id="key",
-        ),
-        pytest.param(
-            "{_target_: moe_lab.routers.base.Routing, expert_ids_TK: [1, [{_target_: evil.call}]]}",
-            "evil",
-            id="list",
-        ),
-        pytest.param(
-            "{_target_: moe_lab.routers.base.Routing, expert_ids_TK: {deep: {deeper: {_target_: evil.call}}}}",
-            "evil",
-            id="depth",
-        ),
-        pytest.param(
-            "{_target_: moe_lab.routers.base.Routing, a: {_target_: '${b}'}, b: evil.call}",
-            "evil",
-            id="interpolation",
-        ),
-        pytest.param(
-            "{_target_: moe_lab.routers.base.Routing, expert_ids_TK: {_target_: os.getcwd, _partial_: true}}",
-            "os",
-            id="partial",
-        ),
-    ],
-)
-def test_a_nested_target_is_refused_before_anything_is_called(
-    content: str, unsafe: str, outside: Path, mark: Path
-) -> None:
-    """However deep it stands."""
+NESTED = {
+    "expert_ids_TK: {_target_: evil.call}": "evil",
+    "expert_ids_TK: [1, [{_target_: evil.call}]]": "evil",
+    "expert_ids_TK: {deep: {deeper: {_target_: evil.call}}}": "evil",
+    "a: {_target_: '${b}'}, b: evil.call": "evil",
+    "expert_ids_TK: {_target_: os.getcwd, _partial_: true}": "os",
+}
+
+
+def test_a_nested_target_is_refused_before_anything_is_called(outside: Path, mark: Path) -> None:
+    """However deep it stands, through an interpolation, and where nothing would be called yet."""
     write(outside / "evil.py", mark)
-    said = attempt(content, "", outside)
-    assert said.startswith(f"refused _target_={unsafe}")
+    contents = [f"{{_target_: moe_lab.routers.base.Routing, {arguments}}}" for arguments in NESTED]
+    said = tiny.python(TRY, "", *contents, env={"PYTHONPATH": str(outside)}).splitlines()
+    for arguments, words in zip(NESTED, said, strict=True):
+        assert words.startswith(f"refused _target_={NESTED[arguments]}"), arguments
     assert not mark.exists()
 
 

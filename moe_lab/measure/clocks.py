@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch._inductor.exc
 from torch import Tensor, nn
 
 from moe_lab.errors import MismatchError, UnavailableError
@@ -99,6 +98,8 @@ class CompiledStep(Step):
     fuses = True
 
     def __init__(self, model: nn.Module, x: Tensor, forced: ForcedRouting = None):
+        from torch._inductor.exc import InductorError  # here, for it is a second and a half of every process
+
         super().__init__(model, x, forced)
         self._forward = torch.compile(self._forward, fullgraph=True, dynamic=False)
         try:
@@ -107,7 +108,7 @@ class CompiledStep(Step):
                 self()
         except torch._dynamo.exc.Unsupported as error:
             raise UnavailableError(f"execution=compile: {str(error).splitlines()[0]}") from error
-        except torch._inductor.exc.InductorError as error:
+        except InductorError as error:
             if "InvalidCxxCompiler" not in str(error):
                 raise
             raise UnavailableError("execution=compile needs a C++ compiler (g++) for the CPU") from error

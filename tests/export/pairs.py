@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.onnx._internal._lazy_import import onnxscript_apis
 
 from moe_lab import build
 from moe_lab.export import export as exporting
@@ -18,6 +20,9 @@ from moe_lab.routers.base import RouteContext, Router, Routing
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.verify import moe_layers
 from tests import quick
+
+# torch asks for onnxscript's functions in every export, and they are parsed anew for a third of a second.
+onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
 
 ROUTERS = sorted(path.stem for path in Path(quick.__file__).parents[1].glob("conf/router/*.yaml"))
 """Every option of the group."""

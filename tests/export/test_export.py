@@ -47,7 +47,14 @@ def check(folder: Path, found: dict[str, object]) -> None:
     assert found["parity"]["rel_error"] == report["rel_error"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("router", [pytest.param(name, id=name) for name in EXPORTABLE if name != "hash"])
+@pytest.mark.parametrize(
+    "router",
+    [
+        pytest.param(name, id=name, marks=pytest.mark.slow if name in quick.RELATED else ())
+        for name in EXPORTABLE
+        if name != "hash"
+    ],
+)
 def test_every_router_computes_the_same_in_onnx_runtime(router: str, tmp_path: Path) -> None:
     """One MoE layer; the router is one node of it, a function that opens."""
     cfg = pairs.compose("moe_layer", f"router={router}", *NEEDS.get(router, ()))

@@ -26,11 +26,11 @@ def call(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def call_here(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path
-) -> tuple[int, str]:
-    """(exit code, what it says of an error), without the seconds that a process takes to import torch."""
+) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error), without the seconds that a process takes to import torch."""
     monkeypatch.setattr("sys.argv", ["export_netron.py", *map(str, arguments)])
     code = runpy.run_path(SCRIPT)["main"]()
-    return code, capsys.readouterr().err
+    return code, *capsys.readouterr()
 
 
 def damaged(pair: Path, tmp_path: Path, how: str) -> Path:
@@ -68,14 +68,16 @@ def pair(run: Path) -> Path:
     return run / "netron"
 
 
-def test_a_run_is_exported_once_and_verifies(run: Path, pair: Path, tmp_path: Path) -> None:
+def test_a_run_is_exported_once_and_verifies(
+    run: Path, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From another folder; a second call leaves what is there."""
+    monkeypatch.chdir(tmp_path)
     before = (pair / "__model__").stat().st_mtime_ns
-    again = call(run, cwd=tmp_path)
-    assert (again.returncode, (pair / "__model__").stat().st_mtime_ns) == (0, before)
-    assert "there already" in again.stdout
-    verified = call("--verify", pair, cwd=tmp_path)
-    assert (verified.returncode, verified.stdout) == (0, f"{pair}: passed\n")
+    code, output, _ = call_here(monkeypatch, capsys, run)
+    assert (code, (pair / "__model__").stat().st_mtime_ns) == (0, before)
+    assert "there already" in output
+    assert call_here(monkeypatch, capsys, "--verify", pair) == (0, f"{pair}: passed\n", "")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_damage_has_a_message_of_its_own(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One line, exit code 1; 2 where there never was an export."""
-    found, error = call_here(monkeypatch, capsys, "--verify", damaged(pair, tmp_path, how))
+    found, _, error = call_here(monkeypatch, capsys, "--verify", damaged(pair, tmp_path, how))
     assert found == code and said in error and error.count("\n") == 1
 
 
@@ -119,7 +121,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     """Exit code 2, and nothing is written."""
     before = sorted(run.rglob("*"))
-    code, error = call_here(monkeypatch, capsys, run, *arguments)
+    code, _, error = call_here(monkeypatch, capsys, run, *arguments)
     assert code == 2 and said in error and error.count("\n") == 1
     assert sorted(run.rglob("*")) == before
 
@@ -128,5 +130,5 @@ def test_a_folder_that_is_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It says so."""
-    code, error = call_here(monkeypatch, capsys, tmp_path)
+    code, _, error = call_here(monkeypatch, capsys, tmp_path)
     assert code == 2 and "no run's folder" in error

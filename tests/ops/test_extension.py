@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -49,10 +50,25 @@ def routes(path: Path) -> str:
     return done.stdout.strip()
 
 
+def fast_compile() -> str:
+    """nvcc's option, where it has one, to leave out most optimisations: a third of the time."""
+    nvcc = extension.find_nvcc()
+    known = nvcc is not None and "-Ofc" in subprocess.run([nvcc, "--help"], capture_output=True, text=True).stdout
+    return "-Ofc=max" if known else ""
+
+
 @needs_cxx
 @needs_nvcc
-def test_the_cuda_half_compiles_without_a_gpu_and_its_binary_computes_on_a_cpu(empty_cache: Path) -> None:
+@pytest.mark.parametrize(
+    "optimised",
+    [pytest.param(False, id="in-a-hurry"), pytest.param(True, id="as-it-is-used", marks=pytest.mark.slow)],
+)
+def test_the_cuda_half_compiles_without_a_gpu_and_its_binary_computes_on_a_cpu(
+    optimised: bool, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the script, for Hopper; the second time it is there already, for a run too that needs that one alone."""
+    if not optimised:
+        monkeypatch.setenv("NVCC_APPEND_FLAGS", fast_compile())
     done = script("--arch", "90")
     assert done.returncode == 0, done.stderr
     said, path = done.stdout.splitlines()
@@ -65,6 +81,7 @@ def test_the_cuda_half_compiles_without_a_gpu_and_its_binary_computes_on_a_cpu(e
 
 
 @needs_cxx
+@pytest.mark.slow
 def test_without_nvcc_the_cpp_half_is_built_alone(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And serves a CPU; for a GPU nvcc is named as missing."""
     monkeypatch.setattr(extension, "find_nvcc", lambda: None)
@@ -78,7 +95,7 @@ def test_without_nvcc_the_cpp_half_is_built_alone(empty_cache: Path, monkeypatch
 
 @needs_cxx
 def test_processes_that_come_at_once_build_it_once(empty_cache: Path) -> None:
-    """The others wait for the first, and find it there."""
+    """The others wait for the first, and find it there; it is the C++ half alone, and computes."""
     said: list[str] = []
     threads = [threading.Thread(target=lambda: said.append(script("--arch", "cpu").stdout)) for _ in range(2)]
     for thread in threads:
@@ -87,8 +104,20 @@ def test_processes_that_come_at_once_build_it_once(empty_cache: Path) -> None:
         thread.join()
     paths = {text.splitlines()[1] for text in said}
     assert len(said) == 2 and len(paths) == 1
-    log = Path(paths.pop()).with_suffix(".log").read_text()
-    assert log.count(" -shared ") == 1
+    path = Path(paths.pop())
+    log = path.with_suffix(".log").read_text()
+    assert log.count(" -shared ") == 1 and "nvcc" not in log
+    assert path == extension.built(()) and routes(path) == "[[1, 3], [3, 0]]"
+    assert [file.name for file in path.parent.iterdir() if file.is_dir()] == []  # nothing half built is left
+
+
+@needs_cxx
+def test_without_nvcc_there_is_the_cpp_half_alone(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It serves a CPU; for a GPU nvcc is named as missing."""
+    monkeypatch.setattr(extension, "find_nvcc", lambda: None)
+    assert extension.why_unavailable(CPU) is None
+    with pytest.raises(UnavailableError, match="its CUDA half needs nvcc"):
+        extension.build(("90",))
 
 
 def test_without_a_compiler_it_is_unavailable(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +154,14 @@ def test_a_compiler_that_fails_is_named_with_its_last_lines(
     ],
 )
 @needs_cxx
-def test_what_the_script_cannot_build_is_one_line(arguments: tuple[str, ...], message: str) -> None:
+def test_what_the_script_cannot_build_is_one_line(
+    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With exit code 2."""
-    done = script(*arguments)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), *arguments])
+    code = runpy.run_path(str(SCRIPT))["main"]()
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and len(error.splitlines()) == 1
 
 
 @needs_cxx

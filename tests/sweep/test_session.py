@@ -51,7 +51,7 @@ def test_every_way_to_fail_is_a_row_and_the_others_are_measured(when: str, tmp_p
 def test_a_hang_is_ended_and_its_log_says_where(tmp_path: Path) -> None:
     """The step's time-out; the stack in run.log; the next cell runs in a new worker."""
     plugin = faulty.plugin(tmp_path / "mine")
-    done = faulty.sweep("router=hang,torch", "sweep.timeout_s=5", cwd=tmp_path, plugin=plugin)
+    done = faulty.sweep("router=hang,torch", "sweep.timeout_s=3", cwd=tmp_path, plugin=plugin)
     assert done.returncode == 1, done.stderr
     records = faulty.records(tmp_path)
     assert records["hang"].reason == "timeout: verify"
@@ -212,8 +212,14 @@ def test_cells_that_the_model_makes_equal_run_once(tmp_path: Path) -> None:
     """seq_len and router do nothing to minimal; the first line says how many cells equal another."""
     from tests import quick
 
-    arguments = ["-m", *quick.overrides("minimal", "seq_len=1,2", "router=torch,sinkhorn", "sweep.name=s")]
-    done = subprocess.run([*faulty.MOE_LAB, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    same = ("seq_len=1,2", "router=torch,sinkhorn", "sweep.name=s", "sweep.report=false")
+    done = subprocess.run(
+        [*faulty.MOE_LAB, "-m", *quick.overrides("minimal", *same)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert "1 cells, 3 more equal one of them" in done.stderr
     assert len(faulty.records_list(tmp_path)) == 1
@@ -232,9 +238,10 @@ def test_ctrl_c_writes_what_is_there_and_says_how_to_go_on(tmp_path: Path) -> No
     )
     log = tmp_path / "outputs" / "s" / "worker.log"
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("outputs/s/*sinkhorn*b1*/run.log")) and time.monotonic() < deadline:
+    while "verified" not in "".join(path.read_text() for path in tmp_path.glob("outputs/s/*sinkhorn*b1*/run.log")):
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    time.sleep(3)
+    time.sleep(1.5)
     faulty.interrupt(process)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, (stderr, log.read_text())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,6 @@ from moe_lab.sweep.plan import Cell
 from moe_lab.sweep.timing import Group, Member
 from tests import quick
 from tests.sweep import faulty
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_heap() -> Iterator[None]:
-    """The engine collects garbage after every run; what pytest and the imports hold need not be gone through then."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
