@@ -11,13 +11,17 @@ struct Device {
   cudaStream_t stream;
   int multiprocessors;
   bool is_hopper;  // or newer: clusters, and launches that begin while the kernel before ends
+  int64_t shared_bytes;  // that a block may have
 };
+
+constexpr int kMaxCluster = 16;
 
 struct Launch {
   int64_t blocks;
   int threads;
   size_t shared_bytes = 0;
   int cluster = 1;
+  bool cooperative = false;  // the blocks wait for each other, so all must run at once
 };
 
 template <class... Parameters>
@@ -33,7 +37,10 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, const Devic
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = device.stream;
   config.attrs = attributes;
-  if (device.is_hopper) {
+  if (how.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  } else if (device.is_hopper) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     if (how.cluster > 1) {
@@ -48,7 +55,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, const Devic
   return cudaLaunchKernelEx(&config, kernel, parameters...);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // With `s` the slots are sorted too. By scores: where they are ranked or groups limited. T is not 0.
 cudaError_t route_by_logits(const RouteArguments& a, const SortArguments* s, const Device& device);
@@ -56,5 +63,14 @@ cudaError_t route_by_scores(const RouteArguments& a, const SortArguments* s, con
 // Rows of `SortArguments::block_counts`.
 int64_t sort_blocks(int64_t slots, const Device& device);
 cudaError_t sort_slots(const int32_t* ids, const SortArguments& s, int E, int64_t slots, const Device& device);
+// Few tokens, T not 0; the logits of `a` may be written.
+bool can_route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);
+cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);
+// One block, or several that run at once and need that many floats of `SinkhornArguments::partials`.
+struct SinkhornGrid {
+  int64_t blocks, partials;
+};
+SinkhornGrid sinkhorn_grid(const RouteArguments& a, const Device& device);
+cudaError_t sinkhorn(const RouteArguments& a, const SinkhornArguments& s, const Device& device);
 
 }  // namespace moe_lab

@@ -1,4 +1,4 @@
-// The ops torch.ops.moe_lab.{route,route_and_sort}, on torch's stable ABI: one binary for several versions of torch.
+// The ops torch.ops.moe_lab.{route,route_and_sort,sinkhorn_route,gate_route}, on torch's stable ABI: one binary for several versions of torch.
 //
 // Without MOE_LAB_CUDA only the C++ half is here. All outputs are made or given by the caller, nothing is read on the
 // host, and all work is put on the current stream.
@@ -103,6 +103,16 @@ SortArguments sort_arguments(const RouteArguments& a, const Tensor& logits, Outp
   return {data(out.counts), data(out.offsets), data(out.perm), data(out.inverse), nullptr};
 }
 
+SinkhornArguments sinkhorn_arguments(const RouteArguments& a, const Tensor& logits, int64_t iters, double temperature, double tolerance, Tensor& log_b) {
+  STD_TORCH_CHECK(iters >= 0 && temperature > 0 && tolerance >= 0, "iters and tolerance must not be negative, temperature above 0");
+  check_output(log_b, logits, ScalarType::Float, a.E, "log_b");
+  // Of one token the only balanced plan is uniform, and the logits are ranked.
+  const int turns = a.T > 1 ? static_cast<int>(iters) : 0;
+  return {turns, static_cast<float>(1.4426950408889634 / temperature), static_cast<float>(tolerance), static_cast<float*>(log_b.mutable_data_ptr()), nullptr};
+}
+
+void run_sinkhorn_cpu(const RouteArguments& a, SinkhornArguments& s, const Tensor&) { sinkhorn_cpu(a, s); }
+
 void run_cpu(const RouteArguments& a, const SortArguments* s, const Tensor&) {
   route_cpu(a);
   if (s != nullptr) sort_cpu(a.ids, *s, a.E, a.T * a.k);
@@ -141,10 +151,11 @@ Device device_of(int index) {
   std::lock_guard<std::mutex> lock(mutex);
   while (known.size() <= static_cast<size_t>(index)) {
     const int next = static_cast<int>(known.size());
-    int multiprocessors = 0, major = 0;
+    int multiprocessors = 0, major = 0, shared_bytes = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, next));
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, next));
-    known.push_back({nullptr, multiprocessors, major >= 9});
+    check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, next));
+    known.push_back({nullptr, multiprocessors, major >= 9, shared_bytes});
   }
   Device device = known[index];
   device.stream = current_stream(index);
@@ -169,10 +180,44 @@ void run_cuda(const RouteArguments& a, const SortArguments* s, const Tensor& log
   const bool by_scores = a.ranks_scores() || a.grouped();
   check((by_scores ? route_by_scores : route_by_logits)(a, s == nullptr ? nullptr : &sort, device));
 }
+
+void run_sinkhorn_cuda(const RouteArguments& a, SinkhornArguments& s, const Tensor& logits) {
+  const OnDevice guard(logits.get_device_index());
+  const Device device = device_of(logits.get_device_index());
+  std::optional<Tensor> scratch;
+  if (const int64_t floats = sinkhorn_grid(a, device).partials; floats > 0) {
+    scratch = torch::stable::new_empty(logits, {floats}, ScalarType::Float);
+    s.partials = static_cast<float*>(scratch->mutable_data_ptr());
+  }
+  check(sinkhorn(a, s, device));
+}
+
+void check_gate(const Tensor& tensor, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == x.size(1) && tensor.scalar_type() == x.scalar_type() && tensor.device() == x.device() &&
+                      (tensor.size(1) < 2 || tensor.stride(1) == 1) && tensor.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0,
+                  name, ": it must be [., D] as the other, of float16 or bfloat16, with rows on boundaries of 16 bytes");
+}
+
+std::tuple<Tensor, Tensor> gate_route(const Tensor& x, const Tensor& gate, std::optional<Tensor> gate_bias, std::optional<Tensor> bias, int64_t k,
+                                      std::string score, int64_t n_groups, int64_t top_groups, std::string group_score, bool renormalize, double scale) {
+  check_gate(x, x, "x"), check_gate(gate, x, "gate");
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Float, "x: it must be float16 or bfloat16");
+  const Tensor logits = torch::stable::new_empty(x, {x.size(0), gate.size(0)});
+  Tensor ids = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Int);
+  Tensor weights = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Float);
+  const RouteArguments a = arguments(logits, gate_bias, bias, k, score, n_groups, top_groups, group_score, renormalize, scale, ids, weights);
+  const GateArguments g = {x.data_ptr(), gate.data_ptr(), x.stride(0), gate.stride(0), static_cast<int>(x.size(1))};
+  const OnDevice guard(x.get_device_index());
+  const Device device = device_of(x.get_device_index());
+  STD_TORCH_CHECK(can_route_by_gate(a, g, device), "x: at most ", kMostGateTokens, " tokens and D a multiple of 32, on compute capability 9.0 or newer");
+  if (a.T > 0) check(route_by_gate(a, g, device));
+  return {ids, weights};
+}
 #endif
 
 // What follows is the same for both devices but for who computes.
 using Run = void (*)(const RouteArguments&, const SortArguments*, const Tensor&);
+using RunSinkhorn = void (*)(const RouteArguments&, SinkhornArguments&, const Tensor&);
 
 #define MOE_LAB_ROUTE_PARAMETERS                                                                                  \
   const Tensor &logits, std::optional<Tensor> gate_bias, std::optional<Tensor> bias, int64_t k, std::string score, \
@@ -212,6 +257,22 @@ Six route_and_sort(MOE_LAB_ROUTE_PARAMETERS) {
   return {ids, weights, counts, offsets, perm, inverse};
 }
 
+template <RunSinkhorn run>
+void sinkhorn_route_out(const Tensor& logits, int64_t k, int64_t iters, double temperature, double tolerance, Tensor ids, Tensor weights, Tensor log_b) {
+  const RouteArguments a = arguments(logits, {}, {}, k, "softmax", 1, 1, "max", true, 1.0, ids, weights);
+  SinkhornArguments s = sinkhorn_arguments(a, logits, iters, temperature, tolerance, log_b);
+  run(a, s, logits);
+}
+
+template <RunSinkhorn run>
+std::tuple<Tensor, Tensor, Tensor> sinkhorn_route(const Tensor& logits, int64_t k, int64_t iters, double temperature, double tolerance) {
+  Tensor ids = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Int);
+  Tensor weights = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Float);
+  Tensor log_b = torch::stable::new_empty(logits, {logits.size(1)}, ScalarType::Float);
+  sinkhorn_route_out<run>(logits, k, iters, temperature, tolerance, ids, weights, log_b);
+  return {ids, weights, log_b};
+}
+
 #define MOE_LAB_ROUTE_SCHEMA                                                                                     \
   "(Tensor logits, Tensor? gate_bias, Tensor? bias, int k, str score, int n_groups, int top_groups, str group_score, " \
   "bool renormalize, float scale"
@@ -227,15 +288,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moe_lab, m) {
   m.def("route_and_sort.out" MOE_LAB_ROUTE_SCHEMA
         ", *, Tensor(a!) ids, Tensor(b!) weights, Tensor(c!) counts, Tensor(d!) offsets, Tensor(e!) perm, "
         "Tensor(f!) inverse) -> ()");
+  m.def("gate_route(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? bias, int k, str score, int n_groups, int top_groups, "
+        "str group_score, bool renormalize, float scale) -> (Tensor ids, Tensor weights)");
+  m.def("sinkhorn_route(Tensor logits, int k, int iters, float temperature, float tolerance) -> (Tensor ids, Tensor weights, Tensor log_b)");
+  m.def("sinkhorn_route.out(Tensor logits, int k, int iters, float temperature, float tolerance, *, Tensor(a!) ids, "
+        "Tensor(b!) weights, Tensor(c!) log_b) -> ()");
 }
 
-#define MOE_LAB_IMPLEMENT(m, run)                                          \
+#define MOE_LAB_IMPLEMENT(m, run, run_sinkhorn)                            \
   m.impl("route", TORCH_BOX(&moe_lab::route<&moe_lab::run>));              \
   m.impl("route.out", TORCH_BOX(&moe_lab::route_out<&moe_lab::run>));      \
   m.impl("route_and_sort", TORCH_BOX(&moe_lab::route_and_sort<&moe_lab::run>)); \
-  m.impl("route_and_sort.out", TORCH_BOX(&moe_lab::route_and_sort_out<&moe_lab::run>))
+  m.impl("route_and_sort.out", TORCH_BOX(&moe_lab::route_and_sort_out<&moe_lab::run>));                   \
+  m.impl("sinkhorn_route", TORCH_BOX(&moe_lab::sinkhorn_route<&moe_lab::run_sinkhorn>)); \
+  m.impl("sinkhorn_route.out", TORCH_BOX(&moe_lab::sinkhorn_route_out<&moe_lab::run_sinkhorn>))
 
-STABLE_TORCH_LIBRARY_IMPL(moe_lab, CPU, m) { MOE_LAB_IMPLEMENT(m, run_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(moe_lab, CPU, m) { MOE_LAB_IMPLEMENT(m, run_cpu, run_sinkhorn_cpu); }
 #ifdef MOE_LAB_CUDA
-STABLE_TORCH_LIBRARY_IMPL(moe_lab, CUDA, m) { MOE_LAB_IMPLEMENT(m, run_cuda); }
+STABLE_TORCH_LIBRARY_IMPL(moe_lab, CUDA, m) {
+  MOE_LAB_IMPLEMENT(m, run_cuda, run_sinkhorn_cuda);
+  m.impl("gate_route", TORCH_BOX(&moe_lab::gate_route));
+}
 #endif

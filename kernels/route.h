@@ -44,7 +44,27 @@ struct SortArguments {
   int32_t* block_counts;  // scratch of the CUDA kernels, [sort_blocks, E]
 };
 
+constexpr int kMostGateTokens = 32;
+
+// The logits as a product, in the dtype of the logits: x [T, D] and gate [E, D], in 16 bytes at a time.
+struct GateArguments {
+  const void* x;
+  const void* gate;
+  int64_t x_stride, gate_stride;
+  int D;
+};
+
+// Beside ids and weights, the k largest of a balanced plan weighed by the softmax of their logits (ops/sinkhorn.py).
+struct SinkhornArguments {
+  int iters;
+  float log2e_by_temperature;
+  float tolerance;  // the columns are scaled until all lie within this share of T/E
+  float* log_b;     // [E], the columns' scale, natural logarithm
+  float* partials;  // scratch of the CUDA kernels; null: there is one block
+};
+
 void route_cpu(const RouteArguments& a);
 void sort_cpu(const int32_t* ids, const SortArguments& s, int E, int64_t slots);
+void sinkhorn_cpu(const RouteArguments& a, const SinkhornArguments& s);
 
 }  // namespace moe_lab

@@ -124,6 +124,28 @@ struct LanesRow {
     }
   }
 
+  // This lane's winners among the row's, whose largest value is `largest` in every lane: their ids and values. `exact`: what
+  // is ranked, and told, where a winner lies too far down.
+  __device__ __forceinline__ void choose(const uint32_t (&values)[VALUES], uint32_t largest, const uint32_t (&exact)[VALUES], int (&ids)[kMine], uint32_t (&chosen)[kMine]) const {
+    uint32_t base = max(largest, kSpan) - kSpan;
+    {
+      uint32_t best[KP];
+      rank(values, base, best);
+      take_mine(best, ids, chosen);
+    }
+    bool below = false;
+#pragma unroll
+    for (int m = 0; m < kMine; ++m) below |= is_mine(m) && chosen[m] == 0;
+    if (__any_sync(kAll, below)) {
+      base = 0;
+      unsigned long long best[KP];
+      rank(exact, base, best);
+      take_mine(best, ids, chosen);
+    }
+#pragma unroll
+    for (int m = 0; m < kMine; ++m) chosen[m] += base;
+  }
+
   // Ids and weights of this lane's winners.
   __device__ __forceinline__ void route(int64_t row, int (&ids)[kMine], float (&weights)[kMine]) const {
     float x[VALUES];
@@ -162,26 +184,13 @@ struct LanesRow {
     for (int j = 0; j < VALUES; ++j) largest = max(largest, values[j]);
     largest = max_lanes<LANES>(largest);
 
-    uint32_t base = max(largest, kSpan) - kSpan, above[kMine];
-    {
-      uint32_t best[KP];
-      rank(values, base, best);
-      take_mine(best, ids, above);
-    }
-    bool below = false;
-#pragma unroll
-    for (int m = 0; m < kMine; ++m) below |= is_mine(m) && above[m] == 0;
-    if (__any_sync(kAll, below)) {
-      base = 0;
-      unsigned long long best[KP];
-      rank(values, base, best);
-      take_mine(best, ids, above);
-    }
+    uint32_t chosen_values[kMine];
+    choose(values, largest, values, ids, chosen_values);
 
     float logits[kMine], chosen = 0.0f;
 #pragma unroll
     for (int m = 0; m < kMine; ++m) {
-      logits[m] = ranks_scores ? (is_mine(m) ? load_one(a, row, ids[m]) : 0.0f) : value_of(base + above[m]);
+      logits[m] = ranks_scores ? (is_mine(m) ? load_one(a, row, ids[m]) : 0.0f) : value_of(chosen_values[m]);
     }
     if (softmax && !ranks_scores) highest = value_of(largest);
 #pragma unroll

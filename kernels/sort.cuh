@@ -4,13 +4,13 @@
 
 #include <cooperative_groups.h>
 
+#include "cuda.h"
 #include "route.cuh"
 
 namespace moe_lab {
 
 constexpr int kSortThreads = 512;
 constexpr int kSortWarps = kSortThreads / 32;
-constexpr int kMaxCluster = 16;
 constexpr int kMaxShare = kMaxExperts / kSortThreads;  // experts of a thread
 
 // What a block needs, in shared memory in this order.

@@ -112,6 +112,7 @@ class RouterModel:
     n_experts: int = MISSING
     top_k: int = MISSING
     sort: bool = False
+    d_model: int | None = None
 
 
 @dataclass
@@ -174,6 +175,7 @@ class Sinkhorn(RouterOption):
     _target_: str = "moe_lab.routers.sinkhorn.Sinkhorn"
     iters: int = 10
     temperature: float = 1.0
+    tolerance: float = 0.0
 
 
 @dataclass
@@ -597,12 +599,11 @@ def _validate_router(cfg: DictConfig, at: str) -> None:
     """Of the router whose node is at this key."""
     node = OmegaConf.select(cfg, at)
     _at_least(cfg, " ".join(f"{at}.{key}" for key in ("iters", "top_k", "k_max", "steps", "calibration_tokens")), 1)
+    _at_least(cfg, f"{at}.tolerance", 0)
     _more_than_zero(cfg, " ".join(f"{at}.{key}" for key in ("temperature", "factor", "scale", "rate")))
     name, impl = node.get("name"), node.get("impl")
     if name in ("torch", "triton", "cuda_ext") and impl != name:
         raise ValueError(f"{at}.impl={impl}: router={name} fixes its implementation to {name}; leave {at}.impl out.")
-    if name == "sinkhorn" and impl not in ("auto", "torch"):
-        raise ValueError(f"{at}.impl={impl}: router=sinkhorn has the implementations auto, torch.")
     if name == "soft" and node.get("top_k"):
         raise ValueError(f"{at}.top_k={node.top_k}: router=soft gives every token all experts; leave {at}.top_k out.")
 

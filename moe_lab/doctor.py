@@ -66,7 +66,7 @@ def show() -> None:
         console.print(f"{tool:32} {found or f'not found; needed for {purpose}'}", markup=False)
 
 
-_IMPLEMENTATIONS = ("torch", "triton", "cuda_ext", "vllm", "sglang")
+_IMPLEMENTATIONS = ("torch", "triton", "cuda_ext", "vllm", "sglang", "transformers")
 _LOOKED_AT = ("router", "experts", "execution", "dtype", "device")
 
 

@@ -443,6 +443,8 @@ class Run:
             ran["router"] = (
                 layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"
             )
+            if self.forced is None and layer.multiplies_gate(self.n_tokens, self.dtype):
+                ran["gate"] = layer.router.implementation()
             ran["experts"] = layer.experts.__name__
             if layer.experts.__name__ == "grouped" and self._has_few_tokens:
                 ran["experts"] = "grouped:few_tokens"

@@ -53,6 +53,10 @@ class MoELayer(nn.Module):
         y_TD = self.routed(x_TD, routing, ctx)
         return (y_TD if self.shared is None else y_TD + self.shared(x_TD)), routing
 
+    def multiplies_gate(self, n_tokens: int, dtype: torch.dtype) -> bool:
+        """Whether the router's own kernels do the gate's product, for so many tokens in this dtype."""
+        return self.router.multiplies_gate(n_tokens, self.weights.gate_ED, dtype)
+
     def logits(self, x_TD: Tensor) -> Tensor:
         """The router's logits [T, E]."""
         return gate_logits(x_TD, self.weights.gate_ED)

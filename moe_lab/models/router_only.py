@@ -1,7 +1,7 @@
 """model=router: a router alone, fed T = batch * seq_len rows of logits: for work on its kernels.
 
-What runs and is timed is `select`, and with `sort` also the sorting of the slots for a grouped product, by the router's
-own kernel where it does both.
+What runs and is timed is `select`; with `sort` also the sorting of the slots for a grouped product, by the router's own
+kernel where it does both; with `d_model` it is fed hidden states, and `route` multiplies them by the gate.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from moe_lab.routers.base import RouteContext, Router, Routing
 
 
 class _NoWeights(ExpertWeights):
-    """Experts without matrices."""
+    """Experts without matrices; a gate [E, D] where a width is given."""
 
-    def __init__(self, n_experts: int):
+    def __init__(self, n_experts: int, d_model: int | None):
         nn.Module.__init__(self)
         self._n_experts = n_experts
+        if d_model is not None:
+            self.gate_ED = nn.Parameter(torch.empty(n_experts, d_model), requires_grad=False)
 
     @property
     def n_experts(self) -> int:
@@ -41,48 +43,55 @@ def none(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale
 
 
 class RouterLayer(MoELayer):
-    """An MoE layer that is fed logits [T, E] and stops at the routing."""
+    """An MoE layer that stops at the routing, and is fed logits [T, E] unless it has a width."""
 
-    def __init__(self, n_experts: int, router: Router, sort: bool):
-        super().__init__(_NoWeights(n_experts), router, none)
-        self.sort = sort
+    def __init__(self, n_experts: int, router: Router, sort: bool, d_model: int | None = None):
+        super().__init__(_NoWeights(n_experts, d_model), router, none)
+        self.sort, self.has_gate = sort, d_model is not None
 
     def forward(self, x_TD: Tensor, ctx: RouteContext, forced: Routing | None = None) -> tuple[Tensor, Routing]:
         """(weights [T, K], Routing)."""
         routing = forced
         if routing is None:
             with phase("router"):
-                routing = self.router.select(x_TD, ctx._replace(want_dispatch=self.sort))
+                ctx = ctx._replace(want_dispatch=self.sort)
+                routing = (
+                    self.router(x_TD, self.weights.gate_ED, ctx) if self.has_gate else self.router.select(x_TD, ctx)
+                )
         if self.sort and routing.dispatch is None:
             with phase("dispatch"):
                 routing = routing._replace(dispatch=dispatch(routing.expert_ids_TK, self.weights.n_experts))
         return routing.weights_TK, routing
 
+    def multiplies_gate(self, n_tokens: int, dtype: torch.dtype) -> bool:
+        """See `MoELayer.multiplies_gate`."""
+        return self.has_gate and not self.sort and super().multiplies_gate(n_tokens, dtype)
+
     def logits(self, x_TD: Tensor) -> Tensor:
-        """The input."""
-        return x_TD
+        """Of the gate, or the input."""
+        return super().logits(x_TD) if self.has_gate else x_TD
 
     def use_reference(self) -> None:
         """There are no experts to replace."""
 
 
 class RouterModel(nn.Module):
-    """The keys are those of conf/model/router.yaml; input: logits [T, E], the output the weights [T, K]."""
+    """The keys are those of conf/model/router.yaml; input: logits [T, E] or [T, D], the output the weights [T, K]."""
 
     vocab_size: int | None = None
     gives_routing = True
     """Ids and sorted slots are part of what it writes."""
 
-    def __init__(self, *, make_router: MakeRouter, n_experts: int, top_k: int, sort: bool):
+    def __init__(self, *, make_router: MakeRouter, n_experts: int, top_k: int, sort: bool, d_model: int | None = None):
         super().__init__()
-        self.n_experts = n_experts
-        self.moe = RouterLayer(n_experts, make_router(n_experts, top_k), sort)
+        self.width = d_model or n_experts
+        self.moe = RouterLayer(n_experts, make_router(n_experts, top_k), sort, d_model)
 
     def input_shape(self, batch: int, seq_len: int) -> tuple[int, ...]:
-        """[T, E] logits."""
-        return batch * seq_len, self.n_experts
+        """[T, E] logits, or [T, D] hidden states."""
+        return batch * seq_len, self.width
 
     def forward(self, x_TD: Tensor, forced_routing: ForcedRouting = None) -> Output:
-        """logits [T, E] -> weights [T, K]."""
+        """Logits [T, E] or hidden states [T, D] -> weights [T, K]."""
         weights_TK, routing = self.moe(x_TD, RouteContext(), forced_routing[0] if forced_routing is not None else None)
         return Output(weights_TK, (routing,))

@@ -23,10 +23,12 @@ from torch import Tensor
 from moe_lab.errors import UnavailableError
 from moe_lab.ops.library import library
 
+MOST_EXPERTS, MOST_K, MOST_GROUPS, MOST_GATE_TOKENS = 1024, 32, 32, 32  # as kernels/route.h says
+
 OLDEST = "80"
 """The oldest architecture that the CUDA sources compile for."""
-_CPP = ("ops.cpp", "route_cpu.cpp")
-_CUDA = ("route_by_logits.cu", "route_by_scores.cu", "sort.cu")
+_CPP = ("ops.cpp", "route_cpu.cpp", "sinkhorn_cpu.cpp")
+_CUDA = ("gate.cu", "route_by_logits.cu", "route_by_scores.cu", "sinkhorn.cu", "sort.cu")
 # The functions of torch 2.11 and no newer ones: what is built under one version loads under the others.
 _DEFINES = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
 _CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC")
@@ -213,7 +215,20 @@ def load() -> tuple[str, ...]:
     torch.ops.load_library(str(path))
     torch.library.register_fake("moe_lab::route", fake_route, lib=library)
     torch.library.register_fake("moe_lab::route_and_sort", _fake_route_and_sort, lib=library)
+    torch.library.register_fake("moe_lab::gate_route", _fake_gate_route, lib=library)
+    torch.library.register_fake("moe_lab::sinkhorn_route", fake_sinkhorn_route, lib=library)
     return architectures
+
+
+def readable(logits: Tensor) -> Tensor:
+    """Logits [T, E] as the kernels read them, loaded if they were not."""
+    if not torch.compiler.is_compiling():  # a router has loaded the extension as it was made
+        load()
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        logits = logits.float()
+    if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:
+        logits = logits.contiguous()
+    return logits
 
 
 def fake_route(logits: Tensor, gate_bias: Tensor | None, bias: Tensor | None, k: int, *_: object) -> tuple[Tensor, ...]:
@@ -230,3 +245,13 @@ def _fake_route_and_sort(
         *fake_route(logits, gate_bias, bias, k, *rest),
         *(logits.new_empty(size, dtype=torch.int32) for size in sizes),
     )
+
+
+def _fake_gate_route(
+    x: Tensor, gate: Tensor, gate_bias: Tensor | None, bias: Tensor | None, k: int, *rest: object
+) -> tuple[Tensor, ...]:
+    return fake_route(x, gate_bias, bias, k, *rest)
+
+
+def fake_sinkhorn_route(logits: Tensor, k: int, *_: object) -> tuple[Tensor, ...]:
+    return *fake_route(logits, None, None, k), logits.new_empty(logits.shape[1], dtype=torch.float32)

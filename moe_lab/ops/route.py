@@ -10,7 +10,7 @@ of the routers themselves (routers/softmax_topk.py, routers/scored_topk.py).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from moe_lab.ops.library import register
 from moe_lab.ops.route_peers import PEERS, require_computes
 
 IMPLEMENTATIONS = ("triton", "cuda_ext", *PEERS)
-MOST_EXPERTS, MOST_K, MOST_GROUPS = 1024, 32, 32  # of the extension, as kernels/route.h says
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,9 @@ def require_computable(
     if implementation != "cuda_ext":
         return
     for what, size, most in (
-        ("experts", n_experts, MOST_EXPERTS),
-        ("experts for a token", how.k, MOST_K),
-        ("groups", how.n_groups, MOST_GROUPS),
+        ("experts", n_experts, extension.MOST_EXPERTS),
+        ("experts for a token", how.k, extension.MOST_K),
+        ("groups", how.n_groups, extension.MOST_GROUPS),
     ):
         if size > most:
             raise UnavailableError(f"router.impl=cuda_ext: its kernels take at most {most} {what}, not {size}")
@@ -82,25 +81,44 @@ def route(
     `sort` fills the dispatch where the kernel can (cuda_ext). Of a row with NaN or +inf, or without a finite logit, the
     ids are still different experts, and the weights of a softmax are NaN; an expert of NaN score ranks first.
     """
-    gate_bias_E = None if gate_bias_E is None else gate_bias_E.float()
-    bias_E = None if bias_E is None else bias_E.float()
-    groups = (how.n_groups, how.top_groups, how.group_score)
-    arguments = (gate_bias_E, bias_E, how.k, how.score, *groups, how.renormalize, how.scale)
+    arguments = _arguments(how, gate_bias_E, bias_E)
     if implementation == "triton":
         return Routed(*torch.ops.moe_lab.route_triton(logits_TE, *arguments))
     if implementation in PEERS:
         return Routed(*PEERS[implementation](logits_TE, how, bias_E))
     assert implementation == "cuda_ext", implementation
-    if not torch.compiler.is_compiling():  # a router has loaded it as it was made
-        extension.load()
-    if logits_TE.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        logits_TE = logits_TE.float()
-    if logits_TE.stride(1) != 1 or logits_TE.stride(0) < logits_TE.shape[1]:
-        logits_TE = logits_TE.contiguous()
+    logits_TE = extension.readable(logits_TE)
     if not sort:
         return Routed(*torch.ops.moe_lab.route(logits_TE, *arguments))
     ids_TK, weights_TK, *order = torch.ops.moe_lab.route_and_sort(logits_TE, *arguments)
     return Routed(ids_TK, weights_TK, Dispatch(*order))
+
+
+def _arguments(how: Selection, gate_bias_E: Tensor | None, bias_E: Tensor | None) -> tuple[Any, ...]:
+    biases = (None if bias is None else bias.float() for bias in (gate_bias_E, bias_E))
+    groups = (how.n_groups, how.top_groups, how.group_score)
+    return *biases, how.k, how.score, *groups, how.renormalize, how.scale
+
+
+def multiplies_gate(computes: str, n_tokens: int, d_model: int, n_experts: int, dtype: torch.dtype) -> bool:
+    """Whether a router computed by `computes` (`cuda_ext:sm_90`, say) has `gate_route`, and faster than cuBLAS."""
+    name, _, architecture = computes.partition(":sm_")
+    return (
+        name == "cuda_ext"
+        and int(architecture or 0) >= 90
+        and dtype in (torch.float16, torch.bfloat16)
+        and n_tokens <= extension.MOST_GATE_TOKENS
+        and d_model % 32 == 0
+        and n_tokens * d_model * n_experts <= 2**25  # docs/kernels.md
+    )
+
+
+def gate_route(
+    x_TD: Tensor, gate_ED: Tensor, how: Selection, *, gate_bias_E: Tensor | None = None, bias_E: Tensor | None = None
+) -> Routed:
+    """`route` of the logits x gate^T, rounded to x's dtype, by the extension: see `multiplies_gate`."""
+    x_TD, gate_ED = x_TD.contiguous(), gate_ED.to(x_TD.dtype).contiguous()
+    return Routed(*torch.ops.moe_lab.gate_route(x_TD, gate_ED, *_arguments(how, gate_bias_E, bias_E)))
 
 
 def _compute(

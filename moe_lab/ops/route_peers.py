@@ -1,13 +1,17 @@
-"""`route` by the kernels of vLLM and SGLang, where those packages are installed: what a user would otherwise use."""
+"""`route` by vLLM, SGLang and transformers, where those packages are installed: what a user would otherwise use."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moe_lab.errors import UnavailableError
 
@@ -50,13 +54,52 @@ def _sglang(logits_TE: Tensor, how: Selection, bias_E: Tensor | None) -> tuple[T
     return ids_TK, weights_TK
 
 
-PEERS: dict[str, Peer] = {"vllm": _vllm, "sglang": _sglang}
-_MODULES = {"vllm": "vllm._custom_ops", "sglang": "sglang.kernels.ops.moe.moe_fused_gate"}
+class _NoProduct(TorchFunctionMode):
+    """`F.linear` gives its input: transformers' routers multiply by the gate themselves, and here are the logits."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is F.linear else func(*args, **kwargs or {})
+
+
+@cache
+def _transformers_router(how: Selection, n_experts: int) -> nn.Module:
+    models: Any = importlib.import_module("transformers.models")
+    config = SimpleNamespace(
+        hidden_size=n_experts,
+        num_experts=n_experts,
+        num_local_experts=n_experts,
+        num_experts_per_tok=how.k,
+        norm_topk_prob=how.renormalize,
+        n_group=how.n_groups,
+        topk_group=how.top_groups,
+        routed_scaling_factor=how.scale,
+    )
+    with torch.device("meta"):  # their gate is not read
+        if how.score == "softmax":
+            return models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter(config)  # type: ignore[no-any-return]
+        return models.deepseek_v3.modeling_deepseek_v3.DeepseekV3TopkRouter(config)  # type: ignore[no-any-return]
+
+
+def _transformers(logits_TE: Tensor, how: Selection, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    router = _transformers_router(how, logits_TE.shape[1])
+    if bias_E is not None:
+        router.e_score_correction_bias = bias_E
+    with _NoProduct():
+        _, weights_TK, ids_TK = router(logits_TE)
+    return ids_TK.int(), weights_TK.float()
+
+
+PEERS: dict[str, Peer] = {"vllm": _vllm, "sglang": _sglang, "transformers": _transformers}
+_MODULES = {
+    "vllm": "vllm._custom_ops",
+    "sglang": "sglang.kernels.ops.moe.moe_fused_gate",
+    "transformers": "transformers.models.qwen3_moe.modeling_qwen3_moe",
+}
 
 
 def require(name: str, device: torch.device) -> None:
     """Raise `UnavailableError` where this peer's kernels are not installed or have no such device."""
-    if device.type != "cuda":
+    if device.type != "cuda" and name != "transformers":
         raise UnavailableError(f"router.impl={name}: its kernels need device=cuda (this run is on {device.type})")
     try:
         importlib.import_module(_MODULES[name])

@@ -66,6 +66,7 @@ RUNS: Columns = {
     **dict.fromkeys(("code_id", "env_id", "name"), TEXT),
     **dict.fromkeys(("overrides", "interleaved_with"), TEXTS),
     "implementation.router": TEXT,
+    "implementation.gate": TEXT,
     "implementation.experts": TEXT,
     "implementation.add_rms_norm": TEXT,
     "implementation.segment_mm": TEXT,

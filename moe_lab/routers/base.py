@@ -119,12 +119,16 @@ class Router(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define select(logits_TE, ctx)")
 
     def route(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
-        """The routing of hidden states [T, D]; a fused gate and route kernel overrides this and is tested equal."""
+        """The routing of hidden states [T, D] by the gate [E, D]."""
         return self.select(gate_logits(x_TD, gate_ED), ctx)
 
     def forward(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
         """`route`; an exported graph has a node for each call of a module."""
         return self.route(x_TD, gate_ED, ctx)
+
+    def multiplies_gate(self, n_tokens: int, gate_ED: Tensor, dtype: torch.dtype) -> bool:
+        """Whether `route` of so many tokens in this dtype is done by kernels of its own, the gate's product too."""
+        return False
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
         """The weights [T, K] this router gives to experts already chosen, if they follow from the logits; else None.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.ops.library import is_exporting
-from moe_lab.ops.route import IMPLEMENTATIONS, Selection, require_computable, route
+from moe_lab.ops.route import IMPLEMENTATIONS, Selection, gate_route, multiplies_gate, require_computable, route
 from moe_lab.ops.softmax_topk import chosen, top_k
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 
@@ -106,6 +106,18 @@ class ScoredTopK(Router):
         if self.top_groups < self.n_groups:
             scores_TE = within_groups(scores_TE, self.n_groups, self.top_groups, self.group_score)
         return scores_TE
+
+    def route(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
+        """See `Router.route`."""
+        asks_more = ctx is not None and (ctx.want_scores or ctx.want_dispatch)
+        if asks_more or is_exporting() or not self.multiplies_gate(len(x_TD), gate_ED, x_TD.dtype):
+            return super().route(x_TD, gate_ED, ctx)
+        return Routing(*gate_route(x_TD, gate_ED, self.how, bias_E=self.bias_E))
+
+    def multiplies_gate(self, n_tokens: int, gate_ED: Tensor, dtype: torch.dtype) -> bool:
+        """See `Router.multiplies_gate`."""
+        E, D = gate_ED.shape
+        return multiplies_gate(self.implementation(), n_tokens, D, E, dtype)
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""

@@ -3,6 +3,8 @@
     P = Sinkhorn(l / temperature), rows summing to 1 and columns to T/E;  S = top-k of P
     w_e = p_e / sum_S p,  p = softmax(l)
 
+The iterations end early where every column is within `tolerance` of T/E (0: never).
+
 Source of the plan: ops/sinkhorn.py. The k-th best of a balanced plan is not itself balanced; it evens out skewed
 logits and can make nearly balanced ones worse.
 
@@ -14,7 +16,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moe_lab.ops.sinkhorn import sinkhorn_scores
+from moe_lab.ops.library import is_exporting
+from moe_lab.ops.sinkhorn import IMPLEMENTATIONS, require_computable, scores_of, sinkhorn_route, sinkhorn_scores
 from moe_lab.ops.softmax_topk import top_k, weights_of
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 
@@ -24,17 +27,32 @@ class Sinkhorn(Router):
 
     causal = False
     batch_invariant = False
+    implementations = ("torch", *IMPLEMENTATIONS)
 
-    def __init__(self, n_experts: int, top_k: int, impl: str = "auto", iters: int = 10, temperature: float = 1.0):
+    def __init__(
+        self,
+        n_experts: int,
+        top_k: int,
+        impl: str = "auto",
+        iters: int = 10,
+        temperature: float = 1.0,
+        tolerance: float = 0.0,
+    ):
         super().__init__(n_experts, top_k, impl)
-        self.iters, self.temperature = iters, temperature
+        require_computable(self.impl, top_k, n_experts)
+        self.iters, self.temperature, self.tolerance = iters, temperature, tolerance
 
     def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
         """See `Router.select`. Raises `ValueError` naming the layer for logits that are not finite."""
         require_finite(logits_TE, ctx, every_entry=True)
-        scores_TE = sinkhorn_scores(logits_TE, self.iters, self.temperature)
-        ids_TK = top_k(scores_TE, self.top_k)
         wanted = ctx is not None and ctx.want_scores
+        how = (self.iters, self.temperature, self.tolerance)
+        if self.impl in IMPLEMENTATIONS and not is_exporting():
+            ids_TK, weights_TK, log_b_E = sinkhorn_route(logits_TE, self.top_k, *how, self.impl)
+            scores_TE = scores_of(logits_TE, log_b_E, self.temperature) if wanted else None
+            return Routing(ids_TK, weights_TK, scores_TE=scores_TE)
+        scores_TE = sinkhorn_scores(logits_TE, *how)
+        ids_TK = top_k(scores_TE, self.top_k)
         weights_TK = weights_of(logits_TE, ids_TK, renormalize=True, all_used=True)
         return Routing(ids_TK, weights_TK, scores_TE=scores_TE if wanted else None)
 

@@ -48,6 +48,33 @@ def test_the_model_is_the_routers_selection(T: int, sort: bool, impl: str) -> No
             assert torch.equal(found, expected)
 
 
+@IMPLEMENTATION
+@pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (0, 1, 37)])
+def test_with_a_width_the_gate_is_part_of_it(T: int, impl: str) -> None:
+    """The selection of x times the gate."""
+    model = RouterModel(make_router=lambda E, K: SoftmaxTopK(E, K, impl), n_experts=12, top_k=3, sort=False, d_model=32)
+    gate_ED = model.moe.weights.gate_ED
+    gate_ED.data.copy_(logits(12, 32))
+    x_TD = logits(*model.input_shape(1, T))
+    output = model(x_TD)
+    wanted = SoftmaxTopK(12, 3, "torch").select(x_TD @ gate_ED.t())
+    assert torch.equal(output.routings[0].expert_ids_TK, wanted.expert_ids_TK)
+    torch.testing.assert_close(output.y, wanted.weights_TK)
+    assert not model.moe.multiplies_gate(T, x_TD.dtype)
+
+
+@pytest.mark.gpu
+def test_a_run_names_who_multiplied_by_the_gate(tmp_path: Path) -> None:
+    """The router's own kernels for few tokens, else nobody is named."""
+    for seq_len, gate in ((16, True), (64, False)):
+        changes = ["model=router", "router=cuda_ext", "model.d_model=2048", "device=cuda", "dtype=bf16"]
+        cfg = moe_lab.compose([*changes, "batch=1", f"seq_len={seq_len}", "measure.max_time_s=0.1"])
+        record = moe_lab.run(cfg, tmp_path / str(seq_len))
+        assert (record.status, record.reason) == ("ok", None)
+        expected = extension.label(torch.device("cuda", 0))
+        assert record.implementation == {"router": expected, "experts": "none"} | ({"gate": expected} if gate else {})
+
+
 class Swapping(SoftmaxTopK):
     """Names the experts of the first two slots in the wrong order."""
 

@@ -20,13 +20,15 @@ from moe_lab.errors import UnavailableError
 from moe_lab.ops import extension
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.library import building_for, triton_interprets
-from moe_lab.ops.route import Routed, Selection, require_computable, route
+from moe_lab.ops.route import Routed, Selection, gate_route, multiplies_gate, require_computable, route
+from moe_lab.routers.base import RouteContext
 from moe_lab.routers.scored_topk import ScoredTopK
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from tests.ops.compiling import assert_compiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where a fixture cannot say it
 needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
+IMPLEMENTATIONS = ("torch", "triton", "cuda_ext", "vllm", "sglang", "transformers")
 IMPLEMENTATION = pytest.mark.parametrize(
     "implementation", [pytest.param("triton", id="triton"), pytest.param("cuda_ext", id="cuda_ext", marks=needs_cxx)]
 )
@@ -458,6 +460,117 @@ def test_a_thousand_runs_give_the_same_bits(T: int, implementation: str) -> None
     assert int(differences) == 0
 
 
+def gate_inputs(T: int, D: int, E: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Hidden states of variance 1 and a gate that keeps it."""
+    return normal(T, D).to("cuda", dtype), (normal(E, D) / D**0.5).to("cuda", dtype)
+
+
+@pytest.mark.gpu
+@EXTENSION
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16")])
+@pytest.mark.parametrize(
+    ("D", "E", "k"),
+    [
+        pytest.param(D, E, k, id=f"D={D} E={E}")
+        for D, E, k in (
+            *((4096, 8, 2), (2048, 64, 8), (2048, 128, 8), (7168, 256, 8)),
+            *((32, 1, 1), (96, 7, 3), (160, 60, 4), (544, 200, 9), (1024, 1000, 32)),
+        )
+    ],
+)
+def test_the_gate_is_multiplied_as_in_float64(D: int, E: int, k: int, dtype: torch.dtype, implementation: str) -> None:
+    """The experts of the rounded logits, but where those round otherwise; one cluster and several, every T up to 32."""
+    extension.load()
+    for T in (0, 1, 2, 7, 16, 17, 31, 32):
+        x_TD, gate_ED = gate_inputs(T, D, E, dtype)
+        routed = gate_route(x_TD, gate_ED, Selection(k))
+        exact_TE = x_TD.double() @ gate_ED.double().t()
+        expected = route(exact_TE.to(dtype), Selection(k), implementation)
+        differ_T = (routed.expert_ids_TK != expected.expert_ids_TK).any(-1)
+        assert int(differ_T.sum()) <= 1 + T // 8
+        chosen_TK = exact_TE.gather(1, routed.expert_ids_TK.long())
+        slack = 2 * torch.finfo(dtype).eps * float(exact_TE.abs().max()) if T else 0
+        assert T == 0 or float((exact_TE.topk(k).values - chosen_TK).abs().max()) <= slack
+        torch.testing.assert_close(routed.weights_TK.double(), chosen_TK.softmax(1), rtol=8 * slack, atol=1e-6)
+
+
+@pytest.mark.gpu
+@EXTENSION
+@pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (1, 16)])
+def test_biases_groups_and_scores_go_with_the_gate(T: int, implementation: str) -> None:
+    """As two steps do, where cuBLAS rounds no logit otherwise: whole numbers."""
+    extension.load()
+    x_TD, gate_ED = (torch.randint(-2, 3, shape, device="cuda").bfloat16() for shape in ((T, 64), (256, 64)))
+    bias_E = normal(1, 256)[0].cuda()
+    for how in (DSV3, Selection(8, "sqrt_softplus"), Selection(6, "softmax", 8, 3, "max", False, 1.5)):
+        found = gate_route(x_TD, gate_ED, how, bias_E=bias_E)
+        expected = route(x_TD @ gate_ED.t(), how, implementation, bias_E=bias_E)
+        assert torch.equal(found.expert_ids_TK, expected.expert_ids_TK)
+        assert torch.equal(found.weights_TK, expected.weights_TK)
+    found = gate_route(x_TD, gate_ED[:60], Selection(4), gate_bias_E=bias_E[:60])
+    expected = route(x_TD @ gate_ED[:60].t(), Selection(4), implementation, gate_bias_E=bias_E[:60])
+    assert all(torch.equal(a, b) for a, b in zip(found[:2], expected[:2], strict=True))
+
+
+@pytest.mark.gpu
+@EXTENSION
+def test_a_thousand_products_give_the_same_bits(implementation: str) -> None:
+    """Of one cluster and of several, in a graph of twenty calls."""
+    extension.load()
+    for D, E in ((2048, 8), (2048, 128)):
+        x_TD, gate_ED = gate_inputs(16, D, E, torch.bfloat16)
+        gate_route(x_TD, gate_ED, Selection(2))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(20):
+                routed = gate_route(x_TD, gate_ED, Selection(2))
+        graph.replay()
+        first = [tensor.clone() for tensor in routed[:2]]
+        differences = torch.zeros((), device="cuda", dtype=torch.int64)
+        for _ in range(1000):
+            graph.replay()
+            differences += sum((a != b).sum() for a, b in zip(routed[:2], first, strict=True))
+        assert int(differences) == 0
+
+
+@pytest.mark.gpu
+@EXTENSION
+def test_a_router_multiplies_by_its_gate_where_that_is_faster(implementation: str) -> None:
+    """Few tokens in half precision, not where scores or sorted slots are asked for; compiled too."""
+    with torch.device("cuda"):
+        router = SoftmaxTopK(64, 6, implementation)
+    x_TD, gate_ED = gate_inputs(16, 2048, 64, torch.bfloat16)
+    assert router.multiplies_gate(16, gate_ED, x_TD.dtype) and not router.multiplies_gate(33, gate_ED, x_TD.dtype)
+    fused, apart = router.route(x_TD, gate_ED), router.select(x_TD @ gate_ED.t())
+    assert (fused.expert_ids_TK == apart.expert_ids_TK).float().mean() > 0.9
+    assert router.route(x_TD, gate_ED, RouteContext(want_dispatch=True)).dispatch is not None
+    assert router.route(x_TD, gate_ED, RouteContext(want_scores=True)).scores_TE is not None
+    compiled = torch.compile(lambda x: router.route(x, gate_ED)[:2], fullgraph=True)(x_TD)
+    assert torch.equal(compiled[0], fused.expert_ids_TK) and torch.equal(compiled[1], fused.weights_TK)
+    for bad, message in ((x_TD.float(), "float16 or bfloat16"), (x_TD[:, :48], "multiple of 32")):
+        with pytest.raises(RuntimeError, match=message):
+            gate_route(bad, gate_ED[:, : bad.shape[1]], Selection(6))
+
+
+@pytest.mark.parametrize(
+    ("computes", "T", "D", "E", "dtype", "expected"),
+    [
+        pytest.param("cuda_ext:sm_90", 1, 7168, 256, torch.bfloat16, True, id="DeepSeek-V3, one token"),
+        pytest.param("cuda_ext:sm_90", 32, 7168, 256, torch.bfloat16, False, id="DeepSeek-V3, too much for it"),
+        pytest.param("cuda_ext:sm_100", 32, 2048, 64, torch.float16, True, id="newer"),
+        pytest.param("cuda_ext:sm_80", 1, 2048, 64, torch.float16, False, id="no clusters"),
+        pytest.param("cuda_ext:cpp", 1, 2048, 64, torch.float16, False, id="CPU"),
+        pytest.param("triton", 1, 2048, 64, torch.float16, False, id="another implementation"),
+        pytest.param("cuda_ext:sm_90", 1, 2048, 64, torch.float32, False, id="fp32"),
+        pytest.param("cuda_ext:sm_90", 33, 2048, 64, torch.float16, False, id="T=33"),
+        pytest.param("cuda_ext:sm_90", 1, 2040, 64, torch.float16, False, id="D=2040"),
+    ],
+)
+def test_when_the_gate_is_multiplied(computes: str, T: int, D: int, E: int, dtype: torch.dtype, expected: bool) -> None:
+    """Elsewhere cuBLAS does it, and the record does not name a gate."""
+    assert multiplies_gate(computes, T, D, E, dtype) is expected
+
+
 def launches() -> None:
     """Few experts and many, and sizes of 1, which Triton takes for constants of the kernel."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -476,7 +589,7 @@ def test_the_triton_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
 
 def test_the_table_of_routers_implementations_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
     """Printed; whatever `route` can compute is reached through its router."""
-    columns = [(impl, on) for impl in ("torch", "triton", "cuda_ext", "vllm", "sglang") for on in ("cpu", "cuda")]
+    columns = [(impl, on) for impl in IMPLEMENTATIONS for on in ("cpu", "cuda")]
     found: dict[str, dict[tuple[str, str], str]] = {}
     for path in listing.groups(None)["router"]:
         if path.stem == "native":  # a checkpoint's
@@ -498,7 +611,7 @@ def test_the_table_of_routers_implementations_and_devices(capsys: pytest.Capture
         print("\n" + " " * 14 + "".join(f"{impl + ' ' + on:15}" for impl, on in columns))
         for name, cells in found.items():
             print(f"{name:14}" + "".join(f"{cells[column]:15}" for column in columns))
-    fused = {"cuda_ext", "mixtral", "qwen3_moe", "granite", "olmoe", "gpt_oss", "switch"}
+    fused = {"cuda_ext", "sinkhorn", "loss_free", "mixtral", "qwen3_moe", "granite", "olmoe", "gpt_oss", "switch"}
     fused |= {"deepseek_v2", "deepseek_v3", "deepseek_v4", "minimax_m2", "ernie4_5", "llama4"}
     by_extension = {name for name, cells in found.items() if cells["cuda_ext", "cpu"] not in ("", "-")}
     assert by_extension == (fused if extension.why_unavailable(torch.device("cpu")) is None else set())

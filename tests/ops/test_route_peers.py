@@ -15,11 +15,19 @@ from moe_lab.routers.scored_topk import ScoredTopK
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 
 CUDA = torch.device("cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EACH = pytest.mark.parametrize(
+    "peer",
+    [
+        pytest.param(peer, id=peer, marks=() if peer == "transformers" else pytest.mark.gpu)  # that one runs anywhere
+        for peer in PEERS
+    ],
+)
 GROUPS = {"bias": True, "n_groups": 8, "top_groups": 4, "scale": 2.5}
 
 
-@pytest.mark.parametrize("peer", PEERS)
-def test_a_cpu_has_none_of_them(peer: str) -> None:
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer != "transformers"])
+def test_a_cpu_has_no_kernels_of_them(peer: str) -> None:
     with pytest.raises(UnavailableError, match=f"router.impl={peer}: its kernels need device=cuda"):
         SoftmaxTopK(8, 2, impl=peer)
 
@@ -35,28 +43,27 @@ def test_what_is_not_installed_says_how_to_get_it(peer: str) -> None:
 def peers_router(peer: str, kind: type[Router], E: int, k: int, **keys: object) -> Router:
     if importlib.util.find_spec(peer) is None:
         pytest.skip(f"{peer} is not installed")
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         return kind(E, k, impl=peer, **keys)  # type: ignore[arg-type]
 
 
-@pytest.mark.gpu
+@EACH
 @pytest.mark.parametrize("T", [1, 37, 199])
-@pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize(("E", "k"), [(8, 2), (128, 8)], ids=["E8k2", "E128k8"])
 def test_a_softmax_is_the_torch_router_s(peer: str, E: int, k: int, T: int) -> None:
-    logits_TE = torch.randn(T, E, device="cuda")
-    expected, got = (router.select(logits_TE) for router in (SoftmaxTopK(E, k), peers_router(peer, SoftmaxTopK, E, k)))
+    logits_TE = torch.randn(T, E, device=DEVICE)
+    routers = (SoftmaxTopK(E, k, "torch"), peers_router(peer, SoftmaxTopK, E, k))
+    expected, got = (router.select(logits_TE) for router in routers)
     assert torch.equal(got.expert_ids_TK, expected.expert_ids_TK)
     torch.testing.assert_close(got.weights_TK, expected.weights_TK, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.gpu
+@EACH
 @pytest.mark.parametrize("T", [1, 37, 199])
-@pytest.mark.parametrize("peer", PEERS)
 def test_groups_are_the_torch_router_s(peer: str, T: int) -> None:
-    logits_TE, bias_E = torch.randn(T, 256, device="cuda"), torch.randn(256, device="cuda") / 8
+    logits_TE, bias_E = torch.randn(T, 256, device=DEVICE), torch.randn(256, device=DEVICE) / 8
     weights = []
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         reference = ScoredTopK(256, 8, impl="torch", **GROUPS)
     for router in (reference, peers_router(peer, ScoredTopK, 256, 8, **GROUPS)):
         assert isinstance(router, ScoredTopK) and router.bias_E is not None
@@ -67,11 +74,10 @@ def test_groups_are_the_torch_router_s(peer: str, T: int) -> None:
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.gpu
+@EACH
 @pytest.mark.parametrize(
     "keys", [{"score": "sqrt_softplus"}, {"scale": 2.5}, {**GROUPS, "group_score": "max"}], ids=str
 )
-@pytest.mark.parametrize("peer", PEERS)
 def test_what_a_peer_computes_otherwise_is_refused(peer: str, keys: dict[str, object]) -> None:
     with pytest.raises(UnavailableError, match=f"router.impl={peer}: it computes"):
         peers_router(peer, ScoredTopK, 256, 8, **keys)

@@ -1,9 +1,11 @@
-"""log_plan against an independent Sinkhorn in float64."""
+"""log_plan, and plan and choice by kernels, against an independent Sinkhorn in float64."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lab.ops.sinkhorn import log_plan
+from moe_lab.errors import UnavailableError
+from moe_lab.ops import extension
+from moe_lab.ops.library import triton_interprets
+from moe_lab.ops.sinkhorn import log_plan, require_computable, scores_of, sinkhorn_route
+from tests.ops.compiling import assert_compiles
 
 SIZES = pytest.mark.parametrize(
     ("T", "E"),
@@ -195,3 +201,253 @@ def test_logits_of_any_dtype_give_the_float32_plan(dtype: torch.dtype) -> None:
     before_TE = logits_TE.clone()
     assert torch.equal(log_plan(logits_TE, 5, 1.0), log_plan(logits_TE.float(), 5, 1.0))
     assert torch.equal(logits_TE, before_TE)
+
+
+@pytest.mark.parametrize("iters", [pytest.param(0, id="0 iters"), pytest.param(30, id="30 iters")])
+def test_a_tolerance_ends_the_iterations(iters: int) -> None:
+    """The plan is that of the first iteration whose columns are near enough; of a small one that of all."""
+    logits_TE = skewed_logits(199, 12)
+    plans = [log_plan(logits_TE, i, 1.0) for i in range(iters + 1)]
+    for tolerance in (0.5, 0.05, 1e-3):
+        first = next((i for i, plan in enumerate(plans) if column_error(plan) <= tolerance), iters)
+        assert torch.equal(log_plan(logits_TE, iters, 1.0, tolerance), plans[first])
+
+
+needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
+IMPLEMENTATION = pytest.mark.parametrize(
+    "implementation", [pytest.param("triton", id="triton"), pytest.param("cuda_ext", id="cuda_ext", marks=needs_cxx)]
+)
+EXTENSION = pytest.mark.parametrize("implementation", [pytest.param("cuda_ext", id="cuda_ext", marks=needs_cxx)])
+
+
+def log_plan64(logits_TE: Tensor, iters: int, temperature: float, tolerance: float) -> Tensor:
+    """As `plan64`, in logarithms, which no size of logits overflows."""
+    T, E = logits_TE.shape
+    wide_TE = logits_TE.double().cpu()
+    plan_TE = (wide_TE / temperature).log_softmax(1)
+    for _ in range(iters if T > 1 else 0):
+        step_E = math.log(T / E) - plan_TE.logsumexp(0)
+        if float(((-step_E).exp() - 1).abs().max()) <= tolerance:
+            break
+        plan_TE = (plan_TE + step_E).log_softmax(1)
+    return plan_TE if T > 1 else wide_TE
+
+
+def check(
+    found: tuple[Tensor, Tensor, Tensor],
+    logits_TE: Tensor,
+    k: int,
+    iters: int = 10,
+    temperature: float = 1.0,
+    tolerance: float = 0.0,
+) -> None:
+    """The k largest of the plan, but where they are within rounding of each other; weights, and the columns' scale."""
+    ids_TK, weights_TK, log_b_E = (tensor.cpu() for tensor in found)
+    T, E = logits_TE.shape
+    assert (ids_TK.dtype, weights_TK.dtype, log_b_E.dtype) == (torch.int32, torch.float32, torch.float32)
+    assert ids_TK.shape == weights_TK.shape == (T, k) and log_b_E.shape == (E,)
+    if T == 0:
+        return
+    expected_TE = log_plan64(logits_TE, iters, temperature, tolerance)
+    rounding = 1e-4 + 64 * 2**-24 * float(logits_TE.double().abs().max()) / temperature
+    chosen_TK = expected_TE.gather(1, ids_TK.long())
+    assert bool((ids_TK.sort(1).values.diff(dim=1) > 0).all()) and int(ids_TK.min()) >= 0 and int(ids_TK.max()) < E
+    assert float((expected_TE.topk(k).values - chosen_TK).abs().max()) <= rounding
+    weights64_TK = logits_TE.double().cpu().gather(1, ids_TK.long()).softmax(1)
+    torch.testing.assert_close(weights_TK.double(), weights64_TK, rtol=1e-5, atol=1e-6)
+    scores_TE = scores_of(logits_TE.cpu(), log_b_E, temperature)
+    torch.testing.assert_close(scores_TE.double(), expected_TE, rtol=0, atol=rounding)
+
+
+def few_levels(T: int, E: int) -> Tensor:
+    """Ties everywhere."""
+    return torch.randint(-1, 2, (T, E), generator=torch.Generator().manual_seed(T + E)).float()
+
+
+def far_columns(T: int, E: int) -> Tensor:
+    """The last experts are so far down in every row that their columns of the softmax are 0 in fp32."""
+    return skewed_logits(T, E) - 150 * (torch.arange(E) > E // 2)
+
+
+ROUTED = (
+    (0, 5, 2, "T=0"),
+    (1, 7, 3, "T=1"),
+    (2, 5, 2, "T=2"),
+    (37, 7, 7, "k=E"),
+    (199, 33, 4, "E=33"),
+    (199, 1, 1, "E=1"),
+    (300, 64, 12, "k=12"),
+    (700, 64, 8, "more than one block"),
+    (40, 300, 3, "E=300"),
+)
+
+
+@pytest.mark.parametrize(("T", "E", "k"), [pytest.param(*size, id=name) for *size, name in ROUTED])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(skewed_logits, id="skewed"),
+        pytest.param(lambda T, E: skewed_logits(T, E).half(), id="fp16"),
+        pytest.param(lambda T, E: skewed_logits(T, E).bfloat16(), id="bf16"),
+        pytest.param(lambda T, E: 3e4 * few_levels(T, E), id="huge"),
+        pytest.param(far_columns, id="far columns"),
+        pytest.param(lambda T, E: torch.full((T, E), 1.7), id="constant"),
+    ],
+)
+@IMPLEMENTATION
+def test_plan_and_choice_are_those_of_float64(
+    T: int, E: int, k: int, kind: Callable[[int, int], Tensor], implementation: str, device: torch.device
+) -> None:
+    """Few tokens and many, one expert or all, columns that underflow; twice the same bits; logits are not written."""
+    interprets = implementation == "triton" and triton_interprets()
+    if interprets and T * E > 10000 and kind not in (skewed_logits, far_columns):
+        pytest.skip("the interpreter is slow: smaller ones, and all on a GPU")
+    logits_TE = kind(T, E).to(device)
+    before_TE = logits_TE.clone()
+    for iters, temperature in ((2 if interprets else 10, 1.0), (1, 0.3), (0, 1.0)):
+        arguments = (logits_TE, k, iters, temperature, 0.0, implementation)
+        found = sinkhorn_route(*arguments)
+        check(found, logits_TE, k, iters, temperature)
+        assert all(torch.equal(*pair) for pair in zip(found, sinkhorn_route(*arguments), strict=True))
+        if interprets:
+            break
+    assert torch.equal(logits_TE, before_TE)
+
+
+@IMPLEMENTATION
+def test_constant_logits_go_to_the_lowest_ids(implementation: str, device: torch.device) -> None:
+    """A plan of ties."""
+    ids_TK, weights_TK, _ = sinkhorn_route(torch.full((37, 12), 0.3, device=device), 3, 10, 1.0, 0.0, implementation)
+    assert ids_TK.tolist() == [[0, 1, 2]] * 37
+    torch.testing.assert_close(weights_TK.cpu(), torch.full((37, 3), 1 / 3))
+
+
+@IMPLEMENTATION
+@pytest.mark.parametrize("T", [pytest.param(199, id="one block"), pytest.param(1100, id="several")])
+def test_kernels_end_the_iterations_as_the_reference_does(T: int, implementation: str, device: torch.device) -> None:
+    """By the same test of the columns, on the device."""
+    logits_TE = skewed_logits(T, 12).to(device)
+    for tolerance in (0.5, 0.05):
+        found = sinkhorn_route(logits_TE, 3, 8, 1.0, tolerance, implementation)
+        check(found, logits_TE, 3, 8, 1.0, tolerance)
+
+
+@IMPLEMENTATION
+@pytest.mark.parametrize("T", [pytest.param(1, id="T=1"), pytest.param(37, id="T=37")])
+@pytest.mark.parametrize("value", [pytest.param(v, id=str(v)) for v in (math.nan, math.inf, -math.inf)])
+def test_logits_without_a_plan_still_name_different_experts(
+    value: float, T: int, implementation: str, device: torch.device
+) -> None:
+    """Ids in range and unique, so that nothing is read outside. (A run refuses such logits.)"""
+    logits_TE = skewed_logits(T, 12).to(device)
+    logits_TE[T - 1, 3:9] = value
+    ids_TK, _, _ = sinkhorn_route(logits_TE, 5, 10, 1.0, 0.0, implementation)
+    assert bool((ids_TK.sort(1).values.diff(dim=1) > 0).all()) and int(ids_TK.min()) >= 0 and int(ids_TK.max()) < 12
+
+
+@IMPLEMENTATION
+def test_views_are_taken(implementation: str, device: torch.device) -> None:
+    """Whatever the strides."""
+    whole = skewed_logits(40, 40).to(device)
+    for view in (whole[:37, 3:15], whole[:12, :37].t(), whole[::2, ::3], whole[:1, :12].expand(5, 12)):
+        check(sinkhorn_route(view, 3, 10, 1.0, 0.0, implementation), view, 3)
+
+
+@IMPLEMENTATION
+@pytest.mark.parametrize("T", [pytest.param(0, id="T=0"), pytest.param(5, id="T=5")])
+def test_the_op_passes_opcheck(T: int, implementation: str, device: torch.device) -> None:
+    """Schema, fake tensors and tracing agree with what the op does."""
+    logits_TE = skewed_logits(T, 8).to(device)
+    sinkhorn_route(logits_TE, 2, 3, 1.0, 0.0, implementation)  # loads it
+    op = {"triton": torch.ops.moe_lab.sinkhorn_route_triton, "cuda_ext": torch.ops.moe_lab.sinkhorn_route}
+    results = torch.library.opcheck(op[implementation].default, (logits_TE, 2, 3, 1.0, 0.0))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@EXTENSION
+def test_the_out_variant_writes_what_it_is_given(implementation: str, device: torch.device) -> None:
+    """All of it, and refuses what it cannot."""
+    logits_TE = skewed_logits(37, 8).to(device)
+    expected = sinkhorn_route(logits_TE, 2, 3, 1.0, 0.0, implementation)
+    given = {name: torch.full_like(t, -7) for name, t in zip(("ids", "weights", "log_b"), expected, strict=True)}
+    torch.ops.moe_lab.sinkhorn_route.out(logits_TE, 2, 3, 1.0, 0.0, **given)
+    assert all(torch.equal(*pair) for pair in zip(given.values(), expected, strict=True))
+    with pytest.raises(RuntimeError, match="temperature above 0"):
+        torch.ops.moe_lab.sinkhorn_route(logits_TE, 2, 3, 0.0, 0.0)
+    with pytest.raises(RuntimeError, match="log_b: it must be contiguous"):
+        torch.ops.moe_lab.sinkhorn_route.out(logits_TE, 2, 3, 1.0, 0.0, **given | {"log_b": expected[1]})
+
+
+def test_sizes_without_a_kernel_are_unavailable() -> None:
+    """Before the extension is asked."""
+    require_computable("cuda_ext", 32, 1024)
+    require_computable("triton", 33, 1025)
+    for k, E in ((33, 64), (2, 1025)):
+        with pytest.raises(UnavailableError, match="at most 1024 experts and 32 of them"):
+            require_computable("cuda_ext", k, E)
+
+
+@EXTENSION
+def test_any_number_of_threads_finds_the_same_bits(implementation: str) -> None:
+    """The parts that are summed depend on the size alone."""
+    logits_TE, threads = skewed_logits(5000, 60), torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(sinkhorn_route(logits_TE, 6, 10, 1.0, 0.0, implementation))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.gpu
+@IMPLEMENTATION
+@pytest.mark.parametrize(
+    ("T", "E", "k"),
+    [
+        pytest.param(*size, id=" ".join(map(str, size)))
+        for size in ((4096, 64, 8), (16384, 128, 8), (65536, 64, 2), (20000, 200, 9), (70000, 256, 8), (3000, 1000, 32))
+    ],
+)
+def test_many_tokens_on_the_device(T: int, E: int, k: int, implementation: str) -> None:
+    """Blocks that wait for each other; rows that no longer fit into them; scales that need care."""
+    for logits_TE in (skewed_logits(T, E) / 8, few_levels(T, E), far_columns(T, E) / 8):
+        check(sinkhorn_route(logits_TE.cuda(), k, 10, 1.0, 0.0, implementation), logits_TE, k)
+
+
+@pytest.mark.gpu
+@IMPLEMENTATION
+@pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (199, 4096, 30000)])
+def test_a_thousand_replays_give_the_same_bits(T: int, implementation: str) -> None:
+    """Of a graph of three calls, one after the other; and what stands in its input is what is routed."""
+    logits_TE = skewed_logits(T, 64).cuda()
+    sinkhorn_route(logits_TE, 8, 10, 1.0, 0.0, implementation)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):
+            routed = sinkhorn_route(logits_TE, 8, 10, 1.0, 0.0, implementation)
+    logits_TE.copy_(few_levels(T, 64) + skewed_logits(T, 64))
+    graph.replay()
+    check(routed, logits_TE, 8)
+    first = [tensor.clone() for tensor in routed]
+    differences = torch.zeros((), device="cuda", dtype=torch.int64)
+    for _ in range(1000):
+        graph.replay()
+        for tensor, wanted in zip(routed, first, strict=True):
+            differences += (tensor != wanted).sum()
+    assert int(differences) == 0
+
+
+def launches() -> None:
+    """One program and several, one expert and many."""
+    for dtype in (torch.bfloat16, torch.float32):
+        sinkhorn_route(skewed_logits(37, 12).to(dtype), 3, 2, 1.0, 0.1, "triton")
+        sinkhorn_route(skewed_logits(300, 64).to(dtype), 8, 2, 1.0, 0.0, "triton")
+    sinkhorn_route(skewed_logits(1, 12), 3, 2, 1.0, 0.0, "triton")
+
+
+@pytest.mark.slow
+def test_the_triton_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Which their interpreter does not ask."""
+    assert_compiles(launches, tmp_path)

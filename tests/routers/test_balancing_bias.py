@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_lab.ops import extension
 from moe_lab.routers.balancing_bias import BalancingBias, LossFreeBias, QuantileBias
+from moe_lab.routers.base import RouteContext
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 
+needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
 ROUTERS = pytest.mark.parametrize(
     "make", [pytest.param(LossFreeBias, id="loss-free"), pytest.param(QuantileBias, id="quantile")]
 )
@@ -72,3 +75,18 @@ def test_degenerate_calibrations_give_finite_biases(make: type[BalancingBias], T
     router = make(E, K)
     router.fit(skewed(T, E))
     assert bool(router.bias_E.isfinite().all())
+
+
+@pytest.mark.parametrize("impl", [pytest.param("cuda_ext", id="cuda_ext", marks=needs_cxx), "triton"])
+def test_kernels_choose_by_the_fitted_bias(impl: str, device: torch.device) -> None:
+    """As the torch router of the same bias."""
+    logits_TE = skewed(199, 12).to(device)
+    with torch.device(device):
+        routers = [LossFreeBias(12, 3, name, steps=20) for name in ("torch", impl)]
+    for router in routers:
+        router.fit(logits_TE)
+    expected, found = (router.select(logits_TE, RouteContext(want_scores=True)) for router in routers)
+    assert routers[1].implementation().startswith(impl) and float(routers[1].bias_E.abs().max()) > 0
+    assert torch.equal(found.expert_ids_TK, expected.expert_ids_TK)
+    torch.testing.assert_close(found.weights_TK, expected.weights_TK)
+    assert torch.equal(found.scores_TE, expected.scores_TE)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from moe_lab.errors import UnavailableError
+from moe_lab.ops import extension
 from moe_lab.routers.base import RouteContext
 from moe_lab.routers.sinkhorn import Sinkhorn
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 
+needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
 SIZES = pytest.mark.parametrize(
     ("T", "E", "K"),
     [
@@ -152,13 +154,39 @@ def test_huge_finite_logits_are_not_ranked_as_nan(size: float, temperature: floa
     assert routing is None or not routing.scores_TE.isnan().any()
 
 
-def test_auto_is_the_torch_implementation() -> None:
+def test_auto_is_torch_on_a_cpu() -> None:
     """The default picks one, and the record says which."""
     assert Sinkhorn(7, 2).implementation() == Sinkhorn(7, 2, impl="torch").implementation() == "torch"
 
 
-@pytest.mark.parametrize("impl", [pytest.param("cuda_ext", id="cuda_ext"), pytest.param("triton", id="triton")])
-def test_an_implementation_that_is_not_there_is_unavailable(impl: str) -> None:
+@pytest.mark.parametrize("tolerance", [pytest.param(0.0, id="all iterations"), pytest.param(0.05, id="until near")])
+@pytest.mark.parametrize("impl", [pytest.param("cuda_ext", id="cuda_ext", marks=needs_cxx), "triton"])
+def test_kernels_route_as_the_reference(impl: str, tolerance: float, device: torch.device) -> None:
+    """Ids, weights and scores, beside the scale of the columns that they were ranked by."""
+    logits_TE = skewed_logits(199, 12).to(device)
+    with torch.device(device):
+        routers = [Sinkhorn(12, 3, name, tolerance=tolerance) for name in ("torch", impl)]
+    expected, found = (router.select(logits_TE, RouteContext(want_scores=True)) for router in routers)
+    assert routers[1].implementation().startswith(impl)
+    assert torch.equal(found.expert_ids_TK, expected.expert_ids_TK)
+    torch.testing.assert_close(found.weights_TK, expected.weights_TK)
+    assert found.scores_TE is not None and expected.scores_TE is not None
+    torch.testing.assert_close(found.scores_TE, expected.scores_TE, rtol=1e-5, atol=1e-5)
+    assert routers[1].select(logits_TE).scores_TE is None
+
+
+def test_a_reference_of_a_kernel_router_is_torch(device: torch.device) -> None:
+    """What verification compares with."""
+    with torch.device(device):
+        router = Sinkhorn(12, 3, "triton")
+    assert router.implementation() == "triton"
+    router.use_reference()
+    assert router.implementation() == "torch"
+
+
+def test_an_implementation_without_such_a_kernel_is_unavailable() -> None:
     """No silent fallback: the error names router and implementation."""
-    with pytest.raises(UnavailableError, match=rf"router\.impl={impl}.*Sinkhorn"):
-        Sinkhorn(7, 2, impl=impl)
+    with pytest.raises(UnavailableError, match=r"router\.impl=vllm.*Sinkhorn"):
+        Sinkhorn(7, 2, impl="vllm")
+    with pytest.raises(UnavailableError, match="at most 1024 experts"):
+        Sinkhorn(2000, 2, impl="cuda_ext")

@@ -1,0 +1,205 @@
+// The product with the gate and the route of few tokens, without cuBLAS.
+//
+// A cluster multiplies some experts, each of its blocks a part of D: a warp takes eight experts, and where there are more
+// warps than that needs, several share them and D. The logits are summed over warps and blocks in a fixed order and rounded
+// to the dtype of x, as a product in that dtype would be. One cluster that has all experts routes too; several write the
+// logits, for a launch of route that waits on its multiprocessors already.
+#include <cooperative_groups.h>
+
+#include <utility>
+
+#include "route_kernels.cuh"
+
+namespace moe_lab {
+namespace {
+
+constexpr int kGateThreads = 512;
+constexpr int kGateWarps = kGateThreads / 32;
+constexpr int kMostAlone = 64;  // experts of one cluster; more is faster by more multiprocessors and another launch
+constexpr int kStep = 32;  // elements of D that a warp multiplies at once: 16 bytes a lane, four lanes a row
+
+// sum += a b, 16 tokens by 16 of D by 8 experts.
+template <class Half>
+__device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<Half, __nv_bfloat16>) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
+
+__device__ __forceinline__ uint4 load_16(const void* base, int64_t element, bool is_there) {
+  return is_there ? *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + element) : uint4{0, 0, 0, 0};
+}
+
+// How a product is laid out over a cluster.
+struct GateGrid {
+  int blocks;       // of a cluster, which share D
+  int experts;      // of a cluster
+  int parts;        // of a block's warps, which share its part of D
+  int each;         // logits that a block of the cluster sums and hands on
+};
+
+// parts[part, t, e]: this block's shares of the logits of its cluster's experts [first, first + experts).
+//
+// The order of the elements of D within a product is free, so each lane takes eight neighbours of its row at once, of x
+// and of the gate alike, and hands them to two products in pairs.
+template <class Half, int TILES>
+__device__ __noinline__ void multiply_gate(const GateArguments& g, const GateGrid& grid, int T, int first, int experts, int rank, float* parts) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quad = lane % 4;
+  const int per_part = kGateWarps / grid.parts, part = warp / per_part;
+  const int first_step = rank * grid.parts + part, stride = grid.blocks * grid.parts, steps = g.D / kStep;
+  for (int tile = warp % per_part; tile * 8 < experts; tile += per_part) {
+    float sums[TILES][4] = {};
+    const int expert = first + min(tile * 8 + row, experts - 1);
+#pragma unroll 8
+    for (int step = first_step; step < steps; step += stride) {
+      const int at = step * kStep + quad * 8;
+      const uint4 w = load_16(g.gate, expert * g.gate_stride + at, true);
+      uint4 low[TILES], high[TILES];
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) {
+        const int t = 16 * i + row;
+        low[i] = load_16(g.x, t * g.x_stride + at, t < T);
+        high[i] = load_16(g.x, (t + 8) * g.x_stride + at, t + 8 < T);
+      }
+#pragma unroll
+      for (int i = 0; i < TILES; ++i) {
+        multiply<Half>(sums[i], low[i].x, high[i].x, low[i].y, high[i].y, w.x, w.y);
+        multiply<Half>(sums[i], low[i].z, high[i].z, low[i].w, high[i].w, w.z, w.w);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int t = 16 * i + row + j / 2 * 8, e = tile * 8 + quad * 2 + j % 2;
+        if (t < T && e < experts) parts[(part * T + t) * experts + e] = sums[i][j];
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ float rounded(float x, Dtype dtype) {
+  return dtype == Dtype::kFloat16 ? __half2float(__float2half_rn(x)) : __bfloat162float(__float2bfloat16_rn(x));
+}
+
+// take(i, logit) for the block's share of its cluster's logits, [T, experts] in a row; `parts`: [grid.parts, T, experts].
+template <class Take>
+__device__ __forceinline__ void gate_logits(const RouteArguments& a, const GateArguments& g, const GateGrid& grid, int first, int experts, int rank, float* parts, Take take) {
+#if __CUDA_ARCH__ >= 900
+  const int T = static_cast<int>(a.T), all = T * experts;
+  const bool is_half = a.dtype == Dtype::kFloat16, is_long = T > 16;
+  if (is_half && is_long) multiply_gate<__half, 2>(g, grid, T, first, experts, rank, parts);
+  if (is_half && !is_long) multiply_gate<__half, 1>(g, grid, T, first, experts, rank, parts);
+  if (!is_half && is_long) multiply_gate<__nv_bfloat16, 2>(g, grid, T, first, experts, rank, parts);
+  if (!is_half && !is_long) multiply_gate<__nv_bfloat16, 1>(g, grid, T, first, experts, rank, parts);
+  if (grid.parts > 1) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < all; i += kGateThreads) {
+      float sum = parts[i];
+      for (int part = 1; part < grid.parts; ++part) sum += parts[part * all + i];
+      parts[i] = sum;
+    }
+  }
+  const auto cluster = cooperative_groups::this_cluster();
+  cluster.sync();
+  for (int i = rank * grid.each + threadIdx.x; i < min((rank + 1) * grid.each, all); i += kGateThreads) {
+    float sum = 0.0f;
+#pragma unroll 16
+    for (int block = 0; block < grid.blocks; ++block) sum += *cluster.map_shared_rank(parts + i, block);
+    take(i, rounded(sum, a.dtype));
+  }
+#endif
+}
+
+// Several clusters: writes the logits.
+__global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ GateArguments g, const __grid_constant__ GateGrid grid) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ float gate_shared[];
+  const int rank = blockIdx.x % grid.blocks, first = blockIdx.x / grid.blocks * grid.experts, experts = min(grid.experts, a.E - first);
+  wait_for_kernels_before();
+  auto* logits = static_cast<uint16_t*>(const_cast<void*>(a.logits));
+  gate_logits(a, g, grid, first, experts, rank, gate_shared, [&](int i, float logit) {
+    const uint16_t bits = a.dtype == Dtype::kFloat16 ? __half_as_ushort(__float2half_rn(logit)) : __bfloat16_as_ushort(__float2bfloat16_rn(logit));
+    logits[i / experts * a.row_stride + first + i % experts] = bits;
+  });
+  cooperative_groups::this_cluster().sync();  // none leaves while its parts are read
+#endif
+}
+
+// One cluster: routes.
+template <class Rows>
+__global__ void __launch_bounds__(kGateThreads, 1) gate_route_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ GateArguments g, const __grid_constant__ GateGrid grid) {
+#if __CUDA_ARCH__ >= 900
+  extern __shared__ float gate_shared[];
+  const int T = static_cast<int>(a.T), E = a.E, padded = (E + 3) / 4 * 4;
+  const int most = grid.each / E, begin = blockIdx.x * most, rows = min(most, T - begin);
+  float* logits = gate_shared;                 // [most, padded]
+  float* parts = logits + most * padded;       // [grid.parts, T, E]
+  float* scratch = parts + grid.parts * T * E;
+  wait_for_kernels_before();
+  gate_logits(a, g, grid, 0, E, blockIdx.x, parts, [&](int i, float logit) { logits[i / E % most * padded + i % E] = logit; });
+  __syncthreads();
+  const auto cluster = cooperative_groups::this_cluster();
+  auto all_have_read = cluster.barrier_arrive();
+  RouteArguments mine = a;
+  mine.logits = logits;
+  mine.dtype = Dtype::kFloat32;
+  mine.row_stride = padded;
+  if (rows > 0) {
+    Rows::rows(mine, 0, rows, scratch, [&](int64_t row, int rank, int id, float weight) {
+      a.ids[(begin + row) * a.k + rank] = id;
+      a.weights[(begin + row) * a.k + rank] = weight;
+    });
+  }
+  cluster.barrier_wait(std::move(all_have_read));  // none leaves while its parts are read
+#endif
+}
+
+GateGrid grid_of(const RouteArguments& a, const GateArguments& g, int64_t experts, bool by_rows) {
+  const int64_t steps = g.D / kStep, blocks = std::min<int64_t>(kMaxCluster, steps);
+  int64_t parts = 1;  // so that all warps have something to do
+  while (2 * parts * ceil_div(experts, 8) <= kGateWarps && 2 * parts <= steps / blocks) parts *= 2;
+  const int64_t each = by_rows ? ceil_div(a.T, blocks) * a.E : ceil_div(a.T * experts, blocks);
+  return {static_cast<int>(blocks), static_cast<int>(experts), static_cast<int>(parts), static_cast<int>(each)};
+}
+
+size_t bytes_of_parts(const RouteArguments& a, const GateGrid& grid) { return grid.parts * a.T * grid.experts * sizeof(float); }
+
+template <class Rows>
+cudaError_t run_gate(const RouteArguments& a, const GateArguments& g, const Device& device) {
+  const GateGrid grid = grid_of(a, g, a.E, true);
+  const size_t logits = grid.each / a.E * ceil_div(a.E, 4) * 4 * sizeof(float);
+  const size_t bytes = logits + bytes_of_parts(a, grid) + Rows::scratch_bytes(a, kGateThreads);
+  return launch(gate_route_kernel<Rows>, {grid.blocks, kGateThreads, bytes, grid.blocks}, device, a, g, grid);
+}
+
+cudaError_t run_one_cluster(RouteArguments a, const GateArguments& g, const Device& device) {
+  a.aligned = a.E % 4 == 0 && reinterpret_cast<uintptr_t>(a.bias) % 16 == 0;  // the logits in shared memory are
+  if (a.ranks_scores() || a.grouped()) return run_gate<ByWarp<2, true>>(a, g, device);
+  if (a.E == 8 && a.k <= 2) return run_gate<ByLanes<2, 2, 4, false>>(a, g, device);
+  if (a.E == 64 && a.k <= 8) return run_gate<ByLanes<8, 8, 8, false>>(a, g, device);
+  return run_gate<ByWarp<2, false>>(a, g, device);
+}
+
+}  // namespace
+
+bool can_route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device) {
+  return device.is_hopper && a.T <= kMostGateTokens && g.D % kStep == 0;
+}
+
+cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device) {
+  if (a.E <= kMostAlone && a.E * a.T <= 8 * kMostAlone) return run_one_cluster(a, g, device);
+  constexpr int kClusters = 6;  // of sixteen blocks, which run at once on a Hopper GPU
+  const int64_t experts = ceil_div(ceil_div(a.E, kClusters), 8) * 8;
+  const GateGrid grid = grid_of(a, g, std::min<int64_t>(experts, a.E), false);
+  const int64_t blocks = grid.blocks * ceil_div(a.E, grid.experts);
+  const cudaError_t error = launch(gate_kernel, {blocks, kGateThreads, bytes_of_parts(a, grid), grid.blocks}, device, a, g, grid);
+  if (error != cudaSuccess) return error;
+  return (a.ranks_scores() || a.grouped() ? route_by_scores : route_by_logits)(a, nullptr, device);
+}
+
+}  // namespace moe_lab
