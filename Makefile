@@ -6,6 +6,8 @@ SHELL := /bin/sh
 BIN := .venv/bin
 READY := .venv/.ready
 BUNDLE := dist/device
+# Each worker has one half of the files, so that what the tests of a file share is made once; who is done first helps.
+PYTEST := $(BIN)/python -m pytest -c pyproject.toml -n 2 --dist worksteal
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -34,10 +36,10 @@ lint: $(READY) ## Style, types, import contracts
 	$(BIN)/lint-imports --no-cache
 
 test: lint ## Lint and the tests that CI runs (under 8 minutes on two cores)
-	$(BIN)/python -m pytest -c pyproject.toml -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint ## Lint and every test
-	$(BIN)/python -m pytest -c pyproject.toml -n 2
+	$(PYTEST)
 
 bench-experts: $(READY) ## experts=grouped against transformers' experts on this CPU, in alternated rounds
 	$(BIN)/python benchmarks/experts_cpu.py

@@ -20,6 +20,7 @@ from moe_lab.records.variants import COMPARE
 
 DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
+ROUTER_IMPLEMENTATIONS = (*IMPLEMENTATIONS, "cuda_ext", "vllm", "sglang", "transformers")
 LOADS = ("native", "balanced", "random", "zipf", "hot", "one_hot", "replay")
 PHASES = ("forward", "prefill", "decode")
 CACHES = ("natural", "cold", "hot")
@@ -598,6 +599,7 @@ def _validate_decoder(model: DictConfig) -> None:
 def _validate_router(cfg: DictConfig, at: str) -> None:
     """Of the router whose node is at this key."""
     node = OmegaConf.select(cfg, at)
+    _one_of(cfg, f"{at}.impl", ROUTER_IMPLEMENTATIONS)
     _at_least(cfg, " ".join(f"{at}.{key}" for key in ("iters", "top_k", "k_max", "steps", "calibration_tokens")), 1)
     _at_least(cfg, f"{at}.tolerance", 0)
     _more_than_zero(cfg, " ".join(f"{at}.{key}" for key in ("temperature", "factor", "scale", "rate")))

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from moe_lab import configure
+from moe_lab.config import ROUTER_IMPLEMENTATIONS
 from moe_lab.listing import groups
 from moe_lab.ops import extension
 from moe_lab.records.schema import Record
@@ -41,7 +42,9 @@ def show() -> None:
         worker.start()
         options = [f"{group}={path.stem}" for group in _LOOKED_AT for path in groups(None)[group]]
         configs = [configure.compose(["model=decoder_moe", option]) for option in options]
-        options += [f"router.impl={impl} device={device}" for impl in _IMPLEMENTATIONS for device in ("cpu", "cuda")]
+        options += [
+            f"router.impl={impl} device={device}" for impl in ROUTER_IMPLEMENTATIONS[1:] for device in ("cpu", "cuda")
+        ]
         asked = [option.split() for option in options[len(configs) :]]
         configs += [configure.compose(["model=decoder_moe", "router=mixtral", *words]) for words in asked]
         containers = [planning.plain(cfg) for cfg in configs]
@@ -66,7 +69,6 @@ def show() -> None:
         console.print(f"{tool:32} {found or f'not found; needed for {purpose}'}", markup=False)
 
 
-_IMPLEMENTATIONS = ("torch", "triton", "cuda_ext", "vllm", "sglang", "transformers")
 _LOOKED_AT = ("router", "experts", "execution", "dtype", "device")
 
 

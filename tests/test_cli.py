@@ -128,13 +128,13 @@ def test_a_multirun_skips_what_is_unavailable_and_goes_on(tmp_path: Path) -> Non
     assert str(reasons["cuda_ext"][1]).startswith("unavailable: router=cuda_ext")
 
 
-MISTAKES = [
-    pytest.param(["batch=abc"], "batch", id="type"),
-    pytest.param(["model.n_heads=7"], "model.n_heads=7", id="heads"),
-    pytest.param(["model.top_k=9"], "model.top_k=9", id="top-k"),
-    pytest.param(["model.n_expert=9"], "model.n_expert", id="key"),
-    pytest.param(["router=sinkhrn"], "router=sinkhrn", id="option"),
-]
+MISTAKES = {
+    "type": (["batch=abc"], "batch"),
+    "heads": (["model.n_heads=7"], "model.n_heads=7"),
+    "top-k": (["model.top_k=9"], "model.top_k=9"),
+    "key": (["model.n_expert=9"], "model.n_expert"),
+    "option": (["router=sinkhrn"], "router=sinkhrn"),
+}
 
 
 def test_a_callback_found_through_a_search_path_is_not_trusted(tmp_path: Path) -> None:
@@ -151,8 +151,16 @@ def test_a_callback_found_through_a_search_path_is_not_trusted(tmp_path: Path) -
     assert not (tmp_path / "touched").exists()
 
 
-@pytest.mark.parametrize("multirun", [pytest.param([], id="single"), pytest.param(["-m"], id="multirun")])
-@pytest.mark.parametrize(("arguments", "names"), MISTAKES)
+@pytest.mark.parametrize(
+    ("arguments", "names", "multirun"),
+    [
+        *(pytest.param(*mistake, [], id=f"{name}-single") for name, mistake in MISTAKES.items()),
+        *(
+            pytest.param(*mistake, ["-m"], id=f"{name}-multirun", marks=() if name == "top-k" else pytest.mark.slow)
+            for name, mistake in MISTAKES.items()
+        ),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(
     arguments: list[str], names: str, multirun: list[str], tmp_path: Path
 ) -> None:

@@ -164,6 +164,18 @@ def test_a_group_of_the_users_own_is_found_and_trusted(tmp_path: Path) -> None:
     assert record.routing["pooled"]["dead_experts"] == 3
 
 
+def test_files_of_ones_own_are_read_anew(tmp_path: Path) -> None:
+    """Edited between two compositions, as in a notebook; what is done to one composition is not in the next."""
+    (tmp_path / "router").mkdir()
+    option = tmp_path / "router" / "mine.yaml"
+    for width in (3, 5):
+        option.write_text(f"_target_: moe_lab.routers.softmax_topk.SoftmaxTopK\nname: mine\nwidth: {width}\n")
+        cfg = moe_lab.compose(["router=mine"], config_dir=tmp_path)
+        assert (cfg.router.width, cfg.measure.reference_router) == (width, None)
+        cfg.measure.reference_router = "changed"
+        del cfg.router.width
+
+
 def test_build_router_needs_sizes_where_the_model_has_no_experts() -> None:
     """ValueError without them, a router with them."""
     cfg = moe_lab.compose(["model=minimal"])

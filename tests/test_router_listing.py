@@ -22,7 +22,7 @@ def test_every_router_with_its_properties(capsys: pytest.CaptureFixture[str]) ->
     shown = {line.split()[0]: (line, below.strip()) for line, below in zip(lines[::2], lines[1::2], strict=True)}
     assert set(shown) == ROUTERS
     assert shown["torch"][1] == "causal, batch_invariant, static_k, graph_safe; by torch"
-    assert shown["sinkhorn"][1] == "static_k, graph_safe; by torch"
+    assert shown["sinkhorn"][1] == "static_k, graph_safe; by torch, triton, cuda_ext"
     assert "needs_token_ids" in shown["hash"][1]
     assert "calibrates" in shown["quantile"][1]
     assert shown["cuda_ext"][1].startswith("router=cuda_ext: router.impl=cuda_ext")

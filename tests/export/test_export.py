@@ -183,7 +183,7 @@ def test_all_weights_lie_in_one_file_under_their_names(tmp_path: Path) -> None:
     ("overrides", "shape"),
     [
         pytest.param(("export.dynamic=[batch]",), ["batch", 7], id="batch"),
-        pytest.param(("export.dynamic=[seq_len]", "batch=1"), [1, "seq_len"], id="seq_len"),
+        pytest.param(("export.dynamic=[seq_len]", "batch=1"), [1, "seq_len"], id="seq_len", marks=pytest.mark.slow),
         pytest.param(("export.dynamic=[]",), [2, 7], id="none"),
     ],
 )

@@ -114,7 +114,9 @@ def test_renormalised_weights_are_the_plain_ones_divided_by_their_sum() -> None:
 
 def test_an_implementation_that_is_not_there_is_unavailable() -> None:
     """No silent fallback: the error names what was asked for."""
-    with pytest.raises(UnavailableError, match=r"router\.impl=x.*torch, triton, cuda_ext, vllm, sglang, transformers only"):
+    with pytest.raises(
+        UnavailableError, match=r"router\.impl=x.*torch, triton, cuda_ext, vllm, sglang, transformers only"
+    ):
         SoftmaxTopK(7, 2, impl="x")
 
 

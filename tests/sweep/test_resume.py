@@ -114,6 +114,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_truncated_record_is_set_aside_and_its_cell_runs_again(tmp_path: Path) -> None:
     """The broken file stays beside the new one and is listed in unreadable.csv."""
     assert faulty.sweep("router=torch,sinkhorn", cwd=tmp_path).returncode == 0
@@ -210,6 +211,7 @@ def test_a_full_disk_ends_the_sweep_in_one_line_and_loses_nothing(tmp_path: Path
     assert {record.status for record in faulty.records(tmp_path).values()} == {"ok"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="only root can mount a tmpfs")
 def test_a_small_disk_that_fills_up(tmp_path: Path) -> None:
     """On a tmpfs of 100 kB the sweep stops in one line; what was written whole before stays readable."""

@@ -277,9 +277,14 @@ def test_two_sweeps_at_once_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_sweep_in_this_process(tmp_path: Path) -> None:
-    """sweep.worker=false gives the same rows; replicates are refused, for they are fresh processes."""
+    """sweep.worker=false gives the same rows; replicates are refused, for they are fresh processes.
+
+    And sweep.report=false, as in all sweeps of this file but one, leaves tables alone.
+    """
     done = faulty.sweep("router=torch,sinkhorn", "sweep.worker=false", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "outputs/s/runs.csv"
+    assert not (tmp_path / "outputs" / "s" / "report.html").exists()
     assert {record.status for record in faulty.records(tmp_path).values()} == {"ok"}
     assert faulty.records(tmp_path)["sinkhorn"].ratio_to_anchor is not None
     refused = faulty.sweep("router=torch", "sweep.worker=false", "measure.replicates=2", cwd=tmp_path)
@@ -329,7 +334,7 @@ def test_other_launchers_plan_resume_and_survive(launcher: str, tmp_path: Path) 
 
 
 def test_a_sweep_ends_with_a_table_and_the_paths_of_its_files(tmp_path: Path) -> None:
-    """Rows with ratios, then runs.csv and report.html; without the report, tables alone."""
+    """Rows with ratios, then runs.csv and report.html."""
     from tests import quick
 
     command = [*faulty.MOE_LAB, "-m", *quick.overrides("moe_layer", "router=torch,sinkhorn", "sweep.name=s")]
@@ -341,6 +346,3 @@ def test_a_sweep_ends_with_a_table_and_the_paths_of_its_files(tmp_path: Path) ->
     assert all((tmp_path / line).is_file() for line in lines[-2:])
     assert list((tmp_path / "outputs/s/plots").glob("*.svg"))
     assert lines[1].split()[0] == "torch"
-    done = faulty.sweep("router=torch", "sweep.name=t", cwd=tmp_path)
-    assert done.stdout.splitlines()[-1] == "outputs/t/runs.csv"
-    assert not (tmp_path / "outputs" / "t" / "report.html").exists()
