@@ -165,7 +165,7 @@ def test_a_group_of_the_users_own_is_found_and_trusted(tmp_path: Path) -> None:
 
 
 def test_files_of_ones_own_are_read_anew(tmp_path: Path) -> None:
-    """Edited between two compositions, as in a notebook; what is done to one composition is not in the next."""
+    """Edited between two compositions, as in a notebook; changes to what was composed stay there."""
     (tmp_path / "router").mkdir()
     option = tmp_path / "router" / "mine.yaml"
     for width in (3, 5):

@@ -134,14 +134,14 @@ def test_a_run_is_verified_and_measured(impl: str, tmp_path: Path) -> None:
 @needs_cxx
 def test_the_experiment_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
     """With the device and the execution said otherwise; sizes that do not belong together are left out."""
-    changes = ["router=torch,cuda_ext,sinkhorn", "experiment=router_kernels", "device=cpu", "execution=eager"]
+    changes = ["router=torch,cuda_ext", "experiment=router_kernels", "device=cpu", "execution=eager"]
     changes += ["measure.cache=natural"]
-    changes += ["seq_len=1,37", "model.n_experts=8,64", "sweep.report=false", "measure.max_time_s=0.05"]
+    changes += ["seq_len=37", "model.n_experts=8,64", "sweep.report=false", "measure.max_time_s=0.05"]
     done = subprocess.run([*faulty.MOE_LAB, "-m", *changes], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     records = faulty.records_list(tmp_path, "router_kernels")
     sizes = {(r.config["model"]["n_experts"], r.config["model"]["top_k"]) for r in records if r.status == "ok"}
-    assert sizes == {(8, 2), (64, 8)} and len([r for r in records if r.status == "ok"]) == 12
+    assert sizes == {(8, 2), (64, 8)} and len([r for r in records if r.status == "ok"]) == 4
 
 
 def test_bias_of_a_scored_router_stays_out_of_the_output() -> None:
