@@ -98,7 +98,7 @@ class CompiledStep(Step):
     fuses = True
 
     def __init__(self, model: nn.Module, x: Tensor, forced: ForcedRouting = None):
-        from torch._inductor.exc import InductorError  # here, for it is a second and a half of every process
+        from torch._inductor.exc import InductorError  # here: plans and lists do without its second and a half
 
         super().__init__(model, x, forced)
         self._forward = torch.compile(self._forward, fullgraph=True, dynamic=False)
