@@ -443,7 +443,7 @@ class Run:
             ran["router"] = (
                 layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"
             )
-            if self.forced is None and layer.multiplies_gate(self.n_tokens, self.dtype):
+            if self.forced is None and layer.multiplies_gate(self.x.new_empty(self.n_tokens, 0, dtype=self.dtype)):
                 ran["gate"] = layer.router.implementation()
             ran["experts"] = layer.experts.__name__
             if layer.experts.__name__ == "grouped" and self._has_few_tokens:

@@ -46,16 +46,21 @@ class MoELayer(nn.Module):
         routing = forced
         if routing is None:
             with phase("router"):
-                reads_dispatch = getattr(self.experts, "reads_dispatch", None)
-                if reads_dispatch is not None and reads_dispatch(x_TD):
+                if self._reads_dispatch(x_TD):
                     ctx = ctx._replace(want_dispatch=True)
                 routing = self.router(x_TD, self.weights.gate_ED, ctx)
         y_TD = self.routed(x_TD, routing, ctx)
         return (y_TD if self.shared is None else y_TD + self.shared(x_TD)), routing
 
-    def multiplies_gate(self, n_tokens: int, dtype: torch.dtype) -> bool:
-        """Whether the router's own kernels do the gate's product, for so many tokens in this dtype."""
-        return self.router.multiplies_gate(n_tokens, self.weights.gate_ED, dtype)
+    def _reads_dispatch(self, x_TD: Tensor) -> bool:
+        reads = getattr(self.experts, "reads_dispatch", None)
+        return reads is not None and reads(x_TD)
+
+    def multiplies_gate(self, x_TD: Tensor) -> bool:
+        """Whether the router's own kernels do the gate's product for so many tokens, in this dtype."""
+        if self._reads_dispatch(x_TD):  # then the router sorts, which takes logits
+            return False
+        return self.router.multiplies_gate(len(x_TD), self.weights.gate_ED, x_TD.dtype)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """The router's logits [T, E]."""

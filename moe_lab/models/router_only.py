@@ -63,9 +63,9 @@ class RouterLayer(MoELayer):
                 routing = routing._replace(dispatch=dispatch(routing.expert_ids_TK, self.weights.n_experts))
         return routing.weights_TK, routing
 
-    def multiplies_gate(self, n_tokens: int, dtype: torch.dtype) -> bool:
+    def multiplies_gate(self, x_TD: Tensor) -> bool:
         """See `MoELayer.multiplies_gate`."""
-        return self.has_gate and not self.sort and super().multiplies_gate(n_tokens, dtype)
+        return self.has_gate and not self.sort and super().multiplies_gate(x_TD)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Of the gate, or the input."""

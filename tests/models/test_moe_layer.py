@@ -181,3 +181,21 @@ def test_the_model_forced_with_its_own_routing_computes_the_same() -> None:
     free = run.step()
     assert torch.equal(run.model(run.x, forced_routing=free.routings).y, free.y)
     assert not torch.allclose(run.model(run.x, forced_routing=(forced_routing(),)).y, free.y)
+
+
+class Multiplying(SoftmaxTopK):
+    """Says that it multiplies by the gate, up to 16 tokens of fp32."""
+
+    def multiplies_gate(self, n_tokens: int, gate_ED: Tensor, dtype: torch.dtype) -> bool:
+        return n_tokens <= 16 and dtype == torch.float32 and gate_ED.shape == (E, D)
+
+
+def test_who_sorts_for_the_experts_does_not_multiply_by_the_gate() -> None:
+    """Sorted slots are made from logits; what the record says of the gate follows that."""
+    assert layer_of(loop, router=Multiplying).multiplies_gate(random(9, D))
+    assert not layer_of(loop, router=Multiplying).multiplies_gate(random(17, D))
+    assert not layer_of(loop, router=Multiplying).multiplies_gate(random(9, D).double())
+    assert not layer_of(loop).multiplies_gate(random(9, D))
+    grouping = layer_of(grouped, router=Multiplying)
+    assert grouping.experts.reads_dispatch(random(9, D)) and not grouping.multiplies_gate(random(9, D))
+    assert not grouping.experts.reads_dispatch(random(1, D)) and grouping.multiplies_gate(random(1, D))

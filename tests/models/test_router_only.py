@@ -60,7 +60,7 @@ def test_with_a_width_the_gate_is_part_of_it(T: int, impl: str) -> None:
     wanted = SoftmaxTopK(12, 3, "torch").select(x_TD @ gate_ED.t())
     assert torch.equal(output.routings[0].expert_ids_TK, wanted.expert_ids_TK)
     torch.testing.assert_close(output.y, wanted.weights_TK)
-    assert not model.moe.multiplies_gate(T, x_TD.dtype)
+    assert not model.moe.multiplies_gate(x_TD)
 
 
 @pytest.mark.gpu
