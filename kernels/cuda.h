@@ -63,9 +63,11 @@ cudaError_t route_by_scores(const RouteArguments& a, const SortArguments* s, con
 // Rows of `SortArguments::block_counts`.
 int64_t sort_blocks(int64_t slots, const Device& device);
 cudaError_t sort_slots(const int32_t* ids, const SortArguments& s, int E, int64_t slots, const Device& device);
-// Few tokens, T not 0; the logits of `a` may be written.
+// Few tokens or few experts, T not 0; the logits of `a` may be written.
 bool can_route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);
 cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);
+// Of these: few experts, any number of tokens.
+cudaError_t route_by_small_gate(RouteArguments a, const GateArguments& g, const Device& device);
 // One block, or several that run at once and need that many floats of `SinkhornArguments::partials`.
 struct SinkhornGrid {
   int64_t blocks, partials;

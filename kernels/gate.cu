@@ -8,7 +8,7 @@
 
 #include <utility>
 
-#include "route_kernels.cuh"
+#include "gate.cuh"
 
 namespace moe_lab {
 namespace {
@@ -16,23 +16,6 @@ namespace {
 constexpr int kGateThreads = 512;
 constexpr int kGateWarps = kGateThreads / 32;
 constexpr int kMostAlone = 64;  // experts of one cluster; more is faster by more multiprocessors and another launch
-constexpr int kStep = 32;  // elements of D that a warp multiplies at once: 16 bytes a lane, four lanes a row
-
-// sum += a b, 16 tokens by 16 of D by 8 experts.
-template <class Half>
-__device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<Half, __nv_bfloat16>) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-}
-
-__device__ __forceinline__ uint4 load_16(const void* base, int64_t element, bool is_there) {
-  return is_there ? *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + element) : uint4{0, 0, 0, 0};
-}
 
 // How a product is laid out over a cluster.
 struct GateGrid {
@@ -43,34 +26,29 @@ struct GateGrid {
 };
 
 // parts[part, t, e]: this block's shares of the logits of its cluster's experts [first, first + experts).
-//
-// The order of the elements of D within a product is free, so each lane takes eight neighbours of its row at once, of x
-// and of the gate alike, and hands them to two products in pairs.
 template <class Half, int TILES>
 __device__ __noinline__ void multiply_gate(const GateArguments& g, const GateGrid& grid, int T, int first, int experts, int rank, float* parts) {
+  constexpr int kAtOnce = TILES == 1 ? 4 : 2;  // steps of a warp under way
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quad = lane % 4;
   const int per_part = kGateWarps / grid.parts, part = warp / per_part;
   const int first_step = rank * grid.parts + part, stride = grid.blocks * grid.parts, steps = g.D / kStep;
   for (int tile = warp % per_part; tile * 8 < experts; tile += per_part) {
-    float sums[TILES][4] = {};
-    const int expert = first + min(tile * 8 + row, experts - 1);
-#pragma unroll 8
-    for (int step = first_step; step < steps; step += stride) {
-      const int at = step * kStep + quad * 8;
-      const uint4 w = load_16(g.gate, expert * g.gate_stride + at, true);
-      uint4 low[TILES], high[TILES];
+    GateRows<TILES> from;
+    from.gate = row_of(g.gate, g.gate_stride, first + min(tile * 8 + row, experts - 1));
 #pragma unroll
-      for (int i = 0; i < TILES; ++i) {
-        const int t = 16 * i + row;
-        low[i] = load_16(g.x, t * g.x_stride + at, t < T);
-        high[i] = load_16(g.x, (t + 8) * g.x_stride + at, t + 8 < T);
-      }
-#pragma unroll
-      for (int i = 0; i < TILES; ++i) {
-        multiply<Half>(sums[i], low[i].x, high[i].x, low[i].y, high[i].y, w.x, w.y);
-        multiply<Half>(sums[i], low[i].z, high[i].z, low[i].w, high[i].w, w.z, w.w);
-      }
+    for (int j = 0; j < TILES; ++j) {
+      const int t = 16 * j + row;
+      from.low[j] = t < T ? row_of(g.x, g.x_stride, t) : nullptr;
+      from.high[j] = t + 8 < T ? row_of(g.x, g.x_stride, t + 8) : nullptr;
     }
+    float sums[TILES][4] = {};
+    int step = first_step;
+    for (; step + (kAtOnce - 1) * stride < steps; step += kAtOnce * stride) multiply_steps<Half, kAtOnce>(sums, from, step, stride);
+    if (kAtOnce > 2 && step + stride < steps) {
+      multiply_steps<Half, 2>(sums, from, step, stride);
+      step += 2 * stride;
+    }
+    for (; step < steps; step += stride) multiply_steps<Half, 1>(sums, from, step, stride);
 #pragma unroll
     for (int i = 0; i < TILES; ++i) {
 #pragma unroll
@@ -80,10 +58,6 @@ __device__ __noinline__ void multiply_gate(const GateArguments& g, const GateGri
       }
     }
   }
-}
-
-__device__ __forceinline__ float rounded(float x, Dtype dtype) {
-  return dtype == Dtype::kFloat16 ? __half2float(__float2half_rn(x)) : __bfloat162float(__float2bfloat16_rn(x));
 }
 
 // take(i, logit) for the block's share of its cluster's logits, [T, experts] in a row; `parts`: [grid.parts, T, experts].
@@ -188,10 +162,11 @@ cudaError_t run_one_cluster(RouteArguments a, const GateArguments& g, const Devi
 }  // namespace
 
 bool can_route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device) {
-  return device.is_hopper && a.T <= kMostGateTokens && g.D % kStep == 0;
+  return device.is_hopper && g.D % kStep == 0 && (a.T <= kMostGateTokens || a.E <= kFewExperts);
 }
 
 cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device) {
+  if (a.T > kMostGateTokens) return route_by_small_gate(a, g, device);
   if (a.E <= kMostAlone && a.E * a.T <= 8 * kMostAlone) return run_one_cluster(a, g, device);
   constexpr int kClusters = 6;  // of sixteen blocks, which run at once on a Hopper GPU
   const int64_t experts = ceil_div(ceil_div(a.E, kClusters), 8) * 8;

@@ -209,7 +209,7 @@ std::tuple<Tensor, Tensor> gate_route(const Tensor& x, const Tensor& gate, std::
   const GateArguments g = {x.data_ptr(), gate.data_ptr(), x.stride(0), gate.stride(0), static_cast<int>(x.size(1))};
   const OnDevice guard(x.get_device_index());
   const Device device = device_of(x.get_device_index());
-  STD_TORCH_CHECK(can_route_by_gate(a, g, device), "x: at most ", kMostGateTokens, " tokens and D a multiple of 32, on compute capability 9.0 or newer");
+  STD_TORCH_CHECK(can_route_by_gate(a, g, device), "x: at most ", kMostGateTokens, " tokens or ", kFewExperts, " experts, and D a multiple of 32, on compute capability 9.0 or newer");
   if (a.T > 0) check(route_by_gate(a, g, device));
   return {ids, weights};
 }

@@ -44,7 +44,8 @@ struct SortArguments {
   int32_t* block_counts;  // scratch of the CUDA kernels, [sort_blocks, E]
 };
 
-constexpr int kMostGateTokens = 32;
+constexpr int kMostGateTokens = 32;  // of more than `kFewExperts`
+constexpr int kFewExperts = 8;
 
 // The logits as a product, in the dtype of the logits: x [T, D] and gate [E, D], in 16 bytes at a time.
 struct GateArguments {

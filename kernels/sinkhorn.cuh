@@ -435,7 +435,8 @@ __global__ void __launch_bounds__(kSinkhornThreads, 1) sinkhorn_kernel(const __g
   for (int e = threadIdx.x; e < LANES * VALUES; e += kSinkhornThreads) block.log_b[e] = 0.0f;
   __syncthreads();
   wait_for_kernels_before();
-  if (s.iters > 0) block.fill();  // each warp's own rows
+  if (s.iters > 0) block.fill();
+  __syncthreads();  // a lane without a row looks at the last one, which another warp may have written
   const float log_share = __log2f(static_cast<float>(a.T) / a.E);
   bool is_wide = false;
   for (int i = 0; i < s.iters; ++i) {

@@ -23,12 +23,12 @@ from torch import Tensor
 from moe_lab.errors import UnavailableError
 from moe_lab.ops.library import library
 
-MOST_EXPERTS, MOST_K, MOST_GROUPS, MOST_GATE_TOKENS = 1024, 32, 32, 32  # as kernels/route.h says
+MOST_EXPERTS, MOST_K, MOST_GROUPS, MOST_GATE_TOKENS, FEW_EXPERTS = 1024, 32, 32, 32, 8  # as kernels/route.h says
 
 OLDEST = "80"
 """The oldest architecture that the CUDA sources compile for."""
 _CPP = ("ops.cpp", "route_cpu.cpp", "sinkhorn_cpu.cpp")
-_CUDA = ("gate.cu", "route_by_logits.cu", "route_by_scores.cu", "sinkhorn.cu", "sort.cu")
+_CUDA = ("gate.cu", "gate_few_experts.cu", "route_by_logits.cu", "route_by_scores.cu", "sinkhorn.cu", "sort.cu")
 # The functions of torch 2.11 and no newer ones: what is built under one version loads under the others.
 _DEFINES = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
 _CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC")

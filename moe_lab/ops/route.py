@@ -107,9 +107,11 @@ def multiplies_gate(computes: str, n_tokens: int, d_model: int, n_experts: int, 
         name == "cuda_ext"
         and int(architecture or 0) >= 90
         and dtype in (torch.float16, torch.bfloat16)
-        and n_tokens <= extension.MOST_GATE_TOKENS
         and d_model % 32 == 0
-        and n_tokens * d_model * n_experts <= 2**25  # docs/kernels.md
+        and (  # docs/kernels.md
+            n_experts <= extension.FEW_EXPERTS
+            or (n_tokens <= extension.MOST_GATE_TOKENS and n_tokens * d_model * n_experts <= 2**25)
+        )
     )
 
 

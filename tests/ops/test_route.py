@@ -479,9 +479,9 @@ def gate_inputs(T: int, D: int, E: int, dtype: torch.dtype) -> tuple[Tensor, Ten
     ],
 )
 def test_the_gate_is_multiplied_as_in_float64(D: int, E: int, k: int, dtype: torch.dtype, implementation: str) -> None:
-    """The experts of the rounded logits, but where those round otherwise; one cluster and several, every T up to 32."""
+    """The experts of the rounded logits, but where those round otherwise; one cluster, several, and no cluster."""
     extension.load()
-    for T in (0, 1, 2, 7, 16, 17, 31, 32):
+    for T in (0, 1, 2, 7, 16, 17, 31, 32, *((33, 199, 4100, 40000) if E <= 8 else ())):
         x_TD, gate_ED = gate_inputs(T, D, E, dtype)
         routed = gate_route(x_TD, gate_ED, Selection(k))
         exact_TE = x_TD.double() @ gate_ED.double().t()
@@ -496,29 +496,43 @@ def test_the_gate_is_multiplied_as_in_float64(D: int, E: int, k: int, dtype: tor
 
 @pytest.mark.gpu
 @EXTENSION
-@pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (1, 16)])
-def test_biases_groups_and_scores_go_with_the_gate(T: int, implementation: str) -> None:
+@pytest.mark.parametrize(
+    ("T", "E", "how"),
+    [
+        pytest.param(T, E, how, id=f"T={T} E={E} {name}")
+        for name, E, how in (
+            ("DeepSeek-V3", 256, DSV3),
+            ("one score", 256, Selection(8, "sqrt_softplus")),
+            ("groups", 256, Selection(6, "softmax", 8, 3, "max", False, 1.5)),
+            ("softmax", 60, Selection(4)),
+            ("softmax", 8, Selection(4)),
+            ("softmax", 5, Selection(5)),
+            ("one score", 8, Selection(3, "sigmoid")),
+            ("groups", 8, Selection(2, "sigmoid", 4, 2, "top2", True, 2.5)),
+        )
+        for T in (1, 16, 199)
+        if T <= 32 or E <= 8
+    ],
+)
+def test_biases_groups_and_scores_go_with_the_gate(T: int, E: int, how: Selection, implementation: str) -> None:
     """As two steps do, where cuBLAS rounds no logit otherwise: whole numbers."""
     extension.load()
-    x_TD, gate_ED = (torch.randint(-2, 3, shape, device="cuda").bfloat16() for shape in ((T, 64), (256, 64)))
-    bias_E = normal(1, 256)[0].cuda()
-    for how in (DSV3, Selection(8, "sqrt_softplus"), Selection(6, "softmax", 8, 3, "max", False, 1.5)):
-        found = gate_route(x_TD, gate_ED, how, bias_E=bias_E)
-        expected = route(x_TD @ gate_ED.t(), how, implementation, bias_E=bias_E)
+    x_TD, gate_ED = (torch.randint(-2, 3, shape, device="cuda").bfloat16() for shape in ((T, 64), (E, 64)))
+    logits_TE, bias_E = x_TD @ gate_ED.t(), normal(1, E)[0].cuda()
+    for gate_bias_E, score_bias_E in ((None, bias_E), (bias_E, None)):
+        found = gate_route(x_TD, gate_ED, how, gate_bias_E=gate_bias_E, bias_E=score_bias_E)
+        expected = route(logits_TE, how, implementation, gate_bias_E=gate_bias_E, bias_E=score_bias_E)
         assert torch.equal(found.expert_ids_TK, expected.expert_ids_TK)
-        assert torch.equal(found.weights_TK, expected.weights_TK)
-    found = gate_route(x_TD, gate_ED[:60], Selection(4), gate_bias_E=bias_E[:60])
-    expected = route(x_TD @ gate_ED[:60].t(), Selection(4), implementation, gate_bias_E=bias_E[:60])
-    assert all(torch.equal(a, b) for a, b in zip(found[:2], expected[:2], strict=True))
+        torch.testing.assert_close(found.weights_TK, expected.weights_TK, rtol=1e-6, atol=0)
 
 
 @pytest.mark.gpu
 @EXTENSION
 def test_a_thousand_products_give_the_same_bits(implementation: str) -> None:
-    """Of one cluster and of several, in a graph of twenty calls."""
+    """Of one cluster, of several and of none, in a graph of twenty calls."""
     extension.load()
-    for D, E in ((2048, 8), (2048, 128)):
-        x_TD, gate_ED = gate_inputs(16, D, E, torch.bfloat16)
+    for T, D, E in ((16, 2048, 8), (16, 2048, 128), (16, 7168, 256), (3000, 2048, 8)):
+        x_TD, gate_ED = gate_inputs(T, D, E, torch.bfloat16)
         gate_route(x_TD, gate_ED, Selection(2))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -563,6 +577,8 @@ def test_a_router_multiplies_by_its_gate_where_that_is_faster(implementation: st
         pytest.param("triton", 1, 2048, 64, torch.float16, False, id="another implementation"),
         pytest.param("cuda_ext:sm_90", 1, 2048, 64, torch.float32, False, id="fp32"),
         pytest.param("cuda_ext:sm_90", 33, 2048, 64, torch.float16, False, id="T=33"),
+        pytest.param("cuda_ext:sm_90", 65536, 4096, 8, torch.bfloat16, True, id="Mixtral, many tokens"),
+        pytest.param("cuda_ext:sm_90", 33, 4096, 9, torch.bfloat16, False, id="T=33, nine experts"),
         pytest.param("cuda_ext:sm_90", 1, 2040, 64, torch.float16, False, id="D=2040"),
     ],
 )
