@@ -16,11 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.ops.library import is_exporting
-from moe_lab.ops.route import IMPLEMENTATIONS, Selection, require_computable, route
+from moe_lab.ops.route import Selection
 from moe_lab.ops.softmax_topk import chosen, top_k, weights_of
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 from moe_lab.routers.scored_topk import sigmoid
+from moe_lab.routers.selection import SelectionRouter
 
 
 class BalancingBias(Router):
@@ -51,24 +51,21 @@ class BalancingBias(Router):
         return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if wanted else None)
 
 
-class LossFreeBias(BalancingBias):
+class LossFreeBias(SelectionRouter, BalancingBias):
     """router=loss_free."""
-
-    implementations = ("torch", *IMPLEMENTATIONS)
 
     def __init__(self, n_experts: int, top_k: int, impl: str = "auto", steps: int = 200, rate: float = 0.01):
         super().__init__(n_experts, top_k, impl, steps)
-        self.rate, self.how = rate, Selection(top_k, "sigmoid")
-        require_computable(self.impl, self.how, n_experts, bias=True)
+        self.rate = rate
+        self.describe(Selection(top_k, "sigmoid"), bias=True)
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
-        """See `Router.select`."""
-        if self.impl not in IMPLEMENTATIONS or is_exporting():
-            return super().select(logits_TE, ctx)
-        ctx = ctx or RouteContext()
-        require_finite(logits_TE, ctx)
-        routed = route(logits_TE, self.how, self.impl, bias_E=self.bias_E, sort=ctx.want_dispatch)
-        return Routing(*routed, scores_TE=self.score(logits_TE) + self.bias_E if ctx.want_scores else None)
+    def biases(self) -> dict[str, Tensor | None]:
+        """See `SelectionRouter.biases`."""
+        return {"bias_E": self.bias_E}
+
+    def ranked(self, logits_TE: Tensor) -> Tensor:
+        """The scores, biased."""
+        return self.score(logits_TE) + self.bias_E
 
     def score(self, logits_TE: Tensor) -> Tensor:
         """The sigmoid."""

@@ -14,10 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lab.ops.library import is_exporting
-from moe_lab.ops.route import IMPLEMENTATIONS, Selection, gate_route, multiplies_gate, require_computable, route
+from moe_lab.ops.route import Selection
 from moe_lab.ops.softmax_topk import chosen, top_k
-from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+from moe_lab.routers.selection import SelectionRouter
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("max", "top2")
@@ -48,10 +47,8 @@ def within_groups(scores_TE: Tensor, n_groups: int, top_groups: int, group_score
     return scores_TGE.masked_fill(~kept_TG.unsqueeze(-1), -torch.inf).view(T, E)
 
 
-class ScoredTopK(Router):
+class ScoredTopK(SelectionRouter):
     """See the module. `bias_E`, float32, is a parameter where `bias` is asked for."""
-
-    implementations = ("torch", *IMPLEMENTATIONS)
 
     def __init__(
         self,
@@ -81,23 +78,16 @@ class ScoredTopK(Router):
         self.score, self.renormalize, self.scale = score, renormalize, scale
         self.n_groups, self.top_groups, self.group_score = n_groups, top_groups, group_score
         self.scales_input = scales_input
-        self.how = Selection(top_k, score, n_groups, top_groups, group_score, renormalize, scale)
-        require_computable(self.impl, self.how, n_experts, bias=bias)
+        self.describe(Selection(top_k, score, n_groups, top_groups, group_score, renormalize, scale), bias=bias)
         empty_E = torch.empty(n_experts, dtype=torch.float32)
         self.bias_E = nn.Parameter(empty_E, requires_grad=False) if bias else None
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
-        """See `Router.select`. Raises `ValueError` naming the layer for logits without a softmax."""
-        ctx = ctx or RouteContext()
-        require_finite(logits_TE, ctx)
-        if self.impl in IMPLEMENTATIONS and not is_exporting():
-            routed = route(logits_TE, self.how, self.impl, bias_E=self.bias_E, sort=ctx.want_dispatch)
-            return Routing(*routed, scores_TE=self._ranked(logits_TE) if ctx.want_scores else None)
-        scores_TE = self._ranked(logits_TE)
-        ids_TK = top_k(scores_TE, self.top_k)
-        return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if ctx.want_scores else None)
+    def biases(self) -> dict[str, Tensor | None]:
+        """See `SelectionRouter.biases`."""
+        return {"bias_E": self.bias_E}
 
-    def _ranked(self, logits_TE: Tensor) -> Tensor:
+    def ranked(self, logits_TE: Tensor) -> Tensor:
+        """The logits, or where something is added to scores those; -inf outside of the best groups."""
         scores_TE = logits_TE.float()
         if self.bias_E is not None or (self.top_groups < self.n_groups and self.group_score == "top2"):
             scores_TE = score(logits_TE, self.score)
@@ -106,18 +96,6 @@ class ScoredTopK(Router):
         if self.top_groups < self.n_groups:
             scores_TE = within_groups(scores_TE, self.n_groups, self.top_groups, self.group_score)
         return scores_TE
-
-    def route(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
-        """See `Router.route`."""
-        asks_more = ctx is not None and (ctx.want_scores or ctx.want_dispatch)
-        if asks_more or is_exporting() or not self.multiplies_gate(len(x_TD), gate_ED, x_TD.dtype):
-            return super().route(x_TD, gate_ED, ctx)
-        return Routing(*gate_route(x_TD, gate_ED, self.how, bias_E=self.bias_E))
-
-    def multiplies_gate(self, n_tokens: int, gate_ED: Tensor, dtype: torch.dtype) -> bool:
-        """See `Router.multiplies_gate`."""
-        E, D = gate_ED.shape
-        return multiplies_gate(self.implementation(), n_tokens, D, E, dtype)
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""

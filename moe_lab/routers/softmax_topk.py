@@ -14,16 +14,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lab.ops.library import is_exporting
-from moe_lab.ops.route import IMPLEMENTATIONS, Selection, gate_route, multiplies_gate, require_computable, route
-from moe_lab.ops.softmax_topk import top_k, weights_of
-from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+from moe_lab.ops.route import Selection
+from moe_lab.ops.softmax_topk import weights_of
+from moe_lab.routers.selection import SelectionRouter
 
 
-class SoftmaxTopK(Router):
+class SoftmaxTopK(SelectionRouter):
     """Softmax top-k; every declared property of `Router` holds."""
-
-    implementations = ("torch", *IMPLEMENTATIONS)
 
     def __init__(
         self, n_experts: int, top_k: int, impl: str = "auto", renormalize: bool = True, gate_bias: bool = False
@@ -31,36 +28,20 @@ class SoftmaxTopK(Router):
         super().__init__(n_experts, top_k, impl)
         self.renormalize = renormalize
         self.bias_E = nn.Parameter(torch.empty(n_experts), requires_grad=False) if gate_bias else None
-        self.how = Selection(top_k, renormalize=renormalize)
-        require_computable(self.impl, self.how, n_experts, gate_bias=gate_bias)
+        self.describe(Selection(top_k, renormalize=renormalize), gate_bias=gate_bias)
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
-        """See `Router.select`. Raises `ValueError` naming the layer for logits without a softmax."""
-        ctx = ctx or RouteContext()
-        require_finite(logits_TE, ctx)
-        scores_TE = self._biased(logits_TE).float() if ctx.want_scores else None
-        if self.impl in IMPLEMENTATIONS and not is_exporting():
-            routed = route(logits_TE, self.how, self.impl, gate_bias_E=self.bias_E, sort=ctx.want_dispatch)
-            return Routing(*routed, scores_TE=scores_TE)
-        biased_TE = self._biased(logits_TE)
-        ids_TK = top_k(biased_TE, self.top_k)
-        return Routing(ids_TK, weights_of(biased_TE, ids_TK, self.renormalize, all_used=True), scores_TE=scores_TE)
+    def biases(self) -> dict[str, Tensor | None]:
+        """See `SelectionRouter.biases`."""
+        return {"gate_bias_E": self.bias_E}
 
-    def route(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
-        """See `Router.route`."""
-        asks_more = ctx is not None and (ctx.want_scores or ctx.want_dispatch)
-        if asks_more or is_exporting() or not self.multiplies_gate(len(x_TD), gate_ED, x_TD.dtype):
-            return super().route(x_TD, gate_ED, ctx)
-        return Routing(*gate_route(x_TD, gate_ED, self.how, gate_bias_E=self.bias_E))
-
-    def multiplies_gate(self, n_tokens: int, gate_ED: Tensor, dtype: torch.dtype) -> bool:
-        """See `Router.multiplies_gate`."""
-        E, D = gate_ED.shape
-        return multiplies_gate(self.implementation(), n_tokens, D, E, dtype)
+    def ranked(self, logits_TE: Tensor) -> Tensor:
+        """The logits, biased."""
+        return logits_TE if self.bias_E is None else logits_TE.float() + self.bias_E.float()
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""
-        return weights_of(self._biased(logits_TE), expert_ids_TK, self.renormalize)
+        return weights_of(self.ranked(logits_TE), expert_ids_TK, self.renormalize)
 
-    def _biased(self, logits_TE: Tensor) -> Tensor:
-        return logits_TE if self.bias_E is None else logits_TE.float() + self.bias_E.float()
+    def weigh_chosen(self, logits_TE: Tensor, ranked_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """See `SelectionRouter.weigh_chosen`."""
+        return weights_of(ranked_TE, expert_ids_TK, self.renormalize, all_used=True)

@@ -21,7 +21,6 @@ from moe_lab.ops import extension
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.library import building_for, triton_interprets
 from moe_lab.ops.route import Routed, Selection, gate_route, multiplies_gate, require_computable, route
-from moe_lab.routers.base import RouteContext
 from moe_lab.routers.scored_topk import ScoredTopK
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from tests.ops.compiling import assert_compiles
@@ -545,25 +544,6 @@ def test_a_thousand_products_give_the_same_bits(implementation: str) -> None:
             graph.replay()
             differences += sum((a != b).sum() for a, b in zip(routed[:2], first, strict=True))
         assert int(differences) == 0
-
-
-@pytest.mark.gpu
-@EXTENSION
-def test_a_router_multiplies_by_its_gate_where_that_is_faster(implementation: str) -> None:
-    """Few tokens in half precision, not where scores or sorted slots are asked for; compiled too."""
-    with torch.device("cuda"):
-        router = SoftmaxTopK(64, 6, implementation)
-    x_TD, gate_ED = gate_inputs(16, 2048, 64, torch.bfloat16)
-    assert router.multiplies_gate(16, gate_ED, x_TD.dtype) and not router.multiplies_gate(33, gate_ED, x_TD.dtype)
-    fused, apart = router.route(x_TD, gate_ED), router.select(x_TD @ gate_ED.t())
-    assert (fused.expert_ids_TK == apart.expert_ids_TK).float().mean() > 0.9
-    assert router.route(x_TD, gate_ED, RouteContext(want_dispatch=True)).dispatch is not None
-    assert router.route(x_TD, gate_ED, RouteContext(want_scores=True)).scores_TE is not None
-    compiled = torch.compile(lambda x: router.route(x, gate_ED)[:2], fullgraph=True)(x_TD)
-    assert torch.equal(compiled[0], fused.expert_ids_TK) and torch.equal(compiled[1], fused.weights_TK)
-    for bad, message in ((x_TD.float(), "float16 or bfloat16"), (x_TD[:, :48], "multiple of 32")):
-        with pytest.raises(RuntimeError, match=message):
-            gate_route(bad, gate_ED[:, : bad.shape[1]], Selection(6))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""Routers that a `Selection` describes: computed by torch or by the kernels of ops/route.py, at times with the gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_lab.ops.library import is_exporting
+from moe_lab.ops.route import IMPLEMENTATIONS, Selection, gate_route, multiplies_gate, require_computable, route
+from moe_lab.ops.softmax_topk import top_k
+from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+
+
+class SelectionRouter(Router):
+    """Top-k of scores with biases; a subclass says `ranked`, `weigh` and `biases`, and calls `describe` once."""
+
+    implementations = ("torch", *IMPLEMENTATIONS)
+    how: Selection
+
+    def describe(self, how: Selection, *, gate_bias: bool = False, bias: bool = False) -> None:
+        """What the kernels are told. Raises `UnavailableError` where this implementation has none for it."""
+        require_computable(self.impl, how, self.n_experts, gate_bias=gate_bias, bias=bias)
+        self.how = how
+
+    def biases(self) -> dict[str, Tensor | None]:
+        """`gate_bias_E`, added to the logits, or `bias_E`, to the scores; see ops/route.py."""
+        return {}
+
+    def ranked(self, logits_TE: Tensor) -> Tensor:
+        """[T, E] of any floating dtype: what the k largest are chosen of."""
+        raise NotImplementedError
+
+    def weigh_chosen(self, logits_TE: Tensor, ranked_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """`weigh` where no id is -1 and `ranked` is known."""
+        weights_TK = self.weigh(logits_TE, expert_ids_TK)
+        assert weights_TK is not None
+        return weights_TK
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+        """See `Router.select`. Raises `ValueError` naming the layer for logits without a softmax."""
+        ctx = ctx or RouteContext()
+        require_finite(logits_TE, ctx)
+        if self.impl in IMPLEMENTATIONS and not is_exporting():
+            routed = route(logits_TE, self.how, self.impl, sort=ctx.want_dispatch, **self.biases())
+            return Routing(*routed, scores_TE=self.ranked(logits_TE).float() if ctx.want_scores else None)
+        ranked_TE = self.ranked(logits_TE)
+        ids_TK = top_k(ranked_TE, self.top_k)
+        weights_TK = self.weigh_chosen(logits_TE, ranked_TE, ids_TK)
+        return Routing(ids_TK, weights_TK, scores_TE=ranked_TE.float() if ctx.want_scores else None)
+
+    def route(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
+        """See `Router.route`."""
+        asks_more = ctx is not None and (ctx.want_scores or ctx.want_dispatch)
+        if asks_more or is_exporting() or not self.multiplies_gate(len(x_TD), gate_ED, x_TD.dtype):
+            return super().route(x_TD, gate_ED, ctx)
+        return Routing(*gate_route(x_TD, gate_ED, self.how, **self.biases()))
+
+    def multiplies_gate(self, n_tokens: int, gate_ED: Tensor, dtype: torch.dtype) -> bool:
+        """See `Router.multiplies_gate`."""
+        E, D = gate_ED.shape
+        return multiplies_gate(self.implementation(), n_tokens, D, E, dtype)
