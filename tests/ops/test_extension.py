@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -203,3 +204,20 @@ def test_a_gpu_is_served_by_a_build_for_it() -> None:
     assert extension.visible_architectures() == (f"{major}{minor}",)
     assert extension.load() == extension.visible_architectures()
     assert extension.label(torch.device("cuda", 0)) == f"cuda_ext:sm_{major}{minor}"
+
+
+SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(SANITIZER is None, reason="no compute-sanitizer (of the CUDA toolkit)")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_no_kernel_leaves_its_memory_or_races(tool: str) -> None:
+    """Without torch's cache of memory, in which a neighbour would be no fault."""
+    extension.load()
+    command = [str(SANITIZER), "--tool", tool, sys.executable, "-m", "tests.ops.every_kernel"]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+    assert done.returncode == 0 and " calls" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "SUMMARY: 0 " in done.stdout and "Warning" not in done.stdout, done.stdout[-2000:]
