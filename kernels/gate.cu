@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_route_kernel(const __gri
 #endif
 }
 
-GateGrid grid_of(const RouteArguments& a, const GateArguments& g, int64_t experts, bool by_rows) {
-  const int64_t steps = g.D / kStep, blocks = std::min<int64_t>(kMaxCluster, steps);
+GateGrid grid_of(const RouteArguments& a, const GateArguments& g, const Device& device, int64_t experts, bool by_rows) {
+  const int64_t steps = g.D / kStep, blocks = std::min<int64_t>(device.cluster, steps);
   int64_t parts = 1;  // so that all warps have something to do
   while (2 * parts * ceil_div(experts, 8) <= kGateWarps && 2 * parts <= steps / blocks) parts *= 2;
   const int64_t each = by_rows ? ceil_div(a.T, blocks) * a.E : ceil_div(a.T * experts, blocks);
@@ -145,7 +145,7 @@ size_t bytes_of_parts(const RouteArguments& a, const GateGrid& grid) { return gr
 
 template <class Rows>
 cudaError_t run_gate(const RouteArguments& a, const GateArguments& g, const Device& device) {
-  const GateGrid grid = grid_of(a, g, a.E, true);
+  const GateGrid grid = grid_of(a, g, device, a.E, true);
   const size_t logits = grid.each / a.E * ceil_div(a.E, 4) * 4 * sizeof(float);
   const size_t bytes = logits + bytes_of_parts(a, grid) + Rows::scratch_bytes(a, kGateThreads);
   return launch(gate_route_kernel<Rows>, {grid.blocks, kGateThreads, bytes, grid.blocks}, device, a, g, grid);
@@ -162,7 +162,7 @@ cudaError_t run_one_cluster(RouteArguments a, const GateArguments& g, const Devi
 }  // namespace
 
 bool can_route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device) {
-  return device.is_hopper && g.D % kStep == 0 && (a.T <= kMostGateTokens || a.E <= kFewExperts);
+  return device.is_hopper && g.D > 0 && g.D % kStep == 0 && (a.T <= kMostGateTokens || a.E <= kFewExperts);
 }
 
 cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device) {
@@ -170,7 +170,7 @@ cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const
   if (a.E <= kMostAlone && a.E * a.T <= 8 * kMostAlone) return run_one_cluster(a, g, device);
   constexpr int kClusters = 6;  // of sixteen blocks, which run at once on a Hopper GPU
   const int64_t experts = ceil_div(ceil_div(a.E, kClusters), 8) * 8;
-  const GateGrid grid = grid_of(a, g, std::min<int64_t>(experts, a.E), false);
+  const GateGrid grid = grid_of(a, g, device, std::min<int64_t>(experts, a.E), false);
   const int64_t blocks = grid.blocks * ceil_div(a.E, grid.experts);
   const cudaError_t error = launch(gate_kernel, {blocks, kGateThreads, bytes_of_parts(a, grid), grid.blocks}, device, a, g, grid);
   if (error != cudaSuccess) return error;

@@ -2,6 +2,7 @@
 //
 // Without MOE_LAB_CUDA only the C++ half is here. All outputs are made or given by the caller, nothing is read on the
 // host, and all work is put on the current stream.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,6 +28,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 const float* bias_of(const std::optional<Tensor>& bias, const Tensor& logits, const char* name) {
@@ -48,7 +50,7 @@ RouteArguments arguments(const Tensor& logits, const std::optional<Tensor>& gate
                          int64_t k, const std::string& score, int64_t n_groups, int64_t top_groups,
                          const std::string& group_score, bool renormalize, double scale, Tensor& ids, Tensor& weights) {
   STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(0) < 2 || logits.stride(0) >= logits.size(1)) &&
-                      (logits.size(1) < 2 || logits.stride(1) == 1),
+                      (logits.size(0) == 0 || logits.size(1) < 2 || logits.stride(1) == 1),
                   "logits: they must be [T, E] with neighbouring experts side by side");
   RouteArguments a = {};
   const int64_t E = logits.size(1);
@@ -104,7 +106,7 @@ SortArguments sort_arguments(const RouteArguments& a, const Tensor& logits, Outp
 }
 
 SinkhornArguments sinkhorn_arguments(const RouteArguments& a, const Tensor& logits, int64_t iters, double temperature, double tolerance, Tensor& log_b) {
-  STD_TORCH_CHECK(iters >= 0 && temperature > 0 && tolerance >= 0, "iters and tolerance must not be negative, temperature above 0");
+  STD_TORCH_CHECK(iters >= 0 && iters < (int64_t{1} << 31) && temperature > 0 && tolerance >= 0, "iters and tolerance must not be negative, iters below 2**31, temperature above 0");
   check_output(log_b, logits, ScalarType::Float, a.E, "log_b");
   // Of one token the only balanced plan is uniform, and the logits are ranked.
   const int turns = a.T > 1 ? static_cast<int>(iters) : 0;
@@ -122,16 +124,6 @@ void run_cpu(const RouteArguments& a, const SortArguments* s, const Tensor&) {
 void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "moe_lab: CUDA: ", cudaGetErrorString(error));
 }
-
-// The tensor's device while one of these lives.
-struct OnDevice {
-  int before = 0;
-  explicit OnDevice(int index) {
-    check(cudaGetDevice(&before));
-    if (index != before) check(cudaSetDevice(index));
-  }
-  ~OnDevice() { cudaSetDevice(before); }
-};
 
 // Of a function in libtorch_cuda, which a CPU build of torch does not have, so that nothing here is linked with it.
 cudaStream_t current_stream(int index) {
@@ -155,7 +147,8 @@ Device device_of(int index) {
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, next));
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, next));
     check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, next));
-    known.push_back({nullptr, multiprocessors, major >= 9, shared_bytes});
+    const int cluster = major < 9 ? 1 : major <= 10 ? 16 : 8;  // 8 is what every GPU with clusters allows
+    known.push_back({nullptr, multiprocessors, major >= 9, cluster, shared_bytes});
   }
   Device device = known[index];
   device.stream = current_stream(index);
@@ -164,7 +157,7 @@ Device device_of(int index) {
 
 void run_cuda(const RouteArguments& a, const SortArguments* s, const Tensor& logits) {
   const int index = logits.get_device_index();
-  const OnDevice guard(index);
+  const DeviceGuard guard(index);
   const Device device = device_of(index);
   SortArguments sort = {};
   std::optional<Tensor> scratch;  // lives on the stream's order of allocations, so it may go when this returns
@@ -182,7 +175,7 @@ void run_cuda(const RouteArguments& a, const SortArguments* s, const Tensor& log
 }
 
 void run_sinkhorn_cuda(const RouteArguments& a, SinkhornArguments& s, const Tensor& logits) {
-  const OnDevice guard(logits.get_device_index());
+  const DeviceGuard guard(logits.get_device_index());
   const Device device = device_of(logits.get_device_index());
   std::optional<Tensor> scratch;
   if (const int64_t floats = sinkhorn_grid(a, device).partials; floats > 0) {
@@ -194,7 +187,7 @@ void run_sinkhorn_cuda(const RouteArguments& a, SinkhornArguments& s, const Tens
 
 void check_gate(const Tensor& tensor, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == x.size(1) && tensor.scalar_type() == x.scalar_type() && tensor.device() == x.device() &&
-                      (tensor.size(1) < 2 || tensor.stride(1) == 1) && tensor.stride(0) % 8 == 0 && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0,
+                      (tensor.size(1) < 2 || tensor.stride(1) == 1) && (tensor.size(0) < 2 || tensor.stride(0) % 8 == 0) && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0,
                   name, ": it must be [., D] as the other, of float16 or bfloat16, with rows on boundaries of 16 bytes");
 }
 
@@ -207,7 +200,7 @@ std::tuple<Tensor, Tensor> gate_route(const Tensor& x, const Tensor& gate, std::
   Tensor weights = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Float);
   const RouteArguments a = arguments(logits, gate_bias, bias, k, score, n_groups, top_groups, group_score, renormalize, scale, ids, weights);
   const GateArguments g = {x.data_ptr(), gate.data_ptr(), x.stride(0), gate.stride(0), static_cast<int>(x.size(1))};
-  const OnDevice guard(x.get_device_index());
+  const DeviceGuard guard(x.get_device_index());
   const Device device = device_of(x.get_device_index());
   STD_TORCH_CHECK(can_route_by_gate(a, g, device), "x: at most ", kMostGateTokens, " tokens or ", kFewExperts, " experts, and D a multiple of 32, on compute capability 9.0 or newer");
   if (a.T > 0) check(route_by_gate(a, g, device));

@@ -45,13 +45,15 @@ void limit_groups(const RouteArguments& a, Row& row) {
   for (int g = 0; g < a.n_groups; ++g) {
     const float* x = row.ranked + g * a.group_size;
     float first = -kInfinity, second = -kInfinity;
+    bool has_nan = false;
     for (int i = 0; i < a.group_size; ++i) {
+      has_nan |= x[i] != x[i];
       second = std::max(second, std::min(first, x[i]));
       first = std::max(first, x[i]);
     }
     const float score = (a.group_top2 && a.group_size > 1 ? first + second : first) + 0.0f;
     const uint32_t bits = bits_of(score);
-    scores[g] = score != score ? 0xffffffffu : bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+    scores[g] = has_nan || score != score ? 0xffffffffu : bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
   }
   for (int g = 0; g < a.n_groups; ++g) {
     int better = 0;
@@ -87,6 +89,7 @@ void route_row(const RouteArguments& a, int64_t t, Row& row) {
   float* weights = a.weights + t * a.k;
   take_largest(row.keys, row.chunk_max, chunks, a.k, ids);
 
+  if (total != total) highest = total;  // a row without a softmax has weights of NaN
   if (softmax && a.renormalize) highest = ranks_scores ? highest : row.logits[ids[0]], total = 1.0f;
   float sum = 0.0f;
   for (int i = 0; i < a.k; ++i) sum += weights[i] = score_of(a.score, row.logits[ids[i]], highest, total);

@@ -90,9 +90,9 @@ cudaError_t run(const RouteArguments& a, const SortArguments* s, const Device& d
     return launch(route_kernel<Rows>, {ceil_div(a.T * Rows::kLanes, threads), threads, Rows::scratch_bytes(a, threads)}, device, a);
   }
   const int64_t blocks = ceil_div(a.T * Rows::kLanes, kSortThreads);
-  if (blocks <= (device.is_hopper ? kMaxCluster : 1)) {
-    const int rows = static_cast<int>(ceil_div(a.T, blocks));
-    const size_t bytes = Sorter::bytes(a.E, static_cast<int64_t>(rows) * a.k) + Rows::scratch_bytes(a, kSortThreads);
+  const int rows = static_cast<int>(ceil_div(a.T, blocks));
+  const size_t bytes = Sorter::bytes(a.E, static_cast<int64_t>(rows) * a.k) + Rows::scratch_bytes(a, kSortThreads);
+  if (blocks <= device.cluster && bytes <= static_cast<size_t>(device.shared_bytes)) {
     return launch(route_and_sort_kernel<Rows>, {blocks, kSortThreads, bytes, static_cast<int>(blocks)}, device, a, *s, rows);
   }
   const cudaError_t error = run<Rows>(a, nullptr, device);

@@ -158,6 +158,7 @@ struct LanesRow {
       for (int j = 1; j < VALUES; ++j) highest = fmaxf(highest, x[j]);
       highest = max_lanes<LANES>(highest);
       sum = total(x, highest);
+      if (!(sum == sum)) highest = sum;  // a row without a softmax has weights of NaN
     }
     uint32_t values[VALUES];
     uint32_t largest = 0;

@@ -14,13 +14,13 @@ __device__ __forceinline__ uint32_t kept_groups(const RouteArguments& a, int lan
   const int size = a.group_size;
   float* group_scores = scratch + a.E;
   for (int g = lane; g < a.n_groups; g += 32) {
-    float first = -kInfinity, second = -kInfinity;
+    uint32_t first = 0, second = 0;  // below every value's; NaN is the largest
     for (int e = g * size; e < (g + 1) * size; ++e) {
-      const float its = scratch[e];
-      second = fmaxf(second, fminf(first, its));
-      first = fmaxf(first, its);
+      const uint32_t its = ordered(scratch[e]);
+      second = max(second, min(first, its));
+      first = max(first, its);
     }
-    group_scores[g] = a.group_top2 && size > 1 ? first + second : first;
+    group_scores[g] = a.group_top2 && size > 1 ? value_of(first) + value_of(second) : value_of(first);
   }
   __syncwarp();
   int better = lane < a.n_groups ? 0 : a.n_groups;
@@ -81,6 +81,7 @@ struct WarpRow {
       for (int i = 0; i < VALUES; ++i) highest = expert(i) < a.E ? fmaxf(highest, x[i]) : highest;
       highest = max_lanes<32>(highest);
       sum = total(x, highest);
+      if (!(sum == sum)) highest = sum;  // a row without a softmax has weights of NaN
     }
     uint32_t keys[VALUES], sorted[VALUES];
 #pragma unroll

@@ -82,7 +82,7 @@ int64_t sort_blocks(int64_t slots, const Device& device) {
 
 cudaError_t sort_slots(const int32_t* ids, const SortArguments& s, int E, int64_t slots, const Device& device) {
   constexpr int kFew = 512, kMany = 4096;  // slots of a block of the single launch
-  const int64_t most = device.is_hopper ? kMaxCluster : 1, few = std::clamp<int64_t>(ceil_div(slots, kFew), 1, most);
+  const int64_t few = std::clamp<int64_t>(ceil_div(slots, kFew), 1, device.cluster);
   if (slots <= few * kMany) {
     const int each = static_cast<int>(ceil_div(slots, few));
     const Launch how{few, kSortThreads, Sorter::bytes(E, each), static_cast<int>(few)};

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -197,17 +199,25 @@ def _key(*compilers: str | None) -> str:
         if compiler is not None:
             said = subprocess.run([compiler, "--version"], capture_output=True, text=True)
             digest.update(compiler.encode() + said.stdout.encode())
-    digest.update(repr((_CXX_FLAGS, _NVCC_FLAGS, _LIBRARIES)).encode())
+    digest.update(repr((platform.machine(), _DEFINES, _CXX_FLAGS, _NVCC_FLAGS, _LIBRARIES)).encode())
     return digest.hexdigest()[:16]
 
 
-@cache
+_loading = threading.Lock()
+
+
 def load() -> tuple[str, ...]:
     """Build what this machine needs, load it, and return the architectures of its CUDA half (none: there is none).
 
     Raises:
         UnavailableError: see `build`.
     """
+    with _loading:  # once, also of several threads
+        return _load()
+
+
+@cache
+def _load() -> tuple[str, ...]:
     architectures = visible_architectures()
     if cannot_build(architectures) is not None and built(architectures) is None:
         architectures = ()

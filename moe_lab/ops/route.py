@@ -85,7 +85,7 @@ def route(
     if implementation == "triton":
         return Routed(*torch.ops.moe_lab.route_triton(logits_TE, *arguments))
     if implementation in PEERS:
-        return Routed(*PEERS[implementation](logits_TE, how, bias_E))
+        return Routed(*PEERS[implementation](logits_TE.contiguous(), how, bias_E))
     assert implementation == "cuda_ext", implementation
     logits_TE = extension.readable(logits_TE)
     if not sort:

@@ -83,7 +83,7 @@ def _transformers_router(how: Selection, n_experts: int) -> nn.Module:
 def _transformers(logits_TE: Tensor, how: Selection, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
     router = _transformers_router(how, logits_TE.shape[1])
     if bias_E is not None:
-        router.e_score_correction_bias = bias_E
+        router.e_score_correction_bias = bias_E.detach()  # a buffer, which a Parameter would replace for good
     with _NoProduct():
         _, weights_TK, ids_TK = router(logits_TE)
     return ids_TK.int(), weights_TK.float()

@@ -41,6 +41,7 @@ def _kernel(
         x += tl.load(gate_bias_ptr + e, mask=is_left, other=0.0)
     highest = tl.max(tl.where(x != x, float("inf"), x), axis=0)
     total = tl.sum(tl.where(is_left, tl.exp(x - highest), 0.0), axis=0)
+    highest = tl.where(total != total, total, highest)  # a row without a softmax has weights of NaN
     ranked = x
     if HAS_BIAS or (TOP_GROUPS < N_GROUPS and TOP2):
         ranked = _score(x, highest, total, SCORE)
@@ -57,7 +58,7 @@ def _kernel(
             if TOP2:
                 first = tl.min(tl.where(inside & (ranked == score), e, BLOCK_E), axis=0)
                 second = tl.max(tl.where(inside & (e != first), ranked, float("-inf")), axis=0)
-                score += tl.where(group_size > 1, second, 0.0)
+                score = tl.where(score == float("inf"), score, score + tl.where(group_size > 1, second, 0.0))
             scores = tl.where(g == of, score, scores)
         is_open = g < N_GROUPS
         kept = e < 0

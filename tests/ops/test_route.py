@@ -212,15 +212,33 @@ def test_a_row_without_a_softmax_still_names_different_experts(
     """Ids in range and unique, so that nothing is read outside; weights NaN, so that it shows; other rows untouched."""
     E = 5 if copies == 1 else 64
     how = Selection(k, renormalize=renormalize)
-    logits_TE = normal(3, E).to(device)
-    clean = route(logits_TE, how, implementation)
-    logits_TE[1] = torch.tensor((bad_row * 13)[:E])
-    routed = route(logits_TE, how, implementation)
-    chosen = routed.expert_ids_TK[1].tolist()
-    assert len(set(chosen)) == k and all(0 <= expert < E for expert in chosen)
-    assert bool(routed.weights_TK[1].isnan().all())
-    assert torch.equal(routed.expert_ids_TK[::2], clean.expert_ids_TK[::2])
-    assert torch.equal(routed.weights_TK[::2], clean.weights_TK[::2])
+    for bias_E in (None, normal(1, E)[0].to(device)):
+        logits_TE = normal(3, E).to(device)
+        clean = route(logits_TE, how, implementation, bias_E=bias_E)
+        logits_TE[1] = torch.tensor((bad_row * 13)[:E])
+        routed = route(logits_TE, how, implementation, bias_E=bias_E)
+        chosen = routed.expert_ids_TK[1].tolist()
+        assert len(set(chosen)) == k and all(0 <= expert < E for expert in chosen)
+        assert bool(routed.weights_TK[1].isnan().all())
+        assert torch.equal(routed.expert_ids_TK[::2], clean.expert_ids_TK[::2])
+        assert torch.equal(routed.weights_TK[::2], clean.weights_TK[::2])
+
+
+@IMPLEMENTATION
+@pytest.mark.parametrize("group_score", [pytest.param("max", id="max"), pytest.param("top2", id="top2")])
+@pytest.mark.parametrize("E", [pytest.param(E, id=f"E={E}") for E in (12, 32, 256)])
+def test_a_group_with_nan_is_among_the_best(
+    E: int, group_score: str, implementation: str, device: torch.device
+) -> None:
+    """As a sort has it, whatever else the group holds; its expert is the first, and its weight shows it."""
+    how = Selection(4, "sigmoid", 4, 2, group_score)
+    logits_TE = normal(5, E).clamp(-2, 2).to(device)
+    for t, expert in enumerate((0, E // 4, E // 2 + 1, E - 1, 2)):
+        logits_TE[t, expert // (E // 4) * (E // 4) :][: E // 4] = -torch.inf  # a group nobody would choose
+        logits_TE[t, expert] = torch.nan
+    routed = route(logits_TE, how, implementation, bias_E=torch.zeros(E, device=device))
+    assert routed.expert_ids_TK[:, 0].tolist() == [0, E // 4, E // 2 + 1, E - 1, 2]
+    assert bool(routed.weights_TK[:, 0].isnan().all())
 
 
 @IMPLEMENTATION
@@ -231,6 +249,7 @@ def test_a_row_without_a_softmax_still_names_different_experts(
         pytest.param(lambda x: x[:7, ::3], id="every third column"),
         pytest.param(lambda x: x[1:20:4, 3:15], id="every fourth row, cut"),
         pytest.param(lambda x: x[:1, :12].expand(5, 12), id="expanded over rows"),
+        pytest.param(lambda x: x[:0, ::3], id="no rows, every third column"),
         pytest.param(lambda x: x[:5, :1].expand(5, 12), id="expanded over columns"),
         pytest.param(lambda x: x[:5, 3:4], id="one column of many"),
         pytest.param(lambda x: x[:, 1:33], id="32 experts, on no boundary of four"),

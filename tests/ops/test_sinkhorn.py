@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -374,6 +375,8 @@ def test_the_out_variant_writes_what_it_is_given(implementation: str, device: to
     assert all(torch.equal(*pair) for pair in zip(given.values(), expected, strict=True))
     with pytest.raises(RuntimeError, match="temperature above 0"):
         torch.ops.moe_lab.sinkhorn_route(logits_TE, 2, 3, 0.0, 0.0)
+    with pytest.raises(RuntimeError, match=r"iters below 2\*\*31"):
+        torch.ops.moe_lab.sinkhorn_route(logits_TE, 2, 2**31, 1.0, 0.0)
     with pytest.raises(RuntimeError, match="log_b: it must be contiguous"):
         torch.ops.moe_lab.sinkhorn_route.out(logits_TE, 2, 3, 1.0, 0.0, **given | {"log_b": expected[1]})
 
@@ -437,6 +440,22 @@ def test_a_thousand_replays_give_the_same_bits(T: int, implementation: str) -> N
         for tensor, wanted in zip(routed, first, strict=True):
             differences += (tensor != wanted).sum()
     assert int(differences) == 0
+
+
+@pytest.mark.gpu
+@EXTENSION
+def test_threads_launch_side_by_side(implementation: str) -> None:
+    """Each with as much shared memory as its size needs."""
+    sizes = (300, 4000, 30000)
+    wanted = [sinkhorn_route(skewed_logits(T, 64).cuda(), 8, 5, 1.0, 0.0, implementation) for T in sizes]
+
+    def same(i: int) -> bool:
+        logits_TE = skewed_logits(sizes[i], 64).cuda()
+        found = [sinkhorn_route(logits_TE, 8, 5, 1.0, 0.0, implementation) for _ in range(300)]
+        return all(torch.equal(a, b) for routed in found for a, b in zip(routed, wanted[i], strict=True))
+
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        assert all(pool.map(same, range(len(sizes))))
 
 
 def launches() -> None:

@@ -77,6 +77,10 @@ def test_a_router_multiplies_by_its_gate_where_that_is_faster(
     assert router.route(x_TD, gate_ED, RouteContext(want_scores=True)).scores_TE is not None
     compiled = torch.compile(lambda x: router.route(x, gate_ED)[:2], fullgraph=True)(x_TD)
     assert torch.equal(compiled[0], fused.expert_ids_TK) and torch.equal(compiled[1], fused.weights_TK)
-    for bad, message in ((x_TD.float(), "float16 or bfloat16"), (x_TD[:, :48], "multiple of 32")):
+    for bad, message in (
+        (x_TD.float(), "float16 or bfloat16"),
+        (x_TD[:, :48], "multiple of 32"),
+        (x_TD[:, :0], "D a multiple"),
+    ):
         with pytest.raises(RuntimeError, match=message):
             gate_route(bad, gate_ED[:, : bad.shape[1]], Selection(6))
