@@ -127,7 +127,12 @@ def print_records(records: Iterable[Record]) -> None:
 
 
 def print_sweep(records: Sequence[Record], compare: Sequence[str]) -> None:
-    """One row per cell with its ratio to the anchor; then each warning once, and every failure."""
+    """One row per cell with its ratio to the anchor; then each warning once, and every failure.
+
+    What `sweep.exclude` leaves out is a number below the table, for it may be most of the grid.
+    """
+    skipped = Counter(record.reason for record in records if record.status == "skipped")
+    records = [record for record in records if record.reason != "excluded"]
     contents = [variants.named(identity.content(record.config), record.config) for record in records]
     shown = {"variant": variants.labels(contents, compare)}
     for key in ("model", "workload", "dtype", "device"):
@@ -155,8 +160,7 @@ def print_sweep(records: Sequence[Record], compare: Sequence[str]) -> None:
     other = Counter(w for record in records for w in record.warnings if not w.startswith("latency is not stable"))
     for warning, number in other.items():
         console.print(f"warning ({number} cells): {warning}", style="yellow", markup=False, highlight=False)
-    reasons = Counter(record.reason for record in records if record.status == "skipped")
-    for reason, number in reasons.items():
+    for reason, number in skipped.items():
         console.print(f"skipped ({number} cells): {reason}", style="yellow", markup=False, highlight=False)
     for record in records:
         if record.status == "failed":

@@ -188,8 +188,8 @@ def test_fail_fast_stops_at_the_first_failure(tmp_path: Path) -> None:
     assert "2 cells were not run" in done.stderr
 
 
-def test_exclusions_and_impossible_combinations_are_rows(tmp_path: Path) -> None:
-    """Declared skips: exit code 0, reasons in the records and in plan.json."""
+def test_exclusions_and_impossible_combinations_are_records(tmp_path: Path) -> None:
+    """Declared skips: exit code 0, reasons in the records and in plan.json; an exclusion is no row of the table."""
     exclude = "sweep.exclude=[{router: sinkhorn, batch: 1}]"
     done = faulty.sweep("router=torch,sinkhorn", "batch=1,2", exclude, "model.shape.top_k=2,9", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -206,6 +206,9 @@ def test_exclusions_and_impossible_combinations_are_rows(tmp_path: Path) -> None
             assert str(reason).startswith("impossible: model.shape.top_k=9")
         else:
             assert (status, reason) == ("ok", None)
+    table = done.stdout.splitlines()
+    assert "skipped (2 cells): excluded" in table
+    assert [line.split()[0] for line in table[1:7]] == ["torch"] * 4 + ["sinkhorn"] * 2, "what was excluded has no row"
 
 
 def test_cells_that_the_model_makes_equal_run_once(tmp_path: Path) -> None:
