@@ -37,6 +37,7 @@ BLOCKS = "\n".join(re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.
 SUBSTITUTES = {"/models/OLMoE-1B-7B": str(quick.TINY_OLMOE), "notes.txt": str(quick.TEXTS)}
 PLAIN = [shlex.split(line, comments=True)[1:] for line in re.findall(r"^moe-lab .+$", BLOCKS, re.MULTILINE)]
 COMPOSED = [words for words in PLAIN if words[0] == "plan" or words[0] not in WORDS]
+LARGE = "experiment=router_kernels"  # 160 cells take a while to compose
 
 
 def test_the_readme_has_the_commands_that_are_tried() -> None:
@@ -65,7 +66,13 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
         assert "failed" not in done.stdout
 
 
-@pytest.mark.parametrize("words", [pytest.param(words, id=" ".join(words)[:60]) for words in COMPOSED])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(words, id=" ".join(words)[:60], marks=pytest.mark.slow if LARGE in words else [])
+        for words in COMPOSED
+    ],
+)
 def test_a_command_of_the_readme_names_what_there_is(words: list[str]) -> None:
     """Every cell is composed and checked."""
     overrides = [word for word in words if word not in ("-m", "plan")]
