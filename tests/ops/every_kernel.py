@@ -19,31 +19,26 @@ def main() -> None:
     """Lanes and warps, one block, a cluster and the grid, sorted and not; odd sizes."""
     extension.load()
     dsv3 = Selection(8, "sigmoid", 8, 4, "top2", True, 2.5)
-    calls = 0
     for T, E, k in ((1, 8, 2), (37, 60, 4), (199, 64, 8), (1100, 128, 8), (2300, 8, 2), (130, 256, 8), (37, 1000, 32)):
         for dtype in (torch.float32, torch.bfloat16):
             for sort in (False, True):
                 route(normal(T, E).to(dtype), Selection(k), "cuda_ext", sort=sort)
-                calls += 1
     for T in (16, 1100):
         for sort in (False, True):
             route(normal(T, 256), dsv3, "cuda_ext", bias_E=normal(256), sort=sort)
-            calls += 1
     route(normal(40000, 8), Selection(2), "cuda_ext", sort=True)  # its slots are sorted by two launches
     for T, E, k in ((1, 8, 2), (37, 12, 3), (199, 64, 8), (1100, 64, 8), (1100, 16, 9), (37, 1000, 32)):
         for scale in (1.0, 1e4):
             for tolerance in (0.0, 0.1):
                 sinkhorn_route(normal(T, E) * scale, k, 2, 1.0, tolerance, "cuda_ext")
-                calls += 1
     sinkhorn_route(normal(8000, 1000), 32, 1, 1.0, 0.0, "cuda_ext")  # not all rows fit into shared memory
     few_tokens = ((1, 4096, 8, 2), (17, 96, 60, 4), (8, 7168, 256, 8), (31, 2048, 100, 6))
     for T, D, E, k in (*few_tokens, (199, 544, 7, 3), (2300, 96, 8, 2)):
         for dtype in (torch.float16, torch.bfloat16):
             gate_route(normal(T, D).to(dtype), normal(E, D).to(dtype), Selection(k))
-            calls += 1
     gate_route(normal(100, 64).half(), normal(8, 64).half(), Selection(2, "sigmoid", 4, 2), bias_E=normal(8))
     torch.cuda.synchronize()
-    print(calls + 3, "calls")
+    print("made all calls")
 
 
 if __name__ == "__main__":
