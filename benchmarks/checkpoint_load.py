@@ -106,7 +106,7 @@ def load(folder: Path, device: str, dtype: str) -> tuple[float, float, float]:
     import torch
 
     import moe_lab
-    from moe_lab import build
+    from moe_lab.runs import build
 
     cfg = moe_lab.compose(
         ["model=checkpoint", f"model.path={folder}", "router=native", f"device={device}", f"dtype={dtype}"]

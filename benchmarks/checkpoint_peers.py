@@ -33,8 +33,8 @@ from torch import Tensor
 import moe_lab
 from moe_lab.measure import environment
 from moe_lab.measure.statistics import median_interval
-from moe_lab.runner import Run
-from moe_lab.verify import exact_products
+from moe_lab.measure.tolerances import exact_products
+from moe_lab.runs.run import Run
 
 PEERS = ("eager", "batched_mm", "grouped_mm")
 LIMIT = 1.03

@@ -34,11 +34,11 @@ import moe_lab
 from moe_lab.experts.grouped import grouped
 from moe_lab.experts.loop import loop
 from moe_lab.measure import environment
+from moe_lab.measure.distance import relative_error
 from moe_lab.measure.statistics import median_interval
-from moe_lab.models.moe_layer import MoELayerModel
+from moe_lab.models.layer_only import MoELayerModel
 from moe_lab.routers.base import RouteContext
-from moe_lab.runner import Run
-from moe_lab.verify import relative_error
+from moe_lab.runs.run import Run
 
 TOKENS = (1, 16, 256)
 PEERS = ("eager", "batched_mm", "grouped_mm")

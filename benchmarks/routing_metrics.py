@@ -18,11 +18,11 @@ from collections.abc import Callable
 import torch
 
 import moe_lab
-from moe_lab import build
 from moe_lab.measure.placement import fullest_ranks
 from moe_lab.measure.routing_metrics import RoutingStats, metrics
+from moe_lab.models.moe_layer import moe_layers
 from moe_lab.ops.routing_sums import first_tokens, routing_sums
-from moe_lab.verify import moe_layers
+from moe_lab.runs import build
 
 
 def per_call_ms(run: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -44,7 +44,7 @@ def medians_ms(tokens: int, device_name: str, dtype: str, rounds: int, seconds: 
     device = build.resolve_device(cfg)
     model = build.build_model(cfg, device)
     x = build.build_input(cfg, model, device)
-    layer, routing = moe_layers(model)[0][1], model(x).routings[0]
+    layer, routing = moe_layers(model)[0], model(x).routings[0]
     logits_TE, starts_B1 = layer.logits(x), torch.tensor([0, tokens], device=device)
 
     def and_sums() -> None:

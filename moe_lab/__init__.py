@@ -14,28 +14,30 @@ The names are imported when first used: `import moe_lab` loads neither torch nor
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_lab.build import build_model as build_model
-    from moe_lab.build import build_router as build_router
-    from moe_lab.configure import compose as compose
+    from moe_lab.config.compose import compose as compose
     from moe_lab.results.load import load as load
-    from moe_lab.runner import run as run
+    from moe_lab.runs.build import build_model as build_model
+    from moe_lab.runs.build import build_router as build_router
+    from moe_lab.runs.run import run as run
 
-__version__ = "0.1.0"
 __all__ = ["build_model", "build_router", "compose", "load", "run"]
 
 _HOME = {
-    "build_model": "moe_lab.build",
-    "build_router": "moe_lab.build",
-    "compose": "moe_lab.configure",
+    "build_model": "moe_lab.runs.build",
+    "build_router": "moe_lab.runs.build",
+    "compose": "moe_lab.config.compose",
     "load": "moe_lab.results.load",
-    "run": "moe_lab.runner",
+    "run": "moe_lab.runs.run",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # stands in pyproject.toml
+        return importlib.metadata.version("moe-lab")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -2,6 +2,6 @@
 
 import sys
 
-from moe_lab.cli import main
+from moe_lab.cli.main import main
 
 sys.exit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -25,3 +27,9 @@ class MismatchError(RuntimeError):
 
 class ExportError(RuntimeError):
     """A model that could not be exported, or an exported one that does not compute what the model does."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """' Did you mean ...?' for the closest of `allowed`, or an empty string when none is close."""
+    match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {match[0]}?" if match else ""

@@ -20,10 +20,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import moe_lab
-from moe_lab import build, targets
-from moe_lab.config import validate
+from moe_lab.config import targets
+from moe_lab.config.checks import validate
 from moe_lab.errors import ExportError, MismatchError, UnavailableError
-from moe_lab.runner import exporter
+from moe_lab.runs import build
+from moe_lab.runs import export as exports
 
 
 def configuration(run: Path, overrides: list[str]) -> DictConfig:
@@ -46,10 +47,10 @@ def export(run: Path, overrides: list[str]) -> Path:
     if cfg.export.dir is None and folder.exists() and not cfg.export.overwrite:
         print(f"{folder} is there already (export.overwrite=true makes it anew)")
         return folder
-    module = exporter()
+    module = exports.exporter()
     model = build.build_model(cfg, torch.device("cpu"))
     module.require_exportable(cfg, model, folder)
-    found = module.export(cfg, model, folder)
+    found = module.export(cfg, model, folder, exports.make_inputs)
     said = found["parity"]
     error = f", relative error {said['rel_error']:.1e}" if "rel_error" in said else ""
     print(
@@ -73,7 +74,7 @@ def main() -> int:
         if given.config_dir:
             targets.trust(given.config_dir)
         if given.verify is not None:
-            folder, said = given.verify, exporter().verify(given.verify)
+            folder, said = given.verify, exports.verify(given.verify)
             print(f"{folder}: {said['status']}{': ' + said['reason'] if said['reason'] else ''}")
         else:
             folder = export(given.run, given.overrides)

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_lab import configure
-from moe_lab.commands import COMMANDS as WORDS
-from moe_lab.config import check_overrides, validate
+from moe_lab.cli.commands import COMMANDS as WORDS
+from moe_lab.config.checks import check_overrides, validate
+from moe_lab.config.compose import composing_multirun
 from moe_lab.sweep import multirun
 from tests import quick
 
@@ -78,7 +78,7 @@ def test_a_command_of_the_readme_names_what_there_is(words: list[str]) -> None:
     overrides = [word for word in words if word not in ("-m", "plan")]
     for name, other in SUBSTITUTES.items():
         overrides = [word.replace(name, other) for word in overrides]
-    with configure.composing_multirun(overrides, None) as (loader, config):
+    with composing_multirun(overrides, None) as (loader, config):
         for cfg, typed, _ in multirun.JobComposer(loader, config).jobs(multirun.expand(loader, config)):
             validate(cfg)
             check_overrides(cfg, typed, in_a_sweep="-m" in words)

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.records.schema import Record
-from moe_lab.runner import Run
+from moe_lab.runs.run import Run
 from tests import quick
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ import torch
 from my_routers import Sharpened
 
 from moe_lab.routers.base import RouteContext
-from moe_lab.verify import check_contract
+from moe_lab.routers.contract import check_contract
 
 
 def test_the_weights_are_the_formula() -> None:

@@ -14,9 +14,10 @@ class MoeLabLauncher(Launcher):
     """Hands all cells of a batch to `moe_lab.sweep` at once."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from moe_lab.cli.progress import Terminal
         from moe_lab.sweep import multirun
 
-        self.multirun = multirun.begin(hydra_context.config_loader, config)
+        self.multirun = multirun.begin(hydra_context.config_loader, config, Terminal())
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose every job, then run them. A job that failed is a completed one for Hydra: its record says so."""

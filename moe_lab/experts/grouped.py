@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale, swiglu
+from moe_lab.marks import phase
 from moe_lab.ops.combine import combine
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.few_tokens import MOST, few_tokens_mlp
 from moe_lab.ops.library import HAS_TRITON
 from moe_lab.ops.segment_mm import implementation_for, segment_mm
-from moe_lab.phases import phase
 from moe_lab.routers.base import Routing
 
 

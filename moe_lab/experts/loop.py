@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale, swiglu
-from moe_lab.phases import phase
+from moe_lab.marks import phase
 from moe_lab.routers.base import Routing
 
 

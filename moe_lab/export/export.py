@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,25 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from moe_lab import build
-from moe_lab.config import validate
+from moe_lab.config.checks import validate
 from moe_lab.errors import ExportError, MismatchError, UnavailableError
 from moe_lab.export import pair
 from moe_lab.export.form import Form
 from moe_lab.export.parity import check_graph, parity, versions
 from moe_lab.export.trace import trace
 from moe_lab.measure.memory import available_bytes
+from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import copied_to, parameter_bytes
+from moe_lab.ops.library import DTYPES
 from moe_lab.records import identity
-from moe_lab.verify import moe_layers
 
 _DEBUG = "__debug__"
+MakeInputs = Callable[[DictConfig, nn.Module, list[tuple[int, int]]], list[Tensor]]
+"""(cfg, model, sizes (batch, seq_len)) -> an input of the model for each."""
 
 
-def export(cfg: DictConfig, model: nn.Module, folder: Path) -> dict[str, Any]:
-    """Write the pair of `model` into `folder` and hold it against the model; returns what the record says of it.
+def export(cfg: DictConfig, model: nn.Module, folder: Path, make_inputs: MakeInputs) -> dict[str, Any]:
+    """Write the pair of `model` into `folder` and check it against the model; returns what the record says of it.
 
     Raises:
         ExportError: it cannot be traced or written as promised.
@@ -50,7 +52,7 @@ def export(cfg: DictConfig, model: nn.Module, folder: Path) -> dict[str, Any]:
                 traced = _traced(cfg, model, wide=True)
             debug = pair.finished(traced, list(state), [y_name, *routed], cfg.export.view)
             pair.on_same_params(debug, part, _DEBUG)
-            report = parity(part, _DEBUG, model, _inputs(cfg, model))
+            report = parity(part, _DEBUG, model, make_inputs(cfg, model, _sizes(cfg, model)))
             (part / _DEBUG).unlink()
         report["sha256"] = {name: file["sha256"] for name, file in files.items()}
         pair.write_json(part / pair.PARITY, report)
@@ -70,7 +72,7 @@ def export(cfg: DictConfig, model: nn.Module, folder: Path) -> dict[str, Any]:
     return found
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, rebuild: Callable[[DictConfig], nn.Module], make_inputs: MakeInputs) -> dict[str, Any]:
     """Hold a pair that was written earlier against its manifest and against the model that this describes.
 
     Returns:
@@ -88,8 +90,8 @@ def verify(folder: Path) -> dict[str, Any]:
     if cfg.dtype.name != "fp32":
         reason = f"the files are intact, and ONNX's checker takes the graph; nothing was computed in {cfg.dtype.name}"
         return {"status": "intact", "reason": reason}
-    model = build.build_model(cfg, torch.device("cpu"))
-    report = parity(folder, None, model, _inputs(cfg, model))
+    model = rebuild(cfg)
+    report = parity(folder, None, model, make_inputs(cfg, model, _sizes(cfg, model)))
     if report["status"] == "failed":
         raise ExportError(f"{folder}: {report['reason']}")
     return report
@@ -102,7 +104,7 @@ def require_exportable(cfg: DictConfig, model: nn.Module, folder: Path) -> None:
         UnavailableError: a router that no ONNX graph can say, or memory for a copy on the host.
         ValueError: the folder cannot be written.
     """
-    for _, layer in moe_layers(model):
+    for layer in moe_layers(model):
         if layer.router.not_exportable is not None:
             raise UnavailableError(
                 f"export={cfg.export.name}: router={identity.option_name(cfg.router)} cannot be said in ONNX: "
@@ -144,13 +146,13 @@ def _traced(cfg: DictConfig, model: Any, *, wide: bool) -> Any:
     length = max(cfg.seq_len, 3) if "seq_len" in dynamic else cfg.seq_len
     shape = model.input_shape(batch, length)
     takes_ids = model.vocab_size is not None
-    dtype = torch.int64 if takes_ids else torch.float32 if wide else build.DTYPES[cfg.dtype.name]
+    dtype = torch.int64 if takes_ids else torch.float32 if wide else DTYPES[cfg.dtype.name]
     x, name = torch.zeros(shape, dtype=dtype), "ids" if takes_ids else "x"
     return trace(Form(model, wide=wide), x, axes(model, dynamic), cfg.export.opset, name=name)
 
 
-def _inputs(cfg: DictConfig, model: Any) -> list[Tensor]:
-    """Inputs of the run's own workload: its shape first, then, along free axes, one token and odd lengths."""
+def _sizes(cfg: DictConfig, model: Any) -> list[tuple[int, int]]:
+    """(batch, seq_len) of the inputs to compare on: the run's first; along free axes also one token and odd sizes."""
     dynamic, B, S = cfg.export.dynamic, cfg.batch, cfg.seq_len
     wanted = [(B, S), (1, S), (1, 1), (3, S // 2 + 1), (5, 7), (7, 11)]
     longest = getattr(model, "max_positions", None) or max(S, 11)
@@ -159,11 +161,7 @@ def _inputs(cfg: DictConfig, model: Any) -> list[Tensor]:
         for batch, length in wanted
         if (b := batch if "batch" in dynamic else B) and (s := min(length, longest) if "seq_len" in dynamic else S)
     }
-    device = torch.device("cpu")
-    return [
-        build.build_input(cfg, model, device, batch=b, seq_len=s, seed=cfg.seed + number)
-        for number, (b, s) in enumerate(shapes.values())
-    ]
+    return list(shapes.values())
 
 
 def _manifest(cfg: DictConfig, files: dict[str, Any], graph: Any, y_name: str) -> dict[str, Any]:

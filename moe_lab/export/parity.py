@@ -21,10 +21,13 @@ from torch import Tensor, nn
 
 from moe_lab.errors import ExportError, MismatchError
 from moe_lab.export.pair import MODEL
+from moe_lab.measure.layer_probe import LayerProbe
 from moe_lab.measure.memory import give_back_free_memory
+from moe_lab.measure.tolerances import exact_products, tolerance_of
+from moe_lab.models.moe_layer import indexed_moe_layers
 from moe_lab.models.parameters import reference_twin
 from moe_lab.routers.base import Routing
-from moe_lab.verify import LayerProbe, exact_products, members, moe_layers, tolerance_of
+from moe_lab.routers.contract import members
 
 TOLERANCE = 1e-5  # of ||y - reference|| / ||reference||
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript", "onnx-ir", "torch")
@@ -141,7 +144,7 @@ def _compare(twin: nn.Module, x: Tensor, found: Sequence[list[Tensor]]) -> dict[
         float((outputs[0].argmax(-1) == free.y.argmax(-1)).double().mean()) for outputs in found
     )
     agreement = {}
-    for (index, layer), ran, chosen in zip(moe_layers(twin), routings, free.routings, strict=bool(routings)):
+    for (index, layer), ran, chosen in zip(indexed_moe_layers(twin), routings, free.routings, strict=bool(routings)):
         E = layer.weights.n_experts
         same_T = (members(ran.expert_ids_TK, E) == members(chosen.expert_ids_TK, E)).all(-1)
         agreement[str(index)] = float(same_T.double().mean())

@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-import moe_lab
-
 
 def capture(device: torch.device) -> dict[str, Any]:
     """The record's `environment`; what is unknown is None."""
     on_cuda = device.type == "cuda"
     properties = torch.cuda.get_device_properties(device) if on_cuda else None
     return {
-        "moe_lab": moe_lab.__version__,
+        "moe_lab": _version("moe-lab"),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "triton": _version("triton"),
@@ -78,7 +76,7 @@ def _host_memory_mb() -> float | None:
 @cache
 def _git() -> dict[str, Any]:
     """Commit and dirty flag of the checkout that the package runs from; None when it was installed."""
-    root = Path(moe_lab.__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     unknown = {"git_sha": None, "git_dirty": None}
     if not (root / ".git").exists():
         return unknown

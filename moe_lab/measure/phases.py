@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from moe_lab import phases
+from moe_lab import marks as phases
 from moe_lab.measure.clocks import Step
 
 

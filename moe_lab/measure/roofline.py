@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from moe_lab.models import Output
 from moe_lab.models.layers import Embedding
-from moe_lab.models.moe_layer import MoELayer
+from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import parameter_bytes
 
 # torch's counter knows the attention kernels of CUDA only.
@@ -50,7 +50,7 @@ def least_bytes(model: nn.Module, x: Tensor, output: Output) -> int:
                 other is rows for name, other in model.named_parameters(remove_duplicate=False) if "head" in name
             )
             unused += 0 if tied else (rows.shape[0] - len(x.unique())) * rows.shape[1] * rows.element_size()
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    layers = moe_layers(model)
     for layer, routing in zip(layers, output.routings, strict=True):
         weights = layer.weights
         used = int((routing.expert_ids_TK.unique() >= 0).sum())

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_lab.marks import phase
 from moe_lab.models.kv_cache import LayerCache
 from moe_lab.models.layers import Linear, RMSNorm
 from moe_lab.ops.decode_attention import cached_attention, rope_append
 from moe_lab.ops.library import is_exporting, resolve_implementation
 from moe_lab.ops.rotate import rotate
-from moe_lab.phases import phase
 
 
 def attend(

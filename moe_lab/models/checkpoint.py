@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_lab.experts.weights import ExpertsImpl
 from moe_lab.models import MakeRouter, checkpoint_config, checkpoint_weights
 from moe_lab.models.decoder_moe import DecoderMoE
-from moe_lab.models.moe_layer import MoELayer
+from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import shareable
 
 TOKENIZER = "tokenizer.json"
@@ -59,5 +59,5 @@ class Checkpoint(DecoderMoE):
 
     def untrained(self) -> list[str]:
         """What its routers have that neither the checkpoint holds nor calibration fits, as `bias_E`."""
-        layers = [layer for layer in self.modules() if isinstance(layer, MoELayer) and not layer.router.calibrates]
+        layers = [layer for layer in moe_layers(self) if not layer.router.calibrates]
         return sorted({name for layer in layers for name, _ in layer.router.named_parameters()})

@@ -8,8 +8,9 @@ from torch import nn
 
 from moe_lab.experts.weights import ExpertsImpl, ExpertWeights
 from moe_lab.models import MakeRouter
+from moe_lab.models.layer_kinds import make_moe_layer
 from moe_lab.models.layers import SwiGLU
-from moe_lab.models.moe_layer import SharedExpert, make_moe_layer
+from moe_lab.models.moe_layer import SharedExpert
 from moe_lab.models.transformer_decoder import TransformerDecoder
 
 

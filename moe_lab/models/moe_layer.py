@@ -5,18 +5,14 @@ y = experts(x, router(x W_gate^T)) [+ shared expert(x)]
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from moe_lab.experts.loop import loop
 from moe_lab.experts.weights import ExpertsImpl, ExpertWeights, Scale
-from moe_lab.models import ForcedRouting, MakeRouter, Output
+from moe_lab.marks import phase
 from moe_lab.models.layers import Linear, SwiGLU
-from moe_lab.phases import phase
 from moe_lab.routers.base import RouteContext, Router, Routing, gate_logits
-from moe_lab.routers.soft import SoftMoE
 
 
 class SharedExpert(nn.Module):
@@ -83,33 +79,16 @@ class MoELayer(nn.Module):
         self.experts = loop
 
 
-def make_moe_layer(
-    weights: ExpertWeights, router: Router, experts: ExpertsImpl, shared: SharedExpert | None = None
-) -> MoELayer:
-    """The MoE layer that `router` asks for."""
-    from moe_lab.models.soft_moe import SoftMoELayer  # which derives from MoELayer
-
-    kind = SoftMoELayer if isinstance(router, SoftMoE) else MoELayer
-    return kind(weights, router, experts, shared)
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of `model`, in the order of `Output.routings`."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
-class MoELayerModel(nn.Module):
-    """The keys are those of conf/model/moe_layer.yaml; input: T = batch * seq_len hidden states [T, D]."""
-
-    vocab_size: int | None = None
-
-    def __init__(self, *, make_router: MakeRouter, experts: ExpertsImpl, shape: dict[str, Any]):
-        super().__init__()
-        self.d_model = int(shape["d_model"])
-        weights = ExpertWeights(shape["n_experts"], self.d_model, shape["mlp_hidden_dim"])
-        self.moe = make_moe_layer(weights, make_router(shape["n_experts"], shape["top_k"]), experts)
-
-    def input_shape(self, batch: int, seq_len: int) -> tuple[int, ...]:
-        """[T, D] hidden states."""
-        return batch * seq_len, self.d_model
-
-    def forward(self, x_TD: Tensor, forced_routing: ForcedRouting = None) -> Output:
-        """x [T, D] -> y of the same shape."""
-        forced = forced_routing[0] if forced_routing is not None else None
-        y_TD, routing = self.moe(x_TD, RouteContext(), forced)
-        return Output(y_TD, (routing,))
+def indexed_moe_layers(model: nn.Module) -> list[tuple[int, MoELayer]]:
+    """(index of the layer in the model, MoELayer), in the order of `moe_layers`."""
+    found: list[tuple[int, MoELayer]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, MoELayer):
+            numbers = [int(part) for part in name.split(".") if part.isdigit()]
+            found.append((numbers[0] if numbers else 0, module))
+    return found

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.experts.weights import ExpertWeights, Scale
+from moe_lab.marks import phase
 from moe_lab.models import ForcedRouting, MakeRouter, Output
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.ops.dispatch import dispatch
-from moe_lab.phases import phase
 from moe_lab.routers.base import RouteContext, Router, Routing
 
 

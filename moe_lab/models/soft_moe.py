@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_lab.marks import phase
 from moe_lab.models.moe_layer import MoELayer
-from moe_lab.phases import phase
 from moe_lab.routers.base import RouteContext, Routing
 
 

@@ -60,6 +60,9 @@ def register(
     OPS[name] = Op(name, parsed, compute, fake, reference or compute, onnx)
 
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""By their names in a configuration."""
+
 # A constant, so that torch.compile can trace what depends on it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

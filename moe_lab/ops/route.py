@@ -9,7 +9,6 @@ of the routers themselves (routers/softmax_topk.py, routers/scored_topk.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,26 +19,9 @@ from moe_lab.ops import extension
 from moe_lab.ops.dispatch import Dispatch
 from moe_lab.ops.library import register
 from moe_lab.ops.route_peers import PEERS, require_computes
+from moe_lab.ops.selection import Selection
 
 IMPLEMENTATIONS = ("triton", "cuda_ext", *PEERS)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """How experts are chosen and weighed; see the module.
-
-    Attributes:
-        score: softmax, sigmoid or sqrt_softplus.
-        group_score: a group's score is its largest s + b (max) or the sum of its two largest (top2).
-    """
-
-    k: int
-    score: str = "softmax"
-    n_groups: int = 1
-    top_groups: int = 1
-    group_score: str = "max"
-    renormalize: bool = True
-    scale: float = 1.0
 
 
 class Routed(NamedTuple):

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from moe_lab.errors import UnavailableError
 
 if TYPE_CHECKING:
-    from moe_lab.ops.route import Selection
+    from moe_lab.ops.selection import Selection
 
 Peer = Callable[[Tensor, "Selection", Tensor | None], tuple[Tensor, Tensor]]
 """(logits [T, E], how, bias [E]) -> ids [T, K], weights [T, K]."""

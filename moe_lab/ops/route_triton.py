@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lab.ops.route import Selection
+from moe_lab.ops.selection import Selection
 
 
 @triton.jit

@@ -69,7 +69,7 @@ def routing_sums(
     if resolve_implementation(implementation, logits_TE.device, op="routing_sums") == "triton" and len(logits_TE):
         from moe_lab.ops.routing_sums_triton import launch
 
-        members_TE, prob_E, sums = launch(logits_TE, expert_ids_TK, weights_TK, first_T)
+        members_TE, prob_E, sums = launch(logits_TE, expert_ids_TK, weights_TK, first_T, len(NAMES))
     else:
         members_TE, prob_E, sums = reference(logits_TE, expert_ids_TK, weights_TK, first_T)
     return RoutingSums(members_TE.T @ members_TE, prob_E, sums)  # 0 and 1 are exact in TF32 too

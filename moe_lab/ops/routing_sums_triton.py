@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lab.ops.routing_sums import NAMES
-
 _ELEMENTS = 2048  # of a program's tile, tokens x experts
 
 
@@ -81,10 +79,10 @@ def _kernel(
 
 
 def launch(
-    logits_TE: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, first_T: Tensor
+    logits_TE: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, first_T: Tensor, n_sums: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `routing_sums.reference`, for at least one token."""
-    (T, E), K, N = logits_TE.shape, expert_ids_TK.shape[1], len(NAMES)
+    """As `routing_sums.reference`, for at least one token; `n_sums` is the number of its sums."""
+    (T, E), K, N = logits_TE.shape, expert_ids_TK.shape[1], n_sums
     block_e = max(2, triton.next_power_of_2(E))
     block_t = max(1, _ELEMENTS // block_e)
     programs = triton.cdiv(T, block_t)

@@ -21,11 +21,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 # Top-level keys that change nothing in the result: labels, and how long or at what is looked (but measure.cache).
 _OUTSIDE = ("name", "overrides", "sweep", "experiment", "debug", "hydra", "measure")
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
-# Of the package: what reads results or talks to people, and no run executes.
-_NOT_RUN = (
-    *("arguments.py", "cli.py", "commands.py", "completion.py", "doctor.py", "generate.py", "listing.py"),
-    *("results", "router_listing.py", "table.py"),
-)
+# Rooms of the package that only talk to people or read results: no run executes them.
+_NOT_RUN = ("cli", "results")
 ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.ops.route import Selection
+from moe_lab.ops.selection import Selection
 from moe_lab.ops.softmax_topk import chosen, top_k, weights_of
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 from moe_lab.routers.scored_topk import sigmoid

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lab.ops.route import Selection
+from moe_lab.ops.selection import Selection
 from moe_lab.ops.softmax_topk import chosen, top_k
 from moe_lab.routers.selection import SelectionRouter
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from moe_lab.ops.library import is_exporting
-from moe_lab.ops.route import IMPLEMENTATIONS, Selection, gate_route, multiplies_gate, require_computable, route
+from moe_lab.ops.route import IMPLEMENTATIONS, gate_route, multiplies_gate, require_computable, route
+from moe_lab.ops.selection import Selection
 from moe_lab.ops.softmax_topk import top_k
 from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
 

@@ -14,16 +14,19 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from moe_lab import build, runner, targets
+from moe_lab.config import targets
 from moe_lab.errors import UnavailableError
 from moe_lab.measure import environment, memory
 from moe_lab.measure.clocks import Block
 from moe_lab.measure.probe import Probe
+from moe_lab.measure.tolerances import exact_products
 from moe_lab.models.parameters import parameter_bytes, shareable
 from moe_lab.records import identity, store
 from moe_lab.records.schema import Ratio
+from moe_lab.runs import build
+from moe_lab.runs.record import TimedBlock, run_log
+from moe_lab.runs.run import Run
 from moe_lab.sweep.engine import CellFailedError
-from moe_lab.verify import exact_products
 
 
 class Bench:
@@ -34,7 +37,7 @@ class Bench:
         """In a process of its own: when the present step will be ended from outside."""
         for folder in trusted:
             targets.trust(folder)
-        self._runs: dict[str, tuple[runner.Run, Path]] = {}
+        self._runs: dict[str, Run] = {}
         self._probe: Probe | None = None
         self._donor: tuple[str, dict[str, Tensor]] = ("", {})  # the parameters of the last model built, and of which
 
@@ -52,25 +55,25 @@ class Bench:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / store.LOG).unlink(missing_ok=True)
-        run = runner.Run(cfg, folder)
+        run = Run(cfg, folder)
         cell_id = identity.cell_id(cfg)
-        self._runs[cell_id] = run, folder
+        self._runs[cell_id] = run
         with self._step(cell_id):
             key = build.weights_key(cfg, build.resolve_device(cfg))
             if self._donor[0] != key:
                 self._donor = ("", {})  # before the next is made
             run.build(self._donor[1] or None)
-            self._donor = key, shareable(run.model)
+            self._donor = key, shareable(run.made().model)
 
     def verify(self, cell_id: str) -> dict[str, int | None]:
         """Peak memory and verification. Returns {peak_bytes, parameter_bytes}."""
         with self._step(cell_id) as run:
             run.verify()
-            return {"peak_bytes": run.peak_bytes, "parameter_bytes": parameter_bytes(run.model)}
+            return {"peak_bytes": run.peak_bytes, "parameter_bytes": parameter_bytes(run.made().model)}
 
     def park(self, cell_id: str) -> None:
         """See `Run.park`."""
-        self._runs[cell_id][0].park()
+        self._runs[cell_id].park()
         _free()
 
     def unpark(self, cell_id: str) -> None:
@@ -86,17 +89,16 @@ class Bench:
     def block(self, cell_id: str, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Time `n` iterations: milliseconds of each, and the host's clock."""
         with self._step(cell_id) as run:
-            block = run.step.time_block(n)
+            block = run.made().ready_step().time_block(n)
             return block.ms, block.stamp_s
 
     def probe(self, cell_id: str) -> float | None:
         """Milliseconds of a fixed piece of work on the device of this run; None if no memory is left for it."""
-        run, _ = self._runs[cell_id]
-        assert run.device is not None
+        device = self._runs[cell_id].made().device
         try:
             with exact_products():
                 if self._probe is None:
-                    self._probe = Probe(run.device)
+                    self._probe = Probe(device)
                     self._probe.ms()  # the first is slower
                 return self._probe.ms()
         except Exception as error:
@@ -118,12 +120,12 @@ class Bench:
     ) -> None:
         """Observe and write the record, with the samples of all processes. With `failure` only write."""
         with self._step(cell_id) as run:
-            run.blocks = [runner.TimedBlock(r, round_, order, Block(ms, at)) for r, round_, order, ms, at in blocks]
+            run.blocks = [TimedBlock(r, round_, order, Block(ms, at)) for r, round_, order, ms, at in blocks]
             run.peers, run.ratio, run.peak_bytes, run.probe_ms = peers, ratio, peak_bytes, probe_ms
             if failure is None:
                 run.observe()
                 run.export()
-            runner.write(run, run.record(*(failure or ())), self._runs[cell_id][1])
+            run.write(run.record(*(failure or ())))
 
     def release(self, cell_id: str) -> None:
         """Let go of a run; the parameters stay until another model is built."""
@@ -133,10 +135,10 @@ class Bench:
         _free()
 
     @contextmanager
-    def _step(self, cell_id: str) -> Iterator[runner.Run]:
+    def _step(self, cell_id: str) -> Iterator[Run]:
         """One step of a run: exact products, its log open, and what goes wrong is its record."""
-        run, folder = self._runs[cell_id]
-        with runner.run_log(folder) as stream, exact_products(), run.at_work():
+        run = self._runs[cell_id]
+        with run_log(run.directory) as stream, exact_products(), run.at_work():
             if self.timeout_s is not None:  # a crash or a hang leaves its traceback in the run's log
                 faulthandler.enable(stream)
                 faulthandler.dump_traceback_later(0.9 * self.timeout_s, file=stream)
@@ -144,7 +146,7 @@ class Bench:
                 yield run
             except Exception as error:
                 status, reason = run.failed_with(error)
-                runner.write(run, run.record(status, reason), folder)
+                run.write(run.record(status, reason))
                 failed = CellFailedError(status, reason, lost_device=_has_lost_device(run))
             else:
                 return
@@ -182,12 +184,12 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _has_lost_device(run: runner.Run) -> bool:
+def _has_lost_device(run: Run) -> bool:
     """Whether the CUDA context no longer works, as after an illegal access."""
-    if run.device is None or run.device.type != "cuda":
+    if run.built is None or run.built.device.type != "cuda":
         return False
     try:
-        torch.cuda.synchronize(run.device)
+        torch.cuda.synchronize(run.built.device)
     except RuntimeError:
         return True
     return False

@@ -14,14 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from moe_lab import targets
+from moe_lab.config import targets
 
-if TYPE_CHECKING:
-    from moe_lab.sweep.bench import Bench
-
-_START_S = 600.0  # importing torch and initialising a device from a cold disk
+START_S = 600.0  # importing torch and initialising a device from a cold disk
 
 
 class CellFailedError(Exception):
@@ -42,7 +39,7 @@ class Engine(Protocol):
     life: int
     """Grows whenever what was built before is gone."""
 
-    def call(self, step: str, *arguments: Any, timeout_s: float = _START_S) -> Any:
+    def call(self, step: str, *arguments: Any, timeout_s: float = START_S) -> Any:
         """The result of the `Bench`'s method `step`.
 
         Raises:
@@ -62,33 +59,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """End the process."""
         ...
-
-
-class InProcess:
-    """This process (`sweep.worker=false`): no time-out, and a crash is the end of the sweep."""
-
-    def __init__(self) -> None:
-        self.life = 0
-        self._bench: Bench | None = None
-
-    def call(self, step: str, *arguments: Any, timeout_s: float = _START_S) -> Any:
-        """See `Engine.call`."""
-        from moe_lab.sweep.bench import Bench  # imports torch
-
-        self._bench = self._bench or Bench()
-        return getattr(self._bench, step)(*arguments)
-
-    def settle(self, timeout_s: float) -> None:
-        """See `Engine.settle`; the interrupt ended the step."""
-
-    def renew(self) -> None:
-        """What was built is let go of; the process stays."""
-        self._bench = None
-        self.life += 1
-
-    def close(self) -> None:
-        """See `Engine.close`."""
-        self._bench = None
 
 
 class Worker:
@@ -121,13 +91,13 @@ class Worker:
         self._connection.send(targets.trusted())
         self._pending = "start"
 
-    def call(self, step: str, *arguments: Any, timeout_s: float = _START_S) -> Any:
+    def call(self, step: str, *arguments: Any, timeout_s: float = START_S) -> Any:
         """See `Engine.call`."""
         if self._process is None:
             self.start()
         assert self._connection is not None
         if self._pending == "start":
-            self._receive(_START_S)  # not the step's time
+            self._receive(START_S)  # not the step's time
         self._pending = step
         try:
             self._connection.send((step, arguments, timeout_s))

@@ -22,9 +22,11 @@ from moe_lab.errors import UnavailableError
 from moe_lab.records.schema import Record
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep import session
-from moe_lab.sweep.engine import Engine, InProcess, Worker, WorkerLostError
+from moe_lab.sweep.engine import Engine, Worker, WorkerLostError
+from moe_lab.sweep.in_process import InProcess
 from moe_lab.sweep.lock import LOCK, OWNER, Lock
 from moe_lab.sweep.plan import Plan
+from moe_lab.sweep.session import Progress
 
 LOG = "worker.log"
 current: Multirun | None = None
@@ -33,8 +35,8 @@ current: Multirun | None = None
 class Multirun:
     """One sweep folder, locked, with an engine that starts while Hydra composes."""
 
-    def __init__(self, loader: ConfigLoader, config: DictConfig):
-        self.composer = JobComposer(loader, config)
+    def __init__(self, loader: ConfigLoader, config: DictConfig, progress: Progress):
+        self.composer, self.progress = JobComposer(loader, config), progress
         self.directory = Path(config.hydra.sweep.dir)
         self.plan: Plan | None = None
         self._lock = Lock(self.directory)
@@ -48,15 +50,17 @@ class Multirun:
         """Plan and run the jobs; the median latency of each (ms), NaN where there is none."""
         added = self._make(self.composer.jobs(job_overrides, first_number))
         self.plan = added if self.plan is None else _joined(self.plan, added)
-        session.announce(self.plan)
-        found = {record.cell_id: record for record in session.execute(added, self.engine)}
+        session.write_plan(self.plan)
+        self.progress.announce(self.plan)
+        found = {record.cell_id: record for record in session.execute(added, self.engine, self.progress)}
         return [_p50(found.get(cell_id)) for cell_id in added.jobs]
 
     def announce(self, how: str) -> None:
         """Plan only: another launcher runs the jobs, `how` says in what way."""
         self.plan = self._make(self.composer.jobs(expand(self.composer.loader, self.composer.config)))
         self.engine.close()
-        session.announce(self.plan, how)
+        session.write_plan(self.plan)
+        self.progress.announce(self.plan, how)
 
     def _make(self, jobs: Iterator[tuple[DictConfig, list[str], Path]]) -> Plan:
         try:
@@ -84,11 +88,11 @@ class Multirun:
                 self.directory.rmdir()
 
 
-def begin(loader: ConfigLoader, config: DictConfig) -> Multirun:
+def begin(loader: ConfigLoader, config: DictConfig, progress: Progress) -> Multirun:
     """The multirun of this process, begun with Hydra's master configuration. Raises `ValueError` if it is locked."""
     global current
     assert current is None
-    current = Multirun(loader, config)
+    current = Multirun(loader, config, progress)
     return current
 
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 
-from moe_lab import config, targets
+from moe_lab.config import targets
+from moe_lab.config.checks import check_overrides, is_whole, validate
 from moe_lab.records import identity, store, variants
 from moe_lab.records.schema import Record
 from moe_lab.sweep.engine import Engine
@@ -146,13 +147,13 @@ def _cells(
     jobs = []
     for cfg, overrides, directory in composed:
         cfg.overrides = list(overrides)
-        config.check_overrides(cfg, overrides, in_a_sweep=True)
+        check_overrides(cfg, overrides, in_a_sweep=True)
         mistake = None
         try:
-            config.validate(cfg)
+            validate(cfg)
         except ValueError as error:
             mistake = error
-            if not config.is_whole(cfg) or OmegaConf.missing_keys(cfg):
+            if not is_whole(cfg) or OmegaConf.missing_keys(cfg):
                 raise
         container = plain(cfg)
         content = identity.content(cfg)

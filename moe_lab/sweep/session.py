@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Sequence
-
-from rich.console import Console
-from rich.markup import escape
+from typing import Any, Protocol
 
 from moe_lab.records import store
 from moe_lab.records.schema import Record
@@ -15,11 +12,40 @@ from moe_lab.sweep import plan as planning
 from moe_lab.sweep import timing
 from moe_lab.sweep.engine import Engine
 from moe_lab.sweep.plan import Cell, Plan
-from moe_lab.sweep.progress import Reporter
 
 
-def announce(plan: Plan, how: str | None = None) -> None:
-    """Write the plan and the rows of what will not run, and say in a line what is going to happen.
+class Reporter(Protocol):
+    """Is told of the cells that run; a context manager around them."""
+
+    n_cells: int
+    n_done: int
+    n_failed: int
+
+    def __enter__(self) -> Reporter: ...
+    def __exit__(self, *error: Any) -> None: ...
+    def say(self, text: str, style: str | None = None) -> None:
+        """Show a line."""
+
+    def step(self, name: str, step: str) -> None:
+        """A cell comes to a step."""
+
+    def end(self, name: str, record: Record) -> None:
+        """A cell ended, one way or another."""
+
+
+class Progress(Protocol):
+    """Tells a person where a sweep is. The command line's is `cli.progress.Terminal`."""
+
+    def announce(self, plan: Plan, how: str | None = None) -> None:
+        """Say what is going to happen; `how` of another launcher."""
+
+    def reporter(self, n_cells: int) -> Reporter:
+        """Who is told of this many cells."""
+        ...
+
+
+def write_plan(plan: Plan) -> None:
+    """Write the plan and the records of what will not run.
 
     Raises:
         OSError: the folder cannot be written.
@@ -28,36 +54,16 @@ def announce(plan: Plan, how: str | None = None) -> None:
     for cell in plan.cells:
         if cell.status in ("skipped", "excluded"):
             timing.write(cell, "skipped", cell.reason or cell.status)
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(escape(_first_line(plan, how)), highlight=False)
-    reasons = Counter(cell.reason for cell in plan.cells if cell.status == "skipped")
-    for reason, number in reasons.items():
-        console.print(escape(f"skipped ({number} cells): {reason}"), style="yellow", highlight=False)
 
 
-def _first_line(plan: Plan, how: str | None) -> str:
-    groups = planning.groups(plan)
-    counts = [f"{len(plan.cells)} cells"]
-    if plan.n_equal:
-        counts.append(f"{plan.n_equal} more equal one of them")
-    for status in ("done", "stale", "skipped", "excluded"):
-        if number := sum(cell.status == status for cell in plan.cells):
-            counts.append(f"{number} {status}")
-    if how is None:
-        together = sum(len(group) > 1 for group in groups)
-        how = f" in {len(groups)} groups" + (f", {together} of them interleaved" if together else "")
-    n_to_run = len(plan.to_run())
-    return f"{plan.directory}: {', '.join(counts)}; {n_to_run} to run{how if n_to_run else ''}"
-
-
-def execute(plan: Plan, engine: Engine) -> list[Record]:
+def execute(plan: Plan, engine: Engine, progress: Progress) -> list[Record]:
     """Run what is to be run and return a record for each cell of the plan that has one.
 
     Raises:
         OSError: a record cannot be written.
         KeyboardInterrupt: Ctrl-C, after what was there was written.
     """
-    with Reporter(len(plan.to_run())) as reporter:
+    with progress.reporter(len(plan.to_run())) as reporter:
         for group in planning.groups(plan):
             _run_group(plan, group, engine, reporter)
             if plan.sweep["fail_fast"] and reporter.n_failed:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moe_lab import phases
+from moe_lab import marks as phases
 from moe_lab.experts.grouped import grouped
 from moe_lab.experts.loop import loop
 from moe_lab.experts.weights import ExpertsImpl, ExpertWeights, Scale

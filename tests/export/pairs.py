@@ -14,11 +14,12 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.onnx._internal._lazy_import import onnxscript_apis
 
-from moe_lab import build
 from moe_lab.export import export as exporting
+from moe_lab.models.moe_layer import moe_layers
 from moe_lab.routers.base import RouteContext, Router, Routing
 from moe_lab.routers.softmax_topk import SoftmaxTopK
-from moe_lab.verify import moe_layers
+from moe_lab.runs import build
+from moe_lab.runs.export import make_inputs
 from tests import quick
 
 # torch asks for onnxscript's functions in every export, and they are parsed anew for a third of a second.
@@ -39,10 +40,10 @@ def export(
     """What the record says of the export into `folder`, and the model; `make_router` replaces the routers."""
     model = build.build_model(cfg, torch.device("cpu"))
     if make_router is not None:
-        for _, layer in moe_layers(model):
+        for layer in moe_layers(model):
             layer.router = make_router(layer.weights.n_experts, layer.router.top_k)
     exporting.require_exportable(cfg, model, folder)
-    return exporting.export(cfg, model, folder), model
+    return exporting.export(cfg, model, folder, make_inputs), model
 
 
 def graph(folder: Path) -> onnx.ModelProto:

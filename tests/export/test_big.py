@@ -23,15 +23,16 @@ import json, sys
 from pathlib import Path
 import torch
 import moe_lab
-from moe_lab import build
+from moe_lab.runs import build
 from moe_lab.export.export import export
+from moe_lab.runs.export import make_inputs
 from moe_lab.measure.memory import resident_peak_bytes
 from moe_lab.models.parameters import parameter_bytes
 
 folder = Path(sys.argv[1])
 cfg = moe_lab.compose(["model=decoder_moe", "export=netron", "device=cpu", "dtype=fp32", *sys.argv[2:]])
 model = build.build_model(cfg, torch.device("cpu"))
-found = export(cfg, model, folder)
+found = export(cfg, model, folder, make_inputs)
 print(json.dumps({**found, "weights_bytes": parameter_bytes(model), "peak_bytes": resident_peak_bytes()}))
 """
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import moe_lab
-from moe_lab import build
 from moe_lab.errors import ExportError, MismatchError, UnavailableError
 from moe_lab.export.export import axes
 from moe_lab.ops.library import OPS
+from moe_lab.runs import build
 from tests import quick, tiny
 from tests.export import pairs
 
@@ -156,8 +156,9 @@ def test_all_weights_lie_in_one_file_under_their_names(tmp_path: Path) -> None:
             if "norm" in name:
                 weight.fill_(1.0)
     from moe_lab.export import export as exporting
+    from moe_lab.runs.export import make_inputs
 
-    exporting.export(cfg, model, folder)
+    exporting.export(cfg, model, folder, make_inputs)
     proto, blob = pairs.graph(folder), (folder / "__params__").read_bytes()
     state = model.state_dict()
     assert {tensor.name for tensor in proto.graph.initializer} == set(state)

@@ -15,7 +15,7 @@ from moe_lab.errors import MismatchError, UnavailableError
 from moe_lab.measure.clocks import STEPS, CompiledStep, GraphStep, HotGraphStep, Step, make_step
 from moe_lab.models import ForcedRouting, Output
 from moe_lab.models.serving import Decode
-from moe_lab.runner import Run
+from moe_lab.runs.run import Run
 from tests import tiny
 from tests.conftest import needs_cxx
 
@@ -87,7 +87,7 @@ def test_samples_fit_between_their_stamps() -> None:
 def test_step_computes_what_its_model_computes() -> None:
     """A step adds nothing and leaves out nothing."""
     run = tiny.built(tiny.decoder_moe())
-    assert torch.equal(run.step().y, run.model(run.x).y)
+    assert torch.equal(run.built.step().y, run.built.model(run.built.x).y)
 
 
 def test_every_iteration_of_a_block_runs_the_model() -> None:
@@ -117,12 +117,12 @@ def decode(*more: str) -> Run:
 def test_a_timed_block_of_decoding_goes_round() -> None:
     """Seven steps, one after the other, and from the last back to the first; what they compute stays the same."""
     run = decode()
-    assert isinstance(run.task, Decode) and run.task.n_steps == 7
-    before = [output.y.clone() for output in run._outputs()]
-    run.task.seek(5)
-    run.step.time_block(17)
-    assert int(run.task.position_1) == 3 + (5 + 17) % 7
-    assert all(map(torch.equal, before, (output.y for output in run._outputs())))
+    assert isinstance(run.built.task, Decode) and run.built.task.n_steps == 7
+    before = [output.y.clone() for output in run.built.outputs()]
+    run.built.task.seek(5)
+    run.built.step.time_block(17)
+    assert int(run.built.task.position_1) == 3 + (5 + 17) % 7
+    assert all(map(torch.equal, before, (output.y for output in run.built.outputs())))
 
 
 @needs_cxx
@@ -131,11 +131,11 @@ def test_a_compiled_step_of_decoding_serves_every_position() -> None:
     """It compiles nothing when it goes on, and computes what the eager one does."""
     run = decode("execution=compile", "model.n_layers=1")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        run.step.time_block(9)
-        outputs = [output.y.clone() for output in run._outputs()]
-    eager = Step(run.task, run.x)
+        run.built.step.time_block(9)
+        outputs = [output.y.clone() for output in run.built.outputs()]
+    eager = Step(run.built.task, run.built.x)
     for index, y in enumerate(outputs):
-        run.task.seek(index)
+        run.built.task.seek(index)
         torch.testing.assert_close(y, eager().y, rtol=1e-4, atol=1e-5)
 
 
@@ -144,13 +144,13 @@ def test_a_compiled_step_of_decoding_serves_every_position() -> None:
 def test_a_captured_step_of_decoding_is_replayed_at_each_position(dtype: str) -> None:
     """The position is read on the device: every replay gives what an eager step gives there."""
     run = decode("device=cuda", "execution=cuda_graph", f"dtype={dtype}")
-    assert isinstance(run.task, Decode)
-    run.step.time_block(10)
-    assert int(run.task.position_1) == 3 + 10 % 7
-    eager = Step(run.task, run.x)
-    for index, output in enumerate(run._outputs()):
+    assert isinstance(run.built.task, Decode)
+    run.built.step.time_block(10)
+    assert int(run.built.task.position_1) == 3 + 10 % 7
+    eager = Step(run.built.task, run.built.x)
+    for index, output in enumerate(run.built.outputs()):
         y = output.y.clone()
-        assert int(run.task.position_1) == 3 + index
+        assert int(run.built.task.position_1) == 3 + index
         torch.testing.assert_close(y, eager().y)
 
 
@@ -186,8 +186,8 @@ def test_a_step_leaves_gradients_alone() -> None:
 def test_compiled_step_computes_what_eager_computes() -> None:
     """The whole forward pass of model=minimal, whose custom op Inductor must leave as it is."""
     run = tiny.built(tiny.minimal())
-    compiled = CompiledStep(run.model, run.x)
-    torch.testing.assert_close(compiled().y, run.step().y, rtol=1e-5, atol=1e-6)
+    compiled = CompiledStep(run.built.model, run.built.x)
+    torch.testing.assert_close(compiled().y, run.built.step().y, rtol=1e-5, atol=1e-6)
     assert (compiled.time_block(3).ms > 0).all()
 
 
@@ -197,7 +197,7 @@ def test_compiled_step_computes_what_eager_computes() -> None:
 def test_compiled_decoder_computes_what_eager_computes(router: str) -> None:
     """Every layer of the decoder compiles without a graph break, and routes as before."""
     run = tiny.built(tiny.decoder_moe(f"router={router}"))
-    compiled, eager = CompiledStep(run.model, run.x)(), run.step()
+    compiled, eager = CompiledStep(run.built.model, run.built.x)(), run.built.step()
     torch.testing.assert_close(compiled.y, eager.y, rtol=1e-4, atol=1e-5)
     for one, other in zip(compiled.routings, eager.routings, strict=True):
         assert torch.equal(one.expert_ids_TK, other.expert_ids_TK)
@@ -236,9 +236,9 @@ def test_each_execution_of_the_configuration_has_a_step() -> None:
 def test_captured_graph_computes_what_eager_computes(dtype: str) -> None:
     """A replay gives the eager pass's output and routing."""
     run = tiny.built(tiny.decoder_moe("device=cuda", "execution=cuda_graph", f"dtype={dtype}"))
-    eager, replayed = Step(run.model, run.x)(), run.step()
+    eager, replayed = Step(run.built.model, run.built.x)(), run.built.step()
     torch.cuda.synchronize()
-    assert isinstance(run.step, GraphStep)
+    assert isinstance(run.built.step, GraphStep)
     torch.testing.assert_close(replayed.y, eager.y, rtol=1e-5, atol=1e-5)
     for one, other in zip(replayed.routings, eager.routings, strict=True):
         assert torch.equal(one.expert_ids_TK, other.expert_ids_TK)
@@ -259,22 +259,22 @@ def test_events_give_positive_times(execution: str) -> None:
 def test_replays_of_a_timed_block_write_the_output_again() -> None:
     """An output poisoned before the block is whole after it: what was timed is the whole pass."""
     run = tiny.built(tiny.decoder_moe("device=cuda", "execution=cuda_graph"))
-    want = Step(run.model, run.x)().y.clone()
+    want = Step(run.built.model, run.built.x)().y.clone()
     with torch.inference_mode():
-        run.step().y.fill_(float("nan"))
-    run.step.time_block(3)
+        run.built.step().y.fill_(float("nan"))
+    run.built.step.time_block(3)
     torch.cuda.synchronize()
-    torch.testing.assert_close(run.step._output.y, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run.built.step._output.y, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
 def test_a_replay_reads_the_input_anew() -> None:
     """Other tokens in the same tensor give other logits: nothing was baked into the graph."""
     run = tiny.built(tiny.decoder_moe("device=cuda", "execution=cuda_graph"))
-    before = run.step().y.clone()
-    run.x.copy_((run.x + 1) % tiny.VOCAB)
-    after = run.step().y.clone()
-    torch.testing.assert_close(after, Step(run.model, run.x)().y, rtol=1e-5, atol=1e-5)
+    before = run.built.step().y.clone()
+    run.built.x.copy_((run.built.x + 1) % tiny.VOCAB)
+    after = run.built.step().y.clone()
+    torch.testing.assert_close(after, Step(run.built.model, run.built.x)().y, rtol=1e-5, atol=1e-5)
     assert not torch.equal(before, after)
 
 
@@ -283,17 +283,17 @@ def test_a_replay_reads_the_input_anew() -> None:
 def test_peak_on_cuda_holds_at_least_the_parameters(execution: str) -> None:
     """The allocator's peak includes the model itself."""
     run = tiny.built(tiny.decoder_moe("device=cuda", f"execution={execution}"))
-    assert run.step.peak_bytes() >= sum(p.numel() * p.element_size() for p in run.model.parameters())
+    assert run.built.step.peak_bytes() >= sum(p.numel() * p.element_size() for p in run.built.model.parameters())
 
 
 @needs_cxx
 def test_a_timed_block_compiles_nothing_again() -> None:
     """What is timed is what was verified: a block neither recompiles nor depends on what only the host looks at."""
     run = tiny.built(tiny.decoder_moe("execution=compile", "model.n_layers=1"))
-    before = run.step().y.clone()
+    before = run.built.step().y.clone()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        block = run.step.time_block(3)
-        assert torch.equal(run.step().y, before)
+        block = run.built.step.time_block(3)
+        assert torch.equal(run.built.step().y, before)
     assert len(block.ms) == 3
 
 

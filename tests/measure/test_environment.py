@@ -104,7 +104,7 @@ def test_an_installed_package_has_no_commit_and_starts_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, commands: list[list[str]]
 ) -> None:
     """Outside a checkout git is not even asked."""
-    monkeypatch.setattr(moe_lab, "__file__", str(tmp_path / "moe_lab" / "__init__.py"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "moe_lab" / "measure" / "environment.py"))
     found = environment.capture(CPU)
     assert found["git_sha"] is None and found["git_dirty"] is None
     assert commands == []
@@ -113,7 +113,7 @@ def test_an_installed_package_has_no_commit_and_starts_nothing(
 def test_a_machine_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A run does not fail for want of a label."""
     (tmp_path / ".git").mkdir()
-    monkeypatch.setattr(moe_lab, "__file__", str(tmp_path / "moe_lab" / "__init__.py"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "moe_lab" / "measure" / "environment.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
     found = environment.capture(CPU)
     assert found["git_sha"] is None and found["git_dirty"] is None

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_lab import phases
+from moe_lab import marks as phases
+from moe_lab.marks import NAMES, phase
 from moe_lab.measure.clocks import Step
 from moe_lab.measure.phases import measure_phases
 from moe_lab.models import Output
-from moe_lab.phases import NAMES, phase
 from tests import tiny
 
 INNER = ("dispatch", "experts", "combine")
@@ -40,7 +40,7 @@ def tiny_input() -> Tensor:
 
 def measured(*overrides: str, graph_p50_ms: float | None = None) -> dict[str, Any]:
     run = tiny.built(tiny.decoder_moe(*overrides))
-    return measure_phases(Step(run.model, run.x), 0.0, graph_p50_ms)
+    return measure_phases(Step(run.built.model, run.built.x), 0.0, graph_p50_ms)
 
 
 def named(result: dict[str, Any]) -> dict[str, float]:
@@ -84,7 +84,7 @@ def test_keys_are_those_of_the_record() -> None:
 def test_a_model_without_marks_has_all_its_time_in_other() -> None:
     """model=minimal: each phase is null."""
     run = tiny.built(tiny.minimal())
-    result = measure_phases(Step(run.model, run.x), 0.0)
+    result = measure_phases(Step(run.built.model, run.built.x), 0.0)
     assert all(result[name] is None for name in NAMES)
     assert result["other"] == result["sum_ms"] > 0
 

@@ -41,7 +41,7 @@ def decoder_output(x_BS: Tensor, ids: list[list[int]]) -> Output:
 def test_operations_of_a_layer_are_its_gate_and_its_used_slots(tokens: int) -> None:
     """2 T E D for the gate, 2 T K 3 D F for the experts, of the fp32 reference."""
     run = tiny.built(tiny.moe_layer(tokens=tokens))
-    _, flops = count_flops(lambda: run.twin(run.x))
+    _, flops = count_flops(lambda: run.built.twin(run.built.x))
     assert flops == layer_flops(tokens, tokens * K)
 
 
@@ -49,14 +49,14 @@ def test_unused_slots_cost_no_operations() -> None:
     """A dropped slot (id -1) is not multiplied."""
     run = tiny.built(tiny.moe_layer(tokens=3))
     forced = routing_to([[0, 1], [2, -1], [-1, -1]])
-    _, flops = count_flops(lambda: run.twin(run.x, forced_routing=(forced,)))
+    _, flops = count_flops(lambda: run.built.twin(run.built.x, forced_routing=(forced,)))
     assert flops == layer_flops(0, 3)
 
 
 def test_operations_of_a_decoder_are_those_of_its_matrices() -> None:
     """Projections, attention (both halves of the square), layers and head."""
     run = tiny.built(tiny.decoder_moe())
-    _, flops = count_flops(lambda: run.twin(run.x))
+    _, flops = count_flops(lambda: run.built.twin(run.built.x))
     assert flops == decoder_flops()
 
 
@@ -84,7 +84,7 @@ def test_least_bytes_of_a_layer_hold_only_the_experts_in_use(ids: list[list[int]
     """The gate, 3 D F per used expert, the input and the output, 4 bytes each."""
     run = tiny.built(tiny.moe_layer(tokens=3))
     output = Output(torch.zeros(3, D), (routing_to(ids),))
-    assert least_bytes(run.model, run.x, output) == 4 * (E * D + used * 3 * D * F + 2 * 3 * D)
+    assert least_bytes(run.built.model, run.built.x, output) == 4 * (E * D + used * 3 * D * F + 2 * 3 * D)
 
 
 def test_least_bytes_halve_with_bf16() -> None:
@@ -92,7 +92,8 @@ def test_least_bytes_halve_with_bf16() -> None:
     wide, narrow = (tiny.built(tiny.moe_layer(f"dtype={dtype}")) for dtype in ("fp32", "bf16"))
     routing = routing_to([[0, 3]] * 14)
     sizes = [
-        least_bytes(run.model, run.x, Output(torch.zeros(14, D, dtype=run.dtype), (routing,))) for run in (wide, narrow)
+        least_bytes(run.built.model, run.built.x, Output(torch.zeros(14, D, dtype=run.built.dtype), (routing,)))
+        for run in (wide, narrow)
     ]
     assert sizes[0] == 2 * sizes[1]
 
@@ -107,14 +108,16 @@ def test_least_bytes_of_a_decoder_hold_only_the_embedding_rows_in_use(tied: bool
     layer = 4 * D * D + E * D + used * 3 * D * F + 2 * D
     embedding_and_head = VOCAB * D if tied else distinct * D + VOCAB * D
     parameters = LAYERS * layer + D + embedding_and_head
-    assert least_bytes(run.model, x_BS, output) == 4 * parameters + 8 * x_BS.numel() + 4 * x_BS.numel() * VOCAB
+    assert least_bytes(run.built.model, x_BS, output) == 4 * parameters + 8 * x_BS.numel() + 4 * x_BS.numel() * VOCAB
 
 
 def test_least_bytes_of_minimal_are_all_of_it() -> None:
     """No part of it is left unread."""
     run = tiny.built(tiny.minimal())
     hidden = 37
-    assert least_bytes(run.model, run.x, run.step()) == 4 * (hidden * hidden + hidden + 2 * 2 * hidden)
+    assert least_bytes(run.built.model, run.built.x, run.built.step()) == 4 * (
+        hidden * hidden + hidden + 2 * 2 * hidden
+    )
 
 
 def test_least_bytes_do_not_depend_on_the_number_of_heads() -> None:
@@ -122,7 +125,7 @@ def test_least_bytes_do_not_depend_on_the_number_of_heads() -> None:
     sizes = set()
     for heads in (1, HEADS):
         run = tiny.built(tiny.decoder_moe(f"model.n_heads={heads}"))
-        sizes.add(least_bytes(run.model, run.x, decoder_output(run.x, [[0, 1]])))
+        sizes.add(least_bytes(run.built.model, run.built.x, decoder_output(run.built.x, [[0, 1]])))
     assert len(sizes) == 1
 
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe_lab.config.targets import locate
 from moe_lab.experts.grouped import grouped
 from moe_lab.models import MakeRouter, checkpoint_config
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.parameters import initialize, without_storage
-from moe_lab.targets import locate
 from tests.models.peers import peer_model
 
 KINDS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe")

@@ -34,10 +34,10 @@ def test_output_is_the_formula_in_float64(batch: int, hidden: int) -> None:
 def test_input_and_output_are_batch_by_hidden() -> None:
     """It has no sequence, no vocabulary and no routing."""
     run = tiny.built(tiny.minimal("batch=3"))
-    assert run.model.input_shape(3, 128) == tuple(run.x.shape) == (3, 37)
-    output = run.step()
+    assert run.built.model.input_shape(3, 128) == tuple(run.built.x.shape) == (3, 37)
+    output = run.built.step()
     assert output.y.shape == (3, 37)
-    assert output.routings == () and run.model.vocab_size is None
+    assert output.routings == () and run.built.model.vocab_size is None
 
 
 @settings(max_examples=15, deadline=None)

@@ -168,19 +168,19 @@ def test_use_reference_computes_one_expert_at_a_time() -> None:
 def test_the_model_is_the_layer(tokens: int) -> None:
     """model=moe_layer: [T, D] in and out, one routing, no vocabulary."""
     run = tiny.built(tiny.moe_layer(tokens=tokens))
-    output = run.step()
-    assert run.model.input_shape(1, tokens) == tuple(run.x.shape) == output.y.shape == (tokens, D)
-    assert len(output.routings) == 1 and run.model.vocab_size is None
-    y_TD, _ = run.model.moe(run.x, CTX)
+    output = run.built.step()
+    assert run.built.model.input_shape(1, tokens) == tuple(run.built.x.shape) == output.y.shape == (tokens, D)
+    assert len(output.routings) == 1 and run.built.model.vocab_size is None
+    y_TD, _ = run.built.model.moe(run.built.x, CTX)
     assert torch.equal(output.y, y_TD)
 
 
 def test_the_model_forced_with_its_own_routing_computes_the_same() -> None:
     """And with another routing something else."""
     run = tiny.built(tiny.moe_layer(tokens=4))
-    free = run.step()
-    assert torch.equal(run.model(run.x, forced_routing=free.routings).y, free.y)
-    assert not torch.allclose(run.model(run.x, forced_routing=(forced_routing(),)).y, free.y)
+    free = run.built.step()
+    assert torch.equal(run.built.model(run.built.x, forced_routing=free.routings).y, free.y)
+    assert not torch.allclose(run.built.model(run.built.x, forced_routing=(forced_routing(),)).y, free.y)
 
 
 class Multiplying(SoftmaxTopK):

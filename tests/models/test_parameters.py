@@ -16,14 +16,7 @@ import moe_lab
 from moe_lab.experts.loop import loop
 from moe_lab.models.layers import AddRMSNorm, Embedding
 from moe_lab.models.moe_layer import MoELayer
-from moe_lab.models.parameters import (
-    adopt,
-    initialize,
-    parameter_bytes,
-    reference_twin,
-    shared_copy,
-    without_storage,
-)
+from moe_lab.models.parameters import adopt, initialize, parameter_bytes, reference_twin, shared_copy, without_storage
 from tests import quick, tiny
 
 DIGESTS = """
@@ -204,16 +197,16 @@ def test_the_twin_computes_by_the_references() -> None:
 def test_making_a_twin_leaves_the_model_as_it_was() -> None:
     """The run keeps its own implementation."""
     run = tiny.built(tiny.decoder_moe("dtype=bf16", "experts=grouped"))
-    assert run.model.layers[0].mlp.experts is not loop
-    assert run.model(run.x).y.dtype == torch.bfloat16
-    assert run.model.embed.dtype is None
+    assert run.built.model.layers[0].mlp.experts is not loop
+    assert run.built.model(run.built.x).y.dtype == torch.bfloat16
+    assert run.built.model.embed.dtype is None
 
 
 def test_a_change_of_the_model_is_seen_by_its_twin() -> None:
     """A checkpoint loaded later is in both."""
     run = tiny.built(tiny.minimal())
-    run.model.linear.weight.zero_()
-    assert not run.twin.linear.weight.any()
+    run.built.model.linear.weight.zero_()
+    assert not run.built.twin.linear.weight.any()
 
 
 @pytest.mark.parametrize("model", [pytest.param(name, id=name) for name in quick.MODELS])

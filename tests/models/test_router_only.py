@@ -15,9 +15,10 @@ from moe_lab.models.router_only import RouterModel
 from moe_lab.ops import extension
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.routers.base import RouteContext, Routing
+from moe_lab.routers.contract import check_contract
 from moe_lab.routers.scored_topk import ScoredTopK
 from moe_lab.routers.softmax_topk import SoftmaxTopK
-from moe_lab.verify import check_contract, verify
+from moe_lab.runs.verify import verify
 from tests.sweep import faulty
 
 needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")

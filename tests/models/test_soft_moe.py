@@ -15,19 +15,19 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import moe_lab
-from moe_lab import phases
+from moe_lab import marks as phases
 from moe_lab.errors import MismatchError
 from moe_lab.experts.grouped import grouped
 from moe_lab.experts.loop import loop
 from moe_lab.experts.weights import ExpertsImpl, ExpertWeights
-from moe_lab.models.moe_layer import MoELayer, SharedExpert, make_moe_layer
+from moe_lab.models.layer_kinds import make_moe_layer
+from moe_lab.models.moe_layer import MoELayer, SharedExpert, moe_layers
 from moe_lab.models.parameters import initialize
 from moe_lab.models.soft_moe import SoftMoELayer
 from moe_lab.routers.base import RouteContext, Routing
 from moe_lab.routers.soft import SoftMoE
 from moe_lab.routers.softmax_topk import SoftmaxTopK
-from moe_lab.runner import Run
-from moe_lab.verify import moe_layers
+from moe_lab.runs.run import Run
 from tests import quick, tiny
 from tests.conftest import needs_cxx
 from tests.tiny import D, E
@@ -229,17 +229,17 @@ def test_the_router_chooses_the_layer() -> None:
     assert type(make_moe_layer(weights, SoftMoE(E, 2), loop)) is SoftMoELayer
     assert type(make_moe_layer(weights, SoftmaxTopK(E, E), loop)) is MoELayer
     decoder = tiny.built(tiny.decoder_moe("router=soft", "model.n_dense_layers=1")).model
-    assert [type(layer) for _, layer in moe_layers(decoder)] == [SoftMoELayer]
+    assert [type(layer) for layer in moe_layers(decoder)] == [SoftMoELayer]
     assert type(tiny.built(tiny.moe_layer("router=soft")).model.moe) is SoftMoELayer
 
 
 def test_the_decoder_tells_the_layer_its_sequences() -> None:
     """Another sequence in the batch changes no logit of the first."""
     run = tiny.built(tiny.decoder_moe("router=soft"))
-    other_BS = run.x.clone()
+    other_BS = run.built.x.clone()
     other_BS[1] = other_BS[1].flip(0)
-    torch.testing.assert_close(run.model(other_BS).y[0], run.model(run.x).y[0], rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(run.model(other_BS).y[1], run.model(run.x).y[1], rtol=1e-2)
+    torch.testing.assert_close(run.built.model(other_BS).y[0], run.built.model(run.built.x).y[0], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(run.built.model(other_BS).y[1], run.built.model(run.built.x).y[1], rtol=1e-2)
 
 
 def test_the_layer_is_one_graph() -> None:
@@ -422,7 +422,7 @@ def with_the_weights_of_another_token(layer: SoftMoELayer) -> None:
 def test_a_planted_fault_is_found(plant: Callable[[SoftMoELayer], None], where: str, at: int, dtype: str) -> None:
     """In either layer of the run's model; its reference twin is right."""
     run: Run = tiny.built(config("decoder_moe", f"dtype={dtype}"))
-    _, layer = moe_layers(run.model)[at]
+    layer = moe_layers(run.built.model)[at]
     assert isinstance(layer, SoftMoELayer)
     plant(layer)
     with pytest.raises(MismatchError) as caught:

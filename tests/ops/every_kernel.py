@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from moe_lab.ops import extension
-from moe_lab.ops.route import Selection, gate_route, route
+from moe_lab.ops.route import gate_route, route
+from moe_lab.ops.selection import Selection
 from moe_lab.ops.sinkhorn import sinkhorn_route
 
 

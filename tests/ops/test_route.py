@@ -15,14 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_lab import build, configure, listing
+from moe_lab.cli import listing
+from moe_lab.config.compose import compose
 from moe_lab.errors import UnavailableError
 from moe_lab.ops import extension
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.library import building_for, triton_interprets
-from moe_lab.ops.route import Routed, Selection, gate_route, multiplies_gate, require_computable, route
+from moe_lab.ops.route import Routed, gate_route, multiplies_gate, require_computable, route
+from moe_lab.ops.selection import Selection
 from moe_lab.routers.scored_topk import ScoredTopK
 from moe_lab.routers.softmax_topk import SoftmaxTopK
+from moe_lab.runs import build
 from tests.ops.compiling import assert_compiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where a fixture cannot say it
@@ -609,7 +612,7 @@ def test_the_table_of_routers_implementations_and_devices(capsys: pytest.Capture
     for path in listing.groups(None)["router"]:
         if path.stem == "native":  # a checkpoint's
             continue
-        cfg = configure.compose(["model=router", f"router={path.stem}"])
+        cfg = compose(["model=router", f"router={path.stem}"])
         found[path.stem] = {}
         for impl, on in columns:
             if cfg.router.name in ("torch", "triton", "cuda_ext") and impl != cfg.router.name:

@@ -11,9 +11,9 @@ import torch
 
 from moe_lab.errors import UnavailableError
 from moe_lab.ops.hash_uniform import fill_uniform, stream_of
-from moe_lab.routers.balanced_assignment import BalancedAssignment
 from moe_lab.routers.balancing_bias import LossFreeBias, QuantileBias
 from moe_lab.routers.base import RouteContext, Router
+from moe_lab.routers.base_layers import BASELayers
 from moe_lab.routers.batch_aware import OpportunisticActivation, SharedBudget
 from moe_lab.routers.capacity import POLICIES, Capacity
 from moe_lab.routers.dynamic_k import DynamicK
@@ -61,7 +61,7 @@ CASES: dict[str, NewRouter] = {
     "sqrt-softplus": partial(ready, partial(ScoredTopK, score="sqrt_softplus")),
     "input-scale": partial(ready, partial(ScoredTopK, renormalize=False, scales_input=True)),
     "expert-choice": ExpertChoice,
-    "base": partial(ready, BalancedAssignment),
+    "base": partial(ready, BASELayers),
     "hash": TokenHash,
     "random": UniformRandom,
     "soft": SoftMoE,

@@ -13,9 +13,9 @@ from torch import Tensor
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.softmax_topk import top_k
 from moe_lab.routers.base import RouteContext, Router, Routing, check_finite, gate_logits, require_finite
+from moe_lab.routers.contract import check_contract
 from moe_lab.routers.sinkhorn import Sinkhorn
 from moe_lab.routers.softmax_topk import SoftmaxTopK
-from moe_lab.verify import check_contract
 from tests.routers.cases import EVERY, EVERY_WHOSE_TOKENS_STAY_APART, NewRouter, context
 
 ROUTERS = pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moe_lab.errors import UnavailableError
 from moe_lab.ops import extension
-from moe_lab.ops.route import Selection, gate_route
+from moe_lab.ops.route import gate_route
+from moe_lab.ops.selection import Selection
 from moe_lab.ops.softmax_topk import chosen
 from moe_lab.routers.balancing_bias import LossFreeBias
 from moe_lab.routers.base import RouteContext

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lab.build import build_router
 from moe_lab.errors import UnavailableError
 from moe_lab.routers.softmax_topk import SoftmaxTopK
+from moe_lab.runs.build import build_router
 from tests import tiny
 from tests.routers.cases import ready
 from tests.routers.peers import dense, peer_router

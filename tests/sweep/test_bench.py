@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 import moe_lab
@@ -66,7 +67,7 @@ def built(bench: Bench, content: dict[str, Any], folder: Path) -> dict[str, Tens
     """The parameters of a run after its step `build`."""
     cell_id = identity.cell_id(content)
     bench.build(content, str(folder / cell_id))
-    return dict(bench._runs[cell_id][0].model.named_parameters())
+    return dict(bench._runs[cell_id].built.model.named_parameters())
 
 
 def shared(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
@@ -76,7 +77,7 @@ def shared(one: dict[str, Tensor], other: dict[str, Tensor]) -> set[str]:
 
 def fresh(content: dict[str, Any]) -> dict[str, Tensor]:
     """The parameters of the same model made alone."""
-    return dict(moe_lab.build_model(moe_lab.config.OmegaConf.create(content)).named_parameters())
+    return dict(moe_lab.build_model(OmegaConf.create(content)).named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -140,14 +141,14 @@ def test_on_cuda_parameters_are_held_once_and_a_parked_graph_holds_nothing(tmp_p
         size = bench.verify(cell_id)["parameter_bytes"]
         assert size is not None and size > 2**27
         if content is contents[1]:
-            (before, output) = torch.cuda.memory_reserved(), bench._runs[cell_id][0].step().y.clone()
+            (before, output) = torch.cuda.memory_reserved(), bench._runs[cell_id].built.step().y.clone()
         bench.park(cell_id)
         if content is contents[1]:
             assert torch.cuda.memory_reserved() < before
     assert torch.cuda.memory_allocated() - start < 1.5 * size
     graph = identity.cell_id(contents[1])
     bench.unpark(graph)
-    assert torch.equal(bench._runs[graph][0].step().y, output)
+    assert torch.equal(bench._runs[graph].built.step().y, output)
 
 
 def test_a_run_in_steps_leaves_its_record(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 import moe_lab
 from moe_lab.records import identity
 from moe_lab.records.store import read_record
-from moe_lab.sweep.engine import CellFailedError, InProcess, Worker, WorkerLostError
+from moe_lab.sweep.engine import CellFailedError, Worker, WorkerLostError
+from moe_lab.sweep.in_process import InProcess
 from moe_lab.sweep.plan import plain
 from tests import quick
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import moe_lab
-from moe_lab import configure
+from moe_lab.config.compose import composing_multirun
 from moe_lab.records import identity, variants
 from moe_lab.records.schema import Record
 from moe_lab.records.store import write_record
 from moe_lab.sweep import multirun, plan
-from moe_lab.sweep.engine import InProcess
+from moe_lab.sweep.in_process import InProcess
 from moe_lab.sweep.plan import Cell, Plan
 from tests import quick
 
@@ -23,7 +23,7 @@ from tests import quick
 def make(directory: Path, *more: str, model: str = "moe_layer") -> Plan:
     """The plan of a multirun of `model` into `directory`."""
     overrides = [*quick.overrides(model, *more), f"hydra.sweep.dir={directory}"]
-    with configure.composing_multirun(overrides, None) as (loader, config):
+    with composing_multirun(overrides, None) as (loader, config):
         jobs = multirun.JobComposer(loader, config).jobs(multirun.expand(loader, config))
         return plan.make(jobs, directory, InProcess(), ["moe-lab", "-m", *overrides])
 
@@ -51,10 +51,10 @@ def test_the_cells_are_those_of_hydras_sweeper(tmp_path: Path) -> None:
 
 def test_an_experiment_is_a_sweep_whose_axes_the_command_line_overrides(tmp_path: Path) -> None:
     """experiment=router_comparison, and the same with other routers."""
-    with configure.composing_multirun(["experiment=router_comparison"], None) as (loader, config):
+    with composing_multirun(["experiment=router_comparison"], None) as (loader, config):
         assert len(multirun.expand(loader, config)) == 8
     overrides = ["experiment=router_comparison", "router=sinkhorn", "batch=7"]
-    with configure.composing_multirun(overrides, None) as (loader, config):
+    with composing_multirun(overrides, None) as (loader, config):
         jobs = multirun.expand(loader, config)
     assert {override for job in jobs for override in job if override.startswith(("router", "batch"))} == {
         "router=sinkhorn",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_lab.config import LOADS
+from moe_lab.config.schemas import LOADS
 from moe_lab.records.schema import Record
 from tests import quick
 from tests.sweep import faulty

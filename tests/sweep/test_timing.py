@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lab import configure
+from moe_lab.config.compose import composing_multirun
 from moe_lab.records.schema import Record
 from moe_lab.records.store import read_record
 from moe_lab.sweep import multirun, timing
 from moe_lab.sweep import plan as planning
-from moe_lab.sweep.engine import InProcess
+from moe_lab.sweep.in_process import InProcess
 from moe_lab.sweep.plan import Cell
 from moe_lab.sweep.timing import Group, Member
 from tests import quick
@@ -31,7 +31,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cells(directory: Path, *more: str, plugin: Path | None = None) -> list[Cell]:
     """The cells of a sweep of `moe_layer` that differ only in what is compared."""
     overrides = [*quick.overrides("moe_layer", *more), f"hydra.sweep.dir={directory}"]
-    with configure.composing_multirun(overrides, plugin and str(plugin)) as (loader, config):
+    with composing_multirun(overrides, plugin and str(plugin)) as (loader, config):
         jobs = multirun.JobComposer(loader, config).jobs(multirun.expand(loader, config))
         made = planning.make(jobs, directory, InProcess(), ["moe-lab"])
     assert len({cell.setting_id for cell in made.cells}) == 1

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lab.config import LOADS
+from moe_lab.config.schemas import LOADS
 from moe_lab.routers.base import Routing
-from moe_lab.verify import check_contract
+from moe_lab.routers.contract import check_contract
 from moe_lab.workloads import loads
 
 KEYS = {"seed": 0, "zipf_exponent": 1.0, "hot_experts": 2, "hot_share": 0.6}

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import moe_lab
-from moe_lab.build import build_input
+from moe_lab.runs.build import build_input
 from tests import tiny
 from tests.tiny import VOCAB, D
 

@@ -1,0 +1,106 @@
+"""The words that may stand first behind `moe-lab`, beside Hydra's language: plan, report, compare, generate, ..."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from moe_lab.cli.arguments import Parser
+from moe_lab.cli.help import argv_overrides, config_dir_of
+from moe_lab.config import targets
+from moe_lab.config.compose import name_sweep
+
+OK = 0
+
+
+def _plan(arguments: list[str]) -> int:
+    from moe_lab.cli import plan as preview
+
+    if {"--help", "-h"} & set(arguments):
+        print("usage: moe-lab plan [-m] OVERRIDES    what `moe-lab -m OVERRIDES` would do; nothing is run or written")
+        return OK
+    config_dir = config_dir_of(arguments)
+    overrides = argv_overrides(arguments)
+    known = {"-m", "--multirun", "--config-dir", "-cd", config_dir, *overrides}
+    for argument in arguments:
+        if argument not in known and not argument.startswith(("--config-dir=", "-cd=")):
+            raise ValueError(f"{argument}: it is no KEY=VALUE (moe-lab --help lists keys and groups).")
+    name_sweep(overrides)
+    preview.show(overrides, config_dir)
+    return OK
+
+
+def _report(arguments: list[str]) -> int:
+    parser = Parser(prog="moe-lab report", description="Tables, plots and the report page of a folder of results.")
+    parser.add_argument("directory", type=Path, help="a sweep's folder, or any folder of runs")
+    directory = parser.parse_args(arguments).directory
+    from moe_lab.results import outputs
+
+    outputs.write(directory)
+    return OK
+
+
+def _compare(arguments: list[str]) -> int:
+    from moe_lab.cli import compare as compare_cli
+
+    return compare_cli.main(arguments)
+
+
+def _list(arguments: list[str]) -> int:
+    from moe_lab.cli import listing
+
+    parser = Parser(prog="moe-lab list", description="The options of the groups.")
+    parser.add_argument("group", nargs="*", help="router, model, experts, ... (all of them, if none is named)")
+    parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
+    given = parser.parse_args(arguments)
+    if given.group in (["router"], ["routers"]):
+        from moe_lab.cli import router_listing
+
+        if given.config_dir:
+            targets.trust(given.config_dir)
+        router_listing.show(given.config_dir)
+    else:
+        listing.show(given.group, given.config_dir)
+    return OK
+
+
+def _generate(arguments: list[str]) -> int:
+    parser = Parser(prog="moe-lab generate", description="The text that a checkpoint writes.")
+    parser.add_argument("prompt", help="what it goes on from")
+    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="model.path=DIR, router=..., dtype=..., ...")
+    parser.add_argument("--max-tokens", type=int, default=200, help="at most so many tokens (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: always the likeliest token")
+    parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
+    given = parser.parse_intermixed_args(arguments)
+    from moe_lab.cli import generate
+
+    generate.main(given.prompt, given.overrides, given.config_dir, given.max_tokens, given.temperature)
+    return OK
+
+
+def _doctor(arguments: list[str]) -> int:
+    parser = Parser(prog="moe-lab doctor", description="What this machine is and what can run on it.")
+    parser.add_argument(
+        "--noise",
+        action="store_true",
+        help="measure how far two processes with the same code differ here, and store it for `moe-lab compare`",
+    )
+    given = parser.parse_args(arguments)
+    from moe_lab.cli import doctor
+
+    if given.noise:
+        doctor.measure_noise()
+    else:
+        doctor.show()
+    return OK
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "plan": _plan,
+    "report": _report,
+    "compare": _compare,
+    "generate": _generate,
+    "list": _list,
+    "doctor": _doctor,
+}
+"""Each returns the exit code and raises `ValueError`, `UnavailableError` or `OSError` for what a person can mend."""

@@ -1,0 +1,201 @@
+"""`moe-lab compare A B`: the comparison as a table on a terminal, as CSV and as Markdown, and its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moe_lab.cli.arguments import Parser
+from moe_lab.records.store import write_atomic
+from moe_lab.results.compare import NAMES, compare
+
+_STYLES = {"slower": "red", "faster": "green", "same": "", "inconclusive": "yellow"}
+_HELP = """\
+Compare two folders of results: did B become slower or faster than A?
+
+Cells are joined by their configuration (cell_id) and judged by the medians of
+their replicates (fresh processes):
+  slower, faster  the 95 % interval of the ratio B/A excludes 1, and the ratio
+                  is beyond the threshold and any known noise floor
+  same            the whole interval lies within the threshold
+  inconclusive    neither; with one replicate on a side there is no interval,
+                  and only a known noise floor allows another verdict
+Run sweeps with measure.replicates=3 or more, or measure the noise floor of the
+machine once with: moe-lab doctor --noise
+"""
+_EXAMPLES = """\
+exit codes:
+  0  compared
+  1  what --fail-on names was found
+  2  a mistake: no such folder, no records, no cell that is ok in both
+
+examples:
+  moe-lab compare outputs/main outputs/branch
+  moe-lab compare outputs/main outputs/branch --threshold 5% --fail-on any
+  moe-lab compare outputs/main outputs/branch --markdown - > comment.md
+"""
+
+
+# --- showing ---
+
+
+def summary(df: pd.DataFrame) -> str:
+    """The count of each verdict, and the geometric mean of B/A over the cells that were compared."""
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in df["verdict"].value_counts().items())
+    ratios = df["ratio"].dropna()
+    if ratios.empty:
+        return counts
+    return f"{counts}; geometric mean of B/A over {len(ratios)} compared cells: {np.exp(np.log(ratios).mean()):.3f}"
+
+
+def _layout(df: pd.DataFrame) -> tuple[str, pd.DataFrame, list[str]]:
+    """What people read, untrusted text made printable: what all cells share, a table of text, numbered notes."""
+    text = df.astype(object).where(df.notna(), "-").map(_text)
+    named = text[df["cell_id"].notna()]
+    varying = [name for name in (*NAMES, "also") if named[name].nunique() > 1]
+    shared = " ".join(f"{name}={named[name].iloc[0]}" for name in NAMES if name not in varying) if len(named) else ""
+    notes = [why for why in dict.fromkeys(text["why"]) if why]
+    table = text[varying].assign(
+        **{
+            "A ms": text["p50_a_ms"],
+            "B ms": text["p50_b_ms"],
+            "B/A": text["ratio"],
+            "95 % interval": [
+                f"{low} to {high}" if low != "-" else "-"
+                for low, high in zip(text["ratio_low"], text["ratio_high"], strict=True)
+            ],
+            "verdict": text["verdict"],
+            "note": [str(notes.index(why) + 1) if why else "" for why in text["why"]],
+            "cell_id": text["cell_id"],
+        }
+    )
+    return shared, table, notes
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "".join(character if character.isprintable() else " " for character in str(value))
+
+
+def to_terminal(df: pd.DataFrame) -> None:
+    """Print the table, its notes and the summary."""
+    shared, content, notes = _layout(df)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in content:
+        if name in (*NAMES, "also", "cell_id"):
+            table.add_column(escape(name), overflow="fold", min_width=8)
+        else:  # never cut: half a number is a wrong number
+            table.add_column(escape(name), no_wrap=True, justify="right" if name in ("A ms", "B ms", "B/A") else "left")
+    for row, verdict in zip(content.itertuples(index=False), df["verdict"], strict=True):
+        table.add_row(*map(escape, row), style=_STYLES.get(verdict, "magenta"))
+    console = Console()
+    width = console.width if console.is_terminal else 200  # a file or a pipe has no width to fit
+    console = Console(width=max(width, console.measure(table, options=console.options.update(width=9999)).minimum))
+    console.print(shared, markup=False, highlight=False)
+    console.print(table)
+    for number, note in enumerate(notes, 1):
+        console.print(f"{number}: {note}", markup=False, highlight=False)
+    console.print(summary(df), style="bold", markup=False, highlight=False)
+
+
+def to_csv(df: pd.DataFrame) -> str:
+    """All columns, numbers in full."""
+    return str(df.to_csv(index=False, lineterminator="\n"))
+
+
+def to_markdown(df: pd.DataFrame) -> str:
+    """Summary, table and notes for a comment on a pull request."""
+    shared, content, notes = _layout(df)
+    rows = [list(content), ["---"] * len(content.columns), *content.itertuples(index=False)]
+    lines = [f"| {' | '.join(map(_escape_markdown, row))} |" for row in rows]
+    numbered = [f"{number}. {_escape_markdown(note)}" for number, note in enumerate(notes, 1)]
+    return "\n".join([summary(df), "", _escape_markdown(shared), "", *lines, "", *numbered, ""])
+
+
+def _escape_markdown(text: str) -> str:
+    return re.sub(r"([\\`|<\[])", r"\\\1", text)
+
+
+# --- the command ---
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="moe-lab compare",
+        description=_HELP,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("a", metavar="A", type=Path, help="folder of the results to compare with, at any depth")
+    parser.add_argument("b", metavar="B", type=Path, help="folder of the results in question")
+    parser.add_argument(
+        "--threshold", default="3%", help="the smallest difference that matters: 3%% or 0.03 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--fail-on",
+        choices=("slower", "faster", "any"),
+        help="exit with 1 if a cell is slower, or faster; any: also if one is missing, failed or unreadable in one set",
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write all columns as CSV; - for standard output, without table")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown; - as above")
+    return parser
+
+
+def parse_threshold(text: str) -> float:
+    """`3%` or `0.03` as 0.03. Raises `ValueError` for what is no number; `compare` knows the range."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"--threshold={text}: give a number such as 3% or 0.03.") from None
+
+
+def _write(target: str | None, text: str) -> None:
+    if target == "-":
+        print(text, end="")
+    elif target is not None:
+        write_atomic(Path(target), text.encode())
+
+
+def _found(df: pd.DataFrame, fail_on: str | None) -> int:
+    """How many cells `--fail-on` names."""
+    if fail_on == "any":  # not what is alike in both sets, be it a failure
+        return int((~df["verdict"].isin(("same", "inconclusive")) & ~df["verdict"].str.endswith(" in both")).sum())
+    return int((df["verdict"] == fail_on).sum())
+
+
+def main(arguments: list[str]) -> int:
+    """`moe-lab compare`. Returns the exit code."""
+    try:
+        asked = _parser().parse_args(arguments)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            df = compare(asked.a, asked.b, threshold=parse_threshold(asked.threshold))
+        for warning in caught:
+            print(f"moe-lab: {warning.message}", file=sys.stderr)
+        if df["ratio"].isna().all():
+            raise ValueError(f"no cell is ok in both {asked.a} and {asked.b}: {summary(df)}.")
+        if "-" not in (asked.csv, asked.markdown):
+            print(f"A: {asked.a}\nB: {asked.b}")
+            to_terminal(df)
+        _write(asked.csv, to_csv(df))
+        _write(asked.markdown, to_markdown(df))
+    except SystemExit:  # --help; `Parser.error` does not exit
+        return 0
+    except (OSError, ValueError) as error:
+        print(f"moe-lab: {error}", file=sys.stderr)
+        return 2
+    if found := _found(df, asked.fail_on):
+        print(f"moe-lab: --fail-on={asked.fail_on}: {found} of {len(df)} rows", file=sys.stderr)
+    return 1 if found else 0

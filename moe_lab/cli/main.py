@@ -1,0 +1,160 @@
+"""`moe-lab`: a plain Hydra application with one-line errors and exit codes.
+
+Exit codes: 0 all ok or declared skips; 1 a run failed; 2 the person's input, or an implementation or a device that is
+not there; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from moe_lab.cli import completion, listing
+from moe_lab.cli.commands import COMMANDS
+from moe_lab.cli.help import argv_overrides, config_dir_of, help_text
+from moe_lab.config import targets
+from moe_lab.config.compose import CONFIG_MODULE, finish, name_sweep
+from moe_lab.config.hydra_patches import VERSION_BASE, register, register_launcher
+from moe_lab.config.mistakes import explain
+from moe_lab.records.schema import Record
+
+OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+_records: list[Record] = []
+_mistakes: list[Exception] = []
+
+
+def _task(cfg: DictConfig, trusted: Sequence[str], environment: Mapping[str, str]) -> float | None:
+    """Hydra's job: run, keep the record for the table, return the median latency (for sweepers that optimise).
+
+    It never raises an ordinary error: Hydra would print it in its own manner, and a launcher might drop other jobs.
+    In a multirun it is called under launchers other than ours, whose processes know neither the trusted folders nor the
+    environment (numbers of threads) of this one.
+    """
+    hydra_config = HydraConfig.get()
+    directory = Path(hydra_config.runtime.output_dir)
+    overrides = list(hydra_config.overrides.task)
+    try:
+        for folder in trusted:
+            targets.trust(folder)
+        if hydra_config.mode == RunMode.MULTIRUN:
+            from moe_lab.cli.foreign import run_job
+
+            record = run_job(cfg, overrides, directory, environment)
+        else:
+            cfg = finish(cfg, overrides)
+            from moe_lab.runs.run import run  # imports torch: not before there is something to compute
+
+            record = run(cfg, directory)
+            _records.append(record)
+    except Exception as error:  # a run's failure is a record: this is a configuration that does not make a run
+        _mistakes.append(error)
+        _remove_if_empty(directory)
+        return None
+    return record.latency_ms.p50 if record is not None and record.latency_ms is not None else None
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Hydra made the run's directory before anybody looked at the configuration; a mistake leaves none behind."""
+    if [path.name for path in directory.glob("*")] in ([], [".hydra"]):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _report(errors: Sequence[BaseException], wants_traceback: bool) -> None:
+    """One line for each different mistake, or their tracebacks."""
+    if wants_traceback:
+        for error in errors:
+            traceback.print_exception(error)
+    else:
+        for line in dict.fromkeys(explain(error) for error in errors):
+            print(f"moe-lab: {line}", file=sys.stderr)
+
+
+def _words() -> dict[str, list[str]]:
+    """The commands and what may stand behind them."""
+    return {name: [] for name in COMMANDS} | {"list": list(listing.groups(None)), "doctor": ["--noise"]}
+
+
+def _show() -> None:
+    """The table of what ran; of a sweep also its files."""
+    multirun = sys.modules.get("moe_lab.sweep.multirun")
+    sweep = multirun.current if multirun is not None else None
+    if sweep is None and _records:
+        from moe_lab.cli.table import print_records
+
+        print_records(_records)
+    if sweep is not None and sweep.plan is not None:
+        from moe_lab.cli.table import print_sweep
+        from moe_lab.results import outputs
+
+        _records.extend(sweep.records())
+        print_sweep(_records, sweep.plan.sweep["compare"])
+        outputs.write(sweep.directory, with_report=sweep.plan.sweep["report"])
+
+
+def _end_multirun() -> None:
+    multirun = sys.modules.get("moe_lab.sweep.multirun")
+    if multirun is not None:
+        multirun.end()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script. Returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    sys.argv = [sys.argv[0], *arguments]
+    _records.clear()
+    _mistakes.clear()
+    wants_traceback = os.environ.get(_FULL_ERROR) == "1"
+    # Hydra prints errors in its own manner and exits with 1, unless it is told to let them through.
+    os.environ[_FULL_ERROR] = "1"
+    try:
+        register()
+        if arguments and arguments[0] in COMMANDS:
+            return COMMANDS[arguments[0]](list(arguments[1:]))
+        if {"-sc", "--shell-completion"} & set(arguments) and completion.complete(_words()):
+            return OK
+        config_dir, overrides = config_dir_of(arguments), argv_overrides(arguments)
+        if {"--help", "-h"} & set(arguments):
+            print(help_text(overrides, config_dir), end="")
+            return OK
+        if config_dir is not None:
+            targets.trust(config_dir)
+        name_sweep(overrides)
+        register_launcher()
+        trusted, environment = targets.trusted(), dict(os.environ)
+
+        def task(cfg: DictConfig) -> float | None:  # pickled with what it refers to, for launchers with processes
+            return _task(cfg, trusted, environment)
+
+        path = f"pkg://{CONFIG_MODULE}"
+        hydra.main(config_path=path, config_name="config", **VERSION_BASE)(task)()
+        _show()
+    except KeyboardInterrupt:
+        print("moe-lab: interrupted; what was known by then is in the record", file=sys.stderr)
+        _show()
+        return INTERRUPTED
+    except Exception as error:  # tasks raise nothing: this is a configuration that could not be composed
+        _report([error], wants_traceback)
+        return MISTAKE
+    finally:
+        _end_multirun()
+        if not wants_traceback:
+            os.environ.pop(_FULL_ERROR, None)
+    if _mistakes:
+        _report(_mistakes, wants_traceback)
+        return MISTAKE
+    return FAILED if any(record.status == "failed" for record in _records) else OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

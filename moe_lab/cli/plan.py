@@ -1,0 +1,54 @@
+"""`moe-lab plan`: what a multirun would do, without doing it. Nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_lab.cli.progress import clock
+from moe_lab.cli.table import print_table
+from moe_lab.config.compose import composing_multirun
+from moe_lab.records import variants
+from moe_lab.sweep import multirun
+from moe_lab.sweep import plan as planning
+from moe_lab.sweep.engine import Worker
+from moe_lab.sweep.plan import Plan
+
+
+def make(overrides: list[str], config_dir: str | None) -> Plan:
+    """The plan of `moe-lab -m OVERRIDES`. Raises `ValueError` for a mistake in them."""
+    worker = Worker()
+    try:
+        with composing_multirun(overrides, config_dir) as (loader, config):
+            worker.start()
+            jobs = multirun.JobComposer(loader, config).jobs(multirun.expand(loader, config))
+            return planning.make(jobs, Path(config.hydra.sweep.dir), worker, multirun.command())
+    finally:
+        worker.close()
+
+
+def show(overrides: list[str], config_dir: str | None) -> None:
+    """Print every cell with what would be done about it, and how long that would take."""
+    plan = make(overrides, config_dir)
+    contents = [variants.named(cell.content, cell.config) for cell in plan.cells]
+    models, workloads = (variants.labels(contents, (key,)) for key in ("model", "workload"))
+    differ = len(set(workloads)) > 1
+    rows = []
+    for cell, model, workload in zip(plan.cells, models, workloads, strict=True):
+        cannot = cell.status == "skipped" and (cell.reason or "").startswith("unavailable")
+        status: str = "cannot run here" if cannot else cell.status
+        if cell.reason and cell.reason != status:
+            status += f": {cell.reason}"
+        sizes = (str(cell.content["batch"]), str(cell.content.get("seq_len", "-")))
+        rows.append((cell.variant, model, *([workload] if differ else []), *sizes, cell.cell_id, status))
+    columns = ("variant", "model", *(["workload"] if differ else []), "batch", "seq_len", "cell_id", "status")
+    console = print_table(columns, rows)
+    n_to_run = len(plan.to_run())
+    line = f"{plan.directory}: {len(plan.cells)} cells, {n_to_run} to run"
+    if plan.n_equal:
+        line += f" ({plan.n_equal} more equal one of them)"
+    if n_to_run:
+        seconds, is_known = planning.expected_seconds(plan)
+        line += f", about {clock(seconds)}" + (
+            "" if is_known else " of timing at most, building and checking not counted"
+        )
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,217 @@
+"""The checks of a composed configuration that types cannot express. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from moe_lab.config.schemas import (
+    AXES,
+    CACHES,
+    DTYPES,
+    EXECUTIONS,
+    EXPORTS,
+    GROUPS,
+    IMPLEMENTATIONS,
+    LOADS,
+    OPSETS,
+    PHASES,
+    ROUTER_IMPLEMENTATIONS,
+    STALE,
+    VIEWS,
+    Config,
+)
+from moe_lab.errors import nearest
+
+_LABELLED = (
+    *("model", "model.shape", "router", "router.inner", "experts", "workload", "measure", "export"),
+    "measure.reference_router",
+)
+
+
+def is_whole(cfg: DictConfig) -> bool:
+    """Whether every group has an option."""
+    return all(isinstance(cfg.get(group), DictConfig) for group in GROUPS)
+
+
+def validate(cfg: DictConfig) -> None:
+    """Raise `ValueError` for what types cannot express. The message names the key, the value and the mend."""
+    if not is_whole(cfg):
+        group = next(group for group in GROUPS if not isinstance(cfg.get(group), DictConfig))
+        raise ValueError(f"{group} has no option: choose one with {group}=... (moe-lab --help lists them).")
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise ValueError(f"{missing[0]} has no value: give {missing[0]}=... on the command line or in the YAML.")
+
+    unknown = sorted(str(key) for key in cfg if key not in Config.__dataclass_fields__ and key != "hydra")
+    if unknown:
+        raise ValueError(f"{unknown[0]}: nothing reads such a key.{nearest(unknown[0], Config.__dataclass_fields__)}")
+
+    _at_least(cfg, "batch seq_len", 1)
+    _at_least(cfg, "seed measure.warmup_s workload.trace_layer", 0)
+    _more_than_zero(cfg, "measure.target_ci measure.max_time_s sweep.timeout_s")
+    _at_least(cfg, "measure.replicates", 1)
+    _one_of(cfg, "measure.cache", CACHES)
+    _validate_sweep(cfg)
+    _one_of(cfg, "workload.phase", PHASES)
+    _at_least(cfg, "workload.context_len measure.quality_tokens", 1)
+    if "path" in cfg.workload and not _is_paths(cfg.workload.path):
+        raise ValueError(f"workload.path={cfg.workload.path}: give a file, a folder, or a list of those.")
+    _one_of(cfg, "workload.load", LOADS)
+    if cfg.workload.get("load") == "replay" and not cfg.workload.get("trace"):
+        raise ValueError(
+            "workload.load=replay: give workload.trace=RUN_DIR, the folder of a run with measure.record_routing=true."
+        )
+    _at_least(cfg, "workload.hot_experts", 1)
+    _at_least(cfg, "workload.zipf_exponent", 0)
+    if not 0 <= cfg.workload.get("hot_share", 0.0) <= 1:
+        raise ValueError(f"workload.hot_share={cfg.workload.hot_share}: it is a share of the slots, between 0 and 1.")
+    _one_of(cfg, "device.name", ("auto", "cpu", "cuda"))
+    _one_of(cfg, "dtype.name", DTYPES)
+    _one_of(cfg, "execution.name", EXECUTIONS)
+    _one_of(cfg, "export.name", EXPORTS)
+    _one_of(cfg, "export.view", VIEWS)
+    if cfg.export.get("opset", 23) not in OPSETS:
+        raise ValueError(f"export.opset={cfg.export.opset}: it must be one of {', '.join(map(str, OPSETS))}.")
+    for axis in cfg.export.get("dynamic", ()):
+        if axis not in AXES:
+            raise ValueError(f"export.dynamic={axis}: an axis is one of {', '.join(AXES)}.{nearest(str(axis), AXES)}")
+    if _is_ours(cfg.model):
+        _validate_model(cfg)
+    if _is_ours(cfg.router):
+        _validate_router(cfg, "router")
+    reference = cfg.measure.get("reference_router")
+    if reference is not None and not isinstance(reference, DictConfig):
+        raise ValueError(
+            f"measure.reference_router={reference}: in a YAML it is chosen in the defaults list, as "
+            "`override /router@measure.reference_router: torch`."
+        )
+    if reference is not None and _is_ours(reference):
+        _validate_router(cfg, "measure.reference_router")
+
+
+def _validate_sweep(cfg: DictConfig) -> None:
+    sweep = cfg.sweep
+    _one_of(cfg, "sweep.stale", STALE)
+    for key in sweep.compare:
+        if key not in GROUPS:
+            raise ValueError(f"sweep.compare={key}: it names groups: {', '.join(GROUPS)}.{nearest(key, GROUPS)}")
+    partials = [("sweep.exclude", partial) for partial in sweep.exclude]
+    if sweep.anchor is not None:
+        partials.append(("sweep.anchor", sweep.anchor))
+    for at, partial in partials:
+        if not isinstance(partial, DictConfig) or not partial:
+            raise ValueError(f"{at}={partial}: give keys and values of a configuration, as in {{router: torch}}.")
+        for key in partial:
+            if key not in Config.__dataclass_fields__:
+                raise ValueError(f"{at}: {key!s} is no key.{nearest(str(key), Config.__dataclass_fields__)}")
+    if cfg.measure.replicates > 1 and not sweep.worker:
+        raise ValueError(
+            f"measure.replicates={cfg.measure.replicates}: each is a fresh process; leave out sweep.worker=false."
+        )
+
+
+def _validate_model(cfg: DictConfig) -> None:
+    sizes = "hidden vocab_size d_model n_heads n_kv_heads head_dim n_layers mlp_hidden_dim dense_hidden_dim n_experts"
+    _at_least(cfg, " ".join(f"model.{key}" for key in (*sizes.split(), "top_k")), 1)
+    _at_least(cfg, "model.shared_expert_hidden_dim model.n_dense_layers", 0)
+    _at_least(cfg, "model.shape.n_experts model.shape.top_k model.shape.d_model model.shape.mlp_hidden_dim", 1)
+    _more_than_zero(cfg, "model.norm_eps model.rope_theta")
+    _one_of(cfg, "model.qk_norm", ("none", "head", "full"))
+    _one_of(cfg, "model.implementation", IMPLEMENTATIONS)
+    _validate_decoder(cfg.model)
+    for at, sizes_of in (("model", cfg.model), ("model.shape", cfg.model.get("shape"))):
+        if sizes_of is not None and sizes_of.get("top_k") and sizes_of.top_k > sizes_of.n_experts:
+            raise ValueError(
+                f"{at}.top_k={sizes_of.top_k}: a token cannot choose more experts than there are "
+                f"({at}.n_experts={sizes_of.n_experts}); lower {at}.top_k or raise {at}.n_experts."
+            )
+
+
+def _validate_decoder(model: DictConfig) -> None:
+    if "n_heads" not in model:
+        return
+    if model.head_dim is None and model.d_model % model.n_heads:
+        raise ValueError(
+            f"model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}: "
+            "choose a divisor, or give model.head_dim."
+        )
+    head_dim = model.head_dim or model.d_model // model.n_heads
+    if head_dim % 2:
+        raise ValueError(f"model.head_dim={head_dim}: rotary embeddings turn pairs, so it must be even.")
+    if model.n_kv_heads is not None and model.n_heads % model.n_kv_heads:
+        raise ValueError(f"model.n_kv_heads={model.n_kv_heads}: it must divide model.n_heads={model.n_heads}.")
+    if model.get("n_dense_layers", 0) > model.n_layers:
+        raise ValueError(
+            f"model.n_dense_layers={model.n_dense_layers}: there are only model.n_layers={model.n_layers}."
+        )
+    if model.get("shared_expert_gate") and not model.shared_expert_hidden_dim:
+        raise ValueError("model.shared_expert_gate=true: give model.shared_expert_hidden_dim too.")
+
+
+def _validate_router(cfg: DictConfig, at: str) -> None:
+    """Of the router whose node is at this key."""
+    node = OmegaConf.select(cfg, at)
+    _one_of(cfg, f"{at}.impl", ROUTER_IMPLEMENTATIONS)
+    _at_least(cfg, " ".join(f"{at}.{key}" for key in ("iters", "top_k", "k_max", "steps", "calibration_tokens")), 1)
+    _at_least(cfg, f"{at}.tolerance", 0)
+    _more_than_zero(cfg, " ".join(f"{at}.{key}" for key in ("temperature", "factor", "scale", "rate")))
+    name, impl = node.get("name"), node.get("impl")
+    if name in ("torch", "triton", "cuda_ext") and impl != name:
+        raise ValueError(f"{at}.impl={impl}: router={name} fixes its implementation to {name}; leave {at}.impl out.")
+    if name == "soft" and node.get("top_k"):
+        raise ValueError(f"{at}.top_k={node.top_k}: router=soft gives every token all experts; leave {at}.top_k out.")
+
+
+def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool = False) -> None:
+    """Raise `ValueError` for an override that would do nothing or lie.
+
+    Nothing: what the chosen model does not read (seq_len for minimal); in a sweep another model may. A lie: the name of
+    an option, by which results are labelled, and the list of what a model does not read.
+    """
+    ignores = set(cfg.model.get("ignores", ()))
+    labels = {f"{group}.name" for group in _LABELLED} | {"model.ignores", "overrides"}
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0]
+        if key in labels:
+            raise ValueError(f"{override}: {key} says what an option is; choose another option of the group instead.")
+        if key == "workload.context_len" and cfg.workload.get("phase") != "decode" and not in_a_sweep:
+            raise ValueError(f"{override}: only workload.phase=decode reads it; leave it out, or give that phase.")
+        group = key.split(".")[0].split("@")[0]
+        if group in ignores and not in_a_sweep:
+            raise ValueError(f"{override}: model={cfg.model.get('name')} does not read {group}; leave it out.")
+
+
+def _one_of(cfg: DictConfig, key: str, allowed: tuple[str, ...]) -> None:
+    value = OmegaConf.select(cfg, key)
+    if value is not None and value not in allowed:
+        raise ValueError(f"{key}={value}: it must be one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+
+
+def _at_least(cfg: DictConfig, keys: str, least: float) -> None:
+    for key in keys.split():
+        value = OmegaConf.select(cfg, key)
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < least:
+            raise ValueError(f"{key}={value}: it must be a number of at least {least:g}.")
+
+
+def _more_than_zero(cfg: DictConfig, keys: str) -> None:
+    for key in keys.split():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{key}={value}: it must be a number above 0.")
+
+
+def _is_paths(value: Any) -> bool:
+    paths = value if isinstance(value, ListConfig) else [value]
+    return len(paths) > 0 and all(isinstance(path, str) and path for path in paths)
+
+
+def _is_ours(node: DictConfig) -> bool:
+    """A user's own class has keys of its own, which are for it to check."""
+    return str(node.get("_target_")).startswith("moe_lab.")

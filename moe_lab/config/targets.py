@@ -1,0 +1,177 @@
+"""From a `_target_` in a configuration to the Python object, and whom to trust with that.
+
+A `_target_` is code execution. It may name what is defined in `moe_lab`'s models, routers, experts and workloads, or in
+a module whose file lies under a folder that the person gave as `--config-dir` (or `config_dir=`). Nothing else widens
+that: no search path, no YAML, no result folder, no checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra.utils
+from omegaconf import DictConfig, OmegaConf
+
+_trusted: list[Path] = []
+_BUILDABLE = ("moe_lab.models.", "moe_lab.routers.", "moe_lab.experts.", "moe_lab.workloads.")
+_ABOUT = ("name", "ignores")  # keys of an option that describe it and are no arguments of its target
+
+
+def trust(config_dir: str | Path) -> Path:
+    """Let `_target_` name modules under `config_dir`, which goes on `sys.path`."""
+    folder = Path(config_dir).resolve()
+    if not str(config_dir) or not folder.is_dir():
+        raise ValueError(f"--config-dir {config_dir}: there is no such folder.")
+    if folder not in _trusted:
+        _trusted.append(folder)
+        sys.path.insert(0, str(folder))
+    return folder
+
+
+def trusted() -> list[str]:
+    """The trusted folders, for another process."""
+    return [str(folder) for folder in _trusted]
+
+
+def folders_of(cfg: DictConfig) -> list[Path]:
+    """The trusted folders that some `_target_` of `cfg` lies in, sorted: the plug-ins whose code a run executes."""
+    content = OmegaConf.to_container(cfg, resolve=True)
+    modules = [str(target).rpartition(".")[0].split(".") for target in _targets(content)]
+    return sorted(folder for folder in _trusted if any(_holds(folder, module) for module in modules))
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node["_target_"]
+        for value in node.values():
+            yield from _targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _targets(value)
+
+
+def _check_trusted(target: str) -> None:
+    """Raise `ValueError` unless importing `target` runs only trusted files. Nothing is imported to find that out."""
+    module, _, _ = target.rpartition(".")
+    if module.startswith(_BUILDABLE):
+        return
+    folder = next((folder for folder in _trusted if _holds(folder, module.split("."))), None)
+    if folder is None:
+        raise ValueError(
+            f"_target_={target}: only moe_lab's models, routers, experts and workloads and modules in a folder given "
+            "with --config-dir may be named; put the module beside your YAML files and give that folder."
+        )
+    name = module.split(".")[0]
+    loaded = getattr(sys.modules.get(name), "__file__", None)
+    if name in sys.modules and (loaded is None or folder not in Path(loaded).resolve().parents):
+        raise ValueError(f"_target_={target}: a module named {name} is loaded already from elsewhere; rename yours.")
+
+
+def _holds(folder: Path, module: list[str]) -> bool:
+    """Whether every file that importing `module` from `folder` runs lies, links followed, in `folder`."""
+    place = folder
+    for depth, name in enumerate(module):
+        package = place / name  # a package hides a module of its name
+        file = package / "__init__.py" if package.is_dir() else place / f"{name}.py"
+        if not file.is_file() or folder not in file.resolve().parents:
+            return False
+        if not package.is_dir() and depth < len(module) - 1:
+            return False
+        place = package
+    return bool(module[0])
+
+
+def locate(target: str) -> Any:
+    """The object that the dotted path `target` names. Raises `ValueError` if it is not trusted or not there."""
+    _check_trusted(str(target))
+    module_name, _, attribute = str(target).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"_target_={target}: {error}") from error
+    if module_name.startswith(_BUILDABLE) and getattr(found, "__module__", None) != module_name:
+        raise ValueError(f"_target_={target}: {module_name} only imports {attribute}; name what is defined there.")
+    return found
+
+
+def instantiate(node: DictConfig, **arguments: Any) -> Any:
+    """Call the target of `node` with its keys and `arguments` (any objects). Nested nodes are made first."""
+    content = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(content, dict)
+    for target in _targets(content):
+        locate(target)
+    made = locate(content["_target_"])
+    keys = {str(key): value for key, value in content.items() if key not in ("_target_", *_ABOUT)}
+    keys = {key: _instantiate_nested(value) for key, value in keys.items()}
+    try:
+        inspect.signature(made).bind(**keys, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{content['_target_']}: {error}. The YAML's keys are its arguments.") from error
+    return made(**keys, **arguments)
+
+
+def _instantiate_nested(value: Any) -> Any:
+    """Hydra's own instantiation, for a value that holds nodes. Every target in it was found trustworthy before."""
+    if not any(_targets(value)):
+        return value
+    options: dict[str, Any] = {}
+    if "_execution_whitelist_" in inspect.signature(hydra.utils.instantiate).parameters:  # Hydra 1.4 wants to be told
+        options["_execution_whitelist_"] = list(_targets(value))
+    return hydra.utils.instantiate(value, **options)
+
+
+_HYDRAS_OWN = ("hydra._internal.core_plugins.", "hydra.experimental.callbacks.", "hydra_plugins.")
+_OUR_CALLBACK = "moe_lab.cli.foreign.ForeignLauncher"
+_LOGGING = ("logging.", "colorlog.", "hydra.", "ext://sys.")
+
+
+def check_hydra_node(node: DictConfig) -> None:
+    """Raise `ValueError` if Hydra's own configuration names code that is not trusted: a callback, a log handler.
+
+    Hydra would run it before any of ours, and a YAML found through a search path may set it.
+    """
+    for name in ("callbacks", "launcher", "sweeper"):  # resolved: an interpolation may stand for a whole node
+        part = node.get(name)
+        for target in _targets(OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part):
+            if not str(target).startswith(_HYDRAS_OWN) and target != _OUR_CALLBACK:
+                _check_trusted(str(target))
+    content = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(content, dict)
+    for value in _log_factories(content):
+        if not str(value).startswith(_LOGGING):
+            raise ValueError(f"{value}: a log handler or formatter must be of logging, colorlog or hydra.")
+
+    for text in _strings([content.get("job_logging"), content.get("hydra_logging")]):
+        literal, interpolates, _ = text.partition("${")
+        # Interpolations of a log's configuration need what only a run knows. None may come to begin with ext://.
+        if interpolates and "ext://".startswith(literal) and not text.startswith("${hydra.runtime.output_dir}"):
+            raise ValueError(
+                f"{text}: in the configuration of a log only text or a path in the run's folder may stand."
+            )
+
+
+def _strings(node: Any) -> Iterator[str]:
+    if isinstance(node, dict | list):
+        for value in node.values() if isinstance(node, dict) else node:
+            yield from _strings(value)
+    elif isinstance(node, str):
+        yield node
+
+
+def _log_factories(node: Any) -> Iterator[Any]:
+    """What `logging.config` would import: values of `()` and `class`, and `ext://...` anywhere."""
+    if isinstance(node, dict):
+        yield from (value for key, value in node.items() if key in ("()", "class"))
+        for value in node.values():
+            yield from _log_factories(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _log_factories(value)
+    elif isinstance(node, str) and node.startswith("ext://"):
+        yield node

@@ -1,0 +1,151 @@
+"""Each MoE layer of a run against its fp32 reference: its routes, and its output by token and by expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.errors import MismatchError
+from moe_lab.measure.tolerances import Tolerance, exact_products
+from moe_lab.models.moe_layer import MoELayer, indexed_moe_layers, moe_layers
+from moe_lab.routers.base import RouteContext, Routing, check_finite
+from moe_lab.routers.contract import members, weights_by_expert
+
+_ROWS_AT_ONCE = 1 << 13  # what the checks compute in one piece, so that they need little memory beside the run's own
+
+
+def compare_routes(
+    ran: Routing,
+    reference: Routing,
+    n_experts: int,
+    layer: int,
+    tolerance: Tolerance,
+    weights_TK: Tensor | None = None,
+    logits_TE: Tensor | None = None,
+    *,
+    static_k: bool = True,
+) -> int:
+    """Number of near-ties in which `ran` chose otherwise than `reference` (which holds its scores).
+
+    `weights_TK` are the weights that the reference gives to the experts of `ran`, where its router can tell
+    (`Router.weigh`); else, of a near-tie, only what the weights add up to is compared. `logits_TE` are those that the
+    reference selected from, for `tolerance.logit`. Where a token's number of experts is not fixed (`static_k`), a score
+    says by how much an expert was chosen or missed, and each that differs must be small.
+
+    Raises:
+        MismatchError: a set differs where the scores do not tie, or a weight differs.
+    """
+    assert reference.scores_TE is not None
+    ran_TE, want_TE = members(ran.expert_ids_TK, n_experts), members(reference.expert_ids_TK, n_experts)
+    scores_TE = reference.scores_TE.float()
+    # The worst score against the best among the experts that only one of the two chose. Rounding is a share of the
+    # scores that the reference chose: an expert that is masked or hardly likely says nothing about it.
+    differs_TE = ran_TE != want_TE
+    highest_T = scores_TE.masked_fill(~differs_TE, -torch.inf).amax(-1)
+    lowest_T = scores_TE.masked_fill(~differs_TE, torch.inf).amin(-1)
+    scale_T = scores_TE.masked_fill(~want_TE | ~scores_TE.isfinite(), 0).abs().amax(-1)
+    changed_T = differs_TE.any(-1)
+    allowed_T = tolerance.score * scale_T
+    if logits_TE is not None and tolerance.logit:
+        allowed_T = allowed_T + tolerance.logit * logits_TE.float().abs().median(-1).values
+    if static_k:
+        near_T = changed_T & (highest_T - lowest_T <= allowed_T) & (ran_TE.sum(-1) == want_TE.sum(-1))
+    else:
+        near_T = changed_T & (torch.maximum(highest_T, -lowest_T) <= allowed_T)
+    if bool((changed_T & ~near_T).any()):
+        token = int((changed_T & ~near_T).nonzero()[0, 0])
+        raise MismatchError(
+            "route",
+            f"layer {layer}: {int((changed_T & ~near_T).sum())} tokens go to other experts than the fp32 selection of "
+            f"their logits (first: token {token}, {sorted(ran.expert_ids_TK[token].tolist())} instead of "
+            f"{sorted(reference.expert_ids_TK[token].tolist())})",
+        )
+    ran_weights_TE = weights_by_expert(ran, n_experts)
+    off_TE = ran_weights_TE - weights_by_expert(reference, n_experts)
+    if weights_TK is None:
+        tied_off_T = off_TE.sum(-1).abs()
+    else:
+        wanted = Routing(ran.expert_ids_TK, weights_TK.masked_fill(ran.expert_ids_TK < 0, 0))
+        tied_off_T = (ran_weights_TE - weights_by_expert(wanted, n_experts)).abs().amax(-1)
+    off_T = torch.where(changed_T, tied_off_T, off_TE.abs().amax(-1))
+    if off_T.numel() and float(off_T.max()) > tolerance.weight:
+        raise MismatchError(
+            "route",
+            f"layer {layer}: a routing weight of token {int(off_T.argmax())} differs by {float(off_T.max()):.2e} "
+            f"(allowed: {tolerance.weight:.0e})",
+        )
+    return int(near_T.sum())
+
+
+class LayerProbe:
+    """Looks at every MoE layer of an eager pass with the run's routing forced, against the fp32 reference twin."""
+
+    def __init__(self, model: nn.Module, twin: nn.Module, tolerance: Tolerance, *, routes: bool = True):
+        self.tolerance, self.near_ties, self.routes = tolerance, 0, routes
+        self.expert_error, self.token_error = 0.0, 0.0
+        self._handles = []
+        self.n_layers = len(moe_layers(model))
+        for (index, layer), reference in zip(indexed_moe_layers(model), moe_layers(twin), strict=True):
+            self._handles.append(layer.register_forward_hook(self._hook(index, reference)))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, index: int, reference: MoELayer) -> Any:
+        def look(layer: MoELayer, arguments: tuple[Any, ...], result: tuple[Tensor, Routing]) -> None:
+            x_TD, ctx = arguments[0], arguments[1]
+            routing = result[1]
+            if self.routes:
+                self._compare_routes(index, layer, reference, x_TD, ctx, routing)
+            y_TD = layer.routed(x_TD, routing, ctx)
+            with exact_products():
+                y_reference_TD = reference.routed(x_TD.float(), routing, ctx)
+            self._keep_worst("token_error", *_squares(y_TD, y_reference_TD))
+            self._compare_experts(layer, reference, *layer.rows(x_TD, routing, ctx))
+
+        return look
+
+    def _compare_routes(
+        self, index: int, layer: MoELayer, reference: MoELayer, x_TD: Tensor, ctx: RouteContext, routing: Routing
+    ) -> None:
+        logits_TE = layer.logits(x_TD)
+        check_finite(logits_TE, index)
+        router, E = reference.router, layer.weights.n_experts
+        with exact_products():
+            want = router.select(logits_TE.float(), ctx._replace(want_scores=True))
+            weights_TK = router.weigh(logits_TE.float(), routing.expert_ids_TK)
+        if want.scores_TE is None:
+            raise ValueError(f"router: {type(router).__name__}.select gave no scores_TE when asked to.")
+        self.near_ties += compare_routes(
+            routing, want, E, index, self.tolerance, weights_TK, logits_TE, static_k=router.static_k
+        )
+
+    def _compare_experts(self, layer: MoELayer, reference: MoELayer, x_TD: Tensor, routing: Routing) -> None:
+        """Each used slot as a token of its own with the weight 1: nothing hides in the sum over a token's experts."""
+        E, K = layer.weights.n_experts, routing.expert_ids_TK.shape[1]
+        ids_N = routing.expert_ids_TK.flatten()
+        off_E, size_E = torch.zeros(2, E, device=x_TD.device, dtype=torch.float64)
+        for slot_N in (ids_N >= 0).nonzero().squeeze(1).split(_ROWS_AT_ONCE):
+            alone = Routing(ids_N[slot_N, None], torch.ones(len(slot_N), 1, device=x_TD.device))
+            x_ND = x_TD[slot_N // K]
+            y_ND = layer.compute(x_ND, alone)
+            with exact_products():
+                y_reference_ND = reference.compute(x_ND.float(), alone)
+            off_N, size_N = _squares(y_ND, y_reference_ND)
+            off_E.index_add_(0, ids_N[slot_N], off_N.double())
+            size_E.index_add_(0, ids_N[slot_N], size_N.double())
+        self._keep_worst("expert_error", off_E, size_E)
+
+    def _keep_worst(self, name: str, off: Tensor, size: Tensor) -> None:
+        """Note the largest sqrt(off / size) under `name`; infinity if anything is not finite."""
+        if off.numel():
+            error = float((off / size.clamp(min=1e-30)).max().sqrt()) if bool(off.isfinite().all()) else float("inf")
+            setattr(self, name, max(getattr(self, name), error))
+
+
+def _squares(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row: squared distance to the reference, and the reference's squared length."""
+    return (y.float() - reference).square().sum(-1), reference.square().sum(-1)

@@ -1,0 +1,1 @@
+"""One run: build, verify, time, observe, record. A sweep is many of them."""

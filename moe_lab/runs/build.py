@@ -1,0 +1,332 @@
+"""From a checked configuration to its objects: device, router, experts, model, input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from moe_lab.config.schemas import Workload
+from moe_lab.config.targets import instantiate, locate
+from moe_lab.errors import UnavailableError
+from moe_lab.experts.weights import ExpertsImpl
+from moe_lab.models import checkpoint_config
+from moe_lab.models.moe_layer import MoELayer, moe_layers
+from moe_lab.models.parameters import adopt, initialize, without_storage
+from moe_lab.models.serving import Decode, Prefill
+from moe_lab.models.soft_moe import SoftMoELayer
+from moe_lab.models.transformer_decoder import TransformerDecoder
+from moe_lab.ops.library import DTYPES, building_for
+from moe_lab.records.identity import digest, option_name
+from moe_lab.routers.base import PROPERTIES, Router, Routing, gate_logits
+from moe_lab.routers.soft import SoftMoE
+
+CHECKPOINT, NATIVE = "moe_lab.models.checkpoint.Checkpoint", "moe_lab.routers.native.native"
+
+
+def resolve_device(cfg: DictConfig) -> torch.device:
+    """The device that `cfg.device` means here.
+
+    Raises:
+        UnavailableError: it is not there, or does not compute `cfg.dtype` or `cfg.execution`.
+    """
+    has_cuda = torch.cuda.is_available()
+    name = cfg.device.name
+    if name == "auto":
+        name = "cuda" if has_cuda else "cpu"
+    if name == "cuda" and not has_cuda:
+        raise UnavailableError("device=cuda: torch sees no CUDA device here; use device=cpu or device=auto")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device.name={name}: it must be auto, cpu or cuda.")
+    if name == "cpu" and cfg.dtype.name == "fp16":
+        raise UnavailableError("dtype=fp16: half precision is not computed on a CPU; use bf16 or fp32")
+    if name == "cpu" and cfg.execution.name == "cuda_graph":
+        raise UnavailableError("execution=cuda_graph: this run is on a CPU; use execution=eager or compile")
+    cache = cfg.measure.get("cache", "natural")
+    if cache == "hot" and cfg.execution.name != "cuda_graph":
+        raise UnavailableError(
+            "measure.cache=hot is 20 calls in one CUDA graph; give execution=cuda_graph, or measure.cache=natural"
+        )
+    if cache == "cold" and name == "cpu":
+        raise UnavailableError("measure.cache=cold: the caches of a CPU are not flushed; use device=cuda")
+    if name == "cuda" and cfg.dtype.name == "bf16" and torch.cuda.get_device_capability() < (8, 0):
+        raise UnavailableError("dtype=bf16: this GPU is older than compute capability 8.0; use fp16 or fp32")
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def build_router(cfg: DictConfig, n_experts: int | None = None, top_k: int | None = None) -> Router:
+    """A new router of `cfg.router`, for the model's sizes unless others are given.
+
+    Raises:
+        UnavailableError: the implementation asked for cannot run here.
+        ValueError: the model has no experts and no sizes were given.
+    """
+    if n_experts is None or top_k is None:
+        sizes = cfg.model.get("shape") or cfg.model
+        if is_checkpoint(cfg.model):
+            settings = checkpoint_config.read(cfg.model.path)
+            sizes = {"n_experts": settings.n_experts, "top_k": settings.top_k}
+        n_experts, top_k = n_experts or sizes.get("n_experts"), top_k or sizes.get("top_k")
+    if n_experts is None or top_k is None:
+        raise ValueError(f"model={cfg.model.name} has no experts: give build_router n_experts and top_k.")
+    return _make_router(cfg, cfg.router, n_experts, top_k)
+
+
+def is_checkpoint(node: DictConfig) -> bool:
+    """Whether the model of this node comes from the folder of a checkpoint."""
+    return str(node.get("_target_")) == CHECKPOINT
+
+
+def is_native(node: DictConfig) -> bool:
+    """Whether the router of this node is `router=native`."""
+    return str(node.get("_target_")) == NATIVE
+
+
+def native_router(cfg: DictConfig) -> DictConfig:
+    """The node of `router=native`, for a configuration whose router is another."""
+    return OmegaConf.create({"_target_": NATIVE, "name": "native", "impl": "auto", "top_k": None})
+
+
+def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int) -> Router:
+    top_k = node.get("top_k") or top_k
+    inner = {"inner": _make_router(cfg, node.inner, n_experts, top_k)} if "inner" in node else {}
+    if is_native(node) and is_checkpoint(cfg.model):  # what it is stands in the checkpoint's own configuration
+        native = OmegaConf.create(checkpoint_config.read(cfg.model.path).router)
+        node = OmegaConf.create({"name": node.name, "impl": node.impl, **native})
+    keys = [str(key) for key in node if key not in ("top_k", "inner", "calibration_tokens")]
+    try:
+        router = instantiate(OmegaConf.masked_copy(node, keys), n_experts=n_experts, top_k=top_k, **inner)
+    except UnavailableError as error:
+        raise UnavailableError(f"router={option_name(node)}: {error}") from error
+    if not isinstance(router, Router):
+        raise ValueError(f"router: {node._target_} is no moe_lab.routers.base.Router; derive it from that class.")
+    return router
+
+
+def describe_router(cfg: DictConfig) -> dict[str, Any]:
+    """{properties: those that it declares, implementations, skip: None or why it cannot run here} of `cfg.router`."""
+    try:
+        with building_for(resolve_device(cfg)), torch.device("meta"):
+            router = build_router(cfg)
+    except (UnavailableError, ValueError) as error:
+        return {"properties": [], "implementations": [], "skip": str(error)}
+    declared = [name for name in PROPERTIES if getattr(router, name)]
+    fixes = cfg.router.get("name") == cfg.router.get("impl")  # router=torch
+    implementations = [router.impl] if fixes else list(router.implementations)
+    return {"properties": declared, "implementations": implementations, "skip": None}
+
+
+def build_experts(cfg: DictConfig) -> ExpertsImpl:
+    """The function that `cfg.experts` names."""
+    experts: ExpertsImpl = locate(cfg.experts._target_)
+    if not callable(experts):
+        raise ValueError(f"experts: {cfg.experts._target_} is not a function.")
+    return experts
+
+
+@contextmanager
+def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_model(
+    cfg: DictConfig, device: torch.device | None = None, donor: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """The model of `cfg` in its dtype on its device, parameters filled from `cfg.seed`, in inference mode.
+
+    With `donor`, parameters by name of a model with the same `weights_key`, it shares those tensors.
+    """
+    device = device or resolve_device(cfg)
+    with without_storage() if donor is not None else nullcontext():
+        model = _make_model(cfg, device)
+    if donor is None:
+        initialize(model, cfg.seed)
+    else:
+        adopt(model, donor, device, cfg.seed)
+    model.eval().requires_grad_(False)
+    _calibrate(cfg, model, device)
+    return model
+
+
+@torch.inference_mode()
+def _calibrate(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
+    """Fit the routers that ask for it, layer by layer, in one pass over tokens of another seed than the run's."""
+    layers = [layer for layer in moe_layers(model) if layer.router.calibrates]
+    if not layers:
+        return
+
+    def fit(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        assert isinstance(layer, MoELayer)
+        layer.router.fit(gate_logits(arguments[0], layer.weights.gate_ED))
+
+    handles = [layer.register_forward_pre_hook(fit) for layer in layers]
+    try:
+        tokens_per_sequence = 1 if "seq_len" in cfg.model.get("ignores", ()) else cfg.seq_len
+        fitted = cfg.router.inner if "inner" in cfg.router else cfg.router  # capacity passes `fit` on
+        batch = -(-fitted.get("calibration_tokens", 4096) // tokens_per_sequence)
+        model(build_input(cfg, model, device, batch=batch, seq_len=cfg.seq_len, seed=cfg.seed + 1))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _make_model(cfg: DictConfig, device: torch.device) -> nn.Module:
+    parts: dict[str, Any] = {}
+    ignores = cfg.model.get("ignores", ())
+    if "router" not in ignores:
+        parts["make_router"] = lambda n_experts, top_k: build_router(cfg, n_experts, top_k)
+    if "experts" not in ignores:
+        parts["experts"] = build_experts(cfg)
+    with _defaults(device, DTYPES[cfg.dtype.name]):
+        model: nn.Module = instantiate(cfg.model, **parts)
+    return model
+
+
+def weights_key(cfg: DictConfig, device: torch.device) -> str:
+    """Equal for configurations whose models have the same parameters, but for those of their routers."""
+    return digest([OmegaConf.to_container(cfg.model, resolve=True), cfg.dtype.name, int(cfg.seed), str(device)])
+
+
+def check_available(cfg: DictConfig) -> torch.device:
+    """The device of `cfg`, if its parts can run there; tensors are made on the meta device, so nothing is allocated.
+
+    Raises:
+        UnavailableError: the device, the dtype on it, or an implementation cannot run here.
+        ValueError: a key that a part refuses.
+    """
+    device = resolve_device(cfg)
+    with building_for(device):
+        require_runnable(cfg, _make_model(cfg, torch.device("meta")))
+    return device
+
+
+def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
+    """Raise `UnavailableError` if a part of `model` cannot do what the rest of the configuration asks of it.
+
+    Raises:
+        ValueError: the model makes its MoE layers so that they would not be those of the router.
+    """
+    router, load = option_name(cfg.router), cfg.workload.get("load", "native")
+    kind = cfg.workload.get("phase", "forward")
+    if kind != "forward" and not isinstance(model, TransformerDecoder):
+        raise UnavailableError(
+            f"workload.phase={kind} needs a decoder that keeps keys and values, and model={option_name(cfg.model)} is "
+            "none; use workload.phase=forward, or model=decoder_moe, transformer_decoder or checkpoint"
+        )
+    for layer in moe_layers(model):
+        if isinstance(layer.router, SoftMoE) and not isinstance(layer, SoftMoELayer):
+            raise ValueError(
+                f"router={router} asks for a layer of its own, and model={option_name(cfg.model)} makes another; let "
+                "it call moe_lab.models.moe_layer.make_moe_layer."
+            )
+        if layer.router.needs_token_ids and model.vocab_size is None:
+            raise UnavailableError(
+                f"router={router} reads the tokens' ids, and model={option_name(cfg.model)} is fed "
+                "hidden states; use a model with an embedding, as decoder_moe"
+            )
+        if kind == "decode" and isinstance(layer, SoftMoELayer):
+            raise UnavailableError(
+                f"router={router} mixes the tokens of a whole sequence, of which a decode step has one; use "
+                "workload.phase=forward or prefill, or another router"
+            )
+        if load != "native" and isinstance(layer, SoftMoELayer):
+            raise UnavailableError(
+                f"workload.load={load} replaces the experts of every slot, and with router={router} every token goes "
+                "to every expert, so there is no choice to replace; use workload.load=native or another router"
+            )
+        if load != "native" and not layer.router.static_k:
+            raise UnavailableError(
+                f"workload.load={load} replaces the experts of every slot, and router="
+                f"{router} fills no fixed number of slots; use workload.load=native or another router"
+            )
+    _require_capturable(cfg, model)
+
+
+def _require_capturable(cfg: DictConfig, model: nn.Module) -> None:
+    """Raise `UnavailableError` if a part of `model` reads results on the host and `cfg.execution` captures."""
+    if cfg.execution.name == "eager":
+        return
+    for layer in moe_layers(model):
+        parts = ((cfg.experts, "experts", layer.experts), (cfg.router, "router", layer.router))
+        for node, group, part in parts:
+            if not getattr(part, "graph_safe", True):
+                raise UnavailableError(
+                    f"{group}={option_name(node)} reads results on the host, so execution={cfg.execution.name} cannot "
+                    "capture it; use execution=eager or another implementation"
+                )
+
+
+def n_positions(cfg: DictConfig) -> int:
+    """How long a sequence gets."""
+    return int(cfg.seq_len + (cfg.workload.context_len if cfg.workload.get("phase") == "decode" else 0))
+
+
+def build_input(
+    cfg: DictConfig,
+    model: nn.Module,
+    device: torch.device,
+    *,
+    batch: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """The one input of `model` that `cfg.workload` gives; batch, length and seed are those of `cfg` unless given.
+
+    Raises:
+        ValueError: the workload does not fit the model.
+    """
+    seq_len = seq_len or n_positions(cfg)
+    longest = getattr(model, "max_positions", None)
+    if longest is not None and seq_len > longest:
+        raise ValueError(
+            f"seq_len={cfg.seq_len}: with workload.phase={cfg.workload.phase} a sequence has {seq_len} tokens, and the "
+            f"model is made for {longest}; lower seq_len or workload.context_len."
+        )
+    workload = locate(cfg.workload._target_)
+    x: Tensor = workload(
+        model=model,
+        batch=batch or cfg.batch,
+        seq_len=seq_len,
+        seed=cfg.seed if seed is None else seed,
+        device=device,
+        dtype=DTYPES[cfg.dtype.name],
+        phase=cfg.workload.phase,
+        **_own_keys(cfg.workload),
+    )
+    return x
+
+
+def _own_keys(workload: DictConfig) -> dict[str, Any]:
+    """The keys of a workload that not every one has; a user's own has what it has."""
+    content = OmegaConf.to_container(workload, resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items() if key not in (*Workload.__dataclass_fields__, "ignores")}
+
+
+def build_task(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[nn.Module, tuple[Routing, ...] | None]:
+    """What is timed: the model itself, or a phase of serving it; and the routing of the cached context, if any.
+
+    Raises:
+        UnavailableError: the model keeps no keys and values.
+    """
+    kind = cfg.workload.get("phase", "forward")
+    if kind == "forward":
+        if isinstance(model, TransformerDecoder):
+            model.rope.reserve(n_positions(cfg), x.device)
+        return model, None
+    assert isinstance(model, TransformerDecoder)  # `require_runnable` has looked
+    cache = model.make_cache(len(x), n_positions(cfg))
+    if kind == "prefill":
+        return Prefill(model, cache), None
+    task = Decode(model, cache, cfg.workload.context_len)
+    return task, task.fill(x)

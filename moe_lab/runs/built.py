@@ -1,0 +1,133 @@
+"""What a configuration became: the objects that a run executes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from moe_lab.measure.clocks import Step, make_step
+from moe_lab.models import Output
+from moe_lab.models.attention import Attention
+from moe_lab.models.layers import AddRMSNorm
+from moe_lab.models.moe_layer import moe_layers
+from moe_lab.models.parameters import reference_twin
+from moe_lab.models.serving import Decode
+from moe_lab.ops import few_tokens, segment_mm
+from moe_lab.ops.library import DTYPES, HAS_TRITON
+from moe_lab.routers.base import PROPERTIES, Routing
+from moe_lab.runs import build
+from moe_lab.workloads.forced import force_load
+
+
+@dataclass
+class Built:
+    """The model of a configuration, its input, and the step that is repeated.
+
+    Attributes:
+        model: its output for `x` is what is verified.
+        twin: the same parameters, computed in fp32 by plain torch.
+        task: the model, or a phase of serving it (`build.build_task`); this is what runs.
+        context: the routing of the cached context while decoding.
+        forced: the routing of each MoE layer under a forced load.
+        step: None while parked.
+    """
+
+    cfg: DictConfig
+    device: torch.device
+    dtype: torch.dtype
+    model: nn.Module
+    twin: nn.Module
+    x: Tensor
+    task: nn.Module
+    context: tuple[Routing, ...] | None
+    forced: tuple[Routing, ...] | None
+    step: Step | None = None
+
+    @classmethod
+    def of(cls, cfg: DictConfig, device: torch.device, donor: Mapping[str, Tensor] | None = None) -> Built:
+        """Everything but the step. With `donor` the model shares those parameters (`build.build_model`).
+
+        Raises:
+            UnavailableError: the device, the dtype on it, or an implementation cannot run here.
+        """
+        model = build.build_model(cfg, device, donor)
+        build.require_runnable(cfg, model)
+        x = build.build_input(cfg, model, device)
+        task, context = build.build_task(cfg, model, x)
+        forced = force_load(cfg, task, x)
+        return cls(cfg, device, DTYPES[cfg.dtype.name], model, reference_twin(model), x, task, context, forced)
+
+    def make_step(self, cache: str, execution: str | None = None) -> Step:
+        """A step of this execution, the caches in the state `cache`."""
+        return make_step(execution or self.cfg.execution.name, cache, self.task, self.x, self.forced)
+
+    def ready_step(self) -> Step:
+        """The step, which is not parked."""
+        assert self.step is not None, "the run is parked"
+        return self.step
+
+    @property
+    def decodes(self) -> bool:
+        return isinstance(self.task, Decode)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of one iteration; of decoding, one for each sequence."""
+        return n_tokens(self.cfg)
+
+    def outputs(self, most: int | None = None) -> Iterator[Output]:
+        """What the run's own execution computes: one pass, or every step of decoding (or `most`, evenly spread).
+
+        When a step is given out, the run stands at its position; its tensors hold until the next is asked for.
+        """
+        step = self.ready_step()
+        if not isinstance(self.task, Decode):
+            yield step()
+            return
+        n = self.task.n_steps
+        for index in sorted({i * n // (most or n) for i in range(most or n)}):
+            self.task.seek(index)
+            yield step()
+
+    def implementation(self) -> dict[str, str]:
+        """Who computes what."""
+        ran: dict[str, str] = {}
+        for module in self.model.modules():
+            if isinstance(module, AddRMSNorm):
+                ran["add_rms_norm"] = module.implementation
+            elif isinstance(module, Attention) and self.decodes:
+                ran["attention"] = "triton" if module.fuses else "torch"
+        for layer in moe_layers(self.model):
+            ran["router"] = (
+                layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"
+            )
+            if self.forced is None and layer.multiplies_gate(self.x.new_empty(self.n_tokens, 0, dtype=self.dtype)):
+                ran["gate"] = layer.router.implementation()
+            ran["experts"] = layer.experts.__name__
+            if layer.experts.__name__ == "grouped" and self._has_few_tokens:
+                ran["experts"] = "grouped:few_tokens"
+            elif layer.experts.__name__ == "grouped":
+                ran["segment_mm"] = segment_mm.implementation_for(
+                    self.x.device, self.dtype, *layer.weights.w_down_EDF.shape[1:]
+                )
+        return ran
+
+    @property
+    def _has_few_tokens(self) -> bool:
+        return self.x.is_cuda and HAS_TRITON and self.n_tokens <= few_tokens.MOST
+
+    def router_properties(self) -> dict[str, bool] | None:
+        """What the router declares, for a reader of the results; None for a model without one."""
+        layers = moe_layers(self.model)
+        return {name: bool(getattr(layers[0].router, name)) for name in PROPERTIES} if layers else None
+
+
+def n_tokens(cfg: Any) -> int:
+    """Tokens of one iteration of this configuration; of decoding, one for each sequence."""
+    is_one = "seq_len" in cfg.model.get("ignores", ()) or cfg.workload.get("phase") == "decode"
+    return int(cfg.batch) * (1 if is_one else int(cfg.seq_len))

@@ -1,0 +1,50 @@
+"""The export of a run: inputs of its own workload, and an export of an earlier run looked at again."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from moe_lab.errors import UnavailableError
+from moe_lab.runs import build
+
+
+def exporter() -> ModuleType:
+    """The module that exports; what it is made with comes with an extra.
+
+    Raises:
+        UnavailableError: that is not installed.
+    """
+    try:
+        return importlib.import_module("moe_lab.export.export")
+    except ImportError as error:
+        if error.name is not None and error.name.startswith("moe_lab"):
+            raise
+        raise UnavailableError(f"export=netron: it needs {error.name}; pip install 'moe-lab[export]'") from error
+
+
+def make_inputs(cfg: DictConfig, model: nn.Module, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """Inputs of the run's own workload on the host, one of each (batch, seq_len), with seeds of their own."""
+    device = torch.device("cpu")
+    return [
+        build.build_input(cfg, model, device, batch=batch, seq_len=seq_len, seed=cfg.seed + number)
+        for number, (batch, seq_len) in enumerate(sizes)
+    ]
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check the pair in `folder` against its manifest and against the model that this describes.
+
+    Raises:
+        ExportError: a file is missing, truncated or changed, or the pair does not compute what the model does.
+        ValueError: there is no export in `folder`, or its model cannot be built here.
+    """
+    module = exporter()
+    report: dict[str, Any] = module.verify(folder, lambda cfg: build.build_model(cfg, torch.device("cpu")), make_inputs)
+    return report

@@ -1,0 +1,205 @@
+"""What a run looks at after the timing, each in passes of its own: routing, phases, roofline, quality, ..."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_lab.measure import phases, roofline, routing_metrics
+from moe_lab.measure.agreement import agreement
+from moe_lab.measure.clocks import HotGraphStep
+from moe_lab.measure.quality import quality
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.moe_layer import indexed_moe_layers, moe_layers
+from moe_lab.models.parameters import shareable
+from moe_lab.models.serving import Decode, Prefill, Serving
+from moe_lab.models.transformer_decoder import TransformerDecoder
+from moe_lab.records import identity
+from moe_lab.routers.base import Routing
+from moe_lab.runs import build
+from moe_lab.runs.built import Built
+from moe_lab.runs.record import reason_of
+from moe_lab.workloads import text
+
+log = logging.getLogger("moe_lab")
+
+_STEPS_OBSERVED = 16  # of decoding, for what is a mean over steps
+
+
+class Observer:
+    """Looks at a run that was verified and timed.
+
+    Attributes:
+        values: what was seen, by the record's field; None where it was not asked for.
+        routing_arrays: what goes into `routing.npz`.
+        warnings: of what could not be seen.
+    """
+
+    def __init__(self, built: Built, samples_ms: np.ndarray, flops: int):
+        self.built, self.samples_ms, self.flops = built, samples_ms, flops
+        self.cfg = built.cfg
+        self.values: dict[str, Any] = {}
+        self.routing_arrays: dict[str, np.ndarray] = {}
+        self.warnings: list[str] = []
+
+    def observe(self) -> None:
+        """Look at everything that `measure` asks for. What fails is a warning, and its field null.
+
+        Raises:
+            MismatchError: the graph that was timed does not write its outputs again.
+        """
+        measure, step = self.cfg.measure, self.built.step
+        if isinstance(step, HotGraphStep):
+            step.check()
+        look_at_caches = self.cfg.execution.name == "cuda_graph" and measure.get("caches", True)
+        for wanted, name, look in (
+            (look_at_caches, "latency_hot_ms", partial(self._cache, "hot")),
+            (look_at_caches, "latency_cold_ms", partial(self._cache, "cold")),
+            (measure.routing or measure.record_routing, "routing", self._routing),
+            (measure.get("reference_router") is not None, "agreement", self._agreement),
+            (measure.phases, "phases_ms", self._phases),
+            (measure.roofline, "roofline", self._roofline),
+            (measure.get("quality", True), "quality", self._quality),
+        ):
+            try:
+                with torch.inference_mode():
+                    self.values[name] = look() if wanted else None
+            except Exception as error:
+                log.error("%s", traceback.format_exc())
+                self.warnings.append(f"{name} could not be observed: {reason_of(error)}")
+
+    def _cache(self, cache: str) -> float:
+        """Median milliseconds with the caches in that state."""
+        if cache == self.cfg.measure.get("cache", "natural"):
+            return float(np.median(self.samples_ms))
+        step = self.built.make_step(cache)
+        once_ms = float(step.time_block(3).ms.min()) * step.calls
+        seconds = min(0.1, self.cfg.measure.max_time_s / 10)
+        ms = step.time_block(min(max(int(seconds * 1e3 / max(once_ms, 1e-3)), 3), 200)).ms
+        if isinstance(step, HotGraphStep):
+            step.check()
+        return float(np.median(ms))
+
+    def _routing(self) -> dict[str, Any] | None:
+        """Metrics of the routing that the run's own execution realises; of decoding the mean over some of its steps."""
+        layers, decodes = indexed_moe_layers(self.built.model), self.built.decodes
+        if not layers:
+            return None
+        ids, steps, recorded = [index for index, _ in layers], [], []
+        for output in self.built.outputs(_STEPS_OBSERVED if decodes else None):
+            steps.append(self._routing_stats(output.routings))
+            recorded.append([routing.expert_ids_TK.cpu() for routing in output.routings])
+        total = [sum(of_layer[1:], of_layer[0]) for of_layer in zip(*steps, strict=True)]
+        self.routing_arrays |= {
+            "layer": np.array(ids),
+            "counts_LE": np.stack([stats.counts_E for stats in total]),
+            "mean_score_LE": np.stack([stats.prob_sum_E / max(stats.tokens, 1) for stats in total]),
+            "coactivation_LEE": np.stack([stats.pairs_EE for stats in total]).astype(np.int32),
+        }
+        if self.cfg.measure.record_routing:
+            widest = max(ids_TK.shape[1] for of_step in recorded for ids_TK in of_step)
+            padded = [[_padded(ids_TK, widest) for ids_TK in of_step] for of_step in recorded]
+            self.routing_arrays["expert_ids_LTK"] = np.concatenate([np.stack(of_step) for of_step in padded], axis=1)
+        summary = routing_metrics.mean_of([routing_metrics.summarize(stats, ids) for stats in steps])
+        return {**summary, "steps": len(steps)} if decodes else summary
+
+    def _routing_stats(self, routings: Sequence[Routing]) -> list[routing_metrics.RoutingStats]:
+        """Of each MoE layer, in an eager pass by these routings."""
+        stats: list[routing_metrics.RoutingStats] = []
+
+        def look(layer: Any, arguments: tuple[Any, ...], result: tuple[Any, ...]) -> None:
+            logits_TE = layer.logits(arguments[0])
+            stats.append(
+                routing_metrics.RoutingStats.of(
+                    logits_TE,
+                    result[1],
+                    seq_start_B1=arguments[1].seq_start_B1,
+                    bytes_per_expert=layer.weights.bytes_per_expert,
+                )
+            )
+
+        handles = [layer.register_forward_hook(look) for layer in moe_layers(self.built.model)]
+        try:
+            self.built.task(self.built.x, forced_routing=routings)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return stats
+
+    def _agreement(self) -> dict[str, Any] | None:
+        """How far routes and outputs are from those of `measure.reference_router`, in a pass of its own."""
+        built = self.built
+        if not moe_layers(built.model):
+            return None
+        if built.forced is not None:
+            self.warnings.append(
+                f"measure.reference_router: with workload.load={self.cfg.workload.load} no router chose the experts, "
+                "so there is no agreement to look for; use workload.load=native."
+            )
+            return None
+        begun = time.perf_counter()
+        cfg = copy.copy(self.cfg)
+        cfg.router, cfg.execution.name = cfg.measure.reference_router, "eager"
+        reference = build.build_model(cfg, built.device, shareable(built.model))
+        build.require_runnable(cfg, reference)
+        other: nn.Module = reference
+        if isinstance(built.task, Serving):
+            assert isinstance(reference, TransformerDecoder) and isinstance(built.task, Prefill | Decode)
+            reference.rope.reserve(build.n_positions(cfg), built.x.device)
+            other = built.task.on(reference)
+        step = built.ready_step()
+        difference = agreement(built.task, other, built.x, step(), fuses=step.fuses)
+        name, seconds = identity.option_name(cfg.router), time.perf_counter() - begun
+        log.info("agreement with router=%s looked at in %.2f s", name, seconds)
+        return {"reference": name, "seconds": seconds, **difference}
+
+    def _phases(self) -> dict[str, Any]:
+        graph_p50_ms = float(np.median(self.samples_ms)) if self.cfg.execution.name == "cuda_graph" else None
+        seconds = min(1.0, self.cfg.measure.max_time_s / 4)
+        return phases.measure_phases(self.built.make_step("natural", "eager"), seconds, graph_p50_ms)
+
+    def _roofline(self) -> dict[str, Any]:
+        built, p50_ms, moved = self.built, float(np.median(self.samples_ms)), []
+        for output in built.outputs(_STEPS_OBSERVED):
+            read = built.x if not isinstance(built.task, Decode) else built.x.index_select(1, built.task.position_1)
+            cached = built.task.cached_bytes() if isinstance(built.task, Serving) else 0
+            moved.append(roofline.least_bytes(built.model, read, output) + cached)
+        return roofline.roofline(round(float(np.mean(moved))), self.flops, p50_ms, built.x.device, built.dtype)
+
+    def _quality(self) -> dict[str, Any] | None:
+        """What the router does to predictions of the workload's text, in whole sequences; None without a text."""
+        cfg, built = self.cfg, self.built
+        if cfg.workload.get("name") != "text" or built.decodes or built.forced is not None:
+            return None  # whole sequences are not what decoding computes, nor a forced load what a router chooses
+        vocab_size: Any = built.model.vocab_size
+        domains = text.read_domains(cfg.workload.path, vocab_size, getattr(built.model, "tokenizer_file", None))
+        wanted = cfg.measure.get("quality_tokens")
+        n_windows = None if wanted is None else max(wanted // (cfg.batch * cfg.seq_len), 1) * cfg.batch
+        windows = text.windows(domains, cfg.seq_len, n_windows, cfg.seed)
+        native: nn.Module | None = None
+        if isinstance(built.model, Checkpoint):
+            native = built.model
+            if not build.is_native(cfg.router) or cfg.router.top_k is not None:
+                other = copy.copy(cfg)
+                other.router = build.native_router(cfg)
+                native = build.build_model(other, built.device, shareable(built.model))
+        numbers, counts_LGE = quality(built.model, native, windows, cfg.batch, built.device)
+        if counts_LGE.size:
+            self.routing_arrays |= {"domain_counts_LGE": counts_LGE, "domain": np.array(windows.names)}
+        if windows.left_out:
+            self.warnings.append(f"quality: too short for one window of seq_len tokens: {', '.join(windows.left_out)}.")
+        return numbers
+
+
+def _padded(ids_TK: Tensor, width: int) -> np.ndarray:
+    """Rows of `width` slots, the additional ones unused."""
+    return np.asarray(nn.functional.pad(ids_TK, (0, width - ids_TK.shape[1]), value=-1).cpu())

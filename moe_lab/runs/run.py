@@ -1,0 +1,357 @@
+"""One run, end to end: build, verify, measure, observe, record.
+
+`Run` holds the steps apart, so that a sweep can interleave `time_block` over several runs; `run` calls them in order.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from moe_lab.config import targets
+from moe_lab.config.checks import validate
+from moe_lab.errors import MismatchError, UnavailableError
+from moe_lab.measure import environment, memory, statistics
+from moe_lab.measure.tolerances import exact_products
+from moe_lab.models import Output
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.moe_layer import moe_layers
+from moe_lab.models.parameters import parameter_bytes
+from moe_lab.models.serving import Decode, Prefill
+from moe_lab.models.transformer_decoder import TransformerDecoder
+from moe_lab.records import identity, store
+from moe_lab.records.schema import Ratio, Record
+from moe_lab.routers.base import Routing
+from moe_lab.runs import build
+from moe_lab.runs import record as recording
+from moe_lab.runs.built import Built, n_tokens
+from moe_lab.runs.export import exporter, make_inputs
+from moe_lab.runs.observe import Observer
+from moe_lab.runs.record import TimedBlock
+from moe_lab.runs.verify import Verification, verify
+from moe_lab.runs.verify_decode import verify_decode
+from moe_lab.workloads.forced import load_difference
+
+log = logging.getLogger("moe_lab")
+
+_LOAD_TOLERANCE = 0.02  # share of the slots
+_BLOCK_S = 0.1  # a block of iterations takes about so long: short beside drift, long beside bookkeeping
+
+
+class Run:
+    """One composed configuration, executed once. Call `build`, `verify`, `time_block`..., `observe`, then `record`."""
+
+    def __init__(self, cfg: DictConfig, directory: Path | None = None):
+        """`directory` is where its files go: those of an export lie there unless `export.dir` says otherwise."""
+        self._spent_s, self._begun = 0.0, time.perf_counter()
+        validate(cfg)
+        self.cfg = cfg
+        self.directory = directory or default_directory(cfg)
+        self.code_id = identity.code_id(targets.folders_of(cfg))
+        self.started = datetime.now(UTC)
+        self.device: torch.device | None = None
+        self.built: Built | None = None
+        self.verification: Verification | None = None
+        self.peak_bytes: int | None = None
+        self.blocks: list[TimedBlock] = []
+        self.peers: list[str] = []  # cell_ids of the runs whose blocks were interleaved with these
+        self.ratio: Ratio | None = None
+        self.probe_ms: list[float] = []  # how fast the machine was, by replicate
+        self.observed: dict[str, Any] = {}
+        self.routing_arrays: dict[str, np.ndarray] = {}
+        self.warnings: list[str] = []
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """What is done inside counts as time spent on this run; what other runs do meanwhile does not."""
+        if self._spent_s:  # else it has begun with `__init__`
+            self._begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent_s += time.perf_counter() - self._begun
+
+    def build(self, donor: Mapping[str, Tensor] | None = None) -> None:
+        """Make the model, its reference twin, the input and the step.
+
+        With `donor` the model shares those parameters (`build.build_model`).
+
+        Raises:
+            UnavailableError: the device, the dtype on it, or an implementation cannot run here.
+        """
+        self.device = build.resolve_device(self.cfg)
+        built = Built.of(self.cfg, self.device, donor)
+        if self._export_dir is not None:
+            exporter().require_exportable(self.cfg, built.model, self._export_dir)
+        self.built = built
+        self._look_at_the_input(built)
+        self._look_at_the_load(built)
+        built.step = built.make_step(self._cache)
+        log.info(
+            "built %s on %s: %.1f MB of parameters",
+            identity.option_name(self.cfg.model),
+            built.device,
+            parameter_bytes(built.model) / 1e6,
+        )
+
+    def made(self) -> Built:
+        """What `build` made, which was called before."""
+        assert self.built is not None, "call build first"
+        return self.built
+
+    @property
+    def _cache(self) -> Any:
+        return self.cfg.measure.get("cache", "natural")
+
+    def _look_at_the_input(self, built: Built) -> None:
+        """Warnings for a router that is told too little, and for a trained model that is told nothing."""
+        for layer in moe_layers(built.model):
+            self.warnings += [text for text in layer.router.warnings(built.n_tokens) if text not in self.warnings]
+        if not isinstance(built.model, Checkpoint):
+            return
+        if self.cfg.workload.get("name") == "random":
+            self.warnings.append(
+                "workload=random: a trained model routes random ids otherwise than text, so load and latency are not "
+                "those of its use; use workload=text."
+            )
+        if untrained := built.model.untrained():
+            self.warnings.append(
+                f"router={identity.option_name(self.cfg.router)}: checkpoints hold no {', '.join(untrained)} for it, "
+                "so that is 0 in every layer."
+            )
+
+    def _look_at_the_load(self, built: Built) -> None:
+        """A warning for a layer whose experts are loaded otherwise than they were asked to be."""
+        worst = load_difference(self.cfg, built.model, built.forced)
+        if worst is not None and worst > _LOAD_TOLERANCE:
+            self.warnings.append(
+                f"workload.load={self.cfg.workload.load}: {worst:.1%} of the slots go elsewhere than asked, for no "
+                "token has an expert twice and slots are whole; the realised load stands in the row."
+            )
+
+    def verify(self) -> None:
+        """Take the peak memory of one iteration, then check the step's own output against the fp32 reference.
+
+        Raises:
+            MismatchError: the run computes something else than its label says.
+            ValueError: router logits that are not finite; the message names the layer.
+        """
+        step = self.made().ready_step()
+        step()  # what is allocated once is allocated now
+        peak_bytes = memory.peak_bytes(step)  # before the reference leaves its traces
+        self._verify_step()
+        self.peak_bytes = peak_bytes
+
+    def _verify_step(self) -> None:
+        built, step = self.made(), self.made().ready_step()
+        task, twin, how = built.task, built.twin, {"fuses": step.fuses, "forced": built.forced is not None}
+        if isinstance(task, Decode):
+            assert isinstance(twin, TransformerDecoder) and built.context is not None
+            steps = [_kept(output) for output in built.outputs()]
+            self.verification = verify_decode(task, twin, built.x, steps, built.context, built.dtype, **how)
+            task.seek(0)
+        else:
+            if isinstance(task, Prefill):
+                assert isinstance(twin, TransformerDecoder)
+                twin = task.on(twin)
+            self.verification = verify(task, twin, built.x, step(), built.dtype, **how)
+        if built.x.is_cuda:
+            torch.cuda.empty_cache()  # what the reference took
+        log.info("verified: %s", self.verification.check)
+        if self.verification.mismatch is not None:
+            raise self.verification.mismatch
+
+    def park(self) -> None:
+        """Let go of what a step holds beside the model: a graph's memory, compiled code."""
+        self.made().step = None
+
+    def unpark(self) -> None:
+        """Make the step anew. An eager one is the one that was verified; another is verified again."""
+        built = self.made()
+        built.step = built.make_step(self._cache)
+        if self.cfg.execution.name != "eager":
+            self._verify_step()
+
+    def warm_up(self, block_s: float = _BLOCK_S) -> int:
+        """Repeat the step for `measure.warmup_s`, at least once. Returns how many iterations fill `block_s`."""
+        step = self.made().ready_step()
+        deadline = time.perf_counter() + self.cfg.measure.warmup_s
+        while True:
+            once_ms = float(step.time_block(1).ms[0]) * step.calls
+            if time.perf_counter() >= deadline:
+                return max(1, int(block_s * 1e3 / max(once_ms, 1e-4)))
+
+    def time_block(self, n: int, *, replicate: int = 0, round_: int = 0, order: int = 0) -> TimedBlock:
+        """Time `n` iterations and keep the samples."""
+        timed = TimedBlock(replicate, round_, order, self.made().ready_step().time_block(n))
+        self.blocks.append(timed)
+        return timed
+
+    def samples_ms(self) -> np.ndarray:
+        """Every sample so far, in order."""
+        return recording.samples_ms(self.blocks)
+
+    def measure(self) -> None:
+        """Warm up, then time blocks until the median is known to `target_ci` or `max_time_s` is spent."""
+        max_time_s = self.cfg.measure.max_time_s
+        n = self.warm_up(min(_BLOCK_S, max_time_s))
+        deadline = time.perf_counter() + max_time_s
+        round_ = 0
+        while True:
+            self.time_block(n, round_=round_)
+            round_ += 1
+            samples = self.samples_ms()
+            if statistics.is_known(samples, self.cfg.measure.target_ci) or time.perf_counter() >= deadline:
+                break
+        log.info("timed %d iterations, median %.4g ms", len(samples), np.median(samples))
+
+    def observe(self) -> None:
+        """Look at what `measure` asks for. The latency stands whether or not that succeeds (`Observer.observe`)."""
+        assert self.verification is not None
+        observer = Observer(self.made(), self.samples_ms(), self.verification.flops)
+        try:
+            observer.observe()
+        finally:
+            self.observed |= observer.values
+            self.routing_arrays |= observer.routing_arrays
+            self.warnings += observer.warnings
+
+    @property
+    def _export_dir(self) -> Path | None:
+        if self.cfg.export.get("name", "none") == "none":
+            return None
+        return self.directory / "netron" if self.cfg.export.dir is None else Path(self.cfg.export.dir)
+
+    def export(self) -> None:
+        """Write the model, whatever the phase that was timed, where `export` asks for it.
+
+        Raises:
+            ExportError: there is no pair.
+            MismatchError: it computes something else than the model; what is known of it stands in the record.
+        """
+        if self._export_dir is None:
+            return
+        model = self.made().model
+        try:
+            self.observed["export"] = exporter().export(self.cfg, model, self._export_dir, make_inputs)
+        except MismatchError as error:
+            self.observed["export"] = error.found
+            raise
+        log.info("exported: %s", self.observed["export"])
+
+    def failed_with(self, error: BaseException) -> tuple[str, str]:
+        """(status, reason) of the record of this run that met `error`; the traceback goes into the log."""
+        if isinstance(error, MismatchError):
+            self.warnings.append(str(error))
+        return recording.failure_of(error)
+
+    def record(self, status: str = "ok", reason: str | None = None) -> Record:
+        """What is known so far, as a record."""
+        cfg, built, target_ci = self.cfg, self.built, self.cfg.measure.target_ci
+        env = environment.capture(self.device) if self.device is not None else {}
+        latency = recording.latency_of(self.blocks, target_ci, cache=self._cache, probe_ms=self.probe_ms)
+        decodes = bool(cfg.workload.get("phase") == "decode")
+        return Record(
+            status=status,  # type: ignore[arg-type]
+            reason=reason,
+            cell_id=identity.cell_id(cfg),
+            code_id=self.code_id,
+            env_id=identity.env_id(env) if env else None,
+            name=cfg.name,
+            overrides=list(cfg.overrides),
+            interleaved_with=self.peers,
+            config=OmegaConf.to_container(cfg, resolve=True),  # type: ignore[arg-type]
+            implementation=built.implementation() if built is not None else {},
+            latency_ms=latency,
+            ratio_to_anchor=self.ratio,
+            throughput=recording.throughput(latency.p50, n_tokens(cfg), decodes=decodes) if latency else None,
+            memory=self._memory(),
+            check=self.verification.check if self.verification else None,
+            router=built.router_properties() if built is not None else None,
+            environment=env,
+            started=self.started.isoformat(timespec="seconds"),
+            elapsed_s=self._spent_s + time.perf_counter() - self._begun,
+            warnings=[*self.warnings, *recording.noise_warnings(latency, target_ci)],
+            **self.observed,
+        )
+
+    def _memory(self) -> dict[str, float | None] | None:
+        if self.built is None:
+            return None
+        return {
+            "peak_mb": self.peak_bytes / 1e6 if self.peak_bytes is not None else None,
+            "parameters_mb": parameter_bytes(self.built.model) / 1e6,
+        }
+
+    def write(self, record: Record) -> None:
+        """Write the record and everything beside it into the run's folder."""
+        recording.write(record, self.blocks, self.routing_arrays, self.directory)
+
+
+def _kept(output: Output) -> Output:
+    """A copy, for the next step may overwrite it."""
+    routings = (Routing(routing.expert_ids_TK.clone(), routing.weights_TK.clone()) for routing in output.routings)
+    return Output(output.y.clone(), tuple(routings))
+
+
+def default_directory(cfg: DictConfig) -> Path:
+    """`outputs/runs/<slug>-<cell_id>` below the current directory."""
+    return Path("outputs/runs") / f"{identity.slug(cfg)}-{identity.cell_id(cfg)}"
+
+
+def run(cfg: DictConfig, directory: str | Path | None = None) -> Record:
+    """Execute `cfg` and leave its record in `directory` (default: `default_directory`).
+
+    A failure while running is a record too: status `failed`, the cause in `reason`, the traceback in `run.log`.
+
+    Raises:
+        ValueError: a mistake in the configuration; one line that names the key and the mend.
+        UnavailableError: an implementation or a device that is not here. Its record, `skipped`, is written first.
+        OSError: the directory cannot be written.
+        KeyboardInterrupt: Ctrl-C; the record, `failed` with the reason `interrupted`, is written first.
+    """
+    the_run = Run(cfg, Path(directory) if directory is not None else None)
+    folder = the_run.directory
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / store.LOG).unlink(missing_ok=True)
+    with recording.run_log(folder):
+        return _execute(the_run)
+
+
+def _execute(the_run: Run) -> Record:
+    raised: BaseException | None = None
+    status, reason = "ok", None
+    try:
+        with exact_products():  # fp32 means fp32, whatever this process has set
+            the_run.build()
+            the_run.verify()
+            the_run.measure()
+            the_run.observe()
+            the_run.export()
+    except (Exception, KeyboardInterrupt) as error:
+        status, reason = the_run.failed_with(error)
+        if _is_persons(error, the_run):
+            raised = error
+    record = the_run.record(status, reason)
+    the_run.write(record)
+    record.directory = str(the_run.directory)
+    if raised is not None:
+        raise raised
+    return record
+
+
+def _is_persons(error: BaseException, the_run: Run) -> bool:
+    """Whether a single run passes the error on to the person: a mistake of theirs, or their Ctrl-C."""
+    if isinstance(error, ValueError):
+        return the_run.built is None or the_run.built.step is None  # before there was anything to run: a mistake
+    return isinstance(error, UnavailableError | KeyboardInterrupt)

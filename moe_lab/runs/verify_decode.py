@@ -1,0 +1,92 @@
+"""Decoding verified: every step against one pass of the fp32 reference over whole sequences, without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_lab.measure.distance import Distance
+from moe_lab.measure.layer_probe import LayerProbe
+from moe_lab.measure.roofline import count_flops
+from moe_lab.measure.tolerances import exact_products, tolerance_of
+from moe_lab.models import Output
+from moe_lab.models.moe_layer import indexed_moe_layers
+from moe_lab.models.serving import Decode, whole_routing
+from moe_lab.models.transformer_decoder import TransformerDecoder
+from moe_lab.routers.base import Routing
+from moe_lab.routers.contract import members
+from moe_lab.runs.compared_cache import ComparedCache
+from moe_lab.runs.verify import Verification, judged, keeps_contract, nothing_known, probe_layers
+
+_TOKENS_AT_ONCE = 1 << 14  # of whole sequences in one pass of the reference
+
+_STEPS_PROBED = 4
+
+
+@torch.inference_mode()
+def verify_decode(
+    task: Decode,
+    twin: TransformerDecoder,
+    ids_BN: Tensor,
+    steps: Sequence[Output],
+    context: Sequence[Routing],
+    dtype: torch.dtype,
+    *,
+    fuses: bool = False,
+    forced: bool = False,
+) -> Verification:
+    """As `verify`, for decoding: the output of every step against one pass of `twin` over whole sequences, cacheless.
+
+    So what the steps find in the cache is checked too. Layer by layer some of the steps are looked at, and which stands
+    in the record. A router that looks at the whole batch has no free choice over whole sequences to compare with.
+
+    Args:
+        steps: what the run's own execution computed, step by step; the cache is as they left it.
+        context: the routing of each MoE layer in the cached context.
+    """
+    tolerance = tolerance_of(task, dtype, fuses=fuses)
+    layers, (B, N), n = indexed_moe_layers(task), ids_BN.shape, len(steps)
+    probed = sorted({round(i * (n - 1) / max(_STEPS_PROBED - 1, 1)) for i in range(_STEPS_PROBED)})
+    result = Verification(nothing_known(f", over whole sequences; layers alone in {len(probed)} of {n} steps"))
+    if not keeps_contract(result, layers, steps, B):
+        return result
+
+    whole = [
+        whole_routing(of_layer[0], of_layer[1:], B)
+        for of_layer in zip(context, *(s.routings for s in steps), strict=True)
+    ]
+    y_BSV = torch.cat([step.y for step in steps], dim=1)
+    is_free = bool(layers) and not forced and all(layer.router.batch_invariant for _, layer in layers)
+    off, free_off, changed, cache_error, rows = Distance(), Distance(), 0, 0.0, max(1, _TOKENS_AT_ONCE // N)
+    for a in range(0, B, rows):
+        ran = [
+            Routing(one.expert_ids_TK[a * N : (a + rows) * N], one.weights_TK[a * N : (a + rows) * N]) for one in whole
+        ]
+        some_BN, y = ids_BN[a : a + rows], y_BSV[a : a + rows]
+        cache = ComparedCache(task.cache.rows(a, a + rows))
+        with exact_products():
+            off.add(y, twin(some_BN, ran, last=n, cache=cache).y)
+            cache_error = max(cache_error, cache.error())
+            if is_free:
+                free = twin(some_BN, last=n)
+                free_off.add(y, free.y)
+                for (_, layer), one, other in zip(layers, ran, free.routings, strict=True):
+                    E = layer.weights.n_experts
+                    differs_BN = (members(one.expert_ids_TK, E) != members(other.expert_ids_TK, E)).any(-1).view(-1, N)
+                    changed += int(differs_BN[:, N - n :].sum())
+    check = result.check
+    check.rel_error, check.max_abs_error, check.cache_rel_error = off.relative(), off.largest, cache_error
+    if is_free:
+        check.free_rel_error, check.changed_sets = free_off.relative(), changed
+
+    def some_steps() -> None:  # they write into the cache again, so it was compared before
+        for index in probed:
+            task.seek(index)
+            task(ids_BN, steps[index].routings)
+
+    probe_layers(result, LayerProbe(task, twin, tolerance, routes=not forced), some_steps)
+    task.seek(n - 1)
+    _, result.flops = count_flops(lambda: task.on(twin)(ids_BN, steps[-1].routings if forced else None))
+    return judged(result, tolerance, dtype)

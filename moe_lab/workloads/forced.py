@@ -1,0 +1,90 @@
+"""Forced loads: the routing of each MoE layer that gives its experts the load of `cfg.workload.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from moe_lab.models.moe_layer import moe_layers
+from moe_lab.records import store
+from moe_lab.routers.base import Routing
+from moe_lab.workloads import loads
+
+
+@torch.inference_mode()
+def force_load(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[Routing, ...] | None:
+    """The routing of each layer that gives the experts the load of `cfg.workload.load`; None for `native`.
+
+    Its weights are those of the native pass of `model`, which may be a phase of serving it (`build_task`).
+    """
+    load = cfg.workload.get("load", "native")
+    layers = moe_layers(model)
+    if load == "native" or not layers:
+        return None
+    keys, routings = _load_keys(cfg), model(x).routings
+    if load == "replay":
+        recorded = _trace(cfg.workload.trace, cfg.workload.get("trace_layer"), len(layers))
+        return tuple(
+            loads.replayed(ids_TK, routing, layer.weights.n_experts, int(cfg.seed))
+            for ids_TK, layer, routing in zip(recorded, layers, routings, strict=True)
+        )
+    return tuple(
+        loads.loaded(load, routing, layer.weights.n_experts, **keys)
+        for layer, routing in zip(layers, routings, strict=True)
+    )
+
+
+def _load_keys(cfg: DictConfig) -> dict[str, float]:
+    keys = ("zipf_exponent", "hot_experts", "hot_share")
+    return {"seed": int(cfg.seed), **{key: cfg.workload[key] for key in keys if cfg.workload.get(key) is not None}}
+
+
+def _trace(directory: str, layer: int | None, n_layers: int) -> np.ndarray:
+    """The recorded ids [L, T, K] of a run, or of one of its MoE layers (counted from 0) for a model that has one.
+
+    Raises:
+        ValueError: there are none, or of another number of layers.
+    """
+    path = Path(directory) / store.ROUTING
+    try:
+        with np.load(path) as arrays:
+            ids_LTK: np.ndarray = arrays["expert_ids_LTK"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"workload.trace={directory}: {path} holds no recorded routing ({error}); run with "
+            "measure.record_routing=true and name that run's folder."
+        ) from error
+    if layer is not None and (n_layers != 1 or layer >= len(ids_LTK)):
+        raise ValueError(
+            f"workload.trace_layer={layer}: it is one of the {len(ids_LTK)} layers of {directory}, counted from 0, "
+            f"for a model with one MoE layer (this one has {n_layers})."
+        )
+    if layer is not None:
+        return ids_LTK[layer : layer + 1]
+    if len(ids_LTK) != n_layers:
+        more = "; give workload.trace_layer=0, or sweep over them" if n_layers == 1 else ""
+        raise ValueError(
+            f"workload.trace={directory}: it has {len(ids_LTK)} MoE layers, and the model {n_layers}{more}."
+        )
+    return ids_LTK
+
+
+def load_difference(cfg: DictConfig, model: nn.Module, forced: Sequence[Routing] | None) -> float | None:
+    """By how much the worst layer's load differs from the one asked for (`loads.difference`); None if none was."""
+    if forced is None:
+        return None
+    if cfg.workload.load == "replay":
+        return None  # what was drawn is what there is
+    layers = moe_layers(model)
+    found = []
+    for layer, routing in zip(layers, forced, strict=True):
+        E, K = layer.weights.n_experts, routing.expert_ids_TK.shape[1]
+        asked_E = loads.asked_shares(cfg.workload.load, E, K, **_load_keys(cfg))
+        if asked_E is not None:
+            found.append(loads.difference(routing.expert_ids_TK, asked_E))
+    return max(found, default=None)

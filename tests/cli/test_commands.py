@@ -1,0 +1,128 @@
+"""commands.py: the words beside Hydra's language: help, exit codes, what is imported."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from moe_lab.cli.commands import COMMANDS
+from tests import quick, tiny
+from tests.cli.test_main import loaded_modules
+from tests.results.compared import record, write
+
+_IN_ONE_PROCESS = (
+    "import contextlib, io, json, os, sys; from moe_lab.cli.main import main\n"
+    "os.chdir(sys.argv[1])\n"
+    "for arguments in json.loads(sys.argv[2]):\n"
+    "    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:\n"
+    "        try:\n"
+    "            code = main(arguments)\n"
+    "        except SystemExit as left:\n"
+    "            code = left.code\n"
+    "    print(json.dumps([code, out.getvalue(), err.getvalue(), 'torch' in sys.modules]))"
+)
+
+HELP = {
+    "plan": ["moe-lab plan [-m] OVERRIDES", "nothing is run or written"],
+    "report": ["moe-lab report", "directory", "a sweep's folder"],
+    "compare": ["moe-lab compare", "--threshold", "exit codes"],
+    "generate": ["moe-lab generate", "KEY=VALUE", "--max-tokens", "--temperature", "default: 200"],
+    "list": ["moe-lab list", "--config-dir", "router, model, experts"],
+    "doctor": ["moe-lab doctor", "--noise"],
+}
+MISTAKES = {
+    "report nowhere": "nowhere",
+    "report": "report: .*required: directory .moe-lab report --help.",
+    "report a b": "report: unrecognized arguments: b",
+    "list rooter": "rooter: no such group; there are .*router.*Did you mean router",
+    "list --all": "list: unrecognized arguments: --all",
+    "list --config-dir": "list: .*--config-dir.*expected one argument",
+    "doctor --loud": "doctor: unrecognized arguments: --loud",
+    "doctor now": "doctor: unrecognized arguments: now",
+    "compare a": "compare: .*required: B",
+    "compare nowhere nowhere": "nowhere: there is no such folder",
+    "generate": "generate: .*required: prompt, KEY=VALUE",
+    "generate abc": "generate: .*required: KEY=VALUE",
+    "generate abc model.path=d --max-tokens few": "generate: .*--max-tokens: invalid int value: 'few'",
+    "generate abc model.path=d --loud": "generate: unrecognized arguments: --loud",
+}
+OF_GENERATE = {  # typed behind a prompt
+    "router=native": r"model\.path has no value: give model\.path=",
+    "model.path=nowhere": r"model\.path=nowhere: nowhere/config\.json cannot be read .*; give the folder",
+    "model=decoder_moe": "model=decoder_moe: .*use model=checkpoint",
+    "model=decoder_moe router=torch": "model=decoder_moe: .*use model=checkpoint",
+    "{} foo": "foo: it is no KEY=VALUE",
+    "{} --max-tokens 0": "--max-tokens 0: it must be at least 1",
+    "{} --temperature -1": "--temperature -1.0: it must be at least 0",
+    "{} router=soft": "router=soft mixes .*or another router",
+    "{} execution=cuda_graph device=cpu": "execution=cuda_graph: .*use execution=eager",
+}
+
+
+def run(commands: list[list[str]], cwd: Path) -> list[tuple[int, str, str, bool]]:
+    """(exit code, stdout, stderr, whether torch is loaded by then) of each `moe-lab ...` in one process."""
+    printed = tiny.python(_IN_ONE_PROCESS, cwd, json.dumps(commands), env={"COLUMNS": "80"})
+    return [tuple(json.loads(line)) for line in printed.splitlines()]  # type: ignore[misc]
+
+
+def test_every_word_has_a_help(tmp_path: Path) -> None:
+    """Exit code 0, its options, no torch; --help of the whole names every word."""
+    assert HELP.keys() == COMMANDS.keys()
+    *each, whole = run([*([word, option] for option in ("--help", "-h") for word in HELP), ["--help"]], tmp_path)
+    for (word, parts), result in zip([*HELP.items(), *HELP.items()], each, strict=True):
+        code, out, err, has_torch = result
+        assert (code, err, has_torch) == (0, "", False), word
+        assert all(part in out for part in parts), out
+    assert all(f"moe-lab {word} " in whole[1] for word in HELP)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    """Whoever finds it: argparse, the command, or what it calls. No torch is needed to find it."""
+    for (typed, pattern), result in zip(MISTAKES.items(), run([m.split() for m in MISTAKES], tmp_path), strict=True):
+        code, out, err, has_torch = result
+        assert (code, out, has_torch) == (2, "", False), (typed, err)
+        assert re.fullmatch(f"moe-lab: .*{pattern}.*\n", err), (typed, err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_of_generate_prints_no_text(tmp_path: Path) -> None:
+    """One line and exit code 2; the prompt is not printed before it is known that something can follow."""
+    path = f"model.path={quick.TINY_OLMOE}"
+    commands = [["generate", "abc", *typed.format(path).split()] for typed in OF_GENERATE]
+    patterns = [*OF_GENERATE.values(), "the prompt is empty", "the prompt has 1024 tokens, and .* for 1024; shorten it"]
+    commands += [["generate", prompt, path] for prompt in ("", "x" * 1024)]
+    for typed, pattern, result in zip(commands, patterns, run(commands, tmp_path), strict=True):
+        code, out, err, _ = result
+        assert (code, out) == (2, ""), (typed, err)
+        assert re.fullmatch(f"moe-lab: .*{pattern}.*\n", err), (typed, err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_begins_with_its_prompt_and_is_the_same_again(tmp_path: Path) -> None:
+    """The likeliest, and one drawn by a seed; how many tokens and how long each took stand on standard error."""
+    command = ["generate", "def read(path):\n", f"model.path={quick.TINY_OLMOE}", "device=cpu", "--max-tokens", "12"]
+    warm = [*command, "--temperature", "0.9", "seed=3"]
+    found = run([command, command, warm, warm, [*warm[:-1], "seed=4"], [*command, "router=sinkhorn"]], tmp_path)
+    texts = [out for _, out, _, _ in found]
+    for code, out, err, _ in found:
+        assert code == 0, err
+        assert out.startswith("def read(path):\n") and out.endswith("\n")
+        assert re.fullmatch(r"moe-lab: 12 tokens, [\d.]+ ms each after the first \(execution=eager\)\n", err)
+    assert texts[0] == texts[1] and texts[2] == texts[3]
+    assert len({texts[0], texts[2], texts[4]}) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("word", [pytest.param(word, id=word) for word in ("list", "report", "compare")])
+def test_results_are_read_without_torch(word: str, tmp_path: Path) -> None:
+    """Listing options needs no pandas either."""
+    for name in ("a", "b"):
+        write(tmp_path / name, record(1.0))
+    arguments = {"list": [], "report": ["a"], "compare": ["a", "b"]}[word]
+    modules = loaded_modules([word, *arguments], tmp_path)
+    assert not {"torch", "triton"} & modules
+    assert ("pandas" in modules) == (word != "list")

@@ -1,0 +1,257 @@
+"""cli/compare.py: the comparison as text, and `moe-lab compare`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_lab.cli.compare import parse_threshold, to_csv, to_markdown, to_terminal
+from moe_lab.records.store import RESULT
+from moe_lab.results.compare import COLUMNS, compare
+from tests import tiny
+from tests.results.compared import HERE, QUIET, five_cells, record, tiny_config, write
+
+HOSTILE = "a|b\\|c\n<script>[x](y)`[bold]\x1b[31m"
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> tuple[Path, Path]:
+    return five_cells(tmp_path)
+
+
+def run(*arguments: str | Path, cache: Path, width: int = 200) -> subprocess.CompletedProcess[str]:
+    """`moe-lab compare ARGUMENTS` in a process of its own."""
+    program = "import sys; from moe_lab.cli.compare import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "XDG_CACHE_HOME": str(cache), "COLUMNS": str(width)},
+    )
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> pd.DataFrame:
+    """Two cells with a router's name and a reason that mean something to Markdown, rich or a terminal."""
+    named = {"router": {**tiny_config()["router"], "name": HOSTILE}}
+    a = [record(*QUIET, config=named), record(status="failed", reason=HOSTILE)]
+    return compare(
+        write(tmp_path / "hostile/a", *a),
+        write(tmp_path / "hostile/b", record(*QUIET, config=named), record(1.0)),
+        floors={},
+    )
+
+
+def test_csv_reads_back(sets: tuple[Path, Path], hostile: pd.DataFrame) -> None:
+    """Every number in full, every text as it was."""
+    for frame in (compare(*sets, floors={}), hostile):
+        text = to_csv(frame)
+        back = pd.read_csv(io.StringIO(text), dtype={"cell_id": str}, keep_default_na=False, na_values={"ratio": ""})
+        assert tuple(back.columns) == COLUMNS
+        assert back["ratio"].equals(frame["ratio"])
+        for name in ("cell_id", "router", "verdict", "why"):
+            assert back[name].tolist() == frame[name].tolist()
+
+
+def test_markdown_is_a_table_and_numbered_notes(sets: tuple[Path, Path]) -> None:
+    """What all cells share stands above it."""
+    lines = to_markdown(compare(*sets, floors={})).splitlines()
+    assert re.search("1 slower.*geometric mean of B/A over 3 compared cells: 1.000", lines[0])
+    assert "router=sinkhorn" in lines[2] and "batch" not in lines[2]
+    table = [line for line in lines if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert {len(row) for row in cells} == {len(cells[0])} and len(table) == 2 + 5
+    slower = dict(zip(cells[0], cells[2], strict=True))
+    assert (slower["batch"], slower["A ms"], slower["B ms"], slower["B/A"]) == ("1", "1", "1.2", "1.2")
+    assert slower["verdict"] == "slower" and re.fullmatch(r"1\.19\d to 1\.20\d", slower["95 % interval"])
+    note = next(line for line in lines if line.startswith(f"{slower['note']}. "))
+    assert "excludes 1" in note
+
+
+def unescaped_cells(line: str) -> list[str]:
+    """A row of a Markdown table as GitHub's parser splits it: at bars that no backslash escapes."""
+    return [re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.findall(r"\|((?:\\.|[^|\\])*)(?=\|)", line)]
+
+
+@given(text=st.text(st.sampled_from("ab|\\`<[ ~_\n\r\t")))
+def test_markdown_cells_survive_any_text(text: str) -> None:
+    """The number of columns stays, and so does the text but for its white space."""
+    frame = pd.DataFrame(
+        [
+            {"cell_id": str(i), "router": name, "also": "", "verdict": "same", "why": ""}
+            for i, name in enumerate([f"x{text}y", "z"])
+        ],
+        columns=list(COLUMNS),
+    )
+    lines = [line for line in to_markdown(frame).split("\n") if line.startswith("|")]
+    header, *rows = [unescaped_cells(line) for line in (lines[0], *lines[2:])]
+    assert [len(row) for row in rows] == [len(header)] * 2
+    assert rows[0][header.index("router")] == re.sub(r"\s", " ", f"x{text}y")
+
+
+def test_hostile_text_is_shown_not_obeyed(hostile: pd.DataFrame, capsys: pytest.CaptureFixture[str]) -> None:
+    """No escape sequence reaches the terminal, no markup is read, no row breaks."""
+    to_terminal(hostile)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "<script>[x](y)`[bold]" in shown
+    markdown = to_markdown(hostile)
+    assert "\x1b" not in markdown and not re.search(r"(?<!\\)[<\[]", markdown)
+    assert len([line for line in markdown.splitlines() if line.startswith("|")]) == 4
+
+
+def test_a_narrow_terminal_cuts_no_number(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    """Names are folded; half a number would be another number."""
+    program = (
+        "import sys, rich.console as c; from pathlib import Path; from moe_lab.cli import compare as m\n"
+        "m.Console = lambda width=40: c.Console(width=width, force_terminal=True, no_color=True)\n"
+        "m.to_terminal(m.compare(Path(sys.argv[1]), Path(sys.argv[2]), floors={}))"
+    )
+    narrow = tiny.python(program, *sets)
+    for text in compare(*sets, floors={})["ratio"].dropna().map("{:.4g}".format):
+        assert re.search(rf"\s{re.escape(text)}\s", narrow)
+    assert re.search(r"1\.19\d to 1\.20\d", narrow)
+    assert all(verdict in narrow for verdict in ("slower", "faster", "only in A", "failed in B"))
+
+
+# --- the command ---
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        pytest.param([], 0, id="plain"),
+        pytest.param(["--fail-on", "slower"], 1, id="slower"),
+        pytest.param(["--fail-on", "faster"], 1, id="faster"),
+        pytest.param(["--fail-on", "any"], 1, id="any"),
+        pytest.param(["--fail-on", "slower", "--threshold", "30%"], 0, id="below_the_threshold"),
+        pytest.param(["--fail-on", "any", "--threshold", "0.3"], 1, id="missing_and_failed_are_any"),
+    ],
+)
+def test_exit_codes(sets: tuple[Path, Path], tmp_path: Path, options: list[str], code: int) -> None:
+    """The table is printed in any case; what was found is said on stderr."""
+    done = run(*sets, *options, cache=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert str(sets[0]) in done.stdout and "geometric mean" in done.stdout
+    assert bool(done.stderr) == bool(code)
+
+
+def test_failing_alike_is_no_difference(tmp_path: Path) -> None:
+    """`--fail-on any` looks for what differs between the sets."""
+    records = [record(*QUIET), record(config={"batch": 9}, status="failed", reason="out_of_memory")]
+    sides = [write(tmp_path / side, *records) for side in "ab"]
+    assert run(*sides, "--fail-on", "any", cache=tmp_path).returncode == 0
+
+
+def test_mistakes_are_one_line(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    """Exit code 2, nothing on stdout, and the line names what is wrong."""
+    (tmp_path / "empty").mkdir()
+    other = write(tmp_path / "other", record(1.0, config={"batch": 99}))
+    unreadable = tmp_path / "unreadable" / RESULT
+    unreadable.parent.mkdir()
+    unreadable.write_text("{")
+    a, b = sets
+    mistakes: dict[str, tuple[Any, ...]] = {
+        "nowhere: there is no such folder": (a, tmp_path / "nowhere"),
+        "empty: no records that can be read": (tmp_path / "empty", b),
+        r"unreadable: no records that can be read \(1 cannot\)": (a, unreadable.parent),
+        "no cell is ok in both .*: 5 only in A, 1 only in B": (a, other),
+        "--threshold=lots: .*3% or 0.03": (a, b, "--threshold", "lots"),
+        "threshold=3.0: .*0.03 or 3%": (a, b, "--threshold", "3"),
+        "required: B": (a,),
+        "invalid choice: 'never'": (a, b, "--fail-on", "never"),
+        "unrecognized arguments: --fast": (a, b, "--fast"),
+        "nowhere.*out.csv": (a, b, "--csv", tmp_path / "nowhere" / "out.csv"),
+    }
+    program = (
+        "import contextlib, io, json, sys; from moe_lab.cli.compare import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):\n"
+        "        code = main(arguments)\n"
+        "    print(json.dumps([code, err.getvalue()]))"
+    )
+    printed = tiny.python(program, json.dumps([[str(x) for x in arguments] for arguments in mistakes.values()]))
+    for pattern, line in zip(mistakes, printed.splitlines(), strict=True):
+        code, err = json.loads(line)
+        assert code == 2 and err.count("\n") == 1
+        assert re.fullmatch(f"moe-lab: .*{pattern}.*\n", err), err
+    done = run(a, tmp_path / "nowhere", cache=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+
+
+def test_files_and_standard_output(sets: tuple[Path, Path], tmp_path: Path) -> None:
+    """`-` takes the place of the table, so that it can be piped; a file does not."""
+    piped = run(*sets, "--csv", "-", cache=tmp_path)
+    assert piped.stdout == to_csv(compare(*sets, floors={}))
+    assert run(*sets, "--markdown", "-", cache=tmp_path).stdout == to_markdown(compare(*sets, floors={}))
+    done = run(*sets, "--csv", tmp_path / "x.csv", "--markdown", tmp_path / "x.md", cache=tmp_path)
+    assert "geometric mean" in done.stdout and "cell_id,model" not in done.stdout
+    assert (tmp_path / "x.csv").read_text() == piped.stdout
+    assert (tmp_path / "x.md").read_text() == to_markdown(compare(*sets, floors={}))
+
+
+def test_a_broken_floor_warns_in_one_line(tmp_path: Path) -> None:
+    """And the comparison goes on."""
+    sides = [write(tmp_path / side, record(1.0), record(1.0, config={"batch": 5})) for side in "ab"]
+    (tmp_path / "moe-lab").mkdir()
+    (tmp_path / "moe-lab" / f"noise-{HERE}.json").write_text("{")
+    done = run(*sides, cache=tmp_path)
+    assert done.returncode == 0 and "2 inconclusive" in done.stdout
+    assert re.fullmatch(f"moe-lab: the noise floor of machine '{HERE}' cannot be read: .*\n", done.stderr)
+
+
+def test_help_names_the_rule_the_options_and_the_exit_codes(tmp_path: Path) -> None:
+    """And fits a terminal of 80 columns."""
+    done = run("--help", cache=tmp_path, width=80)
+    assert done.returncode == 0 and not done.stderr
+    words = (
+        "A",
+        "B",
+        "--threshold",
+        "--fail-on",
+        "--csv",
+        "--markdown",
+        "inconclusive",
+        "exit codes",
+        "measure.replicates",
+    )
+    assert all(word in done.stdout for word in words)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        pytest.param("3%", 0.03, id="percent"),
+        pytest.param("0.03", 0.03, id="share"),
+        pytest.param("2.5 %", 0.025, id="space"),
+    ],
+)
+def test_thresholds(text: str, share: float) -> None:
+    """Either way of writing."""
+    assert parse_threshold(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", [pytest.param(text, id=text or "empty") for text in ("", "%", "3%%", "three")])
+def test_a_threshold_that_is_no_number(text: str) -> None:
+    """The message shows it and the two ways."""
+    with pytest.raises(ValueError, match=f"--threshold={text}: .*3% or 0.03"):
+        parse_threshold(text)
+
+
+def test_comparing_loads_no_torch(sets: tuple[Path, Path]) -> None:
+    """Results are read on machines without it."""
+    imports = "import sys; from moe_lab.cli.compare import main"
+    code = f"{imports}; main(sys.argv[1:]); print({{'torch'}} & set(sys.modules))"
+    assert tiny.python(code, *sets).endswith("set()\n")

@@ -1,0 +1,101 @@
+"""sweep/preview.py: `moe-lab plan` in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import quick, tiny
+from tests.sweep import faulty, test_plan
+
+MISTAKES = {
+    "routr=torch": "routr",
+    "router=sinkhrn": "Did you mean sinkhorn",
+    "batch=abc": "batch",
+    "model.top_k=9": "model.top_k=9",
+    "sweep.stale=sometimes": "sweep.stale=sometimes",
+    "router": "router: it is no KEY=VALUE",
+    "--multi": "--multi: it is no KEY=VALUE",
+    "workload=text": "give workload.path=",
+}
+
+
+def plan(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [*faulty.MOE_LAB, "plan", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_every_cell_is_shown_with_what_would_be_done_and_nothing_is_written(tmp_path: Path) -> None:
+    """In an empty folder: to do, cannot run here, impossible, excluded; a bound for the time; `-m` may be there."""
+    arguments = quick.overrides(
+        "moe_layer",
+        "router=torch,cuda_ext,sinkhorn",
+        "model.shape.top_k=2,9",
+        "sweep.exclude=[{router: sinkhorn}]",
+        "sweep.name=s",
+    )
+    done = plan("-m", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = {
+        status: done.stdout.count(f" {status}")
+        for status in (
+            "to do",
+            "cannot run here: unavailable: router=cuda_ext",
+            "skipped: impossible: model.shape.top_k=9",
+            "excluded",
+        )
+    }
+    assert list(found.values()) == [1, 1, 2, 2], done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last == "outputs/s: 6 cells, 1 to run, about 0:00 of timing at most, building and checking not counted"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_done_is_not_done_again_and_its_time_is_expected_of_the_rest(tmp_path: Path) -> None:
+    """One cell has a record that took 90 seconds, another one of other code, the third none; equal ones are counted."""
+    made = test_plan.make(tmp_path / "outputs" / "s", "batch=1,2,3")
+    test_plan.leave(made.cells[0], elapsed_s=90.0)
+    test_plan.leave(made.cells[1], elapsed_s=90.0, code_id="f" * 12)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    done = plan(*quick.overrides("moe_layer", "batch=1,2,3,1", "sweep.name=s"), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    statuses = {line.split()[4]: line.split(maxsplit=5)[5].rstrip() for line in done.stdout.splitlines()[1:-1]}
+    expected = ("done", "stale: of another code", "to do")
+    assert statuses == {cell.cell_id: status for cell, status in zip(made.cells, expected, strict=True)}
+    assert done.stdout.splitlines()[-1] == ("outputs/s: 3 cells, 2 to run (1 more equal one of them), about 3:00")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_checkpoints_and_phases_are_told_apart(tmp_path: Path) -> None:
+    """The model by its folder; the workload has a column where it differs, and prefill has no context."""
+    arguments = quick.overrides("checkpoint", "workload.phase=prefill,decode", "workload.context_len=3,5")
+    done = plan(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    head, *rows, last = done.stdout.splitlines()
+    assert head.split() == ["variant", "model", "workload", "batch", "seq_len", "cell_id", "status"]
+    shown = ("prefill)", "decode, context_len=3)", "decode, context_len=5)")
+    assert len(rows) == len(shown) and "3 to run (1 more equal one of them)" in last
+    for row, text in zip(rows, shown, strict=True):
+        assert row.startswith(f"native  tiny-olmoe text(phase={text}")
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    """One process for all of them: nothing on stdout, nothing written, no traceback."""
+    program = (
+        "import contextlib, io, json, os, sys; from moe_lab.cli.main import main\n"
+        "os.chdir(sys.argv[1])\n"
+        "for argument in json.loads(sys.argv[2]):\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "        code = main(['plan', argument])\n"
+        "    print(json.dumps([code, out.getvalue(), err.getvalue()]))"
+    )
+    printed = tiny.python(program, tmp_path, json.dumps(list(MISTAKES)))
+    for (argument, names), line in zip(MISTAKES.items(), printed.splitlines(), strict=True):
+        code, out, err = json.loads(line)
+        assert (code, out) == (2, ""), argument
+        assert err.startswith("moe-lab: ") and err.count("\n") == 1 and names in err, err
+    assert list(tmp_path.iterdir()) == []

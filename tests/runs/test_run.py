@@ -1,0 +1,385 @@
+"""A run from its configuration to its files, and what it leaves when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import moe_lab
+from moe_lab.errors import MismatchError
+from moe_lab.measure.clocks import STEPS, Block, Step
+from moe_lab.models import ForcedRouting
+from moe_lab.models.decoder_moe import DecoderMoE
+from moe_lab.models.minimal import Minimal
+from moe_lab.records import identity
+from moe_lab.records.store import read_record
+from moe_lab.runs.run import Run, TimedBlock
+from tests import quick, tiny
+
+FIELDS = {
+    *("schema", "status", "reason", "cell_id", "code_id", "env_id", "name", "overrides", "interleaved_with"),
+    *("implementation", "latency_ms", "throughput", "phases_ms", "memory", "check", "routing", "quality"),
+    *("roofline", "export", "environment", "warnings"),
+}
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_record_has_every_field_and_the_folder_every_file(in_tmp: Path) -> None:
+    """result.json, samples.npz, routing.npz, config.yaml and run.log agree with each other."""
+    record = moe_lab.run(quick.compose("decoder_moe", "measure.roofline=true"))
+    folder = Path(str(record.directory))
+    assert folder.parent == Path("outputs/runs")
+    assert folder.name.endswith(record.cell_id)
+    content = json.loads((folder / "result.json").read_text())
+    assert set(content) >= FIELDS
+    assert content == record.to_dict()
+    assert read_record(folder).to_dict() == record.to_dict()
+
+    samples = np.load(folder / "samples.npz")
+    latency = record.latency_ms
+    assert latency is not None
+    assert latency.n == len(samples["ms"]) == len(samples["round"]) == len(samples["order"]) == len(samples["stamp_s"])
+    assert latency.p50 == pytest.approx(np.median(samples["ms"]))
+    if latency.n >= 6:  # with fewer the median has no 95 % interval; how many there are depends on the machine
+        assert latency.ci95_low is not None
+        assert latency.ci95_high is not None
+        assert latency.ci95_low <= latency.p50 <= latency.ci95_high
+    assert record.throughput is not None
+    assert record.throughput["tokens_per_s"] == pytest.approx(14 / latency.p50 * 1e3)
+
+    routing = np.load(folder / "routing.npz")
+    assert routing["counts_LE"].sum(1).tolist() == [14 * 2] * 2
+    assert routing["mean_score_LE"].sum(1) == pytest.approx([1, 1])
+    assert record.routing is not None
+    mean = 14 * 2 / 5
+    worst = routing["counts_LE"].max() / mean
+    assert record.routing["worst"]["load_max_over_mean"] == pytest.approx(worst)
+
+    assert OmegaConf.load(folder / "config.yaml").model.n_experts == 5
+    assert "verified" in (folder / "run.log").read_text()
+    assert record.roofline is not None
+    assert record.roofline["floor_ms"] > 0
+    phases = record.phases_ms
+    assert phases is not None
+    assert None not in (phases["router"], phases["dispatch"], phases["experts"], phases["combine"], phases["attention"])
+
+
+def test_the_same_cell_lands_in_the_same_folder(in_tmp: Path) -> None:
+    """A second run replaces the first's result; a label changes nothing."""
+    first = moe_lab.run(quick.compose("minimal"))
+    second = moe_lab.run(quick.compose("minimal", "name=again"))
+    assert first.directory == second.directory
+    assert read_record(Path(str(first.directory))).name == "again"
+
+
+def test_two_runs_compute_the_same(tmp_path: Path) -> None:
+    """Everything but the clock repeats: error, routing, identity."""
+    one = moe_lab.run(quick.compose("decoder_moe"), tmp_path / "a")
+    two = moe_lab.run(quick.compose("decoder_moe"), tmp_path / "b")
+    for field in ("cell_id", "code_id", "env_id", "check", "routing", "implementation"):
+        assert getattr(one, field) == getattr(two, field)
+
+
+def test_without_routing_metrics_the_record_says_null(tmp_path: Path) -> None:
+    """measure.routing=false leaves routing null and writes no routing.npz; the cell stays the same."""
+    record = moe_lab.run(quick.compose("decoder_moe", "measure.routing=false", "measure.phases=false"), tmp_path)
+    assert record.routing is None
+    assert record.phases_ms is None
+    assert not (tmp_path / "routing.npz").exists()
+
+
+def test_one_token_through_sinkhorn_is_declared_in_the_warnings(tmp_path: Path) -> None:
+    """The fallback to the logits stands in the record."""
+    record = moe_lab.run(quick.compose("moe_layer", "router=sinkhorn", "batch=1", "seq_len=1"), tmp_path)
+    assert record.status == "ok"
+    assert any("with one token the plan is uniform" in warning for warning in record.warnings)
+
+
+def test_a_latency_that_does_not_settle_is_marked(tmp_path: Path) -> None:
+    """stable is false and a warning says so when the interval stays wider than asked."""
+    record = moe_lab.run(quick.compose("decoder_moe", "measure.target_ci=1e-9"), tmp_path)
+    assert record.latency_ms is not None
+    assert record.latency_ms.stable is False
+    assert any("not stable" in warning for warning in record.warnings)
+
+
+def test_nan_in_a_gate_is_a_failed_record_that_names_the_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ends before it is timed; the traceback is in run.log."""
+    build = Run.build
+
+    def poisoned(self: Run) -> None:
+        build(self)
+        assert isinstance(self.built.model, DecoderMoE)
+        self.built.model.layers[1].mlp.weights.gate_ED.data[0, 0] = float("nan")
+
+    monkeypatch.setattr(Run, "build", poisoned)
+    record = moe_lab.run(quick.compose("decoder_moe"), tmp_path)
+    assert record.status == "failed"
+    assert record.reason is not None
+    assert record.reason.startswith("error: layer 1: the router's logits hold")
+    assert record.latency_ms is None
+    assert "Traceback" in (tmp_path / "run.log").read_text()
+    assert not (tmp_path / "samples.npz").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory."), "out_of_memory", id="cuda-oom"),
+        pytest.param(RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory", id="cpu-oom"),
+        pytest.param(RuntimeError("first line\nsecond"), "error: RuntimeError: first line", id="any"),
+    ],
+)
+def test_a_failure_while_running_is_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, reason: str
+) -> None:
+    """Whatever the forward pass raises becomes the reason, and the traceback goes to run.log."""
+
+    def fail(self: Minimal, *_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(Minimal, "forward", fail)
+    record = moe_lab.run(quick.compose("minimal"), tmp_path)
+    assert (record.status, record.reason) == ("failed", reason)
+    assert read_record(tmp_path).reason == reason
+    assert type(raised).__name__ in (tmp_path / "run.log").read_text()
+
+
+def test_running_out_of_memory_is_a_record(tmp_path: Path) -> None:
+    """A model larger than the machine's memory is a failed row, not a dead process."""
+    program = (
+        "import resource, torch, moe_lab\n"
+        "limit = 8 << 30\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "cfg = moe_lab.compose(['model=minimal', 'model.hidden=60000', 'device=cpu'])\n"
+        f"record = moe_lab.run(cfg, {str(tmp_path)!r})\n"
+        "print(record.status, record.reason)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["failed", "out_of_memory"]
+    assert read_record(tmp_path).reason == "out_of_memory"
+
+
+def test_a_planted_fault_is_a_mismatch_and_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong output is a failed record with the reason mismatch, without a latency."""
+    call = Step.__call__
+
+    def wrong(self: Step):  # type: ignore[no-untyped-def]
+        output = call(self)
+        return output._replace(y=output.y * 1.01)
+
+    monkeypatch.setattr(Step, "__call__", wrong)
+    record = moe_lab.run(quick.compose("minimal"), tmp_path)
+    assert (record.status, record.reason) == ("failed", "mismatch: layers")
+    assert record.latency_ms is None
+    assert record.check is not None
+    assert record.check.passed is False
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    """A run in a process of its own that measures for a minute."""
+    arguments = [*quick.overrides("decoder_moe", "measure.max_time_s=60", "measure.target_ci=1e-9"), *more]
+    command = [sys.executable, "-m", "moe_lab", *arguments, f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while "verified" not in (log.read_text() if (log := folder / "run.log").exists() else ""):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+def test_ctrl_c_leaves_a_record_and_exit_code_130(tmp_path: Path) -> None:
+    """An interrupted run says so in one line and in its record."""
+    process = start(tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines() == ["moe-lab: interrupted; what was known by then is in the record"]
+    record = read_record(tmp_path)
+    assert (record.status, record.reason) == ("failed", "interrupted")
+
+
+def test_kill_9_leaves_no_half_written_file(tmp_path: Path) -> None:
+    """A killed run has no result, and the next run in the folder is whole."""
+    process = start(tmp_path)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "result.json").exists()
+    record = moe_lab.run(quick.compose("decoder_moe"), tmp_path)
+    assert record.status == "ok"
+    assert read_record(tmp_path).status == "ok"
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_result_whole(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE stands for the full disk: exit code 2, no temporary file left, the earlier record readable."""
+    moe_lab.run(quick.compose("decoder_moe", "name=old"), tmp_path)
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "import moe_lab.cli.main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "sys.exit(moe_lab.cli.main.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, *quick.overrides("decoder_moe"), f"hydra.run.dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "File too large" in done.stderr
+    assert read_record(tmp_path).name == "old"
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+
+
+def test_a_parked_run_holds_no_step_and_an_eager_one_comes_back_without_another_check() -> None:
+    """Model, input and verification stay; what is timed then is the model that was verified."""
+    run = tiny.built(quick.compose("decoder_moe"))
+    run.verify()
+    verified, y, step = run.verification, run.built.step().y, run.built.step
+    run.park()
+    assert not hasattr(run, "step")
+    run.unpark()
+    assert run.built.step is not step
+    assert run.verification is verified
+    assert torch.equal(run.built.step().y, y)
+    assert len(run.time_block(3, replicate=1, round_=2, order=4).block.ms) == 3
+    assert [timed[:3] for timed in run.blocks] == [(1, 2, 4)]
+
+
+def test_another_execution_is_verified_again_when_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is compiled or captured anew, so it may compute something else."""
+
+    class Wrong(Step):
+        """Right the first time that it is made."""
+
+        made = 0
+
+        def __init__(self, model: torch.nn.Module, x: torch.Tensor, forced: ForcedRouting = None):
+            super().__init__(model, x, forced)
+            Wrong.made += 1
+            self.factor = 1.0 if Wrong.made == 1 else 1.01
+
+        def __call__(self):  # type: ignore[no-untyped-def]
+            output = super().__call__()
+            return output._replace(y=output.y * self.factor)
+
+    monkeypatch.setitem(STEPS, "compile", Wrong)
+    run = tiny.built(quick.compose("minimal", "execution=compile"))
+    run.verify()
+    run.park()
+    with pytest.raises(MismatchError):
+        run.unpark()
+
+
+def test_the_time_spent_is_that_at_work(tmp_path: Path) -> None:
+    """Not what other runs of a sweep do meanwhile."""
+    begun = time.perf_counter()
+    run = Run(quick.compose("minimal"))
+    with run.at_work():
+        run.build()
+        time.sleep(0.1)
+    left = time.perf_counter()
+    time.sleep(0.3)
+    came = time.perf_counter()
+    with run.at_work():
+        record = run.record()
+    assert record.elapsed_s is not None
+    assert 0.1 <= record.elapsed_s <= time.perf_counter() - begun - (came - left)
+
+
+def test_samples_of_several_processes_are_summarised_by_process() -> None:
+    """replicate_p50 in order of their numbers, whatever the order of the blocks; an unstable median is a warning."""
+    run = tiny.built(quick.compose("minimal"))
+    for replicate, ms in ((1, 3.0), (0, 1.0), (1, 3.0), (0, 1.0)):
+        run.blocks.append(TimedBlock(replicate, 0, 0, Block(np.full(5, ms), np.zeros(5))))
+    record = run.record()
+    assert record.latency_ms is not None
+    assert record.latency_ms.replicate_p50 == [1.0, 3.0]
+    assert any("not stable" in warning and "20 samples" in warning for warning in record.warnings)
+
+
+@pytest.mark.parametrize(
+    "load", [pytest.param(load, id=load) for load in ("balanced", "random", "zipf", "hot", "one_hot")]
+)
+@pytest.mark.parametrize("model", [pytest.param(model, id=model) for model in ("decoder_moe", "moe_layer")])
+def test_a_forced_load_is_verified_and_said(model: str, load: str, tmp_path: Path) -> None:
+    """The record says that no router ran, the realised load is its own, and there is no route to check."""
+    record = moe_lab.run(quick.compose(model, f"workload.load={load}", "batch=5", "seq_len=8"), tmp_path)
+    assert (record.status, record.reason) == ("ok", None)
+    assert record.implementation["router"] == f"forced: {load}"
+    assert record.check is not None
+    assert record.check.passed
+    assert (record.check.near_ties, record.check.free_rel_error, record.check.changed_sets) == (None, None, None)
+    assert record.routing is not None
+    most = record.routing["worst"]["load_max_over_mean"]
+    assert most == pytest.approx({"balanced": 1.0, "one_hot": 2.5, "hot": 2.5}.get(load, most))
+    assert most > 1 or load == "balanced"
+
+
+def test_a_load_that_cannot_be_had_is_a_warning(tmp_path: Path) -> None:
+    """Nine tenths of the slots cannot go to one expert of which a token has two."""
+    cfg = quick.compose("moe_layer", "workload.load=hot", "workload.hot_share=0.9", "batch=5", "seq_len=8")
+    (warning,) = [text for text in moe_lab.run(cfg, tmp_path).warnings if "workload.load" in text]
+    assert "40.0% of the slots go elsewhere" in warning
+
+
+def test_a_recorded_routing_is_replayed(tmp_path: Path) -> None:
+    """The same ids for the same tokens; for others, drawn from them; the cell is that of the recording's content."""
+    recording = quick.compose("decoder_moe", "router=sinkhorn", "measure.record_routing=true")
+    first = moe_lab.run(recording, tmp_path / "first")
+    with np.load(tmp_path / "first" / "routing.npz") as arrays:
+        recorded_LTK, counts_LE = arrays["expert_ids_LTK"], arrays["counts_LE"]
+    assert recorded_LTK.shape == (2, 14, 2)
+    replay = ("workload.load=replay", f"workload.trace={tmp_path / 'first'}", "measure.record_routing=true")
+    record = moe_lab.run(quick.compose("decoder_moe", *replay), tmp_path / "second")
+    assert (record.status, record.implementation["router"]) == ("ok", "forced: replay")
+    with np.load(tmp_path / "second" / "routing.npz") as arrays:
+        assert np.array_equal(arrays["expert_ids_LTK"], recorded_LTK)
+        assert np.array_equal(arrays["counts_LE"], counts_LE)
+    shutil.copytree(tmp_path / "first", tmp_path / "moved")
+    moved = quick.compose("decoder_moe", "workload.load=replay", f"workload.trace={tmp_path / 'moved'}")
+    assert identity.cell_id(moved) == record.cell_id != first.cell_id
+    longer = moe_lab.run(quick.compose("decoder_moe", *replay, "batch=9"), tmp_path / "third")
+    assert longer.status == "ok"
+    with np.load(tmp_path / "third" / "routing.npz") as arrays:
+        rows = {tuple(row) for row in recorded_LTK[1].tolist()}
+        assert arrays["expert_ids_LTK"].shape == (2, 63, 2)
+        assert {tuple(row) for row in arrays["expert_ids_LTK"][1].tolist()} <= rows
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        pytest.param(["workload.trace=nowhere"], "nowhere.*measure.record_routing", id="no-folder"),
+        pytest.param(["workload.trace=FIRST", "model.top_k=3"], "workload.trace.*has 3 of 5", id="other-k"),
+        pytest.param(["workload.trace=FIRST", "model.n_experts=2"], "workload.trace.*2 of 2", id="fewer-experts"),
+        pytest.param(["workload.trace=FIRST", "model.n_layers=3"], "2 MoE layers, and the model 3", id="other-layers"),
+    ],
+)
+def test_a_recording_that_does_not_fit_is_said(more: list[str], message: str, tmp_path: Path) -> None:
+    """A mistake that names the key."""
+    moe_lab.run(quick.compose("decoder_moe", "measure.record_routing=true"), tmp_path / "first")
+    given = [text.replace("FIRST", str(tmp_path / "first")) for text in more]
+    with pytest.raises(ValueError, match=message):
+        moe_lab.run(quick.compose("decoder_moe", "workload.load=replay", *given), tmp_path / "second")
+
+
+def test_a_replay_without_a_recording_is_a_mistake() -> None:
+    """Of the configuration: nothing is built."""
+    with pytest.raises(ValueError, match=r"workload\.trace=RUN_DIR"):
+        Run(quick.compose("decoder_moe", "workload.load=replay"))

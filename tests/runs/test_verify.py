@@ -1,0 +1,763 @@
+"""verify.py: correct runs pass, planted faults fail with the right cause, near-ties are counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from moe_lab.errors import MismatchError
+from moe_lab.experts.weights import ExpertWeights
+from moe_lab.measure.distance import relative_error
+from moe_lab.measure.layer_probe import LayerProbe, compare_routes
+from moe_lab.measure.tolerances import TOLERANCES, exact_products
+from moe_lab.models import Output
+from moe_lab.models.moe_layer import MoELayer, moe_layers
+from moe_lab.models.parameters import reference_twin
+from moe_lab.ops.dispatch import dispatch
+from moe_lab.records.schema import Check
+from moe_lab.routers.base import RouteContext, Router, Routing
+from moe_lab.routers.contract import changed_sets, check_contract
+from moe_lab.runs.run import Run
+from moe_lab.runs.verify import Verification, verify
+from tests import tiny
+from tests.tiny import LAYERS, E, T
+
+Tamper = Callable[[Routing], Routing]
+
+DTYPES = [pytest.param(dtype, id=dtype) for dtype in ("fp32", "bf16")]
+ROUTERS = [pytest.param(router, id=router) for router in ("torch", "sinkhorn")]
+MODELS = [pytest.param(name, id=name) for name in ("decoder_moe", "moe_layer")]
+
+
+class Tampering(Router):
+    """Another router whose routing is changed before anybody sees it."""
+
+    def __init__(self, inner: Router, tamper: Tamper):
+        super().__init__(inner.n_experts, inner.top_k)
+        self.inner, self.tamper = inner, tamper
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+        return self.tamper(self.inner.select(logits_TE, ctx))
+
+
+class OtherWayRound(Router):
+    """Softmax top-k in which ties go to the highest expert id."""
+
+    def __init__(self, inner: Router):
+        super().__init__(inner.n_experts, inner.top_k)
+        self.inner = inner
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+        flipped = self.inner.select(logits_TE.flip(-1), ctx)
+        return flipped._replace(expert_ids_TK=self.n_experts - 1 - flipped.expert_ids_TK, scores_TE=None)
+
+
+class Blind(Router):
+    """Takes logits that are not finite for zero."""
+
+    def __init__(self, inner: Router):
+        super().__init__(inner.n_experts, inner.top_k)
+        self.inner = inner
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+        return self.inner.select(logits_TE.nan_to_num(0, 0, 0), ctx)
+
+
+def config(model: str, *overrides: str) -> DictConfig:
+    return tiny.decoder_moe(*overrides) if model == "decoder_moe" else tiny.moe_layer(*overrides)
+
+
+def layers_of(run: Run) -> list[MoELayer]:
+    return moe_layers(run.built.model)
+
+
+def in_router(run: Run, tamper: Tamper, layer: int = -1) -> None:
+    """Plant a fault in what the router says."""
+    chosen = layers_of(run)[layer]
+    chosen.router = Tampering(chosen.router, tamper)
+
+
+def in_experts(run: Run, tamper: Tamper, layer: int = -1) -> None:
+    """Plant a fault in how the experts read the routing, which itself stays right."""
+    chosen = layers_of(run)[layer]
+    inner = chosen.experts
+
+    def faulty(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Any = "output") -> Tensor:
+        return inner(x_TD, tamper(routing), weights, scale=scale)
+
+    chosen.experts = faulty
+
+
+def scaled(expert: int, by: float) -> Tamper:
+    """As if the expert's output came out `by` times as large."""
+
+    def tamper(routing: Routing) -> Routing:
+        at_TK = routing.expert_ids_TK == expert
+        return routing._replace(weights_TK=torch.where(at_TK, by * routing.weights_TK, routing.weights_TK))
+
+    return tamper
+
+
+def decided_token(routing: Routing) -> int:
+    """The token whose weights differ most."""
+    return int((routing.weights_TK.amax(-1) - routing.weights_TK.amin(-1)).argmax())
+
+
+def swapped_ids(routing: Routing) -> Routing:
+    """Two ids of one token change places, their weights do not."""
+    ids_TK, token = routing.expert_ids_TK.clone(), decided_token(routing)
+    ids_TK[token, :2] = ids_TK[token, :2].flip(0)
+    return routing._replace(expert_ids_TK=ids_TK)
+
+
+def zeroed_weight(routing: Routing) -> Routing:
+    """The largest weight of one token is lost."""
+    weights_TK = routing.weights_TK.clone()
+    weights_TK[decided_token(routing), 0] = 0
+    return routing._replace(weights_TK=weights_TK)
+
+
+def exchanged_tokens(routing: Routing) -> Routing:
+    """Two tokens that go to different experts have each other's routes."""
+    sets = [set(ids) for ids in routing.expert_ids_TK.tolist()]
+    other = next((token for token, ids in enumerate(sets) if ids != sets[0]), 0)
+    order_T = list(range(len(sets)))
+    order_T[0], order_T[other] = other, 0
+    return routing._replace(expert_ids_TK=routing.expert_ids_TK[order_T], weights_TK=routing.weights_TK[order_T])
+
+
+def another_expert(routing: Routing) -> Routing:
+    """The last token's last slot goes to an expert that the token had not chosen."""
+    ids_TK = routing.expert_ids_TK.clone()
+    ids_TK[-1, -1] = next(expert for expert in range(E) if expert not in ids_TK[-1].tolist())
+    return routing._replace(expert_ids_TK=ids_TK)
+
+
+def verified(run: Run, **options: bool) -> Verification:
+    return verify(run.built.model, run.built.twin, run.built.x, run.built.step(), run.built.dtype, **options)
+
+
+def fault_found(run: Run) -> MismatchError:
+    """The mismatch that `Run.verify` raises; the check is kept and says the same."""
+    with pytest.raises(MismatchError) as caught:
+        run.verify()
+    assert run.verification is not None and run.verification.check.passed is False
+    assert run.peak_bytes is None, "a run that computes something else is not measured"
+    return caught.value
+
+
+# --- correct runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("experts", [pytest.param(name, id=name) for name in ("loop", "grouped")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_correct_run_passes(model: str, router: str, experts: str, dtype: str) -> None:
+    """Every number of the check is there and below its tolerance."""
+    run = tiny.built(config(model, f"router={router}", f"experts={experts}", f"dtype={dtype}"))
+    run.verify()
+    assert run.verification is not None
+    check, tolerance = run.verification.check, TOLERANCES[run.built.dtype]
+    assert check.passed is True and run.verification.mismatch is None
+    assert check.rel_error <= tolerance.model
+    assert check.expert_rel_error is not None and check.expert_rel_error <= tolerance.expert
+    assert check.token_rel_error is not None and check.token_rel_error <= tolerance.token
+    assert check.near_ties == 0
+    assert run.peak_bytes is None or run.peak_bytes > 0
+
+
+@pytest.mark.parametrize("model", [pytest.param(name, id=name) for name in ("minimal", "transformer_decoder")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_without_experts_is_checked_as_a_whole(model: str, dtype: str) -> None:
+    """What it has no layers for is null; forced and free are then the same reference."""
+    run = tiny.built(tiny.compose(model, f"dtype={dtype}"))
+    check = verified(run).check
+    assert check.passed is True
+    assert (check.expert_rel_error, check.token_rel_error, check.near_ties, check.changed_sets) == (None,) * 4
+    assert check.rel_error == check.free_rel_error
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(["model.shared_expert_hidden_dim=9", "model.shared_expert_gate=true"], id="shared"),
+        pytest.param(["model.n_dense_layers=1"], id="dense_layer"),
+        pytest.param(["model.qk_norm=head", "model.n_kv_heads=2"], id="grouped_queries"),
+        pytest.param(["model.top_k=5"], id="all_experts"),
+        pytest.param(["model.n_experts=1", "model.top_k=1"], id="one_expert"),
+        pytest.param(["batch=1", "seq_len=1"], id="one_token"),
+        pytest.param(["router.renormalize=false"], id="not_renormalised"),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_option_of_the_decoder_is_verified(overrides: list[str], dtype: str) -> None:
+    """The reference follows the model's options."""
+    assert verified(tiny.built(tiny.decoder_moe(*overrides, f"dtype={dtype}"))).check.passed is True
+
+
+@pytest.mark.parametrize(
+    "field", [pytest.param(field, id=field) for field in ("rel_error", "expert_rel_error", "token_rel_error")]
+)
+def test_correct_bf16_runs_stay_below_half_of_each_tolerance(field: str, correct_bf16: list[Check]) -> None:
+    """The table is not so tight that rounding fails a correct run."""
+    tolerance = getattr(TOLERANCES[torch.bfloat16], field.removesuffix("rel_error").rstrip("_") or "model")
+    assert max(getattr(check, field) for check in correct_bf16) < tolerance / 2
+
+
+@pytest.mark.parametrize(
+    "field", [pytest.param(field, id=field) for field in ("rel_error", "expert_rel_error", "token_rel_error")]
+)
+def test_correct_bf16_runs_reach_a_fifteenth_of_each_tolerance(field: str, correct_bf16: list[Check]) -> None:
+    """Nor so loose that it measures nothing."""
+    tolerance = getattr(TOLERANCES[torch.bfloat16], field.removesuffix("rel_error").rstrip("_") or "model")
+    assert max(getattr(check, field) for check in correct_bf16) > tolerance / 15
+
+
+@pytest.fixture(scope="module")
+def correct_bf16() -> list[Check]:
+    """The checks of correct bf16 runs: two models, both routers, four seeds."""
+    checks = []
+    for seed in range(4):
+        for router in ("torch", "sinkhorn"):
+            for model in ("decoder_moe", "moe_layer"):
+                checks.append(
+                    verified(tiny.built(config(model, "dtype=bf16", f"router={router}", f"seed={seed}"))).check
+                )
+    return checks
+
+
+def test_free_error_and_changed_sets_decide_nothing() -> None:
+    """A correct bf16 run whose near-ties flip experts in fp32 is far from the free reference, and passes."""
+    sizes = ("dtype=bf16", "batch=4", "seq_len=16")
+    checks = [verified(tiny.built(tiny.decoder_moe(*sizes, f"seed={seed}"))).check for seed in range(4)]
+    flipped = [check for check in checks if check.changed_sets]
+    assert flipped, "no seed of these shows the effect"
+    assert max(check.free_rel_error for check in flipped) > TOLERANCES[torch.bfloat16].model
+    assert all(check.passed for check in checks)
+
+
+def test_counted_operations_are_of_the_reference() -> None:
+    """The same for every dtype and implementation."""
+    counts = {
+        verified(tiny.built(tiny.moe_layer(f"dtype={dtype}", f"experts={experts}"))).flops
+        for dtype in ("fp32", "bf16")
+        for experts in ("loop", "grouped")
+    }
+    assert len(counts) == 1 and counts.pop() > 0
+
+
+# --- planted faults ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_experts", "top_k", "tokens"),
+    [
+        pytest.param(5, 2, 14, id="few_experts"),
+        pytest.param(64, 8, 128, id="many_experts"),
+        pytest.param(64, 8, 16, id="many_experts_few_tokens"),
+        pytest.param(64, 1, 16, id="many_experts_top_1"),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_expert_5_percent_off_fails_whichever_it_is(n_experts: int, top_k: int, tokens: int, dtype: str) -> None:
+    """No expert in use hides in an average, or behind the larger weights of the others."""
+    run = tiny.built(
+        tiny.moe_layer(f"dtype={dtype}", n_experts=n_experts, top_k=top_k, d_model=64, hidden=48, tokens=tokens)
+    )
+    (layer,) = layers_of(run)
+    used = run.built.step().routings[0].expert_ids_TK.unique().tolist()
+    right, missed = layer.experts, []
+    for expert in used[:: max(1, len(used) // 16)]:
+        layer.experts = right
+        in_experts(run, scaled(expert, 1.05))
+        mismatch = verified(run).mismatch
+        if mismatch is None or mismatch.where != "layers":
+            missed.append(expert)
+    assert missed == []
+
+
+@pytest.mark.parametrize("layer", [pytest.param(index, id=f"layer{index}") for index in range(LAYERS)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_expert_5_percent_off_fails_in_any_layer_of_a_decoder(layer: int, dtype: str) -> None:
+    """The first layer's fault is not washed out by what follows."""
+    run = tiny.built(tiny.decoder_moe(f"dtype={dtype}"))
+    busiest = int(run.built.step().routings[layer].expert_ids_TK.flatten().bincount().argmax())
+    in_experts(run, scaled(busiest, 1.05), layer)
+    assert fault_found(run).where == "layers"
+
+
+@pytest.mark.parametrize(
+    ("plant", "tamper", "where"),
+    [
+        pytest.param(in_router, swapped_ids, "route", id="ids_swapped_in_the_router"),
+        pytest.param(in_experts, swapped_ids, "layers", id="ids_swapped_in_the_experts"),
+        pytest.param(in_router, zeroed_weight, "route", id="weight_zeroed_in_the_router"),
+        pytest.param(in_experts, zeroed_weight, "layers", id="weight_zeroed_in_the_experts"),
+        pytest.param(in_router, exchanged_tokens, "route", id="tokens_exchanged_in_the_router"),
+        pytest.param(in_experts, exchanged_tokens, "layers", id="tokens_exchanged_in_the_experts"),
+        pytest.param(in_router, another_expert, "route", id="another_expert_in_the_router"),
+        pytest.param(in_experts, another_expert, "layers", id="another_expert_in_the_experts"),
+    ],
+)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_planted_fault_fails_where_it_was_planted(
+    plant: Callable[[Run, Tamper], None], tamper: Tamper, where: str, model: str, dtype: str
+) -> None:
+    """One token's fault in one layer, in the router or behind it."""
+    run = tiny.built(config(model, f"dtype={dtype}"))
+    plant(run, tamper)
+    assert fault_found(run).where == where
+
+
+@pytest.mark.parametrize(
+    "tamper", [pytest.param(f, id=f.__name__) for f in (swapped_ids, zeroed_weight, another_expert)]
+)
+@pytest.mark.parametrize("layer", [pytest.param(index, id=f"layer{index}") for index in range(LAYERS)])
+def test_a_fault_of_a_router_names_its_layer(tamper: Tamper, layer: int) -> None:
+    """So does a fault of sinkhorn, whose scores are not the logits."""
+    run = tiny.built(tiny.decoder_moe("router=sinkhorn"))
+    in_router(run, tamper, layer)
+    found = fault_found(run)
+    assert found.where == "route"
+    assert f"layer {layer}:" in str(found)
+
+
+def test_a_dispatch_that_does_not_fit_its_ids_fails() -> None:
+    """A router may hand over the slots sorted already; the experts then read those, so they must be of the ids."""
+    run = tiny.built(tiny.moe_layer("experts=grouped"))
+    in_router(run, lambda routing: routing._replace(dispatch=dispatch(routing.expert_ids_TK, E)))
+    run.verify()
+    wrong = tiny.built(tiny.moe_layer("experts=grouped"))
+    in_router(wrong, lambda routing: routing._replace(dispatch=dispatch(swapped_ids(routing).expert_ids_TK, E)))
+    found = fault_found(wrong)
+    assert found.where == "route" and "not sorted by expert" in str(found.clause)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_in_one_output_fails(model: str, dtype: str) -> None:
+    """One element of one token of the last layer."""
+    run = tiny.built(config(model, f"dtype={dtype}"))
+    layer = layers_of(run)[-1]
+    inner = layer.experts
+
+    def faulty(*arguments: Any, **options: Any) -> Tensor:
+        y_TD = inner(*arguments, **options)
+        y_TD[3, 1] = float("nan")
+        return y_TD
+
+    layer.experts = faulty
+    assert fault_found(run).where == "layers"
+    assert run.verification is not None
+    assert run.verification.check.rel_error == float("inf")
+
+
+def another_rotary_base(model: Any) -> None:
+    """Of the run's model alone: the twin has tables of its own."""
+    model.rope.theta = 100.0
+    model.rope.reserve(tiny.SEQ, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("model", "break_it"),
+    [
+        pytest.param("minimal", lambda model: setattr(model.norm, "eps", 0.3), id="eps_of_minimal"),
+        pytest.param("transformer_decoder", another_rotary_base, id="rotary_base"),
+        pytest.param("decoder_moe", lambda model: setattr(model.norm, "eps", 0.3), id="last_norm"),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fault_outside_the_experts_fails(model: str, break_it: Callable[[Any], None], dtype: str) -> None:
+    """The whole model is compared, not only its MoE layers."""
+    run = tiny.built(tiny.compose(model, f"dtype={dtype}"))
+    break_it(run.built.model)
+    assert fault_found(run).where == "layers"
+
+
+def test_a_fault_that_only_the_measured_execution_has_fails() -> None:
+    """The step's own output is compared, not that of another pass of the model."""
+    run = tiny.built(tiny.moe_layer())
+    ran = run.built.step()
+    wrong = ran._replace(y=ran.y * 1.01)
+    mismatch = verify(run.built.model, run.built.twin, run.built.x, wrong, run.built.dtype).mismatch
+    assert mismatch is not None and mismatch.where == "layers"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fusing_execution_may_round_a_route_and_nothing_more(dtype: str) -> None:
+    """A weight off by what the logits may be off passes there alone; a lost weight fails everywhere."""
+    run = tiny.built(tiny.moe_layer(f"dtype={dtype}"))
+    tolerance = TOLERANCES[run.built.dtype]
+    off = tolerance.weight + 0.8 * tolerance.model
+    in_router(run, lambda routing: routing._replace(weights_TK=routing.weights_TK + off))
+    assert verified(run).mismatch is not None
+    assert verified(run, fuses=True).mismatch is None
+    for plant, where in ((in_router, "route"), (in_experts, "layers")):
+        faulty = tiny.built(tiny.moe_layer(f"dtype={dtype}"))
+        plant(faulty, zeroed_weight)
+        mismatch = verified(faulty, fuses=True).mismatch
+        assert mismatch is not None and mismatch.where == where
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_an_id_of_no_expert_is_a_mismatch_and_nothing_else_is_claimed(model: str) -> None:
+    """The contract is looked at before anything is computed with the routing; what was not measured is None."""
+    run = tiny.built(config(model))
+    ran = run.built.step()
+    wrong = [one._replace(expert_ids_TK=one.expert_ids_TK + 100) for one in ran.routings]
+    verification = verify(
+        run.built.model, run.built.twin, run.built.x, ran._replace(routings=tuple(wrong)), run.built.dtype
+    )
+    assert verification.mismatch is not None and "outside" in str(verification.mismatch)
+    check = verification.check
+    assert check.passed is False
+    assert (check.rel_error, check.expert_rel_error, check.near_ties, check.free_rel_error) == (None,) * 4
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_routing_of_too_few_tokens_is_a_mismatch(model: str) -> None:
+    """The number of tokens is the input's, not what the routings agree on among themselves."""
+    run = tiny.built(config(model))
+    ran = run.built.step()
+    short = tuple(Routing(one.expert_ids_TK[1:], one.weights_TK[1:]) for one in ran.routings)
+    mismatch = verify(
+        run.built.model, run.built.twin, run.built.x, ran._replace(routings=short), run.built.dtype
+    ).mismatch
+    assert mismatch is not None and "not both" in str(mismatch)
+
+
+def test_after_a_wrong_route_the_errors_of_the_layers_are_unknown() -> None:
+    """Null, not 0, for what the eager pass did not get to."""
+    run = tiny.built(tiny.decoder_moe())
+    in_router(run, swapped_ids, layer=0)
+    check = verified(run).check
+    assert (check.expert_rel_error, check.token_rel_error, check.near_ties) == (None, None, None)
+    assert check.rel_error is not None
+
+
+def test_a_model_that_has_no_fp32_reference_is_refused() -> None:
+    """Comparing bf16 with itself proves nothing."""
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(7, 5, dtype=torch.bfloat16)
+
+        def forward(self, ids: Tensor, forced_routing: Any = None) -> Output:
+            return Output(self.embed(ids))
+
+    model, ids = Plain(), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match=r"reference pass computes in torch\.bfloat16"):
+        verify(model, reference_twin(model), ids, model(ids), torch.bfloat16)
+
+
+# --- the contract of a router -----------------------------------------------------------------------------------------
+
+
+def routing(
+    ids: list[list[int]],
+    weights: list[list[float]],
+    id_dtype: torch.dtype = torch.int32,
+    weight_dtype: torch.dtype = torch.float32,
+) -> Routing:
+    return Routing(torch.tensor(ids, dtype=id_dtype), torch.tensor(weights, dtype=weight_dtype))
+
+
+HALVES = [[0.5, 0.5], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("broken", "clause"),
+    [
+        pytest.param(routing([[0, 1]], [[0.5, 0.5]]), "not both", id="too_few_tokens"),
+        pytest.param(routing([[0, 1], [1, 2]], [[1.0], [1.0]]), "not both", id="shapes_differ"),
+        pytest.param(Routing(torch.zeros(2, dtype=torch.int32), torch.zeros(2)), "not both", id="one_dimension"),
+        pytest.param(routing([[0, 1], [1, 2]], HALVES, id_dtype=torch.int64), "int64", id="int64_ids"),
+        pytest.param(routing([[0, 1], [1, 2]], HALVES, weight_dtype=torch.float64), "float64", id="float64_weights"),
+        pytest.param(routing([[0, 1], [1, 2]], HALVES, weight_dtype=torch.bfloat16), "bfloat16", id="bf16_weights"),
+        pytest.param(routing([[0, 1], [1, 5]], HALVES), "outside", id="id_of_no_expert"),
+        pytest.param(routing([[0, 1], [1, -2]], [[0.5, 0.5], [1.0, 0.0]]), "outside", id="id_below_minus_one"),
+        pytest.param(routing([[0, 1], [3, 3]], HALVES), "twice", id="an_expert_twice"),
+        pytest.param(routing([[0, 1], [1, 2]], [[0.5, 0.5], [0.5, float("nan")]]), "NaN", id="nan_weight"),
+        pytest.param(routing([[0, 1], [1, 2]], [[0.5, 0.5], [0.5, float("inf")]]), "infinite", id="inf_weight"),
+        pytest.param(routing([[0, 1], [1, -1]], HALVES), "unused slot", id="weight_without_an_expert"),
+    ],
+)
+def test_each_broken_clause_of_the_contract_is_named(broken: Routing, clause: str) -> None:
+    """With the layer, as a mismatch of the route."""
+    with pytest.raises(MismatchError, match=clause) as caught:
+        check_contract(broken, n_tokens=2, n_experts=5, layer=7)
+    assert caught.value.where == "route"
+    assert "layer 7" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        pytest.param(routing([[0, 1], [4, 2]], HALVES), id="all_slots"),
+        pytest.param(routing([[0, -1], [-1, -1]], [[1.0, 0.0], [0.0, 0.0]]), id="unused_slots"),
+        pytest.param(routing([[0, 1], [4, 2]], [[2.0, -1.0], [0.0, 0.0]]), id="any_finite_weights"),
+    ],
+)
+def test_a_routing_that_keeps_the_contract_is_let_through(kept: Routing) -> None:
+    """Weights need not sum to 1, and slots may be empty."""
+    assert check_contract(kept, n_tokens=2, n_experts=5, layer=0) is None
+
+
+def repeated_expert(routing: Routing) -> Routing:
+    ids_TK = routing.expert_ids_TK.clone()
+    ids_TK[0, 1] = ids_TK[0, 0]
+    return routing._replace(expert_ids_TK=ids_TK)
+
+
+def emptied_slot(routing: Routing) -> Routing:
+    ids_TK = routing.expert_ids_TK.clone()
+    ids_TK[0, 1] = -1
+    return routing._replace(expert_ids_TK=ids_TK)
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        pytest.param(repeated_expert, id="an_expert_twice"),
+        pytest.param(emptied_slot, id="weight_without_an_expert"),
+        pytest.param(lambda r: r._replace(expert_ids_TK=r.expert_ids_TK.long()), id="int64_ids"),
+        pytest.param(lambda r: r._replace(weights_TK=r.weights_TK.double()), id="float64_weights"),
+    ],
+)
+def test_a_router_that_breaks_its_contract_fails_the_route(tamper: Tamper) -> None:
+    """Also where the experts could make something of it."""
+    run = tiny.built(tiny.moe_layer("experts=loop"))
+    in_router(run, tamper)
+    found = fault_found(run)
+    assert found.where == "route"
+    assert "contract" in str(found)
+
+
+# --- near-ties --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_broken_the_other_way_are_counted_and_pass(dtype: str) -> None:
+    """All experts tie for every token: each token's set differs from the reference's, and each is a near-tie."""
+    run = tiny.built(tiny.moe_layer(f"dtype={dtype}"))
+    (layer,) = layers_of(run)
+    layer.weights.gate_ED.zero_()
+    layer.router = OtherWayRound(layer.router)
+    run.verify()
+    assert run.verification is not None
+    assert run.verification.check.near_ties == T
+    assert run.verification.check.changed_sets == T
+
+
+def test_only_tokens_with_a_tie_at_the_boundary_are_counted() -> None:
+    """Two of five experts tie; the others decide for themselves."""
+    run = tiny.built(tiny.moe_layer(tokens=60))
+    (layer,) = layers_of(run)
+    layer.weights.gate_ED[3] = layer.weights.gate_ED[1]
+    layer.router = OtherWayRound(layer.router)
+    run.verify()
+    assert run.verification is not None
+    check = run.verification.check
+    assert check.near_ties is not None and 0 < check.near_ties < 60
+    assert check.near_ties == check.changed_sets
+
+
+def test_a_lost_weight_in_a_near_tie_fails() -> None:
+    """Which of the tied experts was chosen is open; how much weight they get is not."""
+    run = tiny.built(tiny.moe_layer())
+    (layer,) = layers_of(run)
+    layer.weights.gate_ED.zero_()
+    layer.router = OtherWayRound(layer.router)
+    in_router(run, zeroed_weight)
+    assert fault_found(run).where == "route"
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, id=str(dtype)) for dtype in TOLERANCES])
+@pytest.mark.parametrize("size", [pytest.param(1.0, id="small"), pytest.param(300.0, id="large")])
+def test_a_near_tie_is_a_share_of_the_largest_score(dtype: torch.dtype, size: float) -> None:
+    """Below the dtype's rounding it is counted, above it fails the route."""
+    tolerance = TOLERANCES[dtype]
+    ran = routing([[1]], [[1.0]])
+    for share, counted in ((0.5, True), (2.0, False)):
+        scores_TE = size * torch.tensor([[1.0, 1.0 - share * tolerance.score, 0.0]])
+        reference = routing([[0]], [[1.0]])._replace(scores_TE=scores_TE)
+        if counted:
+            assert compare_routes(ran, reference, 3, 0, tolerance) == 1
+        else:
+            with pytest.raises(MismatchError, match="other experts"):
+                compare_routes(ran, reference, 3, 0, tolerance)
+
+
+def test_a_lost_slot_is_no_near_tie() -> None:
+    """However close the scores, another number of experts is another selection."""
+    reference = routing([[0, 1]], [[0.5, 0.5]])._replace(scores_TE=torch.ones(1, 3))
+    with pytest.raises(MismatchError, match="other experts"):
+        compare_routes(routing([[0, -1]], [[1.0, 0.0]]), reference, 3, 0, TOLERANCES[torch.float32])
+
+
+def test_the_order_of_a_tokens_slots_does_not_matter() -> None:
+    """An expert and its weight may stand in any slot."""
+    scores_TE = torch.tensor([[3.0, 2.0, 1.0]])
+    reference = routing([[0, 1]], [[0.75, 0.25]])._replace(scores_TE=scores_TE)
+    assert compare_routes(routing([[1, 0]], [[0.25, 0.75]]), reference, 3, 0, TOLERANCES[torch.float32]) == 0
+    with pytest.raises(MismatchError, match="weight of token 0"):
+        compare_routes(routing([[1, 0]], [[0.75, 0.25]]), reference, 3, 0, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("masked", [pytest.param(-torch.inf, id="-inf"), pytest.param(-1e9, id="-1e9")])
+def test_masked_experts_do_not_make_everything_a_tie(masked: float) -> None:
+    """A score of -inf, or a very low one, is no measure of the others."""
+    scores_TE = torch.tensor([[3.0, 2.0, masked]])
+    reference = routing([[0]], [[1.0]])._replace(scores_TE=scores_TE)
+    for other in (1, 2):
+        with pytest.raises(MismatchError, match="other experts"):
+            compare_routes(routing([[other]], [[1.0]]), reference, 3, 0, TOLERANCES[torch.bfloat16])
+
+
+def test_logits_that_are_not_the_runs_own_widen_the_tie_by_their_typical_size() -> None:
+    """For an execution that fuses a gap of a few percent of the logits is a near-tie, a gap of their size is not."""
+    tolerance = replace(TOLERANCES[torch.bfloat16], logit=0.04)
+    for gap, near in ((0.03, True), (0.5, False)):
+        scores_TE = torch.tensor([[0.1 + gap, 0.1, -1.0, -2.0]])
+        reference = routing([[0]], [[1.0]])._replace(scores_TE=scores_TE)
+        other = routing([[1]], [[1.0]])
+        with pytest.raises(MismatchError):
+            compare_routes(other, reference, 4, 0, TOLERANCES[torch.bfloat16], None, scores_TE * 10)
+        if near:
+            assert compare_routes(other, reference, 4, 0, tolerance, None, scores_TE * 10) == 1
+        else:
+            with pytest.raises(MismatchError):
+                compare_routes(other, reference, 4, 0, tolerance, None, scores_TE * 10)
+
+
+def test_changed_sets_counts_layers_and_tokens() -> None:
+    """Pairs of (layer, token); slots in another order are the same set."""
+    one = routing([[0, 1], [2, -1]], [[0.5, 0.5], [1.0, 0.0]])
+    same = routing([[1, 0], [-1, 2]], [[0.5, 0.5], [0.0, 1.0]])
+    other = routing([[0, 2], [2, 3]], HALVES)
+    assert changed_sets([one, one], [same, same], [5, 5]) == 0
+    assert changed_sets([one, one], [same, other], [5, 5]) == 2
+
+
+# --- logits that are not finite ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("layer", [pytest.param(index, id=f"layer{index}") for index in range(LAYERS)])
+def test_nan_in_a_gate_is_an_error_that_names_the_layer(router: str, layer: int) -> None:
+    """A broken checkpoint, say."""
+    run = tiny.built(tiny.decoder_moe(f"router={router}"))
+    layers_of(run)[layer].weights.gate_ED[2, 3] = float("nan")
+    with pytest.raises(ValueError, match=f"layer {layer}: the router's logits"):
+        run.verify()
+
+
+def test_logits_that_a_router_does_not_look_at_are_looked_at_here() -> None:
+    """A user's router need not check them, and on CUDA none does."""
+    run = tiny.built(tiny.decoder_moe())
+    layers_of(run)[1].weights.gate_ED[2, 3] = float("nan")
+    for layer in layers_of(run):
+        layer.router = Blind(layer.router)
+    with pytest.raises(ValueError, match="layer 1: the router's logits"):
+        run.verify()
+
+
+# --- what is left behind ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def high_precision() -> Iterator[None]:
+    """TF32 allowed, as a user may have it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("high_precision")
+def test_products_are_exact_within_and_as_before_after() -> None:
+    """Also when something fails within."""
+    with exact_products():
+        assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(RuntimeError, match="planted"), exact_products():
+        raise RuntimeError("planted")
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.usefixtures("high_precision")
+def test_every_product_of_the_reference_is_exact() -> None:
+    """Each pass of the twin, whole or layer by layer, is made with TF32 off."""
+    run, seen = tiny.built(tiny.moe_layer()), []
+    layer = moe_layers(run.built.twin)[0]
+    inner = layer.experts
+
+    def noting(*arguments: Any, **options: Any) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return inner(*arguments, **options)
+
+    layer.experts = noting
+    verified(run)
+    assert len(seen) >= 3
+    assert set(seen) == {"highest"}
+
+
+@pytest.mark.parametrize("faulty", [pytest.param(False, id="passed"), pytest.param(True, id="failed")])
+def test_no_hooks_are_left_on_the_model(faulty: bool) -> None:
+    """What is timed afterwards is the model alone."""
+    run = tiny.built(tiny.decoder_moe())
+    if faulty:
+        in_router(run, another_expert, 0)
+    assert (verified(run).mismatch is not None) is faulty
+    assert not any(module._forward_hooks for module in run.built.model.modules())
+
+
+def test_closing_a_probe_twice_is_harmless() -> None:
+    """A probe takes its hooks with it."""
+    run = tiny.built(tiny.decoder_moe())
+    probe = LayerProbe(run.built.model, run.built.twin, TOLERANCES[torch.float32])
+    probe.close()
+    probe.close()
+    run.built.step()
+    assert (probe.near_ties, probe.expert_error) == (0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("y", "reference", "error"),
+    [
+        pytest.param([3.0, 4.0], [3.0, 4.0], 0.0, id="equal"),
+        pytest.param([3.0, 4.0], [0.0, 0.0], float("inf"), id="of_nothing"),
+        pytest.param([0.0, 0.0], [0.0, 0.0], 0.0, id="nothing_of_nothing"),
+        pytest.param([3.0, 9.0], [3.0, 4.0], 1.0, id="as_large_as_the_reference"),
+        pytest.param([float("nan"), 4.0], [3.0, 4.0], float("inf"), id="nan"),
+        pytest.param([float("inf"), 4.0], [3.0, 4.0], float("inf"), id="inf"),
+        pytest.param([], [], 0.0, id="empty"),
+    ],
+)
+def test_relative_error_is_of_the_norms(y: list[float], reference: list[float], error: float) -> None:
+    """Never NaN: what cannot be compared is infinitely wrong."""
+    assert relative_error(torch.tensor(y), torch.tensor(reference)) == error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, id=dtype) for dtype in ("fp32", "fp16", "bf16")])
+def test_a_correct_run_passes_on_cuda_and_a_faulty_one_fails(model: str, router: str, dtype: str) -> None:
+    """Every dtype, with the kernels that the GPU has."""
+    cfg = config(model, "device=cuda", f"router={router}", f"dtype={dtype}")
+    run = tiny.built(cfg)
+    run.verify()
+    assert run.verification is not None and run.verification.check.passed
+    for plant, where in ((in_router, "route"), (in_experts, "layers")):
+        faulty = tiny.built(cfg)
+        plant(faulty, zeroed_weight)
+        assert fault_found(faulty).where == where
