@@ -32,6 +32,7 @@ demo: $(READY) ## Five routers in a trained model on this machine: a table, and 
 lint: $(READY) ## Style, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror kernels/*.h kernels/*.c*
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 

@@ -10,8 +10,8 @@ namespace moe_lab {
 struct Device {
   cudaStream_t stream;
   int multiprocessors;
-  bool is_hopper;  // or newer: clusters, and launches that begin while the kernel before ends
-  int cluster;     // blocks of one, at most
+  bool is_hopper;        // or newer: clusters, and launches that begin while the kernel before ends
+  int cluster;           // blocks of one, at most
   int64_t shared_bytes;  // that a block may have
 };
 
@@ -26,7 +26,8 @@ struct Launch {
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, const Device& device, Parameters... parameters) {
   if (how.shared_bytes > 48 * 1024) {  // as much as there is: another thread may be about to launch with more than this
-    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_bytes));
+    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(device.shared_bytes));
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attributes[2];

@@ -1,9 +1,9 @@
 // The product with the gate and the route of few tokens, without cuBLAS.
 //
-// A cluster multiplies some experts, each of its blocks a part of D: a warp takes eight experts, and where there are more
-// warps than that needs, several share them and D. The logits are summed over warps and blocks in a fixed order and rounded
-// to the dtype of x, as a product in that dtype would be. One cluster that has all experts routes too; several write the
-// logits, for a launch of route that waits on its multiprocessors already.
+// A cluster multiplies some experts, each of its blocks a part of D: a warp takes eight experts, and where there are
+// more warps than that needs, several share them and D. The logits are summed over warps and blocks in a fixed order
+// and rounded to the dtype of x, as a product in that dtype would be. One cluster that has all experts routes too;
+// several write the logits, for a launch of route that waits on its multiprocessors already.
 #include <cooperative_groups.h>
 
 #include <utility>
@@ -19,15 +19,16 @@ constexpr int kMostAlone = 64;  // experts of one cluster; more is faster by mor
 
 // How a product is laid out over a cluster.
 struct GateGrid {
-  int blocks;       // of a cluster, which share D
-  int experts;      // of a cluster
-  int parts;        // of a block's warps, which share its part of D
-  int each;         // logits that a block of the cluster sums and hands on
+  int blocks;   // of a cluster, which share D
+  int experts;  // of a cluster
+  int parts;    // of a block's warps, which share its part of D
+  int each;     // logits that a block of the cluster sums and hands on
 };
 
 // parts[part, t, e]: this block's shares of the logits of its cluster's experts [first, first + experts).
 template <class Half, int TILES>
-__device__ __noinline__ void multiply_gate(const GateArguments& g, const GateGrid& grid, int T, int first, int experts, int rank, float* parts) {
+__device__ __noinline__ void multiply_gate(const GateArguments& g, const GateGrid& grid, int T, int first, int experts,
+                                           int rank, float* parts) {
   constexpr int kAtOnce = TILES == 1 ? 4 : 2;  // steps of a warp under way
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 4, quad = lane % 4;
   const int per_part = kGateWarps / grid.parts, part = warp / per_part;
@@ -43,7 +44,8 @@ __device__ __noinline__ void multiply_gate(const GateArguments& g, const GateGri
     }
     float sums[TILES][4] = {};
     int step = first_step;
-    for (; step + (kAtOnce - 1) * stride < steps; step += kAtOnce * stride) multiply_steps<Half, kAtOnce>(sums, from, step, stride);
+    for (; step + (kAtOnce - 1) * stride < steps; step += kAtOnce * stride)
+      multiply_steps<Half, kAtOnce>(sums, from, step, stride);
     if (kAtOnce > 2 && step + stride < steps) {
       multiply_steps<Half, 2>(sums, from, step, stride);
       step += 2 * stride;
@@ -60,9 +62,11 @@ __device__ __noinline__ void multiply_gate(const GateArguments& g, const GateGri
   }
 }
 
-// take(i, logit) for the block's share of its cluster's logits, [T, experts] in a row; `parts`: [grid.parts, T, experts].
+// take(i, logit) for the block's share of its cluster's logits, [T, experts] in a row.
+// `parts`: [grid.parts, T, experts].
 template <class Take>
-__device__ __forceinline__ void gate_logits(const RouteArguments& a, const GateArguments& g, const GateGrid& grid, int first, int experts, int rank, float* parts, Take take) {
+__device__ __forceinline__ void gate_logits(const RouteArguments& a, const GateArguments& g, const GateGrid& grid,
+                                            int first, int experts, int rank, float* parts, Take take) {
 #if __CUDA_ARCH__ >= 900
   const int T = static_cast<int>(a.T), all = T * experts;
   const bool is_half = a.dtype == Dtype::kFloat16, is_long = T > 16;
@@ -90,14 +94,18 @@ __device__ __forceinline__ void gate_logits(const RouteArguments& a, const GateA
 }
 
 // Several clusters: writes the logits.
-__global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ GateArguments g, const __grid_constant__ GateGrid grid) {
+__global__ void __launch_bounds__(kGateThreads, 1)
+    gate_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ GateArguments g,
+                const __grid_constant__ GateGrid grid) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ float gate_shared[];
-  const int rank = blockIdx.x % grid.blocks, first = blockIdx.x / grid.blocks * grid.experts, experts = min(grid.experts, a.E - first);
+  const int rank = blockIdx.x % grid.blocks, first = blockIdx.x / grid.blocks * grid.experts,
+            experts = min(grid.experts, a.E - first);
   wait_for_kernels_before();
   auto* logits = static_cast<uint16_t*>(const_cast<void*>(a.logits));
   gate_logits(a, g, grid, first, experts, rank, gate_shared, [&](int i, float logit) {
-    const uint16_t bits = a.dtype == Dtype::kFloat16 ? __half_as_ushort(__float2half_rn(logit)) : __bfloat16_as_ushort(__float2bfloat16_rn(logit));
+    const uint16_t bits = a.dtype == Dtype::kFloat16 ? __half_as_ushort(__float2half_rn(logit))
+                                                     : __bfloat16_as_ushort(__float2bfloat16_rn(logit));
     logits[i / experts * a.row_stride + first + i % experts] = bits;
   });
   cooperative_groups::this_cluster().sync();  // none leaves while its parts are read
@@ -106,16 +114,19 @@ __global__ void __launch_bounds__(kGateThreads, 1) gate_kernel(const __grid_cons
 
 // One cluster: routes.
 template <class Rows>
-__global__ void __launch_bounds__(kGateThreads, 1) gate_route_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ GateArguments g, const __grid_constant__ GateGrid grid) {
+__global__ void __launch_bounds__(kGateThreads, 1)
+    gate_route_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ GateArguments g,
+                      const __grid_constant__ GateGrid grid) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ float gate_shared[];
   const int T = static_cast<int>(a.T), E = a.E, padded = (E + 3) / 4 * 4;
   const int most = grid.each / E, begin = blockIdx.x * most, rows = min(most, T - begin);
-  float* logits = gate_shared;                 // [most, padded]
-  float* parts = logits + most * padded;       // [grid.parts, T, E]
+  float* logits = gate_shared;            // [most, padded]
+  float* parts = logits + most * padded;  // [grid.parts, T, E]
   float* scratch = parts + grid.parts * T * E;
   wait_for_kernels_before();
-  gate_logits(a, g, grid, 0, E, blockIdx.x, parts, [&](int i, float logit) { logits[i / E % most * padded + i % E] = logit; });
+  gate_logits(a, g, grid, 0, E, blockIdx.x, parts,
+              [&](int i, float logit) { logits[i / E % most * padded + i % E] = logit; });
   __syncthreads();
   const auto cluster = cooperative_groups::this_cluster();
   auto all_have_read = cluster.barrier_arrive();
@@ -141,7 +152,9 @@ GateGrid grid_of(const RouteArguments& a, const GateArguments& g, const Device& 
   return {static_cast<int>(blocks), static_cast<int>(experts), static_cast<int>(parts), static_cast<int>(each)};
 }
 
-size_t bytes_of_parts(const RouteArguments& a, const GateGrid& grid) { return grid.parts * a.T * grid.experts * sizeof(float); }
+size_t bytes_of_parts(const RouteArguments& a, const GateGrid& grid) {
+  return grid.parts * a.T * grid.experts * sizeof(float);
+}
 
 template <class Rows>
 cudaError_t run_gate(const RouteArguments& a, const GateArguments& g, const Device& device) {
@@ -172,7 +185,8 @@ cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const
   const int64_t experts = ceil_div(ceil_div(a.E, kClusters), 8) * 8;
   const GateGrid grid = grid_of(a, g, device, std::min<int64_t>(experts, a.E), false);
   const int64_t blocks = grid.blocks * ceil_div(a.E, grid.experts);
-  const cudaError_t error = launch(gate_kernel, {blocks, kGateThreads, bytes_of_parts(a, grid), grid.blocks}, device, a, g, grid);
+  const cudaError_t error =
+      launch(gate_kernel, {blocks, kGateThreads, bytes_of_parts(a, grid), grid.blocks}, device, a, g, grid);
   if (error != cudaSuccess) return error;
   return (a.ranks_scores() || a.grouped() ? route_by_scores : route_by_logits)(a, nullptr, device);
 }

@@ -9,18 +9,23 @@ constexpr int kStep = 32;  // elements of D that a warp multiplies at once: 16 b
 
 // sum += a b, 16 tokens by 16 of D by 8 experts.
 template <class Half>
-__device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                         uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<Half, __nv_bfloat16>) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   }
 }
 
-// Where a lane's rows begin: of the gate the expert lane / 4, of x the tokens lane / 4 and 8 further of each tile of 16, or
-// null where there is none.
+// Where a lane's rows begin: of the gate the expert lane / 4, of x the tokens lane / 4 and 8 further of each tile of
+// 16, or null where there is none.
 template <int TILES>
 struct GateRows {
   const uint16_t *gate, *low[TILES], *high[TILES];
@@ -39,7 +44,8 @@ __device__ __forceinline__ uint4 load_16(const uint16_t* row, int at) {
 // The order of the elements of D within a product is free, so each lane takes eight neighbours of its row at once, of x
 // and of the gate alike, and hands them to two products in pairs.
 template <class Half, int N, int TILES>
-__device__ __forceinline__ void multiply_steps(float (&sums)[TILES][4], const GateRows<TILES>& from, int first, int stride) {
+__device__ __forceinline__ void multiply_steps(float (&sums)[TILES][4], const GateRows<TILES>& from, int first,
+                                               int stride) {
   uint4 w[N], low[N][TILES], high[N][TILES];
 #pragma unroll
   for (int i = 0; i < N; ++i) {

@@ -1,8 +1,8 @@
-// The product with the gate of few experts and the route of many tokens, without cuBLAS: x is read once, at the rate of a
-// copy, and the logits never leave the multiprocessor.
+// The product with the gate of few experts and the route of many tokens, without cuBLAS: x is read once, at the rate of
+// a copy, and the logits never leave the multiprocessor.
 //
-// A block has 16 tokens, whose D its warps share. The gate, at most eight rows, is read again by every block, from the L1
-// cache.
+// A block has 16 tokens, whose D its warps share. The gate, at most eight rows, is read again by every block, from the
+// L1 cache.
 #include "gate.cuh"
 
 namespace moe_lab {
@@ -13,14 +13,17 @@ constexpr int kLogits = kTokens * kFewExperts;
 constexpr int kAtOnce = 8;  // steps of a warp under way
 
 template <class Rows, class Half>
-__global__ void __launch_bounds__(512) gate_few_experts_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ GateArguments g) {
+__global__ void __launch_bounds__(512)
+    gate_few_experts_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ GateArguments g) {
   extern __shared__ float few_shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, row = lane / 4, quad = lane % 4;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kTokens;
   const int rows = static_cast<int>(min(a.T - begin, static_cast<int64_t>(kTokens)));
   const int steps = g.D / kStep, each = (steps + warps - 1) / warps, end = min((warp + 1) * each, steps);
   // Tokens and experts beyond the last are the last again.
-  const GateRows<1> from = {row_of(g.gate, g.gate_stride, min(row, a.E - 1)), {row_of(g.x, g.x_stride, begin + min(row, rows - 1))}, {row_of(g.x, g.x_stride, begin + min(row + 8, rows - 1))}};
+  const GateRows<1> from = {row_of(g.gate, g.gate_stride, min(row, a.E - 1)),
+                            {row_of(g.x, g.x_stride, begin + min(row, rows - 1))},
+                            {row_of(g.x, g.x_stride, begin + min(row + 8, rows - 1))}};
   float sums[1][4] = {};
   wait_for_kernels_before();
   int step = warp * each;

@@ -1,4 +1,5 @@
-// The ops torch.ops.moe_lab.{route,route_and_sort,sinkhorn_route,gate_route}, on torch's stable ABI: one binary for several versions of torch.
+// The ops torch.ops.moe_lab.{route,route_and_sort,sinkhorn_route,gate_route}, on torch's stable ABI: one binary for
+// several versions of torch.
 //
 // Without MOE_LAB_CUDA only the C++ half is here. All outputs are made or given by the caller, nothing is read on the
 // host, and all work is put on the current stream.
@@ -46,9 +47,10 @@ void check_output(const Tensor& output, const Tensor& logits, ScalarType dtype, 
                   dtype == ScalarType::Int ? "int32" : "float32", ", with ", elements, " elements");
 }
 
-RouteArguments arguments(const Tensor& logits, const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& bias,
-                         int64_t k, const std::string& score, int64_t n_groups, int64_t top_groups,
-                         const std::string& group_score, bool renormalize, double scale, Tensor& ids, Tensor& weights) {
+RouteArguments arguments(const Tensor& logits, const std::optional<Tensor>& gate_bias,
+                         const std::optional<Tensor>& bias, int64_t k, const std::string& score, int64_t n_groups,
+                         int64_t top_groups, const std::string& group_score, bool renormalize, double scale,
+                         Tensor& ids, Tensor& weights) {
   STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(0) < 2 || logits.stride(0) >= logits.size(1)) &&
                       (logits.size(0) == 0 || logits.size(1) < 2 || logits.stride(1) == 1),
                   "logits: they must be [T, E] with neighbouring experts side by side");
@@ -58,9 +60,10 @@ RouteArguments arguments(const Tensor& logits, const std::optional<Tensor>& gate
   STD_TORCH_CHECK(1 <= k && k <= kMaxTopK && k <= E, "k=", k, ": it must be between 1 and min(E, ", kMaxTopK, ")");
   STD_TORCH_CHECK(1 <= n_groups && n_groups <= kMaxGroups && E % n_groups == 0, "n_groups=", n_groups,
                   ": it must divide E and be at most ", kMaxGroups);
-  STD_TORCH_CHECK(1 <= top_groups && top_groups <= n_groups && top_groups * (E / n_groups) >= k, "top_groups=", top_groups,
-                  ": it must be at most n_groups and leave k experts");
-  STD_TORCH_CHECK(group_score == "max" || group_score == "top2", "group_score=", group_score, ": it must be max or top2");
+  STD_TORCH_CHECK(1 <= top_groups && top_groups <= n_groups && top_groups * (E / n_groups) >= k,
+                  "top_groups=", top_groups, ": it must be at most n_groups and leave k experts");
+  STD_TORCH_CHECK(group_score == "max" || group_score == "top2", "group_score=", group_score,
+                  ": it must be max or top2");
   const ScalarType dtype = logits.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "logits: they must be float32, float16 or bfloat16");
@@ -73,7 +76,9 @@ RouteArguments arguments(const Tensor& logits, const std::optional<Tensor>& gate
   a.row_stride = a.T < 2 ? E : logits.stride(0);
   a.E = static_cast<int>(E), a.k = static_cast<int>(k);
   STD_TORCH_CHECK(a.T * k < (int64_t{1} << 31), "logits: T * k must be below 2**31");
-  a.dtype = dtype == ScalarType::Float ? Dtype::kFloat32 : dtype == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16;
+  a.dtype = dtype == ScalarType::Float  ? Dtype::kFloat32
+            : dtype == ScalarType::Half ? Dtype::kFloat16
+                                        : Dtype::kBFloat16;
   const auto bytes_of_four = dtype == ScalarType::Float ? 16 : 8;
   a.aligned = E % 4 == 0 && a.row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(a.logits) % bytes_of_four == 0 &&
               reinterpret_cast<uintptr_t>(a.bias) % 16 == 0;
@@ -105,12 +110,15 @@ SortArguments sort_arguments(const RouteArguments& a, const Tensor& logits, Outp
   return {data(out.counts), data(out.offsets), data(out.perm), data(out.inverse), nullptr};
 }
 
-SinkhornArguments sinkhorn_arguments(const RouteArguments& a, const Tensor& logits, int64_t iters, double temperature, double tolerance, Tensor& log_b) {
-  STD_TORCH_CHECK(iters >= 0 && iters < (int64_t{1} << 31) && temperature > 0 && tolerance >= 0, "iters and tolerance must not be negative, iters below 2**31, temperature above 0");
+SinkhornArguments sinkhorn_arguments(const RouteArguments& a, const Tensor& logits, int64_t iters, double temperature,
+                                     double tolerance, Tensor& log_b) {
+  STD_TORCH_CHECK(iters >= 0 && iters < (int64_t{1} << 31) && temperature > 0 && tolerance >= 0,
+                  "iters and tolerance must not be negative, iters below 2**31, temperature above 0");
   check_output(log_b, logits, ScalarType::Float, a.E, "log_b");
   // Of one token the only balanced plan is uniform, and the logits are ranked.
   const int turns = a.T > 1 ? static_cast<int>(iters) : 0;
-  return {turns, static_cast<float>(1.4426950408889634 / temperature), static_cast<float>(tolerance), static_cast<float*>(log_b.mutable_data_ptr()), nullptr};
+  return {turns, static_cast<float>(1.4426950408889634 / temperature), static_cast<float>(tolerance),
+          static_cast<float*>(log_b.mutable_data_ptr()), nullptr};
 }
 
 void run_sinkhorn_cpu(const RouteArguments& a, SinkhornArguments& s, const Tensor&) { sinkhorn_cpu(a, s); }
@@ -121,16 +129,15 @@ void run_cpu(const RouteArguments& a, const SortArguments* s, const Tensor&) {
 }
 
 #ifdef MOE_LAB_CUDA
-void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "moe_lab: CUDA: ", cudaGetErrorString(error));
-}
+void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "moe_lab: CUDA: ", cudaGetErrorString(error)); }
 
 // Of a function in libtorch_cuda, which a CPU build of torch does not have, so that nothing here is linked with it.
 cudaStream_t current_stream(int index) {
   using Get = AOTITorchError (*)(int32_t device_index, void** stream);
   static const Get get = [] {
     void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return torch_cuda == nullptr ? nullptr : reinterpret_cast<Get>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
+    return torch_cuda == nullptr ? nullptr
+                                 : reinterpret_cast<Get>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
   }();
   void* stream = nullptr;
   STD_TORCH_CHECK(get != nullptr && get(index, &stream) == 0, "moe_lab: torch has no current CUDA stream");
@@ -186,23 +193,28 @@ void run_sinkhorn_cuda(const RouteArguments& a, SinkhornArguments& s, const Tens
 }
 
 void check_gate(const Tensor& tensor, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == x.size(1) && tensor.scalar_type() == x.scalar_type() && tensor.device() == x.device() &&
-                      (tensor.size(1) < 2 || tensor.stride(1) == 1) && (tensor.size(0) < 2 || tensor.stride(0) % 8 == 0) && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0,
-                  name, ": it must be [., D] as the other, of float16 or bfloat16, with rows on boundaries of 16 bytes");
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && tensor.size(1) == x.size(1) && tensor.scalar_type() == x.scalar_type() &&
+          tensor.device() == x.device() && (tensor.size(1) < 2 || tensor.stride(1) == 1) &&
+          (tensor.size(0) < 2 || tensor.stride(0) % 8 == 0) && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0,
+      name, ": it must be [., D] as the other, of float16 or bfloat16, with rows on boundaries of 16 bytes");
 }
 
-std::tuple<Tensor, Tensor> gate_route(const Tensor& x, const Tensor& gate, std::optional<Tensor> gate_bias, std::optional<Tensor> bias, int64_t k,
-                                      std::string score, int64_t n_groups, int64_t top_groups, std::string group_score, bool renormalize, double scale) {
+std::tuple<Tensor, Tensor> gate_route(const Tensor& x, const Tensor& gate, std::optional<Tensor> gate_bias,
+                                      std::optional<Tensor> bias, int64_t k, std::string score, int64_t n_groups,
+                                      int64_t top_groups, std::string group_score, bool renormalize, double scale) {
   check_gate(x, x, "x"), check_gate(gate, x, "gate");
   STD_TORCH_CHECK(x.scalar_type() != ScalarType::Float, "x: it must be float16 or bfloat16");
   const Tensor logits = torch::stable::new_empty(x, {x.size(0), gate.size(0)});
   Tensor ids = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Int);
   Tensor weights = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Float);
-  const RouteArguments a = arguments(logits, gate_bias, bias, k, score, n_groups, top_groups, group_score, renormalize, scale, ids, weights);
+  const RouteArguments a =
+      arguments(logits, gate_bias, bias, k, score, n_groups, top_groups, group_score, renormalize, scale, ids, weights);
   const GateArguments g = {x.data_ptr(), gate.data_ptr(), x.stride(0), gate.stride(0), static_cast<int>(x.size(1))};
   const DeviceGuard guard(x.get_device_index());
   const Device device = device_of(x.get_device_index());
-  STD_TORCH_CHECK(can_route_by_gate(a, g, device), "x: at most ", kMostGateTokens, " tokens or ", kFewExperts, " experts, and D a multiple of 32, on compute capability 9.0 or newer");
+  STD_TORCH_CHECK(can_route_by_gate(a, g, device), "x: at most ", kMostGateTokens, " tokens or ", kFewExperts,
+                  " experts, and D a multiple of 32, on compute capability 9.0 or newer");
   if (a.T > 0) check(route_by_gate(a, g, device));
   return {ids, weights};
 }
@@ -212,11 +224,10 @@ std::tuple<Tensor, Tensor> gate_route(const Tensor& x, const Tensor& gate, std::
 using Run = void (*)(const RouteArguments&, const SortArguments*, const Tensor&);
 using RunSinkhorn = void (*)(const RouteArguments&, SinkhornArguments&, const Tensor&);
 
-#define MOE_LAB_ROUTE_PARAMETERS                                                                                  \
+#define MOE_LAB_ROUTE_PARAMETERS                                                                                   \
   const Tensor &logits, std::optional<Tensor> gate_bias, std::optional<Tensor> bias, int64_t k, std::string score, \
       int64_t n_groups, int64_t top_groups, std::string group_score, bool renormalize, double scale
-#define MOE_LAB_ROUTE_ARGUMENTS \
-  logits, gate_bias, bias, k, score, n_groups, top_groups, group_score, renormalize, scale
+#define MOE_LAB_ROUTE_ARGUMENTS logits, gate_bias, bias, k, score, n_groups, top_groups, group_score, renormalize, scale
 
 template <Run run>
 void route_out(MOE_LAB_ROUTE_PARAMETERS, Tensor ids, Tensor weights) {
@@ -224,7 +235,8 @@ void route_out(MOE_LAB_ROUTE_PARAMETERS, Tensor ids, Tensor weights) {
 }
 
 template <Run run>
-void route_and_sort_out(MOE_LAB_ROUTE_PARAMETERS, Tensor ids, Tensor weights, Tensor counts, Tensor offsets, Tensor perm, Tensor inverse) {
+void route_and_sort_out(MOE_LAB_ROUTE_PARAMETERS, Tensor ids, Tensor weights, Tensor counts, Tensor offsets,
+                        Tensor perm, Tensor inverse) {
   const RouteArguments a = arguments(MOE_LAB_ROUTE_ARGUMENTS, ids, weights);
   Outputs outputs{counts, offsets, perm, inverse};
   const SortArguments s = sort_arguments(a, logits, outputs);
@@ -251,14 +263,16 @@ Six route_and_sort(MOE_LAB_ROUTE_PARAMETERS) {
 }
 
 template <RunSinkhorn run>
-void sinkhorn_route_out(const Tensor& logits, int64_t k, int64_t iters, double temperature, double tolerance, Tensor ids, Tensor weights, Tensor log_b) {
+void sinkhorn_route_out(const Tensor& logits, int64_t k, int64_t iters, double temperature, double tolerance,
+                        Tensor ids, Tensor weights, Tensor log_b) {
   const RouteArguments a = arguments(logits, {}, {}, k, "softmax", 1, 1, "max", true, 1.0, ids, weights);
   SinkhornArguments s = sinkhorn_arguments(a, logits, iters, temperature, tolerance, log_b);
   run(a, s, logits);
 }
 
 template <RunSinkhorn run>
-std::tuple<Tensor, Tensor, Tensor> sinkhorn_route(const Tensor& logits, int64_t k, int64_t iters, double temperature, double tolerance) {
+std::tuple<Tensor, Tensor, Tensor> sinkhorn_route(const Tensor& logits, int64_t k, int64_t iters, double temperature,
+                                                  double tolerance) {
   Tensor ids = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Int);
   Tensor weights = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Float);
   Tensor log_b = torch::stable::new_empty(logits, {logits.size(1)}, ScalarType::Float);
@@ -266,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn_route(const Tensor& logits, int64_t 
   return {ids, weights, log_b};
 }
 
-#define MOE_LAB_ROUTE_SCHEMA                                                                                     \
+#define MOE_LAB_ROUTE_SCHEMA                                                                                           \
   "(Tensor logits, Tensor? gate_bias, Tensor? bias, int k, str score, int n_groups, int top_groups, str group_score, " \
   "bool renormalize, float scale"
 
@@ -281,18 +295,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moe_lab, m) {
   m.def("route_and_sort.out" MOE_LAB_ROUTE_SCHEMA
         ", *, Tensor(a!) ids, Tensor(b!) weights, Tensor(c!) counts, Tensor(d!) offsets, Tensor(e!) perm, "
         "Tensor(f!) inverse) -> ()");
-  m.def("gate_route(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? bias, int k, str score, int n_groups, int top_groups, "
-        "str group_score, bool renormalize, float scale) -> (Tensor ids, Tensor weights)");
-  m.def("sinkhorn_route(Tensor logits, int k, int iters, float temperature, float tolerance) -> (Tensor ids, Tensor weights, Tensor log_b)");
+  m.def("gate_route(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? bias, int k, str score, int n_groups, "
+        "int top_groups, str group_score, bool renormalize, float scale) -> (Tensor ids, Tensor weights)");
+  m.def("sinkhorn_route(Tensor logits, int k, int iters, float temperature, float tolerance) "
+        "-> (Tensor ids, Tensor weights, Tensor log_b)");
   m.def("sinkhorn_route.out(Tensor logits, int k, int iters, float temperature, float tolerance, *, Tensor(a!) ids, "
         "Tensor(b!) weights, Tensor(c!) log_b) -> ()");
 }
 
-#define MOE_LAB_IMPLEMENT(m, run, run_sinkhorn)                            \
-  m.impl("route", TORCH_BOX(&moe_lab::route<&moe_lab::run>));              \
-  m.impl("route.out", TORCH_BOX(&moe_lab::route_out<&moe_lab::run>));      \
-  m.impl("route_and_sort", TORCH_BOX(&moe_lab::route_and_sort<&moe_lab::run>)); \
-  m.impl("route_and_sort.out", TORCH_BOX(&moe_lab::route_and_sort_out<&moe_lab::run>));                   \
+#define MOE_LAB_IMPLEMENT(m, run, run_sinkhorn)                                          \
+  m.impl("route", TORCH_BOX(&moe_lab::route<&moe_lab::run>));                            \
+  m.impl("route.out", TORCH_BOX(&moe_lab::route_out<&moe_lab::run>));                    \
+  m.impl("route_and_sort", TORCH_BOX(&moe_lab::route_and_sort<&moe_lab::run>));          \
+  m.impl("route_and_sort.out", TORCH_BOX(&moe_lab::route_and_sort_out<&moe_lab::run>));  \
   m.impl("sinkhorn_route", TORCH_BOX(&moe_lab::sinkhorn_route<&moe_lab::run_sinkhorn>)); \
   m.impl("sinkhorn_route.out", TORCH_BOX(&moe_lab::sinkhorn_route_out<&moe_lab::run_sinkhorn>))
 

@@ -36,7 +36,8 @@ __device__ __forceinline__ float load_one(const RouteArguments& a, int64_t row, 
 // Fours of neighbours, where rows are aligned to four elements: x[4 i ...] from expert first + i * step, where that is
 // below E. One branch on the dtype, so that all loads are under way together.
 template <int VALUES>
-__device__ __forceinline__ void load_fours(const RouteArguments& a, int64_t row, int first, int step, float (&x)[VALUES]) {
+__device__ __forceinline__ void load_fours(const RouteArguments& a, int64_t row, int first, int step,
+                                           float (&x)[VALUES]) {
   const int64_t at = row * a.row_stride + first;
   if (a.dtype == Dtype::kFloat32) {
     const float* from = static_cast<const float*>(a.logits) + at;

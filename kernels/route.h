@@ -37,10 +37,10 @@ struct RouteArguments {
 
 // The slots of ids [T, k], flat, sorted by expert and within an expert by slot. All int32.
 struct SortArguments {
-  int32_t* counts;   // [E]
-  int32_t* offsets;  // [E + 1]
-  int32_t* perm;     // [slots], the flat slot at each sorted position
-  int32_t* inverse;  // [slots], the sorted position of each flat slot
+  int32_t* counts;        // [E]
+  int32_t* offsets;       // [E + 1]
+  int32_t* perm;          // [slots], the flat slot at each sorted position
+  int32_t* inverse;       // [slots], the sorted position of each flat slot
   int32_t* block_counts;  // scratch of the CUDA kernels, [sort_blocks, E]
 };
 

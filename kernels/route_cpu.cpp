@@ -53,11 +53,14 @@ void limit_groups(const RouteArguments& a, Row& row) {
     }
     const float score = (a.group_top2 && a.group_size > 1 ? first + second : first) + 0.0f;
     const uint32_t bits = bits_of(score);
-    scores[g] = has_nan || score != score ? 0xffffffffu : bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
+    scores[g] = has_nan || score != score
+                    ? 0xffffffffu
+                    : bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
   }
   for (int g = 0; g < a.n_groups; ++g) {
     int better = 0;
-    for (int other = 0; other < a.n_groups; ++other) better += scores[other] > scores[g] || (scores[other] == scores[g] && other < g);
+    for (int other = 0; other < a.n_groups; ++other)
+      better += scores[other] > scores[g] || (scores[other] == scores[g] && other < g);
     if (better < a.top_groups) continue;
     std::fill_n(row.keys + g * a.group_size, a.group_size, 0);
   }
@@ -113,7 +116,8 @@ void sort_cpu(const int32_t* ids, const SortArguments& s, int E, int64_t slots) 
   std::vector<int32_t> counts(parts * E, 0);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      for (int64_t slot = part * each; slot < std::min((part + 1) * each, slots); ++slot) ++counts[part * E + ids[slot]];
+      for (int64_t slot = part * each; slot < std::min((part + 1) * each, slots); ++slot)
+        ++counts[part * E + ids[slot]];
     }
   });
   int32_t before = 0;

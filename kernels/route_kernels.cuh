@@ -26,7 +26,8 @@ struct ByWarp {
   }
 
   template <class Emit>
-  static __device__ __forceinline__ void rows(const RouteArguments& a, int64_t begin, int64_t end, float* scratch, Emit emit) {
+  static __device__ __forceinline__ void rows(const RouteArguments& a, int64_t begin, int64_t end, float* scratch,
+                                              Emit emit) {
     for (int64_t row = begin + threadIdx.x / 32; row < end; row += blockDim.x / 32) one(a, row, scratch, emit);
   }
 };
@@ -69,7 +70,9 @@ __global__ void __launch_bounds__(256) route_kernel(const __grid_constant__ Rout
 
 // Few tokens: routes and sorts, in one block or cluster.
 template <class Rows>
-__global__ void __launch_bounds__(kSortThreads) route_and_sort_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ SortArguments s, int rows_per_block) {
+__global__ void __launch_bounds__(kSortThreads)
+    route_and_sort_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ SortArguments s,
+                          int rows_per_block) {
   extern __shared__ float shared[];
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * rows_per_block, end = min(begin + rows_per_block, a.T);
   Sorter sorter(reinterpret_cast<int*>(shared), a.E, static_cast<int>(end - begin) * a.k);
@@ -87,13 +90,15 @@ template <class Rows>
 cudaError_t run(const RouteArguments& a, const SortArguments* s, const Device& device) {
   if (s == nullptr) {
     const int threads = 128;
-    return launch(route_kernel<Rows>, {ceil_div(a.T * Rows::kLanes, threads), threads, Rows::scratch_bytes(a, threads)}, device, a);
+    return launch(route_kernel<Rows>, {ceil_div(a.T * Rows::kLanes, threads), threads, Rows::scratch_bytes(a, threads)},
+                  device, a);
   }
   const int64_t blocks = ceil_div(a.T * Rows::kLanes, kSortThreads);
   const int rows = static_cast<int>(ceil_div(a.T, blocks));
   const size_t bytes = Sorter::bytes(a.E, static_cast<int64_t>(rows) * a.k) + Rows::scratch_bytes(a, kSortThreads);
   if (blocks <= device.cluster && bytes <= static_cast<size_t>(device.shared_bytes)) {
-    return launch(route_and_sort_kernel<Rows>, {blocks, kSortThreads, bytes, static_cast<int>(blocks)}, device, a, *s, rows);
+    return launch(route_and_sort_kernel<Rows>, {blocks, kSortThreads, bytes, static_cast<int>(blocks)}, device, a, *s,
+                  rows);
   }
   const cudaError_t error = run<Rows>(a, nullptr, device);
   return error == cudaSuccess ? sort_slots(a.ids, *s, a.E, a.T * a.k, device) : error;
@@ -111,7 +116,7 @@ cudaError_t run_by_warps(const RouteArguments& a, const SortArguments* s, const 
 }
 
 // Runs `ByLanes` of these and returns, if they fit.
-#define MOE_LAB_RUN_IF(KP, LANES, VALUES, SCORES)                                                          \
+#define MOE_LAB_RUN_IF(KP, LANES, VALUES, SCORES)                                                             \
   if (a.aligned && a.k <= KP && a.E == LANES * VALUES && LanesRow<KP, LANES, VALUES, SCORES>::fits_groups(a)) \
   return run<ByLanes<KP, LANES, VALUES, SCORES>>(a, s, device)
 

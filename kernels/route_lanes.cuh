@@ -1,9 +1,9 @@
 // Rows of logits by a few neighbouring lanes each, held in registers.
 //
-// Ranked are keys of 32 bits, so that one min and one max order value and index together: above the expert's index stands
-// how far the value's bits lie above a base, and the base so far below the row's largest value that this fits. That is
-// exact for values down to 1/4 of the largest at 256 experts, 1/16 at 128, 1/256 at 64; a warp with a row that chooses
-// one further down ranks again by keys of 64 bits.
+// Ranked are keys of 32 bits, so that one min and one max order value and index together: above the expert's index
+// stands how far the value's bits lie above a base, and the base so far below the row's largest value that this fits.
+// That is exact for values down to 1/4 of the largest at 256 experts, 1/16 at 128, 1/256 at 64; a warp with a row that
+// chooses one further down ranks again by keys of 64 bits.
 #pragma once
 
 #include "route.cuh"
@@ -58,7 +58,8 @@ struct LanesRow {
     for (int step = 1; step < lanes; step *= 2) {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        const uint32_t its_first = __shfl_xor_sync(kAll, first[i], step), its_second = __shfl_xor_sync(kAll, second[i], step);
+        const uint32_t its_first = __shfl_xor_sync(kAll, first[i], step),
+                       its_second = __shfl_xor_sync(kAll, second[i], step);
         second[i] = max(min(first[i], its_first), max(second[i], its_second));
         first[i] = max(first[i], its_first);
       }
@@ -124,9 +125,11 @@ struct LanesRow {
     }
   }
 
-  // This lane's winners among the row's, whose largest value is `largest` in every lane: their ids and values. `exact`: what
-  // is ranked, and told, where a winner lies too far down.
-  __device__ __forceinline__ void choose(const uint32_t (&values)[VALUES], uint32_t largest, const uint32_t (&exact)[VALUES], int (&ids)[kMine], uint32_t (&chosen)[kMine]) const {
+  // This lane's winners among the row's, whose largest value is `largest` in every lane: their ids and values. `exact`:
+  // what is ranked, and told, where a winner lies too far down.
+  __device__ __forceinline__ void choose(const uint32_t (&values)[VALUES], uint32_t largest,
+                                         const uint32_t (&exact)[VALUES], int (&ids)[kMine],
+                                         uint32_t (&chosen)[kMine]) const {
     uint32_t base = max(largest, kSpan) - kSpan;
     {
       uint32_t best[KP];

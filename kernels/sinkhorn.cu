@@ -15,7 +15,8 @@ cudaError_t run(const RouteArguments& a, const SinkhornArguments& s, int64_t blo
   // Rows that one warp looks at together are all stored, or none.
   const int64_t resident = s.iters == 0 ? 0 : each <= most ? each : most / (32 / LANES) * (32 / LANES);
   const Launch how{blocks, kSinkhornThreads, Block::bytes(resident), 1, s.partials != nullptr};
-  return launch(sinkhorn_kernel<KP, LANES, VALUES>, how, device, a, s, static_cast<int>(each), static_cast<int>(resident));
+  return launch(sinkhorn_kernel<KP, LANES, VALUES>, how, device, a, s, static_cast<int>(each),
+                static_cast<int>(resident));
 }
 
 }  // namespace

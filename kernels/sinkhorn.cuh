@@ -1,9 +1,9 @@
 // Sinkhorn's plan (ops/sinkhorn.py) and the k best experts of each token in it, in one launch.
 //
 // A block keeps its rows of log2 K in shared memory, as far as they fit; the others it reads again. An iteration is one
-// look at each row, whose share of every column is summed in registers, and one exchange of E numbers between the blocks,
-// which all run at once and wait for each other. All sums are made in a fixed order, so every block finds the same columns,
-// and every run.
+// look at each row, whose share of every column is summed in registers, and one exchange of E numbers between the
+// blocks, which all run at once and wait for each other. All sums are made in a fixed order, so every block finds the
+// same columns, and every run.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -188,20 +188,20 @@ template <int KP, int LANES, int VALUES>
 struct PlanBlock {
   using Row = LanesRow<KP == 0 ? VALUES : KP, LANES, VALUES, true>;
   static constexpr int kColumns = LANES * VALUES;
-  static constexpr int kRows = 32 / LANES;                // that a warp looks at together
+  static constexpr int kRows = 32 / LANES;  // that a warp looks at together
   static constexpr int kStep = kSinkhornWarps * kRows;
-  static constexpr int kAtOnce = VALUES <= 8 ? 2 : 1;     // looks of a warp under way
-  static constexpr float kWide = 60.0f;                   // of scales up to 2^60 no row's sum is 0 or overflows
-  static constexpr float kLogSmall = -100.0f;             // of a column's sum, below which a float loses parts of it
+  static constexpr int kAtOnce = VALUES <= 8 ? 2 : 1;  // looks of a warp under way
+  static constexpr float kWide = 60.0f;                // of scales up to 2^60 no row's sum is 0 or overflows
+  static constexpr float kLogSmall = -100.0f;          // of a column's sum, below which a float loses parts of it
 
   const RouteArguments& a;
   const SinkhornArguments& s;
   const int64_t begin;  // the block's first row
   const int rows, resident;
   Columns columns;
-  float* const log_b;    // [columns], log2
-  float* const before;   // [columns], log_b of the iteration before
-  float* const log_k;    // [resident, columns], as in PlanRows
+  float* const log_b;   // [columns], log2
+  float* const before;  // [columns], log_b of the iteration before
+  float* const log_k;   // [resident, columns], as in PlanRows
   const Row row_kernel;
   const int in_warp, first_row;
 
@@ -209,10 +209,12 @@ struct PlanBlock {
     return (ceil_div(Columns::floats(kColumns), 4) * 4 + (2 + resident) * kColumns) * sizeof(float);
   }
 
-  __device__ PlanBlock(const RouteArguments& a, const SinkhornArguments& s, float* shared, int64_t begin, int rows, int resident)
+  __device__ PlanBlock(const RouteArguments& a, const SinkhornArguments& s, float* shared, int64_t begin, int rows,
+                       int resident)
       : a(a), s(s), begin(begin), rows(rows), resident(resident), columns(kColumns, s.partials, shared),
         log_b(shared + ceil_div(Columns::floats(kColumns), 4) * 4), before(log_b + kColumns), log_k(before + kColumns),
-        row_kernel{a, static_cast<int>(threadIdx.x % LANES)}, in_warp(threadIdx.x % 32 / LANES), first_row(threadIdx.x / 32 * kRows) {}
+        row_kernel{a, static_cast<int>(threadIdx.x % LANES)}, in_warp(threadIdx.x % 32 / LANES),
+        first_row(threadIdx.x / 32 * kRows) {}
 
   __device__ __forceinline__ int expert(int j) const { return row_kernel.expert(j); }
 
@@ -284,12 +286,14 @@ struct PlanBlock {
         if (first + i * kStep + in_warp >= resident) continue;
         float4* to = reinterpret_cast<float4*>(log_k + (first + i * kStep + in_warp) * kColumns) + row_kernel.lane;
 #pragma unroll
-        for (int j = 0; j < VALUES / 4; ++j) to[j * LANES] = {x[i][4 * j], x[i][4 * j + 1], x[i][4 * j + 2], x[i][4 * j + 3]};
+        for (int j = 0; j < VALUES / 4; ++j)
+          to[j * LANES] = {x[i][4 * j], x[i][4 * j + 1], x[i][4 * j + 2], x[i][4 * j + 3]};
       }
     }
   }
 
-  // The warps' sums over their rows of each column of the plan. Only of wide scales is a row's largest entry looked for.
+  // The warps' sums over their rows of each column of the plan. Only of wide scales is a row's largest entry looked
+  // for.
   __device__ __forceinline__ void sum_rows(bool is_wide) const {
     float b[VALUES], sums[VALUES] = {};
     load_scale(b);
@@ -325,8 +329,8 @@ struct PlanBlock {
     sum_warp<LANES>(sums, 0);
   }
 
-  // The sums of the warp's lanes of the same experts: of every two lanes each goes on with half of the values, so far as
-  // there are halves.
+  // The sums of the warp's lanes of the same experts: of every two lanes each goes on with half of the values, so far
+  // as there are halves.
   template <int STEP, int N>
   __device__ __forceinline__ void sum_warp(const float (&x)[N], int first) const {
     if constexpr (STEP == 32) {
@@ -427,10 +431,13 @@ struct PlanBlock {
 };
 
 template <int KP, int LANES, int VALUES>
-__global__ void __launch_bounds__(kSinkhornThreads, 1) sinkhorn_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ SinkhornArguments s, int rows_per_block, int resident) {
+__global__ void __launch_bounds__(kSinkhornThreads, 1)
+    sinkhorn_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ SinkhornArguments s,
+                    int rows_per_block, int resident) {
   extern __shared__ float4 sinkhorn_shared[];
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * rows_per_block;
-  const int rows = static_cast<int>(max(min(static_cast<int64_t>(rows_per_block), a.T - begin), static_cast<int64_t>(0)));
+  const int rows =
+      static_cast<int>(max(min(static_cast<int64_t>(rows_per_block), a.T - begin), static_cast<int64_t>(0)));
   PlanBlock<KP, LANES, VALUES> block(a, s, reinterpret_cast<float*>(sinkhorn_shared), begin, rows, min(resident, rows));
   for (int e = threadIdx.x; e < LANES * VALUES; e += kSinkhornThreads) block.log_b[e] = 0.0f;
   __syncthreads();

@@ -104,12 +104,15 @@ struct Plan {
 
   // log2 of the plan's column sums, [E].
   std::vector<float> log_columns() {
-    each_row(0.0f, [&](int64_t, float* x, float highest, float* its) { add_shares(x, 1.0f / exponentiate(x, highest, padded), padded, its); });
+    each_row(0.0f, [&](int64_t, float* x, float highest, float* its) {
+      add_shares(x, 1.0f / exponentiate(x, highest, padded), padded, its);
+    });
     std::vector<float> totals(a.E, 0.0f);
     for (int64_t part = 0; part < parts; ++part) {
       for (int e = 0; e < a.E; ++e) totals[e] += columns[part * padded + e];
     }
-    if (std::any_of(totals.begin(), totals.end(), [](float total) { return total < 1e-30f; })) return log_small_columns();
+    if (std::any_of(totals.begin(), totals.end(), [](float total) { return total < 1e-30f; }))
+      return log_small_columns();
     for (float& total : totals) total = std::log2(total);
     return totals;
   }
@@ -153,7 +156,9 @@ void sinkhorn_cpu(const RouteArguments& a, const SinkhornArguments& s) {
   const float log_share = std::log2(static_cast<float>(a.T) / a.E);
   for (int i = 0; i < s.iters; ++i) {
     const std::vector<float> totals = plan.log_columns();
-    const bool is_near = std::all_of(totals.begin(), totals.end(), [&](float total) { return std::fabs(std::exp2(total - log_share) - 1.0f) <= s.tolerance; });
+    const bool is_near = std::all_of(totals.begin(), totals.end(), [&](float total) {
+      return std::fabs(std::exp2(total - log_share) - 1.0f) <= s.tolerance;
+    });
     if (s.tolerance > 0.0f && is_near) break;
     for (int e = 0; e < a.E; ++e) plan.log_b[e] += log_share - totals[e];
   }

@@ -13,17 +13,22 @@ __device__ __forceinline__ void load_ids(Sorter& sorter, const int32_t* __restri
 }
 
 // Some more: sorts what a launch before has routed, in one block or cluster.
-__global__ void __launch_bounds__(kSortThreads) sort_kernel(const int32_t* ids, const __grid_constant__ SortArguments s, int E, int64_t all_slots, int slots_per_block) {
+__global__ void __launch_bounds__(kSortThreads) sort_kernel(const int32_t* ids, const __grid_constant__ SortArguments s,
+                                                            int E, int64_t all_slots, int slots_per_block) {
   extern __shared__ int sort_shared[];
   const int64_t first_slot = static_cast<int64_t>(blockIdx.x) * slots_per_block;
-  Sorter sorter(sort_shared, E, static_cast<int>(max(min(static_cast<int64_t>(slots_per_block), all_slots - first_slot), static_cast<int64_t>(0))));
+  Sorter sorter(sort_shared, E,
+                static_cast<int>(
+                    max(min(static_cast<int64_t>(slots_per_block), all_slots - first_slot), static_cast<int64_t>(0))));
   wait_for_kernels_before();
   load_ids(sorter, ids + first_slot);
   sort_in_cluster(sorter, s, first_slot);
 }
 
 // Many: two launches, of which the first counts the slots of each block.
-__global__ void __launch_bounds__(kSortThreads) count_kernel(const int32_t* ids, const __grid_constant__ SortArguments s, int E, int64_t all_slots, int slots_per_block) {
+__global__ void __launch_bounds__(kSortThreads)
+    count_kernel(const int32_t* ids, const __grid_constant__ SortArguments s, int E, int64_t all_slots,
+                 int slots_per_block) {
   extern __shared__ int sort_shared[];
   for (int e = threadIdx.x; e < E; e += kSortThreads) sort_shared[e] = 0;
   __syncthreads();
@@ -35,7 +40,9 @@ __global__ void __launch_bounds__(kSortThreads) count_kernel(const int32_t* ids,
   for (int e = threadIdx.x; e < E; e += kSortThreads) s.block_counts[blockIdx.x * E + e] = sort_shared[e];
 }
 
-__global__ void __launch_bounds__(kSortThreads) place_kernel(const int32_t* ids, const __grid_constant__ SortArguments s, int E, int64_t all_slots, int slots_per_block) {
+__global__ void __launch_bounds__(kSortThreads)
+    place_kernel(const int32_t* ids, const __grid_constant__ SortArguments s, int E, int64_t all_slots,
+                 int slots_per_block) {
   extern __shared__ int sort_shared[];
   const int64_t first_slot = static_cast<int64_t>(blockIdx.x) * slots_per_block;
   Sorter sorter(sort_shared, E, static_cast<int>(min(static_cast<int64_t>(slots_per_block), all_slots - first_slot)));
@@ -90,7 +97,8 @@ cudaError_t sort_slots(const int32_t* ids, const SortArguments& s, int E, int64_
   }
   const int each = static_cast<int>(ceil_div(slots, sort_blocks(slots, device)));
   const int64_t blocks = ceil_div(slots, each);
-  const cudaError_t error = launch(count_kernel, {blocks, kSortThreads, E * sizeof(int)}, device, ids, s, E, slots, each);
+  const cudaError_t error =
+      launch(count_kernel, {blocks, kSortThreads, E * sizeof(int)}, device, ids, s, E, slots, each);
   if (error != cudaSuccess) return error;
   return launch(place_kernel, {blocks, kSortThreads, Sorter::bytes(E, each)}, device, ids, s, E, slots, each);
 }

@@ -16,20 +16,21 @@ constexpr int kMaxShare = kMaxExperts / kSortThreads;  // experts of a thread
 // What a block needs, in shared memory in this order.
 struct Sorter {
   const int E, slots;
-  int* counts;    // [E], of this block; those of a cluster read each other's
-  int* base;      // [E], the sorted position of the block's first slot of each expert
-  int* warp_sums;  // [32]
-  int* started;   // [warps, E], how many of an expert's slots of the block stand in the warps before
+  int* counts;        // [E], of this block; those of a cluster read each other's
+  int* base;          // [E], the sorted position of the block's first slot of each expert
+  int* warp_sums;     // [32]
+  int* started;       // [warps, E], how many of an expert's slots of the block stand in the warps before
   uint32_t* holders;  // [warps, E], the lanes of a round that hold a slot of the expert; zero between rounds
-  uint16_t* ids;  // [slots]
+  uint16_t* ids;      // [slots]
 
   static constexpr size_t bytes(int E, int64_t slots) {
     return ((2 + 2 * kSortWarps) * E + 32) * sizeof(int) + (slots + 1) / 2 * 2 * sizeof(uint16_t);
   }
 
-  __device__ Sorter(int* shared, int E, int slots) : E(E), slots(slots), counts(shared), base(shared + E),
-      warp_sums(shared + 2 * E), started(warp_sums + 32),
-      holders(reinterpret_cast<uint32_t*>(started + kSortWarps * E)), ids(reinterpret_cast<uint16_t*>(holders + kSortWarps * E)) {}
+  __device__ Sorter(int* shared, int E, int slots)
+      : E(E), slots(slots), counts(shared), base(shared + E), warp_sums(shared + 2 * E), started(warp_sums + 32),
+        holders(reinterpret_cast<uint32_t*>(started + kSortWarps * E)),
+        ids(reinterpret_cast<uint16_t*>(holders + kSortWarps * E)) {}
 
   // Slots of a warp: whole rounds, so that a round's lanes are neighbours.
   __device__ int share() const { return (slots + kSortThreads - 1) / kSortThreads * 32; }
@@ -37,7 +38,8 @@ struct Sorter {
 
   // `ids` are set; fills `started` and `counts`.
   __device__ void count() {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = warp * share(), end = min(begin + share(), slots);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = warp * share(),
+              end = min(begin + share(), slots);
     for (int i = threadIdx.x; i < warps() * E; i += kSortThreads) started[i] = holders[i] = 0;
     __syncthreads();
     for (int slot = begin + lane; slot < end; slot += 32) atomicAdd(&started[warp * E + ids[slot]], 1);
@@ -85,7 +87,8 @@ struct Sorter {
   }
 
   __device__ void place_slots(const SortArguments& s, int64_t first_slot) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = warp * share(), end = min(begin + share(), slots);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = warp * share(),
+              end = min(begin + share(), slots);
     // What lanes share an expert is told by bits in memory; __match_any_sync takes as long.
     for (int slot = begin + lane; slot - lane < end; slot += 32) {
       const bool live = slot < end;
@@ -121,7 +124,8 @@ __device__ __forceinline__ void sort_in_cluster(Sorter& sorter, const SortArgume
 #if __CUDA_ARCH__ >= 900
     for (int i_block = 0; i_block < gridDim.x; ++i_block) {
       const int block = (i_block + blockIdx.x) % gridDim.x;  // else all would read the same one's at the same time
-      const int its = gridDim.x == 1 ? sorter.counts[e] : cooperative_groups::this_cluster().map_shared_rank(sorter.counts, block)[e];
+      const int its = gridDim.x == 1 ? sorter.counts[e]
+                                     : cooperative_groups::this_cluster().map_shared_rank(sorter.counts, block)[e];
       total[i] += its;
       before[i] += block < blockIdx.x ? its : 0;
     }

@@ -10,7 +10,8 @@ namespace moe_lab {
 
 constexpr unsigned kAll = 0xffffffffu;  // every lane of a warp
 
-// Orders as the float does, and is never 0: -0 equals +0, and NaN is above +inf (adding zero makes every NaN the one positive NaN).
+// Orders as the float does, and is never 0: -0 equals +0, and NaN is above +inf (adding zero makes every NaN the one
+// positive NaN).
 __device__ __forceinline__ uint32_t ordered(float x) {
   const int bits = __float_as_int(x + 0.0f);
   return static_cast<uint32_t>(bits ^ ((bits >> 31) | 0x80000000));
