@@ -1,14 +1,14 @@
-"""The words that may stand first behind `moe-lab`, beside Hydra's language: plan, report, compare, generate, ..."""
+"""The commands: words that can come first behind `moe-lab`, beside Hydra's language: plan, report, export, ..."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from moe_lab.cli.arguments import Parser
 from moe_lab.cli.help import argv_overrides, config_dir_of
 from moe_lab.config import targets
 from moe_lab.config.compose import name_sweep
+from moe_lab.errors import nearest
 
 OK = 0
 
@@ -24,20 +24,22 @@ def _plan(arguments: list[str]) -> int:
     known = {"-m", "--multirun", "--config-dir", "-cd", config_dir, *overrides}
     for argument in arguments:
         if argument not in known and not argument.startswith(("--config-dir=", "-cd=")):
-            raise ValueError(f"{argument}: it is no KEY=VALUE (moe-lab --help lists keys and groups).")
+            raise ValueError(f"{argument}: not a KEY=VALUE override (moe-lab --help lists keys and groups).")
     name_sweep(overrides)
     preview.show(overrides, config_dir)
     return OK
 
 
 def _report(arguments: list[str]) -> int:
-    parser = Parser(prog="moe-lab report", description="Tables, plots and the report page of a folder of results.")
-    parser.add_argument("directory", type=Path, help="a sweep's folder, or any folder of runs")
-    directory = parser.parse_args(arguments).directory
-    from moe_lab.results import outputs
+    from moe_lab.cli import report
 
-    outputs.write(directory)
-    return OK
+    return report.main(arguments)
+
+
+def _plot(arguments: list[str]) -> int:
+    from moe_lab.cli import plot
+
+    return plot.main(arguments)
 
 
 def _compare(arguments: list[str]) -> int:
@@ -95,12 +97,41 @@ def _doctor(arguments: list[str]) -> int:
     return OK
 
 
+def _export(arguments: list[str]) -> int:
+    from moe_lab.cli import export
+
+    return export.main(arguments)
+
+
+def _build(arguments: list[str]) -> int:
+    from moe_lab.cli import build
+
+    return build.main(arguments)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "report": _report,
+    "plot": _plot,
     "compare": _compare,
     "generate": _generate,
+    "export": _export,
     "list": _list,
     "doctor": _doctor,
+    "build": _build,
 }
-"""Each returns the exit code and raises `ValueError`, `UnavailableError` or `OSError` for what a person can mend."""
+"""Each returns the exit code and raises `ValueError`, `UnavailableError` or `OSError` for what a person can fix."""
+
+
+def check_first(word: str) -> None:
+    """Refuse a first word that can only be a misspelt command: not an option, and not an override.
+
+    Raises:
+        ValueError: with the nearest command or group.
+    """
+    if "=" in word or word.startswith(("-", "~")):  # ~KEY is Hydra's deletion
+        return
+    from moe_lab.cli import listing
+
+    near = nearest(word, [*COMMANDS, *(f"{group}=" for group in listing.groups(None))])
+    raise ValueError(f"{word}: not a command and not a KEY=VALUE override (moe-lab --help lists them).{near}")

@@ -1,4 +1,4 @@
-"""Completion in a shell of the words that stand beside Hydra's overrides; the rest is Hydra's own."""
+"""Completion in a shell of the commands and their options; the rest is Hydra's own."""
 
 from __future__ import annotations
 
@@ -27,5 +27,6 @@ def complete(words: Mapping[str, Sequence[str]]) -> bool:
     if first == "plan":
         os.environ[_LINE] = f"{program} {behind}"
         return False
-    print(" ".join(words[first]))
+    typed = behind.rpartition(" ")[2]  # options only where one begins: else the shell would not complete files
+    print(" ".join(word for word in words[first] if word.startswith("-") == typed.startswith("-")))
     return True

@@ -14,11 +14,14 @@ moe-lab: a laboratory for Mixture-of-Experts inference
 moe-lab [GROUP=OPTION ...] [KEY=VALUE ...]      one run, its record under outputs/runs/
 moe-lab -m router=torch,sinkhorn batch=1,8      every combination, with tables, plots and a report page
 moe-lab plan -m router=torch,sinkhorn batch=1,8 what that would do
-moe-lab report DIR                              tables, plots and the report page of a folder of results
+moe-lab report DIR [--tables]                   tables, plots and the report page of a folder of results
+moe-lab plot DIR X Y                            two columns of these tables against each other
 moe-lab compare A B                             faster, slower, the same: two folders of results
 moe-lab generate TEXT model.path=DIR            the text that a checkpoint writes
+moe-lab export RUN_DIR [export.KEY=VALUE ...]   the model of an earlier run as ONNX; --verify DIR, --open
 moe-lab list [GROUP]                            the options and what they are
 moe-lab doctor [--noise]                        what runs on this machine, and how noisy it is
+moe-lab build [--arch 80,90]                    compile the C++/CUDA extension before its first use
 
 Groups (GROUP=OPTION)
 

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from moe_lab.cli import completion, listing
-from moe_lab.cli.commands import COMMANDS
+from moe_lab.cli.commands import COMMANDS, check_first
 from moe_lab.cli.help import argv_overrides, config_dir_of, help_text
 from moe_lab.config import targets
 from moe_lab.config.compose import CONFIG_MODULE, finish, name_sweep
@@ -82,7 +82,15 @@ def _report(errors: Sequence[BaseException], wants_traceback: bool) -> None:
 
 def _words() -> dict[str, list[str]]:
     """The commands and what may stand behind them."""
-    return {name: [] for name in COMMANDS} | {"list": list(listing.groups(None)), "doctor": ["--noise"]}
+    options = {
+        "report": ["--tables"],
+        "plot": ["--by", "--log", "--output"],
+        "export": ["--config-dir", "--open", "--verify"],
+        "list": list(listing.groups(None)),
+        "doctor": ["--noise"],
+        "build": ["--arch"],
+    }
+    return {name: options.get(name, []) for name in COMMANDS}
 
 
 def _show() -> None:
@@ -127,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         if {"--help", "-h"} & set(arguments):
             print(help_text(overrides, config_dir), end="")
             return OK
+        if arguments:
+            check_first(arguments[0])
         if config_dir is not None:
             targets.trust(config_dir)
         name_sweep(overrides)
@@ -140,7 +150,9 @@ def main(argv: list[str] | None = None) -> int:
         hydra.main(config_path=path, config_name="config", **VERSION_BASE)(task)()
         _show()
     except KeyboardInterrupt:
-        print("moe-lab: interrupted; what was known by then is in the record", file=sys.stderr)
+        is_command = bool(arguments) and arguments[0] in COMMANDS  # these leave no record
+        known = "" if is_command else "; what was known by then is in the record"
+        print(f"moe-lab: interrupted{known}", file=sys.stderr)
         _show()
         return INTERRUPTED
     except Exception as error:  # tasks raise nothing: this is a configuration that could not be composed

@@ -38,6 +38,29 @@ def make_inputs(cfg: DictConfig, model: nn.Module, sizes: list[tuple[int, int]])
     ]
 
 
+def export(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Export the model of `cfg`, built on the host, into `folder`; what a record says of it.
+
+    Raises:
+        ExportError: the model cannot be exported.
+        MismatchError: the pair does not compute what the model does.
+    """
+    module = exporter()
+    model = build.build_model(cfg, torch.device("cpu"))
+    module.require_exportable(cfg, model, folder)
+    record: dict[str, Any] = module.export(cfg, model, folder, make_inputs)
+    return record
+
+
+def show(folder: Path) -> None:
+    """Show the pair in `folder` in Netron, until that is stopped.
+
+    Raises:
+        UnavailableError: Netron is not installed.
+    """
+    importlib.import_module("moe_lab.export.netron").show(folder)
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """Check the pair in `folder` against its manifest and against the model that this describes.
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from moe_lab.cli.commands import COMMANDS
 from tests import quick, tiny
-from tests.cli.test_main import loaded_modules
+from tests.cli.test_main import loaded_modules, moe_lab
 from tests.results.compared import record, write
 
 _IN_ONE_PROCESS = (
@@ -27,16 +29,28 @@ _IN_ONE_PROCESS = (
 
 HELP = {
     "plan": ["moe-lab plan [-m] OVERRIDES", "nothing is run or written"],
-    "report": ["moe-lab report", "directory", "a sweep's folder"],
+    "report": ["moe-lab report", "directory", "a sweep's folder", "--tables"],
+    "plot": ["moe-lab plot", "directory X Y", "--by", "--log", "--output"],
     "compare": ["moe-lab compare", "--threshold", "exit codes"],
     "generate": ["moe-lab generate", "KEY=VALUE", "--max-tokens", "--temperature", "default: 200"],
+    "export": ["moe-lab export", "RUN_DIR", "export.KEY=VALUE", "--open", "--verify DIR", "--config-dir", "exit codes"],
     "list": ["moe-lab list", "--config-dir", "router, model, experts"],
     "doctor": ["moe-lab doctor", "--noise"],
+    "build": ["moe-lab build", "--arch", "80,90"],
 }
 MISTAKES = {
     "report nowhere": "nowhere",
     "report": "report: .*required: directory .moe-lab report --help.",
     "report a b": "report: unrecognized arguments: b",
+    "report --tables nowhere": "nowhere",
+    "plot": "plot: .*required: directory, X, Y",
+    "plot nowhere batch latency_ms.p50": "nowhere: there is no such folder",
+    "export": "export: give either RUN_DIR or --verify DIR .moe-lab export --help.",
+    "export a --verify b": "export: give either RUN_DIR or --verify DIR",
+    "export nowhere": "nowhere: not the folder of a run .*nowhere/config.yaml",
+    "export nowhere --loud": "export: unrecognized arguments: --loud",
+    "build --arch sm_90": "--arch sm_90: give compute capabilities .* such as 80,90, or cpu",
+    "build now": "build: unrecognized arguments: now",
     "list rooter": "rooter: no such group; there are .*router.*Did you mean router",
     "list --all": "list: unrecognized arguments: --all",
     "list --config-dir": "list: .*--config-dir.*expected one argument",
@@ -49,6 +63,16 @@ MISTAKES = {
     "generate abc model.path=d --max-tokens few": "generate: .*--max-tokens: invalid int value: 'few'",
     "generate abc model.path=d --loud": "generate: unrecognized arguments: --loud",
 }
+MISSPELT = {
+    "reprot x": "reprot: not a command and not a KEY=VALUE override .* Did you mean report[?]",
+    "Doctor": "Doctor: not a command .* Did you mean doctor[?]",
+    "router torch": "router: not a command .* Did you mean router=[?]",
+    "batch": "batch: not a command and not a KEY=VALUE override .moe-lab --help lists them..",
+    "-m reprot": "reprot: .* KEY=VALUE .*",
+    "plan reprot": "reprot: not a KEY=VALUE override .*",
+    "batch=1 reprot": "reprot: .* KEY=VALUE .*",
+}
+SCRIPTS = {"aggregate": "report", "build_router_ext": "build", "export_netron": "export", "plot": "plot"}
 OF_GENERATE = {  # typed behind a prompt
     "router=native": r"model\.path has no value: give model\.path=",
     "model.path=nowhere": r"model\.path=nowhere: nowhere/config\.json cannot be read .*; give the folder",
@@ -87,6 +111,29 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         assert (code, out, has_torch) == (2, "", False), (typed, err)
         assert re.fullmatch(f"moe-lab: .*{pattern}.*\n", err), (typed, err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_misspelt_command_is_told_from_an_override(tmp_path: Path) -> None:
+    """The nearest command, or the nearest group, in one line; exit code 2 and nothing is written."""
+    for typed, pattern in MISSPELT.items():
+        done = moe_lab(*typed.split(), cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, ""), typed
+        assert re.fullmatch(f"moe-lab: {pattern}\n", done.stderr), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("script", "word"), [pytest.param(*item, id=item[0]) for item in SCRIPTS.items()])
+def test_a_script_is_the_command_under_another_name(script: str, word: str, tmp_path: Path) -> None:
+    """In a process of its own, from any folder."""
+    path = tiny.ROOT / "scripts" / f"{script}.py"
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: moe-lab {word} ")
+
+
+def test_these_are_all_the_scripts() -> None:
+    """A fifth one needs a line in `SCRIPTS`."""
+    assert {path.stem for path in (tiny.ROOT / "scripts").glob("*.py")} == SCRIPTS.keys()
 
 
 def test_a_mistake_of_generate_prints_no_text(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ ROUTERS = {f"router={path.stem}" for path in listing.groups(None)["router"]}
 OPTIONS = {
     "moe-lab rou": {"router.", "router="},
     "moe-lab router=": ROUTERS,
-    "moe-lab pl": {"plan"},
+    "moe-lab pl": {"plan", "plot"},
     "moe-lab re": {"report"},
     "moe-lab co": {"compare"},
     "moe-lab do": {"doctor"},
@@ -51,6 +51,13 @@ OPTIONS = {
     "moe-lab doctor --": {"--noise"},
     "moe-lab compare ": set(),
     "moe-lab report ": set(),
+    "moe-lab report --": {"--tables"},
+    "moe-lab plot outputs/s batch --b": {"--by"},
+    "moe-lab export ": set(),
+    "moe-lab export --": {"--config-dir", "--open", "--verify"},
+    "moe-lab build --": {"--arch"},
+    "moe-lab bu": {"build"},
+    "moe-lab ex": {"export", "experts=", "experts.", "experiment=", "execution=", "execution.", "export=", "export."},
     "moe-lab nothing-like-it": set(),
 }
 

@@ -1,4 +1,4 @@
-"""sweep/preview.py: `moe-lab plan` in processes of its own."""
+"""cli/plan.py: `moe-lab plan` in processes of its own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MISTAKES = {
     "batch=abc": "batch",
     "model.top_k=9": "model.top_k=9",
     "sweep.stale=sometimes": "sweep.stale=sometimes",
-    "router": "router: it is no KEY=VALUE",
-    "--multi": "--multi: it is no KEY=VALUE",
+    "router": "router: not a KEY=VALUE override",
+    "--multi": "--multi: not a KEY=VALUE override",
     "workload=text": "give workload.path=",
 }
 

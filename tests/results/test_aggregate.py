@@ -593,25 +593,12 @@ def test_a_full_disk_leaves_the_earlier_tables_whole(sweep: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
-    script = [sys.executable, tiny.ROOT / "scripts/aggregate.py", sweep]
-    done = subprocess.run(script, capture_output=True, text=True, preexec_fn=limit, timeout=60)
+    command = [sys.executable, "-m", "moe_lab", "report", "--tables", sweep]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=60)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert str(sweep / OUTPUTS[0]) in done.stderr
     assert contents(sweep) == before
     assert not list(sweep.glob(".*.tmp"))
-
-
-def test_the_script_says_what_it_did(sweep: Path) -> None:
-    """Counts, and each file that could not be read; a missing folder is one line."""
-    broken, copied = cells(sweep)[:2]
-    (broken / RESULT).write_text("{")
-    shutil.copytree(copied, sweep / "copy")
-    script = [sys.executable, tiny.ROOT / "scripts/aggregate.py"]
-    done = subprocess.run([*script, sweep], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and f"{N} records" in done.stdout and "1 failed" in done.stdout
-    assert f"{broken.name}/{RESULT}" in done.stderr and "2 records share their cell_id" in done.stderr
-    done = subprocess.run([*script, sweep / "nowhere"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
 
 
 def test_aggregating_imports_no_torch(sweep: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from PIL import Image
 from moe_lab.results import charts, plots, style
 from moe_lab.results.aggregate import Aggregate, aggregate
 from moe_lab.results.figures import figures
-from tests import tiny
 from tests.results import synthetic
 
 OF_TEXTS = {"latency_against_bits", "bits_by_text", "experts_by_text"}
@@ -259,34 +256,6 @@ def test_any_text_can_be_drawn(kind: str) -> None:
     figure = plots.render(one, [name], [name])
     figure.savefig(io.BytesIO(), format="svg")
     assert name in figure.axes[0].get_title(loc="left").replace(r"\$", "$")
-
-
-def plot(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """scripts/plot.py in a process of its own."""
-    command = [sys.executable, tiny.ROOT / "scripts" / "plot.py", *arguments]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
-
-
-def test_the_script_draws_any_two_columns(sweep: tuple[Path, Aggregate], tmp_path: Path) -> None:
-    """Into a file that it names, with how many runs are not in it."""
-    done = plot(sweep[0], "batch", "memory.peak_mb", "--by", "model", "--log", "-o", tmp_path / "a.png")
-    missing = sweep[1].runs["memory.peak_mb"].isna().sum()
-    assert done.returncode == 0 and f"without {missing} runs" in done.stdout
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.format == "PNG"
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "message"),
-    [
-        pytest.param("btch", "latency_ms.p50", "'btch'; the nearest name is batch", id="misspelt"),
-        pytest.param("batch", "variant", "'variant' holds no numbers", id="text"),
-    ],
-)
-def test_a_mistake_in_a_column_is_one_line(sweep: tuple[Path, Aggregate], x: str, y: str, message: str) -> None:
-    """With the nearest name."""
-    done = plot(sweep[0], x, y)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and message in done.stderr
 
 
 def test_load_is_relative_to_its_layer() -> None:

@@ -1,35 +1,22 @@
-"""scripts/export_netron.py: from an earlier run to a pair, and what it says of a pair that was damaged."""
+"""cli/export.py: from an earlier run to a pair, and what it says of a pair that was damaged."""
 
 from __future__ import annotations
 
 import os
-import runpy
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 import moe_lab
-from tests import quick, tiny
-from tests.export import pairs
-
-SCRIPT = str(tiny.ROOT / "scripts" / "export_netron.py")
-
-
-def call(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """In a process of its own."""
-    return subprocess.run(
-        pairs.python(SCRIPT, *map(str, arguments)), cwd=cwd, capture_output=True, text=True, timeout=120
-    )
+from moe_lab.cli.main import main
+from tests import quick
+from tests.cli.test_main import moe_lab as moe_lab_process
 
 
-def call_here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str | Path
-) -> tuple[int, str, str]:
+def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     """(exit code, standard output, standard error), without the seconds that a process takes to import torch."""
-    monkeypatch.setattr("sys.argv", ["export_netron.py", *map(str, arguments)])
-    code = runpy.run_path(SCRIPT)["main"]()
+    code = main(["export", *map(str, arguments)])
     return code, *capsys.readouterr()
 
 
@@ -54,15 +41,15 @@ def damaged(pair: Path, tmp_path: Path, how: str) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run without an export."""
-    folder = tmp_path_factory.mktemp("script") / "run"
+    folder = tmp_path_factory.mktemp("export") / "run"
     assert moe_lab.run(quick.compose("decoder_moe", "router=sinkhorn", "seed=3"), folder).status == "ok"
     return folder
 
 
 @pytest.fixture(scope="module")
 def pair(run: Path) -> Path:
-    """Its export by the script."""
-    done = call(run, cwd=run.parent)
+    """Its export, by a process of its own."""
+    done = moe_lab_process("export", str(run), cwd=run.parent)
     assert done.returncode == 0, done.stderr
     assert "passed, relative error" in done.stdout
     return run / "netron"
@@ -74,10 +61,10 @@ def test_a_run_is_exported_once_and_verifies(
     """From another folder; a second call leaves what is there."""
     monkeypatch.chdir(tmp_path)
     before = (pair / "__model__").stat().st_mtime_ns
-    code, output, _ = call_here(monkeypatch, capsys, run)
+    code, output, _ = call(capsys, run)
     assert (code, (pair / "__model__").stat().st_mtime_ns) == (0, before)
     assert "there already" in output
-    assert call_here(monkeypatch, capsys, "--verify", pair) == (0, f"{pair}: passed\n", "")
+    assert call(capsys, "--verify", pair) == (0, f"{pair}: passed\n", "")
 
 
 @pytest.mark.parametrize(
@@ -95,11 +82,10 @@ def test_damage_has_a_message_of_its_own(
     code: int,
     pair: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One line, exit code 1; 2 where there never was an export."""
-    found, _, error = call_here(monkeypatch, capsys, "--verify", damaged(pair, tmp_path, how))
+    found, _, error = call(capsys, "--verify", damaged(pair, tmp_path, how))
     assert found == code and said in error and error.count("\n") == 1
 
 
@@ -109,26 +95,23 @@ def test_damage_has_a_message_of_its_own(
         pytest.param(("export.opsets=18",), "Did you mean opset?", id="typo"),
         pytest.param(("export.opset=19",), "it must be one of 18, 23", id="opset"),
         pytest.param(("export.dynamic=[time]",), "an axis is one of batch, seq_len", id="axis"),
-        pytest.param(("batch=3",), "only keys of export", id="the run's own key"),
+        pytest.param(("batch=3",), "only keys of export can be changed", id="the run's own key"),
     ],
 )
 def test_a_mistake_is_one_line(
     arguments: tuple[str, ...],
     said: str,
     run: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Exit code 2, and nothing is written."""
     before = sorted(run.rglob("*"))
-    code, _, error = call_here(monkeypatch, capsys, run, *arguments)
+    code, _, error = call(capsys, run, *arguments)
     assert code == 2 and said in error and error.count("\n") == 1
     assert sorted(run.rglob("*")) == before
 
 
-def test_a_folder_that_is_no_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It says so."""
-    code, _, error = call_here(monkeypatch, capsys, tmp_path)
-    assert code == 2 and "no run's folder" in error
+    code, _, error = call(capsys, tmp_path)
+    assert code == 2 and "not the folder of a run" in error

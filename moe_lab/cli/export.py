@@ -1,0 +1,112 @@
+"""`moe-lab export`: export the model of an earlier run, verify an export, or show one in Netron."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from moe_lab.cli.arguments import Parser
+from moe_lab.config import targets
+from moe_lab.config.checks import validate
+from moe_lab.config.compose import compose
+from moe_lab.errors import ExportError, MismatchError
+
+OK, DIFFERS = 0, 1
+_HELP = """\
+Export the model of an earlier run as an ONNX pair, or verify an export.
+
+The model is built again from RUN_DIR/config.yaml; its parameters come from the
+seed or the checkpoint, so they are those of the run.
+"""
+_EXAMPLES = """\
+exit codes:
+  0  exported, or verified
+  1  the export was changed, or does not compute what the model computes
+  2  a mistake on the command line
+
+examples:
+  moe-lab export RUN_DIR                      into RUN_DIR/netron
+  moe-lab export RUN_DIR --open               and show it in Netron (needs moe-lab[netron])
+  moe-lab export RUN_DIR export.opset=18 export.view=flat export.dir=/tmp/pair
+  moe-lab export --verify /tmp/pair           files, checker, and ONNX Runtime against the model
+"""
+
+
+def configuration(run: Path, overrides: list[str]) -> DictConfig:
+    """The configuration of the run, with `export=netron` and `overrides` of its keys.
+
+    Raises:
+        ValueError: `run` is not the folder of a run, or an override is not a key of `export`.
+    """
+    try:
+        cfg: DictConfig = OmegaConf.create(yaml.safe_load((run / "config.yaml").read_text()))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{run}: not the folder of a run ({error}).") from error
+    if other := [word for word in overrides if not word.startswith("export.")]:
+        raise ValueError(f"{other[0]}: only keys of export can be changed; all others are the run's.")
+    cfg.export = compose(["export=netron", *overrides]).export
+    validate(cfg)
+    return cfg
+
+
+def export(run: Path, overrides: list[str]) -> Path:
+    """Export the run's model unless its folder has an export already, and return the folder of the pair."""
+    cfg = configuration(run, overrides)
+    folder = Path(cfg.export.dir or run / "netron")
+    if cfg.export.dir is None and folder.exists() and not cfg.export.overwrite:
+        print(f"{folder} is there already (export.overwrite=true replaces it)")
+        return folder
+    from moe_lab.runs import export as exports  # imports torch
+
+    record = exports.export(cfg, folder)
+    parity = record["parity"]
+    error = f", relative error {parity['rel_error']:.1e}" if "rel_error" in parity else ""
+    print(
+        f"{folder}: {record['nodes']} nodes, {record['functions']} functions, "
+        f"{record['params_bytes'] / 1e6:.1f} MB of weights; {parity['status']}{error}"
+    )
+    return folder
+
+
+def verify(folder: Path) -> None:
+    """Print whether the pair in `folder` is unchanged and computes what its model computes."""
+    from moe_lab.runs import export as exports  # imports torch
+
+    parity = exports.verify(folder)
+    print(f"{folder}: {parity['status']}{': ' + parity['reason'] if parity['reason'] else ''}")
+
+
+def main(arguments: list[str]) -> int:
+    """`moe-lab export`. Returns the exit code."""
+    parser = Parser(
+        prog="moe-lab export",
+        description=_HELP,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN_DIR", help="the folder of an earlier run")
+    parser.add_argument("overrides", nargs="*", metavar="export.KEY=VALUE", help="keys of export=netron")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="an export to check against its manifest and model")
+    parser.add_argument("--open", action="store_true", help="show the export in Netron")
+    parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files, if the run had one")
+    given = parser.parse_intermixed_args(arguments)
+    if (given.run is None) == (given.verify is None):
+        parser.error("give either RUN_DIR or --verify DIR")
+    if given.config_dir:
+        targets.trust(given.config_dir)
+    try:
+        if given.verify is not None:
+            verify(given.verify)
+        folder = given.verify or export(given.run, given.overrides)
+    except (ExportError, MismatchError) as error:
+        print(f"moe-lab: {error}", file=sys.stderr)
+        return DIFFERS
+    if given.open:
+        from moe_lab.runs import export as exports
+
+        exports.show(folder)
+    return OK

@@ -1,0 +1,36 @@
+"""`moe-lab report`: what is made of a folder of results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from moe_lab.cli.arguments import Parser
+
+
+def tables(directory: Path) -> None:
+    """Write the tables alone, and print how many records they hold and which files could not be read."""
+    from moe_lab.results.aggregate import OUTPUTS, aggregate
+
+    runs, _, unreadable = aggregate(directory)
+    counts = ", ".join(f"{number} {status}" for status, number in runs["status"].value_counts().items())
+    print(f"{directory}: {len(runs)} records{f' ({counts})' if counts else ''} in {', '.join(OUTPUTS)}")
+    if copies := int((runs["n_records"] > 1).sum()):
+        print(f"{copies} records share their cell_id with another (column n_records)", file=sys.stderr)
+    for path, error in unreadable.itertuples(index=False):
+        print(f"not read: {path}: {error}", file=sys.stderr)
+
+
+def main(arguments: list[str]) -> int:
+    """`moe-lab report`. Returns the exit code."""
+    parser = Parser(prog="moe-lab report", description="Tables, plots and the report page of a folder of results.")
+    parser.add_argument("directory", type=Path, help="a sweep's folder, or any folder of runs")
+    parser.add_argument("--tables", action="store_true", help="the tables alone, without plots and page")
+    given = parser.parse_args(arguments)
+    if given.tables:
+        tables(given.directory)
+    else:
+        from moe_lab.results import outputs
+
+        outputs.write(given.directory)
+    return 0

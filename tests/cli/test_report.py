@@ -1,0 +1,33 @@
+"""cli/report.py: `moe-lab report`, with `--tables` and without, in a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_lab.records.store import RESULT
+from moe_lab.results.aggregate import OUTPUTS
+from tests.cli.test_main import moe_lab
+from tests.results.compared import record, write
+
+
+def test_tables_are_written_alone_and_counted(tmp_path: Path) -> None:
+    """Records by status, those that share a cell, and each file that could not be read; no plot and no page."""
+    folder = write(tmp_path / "sweep", record(1.0), record(1.1), record(status="failed", reason="?", cell_id="0" * 12))
+    (folder / "broken").mkdir()
+    (folder / "broken" / RESULT).write_text("{")
+    done = moe_lab("report", "--tables", "sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"sweep: 3 records (2 ok, 1 failed) in {', '.join(OUTPUTS)}\n"
+    copies, unread = done.stderr.splitlines()
+    assert copies == "2 records share their cell_id with another (column n_records)"
+    assert unread.startswith(f"not read: broken/{RESULT}: ")
+    assert all((folder / name).is_file() for name in OUTPUTS)
+    assert not (folder / "plots").exists() and not (folder / "report.html").exists()
+
+
+def test_without_it_there_are_plots_and_a_page(tmp_path: Path) -> None:
+    """It prints where they are."""
+    folder = write(tmp_path / "sweep", record(1.0))
+    done = moe_lab("report", "sweep", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "sweep/runs.csv\nsweep/report.html\n"), done.stderr
+    assert (folder / "report.html").is_file() and (folder / "plots").is_dir()
