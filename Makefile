@@ -43,14 +43,14 @@ test-all: lint ## Lint and every test
 	$(PYTEST)
 
 bench-experts: $(READY) ## experts=grouped against transformers' experts on this CPU, in alternated rounds
-	$(BIN)/python benchmarks/experts_cpu.py
+	$(BIN)/python -m benchmarks.experts_cpu
 
 bench-sweep: $(READY) ## What a sweep costs, how fast tables and report are, how often compare is wrong (half an hour)
-	$(BIN)/python benchmarks/sweep_overhead.py
+	$(BIN)/python -m benchmarks.sweep_overhead
 	$(BIN)/python -m benchmarks.aggregate
 	$(BIN)/python -m benchmarks.report
-	$(BIN)/python benchmarks/aa_study.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/aa_study.py --load 2
+	$(BIN)/python -m benchmarks.aa_study
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.aa_study --load 2
 
 # hydra-core's antlr4 runtime is published as source only, so it is built here.
 device-bundle: $(READY) ## Wheels of moe-lab and what a GPU machine without network lacks

@@ -1,7 +1,7 @@
 """How often does `moe-lab compare` find a difference where there is none, and an interleaved ratio one of 10 %?
 
-    .venv/bin/python benchmarks/aa_study.py --pairs 20              # an idle machine
-    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/aa_study.py --pairs 20 --load 2     # with 2 busy processes beside it
+    python -m benchmarks.aa_study --pairs 20              # an idle machine
+    OMP_NUM_THREADS=1 python -m benchmarks.aa_study --pairs 20 --load 2     # with 2 busy processes beside it
 
 (One thread under load: with more, OpenMP's threads wait for each other while the busy processes have the cores, and a
 pass takes up to 28 times as long.)

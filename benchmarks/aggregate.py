@@ -1,8 +1,8 @@
 """How long a sweep's records take to aggregate: all new, one changed, nothing changed; each in a fresh process.
 
-    .venv/bin/python -m benchmarks.aggregate              # 10,000 records of 50 samples
+    python -m benchmarks.aggregate              # 10,000 records of 50 samples
 
-The records are made up (tests/results/synthetic.py). Times are the call's, and the whole process's with its imports.
+The records are made up (benchmarks/synthetic.py). Times are the call's, and the whole process's with its imports.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import synthetic
 from moe_lab.records.store import RESULT
 from moe_lab.results.aggregate import CACHE, OUTPUTS
-from tests.results import synthetic
 
 CALL = """
 import sys, time

@@ -1,6 +1,6 @@
 """How long a checkpoint takes to load, beside a plain read of the same files, and how much host memory it needs.
 
-    python3 benchmarks/checkpoint_load.py /tmp/olmoe --write --device cuda
+    python -m benchmarks.checkpoint_load /tmp/olmoe --write --device cuda
 
 `--write` first fills the folder with an OLMoE-1B-7B-shaped checkpoint of random bf16 weights in shards. The plain read
 takes each file from end to end into one buffer of 64 MiB, with one thread and with as many as the loader has. Every
@@ -155,15 +155,15 @@ def main() -> None:
     if options.write and not (options.folder / "config.json").exists():
         write(options.folder, options.device, options.layers_per_shard)
     sizes = [path.stat().st_size for path in options.folder.glob("*.safetensors")]
-    print(f"command: python {' '.join(sys.argv)}")
+    print(f"command: python -m benchmarks.checkpoint_load {' '.join(sys.argv[1:])}")
     print(f"{len(sizes)} files, {sum(sizes) / 1e9:.2f} GB, the largest {max(sizes) / 1e9:.2f} GB; {threads} threads")
     print(f"page cache: {'dropped before each' if options.cold else 'warm'}\n")
     for what in ("read1", "readN", "load"):
         for _ in range(options.repeats):
             if options.cold:
                 subprocess.run("sync; echo 3 > /proc/sys/vm/drop_caches", shell=True, check=True)
-            arguments = [*sys.argv[1:], "--only", what]
-            done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, check=True)
+            command = [sys.executable, "-m", "benchmarks.checkpoint_load", *sys.argv[1:], "--only", what]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             if what == "load":
                 seconds, peak, before = found

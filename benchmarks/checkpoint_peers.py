@@ -1,7 +1,7 @@
 """A checkpoint here against transformers' own model of it: prefill and decode, in alternated rounds.
 
-    .venv/bin/python benchmarks/checkpoint_peers.py --out docs/results/cpu
-    python3 benchmarks/checkpoint_peers.py --path /tmp/olmoe --device cuda --dtype bf16 --execution cuda_graph \\
+    python -m benchmarks.checkpoint_peers --out docs/results/cpu
+    python -m benchmarks.checkpoint_peers --path /tmp/olmoe --device cuda --dtype bf16 --execution cuda_graph \\
         --cells decode:1:2048 decode:8:2048
 
 Both load the same folder. Of transformers every experts implementation that runs is timed (eager, batched_mm,
@@ -49,9 +49,16 @@ def ours(options: argparse.Namespace, phase: str, batch: int, length: int) -> Ru
     source = ["workload=text", f"workload.path={options.text}"] if options.text else ["workload=random"]
     cfg = moe_lab.compose(
         [
-            *("model=checkpoint", f"model.path={options.path}", "router=native", f"workload.phase={phase}"),
-            *(f"device={options.device}", f"dtype={options.dtype}", f"execution={options.execution}"),
-            *(f"batch={batch}", *sizes, *source),
+            "model=checkpoint",
+            "router=native",
+            f"model.path={options.path}",
+            f"workload.phase={phase}",
+            f"device={options.device}",
+            f"dtype={options.dtype}",
+            f"execution={options.execution}",
+            f"batch={batch}",
+            *sizes,
+            *source,
         ]
     )
     run = Run(cfg)
@@ -131,7 +138,7 @@ def main() -> int:
 
     env = environment.capture(torch.device(options.device))
     where = env["device_name"] if options.device == "cuda" else f"{env['cpu']}, {env['threads']} threads"
-    print(f"command: python {' '.join(sys.argv)}")
+    print(f"command: python -m benchmarks.checkpoint_peers {' '.join(sys.argv[1:])}")
     print(f"machine: {where}")
     print(f"versions: torch {env['torch']}, transformers {transformers.__version__}, Python {env['python']}")
     print(

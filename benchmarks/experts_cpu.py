@@ -1,6 +1,6 @@
 """experts=grouped against transformers' experts on this machine's CPU, in alternated rounds.
 
-    make bench-experts            # or: .venv/bin/python benchmarks/experts_cpu.py --rounds 60 --out docs/results/cpu
+    python -m benchmarks.experts_cpu --rounds 60 --out docs/results/cpu    # or: make bench-experts
 
 One OLMoE-1B-7B layer (64 experts, top-8, D 2048, F 1024) in fp32, T in {1, 16, 256}. All implementations read the same
 weights, hidden states and routing, and each is checked against the float32 loop first. A round times every
@@ -108,7 +108,7 @@ def main() -> int:
     options = parser.parse_args()
 
     env = environment.capture(torch.device("cpu"))
-    print(f"command: python {' '.join(sys.argv)}")
+    print(f"command: python -m benchmarks.experts_cpu {' '.join(sys.argv[1:])}")
     print(f"machine: {env['cpu']}, {env['threads']} threads of {env['cpus']} CPUs, {env['cpu_capability']}")
     print(f"versions: torch {env['torch']}, transformers {transformers.__version__}, Python {env['python']}")
     print(

@@ -1,6 +1,6 @@
 """Exports of the demo's sizes, and of four gigabytes of weights: parity with ONNX Runtime, sizes, peak memory.
 
-    python benchmarks/export_pairs.py [OUT.csv]
+    python -m benchmarks.export_pairs --out docs/results/cpu/export.csv
 
 Each in a process of its own, into a temporary folder that is removed. Peak memory is the process's resident high-water
 mark (VmHWM), the mapped `__params__` included.
@@ -8,6 +8,7 @@ mark (VmHWM), the mapped `__params__` included.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import subprocess
@@ -15,59 +16,46 @@ import sys
 import tempfile
 from pathlib import Path
 
-CASES = [
-    ("minimal", ["model=minimal", "model.hidden=4096"]),
-    ("transformer_decoder", ["model=transformer_decoder"]),
-    *(
-        (f"decoder_moe {router}", ["model=decoder_moe", f"router={router}", *more])
-        for router, *more in (
-            ["torch"],
-            ["sinkhorn"],
-            ["expert_choice"],
-            ["deepseek_v3", "router.top_groups=8"],
-            ["capacity", "router.policy=next_best"],
-            ["top_p"],
-            ["hash"],
-            ["soft"],
-        )
-    ),
-    ("decoder_moe torch bf16", ["model=decoder_moe", "dtype=bf16"]),
-    (
-        "decoder_moe torch, large",
-        [
-            *("model=decoder_moe", "model.vocab_size=4000", "model.d_model=1024", "model.n_heads=16"),
-            *("model.n_layers=5", "model.mlp_hidden_dim=1024", "model.n_experts=64", "seq_len=32"),
-        ],
-    ),
-    (
-        "decoder_moe torch, large, vocabulary 32000",
-        [
-            *("model=decoder_moe", "model.d_model=1024", "model.n_heads=16", "model.n_layers=4"),
-            *("model.mlp_hidden_dim=1024", "model.n_experts=64", "seq_len=32"),
-        ],
-    ),
-]
+_LARGE = "model=decoder_moe model.d_model=1024 model.n_heads=16 model.mlp_hidden_dim=1024 model.n_experts=64 seq_len=32"
+CASES = {
+    "minimal": "model=minimal model.hidden=4096",
+    "transformer_decoder": "model=transformer_decoder",
+    "decoder_moe torch": "model=decoder_moe router=torch",
+    "decoder_moe sinkhorn": "model=decoder_moe router=sinkhorn",
+    "decoder_moe expert_choice": "model=decoder_moe router=expert_choice",
+    "decoder_moe deepseek_v3": "model=decoder_moe router=deepseek_v3 router.top_groups=8",
+    "decoder_moe capacity": "model=decoder_moe router=capacity router.policy=next_best",
+    "decoder_moe top_p": "model=decoder_moe router=top_p",
+    "decoder_moe hash": "model=decoder_moe router=hash",
+    "decoder_moe soft": "model=decoder_moe router=soft",
+    "decoder_moe torch bf16": "model=decoder_moe dtype=bf16",
+    "decoder_moe torch, large": f"{_LARGE} model.vocab_size=4000 model.n_layers=5",
+    "decoder_moe torch, large, vocabulary 32000": f"{_LARGE} model.n_layers=4",
+}
 _PROGRAM = """
 import json, sys
 from pathlib import Path
 import torch, moe_lab
-from moe_lab import build
-from moe_lab.export.export import export
 from moe_lab.measure.memory import resident_peak_bytes
 from moe_lab.models.parameters import parameter_bytes
+from moe_lab.runs import build, export
 cfg = moe_lab.compose(["export=netron", "device=cpu", "dtype=fp32", "batch=2", *sys.argv[2:]])
 model = build.build_model(cfg, torch.device("cpu"))
-found = export(cfg, model, Path(sys.argv[1]))
-found["weights_bytes"], found["peak_bytes"] = parameter_bytes(model), resident_peak_bytes()
-print(json.dumps(found))
+record = export.exporter().export(cfg, model, Path(sys.argv[1]), export.make_inputs)
+record["weights_bytes"], record["peak_bytes"] = parameter_bytes(model), resident_peak_bytes()
+print(json.dumps(record))
 """
 
 
 def main() -> None:
+    """Print a row for each case, and write them all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/cpu/export.csv"), help="default: %(default)s")
+    out = parser.parse_args().out
     rows = []
-    for name, overrides in CASES:
+    for name, overrides in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-c", _PROGRAM, f"{folder}/pair", *overrides]
+            command = [sys.executable, "-c", _PROGRAM, f"{folder}/pair", *overrides.split()]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"{name}: {done.stderr}")
@@ -94,7 +82,6 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    out = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/results/cpu/export.csv")
     with out.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

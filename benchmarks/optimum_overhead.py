@@ -1,8 +1,12 @@
-"""What a cell of an optimum-benchmark sweep costs beside its measurement: the peer of sweep_overhead.py.
+"""What a cell of an optimum-benchmark sweep costs beside its measurement: the peer of benchmarks.sweep_overhead.
+
+    python -m benchmarks.optimum_overhead --cells 10
+
+It needs an environment of its own:
 
     python3 -m venv .venv-optimum  # its transformers is older than ours, so it lives apart
     .venv-optimum/bin/pip install -c <(grep ^torch== constraints.txt) '.[optimum]'
-    .venv-optimum/bin/python benchmarks/optimum_overhead.py [--cells 10]
+    .venv-optimum/bin/python -m benchmarks.optimum_overhead --cells 10
 
 A model of one layer, made here, is run over batch sizes in the launcher that isolates cells (`process`, its default).
 Overhead: the wall time of the sweep minus the seconds that its reports say went into loading, warming up and timing.

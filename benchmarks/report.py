@@ -1,8 +1,8 @@
 """How large the report of a large sweep is, how long it takes to make, and how soon it can be used.
 
-    .venv/bin/python benchmarks/report.py            # or --cells 100
+    python -m benchmarks.report            # or --cells 100
 
-Synthetic records (tests/results/synthetic.py). `plots` and `report` are the wall time of one call in this process, the
+Synthetic records (benchmarks/synthetic.py). `plots` and `report` are the wall time of one call in this process, the
 import of matplotlib included. The page is opened in headless Chromium, a fresh one each time; from the start of the
 navigation: `table`, when the table can be sorted and filtered; `load`, the load event; `all`, when all plots are drawn.
 `sort` is one click on a heading, until the rows are in their new order on the screen. Medians of `--rounds`.
@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import browser, synthetic
 from moe_lab.results.aggregate import aggregate
-from tests.results import browser, synthetic
 
 _SORT = """
 const done = arguments[0], start = performance.now();

@@ -1,6 +1,6 @@
 """What the routing metrics cost beside one forward pass of the layer that they look at.
 
-    .venv/bin/python -m benchmarks.routing_metrics          # or --device cuda --dtype bf16 --tokens 4096 16384
+    python -m benchmarks.routing_metrics          # or --device cuda --dtype bf16 --tokens 4096 16384
 
 model=moe_layer, model/shape=olmoe_1b_7b, router=torch. `and sums` is the forward pass followed by the pass over its
 logits and routing that counts (ops/routing_sums.py), as a run that observes its routing does; nothing waits for the

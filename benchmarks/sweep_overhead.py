@@ -1,6 +1,6 @@
 """What a sweep costs beside its measurements: against a no-op multirun of plain Hydra, in alternated rounds.
 
-    .venv/bin/python benchmarks/sweep_overhead.py [--cells 100] [--rounds 3]
+    python -m benchmarks.sweep_overhead --cells 100 --rounds 3
 
 Overhead: the wall time of `moe-lab -m` over tiny `minimal` cells, from the start of the process to its end, minus the
 seconds that its records say went into building, verifying, timing and observing. Import and device start, tables, plots

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moe_lab
+from benchmarks import synthetic
 from moe_lab.measure.routing_metrics import WORSE
 from moe_lab.records.schema import Latency, Record
 from moe_lab.records.store import RESULT, UNREADABLE, write_arrays, write_record
@@ -32,7 +33,6 @@ from moe_lab.results.aggregate import CACHE, OUTPUTS, Aggregate, aggregate, read
 from moe_lab.results.load import Plan
 from moe_lab.results.summary import summarize
 from tests import quick, tiny
-from tests.results import synthetic
 
 DOCUMENT = tiny.ROOT / "docs/results-format.md"
 TABLES = {

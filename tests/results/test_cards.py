@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from benchmarks import synthetic
 from moe_lab.results.aggregate import aggregate
 from moe_lab.results.cards import Card, cards
-from tests.results import synthetic
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks import synthetic
 from moe_lab.records.store import ROUTING
 from moe_lab.results import charts, plots
 from moe_lab.results.aggregate import Aggregate, aggregate
 from moe_lab.results.figures import figures
-from tests.results import synthetic, texts
+from tests.results import texts
 
 CONTEXT = "config.workload.context_len"
 

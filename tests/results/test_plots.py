@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import synthetic
 from moe_lab.results import charts, plots, style
 from moe_lab.results.aggregate import Aggregate, aggregate
 from moe_lab.results.figures import figures
-from tests.results import synthetic
 
 OF_TEXTS = {"latency_against_bits", "bits_by_text", "experts_by_text"}
 

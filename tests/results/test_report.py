@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import synthetic
 from moe_lab.records.schema import Record
 from moe_lab.records.store import RESULT, ROUTING, read_record, write_record
 from moe_lab.results import plots, report
 from moe_lab.results.aggregate import aggregate
-from tests.results import browser, synthetic, texts
+from tests.results import browser, texts
 
 EVIL = "<b>&lt;</b></script><script>window.ran = 1</script><img src=x onerror='window.ran=2'>\"'`${window.ran=3}"
 

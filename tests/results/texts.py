@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.synthetic import N_EXPERTS
 from moe_lab.records.store import ROUTING, read_record, write_record
-from tests.results.synthetic import N_EXPERTS
 
 TEXTS = ("code", "prose.v2")
 """A name may have a dot."""

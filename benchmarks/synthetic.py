@@ -16,19 +16,24 @@ from typing import Any
 
 import numpy as np
 
+import moe_lab
 from moe_lab.measure.statistics import median_interval, summarize
 from moe_lab.records import identity, variants
 from moe_lab.records.schema import Check, Ratio, Record
 from moe_lab.records.store import RESULT
 from moe_lab.results.columns import PROPERTIES
 from moe_lab.sweep.plan import plain
-from tests import quick
 
 LAYERS = {"decoder_moe": 4, "moe_layer": 1}
 VARIANTS = (("torch", "grouped"), ("torch", "loop"), ("sinkhorn", "grouped"), ("sinkhorn", "loop"))
 """Router and experts; the first is the anchor."""
 SLOWDOWN = {"torch": 1.0, "sinkhorn": 1.4, "grouped": 1.0, "loop": 1.7}
 N_EXPERTS, TOP_K, ROUNDS = 8, 2, 10
+SIZES = {
+    "decoder_moe": ["vocab_size=97", "d_model=32", "n_heads=4", "n_layers=2", "mlp_hidden_dim=24", "top_k=2"],
+    "moe_layer": ["shape.d_model=32", "shape.mlp_hidden_dim=24"],
+}
+SHORT = ["device=cpu", "measure.max_time_s=0.02", "measure.warmup_s=0", "measure.roofline=false"]
 PHASES = ("router", "dispatch", "experts", "combine", "attention", "other")
 ENVIRONMENT = {
     "moe_lab": "0.1.0",
@@ -112,8 +117,9 @@ def sweep(directory: Path, n_cells: int, *, seed: int = 0, samples: int = 50) ->
 @cache
 def _config(model: str, router: str, experts: str) -> dict[str, Any]:
     size = "model.n_experts" if model == "decoder_moe" else "model.shape.n_experts"
-    cfg = quick.compose(model, f"{size}={N_EXPERTS}", f"router={router}", f"experts={experts}")
-    return plain(cfg)
+    sizes = [f"model.{text}" for text in SIZES[model]]
+    options = [f"model={model}", f"router={router}", f"experts={experts}", f"{size}={N_EXPERTS}"]
+    return plain(moe_lab.compose([*options, *sizes, *SHORT]))
 
 
 def _status(at: int) -> tuple[Any, str | None]:
