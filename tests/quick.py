@@ -25,13 +25,31 @@ MODELS = {
         "seq_len=7",
     ),
     "checkpoint": (
-        *("model=checkpoint", f"model.path={TINY_OLMOE}", "router=native"),
-        *("workload=text", f"workload.path={TEXTS}", "measure.quality_tokens=64", "batch=2", "seq_len=16"),
+        "model=checkpoint",
+        f"model.path={TINY_OLMOE}",
+        "router=native",
+        "workload=text",
+        f"workload.path={TEXTS}",
+        "measure.quality_tokens=64",
+        "batch=2",
+        "seq_len=16",
     ),
 }
 RELATED = {
-    *("mixtral", "granite", "qwen3_moe", "switch", "olmoe", "deepseek_v2", "deepseek_v4", "minimax_m2", "ernie4_5"),
-    *("min_p", "expert_skip", "quantile", "xshare", "triton"),
+    "mixtral",
+    "granite",
+    "qwen3_moe",
+    "switch",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v4",
+    "minimax_m2",
+    "ernie4_5",
+    "min_p",
+    "expert_skip",
+    "quantile",
+    "xshare",
+    "triton",
 }
 """Routers that share their code with others: a checkpoint and an export with them are left to the slow tests."""
 

@@ -86,7 +86,12 @@ class TransformerDecoder(nn.Module):
         self.layers = nn.ModuleList(
             Block(
                 Attention(
-                    *(d_model, n_heads, self.n_kv_heads, self.head_dim, qk_norm, norm_eps),
+                    d_model,
+                    n_heads,
+                    self.n_kv_heads,
+                    self.head_dim,
+                    qk_norm,
+                    norm_eps,
                     window=windows[layer] if windows is not None else None,
                     **attention,
                 ),

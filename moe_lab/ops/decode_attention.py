@@ -39,8 +39,17 @@ def rope_append(
         tables: cos and sin [1, d] fp32 of the position.
     """
     result: Tensor = torch.ops.moe_lab.rope_append(
-        *(q_Bn, k_Bm, v_Bm, q_norm, k_norm, eps, float("inf") if clip is None else clip, *tables),
-        *(position_1, k_BHNd, v_BHNd),
+        q_Bn,
+        k_Bm,
+        v_Bm,
+        q_norm,
+        k_norm,
+        eps,
+        float("inf") if clip is None else clip,
+        *tables,
+        position_1,
+        k_BHNd,
+        v_BHNd,
     )
     return result
 

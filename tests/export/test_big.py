@@ -15,8 +15,15 @@ from tests import tiny
 from tests.export import pairs
 
 SIZES = (
-    *("model.vocab_size=4000", "model.d_model=1024", "model.n_heads=16", "model.n_layers=5"),
-    *("model.mlp_hidden_dim=1024", "model.n_experts=64", "model.top_k=2", "batch=2", "seq_len=32"),
+    "model.vocab_size=4000",
+    "model.d_model=1024",
+    "model.n_heads=16",
+    "model.n_layers=5",
+    "model.mlp_hidden_dim=1024",
+    "model.n_experts=64",
+    "model.top_k=2",
+    "batch=2",
+    "seq_len=32",
 )
 _PROGRAM = """
 import json, sys

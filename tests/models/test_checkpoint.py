@@ -96,14 +96,16 @@ CHANGED = [
     case("qwen2_moe", "dense_both_ways", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3]),
     case("qwen2_moe", "windows", num_hidden_layers=4, use_sliding_window=True, sliding_window=4),
     case(
-        *("qwen2_moe", "windows_below_a_layer"),
+        "qwen2_moe",
+        "windows_below_a_layer",
         num_hidden_layers=4,
         use_sliding_window=True,
         sliding_window=4,
         max_window_layers=2,
     ),
     case(
-        *("qwen2_moe", "windows_by_layer_types"),
+        "qwen2_moe",
+        "windows_by_layer_types",
         num_hidden_layers=3,
         use_sliding_window=True,
         sliding_window=3,
@@ -306,7 +308,8 @@ def test_a_tied_head_is_the_embedding(kind: str, in_file: bool, tmp_path: Path) 
         case("qwen2_moe", "theta", rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
         case("qwen2_moe", "windows", num_hidden_layers=4, use_sliding_window=True, sliding_window=4),
         case(
-            *("qwen2_moe", "windows_below_a_layer"),
+            "qwen2_moe",
+            "windows_below_a_layer",
             num_hidden_layers=4,
             use_sliding_window=True,
             sliding_window=4,

@@ -418,8 +418,12 @@ def test_a_setting_of_another_type_is_named(kind: str, key: str, value: Any, tmp
     "key",
     [
         *(key for key in NEEDED.split() if key != "rms_norm_eps"),
-        *("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size"),
-        *("num_key_value_heads", "head_dim", "decoder_sparse_step"),
+        "num_experts",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+        "num_key_value_heads",
+        "head_dim",
+        "decoder_sparse_step",
     ],
 )
 def test_a_size_is_a_whole_number(key: str, value: Any, tmp_path: Path) -> None:

@@ -455,7 +455,8 @@ def test_fake_tensors_have_the_real_shapes(dtype: torch.dtype) -> None:
     with FakeTensorMode():
         new = New(
             *(torch.empty(n, 3, dtype=dtype).t() for n in (24, 12, 12)),
-            *(None, None),
+            None,
+            None,
             *(torch.empty(3, 2, 7, 6, dtype=dtype) for _ in range(2)),
         )
         position = torch.empty(1, dtype=torch.int64)

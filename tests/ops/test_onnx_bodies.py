@@ -83,7 +83,12 @@ def some_ids(T: int, E: int, K: int, unused: float = 0.3) -> Tensor:
 def test_every_body_is_tested_here() -> None:
     """An op that gets one must get a test."""
     assert {name for name, op in OPS.items() if op.onnx is not None} == {
-        *("add_rms_norm", "rotate", "sinkhorn_scores", "dispatch", "fill_up", "experts_mlp")
+        "add_rms_norm",
+        "rotate",
+        "sinkhorn_scores",
+        "dispatch",
+        "fill_up",
+        "experts_mlp",
     }
 
 

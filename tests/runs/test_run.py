@@ -28,9 +28,27 @@ from moe_lab.runs.run import Run, TimedBlock
 from tests import quick, tiny
 
 FIELDS = {
-    *("schema", "status", "reason", "cell_id", "code_id", "env_id", "name", "overrides", "interleaved_with"),
-    *("implementation", "latency_ms", "throughput", "phases_ms", "memory", "check", "routing", "quality"),
-    *("roofline", "export", "environment", "warnings"),
+    "schema",
+    "status",
+    "reason",
+    "cell_id",
+    "code_id",
+    "env_id",
+    "name",
+    "overrides",
+    "interleaved_with",
+    "implementation",
+    "latency_ms",
+    "throughput",
+    "phases_ms",
+    "memory",
+    "check",
+    "routing",
+    "quality",
+    "roofline",
+    "export",
+    "environment",
+    "warnings",
 }
 
 

@@ -237,8 +237,14 @@ def eps_of_the_last_norm(run: Run) -> None:
     [
         pytest.param(plant, id=plant.__name__)
         for plant in (
-            *(written_one_late, written_one_early, values_exchanged, one_value_lost, one_key_doubled),
-            *(turned_one_position_back, one_step_behind, eps_of_the_last_norm),
+            written_one_late,
+            written_one_early,
+            values_exchanged,
+            one_value_lost,
+            one_key_doubled,
+            turned_one_position_back,
+            one_step_behind,
+            eps_of_the_last_norm,
         )
     ],
 )
