@@ -37,6 +37,34 @@ def compare_routes(
     Raises:
         MismatchError: a set differs where the scores do not tie, or a weight differs.
     """
+    changed_T, near_T = _changed_sets(ran, reference, n_experts, tolerance, logits_TE, static_k)
+    if bool((changed_T & ~near_T).any()):
+        token = int((changed_T & ~near_T).nonzero()[0, 0])
+        raise MismatchError(
+            "route",
+            f"layer {layer}: {int((changed_T & ~near_T).sum())} tokens go to other experts than the fp32 selection of "
+            f"their logits (first: token {token}, {sorted(ran.expert_ids_TK[token].tolist())} instead of "
+            f"{sorted(reference.expert_ids_TK[token].tolist())})",
+        )
+    off_T = _weight_errors(ran, reference, n_experts, weights_TK, changed_T)
+    if off_T.numel() and float(off_T.max()) > tolerance.weight:
+        raise MismatchError(
+            "route",
+            f"layer {layer}: a routing weight of token {int(off_T.argmax())} differs by {float(off_T.max()):.2e} "
+            f"(allowed: {tolerance.weight:.0e})",
+        )
+    return int(near_T.sum())
+
+
+def _changed_sets(
+    ran: Routing,
+    reference: Routing,
+    n_experts: int,
+    tolerance: Tolerance,
+    logits_TE: Tensor | None,
+    static_k: bool,
+) -> tuple[Tensor, Tensor]:
+    """Which tokens have another set of experts than in `reference`, and which of these are near-ties; [T] bool each."""
     assert reference.scores_TE is not None
     ran_TE, want_TE = members(ran.expert_ids_TK, n_experts), members(reference.expert_ids_TK, n_experts)
     scores_TE = reference.scores_TE.float()
@@ -54,14 +82,13 @@ def compare_routes(
         near_T = changed_T & (highest_T - lowest_T <= allowed_T) & (ran_TE.sum(-1) == want_TE.sum(-1))
     else:
         near_T = changed_T & (torch.maximum(highest_T, -lowest_T) <= allowed_T)
-    if bool((changed_T & ~near_T).any()):
-        token = int((changed_T & ~near_T).nonzero()[0, 0])
-        raise MismatchError(
-            "route",
-            f"layer {layer}: {int((changed_T & ~near_T).sum())} tokens go to other experts than the fp32 selection of "
-            f"their logits (first: token {token}, {sorted(ran.expert_ids_TK[token].tolist())} instead of "
-            f"{sorted(reference.expert_ids_TK[token].tolist())})",
-        )
+    return changed_T, near_T
+
+
+def _weight_errors(
+    ran: Routing, reference: Routing, n_experts: int, weights_TK: Tensor | None, changed_T: Tensor
+) -> Tensor:
+    """[T]: how far each token's weights are off, at most; of a changed set see `compare_routes`."""
     ran_weights_TE = weights_by_expert(ran, n_experts)
     off_TE = ran_weights_TE - weights_by_expert(reference, n_experts)
     if weights_TK is None:
@@ -69,14 +96,7 @@ def compare_routes(
     else:
         wanted = Routing(ran.expert_ids_TK, weights_TK.masked_fill(ran.expert_ids_TK < 0, 0))
         tied_off_T = (ran_weights_TE - weights_by_expert(wanted, n_experts)).abs().amax(-1)
-    off_T = torch.where(changed_T, tied_off_T, off_TE.abs().amax(-1))
-    if off_T.numel() and float(off_T.max()) > tolerance.weight:
-        raise MismatchError(
-            "route",
-            f"layer {layer}: a routing weight of token {int(off_T.argmax())} differs by {float(off_T.max()):.2e} "
-            f"(allowed: {tolerance.weight:.0e})",
-        )
-    return int(near_T.sum())
+    return torch.where(changed_T, tied_off_T, off_TE.abs().amax(-1))
 
 
 class LayerProbe:

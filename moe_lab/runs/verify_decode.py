@@ -15,6 +15,7 @@ from moe_lab.models import Output
 from moe_lab.models.moe_layer import indexed_moe_layers
 from moe_lab.models.serving import Decode, whole_routing
 from moe_lab.models.transformer_decoder import TransformerDecoder
+from moe_lab.records.schema import Check
 from moe_lab.routers.base import Routing
 from moe_lab.routers.contract import members
 from moe_lab.runs.compared_cache import ComparedCache
@@ -47,7 +48,7 @@ def verify_decode(
         context: the routing of each MoE layer in the cached context.
     """
     tolerance = tolerance_of(task, dtype, fuses=fuses)
-    layers, (B, N), n = indexed_moe_layers(task), ids_BN.shape, len(steps)
+    layers, B, n = indexed_moe_layers(task), ids_BN.shape[0], len(steps)
     probed = sorted({round(i * (n - 1) / max(_STEPS_PROBED - 1, 1)) for i in range(_STEPS_PROBED)})
     result = Verification(nothing_known(f", over whole sequences; layers alone in {len(probed)} of {n} steps"))
     if not keeps_contract(result, layers, steps, B):
@@ -57,29 +58,8 @@ def verify_decode(
         whole_routing(of_layer[0], of_layer[1:], B)
         for of_layer in zip(context, *(s.routings for s in steps), strict=True)
     ]
-    y_BSV = torch.cat([step.y for step in steps], dim=1)
     is_free = bool(layers) and not forced and all(layer.router.batch_invariant for _, layer in layers)
-    off, free_off, changed, cache_error, rows = Distance(), Distance(), 0, 0.0, max(1, _TOKENS_AT_ONCE // N)
-    for a in range(0, B, rows):
-        ran = [
-            Routing(one.expert_ids_TK[a * N : (a + rows) * N], one.weights_TK[a * N : (a + rows) * N]) for one in whole
-        ]
-        some_BN, y = ids_BN[a : a + rows], y_BSV[a : a + rows]
-        cache = ComparedCache(task.cache.rows(a, a + rows))
-        with exact_products():
-            off.add(y, twin(some_BN, ran, last=n, cache=cache).y)
-            cache_error = max(cache_error, cache.error())
-            if is_free:
-                free = twin(some_BN, last=n)
-                free_off.add(y, free.y)
-                for (_, layer), one, other in zip(layers, ran, free.routings, strict=True):
-                    E = layer.weights.n_experts
-                    differs_BN = (members(one.expert_ids_TK, E) != members(other.expert_ids_TK, E)).any(-1).view(-1, N)
-                    changed += int(differs_BN[:, N - n :].sum())
-    check = result.check
-    check.rel_error, check.max_abs_error, check.cache_rel_error = off.relative(), off.largest, cache_error
-    if is_free:
-        check.free_rel_error, check.changed_sets = free_off.relative(), changed
+    _compare_whole(result.check, task, twin, ids_BN, steps, whole, is_free=is_free)
 
     def some_steps() -> None:  # they write into the cache again, so it was compared before
         for index in probed:
@@ -90,3 +70,50 @@ def verify_decode(
     task.seek(n - 1)
     _, result.flops = count_flops(lambda: task.on(twin)(ids_BN, steps[-1].routings if forced else None))
     return judged(result, tolerance, dtype)
+
+
+def _compare_whole(
+    check: Check,
+    task: Decode,
+    twin: TransformerDecoder,
+    ids_BN: Tensor,
+    steps: Sequence[Output],
+    whole: Sequence[Routing],
+    *,
+    is_free: bool,
+) -> None:
+    """Enter into `check` how far the steps and the cache are from passes of `twin` over whole sequences.
+
+    Args:
+        whole: the routing of each MoE layer over whole sequences, which the passes are given.
+        is_free: compare with passes that choose their experts themselves, too.
+    """
+    y_BSV = torch.cat([step.y for step in steps], dim=1)
+    (B, N), n = ids_BN.shape, len(steps)
+    off, free_off, changed, cache_error = Distance(), Distance(), 0, 0.0
+    rows = max(1, _TOKENS_AT_ONCE // N)
+    for a in range(0, B, rows):
+        tokens = slice(a * N, (a + rows) * N)
+        ran = [Routing(layer.expert_ids_TK[tokens], layer.weights_TK[tokens]) for layer in whole]
+        some_BN, y = ids_BN[a : a + rows], y_BSV[a : a + rows]
+        cache = ComparedCache(task.cache.rows(a, a + rows))
+        with exact_products():
+            off.add(y, twin(some_BN, ran, last=n, cache=cache).y)
+            cache_error = max(cache_error, cache.error())
+            if is_free:
+                free = twin(some_BN, last=n)
+                free_off.add(y, free.y)
+                changed += _changed_sets(task, ran, free.routings, N, n)
+    check.rel_error, check.max_abs_error, check.cache_rel_error = off.relative(), off.largest, cache_error
+    if is_free:
+        check.free_rel_error, check.changed_sets = free_off.relative(), changed
+
+
+def _changed_sets(task: Decode, ran: Sequence[Routing], free: Sequence[Routing], N: int, n: int) -> int:
+    """How many sets of experts differ in the last `n` of `N` positions, over all layers."""
+    changed = 0
+    for (_, layer), routing, other in zip(indexed_moe_layers(task), ran, free, strict=True):
+        E = layer.weights.n_experts
+        differs_BN = (members(routing.expert_ids_TK, E) != members(other.expert_ids_TK, E)).any(-1).view(-1, N)
+        changed += int(differs_BN[:, N - n :].sum())
+    return changed
