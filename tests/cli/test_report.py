@@ -1,4 +1,4 @@
-"""cli/report.py: `moe-lab report`, with `--tables` and without, in a process of its own."""
+"""cli/report.py: `moe-lab report`, with `--tables` and without (results/outputs.py), in a process of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Composition in Python: the command line's language, the checks that types cannot express, the explanations."""
+"""config/compose.py: the command line's language in Python.
+
+Its types are in config/schemas.py, the checks that types cannot express in config/checks.py, what is done to Hydra in
+config/hydra_patches.py, and the explanations in config/mistakes.py.
+"""
 
 from __future__ import annotations
 

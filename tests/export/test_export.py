@@ -1,4 +1,7 @@
-"""export=netron: every model and router as a pair that computes what the model does, or a refusal."""
+"""export=netron: every model and router as a pair that computes what the model does, or a refusal.
+
+Each passes through all of export/trace.py, export/outline.py, export/simplify.py, export/form.py and export/parity.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every op that has a body in ONNX computes there what it computes in torch."""
+"""Every op that has a body in ONNX (ops/onnx_function.py) computes there what it computes in torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""build.py: models that share a donor's parameters, and what can run here without being built."""
+"""runs/build.py: models that share a donor's parameters, routers, and what can run here without being built.
+
+A checkpoint's own router, and that no other model has one (routers/native.py).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,6 @@ from moe_lab.routers.capacity import Capacity
 from moe_lab.routers.sinkhorn import Sinkhorn
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.runs import build
-from moe_lab.workloads import forced as forced_loads
 from tests import quick, tiny
 
 CPU = torch.device("cpu")
@@ -223,21 +225,6 @@ def test_a_wrapped_router_is_fitted_on_the_tokens_that_it_asks_for() -> None:
         biases.append(router.inner.bias_E)
     assert float(biases[0].abs().max()) > 0
     assert not torch.equal(*biases)
-
-
-def test_a_forced_load_gives_the_counts_that_were_asked_for() -> None:
-    """In every layer; the weights are those of the native pass."""
-    cfg = tiny.decoder_moe("workload.load=balanced", "batch=4", "seq_len=25")
-    model = build.build_model(cfg, CPU)
-    x = build.build_input(cfg, model, CPU)
-    forced = forced_loads.force_load(cfg, model, x)
-    assert forced is not None and len(forced) == 2
-    for routing, native in zip(forced, model(x).routings, strict=True):
-        counts_E = routing.expert_ids_TK.flatten().bincount(minlength=5)
-        assert counts_E.tolist() == [40] * 5
-        assert torch.equal(routing.weights_TK, native.weights_TK)
-    assert forced_loads.load_difference(cfg, model, forced) == pytest.approx(0.0)
-    assert forced_loads.force_load(tiny.decoder_moe(), model, x) is None
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -496,18 +483,3 @@ def test_soft_moe_prefills_and_does_not_decode() -> None:
     assert build.check_available(tiny.decoder_moe("router=soft", "workload.phase=prefill")) == CPU
     with pytest.raises(UnavailableError, match=r"router=soft mixes .*use workload\.phase=forward or prefill"):
         build.check_available(tiny.decoder_moe("router=soft", "workload.phase=decode"))
-
-
-@pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("prefill", "decode")])
-def test_a_forced_load_is_that_of_the_phase(phase: str) -> None:
-    """One routing a layer for the tokens of a pass: in decode, one for each sequence."""
-    cfg = tiny.decoder_moe(f"workload.phase={phase}", "workload.load=one_hot", "batch=5")
-    decoder = build.build_model(cfg, CPU)
-    x = build.build_input(cfg, decoder, CPU)
-    task, _ = build.build_task(cfg, decoder, x)
-    forced = forced_loads.force_load(cfg, task, x)
-    assert forced is not None and len(forced) == 2
-    tokens = 5 if phase == "decode" else 35
-    for routing in forced:
-        assert routing.expert_ids_TK.flatten().bincount(minlength=5).max() == tokens
-    assert forced_loads.load_difference(cfg, decoder, forced) == pytest.approx(0.0, abs=0.15)

@@ -1,4 +1,4 @@
-"""A run from its configuration to its files, and what it leaves when something goes wrong."""
+"""runs/run.py: from a configuration to files, what is seen after the timing (runs/observe.py), and what goes wrong."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from omegaconf import OmegaConf
 
 import moe_lab
 from moe_lab.errors import MismatchError
-from moe_lab.measure.clocks import STEPS, Block, Step
+from moe_lab.measure.clocks import STEPS, Step
 from moe_lab.models import ForcedRouting
 from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.minimal import Minimal
 from moe_lab.records import identity
 from moe_lab.records.store import read_record
-from moe_lab.runs.run import Run, TimedBlock
+from moe_lab.runs.run import Run
 from tests import quick, tiny
 
 FIELDS = {
@@ -318,17 +318,6 @@ def test_the_time_spent_is_that_at_work(tmp_path: Path) -> None:
         record = run.record()
     assert record.elapsed_s is not None
     assert 0.1 <= record.elapsed_s <= time.perf_counter() - begun - (came - left)
-
-
-def test_samples_of_several_processes_are_summarised_by_process() -> None:
-    """replicate_p50 in order of their numbers, whatever the order of the blocks; an unstable median is a warning."""
-    run = tiny.built(quick.compose("minimal"))
-    for replicate, ms in ((1, 3.0), (0, 1.0), (1, 3.0), (0, 1.0)):
-        run.blocks.append(TimedBlock(replicate, 0, 0, Block(np.full(5, ms), np.zeros(5))))
-    record = run.record()
-    assert record.latency_ms is not None
-    assert record.latency_ms.replicate_p50 == [1.0, 3.0]
-    assert any("not stable" in warning and "20 samples" in warning for warning in record.warnings)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,19 +12,17 @@ from torch import Tensor
 
 from moe_lab.errors import MismatchError
 from moe_lab.experts.weights import ExpertWeights
-from moe_lab.measure.distance import relative_error
-from moe_lab.measure.layer_probe import LayerProbe, compare_routes
-from moe_lab.measure.tolerances import TOLERANCES, exact_products
+from moe_lab.measure.tolerances import TOLERANCES
 from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer, moe_layers
 from moe_lab.models.parameters import reference_twin
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.records.schema import Check
 from moe_lab.routers.base import RouteContext, Router, Routing
-from moe_lab.routers.contract import changed_sets, check_contract
 from moe_lab.runs.run import Run
 from moe_lab.runs.verify import Verification, verify
 from tests import tiny
+from tests.measure.test_tolerances import high_precision as high_precision
 from tests.tiny import LAYERS, E, T
 
 Tamper = Callable[[Routing], Routing]
@@ -462,56 +459,6 @@ def test_a_model_that_has_no_fp32_reference_is_refused() -> None:
 # --- the contract of a router -----------------------------------------------------------------------------------------
 
 
-def routing(
-    ids: list[list[int]],
-    weights: list[list[float]],
-    id_dtype: torch.dtype = torch.int32,
-    weight_dtype: torch.dtype = torch.float32,
-) -> Routing:
-    return Routing(torch.tensor(ids, dtype=id_dtype), torch.tensor(weights, dtype=weight_dtype))
-
-
-HALVES = [[0.5, 0.5], [0.5, 0.5]]
-
-
-@pytest.mark.parametrize(
-    ("broken", "clause"),
-    [
-        pytest.param(routing([[0, 1]], [[0.5, 0.5]]), "not both", id="too_few_tokens"),
-        pytest.param(routing([[0, 1], [1, 2]], [[1.0], [1.0]]), "not both", id="shapes_differ"),
-        pytest.param(Routing(torch.zeros(2, dtype=torch.int32), torch.zeros(2)), "not both", id="one_dimension"),
-        pytest.param(routing([[0, 1], [1, 2]], HALVES, id_dtype=torch.int64), "int64", id="int64_ids"),
-        pytest.param(routing([[0, 1], [1, 2]], HALVES, weight_dtype=torch.float64), "float64", id="float64_weights"),
-        pytest.param(routing([[0, 1], [1, 2]], HALVES, weight_dtype=torch.bfloat16), "bfloat16", id="bf16_weights"),
-        pytest.param(routing([[0, 1], [1, 5]], HALVES), "outside", id="id_of_no_expert"),
-        pytest.param(routing([[0, 1], [1, -2]], [[0.5, 0.5], [1.0, 0.0]]), "outside", id="id_below_minus_one"),
-        pytest.param(routing([[0, 1], [3, 3]], HALVES), "twice", id="an_expert_twice"),
-        pytest.param(routing([[0, 1], [1, 2]], [[0.5, 0.5], [0.5, float("nan")]]), "NaN", id="nan_weight"),
-        pytest.param(routing([[0, 1], [1, 2]], [[0.5, 0.5], [0.5, float("inf")]]), "infinite", id="inf_weight"),
-        pytest.param(routing([[0, 1], [1, -1]], HALVES), "unused slot", id="weight_without_an_expert"),
-    ],
-)
-def test_each_broken_clause_of_the_contract_is_named(broken: Routing, clause: str) -> None:
-    """With the layer, as a mismatch of the route."""
-    with pytest.raises(MismatchError, match=clause) as caught:
-        check_contract(broken, n_tokens=2, n_experts=5, layer=7)
-    assert caught.value.where == "route"
-    assert "layer 7" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "kept",
-    [
-        pytest.param(routing([[0, 1], [4, 2]], HALVES), id="all_slots"),
-        pytest.param(routing([[0, -1], [-1, -1]], [[1.0, 0.0], [0.0, 0.0]]), id="unused_slots"),
-        pytest.param(routing([[0, 1], [4, 2]], [[2.0, -1.0], [0.0, 0.0]]), id="any_finite_weights"),
-    ],
-)
-def test_a_routing_that_keeps_the_contract_is_let_through(kept: Routing) -> None:
-    """Weights need not sum to 1, and slots may be empty."""
-    assert check_contract(kept, n_tokens=2, n_experts=5, layer=0) is None
-
-
 def repeated_expert(routing: Routing) -> Routing:
     ids_TK = routing.expert_ids_TK.clone()
     ids_TK[0, 1] = ids_TK[0, 0]
@@ -581,73 +528,6 @@ def test_a_lost_weight_in_a_near_tie_fails() -> None:
     assert fault_found(run).where == "route"
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(dtype, id=str(dtype)) for dtype in TOLERANCES])
-@pytest.mark.parametrize("size", [pytest.param(1.0, id="small"), pytest.param(300.0, id="large")])
-def test_a_near_tie_is_a_share_of_the_largest_score(dtype: torch.dtype, size: float) -> None:
-    """Below the dtype's rounding it is counted, above it fails the route."""
-    tolerance = TOLERANCES[dtype]
-    ran = routing([[1]], [[1.0]])
-    for share, counted in ((0.5, True), (2.0, False)):
-        scores_TE = size * torch.tensor([[1.0, 1.0 - share * tolerance.score, 0.0]])
-        reference = routing([[0]], [[1.0]])._replace(scores_TE=scores_TE)
-        if counted:
-            assert compare_routes(ran, reference, 3, 0, tolerance) == 1
-        else:
-            with pytest.raises(MismatchError, match="other experts"):
-                compare_routes(ran, reference, 3, 0, tolerance)
-
-
-def test_a_lost_slot_is_no_near_tie() -> None:
-    """However close the scores, another number of experts is another selection."""
-    reference = routing([[0, 1]], [[0.5, 0.5]])._replace(scores_TE=torch.ones(1, 3))
-    with pytest.raises(MismatchError, match="other experts"):
-        compare_routes(routing([[0, -1]], [[1.0, 0.0]]), reference, 3, 0, TOLERANCES[torch.float32])
-
-
-def test_the_order_of_a_tokens_slots_does_not_matter() -> None:
-    """An expert and its weight may stand in any slot."""
-    scores_TE = torch.tensor([[3.0, 2.0, 1.0]])
-    reference = routing([[0, 1]], [[0.75, 0.25]])._replace(scores_TE=scores_TE)
-    assert compare_routes(routing([[1, 0]], [[0.25, 0.75]]), reference, 3, 0, TOLERANCES[torch.float32]) == 0
-    with pytest.raises(MismatchError, match="weight of token 0"):
-        compare_routes(routing([[1, 0]], [[0.75, 0.25]]), reference, 3, 0, TOLERANCES[torch.float32])
-
-
-@pytest.mark.parametrize("masked", [pytest.param(-torch.inf, id="-inf"), pytest.param(-1e9, id="-1e9")])
-def test_masked_experts_do_not_make_everything_a_tie(masked: float) -> None:
-    """A score of -inf, or a very low one, is no measure of the others."""
-    scores_TE = torch.tensor([[3.0, 2.0, masked]])
-    reference = routing([[0]], [[1.0]])._replace(scores_TE=scores_TE)
-    for other in (1, 2):
-        with pytest.raises(MismatchError, match="other experts"):
-            compare_routes(routing([[other]], [[1.0]]), reference, 3, 0, TOLERANCES[torch.bfloat16])
-
-
-def test_logits_that_are_not_the_runs_own_widen_the_tie_by_their_typical_size() -> None:
-    """For an execution that fuses a gap of a few percent of the logits is a near-tie, a gap of their size is not."""
-    tolerance = replace(TOLERANCES[torch.bfloat16], logit=0.04)
-    for gap, near in ((0.03, True), (0.5, False)):
-        scores_TE = torch.tensor([[0.1 + gap, 0.1, -1.0, -2.0]])
-        reference = routing([[0]], [[1.0]])._replace(scores_TE=scores_TE)
-        other = routing([[1]], [[1.0]])
-        with pytest.raises(MismatchError):
-            compare_routes(other, reference, 4, 0, TOLERANCES[torch.bfloat16], None, scores_TE * 10)
-        if near:
-            assert compare_routes(other, reference, 4, 0, tolerance, None, scores_TE * 10) == 1
-        else:
-            with pytest.raises(MismatchError):
-                compare_routes(other, reference, 4, 0, tolerance, None, scores_TE * 10)
-
-
-def test_changed_sets_counts_layers_and_tokens() -> None:
-    """Pairs of (layer, token); slots in another order are the same set."""
-    one = routing([[0, 1], [2, -1]], [[0.5, 0.5], [1.0, 0.0]])
-    same = routing([[1, 0], [-1, 2]], [[0.5, 0.5], [0.0, 1.0]])
-    other = routing([[0, 2], [2, 3]], HALVES)
-    assert changed_sets([one, one], [same, same], [5, 5]) == 0
-    assert changed_sets([one, one], [same, other], [5, 5]) == 2
-
-
 # --- logits that are not finite ---------------------------------------------------------------------------------------
 
 
@@ -672,25 +552,6 @@ def test_logits_that_a_router_does_not_look_at_are_looked_at_here() -> None:
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def high_precision() -> Iterator[None]:
-    """TF32 allowed, as a user may have it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.usefixtures("high_precision")
-def test_products_are_exact_within_and_as_before_after() -> None:
-    """Also when something fails within."""
-    with exact_products():
-        assert torch.get_float32_matmul_precision() == "highest"
-    with pytest.raises(RuntimeError, match="planted"), exact_products():
-        raise RuntimeError("planted")
-    assert torch.get_float32_matmul_precision() == "high"
 
 
 @pytest.mark.usefixtures("high_precision")
@@ -718,33 +579,6 @@ def test_no_hooks_are_left_on_the_model(faulty: bool) -> None:
         in_router(run, another_expert, 0)
     assert (verified(run).mismatch is not None) is faulty
     assert not any(module._forward_hooks for module in run.built.model.modules())
-
-
-def test_closing_a_probe_twice_is_harmless() -> None:
-    """A probe takes its hooks with it."""
-    run = tiny.built(tiny.decoder_moe())
-    probe = LayerProbe(run.built.model, run.built.twin, TOLERANCES[torch.float32])
-    probe.close()
-    probe.close()
-    run.built.step()
-    assert (probe.near_ties, probe.expert_error) == (0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("y", "reference", "error"),
-    [
-        pytest.param([3.0, 4.0], [3.0, 4.0], 0.0, id="equal"),
-        pytest.param([3.0, 4.0], [0.0, 0.0], float("inf"), id="of_nothing"),
-        pytest.param([0.0, 0.0], [0.0, 0.0], 0.0, id="nothing_of_nothing"),
-        pytest.param([3.0, 9.0], [3.0, 4.0], 1.0, id="as_large_as_the_reference"),
-        pytest.param([float("nan"), 4.0], [3.0, 4.0], float("inf"), id="nan"),
-        pytest.param([float("inf"), 4.0], [3.0, 4.0], float("inf"), id="inf"),
-        pytest.param([], [], 0.0, id="empty"),
-    ],
-)
-def test_relative_error_is_of_the_norms(y: list[float], reference: list[float], error: float) -> None:
-    """Never NaN: what cannot be compared is infinitely wrong."""
-    assert relative_error(torch.tensor(y), torch.tensor(reference)) == error
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""sweep/engine.py: a real worker process, what comes back from it and how it ends."""
+"""sweep/engine.py, sweep/worker.py: a real worker process, what comes back from it and how it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Sweeps in real processes: what fails is a row, the rest goes on, and the next start does what is missing."""
+"""Sweeps in real processes: what fails is a row, the rest goes on, and the next start does what is missing.
+
+Under other launchers of Hydra's too (cli/foreign.py).
+"""
 
 from __future__ import annotations
 

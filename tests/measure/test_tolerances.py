@@ -1,0 +1,56 @@
+"""measure/tolerances.py: what rounding explains, and fp32 products without TF32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from moe_lab.measure.tolerances import TOLERANCES, exact_products, tolerance_of
+
+
+@pytest.fixture
+def high_precision() -> Iterator[None]:
+    """TF32 allowed, as a user may have it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("high_precision")
+def test_products_are_exact_within_and_as_before_after() -> None:
+    """Also when something fails within."""
+    with exact_products():
+        assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(RuntimeError, match="planted"), exact_products():
+        raise RuntimeError("planted")
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, id=str(dtype)) for dtype in TOLERANCES])
+def test_rounding_adds_up_with_the_root_of_the_depth(dtype: torch.dtype) -> None:
+    """Of the model's output and of its cache; what is looked at layer by layer has no depth."""
+    model = nn.Module()
+    allowed = tolerance_of(model, dtype)
+    model.layers = nn.ModuleList(nn.Identity() for _ in range(9))
+    deep = tolerance_of(model, dtype)
+    assert allowed.model == TOLERANCES[dtype].model and allowed.cache == TOLERANCES[dtype].token
+    assert (deep.model, deep.cache) == pytest.approx((3 * allowed.model, 3 * allowed.cache))
+    assert (deep.expert, deep.token, deep.score, deep.weight) == (
+        allowed.expert,
+        allowed.token,
+        allowed.score,
+        allowed.weight,
+    )
+
+
+def test_an_execution_that_fuses_may_differ_in_its_logits_and_weights() -> None:
+    """By what the model's output so far may be off."""
+    plain = tolerance_of(nn.Module(), torch.bfloat16)
+    fused = tolerance_of(nn.Module(), torch.bfloat16, fuses=True)
+    assert plain.logit == 0 and fused.logit == pytest.approx(3 * plain.model)
+    assert fused.weight == pytest.approx(plain.weight + plain.model)
+    assert (fused.model, fused.token, fused.score) == (plain.model, plain.token, plain.score)

@@ -1,0 +1,119 @@
+"""The tree: its rooms, the length of files and functions, no circle of imports, and a test for every module."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "moe_lab"
+FILES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = {"cli", "config", "runs", "sweep", "records", "results", "measure", "workloads"}
+ROOMS |= {"models", "routers", "experts", "ops", "export"}
+LOOSE = {"__init__.py", "__main__.py", "errors.py", "intervals.py", "marks.py", "py.typed"}
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 60
+
+TESTED_IN = {
+    "cli/foreign.py": "sweep/test_session.py",
+    "cli/table.py": "measure/test_agreement.py",
+    "config/checks.py": "config/test_compose.py",
+    "config/hydra_patches.py": "config/test_compose.py",
+    "config/mistakes.py": "config/test_compose.py",
+    "config/schemas.py": "config/test_compose.py",
+    "experts/exported.py": "ops/test_onnx_bodies.py",
+    "export/form.py": "export/test_export.py",
+    "export/outline.py": "export/test_export.py",
+    "export/parity.py": "export/test_export.py",
+    "export/simplify.py": "export/test_export.py",
+    "export/trace.py": "export/test_export.py",
+    "models/layer_kinds.py": "models/test_soft_moe.py",
+    "ops/capacity.py": "ops/test_onnx_bodies.py",
+    "ops/onnx_function.py": "ops/test_onnx_bodies.py",
+    "ops/rotate.py": "models/test_attention.py",
+    "ops/selection.py": "ops/test_route.py",
+    "results/columns.py": "results/test_aggregate.py",
+    "results/figures.py": "results/test_plots.py",
+    "results/outputs.py": "cli/test_report.py",
+    "results/style.py": "results/test_plots.py",
+    "results/summary.py": "results/test_aggregate.py",
+    "routers/native.py": "runs/test_build.py",
+    "runs/export.py": "export/test_export.py",
+    "runs/observe.py": "runs/test_run.py",
+    "sweep/in_process.py": "sweep/test_engine.py",
+    "sweep/multirun.py": "sweep/test_plan.py",
+    "sweep/worker.py": "sweep/test_engine.py",
+}
+"""Where a module is tested, if not in tests/ROOM/test_NAME.py."""
+
+
+def name_of(path: Path) -> str:
+    """moe_lab/ops/route.py as ops/route.py."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imported_by(path: Path) -> set[Path]:
+    """The files of the package that a file imports: at its head, in a function, or under TYPE_CHECKING."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [(alias.name, None) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names += [(node.module or "", alias.name) for alias in node.names]
+    files = set()
+    for module, attribute in names:
+        place = ROOT / module.replace(".", "/")
+        candidates = [place / f"{attribute}.py", place / str(attribute) / "__init__.py"] if attribute else []
+        candidates += [place.with_suffix(".py"), place / "__init__.py"]
+        files |= {next((file for file in candidates if file.is_file()), path)}
+    return {file for file in files if PACKAGE in file.parents} - {path}
+
+
+def test_the_package_has_these_rooms() -> None:
+    """A new one needs a line here, and its place in the import contracts of pyproject.toml."""
+    assert {path.name for path in PACKAGE.iterdir()} - {"__pycache__"} == {*ROOMS, *LOOSE}
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, id=name_of(path)) for path in FILES])
+def test_files_and_functions_are_short(path: Path) -> None:
+    """A file is read in one go, a function is seen at once."""
+    text = path.read_text()
+    assert len(text.splitlines()) <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno + 1 <= MOST_LINES_OF_A_FUNCTION, f"{node.name} is too long"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Also where an import is put off until a function is called."""
+    try:
+        TopologicalSorter({path: imported_by(path) for path in FILES}).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(map(name_of, error.args[1])))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=name_of(path)) for path in FILES if path.parent != PACKAGE and path.name != "__init__.py"],
+)
+def test_every_module_has_its_test(path: Path) -> None:
+    """Under its own name; a Triton kernel under its op's; a body in ONNX with the others; else see `TESTED_IN`."""
+    room, name = path.parent.name, path.stem
+    mirrored = ROOT / "tests" / room / f"test_{name.removesuffix('_triton')}.py"
+    if name.endswith("_onnx"):
+        mirrored = ROOT / "tests" / "ops" / "test_onnx_bodies.py"
+    if mirrored.is_file():
+        assert name_of(path) not in TESTED_IN, f"it is tested in {mirrored}; remove its entry"
+        return
+    assert name_of(path) in TESTED_IN, f"there is no {mirrored.relative_to(ROOT)} and no entry in TESTED_IN"
+    test = ROOT / "tests" / TESTED_IN[name_of(path)]
+    assert path in imported_by(test) or name_of(path) in test.read_text(), f"{test} does not mention {name_of(path)}"
+
+
+def test_the_table_names_modules_that_exist() -> None:
+    """Else it is out of date."""
+    assert {name for name in TESTED_IN if not (PACKAGE / name).is_file()} == set()
