@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from omegaconf import OmegaConf
 
-from moe_lab.config.compose import composing, config_loader
+from moe_lab.cli import listing
+from moe_lab.config.compose import composing
 
 HELP = """\
 moe-lab: a laboratory for Mixture-of-Experts inference
@@ -27,7 +28,7 @@ Groups (GROUP=OPTION)
 
 {groups}
 
-Values (KEY=VALUE), as they stand
+Keys (KEY=VALUE) and their values
 
 {values}
 --cfg job       print the composed configuration and stop
@@ -39,13 +40,11 @@ HYDRA_FULL_ERROR=1 shows the traceback behind a one-line error
 
 def help_text(overrides: Sequence[str], config_dir: str | None) -> str:
     """The text of `--help`: groups, options, and every key with its value under `overrides`."""
+    options = {group: sorted({path.stem for path in paths}) for group, paths in listing.groups(config_dir).items()}
     with composing(overrides, config_dir) as composed:
-        loader = config_loader()
-        groups = sorted(group for group in loader.list_groups("") if group != "hydra" and not group.startswith("_"))
-        groups += sorted(f"{group}/{sub}" for group in groups for sub in loader.list_groups(group))
-        options = "\n".join(f"{group}: {', '.join(loader.get_group_options(group))}" for group in groups)
         del composed.overrides, composed["hydra"]
-        return HELP.format(groups=options, values=OmegaConf.to_yaml(composed))
+        groups = "\n".join(f"{group}: {', '.join(names)}" for group, names in options.items())
+        return HELP.format(groups=groups, values=OmegaConf.to_yaml(composed))
 
 
 def argv_overrides(argv: Sequence[str]) -> list[str]:
