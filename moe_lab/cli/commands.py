@@ -1,4 +1,4 @@
-"""The commands: words that can come first behind `moe-lab`, beside Hydra's language: plan, report, export, ..."""
+"""The commands of `moe-lab`, which come first in place of Hydra's language: plan, report, export, ..."""
 
 from __future__ import annotations
 

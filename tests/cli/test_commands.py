@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_lab.cli.commands import COMMANDS
+from moe_lab.cli.main import main
 from tests import quick, tiny
 from tests.cli.test_main import loaded_modules, moe_lab
 from tests.results.compared import record, write
@@ -120,6 +121,18 @@ def test_a_misspelt_command_is_told_from_an_override(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (2, ""), typed
         assert re.fullmatch(f"moe-lab: {pattern}\n", done.stderr), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_a_command_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 130; a command has no record to speak of."""
+
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["moe-lab"])
+    monkeypatch.setitem(COMMANDS, "export", interrupted)
+    assert main(["export", "RUN_DIR"]) == 130
+    assert capsys.readouterr() == ("", "moe-lab: interrupted\n")
 
 
 @pytest.mark.parametrize(("script", "word"), [pytest.param(*item, id=item[0]) for item in SCRIPTS.items()])

@@ -14,6 +14,12 @@ from tests import quick
 from tests.cli.test_main import moe_lab as moe_lab_process
 
 
+@pytest.fixture(autouse=True)
+def _same_argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` writes sys.argv for Hydra."""
+    monkeypatch.setattr("sys.argv", ["moe-lab"])
+
+
 def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     """(exit code, standard output, standard error), without the seconds that a process takes to import torch."""
     code = main(["export", *map(str, arguments)])
