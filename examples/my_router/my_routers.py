@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moe_lab.ops.softmax_topk import top_k
-from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, require_finite
 
 
 class Sharpened(Router):
@@ -20,11 +20,11 @@ class Sharpened(Router):
             raise ValueError(f"router.sharpness={sharpness}: it must be above 0.")
         self.sharpness = sharpness
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """Logits [T, E] of any floating dtype -> int32 ids and float32 weights [T, K]."""
         require_finite(logits_TE, ctx)
         ids_TK = top_k(logits_TE, self.top_k)  # ties go to the lowest id
-        wanted = ctx is not None and ctx.want_scores  # verification asks what was ranked
+        wanted = ctx.want_scores  # verification asks what was ranked
         return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=logits_TE.float() if wanted else None)
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:

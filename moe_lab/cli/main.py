@@ -6,6 +6,7 @@ not there; 130 Ctrl-C.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -53,6 +54,7 @@ def _task(cfg: DictConfig, trusted: Sequence[str], environment: Mapping[str, str
             record = run_job(cfg, overrides, directory, environment)
         else:
             cfg = finish(cfg, overrides)
+            _say_what_takes_long()
             from moe_lab.runs.run import run  # imports torch: not before there is something to compute
 
             record = run(cfg, directory)
@@ -62,6 +64,15 @@ def _task(cfg: DictConfig, trusted: Sequence[str], environment: Mapping[str, str
         _remove_if_empty(directory)
         return None
     return record.latency_ms.p50 if record is not None and record.latency_ms is not None else None
+
+
+def _say_what_takes_long() -> None:
+    """The extension's log on standard error: that it is built, which takes a minute."""
+    log = logging.getLogger("moe_lab.extension")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("moe-lab: %(message)s"))
+        log.addHandler(handler)
 
 
 def _remove_if_empty(directory: Path) -> None:

@@ -38,9 +38,19 @@ def show(overrides: list[str], config_dir: str | None) -> None:
         status: str = "cannot run here" if cannot else cell.status
         if cell.reason and cell.reason != status:
             status += f": {cell.reason}"
+        routed = cell.implementation.get("router", "-")
         sizes = (str(cell.content["batch"]), str(cell.content.get("seq_len", "-")))
-        rows.append((cell.variant, model, *([workload] if differ else []), *sizes, cell.cell_id, status))
-    columns = ("variant", "model", *(["workload"] if differ else []), "batch", "seq_len", "cell_id", "status")
+        rows.append((cell.variant, model, *([workload] if differ else []), *sizes, routed, cell.cell_id, status))
+    columns = (
+        "variant",
+        "model",
+        *(["workload"] if differ else []),
+        "batch",
+        "seq_len",
+        "router by",
+        "cell_id",
+        "status",
+    )
     console = print_table(columns, rows)
     n_to_run = len(plan.to_run())
     line = f"{plan.directory}: {len(plan.cells)} cells, {n_to_run} to run"

@@ -28,6 +28,8 @@ class Terminal:
         """Say in a line what is going to happen, and why cells are skipped."""
         console = Console(stderr=True, soft_wrap=True)
         console.print(escape(_first_line(plan, how)), highlight=False)
+        if plan.builds_extension and plan.to_run():
+            console.print("building the C++/CUDA extension first, once: about a minute", highlight=False)
         reasons = Counter(cell.reason for cell in plan.cells if cell.status == "skipped")
         for reason, number in reasons.items():
             console.print(escape(f"skipped ({number} cells): {reason}"), style="yellow", highlight=False)

@@ -35,7 +35,7 @@ from moe_lab.measure.distance import relative_error
 from moe_lab.measure.routing_metrics import worst_of
 from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer, indexed_moe_layers, moe_layers
-from moe_lab.routers.base import RouteContext, Router, Routing, gate_logits
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, gate_logits
 from moe_lab.routers.contract import members, weights_by_expert
 
 WORSE: dict[str, Callable[[Sequence[float]], float]] = {
@@ -99,7 +99,7 @@ def _first_choice(weights_TE: Tensor, members_TE: Tensor) -> Tensor:
 def _in_float64(layers: Sequence[MoELayer]) -> Iterator[None]:
     """The layers' routers select from logits computed in float64."""
 
-    def route(router: Router, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def route(router: Router, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         return router.select(gate_logits(x_TD.double(), gate_ED), ctx)
 
     routers = list({id(layer.router): layer.router for layer in layers}.values())

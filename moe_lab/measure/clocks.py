@@ -26,6 +26,8 @@ from moe_lab.measure.statistics import HOT_CALLS
 from moe_lab.models import ForcedRouting, Output
 from moe_lab.routers.base import unchecked
 
+_FASTEST_CLOCK_HZ = 2e9  # of a GPU: a sleep of so many cycles lasts at least as long as it is meant to
+
 
 class Block(NamedTuple):
     """Samples of one block, in order: milliseconds, and the host's clock (s, perf_counter) after each or after all."""
@@ -83,6 +85,28 @@ class Step:
         torch.cuda.synchronize(self.device)
         ms = np.array([start.elapsed_time(stop) for start, stop in zip(starts, stops, strict=True)])
         return Block(ms, np.full(n, time.perf_counter()))
+
+    @torch.inference_mode()
+    def busy_ms(self, repeats: int = 5) -> float:
+        """Milliseconds that a GPU computes in one iteration: the median with all launches waiting when it begins.
+
+        The GPU sleeps while the host launches ahead, so what is timed has no gaps in which it waits for the host. A
+        pass that reads on the host, or has more launches than the driver's queue takes (1024), keeps some gaps.
+        """
+        host_s = float(np.median(self.time_block(3).ms)) / 1e3 + 1e-3
+        cycles = int(2 * host_s * _FASTEST_CLOCK_HZ)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times = []
+        with _no_garbage_collection(), unchecked():
+            for _ in range(repeats):
+                torch.cuda._sleep(cycles)
+                start.record()
+                self._forward(self.x)
+                stop.record()
+                self._advance()
+                torch.cuda.synchronize(self.device)
+                times.append(start.elapsed_time(stop))
+        return float(np.median(times))
 
     def peak_bytes(self) -> int:
         """Peak of the CUDA allocator over one iteration, parameters and inputs included."""

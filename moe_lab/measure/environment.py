@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from moe_lab.routers.base import fastest
+
 
 def capture(device: torch.device) -> dict[str, Any]:
     """The record's `environment`; what is unknown is None."""
@@ -34,6 +36,7 @@ def capture(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "router_auto": fastest(device) if on_cuda else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "host_memory_mb": _host_memory_mb(),
         "system": f"{platform.system()} {platform.release()}",

@@ -71,8 +71,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.head_dim, self.qk_norm, self.clip_qkv, self.window = head_dim, qk_norm, clip_qkv, window
-        device = torch.get_default_device()
-        self.fuses = resolve_implementation("auto", device, op="attention") == "triton"
+        self.fuses = False
         self.q = Linear(d_model, n_heads * head_dim, bias=qkv_bias)
         self.k = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
         self.v = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
@@ -82,6 +81,10 @@ class Attention(nn.Module):
         if qk_norm != "none":
             self.q_norm = RMSNorm(head_dim if qk_norm == "head" else n_heads * head_dim, norm_eps)
             self.k_norm = RMSNorm(head_dim if qk_norm == "head" else n_kv_heads * head_dim, norm_eps)
+
+    def compute_on(self, device: torch.device, *, load: bool = True) -> None:
+        """Decide whether kernels attend to one new token on `device`."""
+        self.fuses = resolve_implementation("auto", device, op="attention") == "triton"
 
     def forward(
         self,

@@ -56,7 +56,12 @@ class AddRMSNorm(RMSNorm):
 
     def __init__(self, width: int, eps: float, implementation: str):
         super().__init__(width, eps)
-        self.implementation = resolve_implementation(implementation, self.weight.device, op="add_rms_norm")
+        self.asked = implementation
+        self.implementation = "torch"
+
+    def compute_on(self, device: torch.device, *, load: bool = True) -> None:
+        """Decide who computes on `device`. Raises `UnavailableError` where that cannot be what was asked for."""
+        self.implementation = resolve_implementation(self.asked, device, op="model.implementation")
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if residual is None:

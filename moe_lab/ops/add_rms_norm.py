@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lab.ops.library import register
+from moe_lab.ops.library import call, register
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,7 +43,7 @@ def add_rms_norm(
     Raises:
         ValueError: the shapes or dtypes do not fit.
     """
-    return torch.ops.moe_lab.add_rms_norm(x, residual, weight, eps, implementation)  # type: ignore[no-any-return]
+    return call("add_rms_norm", x, residual, weight, eps, implementation)  # type: ignore[no-any-return]
 
 
 def _check(x: Tensor, residual: Tensor, weight: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,26 +25,27 @@ def _kernel(
     tl.store(normed_ptr + row * D + column, (wide * scale * weight).to(x.dtype), mask=inside)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[..., D] as [rows, D] with unit stride in D; a view where the strides allow, else a copy."""
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """[..., D] as rows with unit stride in D, and their stride: a view where the strides allow, else a copy."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
     flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+    return flat, flat.stride(0)
 
 
 def launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Run the kernel on the device of `x`; arguments and results as `add_rms_norm`."""
     width = x.shape[-1]
-    normed, total = (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-    )
+    normed, total = x.new_empty(x.shape), x.new_empty(x.shape)
     if x.numel() == 0:
         return normed, total
-    x_RD, residual_RD = _rows(x), _rows(residual)
+    x_RD, x_stride = _rows(x)
+    residual_RD, residual_stride = _rows(residual)
     block = triton.next_power_of_2(width)
     warps = min(max(block // 512, 1), 16)
-    _kernel[(x_RD.shape[0],)](
-        x_RD, residual_RD, weight.contiguous(), normed, total, x_RD.stride(0), residual_RD.stride(0), width, eps,
+    _kernel[(x.numel() // width,)](
+        x_RD, residual_RD, weight.contiguous(), normed, total, x_stride, residual_stride, width, eps,
         BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return normed, total

@@ -36,6 +36,6 @@ def combine(o_ND: Tensor, inverse_N: Tensor, weights_TK: Tensor, used_TK: Tensor
         rows_TK = rows_TK.where(used_TK, rows_TK.masked_fill(~used_TK, 0).amax(-1, keepdim=True))
         y_TD = F.embedding_bag(rows_TK, o_ND, mode="sum", per_sample_weights=weights_TK) if T else o_ND.new_empty(0, D)
         return y_TD.masked_fill(~used_TK.any(-1, keepdim=True), 0)
-    weights_TK = weights_TK.masked_fill(~used_TK, 0)
-    o_TKD = o_ND[inverse_N].view(T, K, D).float()
+    # The product of a bf16 or fp16 output with a float32 weight is taken in fp32.
+    o_TKD = o_ND.index_select(0, inverse_N).view(T, K, D)
     return (o_TKD * weights_TK.unsqueeze(-1)).where(used_TK.unsqueeze(-1), 0).sum(1).to(o_ND.dtype)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.ops.library import register
+from moe_lab.ops.library import call, register
 
 
 def rope_append(
@@ -38,7 +38,8 @@ def rope_append(
         clip: all three are clamped to +- this, after a norm of the whole projection and before one of each head.
         tables: cos and sin [1, d] fp32 of the position.
     """
-    result: Tensor = torch.ops.moe_lab.rope_append(
+    result: Tensor = call(
+        "rope_append",
         q_Bn,
         k_Bm,
         v_Bm,
@@ -61,7 +62,7 @@ def cached_attention(q_BHd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, position_1: 
         k_BHNd, v_BHNd: as many heads as q, or fewer, each for as many neighbouring ones of q.
         position_1: int64 [1].
     """
-    result: Tensor = torch.ops.moe_lab.cached_attention(q_BHd, k_BHNd, v_BHNd, position_1, window or k_BHNd.shape[2])
+    result: Tensor = call("cached_attention", q_BHd, k_BHNd, v_BHNd, position_1, window or k_BHNd.shape[2])
     return result
 
 

@@ -8,6 +8,7 @@ machine's GPUs need serves too. Where no GPU is seen only the C++ half is built,
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -27,6 +28,8 @@ from moe_lab.ops.library import library
 
 MOST_EXPERTS, MOST_K, MOST_GROUPS, MOST_GATE_TOKENS, FEW_EXPERTS = 1024, 32, 32, 32, 8  # as kernels/route.h says
 
+log = logging.getLogger("moe_lab.extension")
+
 OLDEST = "80"
 """The oldest architecture that the CUDA sources compile for."""
 _CPP = ("ops.cpp", "route_cpu.cpp", "sinkhorn_cpu.cpp")
@@ -38,6 +41,10 @@ _CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC")
 # torch's other catches ends the process.
 _LIBRARIES = ("-ltorch_cpu", "-l:libstdc++.so.6")
 _NVCC_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC")
+
+
+class BuildError(UnavailableError):
+    """The extension does not compile here."""
 
 
 def sources() -> Path:
@@ -80,18 +87,47 @@ def cannot_build(architectures: tuple[str, ...]) -> str | None:
     return None
 
 
-def why_unavailable(device: torch.device) -> str | None:
-    """Why the extension cannot compute on `device`; None: it is built, or can be at first use."""
+def require(device: torch.device) -> None:
+    """Raise unless the extension can compute on `device`: it is built, or can be at first use.
+
+    Raises:
+        UnavailableError: a compiler is missing, or there are no kernels for this device.
+        BuildError: it was tried before, and did not compile.
+    """
     if device.type not in ("cpu", "cuda"):
-        return f"the extension has no kernels for {device.type}"
+        raise UnavailableError(f"the extension has no kernels for {device.type}")
     architectures = visible_architectures()
     if device.type == "cuda" and not architectures:
-        return "torch sees no CUDA device here"
+        raise UnavailableError("torch sees no CUDA device here")
     halves = [architectures] if device.type == "cuda" else [architectures, ()]  # for a CPU the C++ half is enough
-    for half in halves:
-        if built(half) is not None or cannot_build(half) is None:
-            return None
-    return cannot_build(halves[-1])
+    missing = [cannot_build(half) for half in halves if built(half) is None]
+    failures = [failure(half) for half in halves if built(half) is None]
+    if len(missing) < len(halves) or any(m is None and f is None for m, f in zip(missing, failures, strict=True)):
+        return
+    if failures[-1] is not None:
+        raise BuildError(failures[-1])
+    raise UnavailableError(str(missing[-1]))
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """Why the extension cannot compute on `device`; None: it can (`require`)."""
+    try:
+        require(device)
+    except UnavailableError as error:
+        return str(error)
+    return None
+
+
+def is_built(device: torch.device) -> bool:
+    """Whether a build that computes on `device` is there already."""
+    architectures = visible_architectures()
+    return built(architectures) is not None or (device.type != "cuda" and built(()) is not None)
+
+
+def failure(architectures: tuple[str, ...]) -> str | None:
+    """Why an earlier build for these architectures failed, with these sources and compilers; None: it did not."""
+    marker = binary(architectures).with_suffix(".failed")
+    return marker.read_text() if marker.exists() else None
 
 
 def label(device: torch.device) -> str:
@@ -124,11 +160,14 @@ def built(architectures: tuple[str, ...]) -> Path | None:
     return next((path for path in others if wanted <= set(path.stem.split("-"))), None)
 
 
-def build(architectures: tuple[str, ...]) -> Path:
+def build(architectures: tuple[str, ...], *, again: bool = False) -> Path:
     """Compile for these architectures, unless a build serves them already; one process at a time.
 
+    What failed once fails at once from then on, unless `again`.
+
     Raises:
-        UnavailableError: a compiler is missing, or failed (its last lines, and where all of them are).
+        UnavailableError: a compiler is missing, or the folder cannot be written.
+        BuildError: a compiler failed (its last lines, and where all of them are).
     """
     if (missing := cannot_build(architectures)) is not None:
         raise UnavailableError(f"the extension cannot be built: {missing}")
@@ -138,15 +177,26 @@ def build(architectures: tuple[str, ...]) -> Path:
         with FileLock(target.with_suffix(".lock")):
             if (found := built(architectures)) is not None:
                 return found
+            marker = target.with_suffix(".failed")
+            if again:
+                marker.unlink(missing_ok=True)
+            if (reason := failure(architectures)) is not None:
+                raise BuildError(reason)
+            halves = f"C++, CUDA for sm_{', sm_'.join(architectures)}" if architectures else "C++"
+            log.warning("building the extension (%s), once: about a minute", halves)
             with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as folder:
-                made = _compile(Path(folder), architectures, target.with_suffix(".log"))
+                try:
+                    made = _compile(Path(folder), architectures, target.with_suffix(".log"))
+                except BuildError as error:
+                    marker.write_text(str(error))
+                    raise
                 os.replace(made, target)  # a reader sees all of it or none
     except OSError as error:
         raise UnavailableError(f"the extension cannot be built in {target.parent}: {error}") from error
     return target
 
 
-def _compile(folder: Path, architectures: tuple[str, ...], log: Path) -> Path:
+def _compile(folder: Path, architectures: tuple[str, ...], log_file: Path) -> Path:
     torch_folder = Path(torch.__path__[0])
     cxx, nvcc = find_cxx(), find_nvcc()
     assert cxx is not None
@@ -166,27 +216,29 @@ def _compile(folder: Path, architectures: tuple[str, ...], log: Path) -> Path:
 
     def compile_one(item: tuple[str, list[str]]) -> None:
         name, command = item
-        _run([*command, "-c", str(sources() / name), "-o", str(folder / f"{name}.o")], log)
+        _run([*command, "-c", str(sources() / name), "-o", str(folder / f"{name}.o")], log_file)
 
-    log.unlink(missing_ok=True)
+    log_file.unlink(missing_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, commands.items()))
     library_path = folder / "moe_lab.so"
     linked = ["-shared", *objects, "-o", str(library_path), f"-L{torch_folder / 'lib'}", *_LIBRARIES]
     if architectures:
         linked = [str(nvcc), f"-ccbin={cxx}", "-cudart=static", *linked]
-    _run(linked if architectures else [cxx, *linked], log)
+    _run(linked if architectures else [cxx, *linked], log_file)
     return library_path
 
 
-def _run(command: list[str], log: Path) -> None:
+def _run(command: list[str], log_file: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     said = (done.stdout + done.stderr).strip()
-    with log.open("a") as file:
+    with log_file.open("a") as file:
         file.write(f"{' '.join(command)}\n{said}\n")
     if done.returncode:
         last = " / ".join(said.splitlines()[-3:])
-        raise UnavailableError(f"the extension does not compile: {last} (all of it in {log})")
+        raise BuildError(
+            f"the extension does not compile: {last} (the whole output: {log_file}); `moe-lab build` tries again"
+        )
 
 
 @cache
@@ -219,7 +271,7 @@ def load() -> tuple[str, ...]:
 @cache
 def _load() -> tuple[str, ...]:
     architectures = visible_architectures()
-    if cannot_build(architectures) is not None and built(architectures) is None:
+    if built(architectures) is None and (cannot_build(architectures) or failure(architectures)) is not None:
         architectures = ()
     path = built(architectures) or build(architectures)
     torch.ops.load_library(str(path))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_lab.ops.library import register
+from moe_lab.ops.library import call, register
 
 MOST = 16  # tokens
 
@@ -31,9 +31,7 @@ def few_tokens_mlp(
     Raises:
         ValueError: the matrices are of another dtype.
     """
-    result: Tensor = torch.ops.moe_lab.few_tokens_mlp(
-        x_TD, ids_TK, weights_TK, w_gate_up_E2FD, w_down_EDF, scales_input
-    )
+    result: Tensor = call("few_tokens_mlp", x_TD, ids_TK, weights_TK, w_gate_up_E2FD, w_down_EDF, scales_input)
     return result
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +58,17 @@ def register(
     OPS[name] = Op(name, parsed, compute, fake, reference or compute, onnx)
 
 
+def call(name: str, *arguments: Any) -> Any:
+    """The op `moe_lab::<name>` of `OPS`.
+
+    An eager pass calls its Python function at once: the way through torch's dispatcher and back into Python takes 7 us
+    of the host's time, more than the launch of a kernel (docs/results/h200/eager.md).
+    """
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.moe_lab, name)(*arguments)
+    return OPS[name].compute(*arguments)
+
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """By their names in a configuration."""
 
@@ -75,24 +84,6 @@ def is_exporting() -> bool:
 def triton_interprets() -> bool:
     """Whether Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1, for tests)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-_target: ContextVar[torch.device | None] = ContextVar("target", default=None)
-
-
-@contextmanager
-def building_for(device: torch.device) -> Iterator[None]:
-    """What is made inside will compute on `device`, though it may be made on the meta device, to look at it."""
-    token = _target.set(device)
-    try:
-        yield
-    finally:
-        _target.reset(token)
-
-
-def target_device() -> torch.device:
-    """The device that what is being made will compute on."""
-    return _target.get() or torch.get_default_device()
 
 
 def resolve_implementation(asked: str, device: torch.device, *, op: str) -> str:

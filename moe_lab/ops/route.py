@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_lab.errors import UnavailableError
 from moe_lab.ops import extension
 from moe_lab.ops.dispatch import Dispatch
-from moe_lab.ops.library import register
+from moe_lab.ops.library import call, register
 from moe_lab.ops.route_peers import PEERS, require_computes
 from moe_lab.ops.selection import Selection
 
@@ -65,7 +65,7 @@ def route(
     """
     arguments = _arguments(how, gate_bias_E, bias_E)
     if implementation == "triton":
-        return Routed(*torch.ops.moe_lab.route_triton(logits_TE, *arguments))
+        return Routed(*call("route_triton", logits_TE, *arguments))
     if implementation in PEERS:
         return Routed(*PEERS[implementation](logits_TE.contiguous(), how, bias_E))
     assert implementation == "cuda_ext", implementation

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.errors import UnavailableError
-from moe_lab.ops.library import register, resolve_implementation
+from moe_lab.ops.library import call, register, resolve_implementation
 
 # MKL is quicker at (w @ x.T).T than at x @ w.T for few rows, and at its best for a multiple of 8 of them: for
 # 2048 x 2048 in fp32 on two EPYC cores (MKL 2024.2) 1.0 ms against 2.6 at 3 rows, 2.2 against 3.3 at 31, 6.0 against
@@ -60,7 +60,7 @@ def segment_mm(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor, implementation: 
     Raises:
         ValueError: the shapes or dtypes do not fit.
     """
-    return torch.ops.moe_lab.segment_mm(x_ND, w_EFD, offsets_E1, implementation)  # type: ignore[no-any-return]
+    return call("segment_mm", x_ND, w_EFD, offsets_E1, implementation)  # type: ignore[no-any-return]
 
 
 def reference(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_lab.errors import UnavailableError
 from moe_lab.ops import extension
-from moe_lab.ops.library import is_exporting, register
+from moe_lab.ops.library import call, is_exporting, register
 
 IMPLEMENTATIONS = ("triton", "cuda_ext")
 """Who chooses the experts too: see `sinkhorn_route`."""
@@ -87,7 +87,7 @@ def sinkhorn_route(
     """
     how = (top_k, iters, temperature, tolerance)
     if implementation == "triton":
-        return torch.ops.moe_lab.sinkhorn_route_triton(logits_TE, *how)  # type: ignore[no-any-return]
+        return call("sinkhorn_route_triton", logits_TE, *how)  # type: ignore[no-any-return]
     assert implementation == "cuda_ext", implementation
     logits_TE = extension.readable(logits_TE)
     return torch.ops.moe_lab.sinkhorn_route(logits_TE, *how)  # type: ignore[no-any-return]

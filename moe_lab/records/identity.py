@@ -24,6 +24,7 @@ _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 # Rooms of the package that only talk to people or read results: no run executes them.
 _NOT_RUN = ("cli", "results")
 ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")
+_ENV_FIELDS_OF_A_GPU = ("router_auto",)  # what `auto` means there; a result made by another choice is stale
 
 
 def digest(value: Any) -> str:
@@ -137,4 +138,5 @@ def env_id(environment: Mapping[str, Any]) -> str:
     """12 hex digits of the machine and its versions, from the fields of `measure.environment.capture`."""
     fields = {key: environment.get(key) for key in ENV_FIELDS}
     fields["python"] = ".".join(str(fields["python"]).split(".")[:2])
+    fields |= {key: environment[key] for key in _ENV_FIELDS_OF_A_GPU if environment.get(key) is not None}
     return digest(fields)

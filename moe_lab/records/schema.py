@@ -83,6 +83,8 @@ class Record:
     """Median of a call among 20 in one CUDA graph."""
     latency_cold_ms: float | None = None
     """Median of a CUDA graph's replay with nothing in the L2 cache."""
+    gpu_busy_ms: float | None = None
+    """Of an eager run: what a GPU computes in one iteration, without waiting for the host's launches."""
     ratio_to_anchor: Ratio | None = None
     throughput: dict[str, float] | None = None
     phases_ms: dict[str, Any] | None = None

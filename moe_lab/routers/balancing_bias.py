@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_lab.ops.selection import Selection
 from moe_lab.ops.softmax_topk import chosen, top_k, weights_of
-from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, require_finite
 from moe_lab.routers.scored_topk import sigmoid
 from moe_lab.routers.selection import SelectionRouter
 
@@ -42,12 +42,12 @@ class BalancingBias(Router):
         """See `Router.weigh`."""
         raise NotImplementedError
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`."""
         require_finite(logits_TE, ctx)
         scores_TE = self.score(logits_TE) + self.bias_E
         ids_TK = top_k(scores_TE, self.top_k)
-        wanted = ctx is not None and ctx.want_scores
+        wanted = ctx.want_scores
         return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if wanted else None)
 
 
@@ -57,7 +57,7 @@ class LossFreeBias(SelectionRouter, BalancingBias):
     def __init__(self, n_experts: int, top_k: int, impl: str = "auto", steps: int = 200, rate: float = 0.01):
         super().__init__(n_experts, top_k, impl, steps)
         self.rate = rate
-        self.describe(Selection(top_k, "sigmoid"), bias=True)
+        self.describe(Selection(top_k, "sigmoid"))
 
     def biases(self) -> dict[str, Tensor | None]:
         """See `SelectionRouter.biases`."""

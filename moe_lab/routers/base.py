@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_lab.errors import UnavailableError
 from moe_lab.ops import extension
 from moe_lab.ops.dispatch import Dispatch
-from moe_lab.ops.library import resolve_implementation, target_device
+from moe_lab.ops.library import resolve_implementation
 from moe_lab.ops.route_peers import PEERS
 from moe_lab.ops.route_peers import require as require_peer
 
@@ -54,6 +54,20 @@ class RouteContext(NamedTuple):
     want_dispatch: bool = False
 
 
+NO_CONTEXT = RouteContext()
+
+FASTEST_FIRST = {"cuda": ("cuda_ext", "triton", "torch"), "cpu": ("torch",)}
+"""What auto tries where kernels of all three exist: measured in docs/results/h200/routers.csv. On a CPU the extension
+needs a compiler and half a minute to build, so it is there for who asks."""
+
+
+def fastest(device: torch.device) -> str:
+    """The first of `FASTEST_FIRST` that is usable on `device`: what auto means there for a router that has them all."""
+    if device.type == "cuda" and extension.why_unavailable(device) is None:
+        return "cuda_ext"
+    return resolve_implementation("auto", device, op="router.impl")
+
+
 PROPERTIES = (
     "causal",
     "batch_invariant",
@@ -84,45 +98,76 @@ class Router(nn.Module):
     """Why no ONNX graph can say `select`; None: one can."""
 
     implementations: tuple[str, ...] = ("torch",)
-    """Who can compute `select`, the one that `auto` takes first."""
+    """Who can compute `select`; `auto` takes the first unless `preferred` says otherwise."""
 
     def __init__(self, n_experts: int, top_k: int, impl: str = "auto"):
         super().__init__()
         if not 1 <= top_k <= n_experts:
             raise ValueError(f"top_k={top_k}: it must be between 1 and n_experts={n_experts}.")
-        self.n_experts, self.top_k = n_experts, top_k
-        self._computes = self._resolve(impl)
-        self.impl = self._computes.partition(":")[0]
-
-    def _resolve(self, impl: str) -> str:
-        """Who computes `select` when `impl` is asked for, as it stands in the record."""
         if impl != "auto" and impl not in self.implementations:
             raise UnavailableError(
                 f"router.impl={impl}: in this version of moe-lab {type(self).__name__} is computed by "
                 f"{', '.join(self.implementations)} only; use that, or router=torch"
             )
-        device = target_device()
-        if impl == "cuda_ext":
-            if (reason := extension.why_unavailable(device)) is not None:
-                raise UnavailableError(f"router.impl=cuda_ext: {reason}; or use router=torch")
-            if torch.get_default_device().type != "meta":  # else nothing is going to be computed
-                extension.load()
-            return extension.label(device)
-        if impl in PEERS and impl in self.implementations:
-            require_peer(impl, device)
-        if impl == "triton" or (impl == "auto" and "triton" in self.implementations):
-            return resolve_implementation(impl, device, op="router.impl")
-        return self.implementations[0] if impl == "auto" else impl
+        self.n_experts, self.top_k, self.asked = n_experts, top_k, impl
+        self.label = self.impl = "torch" if impl in ("auto", "torch") else "undecided"
+        self.fallback: str | None = None
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def compute_on(self, device: torch.device, *, load: bool = True) -> Self:
+        """Decide who computes `select` on `device`: `asked`, or with auto the first of `preferred` that can.
+
+        Until then plain torch computes, and a kernel that was asked for nothing. With `load` false nothing is built or
+        loaded, to see what would compute. Where auto takes another than the first because the extension does not
+        compile, `fallback` says so.
+
+        Raises:
+            UnavailableError: what was asked for cannot compute this here.
+        """
+        if self.asked != "auto":
+            self._be(self.asked, device, load)
+            return self
+        for impl in self.preferred(device):
+            try:
+                self._be(impl, device, load)
+                return self
+            except extension.BuildError as error:
+                self.fallback = str(error)
+            except UnavailableError:
+                continue
+        raise AssertionError(f"{type(self).__name__}: none of {self.preferred(device)} computes on {device}")
+
+    def _be(self, impl: str, device: torch.device, load: bool) -> None:
+        self.require(impl, device)
+        if impl == "cuda_ext" and load:
+            extension.load()
+        self.impl = impl
+        self.label = extension.label(device) if impl == "cuda_ext" else impl
+
+    def preferred(self, device: torch.device) -> Sequence[str]:
+        """What auto tries on `device`, the fastest first; the last can always compute."""
+        return self.implementations
+
+    def require(self, impl: str, device: torch.device) -> None:
+        """Raise `UnavailableError` unless `impl`, one of `implementations`, can compute this router on `device`."""
+        if impl == "cuda_ext":
+            try:
+                extension.require(device)
+            except UnavailableError as error:
+                raise type(error)(f"router.impl=cuda_ext: {error}; or use router=torch") from error
+        if impl in PEERS:
+            require_peer(impl, device)
+        if impl == "triton":
+            resolve_implementation(impl, device, op="router.impl")
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """The routing of logits [T, E] of any floating dtype."""
         raise NotImplementedError(f"{type(self).__name__} must define select(logits_TE, ctx)")
 
-    def route(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def route(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """The routing of hidden states [T, D] by the gate [E, D]."""
         return self.select(gate_logits(x_TD, gate_ED), ctx)
 
-    def forward(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def forward(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """`route`; an exported graph has a node for each call of a module."""
         return self.route(x_TD, gate_ED, ctx)
 
@@ -144,7 +189,7 @@ class Router(nn.Module):
 
     def implementation(self) -> str:
         """Who computes `select`, as it stands in the record: `cuda_ext:sm_90`, say."""
-        return self._computes
+        return self.label
 
     def warnings(self, n_tokens: int) -> list[str]:
         """What a reader of a result with this many tokens should know."""
@@ -152,7 +197,7 @@ class Router(nn.Module):
 
     def use_reference(self) -> None:
         """From now on compute by the plain-torch reference."""
-        self.impl = self._computes = "torch"
+        self.impl = self.label = "torch"
 
 
 _looks = True
@@ -174,7 +219,7 @@ def gate_logits(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
     return F.linear(x_TD, gate_ED.to(x_TD.dtype))
 
 
-def require_finite(logits_TE: Tensor, ctx: RouteContext | None, *, every_entry: bool = False) -> None:
+def require_finite(logits_TE: Tensor, ctx: RouteContext, *, every_entry: bool = False) -> None:
     """Raise `ValueError` naming the layer if a row has no softmax: it holds NaN or +inf, or nothing but -inf.
 
     With `every_entry` a single -inf (a masked expert) is refused too. Silent where looking would stop the device or
@@ -184,7 +229,7 @@ def require_finite(logits_TE: Tensor, ctx: RouteContext | None, *, every_entry: 
     if torch.compiler.is_compiling():  # first: a compiled pass must not depend on `_looks`
         return
     if _looks and logits_TE.device.type == "cpu":
-        check_finite(logits_TE, 0 if ctx is None else ctx.layer, every_entry=every_entry)
+        check_finite(logits_TE, ctx.layer, every_entry=every_entry)
 
 
 def check_finite(logits_TE: Tensor, layer: int, *, every_entry: bool = False) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_lab.errors import UnavailableError
 from moe_lab.ops.softmax_topk import chosen, top_k
-from moe_lab.routers.base import RouteContext, Router, Routing, check_finite
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, check_finite
 
 
 class BASELayers(Router):
@@ -37,14 +37,14 @@ class BASELayers(Router):
         except ImportError as error:
             raise UnavailableError("it needs scipy; pip install scipy") from error
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`; `scores_TE` is l less the expert's price, of which the k largest are chosen."""
-        check_finite(logits_TE, 0 if ctx is None else ctx.layer, every_entry=True)
+        check_finite(logits_TE, ctx.layer, every_entry=True)
         chosen_TE, price_E = assign(logits_TE.double().cpu().numpy(), self.top_k)
         taken_TE = torch.from_numpy(chosen_TE).to(logits_TE.device)
         ids_TK = top_k(logits_TE.float().masked_fill(~taken_TE, -torch.inf), self.top_k)
         scores_TE = None
-        if ctx is not None and ctx.want_scores:
+        if ctx.want_scores:
             scores_TE = (logits_TE.double() - torch.from_numpy(price_E).to(logits_TE.device)).float()
         return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.ops.softmax_topk import top_k, weights_of
-from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, require_finite
 
 
 class WithinSharedSet(Router):
@@ -29,17 +29,17 @@ class WithinSharedSet(Router):
         """bool [E]: the set U."""
         raise NotImplementedError
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`; `scores_TE` is by how much a logit is above the first that is not chosen."""
         require_finite(logits_TE, ctx)
         wide_TE, E = logits_TE.float(), self.n_experts
-        shared_E = self.shared(wide_TE, None if ctx is None else ctx.valid_T)
+        shared_E = self.shared(wide_TE, ctx.valid_T)
         inside_TE = wide_TE.masked_fill(~shared_E, -torch.inf)
         order_TK = top_k(inside_TE, min(self.top_k + 1, E))
         ids_TK = order_TK[:, : self.top_k]
         ids_TK = torch.where(shared_E[ids_TK.long()], ids_TK, -1)
         scores_TE = None
-        if ctx is not None and ctx.want_scores:
+        if ctx.want_scores:
             first_out_T1 = inside_TE.gather(-1, order_TK[:, -1:].long())
             if self.top_k == E:
                 first_out_T1 = torch.full_like(first_out_T1, -torch.inf)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.ops.capacity import fill_up, within_capacity
-from moe_lab.routers.base import RouteContext, Router, Routing
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing
 from moe_lab.routers.soft import SoftMoE
 
 POLICIES = ("weight", "token", "position", "prioritized", "next_best", "dropless")
@@ -68,12 +68,12 @@ class Capacity(Router):
         """C for a batch of `n_tokens`."""
         return max(1, math.ceil(self.factor * n_tokens * self.inner.top_k / self.n_experts))
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`. With a capacity, `scores_TE` tells only what was chosen (1) from what was not (-1)."""
         if self.policy == "dropless":
             return self.inner.select(logits_TE, ctx)
         wants = self.policy == "next_best"
-        routing = self.inner.select(logits_TE, (ctx or RouteContext())._replace(want_scores=wants))
+        routing = self.inner.select(logits_TE, ctx._replace(want_scores=wants))
         ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
         room = self.capacity(ids_TK.shape[0])  # len() would be a constant of an exported graph
         room_E = torch.full((self.n_experts,), room, device=ids_TK.device)
@@ -87,7 +87,7 @@ class Capacity(Router):
                 raise ValueError(f"router.policy=next_best: {type(self.inner).__name__} has no weigh(logits, ids).")
             weights_TK = inner_TK
         scores_TE = None
-        if ctx is not None and ctx.want_scores:
+        if ctx.want_scores:
             E = self.n_experts
             spread_TE = torch.full((len(ids_TK), E + 1), -1.0, device=ids_TK.device)
             scores_TE = spread_TE.scatter_(1, torch.where(ids_TK < 0, E, ids_TK).long(), 1.0)[:, :E]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.ops.softmax_topk import top_k, weights_of
-from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, require_finite
 
 RULES = ("top_p", "min_p")
 
@@ -46,7 +46,7 @@ class DynamicK(Router):
         self.rule, self.calibrates = rule, threshold is None
         self.register_buffer("threshold", torch.tensor(threshold or 0.0, dtype=torch.float32))
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`; `scores_TE` is by how much each of the k best is above its threshold."""
         require_finite(logits_TE, ctx)
         p_TE = logits_TE.float().softmax(-1)
@@ -60,7 +60,7 @@ class DynamicK(Router):
             kept_TK = above_TK >= 0
         kept_TK[:, :1] = True
         scores_TE = None
-        if ctx is not None and ctx.want_scores:
+        if ctx.want_scores:
             scores_TE = torch.full_like(p_TE, -torch.inf).scatter_(1, ids_TK.long(), above_TK)
         ids_TK = torch.where(kept_TK, ids_TK, -1)
         return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE)

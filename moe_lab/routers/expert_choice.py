@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_lab.ops.library import is_exporting
 from moe_lab.ops.softmax_topk import chosen, top_k
-from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, require_finite
 
 
 class ExpertChoice(Router):
@@ -31,12 +31,12 @@ class ExpertChoice(Router):
         super().__init__(n_experts, top_k, impl)
         self.factor = factor
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`; `scores_TE` is p less the least p that the expert takes."""
         require_finite(logits_TE, ctx)
         T, E = logits_TE.shape
         p_TE = logits_TE.float().softmax(-1)
-        wants_scores = ctx is not None and ctx.want_scores
+        wants_scores = ctx.want_scores
         if T == 0:
             ids_TK = torch.empty(0, 1, dtype=torch.int32, device=p_TE.device)
             return Routing(ids_TK, p_TE[:, :1], scores_TE=p_TE if wants_scores else None)

@@ -78,7 +78,7 @@ class ScoredTopK(SelectionRouter):
         self.score, self.renormalize, self.scale = score, renormalize, scale
         self.n_groups, self.top_groups, self.group_score = n_groups, top_groups, group_score
         self.scales_input = scales_input
-        self.describe(Selection(top_k, score, n_groups, top_groups, group_score, renormalize, scale), bias=bias)
+        self.describe(Selection(top_k, score, n_groups, top_groups, group_score, renormalize, scale))
         empty_E = torch.empty(n_experts, dtype=torch.float32)
         self.bias_E = nn.Parameter(empty_E, requires_grad=False) if bias else None
 

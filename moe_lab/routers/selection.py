@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from moe_lab.ops.library import is_exporting
 from moe_lab.ops.route import IMPLEMENTATIONS, gate_route, multiplies_gate, require_computable, route
 from moe_lab.ops.selection import Selection
 from moe_lab.ops.softmax_topk import top_k
-from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+from moe_lab.routers.base import FASTEST_FIRST, NO_CONTEXT, RouteContext, Router, Routing, require_finite
 
 
 class SelectionRouter(Router):
@@ -18,10 +20,20 @@ class SelectionRouter(Router):
     implementations = ("torch", *IMPLEMENTATIONS)
     how: Selection
 
-    def describe(self, how: Selection, *, gate_bias: bool = False, bias: bool = False) -> None:
-        """What the kernels are told. Raises `UnavailableError` where this implementation has none for it."""
-        require_computable(self.impl, how, self.n_experts, gate_bias=gate_bias, bias=bias)
+    def describe(self, how: Selection) -> None:
+        """What the kernels are told."""
         self.how = how
+
+    def preferred(self, device: torch.device) -> Sequence[str]:
+        """See `Router.preferred`."""
+        return FASTEST_FIRST[device.type]
+
+    def require(self, impl: str, device: torch.device) -> None:
+        """See `Router.require`."""
+        super().require(impl, device)
+        if impl in IMPLEMENTATIONS:
+            has = {name.removesuffix("_E"): bias_E is not None for name, bias_E in self.biases().items()}
+            require_computable(impl, self.how, self.n_experts, **has)
 
     def biases(self) -> dict[str, Tensor | None]:
         """`gate_bias_E`, added to the logits, or `bias_E`, to the scores; see ops/route.py."""
@@ -37,9 +49,8 @@ class SelectionRouter(Router):
         assert weights_TK is not None
         return weights_TK
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`. Raises `ValueError` naming the layer for logits without a softmax."""
-        ctx = ctx or RouteContext()
         require_finite(logits_TE, ctx)
         if self.impl in IMPLEMENTATIONS and not is_exporting():
             routed = route(logits_TE, self.how, self.impl, sort=ctx.want_dispatch, **self.biases())
@@ -49,9 +60,9 @@ class SelectionRouter(Router):
         weights_TK = self.weigh_chosen(logits_TE, ranked_TE, ids_TK)
         return Routing(ids_TK, weights_TK, scores_TE=ranked_TE.float() if ctx.want_scores else None)
 
-    def route(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def route(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.route`."""
-        asks_more = ctx is not None and (ctx.want_scores or ctx.want_dispatch)
+        asks_more = ctx.want_scores or ctx.want_dispatch
         if asks_more or is_exporting() or not self.multiplies_gate(len(x_TD), gate_ED, x_TD.dtype):
             return super().route(x_TD, gate_ED, ctx)
         return Routing(*gate_route(x_TD, gate_ED, self.how, **self.biases()))

@@ -14,12 +14,15 @@ falls back to the logits, and a run says so in its warnings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from moe_lab.ops.library import is_exporting
 from moe_lab.ops.sinkhorn import IMPLEMENTATIONS, require_computable, scores_of, sinkhorn_route, sinkhorn_scores
 from moe_lab.ops.softmax_topk import top_k, weights_of
-from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+from moe_lab.routers.base import FASTEST_FIRST, NO_CONTEXT, RouteContext, Router, Routing, require_finite
 
 
 class Sinkhorn(Router):
@@ -39,13 +42,21 @@ class Sinkhorn(Router):
         tolerance: float = 0.0,
     ):
         super().__init__(n_experts, top_k, impl)
-        require_computable(self.impl, top_k, n_experts)
         self.iters, self.temperature, self.tolerance = iters, temperature, tolerance
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def preferred(self, device: torch.device) -> Sequence[str]:
+        """See `Router.preferred`."""
+        return FASTEST_FIRST[device.type]
+
+    def require(self, impl: str, device: torch.device) -> None:
+        """See `Router.require`."""
+        super().require(impl, device)
+        require_computable(impl, self.top_k, self.n_experts)
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`. Raises `ValueError` naming the layer for logits that are not finite."""
         require_finite(logits_TE, ctx, every_entry=True)
-        wanted = ctx is not None and ctx.want_scores
+        wanted = ctx.want_scores
         how = (self.iters, self.temperature, self.tolerance)
         if self.impl in IMPLEMENTATIONS and not is_exporting():
             ids_TK, weights_TK, log_b_E = sinkhorn_route(logits_TE, self.top_k, *how, self.impl)

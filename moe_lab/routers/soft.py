@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.ops.softmax_topk import chosen
-from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, require_finite
 
 
 class SoftMoE(Router):
@@ -29,7 +29,7 @@ class SoftMoE(Router):
         super().__init__(n_experts, top_k, impl)
         self.top_k = n_experts
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`; the ids are 0 to E - 1. Raises `ValueError` naming the layer for logits not finite.
 
         A masked expert (-inf for every token) has no mixture, so it is refused, too.
@@ -37,7 +37,7 @@ class SoftMoE(Router):
         require_finite(logits_TE, ctx, every_entry=True)
         columns_E = torch.arange(logits_TE.shape[1], dtype=torch.int32, device=logits_TE.device)
         ids_TK = torch.zeros_like(logits_TE, dtype=torch.int32) + columns_E
-        wanted = ctx is not None and ctx.want_scores
+        wanted = ctx.want_scores
         return Routing(ids_TK, logits_TE.float().softmax(-1), scores_TE=logits_TE.float() if wanted else None)
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:

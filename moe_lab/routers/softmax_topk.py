@@ -28,7 +28,7 @@ class SoftmaxTopK(SelectionRouter):
         super().__init__(n_experts, top_k, impl)
         self.renormalize = renormalize
         self.bias_E = nn.Parameter(torch.empty(n_experts), requires_grad=False) if gate_bias else None
-        self.describe(Selection(top_k, renormalize=renormalize), gate_bias=gate_bias)
+        self.describe(Selection(top_k, renormalize=renormalize))
 
     def biases(self) -> dict[str, Tensor | None]:
         """See `SelectionRouter.biases`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_lab.ops.hash_uniform import hash_scores, of_layer, stream_of
 from moe_lab.ops.softmax_topk import top_k, weights_of
-from moe_lab.routers.base import RouteContext, Router, Routing, require_finite
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, require_finite
 
 _TABLES = stream_of("router=hash")
 
@@ -23,10 +23,10 @@ class TokenHash(Router):
 
     needs_token_ids = True
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`. Raises `ValueError` without the tokens' ids."""
         require_finite(logits_TE, ctx)
-        if ctx is None or ctx.token_ids_T is None:
+        if ctx.token_ids_T is None:
             raise ValueError("router=hash: it needs the tokens' ids (ctx.token_ids_T).")
         scores_TE = hash_scores(ctx.token_ids_T, self.n_experts, of_layer(_TABLES, ctx.layer))
         ids_TK = top_k(scores_TE, self.top_k)
@@ -47,14 +47,14 @@ class UniformRandom(Router):
         super().__init__(n_experts, top_k, impl)
         self.stream = stream_of("router=random", seed)
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`."""
         require_finite(logits_TE, ctx)
-        layer = 0 if ctx is None else ctx.layer
+        layer = ctx.layer
         places_T = torch.arange(logits_TE.shape[0], device=logits_TE.device)
         scores_TE = hash_scores(places_T, self.n_experts, of_layer(self.stream, layer))
         ids_TK = top_k(scores_TE, self.top_k)
-        wanted = ctx is not None and ctx.want_scores
+        wanted = ctx.want_scores
         return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if wanted else None)
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:

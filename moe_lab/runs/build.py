@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from moe_lab.models.parameters import adopt, initialize, without_storage
 from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.soft_moe import SoftMoELayer
 from moe_lab.models.transformer_decoder import TransformerDecoder
-from moe_lab.ops.library import DTYPES, building_for
+from moe_lab.ops import extension
+from moe_lab.ops.library import DTYPES
 from moe_lab.records.identity import digest, option_name
 from moe_lab.routers.base import PROPERTIES, Router, Routing, gate_logits
 from moe_lab.routers.soft import SoftMoE
@@ -59,12 +61,26 @@ def resolve_device(cfg: DictConfig) -> torch.device:
 
 
 def build_router(cfg: DictConfig, n_experts: int | None = None, top_k: int | None = None) -> Router:
-    """A new router of `cfg.router`, for the model's sizes unless others are given.
+    """A new router of `cfg.router`, for the model's sizes unless others are given; the one that a run of `cfg` has.
+
+    It computes on the device of `cfg`, where its parameters lie, filled from `cfg.seed`. One that `calibrates` is to
+    be fitted (`Router.fit`).
 
     Raises:
         UnavailableError: the implementation asked for cannot run here.
         ValueError: the model has no experts and no sizes were given.
     """
+    device = resolve_device(cfg)
+    with _defaults(device, DTYPES[cfg.dtype.name]):
+        router = _make_router(cfg, cfg.router, *_sizes(cfg, n_experts, top_k))
+    initialize(router, cfg.seed)
+    router.eval().requires_grad_(False)
+    _decide(cfg, router, device)
+    return router
+
+
+def _sizes(cfg: DictConfig, n_experts: int | None = None, top_k: int | None = None) -> tuple[int, int]:
+    """(n_experts, top_k) of the model, unless given. Raises `ValueError` if it has none."""
     if n_experts is None or top_k is None:
         sizes = cfg.model.get("shape") or cfg.model
         if is_checkpoint(cfg.model):
@@ -73,7 +89,23 @@ def build_router(cfg: DictConfig, n_experts: int | None = None, top_k: int | Non
         n_experts, top_k = n_experts or sizes.get("n_experts"), top_k or sizes.get("top_k")
     if n_experts is None or top_k is None:
         raise ValueError(f"model={cfg.model.name} has no experts: give build_router n_experts and top_k.")
-    return _make_router(cfg, cfg.router, n_experts, top_k)
+    return n_experts, top_k
+
+
+def _decide(cfg: DictConfig, model: nn.Module, device: torch.device, *, load: bool = True) -> None:
+    """Every part of `model` that has a choice decides who computes it on `device` (`Router.compute_on`).
+
+    Raises:
+        UnavailableError: what was asked for cannot compute there.
+    """
+    for part in model.modules():
+        decide: Any = getattr(part, "compute_on", None)
+        try:
+            if decide is not None:
+                decide(device, load=load)
+        except UnavailableError as error:
+            name = f"router={option_name(cfg.router)}: " if isinstance(part, Router) else ""
+            raise UnavailableError(f"{name}{error}") from error
 
 
 def is_checkpoint(node: DictConfig) -> bool:
@@ -108,16 +140,26 @@ def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int) 
 
 
 def describe_router(cfg: DictConfig) -> dict[str, Any]:
-    """{properties: those that it declares, implementations, skip: None or why it cannot run here} of `cfg.router`."""
+    """What can be said of `cfg.router` without building anything.
+
+    {properties: those that it declares, implementations, chosen: who would compute it here, skip: None or why it cannot
+    run here}.
+    """
     try:
-        with building_for(resolve_device(cfg)), torch.device("meta"):
-            router = build_router(cfg)
+        with torch.device("meta"):
+            router = _make_router(cfg, cfg.router, *_sizes(cfg))
+        _decide(cfg, router, resolve_device(cfg), load=False)
     except (UnavailableError, ValueError) as error:
-        return {"properties": [], "implementations": [], "skip": str(error)}
+        return {"properties": [], "implementations": [], "chosen": None, "skip": str(error)}
     declared = [name for name in PROPERTIES if getattr(router, name)]
     fixes = cfg.router.get("name") == cfg.router.get("impl")  # router=torch
     implementations = [router.impl] if fixes else list(router.implementations)
-    return {"properties": declared, "implementations": implementations, "skip": None}
+    return {
+        "properties": declared,
+        "implementations": implementations,
+        "chosen": router.implementation(),
+        "skip": None,
+    }
 
 
 def build_experts(cfg: DictConfig) -> ExpertsImpl:
@@ -149,6 +191,7 @@ def build_model(
     device = device or resolve_device(cfg)
     with without_storage() if donor is not None else nullcontext():
         model = _make_model(cfg, device)
+    _decide(cfg, model, device)
     if donor is None:
         initialize(model, cfg.seed)
     else:
@@ -181,10 +224,11 @@ def _calibrate(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
 
 
 def _make_model(cfg: DictConfig, device: torch.device) -> nn.Module:
+    """The model with its tensors on `device`, which hold nothing yet; nobody has decided who computes it."""
     parts: dict[str, Any] = {}
     ignores = cfg.model.get("ignores", ())
     if "router" not in ignores:
-        parts["make_router"] = lambda n_experts, top_k: build_router(cfg, n_experts, top_k)
+        parts["make_router"] = partial(_make_router, cfg, cfg.router)
     if "experts" not in ignores:
         parts["experts"] = build_experts(cfg)
     with _defaults(device, DTYPES[cfg.dtype.name]):
@@ -197,17 +241,24 @@ def weights_key(cfg: DictConfig, device: torch.device) -> str:
     return digest([OmegaConf.to_container(cfg.model, resolve=True), cfg.dtype.name, int(cfg.seed), str(device)])
 
 
-def check_available(cfg: DictConfig) -> torch.device:
-    """The device of `cfg`, if its parts can run there; tensors are made on the meta device, so nothing is allocated.
+def check_available(cfg: DictConfig) -> tuple[torch.device, dict[str, str]]:
+    """(the device of `cfg`, who would route there), if its parts can run there. Nothing is allocated or built.
 
     Raises:
         UnavailableError: the device, the dtype on it, or an implementation cannot run here.
         ValueError: a key that a part refuses.
     """
     device = resolve_device(cfg)
-    with building_for(device):
-        require_runnable(cfg, _make_model(cfg, torch.device("meta")))
-    return device
+    model = _make_model(cfg, torch.device("meta"))
+    _decide(cfg, model, device, load=False)
+    require_runnable(cfg, model)
+    layers = moe_layers(model)
+    return device, {"router": layers[0].router.implementation()} if layers else {}
+
+
+def builds_extension(implementation: Mapping[str, str], device: torch.device) -> bool:
+    """Whether a run with these implementations (`check_available`) compiles the extension first."""
+    return implementation.get("router", "").startswith("cuda_ext") and not extension.is_built(device)
 
 
 def require_runnable(cfg: DictConfig, model: nn.Module) -> None:

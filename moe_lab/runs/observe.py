@@ -32,6 +32,7 @@ from moe_lab.workloads import text
 
 log = logging.getLogger("moe_lab")
 
+_BUSY = 0.8  # share of the latency in which a GPU computes; below it the host's launches decide what is measured
 _STEPS_OBSERVED = 16  # of decoding, for what is a mean over steps
 
 
@@ -64,6 +65,7 @@ class Observer:
         for wanted, name, look in (
             (look_at_caches, "latency_hot_ms", partial(self._cache, "hot")),
             (look_at_caches, "latency_cold_ms", partial(self._cache, "cold")),
+            (self.cfg.execution.name == "eager" and self.built.x.is_cuda, "gpu_busy_ms", self._gpu_busy),
             (measure.routing or measure.record_routing, "routing", self._routing),
             (measure.get("reference_router") is not None, "agreement", self._agreement),
             (measure.phases, "phases_ms", self._phases),
@@ -88,6 +90,16 @@ class Observer:
         if isinstance(step, HotGraphStep):
             step.check()
         return float(np.median(ms))
+
+    def _gpu_busy(self) -> float:
+        """Milliseconds that the GPU computes in one iteration; a warning where it mostly waits for the host."""
+        busy_ms, p50_ms = self.built.ready_step().busy_ms(), float(np.median(self.samples_ms))
+        if (share := busy_ms / p50_ms) < _BUSY:
+            advice = "compare kernels with execution=cuda_graph"
+            if any(not layer.router.graph_safe for layer in moe_layers(self.built.model)):
+                advice = f"router={identity.option_name(self.cfg.router)} cannot be captured, so use a larger batch"
+            self.warnings.append(f"launch-bound: the GPU was busy {share:.0%} of the time; {advice}")
+        return busy_ms
 
     def _routing(self) -> dict[str, Any] | None:
         """Metrics of the routing that the run's own execution realises; of decoding the mean over some of its steps."""

@@ -31,7 +31,7 @@ from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import identity, store
 from moe_lab.records.schema import Ratio, Record
-from moe_lab.routers.base import Routing
+from moe_lab.routers.base import Router, Routing
 from moe_lab.runs import build
 from moe_lab.runs import record as recording
 from moe_lab.runs.built import Built, n_tokens
@@ -116,7 +116,11 @@ class Run:
     def _look_at_the_input(self, built: Built) -> None:
         """Warnings for a router that is told too little, and for a trained model that is told nothing."""
         for layer in moe_layers(built.model):
-            self.warnings += [text for text in layer.router.warnings(built.n_tokens) if text not in self.warnings]
+            texts = layer.router.warnings(built.n_tokens)
+            for router in layer.router.modules():  # a router may wrap another
+                if isinstance(router, Router) and router.fallback is not None:
+                    texts.append(f"router.impl=auto took {router.implementation()}: {router.fallback}.")
+            self.warnings += [text for text in texts if text not in self.warnings]
         if not isinstance(built.model, Checkpoint):
             return
         if self.cfg.workload.get("name") == "random":

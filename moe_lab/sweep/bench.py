@@ -42,7 +42,11 @@ class Bench:
         self._donor: tuple[str, dict[str, Tensor]] = ("", {})  # the parameters of the last model built, and of which
 
     def look(self, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Whether each configuration can run here: {env, env_id, available_bytes, skip}; skip is a reason or None."""
+        """Whether each configuration can run here, and how.
+
+        {env, env_id, available_bytes, skip: a reason or None, implementation: who would route, builds: whether the
+        extension is built first}.
+        """
         return [_look(OmegaConf.create(config)) for config in configs]
 
     def describe(self, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -161,8 +165,9 @@ class Bench:
 
 def _look(cfg: DictConfig) -> dict[str, Any]:
     device, skip = None, None
+    implementation: dict[str, str] = {}
     try:
-        device = build.check_available(cfg)
+        device, implementation = build.check_available(cfg)
     except UnavailableError as error:
         skip = f"unavailable: {error}"
     except ValueError as error:
@@ -175,6 +180,8 @@ def _look(cfg: DictConfig) -> dict[str, Any]:
         "env_id": identity.env_id(env) if env else None,
         "available_bytes": memory.available_bytes(device) if device is not None else None,
         "skip": skip,
+        "implementation": implementation,
+        "builds": device is not None and build.builds_extension(implementation, device),
     }
 
 

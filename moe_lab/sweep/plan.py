@@ -37,6 +37,8 @@ class Cell:
     environment: dict[str, Any] = field(default_factory=dict)
     env_id: str | None = None
     available_bytes: int | None = None
+    implementation: dict[str, str] = field(default_factory=dict)
+    """Who would route, as it will stand in the record."""
     status: Status = "to do"
     reason: str | None = None
     is_ok: bool = False
@@ -75,6 +77,8 @@ class Plan:
     """Cells of the command left out because another one is the same."""
     jobs: list[str] = field(default_factory=list)
     """The cell_id of each job of the command."""
+    builds_extension: bool = False
+    """Whether a cell compiles the extension first."""
 
     def to_run(self) -> list[Cell]:
         """The cells that the sweep is to run."""
@@ -105,6 +109,7 @@ class Plan:
                     "variant": cell.variant,
                     "setting_id": cell.setting_id,
                     "env_id": cell.env_id,
+                    "implementation": cell.implementation,
                 }
                 for cell in self.cells
             ],
@@ -126,15 +131,17 @@ def make(
         if any(variants.matches(cell.content, partial) for partial in sweep["exclude"]):
             cell.status, cell.reason = "excluded", "excluded"
     _refuse_impossible(cells)  # before anybody is asked
+    builds = False
     for cell, seen in _look([cell for cell in cells if cell.runs], engine):
         cell.environment, cell.env_id = seen["env"], seen["env_id"]
-        cell.available_bytes = seen["available_bytes"]
+        cell.available_bytes, cell.implementation = seen["available_bytes"], seen["implementation"]
+        builds = builds or (seen["builds"] and seen["skip"] is None)
         if seen["skip"] is not None:
             cell.status, cell.reason = "skipped", seen["skip"]
         else:
             judge(cell, sweep)
     _refuse_impossible(cells)
-    plan = Plan(directory, cells, sweep, command, n_equal, jobs)
+    plan = Plan(directory, cells, sweep, command, n_equal, jobs, builds)
     _refuse_stale(plan)
     return plan
 

@@ -16,7 +16,7 @@ from torch.onnx._internal._lazy_import import onnxscript_apis
 
 from moe_lab.export import export as exporting
 from moe_lab.models.moe_layer import moe_layers
-from moe_lab.routers.base import RouteContext, Router, Routing
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.runs import build
 from moe_lab.runs.export import make_inputs
@@ -62,7 +62,7 @@ def functions(folder: Path) -> dict[str, list[str]]:
 class WithoutBody(Router):
     """Computed by an op that has none."""
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         return Routing(
             *torch.ops.moe_lab.route_triton(logits_TE, None, None, self.top_k, "softmax", 1, 1, "max", True, 1.0)
         )
@@ -71,7 +71,7 @@ class WithoutBody(Router):
 class ReadsTheHost(Router):
     """Looks at values."""
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         ids_TK = torch.zeros(logits_TE.shape[0], 1, dtype=torch.int32)
         return Routing(ids_TK, torch.full((logits_TE.shape[0], 1), 1.0 if float(logits_TE.sum()) > 0 else 0.5))
 
@@ -79,7 +79,7 @@ class ReadsTheHost(Router):
 class OtherExperts(SoftmaxTopK):
     """Exported, it chooses the neighbours."""
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         routing = super().select(logits_TE, ctx)
         if torch.compiler.is_exporting():
             return routing._replace(expert_ids_TK=(routing.expert_ids_TK + 1) % self.n_experts)
@@ -89,7 +89,7 @@ class OtherExperts(SoftmaxTopK):
 class OtherWeights(SoftmaxTopK):
     """Exported, its weights are 1 % larger."""
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         routing = super().select(logits_TE, ctx)
         return routing._replace(weights_TK=routing.weights_TK * 1.01) if torch.compiler.is_exporting() else routing
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import moe_lab
 from moe_lab.errors import MismatchError, UnavailableError
 from moe_lab.measure.clocks import STEPS, CompiledStep, GraphStep, HotGraphStep, Step, make_step
 from moe_lab.models import ForcedRouting, Output
@@ -326,6 +327,36 @@ def test_a_graph_that_does_not_write_its_outputs_is_found() -> None:
     assert isinstance(step, HotGraphStep)
     with pytest.raises(MismatchError, match="does not write the outputs"):
         step.check()
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_busy_as_long_as_its_graph_takes() -> None:
+    """Many small launches: it waits for the host most of an eager pass. One large product: it does not wait."""
+
+    def many(x: torch.Tensor) -> Output:
+        for _ in range(200):
+            x = x + 1
+        return Output(x, ())
+
+    small = Step(many, torch.zeros(8, device="cuda"))  # type: ignore[arg-type]
+    eager_ms = float(np.median(small.time_block(20).ms))
+    graph_ms = float(np.median(GraphStep(many, torch.zeros(8, device="cuda")).time_block(20).ms))  # type: ignore[arg-type]
+    assert graph_ms * 0.8 < small.busy_ms() < 0.8 * eager_ms
+    side = torch.randn(8192, 8192, device="cuda")
+    large = Step(lambda x: Output(x @ x, ()), side)  # type: ignore[arg-type]
+    assert large.busy_ms() > 0.9 * float(np.median(large.time_block(5).ms))
+
+
+@pytest.mark.gpu
+def test_a_launch_bound_run_says_so() -> None:
+    """In its row, with the share of the time in which the GPU computed; a graph does not wait."""
+    options = ("model=decoder_moe", "batch=1", "seq_len=8", "device=cuda", "measure.max_time_s=0.2")
+    eager, graph = (moe_lab.run(moe_lab.compose([*options, f"execution={name}"])) for name in ("eager", "cuda_graph"))
+    (warning,) = (text for text in eager.warnings if text.startswith("launch-bound"))
+    assert "% of the time; compare kernels with execution=cuda_graph" in warning
+    assert eager.latency_ms is not None and graph.latency_ms is not None
+    assert eager.gpu_busy_ms is not None and eager.gpu_busy_ms < 0.8 * eager.latency_ms.p50
+    assert graph.gpu_busy_ms is None and not any(text.startswith("launch-bound") for text in graph.warnings)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ from moe_lab.errors import MismatchError
 from moe_lab.models.router_only import RouterModel
 from moe_lab.ops import extension
 from moe_lab.ops.dispatch import dispatch
-from moe_lab.routers.base import RouteContext, Routing
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Routing
 from moe_lab.routers.contract import check_contract
 from moe_lab.routers.scored_topk import ScoredTopK
 from moe_lab.routers.softmax_topk import SoftmaxTopK
@@ -79,7 +79,7 @@ def test_a_run_names_who_multiplied_by_the_gate(tmp_path: Path) -> None:
 class Swapping(SoftmaxTopK):
     """Names the experts of the first two slots in the wrong order."""
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         routing = super().select(logits_TE, ctx)
         return routing._replace(expert_ids_TK=routing.expert_ids_TK.flip(-1))
 
@@ -87,7 +87,7 @@ class Swapping(SoftmaxTopK):
 class Missorting(SoftmaxTopK):
     """Gives the slots as sorted that are not."""
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         routing = super().select(logits_TE, ctx)
         order = dispatch(routing.expert_ids_TK, self.n_experts)
         return routing._replace(dispatch=order._replace(perm_N=order.perm_N.flip(0)))

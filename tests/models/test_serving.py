@@ -16,7 +16,7 @@ from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.parameters import initialize, reference_twin
 from moe_lab.models.serving import Decode, Prefill, whole_routing
 from moe_lab.models.transformer_decoder import TransformerDecoder
-from moe_lab.routers.base import RouteContext, Routing
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Routing
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from tests.conftest import needs_cxx
 
@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_la
 class Seen(SoftmaxTopK):
     """The softmax router, which notes the contexts that it is asked with."""
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         assert ctx is not None
         CONTEXTS.append(ctx)
         return super().select(logits_TE, ctx)
@@ -347,7 +347,7 @@ def test_whole_routing_goes_by_sequence_and_position(widths: tuple[int, int], ba
 class Uneven(SoftmaxTopK):
     """One expert per token in passes of an odd number of tokens, else K: parts of a context may differ in width."""
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         routing = super().select(logits_TE, ctx)
         width = 1 if len(logits_TE) % 2 else self.top_k
         return Routing(routing.expert_ids_TK[:, :width].contiguous(), routing.weights_TK[:, :width].contiguous())

@@ -24,7 +24,7 @@ from moe_lab.models.layer_kinds import make_moe_layer
 from moe_lab.models.moe_layer import MoELayer, SharedExpert, moe_layers
 from moe_lab.models.parameters import initialize
 from moe_lab.models.soft_moe import SoftMoELayer
-from moe_lab.routers.base import RouteContext, Routing
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Routing
 from moe_lab.routers.soft import SoftMoE
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.runs.run import Run
@@ -401,7 +401,7 @@ def with_the_weights_of_another_token(layer: SoftMoELayer) -> None:
     """C is shifted by one token."""
     right = layer.router.select
 
-    def faulty(logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def faulty(logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         routing = right(logits_TE, ctx)
         return routing._replace(weights_TK=routing.weights_TK.roll(1, 0))
 

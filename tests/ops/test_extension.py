@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,15 +77,23 @@ def test_without_a_compiler_it_is_unavailable(empty_cache: Path, monkeypatch: py
 def test_a_compiler_that_fails_is_named_with_its_last_lines(
     empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And all that it said is in a file; the next attempt begins anew."""
+    """And all that it said is in a file. The next attempt fails at once, until somebody asks to try again."""
     compiler = tmp_path / "cxx"
     compiler.write_text("#!/bin/sh\n[ $1 = --version ] && exit 0\necho 'cannot find <sorrow>' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(UnavailableError, match=r"does not compile: cannot find <sorrow> .all of it in (.*)") as caught:
+    with pytest.raises(extension.BuildError, match="does not compile: cannot find <sorrow>") as caught:
         extension.build(())
-    log = Path(str(caught.value).partition("all of it in ")[2].rstrip(")"))
+    log = Path(re.search(r"the whole output: (.*?)\)", str(caught.value))[1])  # type: ignore[index]
     assert "cannot find <sorrow>" in log.read_text() and extension.built(()) is None
+    log.unlink()
+    assert extension.failure(()) == extension.why_unavailable(CPU) == str(caught.value)
+    with pytest.raises(extension.BuildError, match="`moe-lab build` tries again"):
+        extension.build(())
+    assert not log.exists()
+    with pytest.raises(extension.BuildError):
+        extension.build((), again=True)
+    assert log.exists()
 
 
 @needs_cxx

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from moe_lab.errors import UnavailableError
-from moe_lab.ops.library import building_for
 from moe_lab.ops.route_peers import PEERS
 from moe_lab.routers.base import Router
 from moe_lab.routers.scored_topk import ScoredTopK
@@ -29,22 +28,22 @@ GROUPS = {"bias": True, "n_groups": 8, "top_groups": 4, "scale": 2.5}
 @pytest.mark.parametrize("peer", [peer for peer in PEERS if peer != "transformers"])
 def test_a_cpu_has_no_kernels_of_them(peer: str) -> None:
     with pytest.raises(UnavailableError, match=f"router.impl={peer}: its kernels need device=cuda"):
-        SoftmaxTopK(8, 2, impl=peer)
+        SoftmaxTopK(8, 2, impl=peer).compute_on(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_what_is_not_installed_says_how_to_get_it(peer: str) -> None:
     if importlib.util.find_spec(peer) is not None:
         pytest.skip(f"{peer} is installed")
-    with building_for(CUDA), pytest.raises(UnavailableError, match=f"pip install {peer}"):
-        SoftmaxTopK(8, 2, impl=peer)
+    with pytest.raises(UnavailableError, match=f"pip install {peer}"):
+        SoftmaxTopK(8, 2, impl=peer).compute_on(CUDA)
 
 
 def peers_router(peer: str, kind: type[Router], E: int, k: int, **keys: object) -> Router:
     if importlib.util.find_spec(peer) is None:
         pytest.skip(f"{peer} is not installed")
     with torch.device(DEVICE):
-        return kind(E, k, impl=peer, **keys)  # type: ignore[arg-type]
+        return kind(E, k, impl=peer, **keys).compute_on(torch.device(DEVICE))  # type: ignore[arg-type]
 
 
 @EACH

@@ -393,6 +393,13 @@ def test_env_id_does_not_change_with_the_commit(key: str, value: Any) -> None:
     assert env_id({**MACHINE, key: value}) == env_id(MACHINE)
 
 
+def test_what_auto_means_on_a_gpu_counts() -> None:
+    """A result made by another choice is stale; of a CPU, where there is none, the id is as it was."""
+    assert env_id({**MACHINE, "router_auto": None}) == env_id(MACHINE)
+    choices = {env_id({**MACHINE, "router_auto": choice}) for choice in (None, "cuda_ext", "triton", "torch")}
+    assert len(choices) == 4
+
+
 def test_the_state_of_the_caches_counts() -> None:
     ids = {cell_id(changed(CONFIG, "measure.cache", cache)) for cache in ("natural", "cold", "hot")}
     assert len(ids) == 3

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.softmax_topk import top_k
-from moe_lab.routers.base import RouteContext, Router, Routing, check_finite, gate_logits, require_finite
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, check_finite, gate_logits, require_finite
 from moe_lab.routers.contract import check_contract
 from moe_lab.routers.sinkhorn import Sinkhorn
 from moe_lab.routers.softmax_topk import SoftmaxTopK
@@ -145,7 +145,7 @@ def test_scores_are_given_when_asked_for(new_router: NewRouter, T: int, E: int, 
     assert asked.scores_TE is not None
     assert asked.scores_TE.shape == (T, E) and asked.scores_TE.dtype == torch.float32
     assert torch.equal(top_k(asked.scores_TE, K), asked.expert_ids_TK)
-    for ctx in (None, RouteContext()):
+    for ctx in (NO_CONTEXT, RouteContext(layer=1)):
         plain = router.select(logits_TE, ctx)
         assert plain.scores_TE is None
         assert_same_route(plain, asked)
@@ -381,7 +381,7 @@ def test_use_reference_leaves_another_implementation() -> None:
     class Two(Router):
         implementations = ("torch", "fast")
 
-    router = Two(7, 3, impl="fast")
+    router = Two(7, 3, impl="fast").compute_on(torch.device("cpu"))
     assert router.implementation() == "fast"
     router.use_reference()
     assert router.implementation() == "torch"
@@ -440,9 +440,9 @@ def test_a_compiled_router_does_not_look(monkeypatch: pytest.MonkeyPatch) -> Non
     """While compiling the check is silent; outside it is not."""
     logits_TE = torch.full((1, 3), math.nan)
     with pytest.raises(ValueError, match="layer 0"):
-        require_finite(logits_TE, None)
+        require_finite(logits_TE, RouteContext())
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert require_finite(logits_TE, None) is None
+    assert require_finite(logits_TE, RouteContext()) is None
 
 
 @pytest.mark.gpu

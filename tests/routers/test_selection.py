@@ -43,7 +43,7 @@ def test_a_router_of_ones_own_is_computed_by_the_kernels(impl: str, T: int, devi
     x_TD, gate_ED = (torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in (T, 12))
     x_TD, gate_ED = x_TD.to(device), gate_ED.to(device)
     with torch.device(device):
-        by_torch, by_kernel = Sigmoids(12, 3, "torch"), Sigmoids(12, 3, impl)
+        by_torch, by_kernel = Sigmoids(12, 3, "torch"), Sigmoids(12, 3, impl).compute_on(device)
     assert by_kernel.implementation().startswith(impl) and not by_kernel.multiplies_gate(T, gate_ED, x_TD.dtype)
     wants = RouteContext(want_scores=True, want_dispatch=True)
     expected, found = (router.route(x_TD, gate_ED, wants) for router in (by_torch, by_kernel))
@@ -54,10 +54,11 @@ def test_a_router_of_ones_own_is_computed_by_the_kernels(impl: str, T: int, devi
 
 
 @pytest.mark.parametrize("impl", [pytest.param("cuda_ext", marks=needs_cxx)])
-def test_what_no_kernel_computes_is_refused_when_it_is_described(impl: str) -> None:
-    """Before anything runs."""
+def test_what_no_kernel_computes_is_refused_before_anything_runs(impl: str, device: torch.device) -> None:
+    """And auto takes another."""
     with pytest.raises(UnavailableError, match="1024"):
-        Sigmoids(1025, 2, impl)
+        Sigmoids(1025, 2, impl).compute_on(device)
+    assert Sigmoids(1025, 2, "auto").compute_on(device).impl == ("triton" if device.type == "cuda" else "torch")
 
 
 @pytest.mark.gpu
@@ -69,7 +70,7 @@ def test_a_router_multiplies_by_its_gate_where_that_is_faster(
 ) -> None:
     """In half precision, not where scores or sorted slots are asked for; compiled too."""
     with torch.device("cuda"):
-        router = make(E, 6, impl)
+        router = make(E, 6, impl).compute_on(torch.device("cuda"))
         x_TD, gate_ED = torch.randn(T, 2048).bfloat16(), (torch.randn(E, 2048) / 2048**0.5).bfloat16()
     assert router.multiplies_gate(T, gate_ED, x_TD.dtype) and not router.multiplies_gate(T, gate_ED, torch.float32)
     fused, apart = router.route(x_TD, gate_ED), router.select(x_TD @ gate_ED.t())

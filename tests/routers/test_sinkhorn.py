@@ -156,7 +156,8 @@ def test_huge_finite_logits_are_not_ranked_as_nan(size: float, temperature: floa
 
 def test_auto_is_torch_on_a_cpu() -> None:
     """The default picks one, and the record says which."""
-    assert Sinkhorn(7, 2).implementation() == Sinkhorn(7, 2, impl="torch").implementation() == "torch"
+    for impl in ("auto", "torch"):
+        assert Sinkhorn(7, 2, impl=impl).compute_on(torch.device("cpu")).implementation() == "torch"
 
 
 @pytest.mark.parametrize("tolerance", [pytest.param(0.0, id="all iterations"), pytest.param(0.05, id="until near")])
@@ -164,8 +165,7 @@ def test_auto_is_torch_on_a_cpu() -> None:
 def test_kernels_route_as_the_reference(impl: str, tolerance: float, device: torch.device) -> None:
     """Ids, weights and scores, beside the scale of the columns that they were ranked by."""
     logits_TE = skewed_logits(199, 12).to(device)
-    with torch.device(device):
-        routers = [Sinkhorn(12, 3, name, tolerance=tolerance) for name in ("torch", impl)]
+    routers = [Sinkhorn(12, 3, name, tolerance=tolerance).compute_on(device) for name in ("torch", impl)]
     expected, found = (router.select(logits_TE, RouteContext(want_scores=True)) for router in routers)
     assert routers[1].implementation().startswith(impl)
     assert torch.equal(found.expert_ids_TK, expected.expert_ids_TK)
@@ -178,7 +178,7 @@ def test_kernels_route_as_the_reference(impl: str, tolerance: float, device: tor
 def test_a_reference_of_a_kernel_router_is_torch(device: torch.device) -> None:
     """What verification compares with."""
     with torch.device(device):
-        router = Sinkhorn(12, 3, "triton")
+        router = Sinkhorn(12, 3, "triton").compute_on(device)
     assert router.implementation() == "triton"
     router.use_reference()
     assert router.implementation() == "torch"
@@ -189,4 +189,4 @@ def test_an_implementation_without_such_a_kernel_is_unavailable() -> None:
     with pytest.raises(UnavailableError, match=r"router\.impl=vllm.*Sinkhorn"):
         Sinkhorn(7, 2, impl="vllm")
     with pytest.raises(UnavailableError, match="at most 1024 experts"):
-        Sinkhorn(2000, 2, impl="cuda_ext")
+        Sinkhorn(2000, 2, impl="cuda_ext").compute_on(torch.device("cpu"))

@@ -123,10 +123,10 @@ def test_an_implementation_that_is_not_there_is_unavailable() -> None:
 def test_the_kernel_needs_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without CUDA and the interpreter it is unavailable, and `auto` means torch."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with torch.device("cpu"):
-        assert SoftmaxTopK(7, 2).impl == "torch"
-        with pytest.raises(UnavailableError, match="needs device=cuda"):
-            SoftmaxTopK(7, 2, impl="triton")
+    cpu = torch.device("cpu")
+    assert SoftmaxTopK(7, 2).compute_on(cpu).impl == "torch"
+    with pytest.raises(UnavailableError, match="needs device=cuda"):
+        SoftmaxTopK(7, 2, impl="triton").compute_on(cpu)
 
 
 PEERS = [

@@ -100,14 +100,14 @@ def test_the_device_is_part_of_the_key() -> None:
 def test_what_can_run_is_available(model: str) -> None:
     """The device comes back; the default dtype and the random state are as before."""
     state = torch.random.get_rng_state()
-    assert build.check_available(tiny.compose(model, "dtype=bf16")) == CPU
+    assert build.check_available(tiny.compose(model, "dtype=bf16"))[0] == CPU
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_looking_takes_no_memory() -> None:
     """A model of 2.5 TB is looked at; whether there is room for it is another question."""
     cfg = moe_lab.compose(["model=minimal", "model.hidden=800000", "device=cpu"])
-    assert build.check_available(cfg) == CPU
+    assert build.check_available(cfg)[0] == CPU
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -294,7 +294,7 @@ def test_what_a_checkpoints_router_declares_is_known_without_its_weights(
     described = build.describe_router(checkpoint(*more, f"model.path={tmp_path}"))
     assert described["skip"] is None
     assert set(properties) <= set(described["properties"])
-    assert build.check_available(checkpoint(*more, f"model.path={tmp_path}")) == CPU
+    assert build.check_available(checkpoint(*more, f"model.path={tmp_path}"))[0] == CPU
 
 
 def test_native_routes_are_those_of_the_architecture_by_name(native: Checkpoint) -> None:
@@ -480,6 +480,6 @@ def test_a_model_without_a_cache_has_no_phases(model: str, phase: str) -> None:
 
 def test_soft_moe_prefills_and_does_not_decode() -> None:
     """A step has one token of a sequence to mix."""
-    assert build.check_available(tiny.decoder_moe("router=soft", "workload.phase=prefill")) == CPU
+    assert build.check_available(tiny.decoder_moe("router=soft", "workload.phase=prefill"))[0] == CPU
     with pytest.raises(UnavailableError, match=r"router=soft mixes .*use workload\.phase=forward or prefill"):
         build.check_available(tiny.decoder_moe("router=soft", "workload.phase=decode"))

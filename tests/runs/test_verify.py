@@ -18,7 +18,7 @@ from moe_lab.models.moe_layer import MoELayer, moe_layers
 from moe_lab.models.parameters import reference_twin
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.records.schema import Check
-from moe_lab.routers.base import RouteContext, Router, Routing
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing
 from moe_lab.runs.run import Run
 from moe_lab.runs.verify import Verification, verify
 from tests import tiny
@@ -39,7 +39,7 @@ class Tampering(Router):
         super().__init__(inner.n_experts, inner.top_k)
         self.inner, self.tamper = inner, tamper
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         return self.tamper(self.inner.select(logits_TE, ctx))
 
 
@@ -50,7 +50,7 @@ class OtherWayRound(Router):
         super().__init__(inner.n_experts, inner.top_k)
         self.inner = inner
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         flipped = self.inner.select(logits_TE.flip(-1), ctx)
         return flipped._replace(expert_ids_TK=self.n_experts - 1 - flipped.expert_ids_TK, scores_TE=None)
 
@@ -62,7 +62,7 @@ class Blind(Router):
         super().__init__(inner.n_experts, inner.top_k)
         self.inner = inner
 
-    def select(self, logits_TE: Tensor, ctx: RouteContext | None = None) -> Routing:
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         return self.inner.select(logits_TE.nan_to_num(0, 0, 0), ctx)
 
 
