@@ -31,8 +31,8 @@ from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
 import moe_lab
-from moe_lab.experts.grouped import grouped
-from moe_lab.experts.loop import loop
+from moe_lab.experts.grouped import Grouped
+from moe_lab.experts.loop import Loop
 from moe_lab.measure import environment
 from moe_lab.measure.distance import relative_error
 from moe_lab.measure.statistics import median_interval
@@ -51,8 +51,9 @@ def variants(tokens: int) -> dict[str, Callable[[], Tensor]]:
     cfg = moe_lab.compose(["model=moe_layer", "model/shape=olmoe_1b_7b", "batch=1", f"seq_len={tokens}", "device=cpu"])
     run = Run(cfg)
     run.build()
-    assert isinstance(run.model, MoELayerModel)
-    layer, x_TD = run.model.moe, run.x
+    model, x_TD = run.made().model, run.made().x
+    assert isinstance(model, MoELayerModel)
+    layer = model.moe
     routing = layer.router.route(x_TD, layer.weights.gate_ED, RouteContext())
     ids_TK, weights_TK = routing.expert_ids_TK.long(), routing.weights_TK
 
@@ -66,11 +67,11 @@ def variants(tokens: int) -> dict[str, Callable[[], Tensor]]:
         experts.gate_up_proj, experts.down_proj = layer.weights.w_gate_up_E2FD, layer.weights.w_down_EDF
         return lambda: experts(x_TD, ids_TK, weights_TK)
 
-    found = {"ours": lambda: grouped(x_TD, routing, layer.weights), **{name: peer(name) for name in PEERS}}
+    found = {"ours": lambda: Grouped()(x_TD, routing, layer.weights), **{name: peer(name) for name in PEERS}}
     copied = ids_TK.numel() * layer.weights.w_gate_up_E2FD[0].numel() * x_TD.element_size()
     if copied > available_bytes() / 2:
         del found["batched_mm"]
-    reference = loop(x_TD, routing, layer.weights)
+    reference = Loop()(x_TD, routing, layer.weights)
     for name, call in found.items():
         error = relative_error(call(), reference)
         assert error < 1e-5, f"{name} computes something else: relative error {error:.1e}"

@@ -49,18 +49,17 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _list(arguments: list[str]) -> int:
-    from moe_lab.cli import listing
+    from moe_lab.cli import implementations, listing
 
     parser = Parser(prog="moe-lab list", description="The options of the groups.")
     parser.add_argument("group", nargs="*", help="router, model, experts, ... (all of them, if none is named)")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_args(arguments)
-    if given.group in (["router"], ["routers"]):
-        from moe_lab.cli import router_listing
-
+    described = implementations.GROUPS.get(given.group[0]) if len(given.group) == 1 else None
+    if described is not None:
         if given.config_dir:
             targets.trust(given.config_dir)
-        router_listing.show(given.config_dir)
+        implementations.show(described, given.config_dir)
     else:
         listing.show(given.group, given.config_dir)
     return OK

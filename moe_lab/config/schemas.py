@@ -267,7 +267,7 @@ class Capacity(RouterOption):
 
 @dataclass
 class Experts:
-    """One way to compute the expert MLPs; `_target_` is a function `experts_impl(x_TD, routing, weights, *, scale)`."""
+    """One way to compute the expert MLPs; `_target_` is a class derived from `moe_lab.experts.base.Experts`."""
 
     _target_: str = MISSING
     name: str = MISSING

@@ -102,18 +102,22 @@ def locate(target: str) -> Any:
 
 def instantiate(node: DictConfig, **arguments: Any) -> Any:
     """Call the target of `node` with its keys and `arguments` (any objects). Nested nodes are made first."""
+    made, keys = locate(node._target_), keys_of(node)
+    try:
+        inspect.signature(made).bind(**keys, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{node._target_}: {error}. The YAML's keys are its arguments.") from error
+    return made(**keys, **arguments)
+
+
+def keys_of(node: DictConfig) -> dict[str, Any]:
+    """The keys of `node` that are arguments of its target; nodes in them are made."""
     content = OmegaConf.to_container(node, resolve=True)
     assert isinstance(content, dict)
     for target in _targets(content):
         locate(target)
-    made = locate(content["_target_"])
     keys = {str(key): value for key, value in content.items() if key not in ("_target_", *_ABOUT)}
-    keys = {key: _instantiate_nested(value) for key, value in keys.items()}
-    try:
-        inspect.signature(made).bind(**keys, **arguments)
-    except TypeError as error:
-        raise ValueError(f"{content['_target_']}: {error}. The YAML's keys are its arguments.") from error
-    return made(**keys, **arguments)
+    return {key: _instantiate_nested(value) for key, value in keys.items()}
 
 
 def _instantiate_nested(value: Any) -> Any:

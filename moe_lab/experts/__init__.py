@@ -1,4 +1,4 @@
-"""Expert MLPs behind one signature: `experts_impl(x_TD, routing, weights, *, scale="output") -> y_TD`.
+"""Expert MLPs behind one class, `Experts` (base.py): `experts(x_TD, routing, weights, *, scale="output") -> y_TD`.
 
     y[t] = sum over the used slots s of token t:  w[t, s] * down_e(silu(gate_e(x[t])) * up_e(x[t])),  e = ids[t, s]
 

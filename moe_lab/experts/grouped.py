@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_lab.experts.base import Experts
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale, swiglu
 from moe_lab.marks import phase
 from moe_lab.ops.combine import combine
@@ -18,25 +19,49 @@ from moe_lab.ops.segment_mm import implementation_for, segment_mm
 from moe_lab.routers.base import Routing
 
 
-def takes_few_tokens(x_TD: Tensor) -> bool:
+class Grouped(Experts):
+    """On CUDA nothing is read on the host; on a CPU only the experts in use are touched."""
+
+    graph_safe = True
+
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
+        """See `Experts`.
+
+        Raises:
+            UnavailableError: the device and dtype have no grouped product (see ops/segment_mm.py).
+        """
+        check_scale(scale)
+        if _takes_few_tokens(x_TD):
+            with phase("dispatch+experts+combine"):
+                ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
+                matrices = (weights.w_gate_up_E2FD, weights.w_down_EDF)
+                return few_tokens_mlp(x_TD, ids_TK, weights_TK, *matrices, scale == "input")
+        if _is_one_token(x_TD):
+            return _one_token(x_TD, routing, weights, scale)
+        return _sorted(x_TD, routing, weights, scale)
+
+    def reads_dispatch(self, x_TD: Tensor) -> bool:
+        """See `Experts`: few tokens, and on a CPU a single one, are not sorted."""
+        return not (_takes_few_tokens(x_TD) or _is_one_token(x_TD))
+
+    def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
+        """See `Experts`: `grouped:few_tokens`, or `grouped` and what computes `segment_mm`."""
+        if _takes_few_tokens(x_TD):
+            return {"experts": "grouped:few_tokens"}
+        return {"experts": "grouped", "segment_mm": _segment_mm_for(x_TD, weights)}
+
+
+def _segment_mm_for(x_TD: Tensor, weights: ExpertWeights) -> str:
+    return implementation_for(x_TD.device, x_TD.dtype, *weights.w_down_EDF.shape[1:])
+
+
+def _takes_few_tokens(x_TD: Tensor) -> bool:
     """Whether so few tokens are computed without sorting them (ops/few_tokens.py)."""
     return x_TD.is_cuda and len(x_TD) <= MOST and HAS_TRITON
 
 
-def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
-    """See `moe_lab.experts`. On CUDA nothing is read on the host; on a CPU only the experts in use are touched.
-
-    Raises:
-        UnavailableError: the device and dtype have no grouped product (see ops/segment_mm.py).
-    """
-    check_scale(scale)
-    if takes_few_tokens(x_TD):
-        with phase("dispatch+experts+combine"):
-            ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
-            matrices = (weights.w_gate_up_E2FD, weights.w_down_EDF)
-            return few_tokens_mlp(x_TD, ids_TK, weights_TK, *matrices, scale == "input")
-    if _is_one_token(x_TD):
-        return _one_token(x_TD, routing, weights, scale)
+def _sorted(x_TD: Tensor, routing: Routing, weights: ExpertWeights, scale: Scale) -> Tensor:
+    """The general case: gather the slots by expert, multiply, and sum each token's outputs."""
     K = routing.expert_ids_TK.shape[1]
     with phase("dispatch"):
         order = routing.dispatch or dispatch(routing.expert_ids_TK, weights.n_experts)
@@ -47,7 +72,7 @@ def grouped(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
         if scale == "input":
             x_ND = (x_ND * routing.weights_TK.reshape(-1)[perm_N, None]).to(x_TD.dtype)
     with phase("experts"):
-        implementation = implementation_for(x_TD.device, x_TD.dtype, *weights.w_down_EDF.shape[1:])
+        implementation = _segment_mm_for(x_TD, weights)
         h_NF = swiglu(segment_mm(x_ND, weights.w_gate_up_E2FD, order.offsets_E1, implementation))
         o_ND = segment_mm(h_NF, weights.w_down_EDF, order.offsets_E1, implementation)
     with phase("combine"):
@@ -75,13 +100,3 @@ def _one_token(x_1D: Tensor, routing: Routing, weights: ExpertWeights, scale: Sc
         for slot, (expert, weight) in enumerate(used):
             y_1D[0].addmv_(w_down_EDF[expert], h_KF[slot], alpha=weight if scale == "output" else 1.0)
         return y_1D
-
-
-grouped.graph_safe = True  # type: ignore[attr-defined]
-
-
-def _reads_dispatch(x_TD: Tensor) -> bool:
-    return not (takes_few_tokens(x_TD) or _is_one_token(x_TD))
-
-
-grouped.reads_dispatch = _reads_dispatch  # type: ignore[attr-defined]  # asked by MoELayer

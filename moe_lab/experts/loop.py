@@ -5,30 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_lab.experts.base import Experts
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale, swiglu
 from moe_lab.marks import phase
 from moe_lab.routers.base import Routing
 
 
-def loop(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
-    """See `moe_lab.experts`. Weights of another dtype than x are cast one expert at a time.
+class Loop(Experts):
+    """Weights of another dtype than x are cast, one expert at a time."""
 
-    Reads the expert ids on the host: no captured graph, no fullgraph compilation.
-    """
-    check_scale(scale)
-    with phase("dispatch+experts+combine"):
-        y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
-        used = routing.expert_ids_TK[routing.expert_ids_TK >= 0].unique().tolist()
-        for expert in used:
-            token_N, slot_N = (routing.expert_ids_TK == expert).nonzero(as_tuple=True)
-            weight_N1 = routing.weights_TK[token_N, slot_N, None]
-            x_ND = x_TD[token_N]
-            if scale == "input":
-                x_ND = (x_ND * weight_N1).to(x_TD.dtype)
-            h_NF = swiglu(x_ND @ weights.w_gate_up_E2FD[expert].to(x_TD.dtype).T)
-            o_ND = h_NF @ weights.w_down_EDF[expert].to(x_TD.dtype).T
-            y_TD.index_add_(0, token_N, (o_ND if scale == "input" else o_ND * weight_N1).to(y_TD.dtype))
-        return y_TD.to(x_TD.dtype)
+    graph_safe = False  # reads the expert ids on the host
 
-
-loop.graph_safe = False  # type: ignore[attr-defined]
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
+        """See `Experts`."""
+        check_scale(scale)
+        with phase("dispatch+experts+combine"):
+            y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+            used = routing.expert_ids_TK[routing.expert_ids_TK >= 0].unique().tolist()
+            for expert in used:
+                token_N, slot_N = (routing.expert_ids_TK == expert).nonzero(as_tuple=True)
+                weight_N1 = routing.weights_TK[token_N, slot_N, None]
+                x_ND = x_TD[token_N]
+                if scale == "input":
+                    x_ND = (x_ND * weight_N1).to(x_TD.dtype)
+                h_NF = swiglu(x_ND @ weights.w_gate_up_E2FD[expert].to(x_TD.dtype).T)
+                o_ND = h_NF @ weights.w_down_EDF[expert].to(x_TD.dtype).T
+                y_TD.index_add_(0, token_N, (o_ND if scale == "input" else o_ND * weight_N1).to(y_TD.dtype))
+            return y_TD.to(x_TD.dtype)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-
-from moe_lab.routers.base import Routing
 
 Scale = Literal["output", "input"]
 
@@ -33,16 +31,6 @@ class ExpertWeights(nn.Module):
     def bytes_per_expert(self) -> int:
         """Of the matrices of one expert."""
         return sum(w[0].numel() * w.element_size() for w in (self.w_gate_up_E2FD, self.w_down_EDF))
-
-
-class ExpertsImpl(Protocol):
-    """One implementation of the expert MLPs, a stateless function."""
-
-    __name__: str
-
-    def __call__(
-        self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output"
-    ) -> Tensor: ...
 
 
 def check_scale(scale: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_lab.experts.exported import exported
+from moe_lab.experts.exported import Exported
 from moe_lab.models.layers import Embedding
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.parameters import shared_copy
@@ -23,7 +23,7 @@ class Form(nn.Module):
         self.model = shared_copy(model)
         for module in self.model.modules():
             if isinstance(module, MoELayer):
-                module.experts = exported
+                module.experts = Exported()
                 module.router.use_reference()
             elif isinstance(module, Rope):
                 module.cos_Nd = module.sin_Nd = None  # computed in the graph, for every length

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moe_lab.experts.weights import ExpertsImpl
+from moe_lab.experts.base import Experts
 from moe_lab.models import MakeRouter, checkpoint_config, checkpoint_weights
 from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.moe_layer import moe_layers
@@ -29,7 +29,7 @@ class Checkpoint(DecoderMoE):
 
     max_positions: int
 
-    def __init__(self, *, path: str, make_router: MakeRouter, experts: ExpertsImpl, implementation: str = "auto"):
+    def __init__(self, *, path: str, make_router: MakeRouter, experts: Experts, implementation: str = "auto"):
         settings = checkpoint_config.read(path)
         self.folder, self._dense_layers = Path(path), settings.dense_layers
         self.max_positions, self.ends = settings.max_positions, settings.ends

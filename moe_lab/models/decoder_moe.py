@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from moe_lab.experts.weights import ExpertsImpl, ExpertWeights
+from moe_lab.experts.base import Experts
+from moe_lab.experts.weights import ExpertWeights
 from moe_lab.models import MakeRouter
 from moe_lab.models.layer_kinds import make_moe_layer
 from moe_lab.models.layers import SwiGLU
@@ -21,7 +22,7 @@ class DecoderMoE(TransformerDecoder):
         self,
         *,
         make_router: MakeRouter,
-        experts: ExpertsImpl,
+        experts: Experts,
         n_experts: int,
         top_k: int,
         shared_expert_hidden_dim: int = 0,

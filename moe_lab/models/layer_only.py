@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moe_lab.experts.weights import ExpertsImpl, ExpertWeights
+from moe_lab.experts.base import Experts
+from moe_lab.experts.weights import ExpertWeights
 from moe_lab.models import ForcedRouting, MakeRouter, Output
 from moe_lab.models.layer_kinds import make_moe_layer
 from moe_lab.routers.base import RouteContext
@@ -17,7 +18,7 @@ class MoELayerModel(nn.Module):
 
     vocab_size: int | None = None
 
-    def __init__(self, *, make_router: MakeRouter, experts: ExpertsImpl, shape: dict[str, Any]):
+    def __init__(self, *, make_router: MakeRouter, experts: Experts, shape: dict[str, Any]):
         super().__init__()
         self.d_model = int(shape["d_model"])
         weights = ExpertWeights(shape["n_experts"], self.d_model, shape["mlp_hidden_dim"])

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lab.experts.loop import loop
-from moe_lab.experts.weights import ExpertsImpl, ExpertWeights, Scale
+from moe_lab.experts.base import Experts
+from moe_lab.experts.loop import Loop
+from moe_lab.experts.weights import ExpertWeights, Scale
 from moe_lab.marks import phase
 from moe_lab.models.layers import Linear, SwiGLU
 from moe_lab.routers.base import RouteContext, Router, Routing, gate_logits
@@ -31,9 +32,7 @@ class SharedExpert(nn.Module):
 class MoELayer(nn.Module):
     """x_TD -> (y_TD, Routing). Models make it by `make_moe_layer`, for a router may ask for a layer of another kind."""
 
-    def __init__(
-        self, weights: ExpertWeights, router: Router, experts: ExpertsImpl, shared: SharedExpert | None = None
-    ):
+    def __init__(self, weights: ExpertWeights, router: Router, experts: Experts, shared: SharedExpert | None = None):
         super().__init__()
         self.weights, self.router, self.experts, self.shared = weights, router, experts, shared
 
@@ -42,19 +41,15 @@ class MoELayer(nn.Module):
         routing = forced
         if routing is None:
             with phase("router"):
-                if self._reads_dispatch(x_TD):
+                if self.experts.reads_dispatch(x_TD):
                     ctx = ctx._replace(want_dispatch=True)
                 routing = self.router(x_TD, self.weights.gate_ED, ctx)
         y_TD = self.routed(x_TD, routing, ctx)
         return (y_TD if self.shared is None else y_TD + self.shared(x_TD)), routing
 
-    def _reads_dispatch(self, x_TD: Tensor) -> bool:
-        reads = getattr(self.experts, "reads_dispatch", None)
-        return reads is not None and reads(x_TD)
-
     def multiplies_gate(self, x_TD: Tensor) -> bool:
         """Whether the router's own kernels do the gate's product for so many tokens, in this dtype."""
-        if self._reads_dispatch(x_TD):  # then the router sorts, which takes logits
+        if self.experts.reads_dispatch(x_TD):  # then the router sorts, which takes logits
             return False
         return self.router.multiplies_gate(len(x_TD), self.weights.gate_ED, x_TD.dtype)
 
@@ -76,7 +71,7 @@ class MoELayer(nn.Module):
         return self.experts(x_ND, routing, self.weights, scale=scale)
 
     def use_reference(self) -> None:
-        self.experts = loop
+        self.experts = Loop()
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

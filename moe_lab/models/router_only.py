@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_lab.experts.base import Experts
 from moe_lab.experts.weights import ExpertWeights, Scale
 from moe_lab.marks import phase
 from moe_lab.models import ForcedRouting, MakeRouter, Output
@@ -35,18 +36,27 @@ class _NoWeights(ExpertWeights):
         return 0
 
 
-def none(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
-    """No experts: the routing weights, [T, E], which is all that a router has to show for itself."""
-    E = weights.n_experts
-    ids_TK = torch.where(routing.expert_ids_TK < 0, E, routing.expert_ids_TK).long()  # unused slots beside the experts
-    return routing.weights_TK.new_zeros(len(ids_TK), E + 1).scatter_add_(1, ids_TK, routing.weights_TK)[:, :E]
+class _NoExperts(Experts):
+    """The output is the routing weights [T, E]: a router computes nothing else."""
+
+    graph_safe = True
+
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
+        """[T, E] in float32, 0 where an expert is not chosen."""
+        E = weights.n_experts
+        ids_TK = torch.where(routing.expert_ids_TK < 0, E, routing.expert_ids_TK).long()  # unused slots: column E
+        return routing.weights_TK.new_zeros(len(ids_TK), E + 1).scatter_add_(1, ids_TK, routing.weights_TK)[:, :E]
+
+    def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
+        """See `Experts`."""
+        return {"experts": "none"}
 
 
 class RouterLayer(MoELayer):
     """An MoE layer that stops at the routing, and is fed logits [T, E] unless it has a width."""
 
     def __init__(self, n_experts: int, router: Router, sort: bool, d_model: int | None = None):
-        super().__init__(_NoWeights(n_experts, d_model), router, none)
+        super().__init__(_NoWeights(n_experts, d_model), router, _NoExperts())
         self.sort, self.has_gate = sort, d_model is not None
 
     def forward(self, x_TD: Tensor, ctx: RouteContext, forced: Routing | None = None) -> tuple[Tensor, Routing]:

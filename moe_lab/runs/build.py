@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -12,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from moe_lab.config.schemas import Workload
-from moe_lab.config.targets import instantiate, locate
+from moe_lab.config.targets import instantiate, keys_of, locate
 from moe_lab.errors import UnavailableError
-from moe_lab.experts.weights import ExpertsImpl
+from moe_lab.experts.base import Experts, FunctionExperts
 from moe_lab.models import checkpoint_config
 from moe_lab.models.moe_layer import MoELayer, moe_layers
 from moe_lab.models.parameters import adopt, initialize, without_storage
@@ -24,7 +25,7 @@ from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.ops import extension
 from moe_lab.ops.library import DTYPES
 from moe_lab.records.identity import digest, option_name
-from moe_lab.routers.base import PROPERTIES, Router, Routing, gate_logits
+from moe_lab.routers.base import Router, Routing, gate_logits
 from moe_lab.routers.soft import SoftMoE
 
 CHECKPOINT, NATIVE = "moe_lab.models.checkpoint.Checkpoint", "moe_lab.routers.native.native"
@@ -72,15 +73,15 @@ def build_router(cfg: DictConfig, n_experts: int | None = None, top_k: int | Non
     """
     device = resolve_device(cfg)
     with _defaults(device, DTYPES[cfg.dtype.name]):
-        router = _make_router(cfg, cfg.router, *_sizes(cfg, n_experts, top_k))
+        router = undecided_router(cfg, n_experts, top_k)
     initialize(router, cfg.seed)
     router.eval().requires_grad_(False)
-    _decide(cfg, router, device)
+    decide(cfg, router, device)
     return router
 
 
-def _sizes(cfg: DictConfig, n_experts: int | None = None, top_k: int | None = None) -> tuple[int, int]:
-    """(n_experts, top_k) of the model, unless given. Raises `ValueError` if it has none."""
+def undecided_router(cfg: DictConfig, n_experts: int | None = None, top_k: int | None = None) -> Router:
+    """As `build_router`, with empty parameters where torch puts them, and nobody to compute it (`decide`)."""
     if n_experts is None or top_k is None:
         sizes = cfg.model.get("shape") or cfg.model
         if is_checkpoint(cfg.model):
@@ -89,22 +90,24 @@ def _sizes(cfg: DictConfig, n_experts: int | None = None, top_k: int | None = No
         n_experts, top_k = n_experts or sizes.get("n_experts"), top_k or sizes.get("top_k")
     if n_experts is None or top_k is None:
         raise ValueError(f"model={cfg.model.name} has no experts: give build_router n_experts and top_k.")
-    return n_experts, top_k
+    return _make_router(cfg, cfg.router, n_experts, top_k)
 
 
-def _decide(cfg: DictConfig, model: nn.Module, device: torch.device, *, load: bool = True) -> None:
-    """Every part of `model` that has a choice decides who computes it on `device` (`Router.compute_on`).
+def decide(cfg: DictConfig, model: nn.Module, device: torch.device, *, load: bool = True) -> None:
+    """Every part of `model` that has a choice decides who computes it on `device` (`Router.compute_on`, `Experts`).
 
     Raises:
         UnavailableError: what was asked for cannot compute there.
     """
-    for part in model.modules():
+    experts = {id(layer.experts): layer.experts for layer in moe_layers(model)}
+    for part in (*model.modules(), *experts.values()):
         decide: Any = getattr(part, "compute_on", None)
         try:
             if decide is not None:
                 decide(device, load=load)
         except UnavailableError as error:
-            name = f"router={option_name(cfg.router)}: " if isinstance(part, Router) else ""
+            group = "router" if isinstance(part, Router) else "experts" if isinstance(part, Experts) else None
+            name = "" if group is None else f"{group}={option_name(cfg[group])}: "
             raise UnavailableError(f"{name}{error}") from error
 
 
@@ -139,35 +142,27 @@ def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int) 
     return router
 
 
-def describe_router(cfg: DictConfig) -> dict[str, Any]:
-    """What can be said of `cfg.router` without building anything.
+def build_experts(cfg: DictConfig) -> Experts:
+    """The experts of `cfg.experts`, for the device that is being built for; all layers of a model share them.
 
-    {properties: those that it declares, implementations, chosen: who would compute it here, skip: None or why it cannot
-    run here}.
+    Raises:
+        UnavailableError: they cannot run here.
+        ValueError: a key that they do not take, or a `_target_` that is neither such a class nor a function.
     """
+    node = cfg.experts
+    target = locate(node._target_)
     try:
-        with torch.device("meta"):
-            router = _make_router(cfg, cfg.router, *_sizes(cfg))
-        _decide(cfg, router, resolve_device(cfg), load=False)
-    except (UnavailableError, ValueError) as error:
-        return {"properties": [], "implementations": [], "chosen": None, "skip": str(error)}
-    declared = [name for name in PROPERTIES if getattr(router, name)]
-    fixes = cfg.router.get("name") == cfg.router.get("impl")  # router=torch
-    implementations = [router.impl] if fixes else list(router.implementations)
-    return {
-        "properties": declared,
-        "implementations": implementations,
-        "chosen": router.implementation(),
-        "skip": None,
-    }
-
-
-def build_experts(cfg: DictConfig) -> ExpertsImpl:
-    """The function that `cfg.experts` names."""
-    experts: ExpertsImpl = locate(cfg.experts._target_)
-    if not callable(experts):
-        raise ValueError(f"experts: {cfg.experts._target_} is not a function.")
-    return experts
+        if inspect.isfunction(target):
+            return FunctionExperts(target, **keys_of(node))
+        if isinstance(target, type) and issubclass(target, Experts):
+            experts: Experts = instantiate(node)
+            return experts
+    except UnavailableError as error:
+        raise UnavailableError(f"experts={option_name(node)}: {error}") from error
+    raise ValueError(
+        f"experts: {node._target_} is neither a class nor a function; name a class derived from "
+        "moe_lab.experts.base.Experts, or a function with its signature."
+    )
 
 
 @contextmanager
@@ -191,7 +186,7 @@ def build_model(
     device = device or resolve_device(cfg)
     with without_storage() if donor is not None else nullcontext():
         model = _make_model(cfg, device)
-    _decide(cfg, model, device)
+    decide(cfg, model, device)
     if donor is None:
         initialize(model, cfg.seed)
     else:
@@ -229,9 +224,9 @@ def _make_model(cfg: DictConfig, device: torch.device) -> nn.Module:
     ignores = cfg.model.get("ignores", ())
     if "router" not in ignores:
         parts["make_router"] = partial(_make_router, cfg, cfg.router)
-    if "experts" not in ignores:
-        parts["experts"] = build_experts(cfg)
     with _defaults(device, DTYPES[cfg.dtype.name]):
+        if "experts" not in ignores:
+            parts["experts"] = build_experts(cfg)
         model: nn.Module = instantiate(cfg.model, **parts)
     return model
 
@@ -250,7 +245,7 @@ def check_available(cfg: DictConfig) -> tuple[torch.device, dict[str, str]]:
     """
     device = resolve_device(cfg)
     model = _make_model(cfg, torch.device("meta"))
-    _decide(cfg, model, device, load=False)
+    decide(cfg, model, device, load=False)
     require_runnable(cfg, model)
     layers = moe_layers(model)
     return device, {"router": layers[0].router.implementation()} if layers else {}
@@ -310,7 +305,7 @@ def _require_capturable(cfg: DictConfig, model: nn.Module) -> None:
     for layer in moe_layers(model):
         parts = ((cfg.experts, "experts", layer.experts), (cfg.router, "router", layer.router))
         for node, group, part in parts:
-            if not getattr(part, "graph_safe", True):
+            if not part.graph_safe:
                 raise UnavailableError(
                     f"{group}={option_name(node)} reads results on the host, so execution={cfg.execution.name} cannot "
                     "capture it; use execution=eager or another implementation"

@@ -17,8 +17,7 @@ from moe_lab.models.layers import AddRMSNorm
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import reference_twin
 from moe_lab.models.serving import Decode
-from moe_lab.ops import few_tokens, segment_mm
-from moe_lab.ops.library import DTYPES, HAS_TRITON
+from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import PROPERTIES, Routing
 from moe_lab.runs import build
 from moe_lab.workloads.forced import force_load
@@ -97,6 +96,7 @@ class Built:
     def implementation(self) -> dict[str, str]:
         """Who computes what."""
         ran: dict[str, str] = {}
+        x_T0 = self.x.new_empty(self.n_tokens, 0, dtype=self.dtype)
         for module in self.model.modules():
             if isinstance(module, AddRMSNorm):
                 ran["add_rms_norm"] = module.implementation
@@ -106,20 +106,10 @@ class Built:
             ran["router"] = (
                 layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"
             )
-            if self.forced is None and layer.multiplies_gate(self.x.new_empty(self.n_tokens, 0, dtype=self.dtype)):
+            if self.forced is None and layer.multiplies_gate(x_T0):
                 ran["gate"] = layer.router.implementation()
-            ran["experts"] = layer.experts.__name__
-            if layer.experts.__name__ == "grouped" and self._has_few_tokens:
-                ran["experts"] = "grouped:few_tokens"
-            elif layer.experts.__name__ == "grouped":
-                ran["segment_mm"] = segment_mm.implementation_for(
-                    self.x.device, self.dtype, *layer.weights.w_down_EDF.shape[1:]
-                )
+            ran |= layer.experts.implementation(x_T0, layer.weights)
         return ran
-
-    @property
-    def _has_few_tokens(self) -> bool:
-        return self.x.is_cuda and HAS_TRITON and self.n_tokens <= few_tokens.MOST
 
     def router_properties(self) -> dict[str, bool] | None:
         """What the router declares, for a reader of the results; None for a model without one."""

@@ -24,6 +24,7 @@ from moe_lab.models.parameters import parameter_bytes, shareable
 from moe_lab.records import identity, store
 from moe_lab.records.schema import Ratio
 from moe_lab.runs import build
+from moe_lab.runs.describe import describe
 from moe_lab.runs.record import TimedBlock, run_log
 from moe_lab.runs.run import Run
 from moe_lab.sweep.engine import CellFailedError
@@ -49,9 +50,9 @@ class Bench:
         """
         return [_look(OmegaConf.create(config)) for config in configs]
 
-    def describe(self, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """See `build.describe_router`."""
-        return [build.describe_router(OmegaConf.create(config)) for config in configs]
+    def describe(self, group: str, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """See `runs.describe`; the fields of each `Description`."""
+        return [describe(group, OmegaConf.create(config))._asdict() for config in configs]
 
     def build(self, config: dict[str, Any], directory: str) -> None:
         """Make the run of `config`, whose files go to `directory`; parameters of an equal model are shared."""

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from moe_lab.config import targets
 from moe_lab.config.targets import instantiate, locate
-from moe_lab.experts.loop import loop
+from moe_lab.experts.weights import swiglu
 from moe_lab.routers.base import RouteContext, Routing
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from tests import tiny
@@ -110,7 +110,7 @@ def attempt(content: str, folder: Path | str = "", path: Path | str = "") -> str
 @pytest.mark.parametrize(
     ("target", "found"),
     [
-        pytest.param("moe_lab.experts.loop.loop", loop, id="function"),
+        pytest.param("moe_lab.experts.weights.swiglu", swiglu, id="function"),
         pytest.param("moe_lab.routers.softmax_topk.SoftmaxTopK", SoftmaxTopK, id="class"),
         pytest.param("moe_lab.routers.base.Routing", Routing, id="tuple"),
     ],
@@ -171,7 +171,7 @@ def test_keys_become_arguments() -> None:
 def test_objects_are_passed_as_they_are() -> None:
     """An argument may be anything, a function too."""
     node = OmegaConf.create({"_target_": "moe_lab.routers.base.Routing", "expert_ids_TK": "route"})
-    assert instantiate(node, weights_TK=loop).weights_TK is loop
+    assert instantiate(node, weights_TK=swiglu).weights_TK is swiglu
 
 
 def test_a_key_that_is_no_argument_is_a_mistake_that_names_the_target() -> None:

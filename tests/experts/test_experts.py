@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from moe_lab import marks as phases
-from moe_lab.experts.grouped import grouped
-from moe_lab.experts.loop import loop
-from moe_lab.experts.weights import ExpertsImpl, ExpertWeights, Scale
+from moe_lab.experts.base import Experts
+from moe_lab.experts.grouped import Grouped
+from moe_lab.experts.loop import Loop
+from moe_lab.experts.weights import ExpertWeights, Scale
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.routers.base import Routing
 from tests.experts.cases import SCALES, SIZES, UNUSED, assert_near, formula, make_routing, make_weights, make_x
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
-    "experts", [pytest.param(loop, id="loop"), pytest.param(grouped, id="grouped")]
+    "experts", [pytest.param(Loop(), id="loop"), pytest.param(Grouped(), id="grouped")]
 )
 
 
@@ -34,7 +35,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
     ],
 )
 def test_the_output_is_the_weighted_sum_of_the_chosen_experts(
-    experts: ExpertsImpl, T: int, E: int, K: int, D: int, F: int, unused: float, scale: Scale, dtype: torch.dtype,
+    experts: Experts, T: int, E: int, K: int, D: int, F: int, unused: float, scale: Scale, dtype: torch.dtype,
     device: torch.device,
 ) -> None:  # fmt: skip
     """Equal to the formula in float64, for any sizes, unused slots and scale; x keeps its values."""
@@ -49,14 +50,14 @@ def test_the_output_is_the_weighted_sum_of_the_chosen_experts(
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16")])
-def test_narrow_dtypes_work_on_a_cpu_too(experts: ExpertsImpl, dtype: torch.dtype) -> None:
+def test_narrow_dtypes_work_on_a_cpu_too(experts: Experts, dtype: torch.dtype) -> None:
     """fp16 and bf16 on a CPU differ from float64 by their rounding."""
     weights, routing, x_TD = make_weights(5, 9, 7, dtype), make_routing(37, 5, 2, 0.2), make_x(37, 9, dtype)
     assert_near(experts(x_TD, routing, weights), formula(x_TD, routing, weights))
 
 
 @IMPLEMENTATIONS
-def test_the_weight_multiplies_the_output_unless_asked_otherwise(experts: ExpertsImpl) -> None:
+def test_the_weight_multiplies_the_output_unless_asked_otherwise(experts: Experts) -> None:
     """scale defaults to output, which differs from input because the experts are not linear."""
     weights, routing, x_TD = make_weights(5, 9, 7), make_routing(37, 5, 2), make_x(37, 9)
     by_default_TD = experts(x_TD, routing, weights)
@@ -66,7 +67,7 @@ def test_the_weight_multiplies_the_output_unless_asked_otherwise(experts: Expert
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("scale", [pytest.param("both", id="both"), pytest.param("", id="empty")])
-def test_a_wrong_scale_is_a_value_error(experts: ExpertsImpl, scale: str) -> None:
+def test_a_wrong_scale_is_a_value_error(experts: Experts, scale: str) -> None:
     """The message names the value and what is allowed."""
     with pytest.raises(ValueError, match=f"scale={scale}.*output or input"):
         experts(make_x(2, 9), make_routing(2, 5, 2), make_weights(5, 9, 7), scale=scale)
@@ -74,7 +75,7 @@ def test_a_wrong_scale_is_a_value_error(experts: ExpertsImpl, scale: str) -> Non
 
 @IMPLEMENTATIONS
 @SCALES
-def test_a_token_without_experts_gives_zero(experts: ExpertsImpl, scale: Scale, device: torch.device) -> None:
+def test_a_token_without_experts_gives_zero(experts: Experts, scale: Scale, device: torch.device) -> None:
     """All slots unused: the output is exactly 0, even where the token's hidden state is NaN."""
     routing = make_routing(37, 5, 2, device=device)
     routing.expert_ids_TK[[0, 17, 36]] = -1
@@ -90,7 +91,7 @@ def test_a_token_without_experts_gives_zero(experts: ExpertsImpl, scale: Scale, 
 @SCALES
 @pytest.mark.parametrize("weight", [pytest.param(3.0, id="3"), pytest.param(math.nan, id="NaN")])
 def test_the_weight_of_an_unused_slot_is_not_read(
-    experts: ExpertsImpl, scale: Scale, weight: float, device: torch.device
+    experts: Experts, scale: Scale, weight: float, device: torch.device
 ) -> None:
     """Whatever stands beside an id of -1 leaves the output as it is."""
     weights, routing = make_weights(5, 9, 7, device=device), make_routing(37, 5, 3, 0.4, device)
@@ -103,7 +104,7 @@ def test_the_weight_of_an_unused_slot_is_not_read(
 @IMPLEMENTATIONS
 @SCALES
 @pytest.mark.parametrize("T", [pytest.param(1, id="T=1"), pytest.param(199, id="T=199")])
-def test_one_expert_may_take_everything(experts: ExpertsImpl, scale: Scale, T: int, device: torch.device) -> None:
+def test_one_expert_may_take_everything(experts: Experts, scale: Scale, T: int, device: torch.device) -> None:
     """All tokens on the last expert: the loop's and the kernel's longest segment."""
     ids_TK = torch.full((T, 1), 6, dtype=torch.int32, device=device)
     routing = Routing(ids_TK, torch.full((T, 1), 0.75, device=device))
@@ -113,7 +114,7 @@ def test_one_expert_may_take_everything(experts: ExpertsImpl, scale: Scale, T: i
 
 @IMPLEMENTATIONS
 @SCALES
-def test_an_expert_may_stand_twice_in_a_row(experts: ExpertsImpl, scale: Scale) -> None:
+def test_an_expert_may_stand_twice_in_a_row(experts: Experts, scale: Scale) -> None:
     """Two slots of a token on one expert both count."""
     weights, x_TD = make_weights(5, 9, 7), make_x(37, 9)
     ids_TK = torch.full((37, 2), 3, dtype=torch.int32)
@@ -123,7 +124,7 @@ def test_an_expert_may_stand_twice_in_a_row(experts: ExpertsImpl, scale: Scale) 
 
 
 @IMPLEMENTATIONS
-def test_experts_that_are_not_in_use_are_not_touched(experts: ExpertsImpl, device: torch.device) -> None:
+def test_experts_that_are_not_in_use_are_not_touched(experts: Experts, device: torch.device) -> None:
     """NaN in the weights of every expert without a slot reaches no output."""
     weights, routing, x_TD = make_weights(12, 9, 7, device=device), make_routing(1, 12, 3, device=device), make_x(1, 9)
     x_TD = x_TD.to(device)
@@ -135,7 +136,7 @@ def test_experts_that_are_not_in_use_are_not_touched(experts: ExpertsImpl, devic
 
 
 @IMPLEMENTATIONS
-def test_a_token_does_not_see_the_others(experts: ExpertsImpl, device: torch.device) -> None:
+def test_a_token_does_not_see_the_others(experts: Experts, device: torch.device) -> None:
     """A NaN token makes its own output NaN and no other."""
     weights, routing = make_weights(5, 9, 7, device=device), make_routing(37, 5, 2, device=device)
     x_TD = make_x(37, 9, device=device)
@@ -148,7 +149,7 @@ def test_a_token_does_not_see_the_others(experts: ExpertsImpl, device: torch.dev
 
 
 @IMPLEMENTATIONS
-def test_the_output_is_linear_in_the_weights(experts: ExpertsImpl) -> None:
+def test_the_output_is_linear_in_the_weights(experts: Experts) -> None:
     """With scale=output, weights a*v + b*w give a*y(v) + b*y(w)."""
     weights, first, x_TD = make_weights(7, 9, 11), make_routing(37, 7, 3, 0.2), make_x(37, 9)
     second_TK = first.weights_TK.flip(0).masked_fill(first.expert_ids_TK < 0, 0)
@@ -162,7 +163,7 @@ def test_the_output_is_linear_in_the_weights(experts: ExpertsImpl) -> None:
 
 @IMPLEMENTATIONS
 @SCALES
-def test_experts_have_no_order(experts: ExpertsImpl, scale: Scale) -> None:
+def test_experts_have_no_order(experts: Experts, scale: Scale) -> None:
     """Permuting the experts together with the ids changes nothing."""
     weights, routing, x_TD = make_weights(7, 9, 11), make_routing(37, 7, 3, 0.2), make_x(37, 9)
     perm_E = torch.randperm(7, generator=torch.Generator().manual_seed(0))
@@ -176,7 +177,7 @@ def test_experts_have_no_order(experts: ExpertsImpl, scale: Scale) -> None:
 
 
 @IMPLEMENTATIONS
-def test_slots_have_no_order(experts: ExpertsImpl) -> None:
+def test_slots_have_no_order(experts: Experts) -> None:
     """Reversing the slots of every token changes nothing."""
     weights, routing, x_TD = make_weights(7, 9, 11), make_routing(37, 7, 3, 0.2), make_x(37, 9)
     reversed_slots = Routing(routing.expert_ids_TK.flip(1), routing.weights_TK.flip(1))
@@ -185,7 +186,7 @@ def test_slots_have_no_order(experts: ExpertsImpl) -> None:
 
 @IMPLEMENTATIONS
 @SCALES
-def test_strides_change_nothing(experts: ExpertsImpl, scale: Scale, device: torch.device) -> None:
+def test_strides_change_nothing(experts: Experts, scale: Scale, device: torch.device) -> None:
     """Hidden states, ids and weights may be views."""
     weights, wide = make_weights(7, 9, 11, device=device), make_routing(37, 7, 6, 0.2, device)
     x_TD = make_x(9, 37, device=device).t()
@@ -196,7 +197,7 @@ def test_strides_change_nothing(experts: ExpertsImpl, scale: Scale, device: torc
 
 
 @IMPLEMENTATIONS
-def test_a_dispatch_that_comes_along_changes_nothing(experts: ExpertsImpl) -> None:
+def test_a_dispatch_that_comes_along_changes_nothing(experts: Experts) -> None:
     """A routing that carries its own dispatch gives what it gives without."""
     weights, routing, x_TD = make_weights(7, 9, 11), make_routing(37, 7, 3, 0.2), make_x(37, 9)
     carried = routing._replace(dispatch=dispatch(routing.expert_ids_TK, 7))
@@ -205,7 +206,7 @@ def test_a_dispatch_that_comes_along_changes_nothing(experts: ExpertsImpl) -> No
 
 @IMPLEMENTATIONS
 @SCALES
-def test_the_parameters_are_neither_changed_nor_moved(experts: ExpertsImpl, scale: Scale, device: torch.device) -> None:
+def test_the_parameters_are_neither_changed_nor_moved(experts: Experts, scale: Scale, device: torch.device) -> None:
     """Every implementation reads the very tensors: same memory and same values afterwards, no buffers added."""
     weights, routing = make_weights(7, 9, 11, device=device), make_routing(37, 7, 3, 0.2, device)
     before = {name: (value.data_ptr(), value.clone()) for name, value in weights.state_dict().items()}
@@ -242,11 +243,11 @@ def marks() -> Iterator[Marks]:
 @pytest.mark.parametrize(
     ("experts", "names"),
     [
-        pytest.param(loop, ["dispatch+experts+combine"], id="loop"),
-        pytest.param(grouped, ["dispatch", "experts", "combine"], id="grouped"),
+        pytest.param(Loop(), ["dispatch+experts+combine"], id="loop"),
+        pytest.param(Grouped(), ["dispatch", "experts", "combine"], id="grouped"),
     ],
 )
-def test_the_phases_are_marked_in_order(experts: ExpertsImpl, names: list[str], marks: Marks) -> None:
+def test_the_phases_are_marked_in_order(experts: Experts, names: list[str], marks: Marks) -> None:
     """Phases follow each other without nesting, under names that the record knows."""
     experts(make_x(3, 9), make_routing(3, 5, 2), make_weights(5, 9, 7))
     assert marks.seen == [f"{edge} {name}" for name in names for edge in ("start", "stop")]

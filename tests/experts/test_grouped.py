@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_lab.experts import grouped as module
-from moe_lab.experts.grouped import grouped
-from moe_lab.experts.loop import loop
+from moe_lab.experts.grouped import Grouped
+from moe_lab.experts.loop import Loop
 from moe_lab.experts.weights import Scale
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.routers.base import Routing
 from tests.experts.cases import SCALES, SIZES, UNUSED, assert_near, make_routing, make_weights, make_x
+
+grouped, loop = Grouped(), Loop()
 
 CUDA_DTYPES = pytest.mark.parametrize(
     "dtype",

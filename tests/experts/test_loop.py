@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lab.experts.loop import loop
+from moe_lab.experts.loop import Loop
 from moe_lab.experts.weights import Scale
 from moe_lab.routers.base import Routing
 from tests.experts.cases import SCALES, assert_near, formula, make_routing, make_weights, make_x
+
+loop = Loop()
 
 
 @settings(max_examples=30, deadline=None, database=None)

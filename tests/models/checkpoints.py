@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe_lab.config.targets import locate
-from moe_lab.experts.grouped import grouped
+from moe_lab.experts.grouped import Grouped
 from moe_lab.models import MakeRouter, checkpoint_config
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.parameters import initialize, without_storage
@@ -93,7 +93,7 @@ def build(
     torch.set_default_dtype(dtype)
     try:
         with without_storage() if empty else nullcontext():
-            model = Checkpoint(path=str(folder), make_router=make_router or native_router(folder), experts=grouped)
+            model = Checkpoint(path=str(folder), make_router=make_router or native_router(folder), experts=Grouped())
     finally:
         torch.set_default_dtype(before)
     return model

@@ -450,7 +450,7 @@ MEMORY = """
 import sys, threading, time
 import torch
 torch.set_num_threads(1)
-from moe_lab.experts.grouped import grouped
+from moe_lab.experts.grouped import Grouped
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.parameters import initialize
 from moe_lab.routers.softmax_topk import SoftmaxTopK
@@ -459,7 +459,7 @@ def status(key):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
-model = Checkpoint(path=sys.argv[1], make_router=SoftmaxTopK, experts=grouped)
+model = Checkpoint(path=sys.argv[1], make_router=SoftmaxTopK, experts=Grouped())
 for parameter in model.parameters():
     parameter.fill_(1)  # its pages are there
 with open("/proc/self/clear_refs", "w") as file:

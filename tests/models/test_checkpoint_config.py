@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lab.experts.grouped import grouped
+from moe_lab.experts.grouped import Grouped
 from moe_lab.models import checkpoint_config
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.checkpoint_config import Settings, read
@@ -146,7 +146,7 @@ def test_released_models_have_the_number_of_parameters_that_is_published(
     """From config.json alone, without storage."""
     write(tmp_path, RELEASED[kind])
     with torch.device("meta"):
-        model = Checkpoint(path=str(tmp_path), make_router=SoftmaxTopK, experts=grouped)
+        model = Checkpoint(path=str(tmp_path), make_router=SoftmaxTopK, experts=Grouped())
     assert parameter_bytes(model) == 4 * n_parameters
 
 
@@ -529,6 +529,6 @@ def test_a_model_refuses_as_the_reading_does(
     write(tmp_path, change(RELEASED[kind]))
 
     def made() -> Checkpoint:
-        return Checkpoint(path=str(tmp_path), make_router=SoftmaxTopK, experts=grouped)
+        return Checkpoint(path=str(tmp_path), make_router=SoftmaxTopK, experts=Grouped())
 
     assert complaint(made) == complaint(lambda: checkpoint_config.read(tmp_path))

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lab.experts.grouped import grouped
-from moe_lab.experts.loop import loop
-from moe_lab.experts.weights import ExpertsImpl, ExpertWeights
+from moe_lab.experts.base import Experts
+from moe_lab.experts.grouped import Grouped
+from moe_lab.experts.loop import Loop
+from moe_lab.experts.weights import ExpertWeights
 from moe_lab.models.moe_layer import MoELayer, SharedExpert
 from moe_lab.models.parameters import initialize
 from moe_lab.routers.base import RouteContext, Router, Routing
@@ -23,7 +24,7 @@ from tests.tiny import D, E, K
 from tests.tiny import F as HIDDEN
 
 CTX = RouteContext()
-BOTH = [pytest.param(impl, id=impl.__name__) for impl in (loop, grouped)]
+BOTH = [pytest.param(Loop(), id="loop"), pytest.param(Grouped(), id="grouped")]
 
 
 class InputScaling(SoftmaxTopK):
@@ -33,11 +34,11 @@ class InputScaling(SoftmaxTopK):
 
 
 def layer_of(
-    experts: ExpertsImpl = grouped,
+    experts: Experts | None = None,
     shared: SharedExpert | None = None,
     router: Callable[[int, int], Router] = SoftmaxTopK,
 ) -> MoELayer:
-    layer = MoELayer(ExpertWeights(E, D, HIDDEN), router(E, K), experts, shared)
+    layer = MoELayer(ExpertWeights(E, D, HIDDEN), router(E, K), experts or Grouped(), shared)
     initialize(layer, seed=4)
     return layer
 
@@ -73,7 +74,7 @@ def forced_routing() -> Routing:
 
 @pytest.mark.parametrize("experts", BOTH)
 @pytest.mark.parametrize("tokens", [pytest.param(n, id=f"t{n}") for n in (1, 2, 13)])
-def test_output_is_the_weighted_sum_of_the_chosen_experts(experts: ExpertsImpl, tokens: int) -> None:
+def test_output_is_the_weighted_sum_of_the_chosen_experts(experts: Experts, tokens: int) -> None:
     """Router, dispatch, experts and combine against the formula in float64."""
     layer, x_TD = layer_of(experts), random(tokens, D)
     y_TD, routing = layer(x_TD, CTX)
@@ -83,7 +84,7 @@ def test_output_is_the_weighted_sum_of_the_chosen_experts(experts: ExpertsImpl, 
 
 
 @pytest.mark.parametrize("experts", BOTH)
-def test_forced_routing_is_used_instead_of_the_routers_own(experts: ExpertsImpl) -> None:
+def test_forced_routing_is_used_instead_of_the_routers_own(experts: Experts) -> None:
     """Dropped slots add nothing, a token without a slot comes out as zero, weights are taken as they are."""
     layer, x_TD, forced = layer_of(experts), random(4, D), forced_routing()
     y_TD, routing = layer(x_TD, CTX, forced)
@@ -93,7 +94,7 @@ def test_forced_routing_is_used_instead_of_the_routers_own(experts: ExpertsImpl)
 
 
 @pytest.mark.parametrize("experts", BOTH)
-def test_a_router_that_scales_the_input_scales_it_before_the_expert(experts: ExpertsImpl) -> None:
+def test_a_router_that_scales_the_input_scales_it_before_the_expert(experts: Experts) -> None:
     """The expert is not linear: w * f(x) is not f(w * x)."""
     layer, x_TD = layer_of(experts, router=InputScaling), random(5, D)
     y_TD, routing = layer(x_TD, CTX)
@@ -119,7 +120,7 @@ def test_the_shared_expert_is_added_for_every_token(gated: bool) -> None:
 
 
 @pytest.mark.parametrize("experts", BOTH)
-def test_equal_experts_are_one_dense_mlp(experts: ExpertsImpl) -> None:
+def test_equal_experts_are_one_dense_mlp(experts: Experts) -> None:
     """With weights that sum to 1 it does not matter who computes it."""
     layer, x_TD = layer_of(experts), random(9, D)
     for weight in (layer.weights.w_gate_up_E2FD, layer.weights.w_down_EDF):
@@ -151,7 +152,7 @@ def test_order_of_the_tokens_is_the_order_of_the_outputs(seed: int, tokens: int)
 
 
 @pytest.mark.parametrize("experts", BOTH)
-def test_no_tokens_give_no_output(experts: ExpertsImpl) -> None:
+def test_no_tokens_give_no_output(experts: Experts) -> None:
     """T = 0 keeps shape and dtype."""
     y_TD, routing = layer_of(experts)(torch.zeros(0, D), CTX)
     assert y_TD.shape == (0, D) and routing.expert_ids_TK.shape == (0, K)
@@ -159,9 +160,9 @@ def test_no_tokens_give_no_output(experts: ExpertsImpl) -> None:
 
 def test_use_reference_computes_one_expert_at_a_time() -> None:
     """The layer of a reference twin."""
-    layer = layer_of(grouped)
+    layer = layer_of(Grouped())
     layer.use_reference()
-    assert layer.experts is loop
+    assert isinstance(layer.experts, Loop)
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(n, id=f"t{n}") for n in (1, 14)])
@@ -192,10 +193,10 @@ class Multiplying(SoftmaxTopK):
 
 def test_who_sorts_for_the_experts_does_not_multiply_by_the_gate() -> None:
     """Sorted slots are made from logits; what the record says of the gate follows that."""
-    assert layer_of(loop, router=Multiplying).multiplies_gate(random(9, D))
-    assert not layer_of(loop, router=Multiplying).multiplies_gate(random(17, D))
-    assert not layer_of(loop, router=Multiplying).multiplies_gate(random(9, D).double())
-    assert not layer_of(loop).multiplies_gate(random(9, D))
-    grouping = layer_of(grouped, router=Multiplying)
+    assert layer_of(Loop(), router=Multiplying).multiplies_gate(random(9, D))
+    assert not layer_of(Loop(), router=Multiplying).multiplies_gate(random(17, D))
+    assert not layer_of(Loop(), router=Multiplying).multiplies_gate(random(9, D).double())
+    assert not layer_of(Loop()).multiplies_gate(random(9, D))
+    grouping = layer_of(Grouped(), router=Multiplying)
     assert grouping.experts.reads_dispatch(random(9, D)) and not grouping.multiplies_gate(random(9, D))
     assert not grouping.experts.reads_dispatch(random(1, D)) and grouping.multiplies_gate(random(1, D))

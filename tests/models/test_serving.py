@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lab.experts.grouped import grouped
+from moe_lab.experts.grouped import Grouped
 from moe_lab.models import Output, serving
 from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.parameters import initialize, reference_twin
@@ -38,7 +38,7 @@ CONTEXTS: list[RouteContext] = []
 
 def decoder(dtype: torch.dtype = torch.float32, router: type[SoftmaxTopK] = SoftmaxTopK, **options: Any) -> DecoderMoE:
     keys = {"n_kv_heads": 2, **SIZES, "n_experts": E, "top_k": K, **options}
-    model = DecoderMoE(make_router=router, experts=grouped, **keys).to(dtype)
+    model = DecoderMoE(make_router=router, experts=Grouped(), **keys).to(dtype)
     initialize(model, 3)
     return model.eval()
 

@@ -279,24 +279,6 @@ def test_without_a_checkpoint_there_is_no_native_router() -> None:
                 act(cfg)
 
 
-@pytest.mark.parametrize(
-    ("more", "properties"),
-    [
-        pytest.param([], ["causal", "batch_invariant", "static_k", "graph_safe"], id="native"),
-        pytest.param(["router=hash"], ["causal", "static_k", "graph_safe", "needs_token_ids"], id="hash"),
-    ],
-)
-def test_what_a_checkpoints_router_declares_is_known_without_its_weights(
-    more: list[str], properties: list[str], tmp_path: Path
-) -> None:
-    """From config.json alone."""
-    (tmp_path / "config.json").write_text((quick.TINY_OLMOE / "config.json").read_text())
-    described = build.describe_router(checkpoint(*more, f"model.path={tmp_path}"))
-    assert described["skip"] is None
-    assert set(properties) <= set(described["properties"])
-    assert build.check_available(checkpoint(*more, f"model.path={tmp_path}"))[0] == CPU
-
-
 def test_native_routes_are_those_of_the_architecture_by_name(native: Checkpoint) -> None:
     """router=native of an OLMoE is router=olmoe; Mixtral's would weigh them otherwise."""
     x = text_of(checkpoint(), native)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from moe_lab.errors import MismatchError
+from moe_lab.experts.base import FunctionExperts
 from moe_lab.experts.weights import ExpertWeights
 from moe_lab.measure.tolerances import TOLERANCES
 from moe_lab.models import Output
@@ -88,7 +89,7 @@ def in_experts(run: Run, tamper: Tamper, layer: int = -1) -> None:
     def faulty(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Any = "output") -> Tensor:
         return inner(x_TD, tamper(routing), weights, scale=scale)
 
-    chosen.experts = faulty
+    chosen.experts = FunctionExperts(faulty)
 
 
 def scaled(expert: int, by: float) -> Tamper:
@@ -351,7 +352,7 @@ def test_nan_in_one_output_fails(model: str, dtype: str) -> None:
         y_TD[3, 1] = float("nan")
         return y_TD
 
-    layer.experts = faulty
+    layer.experts = FunctionExperts(faulty)
     assert fault_found(run).where == "layers"
     assert run.verification is not None
     assert run.verification.check.rel_error == float("inf")
@@ -565,7 +566,7 @@ def test_every_product_of_the_reference_is_exact() -> None:
         seen.append(torch.get_float32_matmul_precision())
         return inner(*arguments, **options)
 
-    layer.experts = noting
+    layer.experts = FunctionExperts(noting)
     verified(run)
     assert len(seen) >= 3
     assert set(seen) == {"highest"}

@@ -1,0 +1,38 @@
+"""`moe-lab list routers` and `moe-lab list experts`: each option, what it declares, and what computes it here."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from moe_lab.cli.listing import about, groups
+from moe_lab.config.compose import compose
+from moe_lab.sweep import plan as planning
+from moe_lab.sweep.engine import Worker
+
+GROUPS = {"router": "router", "routers": "router", "experts": "experts"}
+"""The words for the groups that are described here."""
+
+
+def show(group: str, config_dir: str | None) -> None:
+    """Print a block per option: its name, its comment, and its properties or why it cannot run here.
+
+    The options are made in a process of its own, for the sizes of model=decoder_moe.
+    """
+    paths = groups(config_dir)[group]
+    worker = Worker()
+    try:
+        worker.start()
+        configs = [compose(["model=decoder_moe", f"{group}={path.stem}"], config_dir=config_dir) for path in paths]
+        described = worker.call("describe", group, [planning.plain(cfg) for cfg in configs])
+    finally:
+        worker.close()
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(group, style="bold", markup=False)
+    width = max(len(path.stem) for path in paths)
+    for path, option in zip(paths, described, strict=True):
+        console.print(f"  {path.stem:{width}}  {about(path)}", markup=False)
+        words = [", ".join(option["properties"]), "by " + ", ".join(option["implementations"])]
+        if option["chosen"] is not None and len(option["implementations"]) > 1:
+            words.append(f"here {option['chosen']}")
+        text = option["skip"] or "; ".join(word for word in words if word)
+        console.print(f"  {'':{width}}  {text}", style="dim", markup=False)

@@ -1,0 +1,91 @@
+"""The seam every way to compute the experts fills: `Experts`. `FunctionExperts` puts a plain function behind it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_lab.errors import nearest
+from moe_lab.experts.weights import ExpertWeights, Scale
+from moe_lab.routers.base import Routing
+
+
+class Experts:
+    """One way to compute the expert MLPs of a layer; the formula is in `moe_lab.experts`.
+
+    The keys of the option's YAML are the arguments of `__init__`, which raises `ValueError` for a value that it does
+    not take. An object keeps its keys and no other state, because all layers of a model share it.
+    """
+
+    graph_safe = False
+    """No host synchronisation and fixed shapes: a class must declare this to be captured in a graph."""
+
+    def compute_on(self, device: torch.device, *, load: bool = True) -> None:
+        """Be ready to compute on `device`; with `load` false, only say whether that is possible.
+
+        Raises:
+            UnavailableError: this implementation cannot run there.
+        """
+
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
+        """The weighted sum of each token's experts, [T, D] in x's dtype.
+
+        Args:
+            x_TD: hidden states of any floating dtype.
+            routing: int32 ids and float32 weights [T, K]; the weight beside an id of -1 is not read.
+            weights: the matrices, of x's dtype; they are neither changed nor copied.
+            scale: whether the routing weight multiplies the expert's output or its input.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(x_TD, routing, weights, *, scale)")
+
+    def reads_dispatch(self, x_TD: Tensor) -> bool:
+        """Whether such an input is computed from `Routing.dispatch`; a router that can then makes it.
+
+        Of `x_TD` only the device, the dtype and the number of tokens matter here and in `implementation`.
+        """
+        return False
+
+    def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
+        """Which kernels compute such an input, for the record: `experts`, and a key for each op with a choice.
+
+        Raises:
+            UnavailableError: none of them can.
+        """
+        return {"experts": type(self).__name__.lower()}
+
+
+class FunctionExperts(Experts):
+    """A function `f(x_TD, routing, weights, *, scale, ...)`. It declares nothing: not graph safe, no sorted slots."""
+
+    def __init__(self, function: Callable[..., Tensor], /, **keys: Any):
+        """`keys` go to keyword-only parameters of the function.
+
+        Raises:
+            ValueError: the function does not take a key, or needs one that is not given.
+        """
+        parameters = inspect.signature(function).parameters.values()
+        own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "scale"}
+        name = function.__name__
+        for key in keys:
+            if key not in own:
+                raise ValueError(
+                    f"experts.{key}: the function {name} has no keyword-only parameter {key}; "
+                    f"it has {', '.join(own) or 'none beside scale'}.{nearest(key, own)}"
+                )
+        for key, parameter in own.items():
+            if parameter.default is parameter.empty and key not in keys:
+                raise ValueError(f"experts.{key} has no value: the function {name} needs it; give it in the YAML.")
+        self.function, self.name = partial(function, **keys), name
+
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
+        """See `Experts`."""
+        return self.function(x_TD, routing, weights, scale=scale)
+
+    def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
+        """The function's name."""
+        return {"experts": self.name}

@@ -1,0 +1,99 @@
+"""experts/base.py: the defaults of `Experts`, and a plain function behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_lab.experts.base import Experts, FunctionExperts
+from moe_lab.experts.grouped import Grouped
+from moe_lab.experts.loop import Loop
+from moe_lab.experts.weights import ExpertWeights, Scale
+from moe_lab.routers.base import Routing
+from tests.experts.cases import make_routing, make_weights, make_x
+
+
+class Halved(Experts):
+    """Declares nothing."""
+
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
+        return x_TD / 2
+
+
+def test_a_class_that_declares_nothing_is_not_taken_for_safe() -> None:
+    """No graph, no sorted slots, the class's name in the record."""
+    experts, x_TD, weights = Halved(), make_x(37, 9), make_weights(5, 9, 7)
+    assert not experts.graph_safe and not experts.reads_dispatch(x_TD)
+    assert experts.implementation(x_TD, weights) == {"experts": "halved"}
+    with pytest.raises(NotImplementedError, match="Experts must define __call__"):
+        Experts()(x_TD, make_routing(37, 5, 2), weights)
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(T, id=f"T={T}") for T in (0, 1, 2, 37)])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")])
+def test_the_packages_own_say_what_runs_on_a_cpu(tokens: int, dtype: torch.dtype) -> None:
+    """Only the number of tokens, the device and the dtype matter: the input may have no columns."""
+    weights, x_T0 = make_weights(5, 9, 7, dtype), torch.empty(tokens, 0, dtype=dtype)
+    assert Loop().implementation(x_T0, weights) == {"experts": "loop"}
+    assert Grouped().implementation(x_T0, weights) == {"experts": "grouped", "segment_mm": "loop"}
+    assert not Loop().reads_dispatch(x_T0)
+    assert Grouped().reads_dispatch(x_T0) == (tokens != 1 or dtype != torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "expected"),
+    [
+        pytest.param(16, torch.bfloat16, {"experts": "grouped:few_tokens"}, id="few"),
+        pytest.param(17, torch.bfloat16, {"experts": "grouped", "segment_mm": "grouped_mm"}, id="bf16"),
+        pytest.param(17, torch.float16, {"experts": "grouped", "segment_mm": "triton"}, id="fp16"),
+    ],
+)
+def test_grouped_says_what_runs_on_cuda(
+    tokens: int, dtype: torch.dtype, expected: dict[str, str], device: torch.device
+) -> None:
+    """Few tokens are not sorted."""
+    weights, x_T0 = make_weights(5, 16, 8, dtype, device), torch.empty(tokens, 0, dtype=dtype, device=device)
+    assert Grouped().implementation(x_T0, weights) == expected
+    assert Grouped().reads_dispatch(x_T0) == (tokens > 16)
+
+
+def scaled(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale, by: float, plus: int = 0) -> Tensor:
+    return x_TD * by + plus + (100 if scale == "input" else 0)
+
+
+def test_a_function_gets_its_keys_and_declares_nothing() -> None:
+    """Keys that are given, the function's own defaults for the rest, and `scale` at each call."""
+    x_TD, routing, weights = make_x(3, 4), make_routing(3, 5, 2), make_weights(5, 4, 7)
+    experts = FunctionExperts(scaled, by=2.0)
+    assert torch.equal(experts(x_TD, routing, weights), x_TD * 2)
+    assert torch.equal(experts(x_TD, routing, weights, scale="input"), x_TD * 2 + 100)
+    assert torch.equal(FunctionExperts(scaled, by=2.0, plus=3)(x_TD, routing, weights), x_TD * 2 + 3)
+    assert not experts.graph_safe and not experts.reads_dispatch(x_TD)
+    assert experts.implementation(x_TD, weights) == {"experts": "scaled"}
+
+
+def no_keys(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale) -> Tensor:
+    return x_TD
+
+
+@pytest.mark.parametrize(
+    ("function", "keys", "message"),
+    [
+        pytest.param(scaled, {"by": 1, "puls": 2}, r"^experts\.puls: .* scaled .*by, plus\. .*plus\?$", id="typo"),
+        pytest.param(scaled, {"by": 1, "scale": "input"}, r"^experts\.scale: .* has no .* scale", id="scale"),
+        pytest.param(scaled, {"by": 1, "weights": 1}, r"^experts\.weights: .* has no .* weights", id="positional"),
+        pytest.param(no_keys, {"block": 1}, r"^experts\.block: .* no_keys .*none beside scale", id="takes-none"),
+        pytest.param(scaled, {"plus": 1}, r"^experts\.by has no value: .* scaled needs it", id="missing"),
+    ],
+)  # fmt: skip
+def test_a_key_that_a_function_does_not_take_is_a_mistake(
+    function: Callable[..., Tensor], keys: dict[str, Any], message: str
+) -> None:
+    """One line that names the key and the function."""
+    with pytest.raises(ValueError, match=message):
+        FunctionExperts(function, **keys)
