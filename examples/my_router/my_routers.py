@@ -1,4 +1,4 @@
-"""A router of one's own: softmax top-k whose weights are sharpened.
+"""A router of your own: softmax top-k with sharpened weights.
 
 S = top-k of l;  w_e = p_e^sharpness / sum_S p^sharpness,  p = softmax(l)
 """

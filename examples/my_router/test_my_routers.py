@@ -1,4 +1,4 @@
-"""python -m pytest in this folder."""
+"""Run `python -m pytest` in this folder."""
 
 from __future__ import annotations
 
