@@ -37,7 +37,7 @@ class Slower(SoftmaxTopK):
     """The softmax top-k router, which then waits; how long stands by the number of tokens."""
 
     def __init__(self, n_experts, top_k, wait_ms):
-        super().__init__(n_experts, top_k)
+        super().__init__(n_experts, top_k, impl="auto", renormalize=True, gate_bias=False)
         self.wait_ms = {int(tokens): ms for tokens, ms in wait_ms.items()}
 
     def select(self, logits_TE, ctx=None):

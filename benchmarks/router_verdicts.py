@@ -38,14 +38,16 @@ def cells(folder: Path) -> pd.DataFrame:
             continue
         config, latency, ratio = record["config"], record["latency_ms"], record["ratio_to_anchor"] or {}
         model, router, environment = config["model"], config["router"], record["environment"]
-        table = "gate" if model["d_model"] else "route_and_sort" if model["sort"] else router["name"]
+        sizes = model.get("shape", model)  # older records: sizes beside `sort`, a d_model where there is a gate
+        d_model = sizes["d_model"] if model.get("gate", sizes["d_model"]) else None
+        table = "gate" if d_model else "route_and_sort" if model["sort"] else router["name"]
         rows.append(
             {
                 "table": {"mixtral": "route"}.get(table, table),
                 "dtype": config["dtype"]["name"],
-                "d_model": float(model["d_model"] or np.nan),
-                "n_experts": model["n_experts"],
-                "top_k": model["top_k"],
+                "d_model": float(d_model or np.nan),
+                "n_experts": sizes["n_experts"],
+                "top_k": sizes["top_k"],
                 "tokens": config["batch"] * config["seq_len"],
                 "impl": router["impl"],
                 "ran": record["implementation"]["router"],

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+import moe_lab
 from moe_lab.records.schema import Record
 from moe_lab.runs.run import Run
 from tests import quick
@@ -56,6 +57,20 @@ def moe_layer(
 def minimal(*overrides: str) -> DictConfig:
     """model=minimal of width 37."""
     return compose("minimal", *overrides)
+
+
+@cache
+def option(group: str, name: str) -> Any:
+    """The node of GROUP=NAME as plain data; nobody changes it."""
+    return OmegaConf.to_container(moe_lab.compose([f"{group}={name}"])[group], resolve=True)
+
+
+def keys_of(group: str, name: str) -> dict[str, Any]:
+    """The keys of GROUP=NAME that its class is called with, for a test that calls the class itself."""
+    others = {"_target_", "name", "ignores"}
+    if group == "router":
+        others |= {"top_k", "inner", "calibration_tokens"}
+    return {key: value for key, value in option(group, name).items() if key not in others}
 
 
 def built(cfg: DictConfig) -> Run:

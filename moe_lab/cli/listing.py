@@ -22,7 +22,7 @@ def groups(config_dir: str | None) -> dict[str, list[Path]]:
     for folder in folders(config_dir):
         for path in sorted(folder.rglob("*.yaml")):
             group = path.parent.relative_to(folder).as_posix()
-            if group != "." and not group.startswith("hydra"):
+            if group != "." and not group.startswith(("hydra", "_")):  # _: what the files of options share
                 found.setdefault(group, []).append(path)
     return dict(sorted(found.items()))
 

@@ -27,8 +27,15 @@ from moe_lab.config.schemas import (
 from moe_lab.errors import nearest
 
 _LABELLED = (
-    *("model", "model.shape", "router", "router.inner", "experts", "workload", "measure", "export"),
+    "model",
+    "model.shape",
+    "router",
+    "router.inner",
+    "experts",
+    "workload",
+    "measure",
     "measure.reference_router",
+    "export",
 )
 
 
@@ -74,16 +81,16 @@ def validate(cfg: DictConfig) -> None:
     _one_of(cfg, "execution.name", EXECUTIONS)
     _one_of(cfg, "export.name", EXPORTS)
     _one_of(cfg, "export.view", VIEWS)
-    if cfg.export.get("opset", 23) not in OPSETS:
+    if cfg.export.opset not in OPSETS:
         raise ValueError(f"export.opset={cfg.export.opset}: it must be one of {', '.join(map(str, OPSETS))}.")
-    for axis in cfg.export.get("dynamic", ()):
+    for axis in cfg.export.dynamic:
         if axis not in AXES:
             raise ValueError(f"export.dynamic={axis}: an axis is one of {', '.join(AXES)}.{nearest(str(axis), AXES)}")
     if _is_ours(cfg.model):
         _validate_model(cfg)
     if _is_ours(cfg.router):
         _validate_router(cfg, "router")
-    reference = cfg.measure.get("reference_router")
+    reference = cfg.measure.reference_router
     if reference is not None and not isinstance(reference, DictConfig):
         raise ValueError(
             f"measure.reference_router={reference}: in a YAML it is chosen in the defaults list, as "

@@ -29,7 +29,7 @@ class Checkpoint(DecoderMoE):
 
     max_positions: int
 
-    def __init__(self, *, path: str, make_router: MakeRouter, experts: Experts, implementation: str = "auto"):
+    def __init__(self, *, path: str, make_router: MakeRouter, experts: Experts, implementation: str):
         settings = checkpoint_config.read(path)
         self.folder, self._dense_layers = Path(path), settings.dense_layers
         self.max_positions, self.ends = settings.max_positions, settings.ends

@@ -147,6 +147,7 @@ def _decoder(config: _Config, *, rope_theta: float) -> dict[str, Any]:
         "n_kv_heads": config.size("num_key_value_heads", default=n_heads),
         "head_dim": config.size("head_dim", default=d_model // n_heads),
         "n_layers": config.size("num_hidden_layers"),
+        "qk_norm": "none",
         "rope_theta": theta,
         "rope_scaling": scaling,
         "norm_eps": config.number("rms_norm_eps") or config.need("rms_norm_eps"),
@@ -190,16 +191,28 @@ def _is_number(value: Any) -> bool:
 
 
 def _moe(config: _Config, hidden_dim: int) -> dict[str, Any]:
-    """The routed experts, of which each is `hidden_dim` wide."""
+    """The routed experts, of which each is `hidden_dim` wide; no others and no dense layers.
+
+    Which layers are dense is in `Settings.dense_layers`.
+    """
     n_experts = config.size("num_experts", "num_local_experts", "n_routed_experts")
     top_k = config.size("num_experts_per_tok")
     if top_k > n_experts:
         raise config.refuse(f"num_experts_per_tok={top_k} of {n_experts} experts; fetch the file again.")
-    return {"mlp_hidden_dim": hidden_dim, "n_experts": n_experts, "top_k": top_k}
+    return {
+        "mlp_hidden_dim": hidden_dim,
+        "n_experts": n_experts,
+        "top_k": top_k,
+        "shared_expert_hidden_dim": 0,
+        "shared_expert_gate": False,
+        "n_dense_layers": 0,
+        "dense_hidden_dim": None,
+    }
 
 
 def _softmax_topk(renormalize: bool) -> dict[str, Any]:
-    return {"_target_": "moe_lab.routers.softmax_topk.SoftmaxTopK", "renormalize": renormalize}
+    target = "moe_lab.routers.softmax_topk.SoftmaxTopK"
+    return {"_target_": target, "renormalize": renormalize, "gate_bias": False}
 
 
 def _dense_layers(config: _Config, n_layers: int) -> frozenset[int]:

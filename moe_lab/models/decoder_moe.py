@@ -25,10 +25,10 @@ class DecoderMoE(TransformerDecoder):
         experts: Experts,
         n_experts: int,
         top_k: int,
-        shared_expert_hidden_dim: int = 0,
-        shared_expert_gate: bool = False,
-        n_dense_layers: int = 0,
-        dense_hidden_dim: int | None = None,
+        shared_expert_hidden_dim: int,
+        shared_expert_gate: bool,
+        n_dense_layers: int,
+        dense_hidden_dim: int | None,
         **decoder: Any,
     ):
         self.make_router, self.experts, self.n_experts, self.top_k = make_router, experts, n_experts, top_k

@@ -16,7 +16,7 @@ class Minimal(nn.Module):
 
     vocab_size: int | None = None
 
-    def __init__(self, hidden: int, norm_eps: float = 1e-6, implementation: str = "auto"):
+    def __init__(self, *, hidden: int, norm_eps: float, implementation: str):
         super().__init__()
         self.hidden = hidden
         self.linear = Linear(hidden, hidden)

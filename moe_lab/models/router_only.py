@@ -1,10 +1,12 @@
 """model=router: a router alone, fed T = batch * seq_len rows of logits: for work on its kernels.
 
 What runs and is timed is `select`; with `sort` also the sorting of the slots for a grouped product, by the router's own
-kernel where it does both; with `d_model` it is fed hidden states, and `route` multiplies them by the gate.
+kernel where it does both; with `gate` it is fed hidden states, and `route` multiplies them by the gate.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +57,7 @@ class _NoExperts(Experts):
 class RouterLayer(MoELayer):
     """An MoE layer that stops at the routing, and is fed logits [T, E] unless it has a width."""
 
-    def __init__(self, n_experts: int, router: Router, sort: bool, d_model: int | None = None):
+    def __init__(self, n_experts: int, d_model: int | None, router: Router, sort: bool):
         super().__init__(_NoWeights(n_experts, d_model), router, _NoExperts())
         self.sort, self.has_gate = sort, d_model is not None
 
@@ -92,10 +94,11 @@ class RouterModel(nn.Module):
     gives_routing = True
     """Ids and sorted slots are part of what it writes."""
 
-    def __init__(self, *, make_router: MakeRouter, n_experts: int, top_k: int, sort: bool, d_model: int | None = None):
+    def __init__(self, *, make_router: MakeRouter, shape: dict[str, Any], gate: bool, sort: bool):
         super().__init__()
+        n_experts, d_model = shape["n_experts"], shape["d_model"] if gate else None
         self.width = d_model or n_experts
-        self.moe = RouterLayer(n_experts, make_router(n_experts, top_k), sort, d_model)
+        self.moe = RouterLayer(n_experts, d_model, make_router(n_experts, shape["top_k"]), sort)
 
     def input_shape(self, batch: int, seq_len: int) -> tuple[int, ...]:
         """[T, E] logits, or [T, D] hidden states."""

@@ -51,7 +51,7 @@ class Block(nn.Module):
 
 
 class TransformerDecoder(nn.Module):
-    """Decoder-only Transformer; the keys are those of conf/model/transformer_decoder.yaml.
+    """Decoder-only Transformer; the keys are those of conf/_base/model/decoder.yaml.
 
     A checkpoint may ask for more: `rope_scaling` (see `rope`), the options of `Attention`, and `windows`, the attention
     window of each layer. `max_positions` is how long a sequence the model is made for, None for any.
@@ -65,16 +65,16 @@ class TransformerDecoder(nn.Module):
         vocab_size: int,
         d_model: int,
         n_heads: int,
+        n_kv_heads: int | None,
+        head_dim: int | None,
         n_layers: int,
         mlp_hidden_dim: int,
-        n_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        qk_norm: str = "none",
-        rope_theta: float = 10000.0,
+        qk_norm: str,
+        rope_theta: float,
+        norm_eps: float,
+        tie_embeddings: bool,
+        implementation: str,
         rope_scaling: Mapping[str, Any] | None = None,
-        norm_eps: float = 1e-6,
-        tie_embeddings: bool = False,
-        implementation: str = "auto",
         windows: Sequence[int | None] | None = None,
         **attention: Any,
     ):

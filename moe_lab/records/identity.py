@@ -18,8 +18,15 @@ from moe_lab.records import inputs
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
-# Top-level keys that change nothing in the result: labels, and how long or at what is looked (but measure.cache).
-_OUTSIDE = ("name", "overrides", "sweep", "experiment", "debug", "hydra", "measure")
+# Top-level keys that change nothing in the result: labels, and what a sweep does with its cells.
+_OUTSIDE = ("name", "overrides", "sweep", "experiment", "debug", "hydra")
+# Keys and groups that came later, each with the value at which it is left out: a cell that does not use it keeps the
+# cell_id that it had before. Add a new key or group here with its default, and never change an entry. A key that every
+# router gets is two entries, router.KEY and router.inner.KEY.
+_LATER: dict[str, Any] = {
+    "measure": {"cache": "natural"},
+    "workload.trace_layer": None,
+}
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 # Rooms of the package that only talk to people or read results: no run executes them.
 _NOT_RUN = ("cli", "results")
@@ -38,37 +45,45 @@ def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
     What the model does not read is left out.
     """
+    plain: Any = config
     if isinstance(config, DictConfig):
-        resolved: Any = OmegaConf.to_container(
-            OmegaConf.masked_copy(config, [str(key) for key in config if key not in _OUTSIDE]), resolve=True
-        )
-        resolved["measure"] = {"cache": config.measure.get("cache", "natural")}
-        config = resolved
-    left_out = {*_OUTSIDE, *(config["model"].get("ignores") or ())}
-    found = {str(key): value for key, value in config.items() if key not in left_out}
-    if (cache := (config.get("measure") or {}).get("cache", "natural")) != "natural":
-        found["measure"] = {"cache": cache}
-    # Where a pair lies is no part of what it is, and where there is none its other keys are not either.
-    is_none = config["export"].get("name", "none") == "none"
-    found["export"] = {
-        key: value
-        for key, value in config["export"].items()
-        if key == "name" or not (is_none or key in ("dir", "overwrite"))
+        read = [str(key) for key in config if key not in _OUTSIDE]
+        plain = OmegaConf.to_container(OmegaConf.masked_copy(config, read), resolve=True)
+    left_out = {*_OUTSIDE, *(plain["model"].get("ignores") or ())}
+    found: dict[str, Any] = {
+        str(key): dict(value) if isinstance(value, Mapping) else value  # a copy: keys are taken out below
+        for key, value in plain.items()
+        if key not in left_out
     }
+    # How long and at what a run looks changes nothing; the state of the caches does. Old records have no such key.
+    found["measure"] = {"cache": (plain.get("measure") or {}).get("cache", "natural")}
+    # Where a pair is written does not change it, and without an export the group's other keys are not read.
+    names_only = plain["export"].get("name", "none") == "none"
+    for key in [key for key in found["export"] if key != "name"] if names_only else ("dir", "overwrite"):
+        found["export"].pop(key, None)
     # What files hold, not where they lie.
     if found["model"].get("path") is not None:
-        found["model"] = {**found["model"], "path": inputs.checkpoint_id(str(found["model"]["path"]))}
+        found["model"]["path"] = inputs.checkpoint_id(str(found["model"]["path"]))
     if (workload := found.get("workload")) is not None:
-        found["workload"] = dict(workload)
         if workload.get("trace") is not None:
-            found["workload"]["trace"] = inputs.trace_id(str(workload["trace"]))
+            workload["trace"] = inputs.trace_id(str(workload["trace"]))
         if workload.get("path") is not None:
-            found["workload"]["path"] = inputs.text_id(workload["path"])
-        if workload.get("trace_layer") is None:
-            found["workload"].pop("trace_layer", None)
+            workload["path"] = inputs.text_id(workload["path"])
         if workload.get("phase") != "decode":
-            found["workload"].pop("context_len", None)
+            workload.pop("context_len", None)
+    for dotted in sorted(_LATER, key=lambda dotted: -dotted.count(".")):  # the keys of a group before the group
+        found = _without(found, dotted, _LATER[dotted])
     return found
+
+
+def _without(node: Any, dotted: str, value: Any) -> Any:
+    """`node` without this key where it has this value; a copy, as a record's own configuration must not change."""
+    key, _, rest = dotted.partition(".")
+    if not isinstance(node, Mapping) or key not in node:
+        return node
+    if rest:
+        return {**node, key: _without(node[key], rest, value)}
+    return {name: content for name, content in node.items() if name != key} if node[key] == value else node
 
 
 def cell_id(config: DictConfig | Mapping[str, Any]) -> str:

@@ -69,12 +69,15 @@ def _label(node: Any, among: Iterable[Any]) -> str:
 def matches(content: Mapping[str, Any], partial: Mapping[str, Any]) -> bool:
     """Whether a configuration agrees with a partial one (`sweep.exclude`, `sweep.anchor`).
 
-    A group may be given by its option's name: `{router: sinkhorn, batch: 1, model: {top_k: 2}}`.
+    A group may be given by its option's name: `{router: sinkhorn, batch: 1, model: {top_k: 2}}`. A list agrees with
+    each of its values: `{batch: [1, 8]}`.
     """
     return all(key in content and _agrees(content[key], wanted) for key, wanted in partial.items())
 
 
 def _agrees(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, Sequence) and not isinstance(wanted, str) and not isinstance(value, Sequence):
+        return any(_agrees(value, one) for one in wanted)
     if isinstance(value, Mapping):
         return matches(value, wanted) if isinstance(wanted, Mapping) else _name(value) == str(wanted)
     return bool(value == wanted)

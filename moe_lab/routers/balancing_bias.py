@@ -29,7 +29,7 @@ class BalancingBias(Router):
     calibrates = True
     bias_E: Tensor
 
-    def __init__(self, n_experts: int, top_k: int, impl: str = "auto", steps: int = 200):
+    def __init__(self, n_experts: int, top_k: int, *, impl: str, steps: int):
         super().__init__(n_experts, top_k, impl)
         self.steps = steps
         self.register_buffer("bias_E", torch.zeros(n_experts, dtype=torch.float32))
@@ -54,8 +54,8 @@ class BalancingBias(Router):
 class LossFreeBias(SelectionRouter, BalancingBias):
     """router=loss_free."""
 
-    def __init__(self, n_experts: int, top_k: int, impl: str = "auto", steps: int = 200, rate: float = 0.01):
-        super().__init__(n_experts, top_k, impl, steps)
+    def __init__(self, n_experts: int, top_k: int, *, impl: str, steps: int, rate: float):
+        super().__init__(n_experts, top_k, impl=impl, steps=steps)
         self.rate = rate
         self.describe(Selection(top_k, "sigmoid"))
 

@@ -30,7 +30,7 @@ class BASELayers(Router):
     implementations = ("scipy",)
     not_exportable = "an assignment solver on the host chooses the experts"
 
-    def __init__(self, n_experts: int, top_k: int, impl: str = "auto"):
+    def __init__(self, n_experts: int, top_k: int, *, impl: str):
         super().__init__(n_experts, top_k, impl)
         try:
             import scipy.optimize  # noqa: F401

@@ -59,7 +59,7 @@ class WithinSharedSet(Router):
 class OpportunisticActivation(WithinSharedSet):
     """router=oea."""
 
-    def __init__(self, n_experts: int, top_k: int, impl: str = "auto", k0: int = 1):
+    def __init__(self, n_experts: int, top_k: int, *, impl: str, k0: int):
         super().__init__(n_experts, top_k, impl)
         if not 1 <= k0 <= top_k:
             raise ValueError(f"router.k0={k0}: it must be between 1 and top_k={top_k}.")
@@ -73,7 +73,7 @@ class OpportunisticActivation(WithinSharedSet):
 class SharedBudget(WithinSharedSet):
     """router=xshare; the budget is a share of the experts, and every token's best is in the set beyond it."""
 
-    def __init__(self, n_experts: int, top_k: int, impl: str = "auto", budget: float = 0.5):
+    def __init__(self, n_experts: int, top_k: int, *, impl: str, budget: float):
         super().__init__(n_experts, top_k, impl)
         if not 0 < budget <= 1:
             raise ValueError(f"router.budget={budget}: it is a share of the experts, above 0 and at most 1.")

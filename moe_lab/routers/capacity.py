@@ -34,15 +34,7 @@ class Capacity(Router):
     batch_invariant = False
     static_k = False
 
-    def __init__(
-        self,
-        n_experts: int,
-        top_k: int,
-        inner: Router,
-        impl: str = "auto",
-        factor: float = 1.25,
-        policy: str = "weight",
-    ):
+    def __init__(self, n_experts: int, top_k: int, *, inner: Router, impl: str, factor: float, policy: str):
         super().__init__(n_experts, top_k, impl)
         if policy not in POLICIES:
             raise ValueError(f"router.policy={policy}: it must be one of {', '.join(POLICIES)}.")

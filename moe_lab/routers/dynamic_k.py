@@ -31,10 +31,11 @@ class DynamicK(Router):
         self,
         n_experts: int,
         top_k: int,
-        impl: str = "auto",
-        rule: str = "top_p",
-        threshold: float | None = None,
-        k_max: int | None = None,
+        *,
+        impl: str,
+        rule: str,
+        threshold: float | None,
+        k_max: int | None,
     ):
         super().__init__(n_experts, min(k_max or top_k, n_experts), impl)
         if rule not in RULES:

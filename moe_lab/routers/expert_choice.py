@@ -27,7 +27,7 @@ class ExpertChoice(Router):
     static_k = False
     graph_safe = False
 
-    def __init__(self, n_experts: int, top_k: int, impl: str = "auto", factor: float = 1.0):
+    def __init__(self, n_experts: int, top_k: int, *, impl: str, factor: float):
         super().__init__(n_experts, top_k, impl)
         self.factor = factor
 

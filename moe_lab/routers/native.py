@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_lab.routers.base import Router
 
 
-def native(n_experts: int, top_k: int, impl: str = "auto") -> Router:
+def native(n_experts: int, top_k: int, *, impl: str) -> Router:
     """What `router=native` is for a model that is no checkpoint (see `build.native_router`).
 
     Raises:

@@ -32,15 +32,7 @@ class Sinkhorn(Router):
     batch_invariant = False
     implementations = ("torch", *IMPLEMENTATIONS)
 
-    def __init__(
-        self,
-        n_experts: int,
-        top_k: int,
-        impl: str = "auto",
-        iters: int = 10,
-        temperature: float = 1.0,
-        tolerance: float = 0.0,
-    ):
+    def __init__(self, n_experts: int, top_k: int, *, impl: str, iters: int, temperature: float, tolerance: float):
         super().__init__(n_experts, top_k, impl)
         self.iters, self.temperature, self.tolerance = iters, temperature, tolerance
 

@@ -25,7 +25,7 @@ class SoftMoE(Router):
     causal = False
     batch_invariant = False
 
-    def __init__(self, n_experts: int, top_k: int, impl: str = "auto"):
+    def __init__(self, n_experts: int, top_k: int, *, impl: str):
         super().__init__(n_experts, top_k, impl)
         self.top_k = n_experts
 

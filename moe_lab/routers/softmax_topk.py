@@ -22,9 +22,7 @@ from moe_lab.routers.selection import SelectionRouter
 class SoftmaxTopK(SelectionRouter):
     """Softmax top-k; every declared property of `Router` holds."""
 
-    def __init__(
-        self, n_experts: int, top_k: int, impl: str = "auto", renormalize: bool = True, gate_bias: bool = False
-    ):
+    def __init__(self, n_experts: int, top_k: int, *, impl: str, renormalize: bool, gate_bias: bool):
         super().__init__(n_experts, top_k, impl)
         self.renormalize = renormalize
         self.bias_E = nn.Parameter(torch.empty(n_experts), requires_grad=False) if gate_bias else None

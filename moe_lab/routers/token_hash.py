@@ -23,6 +23,9 @@ class TokenHash(Router):
 
     needs_token_ids = True
 
+    def __init__(self, n_experts: int, top_k: int, *, impl: str):
+        super().__init__(n_experts, top_k, impl)
+
     def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`. Raises `ValueError` without the tokens' ids."""
         require_finite(logits_TE, ctx)
@@ -43,7 +46,7 @@ class UniformRandom(Router):
     batch_invariant = False
     not_exportable = "it chooses at random"
 
-    def __init__(self, n_experts: int, top_k: int, impl: str = "auto", seed: int = 0):
+    def __init__(self, n_experts: int, top_k: int, *, impl: str, seed: int):
         super().__init__(n_experts, top_k, impl)
         self.stream = stream_of("router=random", seed)
 

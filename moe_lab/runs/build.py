@@ -49,7 +49,7 @@ def resolve_device(cfg: DictConfig) -> torch.device:
         raise UnavailableError("dtype=fp16: half precision is not computed on a CPU; use bf16 or fp32")
     if name == "cpu" and cfg.execution.name == "cuda_graph":
         raise UnavailableError("execution=cuda_graph: this run is on a CPU; use execution=eager or compile")
-    cache = cfg.measure.get("cache", "natural")
+    cache = cfg.measure.cache
     if cache == "hot" and cfg.execution.name != "cuda_graph":
         raise UnavailableError(
             "measure.cache=hot is 20 calls in one CUDA graph; give execution=cuda_graph, or measure.cache=natural"

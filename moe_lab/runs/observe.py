@@ -61,16 +61,16 @@ class Observer:
         measure, step = self.cfg.measure, self.built.step
         if isinstance(step, HotGraphStep):
             step.check()
-        look_at_caches = self.cfg.execution.name == "cuda_graph" and measure.get("caches", True)
+        look_at_caches = self.cfg.execution.name == "cuda_graph" and measure.caches
         for wanted, name, look in (
             (look_at_caches, "latency_hot_ms", partial(self._cache, "hot")),
             (look_at_caches, "latency_cold_ms", partial(self._cache, "cold")),
             (self.cfg.execution.name == "eager" and self.built.x.is_cuda, "gpu_busy_ms", self._gpu_busy),
             (measure.routing or measure.record_routing, "routing", self._routing),
-            (measure.get("reference_router") is not None, "agreement", self._agreement),
+            (measure.reference_router is not None, "agreement", self._agreement),
             (measure.phases, "phases_ms", self._phases),
             (measure.roofline, "roofline", self._roofline),
-            (measure.get("quality", True), "quality", self._quality),
+            (measure.quality, "quality", self._quality),
         ):
             try:
                 with torch.inference_mode():
@@ -81,7 +81,7 @@ class Observer:
 
     def _cache(self, cache: str) -> float:
         """Median milliseconds with the caches in that state."""
-        if cache == self.cfg.measure.get("cache", "natural"):
+        if cache == self.cfg.measure.cache:
             return float(np.median(self.samples_ms))
         step = self.built.make_step(cache)
         once_ms = float(step.time_block(3).ms.min()) * step.calls
@@ -194,7 +194,7 @@ class Observer:
             return None  # whole sequences are not what decoding computes, nor a forced load what a router chooses
         vocab_size: Any = built.model.vocab_size
         domains = text.read_domains(cfg.workload.path, vocab_size, getattr(built.model, "tokenizer_file", None))
-        wanted = cfg.measure.get("quality_tokens")
+        wanted = cfg.measure.quality_tokens
         n_windows = None if wanted is None else max(wanted // (cfg.batch * cfg.seq_len), 1) * cfg.batch
         windows = text.windows(domains, cfg.seq_len, n_windows, cfg.seed)
         native: nn.Module | None = None

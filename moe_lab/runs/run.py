@@ -111,7 +111,7 @@ class Run:
 
     @property
     def _cache(self) -> Any:
-        return self.cfg.measure.get("cache", "natural")
+        return self.cfg.measure.cache
 
     def _look_at_the_input(self, built: Built) -> None:
         """Warnings for a router that is told too little, and for a trained model that is told nothing."""
@@ -232,7 +232,7 @@ class Run:
 
     @property
     def _export_dir(self) -> Path | None:
-        if self.cfg.export.get("name", "none") == "none":
+        if self.cfg.export.name == "none":
             return None
         return self.directory / "netron" if self.cfg.export.dir is None else Path(self.cfg.export.dir)
 

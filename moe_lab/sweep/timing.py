@@ -207,7 +207,7 @@ class Group:
         measure = together[0].cell.config["measure"]
         least_rounds = _LEAST_ROUNDS if len(together) > 1 else 1
         budget_ms = 1e3 * measure["max_time_s"] * len(together)
-        if measure.get("cache") == "hot":
+        if measure["cache"] == "hot":
             budget_ms /= statistics.HOT_CALLS
         spent_ms, round_ = 0.0, 0
         self._probe_ms.append([])

@@ -56,7 +56,7 @@ from moe_lab.routers.softmax_topk import SoftmaxTopK
 
 class Mine(SoftmaxTopK):
     def __init__(self, n_experts, top_k, strength=1.0):
-        super().__init__(n_experts, top_k)
+        super().__init__(n_experts, top_k, impl="auto", renormalize=True, gate_bias=False)
         self.strength = strength
 
     def select(self, logits_TE, ctx=None):

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ import moe_lab
 from moe_lab.errors import ExportError, MismatchError, UnavailableError
 from moe_lab.export.export import axes
 from moe_lab.ops.library import OPS
+from moe_lab.routers.base import Router
 from moe_lab.runs import build
 from tests import quick, tiny
 from tests.export import pairs
@@ -275,17 +278,28 @@ def test_a_router_that_onnx_cannot_express_is_refused_by_name(router: str, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def softmax(kind: type) -> Callable[[int, int], Router]:
+    """This subclass of the softmax router, with the keys of router=torch."""
+    return partial(kind, **tiny.keys_of("router", "torch"))
+
+
 @pytest.mark.parametrize(
     ("make_router", "raised", "said"),
     [
         pytest.param(pairs.WithoutBody, ExportError, "op moe_lab.route_triton has no body", id="op without a body"),
         pytest.param(pairs.ReadsTheHost, ExportError, "torch cannot export it", id="reads values"),
-        pytest.param(pairs.OtherExperts, MismatchError, "other experts than the fp32 selection", id="other experts"),
-        pytest.param(pairs.OtherWeights, MismatchError, "a routing weight of token", id="other weights"),
+        pytest.param(
+            softmax(pairs.OtherExperts), MismatchError, "other experts than the fp32 selection", id="other experts"
+        ),
+        pytest.param(softmax(pairs.OtherWeights), MismatchError, "a routing weight of token", id="other weights"),
     ],
 )
 def test_what_a_graph_cannot_hold_is_an_error_and_leaves_nothing(
-    make_router: type, raised: type[Exception], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    make_router: Callable[[int, int], Router],
+    raised: type[Exception],
+    said: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """One line; a pair that computes something else than the model is not kept."""
     with pytest.raises(raised, match=said) as refused:

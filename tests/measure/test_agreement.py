@@ -218,7 +218,7 @@ def test_a_fitted_router_of_ones_own_keeps_what_it_was_fitted_to(tmp_path: Path)
         "class Fitted(SoftmaxTopK):\n"
         "    calibrates = True\n"
         "    def __init__(self, n_experts, top_k, to):\n"
-        "        super().__init__(n_experts, top_k, gate_bias=True)\n"
+        "        super().__init__(n_experts, top_k, impl='auto', renormalize=True, gate_bias=True)\n"
         "        self.to_expert = to\n"
         "    def fit(self, logits_TE):\n"
         "        self.bias_E.zero_()\n"

@@ -78,7 +78,7 @@ def native_router(folder: Path) -> MakeRouter:
     """What makes the router that config.json tells of."""
     node = dict(checkpoint_config.read(folder).router)
     made = locate(node.pop("_target_"))
-    return lambda n_experts, top_k: made(n_experts, top_k, **node)
+    return lambda n_experts, top_k: made(n_experts, top_k, impl="auto", **node)
 
 
 def build(
@@ -93,7 +93,12 @@ def build(
     torch.set_default_dtype(dtype)
     try:
         with without_storage() if empty else nullcontext():
-            model = Checkpoint(path=str(folder), make_router=make_router or native_router(folder), experts=Grouped())
+            model = Checkpoint(
+                path=str(folder),
+                make_router=make_router or native_router(folder),
+                experts=Grouped(),
+                implementation="auto",
+            )
     finally:
         torch.set_default_dtype(before)
     return model

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.parameters import adopt, shareable
 from moe_lab.models.serving import Decode, Prefill, whole_routing
 from moe_lab.routers.base import Routing
-from moe_lab.routers.softmax_topk import SoftmaxTopK
 from tests import tiny
 from tests.models import checkpoints
 from tests.models.checkpoints import (
@@ -41,6 +41,7 @@ from tests.models.checkpoints import (
     trained,
     write_tensors,
 )
+from tests.routers.cases import make
 
 ATOL = 2e-4
 REAL = tiny.ROOT / "assets" / "tiny-olmoe"
@@ -354,11 +355,8 @@ def test_forced_with_its_own_routing_a_checkpoint_computes_the_same(tmp_path: Pa
 def test_a_swapped_router_starts_with_parameters_of_zero(tmp_path: Path) -> None:
     """Its own are in no file; what the checkpoint holds is loaded as before."""
 
-    def biased(n_experts: int, top_k: int) -> SoftmaxTopK:
-        return SoftmaxTopK(n_experts, top_k, renormalize=False, gate_bias=True)
-
     folder = checkpoint("olmoe", tmp_path)
-    model = load(folder, make_router=biased)
+    model = load(folder, make_router=partial(make, "olmoe", gate_bias=True))
     assert all(torch.equal(block.mlp.router.bias_E, torch.zeros(E)) for block in model.layers)
     assert torch.equal(model(ids(2, 5)).y, load(folder)(ids(2, 5)).y)
 
@@ -366,13 +364,10 @@ def test_a_swapped_router_starts_with_parameters_of_zero(tmp_path: Path) -> None
 def test_a_model_that_shares_all_weights_reads_no_file(tmp_path: Path) -> None:
     """Another router on the same tensors: the router's own are filled, and the checkpoint may be gone."""
 
-    def biased(n_experts: int, top_k: int) -> SoftmaxTopK:
-        return SoftmaxTopK(n_experts, top_k, renormalize=False, gate_bias=True)
-
     folder = checkpoint("olmoe", tmp_path)
     donor = load(folder)
     (folder / "model.safetensors").unlink()
-    model = build(folder, make_router=biased, empty=True)
+    model = build(folder, make_router=partial(make, "olmoe", gate_bias=True), empty=True)
     assert all(parameter.is_meta for parameter in model.parameters())
     adopt(model, shareable(donor), torch.device("cpu"), 0)
     assert model.embed.weight is donor.embed.weight
@@ -448,18 +443,19 @@ def test_the_small_checkpoint_in_the_repository_gives_the_logits_of_transformers
 
 MEMORY = """
 import sys, threading, time
+from functools import partial
 import torch
 torch.set_num_threads(1)
 from moe_lab.experts.grouped import Grouped
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.parameters import initialize
-from moe_lab.routers.softmax_topk import SoftmaxTopK
+from tests.routers.cases import make
 
 def status(key):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
-model = Checkpoint(path=sys.argv[1], make_router=SoftmaxTopK, experts=Grouped())
+model = Checkpoint(path=sys.argv[1], make_router=partial(make, "mixtral"), experts=Grouped(), implementation="auto")
 for parameter in model.parameters():
     parameter.fill_(1)  # its pages are there
 with open("/proc/self/clear_refs", "w") as file:

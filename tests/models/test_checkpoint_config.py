@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from moe_lab.models import checkpoint_config
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.checkpoint_config import Settings, read
 from moe_lab.models.parameters import parameter_bytes
-from moe_lab.routers.softmax_topk import SoftmaxTopK
 from tests.models.checkpoints import complaint
+from tests.routers.cases import make
 
 COMMON = {"hidden_act": "silu", "attention_dropout": 0.0, "output_router_logits": False, "tie_word_embeddings": False}
 COMMON |= {"torch_dtype": "bfloat16", "initializer_range": 0.02, "use_cache": True}
@@ -146,7 +147,9 @@ def test_released_models_have_the_number_of_parameters_that_is_published(
     """From config.json alone, without storage."""
     write(tmp_path, RELEASED[kind])
     with torch.device("meta"):
-        model = Checkpoint(path=str(tmp_path), make_router=SoftmaxTopK, experts=Grouped())
+        model = Checkpoint(
+            path=str(tmp_path), make_router=partial(make, "mixtral"), experts=Grouped(), implementation="auto"
+        )
     assert parameter_bytes(model) == 4 * n_parameters
 
 
@@ -170,7 +173,8 @@ def test_released_models_are_read_off_their_configuration(kind: str, tmp_path: P
     assert found.max_positions == content["max_position_embeddings"]
     assert found.dense_layers == frozenset()
     renormalize = {"olmoe": False, "mixtral": True, "qwen2_moe": False, "qwen3_moe": True}[kind]
-    assert found.router == {"_target_": "moe_lab.routers.softmax_topk.SoftmaxTopK", "renormalize": renormalize}
+    target = "moe_lab.routers.softmax_topk.SoftmaxTopK"
+    assert found.router == {"_target_": target, "renormalize": renormalize, "gate_bias": False}
     ends = content["eos_token_id"]
     assert found.ends == set(ends if isinstance(ends, list) else [ends])
 
@@ -529,6 +533,8 @@ def test_a_model_refuses_as_the_reading_does(
     write(tmp_path, change(RELEASED[kind]))
 
     def made() -> Checkpoint:
-        return Checkpoint(path=str(tmp_path), make_router=SoftmaxTopK, experts=Grouped())
+        return Checkpoint(
+            path=str(tmp_path), make_router=partial(make, "mixtral"), experts=Grouped(), implementation="auto"
+        )
 
     assert complaint(made) == complaint(lambda: checkpoint_config.read(tmp_path))

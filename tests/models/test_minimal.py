@@ -13,7 +13,7 @@ from tests import tiny
 
 
 def model_of(hidden: int) -> Minimal:
-    model = Minimal(hidden, implementation="torch")
+    model = Minimal(**{**tiny.keys_of("model", "minimal"), "hidden": hidden, "implementation": "torch"})
     initialize(model, seed=1)
     return model
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,9 +34,11 @@ class InputScaling(SoftmaxTopK):
 def layer_of(
     experts: Experts | None = None,
     shared: SharedExpert | None = None,
-    router: Callable[[int, int], Router] = SoftmaxTopK,
+    router: type[Router] = SoftmaxTopK,
 ) -> MoELayer:
-    layer = MoELayer(ExpertWeights(E, D, HIDDEN), router(E, K), experts or Grouped(), shared)
+    layer = MoELayer(
+        ExpertWeights(E, D, HIDDEN), router(E, K, **tiny.keys_of("router", "mixtral")), experts or Grouped(), shared
+    )
     initialize(layer, seed=4)
     return layer
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,17 +16,24 @@ from moe_lab.errors import MismatchError
 from moe_lab.models.router_only import RouterModel
 from moe_lab.ops import extension
 from moe_lab.ops.dispatch import dispatch
-from moe_lab.routers.base import NO_CONTEXT, RouteContext, Routing
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing
 from moe_lab.routers.contract import check_contract
-from moe_lab.routers.scored_topk import ScoredTopK
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.runs.verify import verify
+from tests import tiny
+from tests.routers.cases import SCORED, make
 from tests.sweep import faulty
 
 needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
 IMPLEMENTATION = pytest.mark.parametrize(
     "impl", [pytest.param("torch", id="torch"), pytest.param("cuda_ext", id="cuda_ext", marks=needs_cxx)]
 )
+
+
+def model_of(new_router: Callable[..., Router], impl: str, *, sort: bool = False, gate: bool = False) -> RouterModel:
+    """A router of 12 experts, k = 3, and where there is a gate of width 32."""
+    shape = {"n_experts": 12, "top_k": 3, "d_model": 32}
+    return RouterModel(make_router=lambda E, K: new_router(E, K, impl=impl), shape=shape, gate=gate, sort=sort)
 
 
 def logits(T: int, E: int) -> Tensor:
@@ -36,11 +45,11 @@ def logits(T: int, E: int) -> Tensor:
 @pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (0, 1, 37, 199)])
 def test_the_model_is_the_routers_selection(T: int, sort: bool, impl: str) -> None:
     """The weights are the output; with `sort` the slots are sorted, by the router or after it."""
-    model = RouterModel(make_router=lambda E, K: SoftmaxTopK(E, K, impl), n_experts=12, top_k=3, sort=sort)
+    model = model_of(partial(make, "mixtral"), impl, sort=sort)
     x_TE = logits(*model.input_shape(1, T))
     output = model(x_TE)
     (routing,) = output.routings
-    wanted = SoftmaxTopK(12, 3, "torch").select(x_TE, RouteContext())
+    wanted = make("torch", 12, 3).select(x_TE, RouteContext())
     assert torch.equal(routing.expert_ids_TK, wanted.expert_ids_TK) and torch.equal(output.y, routing.weights_TK)
     torch.testing.assert_close(output.y, wanted.weights_TK)
     assert (routing.dispatch is not None) == sort
@@ -51,14 +60,14 @@ def test_the_model_is_the_routers_selection(T: int, sort: bool, impl: str) -> No
 
 @IMPLEMENTATION
 @pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (0, 1, 37)])
-def test_with_a_width_the_gate_is_part_of_it(T: int, impl: str) -> None:
+def test_with_a_gate_its_product_is_part_of_it(T: int, impl: str) -> None:
     """The selection of x times the gate."""
-    model = RouterModel(make_router=lambda E, K: SoftmaxTopK(E, K, impl), n_experts=12, top_k=3, sort=False, d_model=32)
+    model = model_of(partial(make, "mixtral"), impl, gate=True)
     gate_ED = model.moe.weights.gate_ED
     gate_ED.data.copy_(logits(12, 32))
     x_TD = logits(*model.input_shape(1, T))
     output = model(x_TD)
-    wanted = SoftmaxTopK(12, 3, "torch").select(x_TD @ gate_ED.t())
+    wanted = make("torch", 12, 3).select(x_TD @ gate_ED.t())
     assert torch.equal(output.routings[0].expert_ids_TK, wanted.expert_ids_TK)
     torch.testing.assert_close(output.y, wanted.weights_TK)
     assert not model.moe.multiplies_gate(x_TD)
@@ -68,7 +77,7 @@ def test_with_a_width_the_gate_is_part_of_it(T: int, impl: str) -> None:
 def test_a_run_names_who_multiplied_by_the_gate(tmp_path: Path) -> None:
     """The router's own kernels for few tokens, else nobody is named."""
     for seq_len, gate in ((16, True), (64, False)):
-        changes = ["model=router", "router=cuda_ext", "model.d_model=2048", "device=cuda", "dtype=bf16"]
+        changes = ["model=router", "router=cuda_ext", "model.gate=true", "device=cuda", "dtype=bf16"]
         cfg = moe_lab.compose([*changes, "batch=1", f"seq_len={seq_len}", "measure.max_time_s=0.1"])
         record = moe_lab.run(cfg, tmp_path / str(seq_len))
         assert (record.status, record.reason) == ("ok", None)
@@ -96,13 +105,11 @@ class Missorting(SoftmaxTopK):
 def test_a_wrong_router_is_found_out() -> None:
     """Weights that go to other experts, and slots in another order."""
     x_TE = logits(37, 12)
-    twin = RouterModel(make_router=lambda E, K: SoftmaxTopK(E, K, "torch"), n_experts=12, top_k=3, sort=False)
+    twin = model_of(partial(make, "mixtral"), "torch")
     right = verify(twin, twin, x_TE, twin(x_TE), torch.float32)
     assert right.mismatch is None and right.check.passed
     for fault, clause in ((Swapping, "a routing weight"), (Missorting, "are not sorted by expert")):
-        model = RouterModel(
-            make_router=lambda E, K, fault=fault: fault(E, K, "torch"), n_experts=12, top_k=3, sort=True
-        )
+        model = model_of(partial(fault, **tiny.keys_of("router", "torch")), "torch", sort=True)
         found = verify(model, twin, x_TE, model(x_TE), torch.float32)
         assert found.mismatch is not None and clause in str(found.mismatch)
 
@@ -110,7 +117,7 @@ def test_a_wrong_router_is_found_out() -> None:
 @pytest.mark.parametrize("field", [pytest.param(f, id=f) for f in ("counts_E", "offsets_E1", "perm_N", "inverse_N")])
 def test_every_part_of_a_dispatch_is_checked(field: str) -> None:
     """One number off is enough."""
-    routing = SoftmaxTopK(12, 3, "torch").select(logits(37, 12))
+    routing = make("torch", 12, 3).select(logits(37, 12))
     order = dispatch(routing.expert_ids_TK, 12)
     check_contract(routing._replace(dispatch=order), 37, 12, 0)
     wrong = getattr(order, field).clone()
@@ -122,8 +129,9 @@ def test_every_part_of_a_dispatch_is_checked(field: str) -> None:
 @IMPLEMENTATION
 def test_a_run_is_verified_and_measured(impl: str, tmp_path: Path) -> None:
     """Grouped scores: ok, by whom it was asked for, without experts; logits and bias read, five arrays written."""
-    changes = ["model=router", "router=deepseek_v3", f"router.impl={impl}", "model.n_experts=64", "model.sort=true"]
-    cfg = moe_lab.compose([*changes, "device=cpu", "batch=1", "seq_len=37", "measure.max_time_s=0.1"])
+    changes = ["model=router", "router=deepseek_v3", f"router.impl={impl}", "model.shape.n_experts=64"]
+    changes += ["model.sort=true", "device=cpu", "batch=1", "seq_len=37", "measure.max_time_s=0.1"]
+    cfg = moe_lab.compose(changes)
     record = moe_lab.run(cfg, tmp_path)
     assert (record.status, record.reason) == ("ok", None)
     assert record.check is not None and record.check.passed
@@ -134,20 +142,20 @@ def test_a_run_is_verified_and_measured(impl: str, tmp_path: Path) -> None:
 
 @needs_cxx
 def test_the_experiment_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
-    """With the device and the execution said otherwise; sizes that do not belong together are left out."""
+    """With the device and the execution said otherwise; two of the shapes."""
     changes = ["router=torch,cuda_ext", "experiment=router_kernels", "device=cpu", "execution=eager"]
     changes += ["measure.cache=natural"]
-    changes += ["seq_len=37", "model.n_experts=8,64", "sweep.report=false", "measure.max_time_s=0.05"]
+    changes += ["seq_len=37", "model/shape=mixtral_8x7b,olmoe_1b_7b", "sweep.report=false", "measure.max_time_s=0.05"]
     done = subprocess.run([*faulty.MOE_LAB, "-m", *changes], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     records = faulty.records_list(tmp_path, "router_kernels")
-    sizes = {(r.config["model"]["n_experts"], r.config["model"]["top_k"]) for r in records if r.status == "ok"}
-    assert sizes == {(8, 2), (64, 8)} and len([r for r in records if r.status == "ok"]) == 4
+    shapes = [r.config["model"]["shape"] for r in records if r.status == "ok"]
+    assert sorted((shape["n_experts"], shape["top_k"]) for shape in shapes) == [(8, 2), (8, 2), (64, 8), (64, 8)]
 
 
 def test_bias_of_a_scored_router_stays_out_of_the_output() -> None:
     """The output is what the experts would be weighed by."""
-    model = RouterModel(make_router=lambda E, K: ScoredTopK(E, K, bias=True), n_experts=12, top_k=3, sort=False)
+    model = model_of(partial(SCORED, bias=True), "auto")
     model.moe.router.bias_E.data = torch.linspace(-1, 1, 12)
     x_TE = logits(37, 12)
     y_TK, (routing,) = model(x_TE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.parameters import initialize, reference_twin
 from moe_lab.models.serving import Decode, Prefill, whole_routing
 from moe_lab.models.transformer_decoder import TransformerDecoder
-from moe_lab.routers.base import NO_CONTEXT, RouteContext, Routing
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing
 from moe_lab.routers.softmax_topk import SoftmaxTopK
+from tests import tiny
 from tests.conftest import needs_cxx
 
 VOCAB, LAYERS, E, K = 61, 3, 5, 2
@@ -36,9 +38,10 @@ class Seen(SoftmaxTopK):
 CONTEXTS: list[RouteContext] = []
 
 
-def decoder(dtype: torch.dtype = torch.float32, router: type[SoftmaxTopK] = SoftmaxTopK, **options: Any) -> DecoderMoE:
-    keys = {"n_kv_heads": 2, **SIZES, "n_experts": E, "top_k": K, **options}
-    model = DecoderMoE(make_router=router, experts=Grouped(), **keys).to(dtype)
+def decoder(dtype: torch.dtype = torch.float32, router: type[Router] = SoftmaxTopK, **options: Any) -> DecoderMoE:
+    keys = {**tiny.keys_of("model", "decoder_moe"), "n_kv_heads": 2, **SIZES, "n_experts": E, "top_k": K, **options}
+    router_keys = tiny.keys_of("router", "mixtral")
+    model = DecoderMoE(make_router=partial(router, **router_keys), experts=Grouped(), **keys).to(dtype)
     initialize(model, 3)
     return model.eval()
 
@@ -114,7 +117,7 @@ def test_each_step_gives_the_logits_and_routes_of_the_whole_pass(
 
 def test_a_decoder_without_experts_decodes_too() -> None:
     """There are no routings, and the logits are those of the whole pass."""
-    model = TransformerDecoder(**SIZES)
+    model = TransformerDecoder(**{**tiny.keys_of("model", "transformer_decoder"), **SIZES})
     initialize(model, 1)
     decode, context = decoding(model, ids(2, 8), 3)
     assert context == ()

@@ -26,11 +26,10 @@ from moe_lab.models.moe_layer import MoELayer, SharedExpert, moe_layers
 from moe_lab.models.parameters import initialize
 from moe_lab.models.soft_moe import SoftMoELayer
 from moe_lab.routers.base import NO_CONTEXT, RouteContext, Routing
-from moe_lab.routers.soft import SoftMoE
-from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.runs.run import Run
 from tests import quick, tiny
 from tests.conftest import needs_cxx
+from tests.routers.cases import make
 from tests.tiny import D, E
 from tests.tiny import F as HIDDEN
 
@@ -43,7 +42,9 @@ MODELS = pytest.mark.parametrize("model", [pytest.param(name, id=name) for name 
 def layer_of(
     experts: Experts | None = None, n_experts: int = E, shared: SharedExpert | None = None, seed: int = 4
 ) -> SoftMoELayer:
-    layer = make_moe_layer(ExpertWeights(n_experts, D, HIDDEN), SoftMoE(n_experts, 1), experts or Grouped(), shared)
+    layer = make_moe_layer(
+        ExpertWeights(n_experts, D, HIDDEN), make("soft", n_experts, 1), experts or Grouped(), shared
+    )
     assert isinstance(layer, SoftMoELayer)
     initialize(layer, seed)
     return layer
@@ -228,8 +229,8 @@ def test_both_softmaxes_are_of_the_logits_that_the_router_computes() -> None:
 def test_the_router_chooses_the_layer() -> None:
     """In both models, but for the dense layers; another router has the usual one."""
     weights = ExpertWeights(E, D, HIDDEN)
-    assert type(make_moe_layer(weights, SoftMoE(E, 2), Loop())) is SoftMoELayer
-    assert type(make_moe_layer(weights, SoftmaxTopK(E, E), Loop())) is MoELayer
+    assert type(make_moe_layer(weights, make("soft", E, 2), Loop())) is SoftMoELayer
+    assert type(make_moe_layer(weights, make("mixtral", E, E), Loop())) is MoELayer
     decoder = tiny.built(tiny.decoder_moe("router=soft", "model.n_dense_layers=1")).built.model
     assert [type(layer) for layer in moe_layers(decoder)] == [SoftMoELayer]
     assert type(tiny.built(tiny.moe_layer("router=soft")).built.model.moe) is SoftMoELayer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +24,9 @@ from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.library import triton_interprets
 from moe_lab.ops.route import Routed, gate_route, multiplies_gate, require_computable, route
 from moe_lab.ops.selection import Selection
-from moe_lab.routers.scored_topk import ScoredTopK
-from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.runs import build
 from tests.ops.compiling import assert_compiles
+from tests.routers.cases import SCORED, make
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where a fixture cannot say it
 needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
@@ -307,9 +307,8 @@ def test_scores_biases_and_groups_are_those_of_the_torch_router(
     if implementation == "triton" and triton_interprets() and E > 64:
         pytest.skip("the interpreter is slow: smaller ones, and all on a GPU")
     T = 5 if implementation == "triton" else 199
-    router = ScoredTopK(
-        E, how.k, "torch", how.score, bias, how.n_groups, how.top_groups, how.group_score, how.renormalize, how.scale
-    ).to(device)
+    keys = {**dataclasses.asdict(how), "bias": bias}
+    router = SCORED(E, keys.pop("k"), impl="torch", **keys).to(device)
     if router.bias_E is not None:
         router.bias_E.data = (0.3 * normal(1, E)[0]).to(device)
     logits_TE = normal(T, E).to(device)
@@ -431,7 +430,7 @@ def test_fake_tensors_have_the_real_shapes(implementation: str) -> None:
 @EXTENSION
 def test_a_compiled_router_has_no_break_and_the_same_results(implementation: str, device: torch.device) -> None:
     """torch.compile(fullgraph=True) of a whole selection."""
-    router = SoftmaxTopK(64, 6, "torch").to(device)
+    router = make("torch", 64, 6).to(device)
     router.impl = implementation
     extension.load()
     logits_TE = normal(37, 64).to(device)

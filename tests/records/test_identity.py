@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import moe_lab
+from moe_lab.records import identity
 from moe_lab.records.identity import cell_id, code_id, content, env_id, model_name, option_name, slug
 from tests import quick, tiny
 
@@ -404,3 +405,71 @@ def test_the_state_of_the_caches_counts() -> None:
     ids = {cell_id(changed(CONFIG, "measure.cache", cache)) for cache in ("natural", "cold", "hot")}
     assert len(ids) == 3
     assert cell_id(CONFIG) in ids  # natural, as records were before there was a choice
+
+
+CELL_IDS = {
+    "decode": "6891f1dc1683",
+    "demo": "439d3859c08a",
+    "gate_kernels": "59e465fe766a",
+    "layer_load": "6abccb086c51",
+    "router_comparison": "212f9ff5819f",
+    "router_kernels": "9c578d0ee72d",
+    "router_swap": "377133c2ad31",
+    "routing_quality": "212f9ff5819f",
+    "sinkhorn_kernels": "b97993aa6512",
+}
+"""Of each experiment's first cell on a CPU. Results are found and joined by these ids.
+
+If one changes here, all results that people have are no longer found. A new key or group must not do that: name it with
+its default in `_LATER` of records/identity.py. If a default itself changes, the id has to change: write it down here,
+and say so in CHANGELOG.md.
+"""
+
+
+@pytest.mark.parametrize("experiment", [pytest.param(name, id=name) for name in CELL_IDS])
+def test_cells_keep_their_ids(experiment: str) -> None:
+    """On every machine and in every folder: the paths name what is not there, so their names count."""
+    paths = ["model.path=no-model", "workload.path=no-text"] if experiment in ("decode", "router_swap") else []
+    assert cell_id(moe_lab.compose([f"experiment={experiment}", "device=cpu", *paths])) == CELL_IDS[experiment]
+
+
+def test_every_experiment_has_a_cell_whose_id_is_known() -> None:
+    assert CELL_IDS.keys() == {path.stem for path in (tiny.ROOT / "conf" / "experiment").glob("*.yaml")}
+
+
+LATER = [
+    pytest.param("seq_parts", 1, 2, id="key"),
+    pytest.param("model.shape.n_new", 0, 3, id="key-in-a-group"),
+    pytest.param("router.inner.noise", None, 0.1, id="key-of-an-inner-router"),
+    pytest.param("quantization", {"name": "none", "bits": None}, {"name": "int8", "bits": 8}, id="group"),
+]
+
+
+@pytest.mark.parametrize(("key", "default", "other"), LATER)
+def test_what_comes_later_leaves_the_ids_of_before(
+    key: str, default: Any, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its default; at another value it is another cell. A configuration and a record's are not changed by asking."""
+    before = moe_lab.compose(["model=moe_layer", "router=capacity"])
+    monkeypatch.setitem(identity._LATER, key, default)
+    at_default, elsewhere = changed(before, key, default), changed(before, key, other)
+    assert cell_id(at_default) == cell_id(before) != cell_id(elsewhere)
+    record: Any = OmegaConf.to_container(at_default, resolve=True)
+    unchanged = json.dumps(record)
+    assert cell_id(record) == cell_id(before)
+    assert json.dumps(record) == unchanged
+
+
+def test_a_key_that_comes_later_in_a_group_that_came_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The group is compared without the key."""
+    before = moe_lab.compose([])
+    monkeypatch.setitem(identity._LATER, "quantization", {"name": "none"})
+    monkeypatch.setitem(identity._LATER, "quantization.bits", 4)
+    assert cell_id(changed(before, "quantization", {"name": "none", "bits": 4})) == cell_id(before)
+    assert cell_id(changed(before, "quantization", {"name": "none", "bits": 8})) != cell_id(before)
+
+
+def test_a_key_that_nobody_named_changes_the_id() -> None:
+    """So `_LATER` is what keeps it, and a key that is forgotten there is seen by the table of ids."""
+    before = moe_lab.compose([])
+    assert cell_id(changed(before, "quantization", {"name": "none"})) != cell_id(before)

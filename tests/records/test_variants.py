@@ -119,6 +119,9 @@ PARTIALS = [
     pytest.param({"batch": 3}, False, id="other-value"),
     pytest.param({"model": {"shape": {"n_experts": 5}}}, True, id="deep"),
     pytest.param({"nothing": 1}, False, id="unknown"),
+    pytest.param({"batch": [1, 2]}, True, id="one-of-several"),
+    pytest.param({"batch": [1, 3]}, False, id="none-of-several"),
+    pytest.param({"router": ["sinkhorn", "torch"]}, True, id="one-of-several-options"),
 ]
 
 

@@ -9,28 +9,31 @@ from typing import Any
 import pytest
 import torch
 
+from moe_lab.config.targets import locate
 from moe_lab.errors import UnavailableError
 from moe_lab.ops.hash_uniform import fill_uniform, stream_of
-from moe_lab.routers.balancing_bias import LossFreeBias, QuantileBias
 from moe_lab.routers.base import RouteContext, Router
-from moe_lab.routers.base_layers import BASELayers
-from moe_lab.routers.batch_aware import OpportunisticActivation, SharedBudget
-from moe_lab.routers.capacity import POLICIES, Capacity
-from moe_lab.routers.dynamic_k import DynamicK
-from moe_lab.routers.expert_choice import ExpertChoice
-from moe_lab.routers.scored_topk import ScoredTopK
-from moe_lab.routers.sinkhorn import Sinkhorn
-from moe_lab.routers.soft import SoftMoE
-from moe_lab.routers.softmax_topk import SoftmaxTopK
-from moe_lab.routers.token_hash import TokenHash, UniformRandom
+from moe_lab.routers.capacity import POLICIES
+from tests import tiny
 
 NewRouter = Callable[[int, int], Router]
 
 
-def ready(make: Callable[..., Router], E: int, K: int, **keys: Any) -> Router:
+def make(option: str, n_experts: int, top_k: int, **keys: Any) -> Router:
+    """router=option, with the keys of its YAML but for those that are given; `inner` is a router."""
+    kind = locate(tiny.option("router", option)["_target_"])
+    router: Router = kind(n_experts, top_k, **{**tiny.keys_of("router", option), **keys})
+    return router
+
+
+SCORED = partial(make, "minimax_m2", bias=False)
+"""Top-k of the sigmoid: what is common to the options of routers/scored_topk.py."""
+
+
+def ready(new_router: Callable[..., Router], E: int, K: int, **keys: Any) -> Router:
     """A router with its parameters filled and its calibration done; skips where it cannot run."""
     try:
-        router = make(E, K, **keys)
+        router = new_router(E, K, **keys)
     except UnavailableError as error:
         pytest.skip(str(error))
     for name, parameter in router.named_parameters():
@@ -43,7 +46,7 @@ def ready(make: Callable[..., Router], E: int, K: int, **keys: Any) -> Router:
 
 def with_capacity(E: int, K: int, policy: str, factor: float = 0.7) -> Router:
     """Softmax top-k with too little room."""
-    return Capacity(E, K, SoftmaxTopK(E, K), factor=factor, policy=policy)
+    return make("capacity", E, K, inner=make("mixtral", E, K), factor=factor, policy=policy)
 
 
 def context(T: int) -> RouteContext:
@@ -52,26 +55,26 @@ def context(T: int) -> RouteContext:
 
 
 CASES: dict[str, NewRouter] = {
-    "softmax": SoftmaxTopK,
-    "softmax-plain": partial(SoftmaxTopK, renormalize=False),
-    "gate-bias": partial(ready, partial(SoftmaxTopK, gate_bias=True)),
-    "sinkhorn": Sinkhorn,
-    "sigmoid-bias": partial(ready, partial(ScoredTopK, bias=True, scale=2.5)),
-    "softmax-bias": partial(ready, partial(ScoredTopK, score="softmax", bias=True, renormalize=False)),
-    "sqrt-softplus": partial(ready, partial(ScoredTopK, score="sqrt_softplus")),
-    "input-scale": partial(ready, partial(ScoredTopK, renormalize=False, scales_input=True)),
-    "expert-choice": ExpertChoice,
-    "base": partial(ready, BASELayers),
-    "hash": TokenHash,
-    "random": UniformRandom,
-    "soft": SoftMoE,
-    "loss-free": partial(ready, partial(LossFreeBias, rate=0.05)),
-    "quantile": partial(ready, QuantileBias),
-    "top-p": partial(DynamicK, rule="top_p", threshold=0.4),
-    "min-p": partial(DynamicK, rule="min_p", threshold=0.5),
-    "expert-skip": partial(ready, partial(DynamicK, rule="min_p")),
-    "oea": OpportunisticActivation,
-    "xshare": partial(SharedBudget, budget=0.3),
+    "softmax": partial(make, "mixtral"),
+    "softmax-plain": partial(make, "olmoe"),
+    "gate-bias": partial(ready, partial(make, "gpt_oss")),
+    "sinkhorn": partial(make, "sinkhorn"),
+    "sigmoid-bias": partial(ready, partial(SCORED, bias=True, scale=2.5)),
+    "softmax-bias": partial(ready, partial(SCORED, score="softmax", bias=True, renormalize=False)),
+    "sqrt-softplus": partial(ready, partial(SCORED, score="sqrt_softplus")),
+    "input-scale": partial(ready, partial(SCORED, renormalize=False, scales_input=True)),
+    "expert-choice": partial(make, "expert_choice"),
+    "base": partial(ready, partial(make, "base")),
+    "hash": partial(make, "hash"),
+    "random": partial(make, "random"),
+    "soft": partial(make, "soft"),
+    "loss-free": partial(ready, partial(make, "loss_free", rate=0.05)),
+    "quantile": partial(ready, partial(make, "quantile")),
+    "top-p": partial(make, "top_p"),
+    "min-p": partial(make, "min_p"),
+    "expert-skip": partial(ready, partial(make, "expert_skip")),
+    "oea": partial(make, "oea"),
+    "xshare": partial(make, "xshare", budget=0.3),
     **{f"capacity-{policy}": partial(with_capacity, policy=policy) for policy in POLICIES},
 }
 EVERY = pytest.mark.parametrize("new_router", [pytest.param(make, id=name) for name, make in CASES.items()])

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from moe_lab.ops import extension
-from moe_lab.routers.balancing_bias import BalancingBias, LossFreeBias, QuantileBias
 from moe_lab.routers.base import RouteContext
-from moe_lab.routers.softmax_topk import SoftmaxTopK
+from tests.routers.cases import make
 
 needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
 ROUTERS = pytest.mark.parametrize(
-    "make", [pytest.param(LossFreeBias, id="loss-free"), pytest.param(QuantileBias, id="quantile")]
+    "option", [pytest.param("loss_free", id="loss-free"), pytest.param("quantile", id="quantile")]
 )
 
 
@@ -28,12 +27,10 @@ def most_over_mean(ids_TK: Tensor, E: int) -> float:
 
 @ROUTERS
 @pytest.mark.parametrize(("E", "K"), [pytest.param(8, 1, id="k=1"), pytest.param(13, 3, id="k=3")])
-def test_the_load_of_the_calibration_becomes_even_and_that_of_its_like_nearly(
-    make: type[BalancingBias], E: int, K: int
-) -> None:
+def test_the_load_of_the_calibration_becomes_even_and_that_of_its_like_nearly(option: str, E: int, K: int) -> None:
     """From twice the mean to under 1.1; on other tokens of the same kind under 1.35."""
-    router = make(E, K)
-    native = most_over_mean(SoftmaxTopK(E, K).select(skewed(2048, E)).expert_ids_TK, E)
+    router = make(option, E, K)
+    native = most_over_mean(make("mixtral", E, K).select(skewed(2048, E)).expert_ids_TK, E)
     router.fit(skewed(2048, E))
     assert native > 1.7
     assert most_over_mean(router.select(skewed(2048, E)).expert_ids_TK, E) < 1.1
@@ -41,10 +38,10 @@ def test_the_load_of_the_calibration_becomes_even_and_that_of_its_like_nearly(
 
 
 @ROUTERS
-def test_before_the_fit_it_is_the_plain_top_k(make: type[BalancingBias]) -> None:
+def test_before_the_fit_it_is_the_plain_top_k(option: str) -> None:
     """The bias is 0; it never weighs, before or after."""
-    router, logits_TE = make(7, 2), skewed(37, 7)
-    plain = SoftmaxTopK(7, 2).select(logits_TE)
+    router, logits_TE = make(option, 7, 2), skewed(37, 7)
+    plain = make("mixtral", 7, 2).select(logits_TE)
     assert torch.equal(router.select(logits_TE).expert_ids_TK, plain.expert_ids_TK)
     before = router.weigh(logits_TE, plain.expert_ids_TK)
     router.fit(logits_TE)
@@ -56,10 +53,10 @@ def test_before_the_fit_it_is_the_plain_top_k(make: type[BalancingBias]) -> None
 def test_the_loss_free_bias_moves_by_the_sign_of_the_load() -> None:
     """By hand: two steps of 0.1 on four tokens that all want expert 0 of three; then the load is as even as it gets."""
     logits_TE = torch.tensor([[1.0, 0.9, 0.0]] * 4)
-    router = LossFreeBias(3, 1, steps=1, rate=0.5)
+    router = make("loss_free", 3, 1, steps=1, rate=0.5)
     router.fit(logits_TE)
     assert router.bias_E.tolist() == [0.0, 0.0, 0.0]  # all to expert 1 is no better than all to expert 0
-    router = LossFreeBias(2, 1, steps=1, rate=0.05)
+    router = make("loss_free", 2, 1, steps=1, rate=0.05)
     router.fit(torch.tensor([[0.1, 0.0], [3.0, 0.0]]))
     assert router.bias_E.tolist() == pytest.approx([-0.05, 0.05])
     assert router.select(torch.tensor([[0.1, 0.0], [3.0, 0.0]])).expert_ids_TK.tolist() == [[1], [0]]
@@ -70,9 +67,9 @@ def test_the_loss_free_bias_moves_by_the_sign_of_the_load() -> None:
     ("T", "E", "K"),
     [pytest.param(0, 5, 2, id="T=0"), pytest.param(1, 5, 2, id="T=1"), pytest.param(9, 4, 4, id="k=E")],
 )
-def test_degenerate_calibrations_give_finite_biases(make: type[BalancingBias], T: int, E: int, K: int) -> None:
+def test_degenerate_calibrations_give_finite_biases(option: str, T: int, E: int, K: int) -> None:
     """Nothing to even out, and nothing breaks."""
-    router = make(E, K)
+    router = make(option, E, K)
     router.fit(skewed(T, E))
     assert bool(router.bias_E.isfinite().all())
 
@@ -82,7 +79,7 @@ def test_kernels_choose_by_the_fitted_bias(impl: str, device: torch.device) -> N
     """As the torch router of the same bias."""
     logits_TE = skewed(199, 12).to(device)
     with torch.device(device):
-        routers = [LossFreeBias(12, 3, name, steps=20) for name in ("torch", impl)]
+        routers = [make("loss_free", 12, 3, impl=name, steps=20) for name in ("torch", impl)]
     for router in routers:
         router.fit(logits_TE)
     expected, found = (router.select(logits_TE, RouteContext(want_scores=True)) for router in routers)

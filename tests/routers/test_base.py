@@ -14,16 +14,14 @@ from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.softmax_topk import top_k
 from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, check_finite, gate_logits, require_finite
 from moe_lab.routers.contract import check_contract
-from moe_lab.routers.sinkhorn import Sinkhorn
-from moe_lab.routers.softmax_topk import SoftmaxTopK
-from tests.routers.cases import EVERY, EVERY_WHOSE_TOKENS_STAY_APART, NewRouter, context
+from tests.routers.cases import EVERY, EVERY_WHOSE_TOKENS_STAY_APART, NewRouter, context, make
 
 ROUTERS = pytest.mark.parametrize(
     "new_router",
     [
-        pytest.param(SoftmaxTopK, id="softmax"),
-        pytest.param(partial(SoftmaxTopK, renormalize=False), id="softmax-plain"),
-        pytest.param(Sinkhorn, id="sinkhorn"),
+        pytest.param(partial(make, "mixtral"), id="softmax"),
+        pytest.param(partial(make, "olmoe"), id="softmax-plain"),
+        pytest.param(partial(make, "sinkhorn"), id="sinkhorn"),
     ],
 )
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lab.routers.base_layers import BASELayers
-from moe_lab.routers.softmax_topk import SoftmaxTopK
+from tests.routers.cases import make
 
 pytest.importorskip("scipy")
 
@@ -33,7 +32,7 @@ def test_for_one_expert_each_it_is_the_assignment_of_scipy(T: int, E: int) -> No
     from scipy.optimize import linear_sum_assignment
 
     logits_TE = skewed(T, E)
-    ids_TK = BASELayers(E, 1).select(logits_TE).expert_ids_TK
+    ids_TK = make("base", E, 1).select(logits_TE).expert_ids_TK
     rows, columns = linear_sum_assignment(np.repeat(logits_TE.double().numpy(), T // E, axis=1), maximize=True)
     best = float(logits_TE.double().numpy()[rows, columns // (T // E)].sum())
     assert total(logits_TE, ids_TK) == pytest.approx(best, rel=1e-9)
@@ -49,7 +48,7 @@ def test_for_two_experts_each_nothing_balanced_is_better() -> None:
         for choice in itertools.product(pairs, repeat=4)
         if all(sum(e in pair for pair in choice) == 2 for e in range(4))
     )
-    assert total(logits_TE, BASELayers(4, 2).select(logits_TE).expert_ids_TK) == pytest.approx(best, rel=1e-6)
+    assert total(logits_TE, make("base", 4, 2).select(logits_TE).expert_ids_TK) == pytest.approx(best, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,7 @@ def test_for_two_experts_each_nothing_balanced_is_better() -> None:
 def test_the_load_is_as_even_as_it_can_be(T: int, E: int, K: int) -> None:
     """Between the whole numbers around T k / E; weights are the sigmoids."""
     logits_TE = skewed(T, E)
-    routing = BASELayers(E, K).select(logits_TE)
+    routing = make("base", E, K).select(logits_TE)
     loads = routing.expert_ids_TK.flatten().bincount(minlength=E)
     assert math.floor(T * K / E) <= int(loads.min()) <= int(loads.max()) <= math.ceil(T * K / E)
     torch.testing.assert_close(routing.weights_TK, logits_TE.sigmoid().gather(1, routing.expert_ids_TK.long()))
@@ -74,14 +73,14 @@ def test_the_load_is_as_even_as_it_can_be(T: int, E: int, K: int) -> None:
 def test_one_token_has_its_best_experts() -> None:
     """There is nothing to even out between tokens."""
     logits_TE = skewed(1, 7)
-    best = SoftmaxTopK(7, 3).select(logits_TE).expert_ids_TK
-    assert torch.equal(BASELayers(7, 3).select(logits_TE).expert_ids_TK, best)
+    best = make("mixtral", 7, 3).select(logits_TE).expert_ids_TK
+    assert torch.equal(make("base", 7, 3).select(logits_TE).expert_ids_TK, best)
 
 
 def test_huge_logits_are_assigned() -> None:
     """What all entries share does not matter."""
     logits_TE = skewed(12, 4)
-    shifted = BASELayers(4, 1).select(logits_TE + 3e4)
+    shifted = make("base", 4, 1).select(logits_TE + 3e4)
     assert total(logits_TE, shifted.expert_ids_TK) == pytest.approx(
-        total(logits_TE, BASELayers(4, 1).select(logits_TE).expert_ids_TK), abs=0.05
+        total(logits_TE, make("base", 4, 1).select(logits_TE).expert_ids_TK), abs=0.05
     )

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.routers.base import RouteContext, Router
-from moe_lab.routers.batch_aware import OpportunisticActivation, SharedBudget
-from moe_lab.routers.softmax_topk import SoftmaxTopK
+from tests.routers.cases import make
 
 
 def random_logits(T: int, E: int) -> Tensor:
@@ -30,7 +29,7 @@ def test_oea_is_the_walk_of_the_paper(T: int, E: int, K: int, k0: int) -> None:
     preference = [sorted(range(E), key=lambda e: -float(row[e])) for row in logits_TE]
     union = {e for row in preference for e in row[:k0]}
     expected = [[e for e in row if e in union][:K] for row in preference]
-    routing = OpportunisticActivation(E, K, k0=k0).select(logits_TE)
+    routing = make("oea", E, K, k0=k0).select(logits_TE)
     assert [[e for e in row if e >= 0] for row in routing.expert_ids_TK.tolist()] == expected
     for row, weights, logits_E in zip(expected, routing.weights_TK, logits_TE, strict=True):
         torch.testing.assert_close(weights[: len(row)], logits_E[row].softmax(0))
@@ -43,9 +42,9 @@ def test_fewer_experts_are_touched() -> None:
     counts = [
         len(unique(router.select(logits_TE).expert_ids_TK))
         for router in (
-            SoftmaxTopK(32, 4),
-            OpportunisticActivation(32, 4, k0=2),
-            OpportunisticActivation(32, 4, k0=1),
+            make("mixtral", 32, 4),
+            make("oea", 32, 4, k0=2),
+            make("oea", 32, 4, k0=1),
         )
     ]
     assert counts[0] > counts[1] > counts[2]
@@ -60,14 +59,14 @@ def test_xshare_has_everyones_best_and_the_largest_sums(budget: float) -> None:
     shared = {int(row.argmax()) for row in logits_TE}
     while len(shared) < round(budget * E):
         shared.add(max((e for e in range(E) if e not in shared), key=lambda e: float(p_TE[:, e].sum())))
-    routing = SharedBudget(E, K, budget=budget).select(logits_TE)
+    routing = make("xshare", E, K, budget=budget).select(logits_TE)
     expected = [sorted((e for e in shared), key=lambda e: -float(row[e]))[:K] for row in logits_TE]
     assert [[e for e in row if e >= 0] for row in routing.expert_ids_TK.tolist()] == expected
 
 
 @pytest.mark.parametrize(
     "router",
-    [pytest.param(OpportunisticActivation(8, 2), id="oea"), pytest.param(SharedBudget(8, 2, budget=0.2), id="xshare")],
+    [pytest.param(make("oea", 8, 2), id="oea"), pytest.param(make("xshare", 8, 2, budget=0.2), id="xshare")],
 )
 def test_padding_brings_in_no_expert(router: Router) -> None:
     """Three tokens that want expert 0, and one of padding that wants expert 7."""
@@ -79,15 +78,15 @@ def test_padding_brings_in_no_expert(router: Router) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "keys", "message"),
+    ("option", "keys", "message"),
     [
-        pytest.param(OpportunisticActivation, {"k0": 3}, r"router\.k0=3.*top_k=2", id="k0>k"),
-        pytest.param(OpportunisticActivation, {"k0": 0}, r"router\.k0=0", id="k0=0"),
-        pytest.param(SharedBudget, {"budget": 0.0}, r"router\.budget=0", id="no-budget"),
-        pytest.param(SharedBudget, {"budget": 1.5}, r"router\.budget=1\.5", id="too-large"),
+        pytest.param("oea", {"k0": 3}, r"router\.k0=3.*top_k=2", id="k0>k"),
+        pytest.param("oea", {"k0": 0}, r"router\.k0=0", id="k0=0"),
+        pytest.param("xshare", {"budget": 0.0}, r"router\.budget=0", id="no-budget"),
+        pytest.param("xshare", {"budget": 1.5}, r"router\.budget=1\.5", id="too-large"),
     ],
 )
-def test_keys_that_cannot_be_are_named(make: Any, keys: dict[str, Any], message: str) -> None:
+def test_keys_that_cannot_be_are_named(option: str, keys: dict[str, Any], message: str) -> None:
     """A ValueError with the key."""
     with pytest.raises(ValueError, match=message):
-        make(8, 2, **keys)
+        make(option, 8, 2, **keys)

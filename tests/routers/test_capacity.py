@@ -11,10 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lab.routers.capacity import POLICIES, Capacity
-from moe_lab.routers.dynamic_k import DynamicK
-from moe_lab.routers.sinkhorn import Sinkhorn
-from moe_lab.routers.softmax_topk import SoftmaxTopK
+from moe_lab.routers.capacity import POLICIES
+from tests.routers.cases import make, with_capacity
 
 
 def random_logits(T: int, E: int, seed: int = 0) -> Tensor:
@@ -57,7 +55,7 @@ SIZES = pytest.mark.parametrize(
 def test_who_finds_room_is_as_the_policy_says(T: int, E: int, K: int, factor: float, policy: str) -> None:
     """Served one slot after the other by hand; kept weights stay, dropped slots are unused."""
     logits_TE = random_logits(T, E)
-    inner, router = SoftmaxTopK(E, K), Capacity(E, K, SoftmaxTopK(E, K), factor=factor, policy=policy)
+    inner, router = make("mixtral", E, K), with_capacity(E, K, policy, factor)
     before, routing = inner.select(logits_TE), router.select(logits_TE)
     room = max(1, math.ceil(factor * T * K / E))
     assert router.capacity(T) == room
@@ -75,7 +73,7 @@ def test_next_best_leaves_no_slot_and_no_room_both_unused(T: int, E: int, data: 
     """A token with an unused slot has every expert that has room already; no expert is over its capacity."""
     K = data.draw(st.integers(1, E))
     logits_TE = random_logits(T, E, data.draw(st.integers(0, 99)))
-    router = Capacity(E, K, SoftmaxTopK(E, K), factor=factor, policy="next_best")
+    router = with_capacity(E, K, "next_best", factor)
     ids_TK = router.select(logits_TE).expert_ids_TK
     load_E = ids_TK[ids_TK >= 0].bincount(minlength=E)
     assert int(load_E.max()) <= router.capacity(T)
@@ -84,26 +82,26 @@ def test_next_best_leaves_no_slot_and_no_room_both_unused(T: int, E: int, data: 
         used = [e for e in row if e >= 0]
         assert len(set(used)) == len(used)
         assert -1 not in row or with_room <= set(used)
-    first = Capacity(E, K, SoftmaxTopK(E, K), factor=factor, policy="position").select(logits_TE).expert_ids_TK
+    first = with_capacity(E, K, "position", factor).select(logits_TE).expert_ids_TK
     assert bool((ids_TK[first >= 0] == first[first >= 0]).all())
 
 
 def test_dropless_is_the_inner_router_with_its_properties() -> None:
     """Whatever the factor; of Sinkhorn too."""
     logits_TE = random_logits(37, 7)
-    for inner in (SoftmaxTopK(7, 2), Sinkhorn(7, 2)):
-        router = Capacity(7, 2, inner, factor=0.1, policy="dropless")
+    for inner in (make("mixtral", 7, 2), make("sinkhorn", 7, 2)):
+        router = make("capacity", 7, 2, inner=inner, factor=0.1, policy="dropless")
         routing, expected = router.select(logits_TE), inner.select(logits_TE)
         assert torch.equal(routing.expert_ids_TK, expected.expert_ids_TK)
         assert torch.equal(routing.weights_TK, expected.weights_TK)
         assert (router.causal, router.batch_invariant, router.static_k) == (inner.causal, inner.batch_invariant, True)
-    assert not Capacity(7, 2, SoftmaxTopK(7, 2)).causal
+    assert not make("capacity", 7, 2, inner=make("mixtral", 7, 2)).causal
 
 
 def test_the_inner_router_is_fitted_and_warns() -> None:
     """What it declares is passed on."""
-    router = Capacity(7, 2, Sinkhorn(7, 2))
-    assert router.warnings(1) == Sinkhorn(7, 2).warnings(1)
+    router = make("capacity", 7, 2, inner=make("sinkhorn", 7, 2))
+    assert router.warnings(1) == make("sinkhorn", 7, 2).warnings(1)
     assert router.implementation() == "torch"
     assert not router.calibrates
 
@@ -114,13 +112,13 @@ def test_the_inner_router_is_fitted_and_warns() -> None:
         pytest.param({"policy": "random"}, r"router\.policy=random.*next_best", id="policy"),
         pytest.param({"factor": 0.0}, r"router\.factor=0", id="zero"),
         pytest.param({"factor": float("inf")}, r"router\.factor=inf", id="infinite"),
-        pytest.param({"inner": DynamicK(7, 2, threshold=0.5)}, r"router\.inner: DynamicK", id="inner"),
+        pytest.param({"inner": make("top_p", 7, 2, threshold=0.5)}, r"router\.inner: DynamicK", id="inner"),
     ],
 )
 def test_keys_that_cannot_be_are_named(keys: dict[str, Any], message: str) -> None:
     """A ValueError with the key."""
     with pytest.raises(ValueError, match=message):
-        Capacity(7, 2, **{"inner": SoftmaxTopK(7, 2), **keys})
+        make("capacity", 7, 2, **{"inner": make("mixtral", 7, 2), **keys})
 
 
 def test_every_policy_is_tested() -> None:

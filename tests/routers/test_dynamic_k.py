@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lab.routers.dynamic_k import DynamicK
+from tests.routers.cases import make
 from tests.routers.peers import dense
 
 P = [0.5, 0.3, 0.15, 0.05]
@@ -31,7 +31,7 @@ def test_the_table_by_hand(rule: str, threshold: float, kept: list[int]) -> None
     """Probabilities 0.5, 0.3, 0.15, 0.05, in another order; the kept ones' weights sum to 1."""
     logits_TE = torch.tensor([P]).log()[:, [2, 0, 3, 1]]
     place = {0: 1, 1: 3, 2: 0, 3: 2}
-    routing = DynamicK(4, 4, rule=rule, threshold=threshold).select(logits_TE)
+    routing = make("top_p", 4, 4, rule=rule, threshold=threshold).select(logits_TE)
     used = routing.expert_ids_TK[0][routing.expert_ids_TK[0] >= 0].tolist()
     assert used == [place[rank] for rank in kept]
     share = sum(P[rank] for rank in kept)
@@ -49,7 +49,7 @@ def test_the_table_by_hand(rule: str, threshold: float, kept: list[int]) -> None
 def test_the_rule_holds_for_any_row(rows: list[list[int]], rule: str, threshold: float, k_max: int) -> None:
     """Against the definition, one row at a time in float64."""
     logits_TE = torch.tensor(rows, dtype=torch.float32)
-    routing = DynamicK(5, 2, rule=rule, threshold=threshold, k_max=k_max).select(logits_TE)
+    routing = make("top_p", 5, 2, rule=rule, threshold=threshold, k_max=k_max).select(logits_TE)
     expected_TE = torch.zeros(len(rows), 5, dtype=torch.float64)
     for t, row_E in enumerate(logits_TE.double()):
         p_E = row_E.softmax(0)
@@ -67,7 +67,7 @@ def test_the_rule_holds_for_any_row(rows: list[list[int]], rule: str, threshold:
 def test_expert_skip_fits_the_median_ratio() -> None:
     """p2/p1 of 0.2, 0.5 and 0.9: half of the tokens keep their second expert."""
     logits_TE = torch.tensor([[1.0, 0.2, 0.01], [1.0, 0.5, 0.01], [1.0, 0.9, 0.01]]).log()
-    router = DynamicK(3, 2, rule="min_p")
+    router = make("expert_skip", 3, 2)
     assert router.calibrates
     router.fit(logits_TE)
     assert float(router.threshold) == pytest.approx(0.5)
@@ -86,10 +86,10 @@ def test_expert_skip_fits_the_median_ratio() -> None:
 def test_keys_that_cannot_be_are_named(keys: dict[str, Any], message: str) -> None:
     """A ValueError with the key."""
     with pytest.raises(ValueError, match=message):
-        DynamicK(5, 2, **keys)
+        make("top_p", 5, 2, **{"threshold": None, **keys})
 
 
 def test_at_most_k_max_experts_and_never_more_than_there_are() -> None:
     """k_max replaces the model's k."""
-    assert DynamicK(5, 2, threshold=1.0, k_max=9).select(torch.zeros(3, 5)).expert_ids_TK.shape == (3, 5)
-    assert DynamicK(5, 2, threshold=1.0).select(torch.zeros(3, 5)).expert_ids_TK.shape == (3, 2)
+    assert make("top_p", 5, 2, threshold=1.0, k_max=9).select(torch.zeros(3, 5)).expert_ids_TK.shape == (3, 5)
+    assert make("top_p", 5, 2, threshold=1.0).select(torch.zeros(3, 5)).expert_ids_TK.shape == (3, 2)

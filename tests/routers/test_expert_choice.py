@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lab.routers.expert_choice import ExpertChoice
+from tests.routers.cases import make
 from tests.routers.peers import dense
 
 
@@ -30,7 +30,7 @@ def random_logits(T: int, E: int) -> Tensor:
 def test_every_expert_takes_its_best_tokens(T: int, E: int, K: int, factor: float) -> None:
     """Column by column in float64: the C tokens with the largest probability, which is their weight."""
     logits_TE = random_logits(T, E)
-    routing = ExpertChoice(E, K, factor=factor).select(logits_TE)
+    routing = make("expert_choice", E, K, factor=factor).select(logits_TE)
     p_TE = logits_TE.double().softmax(-1)
     expected_TE = torch.zeros(T, E, dtype=torch.float64)
     capacity = min(T, math.ceil(factor * T * K / E))
@@ -44,20 +44,20 @@ def test_every_expert_takes_its_best_tokens(T: int, E: int, K: int, factor: floa
 def test_a_token_may_have_no_expert() -> None:
     """Its slots are unused; the routing is as wide as its fullest row."""
     logits_TE = torch.tensor([[9.0, 9.0, 0.0], [8.0, 8.0, 0.0], [0.0, 0.0, 0.0]])
-    routing = ExpertChoice(3, 1).select(logits_TE)
+    routing = make("expert_choice", 3, 1).select(logits_TE)
     assert routing.expert_ids_TK.tolist() == [[0, 1], [-1, -1], [2, -1]]
     assert routing.weights_TK[1].tolist() == [0.0, 0.0]
 
 
 def test_equal_tokens_go_to_the_first() -> None:
     """A tie of all tokens is broken by their order."""
-    routing = ExpertChoice(4, 1).select(torch.zeros(8, 4))
+    routing = make("expert_choice", 4, 1).select(torch.zeros(8, 4))
     assert (routing.expert_ids_TK >= 0).sum(-1).tolist() == [4, 4, 0, 0, 0, 0, 0, 0]
 
 
 def test_one_token_is_said() -> None:
     """Every expert takes it."""
-    router = ExpertChoice(5, 2)
+    router = make("expert_choice", 5, 2)
     assert router.select(random_logits(1, 5)).expert_ids_TK.shape == (1, 5)
     assert "one token" in router.warnings(1)[0]
     assert router.warnings(2) == []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lab.routers.base import RouteContext
 from moe_lab.routers.scored_topk import SCORES, ScoredTopK, score, within_groups
-from tests.routers.cases import ready
+from tests.routers.cases import SCORED, ready
 from tests.routers.peers import dense, peer_router
 
 SIZES = pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def random_logits(T: int, E: int) -> Tensor:
 
 
 def router(E: int, K: int, **keys: Any) -> ScoredTopK:
-    made = ready(ScoredTopK, E, K, **keys)
+    made = ready(SCORED, E, K, **keys)
     assert isinstance(made, ScoredTopK)
     return made
 
@@ -185,7 +185,7 @@ def test_scores_of_extreme_logits_are_finite(kind: str) -> None:
 def test_keys_that_cannot_be_are_named(keys: dict[str, Any], message: str) -> None:
     """A ValueError with the key, the value and what it must be."""
     with pytest.raises(ValueError, match=message):
-        ScoredTopK(8, 2, **keys)
+        SCORED(8, 2, **keys)
 
 
 def test_scores_are_those_that_were_ranked() -> None:

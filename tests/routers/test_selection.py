@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,11 +14,9 @@ from moe_lab.ops import extension
 from moe_lab.ops.route import gate_route
 from moe_lab.ops.selection import Selection
 from moe_lab.ops.softmax_topk import chosen
-from moe_lab.routers.balancing_bias import LossFreeBias
-from moe_lab.routers.base import RouteContext
-from moe_lab.routers.scored_topk import ScoredTopK
+from moe_lab.routers.base import RouteContext, Router
 from moe_lab.routers.selection import SelectionRouter
-from moe_lab.routers.softmax_topk import SoftmaxTopK
+from tests.routers.cases import SCORED, make
 
 needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
 
@@ -63,14 +64,22 @@ def test_what_no_kernel_computes_is_refused_before_anything_runs(impl: str, devi
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", [pytest.param("cuda_ext", marks=needs_cxx)])
-@pytest.mark.parametrize("make", [SoftmaxTopK, ScoredTopK, LossFreeBias, Sigmoids])
+@pytest.mark.parametrize(
+    "new_router",
+    [
+        pytest.param(partial(make, "mixtral"), id="softmax"),
+        pytest.param(SCORED, id="scored"),
+        pytest.param(partial(make, "loss_free"), id="loss-free"),
+        pytest.param(Sigmoids, id="own"),
+    ],
+)
 @pytest.mark.parametrize(("T", "E"), [pytest.param(16, 64, id="few tokens"), pytest.param(199, 8, id="few experts")])
 def test_a_router_multiplies_by_its_gate_where_that_is_faster(
-    make: type[SelectionRouter], T: int, E: int, impl: str
+    new_router: Callable[..., Router], T: int, E: int, impl: str
 ) -> None:
     """In half precision, not where scores or sorted slots are asked for; compiled too."""
     with torch.device("cuda"):
-        router = make(E, 6, impl).compute_on(torch.device("cuda"))
+        router = new_router(E, 6, impl=impl).compute_on(torch.device("cuda"))
         x_TD, gate_ED = torch.randn(T, 2048).bfloat16(), (torch.randn(E, 2048) / 2048**0.5).bfloat16()
     assert router.multiplies_gate(T, gate_ED, x_TD.dtype) and not router.multiplies_gate(T, gate_ED, torch.float32)
     fused, apart = router.route(x_TD, gate_ED), router.select(x_TD @ gate_ED.t())

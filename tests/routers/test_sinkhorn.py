@@ -13,8 +13,7 @@ from torch import Tensor
 from moe_lab.errors import UnavailableError
 from moe_lab.ops import extension
 from moe_lab.routers.base import RouteContext
-from moe_lab.routers.sinkhorn import Sinkhorn
-from moe_lab.routers.softmax_topk import SoftmaxTopK
+from tests.routers.cases import make
 
 needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
 SIZES = pytest.mark.parametrize(
@@ -54,7 +53,7 @@ def load_max_over_mean(ids_TK: Tensor, E: int) -> float:
 def test_the_best_of_the_plan_are_chosen(T: int, E: int, K: int, iters: int, temperature: float) -> None:
     """The ids are the k largest of a Sinkhorn plan computed in float64, which are the scores."""
     logits_TE = skewed_logits(T, E)
-    router = Sinkhorn(E, K, iters=iters, temperature=temperature)
+    router = make("sinkhorn", E, K, iters=iters, temperature=temperature)
     routing = router.select(logits_TE, RouteContext(want_scores=True))
     expected_TE = plan64(logits_TE, iters, temperature)
     assert routing.expert_ids_TK.tolist() == np.argsort(-expected_TE, axis=-1, kind="stable")[:, :K].tolist()
@@ -67,7 +66,7 @@ def test_the_best_of_the_plan_are_chosen(T: int, E: int, K: int, iters: int, tem
 def test_weights_come_from_the_original_softmax(T: int, E: int, K: int, temperature: float) -> None:
     """A chosen expert weighs its share of softmax(logits), without temperature or plan."""
     logits_TE = skewed_logits(T, E)
-    routing = Sinkhorn(E, K, temperature=temperature).select(logits_TE)
+    routing = make("sinkhorn", E, K, temperature=temperature).select(logits_TE)
     chosen_TK = logits_TE.double().softmax(-1).gather(1, routing.expert_ids_TK.long())
     torch.testing.assert_close(
         routing.weights_TK.double(), chosen_TK / chosen_TK.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7
@@ -79,7 +78,7 @@ def test_weights_come_from_the_original_softmax(T: int, E: int, K: int, temperat
 def test_skewed_logits_are_evened_out(K: int, E: int) -> None:
     """Where the softmax router overloads the first experts, the fullest expert has clearly less."""
     logits_TE = skewed_logits(199, E)
-    balanced, native = (router(E, K).select(logits_TE).expert_ids_TK for router in (Sinkhorn, SoftmaxTopK))
+    balanced, native = (make(name, E, K).select(logits_TE).expert_ids_TK for name in ("sinkhorn", "mixtral"))
     assert load_max_over_mean(native, E) > 2
     assert load_max_over_mean(balanced, E) < 0.7 * load_max_over_mean(native, E)
 
@@ -87,7 +86,7 @@ def test_skewed_logits_are_evened_out(K: int, E: int) -> None:
 def test_without_iterations_the_choice_is_the_softmax_router_s() -> None:
     """With iters=0 the plan is the softmax."""
     logits_TE = skewed_logits(199, 12)
-    routing, expected = Sinkhorn(12, 3, iters=0).select(logits_TE), SoftmaxTopK(12, 3).select(logits_TE)
+    routing, expected = make("sinkhorn", 12, 3, iters=0).select(logits_TE), make("mixtral", 12, 3).select(logits_TE)
     assert torch.equal(routing.expert_ids_TK, expected.expert_ids_TK)
     assert torch.equal(routing.weights_TK, expected.weights_TK)
 
@@ -96,7 +95,7 @@ def test_sinkhorn_is_not_causal() -> None:
     """As declared: tokens that all want expert 0, added at the end, move the first token off it."""
     early_TE = torch.tensor([[1.0, 0.9, 0.0], [0.0, 0.0, 1.0]])
     late_TE = torch.tensor([[5.0, 0.0, 0.0]]).expand(9, 3)
-    router = Sinkhorn(3, 1)
+    router = make("sinkhorn", 3, 1)
     assert not router.causal
     assert int(router.select(early_TE).expert_ids_TK[0, 0]) == 0
     assert int(router.select(torch.cat([early_TE, late_TE])).expert_ids_TK[0, 0]) == 1
@@ -105,7 +104,7 @@ def test_sinkhorn_is_not_causal() -> None:
 def test_sinkhorn_is_not_batch_invariant() -> None:
     """As declared: a token that goes to expert 0 alone goes elsewhere beside tokens that want expert 0 more."""
     token_1E, others_TE = torch.tensor([[1.0, 0.9, 0.0]]), torch.tensor([[5.0, 0.0, 0.0]]).expand(9, 3)
-    router = Sinkhorn(3, 1)
+    router = make("sinkhorn", 3, 1)
     assert not router.batch_invariant
     assert int(router.select(token_1E).expert_ids_TK[0, 0]) == 0
     assert int(router.select(torch.cat([others_TE, token_1E])).expert_ids_TK[-1, 0]) == 1
@@ -116,8 +115,8 @@ def test_sinkhorn_is_not_batch_invariant() -> None:
 def test_one_token_is_routed_by_its_logits(K: int, temperature: float) -> None:
     """With T=1 the uniform plan decides nothing, so the route and the scores are those of the logits."""
     logits_1E = skewed_logits(1, 7).half()
-    routing = Sinkhorn(7, K, temperature=temperature).select(logits_1E, RouteContext(want_scores=True))
-    expected = SoftmaxTopK(7, K).select(logits_1E)
+    routing = make("sinkhorn", 7, K, temperature=temperature).select(logits_1E, RouteContext(want_scores=True))
+    expected = make("mixtral", 7, K).select(logits_1E)
     assert torch.equal(routing.expert_ids_TK, expected.expert_ids_TK)
     assert torch.equal(routing.weights_TK, expected.weights_TK)
     assert torch.equal(routing.scores_TE, logits_1E.float())
@@ -125,7 +124,7 @@ def test_one_token_is_routed_by_its_logits(K: int, temperature: float) -> None:
 
 def test_the_fallback_at_one_token_is_said() -> None:
     """A run with one token warns, naming the router; other runs do not."""
-    router = Sinkhorn(7, 2)
+    router = make("sinkhorn", 7, 2)
     (warning,) = router.warnings(1)
     assert "router=sinkhorn" in warning and "one token" in warning
     assert [router.warnings(n_tokens) for n_tokens in (0, 2, 199)] == [[], [], []]
@@ -140,7 +139,7 @@ def test_any_entry_that_is_not_finite_is_refused(value: float, T: int) -> None:
     logits_TE = skewed_logits(T, 7)
     logits_TE[T - 1, 3] = value
     with pytest.raises(ValueError, match=rf"layer 5\b.*not finite.*token {T - 1}\b"):
-        Sinkhorn(7, 2).select(logits_TE, RouteContext(layer=5))
+        make("sinkhorn", 7, 2).select(logits_TE, RouteContext(layer=5))
 
 
 @pytest.mark.parametrize("size", [pytest.param(3e4, id="3e4"), pytest.param(3e38, id="3e38")])
@@ -150,14 +149,14 @@ def test_huge_finite_logits_are_not_ranked_as_nan(size: float, temperature: floa
     logits_TE = torch.tensor([[size, -size, 0.0, 1.0], [1.0, 2.0, 3.0, -size]])
     routing = None
     with contextlib.suppress(ValueError):
-        routing = Sinkhorn(4, 2, temperature=temperature).select(logits_TE, RouteContext(want_scores=True))
+        routing = make("sinkhorn", 4, 2, temperature=temperature).select(logits_TE, RouteContext(want_scores=True))
     assert routing is None or not routing.scores_TE.isnan().any()
 
 
 def test_auto_is_torch_on_a_cpu() -> None:
     """The default picks one, and the record says which."""
     for impl in ("auto", "torch"):
-        assert Sinkhorn(7, 2, impl=impl).compute_on(torch.device("cpu")).implementation() == "torch"
+        assert make("sinkhorn", 7, 2, impl=impl).compute_on(torch.device("cpu")).implementation() == "torch"
 
 
 @pytest.mark.parametrize("tolerance", [pytest.param(0.0, id="all iterations"), pytest.param(0.05, id="until near")])
@@ -165,7 +164,7 @@ def test_auto_is_torch_on_a_cpu() -> None:
 def test_kernels_route_as_the_reference(impl: str, tolerance: float, device: torch.device) -> None:
     """Ids, weights and scores, beside the scale of the columns that they were ranked by."""
     logits_TE = skewed_logits(199, 12).to(device)
-    routers = [Sinkhorn(12, 3, name, tolerance=tolerance).compute_on(device) for name in ("torch", impl)]
+    routers = [make("sinkhorn", 12, 3, impl=name, tolerance=tolerance).compute_on(device) for name in ("torch", impl)]
     expected, found = (router.select(logits_TE, RouteContext(want_scores=True)) for router in routers)
     assert routers[1].implementation().startswith(impl)
     assert torch.equal(found.expert_ids_TK, expected.expert_ids_TK)
@@ -178,7 +177,7 @@ def test_kernels_route_as_the_reference(impl: str, tolerance: float, device: tor
 def test_a_reference_of_a_kernel_router_is_torch(device: torch.device) -> None:
     """What verification compares with."""
     with torch.device(device):
-        router = Sinkhorn(12, 3, "triton").compute_on(device)
+        router = make("sinkhorn", 12, 3, impl="triton").compute_on(device)
     assert router.implementation() == "triton"
     router.use_reference()
     assert router.implementation() == "torch"
@@ -187,6 +186,6 @@ def test_a_reference_of_a_kernel_router_is_torch(device: torch.device) -> None:
 def test_an_implementation_without_such_a_kernel_is_unavailable() -> None:
     """No silent fallback: the error names router and implementation."""
     with pytest.raises(UnavailableError, match=r"router\.impl=vllm.*Sinkhorn"):
-        Sinkhorn(7, 2, impl="vllm")
+        make("sinkhorn", 7, 2, impl="vllm")
     with pytest.raises(UnavailableError, match="at most 1024 experts"):
-        Sinkhorn(2000, 2, impl="cuda_ext").compute_on(torch.device("cpu"))
+        make("sinkhorn", 2000, 2, impl="cuda_ext").compute_on(torch.device("cpu"))

@@ -25,7 +25,7 @@ class Faulty(SoftmaxTopK):
     """Fails in `select`, once it was called `after` times."""
 
     def __init__(self, n_experts, top_k, fault, after=0):
-        super().__init__(n_experts, top_k)
+        super().__init__(n_experts, top_k, impl="auto", renormalize=True, gate_bias=False)
         self.fault, self.after, self.calls = fault, after, 0
 
     def select(self, logits_TE, ctx=None):

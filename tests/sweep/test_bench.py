@@ -28,14 +28,14 @@ class Scaled(SoftmaxTopK):
     """Has a parameter of its own, of `width` numbers per expert."""
 
     def __init__(self, n_experts, top_k, width):
-        super().__init__(n_experts, top_k)
+        super().__init__(n_experts, top_k, impl="auto", renormalize=True, gate_bias=False)
         self.bias = torch.nn.Parameter(torch.empty(n_experts, width), requires_grad=False)
 
 class Picky(SoftmaxTopK):
     """Raises when it is made, or when it selects."""
 
     def __init__(self, n_experts, top_k, when, kind):
-        super().__init__(n_experts, top_k)
+        super().__init__(n_experts, top_k, impl="auto", renormalize=True, gate_bias=False)
         self.when = when
         self.error = {"unavailable": UnavailableError, "value": ValueError, "other": RuntimeError}[kind]
         if when == "made":

@@ -27,7 +27,7 @@ class Talker(SoftmaxTopK):
     """Prints who it is, and waits in `select`."""
 
     def __init__(self, n_experts, top_k, pause_s):
-        super().__init__(n_experts, top_k)
+        super().__init__(n_experts, top_k, impl="auto", renormalize=True, gate_bias=False)
         self.pause_s = pause_s
         print(f"talker in {os.getpid()}")
 
