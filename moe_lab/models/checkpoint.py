@@ -33,7 +33,8 @@ class Checkpoint(DecoderMoE):
         settings = checkpoint_config.read(path)
         self.folder, self._dense_layers = Path(path), settings.dense_layers
         self.max_positions, self.ends = settings.max_positions, settings.ends
-        super().__init__(make_router=make_router, experts=experts, implementation=implementation, **settings.decoder)
+        keys = {**settings.decoder, "n_dense_layers": 0}  # `is_dense` says which layers are
+        super().__init__(make_router=make_router, experts=experts, implementation=implementation, **keys)
         file = self.folder / TOKENIZER
         self.tokenizer_file = file if file.is_file() else None
 

@@ -22,6 +22,7 @@ _SCALINGS = {
 }
 """The kinds of RoPE in `rope`, and the keys that each cannot do without."""
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_PLAIN = {"qk_norm": "none", "shared_expert_hidden_dim": 0, "shared_expert_gate": False, "dense_hidden_dim": None}
 _OPTIONAL_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
@@ -29,7 +30,7 @@ _OPTIONAL_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "ms
 class Settings:
     """What a checkpoint says of itself.
 
-    decoder: arguments of `DecoderMoE`, but for the router, the experts and the implementation.
+    decoder: arguments of `DecoderMoE`, but for the router, the experts, the implementation and n_dense_layers.
     dense_layers: those without experts.
     router: the node of the router that it was trained with, without `name` and `impl`.
     max_positions: the longest sequence that it is made for.
@@ -147,7 +148,6 @@ def _decoder(config: _Config, *, rope_theta: float) -> dict[str, Any]:
         "n_kv_heads": config.size("num_key_value_heads", default=n_heads),
         "head_dim": config.size("head_dim", default=d_model // n_heads),
         "n_layers": config.size("num_hidden_layers"),
-        "qk_norm": "none",
         "rope_theta": theta,
         "rope_scaling": scaling,
         "norm_eps": config.number("rms_norm_eps") or config.need("rms_norm_eps"),
@@ -191,28 +191,16 @@ def _is_number(value: Any) -> bool:
 
 
 def _moe(config: _Config, hidden_dim: int) -> dict[str, Any]:
-    """The routed experts, of which each is `hidden_dim` wide; no others and no dense layers.
-
-    Which layers are dense is in `Settings.dense_layers`.
-    """
+    """The routed experts, of which each is `hidden_dim` wide; what only some architectures have is `_PLAIN`."""
     n_experts = config.size("num_experts", "num_local_experts", "n_routed_experts")
     top_k = config.size("num_experts_per_tok")
     if top_k > n_experts:
         raise config.refuse(f"num_experts_per_tok={top_k} of {n_experts} experts; fetch the file again.")
-    return {
-        "mlp_hidden_dim": hidden_dim,
-        "n_experts": n_experts,
-        "top_k": top_k,
-        "shared_expert_hidden_dim": 0,
-        "shared_expert_gate": False,
-        "n_dense_layers": 0,
-        "dense_hidden_dim": None,
-    }
+    return {"mlp_hidden_dim": hidden_dim, "n_experts": n_experts, "top_k": top_k, **_PLAIN}
 
 
 def _softmax_topk(renormalize: bool) -> dict[str, Any]:
-    target = "moe_lab.routers.softmax_topk.SoftmaxTopK"
-    return {"_target_": target, "renormalize": renormalize, "gate_bias": False}
+    return {"_target_": "moe_lab.routers.softmax_topk.SoftmaxTopK", "renormalize": renormalize, "gate_bias": False}
 
 
 def _dense_layers(config: _Config, n_layers: int) -> frozenset[int]:
@@ -224,8 +212,7 @@ def _dense_layers(config: _Config, n_layers: int) -> frozenset[int]:
 
 
 def _mixtral(config: _Config) -> Settings:
-    decoder = _decoder(config, rope_theta=1e6)
-    window = config.window()
+    decoder, window = _decoder(config, rope_theta=1e6), config.window()
     return Settings(
         "mixtral",
         {**decoder, **_moe(config, config.size("intermediate_size")), "windows": [window] * decoder["n_layers"]},

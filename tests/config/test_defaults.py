@@ -14,6 +14,7 @@ import yaml
 
 import moe_lab
 from moe_lab.config import schemas, targets
+from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.runs import build
 from tests import quick
 from tests.config.test_options import CONF, EIGHT, OPTIONS, choose
@@ -95,3 +96,17 @@ def test_the_bases_are_in_the_package_and_not_among_the_options() -> None:
     assert not any(option.startswith("_") for option in OPTIONS)
     with pytest.raises(ValueError, match="_base"):
         moe_lab.compose(["_base/router=softmax_topk"])
+
+
+def test_an_option_of_ones_own_may_start_from_a_base(tmp_path: Path) -> None:
+    """With its name and what differs. Without the base, the key that is missing is named."""
+    (tmp_path / "router").mkdir()
+    own = "_target_: moe_lab.routers.softmax_topk.SoftmaxTopK\nname: own\nimpl: auto\nrenormalize: false\n"
+    (tmp_path / "router" / "own.yaml").write_text(own)
+    (tmp_path / "router" / "from_base.yaml").write_text(
+        "defaults:\n  - /_base/router/softmax_topk@_here_\n\nname: from_base\nrenormalize: false\n"
+    )
+    router = moe_lab.build_router(moe_lab.compose(["router=from_base"], config_dir=tmp_path))
+    assert isinstance(router, SoftmaxTopK) and not router.renormalize
+    with pytest.raises(ValueError, match="gate_bias"):
+        moe_lab.build_router(moe_lab.compose(["router=own"], config_dir=tmp_path))
