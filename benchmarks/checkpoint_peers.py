@@ -34,6 +34,7 @@ import moe_lab
 from moe_lab.measure import environment
 from moe_lab.measure.statistics import median_interval
 from moe_lab.measure.tolerances import exact_products
+from moe_lab.runs.built import Built
 from moe_lab.runs.run import Run
 
 PEERS = ("eager", "batched_mm", "grouped_mm")
@@ -43,8 +44,8 @@ LEAST_S = 0.05  # a prefill is repeated in a round until it takes so long
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def ours(options: argparse.Namespace, phase: str, batch: int, length: int) -> Run:
-    """A run of this project, built; `length` is the prefill's or the context's."""
+def ours(options: argparse.Namespace, phase: str, batch: int, length: int) -> Built:
+    """What a run of this project executes; `length` is the prefill's or the context's."""
     sizes = [f"workload.context_len={length}", f"seq_len={STEPS}"] if phase == "decode" else [f"seq_len={length}"]
     source = ["workload=text", f"workload.path={options.text}"] if options.text else ["workload=random"]
     cfg = moe_lab.compose(
@@ -63,7 +64,7 @@ def ours(options: argparse.Namespace, phase: str, batch: int, length: int) -> Ru
     )
     run = Run(cfg)
     run.build()
-    return run
+    return run.made()
 
 
 def peer_model(options: argparse.Namespace) -> Any:
@@ -176,8 +177,8 @@ def main() -> int:
 
 def time_cell(options: argparse.Namespace, model: Any, phase: str, batch: int, length: int) -> dict[str, np.ndarray]:
     """Milliseconds of a prefill or of one decoded token, a value per round for each."""
-    run = ours(options, phase, batch, length)
-    ids_BN = run.x.clone()
+    built = ours(options, phase, batch, length)
+    step, ids_BN = built.ready_step(), built.x.clone()
     peers: dict[str, Peer] = {}
     for name in options.peers:
         try:
@@ -190,9 +191,9 @@ def time_cell(options: argparse.Namespace, model: Any, phase: str, batch: int, l
             traceback.print_exc(limit=3)
             continue
         if phase == "decode":
-            run.task.seek(0)
+            built.task.seek(0)
             theirs = peer.step(length)
-        mine = run.step().y[:, -1].float()
+        mine = step().y[:, -1].float()
         error = float((mine - theirs[:, -1].float()).norm() / theirs.float().norm())
         allowed = 1e-3 if options.dtype == "fp32" else 0.25  # a near-tie may flip an expert in bf16
         assert error < allowed, f"{name} computes something else: relative error {error:.1e}"
@@ -201,9 +202,9 @@ def time_cell(options: argparse.Namespace, model: Any, phase: str, batch: int, l
     def one_round(name: str) -> float:
         if name == "ours":
             if phase == "prefill":
-                return float(np.median(run.step.time_block(repeats).ms))
-            run.task.seek(0)
-            return time_cuda(lambda: [(run.step(), run.task.advance()) for _ in range(STEPS)], options.device) / STEPS
+                return float(np.median(step.time_block(repeats).ms))
+            built.task.seek(0)
+            return time_cuda(lambda: [(step(), built.task.advance()) for _ in range(STEPS)], options.device) / STEPS
         peer = peers[name]
         peer.choose()
         if phase == "prefill":
