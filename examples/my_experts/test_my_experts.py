@@ -16,7 +16,6 @@ from my_experts import MyExperts  # noqa: E402
 from moe_lab.experts.loop import Loop  # noqa: E402
 from moe_lab.experts.weights import ExpertWeights  # noqa: E402
 from moe_lab.ops.dispatch import dispatch  # noqa: E402
-from moe_lab.ops.library import building_for  # noqa: E402
 from moe_lab.routers.base import Routing  # noqa: E402
 
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
@@ -37,8 +36,9 @@ def inputs(T: int, E: int, K: int, D: int, F: int, dtype: torch.dtype):
 
 
 def make(block: int = 32) -> MyExperts:
-    with building_for(DEVICE):
-        return MyExperts(block)
+    experts = MyExperts(block)
+    experts.compute_on(DEVICE)
+    return experts
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -30,7 +30,7 @@ def test_every_router_with_its_properties(capsys: pytest.CaptureFixture[str]) ->
     shown = blocks(text)
     assert text.startswith("router\n") and set(shown) == ROUTERS
     assert shown["torch"][1] == "causal, batch_invariant, static_k, graph_safe; by torch"
-    assert shown["sinkhorn"][1] == "static_k, graph_safe; by torch, triton, cuda_ext"
+    assert shown["sinkhorn"][1].startswith("static_k, graph_safe; by torch, triton, cuda_ext; here ")
     assert shown["expert_choice"][1] == "by torch"
     assert "needs_token_ids" in shown["hash"][1]
     assert "calibrates" in shown["quantile"][1]

@@ -12,6 +12,7 @@ from moe_lab.config import targets
 from moe_lab.config.targets import instantiate, locate
 from moe_lab.experts.weights import swiglu
 from moe_lab.routers.base import RouteContext, Routing
+from moe_lab.routers.base import NO_CONTEXT
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from tests import tiny
 
@@ -52,6 +53,7 @@ for content in ({"_target_": "moe_lab.config.targets.trust", "config_dir": sys.a
 print(tuple(targets._trusted))
 """
 ROUTER = """
+from moe_lab.routers.base import NO_CONTEXT
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 
 class Mine(SoftmaxTopK):
@@ -59,7 +61,7 @@ class Mine(SoftmaxTopK):
         super().__init__(n_experts, top_k, impl="auto", renormalize=True, gate_bias=False)
         self.strength = strength
 
-    def select(self, logits_TE, ctx=None):
+    def select(self, logits_TE, ctx=NO_CONTEXT):
         return super().select(logits_TE * self.strength, ctx)
 """
 PLUGIN = """
