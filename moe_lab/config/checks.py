@@ -23,6 +23,8 @@ from moe_lab.config.schemas import (
     STALE,
     VIEWS,
     Config,
+    Export,
+    Measure,
 )
 from moe_lab.errors import nearest
 
@@ -57,6 +59,7 @@ def validate(cfg: DictConfig) -> None:
     if unknown:
         raise ValueError(f"{unknown[0]}: nothing reads such a key.{nearest(unknown[0], Config.__dataclass_fields__)}")
 
+    _require_keys(cfg)
     _at_least(cfg, "batch seq_len", 1)
     _at_least(cfg, "seed measure.warmup_s workload.trace_layer", 0)
     _more_than_zero(cfg, "measure.target_ci measure.max_time_s sweep.timeout_s")
@@ -98,6 +101,14 @@ def validate(cfg: DictConfig) -> None:
         )
     if reference is not None and _is_ours(reference):
         _validate_router(cfg, "measure.reference_router")
+
+
+def _require_keys(cfg: DictConfig) -> None:
+    """Every run reads the keys of these groups, so an option of a person's own has them too."""
+    for group, schema, base in (("measure", Measure, "/measure/default"), ("export", Export, "/_base/export/export")):
+        for key in schema.__dataclass_fields__:
+            if key not in cfg[group]:
+                raise ValueError(f"{group}.{key} has no value: begin the YAML's defaults list with {base}@_here_.")
 
 
 def _validate_sweep(cfg: DictConfig) -> None:

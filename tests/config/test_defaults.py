@@ -110,3 +110,21 @@ def test_an_option_of_ones_own_may_start_from_a_base(tmp_path: Path) -> None:
     assert isinstance(router, SoftmaxTopK) and not router.renormalize
     with pytest.raises(ValueError, match="gate_bias"):
         moe_lab.build_router(moe_lab.compose(["router=own"], config_dir=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("group", "base"),
+    [
+        pytest.param("measure", "/measure/default", id="measure"),
+        pytest.param("export", "/_base/export/export", id="export"),
+    ],
+)
+def test_what_every_run_reads_has_a_value_in_an_option_of_ones_own(group: str, base: str, tmp_path: Path) -> None:
+    """By the file that has it; without that one line says so."""
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "whole.yaml").write_text(f"defaults:\n  - {base}@_here_\n\nname: none\n")
+    (tmp_path / group / "part.yaml").write_text("name: none\n")
+    cfg, usual = moe_lab.compose([f"{group}=whole"], config_dir=tmp_path), moe_lab.compose([])
+    assert {**cfg[group], "name": None} == {**usual[group], "name": None}
+    with pytest.raises(ValueError, match=rf"^{group}\.\w+ has no value: .*{base}@_here_"):
+        moe_lab.compose([f"{group}=part"], config_dir=tmp_path)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 import moe_lab
@@ -240,17 +239,6 @@ def test_a_reference_that_cannot_be_captured_is_looked_at_eagerly() -> None:
     run.cfg.execution.name = "compile"  # after the step was made
     run.observe()
     assert run.observed["agreement"]["pooled"]["jaccard"] < 1
-
-
-def test_a_measure_option_of_ones_own_needs_no_such_key() -> None:
-    """As one written before there was any."""
-    cfg = tiny.decoder_moe()
-    keys = {str(key): value for key, value in cfg.measure.items() if key != "reference_router"}
-    cfg.measure = OmegaConf.create(keys)
-    OmegaConf.set_struct(cfg, True)
-    run = tiny.built(cfg)
-    run.observe()
-    assert run.observed["agreement"] is None
 
 
 @pytest.mark.parametrize(
