@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 import moe_lab
+from moe_lab import marks
 from moe_lab.measure.statistics import median_interval, summarize
-from moe_lab.records import identity, variants
+from moe_lab.records import fields, identity, variants
 from moe_lab.records.schema import Check, Ratio, Record
 from moe_lab.records.store import RESULT
-from moe_lab.results.columns import PROPERTIES
 from moe_lab.sweep.plan import plain
 
 LAYERS = {"decoder_moe": 4, "moe_layer": 1}
@@ -34,7 +34,7 @@ SIZES = {
     "moe_layer": ["shape.d_model=32", "shape.mlp_hidden_dim=24"],
 }
 SHORT = ["device=cpu", "measure.max_time_s=0.02", "measure.warmup_s=0", "measure.roofline=false"]
-PHASES = ("router", "dispatch", "experts", "combine", "attention", "other")
+PHASES = (*marks.NAMES, "other")
 ENVIRONMENT = {
     "moe_lab": "0.1.0",
     "python": "3.11.7",
@@ -175,7 +175,7 @@ def _measured(record: Record, folder: Path, anchor_id: str | None, rng: np.rando
     if not record.latency_ms.stable:
         record.warnings = ["latency is not stable: the median's 95 % interval is wider than measure.target_ci=0.02"]
 
-    record.router = dict.fromkeys(PROPERTIES, False) | {
+    record.router = dict.fromkeys(fields.names(fields.PROPERTIES), False) | {
         "static_k": True,
         "graph_safe": True,
         "causal": router == "torch",
@@ -232,34 +232,19 @@ def _write_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def _metrics(counts_E: np.ndarray) -> dict[str, float]:
-    """All routing metrics; those of the load are computed, those of the router's scores made up."""
+    """All routing metrics; those of the load are computed, the others made up."""
     mean, E = float(counts_E.mean()), len(counts_E)
     share = counts_E[counts_E > 0] / counts_E.sum()
     entropy = -float((share * np.log(share)).sum())
     return {
+        **dict.fromkeys(fields.names(fields.METRICS), 0.5),
         "load_max_over_mean": float(counts_E.max()) / mean,
         "load_min_over_mean": float(counts_E.min()) / mean,
         "load_cv": float(counts_E.std()) / mean,
-        "load_gini": float(counts_E.std()) / mean / 2,
         "load_entropy": entropy / math.log(E),
         "effective_experts": math.exp(entropy),
         "dead_experts": E - len(share),
         "unique_experts": len(share),
-        "aux_loss": 1.02,
-        "z_loss": 3.9,
-        "token_entropy": 1.4,
-        "mutual_information": 0.2,
-        "top1_prob": 0.43,
-        "top1_margin": 0.19,
-        "boundary_margin": 0.08,
-        "topk_mass": 0.67,
-        "dropped_fraction": 0.0,
-        "dropped_tokens_fraction": 0.0,
-        "tile_waste_64": 10.5,
-        "tile_waste_128": 21.9,
         "uniform_unique_experts": 7.5,
         "expert_mb": 0.5 * len(share),
-        "shared_with_previous": 0.3,
-        "first_choice_repeats": 0.2,
-        **{f"rank_load_{place}_{R}": 1 + 0.1 * R for place in ("contiguous", "round_robin", "eplb") for R in (2, 4, 8)},
     }

@@ -22,7 +22,7 @@ that pass, so there the routes are those that the run's router chooses in the pa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,18 +35,12 @@ from moe_lab.measure.distance import relative_error
 from moe_lab.measure.routing_metrics import worst_of
 from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer, indexed_moe_layers, moe_layers
+from moe_lab.records import fields
 from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, gate_logits
 from moe_lab.routers.contract import members, weights_by_expert
 
-WORSE: dict[str, Callable[[Sequence[float]], float]] = {
-    "jaccard": min,
-    "same_experts": min,
-    "same_first_choice": min,
-    "combine_l1": max,
-    "rel_error": max,
-}
+WORSE = fields.worse(fields.DIFFERENCES)
 """For each measure, which of two layers is the worse."""
-
 
 _ROWS_AT_ONCE = 4096  # of outputs in float64
 

@@ -13,8 +13,7 @@ from heapq import heapify, heappop, heapreplace
 
 import numpy as np
 
-DEGREES = (2, 4, 8, 16, 32, 64)
-"""Ranks that the experts are spread over."""
+from moe_lab.records import fields
 
 
 def contiguous(counts_E: np.ndarray, n_ranks: int) -> np.ndarray:
@@ -52,12 +51,10 @@ def eplb(counts_E: np.ndarray, n_ranks: int) -> np.ndarray:
 
 
 PLACEMENTS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
-    "contiguous": contiguous,
-    "round_robin": round_robin,
-    "eplb": eplb,
+    place.__name__: place for place in (contiguous, round_robin, eplb)
 }
-
-NAMES = tuple(f"rank_load_{placement}_{degree}" for placement in PLACEMENTS for degree in DEGREES)
+assert tuple(PLACEMENTS) == tuple(fields.PLACEMENTS), "a placement needs a function here and its meaning there"
+NAMES = fields.names(fields.RANK_LOADS)
 """One per placement and degree."""
 
 
@@ -67,6 +64,6 @@ def fullest_ranks(counts_E: np.ndarray) -> np.ndarray:
         [
             place(counts_E, degree).max() if degree <= len(counts_E) else np.nan
             for place in PLACEMENTS.values()
-            for degree in DEGREES
+            for degree in fields.DEGREES
         ]
     )

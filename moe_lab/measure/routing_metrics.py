@@ -24,6 +24,8 @@ tokens:
     first_choice_repeats                      those whose expert of largest weight is the one before's, over all those
     rank_load_PLACEMENT_R                     slots of the fullest of R ranks over the mean (measure/placement.py)
 
+Names, units and which of two layers is the worse stand in records/fields.py.
+
 A metric that has no value here (no tokens, no (k+1)-th expert, one expert's entropy, more ranks than experts) is None.
 
 Pooled, `expert_mb` is that of all layers, and the fullest ranks and the means are added up: the ranks wait for each
@@ -43,43 +45,16 @@ from torch import Tensor
 
 from moe_lab.measure import placement
 from moe_lab.ops.routing_sums import NAMES, first_tokens, routing_sums
+from moe_lab.records import fields
 from moe_lab.routers.base import Routing
 
 Metrics = dict[str, float | None]
 
-# For each metric, which of two layers is the worse: the larger value or the smaller.
-WORSE: dict[str, Callable[[Sequence[float]], float]] = {
-    "load_max_over_mean": max,
-    "load_min_over_mean": min,
-    "load_cv": max,
-    "load_gini": max,
-    "load_entropy": min,
-    "effective_experts": min,
-    "dead_experts": max,
-    "unique_experts": min,
-    "aux_loss": max,
-    "z_loss": max,
-    "token_entropy": max,
-    "mutual_information": min,
-    "top1_prob": min,
-    "top1_margin": min,
-    "boundary_margin": min,
-    "topk_mass": min,
-    "dropped_fraction": max,
-    "dropped_tokens_fraction": max,
-    "tile_waste_64": max,
-    "tile_waste_128": max,
-    "uniform_unique_experts": max,
-    "expert_mb": max,
-    "shared_with_previous": min,
-    "first_choice_repeats": min,
-    **dict.fromkeys(placement.NAMES, max),
-}
+WORSE = fields.worse(fields.METRICS)
+"""For each metric, which of two layers is the worse: the larger value or the smaller."""
 TILES = (64, 128)
-
-
-# Sums that, over the tokens, are a metric as they stand.
-_MEANS = ("z_loss", "token_entropy", "top1_prob", "top1_margin", "boundary_margin", "topk_mass")
+_MEANS = [name for name in NAMES if name in WORSE]
+"""Sums that, over the tokens, are a metric as they stand."""
 
 
 @dataclass
@@ -135,7 +110,7 @@ class RoutingStats:
         return self.pairs_EE.diagonal()
 
     def __add__(self, other: RoutingStats) -> RoutingStats:
-        names = [field.name for field in dataclasses.fields(self)]
+        names = [part.name for part in dataclasses.fields(self)]
         return RoutingStats(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 

@@ -1,35 +1,46 @@
 """The fields of `result.json`, schema 1. Units are in the names; what is unknown is null, never 0.
 
+A field's annotation says its type, unit and meaning. Where it is a dict, it names the fields of that in `fields`.
+
 `reason` is null, or `mismatch: route|layers`, `out_of_memory`, `timeout: STEP`, `crash: SIGNAL`, `unavailable: ...`,
-`impossible: ...` (a combination that makes no run), `excluded`, `interrupted`, `error: ...`.
+`impossible: ...` (a combination that cannot run), `excluded`, `interrupted`, `error: ...`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from moe_lab.records import fields
+from moe_lab.records.fields import Field, Fields
 
 SCHEMA = 1
 
 
 @dataclass(kw_only=True)
 class Latency:
-    """Milliseconds of one iteration; the interval is the 95 % interval of the median."""
+    """Milliseconds of one iteration."""
 
-    n: int
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-    ci95_low: float | None
-    ci95_high: float | None
-    stable: bool
-    cache: Literal["natural", "cold", "hot"] = "natural"
-    replicate_p50: list[float] = field(default_factory=list)
-    """The median of each fresh process (`measure.replicates`), in order."""
-    replicate_probe_ms: list[float] = field(default_factory=list)
-    """In a sweep: the median of a fixed piece of work in the same rounds, which says how fast the machine was."""
+    n: Annotated[int, "samples", "timed iterations"]
+    mean: Annotated[float, "ms", "of one iteration"]
+    p50: Annotated[float, "ms", "median"]
+    p90: Annotated[float, "ms", "90th percentile"]
+    p99: Annotated[float, "ms", "99th percentile"]
+    ci95_low: Annotated[float | None, "ms", "lower end of the median's 95 % interval"]
+    ci95_high: Annotated[float | None, "ms", "upper end"]
+    stable: Annotated[bool, "", "whether that interval is narrower than `measure.target_ci`"]
+    cache: Annotated[
+        Literal["natural", "cold", "hot"],
+        "",
+        "`natural`, `cold` or `hot`: the state of the caches before an iteration",
+    ] = "natural"
+    replicate_p50: Annotated[list[float], "ms", "median of each fresh process, with `measure.replicates`"] = field(
+        default_factory=list
+    )
+    replicate_probe_ms: Annotated[
+        list[float], "ms", "of each of them: median of a fixed piece of work timed in the same rounds"
+    ] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -39,70 +50,94 @@ class Ratio:
     The median over the rounds of (block median of this cell / block median of the anchor), and its 95 % interval.
     """
 
-    anchor: str
-    """The anchor's cell_id."""
-    p50: float
-    ci95_low: float | None
-    ci95_high: float | None
-    rounds: int
+    anchor: Annotated[str, "", "cell_id of the anchor that the cell was timed beside"]
+    p50: Annotated[float, "1", "latency over the anchor's: the median over the rounds that both were timed in"]
+    ci95_low: Annotated[float | None, "1", "lower end of its 95 % interval; missing with too few rounds"]
+    ci95_high: Annotated[float | None, "1", "upper end"]
+    rounds: Annotated[int, "rounds", "timed together"]
 
 
 @dataclass(kw_only=True)
 class Check:
     """How the run compares with the fp32 reference; see docs/architecture.md, "Verified before timed"."""
 
-    passed: bool
-    rel_error: float | None
-    max_abs_error: float | None
-    expert_rel_error: float | None
-    token_rel_error: float | None
-    near_ties: int | None
-    free_rel_error: float | None
-    changed_sets: int | None
-    reference: str
-    cache_rel_error: float | None = None
+    passed: Annotated[bool, "", "whether the run agrees with the fp32 reference"]
+    rel_error: Annotated[float | None, "1", "relative error of the output, with the run's own routing"]
+    max_abs_error: Annotated[float | None, "1", "largest absolute error of the output"]
+    expert_rel_error: Annotated[float | None, "1", "of the worst expert"]
+    token_rel_error: Annotated[float | None, "1", "of the worst token of an MoE layer"]
+    cache_rel_error: Annotated[
+        float | None, "1", "of prefill and decoding: of the worst token's keys or values in a layer's cache"
+    ] = None
+    near_ties: Annotated[
+        int | None,
+        "sets",
+        "of a token's experts that differ by less than the rounding of their scores, over all layers",
+    ]
+    free_rel_error: Annotated[
+        float | None, "1", "relative error against the reference with its own routing; decides nothing"
+    ]
+    changed_sets: Annotated[
+        int | None,
+        "sets",
+        "of a token's experts that differ from the reference's own, over all layers; decides nothing",
+    ]
+    reference: Annotated[str, "", "what the reference is"]
 
 
 @dataclass(kw_only=True)
 class Record:
     """One run: what was asked, what ran, what came out."""
 
-    schema: int = SCHEMA
-    status: Literal["ok", "failed", "skipped"]
-    reason: str | None = None
-    cell_id: str
-    code_id: str
-    env_id: str | None = None
-    name: str | None = None
-    overrides: list[str] = field(default_factory=list)
-    interleaved_with: list[str] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
-    implementation: dict[str, str] = field(default_factory=dict)
+    schema: Annotated[int, "", "of `result.json`"] = SCHEMA
+    status: Annotated[Literal["ok", "failed", "skipped"], "", "`ok`, `failed` or `skipped`"]
+    reason: Annotated[
+        str | None, "", "why it is not ok: `out_of_memory`, `mismatch: layers`, `unavailable: ...`, ..."
+    ] = None
+    cell_id: Annotated[str, "", "12 hex digits of the configuration that changes the result"]
+    code_id: Annotated[str, "", "12 hex digits of the source that ran"]
+    env_id: Annotated[
+        str | None,
+        "",
+        "12 hex digits of the machine and its versions; missing if the run did not get to a device",
+    ] = None
+    name: Annotated[str | None, "", "label given as `name=...`"] = None
+    overrides: Annotated[list[str], "", "as typed"] = field(default_factory=list)
+    interleaved_with: Annotated[list[str], "", "cell_ids timed in the same rounds"] = field(default_factory=list)
+    config: Annotated[dict[str, Any], ()] = field(default_factory=dict)
+    implementation: Annotated[dict[str, str], fields.IMPLEMENTATION] = field(default_factory=dict)
     latency_ms: Latency | None = None
-    latency_hot_ms: float | None = None
-    """Median of a call among 20 in one CUDA graph."""
-    latency_cold_ms: float | None = None
-    """Median of a CUDA graph's replay with nothing in the L2 cache."""
-    gpu_busy_ms: float | None = None
-    """Of an eager run: what a GPU computes in one iteration, without waiting for the host's launches."""
+    latency_hot_ms: Annotated[
+        float | None, "ms", "with `execution=cuda_graph`: median of a call among 20 in one graph, over 20"
+    ] = None
+    latency_cold_ms: Annotated[
+        float | None, "ms", "with `execution=cuda_graph`: median of a replay after the L2 cache was overwritten"
+    ] = None
+    gpu_busy_ms: Annotated[
+        float | None,
+        "ms",
+        "of an eager run: what a GPU computes in one iteration, not waiting for the host",
+    ] = None
     ratio_to_anchor: Ratio | None = None
-    throughput: dict[str, float] | None = None
-    phases_ms: dict[str, Any] | None = None
-    memory: dict[str, float | None] | None = None
+    throughput: Annotated[dict[str, float] | None, fields.THROUGHPUT] = None
+    phases_ms: Annotated[dict[str, Any] | None, fields.PHASES] = None
+    memory: Annotated[dict[str, float | None] | None, fields.MEMORY] = None
     check: Check | None = None
-    router: dict[str, bool] | None = None
-    """Which of the properties of `routers.base.PROPERTIES` it declares."""
-    routing: dict[str, Any] | None = None
-    agreement: dict[str, Any] | None = None
-    """With the routes and outputs of `measure.reference_router`; see moe_lab/agreement.py."""
-    quality: dict[str, Any] | None = None
-    roofline: dict[str, Any] | None = None
-    export: dict[str, Any] | None = None
-    environment: dict[str, Any] = field(default_factory=dict)
-    started: str | None = None
-    elapsed_s: float | None = None
-    directory: str | None = None
-    warnings: list[str] = field(default_factory=list)
+    routing: Annotated[dict[str, Any] | None, fields.ROUTING] = None
+    router: Annotated[dict[str, bool] | None, fields.PROPERTIES] = None
+    agreement: Annotated[dict[str, Any] | None, fields.AGREEMENT] = None
+    quality: Annotated[dict[str, Any] | None, fields.QUALITY] = None
+    roofline: Annotated[dict[str, Any] | None, fields.ROOFLINE] = None
+    export: Annotated[dict[str, Any] | None, fields.EXPORT] = None
+    environment: Annotated[dict[str, Any], fields.ENVIRONMENT] = field(default_factory=dict)
+    started: Annotated[str | None, "UTC, ISO 8601", "start of the run"] = None
+    elapsed_s: Annotated[float | None, "s", "the whole run"] = None
+    warnings: Annotated[list[str], "", "of the run"] = field(default_factory=list)
+    directory: Annotated[
+        str | None,
+        "",
+        "folder of the record: in the files relative to the sweep's folder, from `moe_lab.load` below the folder given",
+    ] = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `result.json`."""
@@ -113,11 +148,34 @@ class Record:
         """The inverse of `to_dict`. Raises `ValueError` for another schema or unknown or missing fields."""
         if content.get("schema") != SCHEMA:
             raise ValueError(f"schema={content.get('schema')!r}: this version of moe-lab reads schema {SCHEMA}.")
-        fields = dict(content)
+        values = dict(content)
         try:
             for name, kind in (("latency_ms", Latency), ("ratio_to_anchor", Ratio), ("check", Check)):
-                if fields.get(name) is not None:
-                    fields[name] = kind(**fields[name])
-            return cls(**fields)
+                if values.get(name) is not None:
+                    values[name] = kind(**values[name])
+            return cls(**values)
         except TypeError as error:
             raise ValueError(f"not a record of schema {SCHEMA}: {error}") from error
+
+
+def fields_of(kind: Any) -> Fields:
+    """Every field of a dataclass of this file, in order, nested ones under their name."""
+    assert dataclasses.is_dataclass(kind), f"{kind} has neither fields nor a unit and a meaning"
+    every: list[Field] = []
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        value, *said = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if not said:
+            every += fields.under(name, fields_of(_without_none(value)))
+        elif len(said) == 1:
+            every += fields.under(name, said[0])
+        else:
+            unit, meaning = said
+            every.append(Field(name, _without_none(value), unit, meaning))
+    return tuple(every)
+
+
+def _without_none(hint: Any) -> Any:
+    """The type of a value that is there; a choice of words is text."""
+    if get_origin(hint) is Literal:
+        return str
+    return next(kind for kind in get_args(hint) if kind is not type(None)) if type(None) in get_args(hint) else hint

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+from moe_lab import marks
+from moe_lab.records import fields
 from moe_lab.records.store import ROUTING
 from moe_lab.results import coactivation
 from moe_lab.results.settings import describe, sizes
@@ -25,8 +27,8 @@ _ENDS = ("_ci95_low", "_ci95_high")
 _SWEPT = ("batch", "seq_len", "config.workload.context_len")
 _KEYS = ("variant", *_INTERVAL)
 _PHASE = "phases_ms."
-_PHASES = ("router", "dispatch", "experts", "combine", "attention", "other")
-_NO_PHASE = ("execution", "sum_ms", "launch_gap_ms")
+_PHASES = (*marks.NAMES, "other")
+_NO_PHASE = set(fields.names(fields.PHASES)) - set(_PHASES)
 
 NAMES = (
     "latency",

@@ -1,7 +1,8 @@
-"""The columns of a sweep's tables, in their order, with their types; docs/results-format.md says what they mean.
+"""The columns of a sweep's tables, in their order, with their types and what docs/results-format.md says of them.
 
-A name that ends in `.*` is the place of columns that only some records have: what a plug-in's model, kernel or export
-adds. Their type is that of the values found.
+Those of a record's fields come from records/schema.py; here stand those that only the tables have, and which of all
+the summary shows. A name that ends in `.*` is the place of columns that only some records have: what a plug-in's model,
+kernel or export adds. Their type is that of the values found.
 """
 
 from __future__ import annotations
@@ -13,177 +14,202 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
+from moe_lab.records import fields
+from moe_lab.records.fields import Field, Fields
+from moe_lab.records.schema import Record, fields_of
+
 Columns = dict[str, Any]
 """Name -> pyarrow type, or None for the place of columns that only some records have."""
 
-OPTIONS = ("model", "router", "experts", "workload", "device", "dtype", "execution")
-"""The groups whose chosen option is a column."""
-
 TEXT, INT, FLOAT, BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 TEXTS, FLOATS = pa.list_(TEXT), pa.list_(FLOAT)
+_NATIVE: dict[Any, Any] = {str: TEXT, int: INT, float: FLOAT, bool: BOOL}
+_ARROW = {**_NATIVE, list[str]: TEXTS, list[float]: FLOATS, None: None}
 
-_LOAD = ("load_max_over_mean", "load_min_over_mean", "load_cv", "load_gini", "load_entropy", "effective_experts")
-_SCORES = ("aux_loss", "z_loss", "token_entropy", "mutual_information", "top1_prob", "top1_margin", "boundary_margin")
-_RANKS = tuple(
-    f"rank_load_{place}_{R}" for place in ("contiguous", "round_robin", "eplb") for R in (2, 4, 8, 16, 32, 64)
+_CONFIGURED = (
+    Field("model", str, "", "option of the group"),
+    Field("router", str, "", "option; missing if the model reads none"),
+    Field("experts", str, "", "option; missing if the model reads none"),
+    Field("batch", int, "sequences", "of one iteration"),
+    Field("seq_len", int, "tokens", "of a sequence; missing if the model reads none"),
+    Field("seed", int, "", "of parameters and input"),
+    Field("workload", str, "", "option"),
+    Field("device", str, "", "option (`auto` stays `auto`; see `environment.device`)"),
+    Field("dtype", str, "", "option"),
+    Field("execution", str, "", "option"),
 )
-_LOST = ("topk_mass", "dropped_fraction", "dropped_tokens_fraction", "tile_waste_64", "tile_waste_128")
-ROUTING: Columns = {
-    **dict.fromkeys(_LOAD, FLOAT),
-    **dict.fromkeys(("dead_experts", "unique_experts"), FLOAT),  # of decoding a mean over steps
-    **dict.fromkeys((*_SCORES, *_LOST), FLOAT),
-    **dict.fromkeys(("uniform_unique_experts", "expert_mb", "shared_with_previous", "first_choice_repeats"), FLOAT),
-    **dict.fromkeys(_RANKS, FLOAT),
-}
-"""The metrics of measure/routing_metrics.py."""
-PROPERTIES = ("causal", "batch_invariant", "static_k", "graph_safe", "needs_token_ids", "scales_input", "calibrates")
-"""What a router declares, in moe_lab/routers/base.py."""
-AGREEMENT = dict.fromkeys(("jaccard", "same_experts", "same_first_choice", "combine_l1", "rel_error"), FLOAT)
-"""The measures of agreement.py."""
-_INTERVAL = ("", "_ci95_low", "_ci95_high")
-QUALITY = (
-    *(f"{name}{end}" for name in ("bits_per_byte", "nats_per_token") for end in _INTERVAL),
-    "native_bits_per_byte",
-    *(f"{name}{end}" for name in ("delta_bits_per_byte", "kl_to_native", "top1_agreement") for end in _INTERVAL),
-)
-"""The measures of quality.py."""
+OPTIONS = tuple(field.name for field in _CONFIGURED if field.kind is str)
+"""The groups whose chosen option is a column."""
+SETTINGS = tuple(field.name for field in _CONFIGURED if field.kind is int)
+"""The keys of the configuration that are a column."""
 
-
-_NATIVE = {str: TEXT, int: INT, float: FLOAT, bool: BOOL}
-
-
-def _under(prefix: str, columns: Columns) -> Columns:
-    return {f"{prefix}.{name}": kind for name, kind in columns.items()}
-
-
-RUNS: Columns = {
-    **dict.fromkeys(("model", "router", "experts"), TEXT),
-    **dict.fromkeys(("batch", "seq_len", "seed"), INT),
-    **dict.fromkeys(("workload", "device", "dtype", "execution", "variant", "setting_id"), TEXT),
-    "config.*": None,
-    **dict.fromkeys(("status", "reason", "cell_id"), TEXT),
-    "n_records": INT,
-    **dict.fromkeys(("code_id", "env_id", "name"), TEXT),
-    **dict.fromkeys(("overrides", "interleaved_with"), TEXTS),
-    "implementation.router": TEXT,
-    "implementation.gate": TEXT,
-    "implementation.experts": TEXT,
-    "implementation.add_rms_norm": TEXT,
-    "implementation.segment_mm": TEXT,
-    "implementation.*": None,
-    "latency_ms.n": INT,
-    **_under("latency_ms", dict.fromkeys(("mean", "p50", "p90", "p99", "ci95_low", "ci95_high"), FLOAT)),
-    "latency_ms.stable": BOOL,
-    "latency_ms.cache": TEXT,
-    "latency_ms.replicate_p50": FLOATS,
-    "latency_ms.replicate_probe_ms": FLOATS,
-    **dict.fromkeys(("latency_hot_ms", "latency_cold_ms"), FLOAT),
-    "ratio_to_anchor.anchor": TEXT,
-    **_under("ratio_to_anchor", dict.fromkeys(("p50", "ci95_low", "ci95_high"), FLOAT)),
-    "ratio_to_anchor.rounds": INT,
-    **_under("throughput", dict.fromkeys(("tokens_per_s", "time_per_token_us"), FLOAT)),
-    "throughput.time_per_output_token_ms": FLOAT,
-    "phases_ms.execution": TEXT,
-    **_under("phases_ms", dict.fromkeys(("router", "dispatch", "experts", "combine", "attention"), FLOAT)),
-    "phases_ms.*": None,
-    **_under("phases_ms", dict.fromkeys(("other", "sum_ms", "launch_gap_ms"), FLOAT)),
-    **_under("memory", dict.fromkeys(("peak_mb", "parameters_mb"), FLOAT)),
-    "check.passed": BOOL,
-    **_under("check", dict.fromkeys(("rel_error", "max_abs_error", "expert_rel_error", "token_rel_error"), FLOAT)),
-    "check.cache_rel_error": FLOAT,
-    "check.near_ties": INT,
-    "check.free_rel_error": FLOAT,
-    "check.changed_sets": INT,
-    "check.reference": TEXT,
-    **_under("routing.pooled", ROUTING),
-    **_under("routing.worst", ROUTING),
-    "routing.steps": INT,
-    **_under("router", dict.fromkeys(PROPERTIES, BOOL)),
-    "agreement.reference": TEXT,
-    "agreement.seconds": FLOAT,
-    "agreement.output_rel_error": FLOAT,
-    **_under("agreement.pooled", AGREEMENT),
-    **_under("agreement.worst", AGREEMENT),
-    "agreement.floor.output_rel_error": FLOAT,
-    **_under("agreement.floor.pooled", AGREEMENT),
-    **_under("agreement.floor.worst", AGREEMENT),
-    **_under("quality", dict.fromkeys(("tokens", "windows", "windows_left_out", "bytes"), INT)),
-    **_under("quality", dict.fromkeys(QUALITY, FLOAT)),
-    "quality.*": None,
-    "roofline.flops": INT,
-    "roofline.bytes": INT,
-    **_under("roofline", dict.fromkeys(("floor_ms", "fraction_of_floor", "bytes_per_s", "flops_per_s"), FLOAT)),
-    "roofline.peak_source": TEXT,
-    "export.*": None,
-    **_under("environment", dict.fromkeys(("device", "device_name", "compute_capability"), TEXT)),
-    "environment.device_memory_mb": FLOAT,
-    "environment.cpu": TEXT,
-    "environment.cpus": INT,
-    "environment.threads": INT,
-    "environment.cpu_capability": TEXT,
-    "environment.host_memory_mb": FLOAT,
-    **_under("environment", dict.fromkeys(("system", "driver", "cuda", "torch", "triton", "python"), TEXT)),
-    **_under("environment", dict.fromkeys(("hydra", "numpy", "moe_lab", "git_sha"), TEXT)),
-    "environment.git_dirty": BOOL,
-    "environment.*": None,
-    "started": TEXT,
-    "elapsed_s": FLOAT,
-    "warnings": TEXTS,
-    "schema": INT,
-    "directory": TEXT,
-    "*": None,
-}
-
-_OF_A_SETTING = ("model", "batch", "seq_len", "seed", "workload", "device", "dtype")
-_OF_A_RESULT = (
-    *("latency_ms.n", "latency_ms.p50", "latency_ms.ci95_low", "latency_ms.ci95_high", "latency_ms.stable"),
-    *("latency_hot_ms", "latency_cold_ms"),
-    *(
-        "throughput.tokens_per_s",
-        "throughput.time_per_output_token_ms",
-        "ratio_to_anchor.p50",
-        "ratio_to_anchor.ci95_low",
-        "ratio_to_anchor.ci95_high",
+_VARIANT = (
+    Field(
+        "variant",
+        str,
+        "",
+        "how the cell differs from those that it is compared with (`sweep.compare`): the name in `plan.json`, else one "
+        "made from the records",
     ),
-    *("ratio_to_anchor.rounds", "ratio_to_anchor.paired", "memory.peak_mb"),
-    *(f"routing.pooled.{name}" for name in ("load_max_over_mean", "load_cv", "load_entropy", "effective_experts")),
-    *(f"routing.pooled.{name}" for name in ("dead_experts", "dropped_fraction", "topk_mass", "expert_mb")),
-    *("routing.worst.load_max_over_mean", "agreement.reference", "agreement.output_rel_error"),
-    *("agreement.floor.output_rel_error", "agreement.pooled.jaccard", "agreement.worst.jaccard"),
-    *(f"quality.{name}" for name in QUALITY if "nats" not in name),
-    *("check.passed", "check.rel_error"),
-    *("check.expert_rel_error", "check.token_rel_error", "check.free_rel_error", "check.near_ties"),
+    Field("setting_id", str, "", "12 hex digits of what the cells that are compared share"),
+    Field(
+        "config.*",
+        None,
+        "as configured",
+        "a value of the configuration, such as `config.model.top_k`, in which records with the same option of a group "
+        "differ",
+    ),
 )
-_NEW = {"anchor": TEXT, "is_anchor": BOOL, "n_replicates": INT, "ratio_to_anchor.paired": BOOL}
-SUMMARY: Columns = {
-    name: {**RUNS, **_NEW}[name]
-    for name in (
-        *_OF_A_SETTING,
-        *("config.*", "environment.device_name", "setting_id", "env_id"),
-        *("variant", "anchor", "is_anchor", "router", "experts", "execution"),
-        *("status", "reason", "n_records", "n_replicates", *_OF_A_RESULT, "cell_id", "directory"),
-    )
-}
+_N_RECORDS = Field(
+    "n_records",
+    int,
+    "records",
+    "in this folder with this cell_id; more than 1 for copies, or for one cell on several machines",
+)
+_REST = Field("*", None, "", "anything else that a record holds")
+_RECORDED = {field.name: field for field in fields_of(Record)}
+_FIRST, _LAST = ("status", "reason", "cell_id"), ("schema", "directory")
 
-SAMPLES: Columns = {
-    "cell_id": TEXT,
-    **dict.fromkeys(("replicate", "round", "order"), INT),
-    **dict.fromkeys(("ms", "stamp_s"), FLOAT),
-    "directory": TEXT,
+_RUNS = (
+    *_CONFIGURED,
+    *_VARIANT,
+    *(_RECORDED[name] for name in _FIRST),
+    _N_RECORDS,
+    *(field for name, field in _RECORDED.items() if name not in _FIRST + _LAST),
+    *(_RECORDED[name] for name in _LAST),
+    _REST,
+)
+
+_OF_SUMMARY = (
+    Field("anchor", str, "", "variant that the setting's others are compared with"),
+    Field("is_anchor", bool, "", "whether this row is that variant"),
+    Field("n_replicates", int, "processes", "that the latency comes from; 0 without one"),
+    Field(
+        "ratio_to_anchor.p50",
+        float,
+        "1",
+        "latency over the anchor's: `runs`' if it is against this anchor, else the quotient of the two medians; "
+        "missing for the anchor",
+    ),
+    Field(
+        "ratio_to_anchor.paired",
+        bool,
+        "",
+        "true: both were timed in the same rounds; false: only the quotient of the two medians, without an interval",
+    ),
+    Field("directory", str, "", "folder of that record, relative to the sweep's"),
+)
+_SUMMARY_NAMES = (
+    "model",
+    "batch",
+    "seq_len",
+    "seed",
+    "workload",
+    "device",
+    "dtype",
+    "config.*",
+    "environment.device_name",
+    "setting_id",
+    "env_id",
+    "variant",
+    "anchor",
+    "is_anchor",
+    "router",
+    "experts",
+    "execution",
+    "status",
+    "reason",
+    "n_records",
+    "n_replicates",
+    "latency_ms.n",
+    "latency_ms.p50",
+    "latency_ms.ci95_low",
+    "latency_ms.ci95_high",
+    "latency_ms.stable",
+    "latency_hot_ms",
+    "latency_cold_ms",
+    "throughput.tokens_per_s",
+    "throughput.time_per_output_token_ms",
+    "ratio_to_anchor.p50",
+    "ratio_to_anchor.ci95_low",
+    "ratio_to_anchor.ci95_high",
+    "ratio_to_anchor.rounds",
+    "ratio_to_anchor.paired",
+    "memory.peak_mb",
+    "routing.pooled.load_max_over_mean",
+    "routing.pooled.load_cv",
+    "routing.pooled.load_entropy",
+    "routing.pooled.effective_experts",
+    "routing.pooled.dead_experts",
+    "routing.pooled.dropped_fraction",
+    "routing.pooled.topk_mass",
+    "routing.pooled.expert_mb",
+    "routing.worst.load_max_over_mean",
+    "agreement.reference",
+    "agreement.output_rel_error",
+    "agreement.floor.output_rel_error",
+    "agreement.pooled.jaccard",
+    "agreement.worst.jaccard",
+    *(f"quality.{name}" for name in fields.names(fields.PREDICTIONS) if not name.startswith("nats_per_token")),
+    "check.passed",
+    "check.rel_error",
+    "check.expert_rel_error",
+    "check.token_rel_error",
+    "check.free_rel_error",
+    "check.near_ties",
+    "cell_id",
+    "directory",
+)
+
+
+_SHOWN = {field.name: field for field in (*_RUNS, *_OF_SUMMARY)}
+
+TABLES: dict[str, Fields] = {
+    "runs": _RUNS,
+    "summary": tuple(_SHOWN[name] for name in _SUMMARY_NAMES),
+    "samples": (
+        _RECORDED["cell_id"],
+        Field("replicate", int, "", "number of the fresh process, from 0"),
+        Field("round", int, "", "number of the round in which the group's cells took turns"),
+        Field("order", int, "", "place in the round"),
+        Field("ms", float, "ms", "one iteration"),
+        Field(
+            "stamp_s",
+            float,
+            "s",
+            "clock of the host when the iteration ended (CUDA: when its block ended); its zero is arbitrary",
+        ),
+        Field("directory", str, "", "folder of the record, relative to the sweep's; tells copies of a cell apart"),
+    ),
+    "coactivation": (
+        _RECORDED["cell_id"],
+        Field("layer", int, "", "index in the model"),
+        Field("expert", int, "", "from 0"),
+        Field("other", int, "", "another expert, or the same"),
+        Field("tokens", int, "tokens", "that use both"),
+        Field("directory", str, "", "folder of the record, relative to the sweep's"),
+    ),
+    "unreadable": (
+        Field("path", str, "", "of the file, relative to the sweep's folder"),
+        Field("error", str, "", "what is wrong with it"),
+    ),
 }
-COACTIVATION: Columns = {
-    "cell_id": TEXT,
-    **dict.fromkeys(("layer", "expert", "other", "tokens"), INT),
-    "directory": TEXT,
-}
-UNREADABLE: Columns = {"path": TEXT, "error": TEXT}
+"""The tables of a folder, by name, with what their columns mean."""
+
+
+def _columns(table: str) -> Columns:
+    return {field.name: _ARROW[field.kind] for field in TABLES[table]}
+
+
+RUNS, SUMMARY = _columns("runs"), _columns("summary")
+SAMPLES, COACTIVATION, UNREADABLE = _columns("samples"), _columns("coactivation"), _columns("unreadable")
 
 
 def check(row: dict[str, Any]) -> None:
-    """Hold a record's row to the types of `RUNS`; a whole number where a float belongs becomes one.
+    """Check a record's row against the types of `RUNS`; an integer in a column of floats becomes a float.
 
     Raises:
-        ValueError: a value of another type, or a whole number beyond 64 bits.
+        ValueError: a value of another type, or an integer beyond 64 bits.
     """
     for name, value in row.items():
         kind = RUNS.get(name)

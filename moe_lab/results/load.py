@@ -22,7 +22,6 @@ UNREADABLE_BECAUSE = (ValueError, AttributeError, TypeError, KeyError, Recursion
 _DEEPEST = 100
 # Nested fields that stay out of the row: the whole configuration, and per-layer lists (`result.json` has those).
 _NOT_COLUMNS = {"config", "routing.layers", "agreement.layers", "agreement.floor.layers"}
-_SETTINGS = ("batch", "seq_len", "seed")
 
 
 class Entry(NamedTuple):
@@ -184,7 +183,7 @@ def complete(entries: Sequence[Entry], plan: Plan) -> list[dict[str, Any]]:
 
 def _asked(config: Mapping[str, Any]) -> dict[str, Any]:
     ignored = set(config.get("model", {}).get("ignores") or ())
-    settings = {key: None if key in ignored else config.get(key) for key in _SETTINGS}
+    settings = {key: None if key in ignored else config.get(key) for key in columns.SETTINGS}
     options = {
         key: None if key in ignored or not config.get(key) else identity.option_name(config[key])
         for key in columns.OPTIONS
@@ -213,7 +212,7 @@ def _differing(contents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     differing: dict[str, set[str]] = {}
     for content in contents:
         for group, node in content.items():
-            if group in _SETTINGS:
+            if group in columns.SETTINGS:
                 continue
             other = first.setdefault((group, identity.option_name(node) if isinstance(node, Mapping) else ""), node)
             if node != other:

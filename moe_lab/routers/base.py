@@ -16,6 +16,7 @@ from moe_lab.ops.dispatch import Dispatch
 from moe_lab.ops.library import resolve_implementation
 from moe_lab.ops.route_peers import PEERS
 from moe_lab.ops.route_peers import require as require_peer
+from moe_lab.records import fields
 
 
 class Routing(NamedTuple):
@@ -68,15 +69,7 @@ def fastest(device: torch.device) -> str:
     return resolve_implementation("auto", device, op="router.impl")
 
 
-PROPERTIES = (
-    "causal",
-    "batch_invariant",
-    "static_k",
-    "graph_safe",
-    "needs_token_ids",
-    "scales_input",
-    "calibrates",
-)
+PROPERTIES = fields.names(fields.PROPERTIES)
 """What a router declares, as attributes."""
 
 

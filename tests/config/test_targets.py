@@ -12,7 +12,6 @@ from moe_lab.config import targets
 from moe_lab.config.targets import instantiate, locate
 from moe_lab.experts.weights import swiglu
 from moe_lab.routers.base import RouteContext, Routing
-from moe_lab.routers.base import NO_CONTEXT
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from tests import tiny
 

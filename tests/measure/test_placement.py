@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lab.measure.placement import DEGREES, NAMES, PLACEMENTS, contiguous, eplb, fullest_ranks, round_robin
+from moe_lab.measure.placement import NAMES, PLACEMENTS, contiguous, eplb, fullest_ranks, round_robin
+from moe_lab.records.fields import DEGREES
 
 COUNTS = st.lists(st.integers(0, 1000), min_size=1, max_size=40).map(np.array)
 

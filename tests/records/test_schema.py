@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moe_lab.records.schema import SCHEMA, Check, Latency, Record
+from moe_lab.records.schema import SCHEMA, Check, Latency, Record, fields_of
 from tests import tiny
 
 IN_THE_DESIGN = {
@@ -125,3 +127,22 @@ def test_two_records_share_no_lists() -> None:
     one, other = tiny.record(), tiny.record()
     one.warnings.append("noise")
     assert other.warnings == []
+
+
+def test_a_result_of_an_earlier_version_is_read() -> None:
+    """Written by moe-lab 0.1.0 before the schema had units; every value is still there."""
+    content = json.loads((Path(__file__).parent / "result-0.1.0.json").read_text())
+    record = Record.from_dict(content)
+    assert record.to_dict() == content
+    assert record.quality is not None and record.routing is not None and record.roofline is not None
+
+
+def test_a_field_without_meaning_is_refused() -> None:
+    """It would be a column that nobody can read."""
+
+    @dataclass
+    class Bare:
+        seconds: float
+
+    with pytest.raises(AssertionError, match=r"float.*neither fields nor a unit"):
+        fields_of(Bare)

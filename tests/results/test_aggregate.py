@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 
 import moe_lab
 from benchmarks import synthetic
-from moe_lab.measure.routing_metrics import WORSE
 from moe_lab.records.schema import Latency, Record
 from moe_lab.records.store import RESULT, UNREADABLE, write_arrays, write_record
 from moe_lab.results import columns
@@ -614,19 +613,6 @@ def documented(table: str) -> dict[str, str]:
     """Column -> type, as docs/results-format.md has them under the table's heading."""
     section = DOCUMENT.read_text().split(f"\n## {table}\n", 1)[1].split("\n## ", 1)[0]
     return dict(re.findall(r"^\| `([^`]+)` \| ([\w ]+) \| .*\S \|$", section, re.MULTILINE))
-
-
-@pytest.mark.parametrize("table", TABLES)
-def test_the_document_lists_the_columns_in_order_with_their_types(table: str) -> None:
-    """Neither has one that the other lacks."""
-    words = {str(columns.TEXT): "text", str(columns.INT): "int", str(columns.FLOAT): "float", str(columns.BOOL): "bool"}
-    words |= {str(columns.TEXTS): "list of text", str(columns.FLOATS): "list of float", str(None): "any"}
-    assert list(documented(table).items()) == [(name, words[str(kind)]) for name, kind in TABLES[table].items()]
-
-
-def test_the_routing_metrics_are_those_that_are_measured() -> None:
-    """By name; `results` cannot import them."""
-    assert list(columns.ROUTING) == list(WORSE)
 
 
 @pytest.mark.parametrize("model", quick.MODELS)
