@@ -91,5 +91,7 @@ def test_an_installation_works_from_another_directory(editable: bool, own_depend
     assert "sinkhorn" in run(environment / "bin" / "moe-lab", "--help", cwd=elsewhere)
     run(environment / "bin" / "moe-lab", *quick.overrides("minimal"), cwd=elsewhere)
     assert len(list(elsewhere.glob("outputs/runs/*/result.json"))) == 1
-    listing = "import importlib.resources as r; print([p.name for p in r.files('moe_lab.kernels').iterdir()])"
-    assert "__init__.py" in run(python, "-c", listing, cwd=elsewhere)
+    listing = "import sys, importlib.resources as r; print(*(p.name for p in r.files(sys.argv[1]).iterdir()))"
+    assert "__init__.py" in run(python, "-c", listing, "moe_lab.kernels", cwd=elsewhere).split()
+    page = {"report.html.jinja", "report.css", "report.js"}
+    assert page <= set(run(python, "-c", listing, "moe_lab.results", cwd=elsewhere).split())

@@ -20,6 +20,7 @@ from moe_lab.results.cards import RANKS, cards
 from moe_lab.results.charts import BITS, FILE_PANELS, charts
 from moe_lab.results.figures import figures
 from moe_lab.results.load import UNREADABLE_BECAUSE, Plan, one_line, read_plan
+from moe_lab.results.numbers import four, short
 from moe_lab.results.settings import describe
 from moe_lab.results.verdicts import Verdict, verdicts
 
@@ -83,7 +84,10 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    package = files("moe_lab.results")
     page = environment.get_template("report.html.jinja").render(
+        css=(package / "report.css").read_text(encoding="utf-8"),
+        js=(package / "report.js").read_text(encoding="utf-8"),
         title=plan.name or directory.resolve().name,
         compare=plan.compare,
         machines=sorted(set(runs["environment.device_name"].dropna())),
@@ -161,9 +165,9 @@ def _field(value: Any) -> Field:
     if isinstance(value, list) or not pd.isna(value):
         if isinstance(value, bool) or not isinstance(value, int | float):
             return Field(str(value))
-        if isinstance(value, int) or abs(value) >= 1000:
-            return Field(f"{value:,.0f}", float(value))
-        return Field(f"{value:#.4g}", float(f"{value:.7g}"))
+        if isinstance(value, int):
+            return Field(f"{value:,}", float(value))
+        return Field(four(value), float(f"{value:.7g}"))
     return Field("")
 
 
@@ -202,7 +206,7 @@ def _exports(directory: Path, runs: pd.DataFrame) -> list[dict[str, str]]:
                 "parity": _text(row.get("export.parity.status")),
                 "error": _field(row.get("export.parity.rel_error")).text,
                 "nodes": f"{row['export.nodes']} in the graph, {row['export.functions']} functions",
-                "size": f"{row['export.params_bytes'] / 1e6:,.1f} MB",
+                "size": f"{short(row['export.params_bytes'] / 1e6)} MB",
             }
         )
     return found

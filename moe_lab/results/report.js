@@ -1,0 +1,188 @@
+"use strict";
+// What the plots are drawn from stands below this script; the table is usable before.
+const nonce = document.currentScript.nonce;
+addEventListener("DOMContentLoaded", () => plots(nonce));
+table();
+
+function table() {
+  const body = document.querySelector("#table tbody");
+  const rows = [...body.rows];
+  const texts = rows.map(row => row.textContent.toLowerCase());
+  const filter = document.getElementById("filter"), status = document.getElementById("status");
+
+  function show() {
+    const wanted = filter.value.trim().toLowerCase();
+    let shown = 0;
+    rows.forEach((row, i) => {
+      row.hidden = !(texts[i].includes(wanted) && (!status.value || row.dataset.status === status.value));
+      shown += !row.hidden;
+    });
+    document.getElementById("shown").textContent = `${shown} of ${rows.length} cells`;
+  }
+  filter.addEventListener("input", show);
+  status.addEventListener("change", show);
+  show();
+
+  const heads = [...document.querySelectorAll("#table thead th")];
+  heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
+    const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+    heads.forEach(other => other.setAttribute("aria-sort", "none"));
+    head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+    const keys = new Map(rows.map(row => {
+      const field = row.cells[column];
+      return [row, field.dataset.n === undefined ? field.textContent : Number(field.dataset.n)];
+    }));
+    const sorted = [...rows].sort((a, b) => {
+      const x = keys.get(a), y = keys.get(b);
+      if (x === "" || y === "") return (x === "") - (y === "");  // what is not known comes last, either way
+      if (typeof x === "number" && typeof y === "number") return sign * (x - y);
+      return sign * String(x).localeCompare(String(y), "en", {numeric: true});
+    });
+    body.append(...sorted);
+  }));
+  performance.mark("table");
+}
+
+function plots(nonce) {
+  const text = id => document.getElementById(id).textContent;
+  const figures = JSON.parse(text("figures"));
+  const draws = figures.map((figure, i) => figureOn(figure, document.querySelector(`[data-figure="${i}"]`)));
+  const redraw = () => window.Plotly && draws.forEach(draw => draw());
+  const drawFrom = i => {  // one at a time, so that the page answers in between
+    if (i === draws.length) return performance.mark("plots");
+    draws[i]();
+    setTimeout(drawFrom, 0, i + 1);
+  };
+  addEventListener("load", () => setTimeout(() => {
+    const script = document.createElement("script");
+    script.nonce = nonce;
+    script.textContent = text("plotly");
+    document.head.append(script);
+    drawFrom(0);
+  }));
+  for (const media of ["(prefers-color-scheme: dark)", "print"]) matchMedia(media).addEventListener("change", redraw);
+
+  function figureOn(figure, choices) {
+    const plot = document.getElementById(`plot-${figure.name}`);
+    const unique = values => [...new Set(values)];
+    const setting = select("Setting", unique(figure.panels.map(panel => panel.title)));
+    const loads = {heat: load, pairs: pairs, texts: texts}[figure.kind];
+    const router = loads ? select("Variant", []) : null;
+    const layer = loads ? select("Layer", []) : null;
+    const ofSetting = () => figure.panels.filter((panel) => panel.title === setting.value);
+    if (router) {
+      const fill = () => {
+        options(router, ofSetting().map(panel => panel.variants));
+        const layers = ofSetting()[0].layers;
+        options(layer, layers.length > 1 && figure.kind !== "pairs" ? ["all", ...layers] : layers);
+      };
+      setting.addEventListener("change", fill);
+      fill();
+    }
+    choices.addEventListener("change", draw);
+
+    function select(text, values) {
+      const label = document.createElement("label"), box = document.createElement("select");
+      label.append(text + " ", box);
+      choices.append(label);
+      options(box, values);
+      return box;
+    }
+
+    function options(box, values) {
+      const before = box.value;
+      box.replaceChildren(...values.map(value => new Option(value)));
+      if (values.map(String).includes(before)) box.value = before;
+      box.parentNode.hidden = values.length < 2;
+    }
+
+    function draw() {
+      const panels = ofSetting();
+      const drawn = router ? loads(panels.find(panel => panel.variants === router.value), layer.value) : panels[0];
+      const names = drawn.data.filter(trace => trace.showlegend !== false).map(trace => trace.name || "");
+      const beside = Math.max(0, ...drawn.data.flatMap(trace => trace.orientation ? trace.y : []).map(name => name.length));
+      const width = plot.clientWidth - 70 - 7 * Math.min(beside, 20);  // of the axes, and so of the legend
+      const perRow = Math.max(1, Math.floor(width / (50 + 7.5 * Math.max(0, ...names.map(name => name.length)))));
+      const legend = names.length > 1 || ["lines", "front"].includes(figure.kind) ? Math.ceil(names.length / perRow) * 22 : 0;
+      const height = Math.max(320, 110 + 44 * (drawn.layout.bars || 0)) + legend;
+      Plotly.react(plot, drawn.data, themed(drawn.layout, height, legend), {responsive: true, displaylogo: false,
+        modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]});
+    }
+    return draw;
+  }
+
+  function load(panel, layer) {
+    const experts = panel.counts[0].map((_, expert) => expert);
+    const relative = panel.counts.map(row => {
+      const mean = row.reduce((sum, count) => sum + count, 0) / row.length;
+      return row.map(count => mean ? count / mean : 0);
+    });
+    const axes = {xaxis: {title: {text: "expert"}}, yaxis: {title: {text: "layer"}}};
+    if (layer === "all") {
+      const top = Math.max(2, ...relative.map(row => Math.max(...row)));
+      axes.yaxis.type = "category";
+      axes.yaxis.autorange = "reversed";
+      return {layout: axes, data: [{type: "heatmap", x: experts, y: panel.layers.map(String), z: relative, text: panel.counts,
+        zmin: 0, zmax: top, colorscale: "Viridis", showlegend: false, colorbar: {thickness: 12, outlinewidth: 0},
+        hovertemplate: "layer %{y}, expert %{x}<br>%{text} slots, %{z:.3g} of the mean<extra></extra>"}]};
+    }
+    const at = panel.layers.map(String).indexOf(layer);
+    axes.yaxis.title.text = "slots / mean";
+    return {layout: axes, data: [{type: "bar", x: experts, y: relative[at], text: panel.counts[at], textposition: "none",
+      showlegend: false, marker: {color: "#3b82c4"},
+      hovertemplate: "expert %{x}<br>%{text} slots, %{y:.3g} of the mean<extra></extra>"}]};
+  }
+
+  function texts(panel, layer) {
+    const height = panel.texts.length + 1;  // with an empty row below each layer
+    const shown = panel.layers.map((_, i) => i).filter(i => layer === "all" || String(panel.layers[i]) === layer);
+    const many = shown.length * height > 45;
+    const short = name => name.length > 20 ? `${name.slice(0, 19)}\u2026` : name;  // the hover has it all
+    const y = [], z = [], text = [], ticks = [], names = [];
+    shown.forEach((i, place) => {
+      panel.counts[i].forEach((row, j) => {
+        const mean = row.reduce((sum, count) => sum + count, 0) / row.length;
+        const of = shown.length > 1 && (many || j === 0) ? `layer ${panel.layers[i]}` : "";
+        y.push(place * height + j);
+        z.push(row.map(count => mean ? count / mean : 0));
+        text.push(row.map(count => `layer ${panel.layers[i]}, ${panel.texts[j]}<br>${count} slots`));
+        if (many && j) return;
+        ticks.push(place * height + j);
+        names.push([of, many ? "" : short(panel.texts[j])].filter(part => part).join(": "));
+      });
+      if (place === shown.length - 1) return;
+      y.push(place * height + height - 1);
+      z.push(panel.counts[i][0].map(() => null));
+      text.push(panel.counts[i][0].map(() => ""));
+    });
+    const top = Math.max(2, ...z.map(row => Math.max(...row)));
+    const axes = {xaxis: {title: {text: "expert"}}, bars: many ? 18 : 0.4 * y.length,
+      yaxis: {title: {text: ""}, autorange: "reversed", tickvals: ticks, ticktext: names, zeroline: false, showgrid: false}};
+    return {layout: axes, data: [{type: "heatmap", y: y, z: z, text: text, zmin: 0, zmax: top, colorscale: "Viridis",
+      hoverongaps: false, showlegend: false, colorbar: {thickness: 12, outlinewidth: 0},
+      hovertemplate: "%{text}, %{z:.3g} of the mean<br>expert %{x}<extra></extra>"}]};
+  }
+
+  function pairs(panel, layer) {
+    const counts = panel.counts[panel.layers.map(String).indexOf(layer)];
+    const share = counts.map((row, i) => row.map((count, j) => i === j ? null : count / Math.max(row[i], 1)));
+    const axes = {xaxis: {title: {text: "the other"}, constrain: "domain"},
+      yaxis: {title: {text: "expert"}, autorange: "reversed", scaleanchor: "x", constrain: "domain"}};
+    return {layout: axes, data: [{type: "heatmap", z: share, text: counts, zmin: 0, zmax: 1, colorscale: "Viridis", hoverongaps: false,
+      showlegend: false, colorbar: {thickness: 12, outlinewidth: 0},
+      hovertemplate: "expert %{y}, the other %{x}<br>%{text} tokens, %{z:.3g} of the expert's<extra></extra>"}]};
+  }
+
+  function themed(layout, height, legend) {
+    const style = getComputedStyle(document.documentElement);
+    const colour = name => style.getPropertyValue(name).trim();
+    const axis = given => ({...given, gridcolor: colour("--grid"), linecolor: colour("--line"), zerolinecolor: colour("--line"),
+      tickcolor: colour("--line"), automargin: true});
+    return {...layout, height, xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis), paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)", font: {color: colour("--text"), family: "system-ui, sans-serif", size: 12},
+      margin: {l: 56, r: 12, t: 32, b: 48 + legend}, showlegend: legend > 0,
+      legend: {orientation: "h", traceorder: "normal", xref: "container", x: 0, yref: "container", y: 0, yanchor: "bottom"},
+      hoverlabel: {bgcolor: colour("--card"), bordercolor: colour("--line"), font: {color: colour("--text")}},
+      modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--text")}};
+  }
+}
