@@ -104,11 +104,14 @@ def compare(a: Path, b: Path, *, threshold: float = 0.03, floors: Mapping[str, f
         floors: noise floor by `env_id`, a ratio minus 1; None reads those stored on this machine.
 
     Raises:
-        ValueError: a threshold out of range; a folder that is missing or has no record that can be read.
+        ValueError: a threshold out of range; a folder that is missing or has no record that can be read; no cell in
+            common, because the cell_ids of the two versions of moe-lab differ.
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold={threshold}: give a share above 0 and below 1, such as 0.03 or 3%.")
     (cells_a, unreadable_a), (cells_b, unreadable_b) = _read(Path(a)), _read(Path(b))
+    if (change := _change_of_ids(cells_a, cells_b)) is not None:
+        raise ValueError(f"no cell of {a} is in {b}: {change}; measure the older one again with this version.")
     floor_of: _FloorOf = cache(read_floor) if floors is None else floors.get
     rows, contents = [], []
     for cell_id in dict.fromkeys([*cells_a, *cells_b]):
@@ -129,6 +132,38 @@ def compare(a: Path, b: Path, *, threshold: float = 0.03, floors: Mapping[str, f
     for side, unreadable in (("A", unreadable_a), ("B", unreadable_b)):
         rows += [{"verdict": f"unreadable in {side}", "also": "", "why": text} for text in unreadable]
     return pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).astype(dict.fromkeys(_NUMBERS, float))
+
+
+def _change_of_ids(cells_a: dict[str, list[_Run]], cells_b: dict[str, list[_Run]]) -> str | None:
+    """Why no cell is in both sets, where that is because other code made other cell_ids of the same cells."""
+    if cells_a.keys() & cells_b.keys():
+        return None
+    a, b = ([run for runs in cells.values() for run in runs] for cells in (cells_a, cells_b))
+    if {run.record.code_id for run in a} & {run.record.code_id for run in b}:
+        return None
+    namesakes = {_slug(run): run for run in b}
+    pairs = [(run, namesakes[_slug(run)]) for run in a if _slug(run) in namesakes]
+    for one, other in pairs:
+        only_a, only_b = (sorted(_keys(run) - _keys(beside)) for run, beside in ((one, other), (other, one)))
+        if only_a or only_b or identity.digest(one.content) == identity.digest(other.content):
+            versions = [str(run.record.environment.get("moe_lab")) for run in (one, other)]
+            if versions[0] == versions[1]:
+                versions = [f"{versions[0]} (code_id {run.record.code_id})" for run in (one, other)]
+            moved = [f"{keys[0]} only in {side}" for side, keys in (("A", only_a), ("B", only_b)) if keys]
+            told = ", ".join(["see CHANGELOG", *moved])
+            return f"cell_ids changed between moe-lab {versions[0]} and {versions[1]} ({told})"
+    return None
+
+
+def _slug(run: _Run) -> str:
+    """What people call the cell; equal for cells of the same names whose other keys differ."""
+    workload = run.content.get("workload")
+    return repr([*run.names.values(), identity.option_name(workload) if isinstance(workload, Mapping) else workload])
+
+
+def _keys(run: _Run) -> set[str]:
+    """The keys of its configuration; how it was timed is one."""
+    return {key for key, _ in variants.leaves({**run.content, "measure": None})}
 
 
 def _distinct(side: str, runs: list[_Run], notes: list[str]) -> list[_Run]:

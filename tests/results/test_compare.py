@@ -294,3 +294,59 @@ def test_real_records_compare(tmp_path: Path) -> None:
     only = compare(tmp_path / "a", tmp_path / "b", floors={}).iloc[0]
     assert only["verdict"] == "inconclusive" and only["ratio"] > 0
     assert not re.search("machines differ|what ran differs", only["why"])
+
+
+OLD = {"code_id": "3" * 12, "environment": {"moe_lab": "0.1.0"}}
+NEW = {"code_id": "4" * 12, "environment": {"moe_lab": "0.2.0"}}
+
+
+def earlier(config: dict[str, Any]) -> dict[str, Any]:
+    """The tiny layer's model as an earlier version wrote it: the number of experts beside the shape."""
+    shape = {**config["model"]["shape"]}
+    return {"model": {**config["model"], "n_experts": shape.pop("n_experts"), "shape": shape}}
+
+
+def test_cells_whose_ids_changed_between_versions_are_one_line(tmp_path: Path) -> None:
+    """Two batches, each in both sets, under other keys; a table that calls all missing would mislead."""
+    batches = [{"batch": batch} for batch in (1, 2)]
+    a = [record(*QUIET, config={**earlier(tiny_config()), **batch}, **OLD) for batch in batches]
+    b = [record(*QUIET, config=batch, **NEW) for batch in batches]
+    for sides, versions in (((a, b), "0.1.0 and 0.2.0"), ((b, a), "0.2.0 and 0.1.0")):
+        folders = [write(tmp_path / versions / name, *side) for name, side in zip("ab", sides, strict=True)]
+        with pytest.raises(
+            ValueError, match=f"no cell of .* is in .*: cell_ids changed between moe-lab {versions}"
+        ) as told:
+            compare(*folders, floors={})
+        assert "model.n_experts only in" in str(told.value) and "model.shape.n_experts only in" in str(told.value)
+        assert "\n" not in str(told.value) and "measure the older one again" in str(told.value)
+
+
+def test_ids_that_changed_without_a_key_are_told_too(tmp_path: Path) -> None:
+    """The same configuration, another hash; the versions may have one number."""
+    a = write(tmp_path / "a", record(*QUIET, cell_id="a" * 12, code_id="3" * 12))
+    b = write(tmp_path / "b", record(*QUIET, cell_id="b" * 12, code_id="4" * 12))
+    with pytest.raises(ValueError, match=r"code_id 333333333333\) and .*code_id 444444444444\) \(see CHANGELOG\)"):
+        compare(a, b, floors={})
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        pytest.param({**OLD}, {**NEW, "config": {"batch": 3}}, id="another_size"),
+        pytest.param({**OLD}, {**NEW, "config": {"seed": 3}}, id="another_seed"),
+        pytest.param({**OLD}, {**NEW, "config": {"workload": {"name": "text", "other": 1}}}, id="another_workload"),
+        pytest.param({**OLD, "config": earlier(tiny_config())}, {**OLD}, id="the_same_code"),
+    ],
+)
+def test_other_cells_are_missing_and_no_change_of_ids(tmp_path: Path, a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Different cells of two versions, or of one."""
+    frame = compare(write(tmp_path / "a", record(*QUIET, **a)), write(tmp_path / "b", record(*QUIET, **b)), floors={})
+    assert frame["verdict"].tolist() == ["only in A", "only in B"]
+
+
+def test_one_cell_in_both_is_compared(tmp_path: Path) -> None:
+    """However many others have other ids."""
+    same = {"model": {**tiny_config()["model"], "name": "kept"}}
+    a = write(tmp_path / "a", record(*QUIET, config=same, **OLD), record(*QUIET, config=earlier(tiny_config()), **OLD))
+    b = write(tmp_path / "b", record(*QUIET, config=same, **NEW), record(*QUIET, **NEW))
+    assert compare(a, b, floors={})["verdict"].tolist() == ["same", "only in A", "only in B"]
