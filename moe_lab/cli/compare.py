@@ -18,6 +18,7 @@ from rich.table import Table
 from moe_lab.cli.arguments import Parser
 from moe_lab.records.store import write_atomic
 from moe_lab.results.compare import NAMES, compare
+from moe_lab.results.numbers import four
 
 _STYLES = {"slower": "red", "faster": "green", "same": "", "inconclusive": "yellow"}
 _HELP = """\
@@ -84,7 +85,7 @@ def _layout(df: pd.DataFrame) -> tuple[str, pd.DataFrame, list[str]]:
 
 def _text(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return four(value)
     return "".join(character if character.isprintable() else " " for character in str(value))
 
 

@@ -13,43 +13,31 @@ from rich.table import Table
 from moe_lab.records import identity, variants
 from moe_lab.records.identity import option_name
 from moe_lab.records.schema import Record
+from moe_lab.results import numbers
+from moe_lab.results.numbers import with_interval
 
 _NONE = "-"
 _OFF = "off reference (floor)"
 _BITS, _KL = "bits/byte (- native) [interval]", "KL to native"
 _NUMBERS = (
-    *("batch", "seq_len", "p50 [interval]", "ratio [interval]", "tokens/s", "load max/mean", "error"),
-    *(_OFF, _BITS, _KL),
+    "batch",
+    "seq_len",
+    "p50 [interval]",
+    "ratio [interval]",
+    "tokens/s",
+    "load max/mean",
+    "error",
+    _OFF,
+    _BITS,
+    _KL,
 )
+_BITS_OF = ("bits_per_byte", "delta_bits_per_byte", "delta_bits_per_byte_ci95_low", "delta_bits_per_byte_ci95_high")
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return _NONE if value is None else f"{value:,.{digits}g}" if abs(value) < 999.5 else f"{value:,.0f}"
-
-
-def _error(agreement: Mapping[str, Any], digits: int) -> str:
-    error = agreement["output_rel_error"]  # null where the reference's output is zero or not finite
-    return _NONE if error is None else f"{error:.{digits}e}"
-
-
-def _interval(p50: float, low: float | None, high: float | None, unit: str = "") -> str:
-    text = f"{_number(p50)}{unit}"
-    return text if low is None or high is None else f"{text} [{_number(low)}, {_number(high)}]"
-
-
-def _bits(quality: Mapping[str, Any]) -> str:
-    """Bits per byte, and by how much more than the native router's, with the interval of that."""
-    bits, *difference = (
-        quality.get(name)
-        for name in ("bits_per_byte", *(f"delta_bits_per_byte{end}" for end in ("", "_ci95_low", "_ci95_high")))
-    )
-    if bits is None:
-        return _NONE
-    if difference[0] is None:
-        return f"{bits:.3f}"
-    if None in difference:
-        return f"{bits:.3f} ({difference[0]:+.3f})"
-    return f"{bits:.3f} ({difference[0]:+.3f}) [{difference[1]:+.3f}, {difference[2]:+.3f}]"
+def _off(agreement: Mapping[str, Any]) -> str:
+    """The output's error against the reference router's, and the floor; null where the output is zero or not finite."""
+    error, floor = agreement["output_rel_error"], agreement["floor"]["output_rel_error"]
+    return f"{numbers.error(error)} ({numbers.error(floor, digits=0)})"
 
 
 def _cells(record: Record) -> dict[str, str]:
@@ -58,18 +46,19 @@ def _cells(record: Record) -> dict[str, str]:
     ignored = set(config["model"].get("ignores") or ())
     latency, ratio, check = record.latency_ms, record.ratio_to_anchor, record.check
     pooled, agreement = (record.routing or {}).get("pooled", {}), record.agreement
+    quality = record.quality or {}
     return {
         "router": _NONE if "router" in ignored else option_name(config["router"]),
         "batch": str(config["batch"]),
         "seq_len": _NONE if "seq_len" in ignored else str(config["seq_len"]),
-        "p50 [interval]": _interval(latency.p50, latency.ci95_low, latency.ci95_high, " ms") if latency else _NONE,
-        "ratio [interval]": _interval(ratio.p50, ratio.ci95_low, ratio.ci95_high) if ratio else _NONE,
-        "tokens/s": _number((record.throughput or {}).get("tokens_per_s")),
-        "load max/mean": _number(pooled.get("load_max_over_mean")),
-        "error": f"{check.rel_error:.1e}" if check and check.rel_error is not None else _NONE,
-        _OFF: f"{_error(agreement, 1)} ({_error(agreement['floor'], 0)})" if agreement else _NONE,
-        _BITS: _bits(record.quality or {}),
-        _KL: _number((record.quality or {}).get("kl_to_native")),
+        "p50 [interval]": with_interval(latency.p50, latency.ci95_low, latency.ci95_high, " ms") if latency else _NONE,
+        "ratio [interval]": with_interval(ratio.p50, ratio.ci95_low, ratio.ci95_high) if ratio else _NONE,
+        "tokens/s": numbers.short((record.throughput or {}).get("tokens_per_s")),
+        "load max/mean": numbers.short(pooled.get("load_max_over_mean")),
+        "error": numbers.error(check.rel_error) if check else _NONE,
+        _OFF: _off(agreement) if agreement else _NONE,
+        _BITS: numbers.bits_per_byte(*(quality.get(name) for name in _BITS_OF)) or _NONE,
+        _KL: numbers.short(quality.get("kl_to_native")),
         "status": record.status + (f": {record.reason}" if record.reason else ""),
     }
 
@@ -106,9 +95,10 @@ def _columns(records: Sequence[Record]) -> list[str]:
 
 def _print_time_of_agreement(console: Console, records: Sequence[Record]) -> None:
     """What the passes with the reference router took, which no latency holds."""
-    found = [record.agreement for record in records if record.agreement]
-    if found:
-        names, seconds = sorted({one["reference"] for one in found}), sum(one["seconds"] for one in found)
+    agreements = [record.agreement for record in records if record.agreement]
+    if agreements:
+        names = sorted({agreement["reference"] for agreement in agreements})
+        seconds = sum(agreement["seconds"] for agreement in agreements)
         text = f"reference: router={', '.join(names)}; comparing with it took {seconds:.2f} s"
         console.print(text, markup=False, highlight=False)
 

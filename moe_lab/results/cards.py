@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from moe_lab.results.columns import PROPERTIES
+from moe_lab.records import fields
+from moe_lab.results import numbers
 from moe_lab.results.settings import describe
 
 RANKS = 8
@@ -20,7 +21,12 @@ _WANTED = ("causal", "batch_invariant", "static_k", "graph_safe")
 """Properties whose absence is worth a word; of the others only those that hold are named."""
 
 
-_BITS = ("bits_per_byte", *(f"delta_bits_per_byte{end}" for end in ("", "_ci95_low", "_ci95_high")))
+_BITS = (
+    "quality.bits_per_byte",
+    "quality.delta_bits_per_byte",
+    "quality.delta_bits_per_byte_ci95_low",
+    "quality.delta_bits_per_byte_ci95_high",
+)
 
 
 class Card(NamedTuple):
@@ -43,29 +49,31 @@ def cards(runs: pd.DataFrame) -> list[Card]:
         ["router", "model", "batch", "seq_len", "variant"], kind="stable"
     )
     ran = ran[~ran["implementation.router"].fillna("").str.startswith("forced")]  # no router had a say
-    fields = [_fields(row) for row in ran.to_dict("records")]
-    heads = [head for head in (fields[0] if fields else {}) if any(row[head] for row in fields)]
-    found = []
-    for name, of in ran.reset_index(drop=True).groupby("router", sort=False):
-        first = of.iloc[0]
-        holds = {key: bool(first[f"router.{key}"]) for key in PROPERTIES if not pd.isna(first[f"router.{key}"])}
+    rows = [_fields(row) for row in ran.to_dict("records")]
+    heads = [head for head in (rows[0] if rows else {}) if any(row[head] for row in rows)]
+    by_router = []
+    for name, cells in ran.reset_index(drop=True).groupby("router", sort=False):
+        first = cells.iloc[0]
+        holds = {
+            key: bool(first[f"router.{key}"])
+            for key in fields.names(fields.PROPERTIES)
+            if not pd.isna(first[f"router.{key}"])
+        }
         properties = [(key, value) for key, value in holds.items() if value or key in _WANTED]
-        found.append(Card(str(name), properties, heads, [[fields[at][head] for head in heads] for at in of.index]))
-    return found
+        shown = [[rows[position][head] for head in heads] for position in cells.index]
+        by_router.append(Card(str(name), properties, heads, shown))
+    return by_router
 
 
 def _fields(row: Mapping[str, Any]) -> dict[str, str]:
     """What a row of a card shows, by heading; empty where it is not known."""
 
-    def number(name: str, suffix: str = "") -> str:
-        value = row.get(name)
-        return (
-            ""
-            if value is None or pd.isna(value)
-            else f"{value:,.3g}{suffix}"
-            if abs(value) < 999.5
-            else f"{value:,.0f}"
-        )
+    def known(name: str) -> float | None:
+        value = row[name]
+        return None if pd.isna(value) else float(value)
+
+    def number(name: str) -> str:
+        return numbers.short(known(name), missing="")
 
     def both(name: str, group: str = "routing") -> str:
         pooled, worst = (number(f"{group}.{of}.{name}") for of in ("pooled", "worst"))
@@ -75,15 +83,6 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
         floor = number(f"agreement.floor.{name}")
         return f"{text} ({floor})" if text and floor else text
 
-    def bits_per_byte() -> str:
-        """And by how much more than with the native router, give or take half its interval, which is symmetric."""
-        found = [row.get(f"quality.{name}") for name in _BITS]
-        bits, more, low, high = (None if value is None or pd.isna(value) else float(value) for value in found)
-        if bits is None or more is None:
-            return "" if bits is None else f"{bits:.3f}"
-        half = "" if low is None or high is None else f" ± {(high - low) / 2:.3f}"
-        return f"{bits:.3f} ({more:+.3f}{half})"
-
     # Of the worst layer: pooled, experts of different layers with the same number would count as one.
     used, uniform = number("routing.worst.unique_experts"), number("routing.worst.uniform_unique_experts")
     latency, ratio = number("latency_ms.p50"), number("ratio_to_anchor.p50")
@@ -92,7 +91,7 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
         "cell": row["setting"] if row["variant"] == row["router"] else f"{row['setting']}: {row['variant']}",
         "median ms": latency,
         "x anchor": ratio,
-        "bits per byte": bits_per_byte(),
+        "bits per byte": numbers.bits_per_byte(*(known(name) for name in _BITS)),
         "KL to native": number("quality.kl_to_native"),
         "top-1 agreement": number("quality.top1_agreement"),
         "load max / mean": both("load_max_over_mean"),
@@ -110,6 +109,6 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
 def _text_information(listed: Any) -> str:
     """Mean of the layers, from the list that a column of `quality.*` holds as text."""
     try:
-        return f"{statistics.fmean(json.loads(listed)):.2g}"
+        return numbers.short(statistics.fmean(json.loads(listed)))
     except (ValueError, TypeError):  # none, or of no layer
         return ""

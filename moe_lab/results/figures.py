@@ -8,6 +8,7 @@ from textwrap import wrap
 from typing import Any
 
 from moe_lab.results.charts import Chart, Charts, Map, Panel, Series, Texts, front, is_log
+from moe_lab.results.numbers import four
 from moe_lab.results.style import phase_style, variant_style
 
 HEAT_NUMBERS = 400_000
@@ -162,7 +163,7 @@ def _bar(series: Series, chart: Chart, found: Charts) -> Figure:
 
 def _notes(series: Series) -> list[str]:
     return [
-        size if low is None or high is None else f"{size} [{low:.4g}, {high:.4g}]"
+        size if low is None or high is None else f"{size} [{four(low)}, {four(high)}]"
         for size, low, high in zip(series.size, series.low, series.high, strict=True)
     ]
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+from moe_lab.results import numbers
 from moe_lab.results.settings import describe, sizes
 
 SAME = 0.03
@@ -151,11 +152,12 @@ def _verdict(group: str, variant: str, kind: Kind, about: str, cells: Sequence[_
         if kind == "faster":
             ratios = 1 / ratios[:, [0, 2, 1]]
         middle, low, high = (float(v) for v in (np.median(ratios[:, 0]), ratios[:, 1].min(), ratios[:, 2].max()))
-        bracket = f"[{_number(low)}, {_number(high)}]"
+        bracket = f"[{numbers.ratio(low)}, {numbers.ratio(high)}]"
     if kind == "same":
         text = f"{variant} takes as long as {about} (within {SAME:.0%}){where}, {bracket}"
     elif kind in ("faster", "slower"):
-        text = f"{variant} is {_number(middle)}x {kind} than {about}{where}, {bracket}"
+        assert middle is not None
+        text = f"{variant} is {numbers.ratio(middle)}x {kind} than {about}{where}, {bracket}"
     elif kind == "inconclusive":
         text = f"{variant} against {about}: inconclusive{where}"
     elif kind == "not timed together":
@@ -163,9 +165,3 @@ def _verdict(group: str, variant: str, kind: Kind, about: str, cells: Sequence[_
     else:
         text = f"{variant} {'was skipped' if kind == 'skipped' else 'failed'}{where}" + (f": {about}" if about else "")
     return Verdict(group, variant, kind, where.strip(), middle, low, high, len(cells), text)
-
-
-def _number(ratio: float | None) -> str:
-    """Three digits, and so many more that a number that is not 1 does not read as 1."""
-    assert ratio is not None
-    return next((text for text in (f"{ratio:.{digits}g}" for digits in range(3, 6)) if float(text) != 1), "1")

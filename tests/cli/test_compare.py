@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from moe_lab.cli.compare import parse_threshold, to_csv, to_markdown, to_terminal
 from moe_lab.records.store import RESULT
 from moe_lab.results.compare import COLUMNS, compare
+from moe_lab.results.numbers import four
 from tests import tiny
 from tests.results.compared import HERE, QUIET, five_cells, record, tiny_config, write
 
@@ -74,7 +75,7 @@ def test_markdown_is_a_table_and_numbered_notes(sets: tuple[Path, Path]) -> None
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     assert {len(row) for row in cells} == {len(cells[0])} and len(table) == 2 + 5
     slower = dict(zip(cells[0], cells[2], strict=True))
-    assert (slower["batch"], slower["A ms"], slower["B ms"], slower["B/A"]) == ("1", "1", "1.2", "1.2")
+    assert (slower["batch"], slower["A ms"], slower["B ms"], slower["B/A"]) == ("1", "1.000", "1.200", "1.200")
     assert slower["verdict"] == "slower" and re.fullmatch(r"1\.19\d to 1\.20\d", slower["95 % interval"])
     note = next(line for line in lines if line.startswith(f"{slower['note']}. "))
     assert "excludes 1" in note
@@ -119,7 +120,7 @@ def test_a_narrow_terminal_cuts_no_number(sets: tuple[Path, Path], tmp_path: Pat
         "m.to_terminal(m.compare(Path(sys.argv[1]), Path(sys.argv[2]), floors={}))"
     )
     narrow = tiny.python(program, *sets)
-    for text in compare(*sets, floors={})["ratio"].dropna().map("{:.4g}".format):
+    for text in compare(*sets, floors={})["ratio"].dropna().map(four):
         assert re.search(rf"\s{re.escape(text)}\s", narrow)
     assert re.search(r"1\.19\d to 1\.20\d", narrow)
     assert all(verdict in narrow for verdict in ("slower", "faster", "only in A", "failed in B"))
@@ -161,12 +162,14 @@ def test_mistakes_are_one_line(sets: tuple[Path, Path], tmp_path: Path) -> None:
     unreadable = tmp_path / "unreadable" / RESULT
     unreadable.parent.mkdir()
     unreadable.write_text("{")
+    renamed = write(tmp_path / "renamed", record(1.0, cell_id="f" * 12, config={"batch": 1}, code_id="9" * 12))
     a, b = sets
     mistakes: dict[str, tuple[Any, ...]] = {
         "nowhere: there is no such folder": (a, tmp_path / "nowhere"),
         "empty: no records that can be read": (tmp_path / "empty", b),
         r"unreadable: no records that can be read \(1 cannot\)": (a, unreadable.parent),
         "no cell is ok in both .*: 5 only in A, 1 only in B": (a, other),
+        "no cell of .*renamed is in .*: cell_ids changed between .*; measure the older one again": (renamed, b),
         "--threshold=lots: .*3% or 0.03": (a, b, "--threshold", "lots"),
         "threshold=3.0: .*0.03 or 3%": (a, b, "--threshold", "3"),
         "required: B": (a,),
