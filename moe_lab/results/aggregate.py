@@ -29,8 +29,13 @@ from moe_lab.results.load import UNREADABLE_BECAUSE, Entry, Found
 from moe_lab.results.summary import summarize
 
 OUTPUTS = (
-    *("runs.parquet", "runs.csv", "summary.parquet", "summary.csv"),
-    *("samples.parquet", "coactivation.parquet", "unreadable.csv"),
+    "runs.parquet",
+    "runs.csv",
+    "summary.parquet",
+    "summary.csv",
+    "samples.parquet",
+    "coactivation.parquet",
+    "unreadable.csv",
 )
 CACHE = ".aggregate.parquet"
 _CACHED = pa.schema(
