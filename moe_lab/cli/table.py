@@ -12,7 +12,7 @@ from rich.table import Table
 
 from moe_lab.records import identity, variants
 from moe_lab.records.identity import option_name
-from moe_lab.records.schema import Record
+from moe_lab.records.schema import LAUNCH_BOUND, Record
 from moe_lab.results import numbers
 from moe_lab.results.numbers import with_interval
 
@@ -147,7 +147,12 @@ def print_sweep(records: Sequence[Record], compare: Sequence[str]) -> None:
             style="yellow",
             highlight=False,
         )
-    other = Counter(w for record in records for w in record.warnings if not w.startswith("latency is not stable"))
+    launch_bound = [w for record in records for w in record.warnings if w.startswith(LAUNCH_BOUND)]
+    if launch_bound:  # each has its own share of the time
+        text = f"warning ({len(launch_bound)} cells, for example): {launch_bound[0]}"
+        console.print(text, style="yellow", markup=False, highlight=False)
+    told = ("latency is not stable", LAUNCH_BOUND)
+    other = Counter(w for record in records for w in record.warnings if not w.startswith(told))
     for warning, number in other.items():
         console.print(f"warning ({number} cells): {warning}", style="yellow", markup=False, highlight=False)
     for reason, number in skipped.items():

@@ -16,6 +16,8 @@ from moe_lab.records import fields
 from moe_lab.records.fields import Field, Fields
 
 SCHEMA = 1
+LAUNCH_BOUND = "launch-bound: "
+"""How the warning of a run begins whose GPU waited for the host's launches."""
 
 
 @dataclass(kw_only=True)

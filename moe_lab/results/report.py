@@ -14,6 +14,7 @@ from urllib.parse import quote
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from moe_lab.records.schema import LAUNCH_BOUND
 from moe_lab.records.store import LOG, PLAN, write_atomic
 from moe_lab.results.aggregate import Aggregate
 from moe_lab.results.cards import RANKS, cards
@@ -92,6 +93,7 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
         compare=plan.compare,
         machines=sorted(set(runs["environment.device_name"].dropna())),
         times=_times(runs["started"]),
+        launch_bound=_launch_bound(runs),
         verdicts=_by_group(summary),
         status=Counter(runs["status"].astype(str)),
         not_run=len(plan.statuses.keys() - set(runs["cell_id"])),
@@ -135,6 +137,13 @@ def _times(started: pd.Series) -> list[str]:
     """When the first and the last cell started."""
     known = pd.to_datetime(started, utc=True, errors="coerce", format="ISO8601").dropna()
     return list(dict.fromkeys(f"{at:%Y-%m-%d %H:%M} UTC" for at in (known.min(), known.max()))) if len(known) else []
+
+
+def _launch_bound(runs: pd.DataFrame) -> int:
+    """In how many cells the GPU waited for the host: their latencies compare launches, not kernels."""
+    return sum(
+        any(text.startswith(LAUNCH_BOUND) for text in texts) for texts in runs["warnings"] if isinstance(texts, list)
+    )
 
 
 def _by_group(summary: pd.DataFrame) -> dict[str, list[Verdict]]:

@@ -24,6 +24,7 @@ from moe_lab.models.parameters import shareable
 from moe_lab.models.serving import Decode, Prefill, Serving
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import identity
+from moe_lab.records.schema import LAUNCH_BOUND
 from moe_lab.routers.base import Routing
 from moe_lab.runs import build
 from moe_lab.runs.built import Built
@@ -98,7 +99,7 @@ class Observer:
             advice = "compare kernels with execution=cuda_graph"
             if any(not layer.router.graph_safe for layer in moe_layers(self.built.model)):
                 advice = f"router={identity.option_name(self.cfg.router)} cannot be captured, so use a larger batch"
-            self.warnings.append(f"launch-bound: the GPU was busy {share:.0%} of the time; {advice}")
+            self.warnings.append(f"{LAUNCH_BOUND}the GPU was busy {share:.0%} of the time; {advice}")
         return busy_ms
 
     def _routing(self) -> dict[str, Any] | None:

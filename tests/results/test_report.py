@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks import synthetic
-from moe_lab.records.schema import Record
+from moe_lab.records.schema import LAUNCH_BOUND, Record
 from moe_lab.records.store import RESULT, ROUTING, read_record, write_record
 from moe_lab.results import plots, report
 from moe_lab.results.aggregate import aggregate
@@ -66,6 +66,18 @@ def of_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     change(folders[0], plant)
     return written(directory)
+
+
+def test_launch_bound_cells_are_counted_above_the_verdicts(tmp_path: Path) -> None:
+    """With what to do about it; without such a cell nothing is said."""
+    folders = synthetic.sweep(tmp_path, 16)
+    assert 'id="launch-bound"' not in written(tmp_path).read_text()
+    for folder in folders[:3]:
+        change(folder, lambda record: record.warnings.append(f"{LAUNCH_BOUND}the GPU was busy 7 % of the time"))
+    page = written(tmp_path).read_text()
+    text = " ".join(re.search(r'<p id="launch-bound"[^>]*>(.*?)</p>', page, re.DOTALL)[1].split())  # type: ignore[index]
+    assert text.startswith("3 of 16 cells are launch-bound: the GPU waited for the host")
+    assert page.index('id="launch-bound"') < page.index('class="verdicts"') and "execution=cuda_graph" in text
 
 
 def ours(page: Path) -> str:
