@@ -88,13 +88,14 @@ def test_an_output_of_nothing_is_infinitely_off_or_not_at_all() -> None:
 def compared(*overrides: str, reference: str = "torch") -> tuple[Run, dict]:
     """A built run and its agreement with `router=reference`."""
     run = tiny.built(tiny.decoder_moe(*overrides, f"measure.reference_router={reference}"))
+    run.verify()
     run.observe()
     return run, run.observed["agreement"]
 
 
 def outputs(router: str, *overrides: str) -> Tensor:
     """Of a run with this router."""
-    return tiny.built(tiny.decoder_moe(f"router={router}", *overrides)).step().y
+    return tiny.built(tiny.decoder_moe(f"router={router}", *overrides)).built.step().y
 
 
 def test_the_same_router_agrees_everywhere() -> None:
@@ -162,6 +163,7 @@ def test_the_run_is_left_as_it_was(router: str) -> None:
     run = tiny.built(tiny.decoder_moe(f"router={router}", f"measure.reference_router={router}"))
     before = {name: tensor.clone() for name, tensor in run.built.model.state_dict().items()}
     y = run.built.step().y.clone()
+    run.verify()
     run.observe()
     assert run.observed["agreement"]["output_rel_error"] == 0
     assert torch.equal(run.built.step().y, y)
@@ -173,7 +175,7 @@ def test_the_run_is_left_as_it_was(router: str) -> None:
 def test_a_reference_that_fails_leaves_nothing_behind() -> None:
     """No hook on the run's model, no router that computes in float64."""
     run = tiny.built(tiny.decoder_moe())
-    reference = tiny.built(tiny.decoder_moe("router=sinkhorn")).model
+    reference = tiny.built(tiny.decoder_moe("router=sinkhorn")).built.model
     for layer in moe_layers(reference):
         select = layer.router.select
 
@@ -190,7 +192,7 @@ def test_a_reference_that_fails_leaves_nothing_behind() -> None:
 def test_a_router_of_two_layers_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shared by the model's layers it is switched to float64 and back once."""
     run = tiny.built(tiny.decoder_moe())
-    reference = tiny.built(tiny.decoder_moe("router=sinkhorn")).model
+    reference = tiny.built(tiny.decoder_moe("router=sinkhorn")).built.model
     shared = moe_layers(reference)[0].router
     for layer in moe_layers(reference):
         layer.router = shared
@@ -200,7 +202,7 @@ def test_a_router_of_two_layers_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_execution_that_fuses_is_compared_by_its_routers_choice_in_the_pass() -> None:
     """With other hidden states its own routes would differ from those of the very same router."""
-    run, twin = tiny.built(tiny.decoder_moe()), tiny.built(tiny.decoder_moe()).model
+    run, twin = tiny.built(tiny.decoder_moe()), tiny.built(tiny.decoder_moe()).built.model
     ran = run.built.step()
     elsewhere = ran._replace(routings=tuple(r._replace(expert_ids_TK=r.expert_ids_TK.roll(1, 0)) for r in ran.routings))
     assert agreement(run.built.model, twin, run.built.x, elsewhere)["pooled"]["jaccard"] < 1
@@ -227,6 +229,7 @@ def test_a_fitted_router_of_ones_own_keeps_what_it_was_fitted_to(tmp_path: Path)
     cfg = moe_lab.compose([*words, "measure.reference_router.to=3"], config_dir=tmp_path)
     run = tiny.built(cfg)
     before = run.built.step()
+    run.verify()
     run.observe()
     assert run.observed["agreement"]["pooled"]["same_first_choice"] == 0
     assert torch.equal(run.built.step().y, before.y)
@@ -236,6 +239,7 @@ def test_a_reference_that_cannot_be_captured_is_looked_at_eagerly() -> None:
     """It is no part of what is timed."""
     cfg = tiny.decoder_moe("measure.reference_router=expert_choice")
     run = tiny.built(cfg)
+    run.verify()
     run.cfg.execution.name = "compile"  # after the step was made
     run.observe()
     assert run.observed["agreement"]["pooled"]["jaccard"] < 1
@@ -263,10 +267,12 @@ def test_a_forced_load_has_no_agreement() -> None:
 def test_a_model_without_routers_has_none() -> None:
     """Nothing to compare."""
     run = tiny.built(tiny.moe_layer("measure.reference_router=torch"))
+    run.verify()
     run.observe()
     assert run.observed["agreement"]["pooled"]["jaccard"] == 1
     run = tiny.built(tiny.transformer_decoder())
     run.cfg.measure.reference_router = tiny.decoder_moe("router=torch").router
+    run.verify()
     run.observe()
     assert run.observed["agreement"] is None
 
@@ -274,6 +280,7 @@ def test_a_model_without_routers_has_none() -> None:
 def test_a_reference_that_cannot_run_is_a_warning() -> None:
     """The run's own numbers stand."""
     run = tiny.built(tiny.moe_layer("measure.reference_router=hash"))
+    run.verify()
     run.observe()
     assert "agreement" not in run.observed
     assert any("agreement could not be observed" in text and "token" in text for text in run.warnings)

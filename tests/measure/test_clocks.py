@@ -69,7 +69,7 @@ def _collection_on_afterwards() -> Iterator[None]:
 @pytest.mark.parametrize("n", [pytest.param(n, id=f"n{n}") for n in (1, 3, 17)])
 def test_step_times_each_iteration_on_the_cpu(n: int) -> None:
     """n positive samples; stamps do not go back and lie within the call."""
-    step = tiny.built(tiny.moe_layer()).step
+    step = tiny.built(tiny.moe_layer()).built.step
     before = time.perf_counter()
     block = step.time_block(n)
     after = time.perf_counter()
@@ -81,7 +81,7 @@ def test_step_times_each_iteration_on_the_cpu(n: int) -> None:
 
 def test_samples_fit_between_their_stamps() -> None:
     """No sample is longer than the time since the stamp before it."""
-    block = tiny.built(tiny.moe_layer()).step.time_block(20)
+    block = tiny.built(tiny.moe_layer()).built.step.time_block(20)
     assert (block.ms[1:] / 1e3 <= np.diff(block.stamp_s)).all()
 
 
@@ -178,7 +178,7 @@ def test_garbage_collection_is_as_before_after_an_exception(enabled: bool) -> No
 
 def test_a_step_leaves_gradients_alone() -> None:
     """Forward passes are in inference mode, and the mode ends with them."""
-    step = tiny.built(tiny.minimal()).step
+    step = tiny.built(tiny.minimal()).built.step
     assert step().y.is_inference()
     assert not torch.is_inference_mode_enabled()
 
@@ -249,7 +249,7 @@ def test_captured_graph_computes_what_eager_computes(dtype: str) -> None:
 @pytest.mark.parametrize("execution", [pytest.param(name, id=name) for name in ("eager", "cuda_graph")])
 def test_events_give_positive_times(execution: str) -> None:
     """n samples on CUDA, for a graph from the events that are nodes of it."""
-    step = tiny.built(tiny.decoder_moe("device=cuda", f"execution={execution}")).step
+    step = tiny.built(tiny.decoder_moe("device=cuda", f"execution={execution}")).built.step
     block = step.time_block(9)
     assert block.ms.shape == block.stamp_s.shape == (9,)
     assert (block.ms > 0).all()
