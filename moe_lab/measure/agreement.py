@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from moe_lab.measure.distance import relative_error
 from moe_lab.measure.routing_metrics import worst_of
 from moe_lab.models import Output
-from moe_lab.models.moe_layer import MoELayer, indexed_moe_layers, moe_layers
+from moe_lab.models.moe_layer import MoELayer, hooked, indexed_moe_layers, moe_layers
 from moe_lab.records import fields
 from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, gate_logits
 from moe_lab.routers.contract import members, weights_by_expert
@@ -131,12 +131,8 @@ def agreement(model: nn.Module, reference: nn.Module, x: Tensor, ran: Output, *,
             exact_y_TD, exact = other(x_TD, ctx)
         floors.append(Difference.of(exact, routing, exact_y_TD, y_TD, E))
 
-    handles = [layer.register_forward_hook(look) for _, layer in layers]
-    try:
+    with hooked((layer for _, layer in layers), look):
         model(x, forced_routing=None if fuses else ran.routings)
-    finally:
-        for handle in handles:
-            handle.remove()
     y = reference(x).y
     with _in_float64(references):
         exact_y = reference(x).y

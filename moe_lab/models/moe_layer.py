@@ -5,6 +5,9 @@ y = experts(x, router(x W_gate^T)) [+ shared expert(x)]
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +75,18 @@ class MoELayer(nn.Module):
 
     def use_reference(self) -> None:
         self.experts = Loop()
+
+
+@contextmanager
+def hooked(layers: Iterable[MoELayer], hook: Callable[..., None], *, before: bool = False) -> Iterator[None]:
+    """Inside, `hook` is called after every forward pass of `layers`, or `before` it: a forward hook of torch."""
+    register = nn.Module.register_forward_pre_hook if before else nn.Module.register_forward_hook
+    handles = [register(layer, hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:

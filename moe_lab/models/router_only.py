@@ -16,6 +16,7 @@ from moe_lab.experts.weights import ExpertWeights, Scale
 from moe_lab.marks import phase
 from moe_lab.models import ForcedRouting, MakeRouter, Output
 from moe_lab.models.moe_layer import MoELayer
+from moe_lab.ops.by_expert import by_expert
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.routers.base import RouteContext, Router, Routing
 
@@ -45,9 +46,7 @@ class _NoExperts(Experts):
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
         """[T, E] in float32, 0 where an expert is not chosen."""
-        E = weights.n_experts
-        ids_TK = torch.where(routing.expert_ids_TK < 0, E, routing.expert_ids_TK).long()  # unused slots: column E
-        return routing.weights_TK.new_zeros(len(ids_TK), E + 1).scatter_add_(1, ids_TK, routing.weights_TK)[:, :E]
+        return by_expert(routing.weights_TK, routing.expert_ids_TK, weights.n_experts)
 
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
         """See `Experts`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_lab.ops.by_expert import by_expert
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.library import is_exporting, register
 from moe_lab.ops.softmax_topk import top_k
@@ -33,8 +34,7 @@ def fill_up(ids_TK: Tensor, scores_TE: Tensor, room_E: Tensor) -> Tensor:
 def _compute(ids_TK: Tensor, scores_TE: Tensor, room_E: Tensor) -> Tensor:
     (T, K), E = ids_TK.shape, scores_TE.shape[1]
     for _ in range(K + E):
-        spread_TE = torch.zeros(T, E + 1, dtype=torch.bool, device=ids_TK.device)
-        has_TE = spread_TE.scatter_(1, torch.where(ids_TK < 0, E, ids_TK).long(), True)[:, :E]
+        has_TE = by_expert(torch.ones_like(ids_TK, dtype=torch.bool), ids_TK, E)
         left_E = room_E - has_TE.sum(0)
         wanted_TE = scores_TE.masked_fill(has_TE | (left_E <= 0), -torch.inf)
         best_T1 = top_k(wanted_TE, 1)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lab.ops.by_expert import by_expert
 from moe_lab.ops.library import resolve_implementation
 
 NAMES = (
@@ -79,10 +80,9 @@ def reference(
     logits_TE: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, first_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain torch: (members_TE float32, 1 where the token uses the expert; prob_E; sums)."""
-    (T, E), K = logits_TE.shape, expert_ids_TK.shape[1]
+    E, K = logits_TE.shape[1], expert_ids_TK.shape[1]
     ids_TK, used_TK = expert_ids_TK.long(), expert_ids_TK >= 0
-    members_TE = logits_TE.new_zeros(T, E + 1, dtype=torch.float32)
-    members_TE = members_TE.scatter_(1, torch.where(used_TK, ids_TK, E), 1.0)[:, :E]
+    members_TE = by_expert(torch.ones_like(expert_ids_TK, dtype=torch.float32), expert_ids_TK, E)
     wide_TE = logits_TE.float()
     lse_T = wide_TE.logsumexp(-1)
     log_p_TE = wide_TE - lse_T[:, None]

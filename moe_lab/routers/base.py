@@ -123,8 +123,8 @@ class Router(nn.Module):
             try:
                 self._be(impl, device, load)
                 return self
-            except extension.BuildError as error:
-                self.fallback = str(error)
+            except extension.BuildError:
+                self.fallback = extension.why_unavailable(device)
             except UnavailableError:
                 continue
         raise AssertionError(f"{type(self).__name__}: none of {self.preferred(device)} computes on {device}")

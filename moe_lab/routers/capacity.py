@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from moe_lab.ops.by_expert import by_expert
 from moe_lab.ops.capacity import fill_up, within_capacity
 from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing
 from moe_lab.routers.soft import SoftMoE
@@ -80,9 +81,7 @@ class Capacity(Router):
             weights_TK = inner_TK
         scores_TE = None
         if ctx.want_scores:
-            E = self.n_experts
-            spread_TE = torch.full((len(ids_TK), E + 1), -1.0, device=ids_TK.device)
-            scores_TE = spread_TE.scatter_(1, torch.where(ids_TK < 0, E, ids_TK).long(), 1.0)[:, :E]
+            scores_TE = by_expert(torch.ones_like(weights_TK), ids_TK, self.n_experts, fill=-1.0)
         return Routing(ids_TK, weights_TK.masked_fill(ids_TK < 0, 0), scores_TE=scores_TE)
 
     def _order(self, weights_TK: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.errors import MismatchError
+from moe_lab.ops.by_expert import by_expert
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.routers.base import Routing
 
@@ -40,16 +41,12 @@ def check_contract(routing: Routing, n_tokens: int, n_experts: int, layer: int) 
 
 def members(ids_TK: Tensor, n_experts: int) -> Tensor:
     """[T, E] bool: which experts each token uses."""
-    spread_TE = ids_TK.new_zeros(ids_TK.shape[0], n_experts + 1)
-    spread_TE.scatter_(1, torch.where(ids_TK < 0, n_experts, ids_TK).long(), 1)
-    return spread_TE[:, :n_experts].bool()
+    return by_expert(torch.ones_like(ids_TK, dtype=torch.bool), ids_TK, n_experts)
 
 
 def weights_by_expert(routing: Routing, n_experts: int) -> Tensor:
     """[T, E] float32, 0 for experts that are not used."""
-    spread_TE = routing.weights_TK.new_zeros(routing.weights_TK.shape[0], n_experts + 1)
-    ids_TK = torch.where(routing.expert_ids_TK < 0, n_experts, routing.expert_ids_TK).long()
-    return spread_TE.scatter_add_(1, ids_TK, routing.weights_TK)[:, :n_experts]
+    return by_expert(routing.weights_TK, routing.expert_ids_TK, n_experts)
 
 
 def changed_sets(a: Sequence[Routing], b: Sequence[Routing], n_experts: Sequence[int]) -> int:

@@ -52,7 +52,7 @@ class SelectionRouter(Router):
     def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`. Raises `ValueError` naming the layer for logits without a softmax."""
         require_finite(logits_TE, ctx)
-        if self.impl in IMPLEMENTATIONS and not is_exporting():
+        if self.impl != "torch" and not is_exporting():
             routed = route(logits_TE, self.how, self.impl, sort=ctx.want_dispatch, **self.biases())
             return Routing(*routed, scores_TE=self.ranked(logits_TE).float() if ctx.want_scores else None)
         ranked_TE = self.ranked(logits_TE)

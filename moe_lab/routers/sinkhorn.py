@@ -50,7 +50,7 @@ class Sinkhorn(Router):
         require_finite(logits_TE, ctx, every_entry=True)
         wanted = ctx.want_scores
         how = (self.iters, self.temperature, self.tolerance)
-        if self.impl in IMPLEMENTATIONS and not is_exporting():
+        if self.impl != "torch" and not is_exporting():
             ids_TK, weights_TK, log_b_E = sinkhorn_route(logits_TE, self.top_k, *how, self.impl)
             scores_TE = scores_of(logits_TE, log_b_E, self.temperature) if wanted else None
             return Routing(ids_TK, weights_TK, scores_TE=scores_TE)

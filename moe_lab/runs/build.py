@@ -17,7 +17,7 @@ from moe_lab.config.targets import instantiate, keys_of, locate
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts, FunctionExperts
 from moe_lab.models import checkpoint_config
-from moe_lab.models.moe_layer import MoELayer, moe_layers
+from moe_lab.models.moe_layer import MoELayer, hooked, moe_layers
 from moe_lab.models.parameters import adopt, initialize, without_storage
 from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.soft_moe import SoftMoELayer
@@ -207,15 +207,11 @@ def _calibrate(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
         assert isinstance(layer, MoELayer)
         layer.router.fit(gate_logits(arguments[0], layer.weights.gate_ED))
 
-    handles = [layer.register_forward_pre_hook(fit) for layer in layers]
-    try:
+    with hooked(layers, fit, before=True):
         tokens_per_sequence = 1 if "seq_len" in cfg.model.get("ignores", ()) else cfg.seq_len
         fitted = cfg.router.inner if "inner" in cfg.router else cfg.router  # capacity passes `fit` on
         batch = -(-fitted.get("calibration_tokens", 4096) // tokens_per_sequence)
         model(build_input(cfg, model, device, batch=batch, seq_len=cfg.seq_len, seed=cfg.seed + 1))
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _make_model(cfg: DictConfig, device: torch.device) -> nn.Module:

@@ -19,7 +19,7 @@ from moe_lab.measure.agreement import agreement
 from moe_lab.measure.clocks import HotGraphStep
 from moe_lab.measure.quality import quality
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.moe_layer import indexed_moe_layers, moe_layers
+from moe_lab.models.moe_layer import hooked, indexed_moe_layers, moe_layers
 from moe_lab.models.parameters import shareable
 from moe_lab.models.serving import Decode, Prefill, Serving
 from moe_lab.models.transformer_decoder import TransformerDecoder
@@ -140,12 +140,8 @@ class Observer:
                 )
             )
 
-        handles = [layer.register_forward_hook(look) for layer in moe_layers(self.built.model)]
-        try:
+        with hooked(moe_layers(self.built.model), look):
             self.built.task(self.built.x, forced_routing=routings)
-        finally:
-            for handle in handles:
-                handle.remove()
         return stats
 
     def _agreement(self) -> dict[str, Any] | None:

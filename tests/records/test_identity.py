@@ -408,14 +408,14 @@ def test_the_state_of_the_caches_counts() -> None:
 
 
 CELL_IDS = {
-    "decode": "6891f1dc1683",
-    "demo": "439d3859c08a",
+    "decode": "8d0e1f6734d4",
+    "demo": "8f0ed10fd707",
     "gate_kernels": "59e465fe766a",
-    "layer_load": "6abccb086c51",
-    "router_comparison": "212f9ff5819f",
+    "layer_load": "9eabd3df7df7",
+    "router_comparison": "cfc74040a63b",
     "router_kernels": "9c578d0ee72d",
-    "router_swap": "377133c2ad31",
-    "routing_quality": "212f9ff5819f",
+    "router_swap": "0ddb00139fdb",
+    "routing_quality": "cfc74040a63b",
     "sinkhorn_kernels": "b97993aa6512",
 }
 """Of each experiment's first cell on a CPU. Results are found and joined by these ids.

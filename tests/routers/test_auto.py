@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config  # reads $CXX when it is first imported: not while a test has changed it
 
 import moe_lab
 from moe_lab.errors import UnavailableError

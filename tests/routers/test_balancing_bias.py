@@ -79,7 +79,7 @@ def test_kernels_choose_by_the_fitted_bias(impl: str, device: torch.device) -> N
     """As the torch router of the same bias."""
     logits_TE = skewed(199, 12).to(device)
     with torch.device(device):
-        routers = [make("loss_free", 12, 3, impl=name, steps=20) for name in ("torch", impl)]
+        routers = [make("loss_free", 12, 3, impl=name, steps=20).compute_on(device) for name in ("torch", impl)]
     for router in routers:
         router.fit(logits_TE)
     expected, found = (router.select(logits_TE, RouteContext(want_scores=True)) for router in routers)

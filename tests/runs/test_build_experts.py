@@ -22,6 +22,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts
 from moe_lab.experts.loop import Loop
 from moe_lab.ops.dispatch import dispatch
+from moe_lab.routers.base import NO_CONTEXT
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 
 ran = []  # (block, whether the router had sorted) of each call
@@ -58,9 +59,12 @@ class Other:
 made = Mine()
 
 class Router(SoftmaxTopK):
-    def select(self, logits_TE, ctx=None):
+    def __init__(self, n_experts, top_k):
+        super().__init__(n_experts, top_k, impl="auto", renormalize=True, gate_bias=False)
+
+    def select(self, logits_TE, ctx=NO_CONTEXT):
         routing = super().select(logits_TE, ctx)
-        if ctx is None or not ctx.want_dispatch:
+        if not ctx.want_dispatch:
             return routing
         return routing._replace(dispatch=dispatch(routing.expert_ids_TK, self.n_experts))
 """
