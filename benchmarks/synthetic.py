@@ -173,7 +173,9 @@ def _measured(record: Record, folder: Path, anchor_id: str | None, rng: np.rando
     record.environment, record.env_id = ENVIRONMENT, identity.env_id(ENVIRONMENT)
     record.elapsed_s = 1.5
     if not record.latency_ms.stable:
-        record.warnings = ["latency is not stable: the median's 95 % interval is wider than measure.target_ci=0.02"]
+        record.warnings = [
+            "latency is not stable: the 95 % interval of the median is wider than measure.target_ci=0.02"
+        ]
 
     record.router = dict.fromkeys(fields.names(fields.PROPERTIES), False) | {
         "static_k": True,

@@ -1,4 +1,4 @@
-"""The errors a person can meet, apart from plain `ValueError` (their mistake: names the key and the mend)."""
+"""The errors a person can meet, apart from plain `ValueError` (their mistake: names the key and the fix)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ def _plan(arguments: list[str]) -> int:
     from moe_lab.cli import plan as preview
 
     if {"--help", "-h"} & set(arguments):
-        print("usage: moe-lab plan [-m] OVERRIDES    what `moe-lab -m OVERRIDES` would do; nothing is run or written")
+        usage = "usage: moe-lab plan [-m] OVERRIDES"
+        print(f"{usage}    show what `moe-lab -m OVERRIDES` would run; nothing is run or written")
         return OK
     config_dir = config_dir_of(arguments)
     overrides = argv_overrides(arguments)
@@ -51,8 +52,8 @@ def _compare(arguments: list[str]) -> int:
 def _list(arguments: list[str]) -> int:
     from moe_lab.cli import implementations, listing
 
-    parser = Parser(prog="moe-lab list", description="The options of the groups.")
-    parser.add_argument("group", nargs="*", help="router, model, experts, ... (all of them, if none is named)")
+    parser = Parser(prog="moe-lab list", description="List the options of each group.")
+    parser.add_argument("group", nargs="*", help="router, model, experts, ... (default: all groups)")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_args(arguments)
     described = implementations.GROUPS.get(given.group[0]) if len(given.group) == 1 else None
@@ -66,11 +67,13 @@ def _list(arguments: list[str]) -> int:
 
 
 def _generate(arguments: list[str]) -> int:
-    parser = Parser(prog="moe-lab generate", description="The text that a checkpoint writes.")
-    parser.add_argument("prompt", help="what it goes on from")
+    parser = Parser(prog="moe-lab generate", description="Generate text with a checkpoint.")
+    parser.add_argument("prompt", help="the text to continue")
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="model.path=DIR, router=..., dtype=..., ...")
-    parser.add_argument("--max-tokens", type=int, default=200, help="at most so many tokens (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: always the likeliest token")
+    parser.add_argument(
+        "--max-tokens", type=int, default=200, help="the maximum number of tokens to generate (default: 200)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely token")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_intermixed_args(arguments)
     from moe_lab.cli import generate
@@ -80,11 +83,11 @@ def _generate(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
-    parser = Parser(prog="moe-lab doctor", description="What this machine is and what can run on it.")
+    parser = Parser(prog="moe-lab doctor", description="Show this machine and what runs on it.")
     parser.add_argument(
         "--noise",
         action="store_true",
-        help="measure how far two processes with the same code differ here, and store it for `moe-lab compare`",
+        help="measure how much two processes with the same code differ, and store it for `moe-lab compare`",
     )
     given = parser.parse_args(arguments)
     from moe_lab.cli import doctor

@@ -22,23 +22,23 @@ from moe_lab.results.numbers import four
 
 _STYLES = {"slower": "red", "faster": "green", "same": "", "inconclusive": "yellow"}
 _HELP = """\
-Compare two folders of results: did B become slower or faster than A?
+Compare two folders of results: is B slower or faster than A?
 
 Cells are joined by their configuration (cell_id) and judged by the medians of
 their replicates (fresh processes):
   slower, faster  the 95 % interval of the ratio B/A excludes 1, and the ratio
-                  is beyond the threshold and any known noise floor
+                  is beyond the threshold and any measured noise floor
   same            the whole interval lies within the threshold
   inconclusive    neither; with one replicate on a side there is no interval,
-                  and only a known noise floor allows another verdict
+                  and another verdict needs a measured noise floor
 Run sweeps with measure.replicates=3 or more, or measure the noise floor of the
 machine once with: moe-lab doctor --noise
 """
 _EXAMPLES = """\
 exit codes:
   0  compared
-  1  what --fail-on names was found
-  2  a mistake: no such folder, no records, no cell that is ok in both
+  1  at least one cell matches --fail-on
+  2  an error: folder not found, no records, or no cell is ok in both
 
 examples:
   moe-lab compare outputs/main outputs/branch
@@ -139,8 +139,10 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("a", metavar="A", type=Path, help="folder of the results to compare with, at any depth")
-    parser.add_argument("b", metavar="B", type=Path, help="folder of the results in question")
+    parser.add_argument(
+        "a", metavar="A", type=Path, help="folder of the results to compare with (searched recursively)"
+    )
+    parser.add_argument("b", metavar="B", type=Path, help="folder of the new results")
     parser.add_argument(
         "--threshold", default="3%", help="the smallest difference that matters: 3%% or 0.03 (default: %(default)s)"
     )
@@ -149,8 +151,10 @@ def _parser() -> Parser:
         choices=("slower", "faster", "any"),
         help="exit with 1 if a cell is slower, or faster; any: also if one is missing, failed or unreadable in one set",
     )
-    parser.add_argument("--csv", metavar="FILE", help="write all columns as CSV; - for standard output, without table")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown; - as above")
+    parser.add_argument("--csv", metavar="FILE", help="write all columns as CSV; - for standard output (no table)")
+    parser.add_argument(
+        "--markdown", metavar="FILE", help="write the table as Markdown; - for standard output (no table)"
+    )
     return parser
 
 
@@ -159,7 +163,7 @@ def parse_threshold(text: str) -> float:
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        raise ValueError(f"--threshold={text}: give a number such as 3% or 0.03.") from None
+        raise ValueError(f"--threshold={text}: must be a number such as 3% or 0.03.") from None
 
 
 def _write(target: str | None, text: str) -> None:

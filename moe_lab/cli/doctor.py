@@ -57,7 +57,7 @@ def show() -> None:
         console.print(f"{key:20} {'-' if value is None else value}", markup=False)
     console.print(f"{'env_id':20} {base['env_id']}", markup=False)
     floor = read_floor(base["env_id"])
-    known = "not measured yet: moe-lab doctor --noise" if floor is None else f"{floor:.1%} between two processes"
+    known = "not measured; run moe-lab doctor --noise" if floor is None else f"{floor:.1%} between two processes"
     console.print(f"{'noise floor':20} {known}", markup=False)
     console.print(f"{'load average':20} {_load()}\n", markup=False)
     for option, look in zip(options, seen, strict=True):
@@ -83,7 +83,7 @@ def measure_noise() -> None:
     The floor is the 95th percentile of |ln(a / b)| over all pairs of processes, for the cell where that is largest.
     """
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{_PROCESSES} fresh processes, the same four cells in each; some minutes")
+    console.print(f"running the same four cells in {_PROCESSES} fresh processes; this takes some minutes")
     with tempfile.TemporaryDirectory(prefix="moe-lab-noise-") as folder:
         records = _run([*_NOISE_SWEEP, f"measure.replicates={_PROCESSES}", f"hydra.sweep.dir={folder}"], Path(folder))
     if any(record.status != "ok" or record.latency_ms is None for record in records):

@@ -20,19 +20,19 @@ _HELP = """\
 Export the model of an earlier run as an ONNX pair, or verify an export.
 
 The model is built again from RUN_DIR/config.yaml; its parameters come from the
-seed or the checkpoint, so they are those of the run.
+seed or the checkpoint, so they are the same as in the run.
 """
 _EXAMPLES = """\
 exit codes:
   0  exported, or verified
   1  the export was changed, or does not compute what the model computes
-  2  a mistake on the command line
+  2  an error on the command line
 
 examples:
-  moe-lab export RUN_DIR                      into RUN_DIR/netron
+  moe-lab export RUN_DIR                      write RUN_DIR/netron
   moe-lab export RUN_DIR --open               and show it in Netron (needs moe-lab[netron])
   moe-lab export RUN_DIR export.opset=18 export.view=flat export.dir=/tmp/pair
-  moe-lab export --verify /tmp/pair           files, checker, and ONNX Runtime against the model
+  moe-lab export --verify /tmp/pair           check the files and compare the outputs with the model
 """
 
 
@@ -47,7 +47,7 @@ def configuration(run: Path, overrides: list[str]) -> DictConfig:
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{run}: not the folder of a run ({error}).") from error
     if other := [word for word in overrides if not word.startswith("export.")]:
-        raise ValueError(f"{other[0]}: only keys of export can be changed; all others are the run's.")
+        raise ValueError(f"{other[0]}: only keys of export can be changed; all others come from the run.")
     cfg.export = compose(["export=netron", *overrides]).export
     validate(cfg)
     return cfg
@@ -58,7 +58,7 @@ def export(run: Path, overrides: list[str]) -> Path:
     cfg = configuration(run, overrides)
     folder = Path(cfg.export.dir or run / "netron")
     if cfg.export.dir is None and folder.exists() and not cfg.export.overwrite:
-        print(f"{folder} is there already (export.overwrite=true replaces it)")
+        print(f"{folder} already exists (export.overwrite=true replaces it)")
         return folder
     from moe_lab.runs import export as exports  # imports torch
 
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="export.KEY=VALUE", help="keys of export=netron")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="an export to check against its manifest and model")
     parser.add_argument("--open", action="store_true", help="show the export in Netron")
-    parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files, if the run had one")
+    parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files, if the run used one")
     given = parser.parse_intermixed_args(arguments)
     if (given.run is None) == (given.verify is None):
         parser.error("give either RUN_DIR or --verify DIR")

@@ -38,7 +38,7 @@ class ForeignLauncher(Callback):
             return
         name = config.hydra.runtime.choices["hydra/launcher"]
         this = multirun.begin(config_loader(), config, Terminal())
-        how = f", each in a process of its own, not interleaved (hydra/launcher={name})"
+        how = f", each in its own process, not interleaved (hydra/launcher={name})"
         this.announce(how)
 
 

@@ -61,8 +61,8 @@ def _tokenizer_of(model: Checkpoint) -> _Bytes | _Tokenizer:
         return _Tokenizer(str(model.tokenizer_file))
     if model.vocab_size != 256:
         raise ValueError(
-            f"model.path={model.folder}: there is no tokenizer.json, and {model.vocab_size} ids are no bytes; put the "
-            "checkpoint's tokenizer.json there."
+            f"model.path={model.folder}: no tokenizer.json found, and the {model.vocab_size} ids are not bytes; add "
+            "the checkpoint's tokenizer.json."
         )
     return _Bytes()
 
@@ -84,7 +84,7 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
     """
     if not build.is_checkpoint(cfg.model):
         raise ValueError(
-            f"model={option_name(cfg.model)}: it was not trained and writes nothing; use model=checkpoint."
+            f"model={option_name(cfg.model)}: cannot generate text, because it is not trained; use model=checkpoint."
         )
     device = build.resolve_device(cfg)
     model = build.build_model(cfg, device)
@@ -94,11 +94,11 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
     tokenizer = _tokenizer_of(model)
     ids = tokenizer.encode(prompt)
     if not ids:
-        raise ValueError("the prompt is empty; give it something to go on from.")
+        raise ValueError("the prompt is empty; give some text to continue.")
     room = model.max_positions - len(ids)
     if room < 1:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens, and the model is made for {model.max_positions}; shorten it."
+            f"the prompt has {len(ids)} tokens, but the model supports at most {model.max_positions}; shorten it."
         )
     n = min(max_tokens, room)
     ids_1N = torch.zeros(1, len(ids) + n, dtype=torch.int64, device=device)
@@ -120,9 +120,9 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
 def main(prompt: str, overrides: Sequence[str], config_dir: str | None, max_tokens: int, temperature: float) -> None:
     """Print the prompt and what follows it as it comes; how long it took goes to standard error."""
     if max_tokens < 1:
-        raise ValueError(f"--max-tokens {max_tokens}: it must be at least 1.")
+        raise ValueError(f"--max-tokens {max_tokens}: must be an integer >= 1.")
     if temperature < 0:
-        raise ValueError(f"--temperature {temperature}: it must be at least 0.")
+        raise ValueError(f"--temperature {temperature}: must be a number >= 0.")
     cfg = compose([*_DEFAULTS, *overrides], config_dir=config_dir)
     stamps = []
     with exact_products():

@@ -12,16 +12,16 @@ from moe_lab.config.compose import composing
 HELP = """\
 moe-lab: a laboratory for Mixture-of-Experts inference
 
-moe-lab [GROUP=OPTION ...] [KEY=VALUE ...]      one run, its record under outputs/runs/
-moe-lab -m router=torch,sinkhorn batch=1,8      every combination, with tables, plots and a report page
-moe-lab plan -m router=torch,sinkhorn batch=1,8 what that would do
-moe-lab report DIR [--tables]                   tables, plots and the report page of a folder of results
-moe-lab plot DIR X Y                            two columns of these tables against each other
-moe-lab compare A B                             faster, slower, the same: two folders of results
-moe-lab generate TEXT model.path=DIR            the text that a checkpoint writes
-moe-lab export RUN_DIR [export.KEY=VALUE ...]   the model of an earlier run as ONNX; --verify DIR, --open
-moe-lab list [GROUP]                            the options and what they are
-moe-lab doctor [--noise]                        what runs on this machine, and how noisy it is
+moe-lab [GROUP=OPTION ...] [KEY=VALUE ...]      run once and write the record to outputs/runs/
+moe-lab -m router=torch,sinkhorn batch=1,8      run every combination and write tables, plots and a report page
+moe-lab plan -m router=torch,sinkhorn batch=1,8 show what it would run
+moe-lab report DIR [--tables]                   write the tables, plots and report page of a folder of results
+moe-lab plot DIR X Y                            plot column Y of these tables against column X
+moe-lab compare A B                             compare two folders of results: faster, slower or the same
+moe-lab generate TEXT model.path=DIR            generate text with a checkpoint
+moe-lab export RUN_DIR [export.KEY=VALUE ...]   export the model of an earlier run as ONNX; --verify DIR, --open
+moe-lab list [GROUP]                            list the options of each group
+moe-lab doctor [--noise]                        show what runs on this machine, and how noisy it is
 moe-lab build [--arch 80,90]                    compile the C++/CUDA extension before its first use
 
 Groups (GROUP=OPTION)
@@ -32,9 +32,9 @@ Keys (KEY=VALUE) and their values
 
 {values}
 --cfg job       print the composed configuration and stop
---config-dir D  add a folder of your own YAML files; classes in it may be named by _target_
---hydra-help    Hydra's own options
-HYDRA_FULL_ERROR=1 shows the traceback behind a one-line error
+--config-dir D  add a folder of your own YAML files; _target_ can name classes in it
+--hydra-help    show Hydra's own options
+HYDRA_FULL_ERROR=1 shows the traceback of a one-line error
 """
 
 

@@ -31,8 +31,8 @@ def show(group: str, config_dir: str | None) -> None:
     width = max(len(path.stem) for path in paths)
     for path, option in zip(paths, described, strict=True):
         console.print(f"  {path.stem:{width}}  {about(path)}", markup=False)
-        words = [", ".join(option["properties"]), "by " + ", ".join(option["implementations"])]
+        words = [", ".join(option["properties"]), "implementations: " + ", ".join(option["implementations"])]
         if option["chosen"] is not None and len(option["implementations"]) > 1:
-            words.append(f"here {option['chosen']}")
+            words.append(f"used here: {option['chosen']}")
         text = option["skip"] or "; ".join(word for word in words if word)
         console.print(f"  {'':{width}}  {text}", style="dim", markup=False)

@@ -34,7 +34,7 @@ def show(names: list[str], config_dir: str | None) -> None:
     for name in names or known:
         group = name if name in known else name.removesuffix("s")
         if group not in known:
-            raise ValueError(f"{name}: no such group; there are {', '.join(known)}.{nearest(name, known)}")
+            raise ValueError(f"{name}: unknown group; choose one of {', '.join(known)}.{nearest(name, known)}")
         chosen.append(group)
     console = Console(soft_wrap=True, highlight=False)
     for group in chosen:

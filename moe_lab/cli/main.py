@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         _show()
     except KeyboardInterrupt:
         is_command = bool(arguments) and arguments[0] in COMMANDS  # these leave no record
-        known = "" if is_command else "; what was known by then is in the record"
+        known = "" if is_command else "; the record has the results up to this point"
         print(f"moe-lab: interrupted{known}", file=sys.stderr)
         _show()
         return INTERRUPTED

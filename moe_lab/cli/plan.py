@@ -47,7 +47,7 @@ def show(overrides: list[str], config_dir: str | None) -> None:
         *(["workload"] if differ else []),
         "batch",
         "seq_len",
-        "router by",
+        "router impl",
         "cell_id",
         "status",
     )
@@ -55,10 +55,8 @@ def show(overrides: list[str], config_dir: str | None) -> None:
     n_to_run = len(plan.to_run())
     line = f"{plan.directory}: {len(plan.cells)} cells, {n_to_run} to run"
     if plan.n_equal:
-        line += f" ({plan.n_equal} more equal one of them)"
+        line += f" ({plan.n_equal} duplicates left out)"
     if n_to_run:
         seconds, is_known = planning.expected_seconds(plan)
-        line += f", about {clock(seconds)}" + (
-            "" if is_known else " of timing at most, building and checking not counted"
-        )
+        line += f", about {clock(seconds)}" + ("" if is_known else " of timing at most, without building and verifying")
     console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from moe_lab.results.style import variant_style
 
 _MOST_TICKS = 12
 _EXAMPLES = """\
-The columns are described in docs/results-format.md. Runs that lack one of them are left out and counted.
+The columns are described in docs/results-format.md. Runs without one of them are left out and counted.
 
 example:
   moe-lab plot outputs/my_sweep batch latency_ms.p50 --by variant --log -o latency.png
@@ -32,7 +32,7 @@ def draw(runs: pd.DataFrame, x: str, y: str, by: str, log: bool) -> tuple[Figure
     """
     for name in (x, y, by):
         if name not in runs:
-            raise ValueError(f"{name}: no such column.{nearest(name, map(str, runs.columns))}")
+            raise ValueError(f"{name}: unknown column.{nearest(name, map(str, runs.columns))}")
     if not pd.api.types.is_numeric_dtype(runs[y]):
         raise ValueError(f"{y}: not a column of numbers; only X and --by can be text.")
     known = runs[runs[[x, y, by]].notna().all(axis=1)].sort_values(x)
@@ -86,7 +86,7 @@ def parser() -> Parser:
     options.add_argument("y", metavar="Y", help="a column of numbers, for example latency_ms.p50")
     options.add_argument("--by", default="variant", help="a line for each value of this column (default: %(default)s)")
     options.add_argument("--log", action="store_true", help="logarithmic axes")
-    options.add_argument("-o", "--output", type=Path, help="the file (default: plots/Y_over_X.png in DIRECTORY)")
+    options.add_argument("-o", "--output", type=Path, help="the output file (default: plots/Y_over_X.png in DIRECTORY)")
     return options
 
 
@@ -97,5 +97,5 @@ def main(arguments: list[str]) -> int:
     figure, missing = draw(load(given.directory), given.x, given.y, given.by, given.log)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=150)
-    print(f"{output}" + (f" (without {missing} runs that lack one of these columns)" if missing else ""))
+    print(f"{output}" + (f" ({missing} runs without one of these columns are left out)" if missing else ""))
     return 0

@@ -29,7 +29,7 @@ class Terminal:
         console = Console(stderr=True, soft_wrap=True)
         console.print(escape(_first_line(plan, how)), highlight=False)
         if plan.builds_extension and plan.to_run():
-            console.print("building the C++/CUDA extension first, once: about a minute", highlight=False)
+            console.print("building the C++/CUDA extension once; this takes about a minute", highlight=False)
         reasons = Counter(cell.reason for cell in plan.cells if cell.status == "skipped")
         for reason, number in reasons.items():
             console.print(escape(f"skipped ({number} cells): {reason}"), style="yellow", highlight=False)
@@ -43,7 +43,7 @@ def _first_line(plan: Plan, how: str | None) -> str:
     groups = planning.groups(plan)
     counts = [f"{len(plan.cells)} cells"]
     if plan.n_equal:
-        counts.append(f"{plan.n_equal} more equal one of them")
+        counts.append(f"{plan.n_equal} duplicates left out")
     for status in ("done", "stale", "skipped", "excluded"):
         if number := sum(cell.status == status for cell in plan.cells):
             counts.append(f"{number} {status}")

@@ -16,16 +16,18 @@ def tables(directory: Path) -> None:
     counts = ", ".join(f"{number} {status}" for status, number in runs["status"].value_counts().items())
     print(f"{directory}: {len(runs)} records{f' ({counts})' if counts else ''} in {', '.join(OUTPUTS)}")
     if copies := int((runs["n_records"] > 1).sum()):
-        print(f"{copies} records share their cell_id with another (column n_records)", file=sys.stderr)
+        print(f"{copies} records have the same cell_id as another record (column n_records)", file=sys.stderr)
     for path, error in unreadable.itertuples(index=False):
         print(f"not read: {path}: {error}", file=sys.stderr)
 
 
 def main(arguments: list[str]) -> int:
     """`moe-lab report`. Returns the exit code."""
-    parser = Parser(prog="moe-lab report", description="Tables, plots and the report page of a folder of results.")
+    parser = Parser(
+        prog="moe-lab report", description="Write the tables, plots and report page of a folder of results."
+    )
     parser.add_argument("directory", type=Path, help="a sweep's folder, or any folder of runs")
-    parser.add_argument("--tables", action="store_true", help="the tables alone, without plots and page")
+    parser.add_argument("--tables", action="store_true", help="write only the tables")
     given = parser.parse_args(arguments)
     if given.tables:
         tables(given.directory)

@@ -17,7 +17,7 @@ from moe_lab.results import numbers
 from moe_lab.results.numbers import with_interval
 
 _NONE = "-"
-_OFF = "off reference (floor)"
+_OFF = "error vs reference (floor)"
 _BITS, _KL = "bits/byte (- native) [interval]", "KL to native"
 _NUMBERS = (
     "batch",
@@ -99,7 +99,7 @@ def _print_time_of_agreement(console: Console, records: Sequence[Record]) -> Non
     if agreements:
         names = sorted({agreement["reference"] for agreement in agreements})
         seconds = sum(agreement["seconds"] for agreement in agreements)
-        text = f"reference: router={', '.join(names)}; comparing with it took {seconds:.2f} s"
+        text = f"reference: router={', '.join(names)}; the comparison took {seconds:.2f} s"
         console.print(text, markup=False, highlight=False)
 
 
@@ -142,8 +142,8 @@ def print_sweep(records: Sequence[Record], compare: Sequence[str]) -> None:
     unstable = sum(record.latency_ms is not None and not record.latency_ms.stable for record in records)
     if unstable:
         console.print(
-            f"warning: {unstable} of {len(records)} latencies are not known to measure.target_ci; "
-            "raise measure.max_time_s or quieten the machine",
+            f"warning: {unstable} of {len(records)} latencies are not stable (measure.target_ci); "
+            "raise measure.max_time_s or use a less busy machine",
             style="yellow",
             highlight=False,
         )

@@ -47,17 +47,17 @@ def is_whole(cfg: DictConfig) -> bool:
 
 
 def validate(cfg: DictConfig) -> None:
-    """Raise `ValueError` for what types cannot express. The message names the key, the value and the mend."""
+    """Raise `ValueError` for what types cannot express. The message names the key, the value and the fix."""
     if not is_whole(cfg):
         group = next(group for group in GROUPS if not isinstance(cfg.get(group), DictConfig))
-        raise ValueError(f"{group} has no option: choose one with {group}=... (moe-lab --help lists them).")
+        raise ValueError(f"{group}: choose an option with {group}=... (moe-lab --help lists them).")
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise ValueError(f"{missing[0]} has no value: give {missing[0]}=... on the command line or in the YAML.")
+        raise ValueError(f"{missing[0]} has no value: set {missing[0]}=... on the command line or in the YAML file.")
 
     unknown = sorted(str(key) for key in cfg if key not in Config.__dataclass_fields__ and key != "hydra")
     if unknown:
-        raise ValueError(f"{unknown[0]}: nothing reads such a key.{nearest(unknown[0], Config.__dataclass_fields__)}")
+        raise ValueError(f"{unknown[0]}: unknown key.{nearest(unknown[0], Config.__dataclass_fields__)}")
 
     _require_keys(cfg)
     _at_least(cfg, "batch seq_len", 1)
@@ -69,26 +69,30 @@ def validate(cfg: DictConfig) -> None:
     _one_of(cfg, "workload.phase", PHASES)
     _at_least(cfg, "workload.context_len measure.quality_tokens", 1)
     if "path" in cfg.workload and not _is_paths(cfg.workload.path):
-        raise ValueError(f"workload.path={cfg.workload.path}: give a file, a folder, or a list of those.")
+        raise ValueError(
+            f"workload.path={cfg.workload.path}: must be a file, a folder, or a list of files and folders."
+        )
     _one_of(cfg, "workload.load", LOADS)
     if cfg.workload.get("load") == "replay" and not cfg.workload.get("trace"):
         raise ValueError(
-            "workload.load=replay: give workload.trace=RUN_DIR, the folder of a run with measure.record_routing=true."
+            "workload.load=replay: set workload.trace=RUN_DIR, the folder of a run with measure.record_routing=true."
         )
     _at_least(cfg, "workload.hot_experts", 1)
     _at_least(cfg, "workload.zipf_exponent", 0)
     if not 0 <= cfg.workload.get("hot_share", 0.0) <= 1:
-        raise ValueError(f"workload.hot_share={cfg.workload.hot_share}: it is a share of the slots, between 0 and 1.")
+        raise ValueError(
+            f"workload.hot_share={cfg.workload.hot_share}: must be between 0 and 1 (a share of the slots)."
+        )
     _one_of(cfg, "device.name", ("auto", "cpu", "cuda"))
     _one_of(cfg, "dtype.name", DTYPES)
     _one_of(cfg, "execution.name", EXECUTIONS)
     _one_of(cfg, "export.name", EXPORTS)
     _one_of(cfg, "export.view", VIEWS)
     if cfg.export.opset not in OPSETS:
-        raise ValueError(f"export.opset={cfg.export.opset}: it must be one of {', '.join(map(str, OPSETS))}.")
+        raise ValueError(f"export.opset={cfg.export.opset}: must be one of {', '.join(map(str, OPSETS))}.")
     for axis in cfg.export.dynamic:
         if axis not in AXES:
-            raise ValueError(f"export.dynamic={axis}: an axis is one of {', '.join(AXES)}.{nearest(str(axis), AXES)}")
+            raise ValueError(f"export.dynamic={axis}: must be one of {', '.join(AXES)}.{nearest(str(axis), AXES)}")
     if _is_ours(cfg.model):
         _validate_model(cfg)
     if _is_ours(cfg.router):
@@ -96,7 +100,7 @@ def validate(cfg: DictConfig) -> None:
     reference = cfg.measure.reference_router
     if reference is not None and not isinstance(reference, DictConfig):
         raise ValueError(
-            f"measure.reference_router={reference}: in a YAML it is chosen in the defaults list, as "
+            f"measure.reference_router={reference}: in a YAML file set it in the defaults list: "
             "`override /router@measure.reference_router: torch`."
         )
     if reference is not None and _is_ours(reference):
@@ -108,7 +112,9 @@ def _require_keys(cfg: DictConfig) -> None:
     for group, schema, base in (("measure", Measure, "/measure/default"), ("export", Export, "/_base/export/export")):
         for key in schema.__dataclass_fields__:
             if key not in cfg[group]:
-                raise ValueError(f"{group}.{key} has no value: begin the YAML's defaults list with {base}@_here_.")
+                raise ValueError(
+                    f"{group}.{key} has no value: start the defaults list of the YAML file with {base}@_here_."
+                )
 
 
 def _validate_sweep(cfg: DictConfig) -> None:
@@ -116,19 +122,21 @@ def _validate_sweep(cfg: DictConfig) -> None:
     _one_of(cfg, "sweep.stale", STALE)
     for key in sweep.compare:
         if key not in GROUPS:
-            raise ValueError(f"sweep.compare={key}: it names groups: {', '.join(GROUPS)}.{nearest(key, GROUPS)}")
+            raise ValueError(
+                f"sweep.compare={key}: must be a list of groups: {', '.join(GROUPS)}.{nearest(key, GROUPS)}"
+            )
     partials = [("sweep.exclude", partial) for partial in sweep.exclude]
     if sweep.anchor is not None:
         partials.append(("sweep.anchor", sweep.anchor))
     for at, partial in partials:
         if not isinstance(partial, DictConfig) or not partial:
-            raise ValueError(f"{at}={partial}: give keys and values of a configuration, as in {{router: torch}}.")
+            raise ValueError(f"{at}={partial}: must be keys and values of a configuration, such as {{router: torch}}.")
         for key in partial:
             if key not in Config.__dataclass_fields__:
-                raise ValueError(f"{at}: {key!s} is no key.{nearest(str(key), Config.__dataclass_fields__)}")
+                raise ValueError(f"{at}: unknown key {key!s}.{nearest(str(key), Config.__dataclass_fields__)}")
     if cfg.measure.replicates > 1 and not sweep.worker:
         raise ValueError(
-            f"measure.replicates={cfg.measure.replicates}: each is a fresh process; leave out sweep.worker=false."
+            f"measure.replicates={cfg.measure.replicates}: replicates need a worker process; remove sweep.worker=false."
         )
 
 
@@ -144,8 +152,8 @@ def _validate_model(cfg: DictConfig) -> None:
     for at, sizes_of in (("model", cfg.model), ("model.shape", cfg.model.get("shape"))):
         if sizes_of is not None and sizes_of.get("top_k") and sizes_of.top_k > sizes_of.n_experts:
             raise ValueError(
-                f"{at}.top_k={sizes_of.top_k}: a token cannot choose more experts than there are "
-                f"({at}.n_experts={sizes_of.n_experts}); lower {at}.top_k or raise {at}.n_experts."
+                f"{at}.top_k={sizes_of.top_k}: must be <= {at}.n_experts={sizes_of.n_experts}; "
+                f"lower {at}.top_k or raise {at}.n_experts."
             )
 
 
@@ -154,20 +162,20 @@ def _validate_decoder(model: DictConfig) -> None:
         return
     if model.head_dim is None and model.d_model % model.n_heads:
         raise ValueError(
-            f"model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}: "
-            "choose a divisor, or give model.head_dim."
+            f"model.n_heads={model.n_heads}: must divide model.d_model={model.d_model}; "
+            "choose a divisor or set model.head_dim."
         )
     head_dim = model.head_dim or model.d_model // model.n_heads
     if head_dim % 2:
-        raise ValueError(f"model.head_dim={head_dim}: rotary embeddings turn pairs, so it must be even.")
-    if model.n_kv_heads is not None and model.n_heads % model.n_kv_heads:
-        raise ValueError(f"model.n_kv_heads={model.n_kv_heads}: it must divide model.n_heads={model.n_heads}.")
-    if model.get("n_dense_layers", 0) > model.n_layers:
         raise ValueError(
-            f"model.n_dense_layers={model.n_dense_layers}: there are only model.n_layers={model.n_layers}."
+            f"model.head_dim={head_dim}: must be even, because rotary embeddings rotate pairs of dimensions."
         )
+    if model.n_kv_heads is not None and model.n_heads % model.n_kv_heads:
+        raise ValueError(f"model.n_kv_heads={model.n_kv_heads}: must divide model.n_heads={model.n_heads}.")
+    if model.get("n_dense_layers", 0) > model.n_layers:
+        raise ValueError(f"model.n_dense_layers={model.n_dense_layers}: must be <= model.n_layers={model.n_layers}.")
     if model.get("shared_expert_gate") and not model.shared_expert_hidden_dim:
-        raise ValueError("model.shared_expert_gate=true: give model.shared_expert_hidden_dim too.")
+        raise ValueError("model.shared_expert_gate=true: also set model.shared_expert_hidden_dim.")
 
 
 def _validate_router(cfg: DictConfig, at: str) -> None:
@@ -179,9 +187,9 @@ def _validate_router(cfg: DictConfig, at: str) -> None:
     _more_than_zero(cfg, " ".join(f"{at}.{key}" for key in ("temperature", "factor", "scale", "rate")))
     name, impl = node.get("name"), node.get("impl")
     if name in ("torch", "triton", "cuda_ext") and impl != name:
-        raise ValueError(f"{at}.impl={impl}: router={name} fixes its implementation to {name}; leave {at}.impl out.")
+        raise ValueError(f"{at}.impl={impl}: router={name} always uses {name}; remove {at}.impl.")
     if name == "soft" and node.get("top_k"):
-        raise ValueError(f"{at}.top_k={node.top_k}: router=soft gives every token all experts; leave {at}.top_k out.")
+        raise ValueError(f"{at}.top_k={node.top_k}: router=soft uses all experts for every token; remove {at}.top_k.")
 
 
 def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool = False) -> None:
@@ -195,18 +203,20 @@ def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bo
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0]
         if key in labels:
-            raise ValueError(f"{override}: {key} says what an option is; choose another option of the group instead.")
+            raise ValueError(
+                f"{override}: {key} labels the option and cannot be set; choose another option of the group."
+            )
         if key == "workload.context_len" and cfg.workload.get("phase") != "decode" and not in_a_sweep:
-            raise ValueError(f"{override}: only workload.phase=decode reads it; leave it out, or give that phase.")
+            raise ValueError(f"{override}: only used with workload.phase=decode; remove it or set that phase.")
         group = key.split(".")[0].split("@")[0]
         if group in ignores and not in_a_sweep:
-            raise ValueError(f"{override}: model={cfg.model.get('name')} does not read {group}; leave it out.")
+            raise ValueError(f"{override}: model={cfg.model.get('name')} does not use {group}; remove it.")
 
 
 def _one_of(cfg: DictConfig, key: str, allowed: tuple[str, ...]) -> None:
     value = OmegaConf.select(cfg, key)
     if value is not None and value not in allowed:
-        raise ValueError(f"{key}={value}: it must be one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+        raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
 
 
 def _at_least(cfg: DictConfig, keys: str, least: float) -> None:
@@ -215,14 +225,14 @@ def _at_least(cfg: DictConfig, keys: str, least: float) -> None:
         if value is None:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < least:
-            raise ValueError(f"{key}={value}: it must be a number of at least {least:g}.")
+            raise ValueError(f"{key}={value}: must be a number >= {least:g}.")
 
 
 def _more_than_zero(cfg: DictConfig, keys: str) -> None:
     for key in keys.split():
         value = OmegaConf.select(cfg, key)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{key}={value}: it must be a number above 0.")
+            raise ValueError(f"{key}={value}: must be a number > 0.")
 
 
 def _is_paths(value: Any) -> bool:

@@ -21,7 +21,7 @@ def explain(error: BaseException) -> str:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = [name.rsplit("/", 1)[-1] for name in error.options]
         near = nearest(option, options)
-        return f"{group}={option}: no such option; {group} is one of {', '.join(options)}.{near}"
+        return f"{group}={option}: unknown option; choose one of {', '.join(options)}.{near}"
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OmegaConfBaseException):
@@ -30,9 +30,9 @@ def explain(error: BaseException) -> str:
     text = str(error)
     quoted = text.split("'")[1] if text.count("'") > 1 else ""
     if text.startswith("Ambiguous value for argument"):
-        return f"{quoted}: several values make a sweep; add -m, or quote the value if it is one."
+        return f"{quoted}: several values need a sweep: add -m. If it is one value, quote it."
     if text.startswith("Error parsing override") and "missing EQUAL" in text:
-        return f"{quoted}: it is no KEY=VALUE (moe-lab --help lists keys and groups)."
+        return f"{quoted}: not a KEY=VALUE override (moe-lab --help lists keys and groups)."
     return _one_line("\n".join(line for line in text.splitlines() if not line.startswith("See https")))
 
 
@@ -42,11 +42,11 @@ def _explain_key(error: OmegaConfBaseException) -> str:
         known = sorted(str(key) for key in parent if key not in _NOT_FOR_TYPING)
         where = full_key.rpartition(".")[0]
         near = nearest(str(error.key), known)
-        return f"{full_key}: no such key{f' in {where}' if where else ''}; there are {', '.join(known)}.{near}"
+        return f"{full_key}: unknown key; {where or 'the configuration'} has {', '.join(known)}.{near}"
     message = _one_line(str(error.msg or error).split("\n")[0])
     return f"{full_key}: {message}" if full_key and full_key not in message else message
 
 
 def _one_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines) if lines else "no reason was given"
+    return " ".join(lines) if lines else "(no message)"

@@ -26,7 +26,7 @@ def trust(config_dir: str | Path) -> Path:
     """Let `_target_` name modules under `config_dir`, which goes on `sys.path`."""
     folder = Path(config_dir).resolve()
     if not str(config_dir) or not folder.is_dir():
-        raise ValueError(f"--config-dir {config_dir}: there is no such folder.")
+        raise ValueError(f"--config-dir {config_dir}: folder not found.")
     if folder not in _trusted:
         _trusted.append(folder)
         sys.path.insert(0, str(folder))
@@ -64,13 +64,13 @@ def _check_trusted(target: str) -> None:
     folder = next((folder for folder in _trusted if _holds(folder, module.split("."))), None)
     if folder is None:
         raise ValueError(
-            f"_target_={target}: only moe_lab's models, routers, experts and workloads and modules in a folder given "
-            "with --config-dir may be named; put the module beside your YAML files and give that folder."
+            f"_target_={target}: not trusted. It must be defined in moe_lab's models, routers, experts or workloads, "
+            "or in a folder given with --config-dir."
         )
     name = module.split(".")[0]
     loaded = getattr(sys.modules.get(name), "__file__", None)
     if name in sys.modules and (loaded is None or folder not in Path(loaded).resolve().parents):
-        raise ValueError(f"_target_={target}: a module named {name} is loaded already from elsewhere; rename yours.")
+        raise ValueError(f"_target_={target}: another module named {name} is already loaded; rename yours.")
 
 
 def _holds(folder: Path, module: list[str]) -> bool:
@@ -96,7 +96,10 @@ def locate(target: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"_target_={target}: {error}") from error
     if module_name.startswith(_BUILDABLE) and getattr(found, "__module__", None) != module_name:
-        raise ValueError(f"_target_={target}: {module_name} only imports {attribute}; name what is defined there.")
+        raise ValueError(
+            f"_target_={target}: {attribute} is not defined in {module_name}, only imported; "
+            "use the module that defines it."
+        )
     return found
 
 
@@ -106,7 +109,7 @@ def instantiate(node: DictConfig, **arguments: Any) -> Any:
     try:
         inspect.signature(made).bind(**keys, **arguments)
     except TypeError as error:
-        raise ValueError(f"{node._target_}: {error}. The YAML's keys are its arguments.") from error
+        raise ValueError(f"{node._target_}: {error}. The keys of the YAML file must match its arguments.") from error
     return made(**keys, **arguments)
 
 
@@ -149,14 +152,14 @@ def check_hydra_node(node: DictConfig) -> None:
     assert isinstance(content, dict)
     for value in _log_factories(content):
         if not str(value).startswith(_LOGGING):
-            raise ValueError(f"{value}: a log handler or formatter must be of logging, colorlog or hydra.")
+            raise ValueError(f"{value}: a log handler or formatter must come from logging, colorlog or hydra.")
 
     for text in _strings([content.get("job_logging"), content.get("hydra_logging")]):
         literal, interpolates, _ = text.partition("${")
         # Interpolations of a log's configuration need what only a run knows. None may come to begin with ext://.
         if interpolates and "ext://".startswith(literal) and not text.startswith("${hydra.runtime.output_dir}"):
             raise ValueError(
-                f"{text}: in the configuration of a log only text or a path in the run's folder may stand."
+                f"{text}: not allowed in the configuration of a log; use plain text or a path in the run's folder."
             )
 
 

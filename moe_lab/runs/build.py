@@ -42,22 +42,22 @@ def resolve_device(cfg: DictConfig) -> torch.device:
     if name == "auto":
         name = "cuda" if has_cuda else "cpu"
     if name == "cuda" and not has_cuda:
-        raise UnavailableError("device=cuda: torch sees no CUDA device here; use device=cpu or device=auto")
+        raise UnavailableError("device=cuda: no CUDA device found; use device=cpu or device=auto")
     if name not in ("cpu", "cuda"):
-        raise ValueError(f"device.name={name}: it must be auto, cpu or cuda.")
+        raise ValueError(f"device.name={name}: must be auto, cpu or cuda.")
     if name == "cpu" and cfg.dtype.name == "fp16":
-        raise UnavailableError("dtype=fp16: half precision is not computed on a CPU; use bf16 or fp32")
+        raise UnavailableError("dtype=fp16: not supported on a CPU; use bf16 or fp32")
     if name == "cpu" and cfg.execution.name == "cuda_graph":
-        raise UnavailableError("execution=cuda_graph: this run is on a CPU; use execution=eager or compile")
+        raise UnavailableError("execution=cuda_graph: not supported on a CPU; use execution=eager or compile")
     cache = cfg.measure.cache
     if cache == "hot" and cfg.execution.name != "cuda_graph":
         raise UnavailableError(
-            "measure.cache=hot is 20 calls in one CUDA graph; give execution=cuda_graph, or measure.cache=natural"
+            "measure.cache=hot needs a CUDA graph; use execution=cuda_graph or measure.cache=natural"
         )
     if cache == "cold" and name == "cpu":
-        raise UnavailableError("measure.cache=cold: the caches of a CPU are not flushed; use device=cuda")
+        raise UnavailableError("measure.cache=cold: not supported on a CPU; use device=cuda")
     if name == "cuda" and cfg.dtype.name == "bf16" and torch.cuda.get_device_capability() < (8, 0):
-        raise UnavailableError("dtype=bf16: this GPU is older than compute capability 8.0; use fp16 or fp32")
+        raise UnavailableError("dtype=bf16: needs a GPU with compute capability >= 8.0; use fp16 or fp32")
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
@@ -89,7 +89,7 @@ def undecided_router(cfg: DictConfig, n_experts: int | None = None, top_k: int |
             sizes = {"n_experts": settings.n_experts, "top_k": settings.top_k}
         n_experts, top_k = n_experts or sizes.get("n_experts"), top_k or sizes.get("top_k")
     if n_experts is None or top_k is None:
-        raise ValueError(f"model={cfg.model.name} has no experts: give build_router n_experts and top_k.")
+        raise ValueError(f"model={cfg.model.name} has no experts; pass n_experts and top_k to build_router.")
     return _make_router(cfg, cfg.router, n_experts, top_k)
 
 
@@ -138,7 +138,7 @@ def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int) 
     except UnavailableError as error:
         raise UnavailableError(f"router={option_name(node)}: {error}") from error
     if not isinstance(router, Router):
-        raise ValueError(f"router: {node._target_} is no moe_lab.routers.base.Router; derive it from that class.")
+        raise ValueError(f"router: {node._target_} is not a subclass of moe_lab.routers.base.Router.")
     return router
 
 
@@ -160,8 +160,7 @@ def build_experts(cfg: DictConfig) -> Experts:
     except UnavailableError as error:
         raise UnavailableError(f"experts={option_name(node)}: {error}") from error
     raise ValueError(
-        f"experts: {node._target_} is neither a class nor a function; name a class derived from "
-        "moe_lab.experts.base.Experts, or a function with its signature."
+        f"experts: {node._target_} must be a subclass of moe_lab.experts.base.Experts or a function with its signature."
     )
 
 
@@ -262,34 +261,34 @@ def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
     kind = cfg.workload.get("phase", "forward")
     if kind != "forward" and not isinstance(model, TransformerDecoder):
         raise UnavailableError(
-            f"workload.phase={kind} needs a decoder that keeps keys and values, and model={option_name(cfg.model)} is "
-            "none; use workload.phase=forward, or model=decoder_moe, transformer_decoder or checkpoint"
+            f"workload.phase={kind} needs a model with a KV cache, which model={option_name(cfg.model)} does not "
+            "have; use workload.phase=forward, or model=decoder_moe, transformer_decoder or checkpoint"
         )
     for layer in moe_layers(model):
         if isinstance(layer.router, SoftMoE) and not isinstance(layer, SoftMoELayer):
             raise ValueError(
-                f"router={router} asks for a layer of its own, and model={option_name(cfg.model)} makes another; let "
-                "it call moe_lab.models.moe_layer.make_moe_layer."
+                f"router={router} needs its own MoE layer, but model={option_name(cfg.model)} makes another; create "
+                "it with moe_lab.models.layer_kinds.make_moe_layer."
             )
         if layer.router.needs_token_ids and model.vocab_size is None:
             raise UnavailableError(
-                f"router={router} reads the tokens' ids, and model={option_name(cfg.model)} is fed "
-                "hidden states; use a model with an embedding, as decoder_moe"
+                f"router={router} needs token ids, but model={option_name(cfg.model)} takes hidden states; use a "
+                "model with an embedding, such as decoder_moe"
             )
         if kind == "decode" and isinstance(layer, SoftMoELayer):
             raise UnavailableError(
-                f"router={router} mixes the tokens of a whole sequence, of which a decode step has one; use "
+                f"router={router} mixes all tokens of a sequence, but a decode step has one; use "
                 "workload.phase=forward or prefill, or another router"
             )
         if load != "native" and isinstance(layer, SoftMoELayer):
             raise UnavailableError(
-                f"workload.load={load} replaces the experts of every slot, and with router={router} every token goes "
-                "to every expert, so there is no choice to replace; use workload.load=native or another router"
+                f"workload.load={load} cannot be used with router={router}, where every token uses every expert; use "
+                "workload.load=native or another router"
             )
         if load != "native" and not layer.router.static_k:
             raise UnavailableError(
-                f"workload.load={load} replaces the experts of every slot, and router="
-                f"{router} fills no fixed number of slots; use workload.load=native or another router"
+                f"workload.load={load} cannot be used with router={router}, which uses a variable number of experts "
+                "per token; use workload.load=native or another router"
             )
     _require_capturable(cfg, model)
 
@@ -303,8 +302,8 @@ def _require_capturable(cfg: DictConfig, model: nn.Module) -> None:
         for node, group, part in parts:
             if not part.graph_safe:
                 raise UnavailableError(
-                    f"{group}={option_name(node)} reads results on the host, so execution={cfg.execution.name} cannot "
-                    "capture it; use execution=eager or another implementation"
+                    f"{group}={option_name(node)} synchronises with the host, so it cannot be captured by "
+                    f"execution={cfg.execution.name}; use execution=eager or another implementation"
                 )
 
 
@@ -331,8 +330,8 @@ def build_input(
     longest = getattr(model, "max_positions", None)
     if longest is not None and seq_len > longest:
         raise ValueError(
-            f"seq_len={cfg.seq_len}: with workload.phase={cfg.workload.phase} a sequence has {seq_len} tokens, and the "
-            f"model is made for {longest}; lower seq_len or workload.context_len."
+            f"seq_len={cfg.seq_len}: with workload.phase={cfg.workload.phase} a sequence has {seq_len} tokens, but the "
+            f"model supports at most {longest}; lower seq_len or workload.context_len."
         )
     workload = locate(cfg.workload._target_)
     x: Tensor = workload(

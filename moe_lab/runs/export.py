@@ -26,7 +26,7 @@ def exporter() -> ModuleType:
     except ImportError as error:
         if error.name is not None and error.name.startswith("moe_lab"):
             raise
-        raise UnavailableError(f"export=netron: it needs {error.name}; pip install 'moe-lab[export]'") from error
+        raise UnavailableError(f"export=netron needs {error.name}; run pip install 'moe-lab[export]'") from error
 
 
 def make_inputs(cfg: DictConfig, model: nn.Module, sizes: list[tuple[int, int]]) -> list[Tensor]:

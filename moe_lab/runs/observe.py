@@ -78,7 +78,7 @@ class Observer:
                     self.values[name] = look() if wanted else None
             except Exception as error:
                 log.error("%s", traceback.format_exc())
-                self.warnings.append(f"{name} could not be observed: {reason_of(error)}")
+                self.warnings.append(f"{name} was not measured: {reason_of(error)}")
 
     def _cache(self, cache: str) -> float:
         """Median milliseconds with the caches in that state."""
@@ -151,8 +151,8 @@ class Observer:
             return None
         if built.forced is not None:
             self.warnings.append(
-                f"measure.reference_router: with workload.load={self.cfg.workload.load} no router chose the experts, "
-                "so there is no agreement to look for; use workload.load=native."
+                f"measure.reference_router: with workload.load={self.cfg.workload.load} no router runs, so there are "
+                "no routes to compare; use workload.load=native."
             )
             return None
         begun = time.perf_counter()
@@ -168,7 +168,7 @@ class Observer:
         step = built.ready_step()
         difference = agreement(built.task, other, built.x, step(), fuses=step.fuses)
         name, seconds = identity.option_name(cfg.router), time.perf_counter() - begun
-        log.info("agreement with router=%s looked at in %.2f s", name, seconds)
+        log.info("compared with router=%s in %.2f s", name, seconds)
         return {"reference": name, "seconds": seconds, **difference}
 
     def _phases(self) -> dict[str, Any]:
@@ -205,7 +205,9 @@ class Observer:
         if counts_LGE.size:
             self.routing_arrays |= {"domain_counts_LGE": counts_LGE, "domain": np.array(windows.names)}
         if windows.left_out:
-            self.warnings.append(f"quality: too short for one window of seq_len tokens: {', '.join(windows.left_out)}.")
+            self.warnings.append(
+                f"quality: {', '.join(windows.left_out)}: shorter than one window (seq_len tokens) and left out."
+            )
         return numbers
 
 

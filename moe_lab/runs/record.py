@@ -58,10 +58,10 @@ def noise_warnings(latency: Latency | None, target_ci: float) -> list[str]:
     if latency.ci95_low is None or latency.ci95_high is None:
         width = "unknown"
     else:
-        width = f"{(latency.ci95_high - latency.ci95_low) / latency.p50:.1%} of it"
+        width = f"{(latency.ci95_high - latency.ci95_low) / latency.p50:.1%} wide"
     return [
-        f"latency is not stable: the median's 95 % interval is {width} after {latency.n} samples "
-        f"(measure.target_ci={target_ci}); raise measure.max_time_s or quieten the machine."
+        f"latency is not stable: the 95 % interval of the median is {width} after {latency.n} samples "
+        f"(measure.target_ci={target_ci}); raise measure.max_time_s or use a less busy machine."
     ]
 
 
@@ -99,7 +99,7 @@ def reason_of(error: BaseException) -> str:
 def write(record: Record, blocks: Sequence[TimedBlock], routing_arrays: Mapping[str, np.ndarray], folder: Path) -> None:
     """`result.json` last: where it stands, the rest does too. What an earlier run left and this one has not goes."""
     if (aside := store.set_aside_unreadable(folder)) is not None:
-        record.warnings.append(f"an earlier result could not be read; it is kept as {aside.name}")
+        record.warnings.append(f"an earlier result could not be read; it was renamed to {aside.name}")
     store.write_atomic(folder / "config.yaml", yaml.dump(record.config, Dumper=_DUMPER, sort_keys=False).encode())
     samples: dict[str, np.ndarray] = {}
     if blocks:

@@ -119,19 +119,19 @@ class Run:
             texts = layer.router.warnings(built.n_tokens)
             for router in layer.router.modules():  # a router may wrap another
                 if isinstance(router, Router) and router.fallback is not None:
-                    texts.append(f"router.impl=auto took {router.implementation()}: {router.fallback}.")
+                    texts.append(f"router.impl=auto uses {router.implementation()}: {router.fallback}.")
             self.warnings += [text for text in texts if text not in self.warnings]
         if not isinstance(built.model, Checkpoint):
             return
         if self.cfg.workload.get("name") == "random":
             self.warnings.append(
-                "workload=random: a trained model routes random ids otherwise than text, so load and latency are not "
-                "those of its use; use workload=text."
+                "workload=random: a trained model routes random ids differently from text, so load and latency are "
+                "not realistic; use workload=text."
             )
         if untrained := built.model.untrained():
             self.warnings.append(
-                f"router={identity.option_name(self.cfg.router)}: checkpoints hold no {', '.join(untrained)} for it, "
-                "so that is 0 in every layer."
+                f"router={identity.option_name(self.cfg.router)}: the checkpoint has no {', '.join(untrained)} for "
+                "this router; it is 0 in every layer."
             )
 
     def _look_at_the_load(self, built: Built) -> None:
@@ -139,8 +139,8 @@ class Run:
         worst = load_difference(self.cfg, built.model, built.forced)
         if worst is not None and worst > _LOAD_TOLERANCE:
             self.warnings.append(
-                f"workload.load={self.cfg.workload.load}: {worst:.1%} of the slots go elsewhere than asked, for no "
-                "token has an expert twice and slots are whole; the realised load stands in the row."
+                f"workload.load={self.cfg.workload.load}: {worst:.1%} of the slots go to other experts than requested, "
+                "because a token cannot use an expert twice; the row has the actual load."
             )
 
     def verify(self) -> None:
@@ -319,7 +319,7 @@ def run(cfg: DictConfig, directory: str | Path | None = None) -> Record:
     A failure while running is a record too: status `failed`, the cause in `reason`, the traceback in `run.log`.
 
     Raises:
-        ValueError: a mistake in the configuration; one line that names the key and the mend.
+        ValueError: a mistake in the configuration; one line that names the key and the fix.
         UnavailableError: an implementation or a device that is not here. Its record, `skipped`, is written first.
         OSError: the directory cannot be written.
         KeyboardInterrupt: Ctrl-C; the record, `failed` with the reason `interrupted`, is written first.

@@ -96,8 +96,8 @@ def verify(
             reference = twin(reference_x, forced_routing=ran.routings)
         if reference.y.dtype != torch.float32:
             raise ValueError(
-                f"model: its reference pass computes in {reference.y.dtype}; let each operation cast its weight to the "
-                "dtype of its input, and an embedding follow use_reference() (see moe_lab/models/__init__.py)."
+                f"model: the reference pass computes in {reference.y.dtype}, not fp32; cast each weight to the dtype "
+                "of its input, and make an embedding follow use_reference() (see moe_lab/models/__init__.py)."
             )
         off.add(ran.y, reference.y)
         del reference
@@ -159,4 +159,5 @@ def _beyond(check: Check, tolerance: Tolerance, dtype: torch.dtype) -> MismatchE
     over = [
         f"{name} {error:.2e} > {most:.1e}" for name, error, most in limits if error is not None and not error <= most
     ]
-    return MismatchError("layers", f"relative error beyond what {dtype} explains: {', '.join(over)}") if over else None
+    message = f"relative error above the tolerance of {dtype}: {', '.join(over)}"
+    return MismatchError("layers", message) if over else None

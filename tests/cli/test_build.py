@@ -47,10 +47,10 @@ def test_the_cuda_half_compiles_without_a_gpu_and_its_binary_computes_on_a_cpu(
     done = build("--arch", "90")
     assert done.returncode == 0, done.stderr
     text, path = done.stdout.splitlines()
-    assert text.startswith("C++, and CUDA for sm_90: built in ")
+    assert text.startswith("C++ and CUDA for sm_90: built in ")
     assert Path(path) == extension.built(("90",))
     assert routes(Path(path)) == "[[1, 3], [3, 0]]"
-    assert build("--arch", "90").stdout.startswith("C++, and CUDA for sm_90: was there already")
+    assert build("--arch", "90").stdout.startswith("C++ and CUDA for sm_90: already built")
     wider = Path(path).rename(Path(path).with_name("80-90.so"))
     assert extension.built(("90",)) == wider and extension.built(("100",)) is None and extension.built(()) is None
 

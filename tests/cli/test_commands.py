@@ -50,9 +50,9 @@ MISTAKES = {
     "export a --verify b": "export: give either RUN_DIR or --verify DIR",
     "export nowhere": "nowhere: not the folder of a run .*nowhere/config.yaml",
     "export nowhere --loud": "export: unrecognized arguments: --loud",
-    "build --arch sm_90": "--arch sm_90: give compute capabilities .* such as 80,90, or cpu",
+    "build --arch sm_90": "--arch sm_90: must be compute capabilities .* such as 80,90, or cpu",
     "build now": "build: unrecognized arguments: now",
-    "list rooter": "rooter: no such group; there are .*router.*Did you mean router",
+    "list rooter": "rooter: unknown group; choose one of .*router.*Did you mean router",
     "list --all": "list: unrecognized arguments: --all",
     "list --config-dir": "list: .*--config-dir.*expected one argument",
     "doctor --loud": "doctor: unrecognized arguments: --loud",
@@ -75,13 +75,13 @@ MISSPELT = {
 }
 SCRIPTS = {"aggregate": "report", "build_router_ext": "build", "export_netron": "export", "plot": "plot"}
 OF_GENERATE = {  # typed behind a prompt
-    "router=native": r"model\.path has no value: give model\.path=",
+    "router=native": r"model\.path has no value: set model\.path=",
     "model.path=nowhere": r"model\.path=nowhere: nowhere/config\.json cannot be read .*; give the folder",
     "model=decoder_moe": "model=decoder_moe: .*use model=checkpoint",
     "model=decoder_moe router=torch": "model=decoder_moe: .*use model=checkpoint",
-    "{} foo": "foo: it is no KEY=VALUE",
-    "{} --max-tokens 0": "--max-tokens 0: it must be at least 1",
-    "{} --temperature -1": "--temperature -1.0: it must be at least 0",
+    "{} foo": "foo: not a KEY=VALUE override",
+    "{} --max-tokens 0": "--max-tokens 0: must be an integer >= 1",
+    "{} --temperature -1": "--temperature -1.0: must be a number >= 0",
     "{} router=soft": "router=soft mixes .*or another router",
     "{} execution=cuda_graph device=cpu": "execution=cuda_graph: .*use execution=eager",
 }
@@ -153,7 +153,11 @@ def test_a_mistake_of_generate_prints_no_text(tmp_path: Path) -> None:
     """One line and exit code 2; the prompt is not printed before it is known that something can follow."""
     path = f"model.path={quick.TINY_OLMOE}"
     commands = [["generate", "abc", *typed.format(path).split()] for typed in OF_GENERATE]
-    patterns = [*OF_GENERATE.values(), "the prompt is empty", "the prompt has 1024 tokens, and .* for 1024; shorten it"]
+    patterns = [
+        *OF_GENERATE.values(),
+        "the prompt is empty",
+        "the prompt has 1024 tokens, but .* at most 1024; shorten it",
+    ]
     commands += [["generate", prompt, path] for prompt in ("", "x" * 1024)]
     for typed, pattern, result in zip(commands, patterns, run(commands, tmp_path), strict=True):
         code, out, err, _ = result

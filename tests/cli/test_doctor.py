@@ -56,7 +56,7 @@ def test_the_machine_and_its_hash_are_those_of_a_record(printed: list[str], tmp_
     assert value(printed, "env_id") == record.env_id
     for key, known in record.environment.items():
         assert value(printed, key) == ("-" if known is None else str(known)), key
-    assert value(printed, "noise floor") == "not measured yet: moe-lab doctor --noise"
+    assert value(printed, "noise floor") == "not measured; run moe-lab doctor --noise"
 
 
 def test_every_option_says_whether_it_runs_here(printed: list[str]) -> None:

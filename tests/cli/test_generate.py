@@ -83,7 +83,7 @@ def test_the_text_stops_at_the_models_longest_sequence(tmp_path: Path) -> None:
     """Nine positions, of which the prompt takes six."""
     path = copied(tmp_path / "short", max_position_embeddings=9)
     assert len(list(generate(composed(path=path), "import", 100))) == 3
-    with pytest.raises(ValueError, match="the prompt has 9 tokens, and the model is made for 9; shorten it"):
+    with pytest.raises(ValueError, match="the prompt has 9 tokens, but the model supports at most 9; shorten it"):
         next(generate(composed(path=path), "import os", 100))
 
 

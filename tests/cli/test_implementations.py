@@ -29,9 +29,11 @@ def test_every_router_with_its_properties(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     shown = blocks(text)
     assert text.startswith("router\n") and set(shown) == ROUTERS
-    assert shown["torch"][1] == "causal, batch_invariant, static_k, graph_safe; by torch"
-    assert shown["sinkhorn"][1].startswith("static_k, graph_safe; by torch, triton, cuda_ext; here ")
-    assert shown["expert_choice"][1] == "by torch"
+    assert shown["torch"][1] == "causal, batch_invariant, static_k, graph_safe; implementations: torch"
+    assert shown["sinkhorn"][1].startswith(
+        "static_k, graph_safe; implementations: torch, triton, cuda_ext; used here: "
+    )
+    assert shown["expert_choice"][1] == "implementations: torch"
     assert "needs_token_ids" in shown["hash"][1]
     assert "calibrates" in shown["quantile"][1]
     assert shown["cuda_ext"][1].startswith("router=cuda_ext: router.impl=cuda_ext")
@@ -45,7 +47,7 @@ def test_all_experts_with_what_they_declare(capsys: pytest.CaptureFixture[str]) 
     text = capsys.readouterr().out
     shown = blocks(text)
     assert text.startswith("experts\n") and set(shown) == EXPERTS
-    assert shown["grouped"][1] == "graph_safe, reads_dispatch; by grouped, segment_mm=loop"
+    assert shown["grouped"][1] == "graph_safe, reads_dispatch; implementations: grouped, segment_mm=loop"
     assert shown["loop"][1] == "by loop"
     assert "2211.15841" in shown["grouped"][0]
 

@@ -80,5 +80,5 @@ def test_several_groups_in_the_order_asked_for(capsys: pytest.CaptureFixture[str
 
 def test_a_group_that_is_not_there_is_a_mistake_with_the_nearest_name() -> None:
     """One line with all there are; nothing of the groups before it is printed."""
-    with pytest.raises(ValueError, match=r"^rooter: no such group; there are .*experts.*Did you mean router\?$"):
+    with pytest.raises(ValueError, match=r"^rooter: unknown group; choose one of .*experts.*Did you mean router\?$"):
         listing.show(["model", "rooter"], None)

@@ -94,8 +94,8 @@ def test_a_comparison_with_a_reference_router_is_shown_with_its_floor_and_its_ti
     arguments = quick.overrides("moe_layer", "router=torch,sinkhorn", "measure.reference_router=torch", "sweep.name=s")
     done = moe_lab("-m", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "off reference (floor)" in done.stdout
-    assert re.search(r"^reference: router=torch; comparing with it took \d+\.\d\d s$", done.stdout, re.MULTILINE)
+    assert "error vs reference (floor)" in done.stdout
+    assert re.search(r"^reference: router=torch; the comparison took \d+\.\d\d s$", done.stdout, re.MULTILINE)
     row = next(line for line in done.stdout.splitlines() if line.startswith("torch"))
     assert re.search(r" 0\.0e\+00 \(\de-\d\d\) ok *$", row)
     folder = tmp_path / "outputs" / "s"
@@ -188,7 +188,7 @@ def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(tmp_path: Path) 
     done = moe_lab("device=cuda", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        "moe-lab: device=cuda: torch sees no CUDA device here; use device=cpu or device=auto"
+        "moe-lab: device=cuda: no CUDA device found; use device=cpu or device=auto"
     ]
     (result,) = tmp_path.glob("outputs/runs/*/result.json")
     assert read_record(result.parent).status == "skipped"

@@ -51,7 +51,7 @@ def test_every_cell_is_shown_with_what_would_be_done_and_nothing_is_written(tmp_
     }
     assert list(found.values()) == [1, 1, 2, 2], done.stdout
     last = done.stdout.splitlines()[-1]
-    assert last == "outputs/s: 6 cells, 1 to run, about 0:00 of timing at most, building and checking not counted"
+    assert last == "outputs/s: 6 cells, 1 to run, about 0:00 of timing at most, without building and verifying"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,7 +66,7 @@ def test_what_is_done_is_not_done_again_and_its_time_is_expected_of_the_rest(tmp
     statuses = {line.split()[5]: line.split(maxsplit=6)[6].rstrip() for line in done.stdout.splitlines()[1:-1]}
     expected = ("done", "stale: of another code", "to do")
     assert statuses == {cell.cell_id: status for cell, status in zip(made.cells, expected, strict=True)}
-    assert done.stdout.splitlines()[-1] == ("outputs/s: 3 cells, 2 to run (1 more equal one of them), about 3:00")
+    assert done.stdout.splitlines()[-1] == ("outputs/s: 3 cells, 2 to run (1 duplicates left out), about 3:00")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -78,7 +78,7 @@ def test_checkpoints_and_phases_are_told_apart(tmp_path: Path) -> None:
     head, *rows, last = done.stdout.splitlines()
     assert head.split() == ["variant", "model", "workload", "batch", "seq_len", "router", "by", "cell_id", "status"]
     shown = ("prefill)", "decode, context_len=3)", "decode, context_len=5)")
-    assert len(rows) == len(shown) and "3 to run (1 more equal one of them)" in last
+    assert len(rows) == len(shown) and "3 to run (1 duplicates left out)" in last
     for row, text in zip(rows, shown, strict=True):
         assert row.startswith(f"native  tiny-olmoe text(phase={text}")
 

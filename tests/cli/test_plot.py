@@ -30,7 +30,7 @@ def test_a_picture_is_written_where_it_says(sweep: Path, tmp_path: Path) -> None
     """Into the folder's plots, or where `-o` says, with how many runs are missing in it."""
     done = moe_lab("plot", str(sweep), "batch", "latency_ms.p50", cwd=tmp_path)
     picture = sweep / "plots" / "latency_ms.p50_over_batch.png"
-    assert done.stdout == f"{picture} (without 1 runs that lack one of these columns)\n", done.stderr
+    assert done.stdout == f"{picture} (1 runs without one of these columns are left out)\n", done.stderr
     assert done.returncode == 0 and Image.open(picture).format == "PNG"
     other = moe_lab("plot", str(sweep), "batch", "batch", "--by", "model", "--log", "-o", "here/a.png", cwd=tmp_path)
     assert (other.returncode, other.stdout) == (0, "here/a.png\n"), other.stderr
@@ -41,7 +41,7 @@ def test_a_mistake_in_a_column_is_one_line(sweep: Path, tmp_path: Path) -> None:
     """With the nearest name and exit code 2; nothing is drawn."""
     done = moe_lab("plot", str(sweep), "btch", "latency_ms.p50", "-o", "a.png", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "moe-lab: btch: no such column. Did you mean batch?\n"
+    assert done.stderr == "moe-lab: btch: unknown column. Did you mean batch?\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -68,7 +68,7 @@ def test_several_runs_at_one_place_make_no_line(runs: pd.DataFrame) -> None:
     [
         pytest.param("batch", "variant", "variant: not a column of numbers", id="text"),
         pytest.param(
-            "batch", "latency_ms.p5", "latency_ms.p5: no such column. Did you mean latency_ms.p50?", id="typo"
+            "batch", "latency_ms.p5", "latency_ms.p5: unknown column. Did you mean latency_ms.p50?", id="typo"
         ),
     ],
 )

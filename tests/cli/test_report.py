@@ -19,7 +19,7 @@ def test_tables_are_written_alone_and_counted(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"sweep: 3 records (2 ok, 1 failed) in {', '.join(OUTPUTS)}\n"
     copies, unread = done.stderr.splitlines()
-    assert copies == "2 records share their cell_id with another (column n_records)"
+    assert copies == "2 records have the same cell_id as another record (column n_records)"
     assert unread.startswith(f"not read: broken/{RESULT}: ")
     assert all((folder / name).is_file() for name in OUTPUTS)
     assert not (folder / "plots").exists() and not (folder / "report.html").exists()

@@ -14,8 +14,8 @@ import moe_lab
 
 MISTAKES = [
     pytest.param(["batch=abc"], "batch", "Integer", id="wrong-type"),
-    pytest.param(["batch=0"], "batch=0", "at least 1", id="zero-batch"),
-    pytest.param(["seed=-1"], "seed=-1", "at least 0", id="negative-seed"),
+    pytest.param(["batch=0"], "batch=0", ">= 1", id="zero-batch"),
+    pytest.param(["seed=-1"], "seed=-1", ">= 0", id="negative-seed"),
     pytest.param(["model.n_heads=7"], "model.n_heads=7", "model.d_model=512", id="heads-do-not-divide"),
     pytest.param(["model.head_dim=31"], "model.head_dim=31", "even", id="odd-head"),
     pytest.param(["model.n_kv_heads=3"], "model.n_kv_heads=3", "model.n_heads=8", id="kv-heads-do-not-divide"),
@@ -28,7 +28,7 @@ MISTAKES = [
     pytest.param(["batchh=1"], "batchh", "Did you mean batch?", id="misspelt-top-key"),
     pytest.param(["router.name=mine"], "router.name=mine", "choose another option", id="label"),
     pytest.param(["model.ignores=[router]"], "model.ignores", "choose another option", id="ignores"),
-    pytest.param(["~router"], "router", "choose one", id="no-router"),
+    pytest.param(["~router"], "router", "choose an option", id="no-router"),
     pytest.param(["execution.name=graph"], "execution.name=graph", "cuda_graph", id="unknown-execution"),
     pytest.param(
         ["+hydra.callbacks.e={_target_: shutil.copy, src: a, dst: b}"], "shutil.copy", "--config-dir", id="callback"
@@ -41,7 +41,7 @@ MISTAKES = [
         id="callback-behind-an-interpolation",
     ),
     pytest.param(["+hydra.job_logging.filters.x=${name}"], "${name}", "log", id="log-interpolation"),
-    pytest.param(["+foo=1"], "foo", "nothing reads", id="added-key"),
+    pytest.param(["+foo=1"], "foo", "unknown key", id="added-key"),
     pytest.param(["router=sinkhron"], "router=sinkhron", "Did you mean sinkhorn?", id="misspelt-option"),
     pytest.param(["measure.reference_router=sinkhron"], "=sinkhron", "Did you mean sinkhorn?", id="misspelt-reference"),
     pytest.param(
@@ -50,7 +50,7 @@ MISTAKES = [
     pytest.param(
         ["measure.reference_router=sinkhorn", "measure.reference_router.iters=0"],
         "measure.reference_router.iters=0",
-        "at least 1",
+        ">= 1",
         id="reference-without-iterations",
     ),
     pytest.param(
@@ -63,47 +63,52 @@ MISTAKES = [
         ["router=capacity", "router.inner.name=mine"], "router.inner.name=mine", "choose another", id="inner-label"
     ),
     pytest.param(["ruter=torch"], "ruter", "Did you mean router?", id="misspelt-group"),
-    pytest.param(["router=sinkhorn", "router.iters=0"], "router.iters=0", "at least 1", id="no-iterations"),
-    pytest.param(["router=sinkhorn", "router.temperature=0"], "router.temperature", "above 0", id="zero-temperature"),
-    pytest.param(["router.impl=triton"], "router.impl=triton", "fixes its implementation", id="fixed-impl"),
+    pytest.param(["router=sinkhorn", "router.iters=0"], "router.iters=0", ">= 1", id="no-iterations"),
+    pytest.param(["router=sinkhorn", "router.temperature=0"], "router.temperature", "> 0", id="zero-temperature"),
+    pytest.param(["router.impl=triton"], "router.impl=triton", "always uses triton", id="fixed-impl"),
     pytest.param(["router=sinkhorn", "router.impl=fast"], "router.impl=fast", "auto, torch", id="unknown-impl"),
     pytest.param(
         ["workload.phase=generate"], "workload.phase=generate", "forward, prefill, decode", id="unknown-phase"
     ),
     pytest.param(["workload.phase=decod"], "workload.phase=decod", "Did you mean decode?", id="misspelt-phase"),
     pytest.param(
-        ["workload.context_len=5"], "workload.context_len=5", "only workload.phase=decode", id="unread-context"
+        ["workload.context_len=5"],
+        "workload.context_len=5",
+        "only used with workload.phase=decode",
+        id="unread-context",
     ),
     pytest.param(
         ["workload.phase=prefill", "workload.context_len=5"], "context_len=5", "that phase", id="context-in-prefill"
     ),
     pytest.param(
-        ["workload.phase=decode", "workload.context_len=0"], "workload.context_len=0", "at least 1", id="no-context"
+        ["workload.phase=decode", "workload.context_len=0"], "workload.context_len=0", ">= 1", id="no-context"
     ),
-    pytest.param(["workload=text"], "workload.path", "give workload.path=", id="no-text"),
+    pytest.param(["workload=text"], "workload.path", "set workload.path=", id="no-text"),
     pytest.param(["workload=text", "workload.path=7"], "workload.path=7", "a file, a folder", id="number-for-a-path"),
-    pytest.param(["workload=text", "workload.path=[]"], "workload.path=[]", "a list of those", id="no-paths"),
+    pytest.param(
+        ["workload=text", "workload.path=[]"], "workload.path=[]", "a list of files and folders", id="no-paths"
+    ),
     pytest.param(["workload=text", "workload.path=[a,3]"], "workload.path=['a', 3]", "a list", id="number-in-paths"),
     pytest.param(["workload=text", "workload.path=''"], "workload.path=", "a file, a folder", id="empty-path"),
-    pytest.param(["workload.path=a"], "workload.path", "no such key", id="path-without-text"),
-    pytest.param(["model=checkpoint"], "model.path", "give model.path=", id="no-checkpoint"),
+    pytest.param(["workload.path=a"], "workload.path", "unknown key", id="path-without-text"),
+    pytest.param(["model=checkpoint"], "model.path", "set model.path=", id="no-checkpoint"),
     pytest.param(
         ["model=checkpoint", "model.path=d", "model.d_model=8"], "model.d_model", "path", id="size-of-its-own"
     ),
     pytest.param(
         ["model=checkpoint", "model.path=d", "model.implementation=fast"], "implementation=fast", "auto", id="norm-impl"
     ),
-    pytest.param(["measure.quality_tokens=0"], "measure.quality_tokens=0", "at least 1", id="no-quality-tokens"),
-    pytest.param(["model=minimal", "seq_len=4"], "seq_len=4", "does not read", id="unread-seq-len"),
-    pytest.param(["model=minimal", "router=sinkhorn"], "router=sinkhorn", "does not read", id="unread-router"),
+    pytest.param(["measure.quality_tokens=0"], "measure.quality_tokens=0", ">= 1", id="no-quality-tokens"),
+    pytest.param(["model=minimal", "seq_len=4"], "seq_len=4", "does not use", id="unread-seq-len"),
+    pytest.param(["model=minimal", "router=sinkhorn"], "router=sinkhorn", "does not use", id="unread-router"),
     pytest.param(
         ["model=transformer_decoder", "router.renormalize=false"],
         "router.renormalize",
-        "does not read",
+        "does not use",
         id="unread-key",
     ),
-    pytest.param(["measure.target_ci=nan"], "measure.target_ci=nan", "above 0", id="nan"),
-    pytest.param(["measure.max_time_s=0"], "measure.max_time_s", "above 0", id="no-time"),
+    pytest.param(["measure.target_ci=nan"], "measure.target_ci=nan", "> 0", id="nan"),
+    pytest.param(["measure.max_time_s=0"], "measure.max_time_s", "> 0", id="no-time"),
     pytest.param(["batch=1,2"], "batch=1,2", "-m", id="sweep-without-m"),
     pytest.param(["report"], "report", "KEY=VALUE", id="not-an-override"),
 ]

@@ -283,7 +283,7 @@ def test_a_reference_that_cannot_run_is_a_warning() -> None:
     run.verify()
     run.observe()
     assert "agreement" not in run.observed
-    assert any("agreement could not be observed" in text and "token" in text for text in run.warnings)
+    assert any("agreement was not measured" in text and "token" in text for text in run.warnings)
 
 
 def test_looking_changes_no_result() -> None:

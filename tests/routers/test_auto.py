@@ -126,4 +126,4 @@ def test_a_run_whose_extension_does_not_compile_says_so(tmp_path: Path, monkeypa
         extension._load.cache_clear()
     assert record.status == "ok" and record.implementation["router"] == "torch"
     (warning,) = (text for text in record.warnings if "router.impl=auto" in text)
-    assert warning.startswith("router.impl=auto took torch: ") and "does not compile: sorrow" in warning
+    assert warning.startswith("router.impl=auto uses torch: ") and "does not compile: sorrow" in warning

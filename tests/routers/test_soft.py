@@ -84,5 +84,5 @@ def test_a_capacity_around_it_is_refused(policy: str) -> None:
 
 def test_a_k_of_ones_own_is_refused() -> None:
     """router.top_k would change nothing."""
-    with pytest.raises(ValueError, match=r"router\.top_k=1.*leave router\.top_k out"):
+    with pytest.raises(ValueError, match=r"router\.top_k=1.*remove router\.top_k"):
         tiny.built(tiny.decoder_moe("router=soft", "router.top_k=1"))
