@@ -71,7 +71,7 @@ def _generate(arguments: list[str]) -> int:
     parser.add_argument("prompt", help="the text to continue")
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="model.path=DIR, router=..., dtype=..., ...")
     parser.add_argument(
-        "--max-tokens", type=int, default=200, help="the maximum number of tokens to generate (default: 200)"
+        "--max-tokens", type=int, default=200, help="at most this many tokens (default: 200)"
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely token")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")

@@ -48,7 +48,7 @@ def test_all_experts_with_what_they_declare(capsys: pytest.CaptureFixture[str]) 
     shown = blocks(text)
     assert text.startswith("experts\n") and set(shown) == EXPERTS
     assert shown["grouped"][1] == "graph_safe, reads_dispatch; implementations: grouped, segment_mm=loop"
-    assert shown["loop"][1] == "by loop"
+    assert shown["loop"][1] == "implementations: loop"
     assert "2211.15841" in shown["grouped"][0]
 
 
@@ -95,7 +95,7 @@ def test_experts_of_ones_own_stand_with_them(tmp_path: Path, capsys: pytest.Capt
     shown = blocks(capsys.readouterr().out)
     assert set(shown) == {*EXPERTS, "own", "bad", "plain", "typo"}
     assert shown["own"][0].endswith("About own.")
-    assert shown["own"][1] == "graph_safe; by own:32:256:(8, 512, 2048)"
-    assert shown["plain"][1] == "by plain"
+    assert shown["own"][1] == "graph_safe; implementations: own:32:256:(8, 512, 2048)"
+    assert shown["plain"][1] == "implementations: plain"
     assert shown["bad"][1] == "experts=Own: planted; use experts=loop"
     assert shown["typo"][1].startswith("listed_experts.Own: got an unexpected keyword argument 'blok'")

@@ -19,7 +19,7 @@ MISTAKES = {
     "sweep.stale=sometimes": "sweep.stale=sometimes",
     "router": "router: not a KEY=VALUE override",
     "--multi": "--multi: not a KEY=VALUE override",
-    "workload=text": "give workload.path=",
+    "workload=text": "set workload.path=",
 }
 
 
@@ -76,7 +76,7 @@ def test_checkpoints_and_phases_are_told_apart(tmp_path: Path) -> None:
     done = plan(*arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     head, *rows, last = done.stdout.splitlines()
-    assert head.split() == ["variant", "model", "workload", "batch", "seq_len", "router", "by", "cell_id", "status"]
+    assert head.split() == ["variant", "model", "workload", "batch", "seq_len", "router", "impl", "cell_id", "status"]
     shown = ("prefill)", "decode, context_len=3)", "decode, context_len=5)")
     assert len(rows) == len(shown) and "3 to run (1 duplicates left out)" in last
     for row, text in zip(rows, shown, strict=True):

@@ -65,7 +65,7 @@ MISTAKES = [
     pytest.param(["ruter=torch"], "ruter", "Did you mean router?", id="misspelt-group"),
     pytest.param(["router=sinkhorn", "router.iters=0"], "router.iters=0", ">= 1", id="no-iterations"),
     pytest.param(["router=sinkhorn", "router.temperature=0"], "router.temperature", "> 0", id="zero-temperature"),
-    pytest.param(["router.impl=triton"], "router.impl=triton", "always uses triton", id="fixed-impl"),
+    pytest.param(["router.impl=triton"], "router.impl=triton", "always uses torch", id="fixed-impl"),
     pytest.param(["router=sinkhorn", "router.impl=fast"], "router.impl=fast", "auto, torch", id="unknown-impl"),
     pytest.param(
         ["workload.phase=generate"], "workload.phase=generate", "forward, prefill, decode", id="unknown-phase"
