@@ -1,4 +1,4 @@
-"""The errors a person can meet, apart from plain `ValueError` (their mistake: names the key and the fix)."""
+"""Errors for the user. A mistake in the configuration is a plain `ValueError` that names the key and the fix."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class UnavailableError(RuntimeError):
-    """What was asked for cannot run here: an implementation, a device, or a dtype on that device.
+    """The requested configuration cannot run here: an implementation, a device, or a dtype on that device.
 
     An error with exit code 2 for a single run; a `skipped` row with this reason in a sweep.
     """

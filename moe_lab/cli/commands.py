@@ -70,9 +70,7 @@ def _generate(arguments: list[str]) -> int:
     parser = Parser(prog="moe-lab generate", description="Generate text with a checkpoint.")
     parser.add_argument("prompt", help="the text to continue")
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="model.path=DIR, router=..., dtype=..., ...")
-    parser.add_argument(
-        "--max-tokens", type=int, default=200, help="at most this many tokens (default: 200)"
-    )
+    parser.add_argument("--max-tokens", type=int, default=200, help="at most this many tokens (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely token")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_intermixed_args(arguments)

@@ -159,7 +159,7 @@ def _parser() -> Parser:
 
 
 def parse_threshold(text: str) -> float:
-    """`3%` or `0.03` as 0.03. Raises `ValueError` for what is no number; `compare` knows the range."""
+    """`3%` or `0.03` as 0.03. Raises `ValueError` if it is not a number; `compare` checks the range."""
     try:
         return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -173,8 +173,8 @@ def _write(target: str | None, text: str) -> None:
         write_atomic(Path(target), text.encode())
 
 
-def _found(df: pd.DataFrame, fail_on: str | None) -> int:
-    """How many cells `--fail-on` names."""
+def _n_matches(df: pd.DataFrame, fail_on: str | None) -> int:
+    """The number of cells that match `--fail-on`."""
     if fail_on == "any":  # not what is alike in both sets, be it a failure
         return int((~df["verdict"].isin(("same", "inconclusive")) & ~df["verdict"].str.endswith(" in both")).sum())
     return int((df["verdict"] == fail_on).sum())
@@ -183,24 +183,24 @@ def _found(df: pd.DataFrame, fail_on: str | None) -> int:
 def main(arguments: list[str]) -> int:
     """`moe-lab compare`. Returns the exit code."""
     try:
-        asked = _parser().parse_args(arguments)
+        given = _parser().parse_args(arguments)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            df = compare(asked.a, asked.b, threshold=parse_threshold(asked.threshold))
+            df = compare(given.a, given.b, threshold=parse_threshold(given.threshold))
         for warning in caught:
             print(f"moe-lab: {warning.message}", file=sys.stderr)
         if df["ratio"].isna().all():
-            raise ValueError(f"no cell is ok in both {asked.a} and {asked.b}: {summary(df)}.")
-        if "-" not in (asked.csv, asked.markdown):
-            print(f"A: {asked.a}\nB: {asked.b}")
+            raise ValueError(f"no cell is ok in both {given.a} and {given.b}: {summary(df)}.")
+        if "-" not in (given.csv, given.markdown):
+            print(f"A: {given.a}\nB: {given.b}")
             to_terminal(df)
-        _write(asked.csv, to_csv(df))
-        _write(asked.markdown, to_markdown(df))
+        _write(given.csv, to_csv(df))
+        _write(given.markdown, to_markdown(df))
     except SystemExit:  # --help; `Parser.error` does not exit
         return 0
     except (OSError, ValueError) as error:
         print(f"moe-lab: {error}", file=sys.stderr)
         return 2
-    if found := _found(df, asked.fail_on):
-        print(f"moe-lab: --fail-on={asked.fail_on}: {found} of {len(df)} rows", file=sys.stderr)
-    return 1 if found else 0
+    if n_matches := _n_matches(df, given.fail_on):
+        print(f"moe-lab: --fail-on={given.fail_on}: {n_matches} of {len(df)} rows", file=sys.stderr)
+    return 1 if n_matches else 0

@@ -63,11 +63,11 @@ def show() -> None:
     for option, look in zip(options, seen, strict=True):
         words = str(look["skip"] or "ok").replace("impossible: ", "not with model=decoder_moe: ", 1)
         console.print(f"{option:32} {words}", markup=False)
-    for tool, found, purpose in (
+    for tool, path, purpose in (
         ("C++ compiler", extension.find_cxx(), "execution=compile on a CPU and router.impl=cuda_ext"),
         ("nvcc", extension.find_nvcc(), "building the CUDA extension"),
     ):
-        console.print(f"{tool:32} {found or f'not found; needed for {purpose}'}", markup=False)
+        console.print(f"{tool:32} {path or f'not found; needed for {purpose}'}", markup=False)
 
 
 _LOOKED_AT = ("router", "experts", "execution", "dtype", "device")

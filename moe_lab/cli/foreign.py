@@ -38,8 +38,8 @@ class ForeignLauncher(Callback):
             return
         name = config.hydra.runtime.choices["hydra/launcher"]
         this = multirun.begin(config_loader(), config, Terminal())
-        how = f", each in its own process, not interleaved (hydra/launcher={name})"
-        this.announce(how)
+        note = f", each in its own process, not interleaved (hydra/launcher={name})"
+        this.announce(note)
 
 
 def run_job(cfg: DictConfig, overrides: list[str], directory: Path, environment: Mapping[str, str]) -> Record | None:
@@ -54,8 +54,8 @@ def run_job(cfg: DictConfig, overrides: list[str], directory: Path, environment:
             engine = Worker(sweep_dir / multirun.LOG, environment)
             try:
                 engine.start()
-                one = plan.make([(cfg, overrides, directory)], sweep_dir, engine, multirun.command())
-                session.execute(one, engine, Terminal())
+                job_plan = plan.make([(cfg, overrides, directory)], sweep_dir, engine, multirun.command())
+                session.execute(job_plan, engine, Terminal())
             finally:
                 engine.close()
     try:

@@ -108,9 +108,9 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
         task.fill(ids_1N)
     step = STEPS[cfg.execution.name](task, ids_1N)
     generator = torch.Generator(device).manual_seed(int(cfg.seed))
-    for at in range(len(ids), len(ids) + n):
+    for position in range(len(ids), len(ids) + n):
         token = choose(step().y[0, -1], temperature, generator)
-        ids_1N[0, at] = token
+        ids_1N[0, position] = token
         task.advance()
         if int(token) in model.ends:
             return

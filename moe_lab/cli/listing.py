@@ -18,13 +18,13 @@ def folders(config_dir: str | None) -> list[Path]:
 
 def groups(config_dir: str | None) -> dict[str, list[Path]]:
     """Every group with its YAML files, `model/shape` under that name."""
-    found: dict[str, list[Path]] = {}
+    by_group: dict[str, list[Path]] = {}
     for folder in folders(config_dir):
         for path in sorted(folder.rglob("*.yaml")):
             group = path.parent.relative_to(folder).as_posix()
             if group != "." and not group.startswith(("hydra", "_")):  # _: what the files of options share
-                found.setdefault(group, []).append(path)
-    return dict(sorted(found.items()))
+                by_group.setdefault(group, []).append(path)
+    return dict(sorted(by_group.items()))
 
 
 def show(names: list[str], config_dir: str | None) -> None:

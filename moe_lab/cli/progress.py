@@ -39,7 +39,7 @@ class Terminal:
         return Reporter(n_cells)
 
 
-def _first_line(plan: Plan, how: str | None) -> str:
+def _first_line(plan: Plan, suffix: str | None) -> str:
     groups = planning.groups(plan)
     counts = [f"{len(plan.cells)} cells"]
     if plan.n_equal:
@@ -47,11 +47,11 @@ def _first_line(plan: Plan, how: str | None) -> str:
     for status in ("done", "stale", "skipped", "excluded"):
         if number := sum(cell.status == status for cell in plan.cells):
             counts.append(f"{number} {status}")
-    if how is None:
+    if suffix is None:
         together = sum(len(group) > 1 for group in groups)
-        how = f" in {len(groups)} groups" + (f", {together} of them interleaved" if together else "")
+        suffix = f" in {len(groups)} groups" + (f", {together} of them interleaved" if together else "")
     n_to_run = len(plan.to_run())
-    return f"{plan.directory}: {', '.join(counts)}; {n_to_run} to run{how if n_to_run else ''}"
+    return f"{plan.directory}: {', '.join(counts)}; {n_to_run} to run{suffix if n_to_run else ''}"
 
 
 class Reporter:

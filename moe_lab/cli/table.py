@@ -151,8 +151,8 @@ def print_sweep(records: Sequence[Record], compare: Sequence[str]) -> None:
     if launch_bound:  # each has its own share of the time
         text = f"warning ({len(launch_bound)} cells, for example): {launch_bound[0]}"
         console.print(text, style="yellow", markup=False, highlight=False)
-    told = ("latency is not stable", LAUNCH_BOUND)
-    other = Counter(w for record in records for w in record.warnings if not w.startswith(told))
+    summarised = ("latency is not stable", LAUNCH_BOUND)
+    other = Counter(w for record in records for w in record.warnings if not w.startswith(summarised))
     for warning, number in other.items():
         console.print(f"warning ({number} cells): {warning}", style="yellow", markup=False, highlight=False)
     for reason, number in skipped.items():

@@ -108,7 +108,7 @@ def validate(cfg: DictConfig) -> None:
 
 
 def _require_keys(cfg: DictConfig) -> None:
-    """Every run reads the keys of these groups, so an option of a person's own has them too."""
+    """Every run reads all keys of these groups, so a user's own option must have them."""
     for group, schema, base in (("measure", Measure, "/measure/default"), ("export", Export, "/_base/export/export")):
         for key in schema.__dataclass_fields__:
             if key not in cfg[group]:
@@ -128,12 +128,14 @@ def _validate_sweep(cfg: DictConfig) -> None:
     partials = [("sweep.exclude", partial) for partial in sweep.exclude]
     if sweep.anchor is not None:
         partials.append(("sweep.anchor", sweep.anchor))
-    for at, partial in partials:
+    for option, partial in partials:
         if not isinstance(partial, DictConfig) or not partial:
-            raise ValueError(f"{at}={partial}: must be keys and values of a configuration, such as {{router: torch}}.")
+            raise ValueError(
+                f"{option}={partial}: must be keys and values of a configuration, such as {{router: torch}}."
+            )
         for key in partial:
             if key not in Config.__dataclass_fields__:
-                raise ValueError(f"{at}: unknown key {key!s}.{nearest(str(key), Config.__dataclass_fields__)}")
+                raise ValueError(f"{option}: unknown key {key!s}.{nearest(str(key), Config.__dataclass_fields__)}")
     if cfg.measure.replicates > 1 and not sweep.worker:
         raise ValueError(
             f"measure.replicates={cfg.measure.replicates}: replicates need a worker process; remove sweep.worker=false."
@@ -149,11 +151,11 @@ def _validate_model(cfg: DictConfig) -> None:
     _one_of(cfg, "model.qk_norm", ("none", "head", "full"))
     _one_of(cfg, "model.implementation", IMPLEMENTATIONS)
     _validate_decoder(cfg.model)
-    for at, sizes_of in (("model", cfg.model), ("model.shape", cfg.model.get("shape"))):
-        if sizes_of is not None and sizes_of.get("top_k") and sizes_of.top_k > sizes_of.n_experts:
+    for group, node in (("model", cfg.model), ("model.shape", cfg.model.get("shape"))):
+        if node is not None and node.get("top_k") and node.top_k > node.n_experts:
             raise ValueError(
-                f"{at}.top_k={sizes_of.top_k}: must be <= {at}.n_experts={sizes_of.n_experts}; "
-                f"lower {at}.top_k or raise {at}.n_experts."
+                f"{group}.top_k={node.top_k}: must be <= {group}.n_experts={node.n_experts}; "
+                f"lower {group}.top_k or raise {group}.n_experts."
             )
 
 
@@ -178,25 +180,27 @@ def _validate_decoder(model: DictConfig) -> None:
         raise ValueError("model.shared_expert_gate=true: also set model.shared_expert_hidden_dim.")
 
 
-def _validate_router(cfg: DictConfig, at: str) -> None:
-    """Of the router whose node is at this key."""
-    node = OmegaConf.select(cfg, at)
-    _one_of(cfg, f"{at}.impl", ROUTER_IMPLEMENTATIONS)
-    _at_least(cfg, " ".join(f"{at}.{key}" for key in ("iters", "top_k", "k_max", "steps", "calibration_tokens")), 1)
-    _at_least(cfg, f"{at}.tolerance", 0)
-    _more_than_zero(cfg, " ".join(f"{at}.{key}" for key in ("temperature", "factor", "scale", "rate")))
+def _validate_router(cfg: DictConfig, group: str) -> None:
+    """Check the router of this group (`router` or `measure.reference_router`)."""
+    node = OmegaConf.select(cfg, group)
+    _one_of(cfg, f"{group}.impl", ROUTER_IMPLEMENTATIONS)
+    _at_least(cfg, " ".join(f"{group}.{key}" for key in ("iters", "top_k", "k_max", "steps", "calibration_tokens")), 1)
+    _at_least(cfg, f"{group}.tolerance", 0)
+    _more_than_zero(cfg, " ".join(f"{group}.{key}" for key in ("temperature", "factor", "scale", "rate")))
     name, impl = node.get("name"), node.get("impl")
     if name in ("torch", "triton", "cuda_ext") and impl != name:
-        raise ValueError(f"{at}.impl={impl}: router={name} always uses {name}; remove {at}.impl.")
+        raise ValueError(f"{group}.impl={impl}: router={name} always uses {name}; remove {group}.impl.")
     if name == "soft" and node.get("top_k"):
-        raise ValueError(f"{at}.top_k={node.top_k}: router=soft uses all experts for every token; remove {at}.top_k.")
+        raise ValueError(
+            f"{group}.top_k={node.top_k}: router=soft uses all experts for every token; remove {group}.top_k."
+        )
 
 
 def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool = False) -> None:
-    """Raise `ValueError` for an override that would do nothing or lie.
+    """Raise `ValueError` for an override that has no effect or would mislabel the results.
 
-    Nothing: what the chosen model does not read (seq_len for minimal); in a sweep another model may. A lie: the name of
-    an option, by which results are labelled, and the list of what a model does not read.
+    No effect: a key that the chosen model does not use (seq_len for minimal); in a sweep another model may use it.
+    Mislabels: the name of an option, and `model.ignores`.
     """
     ignores = set(cfg.model.get("ignores", ()))
     labels = {f"{group}.name" for group in _LABELLED} | {"model.ignores", "overrides"}
@@ -241,5 +245,5 @@ def _is_paths(value: Any) -> bool:
 
 
 def _is_ours(node: DictConfig) -> bool:
-    """A user's own class has keys of its own, which are for it to check."""
+    """Whether the class is from moe_lab. A user's own class checks its own keys."""
     return str(node.get("_target_")).startswith("moe_lab.")

@@ -88,33 +88,33 @@ def _holds(folder: Path, module: list[str]) -> bool:
 
 
 def locate(target: str) -> Any:
-    """The object that the dotted path `target` names. Raises `ValueError` if it is not trusted or not there."""
+    """The object that the dotted path `target` names. Raises `ValueError` if it is not trusted or does not exist."""
     _check_trusted(str(target))
     module_name, _, attribute = str(target).rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        obj = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"_target_={target}: {error}") from error
-    if module_name.startswith(_BUILDABLE) and getattr(found, "__module__", None) != module_name:
+    if module_name.startswith(_BUILDABLE) and getattr(obj, "__module__", None) != module_name:
         raise ValueError(
             f"_target_={target}: {attribute} is not defined in {module_name}, only imported; "
             "use the module that defines it."
         )
-    return found
+    return obj
 
 
 def instantiate(node: DictConfig, **arguments: Any) -> Any:
-    """Call the target of `node` with its keys and `arguments` (any objects). Nested nodes are made first."""
-    made, keys = locate(node._target_), keys_of(node)
+    """Call the target of `node` with its keys and `arguments` (any objects). Nested nodes are instantiated first."""
+    target, keys = locate(node._target_), keys_of(node)
     try:
-        inspect.signature(made).bind(**keys, **arguments)
+        inspect.signature(target).bind(**keys, **arguments)
     except TypeError as error:
         raise ValueError(f"{node._target_}: {error}. The keys of the YAML file must match its arguments.") from error
-    return made(**keys, **arguments)
+    return target(**keys, **arguments)
 
 
 def keys_of(node: DictConfig) -> dict[str, Any]:
-    """The keys of `node` that are arguments of its target; nodes in them are made."""
+    """The keys of `node` that are arguments of its target; nested nodes are instantiated."""
     content = OmegaConf.to_container(node, resolve=True)
     assert isinstance(content, dict)
     for target in _targets(content):

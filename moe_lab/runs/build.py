@@ -252,10 +252,10 @@ def builds_extension(implementation: Mapping[str, str], device: torch.device) ->
 
 
 def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
-    """Raise `UnavailableError` if a part of `model` cannot do what the rest of the configuration asks of it.
+    """Raise `UnavailableError` if a part of `model` does not support the rest of the configuration.
 
     Raises:
-        ValueError: the model makes its MoE layers so that they would not be those of the router.
+        ValueError: the router needs its own MoE layer, but the model makes another.
     """
     router, load = option_name(cfg.router), cfg.workload.get("load", "native")
     kind = cfg.workload.get("phase", "forward")
@@ -294,7 +294,7 @@ def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
 
 
 def _require_capturable(cfg: DictConfig, model: nn.Module) -> None:
-    """Raise `UnavailableError` if a part of `model` reads results on the host and `cfg.execution` captures."""
+    """Raise `UnavailableError` if a part of `model` synchronises with the host and `cfg.execution` captures."""
     if cfg.execution.name == "eager":
         return
     for layer in moe_layers(model):

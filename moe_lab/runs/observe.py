@@ -57,7 +57,7 @@ class Observer:
         """Look at everything that `measure` asks for. What fails is a warning, and its field null.
 
         Raises:
-            MismatchError: the graph that was timed does not write its outputs again.
+            MismatchError: the timed CUDA graph did not write its outputs.
         """
         measure, step = self.cfg.measure, self.built.step
         if isinstance(step, HotGraphStep):

@@ -114,7 +114,7 @@ class Run:
         return self.cfg.measure.cache
 
     def _look_at_the_input(self, built: Built) -> None:
-        """Warnings for a router that is told too little, and for a trained model that is told nothing."""
+        """Add warnings about the router, and about the input and biases of a trained model."""
         for layer in moe_layers(built.model):
             texts = layer.router.warnings(built.n_tokens)
             for router in layer.router.modules():  # a router may wrap another
@@ -135,7 +135,7 @@ class Run:
             )
 
     def _look_at_the_load(self, built: Built) -> None:
-        """A warning for a layer whose experts are loaded otherwise than they were asked to be."""
+        """Add a warning if the load of a layer differs from the requested load."""
         worst = load_difference(self.cfg, built.model, built.forced)
         if worst is not None and worst > _LOAD_TOLERANCE:
             self.warnings.append(
@@ -147,7 +147,7 @@ class Run:
         """Take the peak memory of one iteration, then check the step's own output against the fp32 reference.
 
         Raises:
-            MismatchError: the run computes something else than its label says.
+            MismatchError: the output differs from the fp32 reference.
             ValueError: router logits that are not finite; the message names the layer.
         """
         step = self.made().ready_step()
@@ -158,17 +158,17 @@ class Run:
 
     def _verify_step(self) -> None:
         built, step = self.made(), self.made().ready_step()
-        task, twin, how = built.task, built.twin, {"fuses": step.fuses, "forced": built.forced is not None}
+        task, twin, options = built.task, built.twin, {"fuses": step.fuses, "forced": built.forced is not None}
         if isinstance(task, Decode):
             assert isinstance(twin, TransformerDecoder) and built.context is not None
             steps = [_kept(output) for output in built.outputs()]
-            self.verification = verify_decode(task, twin, built.x, steps, built.context, built.dtype, **how)
+            self.verification = verify_decode(task, twin, built.x, steps, built.context, built.dtype, **options)
             task.seek(0)
         else:
             if isinstance(task, Prefill):
                 assert isinstance(twin, TransformerDecoder)
                 twin = task.on(twin)
-            self.verification = verify(task, twin, built.x, step(), built.dtype, **how)
+            self.verification = verify(task, twin, built.x, step(), built.dtype, **options)
         if built.x.is_cuda:
             torch.cuda.empty_cache()  # what the reference took
         log.info("verified: %s", self.verification.check)
