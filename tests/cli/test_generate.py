@@ -122,7 +122,7 @@ def test_a_tokenizer_json_reads_the_prompt_and_writes_the_text(kind: str, tmp_pa
 def test_without_a_tokenizer_other_ids_than_bytes_are_a_mistake(tmp_path: Path) -> None:
     """97 ids and no tokenizer.json."""
     path = checkpoints.checkpoint("mixtral", tmp_path / "m")
-    with pytest.raises(ValueError, match=r"there is no tokenizer\.json, and 97 ids are no bytes; put"):
+    with pytest.raises(ValueError, match=r"no tokenizer\.json found, and the 97 ids are not bytes; add"):
         next(generate(composed(path=path), "abc", 3))
 
 
