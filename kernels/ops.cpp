@@ -36,14 +36,14 @@ const float* bias_of(const std::optional<Tensor>& bias, const Tensor& logits, co
   if (!bias.has_value()) return nullptr;
   STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == logits.size(1) && bias->scalar_type() == ScalarType::Float &&
                       bias->is_contiguous() && bias->device() == logits.device(),
-                  name, ": it must be float32 [E], contiguous, on the device of the logits");
+                  name, ": must be float32 [E], contiguous, on the device of the logits");
   return static_cast<const float*>(bias->data_ptr());
 }
 
 void check_output(const Tensor& output, const Tensor& logits, ScalarType dtype, int64_t elements, const char* name) {
   STD_TORCH_CHECK(output.scalar_type() == dtype && output.numel() == elements && output.is_contiguous() &&
                       output.device() == logits.device(),
-                  name, ": it must be contiguous, on the device of the logits, ",
+                  name, ": must be contiguous, on the device of the logits, ",
                   dtype == ScalarType::Int ? "int32" : "float32", ", with ", elements, " elements");
 }
 
@@ -53,29 +53,28 @@ RouteArguments arguments(const Tensor& logits, const std::optional<Tensor>& gate
                          Tensor& ids, Tensor& weights) {
   STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(0) < 2 || logits.stride(0) >= logits.size(1)) &&
                       (logits.size(0) == 0 || logits.size(1) < 2 || logits.stride(1) == 1),
-                  "logits: they must be [T, E] with neighbouring experts side by side");
+                  "logits: must be [T, E] with stride 1 in the last dimension");
   RouteArguments a = {};
   const int64_t E = logits.size(1);
   STD_TORCH_CHECK(1 <= E && E <= kMaxExperts, "logits: E=", E, " must be between 1 and ", kMaxExperts);
-  STD_TORCH_CHECK(1 <= k && k <= kMaxTopK && k <= E, "k=", k, ": it must be between 1 and min(E, ", kMaxTopK, ")");
+  STD_TORCH_CHECK(1 <= k && k <= kMaxTopK && k <= E, "k=", k, ": must be between 1 and min(E, ", kMaxTopK, ")");
   STD_TORCH_CHECK(1 <= n_groups && n_groups <= kMaxGroups && E % n_groups == 0, "n_groups=", n_groups,
-                  ": it must divide E and be at most ", kMaxGroups);
+                  ": must divide E and be at most ", kMaxGroups);
   STD_TORCH_CHECK(1 <= top_groups && top_groups <= n_groups && top_groups * (E / n_groups) >= k,
-                  "top_groups=", top_groups, ": it must be at most n_groups and leave k experts");
-  STD_TORCH_CHECK(group_score == "max" || group_score == "top2", "group_score=", group_score,
-                  ": it must be max or top2");
+                  "top_groups=", top_groups, ": must be at most n_groups and leave at least k experts");
+  STD_TORCH_CHECK(group_score == "max" || group_score == "top2", "group_score=", group_score, ": must be max or top2");
   const ScalarType dtype = logits.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "logits: they must be float32, float16 or bfloat16");
+                  "logits: must be float32, float16 or bfloat16");
   STD_TORCH_CHECK(score == "softmax" || score == "sigmoid" || score == "sqrt_softplus", "score=", score,
-                  ": it must be softmax, sigmoid or sqrt_softplus");
+                  ": must be softmax, sigmoid or sqrt_softplus");
   a.logits = logits.data_ptr();
   a.gate_bias = bias_of(gate_bias, logits, "gate_bias");
   a.bias = bias_of(bias, logits, "bias");
   a.T = logits.size(0);
   a.row_stride = a.T < 2 ? E : logits.stride(0);
   a.E = static_cast<int>(E), a.k = static_cast<int>(k);
-  STD_TORCH_CHECK(a.T * k < (int64_t{1} << 31), "logits: T * k must be below 2**31");
+  STD_TORCH_CHECK(a.T * k < (int64_t{1} << 31), "logits: T * k must be < 2**31");
   a.dtype = dtype == ScalarType::Float  ? Dtype::kFloat32
             : dtype == ScalarType::Half ? Dtype::kFloat16
                                         : Dtype::kBFloat16;
@@ -113,7 +112,7 @@ SortArguments sort_arguments(const RouteArguments& a, const Tensor& logits, Outp
 SinkhornArguments sinkhorn_arguments(const RouteArguments& a, const Tensor& logits, int64_t iters, double temperature,
                                      double tolerance, Tensor& log_b) {
   STD_TORCH_CHECK(iters >= 0 && iters < (int64_t{1} << 31) && temperature > 0 && tolerance >= 0,
-                  "iters and tolerance must not be negative, iters below 2**31, temperature above 0");
+                  "iters must be >= 0 and < 2**31, temperature > 0 and tolerance >= 0");
   check_output(log_b, logits, ScalarType::Float, a.E, "log_b");
   // Of one token the only balanced plan is uniform, and the logits are ranked.
   const int turns = a.T > 1 ? static_cast<int>(iters) : 0;
@@ -193,18 +192,18 @@ void run_sinkhorn_cuda(const RouteArguments& a, SinkhornArguments& s, const Tens
 }
 
 void check_gate(const Tensor& tensor, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(
-      tensor.dim() == 2 && tensor.size(1) == x.size(1) && tensor.scalar_type() == x.scalar_type() &&
-          tensor.device() == x.device() && (tensor.size(1) < 2 || tensor.stride(1) == 1) &&
-          (tensor.size(0) < 2 || tensor.stride(0) % 8 == 0) && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0,
-      name, ": it must be [., D] as the other, of float16 or bfloat16, with rows on boundaries of 16 bytes");
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == x.size(1) && tensor.scalar_type() == x.scalar_type() &&
+                      tensor.device() == x.device() && (tensor.size(1) < 2 || tensor.stride(1) == 1) &&
+                      (tensor.size(0) < 2 || tensor.stride(0) % 8 == 0) &&
+                      reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0,
+                  name, ": must be 2-D with x's dtype, device and last dimension, with rows aligned to 16 bytes");
 }
 
 std::tuple<Tensor, Tensor> gate_route(const Tensor& x, const Tensor& gate, std::optional<Tensor> gate_bias,
                                       std::optional<Tensor> bias, int64_t k, std::string score, int64_t n_groups,
                                       int64_t top_groups, std::string group_score, bool renormalize, double scale) {
   check_gate(x, x, "x"), check_gate(gate, x, "gate");
-  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Float, "x: it must be float16 or bfloat16");
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Float, "x: must be float16 or bfloat16");
   const Tensor logits = torch::stable::new_empty(x, {x.size(0), gate.size(0)});
   Tensor ids = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Int);
   Tensor weights = torch::stable::new_empty(logits, {logits.size(0), k}, ScalarType::Float);
@@ -213,8 +212,8 @@ std::tuple<Tensor, Tensor> gate_route(const Tensor& x, const Tensor& gate, std::
   const GateArguments g = {x.data_ptr(), gate.data_ptr(), x.stride(0), gate.stride(0), static_cast<int>(x.size(1))};
   const DeviceGuard guard(x.get_device_index());
   const Device device = device_of(x.get_device_index());
-  STD_TORCH_CHECK(can_route_by_gate(a, g, device), "x: at most ", kMostGateTokens, " tokens or ", kFewExperts,
-                  " experts, and D a multiple of 32, on compute capability 9.0 or newer");
+  STD_TORCH_CHECK(can_route_by_gate(a, g, device), "x: must have at most ", kMostGateTokens, " tokens or ", kFewExperts,
+                  " experts and D a multiple of 32, on compute capability 9.0 or newer");
   if (a.T > 0) check(route_by_gate(a, g, device));
   return {ids, weights};
 }

@@ -55,7 +55,7 @@ def test_a_router_that_breaks_the_contract_is_a_row_that_names_the_clause(tmp_pa
     more = quick.overrides("moe_layer", "router=torch,sharpened", "sweep.name=s", "sweep.report=false")
     done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert "failed: mismatch: route: a token names one expert twice" in done.stderr
+    assert "failed: mismatch: route: a token uses the same expert twice" in done.stderr
 
 
 def sweep_of_experts(folder: Path, *more: str, interprets: bool, device: str = "cpu") -> dict[str, Record]:

@@ -75,11 +75,11 @@ class FunctionExperts(Experts):
             if key not in own:
                 raise ValueError(
                     f"experts.{key}: the function {name} has no keyword-only parameter {key}; "
-                    f"it has {', '.join(own) or 'none beside scale'}.{nearest(key, own)}"
+                    f"it has {', '.join(own) or 'none except scale'}.{nearest(key, own)}"
                 )
         for key, parameter in own.items():
             if parameter.default is parameter.empty and key not in keys:
-                raise ValueError(f"experts.{key} has no value: the function {name} needs it; give it in the YAML.")
+                raise ValueError(f"experts.{key}: missing; the function {name} requires it. Set it in the YAML file.")
         self.function, self.name = partial(function, **keys), name
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:

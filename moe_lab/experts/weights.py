@@ -36,7 +36,7 @@ class ExpertWeights(nn.Module):
 def check_scale(scale: str) -> None:
     """Raise `ValueError` unless `scale` is `output` or `input`."""
     if scale not in ("output", "input"):
-        raise ValueError(f"scale={scale}: it must be output or input.")
+        raise ValueError(f"scale={scale}: must be output or input.")
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

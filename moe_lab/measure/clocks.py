@@ -135,7 +135,7 @@ class CompiledStep(Step):
         except InductorError as error:
             if "InvalidCxxCompiler" not in str(error):
                 raise
-            raise UnavailableError("execution=compile needs a C++ compiler (g++) for the CPU") from error
+            raise UnavailableError("execution=compile needs a C++ compiler on a CPU; install g++") from error
 
 
 class GraphStep(Step):
@@ -208,7 +208,7 @@ class HotGraphStep(GraphStep):
             bool((now == then).double().mean() > 0.99) for now, then in zip(ids, ids_were, strict=True) if now.numel()
         )
         if not (same_y and same_ids):
-            raise MismatchError("replay", "the graph that was timed does not write the outputs again.")
+            raise MismatchError("replay", "the timed CUDA graph did not write its outputs.")
 
 
 class _FlushL2:

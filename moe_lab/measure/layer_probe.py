@@ -42,8 +42,8 @@ def compare_routes(
         token = int((changed_T & ~near_T).nonzero()[0, 0])
         raise MismatchError(
             "route",
-            f"layer {layer}: {int((changed_T & ~near_T).sum())} tokens go to other experts than the fp32 selection of "
-            f"their logits (first: token {token}, {sorted(ran.expert_ids_TK[token].tolist())} instead of "
+            f"layer {layer}: for {int((changed_T & ~near_T).sum())} tokens the experts differ from the fp32 selection "
+            f"of the same logits (first: token {token}, {sorted(ran.expert_ids_TK[token].tolist())} instead of "
             f"{sorted(reference.expert_ids_TK[token].tolist())})",
         )
     off_T = _weight_errors(ran, reference, n_experts, weights_TK, changed_T)
@@ -138,7 +138,7 @@ class LayerProbe:
             want = router.select(logits_TE.float(), ctx._replace(want_scores=True))
             weights_TK = router.weigh(logits_TE.float(), routing.expert_ids_TK)
         if want.scores_TE is None:
-            raise ValueError(f"router: {type(router).__name__}.select gave no scores_TE when asked to.")
+            raise ValueError(f"router: {type(router).__name__}.select must fill scores_TE if ctx.want_scores.")
         self.near_ties += compare_routes(
             routing, want, E, index, self.tolerance, weights_TK, logits_TE, static_k=router.static_k
         )

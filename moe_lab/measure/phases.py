@@ -45,7 +45,7 @@ class _Recorder:
         return event
 
     def start(self, name: str) -> None:
-        assert self._open is None, f"phase {name} starts inside another"
+        assert self._open is None, f"phase {name} started inside another phase"
         self._open = self.mark()
 
     def stop(self, name: str) -> None:

@@ -53,7 +53,7 @@ def eplb(counts_E: np.ndarray, n_ranks: int) -> np.ndarray:
 PLACEMENTS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     place.__name__: place for place in (contiguous, round_robin, eplb)
 }
-assert tuple(PLACEMENTS) == tuple(fields.PLACEMENTS), "a placement needs a function here and its meaning there"
+assert tuple(PLACEMENTS) == tuple(fields.PLACEMENTS), "PLACEMENTS must match records.fields.PLACEMENTS"
 NAMES = fields.names(fields.RANK_LOADS)
 """One per placement and degree."""
 

@@ -64,8 +64,8 @@ class _Config:
         found = self.get(*names)
         if found is None:
             raise ValueError(
-                f"model.path: {self.path} has no {' or '.join(names)}; it is not the configuration of a whole "
-                f"{self.content.get('model_type')} checkpoint."
+                f"model.path: {self.path} has no {' or '.join(names)}; the configuration of a "
+                f"{self.content.get('model_type')} checkpoint is incomplete. Download the file again."
             )
         return found
 
@@ -74,24 +74,24 @@ class _Config:
         return next((self.content[name] for name in names if self.content.get(name) is not None), default)
 
     def size(self, *names: str, default: int | None = None) -> int:
-        """As `need`, or with a default as `get`: a whole number of 1 or more."""
+        """As `need`, or with a default as `get`: an integer >= 1."""
         found = self.need(*names) if default is None else self.get(*names, default=default)
         if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-            raise self.refuse(f"{' or '.join(names)}={found} is no whole number of 1 or more; fetch the file again.")
+            raise self.refuse(f"{' or '.join(names)}={found} must be an integer >= 1; download the file again.")
         return found
 
     def number(self, *names: str) -> float | None:
-        """As `get`: a number above 0, or None."""
+        """As `get`: a number > 0, or None."""
         found = self.get(*names)
         if found is not None and (not _is_number(found) or found <= 0):
-            raise self.refuse(f"{' or '.join(names)}={found} is no number above 0; fetch the file again.")
+            raise self.refuse(f"{' or '.join(names)}={found} must be a number > 0; download the file again.")
         return found  # type: ignore[no-any-return]
 
     def flag(self, name: str, default: bool) -> bool:
         """As `get`: true or false."""
         found = self.get(name, default=default)
         if not isinstance(found, bool):
-            raise self.refuse(f"{name}={found} is neither true nor false; fetch the file again.")
+            raise self.refuse(f"{name}={found} must be true or false; download the file again.")
         return found
 
     def window(self) -> int | None:
@@ -113,27 +113,29 @@ def read(folder: str | Path) -> Settings:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
-            f"model.path={folder}: {path} cannot be read ({error.strerror}); give the folder of a checkpoint in "
-            "Hugging Face format, with config.json and safetensors."
+            f"model.path={folder}: {path} cannot be read ({error.strerror}); give the folder of a Hugging Face "
+            "checkpoint, with config.json and safetensors."
         ) from error
     except ValueError as error:
-        raise ValueError(f"model.path={folder}: {path} is no JSON ({error}); fetch the file again.") from error
+        raise ValueError(
+            f"model.path={folder}: {path} is not valid JSON ({error}); download the file again."
+        ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"model.path={folder}: {path} holds no JSON object; fetch the file again.")
+        raise ValueError(f"model.path={folder}: {path} must be a JSON object; download the file again.")
     model_type = str(content.get("model_type"))
     if model_type not in _ARCHITECTURES:
         raise ValueError(
-            f"model.path={folder}: model_type={model_type} is not supported; there are {', '.join(_ARCHITECTURES)}."
+            f"model.path={folder}: model_type={model_type} is not supported; supported: {', '.join(_ARCHITECTURES)}."
         )
     config = _Config(path, content)
     if (activation := config.get("hidden_act", default="silu")) != "silu":
         raise config.refuse(f"hidden_act={activation} is not supported; experts are SwiGLU (silu).")
     if content.get("quantization_config"):
-        raise config.refuse("it is quantised, which is not supported; take the bf16 weights.")
+        raise config.refuse("quantised checkpoints are not supported; use the bf16 weights.")
     end = config.get("eos_token_id", default=[])
     ends = end if isinstance(end, list) else [end]
     if not all(isinstance(one, int) for one in ends):
-        raise config.refuse(f"eos_token_id={end} is neither an id nor a list of ids; fetch the file again.")
+        raise config.refuse(f"eos_token_id={end} must be an id or a list of ids; download the file again.")
     return replace(_ARCHITECTURES[model_type](config), ends=frozenset(ends))
 
 
@@ -159,17 +161,17 @@ def _rope(config: _Config, default_theta: float) -> tuple[float, dict[str, Any] 
     """(theta, scaling or None)."""
     given = config.get("rope_parameters", "rope_scaling", default={})
     if not isinstance(given, dict):
-        raise config.refuse(f"rope_parameters or rope_scaling={given} is no JSON object; fetch the file again.")
+        raise config.refuse(f"rope_parameters or rope_scaling={given} must be a JSON object; download the file again.")
     scaling = dict(given)
     theta = scaling.pop("rope_theta", None) or config.get("rope_theta", default=default_theta)
     if not _is_number(theta) or theta <= 1:
-        raise config.refuse(f"rope_theta={theta} is no number above 1; fetch the file again.")
+        raise config.refuse(f"rope_theta={theta} must be a number > 1; download the file again.")
     old_name = scaling.pop("type", None)
     kind = scaling["rope_type"] = str(scaling.get("rope_type") or old_name or "default")
     if kind not in _SCALINGS:
-        raise config.refuse(f"rope_type={kind} is not supported; there are {', '.join(_SCALINGS)}.")
+        raise config.refuse(f"rope_type={kind} is not supported; supported: {', '.join(_SCALINGS)}.")
     if (scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor", default=1.0)) != 1.0:
-        raise config.refuse("partial_rotary_factor is not supported: all dimensions of a head are turned.")
+        raise config.refuse("partial_rotary_factor is not supported: RoPE must rotate all dimensions of a head.")
     longest = config.size("max_position_embeddings")
     if kind in ("yarn", "llama3"):
         original = scaling.setdefault(
@@ -179,10 +181,10 @@ def _rope(config: _Config, default_theta: float) -> tuple[float, dict[str, Any] 
             scaling["factor"] = longest / original
     for key in _SCALINGS[kind]:
         if not _is_number(scaling.get(key)) or scaling[key] <= 0:
-            raise config.refuse(f"rope_type={kind} needs {key}, a number above 0, and it is {scaling.get(key)}.")
+            raise config.refuse(f"rope_type={kind}: {key}={scaling.get(key)} must be a number > 0.")
     for key in _OPTIONAL_NUMBERS:
         if scaling.get(key) is not None and (not _is_number(scaling[key]) or scaling[key] < 0):
-            raise config.refuse(f"rope_type={kind} has {key}={scaling[key]}, which is no number of 0 or more.")
+            raise config.refuse(f"rope_type={kind}: {key}={scaling[key]} must be a number >= 0.")
     return float(theta), None if kind == "default" else scaling
 
 
@@ -195,7 +197,9 @@ def _moe(config: _Config, hidden_dim: int) -> dict[str, Any]:
     n_experts = config.size("num_experts", "num_local_experts", "n_routed_experts")
     top_k = config.size("num_experts_per_tok")
     if top_k > n_experts:
-        raise config.refuse(f"num_experts_per_tok={top_k} of {n_experts} experts; fetch the file again.")
+        raise config.refuse(
+            f"num_experts_per_tok={top_k} is more than the {n_experts} experts; download the file again."
+        )
     return {"mlp_hidden_dim": hidden_dim, "n_experts": n_experts, "top_k": top_k, **_PLAIN}
 
 
@@ -207,7 +211,7 @@ def _dense_layers(config: _Config, n_layers: int) -> frozenset[int]:
     """Of the Qwen models: those named, and those between every `decoder_sparse_step`-th."""
     named, step = config.get("mlp_only_layers", default=[]), config.size("decoder_sparse_step", default=1)
     if not isinstance(named, list):
-        raise config.refuse(f"mlp_only_layers={named} is no list of layers; fetch the file again.")
+        raise config.refuse(f"mlp_only_layers={named} must be a list of layers; download the file again.")
     return frozenset(layer for layer in range(n_layers) if layer in named or (layer + 1) % step)
 
 
@@ -271,7 +275,7 @@ def _qwen2_moe(config: _Config) -> Settings:
         ]
     if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= _LAYER_TYPES:
         raise config.refuse(
-            f"layer_types={kinds} does not name one of {', '.join(sorted(_LAYER_TYPES))} for each of {n_layers} layers."
+            f"layer_types={kinds} must have one of {', '.join(sorted(_LAYER_TYPES))} for each of {n_layers} layers."
         )
     window = config.window() if slides else None
     return Settings(

@@ -124,28 +124,28 @@ def files(folder: Path) -> list[Path]:
         names = sorted({str(name) for name in index["weight_map"].values()})
     except FileNotFoundError:
         others = sorted(path.name for path in folder.glob("*.bin"))
-        more = f" ({others[0]} is a pickle, which is never loaded: convert it to safetensors)" if others else ""
-        raise ValueError(f"model.path={folder}: there is neither {SINGLE} nor {INDEX}{more}.") from None
+        more = f" ({others[0]} is a pickle and cannot be loaded; convert it to safetensors)" if others else ""
+        raise ValueError(f"model.path={folder}: no {SINGLE} or {INDEX} found{more}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"model.path: {folder / INDEX} cannot be read ({error}); fetch the file again.") from error
+        raise ValueError(f"model.path: {folder / INDEX} cannot be read ({error}); download the file again.") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"model.path={folder}: {len(missing)} of {len(names)} files of {INDEX} are missing ({_some(missing)}); "
-            "fetch them."
+            f"model.path={folder}: {len(missing)} of {len(names)} files listed in {INDEX} are missing "
+            f"({_some(missing)}); download them."
         )
     return [folder / name for name in names]
 
 
 def headers(paths: Sequence[Path]) -> dict[str, Found]:
-    """Every tensor by its key. Raises `ValueError` for a file that is cut short or no safetensors."""
+    """Every tensor by its key. Raises `ValueError` for a file that is cut short or not in the safetensors format."""
     found: dict[str, Found] = {}
     for path in paths:
         try:
             with path.open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
                 if size > os.path.getsize(path):
-                    raise ValueError("its header is cut short")
+                    raise ValueError("incomplete header")
                 header = json.loads(stream.read(size))
             header.pop("__metadata__", None)
             for key, entry in header.items():
@@ -153,9 +153,9 @@ def headers(paths: Sequence[Path]) -> dict[str, Found]:
                 found[key] = Found(path, tuple(entry["shape"]), entry["dtype"], 8 + size + start, stop - start)
             end = max((one.start + one.n_bytes for one in found.values() if one.file == path), default=8 + size)
             if end != os.path.getsize(path):
-                raise ValueError(f"it has {os.path.getsize(path)} bytes, and its header speaks of {end}")
+                raise ValueError(f"{os.path.getsize(path)} bytes, but its header says {end}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"model.path: {path} is damaged ({error}); fetch the file again.") from error
+            raise ValueError(f"model.path: {path} is damaged ({error}); download the file again.") from error
     return found
 
 
@@ -189,27 +189,25 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
                 continue
             target = parameters[name].data[source.place]
             if tuple(target.shape) != there.shape:
-                wrong.append(f"{source.key} is {list(there.shape)} and not {list(target.shape)}")
+                wrong.append(f"{source.key} has shape {list(there.shape)} instead of {list(target.shape)}")
             elif there.dtype not in _DTYPES:
-                wrong.append(f"{source.key} is {there.dtype}, and {', '.join(_DTYPES)} are supported")
+                wrong.append(f"{source.key} has dtype {there.dtype}; supported: {', '.join(_DTYPES)}")
             else:
                 copies.append(Copy(source.key, there, target))
     unexpected = [key for key in found if key not in expected and not _OF_NO_USE.match(key)]
     complaints = [
         f"{len(keys)} {what}: {_some(keys)}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("do not fit", wrong))
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape or dtype", wrong))
         if keys
     ]
     if complaints:
         folder = next((there.file.parent for there in found.values()), "")
-        raise ValueError(
-            f"model.path={folder}: the tensors are not those of the config.json beside them; {'; '.join(complaints)}."
-        )
+        raise ValueError(f"model.path={folder}: the tensors do not match config.json: {'; '.join(complaints)}.")
     head, embedding = (found.get(_WHOLE[name]) for name in ("head.weight", "embed.weight"))
     if tied and head is not None and embedding is not None and not _same_bytes(head, embedding):
         raise ValueError(
-            f"model.path: {head.file} has a {_WHOLE['head.weight']} of its own, and the config.json beside it says "
-            "tie_word_embeddings; set that to false."
+            f"model.path: {head.file} has a separate {_WHOLE['head.weight']}, but config.json says "
+            "tie_word_embeddings; set it to false."
         )
     return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))
 
@@ -235,7 +233,7 @@ def _layouts(parameters: Mapping[str, Tensor], found: Mapping[str, Found]) -> di
             hits.update(number for number, layout in enumerate(layouts) for source in layout if source.key in found)
     chosen = {}
     for name, layouts in possible.items():
-        assert layouts, f"no layout has {name}"
+        assert layouts, f"no layout for {name}"
         ranks = [(sum(source.key in found for source in layout), hits[n], -n) for n, layout in enumerate(layouts)]
         chosen[name] = layouts[-max(ranks)[2]]
     return chosen
@@ -259,7 +257,7 @@ def execute(copies: Sequence[Copy]) -> None:
             try:
                 _execute(path, of_file, advance)
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"model.path: {path} cannot be read ({error}); fetch the file again.") from error
+                raise ValueError(f"model.path: {path} cannot be read ({error}); download the file again.") from error
 
 
 def _execute(path: Path, copies: Sequence[Copy], advance: Callable[[int], None]) -> None:

@@ -61,7 +61,7 @@ class SoftMoELayer(MoELayer):
         T, E = x_TD.shape[0], self.weights.n_experts
         B = 1 if ctx.seq_start_B1 is None else ctx.seq_start_B1.shape[0] - 1
         S = T // max(B, 1)
-        assert B * S == T, f"{T} tokens are no {B} sequences of one length"
+        assert B * S == T, f"{T} tokens cannot be split into {B} sequences of equal length"
         with phase("router"):
             # The router's scores are its logits, of which D is made, too.
             scored = self.router(x_TD.float(), self.weights.gate_ED, ctx._replace(want_scores=True))

@@ -49,15 +49,16 @@ def add_rms_norm(
 def _check(x: Tensor, residual: Tensor, weight: Tensor) -> None:
     if x.dim() == 0 or x.dtype not in _DTYPES or not weight.is_floating_point():
         raise ValueError(
-            f"add_rms_norm: x {tuple(x.shape)} {x.dtype} and weight {weight.dtype} are not [..., D] in fp32, fp16 or "
-            "bf16 and a floating weight"
+            "add_rms_norm: x must be [..., D] in fp32, fp16 or bf16 and weight must be floating-point; got x "
+            f"{tuple(x.shape)} {x.dtype} and weight {weight.dtype}"
         )
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(
-            f"add_rms_norm: x {tuple(x.shape)} {x.dtype} and residual {tuple(residual.shape)} {residual.dtype} differ"
+            "add_rms_norm: x and residual must have the same shape and dtype; got "
+            f"{tuple(x.shape)} {x.dtype} and {tuple(residual.shape)} {residual.dtype}"
         )
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"add_rms_norm: weight {tuple(weight.shape)} is not [{x.shape[-1]}]")
+        raise ValueError(f"add_rms_norm: weight {tuple(weight.shape)} must be [{x.shape[-1]}]")
 
 
 def _compute(x: Tensor, residual: Tensor, weight: Tensor, eps: float, implementation: str) -> tuple[Tensor, Tensor]:

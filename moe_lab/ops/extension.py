@@ -79,11 +79,11 @@ def find_nvcc() -> str | None:
 def cannot_build(architectures: tuple[str, ...]) -> str | None:
     """What is missing here to build for these architectures (none: the C++ half), or None."""
     if find_cxx() is None:
-        return "it needs a C++ compiler (g++ or clang++; $CXX names another)"
+        return "no C++ compiler found (install g++ or clang++, or set $CXX)"
     if too_old := [name for name in architectures if int(name) < int(OLDEST)]:
-        return f"its kernels need compute capability 8.0 or newer, not {', '.join(too_old)}"
+        return f"the kernels need compute capability 8.0 or newer, not {', '.join(too_old)}"
     if architectures and find_nvcc() is None:
-        return "its CUDA half needs nvcc (the CUDA toolkit; $CUDA_HOME names its folder)"
+        return "nvcc not found (install the CUDA toolkit or set $CUDA_HOME)"
     return None
 
 
@@ -98,7 +98,7 @@ def require(device: torch.device) -> None:
         raise UnavailableError(f"the extension has no kernels for {device.type}")
     architectures = visible_architectures()
     if device.type == "cuda" and not architectures:
-        raise UnavailableError("torch sees no CUDA device here")
+        raise UnavailableError("torch finds no CUDA device")
     halves = [architectures] if device.type == "cuda" else [architectures, ()]  # for a CPU the C++ half is enough
     missing = [cannot_build(half) for half in halves if built(half) is None]
     failures = [failure(half) for half in halves if built(half) is None]
@@ -183,7 +183,7 @@ def build(architectures: tuple[str, ...], *, again: bool = False) -> Path:
             if (reason := failure(architectures)) is not None:
                 raise BuildError(reason)
             halves = f"C++, CUDA for sm_{', sm_'.join(architectures)}" if architectures else "C++"
-            log.warning("building the extension (%s), once: about a minute", halves)
+            log.warning("building the extension (%s); this takes about a minute and is done once", halves)
             with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as folder:
                 try:
                     made = _compile(Path(folder), architectures, target.with_suffix(".log"))
@@ -237,7 +237,7 @@ def _run(command: list[str], log_file: Path) -> None:
     if done.returncode:
         last = " / ".join(said.splitlines()[-3:])
         raise BuildError(
-            f"the extension does not compile: {last} (the whole output: {log_file}); `moe-lab build` tries again"
+            f"the extension does not compile: {last} (full output: {log_file}); run `moe-lab build` to try again"
         )
 
 

@@ -37,7 +37,10 @@ def few_tokens_mlp(
 
 def _check(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> None:
     if not x.dtype == w_gate_up.dtype == w_down.dtype:
-        raise ValueError(f"few_tokens_mlp: x {x.dtype} does not fit matrices {w_gate_up.dtype} and {w_down.dtype}")
+        raise ValueError(
+            f"few_tokens_mlp: x and the weights must have the same dtype; got {x.dtype}, "
+            f"{w_gate_up.dtype} and {w_down.dtype}"
+        )
 
 
 def _compute(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool) -> Tensor:

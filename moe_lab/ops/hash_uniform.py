@@ -33,7 +33,7 @@ def _signed(word: int) -> int:
 
 def hash_words(stream: tuple[int, int], start: int, count: int, device: torch.device) -> Tensor:
     """[count] int32 words of the stream from element `start` on; int32 arithmetic wraps."""
-    assert start + count <= 1 << 31, "a stream has 2**31 elements"
+    assert start + count <= 1 << 31, "a stream has at most 2**31 elements"
     return _mixed(torch.arange(start, start + count, dtype=torch.int32, device=device), stream)
 
 

@@ -42,11 +42,11 @@ def require_computable(
         return
     for what, size, most in (
         ("experts", n_experts, extension.MOST_EXPERTS),
-        ("experts for a token", how.k, extension.MOST_K),
+        ("experts per token", how.k, extension.MOST_K),
         ("groups", how.n_groups, extension.MOST_GROUPS),
     ):
         if size > most:
-            raise UnavailableError(f"router.impl=cuda_ext: its kernels take at most {most} {what}, not {size}")
+            raise UnavailableError(f"router.impl=cuda_ext: supports at most {most} {what}, not {size}")
 
 
 def route(

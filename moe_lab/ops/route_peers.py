@@ -100,11 +100,11 @@ _MODULES = {
 def require(name: str, device: torch.device) -> None:
     """Raise `UnavailableError` where this peer's kernels are not installed or have no such device."""
     if device.type != "cuda" and name != "transformers":
-        raise UnavailableError(f"router.impl={name}: its kernels need device=cuda (this run is on {device.type})")
+        raise UnavailableError(f"router.impl={name}: needs device=cuda (this run is on {device.type})")
     try:
         importlib.import_module(_MODULES[name])
     except ImportError as error:
-        raise UnavailableError(f"router.impl={name}: pip install {name} ({error})") from error
+        raise UnavailableError(f"router.impl={name}: cannot import {name} ({error}); pip install {name}") from error
 
 
 def require_computes(name: str, how: Selection, *, bias: bool, gate_bias: bool) -> None:
@@ -114,6 +114,6 @@ def require_computes(name: str, how: Selection, *, bias: bool, gate_bias: bool) 
     scored = how.score == "sigmoid" and bias and (not grouped or how.group_score == "top2")
     if gate_bias or not (plain_softmax or scored):
         raise UnavailableError(
-            f"router.impl={name}: it computes a softmax without bias, groups and scale, and a sigmoid with a bias; "
+            f"router.impl={name}: supports only softmax without bias, groups or scale, and sigmoid with a bias; "
             "use router.impl=torch"
         )

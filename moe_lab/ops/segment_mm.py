@@ -98,10 +98,10 @@ def _loop(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor) -> Tensor:
 def _check(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor) -> None:
     if x_ND.dim() != 2 or w_EFD.dim() != 3 or x_ND.shape[1] != w_EFD.shape[2] or x_ND.dtype != w_EFD.dtype:
         raise ValueError(
-            f"segment_mm: x {tuple(x_ND.shape)} {x_ND.dtype} does not fit w {tuple(w_EFD.shape)} {w_EFD.dtype}"
+            f"segment_mm: x {tuple(x_ND.shape)} {x_ND.dtype} does not match w {tuple(w_EFD.shape)} {w_EFD.dtype}"
         )
     if offsets_E1.shape != (w_EFD.shape[0] + 1,) or offsets_E1.dtype != torch.int32:
-        raise ValueError(f"segment_mm: offsets {tuple(offsets_E1.shape)} {offsets_E1.dtype} is not int32 [E + 1]")
+        raise ValueError(f"segment_mm: offsets {tuple(offsets_E1.shape)} {offsets_E1.dtype} must be int32 [E + 1]")
 
 
 def _compute(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor, implementation: str) -> Tensor:

@@ -71,8 +71,8 @@ def require_computable(implementation: str, top_k: int, n_experts: int) -> None:
     """Raise `UnavailableError` where this one of `IMPLEMENTATIONS` has no kernel for it."""
     if implementation == "cuda_ext" and (n_experts > extension.MOST_EXPERTS or top_k > extension.MOST_K):
         raise UnavailableError(
-            f"router.impl=cuda_ext: its kernels take at most {extension.MOST_EXPERTS} experts and "
-            f"{extension.MOST_K} of them for a token, not {n_experts} and {top_k}"
+            f"router.impl=cuda_ext: supports at most {extension.MOST_EXPERTS} experts and "
+            f"{extension.MOST_K} experts per token, not {n_experts} and {top_k}"
         )
 
 

@@ -96,11 +96,11 @@ class Router(nn.Module):
     def __init__(self, n_experts: int, top_k: int, impl: str = "auto"):
         super().__init__()
         if not 1 <= top_k <= n_experts:
-            raise ValueError(f"top_k={top_k}: it must be between 1 and n_experts={n_experts}.")
+            raise ValueError(f"top_k={top_k}: must be between 1 and n_experts={n_experts}.")
         if impl != "auto" and impl not in self.implementations:
             raise UnavailableError(
-                f"router.impl={impl}: in this version of moe-lab {type(self).__name__} is computed by "
-                f"{', '.join(self.implementations)} only; use that, or router=torch"
+                f"router.impl={impl}: {type(self).__name__} has the implementations "
+                f"{', '.join(self.implementations)} only; use one of them or router=torch"
             )
         self.n_experts, self.top_k, self.asked = n_experts, top_k, impl
         self.label = self.impl = "torch" if impl in ("auto", "torch") else "undecided"
@@ -127,7 +127,7 @@ class Router(nn.Module):
                 self.fallback = extension.why_unavailable(device)
             except UnavailableError:
                 continue
-        raise AssertionError(f"{type(self).__name__}: none of {self.preferred(device)} computes on {device}")
+        raise AssertionError(f"{type(self).__name__}: none of {self.preferred(device)} runs on {device}")
 
     def _be(self, impl: str, device: torch.device, load: bool) -> None:
         self.require(impl, device)
@@ -232,8 +232,8 @@ def check_finite(logits_TE: Tensor, layer: int, *, every_entry: bool = False) ->
     wide_TE = logits_TE.float()  # what the selection reads: float64 logits may overflow here
     good_T = wide_TE.isfinite().all(-1) if every_entry else wide_TE.amax(-1).isfinite()
     if not bool(good_T.all()):
-        kind = "values that are not finite" if every_entry else "NaN, +inf or nothing but -inf"
+        kind = "not finite" if every_entry else "NaN, +inf or all -inf"
         raise ValueError(
-            f"layer {layer}: the router's logits hold {kind} in {int((~good_T).sum())} of {len(good_T)} tokens "
-            f"(first: token {int((~good_T).nonzero()[0, 0])}); look at the layer's input and gate."
+            f"layer {layer}: the router's logits are {kind} for {int((~good_T).sum())} of {len(good_T)} tokens "
+            f"(first: token {int((~good_T).nonzero()[0, 0])}); check the layer's input and gate."
         )

@@ -35,7 +35,7 @@ class BASELayers(Router):
         try:
             import scipy.optimize  # noqa: F401
         except ImportError as error:
-            raise UnavailableError("it needs scipy; pip install scipy") from error
+            raise UnavailableError("scipy not found; pip install scipy") from error
 
     def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`; `scores_TE` is l less the expert's price, of which the k largest are chosen."""

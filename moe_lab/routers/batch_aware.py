@@ -62,7 +62,7 @@ class OpportunisticActivation(WithinSharedSet):
     def __init__(self, n_experts: int, top_k: int, *, impl: str, k0: int):
         super().__init__(n_experts, top_k, impl)
         if not 1 <= k0 <= top_k:
-            raise ValueError(f"router.k0={k0}: it must be between 1 and top_k={top_k}.")
+            raise ValueError(f"router.k0={k0}: must be between 1 and top_k={top_k}.")
         self.k0 = k0
 
     def shared(self, logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
@@ -76,7 +76,7 @@ class SharedBudget(WithinSharedSet):
     def __init__(self, n_experts: int, top_k: int, *, impl: str, budget: float):
         super().__init__(n_experts, top_k, impl)
         if not 0 < budget <= 1:
-            raise ValueError(f"router.budget={budget}: it is a share of the experts, above 0 and at most 1.")
+            raise ValueError(f"router.budget={budget}: must be > 0 and <= 1 (a share of the experts).")
         self.n_shared = max(1, round(budget * n_experts))
 
     def shared(self, logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:

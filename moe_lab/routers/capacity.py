@@ -38,18 +38,16 @@ class Capacity(Router):
     def __init__(self, n_experts: int, top_k: int, *, inner: Router, impl: str, factor: float, policy: str):
         super().__init__(n_experts, top_k, impl)
         if policy not in POLICIES:
-            raise ValueError(f"router.policy={policy}: it must be one of {', '.join(POLICIES)}.")
+            raise ValueError(f"router.policy={policy}: must be one of {', '.join(POLICIES)}.")
         if not (math.isfinite(factor) and factor > 0):
-            raise ValueError(f"router.factor={factor}: it must be a number above 0.")
+            raise ValueError(f"router.factor={factor}: must be a number > 0.")
         if not inner.static_k:
             raise ValueError(
-                f"router.inner: {type(inner).__name__} fills no fixed number of slots; wrap another router."
+                f"router.inner: {type(inner).__name__} uses a variable number of experts per token; "
+                "wrap another router."
             )
         if isinstance(inner, SoftMoE):
-            raise ValueError(
-                "router.inner: with router=soft an expert takes one mixture per sequence and no tokens, so there is no "
-                "room to limit; wrap another router."
-            )
+            raise ValueError("router.inner: router=soft has no capacity to limit; wrap another router.")
         self.inner, self.factor, self.policy = inner, factor, policy
         self.needs_token_ids, self.scales_input = inner.needs_token_ids, inner.scales_input
         self.graph_safe, self.calibrates = inner.graph_safe, inner.calibrates
@@ -77,7 +75,10 @@ class Capacity(Router):
             ids_TK = fill_up(ids_TK, routing.scores_TE, room_E)
             inner_TK = self.inner.weigh(logits_TE, ids_TK)
             if inner_TK is None:
-                raise ValueError(f"router.policy=next_best: {type(self.inner).__name__} has no weigh(logits, ids).")
+                raise ValueError(
+                    f"router.policy=next_best: {type(self.inner).__name__}.weigh(logits, ids) must return weights; "
+                    "use another router.policy."
+                )
             weights_TK = inner_TK
         scores_TE = None
         if ctx.want_scores:

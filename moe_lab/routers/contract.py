@@ -21,14 +21,14 @@ def check_contract(routing: Routing, n_tokens: int, n_experts: int, layer: int) 
         return MismatchError("route", f"layer {layer}: the router breaks its contract: {clause}", clause)
 
     if ids_TK.dim() != 2 or ids_TK.shape[0] != n_tokens or weights_TK.shape != ids_TK.shape:
-        raise broken(f"ids {tuple(ids_TK.shape)} and weights {tuple(weights_TK.shape)} are not both [{n_tokens}, K]")
+        raise broken(f"ids {tuple(ids_TK.shape)} and weights {tuple(weights_TK.shape)} must both be [{n_tokens}, K]")
     if ids_TK.dtype != torch.int32 or weights_TK.dtype != torch.float32:
-        raise broken(f"ids are {ids_TK.dtype} and weights {weights_TK.dtype}, not int32 and float32")
+        raise broken(f"ids are {ids_TK.dtype} and weights are {weights_TK.dtype}, not int32 and float32")
     if bool(((ids_TK < -1) | (ids_TK >= n_experts)).any()):
-        raise broken(f"an expert id lies outside -1 .. {n_experts - 1}")
+        raise broken(f"an expert id is outside -1 .. {n_experts - 1}")
     ordered = ids_TK.sort(-1).values
     if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-        raise broken("a token names one expert twice")
+        raise broken("a token uses the same expert twice")
     if not bool(weights_TK.isfinite().all()):
         raise broken("a weight is NaN or infinite")
     if bool((weights_TK[ids_TK < 0] != 0).any()):
@@ -36,7 +36,7 @@ def check_contract(routing: Routing, n_tokens: int, n_experts: int, layer: int) 
     if routing.dispatch is not None:
         wanted = dispatch(ids_TK, n_experts)
         if not all(torch.equal(its, other) for its, other in zip(routing.dispatch, wanted, strict=True)):
-            raise broken("the slots of its dispatch are not sorted by expert")
+            raise broken("the slots in dispatch are not sorted by expert")
 
 
 def members(ids_TK: Tensor, n_experts: int) -> Tensor:

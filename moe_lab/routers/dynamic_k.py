@@ -39,11 +39,13 @@ class DynamicK(Router):
     ):
         super().__init__(n_experts, min(k_max or top_k, n_experts), impl)
         if rule not in RULES:
-            raise ValueError(f"router.rule={rule}: it must be one of {', '.join(RULES)}.")
+            raise ValueError(f"router.rule={rule}: must be one of {', '.join(RULES)}.")
         if threshold is None and rule != "min_p":
-            raise ValueError(f"router.threshold=null: only the rule min_p can be fitted; give rule={rule} a number.")
+            raise ValueError(
+                f"router.threshold=null: only router.rule=min_p fits it; set a number for router.rule={rule}."
+            )
         if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"router.threshold={threshold}: it is a share of probability, between 0 and 1.")
+            raise ValueError(f"router.threshold={threshold}: must be between 0 and 1 (a probability).")
         self.rule, self.calibrates = rule, threshold is None
         self.register_buffer("threshold", torch.tensor(threshold or 0.0, dtype=torch.float32))
 

@@ -58,4 +58,4 @@ class ExpertChoice(Router):
         """Where it degenerates."""
         if n_tokens != 1:
             return []
-        return ["router=expert_choice: with one token every expert takes it."]
+        return ["router=expert_choice: with one token, every expert chooses it."]

@@ -11,4 +11,4 @@ def native(n_experts: int, top_k: int, *, impl: str) -> Router:
     Raises:
         ValueError: always.
     """
-    raise ValueError("router=native: only model=checkpoint has a router of its own; choose another router.")
+    raise ValueError("router=native: only for model=checkpoint; choose another router.")

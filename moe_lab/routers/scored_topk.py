@@ -68,13 +68,13 @@ class ScoredTopK(SelectionRouter):
         super().__init__(n_experts, top_k, impl)
         for key, value, allowed in (("score", score, SCORES), ("group_score", group_score, GROUP_SCORES)):
             if value not in allowed:
-                raise ValueError(f"router.{key}={value}: it must be one of {', '.join(allowed)}.")
+                raise ValueError(f"router.{key}={value}: must be one of {', '.join(allowed)}.")
         if n_experts % n_groups:
-            raise ValueError(f"router.n_groups={n_groups}: it must divide n_experts={n_experts}.")
+            raise ValueError(f"router.n_groups={n_groups}: must divide n_experts={n_experts}.")
         if not 1 <= top_groups <= n_groups or top_groups * (n_experts // n_groups) < top_k:
             raise ValueError(
-                f"router.top_groups={top_groups}: of {n_groups} groups of {n_experts // n_groups} experts it must keep "
-                f"enough for top_k={top_k}."
+                f"router.top_groups={top_groups}: must be between 1 and n_groups={n_groups} and keep at least "
+                f"top_k={top_k} experts (a group has {n_experts // n_groups})."
             )
         self.score, self.renormalize, self.scale = score, renormalize, scale
         self.n_groups, self.top_groups, self.group_score = n_groups, top_groups, group_score

@@ -67,4 +67,4 @@ class Sinkhorn(Router):
         """The declared fallback at one token."""
         if n_tokens != 1:
             return []
-        return ["router=sinkhorn: with one token the plan is uniform; the experts were chosen by the logits."]
+        return ["router=sinkhorn: with one token the plan is uniform; the logits choose the experts."]

@@ -30,7 +30,7 @@ class TokenHash(Router):
         """See `Router.select`. Raises `ValueError` without the tokens' ids."""
         require_finite(logits_TE, ctx)
         if ctx.token_ids_T is None:
-            raise ValueError("router=hash: it needs the tokens' ids (ctx.token_ids_T).")
+            raise ValueError("router=hash: needs token ids (ctx.token_ids_T).")
         scores_TE = hash_scores(ctx.token_ids_T, self.n_experts, of_layer(_TABLES, ctx.layer))
         ids_TK = top_k(scores_TE, self.top_k)
         return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if ctx.want_scores else None)
@@ -44,7 +44,7 @@ class UniformRandom(Router):
     """router=random: as `TokenHash`, but the token's place in the batch chooses: a control whose load is even."""
 
     batch_invariant = False
-    not_exportable = "it chooses at random"
+    not_exportable = "it chooses experts at random"
 
     def __init__(self, n_experts: int, top_k: int, *, impl: str, seed: int):
         super().__init__(n_experts, top_k, impl)

@@ -56,20 +56,21 @@ def _trace(directory: str, layer: int | None, n_layers: int) -> np.ndarray:
             ids_LTK: np.ndarray = arrays["expert_ids_LTK"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"workload.trace={directory}: {path} holds no recorded routing ({error}); run with "
-            "measure.record_routing=true and name that run's folder."
+            f"workload.trace={directory}: {path} has no recorded routing ({error}); give the folder of a run "
+            "with measure.record_routing=true."
         ) from error
     if layer is not None and (n_layers != 1 or layer >= len(ids_LTK)):
         raise ValueError(
-            f"workload.trace_layer={layer}: it is one of the {len(ids_LTK)} layers of {directory}, counted from 0, "
-            f"for a model with one MoE layer (this one has {n_layers})."
+            f"workload.trace_layer={layer}: must be a layer of {directory} (0 to {len(ids_LTK) - 1}), and the model "
+            f"must have one MoE layer (this one has {n_layers})."
         )
     if layer is not None:
         return ids_LTK[layer : layer + 1]
     if len(ids_LTK) != n_layers:
-        more = "; give workload.trace_layer=0, or sweep over them" if n_layers == 1 else ""
+        remedy = "set workload.trace_layer=0, or sweep over it" if n_layers == 1 else "use a run of the same model"
         raise ValueError(
-            f"workload.trace={directory}: it has {len(ids_LTK)} MoE layers, and the model {n_layers}{more}."
+            f"workload.trace={directory}: the recording has {len(ids_LTK)} MoE layers, but the model has {n_layers}; "
+            f"{remedy}."
         )
     return ids_LTK
 

@@ -95,7 +95,7 @@ def zipf_shares(E: int, exponent: float) -> np.ndarray:
 def hot_shares(E: int, hot_experts: int, hot_share: float) -> np.ndarray:
     """`hot_share` over the first `hot_experts`, the rest over the others."""
     if not 1 <= hot_experts <= E:
-        raise ValueError(f"workload.hot_experts={hot_experts}: it must be between 1 and the {E} experts there are.")
+        raise ValueError(f"workload.hot_experts={hot_experts}: must be between 1 and {E} (the number of experts).")
     cold = (1 - hot_share) / (E - hot_experts) if hot_experts < E else 0.0
     return np.where(np.arange(E) < hot_experts, hot_share / hot_experts, cold)
 
@@ -137,8 +137,9 @@ def replayed(recorded_TK: np.ndarray, native: Routing, n_experts: int, seed: int
     n_recorded = len(recorded_TK)
     if recorded_TK.shape[1] != K or (n_recorded and int(recorded_TK.max()) >= n_experts) or (T and not n_recorded):
         raise ValueError(
-            f"workload.trace: it holds {n_recorded} tokens with {recorded_TK.shape[1]} of "
-            f"{int(recorded_TK.max(initial=-1)) + 1} experts or more, and this layer has {K} of {n_experts}."
+            f"workload.trace: the recording routes {n_recorded} tokens to {recorded_TK.shape[1]} of at least "
+            f"{int(recorded_TK.max(initial=-1)) + 1} experts, but this layer uses {K} of {n_experts}; "
+            "use a recording of the same model."
         )
     rows_T = torch.arange(T)
     if n_recorded != T:

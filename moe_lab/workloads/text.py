@@ -76,16 +76,16 @@ def read_domains(path: str | Sequence[str] | None, vocab_size: int, tokenizer_fi
             model.
     """
     if not path:
-        raise ValueError("workload.path: workload=text needs a text file, a folder of them, or a list of those.")
+        raise ValueError("workload.path: workload=text needs a text file, a folder of text files or a list of these.")
     # A link keeps its own name: what it leads to is often called by a hash.
     files = {file.resolve(): Path(os.path.abspath(file)) for file in text_files(path)}.values()
     if tokenizer_file is None and vocab_size != 256:
         raise ValueError(
-            f"workload=text: the model has {vocab_size} ids and no tokenizer: put the checkpoint's tokenizer.json "
-            "beside its config.json, or use a model with 256 ids (bytes)."
+            f"workload=text: the model has {vocab_size} ids but no tokenizer; put the checkpoint's tokenizer.json "
+            "next to its config.json, or use a model with 256 ids (bytes)."
         )
     if tokenizer_file is not None and not tokenizer_file.is_file():
-        raise ValueError(f"workload=text: there is no {tokenizer_file}: put the checkpoint's tokenizer.json there.")
+        raise ValueError(f"workload=text: {tokenizer_file} not found; put the checkpoint's tokenizer.json there.")
     return list(
         _read(tuple(map(_stamp, files)), vocab_size, _stamp(tokenizer_file) if tokenizer_file is not None else None)
     )
@@ -105,8 +105,8 @@ def _read(texts: tuple[_Stamp, ...], vocab_size: int, tokenizer: _Stamp | None) 
         if len(ids_N) and int(ids_N.max()) >= vocab_size:
             assert tokenizer is not None
             raise ValueError(
-                f"workload=text: {tokenizer.file} gives the id {int(ids_N.max())}, and the model has {vocab_size} ids, "
-                "so it is another model's; put the checkpoint's own tokenizer.json there."
+                f"workload=text: {tokenizer.file} gives the id {int(ids_N.max())}, but the model has {vocab_size} ids; "
+                "use the checkpoint's own tokenizer.json."
             )
     return tuple(
         Domain(name, torch.from_numpy(ids_N), torch.from_numpy(byte_ends_N))
@@ -119,13 +119,14 @@ def _content(file: Path) -> str:
     try:
         content = file.read_bytes().decode()
     except OSError as error:
-        raise ValueError(f"workload.path: {file} cannot be read ({error.strerror}); name another file.") from error
+        raise ValueError(f"workload.path: {file} cannot be read ({error.strerror}); use another file.") from error
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"workload.path: {file} is not UTF-8 (at byte {error.start}); convert it, as with iconv, or leave it out."
+            f"workload.path: {file} is not UTF-8 (at byte {error.start}); convert it (for example "
+            "with iconv) or remove it."
         ) from error
     if not content:
-        raise ValueError(f"workload.path: {file} is empty; put text into it or leave it out.")
+        raise ValueError(f"workload.path: {file} is empty; add text or remove it.")
     return content
 
 
@@ -158,7 +159,8 @@ def _encoded(texts: Sequence[str], tokenizer_file: Path) -> list[tuple[np.ndarra
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
     except Exception as error:  # the library raises no other
         raise ValueError(
-            f"workload=text: {tokenizer_file} is no tokenizer.json ({error}); copy the checkpoint's own again."
+            f"workload=text: {tokenizer_file} is not a valid tokenizer.json ({error}); copy it from the checkpoint "
+            "again."
         ) from error
     tokenizer.no_truncation()  # a tokenizer.json may ask for both
     tokenizer.no_padding()
@@ -191,8 +193,8 @@ def windows(domains: Sequence[Domain], seq_len: int, n_windows: int | None, seed
     there_D = np.maximum(lengths_D - 1, 0) // S
     if not there_D.any():
         raise ValueError(
-            f"workload.path: no text is long enough for seq_len={S}: that takes {S + 1} tokens, and the longest has "
-            f"{lengths_D.max()}; lower seq_len or name longer texts."
+            f"workload.path: seq_len={S} needs a text of at least {S + 1} tokens, but the longest text has "
+            f"{lengths_D.max()}; lower seq_len or use longer texts."
         )
     turn_W = np.concatenate([np.arange(there) for there in there_D])
     domain_W = np.repeat(np.arange(len(domains)), there_D)
@@ -240,13 +242,14 @@ def text_input(
     """
     if model.vocab_size is None:
         raise ValueError(
-            "workload=text: the model is fed hidden states, not tokens; use a model with an embedding, as decoder_moe."
+            "workload=text: the model takes hidden states, not tokens; use a model with an embedding, such as "
+            "decoder_moe."
         )
     domains = read_domains(path, int(model.vocab_size), getattr(model, "tokenizer_file", None))  # type: ignore[arg-type]
     ids_BS = windows(domains, seq_len, batch, seed).ids_WS
     if len(ids_BS) < batch:
         raise ValueError(
-            f"workload.path={path}: of seq_len={seq_len} tokens it gives {len(ids_BS)} rows, and {batch} are needed; "
-            "lower batch (or router.calibration_tokens, where it is the router that is fitted) or seq_len, or add text."
+            f"workload.path={path}: the texts have {len(ids_BS)} windows of seq_len={seq_len} tokens, but {batch} are "
+            "needed; lower batch or seq_len (or router.calibration_tokens), or add text."
         )
     return ids_BS.to(device)

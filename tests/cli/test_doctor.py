@@ -67,10 +67,10 @@ def test_every_option_says_whether_it_runs_here(printed: list[str]) -> None:
         for path in groups[group]:
             said[f"{group}={path.stem}"] = value(printed, f"{group}={path.stem}")
     native = said.pop("router=native")
-    assert native.startswith("not with model=decoder_moe: ") and "only model=checkpoint" in native
+    assert native.startswith("not with model=decoder_moe: ") and "only for model=checkpoint" in native
     assert all(text == "ok" or text.startswith("unavailable: ") for text in said.values())
     assert said["router=torch"] == said["device=cpu"] == said["execution=eager"] == "ok"
-    assert said["router=cuda_ext"].startswith("unavailable: router=cuda_ext: router.impl=cuda_ext: it needs a C++ comp")
+    assert said["router=cuda_ext"].startswith("unavailable: router=cuda_ext: router.impl=cuda_ext: no C++ compiler")
     by_device = {
         (i, d): value(printed, f"router.impl={i} device={d}") for i in IMPLEMENTATIONS for d in ("cpu", "cuda")
     }

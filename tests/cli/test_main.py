@@ -259,7 +259,7 @@ def test_a_failed_run_has_exit_code_1(tmp_path: Path) -> None:
     done = moe_lab("--config-dir", "mine", *quick.overrides("moe_layer", "router=twice"), cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "failed: mismatch: route" in done.stdout
-    assert "a token names one expert twice" in done.stdout
+    assert "a token uses the same expert twice" in done.stdout
 
 
 def test_a_target_outside_the_trusted_folders_is_refused(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ from tests.export import pairs
 
 REFUSED = {
     "base": "an assignment solver on the host chooses the experts",
-    "random": "it chooses at random",
-    "native": "only model=checkpoint",
+    "random": "it chooses experts at random",
+    "native": "only for model=checkpoint",
 }
 NEEDS = {  # what the option asks of five experts
     "deepseek_v2": ("router.n_groups=1", "router.top_groups=1"),
@@ -289,7 +289,7 @@ def softmax(kind: type) -> Callable[[int, int], Router]:
         pytest.param(pairs.WithoutBody, ExportError, "op moe_lab.route_triton has no body", id="op without a body"),
         pytest.param(pairs.ReadsTheHost, ExportError, "torch cannot export it", id="reads values"),
         pytest.param(
-            softmax(pairs.OtherExperts), MismatchError, "other experts than the fp32 selection", id="other experts"
+            softmax(pairs.OtherExperts), MismatchError, "the experts differ from the fp32 selection", id="other experts"
         ),
         pytest.param(softmax(pairs.OtherWeights), MismatchError, "a routing weight of token", id="other weights"),
     ],

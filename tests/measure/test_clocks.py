@@ -325,7 +325,7 @@ def test_a_graph_that_does_not_write_its_outputs_is_found() -> None:
 
     step = make_step("cuda_graph", "hot", Constant(), torch.ones(4, device="cuda"))
     assert isinstance(step, HotGraphStep)
-    with pytest.raises(MismatchError, match="does not write the outputs"):
+    with pytest.raises(MismatchError, match="did not write its outputs"):
         step.check()
 
 

@@ -348,14 +348,14 @@ def test_a_file_instead_of_a_folder_is_named(tmp_path: Path) -> None:
 def test_a_configuration_that_is_no_json_object_is_to_be_fetched_again(content: str, tmp_path: Path) -> None:
     """The message names the file."""
     message = complaint(lambda: read(write(tmp_path, content)))
-    assert str(tmp_path / "config.json") in message and "JSON" in message and "fetch the file again" in message
+    assert str(tmp_path / "config.json") in message and "JSON" in message and "download the file again" in message
 
 
 def test_a_configuration_that_is_no_text_is_to_be_fetched_again(tmp_path: Path) -> None:
     """Bytes that are not UTF-8."""
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00{")
     message = complaint(lambda: read(tmp_path))
-    assert str(tmp_path / "config.json") in message and "fetch the file again" in message
+    assert str(tmp_path / "config.json") in message and "download the file again" in message
 
 
 @pytest.mark.parametrize(

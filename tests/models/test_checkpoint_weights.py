@@ -194,7 +194,7 @@ def test_missing_shards_are_named_and_counted(n_missing: int, tmp_path: Path) ->
     for shard in shards[1 : 1 + n_missing]:
         shard.unlink()
     message = refusal(folder)
-    assert f"{n_missing} of {len(shards)} files" in message and INDEX in message and "fetch" in message
+    assert f"{n_missing} of {len(shards)} files" in message and INDEX in message and "download" in message
     assert all(shard.name in message for shard in shards[1 : 1 + n_missing])
     assert shards[0].name not in message
 
@@ -217,7 +217,7 @@ def test_a_broken_index_is_to_be_fetched_again(content: bytes, tmp_path: Path) -
     folder = sharded(tmp_path)
     (folder / INDEX).write_bytes(content)
     message = refusal(folder)
-    assert str(folder / INDEX) in message and "fetch the file again" in message
+    assert str(folder / INDEX) in message and "download the file again" in message
 
 
 @pytest.mark.parametrize("value", [pytest.param(v, id=str(v)) for v in (3, None, ["a"], "", "..")])
@@ -286,7 +286,7 @@ def test_a_damaged_file_is_to_be_fetched_again(damage: Callable[[Path], object],
     for file in (single / SINGLE, sorted(shards.glob("*.safetensors"))[2]):
         damage(file)
         message = refusal_before_copying(file.parent)
-        assert str(file) in message and "fetch the file again" in message
+        assert str(file) in message and "download the file again" in message
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_a_header_that_contradicts_itself_is_found_out(
     change(header["model.layers.0.self_attn.q_proj.weight"], header["model.layers.1.self_attn.q_proj.weight"])
     write_parts(folder / SINGLE, header, data)
     message = refusal_before_copying(folder)
-    assert str(folder / SINGLE) in message or "layers.0.self_attn.q_proj.weight is F33" in message
+    assert str(folder / SINGLE) in message or "layers.0.self_attn.q_proj.weight has dtype F33" in message
 
 
 def test_a_file_that_goes_while_it_is_loaded_is_named(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_a_file_that_goes_while_it_is_loaded_is_named(tmp_path: Path) -> None:
     copies = plan(shareable(model), headers(files(folder)), tied=False)
     (folder / SINGLE).unlink()
     message = complaint(lambda: execute(copies))
-    assert str(folder / SINGLE) in message and "fetch the file again" in message
+    assert str(folder / SINGLE) in message and "download the file again" in message
 
 
 def changed(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> str:
@@ -335,7 +335,7 @@ def test_one_expert_that_is_missing_is_named(kind: str, tmp_path: Path) -> None:
     assert len(keys) == 3
     message = changed(folder, lambda content: [content.pop(key) for key in keys])
     assert "3 missing: " in message and all(key in message for key in keys)
-    assert ".experts.2." not in message and "unexpected" not in message and "do not fit" not in message
+    assert ".experts.2." not in message and "unexpected" not in message and "wrong shape" not in message
 
 
 @kinds
@@ -412,7 +412,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(key: str, shape: tu
     folder = checkpoint("olmoe", tmp_path)
     want = list(tensors(folder)[key].shape)
     message = changed(folder, lambda content: content.update({key: torch.zeros(shape)}))
-    assert f"1 do not fit: {key} is {list(shape)} and not {want}." in message
+    assert f"1 of a wrong shape or dtype: {key} has shape {list(shape)} instead of {want}." in message
 
 
 def test_stacked_experts_of_another_number_are_named(tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_stacked_experts_of_another_number_are_named(tmp_path: Path) -> None:
     folder = save(trained("qwen3_moe"), tmp_path, save_original_format=False)
     key = "model.layers.0.mlp.experts.down_proj"
     message = changed(folder, lambda content: content.update({key: content[key][:-1].clone()}))
-    assert f"{key} is [4, 32, 24] and not [5, 32, 24]" in message
+    assert f"{key} has shape [4, 32, 24] instead of [5, 32, 24]" in message
 
 
 def test_a_configuration_of_another_size_is_refused(tmp_path: Path) -> None:
@@ -428,7 +428,7 @@ def test_a_configuration_of_another_size_is_refused(tmp_path: Path) -> None:
     folder = checkpoint("mixtral", tmp_path)
     edit_config(folder, vocab_size=VOCAB + 3)
     message = refusal(folder)
-    assert "model.embed_tokens.weight is [97, 32] and not [100, 32]" in message and "config.json" in message
+    assert "model.embed_tokens.weight has shape [97, 32] instead of [100, 32]" in message and "config.json" in message
 
 
 @pytest.mark.parametrize(
@@ -445,7 +445,7 @@ def test_a_tensor_of_an_unsupported_dtype_is_named(dtype: torch.dtype, name: str
     """With those that are supported; numbers of quantised weights mean nothing without their scales."""
     folder, key = checkpoint("olmoe", tmp_path), "model.layers.0.self_attn.q_proj.weight"
     message = changed(folder, lambda content: content.update({key: torch.ones(32, 32).to(dtype)}))
-    assert f"1 do not fit: {key} is {name}" in message and "F32, F16, BF16" in message
+    assert f"1 of a wrong shape or dtype: {key} has dtype {name}" in message and "F32, F16, BF16" in message
 
 
 def test_all_complaints_are_in_one_line(tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def test_all_complaints_are_in_one_line(tmp_path: Path) -> None:
         content["lm_head.weight"] = torch.zeros(2, 2)
 
     message = changed(checkpoint("olmoe", tmp_path), change)
-    assert "1 missing: model.norm.weight; 1 unexpected: extra; 1 do not fit: lm_head.weight" in message
+    assert "1 missing: model.norm.weight; 1 unexpected: extra; 1 of a wrong shape or dtype: lm_head.weight" in message
 
 
 def test_an_untied_head_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_a_tied_head_that_is_another_matrix_is_refused(row: int, shards: bool, t
     save(peer, folder, **({"max_shard_size": "15KB"} if shards else {}))
     edit_config(folder, tie_word_embeddings=True)
     message = refusal_before_copying(folder)
-    assert "lm_head.weight" in message and "tie_word_embeddings" in message and "set that to false" in message
+    assert "lm_head.weight" in message and "tie_word_embeddings" in message and "set it to false" in message
 
 
 def test_nothing_is_copied_if_something_is_wrong(tmp_path: Path) -> None:

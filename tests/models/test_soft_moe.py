@@ -183,7 +183,7 @@ def test_a_forced_routing_changes_nothing() -> None:
 
 def test_sequences_of_different_lengths_are_not_silently_cut() -> None:
     """Our own models have none; what cannot be equally long is an error."""
-    with pytest.raises(AssertionError, match="7 tokens are no 2 sequences"):
+    with pytest.raises(AssertionError, match="7 tokens cannot be split into 2 sequences"):
         layer_of()(random(7, D), of(2, 3))
 
 

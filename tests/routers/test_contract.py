@@ -25,9 +25,9 @@ HALVES = [[0.5, 0.5], [0.5, 0.5]]
 @pytest.mark.parametrize(
     ("broken", "clause"),
     [
-        pytest.param(routing([[0, 1]], [[0.5, 0.5]]), "not both", id="too_few_tokens"),
-        pytest.param(routing([[0, 1], [1, 2]], [[1.0], [1.0]]), "not both", id="shapes_differ"),
-        pytest.param(Routing(torch.zeros(2, dtype=torch.int32), torch.zeros(2)), "not both", id="one_dimension"),
+        pytest.param(routing([[0, 1]], [[0.5, 0.5]]), "must both be", id="too_few_tokens"),
+        pytest.param(routing([[0, 1], [1, 2]], [[1.0], [1.0]]), "must both be", id="shapes_differ"),
+        pytest.param(Routing(torch.zeros(2, dtype=torch.int32), torch.zeros(2)), "must both be", id="one_dimension"),
         pytest.param(routing([[0, 1], [1, 2]], HALVES, id_dtype=torch.int64), "int64", id="int64_ids"),
         pytest.param(routing([[0, 1], [1, 2]], HALVES, weight_dtype=torch.float64), "float64", id="float64_weights"),
         pytest.param(routing([[0, 1], [1, 2]], HALVES, weight_dtype=torch.bfloat16), "bfloat16", id="bf16_weights"),

@@ -58,7 +58,7 @@ def test_no_memory_is_taken_for_the_weights() -> None:
     ("group", "more", "reason"),
     [
         pytest.param("experts", "dtype=fp16", "dtype=fp16: half precision", id="device"),
-        pytest.param("router", "router=native", "router=native: only model=checkpoint", id="value"),
+        pytest.param("router", "router=native", "router=native: only for model=checkpoint", id="value"),
     ],
 )
 def test_what_cannot_run_is_described_by_the_reason(group: str, more: str, reason: str) -> None:

@@ -150,7 +150,7 @@ def test_nan_in_a_gate_is_a_failed_record_that_names_the_layer(tmp_path: Path, m
     record = moe_lab.run(quick.compose("decoder_moe"), tmp_path)
     assert record.status == "failed"
     assert record.reason is not None
-    assert record.reason.startswith("error: layer 1: the router's logits hold")
+    assert record.reason.startswith("error: layer 1: the router's logits are NaN")
     assert record.latency_ms is None
     assert "Traceback" in (tmp_path / "run.log").read_text()
     assert not (tmp_path / "samples.npz").exists()
@@ -373,9 +373,11 @@ def test_a_recorded_routing_is_replayed(tmp_path: Path) -> None:
     ("more", "message"),
     [
         pytest.param(["workload.trace=nowhere"], "nowhere.*measure.record_routing", id="no-folder"),
-        pytest.param(["workload.trace=FIRST", "model.top_k=3"], "workload.trace.*has 3 of 5", id="other-k"),
+        pytest.param(["workload.trace=FIRST", "model.top_k=3"], "workload.trace.*uses 3 of 5", id="other-k"),
         pytest.param(["workload.trace=FIRST", "model.n_experts=2"], "workload.trace.*2 of 2", id="fewer-experts"),
-        pytest.param(["workload.trace=FIRST", "model.n_layers=3"], "2 MoE layers, and the model 3", id="other-layers"),
+        pytest.param(
+            ["workload.trace=FIRST", "model.n_layers=3"], "2 MoE layers, but the model has 3", id="other-layers"
+        ),
     ],
 )
 def test_a_recording_that_does_not_fit_is_said(more: list[str], message: str, tmp_path: Path) -> None:

@@ -429,7 +429,7 @@ def test_a_routing_of_too_few_tokens_is_a_mismatch(model: str) -> None:
     mismatch = verify(
         run.built.model, run.built.twin, run.built.x, ran._replace(routings=short), run.built.dtype
     ).mismatch
-    assert mismatch is not None and "not both" in str(mismatch)
+    assert mismatch is not None and "must both be" in str(mismatch)
 
 
 def test_after_a_wrong_route_the_errors_of_the_layers_are_unknown() -> None:

@@ -136,5 +136,5 @@ def test_the_difference_says_how_much_was_not_to_be_had() -> None:
 
 def test_more_hot_experts_than_there_are_is_an_error() -> None:
     """The key and the number."""
-    with pytest.raises(ValueError, match=r"workload\.hot_experts=9.*5 experts"):
+    with pytest.raises(ValueError, match=r"workload\.hot_experts=9.*between 1 and 5"):
         loads.loaded("hot", native(3, 5, 2), 5, **{**KEYS, "hot_experts": 9})

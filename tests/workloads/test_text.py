@@ -194,7 +194,7 @@ def test_a_text_is_read_once_unless_it_changes(tmp_path: Path, monkeypatch: pyte
         pytest.param([], r"workload\.path: .*needs a text file, a folder", id="no_entries"),
         pytest.param("nowhere.txt", r"workload\.path=\S*nowhere\.txt: .*no such file or folder; name", id="not_there"),
         pytest.param("no_texts", r"workload\.path=\S*no_texts: the folder has no text.*README", id="folder_of_readme"),
-        pytest.param("empty.txt", r"workload\.path: \S*empty\.txt is empty; put", id="empty"),
+        pytest.param("empty.txt", r"workload\.path: \S*empty\.txt is empty; add", id="empty"),
         pytest.param("latin1.txt", r"workload\.path: \S*latin1\.txt is not UTF-8 \(at byte 3\); convert", id="latin1"),
     ],
 )
@@ -215,9 +215,9 @@ def test_a_path_that_cannot_be_read_is_a_mistake(tmp_path: Path, entry: str | li
     ("tokenizer", "message"),
     [
         pytest.param(None, r"the model has 300 ids and no tokenizer: put .*tokenizer\.json.* 256 ids", id="none"),
-        pytest.param("not_there.json", r"there is no \S*not_there\.json: put", id="not_there"),
-        pytest.param("broken.json", r"\S*broken\.json is no tokenizer\.json \(.*\); copy", id="broken"),
-        pytest.param("larger.json", r"larger\.json gives the id 300, and the model has 300 ids", id="another_models"),
+        pytest.param("not_there.json", r"\S*not_there\.json not found; put", id="not_there"),
+        pytest.param("broken.json", r"\S*broken\.json is not a valid tokenizer\.json \(.*\); copy", id="broken"),
+        pytest.param("larger.json", r"larger\.json gives the id 300, but the model has 300 ids", id="another_models"),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_a_mistake(tmp_path: Path, tokenizer: str | None, message: str) -> None:
@@ -263,7 +263,9 @@ def test_windows_are_what_they_promise(lengths: list[int], S: int, wanted: int |
     """Domains take turns; within one the windows go forward in nearly equal steps; the same seed gives the same."""
     domains, there = numbered(*lengths), [max(n - 1, 0) // S for n in lengths]
     if not any(there):
-        with pytest.raises(ValueError, match=rf"workload\.path: .*seq_len={S}: .*longest has {max(lengths)}; lower"):
+        with pytest.raises(
+            ValueError, match=rf"workload\.path: .*seq_len={S} needs .*longest text has {max(lengths)}; lower"
+        ):
             windows(domains, S, wanted, seed)
         return
     found = windows(domains, S, wanted, seed)
@@ -356,9 +358,9 @@ def test_too_little_text_is_a_mistake(tmp_path: Path) -> None:
     """How many rows it gives."""
     path = folder(tmp_path, a="a" * 9, b="b" * 4)
     assert input_of(Tokens(256), path, batch=2).shape == (2, 4)
-    with pytest.raises(ValueError, match=r"workload\.path=\S+: of seq_len=4 tokens it gives 2 rows, and 3 .*batch"):
+    with pytest.raises(ValueError, match=r"workload\.path=\S+: .* 2 windows of seq_len=4 tokens, but 3 .*batch"):
         input_of(Tokens(256), path)
-    with pytest.raises(ValueError, match=r"workload\.path: .*seq_len=40: .*41 tokens.*longest has 9"):
+    with pytest.raises(ValueError, match=r"workload\.path: .*seq_len=40 .*41 tokens.*longest text has 9"):
         input_of(Tokens(256), path, seq_len=40)
 
 
