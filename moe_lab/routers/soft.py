@@ -47,6 +47,6 @@ class SoftMoE(Router):
     def warnings(self, n_tokens: int) -> list[str]:
         """What the row's load is the load of."""
         return [
-            "router=soft: the load metrics count every token in every expert (the combine weights), but an expert "
-            "computes only one row per sequence."
+            "router=soft: the load metrics count every token in every expert (the combine weights); the experts "
+            "compute one row per sequence and expert."
         ]

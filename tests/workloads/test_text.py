@@ -214,7 +214,7 @@ def test_a_path_that_cannot_be_read_is_a_mistake(tmp_path: Path, entry: str | li
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        pytest.param(None, r"the model has 300 ids and no tokenizer: put .*tokenizer\.json.* 256 ids", id="none"),
+        pytest.param(None, r"the model has 300 ids but no tokenizer; put .*tokenizer\.json.* 256 ids", id="none"),
         pytest.param("not_there.json", r"\S*not_there\.json not found; put", id="not_there"),
         pytest.param("broken.json", r"\S*broken\.json is not a valid tokenizer\.json \(.*\); copy", id="broken"),
         pytest.param("larger.json", r"larger\.json gives the id 300, but the model has 300 ids", id="another_models"),
