@@ -53,11 +53,11 @@ class Difference:
     sums: Tensor
 
     @classmethod
-    def of(cls, one: Routing, other: Routing, y_TD: Tensor, other_y_TD: Tensor, n_experts: int) -> Difference:
+    def of(cls, routing: Routing, other: Routing, y_TD: Tensor, other_y_TD: Tensor, n_experts: int) -> Difference:
         """Two routings of the same tokens and the outputs that they gave; the second is the reference."""
-        mine_TE, theirs_TE = members(one.expert_ids_TK, n_experts), members(other.expert_ids_TK, n_experts)
+        mine_TE, theirs_TE = members(routing.expert_ids_TK, n_experts), members(other.expert_ids_TK, n_experts)
         both_T, either_T = (mine_TE & theirs_TE).sum(-1), (mine_TE | theirs_TE).sum(-1)
-        weights_TE, other_weights_TE = weights_by_expert(one, n_experts), weights_by_expert(other, n_experts)
+        weights_TE, other_weights_TE = weights_by_expert(routing, n_experts), weights_by_expert(other, n_experts)
         per_token = (
             torch.where(either_T > 0, both_T.double() / either_T, 1.0),  # neither uses any: the same
             both_T == either_T,
@@ -119,14 +119,14 @@ def agreement(model: nn.Module, reference: nn.Module, x: Tensor, ran: Output, *,
     """
     layers, references = indexed_moe_layers(model), moe_layers(reference)
     theirs: dict[int, MoELayer] = {id(layer): other for (_, layer), other in zip(layers, references, strict=True)}
-    found: list[Difference] = []
+    differences: list[Difference] = []
     floors: list[Difference] = []
 
     def look(layer: MoELayer, arguments: tuple[Any, ...], result: tuple[Tensor, Routing]) -> None:
         x_TD, ctx, E = arguments[0], arguments[1], layer.weights.n_experts
         other = theirs[id(layer)]
         y_TD, routing = other(x_TD, ctx)
-        found.append(Difference.of(result[1], routing, result[0], y_TD, E))
+        differences.append(Difference.of(result[1], routing, result[0], y_TD, E))
         with _in_float64([other]):
             exact_y_TD, exact = other(x_TD, ctx)
         floors.append(Difference.of(exact, routing, exact_y_TD, y_TD, E))
@@ -139,19 +139,19 @@ def agreement(model: nn.Module, reference: nn.Module, x: Tensor, ran: Output, *,
     ids = [index for index, _ in layers]
     return {
         "output_rel_error": relative_error(ran.y, y),
-        **_summary(found, ids),
+        **_summary(differences, ids),
         "floor": {"output_rel_error": relative_error(exact_y, y), **_summary(floors, ids)},
     }
 
 
-def _summary(found: Sequence[Difference], layer_ids: Sequence[int]) -> dict[str, Any]:
+def _summary(differences: Sequence[Difference], layer_ids: Sequence[int]) -> dict[str, Any]:
     """{pooled, worst, layers} of at least one layer."""
-    pooled = found[0]
-    for one in found[1:]:
-        pooled = pooled + one
-    layers = [one.measures() for one in found]
+    pooled = differences[0]
+    for difference in differences[1:]:
+        pooled = pooled + difference
+    layers = [difference.measures() for difference in differences]
     return {
         "pooled": pooled.measures(),
         "worst": worst_of(layers, WORSE),
-        "layers": [{"layer": index, **one} for index, one in zip(layer_ids, layers, strict=True)],
+        "layers": [{"layer": index, **difference} for index, difference in zip(layer_ids, layers, strict=True)],
     }

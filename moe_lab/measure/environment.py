@@ -54,9 +54,9 @@ def _version(package: str) -> str | None:
 def _cpu_name() -> str | None:
     info = Path("/proc/cpuinfo")
     if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if found:
-            return found.group(1).strip()
+        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if match:
+            return match.group(1).strip()
     return platform.processor() or platform.machine() or None
 
 
@@ -64,16 +64,16 @@ def _driver() -> str | None:
     """The NVIDIA kernel driver's version."""
     for path in (Path("/sys/module/nvidia/version"), Path("/proc/driver/nvidia/version")):
         if path.exists():
-            found = re.search(r"\d+\.\d+(\.\d+)?", path.read_text())
-            if found:
-                return found.group(0)
+            match = re.search(r"\d+\.\d+(\.\d+)?", path.read_text())
+            if match:
+                return match.group(0)
     return None
 
 
 def _host_memory_mb() -> float | None:
     info = Path("/proc/meminfo")
-    found = re.search(r"^MemTotal:\s*(\d+) kB", info.read_text(), re.MULTILINE) if info.exists() else None
-    return int(found.group(1)) * 1024 / 1e6 if found else None
+    match = re.search(r"^MemTotal:\s*(\d+) kB", info.read_text(), re.MULTILINE) if info.exists() else None
+    return int(match.group(1)) * 1024 / 1e6 if match else None
 
 
 @cache

@@ -70,7 +70,7 @@ def measure_phases(step: Step, seconds: float, graph_p50_ms: float | None = None
     deadline = time.perf_counter() + seconds
     while len(passes) < 3 or time.perf_counter() < deadline:
         passes.append(_one_pass(step))
-    median = {name: float(np.median([one[name] for one in passes])) for name in passes[0]}
+    median = {name: float(np.median([pass_ms[name] for pass_ms in passes])) for name in passes[0]}
     total = median.pop("total")
     named = sum(median.values())
     return {

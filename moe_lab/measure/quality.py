@@ -63,9 +63,9 @@ def quality(
     layers, G = moe_layers(model), len(windows.names)
     E = max((layer.weights.n_experts for layer in layers), default=0)
     sums, on_device_LGE = [], torch.zeros(len(layers), G, E, dtype=torch.int64, device=device)
-    for at in range(0, used, batch):
+    for start in range(0, used, batch):
         pieces = (windows.ids_WS, windows.targets_WS, windows.domain_W)
-        ids_BS, targets_BS, domain_B = (some[at : at + batch].to(device) for some in pieces)
+        ids_BS, targets_BS, domain_B = (tensor[start : start + batch].to(device) for tensor in pieces)
         output: Output = model(ids_BS)
         native_y_BSV = output.y if native is None or native is model else native(ids_BS).y
         sums.append(_window_sums(output.y, native_y_BSV, targets_BS))
@@ -93,12 +93,12 @@ def domain_information(counts_LGE: np.ndarray) -> list[float]:
 
     0: every domain loads the experts alike; 1: no expert is used by two domains.
     """
-    found = []
+    information = []
     for counts_GE in counts_LGE:
         p_GE = counts_GE / max(counts_GE.sum(), 1)
         of_both, of_domain, of_expert = (_entropy(p) for p in (p_GE, p_GE.sum(1), p_GE.sum(0)))
-        found.append((of_domain + of_expert - of_both) / of_domain if of_domain else 0.0)
-    return found
+        information.append((of_domain + of_expert - of_both) / of_domain if of_domain else 0.0)
+    return information
 
 
 def _entropy(p: np.ndarray) -> float:

@@ -89,8 +89,8 @@ class RoutingStats:
         """
         (T, E), ids_TK = logits_TE.shape, routing.expert_ids_TK
         first_T = first_tokens(T, seq_start_B1, logits_TE.device)
-        found = routing_sums(logits_TE, ids_TK, routing.weights_TK, first_T)
-        packed = torch.cat([found.pairs_EE.flatten().double(), found.prob_E, found.sums]).cpu().numpy()  # read once
+        totals = routing_sums(logits_TE, ids_TK, routing.weights_TK, first_T)
+        packed = torch.cat([totals.pairs_EE.flatten().double(), totals.prob_E, totals.sums]).cpu().numpy()  # read once
         pairs_EE = packed[: E * E].reshape(E, E).astype(np.int64)
         counts_E = pairs_EE.diagonal()
         return cls(
@@ -166,7 +166,7 @@ def metrics(stats: RoutingStats) -> Metrics:
 
 def worst_of(layers: Sequence[Metrics], worse: Mapping[str, Callable[[Sequence[float]], float]]) -> Metrics:
     """For each name the worse of the layers that have a value; None if none has."""
-    known = {name: [value for one in layers if (value := one[name]) is not None] for name in worse}
+    known = {name: [value for layer in layers if (value := layer[name]) is not None] for name in worse}
     return {name: worse[name](values) if values else None for name, values in known.items()}
 
 
@@ -179,7 +179,7 @@ def summarize(layers: Sequence[RoutingStats], layer_ids: Sequence[int]) -> dict[
     return {
         "pooled": metrics(pooled),
         "worst": worst_of(per_layer, WORSE),
-        "layers": [{"layer": layer, **one} for layer, one in zip(layer_ids, per_layer, strict=True)],
+        "layers": [{"layer": layer, **values} for layer, values in zip(layer_ids, per_layer, strict=True)],
     }
 
 
@@ -189,7 +189,9 @@ def mean_of(summaries: Sequence[Any]) -> Any:
     if len(summaries) == 1:
         return first
     if isinstance(first, dict):
-        return {key: first[key] if key == "layer" else mean_of([one[key] for one in summaries]) for key in first}
+        return {
+            key: first[key] if key == "layer" else mean_of([summary[key] for summary in summaries]) for key in first
+        }
     if isinstance(first, list):
         return [mean_of(of_place) for of_place in zip(*summaries, strict=True)]
     return None if any(value is None for value in summaries) else float(np.mean(summaries))

@@ -55,8 +55,8 @@ class Checkpoint(DecoderMoE):
         if not wanted:
             return
         assert wanted.keys() == trained
-        found = checkpoint_weights.headers(checkpoint_weights.files(self.folder))
-        checkpoint_weights.execute(checkpoint_weights.plan(wanted, found, self.head.weight is self.embed.weight))
+        tensors = checkpoint_weights.headers(checkpoint_weights.files(self.folder))
+        checkpoint_weights.execute(checkpoint_weights.plan(wanted, tensors, self.head.weight is self.embed.weight))
 
     def untrained(self) -> list[str]:
         """What its routers have that neither the checkpoint holds nor calibration fits, as `bias_E`."""

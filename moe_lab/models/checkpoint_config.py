@@ -61,13 +61,13 @@ class _Config:
 
     def need(self, *names: str) -> Any:
         """The first of several names that the file has."""
-        found = self.get(*names)
-        if found is None:
+        value = self.get(*names)
+        if value is None:
             raise ValueError(
                 f"model.path: {self.path} has no {' or '.join(names)}; the configuration of a "
                 f"{self.content.get('model_type')} checkpoint is incomplete. Download the file again."
             )
-        return found
+        return value
 
     def get(self, *names: str, default: Any = None) -> Any:
         """As `need`, with a default; null counts as missing."""
@@ -75,24 +75,24 @@ class _Config:
 
     def size(self, *names: str, default: int | None = None) -> int:
         """As `need`, or with a default as `get`: an integer >= 1."""
-        found = self.need(*names) if default is None else self.get(*names, default=default)
-        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-            raise self.refuse(f"{' or '.join(names)}={found} must be an integer >= 1; download the file again.")
-        return found
+        value = self.need(*names) if default is None else self.get(*names, default=default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.refuse(f"{' or '.join(names)}={value} must be an integer >= 1; download the file again.")
+        return value
 
     def number(self, *names: str) -> float | None:
         """As `get`: a number > 0, or None."""
-        found = self.get(*names)
-        if found is not None and (not _is_number(found) or found <= 0):
-            raise self.refuse(f"{' or '.join(names)}={found} must be a number > 0; download the file again.")
-        return found  # type: ignore[no-any-return]
+        value = self.get(*names)
+        if value is not None and (not _is_number(value) or value <= 0):
+            raise self.refuse(f"{' or '.join(names)}={value} must be a number > 0; download the file again.")
+        return value  # type: ignore[no-any-return]
 
     def flag(self, name: str, default: bool) -> bool:
         """As `get`: true or false."""
-        found = self.get(name, default=default)
-        if not isinstance(found, bool):
-            raise self.refuse(f"{name}={found} must be true or false; download the file again.")
-        return found
+        value = self.get(name, default=default)
+        if not isinstance(value, bool):
+            raise self.refuse(f"{name}={value} must be true or false; download the file again.")
+        return value
 
     def window(self) -> int | None:
         """How many tokens a token of a sliding layer sees; None: all before it."""
@@ -134,7 +134,7 @@ def read(folder: str | Path) -> Settings:
         raise config.refuse("quantised checkpoints are not supported; use the bf16 weights.")
     end = config.get("eos_token_id", default=[])
     ends = end if isinstance(end, list) else [end]
-    if not all(isinstance(one, int) for one in ends):
+    if not all(isinstance(token_id, int) for token_id in ends):
         raise config.refuse(f"eos_token_id={end} must be an id or a list of ids; download the file again.")
     return replace(_ARCHITECTURES[model_type](config), ends=frozenset(ends))
 

@@ -63,44 +63,44 @@ def sources(name: str, shape: Sequence[int]) -> list[list[Source]]:
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
     if match is None:
         return []
-    at, rest = f"model.layers.{match[1]}", match[2]
+    prefix, rest = f"model.layers.{match[1]}", match[2]
     if rest in _LAYER:
-        return [[Source(f"{at}.{_LAYER[rest]}")]]
+        return [[Source(f"{prefix}.{_LAYER[rest]}")]]
     if rest.startswith("attention."):
         _, part, kind = rest.split(".")
-        return [[Source(f"{at}.self_attn.{_ATTENTION[part]}.{kind}")]]
+        return [[Source(f"{prefix}.self_attn.{_ATTENTION[part]}.{kind}")]]
     if rest in _GATE_UP:
         half = shape[0] // 2
         gate, up = slice(0, half), slice(half, None)
-        block = f"{at}.{_GATE_UP[rest]}"
+        block = f"{prefix}.{_GATE_UP[rest]}"
         return [[Source(f"{block}.gate_proj.weight", (gate,)), Source(f"{block}.up_proj.weight", (up,))]]
-    return _expert_sources(rest, at, shape)
+    return _expert_sources(rest, prefix, shape)
 
 
-def _expert_sources(rest: str, at: str, shape: Sequence[int]) -> list[list[Source]]:
+def _expert_sources(rest: str, prefix: str, shape: Sequence[int]) -> list[list[Source]]:
     if rest == "mlp.weights.gate_ED":
-        return [[Source(f"{at}.{block}.gate.weight")] for block, _ in _EXPERTS]
+        return [[Source(f"{prefix}.{block}.gate.weight")] for block, _ in _EXPERTS]
     experts = range(shape[0])
     if rest == "mlp.weights.w_gate_up_E2FD":
         gate, up = slice(0, shape[1] // 2), slice(shape[1] // 2, None)
         return [
             *(
                 [
-                    Source(f"{at}.{block}.experts.{expert}.{name}.weight", (expert, half))
+                    Source(f"{prefix}.{block}.experts.{expert}.{name}.weight", (expert, half))
                     for expert in experts
                     for name, half in ((names[0], gate), (names[1], up))
                 ]
                 for block, names in _EXPERTS
             ),
-            [Source(f"{at}.mlp.experts.gate_up_proj")],
+            [Source(f"{prefix}.mlp.experts.gate_up_proj")],
         ]
     if rest == "mlp.weights.w_down_EDF":
         return [
             *(
-                [Source(f"{at}.{block}.experts.{expert}.{names[2]}.weight", (expert,)) for expert in experts]
+                [Source(f"{prefix}.{block}.experts.{expert}.{names[2]}.weight", (expert,)) for expert in experts]
                 for block, names in _EXPERTS
             ),
-            [Source(f"{at}.mlp.experts.down_proj")],
+            [Source(f"{prefix}.mlp.experts.down_proj")],
         ]
     return []
 
@@ -139,7 +139,7 @@ def files(folder: Path) -> list[Path]:
 
 def headers(paths: Sequence[Path]) -> dict[str, Found]:
     """Every tensor by its key. Raises `ValueError` for a file that is cut short or not in the safetensors format."""
-    found: dict[str, Found] = {}
+    tensors: dict[str, Found] = {}
     for path in paths:
         try:
             with path.open("rb") as stream:
@@ -150,13 +150,15 @@ def headers(paths: Sequence[Path]) -> dict[str, Found]:
             header.pop("__metadata__", None)
             for key, entry in header.items():
                 start, stop = entry["data_offsets"]
-                found[key] = Found(path, tuple(entry["shape"]), entry["dtype"], 8 + size + start, stop - start)
-            end = max((one.start + one.n_bytes for one in found.values() if one.file == path), default=8 + size)
+                tensors[key] = Found(path, tuple(entry["shape"]), entry["dtype"], 8 + size + start, stop - start)
+            end = max(
+                (tensor.start + tensor.n_bytes for tensor in tensors.values() if tensor.file == path), default=8 + size
+            )
             if end != os.path.getsize(path):
                 raise ValueError(f"{os.path.getsize(path)} bytes, but its header says {end}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"model.path: {path} is damaged ({error}); download the file again.") from error
-    return found
+    return tensors
 
 
 class Copy(NamedTuple):
@@ -212,29 +214,29 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
     return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))
 
 
-def _same_bytes(one: Found, other: Found, at_once: int = 1 << 20) -> bool:
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+def _same_bytes(tensor: Found, other: Found, at_once: int = 1 << 20) -> bool:
+    if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
         return False
-    with one.file.open("rb") as a, other.file.open("rb") as b:
-        a.seek(one.start)
+    with tensor.file.open("rb") as a, other.file.open("rb") as b:
+        a.seek(tensor.start)
         b.seek(other.start)
         return all(
             a.read(n) == b.read(n)
-            for n in (min(at_once, one.n_bytes - done) for done in range(0, one.n_bytes, at_once))
+            for n in (min(at_once, tensor.n_bytes - done) for done in range(0, tensor.n_bytes, at_once))
         )
 
 
-def _layouts(parameters: Mapping[str, Tensor], found: Mapping[str, Found]) -> dict[str, list[Source]]:
+def _layouts(parameters: Mapping[str, Tensor], tensors: Mapping[str, Found]) -> dict[str, list[Source]]:
     """For each parameter the layout that the checkpoint has it in; if it has none of it, that of most others."""
     possible = {name: sources(name, parameter.shape) for name, parameter in parameters.items()}
     hits: Counter[int] = Counter()
     for layouts in possible.values():
         if len(layouts) > 1:
-            hits.update(number for number, layout in enumerate(layouts) for source in layout if source.key in found)
+            hits.update(number for number, layout in enumerate(layouts) for source in layout if source.key in tensors)
     chosen = {}
     for name, layouts in possible.items():
         assert layouts, f"no layout for {name}"
-        ranks = [(sum(source.key in found for source in layout), hits[n], -n) for n, layout in enumerate(layouts)]
+        ranks = [(sum(source.key in tensors for source in layout), hits[n], -n) for n, layout in enumerate(layouts)]
         chosen[name] = layouts[-max(ranks)[2]]
     return chosen
 

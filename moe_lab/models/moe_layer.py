@@ -96,9 +96,9 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
 def indexed_moe_layers(model: nn.Module) -> list[tuple[int, MoELayer]]:
     """(index of the layer in the model, MoELayer), in the order of `moe_layers`."""
-    found: list[tuple[int, MoELayer]] = []
+    layers: list[tuple[int, MoELayer]] = []
     for name, module in model.named_modules():
         if isinstance(module, MoELayer):
             numbers = [int(part) for part in name.split(".") if part.isdigit()]
-            found.append((numbers[0] if numbers else 0, module))
-    return found
+            layers.append((numbers[0] if numbers else 0, module))
+    return layers

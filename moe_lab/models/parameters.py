@@ -86,18 +86,18 @@ def adopt(model: nn.Module, donor: Mapping[str, Tensor], device: torch.device, s
     The caller answers for it that a donor's parameter of the same name, size and dtype holds the same values: they are
     a function of seed and name, or of a checkpoint and name.
     """
-    given: dict[int, Tensor] = {}
+    adopted: dict[int, Tensor] = {}
     missing: dict[str, Tensor] = {}
     for name, empty in model.named_parameters():
-        found = donor.get(name)
-        if found is None or found.shape != empty.shape or found.dtype != empty.dtype:
-            found = missing[name] = nn.Parameter(torch.empty_like(empty, device=device), requires_grad=False)
-        given[id(empty)] = found
+        tensor = donor.get(name)
+        if tensor is None or tensor.shape != empty.shape or tensor.dtype != empty.dtype:
+            tensor = missing[name] = nn.Parameter(torch.empty_like(empty, device=device), requires_grad=False)
+        adopted[id(empty)] = tensor
     _fill_all(model, missing, seed)
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[key] = given[id(parameter)]  # type: ignore[assignment]
+                module._parameters[key] = adopted[id(parameter)]  # type: ignore[assignment]
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

@@ -58,13 +58,13 @@ def _append_kernel(
     else:
         kv = tl.arange(0, BLOCK_KV)[:, None]  # not h: a name has one shape in both branches
         inside = (kv < H_KV) & (i < d)
-        at = b * cache_row + kv.to(tl.int64) * N * d + position * d + i
+        offset = b * cache_row + kv.to(tl.int64) * N * d + position * d + i
         if tl.program_id(1) == 1:
             k = _turned(k_ptr + b * k_row, k_norm_ptr, cos_ptr, sin_ptr, H_KV, d, eps, clip, NORM, BLOCK_KV, BLOCK_D)
-            tl.store(k_cache_ptr + at, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
+            tl.store(k_cache_ptr + offset, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
         else:
             v = tl.load(v_ptr + b * v_row + kv * d + i, mask=inside, other=0.0).to(tl.float32)
-            tl.store(v_cache_ptr + at, _clamped(v, clip).to(v_cache_ptr.dtype.element_ty), mask=inside)
+            tl.store(v_cache_ptr + offset, _clamped(v, clip).to(v_cache_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_append(
@@ -105,11 +105,11 @@ def _piece_kernel(
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
     start = piece * KEYS
     if (start <= position) & (start + KEYS > first):
-        at = b * cache_row + kv.to(tl.int64) * N * d
+        offset = b * cache_row + kv.to(tl.int64) * N * d
         for block in range(0, KEYS, BLOCK_N):
             n = start + block + tl.arange(0, BLOCK_N)
             seen = (n <= position) & (n >= first)
-            where = at + n[:, None].to(tl.int64) * d + i[None, :]
+            where = offset + n[:, None].to(tl.int64) * d + i[None, :]
             inside = seen[:, None] & (i[None, :] < d)
             k = tl.load(k_ptr + where, mask=inside, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale

@@ -175,8 +175,8 @@ def build(architectures: tuple[str, ...], *, again: bool = False) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_suffix(".lock")):
-            if (found := built(architectures)) is not None:
-                return found
+            if (existing := built(architectures)) is not None:
+                return existing
             marker = target.with_suffix(".failed")
             if again:
                 marker.unlink(missing_ok=True)
@@ -186,11 +186,11 @@ def build(architectures: tuple[str, ...], *, again: bool = False) -> Path:
             log.warning("building the extension (%s); this takes about a minute and is done once", halves)
             with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as folder:
                 try:
-                    made = _compile(Path(folder), architectures, target.with_suffix(".log"))
+                    compiled = _compile(Path(folder), architectures, target.with_suffix(".log"))
                 except BuildError as error:
                     marker.write_text(str(error))
                     raise
-                os.replace(made, target)  # a reader sees all of it or none
+                os.replace(compiled, target)  # a reader sees all of it or none
     except OSError as error:
         raise UnavailableError(f"the extension cannot be built in {target.parent}: {error}") from error
     return target
@@ -230,12 +230,12 @@ def _compile(folder: Path, architectures: tuple[str, ...], log_file: Path) -> Pa
 
 
 def _run(command: list[str], log_file: Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    said = (done.stdout + done.stderr).strip()
+    process = subprocess.run(command, capture_output=True, text=True)
+    output = (process.stdout + process.stderr).strip()
     with log_file.open("a") as file:
-        file.write(f"{' '.join(command)}\n{said}\n")
-    if done.returncode:
-        last = " / ".join(said.splitlines()[-3:])
+        file.write(f"{' '.join(command)}\n{output}\n")
+    if process.returncode:
+        last = " / ".join(output.splitlines()[-3:])
         raise BuildError(
             f"the extension does not compile: {last} (full output: {log_file}); run `moe-lab build` to try again"
         )

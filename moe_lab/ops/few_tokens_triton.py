@@ -50,16 +50,16 @@ def _up_kernel(
     up = tl.zeros((ROWS, BLOCK_F), tl.float32)
     if SCALES:
         weight = tl.load(weights_ptr + t * K + own, mask=own >= 0, other=0.0)
-    for at in range(0, D, BLOCK_D):
-        inside = (f[None, :] < F) & (d[:, None] + at < D)
+    for start in range(0, D, BLOCK_D):
+        inside = (f[None, :] < F) & (d[:, None] + start < D)
         x = tl.load(
-            x_ptr + t[:, None] * D + d[None, :] + at, mask=(own[:, None] >= 0) & (d[None, :] + at < D), other=0.0
+            x_ptr + t[:, None] * D + d[None, :] + start, mask=(own[:, None] >= 0) & (d[None, :] + start < D), other=0.0
         )
         if SCALES:
             x = (x.to(tl.float32) * weight[:, None]).to(x.dtype)
-        gate += tl.dot(x, tl.load(gate_at + at, mask=inside, other=0.0), input_precision="ieee")
+        gate += tl.dot(x, tl.load(gate_at + start, mask=inside, other=0.0), input_precision="ieee")
         up += tl.dot(
-            x, tl.load(gate_at + tl.cast(F, tl.int64) * D + at, mask=inside, other=0.0), input_precision="ieee"
+            x, tl.load(gate_at + tl.cast(F, tl.int64) * D + start, mask=inside, other=0.0), input_precision="ieee"
         )
     gate, up = gate.to(h_ptr.dtype.element_ty).to(tl.float32), up.to(h_ptr.dtype.element_ty).to(tl.float32)
     h = gate / (1.0 + tl.exp(-gate)) * up
@@ -84,12 +84,12 @@ def _down_kernel(
     f = tl.arange(0, BLOCK_F)
     w_at = w_ptr + expert.to(tl.int64) * D * F + d[None, :].to(tl.int64) * F + f[:, None]
     o = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for at in range(0, F, BLOCK_F):
+    for start in range(0, F, BLOCK_F):
         h = tl.load(
-            h_ptr + (t * K + own)[:, None] * F + f[None, :] + at,
-            mask=(own[:, None] >= 0) & (f[None, :] + at < F), other=0.0,
+            h_ptr + (t * K + own)[:, None] * F + f[None, :] + start,
+            mask=(own[:, None] >= 0) & (f[None, :] + start < F), other=0.0,
         )  # fmt: skip
-        w = tl.load(w_at + at, mask=(d[None, :] < D) & (f[:, None] + at < F), other=0.0)
+        w = tl.load(w_at + start, mask=(d[None, :] < D) & (f[:, None] + start < F), other=0.0)
         o += tl.dot(h, w, input_precision="ieee")
     where = o_ptr + (t * K + own)[:, None] * D + d[None, :]
     tl.store(where, o.to(o_ptr.dtype.element_ty), mask=(own[:, None] >= 0) & (d[None, :] < D))

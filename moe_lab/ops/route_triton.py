@@ -52,14 +52,14 @@ def _kernel(
         group = e // group_size
         g = tl.arange(0, BLOCK_G)
         scores = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-        for of in range(N_GROUPS):
-            inside = is_left & (group == of)
+        for group_index in range(N_GROUPS):
+            inside = is_left & (group == group_index)
             score = tl.max(tl.where(inside, ranked, float("-inf")), axis=0)
             if TOP2:
                 first = tl.min(tl.where(inside & (ranked == score), e, BLOCK_E), axis=0)
                 second = tl.max(tl.where(inside & (e != first), ranked, float("-inf")), axis=0)
                 score = tl.where(score == float("inf"), score, score + tl.where(group_size > 1, second, 0.0))
-            scores = tl.where(g == of, score, scores)
+            scores = tl.where(g == group_index, score, scores)
         is_open = g < N_GROUPS
         kept = e < 0
         for _ in range(TOP_GROUPS):

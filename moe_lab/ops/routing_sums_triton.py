@@ -34,10 +34,10 @@ def _kernel(
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     experts = tl.arange(0, BLOCK_E)
     here, there = token < T, experts < E
-    at = token[:, None] * E + experts[None, :]
+    offset = token[:, None] * E + experts[None, :]
     both = here[:, None] & there[None, :]
 
-    logit = tl.load(logits + at, mask=both, other=-float("inf")).to(tl.float32)
+    logit = tl.load(logits + offset, mask=both, other=-float("inf")).to(tl.float32)
     top = tl.where(here, tl.max(logit, 1), 0.0)
     lse = top + tl.log(tl.where(here, tl.sum(tl.exp(logit - top[:, None]), 1), 1.0))
     log_p = logit - lse[:, None]
@@ -61,7 +61,7 @@ def _kernel(
     shared = tl.sum(mine * before, 1)
     repeats = follows & (choice >= 0) & (choice == choice_before)
 
-    tl.store(members_out + at, mine.to(tl.float32), mask=both)
+    tl.store(members_out + offset, mine.to(tl.float32), mask=both)
     out = partial + tl.program_id(0) * (E + N)
     tl.store(out + experts, tl.sum(p, 0), mask=there)
     out += E

@@ -85,12 +85,12 @@ def sinkhorn_route(
     the columns' scale, from which `scores_of` makes the scores. The same bits from run to run. Of logits that are not
     finite the ids are still different experts.
     """
-    how = (top_k, iters, temperature, tolerance)
+    settings = (top_k, iters, temperature, tolerance)
     if implementation == "triton":
-        return call("sinkhorn_route_triton", logits_TE, *how)  # type: ignore[no-any-return]
+        return call("sinkhorn_route_triton", logits_TE, *settings)  # type: ignore[no-any-return]
     assert implementation == "cuda_ext", implementation
     logits_TE = extension.readable(logits_TE)
-    return torch.ops.moe_lab.sinkhorn_route(logits_TE, *how)  # type: ignore[no-any-return]
+    return torch.ops.moe_lab.sinkhorn_route(logits_TE, *settings)  # type: ignore[no-any-return]
 
 
 def scores_of(logits_TE: Tensor, log_b_E: Tensor, temperature: float) -> Tensor:

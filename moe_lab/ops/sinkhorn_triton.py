@@ -81,10 +81,10 @@ def _choose(
             logits = tl.where(k[None, :] == place, logit, logits)
         weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
         weights = weights / tl.sum(weights, axis=1)[:, None]
-        at = r.to(tl.int64)[:, None] * K + k[None, :]
+        offset = r.to(tl.int64)[:, None] * K + k[None, :]
         inside = (r < last)[:, None] & (k < K)[None, :]
-        tl.store(ids_ptr + at, ids, mask=inside)
-        tl.store(weights_ptr + at, weights, mask=inside)
+        tl.store(ids_ptr + offset, ids, mask=inside)
+        tl.store(weights_ptr + offset, weights, mask=inside)
 
 
 @triton.jit

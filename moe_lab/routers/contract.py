@@ -35,7 +35,7 @@ def check_contract(routing: Routing, n_tokens: int, n_experts: int, layer: int) 
         raise broken("an unused slot (id -1) has a weight")
     if routing.dispatch is not None:
         wanted = dispatch(ids_TK, n_experts)
-        if not all(torch.equal(its, other) for its, other in zip(routing.dispatch, wanted, strict=True)):
+        if not all(torch.equal(tensor, other) for tensor, other in zip(routing.dispatch, wanted, strict=True)):
             raise broken("the slots in dispatch are not sorted by expert")
 
 
@@ -52,6 +52,6 @@ def weights_by_expert(routing: Routing, n_experts: int) -> Tensor:
 def changed_sets(a: Sequence[Routing], b: Sequence[Routing], n_experts: Sequence[int]) -> int:
     """How many (layer, token) pairs use another set of experts in `a` than in `b`."""
     return sum(
-        int((members(one.expert_ids_TK, E) != members(other.expert_ids_TK, E)).any(-1).sum())
-        for one, other, E in zip(a, b, n_experts, strict=True)
+        int((members(routing.expert_ids_TK, E) != members(other.expert_ids_TK, E)).any(-1).sum())
+        for routing, other, E in zip(a, b, n_experts, strict=True)
     )

@@ -49,12 +49,12 @@ class Sinkhorn(Router):
         """See `Router.select`. Raises `ValueError` naming the layer for logits that are not finite."""
         require_finite(logits_TE, ctx, every_entry=True)
         wanted = ctx.want_scores
-        how = (self.iters, self.temperature, self.tolerance)
+        settings = (self.iters, self.temperature, self.tolerance)
         if self.impl != "torch" and not is_exporting():
-            ids_TK, weights_TK, log_b_E = sinkhorn_route(logits_TE, self.top_k, *how, self.impl)
+            ids_TK, weights_TK, log_b_E = sinkhorn_route(logits_TE, self.top_k, *settings, self.impl)
             scores_TE = scores_of(logits_TE, log_b_E, self.temperature) if wanted else None
             return Routing(ids_TK, weights_TK, scores_TE=scores_TE)
-        scores_TE = sinkhorn_scores(logits_TE, *how)
+        scores_TE = sinkhorn_scores(logits_TE, *settings)
         ids_TK = top_k(scores_TE, self.top_k)
         weights_TK = weights_of(logits_TE, ids_TK, renormalize=True, all_used=True)
         return Routing(ids_TK, weights_TK, scores_TE=scores_TE if wanted else None)

@@ -82,10 +82,10 @@ def load_difference(cfg: DictConfig, model: nn.Module, forced: Sequence[Routing]
     if cfg.workload.load == "replay":
         return None  # what was drawn is what there is
     layers = moe_layers(model)
-    found = []
+    differences = []
     for layer, routing in zip(layers, forced, strict=True):
         E, K = layer.weights.n_experts, routing.expert_ids_TK.shape[1]
         asked_E = loads.asked_shares(cfg.workload.load, E, K, **_load_keys(cfg))
         if asked_E is not None:
-            found.append(loads.difference(routing.expert_ids_TK, asked_E))
-    return max(found, default=None)
+            differences.append(loads.difference(routing.expert_ids_TK, asked_E))
+    return max(differences, default=None)

@@ -376,7 +376,7 @@ def test_what_is_given_back_may_be_given_in(implementation: str, device: torch.d
         pytest.param({"k": 0}, "k=0: must be between 1", id="k=0"),
         pytest.param({"k": 13}, "k=13: must be between 1", id="k > E"),
         pytest.param({"score": "tanh"}, "score=tanh: must be", id="score"),
-        pytest.param({"n_groups": 5}, "n_groups=5: it must divide E", id="groups"),
+        pytest.param({"n_groups": 5}, "n_groups=5: must divide E", id="groups"),
         pytest.param({"n_groups": 6, "top_groups": 1}, "top_groups=1: must be", id="too few left"),
         pytest.param({"bias": torch.zeros(11)}, "bias: must be float32", id="bias's size"),
         pytest.param({"gate_bias": torch.zeros(12, dtype=torch.float64)}, "gate_bias: must", id="bias's dtype"),
