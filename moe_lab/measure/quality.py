@@ -52,7 +52,7 @@ def quality(
         function}, slots by MoE layer, domain and expert [L, G, E]).
 
     Raises:
-        ValueError: the windows do not fill one batch.
+        ValueError: there are fewer windows than one batch.
     """
     used = len(windows.ids_WS) // batch * batch
     if not used:

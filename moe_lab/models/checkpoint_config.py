@@ -54,7 +54,7 @@ class Settings:
 
 
 class _Config:
-    """The keys of one file; one that is needed and missing is an error that names it."""
+    """The keys of one file. A missing required key is an error that names the key."""
 
     def __init__(self, path: Path, content: Mapping[str, Any]):
         self.path, self.content = path, content

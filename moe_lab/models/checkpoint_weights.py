@@ -57,7 +57,7 @@ class Source(NamedTuple):
 
 
 def sources(name: str, shape: Sequence[int]) -> list[list[Source]]:
-    """Where a checkpoint may have our parameter `name`: for each known layout, the tensors that make it up."""
+    """For each known layout, the checkpoint tensors that make up our parameter `name`."""
     if name in _WHOLE:
         return [[Source(_WHOLE[name])]]
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
@@ -227,7 +227,7 @@ def _same_bytes(tensor: Found, other: Found, at_once: int = 1 << 20) -> bool:
 
 
 def _layouts(parameters: Mapping[str, Tensor], tensors: Mapping[str, Found]) -> dict[str, list[Source]]:
-    """For each parameter the layout that the checkpoint has it in; if it has none of it, that of most others."""
+    """For each parameter the layout that the checkpoint uses; if it has none of its tensors, the most frequent one."""
     possible = {name: sources(name, parameter.shape) for name, parameter in parameters.items()}
     hits: Counter[int] = Counter()
     for layouts in possible.values():
@@ -246,7 +246,7 @@ def _some(keys: Sequence[str]) -> str:
 
 
 def execute(copies: Sequence[Copy]) -> None:
-    """Copy, with a progress bar where somebody looks.
+    """Copy, with a progress bar if standard error is a terminal.
 
     Raises:
         ValueError: a file that cannot be read.

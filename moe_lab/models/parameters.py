@@ -81,9 +81,9 @@ def shareable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adopt(model: nn.Module, donor: Mapping[str, Tensor], device: torch.device, seed: int) -> None:
-    """Give a model made `without_storage` the very parameters of `donor`, by name; what it has not is filled.
+    """Share `donor`'s parameters, by name, with a model made `without_storage`; fill those that it does not have.
 
-    The caller answers for it that a donor's parameter of the same name, size and dtype holds the same values: they are
+    The caller must make sure that a donor's parameter of the same name, size and dtype has the same values: they are
     a function of seed and name, or of a checkpoint and name.
     """
     adopted: dict[int, Tensor] = {}

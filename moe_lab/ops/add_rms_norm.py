@@ -41,7 +41,7 @@ def add_rms_norm(
         Two contiguous tensors of x's shape and dtype.
 
     Raises:
-        ValueError: the shapes or dtypes do not fit.
+        ValueError: the shapes or dtypes do not match.
     """
     return call("add_rms_norm", x, residual, weight, eps, implementation)  # type: ignore[no-any-return]
 

@@ -92,7 +92,7 @@ def require(device: torch.device) -> None:
 
     Raises:
         UnavailableError: a compiler is missing, or there are no kernels for this device.
-        BuildError: it was tried before, and did not compile.
+        BuildError: an earlier build failed.
     """
     if device.type not in ("cpu", "cuda"):
         raise UnavailableError(f"the extension has no kernels for {device.type}")
@@ -161,13 +161,13 @@ def built(architectures: tuple[str, ...]) -> Path | None:
 
 
 def build(architectures: tuple[str, ...], *, again: bool = False) -> Path:
-    """Compile for these architectures, unless a build serves them already; one process at a time.
+    """Compile for these architectures unless a build for them exists; one process at a time.
 
-    What failed once fails at once from then on, unless `again`.
+    A build that failed before is not tried again, unless `again`.
 
     Raises:
         UnavailableError: a compiler is missing, or the folder cannot be written.
-        BuildError: a compiler failed (its last lines, and where all of them are).
+        BuildError: a compiler failed (its last lines, and the path of its full output).
     """
     if (missing := cannot_build(architectures)) is not None:
         raise UnavailableError(f"the extension cannot be built: {missing}")

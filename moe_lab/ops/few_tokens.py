@@ -29,7 +29,7 @@ def few_tokens_mlp(
         w_gate_up_E2FD, w_down_EDF: contiguous, of x's dtype.
 
     Raises:
-        ValueError: the matrices are of another dtype.
+        ValueError: the matrices have another dtype.
     """
     result: Tensor = call("few_tokens_mlp", x_TD, ids_TK, weights_TK, w_gate_up_E2FD, w_down_EDF, scales_input)
     return result

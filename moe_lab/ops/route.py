@@ -35,7 +35,7 @@ class Routed(NamedTuple):
 def require_computable(
     implementation: str, how: Selection, n_experts: int, *, bias: bool = False, gate_bias: bool = False
 ) -> None:
-    """Raise `UnavailableError` where this one of `IMPLEMENTATIONS` has no kernel for it."""
+    """Raise `UnavailableError` if this one of `IMPLEMENTATIONS` has no kernel for it."""
     if implementation in PEERS:
         require_computes(implementation, how, bias=bias, gate_bias=gate_bias)
     if implementation != "cuda_ext":

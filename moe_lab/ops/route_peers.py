@@ -98,7 +98,7 @@ _MODULES = {
 
 
 def require(name: str, device: torch.device) -> None:
-    """Raise `UnavailableError` where this peer's kernels are not installed or have no such device."""
+    """Raise `UnavailableError` if this peer is not installed or does not support the device."""
     if device.type != "cuda" and name != "transformers":
         raise UnavailableError(f"router.impl={name}: needs device=cuda (this run is on {device.type})")
     try:
@@ -108,7 +108,7 @@ def require(name: str, device: torch.device) -> None:
 
 
 def require_computes(name: str, how: Selection, *, bias: bool, gate_bias: bool) -> None:
-    """Raise `UnavailableError` where the peer's kernel computes something else than `how`."""
+    """Raise `UnavailableError` if the peer's kernel does not support `how`."""
     grouped = how.top_groups < how.n_groups
     plain_softmax = how.score == "softmax" and not bias and not grouped and how.scale == 1
     scored = how.score == "sigmoid" and bias and (not grouped or how.group_score == "top2")

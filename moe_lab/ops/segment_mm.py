@@ -58,7 +58,7 @@ def segment_mm(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor, implementation: 
         implementation: as `implementation_for` gives.
 
     Raises:
-        ValueError: the shapes or dtypes do not fit.
+        ValueError: the shapes or dtypes do not match.
     """
     return call("segment_mm", x_ND, w_EFD, offsets_E1, implementation)  # type: ignore[no-any-return]
 

@@ -213,7 +213,7 @@ def gate_logits(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
 
 
 def require_finite(logits_TE: Tensor, ctx: RouteContext, *, every_entry: bool = False) -> None:
-    """Raise `ValueError` naming the layer if a row has no softmax: it holds NaN or +inf, or nothing but -inf.
+    """Raise `ValueError` naming the layer if a row has no softmax: NaN, +inf or only -inf.
 
     With `every_entry` a single -inf (a masked expert) is refused too. Silent where looking would stop the device or
     break a captured graph (CUDA, torch.compile), and while a block is timed (`unchecked`): a run looks at its logits on
@@ -226,7 +226,7 @@ def require_finite(logits_TE: Tensor, ctx: RouteContext, *, every_entry: bool = 
 
 
 def check_finite(logits_TE: Tensor, layer: int, *, every_entry: bool = False) -> None:
-    """As `require_finite`, on every device, at the price of a host synchronisation on CUDA."""
+    """As `require_finite`, on every device; on CUDA it synchronises with the host."""
     if logits_TE.numel() == 0:
         return
     wide_TE = logits_TE.float()  # what the selection reads: float64 logits may overflow here

@@ -27,7 +27,7 @@ class TokenHash(Router):
         super().__init__(n_experts, top_k, impl)
 
     def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
-        """See `Router.select`. Raises `ValueError` without the tokens' ids."""
+        """See `Router.select`. Raises `ValueError` without token ids."""
         require_finite(logits_TE, ctx)
         if ctx.token_ids_T is None:
             raise ValueError("router=hash: needs token ids (ctx.token_ids_T).")

@@ -48,7 +48,7 @@ def _trace(directory: str, layer: int | None, n_layers: int) -> np.ndarray:
     """The recorded ids [L, T, K] of a run, or of one of its MoE layers (counted from 0) for a model that has one.
 
     Raises:
-        ValueError: there are none, or of another number of layers.
+        ValueError: the file is missing, or it has another number of layers.
     """
     path = Path(directory) / store.ROUTING
     try:
@@ -76,7 +76,7 @@ def _trace(directory: str, layer: int | None, n_layers: int) -> np.ndarray:
 
 
 def load_difference(cfg: DictConfig, model: nn.Module, forced: Sequence[Routing] | None) -> float | None:
-    """By how much the worst layer's load differs from the one asked for (`loads.difference`); None if none was."""
+    """The largest difference between a layer's load and the requested load (`loads.difference`); None without one."""
     if forced is None:
         return None
     if cfg.workload.load == "replay":

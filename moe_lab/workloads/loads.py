@@ -128,10 +128,10 @@ def loaded(load: str, native: Routing, n_experts: int, **keys: float) -> Routing
 
 
 def replayed(recorded_TK: np.ndarray, native: Routing, n_experts: int, seed: int) -> Routing:
-    """`native` with recorded ids [T', K], which for another number of tokens are drawn with replacement.
+    """`native` with recorded ids [T', K]; if T' is not T, they are drawn with replacement.
 
     Raises:
-        ValueError: the recording is of another number of experts a token, or of experts that are not there.
+        ValueError: the recording has another number of experts per token, or ids that the layer does not have.
     """
     (T, K), device = native.expert_ids_TK.shape, native.expert_ids_TK.device
     n_recorded = len(recorded_TK)

@@ -72,8 +72,8 @@ def read_domains(path: str | Sequence[str] | None, vocab_size: int, tokenizer_fi
         tells them apart.
 
     Raises:
-        ValueError: a text is not there, empty or not UTF-8, or the tokenizer is not there, unreadable or of another
-            model.
+        ValueError: a text is missing, empty or not UTF-8, or the tokenizer is missing, unreadable or does not match
+            the model.
     """
     if not path:
         raise ValueError("workload.path: workload=text needs a text file, a folder of text files or a list of these.")
@@ -238,7 +238,7 @@ def text_input(
         int64 token ids [batch, seq_len].
 
     Raises:
-        ValueError: the model is fed no token ids, or the texts cannot be read or are too short.
+        ValueError: the model takes no token ids, or the texts cannot be read or are too short.
     """
     if model.vocab_size is None:
         raise ValueError(
