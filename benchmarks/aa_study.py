@@ -1,15 +1,15 @@
-"""How often does `moe-lab compare` find a difference where there is none, and an interleaved ratio one of 10 %?
+"""Measures how often `moe-lab compare` reports a difference for the same code, and how often it finds a 10 % slowdown.
 
     python -m benchmarks.aa_study --pairs 20              # an idle machine
-    OMP_NUM_THREADS=1 python -m benchmarks.aa_study --pairs 20 --load 2     # with 2 busy processes beside it
+    OMP_NUM_THREADS=1 python -m benchmarks.aa_study --pairs 20 --load 2     # with 2 other busy processes
 
-(One thread under load: with more, OpenMP's threads wait for each other while the busy processes have the cores, and a
-pass takes up to 28 times as long.)
+(Use one thread under load. With more, OpenMP's threads wait for each other while the busy processes use the cores, and
+a pass takes up to 28 times as long.)
 
 Each pair is two sweeps of the same code, one after the other, with 3 replicates: `compare` should call fewer than
-5 % of the cells faster or slower. In every sweep a second router is the first one with a wait of 10 % of the whole
-pass, as measured before; the cell's ratio to the anchor, formed in the same rounds, should find it in at least 90 % of
-the cells (its interval lies above 1).
+5 % of the cells faster or slower. Every sweep also has a second router: the first one plus a wait of 10 % of a
+pass. The ratio of the cell to the anchor, computed in the same rounds, should find it in at least 90 % of the cells
+(interval above 1).
 """
 
 from __future__ import annotations
@@ -73,7 +73,12 @@ def plant(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--load", type=int, default=0, help="processes of one thread that multiply matrices meanwhile")
+    parser.add_argument(
+        "--load",
+        type=int,
+        default=0,
+        help="number of single-threaded processes that multiply matrices during the study",
+    )
     given = parser.parse_args()
     noise = "import numpy as np\na = np.ones((512, 512))\nwhile True: a @ a"
     one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
@@ -104,7 +109,7 @@ def main() -> None:
     print(
         f"\n{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
     )
-    print(f"{given.load} processes beside it; {given.pairs} pairs of sweeps, 3 replicates\n")
+    print(f"{given.load} busy processes; {given.pairs} pairs of sweeps, 3 replicates\n")
     print("| | cells | share |\n|---|---|---|")
     print(f"| same code called faster or slower | {wrong} of {cells} | {wrong / cells:.1%} |")
     for verdict in ("same", "inconclusive"):

@@ -1,9 +1,9 @@
-"""add_rms_norm's Triton kernel against the rate of a large copy, on a CUDA device.
+"""Compares add_rms_norm's Triton kernel with the rate of a large copy, on a CUDA device.
 
     python -m benchmarks.add_rms_norm --out outputs/add_rms_norm.csv
 
-The lab's own graph steps: hot (20 calls in one graph, over 20) and cold (L2 overwritten before each). Two tensors
-are read and two written; `share` is that over the time, against a copy of 1 GiB, which counts its bytes twice.
+Timed as CUDA graphs: hot (20 calls in one graph, divided by 20) and cold (L2 overwritten before each call). The kernel
+reads two tensors and writes two. `share` is its rate divided by the rate of a 1 GiB copy (bytes read and written).
 """
 
 from __future__ import annotations

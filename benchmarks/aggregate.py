@@ -1,8 +1,8 @@
-"""How long a sweep's records take to aggregate: all new, one changed, nothing changed; each in a fresh process.
+"""Measures how long it takes to aggregate a sweep: all records new, one changed, none changed; each in a fresh process.
 
     python -m benchmarks.aggregate              # 10,000 records of 50 samples
 
-The records are made up (benchmarks/synthetic.py). Times are the call's, and the whole process's with its imports.
+The records are synthetic (benchmarks/synthetic.py). The times are of the call, and of the process with its imports.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def measure(root: Path) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, default=10_000)
-    parser.add_argument("--samples", type=int, default=50, help="timing samples of a record")
+    parser.add_argument("--samples", type=int, default=50, help="timing samples per record")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     print(f"{options.cells} records of {options.samples} samples, {len(os.sched_getaffinity(0))} CPUs\n")

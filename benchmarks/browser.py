@@ -1,4 +1,4 @@
-"""Opens a page in headless Chromium as a person has it: a size, light or dark, and no network."""
+"""Opens a page in headless Chromium with a window size, a light or dark theme, and no network."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""How long a checkpoint takes to load, beside a plain read of the same files, and how much host memory it needs.
+"""Measures the load time of a checkpoint compared with a plain read of its files, and the host memory that it needs.
 
     python -m benchmarks.checkpoint_load /tmp/olmoe --write --device cuda
 
 `--write` first fills the folder with an OLMoE-1B-7B-shaped checkpoint of random bf16 weights in shards. The plain read
-takes each file from end to end into one buffer of 64 MiB, with one thread and with as many as the loader has. Every
-measurement is a process of its own; with `--cold` the page cache is dropped before each (root, Linux).
+reads each file into a buffer of 64 MiB, with one thread and with as many threads as the loader uses. Every
+measurement runs in its own process; with `--cold` the page cache is dropped before each (root, Linux).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cold", action="store_true")
-    parser.add_argument("--only", choices=("read1", "readN", "load"), help="one measurement in this process")
+    parser.add_argument("--only", choices=("read1", "readN", "load"), help="run only this measurement, in this process")
     options = parser.parse_args()
     threads = min(8, os.cpu_count() or 1)
     if options.only == "load":

@@ -1,16 +1,16 @@
-"""A checkpoint here against transformers' own model of it: prefill and decode, in alternated rounds.
+"""Compares a checkpoint in moe-lab with the same model in transformers: prefill and decode, in alternating rounds.
 
     python -m benchmarks.checkpoint_peers --out docs/results/cpu
     python -m benchmarks.checkpoint_peers --path /tmp/olmoe --device cuda --dtype bf16 --execution cuda_graph \\
         --cells decode:1:2048 decode:8:2048
 
-Both load the same folder. Of transformers every experts implementation that runs is timed (eager, batched_mm,
-grouped_mm), with SDPA and, for decode, a StaticCache of the same length; on CUDA it is compiled (mode reduce-overhead,
-so with CUDA graphs; prefill is left eager). A round times everybody once in shuffled order, a decode round some
-consecutive tokens, and the ratio ours / peer is formed within the round; the interval is that of the median ratio.
-Before any timing the logits are compared with those of transformers.
+Both load the same folder. Every experts implementation of transformers that runs is timed (eager, batched_mm,
+grouped_mm), with SDPA and, for decode, a StaticCache of the same length. On CUDA it is compiled (mode reduce-overhead,
+which uses CUDA graphs); prefill stays eager. A round times every implementation once in shuffled order; a decode round
+times some consecutive tokens. The ratio ours / peer is computed within the round; the interval is that of the median
+ratio. The logits are compared with those of transformers before the timing.
 
-Exit code 1 if the interval against the best peer lies above 1.03 anywhere.
+The exit code is 1 if the interval of the ratio to the fastest peer is above 1.03 in any cell.
 """
 
 from __future__ import annotations
@@ -127,14 +127,14 @@ def time_cuda(call: Callable[[], Any], device: str) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default="assets/tiny-olmoe")
-    parser.add_argument("--text", default="assets/text", help="folder of texts; empty: random ids")
+    parser.add_argument("--text", default="assets/text", help="folder of texts; empty: random token ids")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--execution", default="eager")
     parser.add_argument("--cells", nargs="+", default=["prefill:8:512", "decode:1:256", "decode:8:256"])
     parser.add_argument("--peers", nargs="+", default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--out", type=Path, help="folder for checkpoint_peers.csv (every round)")
+    parser.add_argument("--out", type=Path, help="output folder of checkpoint_peers.csv (every round)")
     options = parser.parse_args()
 
     env = environment.capture(torch.device(options.device))
@@ -196,7 +196,7 @@ def time_cell(options: argparse.Namespace, model: Any, phase: str, batch: int, l
         mine = step().y[:, -1].float()
         error = float((mine - theirs[:, -1].float()).norm() / theirs.float().norm())
         allowed = 1e-3 if options.dtype == "fp32" else 0.25  # a near-tie may flip an expert in bf16
-        assert error < allowed, f"{name} computes something else: relative error {error:.1e}"
+        assert error < allowed, f"{name} computes a different result: relative error {error:.1e}"
         peers[name] = peer
 
     def one_round(name: str) -> float:

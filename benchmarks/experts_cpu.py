@@ -1,15 +1,15 @@
-"""experts=grouped against transformers' experts on this machine's CPU, in alternated rounds.
+"""Compares experts=grouped with the experts of transformers on this machine's CPU, in alternating rounds.
 
     python -m benchmarks.experts_cpu --rounds 60 --out docs/results/cpu    # or: make bench-experts
 
 One OLMoE-1B-7B layer (64 experts, top-8, D 2048, F 1024) in fp32, T in {1, 16, 256}. All implementations read the same
 weights, hidden states and routing, and each is checked against the float32 loop first. A round times every
-implementation once, in shuffled order; the ratio ours / peer is formed within the round, so that whatever slows the
-machine down for a while slows both. The interval is the 95 % interval of the median of these ratios.
+implementation once, in shuffled order; the ratio ours / peer is computed within the round, so that a temporary
+slowdown of the machine affects both. The interval is the 95 % interval of the median of these ratios.
 
-batched_mm copies the weights of every (token, expert) pair; where that does not fit into memory, the table says so.
+batched_mm copies the weights of every (token, expert) pair; if that does not fit into memory, the table says so.
 
-Exit code 1 if the interval against the best peer lies above 1.03 anywhere.
+The exit code is 1 if the interval of the ratio to the fastest peer is above 1.03 for any T.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def variants(tokens: int) -> dict[str, Callable[[], Tensor]]:
     reference = Loop()(x_TD, routing, layer.weights)
     for name, call in found.items():
         error = relative_error(call(), reference)
-        assert error < 1e-5, f"{name} computes something else: relative error {error:.1e}"
+        assert error < 1e-5, f"{name} computes a different result: relative error {error:.1e}"
     return found
 
 
@@ -105,7 +105,7 @@ def time_rounds(calls: dict[str, Callable[[], Tensor]], rounds: int, seed: int) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60, help="rounds per number of tokens")
-    parser.add_argument("--out", type=Path, help="folder for experts_cpu.csv (every round) beside the printed table")
+    parser.add_argument("--out", type=Path, help="output folder of experts_cpu.csv (every round)")
     options = parser.parse_args()
 
     env = environment.capture(torch.device("cpu"))

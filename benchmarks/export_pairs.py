@@ -1,9 +1,9 @@
-"""Exports of the demo's sizes, and of four gigabytes of weights: parity with ONNX Runtime, sizes, peak memory.
+"""Measures ONNX exports of the demo's sizes and of 4 GB of weights: parity in ONNX Runtime, file sizes, peak memory.
 
     python -m benchmarks.export_pairs --out docs/results/cpu/export.csv
 
-Each in a process of its own, into a temporary folder that is removed. Peak memory is the process's resident high-water
-mark (VmHWM), the mapped `__params__` included.
+Each export runs in its own process and writes to a temporary folder. Peak memory is the peak resident memory of the
+process (VmHWM), including the mapped `__params__`.
 """
 
 from __future__ import annotations

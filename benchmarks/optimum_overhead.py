@@ -1,15 +1,15 @@
-"""What a cell of an optimum-benchmark sweep costs beside its measurement: the peer of benchmarks.sweep_overhead.
+"""Measures the overhead per cell of an optimum-benchmark sweep, for comparison with benchmarks.sweep_overhead.
 
     python -m benchmarks.optimum_overhead --cells 10
 
-It needs an environment of its own:
+It needs its own environment:
 
-    python3 -m venv .venv-optimum  # its transformers is older than ours, so it lives apart
+    python3 -m venv .venv-optimum  # it needs an older transformers
     .venv-optimum/bin/pip install -c <(grep ^torch== constraints.txt) '.[optimum]'
     .venv-optimum/bin/python -m benchmarks.optimum_overhead --cells 10
 
-A model of one layer, made here, is run over batch sizes in the launcher that isolates cells (`process`, its default).
-Overhead: the wall time of the sweep minus the seconds that its reports say went into loading, warming up and timing.
+A generated model with one layer runs over batch sizes with the launcher that isolates cells (`process`, the default).
+The overhead is the wall time of the sweep minus the time of loading, warm-up and timing in its reports.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
     assert len(reports) == cells
     timed_s = sum(report[step]["latency"]["total"] for report in reports for step in _TIMED)
     release = version("optimum-benchmark")
-    print(f"optimum-benchmark {release}, {cells} cells: {wall_s:.1f} s, of it measured {timed_s:.1f} s")
+    print(f"optimum-benchmark {release}, {cells} cells: {wall_s:.1f} s, {timed_s:.1f} s of it measured")
     print(f"overhead: {1e3 * (wall_s - timed_s) / cells:.0f} ms a cell")
 
 

@@ -1,11 +1,11 @@
-"""How large the report of a large sweep is, how long it takes to make, and how soon it can be used.
+"""Measures the size of the report page of a large sweep, the time to write it, and the time until it can be used.
 
     python -m benchmarks.report            # or --cells 100
 
-Synthetic records (benchmarks/synthetic.py). `plots` and `report` are the wall time of one call in this process, the
-import of matplotlib included. The page is opened in headless Chromium, a fresh one each time; from the start of the
-navigation: `table`, when the table can be sorted and filtered; `load`, the load event; `all`, when all plots are drawn.
-`sort` is one click on a heading, until the rows are in their new order on the screen. Medians of `--rounds`.
+The records are synthetic (benchmarks/synthetic.py). `plots` and `report` are the wall times of one call in this
+process, including the import of matplotlib. The page is opened in a fresh headless Chromium. These times start with the
+navigation: `table`, until the table can be sorted and filtered; `load`, until the load event; `all`, until all plots
+are drawn. `sort` is the time of one click on a heading until the rows are sorted. All are medians of `--rounds`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Whether router kernels are ahead of the best peer of each cell: folders of sweeps against a table of peers.
+"""Compares router kernels with the fastest peer of each cell, from folders of sweeps and a table of peers.
 
     python -m benchmarks.router_verdicts outputs/route_1 outputs/route_2 outputs/gate_1 --out outputs/verdicts
 
-Folders of the same sweep are processes of it: medians over them, and intervals that hold those of all.
+Each folder is one process of the same sweep. The medians are taken over the folders, and the intervals cover all of
+theirs.
 
 A peer that ran in the sweep itself is compared in its interleaved rounds (the sweep's anchor must be `cuda_ext`). The
-others of the table were measured on another day. So the peers that stand in both, the witnesses, say how much that day
-differs: the geometric mean of their ratios scales the table, and 95 % of them lie within its interval. Ahead is a cell
-where the upper end of ours over each of the two best peers is below 1.
+other peers of the table were measured on another day. The peers that are in both (the witnesses) show how much the days
+differ: the table is scaled by the geometric mean of their ratios, and the interval has 95 % of these ratios. moe-lab is
+ahead in a cell if the upper end of the ratio to each of the two fastest peers is below 1.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What the routing metrics cost beside one forward pass of the layer that they look at.
+"""Measures the cost of the routing metrics compared with one forward pass of the layer.
 
     python -m benchmarks.routing_metrics          # or --device cuda --dtype bf16 --tokens 4096 16384
 
 model=moe_layer, model/shape=olmoe_1b_7b, router=torch. `and sums` is the forward pass followed by the pass over its
-logits and routing that counts (ops/routing_sums.py), as a run that observes its routing does; nothing waits for the
-device in between. Both are repeated back to back, in turns; medians of the rounds, and of what the sums add in each.
-`host` is what is left to do once the sums are read: every formula, and the placements on expert-parallel ranks.
+logits and routing that computes the sums (ops/routing_sums.py), without a synchronisation in between. Both are repeated
+back to back, in turns. The results are medians over the rounds; `sums` is the share that the sums add in each round.
+`host` is the time of the remaining work on the host: the formulas, and the placements on expert-parallel ranks.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.2, help="of each measurement in a round")
+    parser.add_argument("--seconds", type=float, default=0.2, help="time of each measurement in a round")
     arguments = parser.parse_args()
     print("| tokens | forward ms | and sums ms | sums | host ms |")
     print("|---|---|---|---|---|")

@@ -1,10 +1,9 @@
-"""What a sweep costs beside its measurements: against a no-op multirun of plain Hydra, in alternated rounds.
+"""Measures the overhead of a sweep, compared with a no-op multirun of plain Hydra in alternating rounds.
 
     python -m benchmarks.sweep_overhead --cells 100 --rounds 3
 
-Overhead: the wall time of `moe-lab -m` over tiny `minimal` cells, from the start of the process to its end, minus the
-seconds that its records say went into building, verifying, timing and observing. Import and device start, tables, plots
-and the report page are in it.
+The overhead is the wall time of `moe-lab -m` over tiny `minimal` cells minus the time of building, verifying, timing
+and observing in its records. It includes imports, the start of the device, tables, plots and the report page.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Folders of records as a sweep leaves them, without running anything; for tests and benchmarks of what reads them.
+"""Writes folders of records like those of a sweep, without running anything; for tests and benchmarks.
 
-The numbers follow a simple law (latency grows with the tokens, sinkhorn takes longer, the loop too) with noise, so that
-plots and verdicts have something to show. Some cells failed, some were skipped, some have warnings.
+The numbers follow a simple rule with noise: latency grows with the tokens, and sinkhorn and the loop are slower. Some
+cells failed, some were skipped, some have warnings.
 """
 
 from __future__ import annotations
