@@ -73,7 +73,7 @@ def export(cfg: DictConfig, model: nn.Module, folder: Path, make_inputs: MakeInp
 
 
 def verify(folder: Path, rebuild: Callable[[DictConfig], nn.Module], make_inputs: MakeInputs) -> dict[str, Any]:
-    """Hold a pair that was written earlier against its manifest and against the model that this describes.
+    """Check a pair that was written earlier against its manifest and against the model that this describes.
 
     Returns:
         As `parity`; of a type that ONNX Runtime does not compute, the graph is checked and nothing is computed.
@@ -88,7 +88,9 @@ def verify(folder: Path, rebuild: Callable[[DictConfig], nn.Module], make_inputs
     cfg = OmegaConf.create(manifest["config"])
     validate(cfg)
     if cfg.dtype.name != "fp32":
-        reason = f"the files are intact, and ONNX's checker takes the graph; nothing was computed in {cfg.dtype.name}"
+        reason = (
+            f"the files are intact and the ONNX checker accepts the graph; outputs in {cfg.dtype.name} are not compared"
+        )
         return {"status": "intact", "reason": reason}
     model = rebuild(cfg)
     report = parity(folder, None, model, make_inputs(cfg, model, _sizes(cfg, model)))
@@ -101,22 +103,22 @@ def require_exportable(cfg: DictConfig, model: nn.Module, folder: Path) -> None:
     """Raise before anything is timed if `export` would refuse.
 
     Raises:
-        UnavailableError: a router that no ONNX graph can say, or memory for a copy on the host.
+        UnavailableError: the router cannot be expressed in ONNX, or there is not enough memory for a copy on the host.
         ValueError: the folder cannot be written.
     """
     for layer in moe_layers(model):
         if layer.router.not_exportable is not None:
             raise UnavailableError(
-                f"export={cfg.export.name}: router={identity.option_name(cfg.router)} cannot be said in ONNX: "
-                f"{layer.router.not_exportable}; use another router, or export=none"
+                f"export={cfg.export.name}: router={identity.option_name(cfg.router)} cannot be expressed in ONNX: "
+                f"{layer.router.not_exportable}; use another router or export=none"
             )
     n_bytes = parameter_bytes(model)
     if any(parameter.is_cuda for parameter in model.parameters()):
         there = available_bytes(torch.device("cpu"))
         if there is not None and there < n_bytes:
             raise UnavailableError(
-                f"export={cfg.export.name}: the model is copied to the host first, which takes {n_bytes / 1e9:.1f} GB, "
-                f"and {there / 1e9:.1f} GB are free"
+                f"export={cfg.export.name}: the model is copied to the host first, which needs {n_bytes / 1e9:.1f} GB, "
+                f"but only {there / 1e9:.1f} GB are free; use export=none"
             )
     is_default = cfg.export.dir is None  # below the run's own folder: that is replaced with the run
     pair.require_room(folder, overwrite=is_default or cfg.export.overwrite, n_bytes=n_bytes)

@@ -19,5 +19,5 @@ def show(folder: Path, *, browse: bool = True, port: int | None = None) -> None:
     except ImportError as error:
         raise UnavailableError("--open needs Netron: pip install 'moe-lab[netron]'") from error
     host, at = netron.start(str(folder / MODEL), ("127.0.0.1", port or 0), browse=browse)
-    print(f"Netron shows {folder} at http://{host}:{at} (Ctrl-C ends it)", flush=True)
+    print(f"Netron shows {folder} at http://{host}:{at} (press Ctrl-C to stop)", flush=True)
     netron.wait()

@@ -111,13 +111,13 @@ def save(model: ir.Model, folder: Path, state: dict[str, Tensor]) -> None:
     places = {tensor.name: tensor for tensor in written.graph.initializer}
     inline = [name for name, tensor in places.items() if tensor.data_location != onnx.TensorProto.EXTERNAL]
     if inline:
-        raise ExportError(f"the weight {inline[0]} stayed inside the graph ({len(inline)} in all)")
+        raise ExportError(f"weight {inline[0]} was not moved out of the graph ({len(inline)} in all)")
     tied: dict[tuple[int, tuple[int, ...]], list[str]] = {}
     for name, tensor in state.items():
         tied.setdefault((tensor.data_ptr(), tuple(tensor.shape)), []).append(name)
     lost = [names[0] for names in tied.values() if not set(names) & set(places)]
     if lost:
-        raise ExportError(f"the weight {lost[0]} is not in the graph under its name ({len(lost)} in all are not)")
+        raise ExportError(f"weight {lost[0]} is not in the graph under its name ({len(lost)} in all)")
 
 
 def on_same_params(model: ir.Model, folder: Path, name: str) -> Path:
@@ -132,17 +132,21 @@ def on_same_params(model: ir.Model, folder: Path, name: str) -> Path:
 def require_room(folder: Path, *, overwrite: bool, n_bytes: int) -> None:
     """Raise `ValueError` if no pair with `n_bytes` of weights can be written there."""
     if folder.exists() and not overwrite:
-        raise ValueError(f"export.dir={folder}: it exists; give another, or export.overwrite=true to replace it.")
+        raise ValueError(
+            f"export.dir={folder}: already exists; choose another folder or set export.overwrite=true to replace it."
+        )
     if folder.exists() and not (folder / MODEL).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"export.dir={folder}: it is no export, so export.overwrite=true does not replace it.")
+        raise ValueError(
+            f"export.dir={folder}: not an export, so export.overwrite=true does not replace it; choose another folder."
+        )
     above = next(path for path in folder.absolute().parents if path.exists())
     if not os.access(above, os.W_OK | os.X_OK) or not above.is_dir():
-        raise ValueError(f"export.dir={folder}: nothing can be written in {above}; give another folder.")
+        raise ValueError(f"export.dir={folder}: cannot write to {above}; choose another folder.")
     free = shutil.disk_usage(above).free
     if free < n_bytes + _MORE_BYTES:
         raise ValueError(
-            f"export.dir={folder}: the weights take {n_bytes / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free there; "
-            "give a folder on another disk."
+            f"export.dir={folder}: the weights need {n_bytes / 1e6:.0f} MB, but only {free / 1e6:.0f} MB are free; "
+            "choose a folder on another disk."
         )
 
 
@@ -195,7 +199,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: there is no export ({MANIFEST}: {error}).") from error
+        raise ValueError(f"{folder}: no export found ({MANIFEST}: {error}).") from error
     return manifest
 
 
@@ -208,9 +212,9 @@ def require_intact(folder: Path, manifest: dict[str, Any]) -> None:
         size = path.stat().st_size
         if size != written["bytes"]:
             how = "truncated" if size < written["bytes"] else "too long"
-            raise ExportError(f"{path} is {how}: {size} bytes, and {written['bytes']} were written")
+            raise ExportError(f"{path} is {how}: {size} bytes instead of {written['bytes']}")
         if sha256(path) != written["sha256"]:
-            raise ExportError(f"{path} was changed: its sha256 is not the one that was written")
+            raise ExportError(f"{path} was changed: its sha256 does not match the manifest")
 
 
 def write_json(path: Path, content: Any) -> None:

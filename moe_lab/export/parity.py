@@ -43,7 +43,7 @@ def check_graph(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:
-        raise ExportError(f"onnx's checker refuses {path.name}: {_first_line(error)}") from error
+        raise ExportError(f"the ONNX checker rejects {path.name}: {_first_line(error)}") from error
 
 
 def load(path: Path, *, optimized: bool) -> onnxruntime.InferenceSession:
@@ -83,7 +83,7 @@ def parity(folder: Path, debug: str | None, model: nn.Module, inputs: Sequence[T
         cases = list(_cases(folder, debug, model, inputs, is_wide=is_wide))
         report |= _summary(cases)
         if not report["rel_error"] <= TOLERANCE:
-            raise ExportError(f"its relative error is {report['rel_error']:.2e} (allowed: {TOLERANCE:.0e})")
+            raise ExportError(f"the relative error is {report['rel_error']:.2e} (allowed: {TOLERANCE:.0e})")
     except (ExportError, MismatchError) as error:
         report |= {"status": "failed", "reason": str(error)}
     return {**report, "tolerance": TOLERANCE, "versions": versions()}
@@ -94,8 +94,8 @@ def _why_not(path: Path, dtype: torch.dtype) -> str:
     try:
         load(path, optimized=False)
     except ExportError as error:
-        return f"{name} is not computed here, so a twin that casts the weights to fp32 was checked: {error}"
-    return f"ONNX Runtime computes {name} on a CPU in fp32 between casts, so a twin that casts the weights was checked"
+        return f"ONNX Runtime does not support {name} here; a copy with the weights cast to fp32 was checked: {error}"
+    return f"ONNX Runtime runs {name} in fp32 with casts on a CPU; a copy with the weights cast to fp32 was checked"
 
 
 def _cases(
@@ -123,7 +123,7 @@ def _outputs(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) ->
     try:
         return [[torch.from_numpy(array) for array in session.run(None, {name: x.numpy()})] for x in inputs]
     except Exception as error:
-        raise ExportError(f"ONNX Runtime cannot compute it: {_first_line(error)}") from error
+        raise ExportError(f"ONNX Runtime cannot run the graph: {_first_line(error)}") from error
 
 
 @torch.inference_mode()
@@ -153,7 +153,9 @@ def _compare(twin: nn.Module, x: Tensor, found: Sequence[list[Tensor]]) -> dict[
 
 def _error(y: Tensor, reference: Tensor) -> dict[str, float]:
     if y.shape != reference.shape:
-        raise ExportError(f"it gives {list(y.shape)} where the model gives {list(reference.shape)}")
+        raise ExportError(
+            f"the output has shape {list(y.shape)}, but the model's output has shape {list(reference.shape)}"
+        )
     off = (y.double() - reference.double()).abs()
     relative = float(off.norm() / reference.double().norm().clamp(min=1e-300))
     found = {"rel_error": relative, "max_abs_error": float(off.max()), "mean_abs_error": float(off.mean())}

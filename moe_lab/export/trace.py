@@ -57,7 +57,7 @@ def trace(module: nn.Module, x: Tensor, axes: Sequence[str | None], opset: int, 
                 verbose=False,
             )
         except Exception as error:
-            raise ExportError(f"torch cannot export it: {_cause(error, axes)}") from error
+            raise ExportError(f"torch cannot export the model: {_cause(error, axes)}") from error
     assert program is not None
     model: ir.Model = program.model
     model.graph.inputs[0].name = name
@@ -86,7 +86,8 @@ def _name_axes(model: ir.Model, axes: Sequence[str | None]) -> None:
 
 def _fixed(axis: str | None, size: object) -> str:
     return (
-        f"the axis {axis} became {size}: the model computes no other; leave it out of export.dynamic, or mend the model"
+        f"axis {axis} is fixed to {size}: the model works for no other length; "
+        "remove it from export.dynamic or fix the model"
     )
 
 
@@ -112,8 +113,8 @@ def _cause(error: BaseException, axes: Sequence[str | None]) -> str:
         error = error.__cause__
     if missing := re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", str(error)):
         return (
-            f"the op {missing[1]} has no body in ONNX; give moe_lab.ops.library.register(..., onnx=MODULE) one, or "
-            "compute it otherwise where torch.compiler.is_exporting()"
+            f"the op {missing[1]} has no ONNX body; pass one with moe_lab.ops.library.register(..., onnx=MODULE), or "
+            "use other ops if torch.compiler.is_exporting()"
         )
     if fixed := re.search(r"static shape of (\d+) for dimension .*shape\[(\d+)\]", str(error)):
         return _fixed(axes[int(fixed[2])], fixed[1])

@@ -56,49 +56,49 @@ def _with_interval(name: str, unit: str, meaning: str) -> Fields:
 
 
 IMPLEMENTATION = (
-    Field("router", str, "", "who computed the routing"),
-    Field("gate", str, "", "the router's own kernels, where they multiply by its gate too"),
-    Field("experts", str, "", "who computed the experts"),
-    Field("add_rms_norm", str, "", "who computed the norms"),
-    Field("segment_mm", str, "", "who computed the matrix products of `experts=grouped`"),
-    Field("*", None, "", "another operation's, by its name"),
+    Field("router", str, "", "implementation of the routing"),
+    Field("gate", str, "", "kernels of the router, if they include the gate's matrix product"),
+    Field("experts", str, "", "implementation of the experts"),
+    Field("add_rms_norm", str, "", "implementation of the norms"),
+    Field("segment_mm", str, "", "implementation of the matrix products of `experts=grouped`"),
+    Field("*", None, "", "implementation of another operation, under its name"),
 )
 
 THROUGHPUT = (
-    Field("tokens_per_s", float, "tokens/s", "tokens of an iteration over the median latency"),
-    Field("time_per_token_us", float, "us", "the inverse"),
-    Field("time_per_output_token_ms", float, "ms", "of decoding: one step, which gives every sequence a token"),
+    Field("tokens_per_s", float, "tokens/s", "tokens of an iteration divided by the median latency"),
+    Field("time_per_token_us", float, "us", "inverse of `tokens_per_s`"),
+    Field("time_per_output_token_ms", float, "ms", "decoding only: one step, which adds one token to every sequence"),
 )
 
 PHASES = (
-    Field("execution", str, "", "how the phases were run (they are measured apart)"),
+    Field("execution", str, "", "execution mode of the pass that measures the phases"),
     *(
-        Field(name, float, "ms", "median per iteration, all layers; missing where a kernel spans several phases")
+        Field(name, float, "ms", "median per iteration, all layers; missing if a kernel spans several phases")
         for name in marks.NAMES
     ),
     Field(
         "*",
         None,
         "ms",
-        "a kernel that spans phases, under their joined name (`phases_ms.dispatch+experts+combine`)",
+        "a kernel that spans several phases, under their joined names (`phases_ms.dispatch+experts+combine`)",
     ),
-    Field("other", float, "ms", "what is in no phase"),
-    Field("sum_ms", float, "ms", "all phases together"),
-    Field("launch_gap_ms", float, "ms", "what the eager pass takes longer than the CUDA graph"),
+    Field("other", float, "ms", "time outside of the phases"),
+    Field("sum_ms", float, "ms", "sum of all phases"),
+    Field("launch_gap_ms", float, "ms", "time of the eager pass minus the time of the CUDA graph"),
 )
 
 MEMORY = (
     Field("peak_mb", float, "MB", "peak of one iteration (CUDA: allocator; CPU: resident memory of the process)"),
-    Field("parameters_mb", float, "MB", "of the model"),
+    Field("parameters_mb", float, "MB", "size of the model's parameters"),
 )
 
 DEGREES = (2, 4, 8, 16, 32, 64)
 """Ranks that the experts are spread over."""
 
 PLACEMENTS = {
-    "contiguous": "where neighbouring experts lie together",
-    "round_robin": "where expert e lies on rank e mod R",
-    "eplb": "where each rank has one replica more, placed by this very load (DeepSeek's EPLB)",
+    "contiguous": "with neighbouring experts on one rank",
+    "round_robin": "with expert e on rank e mod R",
+    "eplb": "with one more replica on each rank, placed for this load (DeepSeek's EPLB)",
 }
 """Where the experts lie; the functions are in measure/placement.py."""
 
@@ -107,7 +107,7 @@ RANK_LOADS = tuple(
         f"rank_load_{placement}_{degree}",
         float,
         "1",
-        f"slots of the fullest of {degree} expert-parallel ranks over the mean, {meaning}; missing with fewer experts",
+        f"slots of the busiest of {degree} expert-parallel ranks over the mean, {meaning}; missing with fewer experts",
         max,
     )
     for placement, meaning in PLACEMENTS.items()
@@ -115,48 +115,52 @@ RANK_LOADS = tuple(
 )
 
 METRICS = (
-    Field("load_max_over_mean", float, "1", "slots of the fullest expert over the mean of all; 1 is balanced", max),
-    Field("load_min_over_mean", float, "1", "slots of the emptiest expert over the mean", min),
+    Field("load_max_over_mean", float, "1", "slots of the busiest expert over the mean; 1 is balanced", max),
+    Field("load_min_over_mean", float, "1", "slots of the least used expert over the mean", min),
     Field("load_cv", float, "1", "standard deviation of the slots per expert over their mean", max),
     Field("load_gini", float, "1", "Gini coefficient of the slots per expert; 0 is balanced", max),
     Field("load_entropy", float, "1", "entropy of the experts' shares over ln E; 1 is balanced", min),
-    Field("effective_experts", float, "experts", "exp of that entropy", min),
-    Field("dead_experts", float, "experts", "that got no slot; of decoding the mean over steps", max),
-    Field("unique_experts", float, "experts", "that got a slot; of decoding the mean over steps", min),
-    Field("aux_loss", float, "1", "E times the sum of share times mean probability; 1 is balanced", max),
+    Field("effective_experts", float, "experts", "exponential of the entropy of the experts' shares", min),
+    Field("dead_experts", float, "experts", "experts without a slot; decoding: mean over the steps", max),
+    Field("unique_experts", float, "experts", "experts with a slot; decoding: mean over the steps", min),
+    Field("aux_loss", float, "1", "E times the sum over experts of share x mean probability; 1 is balanced", max),
     Field("z_loss", float, "1", "mean square of the logits' logsumexp", max),
     Field("token_entropy", float, "nat", "mean entropy of a token's probabilities", max),
-    Field("mutual_information", float, "nat", "entropy of the mean probabilities less `token_entropy`", min),
+    Field("mutual_information", float, "nat", "entropy of the mean probabilities minus `token_entropy`", min),
     Field("top1_prob", float, "1", "mean probability of a token's first expert", min),
-    Field("top1_margin", float, "1", "mean lead of the first expert over the second", min),
-    Field("boundary_margin", float, "1", "mean lead of the last expert that can be chosen over the next", min),
-    Field("topk_mass", float, "1", "mean probability of the experts chosen", min),
-    Field("dropped_fraction", float, "1", "unused slots over all slots", max),
-    Field("dropped_tokens_fraction", float, "1", "tokens without an expert over all tokens", max),
+    Field("top1_margin", float, "1", "mean difference of the two largest probabilities", min),
+    Field("boundary_margin", float, "1", "mean difference of the k-th and the next probability", min),
+    Field("topk_mass", float, "1", "total probability of a token's experts, mean over tokens", min),
+    Field("dropped_fraction", float, "1", "share of the slots that are unused", max),
+    Field("dropped_tokens_fraction", float, "1", "share of the tokens without an expert", max),
     Field(
-        "tile_waste_64", float, "1", "padding of a grouped matrix product in tiles of 64 rows, over the used slots", max
+        "tile_waste_64",
+        float,
+        "1",
+        "padding of a grouped matrix product with tiles of 64 rows over the used slots",
+        max,
     ),
-    Field("tile_waste_128", float, "1", "the same in tiles of 128 rows", max),
-    Field("uniform_unique_experts", float, "experts", "that uniform routing would be expected to use", max),
+    Field("tile_waste_128", float, "1", "the same with tiles of 128 rows", max),
+    Field("uniform_unique_experts", float, "experts", "experts expected in use with uniform routing", max),
     Field(
         "expert_mb",
         float,
         "MB",
-        "weights of the experts in use: what one pass reads of them; all layers together",
+        "weights of the experts in use, which one pass reads; sum of all layers",
         max,
     ),
     Field(
         "shared_with_previous",
         float,
         "1",
-        "experts of a token that the one before in its sequence used too, over all; uniform routing: k / E",
+        "share of a token's experts that the previous token in its sequence also uses; uniform routing: k / E",
         min,
     ),
     Field(
         "first_choice_repeats",
         float,
         "1",
-        "tokens with the same expert of largest weight as the one before in their sequence, over all",
+        "share of the tokens with the same expert of largest weight as the previous token in their sequence",
         min,
     ),
     *RANK_LOADS,
@@ -166,29 +170,29 @@ METRICS = (
 ROUTING = (
     *under("pooled", METRICS),
     *under("worst", METRICS, "`{name}` of the worst layer"),
-    Field("steps", int, "steps", "of decoding: over how many of them the routing's metrics are a mean"),
+    Field("steps", int, "steps", "decoding only: number of steps that the routing metrics are averaged over"),
 )
 
 PROPERTIES = (
-    Field("causal", bool, "", "whether later tokens change no earlier route, as the router declares"),
+    Field("causal", bool, "", "declared by the router: a token's route does not depend on later tokens"),
     Field(
         "batch_invariant",
         bool,
         "",
-        "whether a token's route does not depend on the tokens beside it, as the router declares",
+        "declared by the router: a token's route does not depend on the other tokens of the batch",
     ),
-    Field("static_k", bool, "", "whether every token fills all slots, as the router declares"),
-    Field("graph_safe", bool, "", "whether nothing is read on the host, as the router declares"),
-    Field("needs_token_ids", bool, "", "whether it reads the tokens' ids, as the router declares"),
-    Field("scales_input", bool, "", "whether the weight multiplies the expert's input, as the router declares"),
-    Field("calibrates", bool, "", "whether it was fitted to a workload before, as the router declares"),
+    Field("static_k", bool, "", "declared by the router: every token uses all of its slots"),
+    Field("graph_safe", bool, "", "declared by the router: it does not synchronise with the host"),
+    Field("needs_token_ids", bool, "", "declared by the router: it uses the token ids"),
+    Field("scales_input", bool, "", "declared by the router: the weight multiplies the expert's input"),
+    Field("calibrates", bool, "", "declared by the router: it is fitted in a calibration pass"),
 )
 """What a router declares, as attributes of routers/base.py."""
 
 DIFFERENCES = (
-    Field("jaccard", float, "1", "a token's experts in both choices over those in either, mean over tokens", min),
-    Field("same_experts", float, "1", "tokens with the same experts, over all", min),
-    Field("same_first_choice", float, "1", "tokens with the same expert of largest weight, over all", min),
+    Field("jaccard", float, "1", "Jaccard index of a token's experts in the two routings, mean over tokens", min),
+    Field("same_experts", float, "1", "share of the tokens with the same experts", min),
+    Field("same_first_choice", float, "1", "share of the tokens with the same expert of largest weight", min),
     Field("combine_l1", float, "1", "sum of the absolute differences of a token's weights, mean over tokens", max),
     Field("rel_error", float, "1", "relative error of an MoE layer's output, on the same input", max),
 )
@@ -199,7 +203,7 @@ _AGREEMENT = (
         "output_rel_error",
         float,
         "1",
-        "relative error of the model's output against the one with the reference router",
+        "relative error of the model's output compared with that of the reference router",
     ),
     *under("pooled", DIFFERENCES, "{meaning}; all layers"),
     *under("worst", DIFFERENCES, "`{name}` of the worst layer"),
@@ -207,78 +211,78 @@ _AGREEMENT = (
 
 AGREEMENT = (
     Field("reference", str, "", "the router of `measure.reference_router`"),
-    Field("seconds", float, "s", "what comparing with it took; in no latency"),
+    Field("seconds", float, "s", "time of the comparison; not part of the latency"),
     *_AGREEMENT,
     Field(
         "floor.output_rel_error",
         float,
         "1",
-        "the same between the reference router and itself with logits in float64: what rounding alone changes",
+        "the same for the reference router with its logits in float64: the effect of rounding alone",
     ),
-    *under("floor", _AGREEMENT[1:], "`agreement.{name}` of those two"),
+    *under("floor", _AGREEMENT[1:], "`agreement.{name}` of the reference router with its logits in float64"),
 )
 
 PREDICTIONS = (
     *_with_interval(
         "bits_per_byte",
         "bit/B",
-        "-log2 of the probabilities that the run gives to the tokens that follow, over the bytes of text in them",
+        "-log2 of the probability of each next token, sum over tokens divided by their bytes of text",
     ),
     *_with_interval("nats_per_token", "nat", "-ln of these probabilities, mean over tokens"),
     Field(
         "native_bits_per_byte",
         float,
         "bit/B",
-        "`bits_per_byte` with the checkpoint's own router; missing where the model is no checkpoint",
+        "`bits_per_byte` with the checkpoint's own router; missing if the model is not a checkpoint",
     ),
-    *_with_interval("delta_bits_per_byte", "bit/B", "`bits_per_byte` less `native_bits_per_byte`"),
+    *_with_interval("delta_bits_per_byte", "bit/B", "`bits_per_byte` minus `native_bits_per_byte`"),
     *_with_interval(
         "kl_to_native",
         "nat",
         "Kullback-Leibler divergence of the run's predictions from those with the checkpoint's own router, mean over "
         "tokens",
     ),
-    *_with_interval("top1_agreement", "1", "tokens for which both think the same next token likeliest, over all"),
+    *_with_interval("top1_agreement", "1", "share of the tokens with the same most likely next token in both"),
 )
 """Of a text's tokens; the formulas are in measure/quality.py."""
 
 QUALITY = (
-    Field("tokens", int, "tokens", "of `workload=text` that were predicted"),
-    Field("windows", int, "windows", "of `seq_len` tokens that they are in"),
-    Field("windows_left_out", int, "windows", "that filled no batch"),
-    Field("bytes", int, "B", "of text in the tokens predicted"),
+    Field("tokens", int, "tokens", "predicted tokens of `workload=text`"),
+    Field("windows", int, "windows", "windows of `seq_len` tokens with these tokens"),
+    Field("windows_left_out", int, "windows", "windows left out because they do not fill a batch"),
+    Field("bytes", int, "B", "bytes of text in the predicted tokens"),
     *PREDICTIONS,
     Field(
         "*",
         None,
         "",
-        "the same of each text (`quality.domains.<its name>.bits_per_byte`); `quality.domain_information`: of each MoE "
-        "layer, how much the expert of a slot tells of the text it comes from, 0 to 1",
+        "the same for each text (`quality.domains.<its name>.bits_per_byte`); `quality.domain_information`: for each "
+        "MoE layer, how much information the expert of a slot gives about its text, 0 to 1",
     ),
 )
 
 ROOFLINE = (
-    Field("flops", int, "FLOP", "in matrix products of one iteration"),
-    Field("bytes", int, "B", "that any implementation moves"),
-    Field("floor_ms", float, "ms", "the least time at the measured rates"),
-    Field("fraction_of_floor", float, "1", "the floor over the median latency; above 1 the data came from a cache"),
-    Field("bytes_per_s", float, "B/s", "measured: a large copy"),
-    Field("flops_per_s", float, "FLOP/s", "measured: a square matrix product"),
+    Field("flops", int, "FLOP", "of the matrix products of one iteration"),
+    Field("bytes", int, "B", "minimum that every implementation moves"),
+    Field("floor_ms", float, "ms", "lower bound of the time at the measured rates"),
+    Field("fraction_of_floor", float, "1", "lower bound over the median latency; above 1 if data came from a cache"),
+    Field("bytes_per_s", float, "B/s", "measured rate of a large copy"),
+    Field("flops_per_s", float, "FLOP/s", "measured rate of a square matrix product"),
     Field("peak_source", str, "", "how the rates were measured"),
 )
 
-EXPORT = (Field("*", None, "", "what an export noted"),)
+EXPORT = (Field("*", None, "", "values recorded by an export"),)
 
 ENVIRONMENT = (
     Field("device", str, "", "`cpu` or `cuda`"),
-    Field("device_name", str, "", "of the GPU, or of the CPU"),
+    Field("device_name", str, "", "name of the GPU, or of the CPU"),
     Field("compute_capability", str, "", "of the GPU"),
     Field("device_memory_mb", float, "MB", "of the GPU"),
     Field("cpu", str, "", "name of the processor"),
-    Field("cpus", int, "CPUs", "that the process may use"),
-    Field("threads", int, "threads", "of torch"),
-    Field("router_auto", str, "", "what `router.impl=auto` prefers on this GPU; missing on a CPU"),
-    Field("cpu_capability", str, "", "vector instructions that torch uses"),
+    Field("cpus", int, "CPUs", "CPUs that the process may use"),
+    Field("threads", int, "threads", "number of torch threads"),
+    Field("router_auto", str, "", "implementation that `router.impl=auto` prefers on this GPU; missing on a CPU"),
+    Field("cpu_capability", str, "", "vector instructions used by torch"),
     Field("host_memory_mb", float, "MB", "of the host"),
     Field("system", str, "", "operating system and release"),
     Field("driver", str, "", "version of the NVIDIA driver"),
@@ -290,6 +294,6 @@ ENVIRONMENT = (
     Field("numpy", str, "", "version"),
     Field("moe_lab", str, "", "version"),
     Field("git_sha", str, "", "commit of the checkout"),
-    Field("git_dirty", bool, "", "whether tracked files differed from it"),
-    Field("*", None, "", "anything else that the environment holds"),
+    Field("git_dirty", bool, "", "whether tracked files had uncommitted changes"),
+    Field("*", None, "", "any other value of the environment"),
 )

@@ -35,7 +35,7 @@ def _texts_of(path: str) -> list[Path]:
     if Path(path).is_file():
         return [Path(path)]
     if not Path(path).is_dir():
-        raise ValueError(f"workload.path={path}: there is no such file or folder; name a text or a folder of texts.")
+        raise ValueError(f"workload.path={path}: file or folder not found; give a text file or a folder of texts.")
     files = [
         file
         for file in sorted(Path(path).iterdir())
@@ -43,8 +43,8 @@ def _texts_of(path: str) -> list[Path]:
     ]
     if not files:
         raise ValueError(
-            f"workload.path={path}: the folder has no text ({' or '.join(f'*{suffix}' for suffix in TEXTS)}, not "
-            "counting README.md); put one there or name the files."
+            f"workload.path={path}: no texts in this folder ({' or '.join(f'*{suffix}' for suffix in TEXTS)}, "
+            "README.md does not count); add a text or list the files."
         )
     return files
 

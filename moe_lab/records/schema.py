@@ -25,7 +25,7 @@ class Latency:
     """Milliseconds of one iteration."""
 
     n: Annotated[int, "samples", "timed iterations"]
-    mean: Annotated[float, "ms", "of one iteration"]
+    mean: Annotated[float, "ms", "mean time of one iteration"]
     p50: Annotated[float, "ms", "median"]
     p90: Annotated[float, "ms", "90th percentile"]
     p99: Annotated[float, "ms", "99th percentile"]
@@ -41,7 +41,7 @@ class Latency:
         default_factory=list
     )
     replicate_probe_ms: Annotated[
-        list[float], "ms", "of each of them: median of a fixed piece of work timed in the same rounds"
+        list[float], "ms", "median time of a fixed workload in the same rounds, for each fresh process"
     ] = field(default_factory=list)
 
 
@@ -52,11 +52,11 @@ class Ratio:
     The median over the rounds of (block median of this cell / block median of the anchor), and its 95 % interval.
     """
 
-    anchor: Annotated[str, "", "cell_id of the anchor that the cell was timed beside"]
-    p50: Annotated[float, "1", "latency over the anchor's: the median over the rounds that both were timed in"]
+    anchor: Annotated[str, "", "cell_id of the anchor that was timed in the same rounds"]
+    p50: Annotated[float, "1", "latency over the anchor's: median over the rounds in which both were timed"]
     ci95_low: Annotated[float | None, "1", "lower end of its 95 % interval; missing with too few rounds"]
     ci95_high: Annotated[float | None, "1", "upper end"]
-    rounds: Annotated[int, "rounds", "timed together"]
+    rounds: Annotated[int, "rounds", "rounds in which both were timed"]
 
 
 @dataclass(kw_only=True)
@@ -64,61 +64,61 @@ class Check:
     """How the run compares with the fp32 reference; see docs/architecture.md, "Verified before timed"."""
 
     passed: Annotated[bool, "", "whether the run agrees with the fp32 reference"]
-    rel_error: Annotated[float | None, "1", "relative error of the output, with the run's own routing"]
+    rel_error: Annotated[float | None, "1", "relative error of the output; the reference uses the run's routing"]
     max_abs_error: Annotated[float | None, "1", "largest absolute error of the output"]
-    expert_rel_error: Annotated[float | None, "1", "of the worst expert"]
-    token_rel_error: Annotated[float | None, "1", "of the worst token of an MoE layer"]
+    expert_rel_error: Annotated[float | None, "1", "relative error of the worst expert"]
+    token_rel_error: Annotated[float | None, "1", "relative error of the worst token of an MoE layer"]
     cache_rel_error: Annotated[
-        float | None, "1", "of prefill and decoding: of the worst token's keys or values in a layer's cache"
+        float | None, "1", "prefill and decoding only: relative error of the worst token's keys or values in a KV cache"
     ] = None
     near_ties: Annotated[
         int | None,
         "sets",
-        "of a token's experts that differ by less than the rounding of their scores, over all layers",
+        "expert sets that differ only within the rounding of the scores, over all layers",
     ]
     free_rel_error: Annotated[
-        float | None, "1", "relative error against the reference with its own routing; decides nothing"
+        float | None, "1", "relative error if the reference uses its own routing; does not affect `passed`"
     ]
     changed_sets: Annotated[
         int | None,
         "sets",
-        "of a token's experts that differ from the reference's own, over all layers; decides nothing",
+        "expert sets that differ from the reference's own routing, over all layers; does not affect `passed`",
     ]
-    reference: Annotated[str, "", "what the reference is"]
+    reference: Annotated[str, "", "description of the reference"]
 
 
 @dataclass(kw_only=True)
 class Record:
     """One run: what was asked, what ran, what came out."""
 
-    schema: Annotated[int, "", "of `result.json`"] = SCHEMA
+    schema: Annotated[int, "", "schema version of `result.json`"] = SCHEMA
     status: Annotated[Literal["ok", "failed", "skipped"], "", "`ok`, `failed` or `skipped`"]
     reason: Annotated[
-        str | None, "", "why it is not ok: `out_of_memory`, `mismatch: layers`, `unavailable: ...`, ..."
+        str | None, "", "why the run is not ok: `out_of_memory`, `mismatch: layers`, `unavailable: ...`, ..."
     ] = None
-    cell_id: Annotated[str, "", "12 hex digits of the configuration that changes the result"]
-    code_id: Annotated[str, "", "12 hex digits of the source that ran"]
+    cell_id: Annotated[str, "", "12 hex digits: hash of the configuration that affects the result"]
+    code_id: Annotated[str, "", "12 hex digits: hash of the source code"]
     env_id: Annotated[
         str | None,
         "",
-        "12 hex digits of the machine and its versions; missing if the run did not get to a device",
+        "12 hex digits: hash of the machine and its software versions; missing if the run did not reach a device",
     ] = None
     name: Annotated[str | None, "", "label given as `name=...`"] = None
-    overrides: Annotated[list[str], "", "as typed"] = field(default_factory=list)
+    overrides: Annotated[list[str], "", "overrides of the command line"] = field(default_factory=list)
     interleaved_with: Annotated[list[str], "", "cell_ids timed in the same rounds"] = field(default_factory=list)
     config: Annotated[dict[str, Any], ()] = field(default_factory=dict)
     implementation: Annotated[dict[str, str], fields.IMPLEMENTATION] = field(default_factory=dict)
     latency_ms: Latency | None = None
     latency_hot_ms: Annotated[
-        float | None, "ms", "with `execution=cuda_graph`: median of a call among 20 in one graph, over 20"
+        float | None, "ms", "with `execution=cuda_graph`: median time of 20 calls in one graph, divided by 20"
     ] = None
     latency_cold_ms: Annotated[
-        float | None, "ms", "with `execution=cuda_graph`: median of a replay after the L2 cache was overwritten"
+        float | None, "ms", "with `execution=cuda_graph`: median time of a replay after the L2 cache was overwritten"
     ] = None
     gpu_busy_ms: Annotated[
         float | None,
         "ms",
-        "of an eager run: what a GPU computes in one iteration, not waiting for the host",
+        "eager runs only: time in which the GPU computes in one iteration, without waiting for the host",
     ] = None
     ratio_to_anchor: Ratio | None = None
     throughput: Annotated[dict[str, float] | None, fields.THROUGHPUT] = None
@@ -133,8 +133,8 @@ class Record:
     export: Annotated[dict[str, Any] | None, fields.EXPORT] = None
     environment: Annotated[dict[str, Any], fields.ENVIRONMENT] = field(default_factory=dict)
     started: Annotated[str | None, "UTC, ISO 8601", "start of the run"] = None
-    elapsed_s: Annotated[float | None, "s", "the whole run"] = None
-    warnings: Annotated[list[str], "", "of the run"] = field(default_factory=list)
+    elapsed_s: Annotated[float | None, "s", "duration of the whole run"] = None
+    warnings: Annotated[list[str], "", "warnings of the run"] = field(default_factory=list)
     directory: Annotated[
         str | None,
         "",

@@ -81,7 +81,7 @@ def aggregate(directory: str | Path) -> Aggregate:
         plan = load.read_plan(root)
     except UNREADABLE_BECAUSE as error:
         plan = load.Plan()
-        problems.append((PLAN, f"read as if it were not there: {load.one_line(error)}"))
+        problems.append((PLAN, f"ignored: {load.one_line(error)}"))
     routings = [load.stamp(f"{root}/{one.folder}/{ROUTING}") for one in found]
     inputs = hashlib.sha256(json.dumps([found, routings, problems, plan]).encode()).hexdigest()
     if (before := _unchanged(root, inputs)) is not None:
@@ -152,12 +152,12 @@ def read_samples(content: bytes) -> Samples:
                 continue
             data = archive.read(f"{name}.npy")
             if data[:8] != b"\x93NUMPY\x01\x00":
-                raise ValueError(f"{name} is no array.")
+                raise ValueError(f"{name} is not an array.")
             start = 10 + int.from_bytes(data[8:10], "little")
             shape, kind = _array_header(data[8:start])
             array = np.frombuffer(data, kind, offset=start)  # a ValueError for Python objects: nothing is unpickled
             if len(shape) != 1 or array.shape != shape or not np.can_cast(kind, dtype, "same_kind"):
-                raise ValueError(f"{name} of {kind} {list(shape)}: expected a list of {np.dtype(dtype)}.")
+                raise ValueError(f"{name} of {kind} {list(shape)}: must be a list of {np.dtype(dtype)}.")
             samples[name] = array.astype(dtype, copy=False)
     samples.setdefault("replicate", np.zeros(len(samples["ms"]), np.int64))
     if len({len(array) for array in samples.values()}) > 1:

@@ -99,7 +99,7 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
         "experts MB": number("routing.pooled.expert_mb"),
         f"{RANKS} ranks": f"{together}, {copied}" if together and copied else "",
         "dropped": both("dropped_fraction"),
-        "mass chosen": number("routing.pooled.topk_mass"),
+        "top-k mass": number("routing.pooled.topk_mass"),
         "Jaccard": beside_floor(both("jaccard", "agreement"), "pooled.jaccard"),
         "output error": beside_floor(number("agreement.output_rel_error"), "output_rel_error"),
         "text information": _text_information(row.get("quality.domain_information")),

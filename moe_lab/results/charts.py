@@ -219,7 +219,7 @@ def _all(runs: pd.DataFrame, summary: pd.DataFrame, directory: Path, left_out: l
         yield _against_bits(summary, left_out)
         yield _bits_by_text(runs, left_out)
     else:
-        left_out.append("Bits per byte, and experts by text: no cell was given texts (workload=text, measure.quality).")
+        left_out.append("Bits per byte, and experts by text: no cell used texts (workload=text, measure.quality).")
     yield _expert_load(runs, directory, left_out)
     if has_texts:
         yield _experts_by_text(runs, directory, left_out)
@@ -260,14 +260,16 @@ def _over_sizes(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
     for column in _SWEPT:
         name, swept[column] = _last(column), _over(summary, column, LATENCY)
         if not swept[column] and column in summary:
-            left_out.append(f"Latency over {name}: no variant was timed at two values of it, all else equal.")
+            left_out.append(
+                f"Latency over {name}: no variant was timed at two values of it with all other settings equal."
+            )
         yield Chart(f"latency_over_{name}", "lines", f"Latency over {name}", name, "latency (ms)", swept[column])
     over = next((column for column in swept if swept[column]), None)
     if over:
         name, panels = _last(over), _over(summary, over, TOKENS_PER_S)
         yield Chart(f"throughput_over_{name}", "lines", f"Throughput over {name}", name, "tokens / s", panels)
     else:
-        left_out.append("Throughput: with one size per setting it says what the latency says.")
+        left_out.append("Throughput: with one size per setting it shows the same as the latency.")
         panels = [Panel(title, _series(rows, "variant", LATENCY)) for title, rows in _panels(summary, LATENCY).items()]
         yield Chart("latency", "dots", "Latency", "latency (ms)", "", panels)
 
@@ -294,7 +296,7 @@ def _load_against_latency(summary: pd.DataFrame, left_out: list[str]) -> Chart:
 
 def _against_error(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
     """What another router costs and what it changes, by setting: the Pareto plots."""
-    label = "relative error of the output against the reference router's"
+    label = "relative error of the output compared with the reference router"
     for name, column, title, axis in (
         ("latency_against_error", LATENCY, "Latency against output error", "latency (ms)"),
         ("bytes_against_error", EXPERT_MB, "Bytes of experts against output error", "weights of experts in use (MB)"),
@@ -331,7 +333,7 @@ def _bits_by_text(runs: pd.DataFrame, left_out: list[str]) -> Chart:
             series.append(Series(variant, list(there), value, low, high, [row["size"]] * len(there)))
         panels.append(Panel(setting, series))
     if not panels:
-        left_out.append("Bits per byte by text: no text is long enough for one window.")
+        left_out.append("Bits per byte by text: every text is shorter than one window (seq_len tokens).")
     return Chart("bits_by_text", "dots", "Bits per byte by text", "bits per byte", "", panels)
 
 
@@ -377,8 +379,8 @@ def _coactivation(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     panels = [panel for panel in panels if panel.counts_LEE.shape[1] > 1]
     if not panels:
         left_out.append("Co-activation: no cell recorded which experts are used together (measure.routing).")
-    title = "Co-activation (share of an expert's tokens that use the other too)"
-    return Chart("coactivation", "pairs", title, "the other", "expert", panels)
+    title = "Co-activation (share of an expert's tokens that also use the other expert)"
+    return Chart("coactivation", "pairs", title, "other expert", "expert", panels)
 
 
 def _arrays(
@@ -409,7 +411,7 @@ def _counts(path: Path) -> tuple[list[int], np.ndarray]:
     with np.load(path, allow_pickle=False) as arrays:
         layers, counts_LE = arrays["layer"].tolist(), arrays["counts_LE"]
     if counts_LE.dtype.kind not in "iu" or counts_LE.ndim != 2 or len(layers) != len(counts_LE) or not counts_LE.size:
-        raise ValueError("no counts by layer and expert")
+        raise ValueError("not counts by layer and expert")
     return layers, counts_LE
 
 
@@ -421,7 +423,7 @@ def _texts(path: Path) -> tuple[list[int], np.ndarray, list[str]] | None:
         layers, counts_LGE, texts = arrays["layer"].tolist(), arrays["domain_counts_LGE"], arrays["domain"].tolist()
     whole = counts_LGE.dtype.kind in "iu" and counts_LGE.ndim == 3 and counts_LGE.size
     if not whole or counts_LGE.shape[:2] != (len(layers), len(texts)):
-        raise ValueError("no counts by layer, text and expert")
+        raise ValueError("not counts by layer, text and expert")
     return layers, counts_LGE, texts
 
 

@@ -30,7 +30,9 @@ def read(path: Path) -> tuple[list[int], np.ndarray] | None:
         whole = arrays["layer"].dtype.kind in "iu" and arrays["layer"].ndim == 1
     E = counts_LEE.shape[-1] if counts_LEE.ndim else 0
     if not whole or counts_LEE.dtype.kind not in "iu" or counts_LEE.shape != (len(layers), E, E) or not counts_LEE.size:
-        raise ValueError(f"{_ARRAY} of {counts_LEE.dtype} {list(counts_LEE.shape)}: no counts by layer and pair")
+        raise ValueError(
+            f"{_ARRAY} of {counts_LEE.dtype} {list(counts_LEE.shape)}: not counts by layer and pair of experts"
+        )
     return layers, counts_LEE
 
 

@@ -28,11 +28,11 @@ _ARROW = {**_NATIVE, list[str]: TEXTS, list[float]: FLOATS, None: None}
 
 _CONFIGURED = (
     Field("model", str, "", "option of the group"),
-    Field("router", str, "", "option; missing if the model reads none"),
-    Field("experts", str, "", "option; missing if the model reads none"),
-    Field("batch", int, "sequences", "of one iteration"),
-    Field("seq_len", int, "tokens", "of a sequence; missing if the model reads none"),
-    Field("seed", int, "", "of parameters and input"),
+    Field("router", str, "", "option; missing if the model does not use a router"),
+    Field("experts", str, "", "option; missing if the model does not use experts"),
+    Field("batch", int, "sequences", "sequences of one iteration"),
+    Field("seq_len", int, "tokens", "tokens per sequence; missing if the model does not use it"),
+    Field("seed", int, "", "seed of the parameters and the input"),
     Field("workload", str, "", "option"),
     Field("device", str, "", "option (`auto` stays `auto`; see `environment.device`)"),
     Field("dtype", str, "", "option"),
@@ -48,10 +48,10 @@ _VARIANT = (
         "variant",
         str,
         "",
-        "how the cell differs from those that it is compared with (`sweep.compare`): the name in `plan.json`, else one "
+        "how the cell differs from the cells it is compared with (`sweep.compare`): the name in `plan.json`, or a name "
         "made from the records",
     ),
-    Field("setting_id", str, "", "12 hex digits of what the cells that are compared share"),
+    Field("setting_id", str, "", "12 hex digits: hash of the configuration that compared cells share"),
     Field(
         "config.*",
         None,
@@ -64,9 +64,9 @@ _N_RECORDS = Field(
     "n_records",
     int,
     "records",
-    "in this folder with this cell_id; more than 1 for copies, or for one cell on several machines",
+    "records in this folder with this cell_id; more than 1 for copies, or for one cell on several machines",
 )
-_REST = Field("*", None, "", "anything else that a record holds")
+_REST = Field("*", None, "", "any other value of the record")
 _RECORDED = {field.name: field for field in fields_of(Record)}
 _FIRST, _LAST = ("status", "reason", "cell_id"), ("schema", "directory")
 
@@ -83,19 +83,19 @@ _RUNS = (
 _OF_SUMMARY = (
     Field("anchor", str, "", "variant that the setting's others are compared with"),
     Field("is_anchor", bool, "", "whether this row is that variant"),
-    Field("n_replicates", int, "processes", "that the latency comes from; 0 without one"),
+    Field("n_replicates", int, "processes", "processes in which the latency was measured; 0 without a latency"),
     Field(
         "ratio_to_anchor.p50",
         float,
         "1",
-        "latency over the anchor's: `runs`' if it is against this anchor, else the quotient of the two medians; "
+        "latency over the anchor's: the value in `runs` if it has this anchor, else the ratio of the two medians; "
         "missing for the anchor",
     ),
     Field(
         "ratio_to_anchor.paired",
         bool,
         "",
-        "true: both were timed in the same rounds; false: only the quotient of the two medians, without an interval",
+        "true: both were timed in the same rounds; false: only the ratio of the two medians, without an interval",
     ),
     Field("directory", str, "", "folder of that record, relative to the sweep's"),
 )
@@ -169,28 +169,28 @@ TABLES: dict[str, Fields] = {
     "summary": tuple(_SHOWN[name] for name in _SUMMARY_NAMES),
     "samples": (
         _RECORDED["cell_id"],
-        Field("replicate", int, "", "number of the fresh process, from 0"),
-        Field("round", int, "", "number of the round in which the group's cells took turns"),
-        Field("order", int, "", "place in the round"),
-        Field("ms", float, "ms", "one iteration"),
+        Field("replicate", int, "", "index of the fresh process, from 0"),
+        Field("round", int, "", "index of the round in which each cell of the group was timed once"),
+        Field("order", int, "", "position in the round"),
+        Field("ms", float, "ms", "time of one iteration"),
         Field(
             "stamp_s",
             float,
             "s",
             "clock of the host when the iteration ended (CUDA: when its block ended); its zero is arbitrary",
         ),
-        Field("directory", str, "", "folder of the record, relative to the sweep's; tells copies of a cell apart"),
+        Field("directory", str, "", "folder of the record, relative to the sweep's; it distinguishes copies of a cell"),
     ),
     "coactivation": (
         _RECORDED["cell_id"],
         Field("layer", int, "", "index in the model"),
         Field("expert", int, "", "from 0"),
         Field("other", int, "", "another expert, or the same"),
-        Field("tokens", int, "tokens", "that use both"),
+        Field("tokens", int, "tokens", "tokens that use both experts"),
         Field("directory", str, "", "folder of the record, relative to the sweep's"),
     ),
     "unreadable": (
-        Field("path", str, "", "of the file, relative to the sweep's folder"),
+        Field("path", str, "", "path of the file, relative to the sweep's folder"),
         Field("error", str, "", "what is wrong with it"),
     ),
 }
@@ -224,11 +224,11 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     if isinstance(value, list) and kind in (TEXTS, FLOATS):
         return [_typed(name, item, FLOAT if kind is FLOATS else TEXT) for item in value]
     if type(value) is int and not _fits(value):
-        raise ValueError(f"{name} is a whole number of more than 64 bits.")
+        raise ValueError(f"{name} is an integer of more than 64 bits.")
     if kind is FLOAT and type(value) is int:
         return float(value)
     if kind is not None and kind is not _NATIVE.get(type(value)):
-        raise ValueError(f"{name}={str(value)[:60]!r} is no {kind}.")
+        raise ValueError(f"{name}={str(value)[:60]!r} is not of type {kind}.")
     return value
 
 

@@ -52,9 +52,9 @@ def _parse(record: Record) -> _Run:
     medians = [float(value) for value in latency.replicate_p50 or [latency.p50]] if latency else []
     probes = [float(value) for value in latency.replicate_probe_ms] if latency else []
     if not all(0 < value < math.inf for value in (*medians, *probes)):
-        raise ValueError(f"latency_ms: its medians {medians} and probes {probes} are not all positive")
+        raise ValueError(f"latency_ms: all medians {medians} and probes {probes} must be positive")
     if record.status not in ("ok", "failed", "skipped"):
-        raise ValueError(f"status={record.status!r}: ok, failed or skipped is expected")
+        raise ValueError(f"status={record.status!r}: must be ok, failed or skipped")
     if not isinstance(record.cell_id, str) or not isinstance(record.env_id, str | None):
         raise ValueError("cell_id and env_id must be text")
     return _Run(
@@ -74,7 +74,7 @@ def _parse(record: Record) -> _Run:
 def _read(root: Path) -> tuple[dict[str, list[_Run]], list[str]]:
     """The runs under `root` by cell, in the order of their paths, and what is wrong with each that cannot be read."""
     if not root.is_dir():
-        raise ValueError(f"{root}: there is no such folder.")
+        raise ValueError(f"{root}: folder not found.")
     cells: dict[str, list[_Run]] = {}
     unreadable = []
     for path in sorted(root.rglob(RESULT)):
@@ -83,9 +83,9 @@ def _read(root: Path) -> tuple[dict[str, list[_Run]], list[str]]:
             cells.setdefault(run.record.cell_id, []).append(run)
         except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
             text = str(error)
-            unreadable.append(text if text.startswith(str(path)) else f"{path}: not the record of a run: {error!r}")
+            unreadable.append(text if text.startswith(str(path)) else f"{path}: not a run record: {error!r}")
     if not cells:
-        raise ValueError(f"{root}: no records that can be read ({len(unreadable)} cannot).")
+        raise ValueError(f"{root}: no readable records ({len(unreadable)} unreadable).")
     return cells, unreadable
 
 
@@ -108,10 +108,12 @@ def compare(a: Path, b: Path, *, threshold: float = 0.03, floors: Mapping[str, f
             common, because the cell_ids of the two versions of moe-lab differ.
     """
     if not 0 < threshold < 1:
-        raise ValueError(f"threshold={threshold}: give a share above 0 and below 1, such as 0.03 or 3%.")
+        raise ValueError(f"threshold={threshold}: must be between 0 and 1, such as 0.03 or 3%.")
     (cells_a, unreadable_a), (cells_b, unreadable_b) = _read(Path(a)), _read(Path(b))
     if (change := _change_of_ids(cells_a, cells_b)) is not None:
-        raise ValueError(f"no cell of {a} is in {b}: {change}; measure the older one again with this version.")
+        raise ValueError(
+            f"{a} and {b} have no cell in common: {change}; measure the older one again with this version."
+        )
     floor_of: _FloorOf = cache(read_floor) if floors is None else floors.get
     rows, contents = [], []
     for cell_id in dict.fromkeys([*cells_a, *cells_b]):
@@ -173,12 +175,12 @@ def _distinct(side: str, runs: list[_Run], notes: list[str]) -> list[_Run]:
         if all(run.record.to_dict() != other.record.to_dict() for other in distinct):
             distinct.append(run)
     if len(distinct) < len(runs):
-        notes.append(f"identical copies in {side} count once")
+        notes.append(f"identical copies in {side} are counted once")
     timed = [run for run in distinct if run.medians]
     if len(timed) > 1:
         versions = len({run.record.code_id for run in timed})
         notes.append(
-            f"{len(timed)} results pooled in {side}" + (f", of {versions} versions of the code" if versions > 1 else "")
+            f"{len(timed)} results pooled in {side}" + (f", from {versions} code versions" if versions > 1 else "")
         )
     for run in distinct:
         if not run.medians:
@@ -211,15 +213,15 @@ def _judged(timed: dict[str, list[_Run]], threshold: float, floor_of: _FloorOf, 
     verdict, ratio, low, high, why = judge(a, b, threshold, floor, (probes[0], probes[1]))
     notes.insert(0, why)
     if low is None and floor is None:
-        mend = "moe-lab doctor --noise measures it" if machine else "measure.replicates=3 gives an interval"
-        notes.insert(1, f"no noise floor is known: {mend}")
+        remedy = "run moe-lab doctor --noise" if machine else "set measure.replicates=3 to get an interval"
+        notes.insert(1, f"noise floor not measured; {remedy}")
     if machines:
         notes.append(f"machines differ: {_differences(timed, 'machine') or 'their env_id'}")
     if differences := _differences(timed, "implementation"):
-        notes.append(f"what ran differs: {differences}")
+        notes.append(f"different kernels ran: {differences}")
     if differences := _differences(timed, "timing"):
         verdict = "inconclusive"
-        notes.append(f"timed in different ways, so not comparable: {differences}")
+        notes.append(f"not comparable, timed differently: {differences}")
     return {"verdict": verdict, "ratio": ratio, "ratio_low": low, "ratio_high": high}
 
 

@@ -30,8 +30,8 @@ def figures(found: Charts) -> tuple[list[Figure], list[str]]:
             shown, name = sum(len(panel.layers) for panel in kept), chart.title.split(" (")[0]
             if shown < n_maps:
                 left_out.append(
-                    f"{name}: {shown} of {n_maps} layers of different cells are shown, the others would make the page "
-                    "too large; they stand in the routing.npz of the cells."
+                    f"{name}: {shown} of {n_maps} layers of different cells are shown, to limit the size of the page; "
+                    "the other layers are in routing.npz of the cells."
                 )
         else:
             panels = [_panel(panel, chart, found) for panel in chart.panels if isinstance(panel, Panel)]
@@ -106,7 +106,7 @@ def _front(panel: Panel) -> Figure:
     """A staircase through the points that none beats."""
     at, value = front(panel)
     line = {"color": "#7a828e", "dash": "dot", "width": 1.5, "shape": "hv"}
-    trace = {"type": "scatter", "mode": "lines", "name": "not beaten", "hoverinfo": "skip", "line": line}
+    trace = {"type": "scatter", "mode": "lines", "name": "Pareto front", "hoverinfo": "skip", "line": line}
     return trace | {"x": [_short(one) for one in at], "y": [_short(one) for one in value]}
 
 

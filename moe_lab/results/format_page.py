@@ -39,7 +39,7 @@ def page(text: str) -> str:
     for name, fields in TABLES.items():
         match = re.search(rf"^## {name}\n[^#|]*((?:\|.*\n)+)", text, re.MULTILINE)
         if match is None:
-            raise ValueError(f"{PAGE}: it needs a heading `## {name}` with a table below it.")
+            raise ValueError(f"{PAGE}: must have a heading `## {name}` with a table below it.")
         text = text[: match.start(1)] + rows(fields) + text[match.end(1) :]
     return text
 

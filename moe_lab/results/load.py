@@ -87,7 +87,7 @@ def folder(directory: str | Path) -> Path:
     """As a Path. Raises `ValueError` if there is no such folder."""
     root = Path(directory)
     if not root.is_dir():
-        raise ValueError(f"{root}: there is no such folder.")
+        raise ValueError(f"{root}: folder not found.")
     return root
 
 
@@ -105,7 +105,7 @@ def search(root: Path) -> tuple[list[Found], list[tuple[str, str]]]:
             found.append(Found(relative, stamp(f"{at}/{RESULT}"), stamp(f"{at}/{SAMPLES}")))
         if UNREADABLE in names:
             path = printable(Path(at, UNREADABLE).relative_to(root))
-            problems.append((path, "set aside: it could not be read when its cell was run again"))
+            problems.append((path, "could not be read and was renamed when its cell was run again"))
     return sorted(
         found, key=lambda one: [*one.folder.split(os.sep), RESULT] if one.folder != "." else [RESULT]
     ), sorted(problems)
@@ -130,11 +130,11 @@ def read_plan(root: Path) -> Plan:
     compare, anchor = content["compare"], content["anchor"]
     _hold_depth(anchor)
     if not isinstance(compare, list) or not compare:
-        raise ValueError(f"compare={str(compare)[:60]!r}: it is a list of groups.")
+        raise ValueError(f"compare={str(compare)[:60]!r}: must be a list of groups.")
     if not all(isinstance(text, str) for text in compare):
-        raise ValueError("compare: its groups must be text.")
+        raise ValueError("compare: the groups must be text.")
     if not isinstance(anchor, dict | None):
-        raise ValueError(f"anchor={str(anchor)[:60]!r}: it is a part of a configuration.")
+        raise ValueError(f"anchor={str(anchor)[:60]!r}: must be part of a configuration.")
     commands = [[str(word) for word in words] for words in content["commands"]]
     statuses = {str(cell["cell_id"]): str(cell["status"]) for cell in content["cells"]}
     return Plan(compare, anchor, None if content["name"] is None else str(content["name"]), commands, statuses)
@@ -153,14 +153,14 @@ def read(root: Path, relative: str) -> Entry:
     row = {**_asked(config), **_flatten(content), "directory": printable(relative)}
     columns.check(row)
     if not row.get("cell_id") or not row.get("status"):
-        raise ValueError("cell_id and status must be there.")
+        raise ValueError("cell_id or status is missing.")
     return Entry(row, identity.content(config) if "model" in config and "export" in config else None)
 
 
 def _hold_depth(node: Any, left: int = _DEEPEST) -> None:
     """Refuse what is nested deeper than any record, before something that follows it down runs out of stack."""
     if left == 0:
-        raise ValueError(f"it is nested deeper than {_DEEPEST}.")
+        raise ValueError(f"nested deeper than {_DEEPEST} levels.")
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         _hold_depth(child, left - 1)
 
@@ -237,5 +237,5 @@ def printable(path: str | Path) -> str:
 
 def one_line(error: BaseException) -> str:
     """What is wrong, without line breaks or what cannot be printed."""
-    text = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+    text = f"missing key {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
     return " ".join(text.encode(errors="backslashreplace").decode().split())

@@ -1,6 +1,6 @@
-"""The noise floor of a machine: how far two runs of the same lie apart there.
+"""The noise floor of a machine: the difference between two runs of the same cells.
 
-It lies in a cache folder under the hash of the machine; `moe-lab doctor --noise` measures it.
+It is stored in a cache folder under the hash of the machine; `moe-lab doctor --noise` measures it.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ from moe_lab.records.store import write_atomic
 
 
 def noise_file(env_id: str) -> Path:
-    """Where the noise floor of a machine is kept. Raises `ValueError` for what is no `env_id`."""
+    """Where the noise floor of a machine is kept. Raises `ValueError` if `env_id` is not 12 hex digits."""
     if not re.fullmatch(r"[0-9a-f]{12}", env_id):  # it comes from a record, and goes into a path
-        raise ValueError(f"env_id={env_id!r}: 12 hexadecimal digits are expected.")
+        raise ValueError(f"env_id={env_id!r}: must be 12 hexadecimal digits.")
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = given if given.is_absolute() else Path.home() / ".cache"  # as its specification asks
     return folder / "moe-lab" / f"noise-{env_id}.json"
 
 
 def read_floor(env_id: str) -> float | None:
-    """How far two runs of the same lie apart on this machine, as a ratio minus 1; None where nobody measured it.
+    """The difference between two runs of the same cells on this machine, as a ratio minus 1; None if not measured.
 
-    A file that cannot be read counts as none, with a warning.
+    If the file cannot be read, returns None with a warning.
     """
     try:
         floor = json.loads(noise_file(env_id).read_text())["floor"]
         if not (isinstance(floor, int | float) and 0 <= floor < math.inf):
-            raise ValueError(f"floor={floor!r}: a number from 0 is expected")
+            raise ValueError(f"floor={floor!r}: must be a number >= 0")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        warnings.warn(f"the noise floor of machine {env_id!r} cannot be read: {error!r}", stacklevel=2)
+        warnings.warn(
+            f"cannot read the noise floor of machine {env_id!r}: {error!r}; run moe-lab doctor --noise", stacklevel=2
+        )
         return None
     return float(floor)
 

@@ -19,7 +19,7 @@ def write(directory: Path, *, with_report: bool = True) -> None:
     tables = aggregate.aggregate(directory)
     console = Console(soft_wrap=True, highlight=False)
     if len(tables.unreadable):
-        console.print(f"{len(tables.unreadable)} files could not be read: {directory}/unreadable.csv", markup=False)
+        console.print(f"{len(tables.unreadable)} files could not be read; see {directory}/unreadable.csv", markup=False)
     console.print(f"{directory}/runs.csv", markup=False)
     if with_report:
         from moe_lab.results import plots, report  # matplotlib takes half a second to import

@@ -51,17 +51,17 @@ def draw(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Drawn:
         if len(chart.panels) > charts.FILE_PANELS:
             left_out.append(
                 f"{chart.title}: plots/{chart.name} has the first {charts.FILE_PANELS} of {len(chart.panels)} panels; "
-                "the report has them all."
+                "the report has all panels."
             )
         if chart.kind == "pairs" and any(len(panel.layers) > 1 for panel in chart.panels if isinstance(panel, Pairs)):
             left_out.append(
-                f"{chart.title}: plots/{chart.name} has the layer of each variant with the largest share; the report "
-                "has them all."
+                f"{chart.title}: plots/{chart.name} shows the layer of each variant with the largest share; the report "
+                "has all layers."
             )
         if chart.kind == "texts" and any(len(panel.layers) > 1 for panel in chart.panels if isinstance(panel, Texts)):
             left_out.append(
-                f"{chart.title}: plots/{chart.name} has the layer of each variant in which the texts differ most; the "
-                "report has them all."
+                f"{chart.title}: plots/{chart.name} shows the layer of each variant in which the texts differ most; "
+                "the report has all layers."
             )
         for ending in ("png", "svg"):
             content = io.BytesIO()

@@ -166,11 +166,11 @@ function plots(nonce) {
   function pairs(panel, layer) {
     const counts = panel.counts[panel.layers.map(String).indexOf(layer)];
     const share = counts.map((row, i) => row.map((count, j) => i === j ? null : count / Math.max(row[i], 1)));
-    const axes = {xaxis: {title: {text: "the other"}, constrain: "domain"},
+    const axes = {xaxis: {title: {text: "other expert"}, constrain: "domain"},
       yaxis: {title: {text: "expert"}, autorange: "reversed", scaleanchor: "x", constrain: "domain"}};
     return {layout: axes, data: [{type: "heatmap", z: share, text: counts, zmin: 0, zmax: 1, colorscale: "Viridis", hoverongaps: false,
       showlegend: false, colorbar: {thickness: 12, outlinewidth: 0},
-      hovertemplate: "expert %{y}, the other %{x}<br>%{text} tokens, %{z:.3g} of the expert's<extra></extra>"}]};
+      hovertemplate: "expert %{y}, other expert %{x}<br>%{text} tokens, %{z:.3g} of the tokens of expert %{y}<extra></extra>"}]};
   }
 
   function themed(layout, height, legend) {

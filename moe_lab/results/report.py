@@ -128,7 +128,7 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
 def _plan(directory: Path) -> tuple[Plan, str | None]:
     """What `plan.json` says, and why it says nothing."""
     try:
-        return read_plan(directory), None if (directory / PLAN).exists() else f"there is no {PLAN} here"
+        return read_plan(directory), None if (directory / PLAN).exists() else f"{PLAN} not found"
     except UNREADABLE_BECAUSE as error:
         return Plan(), f"{PLAN} cannot be read: {one_line(error)}"
 
@@ -193,7 +193,7 @@ def _problems(directory: Path, runs: pd.DataFrame) -> list[dict[str, str]]:
         {
             "status": str(row["status"]),
             "what": ", ".join(part for part in (_text(row["variant"]), what[at]) if part) or str(row["directory"]),
-            "reason": _text(row["reason"]) or "no reason was recorded",
+            "reason": _text(row["reason"]) or "no reason recorded",
             "log": _link(row["directory"], LOG) if (directory / row["directory"] / LOG).exists() else "",
         }
         for at, row in bad.iterrows()
@@ -234,7 +234,7 @@ def _warnings(runs: pd.DataFrame) -> dict[str, list[tuple[str, str]]]:
             kinds.setdefault(text.split(":")[0], []).append((f"{_text(row['variant'])}, {what[at]}", text))
     copies = runs[runs["n_records"] > 1]
     for at, row in copies.iterrows():
-        kinds.setdefault("a cell has more than one record here", []).append((what[at], str(row["directory"])))
+        kinds.setdefault("cells with more than one record in this folder", []).append((what[at], str(row["directory"])))
     return kinds
 
 

@@ -28,8 +28,8 @@ class Lock:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(
-                f"{directory}: another sweep is writing there{self._described()}; "
-                "wait for it, or give another sweep.name."
+                f"{directory}: another sweep is using this folder{self._described()}; "
+                "wait for it or set another sweep.name."
             ) from error
         started = datetime.now(UTC).isoformat(timespec="seconds")
         self._owner.write_text(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": started}))

@@ -66,9 +66,7 @@ class Multirun:
         try:
             return planning.make(jobs, self.directory, self.engine, command())
         except WorkerLostError as lost:
-            raise UnavailableError(
-                f"the worker process ended as it started ({lost}); see {self.directory / LOG}"
-            ) from lost
+            raise UnavailableError(f"the worker process could not start ({lost}); see {self.directory / LOG}") from lost
 
     def records(self) -> list[Record]:
         """What is known of every cell."""

@@ -169,8 +169,8 @@ def _cells(
         if cell_id in cells:
             if _reference(cells[cell_id].config) != _reference(container):
                 raise ValueError(
-                    "measure.reference_router: one sweep compares with one router; to compare with another, give the "
-                    "other one in a sweep of another name (sweep.name)."
+                    "measure.reference_router: a sweep can have only one reference router; use another sweep.name for "
+                    "the other one."
                 )
             continue
         sweep = sweep or container["sweep"]
@@ -226,11 +226,11 @@ def judge(cell: Cell, sweep: Mapping[str, Any]) -> None:
     here = (cell.cell_id, cell.code_id, cell.env_id)
     different = [name for name, old, new in zip(named, there, here, strict=True) if old != new]
     if record.status == "skipped" or record.reason == "interrupted":
-        cell.reason = f"before: {record.reason}"
+        cell.reason = f"previous run: {record.reason}"
     elif different and sweep["stale"] != "keep":
-        cell.status, cell.reason = "stale", f"of another {' and '.join(different)}"
+        cell.status, cell.reason = "stale", f"different {' and '.join(different)}"
     elif record.status == "failed" and sweep["retry_failed"]:
-        cell.reason = f"failed before: {record.reason}"
+        cell.reason = f"previous run failed: {record.reason}"
     elif _lacks_reference(cell, record) and sweep["stale"] != "keep":
         cell.status, cell.reason = "stale", "not compared with this measure.reference_router"
     else:

@@ -87,7 +87,7 @@ def _run_group(plan: Plan, cells: Sequence[Cell], engine: Engine, reporter: Repo
         group.run()
     except KeyboardInterrupt:
         group.interrupted()
-        reporter.say(f"interrupted; to go on: {shlex.join(plan.command)}", "yellow")
+        reporter.say(f"interrupted; to continue, run: {shlex.join(plan.command)}", "yellow")
         raise
 
 

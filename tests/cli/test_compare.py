@@ -165,11 +165,11 @@ def test_mistakes_are_one_line(sets: tuple[Path, Path], tmp_path: Path) -> None:
     renamed = write(tmp_path / "renamed", record(1.0, cell_id="f" * 12, config={"batch": 1}, code_id="9" * 12))
     a, b = sets
     mistakes: dict[str, tuple[Any, ...]] = {
-        "nowhere: there is no such folder": (a, tmp_path / "nowhere"),
+        "nowhere: folder not found": (a, tmp_path / "nowhere"),
         "empty: no records that can be read": (tmp_path / "empty", b),
         r"unreadable: no records that can be read \(1 cannot\)": (a, unreadable.parent),
         "no cell is ok in both .*: 5 only in A, 1 only in B": (a, other),
-        "no cell of .*renamed is in .*: cell_ids changed between .*; measure the older one again": (renamed, b),
+        "renamed and .* have no cell in common: cell_ids changed between .*; measure the older one again": (renamed, b),
         "--threshold=lots: .*3% or 0.03": (a, b, "--threshold", "lots"),
         "threshold=3.0: .*0.03 or 3%": (a, b, "--threshold", "3"),
         "required: B": (a,),
@@ -211,7 +211,9 @@ def test_a_broken_floor_warns_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "moe-lab" / f"noise-{HERE}.json").write_text("{")
     done = run(*sides, cache=tmp_path)
     assert done.returncode == 0 and "2 inconclusive" in done.stdout
-    assert re.fullmatch(f"moe-lab: the noise floor of machine '{HERE}' cannot be read: .*\n", done.stderr)
+    assert re.fullmatch(
+        f"moe-lab: cannot read the noise floor of machine '{HERE}': .*; run moe-lab doctor --noise\n", done.stderr
+    )
 
 
 def test_help_names_the_rule_the_options_and_the_exit_codes(tmp_path: Path) -> None:

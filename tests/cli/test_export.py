@@ -79,7 +79,7 @@ def test_a_run_is_exported_once_and_verifies(
         pytest.param("overwritten", "__params__ was changed", 1, id="overwritten"),
         pytest.param("truncated", "__params__ is truncated: 5000 bytes", 1, id="truncated"),
         pytest.param("missing", "__params__ is missing", 1, id="missing"),
-        pytest.param("no manifest", "there is no export", 2, id="no manifest"),
+        pytest.param("no manifest", "no export found", 2, id="no manifest"),
     ],
 )
 def test_damage_has_a_message_of_its_own(

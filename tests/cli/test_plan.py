@@ -64,7 +64,7 @@ def test_what_is_done_is_not_done_again_and_its_time_is_expected_of_the_rest(tmp
     done = plan(*quick.overrides("moe_layer", "batch=1,2,3,1", "sweep.name=s"), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     statuses = {line.split()[5]: line.split(maxsplit=6)[6].rstrip() for line in done.stdout.splitlines()[1:-1]}
-    expected = ("done", "stale: of another code", "to do")
+    expected = ("done", "stale: different code", "to do")
     assert statuses == {cell.cell_id: status for cell, status in zip(made.cells, expected, strict=True)}
     assert done.stdout.splitlines()[-1] == ("outputs/s: 3 cells, 2 to run (1 duplicates left out), about 3:00")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -63,9 +63,9 @@ def test_a_list_is_taken_in_its_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        pytest.param("nowhere", "no such file or folder; name a text", id="missing"),
+        pytest.param("nowhere", "file or folder not found; give a text", id="missing"),
         pytest.param("empty", r"no text \(\*\.txt or \*\.md, not counting README\.md\); put one there", id="no_texts"),
-        pytest.param(["some.txt", "nowhere"], "nowhere: there is no such file", id="one_of_several"),
+        pytest.param(["some.txt", "nowhere"], "nowhere: file or folder not found", id="one_of_several"),
     ],
 )
 def test_what_is_not_there_is_a_mistake(path: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,5 +218,5 @@ def test_the_file_has_the_layer_in_which_the_texts_differ_most() -> None:
 def test_what_the_files_lack_is_said(sweep: tuple[Path, Aggregate]) -> None:
     """Layers, in the sentence that names the file."""
     found = plots.draw(*sweep[:1], sweep[1].runs, sweep[1].summary)
-    assert any("plots/experts_by_text has the layer" in text for text in found.left_out)
+    assert any("plots/experts_by_text shows the layer" in text for text in found.left_out)
     assert {path.stem for path in found.paths} >= {"latency_against_bits", "bits_by_text", "experts_by_text"}

@@ -172,7 +172,7 @@ def test_cells_of_the_plan_without_a_record_are_counted(tmp_path: Path) -> None:
     assert "not run" not in shown(written(tmp_path))
     for folder in folders[:2]:
         shutil.rmtree(folder)
-    assert "2 not run of the plan" in " ".join(shown(written(tmp_path)).split())
+    assert "2 not run (planned)" in " ".join(shown(written(tmp_path)).split())
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_without_a_plan_the_command_is_not_known(tmp_path: Path, plan: str | Non
     if plan is not None:
         (tmp_path / "plan.json").write_text(plan)
     words = shown(written(tmp_path))
-    assert "Not known" in words and "plan.json" in words and tmp_path.name in words
+    assert "Unknown" in words and "plan.json" in words and tmp_path.name in words
 
 
 def test_several_machines_stand_side_by_side(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_several_machines_stand_side_by_side(tmp_path: Path) -> None:
 
 def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
     """It says that there is nothing."""
-    assert "Nothing was compared" in shown(written(tmp_path))
+    assert "No cells were compared" in shown(written(tmp_path))
 
 
 @pytest.mark.slow
@@ -317,7 +317,7 @@ def test_the_front_lies_below_the_points(chromium: Any, sweep: Path) -> None:
     with opened(chromium, sweep) as driver:
         traces = driver.execute_script("return document.getElementById('plot-latency_against_error').data")
         *points, front = traces
-        assert front["name"] == "not beaten" and front["mode"] == "lines"
+        assert front["name"] == "Pareto front" and front["mode"] == "lines"
         lowest = min(y for trace in points for y in trace["y"])
         assert min(front["y"]) == pytest.approx(lowest)
 

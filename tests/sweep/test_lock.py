@@ -39,7 +39,7 @@ def test_a_held_folder_is_a_mistake_of_one_line_that_names_the_owner(tmp_path: P
     with pytest.raises(ValueError) as raised:
         Lock(tmp_path / "held")
     text = str(raised.value)
-    assert text.startswith(f"{tmp_path}/held: another sweep is writing there (process {os.getpid()} on ")
+    assert text.startswith(f"{tmp_path}/held: another sweep is using this folder (process {os.getpid()} on ")
     assert "sweep.name" in text and "\n" not in text
     assert json.loads((tmp_path / "held" / OWNER).read_text())["pid"] == os.getpid()
     Lock(tmp_path / "free").release()
@@ -51,10 +51,10 @@ def test_an_owner_that_cannot_be_read_is_not_named(tmp_path: Path, text: str) ->
     """The folder stays locked all the same."""
     lock = Lock(tmp_path)
     (tmp_path / OWNER).write_text(text)
-    with pytest.raises(ValueError, match="another sweep is writing there; wait for it"):
+    with pytest.raises(ValueError, match="another sweep is using this folder; wait for it"):
         Lock(tmp_path)
     (tmp_path / OWNER).unlink()
-    with pytest.raises(ValueError, match="another sweep is writing there; wait for it"):
+    with pytest.raises(ValueError, match="another sweep is using this folder; wait for it"):
         Lock(tmp_path)
     lock.release()
 

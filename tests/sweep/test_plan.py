@@ -168,7 +168,7 @@ def test_refusing_stale_results_names_them(tmp_path: Path) -> None:
     """sweep.stale=refuse is a mistake of one line that says what to do."""
     (cell,) = make(tmp_path).cells
     leave(cell, code_id="f" * 12)
-    with pytest.raises(ValueError, match=r"1 of 1 results .* of another code.*sweep\.stale=rerun"):
+    with pytest.raises(ValueError, match=r"1 of 1 results .* different code.*sweep\.stale=rerun"):
         make(tmp_path, "sweep.stale=refuse")
 
 
@@ -191,7 +191,7 @@ def test_a_cell_that_was_not_compared_with_the_reference_router_is_to_do(tmp_pat
 
 def test_one_sweep_compares_with_one_router(tmp_path: Path) -> None:
     """Two would be one cell, of which one is dropped."""
-    with pytest.raises(ValueError, match=r"measure\.reference_router.*one router"):
+    with pytest.raises(ValueError, match=r"measure\.reference_router.*one reference router"):
         make(tmp_path, "router=torch", "measure.reference_router=torch,sinkhorn")
 
 

@@ -163,7 +163,7 @@ def test_an_edit_of_what_a_cell_runs_makes_it_stale_and_a_commit_does_not(tmp_pa
     assert " done" in plan_of(tmp_path, environment)
     with open(package / "routers" / "softmax_topk.py", "a") as file:
         file.write("# another word\n")
-    assert "stale: of another code" in plan_of(tmp_path, environment)
+    assert "stale: different code" in plan_of(tmp_path, environment)
     assert " done" in plan_of(tmp_path, environment, "sweep.stale=keep")
     command = [*faulty.MOE_LAB, "-m", *quick.overrides("moe_layer", "router=torch", "sweep.name=s")]
     refused = subprocess.run([*command, "sweep.stale=refuse"], cwd=tmp_path, env=environment, capture_output=True)
@@ -186,7 +186,7 @@ def test_a_result_of_another_machine_is_stale_here_and_joins_in_compare(tmp_path
     record.env_id = "0" * 12
     record.environment["device_name"] = "another"
     write_record(folder, record)
-    assert "stale: of another machine" in plan_of(tmp_path, dict(os.environ))
+    assert "stale: different machine" in plan_of(tmp_path, dict(os.environ))
     done = subprocess.run(
         [*faulty.MOE_LAB, "compare", "outputs/s", "there"], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )

@@ -251,7 +251,7 @@ def test_ctrl_c_writes_what_is_there_and_says_how_to_go_on(tmp_path: Path) -> No
     faulty.interrupt(process)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, (stderr, log.read_text())
-    assert "to go on: " in stderr
+    assert "to continue, run: " in stderr
     assert "-m" in stderr
     records = faulty.records_list(tmp_path)
     assert {(record.config["batch"], record.status, record.reason) for record in records} == {
@@ -274,7 +274,7 @@ def test_two_sweeps_at_once_in_one_folder(tmp_path: Path) -> None:
         time.sleep(0.05)
     second = faulty.sweep(*arguments, cwd=tmp_path)
     assert second.returncode == 2
-    assert f"another sweep is writing there (process {first.pid}" in second.stderr
+    assert f"another sweep is using this folder (process {first.pid}" in second.stderr
     assert len(second.stderr.strip().splitlines()) == 1
     first.send_signal(signal.SIGKILL)
     first.wait()

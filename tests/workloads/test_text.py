@@ -192,8 +192,10 @@ def test_a_text_is_read_once_unless_it_changes(tmp_path: Path, monkeypatch: pyte
     [
         pytest.param(None, r"workload\.path: .*needs a text file, a folder", id="none"),
         pytest.param([], r"workload\.path: .*needs a text file, a folder", id="no_entries"),
-        pytest.param("nowhere.txt", r"workload\.path=\S*nowhere\.txt: .*no such file or folder; name", id="not_there"),
-        pytest.param("no_texts", r"workload\.path=\S*no_texts: the folder has no text.*README", id="folder_of_readme"),
+        pytest.param(
+            "nowhere.txt", r"workload\.path=\S*nowhere\.txt: .*file or folder not found; give", id="not_there"
+        ),
+        pytest.param("no_texts", r"workload\.path=\S*no_texts: no texts in this folder.*README", id="folder_of_readme"),
         pytest.param("empty.txt", r"workload\.path: \S*empty\.txt is empty; add", id="empty"),
         pytest.param("latin1.txt", r"workload\.path: \S*latin1\.txt is not UTF-8 \(at byte 3\); convert", id="latin1"),
     ],
