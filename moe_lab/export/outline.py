@@ -129,5 +129,5 @@ def _content(attribute: ir.Attr) -> object:
     if attribute.type == ir.AttributeType.TENSOR:
         tensor = attribute.as_tensor()
         return tensor.dtype, tuple(tensor.shape.numpy()), tensor.tobytes()
-    assert attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS), "a module holds a Loop of torch's"
+    assert attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS), "a module contains a Loop of torch"
     return repr(attribute.value)

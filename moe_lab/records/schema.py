@@ -118,7 +118,7 @@ class Record:
     gpu_busy_ms: Annotated[
         float | None,
         "ms",
-        "eager runs only: time in which the GPU computes in one iteration, without waiting for the host",
+        "eager runs only: time that the GPU computes in one iteration; excludes waiting for the host",
     ] = None
     ratio_to_anchor: Ratio | None = None
     throughput: Annotated[dict[str, float] | None, fields.THROUGHPUT] = None

@@ -124,13 +124,13 @@ function plots(nonce) {
       axes.yaxis.autorange = "reversed";
       return {layout: axes, data: [{type: "heatmap", x: experts, y: panel.layers.map(String), z: relative, text: panel.counts,
         zmin: 0, zmax: top, colorscale: "Viridis", showlegend: false, colorbar: {thickness: 12, outlinewidth: 0},
-        hovertemplate: "layer %{y}, expert %{x}<br>%{text} slots, %{z:.3g} of the mean<extra></extra>"}]};
+        hovertemplate: "layer %{y}, expert %{x}<br>%{text} slots, %{z:.3g} x the mean<extra></extra>"}]};
     }
     const at = panel.layers.map(String).indexOf(layer);
     axes.yaxis.title.text = "slots / mean";
     return {layout: axes, data: [{type: "bar", x: experts, y: relative[at], text: panel.counts[at], textposition: "none",
       showlegend: false, marker: {color: "#3b82c4"},
-      hovertemplate: "expert %{x}<br>%{text} slots, %{y:.3g} of the mean<extra></extra>"}]};
+      hovertemplate: "expert %{x}<br>%{text} slots, %{y:.3g} x the mean<extra></extra>"}]};
   }
 
   function texts(panel, layer) {
@@ -160,7 +160,7 @@ function plots(nonce) {
       yaxis: {title: {text: ""}, autorange: "reversed", tickvals: ticks, ticktext: names, zeroline: false, showgrid: false}};
     return {layout: axes, data: [{type: "heatmap", y: y, z: z, text: text, zmin: 0, zmax: top, colorscale: "Viridis",
       hoverongaps: false, showlegend: false, colorbar: {thickness: 12, outlinewidth: 0},
-      hovertemplate: "%{text}, %{z:.3g} of the mean<br>expert %{x}<extra></extra>"}]};
+      hovertemplate: "%{text}, %{z:.3g} x the mean<br>expert %{x}<extra></extra>"}]};
   }
 
   function pairs(panel, layer) {

@@ -219,7 +219,7 @@ def judge(cell: Cell, sweep: Mapping[str, Any]) -> None:
     except FileNotFoundError:
         return
     except ValueError:
-        cell.reason = "its record cannot be read"
+        cell.reason = "the record cannot be read"
         return
     named = ("configuration", "code", "machine")
     there = (record.cell_id, record.code_id, record.env_id or cell.env_id)  # null: it failed before it looked

@@ -166,8 +166,8 @@ def test_mistakes_are_one_line(sets: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = sets
     mistakes: dict[str, tuple[Any, ...]] = {
         "nowhere: folder not found": (a, tmp_path / "nowhere"),
-        "empty: no records that can be read": (tmp_path / "empty", b),
-        r"unreadable: no records that can be read \(1 cannot\)": (a, unreadable.parent),
+        "empty: no readable records": (tmp_path / "empty", b),
+        r"unreadable: no readable records \(1 unreadable\)": (a, unreadable.parent),
         "no cell is ok in both .*: 5 only in A, 1 only in B": (a, other),
         "renamed and .* have no cell in common: cell_ids changed between .*; measure the older one again": (renamed, b),
         "--threshold=lots: .*3% or 0.03": (a, b, "--threshold", "lots"),

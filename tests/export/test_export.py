@@ -286,7 +286,9 @@ def softmax(kind: type) -> Callable[[int, int], Router]:
 @pytest.mark.parametrize(
     ("make_router", "raised", "said"),
     [
-        pytest.param(pairs.WithoutBody, ExportError, "op moe_lab.route_triton has no ONNX body", id="op without a body"),
+        pytest.param(
+            pairs.WithoutBody, ExportError, "op moe_lab.route_triton has no ONNX body", id="op without a body"
+        ),
         pytest.param(pairs.ReadsTheHost, ExportError, "torch cannot export the model", id="reads values"),
         pytest.param(
             softmax(pairs.OtherExperts), MismatchError, "the experts differ from the fp32 selection", id="other experts"

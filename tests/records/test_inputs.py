@@ -64,12 +64,12 @@ def test_a_list_is_taken_in_its_order(tmp_path: Path) -> None:
     ("path", "text"),
     [
         pytest.param("nowhere", "file or folder not found; give a text", id="missing"),
-        pytest.param("empty", r"no text \(\*\.txt or \*\.md, not counting README\.md\); put one there", id="no_texts"),
+        pytest.param("empty", r"no texts in .* \(\*\.txt or \*\.md, README\.md does not count\); add a", id="no_texts"),
         pytest.param(["some.txt", "nowhere"], "nowhere: file or folder not found", id="one_of_several"),
     ],
 )
 def test_what_is_not_there_is_a_mistake(path: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line that names the path and the mend."""
+    """One line that names the path and how to fix it."""
     files(tmp_path, some__txt="x")
     files(tmp_path / "empty", README__md="about")
     monkeypatch.chdir(tmp_path)
