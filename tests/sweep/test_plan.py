@@ -201,7 +201,7 @@ def test_an_unreadable_record_is_to_do(tmp_path: Path) -> None:
     cell.directory.mkdir(parents=True)
     (cell.directory / "result.json").write_text("{")
     (judged,) = make(tmp_path).cells
-    assert (judged.status, judged.reason) == ("to do", "its record cannot be read")
+    assert (judged.status, judged.reason) == ("to do", "the record cannot be read")
 
 
 def test_groups_are_what_differs_only_under_compare_and_equal_models_follow_each_other(tmp_path: Path) -> None:
