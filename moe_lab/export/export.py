@@ -58,7 +58,7 @@ def export(cfg: DictConfig, model: nn.Module, folder: Path, make_inputs: MakeInp
         pair.write_json(part / pair.PARITY, report)
         manifest = _manifest(cfg, files, graph, y_name)
         pair.write_json(part / pair.MANIFEST, manifest)
-        found = {
+        entry = {
             "dir": str(folder),
             **{key: manifest[key] for key in ("opset", "view", "dynamic")},
             **manifest["counts"],
@@ -68,8 +68,8 @@ def export(cfg: DictConfig, model: nn.Module, folder: Path, make_inputs: MakeInp
             "parity": {key: value for key, value in report.items() if key not in ("cases", "versions", "sha256")},
         }
         if report["status"] == "failed":
-            raise MismatchError("export", f"export={cfg.export.name}: {report['reason']}", found=found)
-    return found
+            raise MismatchError("export", f"export={cfg.export.name}: {report['reason']}", found=entry)
+    return entry
 
 
 def verify(folder: Path, rebuild: Callable[[DictConfig], nn.Module], make_inputs: MakeInputs) -> dict[str, Any]:

@@ -18,6 +18,6 @@ def show(folder: Path, *, browse: bool = True, port: int | None = None) -> None:
         import netron
     except ImportError as error:
         raise UnavailableError("--open needs Netron: pip install 'moe-lab[netron]'") from error
-    host, at = netron.start(str(folder / MODEL), ("127.0.0.1", port or 0), browse=browse)
-    print(f"Netron shows {folder} at http://{host}:{at} (press Ctrl-C to stop)", flush=True)
+    host, port_in_use = netron.start(str(folder / MODEL), ("127.0.0.1", port or 0), browse=browse)
+    print(f"Netron shows {folder} at http://{host}:{port_in_use} (press Ctrl-C to stop)", flush=True)
     netron.wait()

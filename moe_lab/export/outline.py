@@ -41,23 +41,23 @@ class Outliner:
                 rest.append(node)
         for (path, kind), inside in members.items():
             scope = scope_of(inside[0])[:depth]
-            found = self.run(inside, depth + 1)
-            ops = [node for node in found if node.op_type != "Constant"]
+            grouped = self.run(inside, depth + 1)
+            ops = [node for node in grouped if node.op_type != "Constant"]
             if kind in _TRANSPARENT or (len(ops) == 1 and ops[0].domain == DOMAIN):
                 ops[0].name = path if len(ops) == 1 else ops[0].name
-                rest += found
+                rest += grouped
             else:
-                rest.append(self.call(path, kind, found, scope))
+                rest.append(self.call(path, kind, grouped, scope))
         return rest
 
     def call(self, path: str, kind: str, nodes: Sequence[ir.Node], scope: Scope) -> ir.Node:
         """Replace `nodes` by a call of the function that they are."""
         graph, inside = self.model.graph, set(nodes)
         ordered = [node for node in graph if node in inside]
-        made = {value: None for node in ordered for value in node.outputs}  # in order
-        inputs = list(dict.fromkeys(v for node in ordered for v in node.inputs if v is not None and v not in made))
+        produced = {value: None for node in ordered for value in node.outputs}  # in order
+        inputs = list(dict.fromkeys(v for node in ordered for v in node.inputs if v is not None and v not in produced))
         inputs.sort(key=lambda value: value.name in graph.initializers)  # weights last
-        outputs = [v for v in made if v.is_graph_output() or any(user not in inside for user, _ in v.uses())]
+        outputs = [v for v in produced if v.is_graph_output() or any(user not in inside for user, _ in v.uses())]
         call = ir.Node(DOMAIN, kind, inputs, num_outputs=len(outputs), name=path)
         call.meta["scope"] = scope
         for new, old in zip(call.outputs, outputs, strict=True):

@@ -130,7 +130,7 @@ def on_same_params(model: ir.Model, folder: Path, name: str) -> Path:
 
 
 def require_room(folder: Path, *, overwrite: bool, n_bytes: int) -> None:
-    """Raise `ValueError` if no pair with `n_bytes` of weights can be written there."""
+    """Raise `ValueError` if a pair with `n_bytes` of weights cannot be written to `folder`."""
     if folder.exists() and not overwrite:
         raise ValueError(
             f"export.dir={folder}: already exists; choose another folder or set export.overwrite=true to replace it."
@@ -195,7 +195,7 @@ def described(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises `ValueError` where there is none."""
+    """The manifest of an export. Raises `ValueError` if there is none."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -211,8 +211,8 @@ def require_intact(folder: Path, manifest: dict[str, Any]) -> None:
             raise ExportError(f"{path} is missing")
         size = path.stat().st_size
         if size != written["bytes"]:
-            how = "truncated" if size < written["bytes"] else "too long"
-            raise ExportError(f"{path} is {how}: {size} bytes instead of {written['bytes']}")
+            problem = "truncated" if size < written["bytes"] else "too long"
+            raise ExportError(f"{path} is {problem}: {size} bytes instead of {written['bytes']}")
         if sha256(path) != written["sha256"]:
             raise ExportError(f"{path} was changed: its sha256 does not match the manifest")
 

@@ -106,15 +106,15 @@ def _cases(
     fed = [x.float() if x.is_floating_point() else x for x in inputs]
     for optimized in (True, False):
         graphs = [name for name in (None if is_wide else MODEL, debug) if name is not None]
-        found = []
+        results = []
         for name in graphs:  # one session at a time
-            found.append(_outputs(load(folder / name, optimized=optimized), fed))
+            results.append(_outputs(load(folder / name, optimized=optimized), fed))
             give_back_free_memory()
         for number, x in enumerate(fed):
             yield {
                 "shape": list(x.shape),
                 "optimized": optimized,
-                **_compare(twin, x, [outputs[number] for outputs in found]),
+                **_compare(twin, x, [outputs[number] for outputs in results]),
             }
 
 
@@ -127,9 +127,9 @@ def _outputs(session: onnxruntime.InferenceSession, inputs: Sequence[Tensor]) ->
 
 
 @torch.inference_mode()
-def _compare(twin: nn.Module, x: Tensor, found: Sequence[list[Tensor]]) -> dict[str, Any]:
+def _compare(twin: nn.Module, x: Tensor, results: Sequence[list[Tensor]]) -> dict[str, Any]:
     """One input: outputs of the graph (unless it cannot run) and, last, of the debug twin with its routing."""
-    _, *routed = found[-1]
+    _, *routed = results[-1]
     routings = [Routing(ids_TK, weights_TK) for ids_TK, weights_TK in zip(routed[::2], routed[1::2], strict=True)]
     probe = LayerProbe(twin, twin, tolerance_of(twin, torch.float32, fuses=True))
     try:
@@ -138,10 +138,10 @@ def _compare(twin: nn.Module, x: Tensor, found: Sequence[list[Tensor]]) -> dict[
             free = twin(x)
     finally:
         probe.close()
-    errors = [_error(outputs[0], reference) for outputs in found]
+    errors = [_error(outputs[0], reference) for outputs in results]
     case = {key: max(error[key] for error in errors) for key in errors[0]}
     case["argmax_agreement"] = min(
-        float((outputs[0].argmax(-1) == free.y.argmax(-1)).double().mean()) for outputs in found
+        float((outputs[0].argmax(-1) == free.y.argmax(-1)).double().mean()) for outputs in results
     )
     agreement = {}
     for (index, layer), ran, chosen in zip(indexed_moe_layers(twin), routings, free.routings, strict=bool(routings)):
@@ -158,8 +158,8 @@ def _error(y: Tensor, reference: Tensor) -> dict[str, float]:
         )
     off = (y.double() - reference.double()).abs()
     relative = float(off.norm() / reference.double().norm().clamp(min=1e-300))
-    found = {"rel_error": relative, "max_abs_error": float(off.max()), "mean_abs_error": float(off.mean())}
-    return {key: value if np.isfinite(value) else float("inf") for key, value in found.items()}
+    errors = {"rel_error": relative, "max_abs_error": float(off.max()), "mean_abs_error": float(off.mean())}
+    return {key: value if np.isfinite(value) else float("inf") for key, value in errors.items()}
 
 
 def _summary(cases: list[dict[str, Any]]) -> dict[str, Any]:

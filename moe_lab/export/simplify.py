@@ -107,16 +107,16 @@ def _plain_reshape(graph: ir.Graph, node: ir.Node, x: ir.Value, y: ir.Value, bef
         stays = axis < len(x.shape) and x.shape[axis] == size and (isinstance(size, int) or size.value is not None)
         target.append(size if isinstance(size, int) else 0 if stays else -1)
     if target.count(-1) <= 1 and not any(size == 0 for size in y.shape.dims):
-        made = _constant(ir.AttrInt64s("value_ints", target), f"{y.name}_shape", scope_of(node))
+        shape_node = _constant(ir.AttrInt64s("value_ints", target), f"{y.name}_shape", scope_of(node))
     else:
         known = all(isinstance(size, int) or size.value is not None for size in y.shape.dims)
         like = next((v for v in reversed(before) if known and v.shape is not None and v.shape == y.shape), None)
         if like is None:
             return
-        made = ir.Node("", "Shape", [like])
-        made.outputs[0].name, made.meta["scope"] = f"{y.name}_shape", scope_of(node)
-    graph.insert_before(node, made)
-    node.replace_input_with(1, made.outputs[0])
+        shape_node = ir.Node("", "Shape", [like])
+        shape_node.outputs[0].name, shape_node.meta["scope"] = f"{y.name}_shape", scope_of(node)
+    graph.insert_before(node, shape_node)
+    node.replace_input_with(1, shape_node.outputs[0])
     node.attributes.pop("allowzero", None)
 
 
@@ -146,10 +146,10 @@ def _own_constants(graph: ir.Graph, weights: set[str]) -> None:
 
 def _copy_to_users(graph: ir.Graph, value: ir.Value, content: ir.Attr) -> None:
     for number, (user, index) in enumerate(list(value.uses())):
-        made = _constant(content, f"{value.name}_{number}", scope_of(user))
-        made.outputs[0].shape, made.outputs[0].type = value.shape, value.type
-        graph.insert_before(user, made)
-        user.replace_input_with(index, made.outputs[0])
+        copy = _constant(content, f"{value.name}_{number}", scope_of(user))
+        copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
+        graph.insert_before(user, copy)
+        user.replace_input_with(index, copy.outputs[0])
 
 
 def _move_in(graph: ir.Graph) -> None:

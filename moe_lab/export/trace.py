@@ -93,7 +93,7 @@ def _fixed(axis: str | None, size: object) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter prints graphs and warnings by the page; what went wrong is in the exception."""
+    """Silence the graphs and warnings that torch's exporter prints; errors are in the exception."""
     names = ("torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
@@ -124,7 +124,7 @@ def _cause(error: BaseException, axes: Sequence[str | None]) -> str:
 
 @contextlib.contextmanager
 def _translations() -> Iterator[dict[Callable[..., Any], Callable[..., Any]]]:
-    """How torch.onnx writes each custom op that has a body, as one node; and a sort that it has no word for.
+    """How torch.onnx writes each custom op that has a body, as one node; and a stable sort, which it cannot translate.
 
     onnxscript makes a node only of an op whose schema the process knows. onnx's checker would then trust the schema,
     which infers no types, rather than the body in the graph, so it is forgotten afterwards.

@@ -41,12 +41,12 @@ def labels(contents: Sequence[Mapping[str, Any]], compare: Sequence[str] = COMPA
 
 def named(content: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a configuration for people to read: a checkpoint is called by its folder, a replay a replay."""
-    found, model, workload = {**content}, content["model"], content.get("workload", {})
+    result, model, workload = {**content}, content["model"], content.get("workload", {})
     if "path" in model:
-        found["model"] = {**model, "name": identity.model_name(config["model"])}
+        result["model"] = {**model, "name": identity.model_name(config["model"])}
     if workload.get("load") == "replay":  # and not by where the tokens come from
-        found["workload"] = {**workload, "name": "replay"}
-    return found
+        result["workload"] = {**workload, "name": "replay"}
+    return result
 
 
 def _name(node: Any) -> str:
@@ -58,12 +58,12 @@ def _label(node: Any, among: Iterable[Any]) -> str:
     if not isinstance(node, Mapping):
         return str(node)
     namesakes = [other for other in among if isinstance(other, Mapping) and _name(other) == _name(node)]
-    told = []
+    settings = []
     for key in dict.fromkeys(key for other in namesakes for key in other):
         values = [other.get(key) for other in namesakes]
         if key in node and len({identity.digest(value) for value in values}) > 1:
-            told.append(f"{key}={_label(node.get(key), values)}")
-    return _name(node) + (f"({', '.join(told)})" if told else "")
+            settings.append(f"{key}={_label(node.get(key), values)}")
+    return _name(node) + (f"({', '.join(settings)})" if settings else "")
 
 
 def matches(content: Mapping[str, Any], partial: Mapping[str, Any]) -> bool:
@@ -77,7 +77,7 @@ def matches(content: Mapping[str, Any], partial: Mapping[str, Any]) -> bool:
 
 def _agrees(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, Sequence) and not isinstance(wanted, str) and not isinstance(value, Sequence):
-        return any(_agrees(value, one) for one in wanted)
+        return any(_agrees(value, option) for option in wanted)
     if isinstance(value, Mapping):
         return matches(value, wanted) if isinstance(wanted, Mapping) else _name(value) == str(wanted)
     return bool(value == wanted)

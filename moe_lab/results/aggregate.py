@@ -69,31 +69,35 @@ class Taken(NamedTuple):
 def aggregate(directory: str | Path) -> Aggregate:
     """Write the tables of the records under `directory` into it, and return them.
 
-    A record that cannot be read is listed in `unreadable` and stops nothing.
+    A record that cannot be read is listed in `unreadable`; the others are still read.
 
     Raises:
-        ValueError: there is no such folder.
-        OSError: a table cannot be written; the error names it, and what was there before is whole.
+        ValueError: the folder does not exist.
+        OSError: a table cannot be written; the error names it, and the earlier table is unchanged.
     """
     root = load.folder(directory)
-    found, problems = load.search(root)
+    folders, problems = load.search(root)
     try:
         plan = load.read_plan(root)
     except UNREADABLE_BECAUSE as error:
         plan = load.Plan()
         problems.append((PLAN, f"ignored: {load.one_line(error)}"))
-    routings = [load.stamp(f"{root}/{one.folder}/{ROUTING}") for one in found]
-    inputs = hashlib.sha256(json.dumps([found, routings, problems, plan]).encode()).hexdigest()
+    routings = [load.stamp(f"{root}/{record.folder}/{ROUTING}") for record in folders]
+    inputs = hashlib.sha256(json.dumps([folders, routings, problems, plan]).encode()).hexdigest()
     if (before := _unchanged(root, inputs)) is not None:
         return before
 
     cached = _cached(root)
-    taken = [cached.get(one) or _take(root, one) for one in found]
-    problems += [problem for one in taken for problem in one.problems]
-    cells = [(at.folder, one.entry.row["cell_id"]) for at, one in zip(found, taken, strict=True) if one.entry]
+    taken = [cached.get(record) or _take(root, record) for record in folders]
+    problems += [problem for record in taken for problem in record.problems]
+    cells = [
+        (files.folder, record.entry.row["cell_id"])
+        for files, record in zip(folders, taken, strict=True)
+        if record.entry
+    ]
     pairs, damaged = coactivation.table(root, cells)
     problems += damaged
-    entries = [one.entry for one in taken if one.entry is not None]
+    entries = [record.entry for record in taken if record.entry is not None]
     rows = load.complete(entries, plan)
     runs = columns.table(rows, columns.RUNS)
     summary = columns.table(summarize(rows, [entry.content for entry in entries], plan), columns.SUMMARY)
@@ -105,7 +109,7 @@ def aggregate(directory: str | Path) -> Aggregate:
     _write(root / "samples.parquet", _parquet(_samples_table(taken)))
     _write(root / "unreadable.csv", _csv(unreadable))
     _write(root / "coactivation.parquet", pairs)
-    _write(root / CACHE, _parquet(_cache_table(root, inputs, found, taken, problems)))
+    _write(root / CACHE, _parquet(_cache_table(root, inputs, folders, taken, problems)))
     return Aggregate(*map(columns.frame, (runs, summary, unreadable)))
 
 
@@ -114,24 +118,24 @@ def _unreadable(problems: Sequence[Sequence[str]]) -> Any:
     return columns.table(rows, columns.UNREADABLE)
 
 
-def _take(root: Path, found: Found) -> Taken:
+def _take(root: Path, files: Found) -> Taken:
     problems: list[tuple[str, str]] = []
     try:
-        entry = load.read(root, found.folder)
+        entry = load.read(root, files.folder)
     except UNREADABLE_BECAUSE as error:
-        return Taken(None, _no_samples(), [(_path(found, RESULT), load.one_line(error))])
+        return Taken(None, _no_samples(), [(_path(files, RESULT), load.one_line(error))])
     samples = _no_samples()
-    if found.samples[1] >= 0:
+    if files.samples[1] >= 0:
         try:
-            with open(f"{root}/{found.folder}/{SAMPLES}", "rb") as file:
+            with open(f"{root}/{files.folder}/{SAMPLES}", "rb") as file:
                 samples = read_samples(file.read())
         except Exception as error:  # zipfile, zlib and numpy have many, and none of them may stop the others
-            problems.append((_path(found, SAMPLES), load.one_line(error)))
+            problems.append((_path(files, SAMPLES), load.one_line(error)))
     return Taken(entry, samples, problems)
 
 
-def _path(found: Found, name: str) -> str:
-    return load.printable(Path(found.folder, name))
+def _path(files: Found, name: str) -> str:
+    return load.printable(Path(files.folder, name))
 
 
 def _no_samples() -> Samples:
@@ -172,13 +176,14 @@ def _array_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _samples_table(taken: Sequence[Taken]) -> Any:
-    lengths = [len(one.samples["ms"]) for one in taken]
+    lengths = [len(record.samples["ms"]) for record in taken]
     of_cell = pa.array(np.repeat(np.arange(len(taken), dtype=np.int32), lengths))
     arrays = {
-        name: pa.array(np.concatenate([_no_samples()[name], *(one.samples[name] for one in taken)])) for name in _ARRAYS
+        name: pa.array(np.concatenate([_no_samples()[name], *(record.samples[name] for record in taken)]))
+        for name in _ARRAYS
     }
     for name in ("cell_id", "directory"):
-        texts = pa.array([one.entry.row[name] if one.entry else None for one in taken], pa.string())
+        texts = pa.array([record.entry.row[name] if record.entry else None for record in taken], pa.string())
         arrays[name] = pa.DictionaryArray.from_arrays(of_cell, texts).cast(pa.string())
     return pa.table({name: arrays[name] for name in columns.SAMPLES})
 
@@ -196,7 +201,7 @@ def _code() -> str:
 
 
 def _unchanged(root: Path, inputs: str) -> Aggregate | None:
-    """The tables as they stand, if they were made of these inputs by this code and nobody has touched them since."""
+    """The existing tables, if they were made from these inputs by this code and have not changed since."""
     try:
         state = json.loads(pq.read_schema(root / CACHE).metadata[b"moe_lab"])
         outputs = {name: list(load.stamp(root / name)) for name in OUTPUTS}
@@ -209,7 +214,7 @@ def _unchanged(root: Path, inputs: str) -> Aggregate | None:
 
 
 def _cached(root: Path) -> dict[Found, Taken]:
-    """What an earlier aggregation took from each record; nothing if that does not fit or is broken."""
+    """The entries of an earlier aggregation by record; empty if its cache is outdated or broken."""
     try:
         kept = pq.read_table(root / CACHE, page_checksum_verification=True)
         state = json.loads(kept.schema.metadata[b"moe_lab"])
@@ -235,15 +240,15 @@ def _cached(root: Path) -> dict[Found, Taken]:
 
 
 def _cache_table(
-    root: Path, inputs: str, found: Sequence[Found], taken: Sequence[Taken], problems: Sequence[tuple[str, str]]
+    root: Path, inputs: str, folders: Sequence[Found], taken: Sequence[Taken], problems: Sequence[tuple[str, str]]
 ) -> Any:
     rows = [
         (
-            *(load.printable(one.folder), *one.result, *one.samples, len(what.samples["ms"])),
-            json.dumps(what.entry, ensure_ascii=False) if what.entry else None,
-            json.dumps(what.problems),
+            *(load.printable(files.folder), *files.result, *files.samples, len(record.samples["ms"])),
+            json.dumps(record.entry, ensure_ascii=False) if record.entry else None,
+            json.dumps(record.problems),
         )
-        for one, what in zip(found, taken, strict=True)
+        for files, record in zip(folders, taken, strict=True)
     ]
     state = {
         "code": _code(),
@@ -251,7 +256,7 @@ def _cache_table(
         "outputs": {name: load.stamp(root / name) for name in OUTPUTS},
         "unreadable": problems,
     }
-    arrays = [pa.array([row[at] for row in rows], field.type) for at, field in enumerate(_CACHED)]
+    arrays = [pa.array([row[index] for row in rows], field.type) for index, field in enumerate(_CACHED)]
     return pa.Table.from_arrays(arrays, schema=_CACHED.with_metadata({"moe_lab": json.dumps(state)}))
 
 
@@ -266,10 +271,10 @@ def _parquet(table: Any) -> bytes:
 
 def _csv(table: Any) -> bytes:
     """Numbers with all their digits, text in quotes, what is missing empty, lists as JSON."""
-    for at, field in enumerate(table.schema):
+    for index, field in enumerate(table.schema):
         if pa.types.is_list(field.type):
-            texts = [None if v is None else json.dumps(v, ensure_ascii=False) for v in table[at].to_pylist()]
-            table = table.set_column(at, field.name, pa.array(texts, pa.string()))
+            texts = [None if v is None else json.dumps(v, ensure_ascii=False) for v in table[index].to_pylist()]
+            table = table.set_column(index, field.name, pa.array(texts, pa.string()))
     buffer = io.BytesIO()
     csv.write_csv(table, buffer)
     return buffer.getvalue()

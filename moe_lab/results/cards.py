@@ -76,7 +76,7 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
         return numbers.short(known(name), missing="")
 
     def both(name: str, group: str = "routing") -> str:
-        pooled, worst = (number(f"{group}.{of}.{name}") for of in ("pooled", "worst"))
+        pooled, worst = (number(f"{group}.{part}.{name}") for part in ("pooled", "worst"))
         return f"{pooled} · {worst}" if pooled else ""
 
     def beside_floor(text: str, name: str) -> str:

@@ -201,7 +201,7 @@ def _in_order(summary: pd.DataFrame) -> list[str]:
 def _sorted(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     """By model, the largest sizes first: they show most. What was not composed has no variant and nothing to draw."""
     known = frame[frame["variant"].isin(names)]
-    place = known["variant"].map({name: at for at, name in enumerate(names)})
+    place = known["variant"].map({name: index for index, name in enumerate(names)})
     return known.assign(_place=place).sort_values(
         ["model", "batch", "seq_len", "_place"], ascending=[True, False, False, True], kind="stable"
     )
@@ -246,11 +246,15 @@ def _by(names: Iterable[str], rows: Iterable[Row]) -> dict[str, list[Row]]:
 def _series(rows: Sequence[Row], at: str, value: str) -> list[Series]:
     """One per variant, in the order of what they lie at."""
     series = []
-    for name, of in _by((row["variant"] for row in rows), rows).items():
-        of = sorted(of, key=lambda row: row[at])
-        ends = [[None if value != LATENCY or pd.isna(row[end]) else float(row[end]) for row in of] for end in _INTERVAL]
-        values = [float(row[value]) for row in of]
-        series.append(Series(name, [row[at] for row in of], values, ends[0], ends[1], [row["size"] for row in of]))
+    for name, members in _by((row["variant"] for row in rows), rows).items():
+        members = sorted(members, key=lambda row: row[at])
+        ends = [
+            [None if value != LATENCY or pd.isna(row[end]) else float(row[end]) for row in members] for end in _INTERVAL
+        ]
+        values = [float(row[value]) for row in members]
+        series.append(
+            Series(name, [row[at] for row in members], values, ends[0], ends[1], [row["size"] for row in members])
+        )
     return series
 
 
@@ -352,8 +356,8 @@ def _expert_load(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     """Cells of a setting that have equal counts share a panel: who computes the experts does not change their load."""
     panels: list[Heat] = []
     unreadable: list[str] = []
-    for title, found in _arrays(runs, root, _counts, unreadable):
-        panels += [Heat(title, *one) for one in found]
+    for title, arrays in _arrays(runs, root, _counts, unreadable):
+        panels += [Heat(title, *array) for array in arrays]
     if unreadable:
         left_out.append(f"Expert load: routing.npz cannot be read in {', '.join(unreadable)}.")
     if not panels:
@@ -364,7 +368,7 @@ def _expert_load(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
 def _experts_by_text(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     """As `_expert_load`; a file that is damaged as a whole is said there too."""
     unreadable: list[str] = []
-    panels = [Texts(title, *one) for title, found in _arrays(runs, root, _texts, unreadable) for one in found]
+    panels = [Texts(title, *array) for title, arrays in _arrays(runs, root, _texts, unreadable) for array in arrays]
     if unreadable:
         left_out.append(f"Experts by text: routing.npz cannot be read in {', '.join(unreadable)}.")
     elif not panels:
@@ -375,7 +379,7 @@ def _experts_by_text(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Cha
 
 def _coactivation(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     """As `_expert_load`; what cannot be read is said there."""
-    panels = [Pairs(title, *one) for title, found in _arrays(runs, root, coactivation.read, []) for one in found]
+    panels = [Pairs(title, *array) for title, arrays in _arrays(runs, root, coactivation.read, []) for array in arrays]
     panels = [panel for panel in panels if panel.counts_LEE.shape[1] > 1]
     if not panels:
         left_out.append("Co-activation: no cell recorded which experts are used together (measure.routing).")
@@ -391,19 +395,19 @@ def _arrays(
         different: list[tuple[Any, ...]] = []
         for row in rows:
             try:
-                found = read(root / row["directory"] / ROUTING)
+                arrays = read(root / row["directory"] / ROUTING)
             except FileNotFoundError:
                 continue  # a model without experts, or a cell that failed before
             except Exception as error:  # whatever zipfile, zlib and numpy raise for a file that was damaged
                 unreadable.append(f"{row['directory']} ({error})")
                 continue
-            if found is None:
+            if arrays is None:
                 continue
-            same = [one for one in different if all(map(np.array_equal, one[1:], found))]
+            same = [other for other in different if all(map(np.array_equal, other[1:], arrays))]
             if same:
                 same[0][0].append(row["variant"])
             else:
-                different.append(([row["variant"]], *found))
+                different.append(([row["variant"]], *arrays))
         yield title, different
 
 

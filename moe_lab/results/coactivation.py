@@ -57,16 +57,16 @@ def table(root: Path, cells: Sequence[tuple[str, str]]) -> tuple[bytes, list[tup
     content, problems = io.BytesIO(), []
     with pq.ParquetWriter(content, schema, write_page_checksum=True) as file:
         for folder, cell_id in cells:
-            found = None
+            counts = None
             try:
-                found = read(root / folder / ROUTING)
+                counts = read(root / folder / ROUTING)
             except FileNotFoundError:
                 pass  # a model without experts, or a cell that failed before
             except Exception as error:  # zipfile, zlib and numpy have many, and none of them may stop the others
                 problems.append((printable(Path(folder, ROUTING)), one_line(error)))
-            if found is None:
+            if counts is None:
                 continue
-            layers, counts_LEE = found
+            layers, counts_LEE = counts
             at_L, expert, other = np.nonzero(np.triu(counts_LEE))
             values = {
                 "cell_id": pa.repeat(cell_id, len(at_L)),

@@ -260,14 +260,14 @@ def _ordered(present: Iterable[str], columns: Columns) -> list[str]:
 
 def _infer(values: list[Any]) -> tuple[Any, list[Any]]:
     """The type that all values share; where there is none, each that is no text becomes JSON."""
-    found = {type(value) for value in values if value is not None}
-    if found <= {int, float} and all(_fits(value) for value in values if type(value) is int):
-        if found != {int}:
+    types = {type(value) for value in values if value is not None}
+    if types <= {int, float} and all(_fits(value) for value in values if type(value) is int):
+        if types != {int}:
             return FLOAT, [None if value is None else float(value) for value in values]
         return INT, values
-    if len(found) == 1 and (kind := _NATIVE.get(*found)) in (TEXT, BOOL):
+    if len(types) == 1 and (kind := _NATIVE.get(*types)) in (TEXT, BOOL):
         return kind, values
-    if found == {list} and all(isinstance(item, str) for value in values for item in value or ()):
+    if types == {list} and all(isinstance(item, str) for value in values for item in value or ()):
         return TEXTS, values
     return TEXT, [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
 

@@ -1,4 +1,4 @@
-"""Two result sets, cell by cell: what became slower or faster, what stayed the same, and what cannot be told.
+"""Compares two result sets cell by cell: slower, faster, the same or inconclusive.
 
 Cells are joined by `cell_id`, the hash of the configuration, so the sets may come from other code or another machine.
 """
@@ -41,8 +41,8 @@ class _Run:
     """Milliseconds, of each fresh process; empty if nothing was timed."""
     probes: list[float]
     """Milliseconds of the probe in each of them; empty if there was none."""
-    told: dict[str, dict[str, str]]
-    """What both sides should agree in: the fields of `machine`, `implementation` and `timing`."""
+    context: dict[str, dict[str, str]]
+    """Values that should be equal on both sides: the fields of `machine`, `implementation` and `timing`."""
 
 
 def _parse(record: Record) -> _Run:
@@ -63,7 +63,7 @@ def _parse(record: Record) -> _Run:
         names={key: identity.option_name(node) if isinstance(node, Mapping) else node for key, node in nodes.items()},
         medians=medians,
         probes=probes,
-        told={
+        context={
             "machine": {field: str(record.environment.get(field)) for field in identity.ENV_FIELDS},
             "implementation": {str(key): str(value) for key, value in record.implementation.items()},
             "timing": {"measure.cache": str(latency.cache)} if latency else {},
@@ -72,7 +72,7 @@ def _parse(record: Record) -> _Run:
 
 
 def _read(root: Path) -> tuple[dict[str, list[_Run]], list[str]]:
-    """The runs under `root` by cell, in the order of their paths, and what is wrong with each that cannot be read."""
+    """The runs under `root` by cell, in the order of their paths, and an error for each unreadable record."""
     if not root.is_dir():
         raise ValueError(f"{root}: folder not found.")
     cells: dict[str, list[_Run]] = {}
@@ -137,7 +137,7 @@ def compare(a: Path, b: Path, *, threshold: float = 0.03, floors: Mapping[str, f
 
 
 def _change_of_ids(cells_a: dict[str, list[_Run]], cells_b: dict[str, list[_Run]]) -> str | None:
-    """Why no cell is in both sets, where that is because other code made other cell_ids of the same cells."""
+    """Why no cell is in both sets, if the two code versions give the same cells different cell_ids."""
     if cells_a.keys() & cells_b.keys():
         return None
     a, b = ([run for runs in cells.values() for run in runs] for cells in (cells_a, cells_b))
@@ -145,20 +145,20 @@ def _change_of_ids(cells_a: dict[str, list[_Run]], cells_b: dict[str, list[_Run]
         return None
     namesakes = {_slug(run): run for run in b}
     pairs = [(run, namesakes[_slug(run)]) for run in a if _slug(run) in namesakes]
-    for one, other in pairs:
-        only_a, only_b = (sorted(_keys(run) - _keys(beside)) for run, beside in ((one, other), (other, one)))
-        if only_a or only_b or identity.digest(one.content) == identity.digest(other.content):
-            versions = [str(run.record.environment.get("moe_lab")) for run in (one, other)]
+    for run_a, run_b in pairs:
+        only_a, only_b = (sorted(_keys(run) - _keys(beside)) for run, beside in ((run_a, run_b), (run_b, run_a)))
+        if only_a or only_b or identity.digest(run_a.content) == identity.digest(run_b.content):
+            versions = [str(run.record.environment.get("moe_lab")) for run in (run_a, run_b)]
             if versions[0] == versions[1]:
-                versions = [f"{versions[0]} (code_id {run.record.code_id})" for run in (one, other)]
+                versions = [f"{versions[0]} (code_id {run.record.code_id})" for run in (run_a, run_b)]
             moved = [f"{keys[0]} only in {side}" for side, keys in (("A", only_a), ("B", only_b)) if keys]
-            told = ", ".join(["see CHANGELOG", *moved])
-            return f"cell_ids changed between moe-lab {versions[0]} and {versions[1]} ({told})"
+            details = ", ".join(["see CHANGELOG", *moved])
+            return f"cell_ids changed between moe-lab {versions[0]} and {versions[1]} ({details})"
     return None
 
 
 def _slug(run: _Run) -> str:
-    """What people call the cell; equal for cells of the same names whose other keys differ."""
+    """A readable name of the cell; equal for cells with the same options whose other keys differ."""
     workload = run.content.get("workload")
     return repr([*run.names.values(), identity.option_name(workload) if isinstance(workload, Mapping) else workload])
 
@@ -169,7 +169,7 @@ def _keys(run: _Run) -> set[str]:
 
 
 def _distinct(side: str, runs: list[_Run], notes: list[str]) -> list[_Run]:
-    """The timed ones of a cell's runs, a copy counted once: it is no replicate. Adds to `notes` what is not plain."""
+    """The timed runs of a cell, without identical copies, which are not replicates. Adds remarks to `notes`."""
     distinct: list[_Run] = []
     for run in runs:
         if all(run.record.to_dict() != other.record.to_dict() for other in distinct):
@@ -228,8 +228,8 @@ def _judged(timed: dict[str, list[_Run]], threshold: float, floor_of: _FloorOf, 
 def _differences(timed: dict[str, list[_Run]], kind: str) -> str:
     """The fields of that kind which are not the same in all runs, with their values on both sides."""
     differ = []
-    for key in dict.fromkeys(key for runs in timed.values() for run in runs for key in run.told[kind]):
-        values = {side: sorted({run.told[kind].get(key, "none") for run in runs}) for side, runs in timed.items()}
+    for key in dict.fromkeys(key for runs in timed.values() for run in runs for key in run.context[kind]):
+        values = {side: sorted({run.context[kind].get(key, "none") for run in runs}) for side, runs in timed.items()}
         if values["A"] != values["B"] or len(values["A"]) > 1:
             differ.append(f"{key} {'/'.join(values['A'])} in A and {'/'.join(values['B'])} in B")
     return ", ".join(differ)

@@ -58,8 +58,8 @@ def _map(panel: Map) -> Figure:
     Those by text become a map of all layers or of one, with a row for each text.
     """
     title, variants, layers, counts, *_ = panel
-    found = {"title": title, "variants": ", ".join(variants), "layers": layers, "counts": counts.tolist()}
-    return found | ({"texts": [_plain(text) for text in panel.texts]} if isinstance(panel, Texts) else {})
+    figure = {"title": title, "variants": ", ".join(variants), "layers": layers, "counts": counts.tolist()}
+    return figure | ({"texts": [_plain(text) for text in panel.texts]} if isinstance(panel, Texts) else {})
 
 
 def _panel(panel: Panel, chart: Chart, found: Charts) -> Figure:
@@ -104,10 +104,10 @@ def _axis(values: Sequence[float], ticks: bool = False) -> Figure:
 
 def _front(panel: Panel) -> Figure:
     """A staircase through the points that none beats."""
-    at, value = front(panel)
+    x, y = front(panel)
     line = {"color": "#7a828e", "dash": "dot", "width": 1.5, "shape": "hv"}
     trace = {"type": "scatter", "mode": "lines", "name": "Pareto front", "hoverinfo": "skip", "line": line}
-    return trace | {"x": [_short(one) for one in at], "y": [_short(one) for one in value]}
+    return trace | {"x": [_short(number) for number in x], "y": [_short(number) for number in y]}
 
 
 def _error(series: Series) -> Figure:

@@ -60,7 +60,7 @@ def load(directory: str | Path) -> pd.DataFrame:
     the model does not read (`seq_len` for minimal) is missing.
 
     Raises:
-        ValueError: there is no such folder, or a record cannot be read; the message names every such file.
+        ValueError: the folder does not exist, or a record cannot be read; the message names every such file.
     """
     root = folder(directory)
     found, problems = search(root)
@@ -84,7 +84,7 @@ def load(directory: str | Path) -> pd.DataFrame:
 
 
 def folder(directory: str | Path) -> Path:
-    """As a Path. Raises `ValueError` if there is no such folder."""
+    """As a Path. Raises `ValueError` if the folder does not exist."""
     root = Path(directory)
     if not root.is_dir():
         raise ValueError(f"{root}: folder not found.")
@@ -99,15 +99,15 @@ def search(root: Path) -> tuple[list[Found], list[tuple[str, str]]]:
     def note(error: OSError) -> None:
         problems.append((printable(Path(error.filename).relative_to(root)), one_line(error)))
 
-    for at, _, names in os.walk(root, onerror=note):
+    for directory, _, names in os.walk(root, onerror=note):
         if RESULT in names:
-            relative = at[len(str(root)) :].strip(os.sep) or "."
-            found.append(Found(relative, stamp(f"{at}/{RESULT}"), stamp(f"{at}/{SAMPLES}")))
+            relative = directory[len(str(root)) :].strip(os.sep) or "."
+            found.append(Found(relative, stamp(f"{directory}/{RESULT}"), stamp(f"{directory}/{SAMPLES}")))
         if UNREADABLE in names:
-            path = printable(Path(at, UNREADABLE).relative_to(root))
+            path = printable(Path(directory, UNREADABLE).relative_to(root))
             problems.append((path, "could not be read and was renamed when its cell was run again"))
     return sorted(
-        found, key=lambda one: [*one.folder.split(os.sep), RESULT] if one.folder != "." else [RESULT]
+        found, key=lambda record: [*record.folder.split(os.sep), RESULT] if record.folder != "." else [RESULT]
     ), sorted(problems)
 
 
@@ -121,7 +121,7 @@ def stamp(path: str | Path) -> tuple[int, int]:
 
 
 def read_plan(root: Path) -> Plan:
-    """`plan.json` of a sweep's folder. Raises one of `UNREADABLE_BECAUSE` if it is there and no plan."""
+    """`plan.json` of a sweep's folder. Raises one of `UNREADABLE_BECAUSE` if it exists but is not a plan."""
     if not (root / PLAN).exists():
         return Plan()
     content = json.loads((root / PLAN).read_bytes())
@@ -141,7 +141,7 @@ def read_plan(root: Path) -> Plan:
 
 
 def read(root: Path, relative: str) -> Entry:
-    """The record in `root/relative`. Raises one of `UNREADABLE_BECAUSE` if it is no record of this schema."""
+    """The record in `root/relative`. Raises one of `UNREADABLE_BECAUSE` if it is not a record of this schema."""
     with open(f"{root}/{relative}/{RESULT}", encoding="utf-8") as file:
         text = file.read()
     content = json.loads(text)

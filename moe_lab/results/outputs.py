@@ -1,4 +1,4 @@
-"""All that is made of a folder's records: tables, plots, the report page."""
+"""Writes the tables, the plots and the report page of a folder of records."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from rich.console import Console
 
 
 def write(directory: Path, *, with_report: bool = True) -> None:
-    """Write them, or the tables alone, and print where those that people open lie.
+    """Write the tables, and with `with_report` the plots and the page; print the paths of the main files.
 
     Raises:
-        ValueError: there is no such folder.
-        OSError: one of them cannot be written; the message names it.
+        ValueError: the folder does not exist.
+        OSError: a file cannot be written; the message names it.
     """
     from moe_lab.results import aggregate
 

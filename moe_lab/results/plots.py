@@ -42,12 +42,12 @@ def draw(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Drawn:
 
     `runs` and `summary` are those of `aggregate`. A plot of an earlier call that is not drawn now is deleted.
     """
-    found = charts.charts(directory, runs, summary)
+    all_charts = charts.charts(directory, runs, summary)
     folder = directory / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    left_out, paths = list(found.left_out), []
-    for chart in found.drawn:
-        figure = render(chart, found.variants, found.phases)
+    left_out, paths = list(all_charts.left_out), []
+    for chart in all_charts.drawn:
+        figure = render(chart, all_charts.variants, all_charts.phases)
         if len(chart.panels) > charts.FILE_PANELS:
             left_out.append(
                 f"{chart.title}: plots/{chart.name} has the first {charts.FILE_PANELS} of {len(chart.panels)} panels; "
@@ -210,24 +210,24 @@ def _heat(axes: Axes, panel: Heat, top: float) -> AxesImage:
 def _texts(axes: Axes, panel: Texts, top: float) -> AxesImage:
     """Of the layer in which an expert's loads by two texts differ most; the scale is that of `_heat`."""
     load_LGE = relative_load(panel.counts_LGE)
-    at = int(np.ptp(load_LGE, axis=1).max(axis=-1).argmax())
-    image = axes.imshow(load_LGE[at], aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=top)
+    index = int(np.ptp(load_LGE, axis=1).max(axis=-1).argmax())
+    image = axes.imshow(load_LGE[index], aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=top)
     axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True))
     axes.yaxis.set_major_locator(FixedLocator(range(len(panel.texts))))
     axes.yaxis.set_major_formatter(FixedFormatter([_text(fill(name, _WRAP)) for name in panel.texts]))
     axes.tick_params(axis="y", labelsize=8)
-    axes.set_ylabel(f"layer {panel.layers[at]}")
+    axes.set_ylabel(f"layer {panel.layers[index]}")
     return image
 
 
 def _pairs(axes: Axes, panel: Pairs) -> AxesImage:
     """Of the layer in which some expert's tokens use another the most."""
     shares = [given(counts_EE) for counts_EE in panel.counts_LEE]
-    at = int(np.argmax([np.nanmax(share_EE) for share_EE in shares]))
-    image = axes.imshow(shares[at], cmap="viridis", interpolation="nearest", vmin=0, vmax=1)
+    index = int(np.argmax([np.nanmax(share_EE) for share_EE in shares]))
+    image = axes.imshow(shares[index], cmap="viridis", interpolation="nearest", vmin=0, vmax=1)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(_TICKS, integer=True))
-    axes.set_ylabel(f"expert of layer {panel.layers[at]}")
+    axes.set_ylabel(f"expert of layer {panel.layers[index]}")
     return image
 
 

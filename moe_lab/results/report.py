@@ -75,8 +75,8 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
     Links to the plots and tables that are there; draw them before. Raises `OSError` if the page cannot be written.
     """
     runs, summary, unreadable = aggregate
-    found = charts(directory, runs, summary)
-    drawn, too_large = figures(found)
+    all_charts = charts(directory, runs, summary)
+    drawn, too_large = figures(all_charts)
     plan, plan_error = _plan(directory)
     environment = Environment(
         loader=PackageLoader("moe_lab.results", "."),
@@ -102,7 +102,7 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
         ranks=RANKS,
         texts=BITS in runs and runs[BITS].notna().any(),
         floor="agreement.reference" in runs and runs["agreement.reference"].notna().any(),
-        left_out=found.left_out + too_large,
+        left_out=all_charts.left_out + too_large,
         table=_table(runs, plan.compare),
         problems=_problems(directory, runs),
         exports=_exports(directory, runs),
@@ -114,7 +114,7 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
         links=[name for name in TABLES if (directory / name).exists()],
         plots=[
             (chart.title, chart.name, min(FILE_PANELS, len(chart.panels)), len(chart.panels))
-            for chart in found.drawn
+            for chart in all_charts.drawn
             if (directory / "plots" / f"{chart.name}.png").exists()
         ],
         plotly=(files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8"),
@@ -126,7 +126,7 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
 
 
 def _plan(directory: Path) -> tuple[Plan, str | None]:
-    """What `plan.json` says, and why it says nothing."""
+    """The content of `plan.json`, and the error if it cannot be read."""
     try:
         return read_plan(directory), None if (directory / PLAN).exists() else f"{PLAN} not found"
     except UNREADABLE_BECAUSE as error:
@@ -136,11 +136,13 @@ def _plan(directory: Path) -> tuple[Plan, str | None]:
 def _times(started: pd.Series) -> list[str]:
     """When the first and the last cell started."""
     known = pd.to_datetime(started, utc=True, errors="coerce", format="ISO8601").dropna()
-    return list(dict.fromkeys(f"{at:%Y-%m-%d %H:%M} UTC" for at in (known.min(), known.max()))) if len(known) else []
+    return (
+        list(dict.fromkeys(f"{time:%Y-%m-%d %H:%M} UTC" for time in (known.min(), known.max()))) if len(known) else []
+    )
 
 
 def _launch_bound(runs: pd.DataFrame) -> int:
-    """In how many cells the GPU waited for the host: their latencies compare launches, not kernels."""
+    """The number of cells in which the GPU waited for the host: their latencies compare launches, not kernels."""
     return sum(
         any(text.startswith(LAUNCH_BOUND) for text in texts) for texts in runs["warnings"] if isinstance(texts, list)
     )
@@ -192,11 +194,11 @@ def _problems(directory: Path, runs: pd.DataFrame) -> list[dict[str, str]]:
     return [
         {
             "status": str(row["status"]),
-            "what": ", ".join(part for part in (_text(row["variant"]), what[at]) if part) or str(row["directory"]),
+            "what": ", ".join(part for part in (_text(row["variant"]), what[index]) if part) or str(row["directory"]),
             "reason": _text(row["reason"]) or "no reason recorded",
             "log": _link(row["directory"], LOG) if (directory / row["directory"] / LOG).exists() else "",
         }
-        for at, row in bad.iterrows()
+        for index, row in bad.iterrows()
     ]
 
 
@@ -204,12 +206,12 @@ def _exports(directory: Path, runs: pd.DataFrame) -> list[dict[str, str]]:
     """The ONNX pairs of the cells that wrote one, with what their parity says, if that still lies below the cell."""
     if "export.dir" not in runs:
         return []
-    what, found = describe(runs), []
-    for at, row in runs[runs["export.dir"].notna()].iterrows():
+    what, exports = describe(runs), []
+    for index, row in runs[runs["export.dir"].notna()].iterrows():
         link = _link(row["directory"], "netron/parity.json")
-        found.append(
+        exports.append(
             {
-                "what": ", ".join(part for part in (_text(row["variant"]), what[at]) if part),
+                "what": ", ".join(part for part in (_text(row["variant"]), what[index]) if part),
                 "dir": str(row["export.dir"]),
                 "link": link if (directory / row["directory"] / "netron" / "parity.json").exists() else "",
                 "parity": _text(row.get("export.parity.status")),
@@ -218,7 +220,7 @@ def _exports(directory: Path, runs: pd.DataFrame) -> list[dict[str, str]]:
                 "size": f"{short(row['export.params_bytes'] / 1e6)} MB",
             }
         )
-    return found
+    return exports
 
 
 def _text(value: Any) -> str:
@@ -229,12 +231,14 @@ def _warnings(runs: pd.DataFrame) -> dict[str, list[tuple[str, str]]]:
     """(cell, warning) by what stands before the colon: what follows are often its numbers."""
     kinds: dict[str, list[tuple[str, str]]] = {}
     what = describe(runs)
-    for at, row in runs[["variant", "warnings"]].iterrows():
+    for index, row in runs[["variant", "warnings"]].iterrows():
         for text in row["warnings"] if isinstance(row["warnings"], list) else ():
-            kinds.setdefault(text.split(":")[0], []).append((f"{_text(row['variant'])}, {what[at]}", text))
+            kinds.setdefault(text.split(":")[0], []).append((f"{_text(row['variant'])}, {what[index]}", text))
     copies = runs[runs["n_records"] > 1]
-    for at, row in copies.iterrows():
-        kinds.setdefault("cells with more than one record in this folder", []).append((what[at], str(row["directory"])))
+    for index, row in copies.iterrows():
+        kinds.setdefault("cells with more than one record in this folder", []).append(
+            (what[index], str(row["directory"]))
+        )
     return kinds
 
 
@@ -244,7 +248,7 @@ def _environments(runs: pd.DataFrame) -> dict[str, Any]:
     groups = list(runs.groupby(runs["env_id"].fillna("unknown"), sort=False))
     rows = []
     for name in columns:
-        values = [", ".join(dict.fromkeys(_field(value).text for value in of[name])) for _, of in groups]
+        values = [", ".join(dict.fromkeys(_field(value).text for value in group[name])) for _, group in groups]
         if any(values):
             rows.append((name.removeprefix("environment."), values, len({value for value in values if value}) > 1))
-    return {"heads": [(str(env_id), len(of)) for env_id, of in groups], "rows": rows}
+    return {"heads": [(str(env_id), len(group)) for env_id, group in groups], "rows": rows}

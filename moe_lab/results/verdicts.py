@@ -61,11 +61,11 @@ def verdicts(summary: pd.DataFrame) -> list[Verdict]:
     decoding batch; "T <= t" and "T >= t" speak of the sizes that were measured. Failed and skipped cells, the anchor's
     too, are named with their reasons.
     """
-    found: list[Verdict] = []
+    sentences: list[Verdict] = []
     if summary.empty:
-        return found
-    for group, of_group in summary.groupby(describe(summary, without=("batch", "seq_len")), sort=False):
-        rows = of_group.assign(size=sizes(of_group), variant=_names(of_group)).to_dict("records")
+        return sentences
+    for group, group_rows in summary.groupby(describe(summary, without=("batch", "seq_len")), sort=False):
+        rows = group_rows.assign(size=sizes(group_rows), variant=_names(group_rows)).to_dict("records")
         for variant in dict.fromkeys(row["variant"] for row in rows):
             cells = [_cell(row) for row in rows if row["variant"] == variant]
             compared = [cell for cell in cells if cell.kind in _COMPARED]
@@ -75,8 +75,8 @@ def verdicts(summary: pd.DataFrame) -> list[Verdict]:
                     among = compared if kind in _COMPARED else cells
                     others = [cell for cell in among if cell not in alike]
                     where = _where(alike, others, everything=len(among) == len(cells))
-                    found.append(_verdict(str(group), variant, kind, about, alike, where))
-    return found
+                    sentences.append(_verdict(str(group), variant, kind, about, alike, where))
+    return sentences
 
 
 def _names(rows: pd.DataFrame) -> pd.Series:

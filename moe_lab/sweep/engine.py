@@ -74,20 +74,20 @@ class Worker:
 
     def start(self) -> None:
         """Start the process without waiting for it."""
-        ours, its = socket.socketpair()
-        with its, open(self.log or os.devnull, "ab") as log:
+        parent_end, worker_end = socket.socketpair()
+        with worker_end, open(self.log or os.devnull, "ab") as log:
             # -P: the current directory is not a place to import from. -u: what was printed is in the log before a kill.
             # A session of its own: Ctrl-C is for the parent.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-u", "-m", "moe_lab.sweep.worker", str(its.fileno()), str(os.getpid())],
-                pass_fds=[its.fileno()],
+                [sys.executable, "-P", "-u", "-m", "moe_lab.sweep.worker", str(worker_end.fileno()), str(os.getpid())],
+                pass_fds=[worker_end.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=self.environment,
                 start_new_session=True,
             )
-        self._connection = Connection(ours.detach())
+        self._connection = Connection(parent_end.detach())
         self._connection.send(targets.trusted())
         self._pending = "start"
 

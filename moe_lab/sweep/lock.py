@@ -1,4 +1,4 @@
-"""One sweep at a time in a folder. A dead owner does not keep the lock: the kernel gives it back."""
+"""One sweep at a time in a folder. The kernel releases the lock of a process that died."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ class Lock:
             return ""
 
     def release(self) -> None:
-        """Let the next one in."""
+        """Release the lock."""
         self._owner.unlink(missing_ok=True)
         self._lock.release()

@@ -52,8 +52,8 @@ class Multirun:
         self.plan = added if self.plan is None else _joined(self.plan, added)
         session.write_plan(self.plan)
         self.progress.announce(self.plan)
-        found = {record.cell_id: record for record in session.execute(added, self.engine, self.progress)}
-        return [_p50(found.get(cell_id)) for cell_id in added.jobs]
+        records = {record.cell_id: record for record in session.execute(added, self.engine, self.progress)}
+        return [_p50(records.get(cell_id)) for cell_id in added.jobs]
 
     def announce(self, how: str) -> None:
         """Plan only: another launcher runs the jobs, `how` says in what way."""

@@ -1,4 +1,4 @@
-"""What a sweep is going to do: its cells, which of them are done, which cannot run here. Imports no torch."""
+"""The plan of a sweep: its cells, which are done, and which cannot run here. Does not import torch."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Cell:
 
 @dataclass
 class Plan:
-    """The cells of a sweep in the order of the command, and how they are to be gone about."""
+    """The cells of a sweep in the order of the command, and how to run them."""
 
     directory: Path
     cells: list[Cell]

@@ -98,10 +98,10 @@ def _short_name(cell: Cell) -> str:
 
 def records(cells: Sequence[Cell]) -> list[Record]:
     """The records of those cells that have one."""
-    found = []
+    result = []
     for cell in cells:
         try:
-            found.append(store.read_record(cell.directory))
+            result.append(store.read_record(cell.directory))
         except (FileNotFoundError, ValueError):
             continue  # not run: fail_fast, or what an earlier reader set aside
-    return found
+    return result
