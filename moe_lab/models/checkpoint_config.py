@@ -270,13 +270,9 @@ def _qwen2_moe(config: _Config) -> Settings:
     kinds = config.get("layer_types")
     if kinds is None:  # as transformers reads it: every other layer, below max_window_layers
         widest = config.get("max_window_layers", default=28)
-        kinds = [
-            "sliding_attention" if layer % 2 == 0 and layer < widest else "full_attention" for layer in range(n_layers)
-        ]
+        kinds = ["sliding_attention" if i % 2 == 0 and i < widest else "full_attention" for i in range(n_layers)]
     if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= _LAYER_TYPES:
-        raise config.refuse(
-            f"layer_types={kinds} must have one of {', '.join(sorted(_LAYER_TYPES))} for each of {n_layers} layers."
-        )
+        raise config.refuse(f"layer_types={kinds} must have one of {sorted(_LAYER_TYPES)} per layer ({n_layers}).")
     window = config.window() if slides else None
     return Settings(
         "qwen2_moe",

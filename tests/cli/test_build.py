@@ -89,7 +89,7 @@ def test_architectures(text: str, expected: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("text", ["sm_90", "8.0", "9", "", "90,,80"])
 def test_what_is_not_an_architecture(text: str) -> None:
     """The message names the option, its value and what to give."""
-    with pytest.raises(ValueError, match=f"--arch {text}: give compute capabilities .* such as 80,90, or cpu"):
+    with pytest.raises(ValueError, match=f"--arch {text}: must be compute capabilities .* such as 80,90, or cpu"):
         architectures(text)
 
 

@@ -109,7 +109,7 @@ def test_a_path_that_is_none_is_named_though_the_folder_of_the_run_depends_on_it
     """Hydra asks for the folder, and so for the cell's identity, before the configuration is checked."""
     done = moe_lab(*quick.overrides("checkpoint", "workload.path=7"), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "moe-lab: workload.path=7: give a file, a folder, or a list of those.\n"
+    assert done.stderr == "moe-lab: workload.path=7: must be a file, a folder, or a list of files and folders.\n"
     done = moe_lab("-m", *quick.overrides("checkpoint", "model.path=nowhere", "router=native,torch"), cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("moe-lab: model.path=nowhere: ") and len(done.stderr.splitlines()) == 1

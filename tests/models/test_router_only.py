@@ -33,7 +33,12 @@ IMPLEMENTATION = pytest.mark.parametrize(
 def model_of(new_router: Callable[..., Router], impl: str, *, sort: bool = False, gate: bool = False) -> RouterModel:
     """A router of 12 experts, k = 3, and where there is a gate of width 32."""
     shape = {"n_experts": 12, "top_k": 3, "d_model": 32}
-    return RouterModel(make_router=lambda E, K: new_router(E, K, impl=impl), shape=shape, gate=gate, sort=sort)
+    return RouterModel(
+        make_router=lambda E, K: new_router(E, K, impl=impl).compute_on(torch.device("cpu")),
+        shape=shape,
+        gate=gate,
+        sort=sort,
+    )
 
 
 def logits(T: int, E: int) -> Tensor:

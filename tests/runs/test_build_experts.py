@@ -151,7 +151,9 @@ def test_a_key_that_nothing_takes_is_a_mistake(experts: str, message: str, plugi
 @pytest.mark.parametrize("experts", [pytest.param(name, id=name) for name in ("other", "made")])
 def test_what_is_neither_such_a_class_nor_a_function_is_refused(experts: str, plugin: Path) -> None:
     """By the name of the class to derive from; nothing of it is called."""
-    with pytest.raises(ValueError, match=r"^experts: own_experts\.\w+ is neither .* moe_lab\.experts\.base\.Experts"):
+    with pytest.raises(
+        ValueError, match=r"^experts: own_experts\.\w+ must be a subclass of moe_lab\.experts\.base\.Experts"
+    ):
         build.build_experts(compose(plugin, f"experts={experts}"))
     assert sys.modules["own_experts"].ran == []
 
@@ -167,7 +169,7 @@ def test_who_cannot_run_here_says_so(plugin: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("experts", [pytest.param(name, id=name) for name in ("mine", "function", "loop")])
 def test_who_does_not_declare_it_is_not_captured(experts: str, plugin: Path) -> None:
     """A class by default, and every function."""
-    with pytest.raises(UnavailableError, match=rf"^experts={experts} .*execution=compile cannot capture"):
+    with pytest.raises(UnavailableError, match=rf"^experts={experts} .*cannot be captured by execution=compile"):
         build.check_available(compose(plugin, f"experts={experts}", "execution=compile"))
 
 

@@ -342,7 +342,7 @@ def test_a_load_that_cannot_be_had_is_a_warning(tmp_path: Path) -> None:
     """Nine tenths of the slots cannot go to one expert of which a token has two."""
     cfg = quick.compose("moe_layer", "workload.load=hot", "workload.hot_share=0.9", "batch=5", "seq_len=8")
     (warning,) = [text for text in moe_lab.run(cfg, tmp_path).warnings if "workload.load" in text]
-    assert "40.0% of the slots go elsewhere" in warning
+    assert "40.0% of the slots go to other experts than requested" in warning
 
 
 def test_a_recorded_routing_is_replayed(tmp_path: Path) -> None:
