@@ -101,10 +101,10 @@ def decide(cfg: DictConfig, model: nn.Module, device: torch.device, *, load: boo
     """
     experts = {id(layer.experts): layer.experts for layer in moe_layers(model)}
     for part in (*model.modules(), *experts.values()):
-        decide: Any = getattr(part, "compute_on", None)
+        compute_on: Any = getattr(part, "compute_on", None)
         try:
-            if decide is not None:
-                decide(device, load=load)
+            if compute_on is not None:
+                compute_on(device, load=load)
         except UnavailableError as error:
             group = "router" if isinstance(part, Router) else "experts" if isinstance(part, Experts) else None
             name = "" if group is None else f"{group}={option_name(cfg[group])}: "
