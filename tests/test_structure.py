@@ -41,7 +41,6 @@ TESTED_IN = {
     "results/summary.py": "results/test_aggregate.py",
     "routers/native.py": "runs/test_build.py",
     "runs/export.py": "export/test_export.py",
-    "runs/observe.py": "runs/test_run.py",
     "sweep/in_process.py": "sweep/test_engine.py",
     "sweep/multirun.py": "sweep/test_plan.py",
     "sweep/worker.py": "sweep/test_engine.py",

@@ -31,7 +31,7 @@ _OF_NO_MATTER = ("measure.", REFERENCE[1], "hydra.", "name=", "sweep.")
 def name_sweep(overrides: Sequence[str]) -> None:
     """Fix the name of this process's sweep: its experiment's, else a hash of what was typed (never a time stamp).
 
-    How long is looked and what the sweep is called are no part of it.
+    The measuring time and the name of the sweep do not count.
     """
     experiments = [text.split("=", 1)[1] for text in overrides if text.startswith("experiment=")]
     typed = sorted(text for text in overrides if not text.startswith(_OF_NO_MATTER))

@@ -100,6 +100,7 @@ class Step:
         with _no_garbage_collection(), unchecked():
             for _ in range(repeats):
                 torch.cuda._sleep(cycles)
+                self.prepare()
                 start.record()
                 self._forward(self.x)
                 stop.record()

@@ -295,16 +295,20 @@ def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
 
 def _require_capturable(cfg: DictConfig, model: nn.Module) -> None:
     """Raise `UnavailableError` if a part of `model` synchronises with the host and `cfg.execution` captures."""
-    if cfg.execution.name == "eager":
-        return
+    if cfg.execution.name != "eager" and (part := not_capturable(cfg, model)) is not None:
+        raise UnavailableError(
+            f"{part} synchronises with the host, so it cannot be captured by "
+            f"execution={cfg.execution.name}; use execution=eager or another implementation"
+        )
+
+
+def not_capturable(cfg: DictConfig, model: nn.Module) -> str | None:
+    """The first part of `model` that no CUDA graph can hold, as `router=base`; None if there is none."""
     for layer in moe_layers(model):
-        parts = ((cfg.experts, "experts", layer.experts), (cfg.router, "router", layer.router))
-        for node, group, part in parts:
+        for group, part in (("experts", layer.experts), ("router", layer.router)):
             if not part.graph_safe:
-                raise UnavailableError(
-                    f"{group}={option_name(node)} synchronises with the host, so it cannot be captured by "
-                    f"execution={cfg.execution.name}; use execution=eager or another implementation"
-                )
+                return f"{group}={option_name(cfg[group])}"
+    return None
 
 
 def n_positions(cfg: DictConfig) -> int:

@@ -97,8 +97,8 @@ class Observer:
         busy_ms, p50_ms = self.built.ready_step().busy_ms(), float(np.median(self.samples_ms))
         if (share := busy_ms / p50_ms) < _BUSY:
             advice = "compare kernels with execution=cuda_graph"
-            if any(not layer.router.graph_safe for layer in moe_layers(self.built.model)):
-                advice = f"router={identity.option_name(self.cfg.router)} cannot be captured, so use a larger batch"
+            if (part := build.not_capturable(self.cfg, self.built.model)) is not None:
+                advice = f"{part} cannot be captured, so use a larger batch"
             self.warnings.append(f"{LAUNCH_BOUND}the GPU was busy {share:.0%} of the time; {advice}")
         return busy_ms
 
