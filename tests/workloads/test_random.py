@@ -103,6 +103,6 @@ def test_fewer_tokens_are_the_first_of_more() -> None:
 def test_input_on_cuda_is_that_on_the_cpu_bit_for_bit(model: str, dtype: str) -> None:
     """The hash is integer arithmetic."""
     make = tiny.decoder_moe if model == "decoder_moe" else tiny.moe_layer
-    on_cpu, on_cuda = (tiny.built(make(f"device={device}", f"dtype={dtype}")).x for device in ("cpu", "cuda"))
+    on_cpu, on_cuda = (tiny.built(make(f"device={device}", f"dtype={dtype}")).built.x for device in ("cpu", "cuda"))
     assert on_cuda.is_cuda
     assert torch.equal(on_cpu, on_cuda.cpu())
