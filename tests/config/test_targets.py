@@ -332,9 +332,9 @@ def test_trusting_twice_adds_once(trusted: Path) -> None:
     code = """
 import os, sys
 from moe_lab.config import targets
-before = len(sys.path)
+before, path = len(sys.meta_path), list(sys.path)
 os.chdir(sys.argv[1])
 first, second = targets.trust("."), targets.trust(sys.argv[1])
-print(first == second, len(tuple(targets._trusted)), len(sys.path) - before)
+print(first == second, len(tuple(targets._trusted)), len(sys.meta_path) - before, sys.path == path)
 """
-    assert tiny.python(code, trusted).split() == ["True", "1", "1"]
+    assert tiny.python(code, trusted).split() == ["True", "1", "1", "True"]
