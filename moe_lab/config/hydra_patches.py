@@ -13,6 +13,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers.oc import env as _oc_env
 
@@ -96,6 +97,8 @@ def _check_and_initialize(self: ConfigRepository, config_search_path: ConfigSear
 
 def _save_config(cfg: DictConfig, filename: str, output_dir: Path) -> None:
     """What Hydra keeps of a run in `.hydra`; its own function follows links."""
+    if not any(text.startswith("hydra.run.dir=") for text in HydraConfig.get().overrides.hydra):
+        store.own_folder(output_dir.parent)
     store.own_folder(output_dir)
     store.write_atomic(output_dir / filename, OmegaConf.to_yaml(cfg).encode())
 
