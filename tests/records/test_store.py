@@ -333,7 +333,7 @@ def test_what_is_written_follows_no_link(tmp_path: Path) -> None:
             store.LogFile(tmp_path / name)
         with pytest.raises(OSError, match="is a link"):
             store.open_to_append(tmp_path / name)
-    with pytest.raises(OSError, match="plots: is a link.*remove it"):
+    with pytest.raises(OSError, match=r"plots: is a link.*remove it"):
         store.own_folder(tmp_path / "plots")
     assert victim.read_text() == "precious" and [path.name for path in victim.parent.iterdir()] == ["file"]
 
