@@ -129,9 +129,7 @@ def _check_plugin(node: DictConfig, kind: str, typed: set[str]) -> None:
     if node.get(kind) is None:
         return
     content: Any = OmegaConf.to_container(node[kind], resolve=False)
-    installed = ConfigStore.instance().repo["hydra"].get(kind, {}).values()
-    nodes: list[Any] = [OmegaConf.to_container(OmegaConf.create(stored.node)) for stored in installed]
-    own = next((stored for stored in nodes if stored["_target_"] == content.get("_target_")), None)
+    own = next((stored for stored in _installed(kind) if stored["_target_"] == content.get("_target_")), None)
     if own is None:
         raise ValueError(
             f"hydra.{kind}._target_={content.get('_target_')}: not an installed {kind}; use hydra/{kind}=NAME."
@@ -142,6 +140,20 @@ def _check_plugin(node: DictConfig, kind: str, typed: set[str]) -> None:
             continue
         if key.endswith("._target_") or not _is_typed(key, typed):
             raise ValueError(f"{key}={value}: a YAML must not set it; type {key}=... on the command line.")
+
+
+def _installed(kind: str) -> tuple[dict[str, Any], ...]:
+    """The configuration of each launcher or sweeper that is installed."""
+    return _as_plain_data(kind, len(ConfigStore.instance().repo["hydra"].get(kind, {})))
+
+
+@cache
+def _as_plain_data(kind: str, n_installed: int) -> tuple[dict[str, Any], ...]:
+    """Once for as many as there are: every job of a sweep asks."""
+    installed = ConfigStore.instance().repo["hydra"].get(kind, {}).values()
+    nodes: list[Any] = [OmegaConf.to_container(OmegaConf.create(stored.node)) for stored in installed]
+    assert len(nodes) == n_installed
+    return tuple(nodes)
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -172,13 +184,14 @@ _KEYS = {
     "handlers": ("class", "level", "formatter", "filters"),
     "loggers": ("level", "handlers", "propagate", "filters"),
 }
+_NO_LOG = {"version": 1, "root": None, "disable_existing_loggers": False}  # the default
 _FORMATTERS = ("logging.Formatter", "colorlog.ColoredFormatter")
 
 
 def _check_log(cfg: DictConfig, name: str) -> None:
     """A configuration for `logging.config`, of known classes, whose files lie in the folder of the run."""
     node = cfg.hydra
-    if node.get(name) is None:
+    if node.get(name) is None or OmegaConf.to_container(node[name], resolve=False) == _NO_LOG:
         return
     where = f"hydra.{name}"
     runtime = node.runtime.get("output_dir") if not OmegaConf.is_missing(node.runtime, "output_dir") else "???"
