@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
@@ -26,6 +27,7 @@ from moe_lab.records.identity import PACKAGE
 from moe_lab.records.store import PLAN, RESULT, ROUTING, SAMPLES, write_atomic
 from moe_lab.results import coactivation, columns, load
 from moe_lab.results.load import UNREADABLE_BECAUSE, Entry, Found
+from moe_lab.results.spreadsheet import FORMULA, guarded
 from moe_lab.results.summary import summarize
 
 OUTPUTS = (
@@ -270,10 +272,13 @@ def _parquet(table: Any) -> bytes:
 
 
 def _csv(table: Any) -> bytes:
-    """Numbers with all their digits, text in quotes, what is missing empty, lists as JSON."""
+    """Numbers with all their digits, text in quotes, what is missing empty, lists as JSON; no formulas."""
     for index, field in enumerate(table.schema):
         if pa.types.is_list(field.type):
             texts = [None if v is None else json.dumps(v, ensure_ascii=False) for v in table[index].to_pylist()]
+            table = table.set_column(index, field.name, pa.array(texts, pa.string()))
+        elif pa.types.is_string(field.type) and pc.any(pc.match_substring_regex(table[index], FORMULA)).as_py():
+            texts = [None if v is None else guarded(v) for v in table[index].to_pylist()]
             table = table.set_column(index, field.name, pa.array(texts, pa.string()))
     buffer = io.BytesIO()
     csv.write_csv(table, buffer)

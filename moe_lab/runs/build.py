@@ -18,7 +18,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts, FunctionExperts
 from moe_lab.models import checkpoint_config
 from moe_lab.models.moe_layer import MoELayer, hooked, moe_layers
-from moe_lab.models.parameters import adopt, initialize, without_storage
+from moe_lab.models.parameters import adopt, initialize, parameter_bytes, without_storage
 from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.soft_moe import SoftMoELayer
 from moe_lab.models.transformer_decoder import TransformerDecoder
@@ -224,6 +224,11 @@ def _make_model(cfg: DictConfig, device: torch.device) -> nn.Module:
             parts["experts"] = build_experts(cfg)
         model: nn.Module = instantiate(cfg.model, **parts)
     return model
+
+
+def parameters_of(cfg: DictConfig) -> int:
+    """Bytes of the parameters of the model of `cfg`. Nothing is allocated."""
+    return parameter_bytes(_make_model(cfg, torch.device("meta")))
 
 
 def weights_key(cfg: DictConfig, device: torch.device) -> str:

@@ -57,8 +57,7 @@ class Bench:
     def build(self, config: dict[str, Any], directory: str) -> None:
         """Make the run of `config`, whose files go to `directory`; parameters of an equal model are shared."""
         cfg = OmegaConf.create(config)
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = store.own_folder(Path(directory))
         (folder / store.LOG).unlink(missing_ok=True)
         run = Run(cfg, folder)
         cell_id = identity.cell_id(cfg)

@@ -40,6 +40,8 @@ class Multirun:
         self.directory = Path(config.hydra.sweep.dir)
         self.plan: Plan | None = None
         self._lock = Lock(self.directory)
+        if (left := self.directory / "multirun.yaml").is_symlink():
+            left.unlink()  # Hydra writes it, and follows links
         self.engine: Engine = InProcess()
         if config.sweep.worker:
             worker = Worker(self.directory / LOG)
