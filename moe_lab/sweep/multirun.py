@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,14 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from moe_lab.config import many_compositions
 from moe_lab.errors import UnavailableError
 from moe_lab.records.schema import Record
 from moe_lab.sweep import plan as planning
@@ -110,12 +107,12 @@ def command() -> list[str]:
 class JobComposer:
     """Composes the jobs of a multirun; what the sweeper composed to validate them is not composed again.
 
-    Hydra's sweepers throw that away, and it is half of the work. And every job would read the same files anew.
+    Hydra's sweepers throw that away, and it is half of the work.
     """
 
     def __init__(self, loader: ConfigLoader, config: DictConfig):
         self.loader, self.config = loader, config
-        loader.repository = _remembering(loader.get_search_path())  # type: ignore[attr-defined]
+        many_compositions.remember(loader)
         self._compose = loader.load_sweep_config
         self._validated: dict[tuple[str, ...], DictConfig] = {}
         loader.load_sweep_config = self._remember  # type: ignore[method-assign]
@@ -139,20 +136,6 @@ class JobComposer:
                 task_overrides = list(composed.hydra.overrides.task)
                 del composed["hydra"]
                 yield composed, task_overrides, directory
-
-
-def _remembering(search_path: ConfigSearchPath) -> ConfigRepository:
-    """A repository whose copies read every file once in all: Hydra takes a copy for each job."""
-    loaded: dict[tuple[str, ...], ConfigResult | None] = {}
-
-    class Repository(ConfigRepository):
-        def load_config(self, config_path: str) -> ConfigResult | None:
-            key = config_path, *(source.path for source in self.sources)
-            if key not in loaded:
-                loaded[key] = super().load_config(config_path)
-            return copy.deepcopy(loaded[key])
-
-    return Repository(search_path)
 
 
 def expand(loader: ConfigLoader, config: DictConfig) -> list[list[str]]:
