@@ -42,7 +42,7 @@ test: lint ## Lint and the tests that CI runs (under 8 minutes on two cores)
 test-all: lint ## Lint and every test
 	$(PYTEST)
 
-bench-check: $(READY) ## Every quoted ratio that needs no GPU beside today's; fails if one no longer holds (ten minutes, idle)
+bench-check: $(READY) ## Every quoted ratio that needs no GPU beside today's; fails if one no longer holds (idle machine)
 	$(BIN)/python -m benchmarks.check
 
 bench-experts: $(READY) ## experts=grouped against transformers' experts on this CPU, in alternated rounds

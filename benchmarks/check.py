@@ -5,7 +5,7 @@
 Each benchmark is started once, with fewer rounds than for its table. A ratio is formed within one run, so it holds on
 another machine; seconds do not, and are not compared. A quote stands in its document only, and is read from there. The
 exit code is 1 if a ratio is beyond its tolerance or above its limit, or was not printed. Start it on an idle machine:
-it takes about ten minutes on two cores.
+how long the whole takes was not measured yet.
 """
 
 from __future__ import annotations
