@@ -84,7 +84,6 @@ def plugin(tmp_path: Path) -> Any:
     yield tmp_path
     sys.modules.pop("own_experts", None)
     targets._trusted.remove(tmp_path)
-    sys.path.remove(str(tmp_path))
 
 
 def compose(plugin: Path, *more: str, model: str = "moe_layer") -> Any:

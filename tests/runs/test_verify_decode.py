@@ -151,7 +151,7 @@ def test_a_forced_load_has_no_route_to_check(load: str, batch: int) -> None:
 def test_whole_sequences_are_compared_in_parts_that_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some sequences at a time: the same check for one and for all at once."""
     whole = passed(tiny.built(config("batch=5"))).check
-    monkeypatch.setattr("moe_lab.runs.verify_decode._TOKENS_AT_ONCE", 2 * (CONTEXT + STEPS))
+    monkeypatch.setattr("moe_lab.runs.verify_decode.TOKENS_AT_ONCE", 2 * (CONTEXT + STEPS))
     parts = passed(tiny.built(config("batch=5"))).check
     assert parts.changed_sets == whole.changed_sets
     assert parts.rel_error == pytest.approx(whole.rel_error, rel=0.2)
