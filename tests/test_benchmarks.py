@@ -125,3 +125,10 @@ def test_every_ratio_is_quoted_once() -> None:
             quoted = quote.find(quote.quoted, (tiny.ROOT / quote.document).read_text())
             assert quoted is not None, quote.text
             assert quote.complaint(quoted, quoted) is None
+
+
+def test_a_benchmark_that_is_not_checked_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped name would check nothing, and hold."""
+    monkeypatch.setattr(sys, "argv", ["check", "--only", "agregate"])
+    with pytest.raises(SystemExit, match="2"):
+        check.main()

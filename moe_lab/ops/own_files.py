@@ -35,7 +35,7 @@ def require_own(path: Path) -> None:
 
 
 def make_own_folder(folder: Path) -> None:
-    """The folder and what lacks above it, for this user alone."""
+    """Make the folder and its missing parents, for this user only."""
     for place in (*reversed(folder.parents), folder):
         if not place.exists():
             place.mkdir(mode=0o700, exist_ok=True)

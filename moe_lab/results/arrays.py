@@ -21,7 +21,7 @@ class Arrays:
     """The arrays of a file's content, by name."""
 
     def __init__(self, content: bytes):
-        """Raises an error of zipfile if this is no archive."""
+        """Raises `zipfile.BadZipFile` if the content is not a zip archive."""
         self._content = content
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             self._members = {info.filename.removesuffix(".npy"): info for info in archive.filelist}
@@ -32,7 +32,8 @@ class Arrays:
     def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
         """An array that cannot be written to.
 
-        Raises `KeyError` if it is not there, and `ValueError`, or an error of zipfile, zlib or numpy, if it is none.
+        Raises `KeyError` if the file does not have it, and `ValueError` or an error of zipfile, zlib or numpy if it
+        cannot be read.
         """
         data = self._bytes(self._members[name])
         if data[:8] != b"\x93NUMPY\x01\x00":

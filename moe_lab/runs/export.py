@@ -71,9 +71,10 @@ def verify(folder: Path) -> dict[str, Any]:
     module = exporter()
 
     def rebuild(cfg: DictConfig) -> nn.Module:
-        needed, there = build.parameters_of(cfg), (folder / "__params__").stat().st_size
+        params = module.pair.PARAMS
+        needed, there = build.parameters_of(cfg), (folder / params).stat().st_size
         if needed > there:
-            raise ExportError(f"{folder}: the manifest's model has {needed} bytes of weights, __params__ only {there}")
+            raise ExportError(f"{folder}: the manifest's model has {needed} bytes of weights, {params} only {there}")
         return build.build_model(cfg, torch.device("cpu"))
 
     report: dict[str, Any] = module.verify(folder, rebuild, make_inputs)

@@ -52,7 +52,7 @@ class Bench:
         return [_look(OmegaConf.create(config)) for config in configs]
 
     def refusals(self, configs: list[dict[str, Any]]) -> list[str | None]:
-        """Of each configuration why there is not the memory for it; None if there may be, or if a look tells more."""
+        """Why each configuration does not fit into the memory; None if it may, or if `look` says what is wrong."""
         return [_refusal(config) for config in configs]
 
     def describe(self, group: str, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -196,10 +196,10 @@ def _refuse_impossible(cells: Sequence[Cell]) -> None:
 
 
 def _skip_too_large(cells: Sequence[Cell], engine: Engine) -> None:
-    """Skip what the memory does not suffice for; what has run before is not refused, for it may be done."""
-    asked = [cell for cell in cells if cell.runs and not _has_run(cell)]
+    """Skip what does not fit into the memory. What has run before is not refused: it may be done."""
+    asked = [cell for cell in cells if cell.runs]
     for cell, reason in zip(asked, engine.call("refusals", [cell.config for cell in asked]), strict=True):
-        if reason is not None:
+        if reason is not None and not _has_run(cell):
             cell.status, cell.reason = "skipped", f"unavailable: {reason}"
 
 
