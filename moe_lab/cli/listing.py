@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moe_lab.errors import nearest
+from moe_lab.records import files
 
 
 def folders(config_dir: str | None) -> list[Path]:
@@ -46,6 +47,6 @@ def show(names: list[str], config_dir: str | None) -> None:
 
 def about(path: Path) -> str:
     """The first comment, but for Hydra's own that says where the content goes."""
-    lines = path.read_text().splitlines()
+    lines = files.read_text(path).splitlines()
     comments = [line.lstrip("# ") for line in lines if line.startswith("#") and not line.startswith("# @")]
     return comments[0] if comments else ""

@@ -7,6 +7,7 @@ or the new one.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import importlib
 import json
@@ -27,6 +28,7 @@ from moe_lab.export.outline import outline
 from moe_lab.export.simplify import simplify
 from moe_lab.ops.library import OPS
 from moe_lab.ops.onnx_function import DOMAIN
+from moe_lab.records import files
 
 MODEL, PARAMS, MANIFEST, PARITY = "__model__", "__params__", "manifest.json", "parity.json"
 _ALIGNMENT = 4096  # of every weight in the file, so that it can be mapped
@@ -155,9 +157,16 @@ def beside(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, that takes its name and place at the end, or is gone if something fails."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{folder.name}.part-*"):
-        if not _lives(int(left.suffix.removeprefix(".part-"))):
-            shutil.rmtree(left)  # of an export that was killed
+    for left in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.part-*")):  # of an export that was killed
+        number = left.name.removeprefix(f".{folder.name}.part-").removesuffix(".old")
+        if not number.isdecimal() or (int(number) != os.getpid() and _lives(int(number))):
+            continue
+        if left.name.endswith(".old") and not folder.exists():
+            left.rename(folder)  # killed between two renames: the pair that was to be replaced
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
     part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     part.mkdir()
     try:
@@ -197,7 +206,7 @@ def described(folder: Path) -> dict[str, dict[str, Any]]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an export. Raises `ValueError` if there is none."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest: dict[str, Any] = files.read_json(folder / MANIFEST)
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no export found ({MANIFEST}: {error}).") from error
     return manifest

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from moe_lab.records.files import require_plain
 from moe_lab.records.store import ROUTING
 
 TEXTS = (".txt", ".md")
@@ -81,7 +82,7 @@ def checkpoint_id(directory: str) -> str:
 def _hash(files: Iterable[Path]) -> str:
     hashed = hashlib.sha256()
     for file in files:
-        stat = file.stat()
+        stat = require_plain(file, None)
         hashed.update(f"{file.name}\0{stat.st_size}\0".encode())
         hashed.update(_content(os.path.abspath(file), stat.st_mtime_ns, stat.st_size))
     return hashed.hexdigest()[:12]

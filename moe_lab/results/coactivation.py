@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moe_lab.records import files
 from moe_lab.records.store import ROUTING
 from moe_lab.results import columns
 from moe_lab.results.load import one_line, printable
@@ -23,6 +24,7 @@ def read(path: Path) -> tuple[list[int], np.ndarray] | None:
     Raises whatever zipfile, zlib and numpy have for a file that was damaged, `FileNotFoundError` if there is none, and
     `ValueError` for an array of another shape.
     """
+    files.require_arrays(path)
     with np.load(path, allow_pickle=False) as arrays:
         if _ARRAY not in arrays:
             return None

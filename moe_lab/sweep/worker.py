@@ -39,10 +39,12 @@ def serve(connection: Connection) -> None:
 
 
 def _perform(bench: Any, step: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+    from moe_lab.runs.unchanged import unchanged_process
     from moe_lab.sweep.engine import CellFailedError
 
     try:
-        return "ok", getattr(bench, step)(*arguments)
+        with unchanged_process():
+            return "ok", getattr(bench, step)(*arguments)
     except CellFailedError as failed:
         return "failed", failed
     except Exception as error:
