@@ -44,7 +44,10 @@ def configuration(run: Path, overrides: list[str]) -> DictConfig:
         ValueError: `run` is not the folder of a run, or an override is not a key of `export`.
     """
     try:
-        cfg: DictConfig = OmegaConf.create(yaml.safe_load(files.read_text(run / "config.yaml")))
+        content = yaml.safe_load(files.read_text(run / "config.yaml"))
+        if not isinstance(content, dict) or not {"model", "export"} <= content.keys():
+            raise ValueError("config.yaml is not the configuration of a run")
+        cfg: DictConfig = OmegaConf.create(content)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{run}: not the folder of a run ({error}).") from error
     if other := [word for word in overrides if not word.startswith("export.")]:

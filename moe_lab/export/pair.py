@@ -207,6 +207,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an export. Raises `ValueError` if there is none."""
     try:
         manifest: dict[str, Any] = files.read_json(folder / MANIFEST)
+        if not isinstance(manifest, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no export found ({MANIFEST}: {error}).") from error
     return manifest

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from moe_lab.records import files
+
 CONFIG = "config.json"
 _SCALINGS = {
     "default": (),

@@ -22,6 +22,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_lab.records.files import MOST_BYTES, parse_json, read_json, require_plain
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
 _OF_NO_USE = re.compile(r".*rotary_emb\.inv_freq$")  # computed anew
@@ -119,7 +121,7 @@ def files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     try:
-        index = files.read_json(folder / INDEX)
+        index = read_json(folder / INDEX)
         names = sorted({str(name) for name in index["weight_map"].values()})
     except FileNotFoundError:
         others = sorted(path.name for path in folder.glob("*.bin"))
@@ -141,11 +143,12 @@ def headers(paths: Sequence[Path]) -> dict[str, Found]:
     tensors: dict[str, Found] = {}
     for path in paths:
         try:
+            require_plain(path, None)
             with path.open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
-                if size > min(os.path.getsize(path), files.MOST_BYTES):
+                if size > min(os.path.getsize(path), MOST_BYTES):
                     raise ValueError("incomplete header")
-                header = files.parse_json(stream.read(size).decode())
+                header = parse_json(stream.read(size).decode())
             header.pop("__metadata__", None)
             for key, entry in header.items():
                 start, stop = entry["data_offsets"]
@@ -155,7 +158,7 @@ def headers(paths: Sequence[Path]) -> dict[str, Found]:
             )
             if end != os.path.getsize(path):
                 raise ValueError(f"{os.path.getsize(path)} bytes, but its header says {end}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"model.path: {path} is damaged ({error}); download the file again.") from error
     return tensors
 

@@ -53,6 +53,8 @@ def read_bytes(path: str | Path, most_bytes: int = MOST_BYTES) -> bytes:
     require_plain(path, most_bytes)
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         content = file.read(most_bytes + 1)  # a file of /proc has more than its size says
+    if content is None:
+        raise OSError(errno.EAGAIN, "not a plain file but one to wait for", str(path))
     if len(content) > most_bytes:
         raise _too_large(path, most_bytes)
     return content

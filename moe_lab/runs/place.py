@@ -40,7 +40,7 @@ class Place:
                 self._folder.rmdir()
 
     def end(self, record: Record) -> None:
-        """The record was written: an earlier one of the same configuration, code and machine goes unless it is better."""
+        """The record was written: an earlier one of the same identity goes, unless it is better."""
         earlier = self._earlier
         if earlier is None or (earlier.status == "ok" and record.status != "ok"):
             return

@@ -11,6 +11,7 @@ from types import TracebackType
 from moe_lab.records import files
 
 MOST_BYTES = 1 << 24
+_FULL = f"\nmoe-lab: more than {MOST_BYTES >> 20} MiB were printed; the rest is left out\n".encode()
 
 
 class CappedLog:
@@ -25,10 +26,10 @@ class CappedLog:
         except FileNotFoundError:
             pass
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in (errno.EINVAL, errno.ELOOP):
                 raise
             files.set_aside(path)  # a pipe would block, a folder cannot be written
-        self._file = open(path, "ab", buffering=0)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - the thread closes it
         self._left = MOST_BYTES - os.fstat(self._file.fileno()).st_size
         self._read, self._write = os.pipe()
         # It sleeps unless something is printed, so it does not disturb what is timed.
@@ -59,9 +60,7 @@ class CappedLog:
                 last = len(chunk) >= self._left
                 chunk, self._left = chunk[: self._left], self._left - len(chunk)
                 if last:
-                    chunk += (
-                        f"\nmoe-lab: more than {MOST_BYTES >> 20} MiB were printed; the rest is left out\n".encode()
-                    )
+                    chunk += _FULL
                 try:
                     file.write(chunk)
                 except OSError:  # a full disk or a read-only folder is no fault of the run

@@ -79,7 +79,8 @@ class Worker:
         """Start the process without waiting for it."""
         parent_end, worker_end = socket.socketpair()
         self._output = CappedLog(self.log) if self.log is not None else None
-        with worker_end, self._output or open(os.devnull, "wb") as log:
+        with worker_end, self._output or open(os.devnull, "wb") as output:
+            log = output.fileno()
             # -P: the current directory is not a place to import from. -u: what was printed is in the log before a kill.
             # A session of its own: Ctrl-C is for the parent.
             self._process = subprocess.Popen(

@@ -28,7 +28,7 @@ def check(sweep: Path, cells: Sequence[Path]) -> None:
         place = cell.resolve()
         if below not in place.parents:
             raise ValueError(
-                f"hydra.sweep.subdir: {cell} is not below the sweep's folder {sweep}; use a name without '..'."
+                f"hydra.sweep.subdir: {cell} is not below the sweep's folder {sweep}; use names of folders below it."
             )
         other = seen.setdefault(str(place).casefold(), cell)
         if other is not cell:
@@ -37,10 +37,8 @@ def check(sweep: Path, cells: Sequence[Path]) -> None:
                 "override, or use one that differs for each cell (${moe_lab.slug:}-${moe_lab.cell_id:})."
             )
     for cell in cells:
-        above = next(
-            (seen[str(folder).casefold()] for folder in cell.resolve().parents if str(folder).casefold() in seen), None
-        )
-        if above is not None:
+        above = [str(folder).casefold() for folder in cell.resolve().parents]
+        if shared := [seen[folder] for folder in above if folder in seen]:
             raise ValueError(
-                f"hydra.sweep.subdir: {cell} lies in {above}, the folder of another cell; use other names."
+                f"hydra.sweep.subdir: {cell} lies in {shared[0]}, the folder of another cell; use other names."
             )

@@ -268,12 +268,12 @@ def read_commands(directory: Path) -> list[list[str]]:
 
 
 def read_statuses(directory: Path) -> dict[str, str]:
-    """The status of each cell in the `plan.json` of a sweep's folder; empty if there is none."""
+    """The status of each cell in the `plan.json` of a sweep's folder; empty if there is none that can be read."""
     try:
         content = files.read_json(directory / store.PLAN)
-    except FileNotFoundError:
+        return {cell["cell_id"]: cell["status"] for cell in content["cells"]}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return {cell["cell_id"]: cell["status"] for cell in content["cells"]}
 
 
 def groups(plan: Plan) -> list[list[Cell]]:

@@ -292,7 +292,6 @@ def write(cell: Cell, status: Literal["failed", "skipped"], reason: str) -> None
     """Write the record of a cell that a worker cannot write: excluded, or lost."""
     cell.directory.mkdir(parents=True, exist_ok=True)
     store.set_aside_unreadable(cell.directory)
-    store.set_aside_stale(cell.directory, cell.cell_id, cell.code_id, cell.env_id)
     for left in (store.SAMPLES, store.ROUTING):
         (cell.directory / left).unlink(missing_ok=True)
     store.write_record(cell.directory, cell.record(status, reason))
