@@ -143,7 +143,8 @@ def headers(paths: Sequence[Path]) -> dict[str, Found]:
     tensors: dict[str, Found] = {}
     for path in paths:
         try:
-            require_plain(path, None)
+            if require_plain(path, None).st_size < 8:
+                raise ValueError("incomplete header")
             with path.open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
                 if size > min(os.path.getsize(path), MOST_BYTES):

@@ -106,14 +106,21 @@ def _hold_depth(node: Any, left: int = DEEPEST) -> None:
 
 
 def require_arrays(path: str | Path) -> None:
-    """Raise `OSError` if `path` is not a plain `.npz` whose arrays fit into memory; they may be packed a thousandfold.
+    """For a `.npz` that a library opens by itself; what is in it may be packed a thousandfold.
 
-    `zipfile.BadZipFile` if it is no archive.
+    Raises:
+        OSError: it is not a plain file, or its arrays have more than `MOST_TEXT_BYTES`.
+        ValueError: it is not an archive.
     """
-    require_plain(path, MOST_TEXT_BYTES)
-    with zipfile.ZipFile(path) as archive:
-        if sum(member.file_size for member in archive.infolist()) > MOST_TEXT_BYTES:
-            raise _too_large(path, MOST_TEXT_BYTES)
+    if not require_plain(path, MOST_TEXT_BYTES).st_size:  # as the files of /proc, of which some block
+        raise ValueError(f"{path} is empty")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            n_bytes = sum(member.file_size for member in archive.infolist())
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not an .npz ({error})") from error
+    if n_bytes > MOST_TEXT_BYTES:
+        raise _too_large(path, MOST_TEXT_BYTES)
 
 
 def set_aside(path: Path) -> Path:

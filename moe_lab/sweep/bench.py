@@ -27,6 +27,7 @@ from moe_lab.runs import build
 from moe_lab.runs.describe import describe
 from moe_lab.runs.record import TimedBlock, run_log
 from moe_lab.runs.run import Run
+from moe_lab.runs.unchanged import unchanged_process
 from moe_lab.sweep.engine import CellFailedError
 
 
@@ -148,7 +149,8 @@ class Bench:
                 faulthandler.enable(stream)
                 faulthandler.dump_traceback_later(0.9 * self.timeout_s, file=stream)
             try:
-                yield run
+                with unchanged_process():
+                    yield run
             except (Exception, KeyboardInterrupt, SystemExit) as error:
                 if isinstance(error, KeyboardInterrupt):
                     if self.timeout_s is None:  # in the person's own process it is their Ctrl-C

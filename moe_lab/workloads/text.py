@@ -157,8 +157,7 @@ def _encoded(texts: Sequence[str], tokenizer_file: Path) -> list[tuple[np.ndarra
     from tokenizers import Tokenizer  # here: models of bytes need none
 
     try:
-        files.require_plain(tokenizer_file)
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        tokenizer = Tokenizer.from_buffer(files.read_bytes(tokenizer_file))
     except Exception as error:  # the library raises no other
         raise ValueError(
             f"workload=text: {tokenizer_file} is not a valid tokenizer.json ({error}); copy it from the checkpoint "

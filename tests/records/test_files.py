@@ -1,10 +1,9 @@
-"""records/files.py: every reader of the product meets every kind of odd file, and neither hangs nor raises anything odd."""
+"""records/files.py: every reader of the product meets every kind of odd file, and does not hang."""
 
 from __future__ import annotations
 
 import shutil
 import signal
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -83,8 +82,8 @@ def test_arrays(kind: str, name: str, tmp_path: Path) -> None:
     odd.put(kind, cell / name)
     tables = aggregate.aggregate(tmp_path)
     assert len(tables.runs) == 2
-    assert kind in GONE or list(tables.unreadable["path"]) == [f"a/{name}"]
-    with pytest.raises((OSError, ValueError, zipfile.BadZipFile)):
+    assert kind in ("broken-link", "link-to-itself") or list(tables.unreadable["path"]) == [f"a/{name}"]
+    with pytest.raises((OSError, ValueError)):
         coactivation.read(cell / name)
     if name == store.ROUTING:
         inputs.trace_id(str(cell))

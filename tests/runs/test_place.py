@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import moe_lab
+from moe_lab.errors import UnavailableError
 from moe_lab.records import store
 from moe_lab.records.store import read_record
 from moe_lab.runs.run import Run
@@ -75,7 +76,7 @@ def test_a_failure_does_not_cost_an_earlier_result(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "error", [pytest.param(kind("no"), id=kind.__name__) for kind in (ValueError, moe_lab.UnavailableError)]
+    "error", [pytest.param(kind("no"), id=kind.__name__) for kind in (ValueError, UnavailableError)]
 )
 @pytest.mark.parametrize("before", [pytest.param(text, id=text) for text in ("nothing", "ok", "failed", "unreadable")])
 def test_a_mistake_leaves_all_as_it_was(

@@ -65,7 +65,7 @@ class Faulty(SoftmaxTopK):
             time.sleep(0.1)
         if self.fault == "readonly":
             folder = os.environ["READONLY"]
-            subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+            subprocess.run(["chattr", "-R", "-f", "+i", folder], check=False)
         if self.fault == "wrong":
             return routing._replace(expert_ids_TK=routing.expert_ids_TK.flip(-1))
         return routing

@@ -23,6 +23,7 @@ from moe_lab.sweep.in_process import InProcess
 from moe_lab.sweep.plan import plain
 from tests import quick
 
+_YAML = "_target_: talking_router.Talker\nname: talker\npause_s: 0.0\nchild: null\n"
 _MODULE = '''
 import os, subprocess, time
 from moe_lab.routers.softmax_topk import SoftmaxTopK
@@ -49,9 +50,7 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for --config-dir with router=talker."""
     folder = tmp_path_factory.mktemp("talker")
     (folder / "router").mkdir()
-    (folder / "router" / "talker.yaml").write_text(
-        "_target_: talking_router.Talker\nname: talker\npause_s: 0.0\nchild: null\n"
-    )
+    (folder / "router" / "talker.yaml").write_text(_YAML)
     (folder / "talking_router.py").write_text(_MODULE)
     return folder
 
