@@ -60,7 +60,7 @@ class Faulty(SoftmaxTopK):
         if self.fault == "chdir":
             os.chdir("/")
         if self.fault == "close":
-            os.close(1), os.close(2), sys.stdout.close(), sys.stderr.close()
+            sys.stdout.close(), sys.stderr.close(), os.closerange(1, 3)
         if self.fault == "fork" and os.fork() == 0:
             time.sleep(0.1)
         if self.fault == "readonly":

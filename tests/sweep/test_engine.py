@@ -23,6 +23,7 @@ from moe_lab.sweep.in_process import InProcess
 from moe_lab.sweep.plan import plain
 from tests import quick
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 _YAML = "_target_: talking_router.Talker\nname: talker\npause_s: 0.0\nchild: null\n"
 _MODULE = '''
 import os, subprocess, time
@@ -68,6 +69,11 @@ def worker(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
 def config(talker: Path, pause_s: float = 0.0) -> dict[str, Any]:
     overrides = quick.overrides("moe_layer", "router=talker", f"router.pause_s={pause_s}")
     return plain(moe_lab.compose(overrides, config_dir=talker))
+
+
+def compose_talker(talker: str, pause_s: float) -> dict[str, Any]:
+    """`config`, in another process."""
+    return config(Path(talker), pause_s)
 
 
 def pid(worker: Worker) -> int:
@@ -255,11 +261,41 @@ def test_what_a_step_started_ends_with_it(worker: Worker, talker: Path, tmp_path
         reason = "timeout: verify" if how == "timeout" else r"crash: SIGKILL \(killed by signal 9; out of memory\?\)"
         with pytest.raises(WorkerLostError, match=f"^{reason}$"):
             worker.call("verify", identity.cell_id(content), timeout_s=1 if how == "timeout" else 60)
-        child = int((tmp_path / how).read_text())
-        deadline = time.monotonic() + 10
-        while is_alive(child) and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
-            assert time.monotonic() < deadline, "the child lives"
-            time.sleep(0.05)
+        ends(int((tmp_path / how).read_text()))
+
+
+_KILLED = """
+import sys
+from tests.sweep.test_engine import compose_talker
+from moe_lab.records import identity
+from moe_lab.sweep.engine import Worker
+content = compose_talker(sys.argv[1], 3600)
+content["router"]["child"] = sys.argv[2] + "/child"
+worker = Worker()
+worker.call("build", content, sys.argv[2])
+worker.call("verify", identity.cell_id(content))
+"""
+
+
+def test_what_a_worker_started_ends_with_the_sweep(talker: Path, tmp_path: Path) -> None:
+    """After kill -9 of the parent: the worker and its child are gone."""
+    process = subprocess.Popen([sys.executable, "-c", _KILLED, str(talker), str(tmp_path)], cwd=ROOT)
+    child = tmp_path / "child"
+    deadline = time.monotonic() + 60
+    while not child.exists() or not child.read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    ends(int(child.read_text()))
+
+
+def ends(process: int) -> None:
+    """Wait until it is gone, or a zombie that nobody asked about."""
+    deadline = time.monotonic() + 10
+    while is_alive(process) and "Z" not in Path(f"/proc/{process}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline, "the child lives"
+        time.sleep(0.05)
 
 
 def test_the_start_is_not_the_steps_time_and_close_ends_the_process(tmp_path: Path) -> None:
