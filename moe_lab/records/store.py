@@ -16,7 +16,7 @@ from moe_lab.records.schema import Record
 
 # The files of a run's directory; `PLAN` lies in a sweep's, beside its runs.
 RESULT, SAMPLES, ROUTING, LOG = "result.json", "samples.npz", "routing.npz", "run.log"
-PLAN = "plan.json"
+UNREADABLE, PLAN = "result.unreadable.json", "plan.json"
 _BESIDE = (SAMPLES, ROUTING, LOG)
 
 
@@ -79,7 +79,7 @@ def set_aside_unreadable(directory: Path) -> Path | None:
 
 def is_unreadable(name: str) -> bool:
     """Whether a file of this name is a record that was set aside because it could not be read."""
-    return name.startswith("result.unreadable") and name.endswith(".json")
+    return name.startswith(UNREADABLE.removesuffix(".json")) and name.endswith(".json")
 
 
 def set_aside_stale(directory: Path, cell_id: str, code_id: str, env_id: str | None) -> None:
