@@ -14,6 +14,7 @@ from moe_lab.config import targets
 from moe_lab.config.checks import validate
 from moe_lab.config.compose import compose
 from moe_lab.errors import ExportError, MismatchError
+from moe_lab.records import files
 
 OK, DIFFERS = 0, 1
 _HELP = """\
@@ -43,8 +44,11 @@ def configuration(run: Path, overrides: list[str]) -> DictConfig:
         ValueError: `run` is not the folder of a run, or an override is not a key of `export`.
     """
     try:
-        cfg: DictConfig = OmegaConf.create(yaml.safe_load((run / "config.yaml").read_text()))
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.safe_load(files.read_text(run / "config.yaml"))
+        if not isinstance(content, dict) or not {"model", "export"} <= content.keys():
+            raise ValueError("config.yaml is not the configuration of a run")
+        cfg: DictConfig = OmegaConf.create(content)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{run}: not the folder of a run ({error}).") from error
     if other := [word for word in overrides if not word.startswith("export.")]:
         raise ValueError(f"{other[0]}: only keys of export can be changed; all others come from the run.")

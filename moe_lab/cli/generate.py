@@ -17,6 +17,7 @@ from moe_lab.measure.clocks import STEPS
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.serving import Decode
+from moe_lab.records import files
 from moe_lab.records.identity import option_name
 from moe_lab.runs import build
 
@@ -44,7 +45,10 @@ class _Tokenizer:
         from tokenizers import Tokenizer
         from tokenizers.decoders import DecodeStream
 
-        self._tokenizer, self._stream = Tokenizer.from_file(file), DecodeStream(skip_special_tokens=True)
+        self._tokenizer, self._stream = (
+            Tokenizer.from_buffer(files.read_bytes(file)),
+            DecodeStream(skip_special_tokens=True),
+        )
         self._tokenizer.no_truncation()  # a tokenizer.json may ask for both
         self._tokenizer.no_padding()
 

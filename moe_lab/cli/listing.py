@@ -6,6 +6,7 @@ import importlib.resources
 from pathlib import Path
 
 from moe_lab.errors import nearest
+from moe_lab.records import files
 from moe_lab.terminal import Console
 
 
@@ -45,6 +46,6 @@ def show(names: list[str], config_dir: str | None) -> None:
 
 def about(path: Path) -> str:
     """The first comment, but for Hydra's own that says where the content goes."""
-    lines = path.read_text().splitlines()
+    lines = files.read_text(path).splitlines()
     comments = [line.lstrip("# ") for line in lines if line.startswith("#") and not line.startswith("# @")]
     return comments[0] if comments else ""

@@ -54,6 +54,8 @@ def _task(cfg: DictConfig, trusted: Sequence[str], environment: Mapping[str, str
 
             record = run_job(cfg, overrides, directory, environment)
         else:
+            if any(word.startswith("hydra.sweep.") for word in hydra_config.overrides.hydra):
+                raise ValueError("hydra.sweep: only for a sweep (-m); the folder of a single run is hydra.run.dir.")
             cfg = finish(cfg, overrides)
             _say_what_takes_long()
             from moe_lab.runs.run import run  # imports torch: not before there is something to compute

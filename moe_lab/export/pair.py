@@ -7,6 +7,7 @@ or the new one.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import importlib
 import json
@@ -27,10 +28,10 @@ from moe_lab.export.outline import outline
 from moe_lab.export.simplify import simplify
 from moe_lab.ops.library import OPS
 from moe_lab.ops.onnx_function import DOMAIN
+from moe_lab.records import files
 
 MODEL, PARAMS, MANIFEST, PARITY = "__model__", "__params__", "manifest.json", "parity.json"
 _ALIGNMENT = 4096  # of every weight in the file, so that it can be mapped
-_MANIFEST_BYTES = 1 << 20  # far more than one has
 _MORE_BYTES = 1 << 20  # for what is not a weight
 
 
@@ -156,9 +157,16 @@ def beside(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder`, that takes its name and place at the end, or is gone if something fails."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{folder.name}.part-*"):
-        if not _lives(int(left.suffix.removeprefix(".part-"))):
-            shutil.rmtree(left)  # of an export that was killed
+    for left in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.part-*")):  # of an export that was killed
+        number = left.name.removeprefix(f".{folder.name}.part-").removesuffix(".old")
+        if not number.isdecimal() or (int(number) != os.getpid() and _lives(int(number))):
+            continue
+        if left.name.endswith(".old") and not folder.exists():
+            left.rename(folder)  # killed between two renames: the pair that was to be replaced
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
     part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     part.mkdir()
     try:
@@ -199,9 +207,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an export, which anybody may have written. Raises `ValueError` if there is none."""
     path = folder / MANIFEST
     try:
-        if path.stat().st_size > _MANIFEST_BYTES:
-            raise ValueError(f"larger than {_MANIFEST_BYTES} bytes")
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = files.read_json(path)
         described, config = manifest["files"], manifest["config"]
         if set(described) != {MODEL, PARAMS}:
             raise ValueError(f"files: must be {MODEL} and {PARAMS}, not {', '.join(map(str, described))[:80]}")
@@ -213,7 +219,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("config: must be a mapping")
     except KeyError as error:
         raise ValueError(f"{folder}: no export found ({MANIFEST}: {error} is missing).") from error
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: no export found ({MANIFEST}: {' '.join(str(error).split())}).") from error
     return manifest
 

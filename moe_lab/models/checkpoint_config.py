@@ -7,11 +7,12 @@ written by transformers 4 and 5 differ in some names (`rope_theta` and `rope_sca
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from moe_lab.records import files
 
 CONFIG = "config.json"
 _SCALINGS = {
@@ -110,7 +111,7 @@ def read(folder: str | Path) -> Settings:
     """
     path = Path(folder) / CONFIG
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = files.read_json(path)
     except OSError as error:
         raise ValueError(
             f"model.path={folder}: {path} cannot be read ({error.strerror}); give the folder of a Hugging Face "

@@ -7,7 +7,6 @@ parameters, on their device and in their dtype, so that the host never holds mor
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_lab.records.files import MOST_BYTES, parse_json, read_json, require_plain
 from moe_lab.terminal import Console
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -121,13 +121,13 @@ def files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = read_json(folder / INDEX)
         names = sorted({str(name) for name in index["weight_map"].values()})
     except FileNotFoundError:
         others = sorted(path.name for path in folder.glob("*.bin"))
         more = f" ({others[0]} is a pickle and cannot be loaded; convert it to safetensors)" if others else ""
         raise ValueError(f"model.path={folder}: no {SINGLE} or {INDEX} found{more}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"model.path: {folder / INDEX} cannot be read ({error}); download the file again.") from error
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -143,11 +143,13 @@ def headers(paths: Sequence[Path]) -> dict[str, Found]:
     tensors: dict[str, Found] = {}
     for path in paths:
         try:
+            if require_plain(path, None).st_size < 8:
+                raise ValueError("incomplete header")
             with path.open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
-                if size > os.path.getsize(path):
+                if size > min(os.path.getsize(path), MOST_BYTES):
                     raise ValueError("incomplete header")
-                header = json.loads(stream.read(size))
+                header = parse_json(stream.read(size).decode())
             header.pop("__metadata__", None)
             for key, entry in header.items():
                 start, stop = entry["data_offsets"]
@@ -157,7 +159,7 @@ def headers(paths: Sequence[Path]) -> dict[str, Found]:
             )
             if end != os.path.getsize(path):
                 raise ValueError(f"{os.path.getsize(path)} bytes, but its header says {end}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"model.path: {path} is damaged ({error}); download the file again.") from error
     return tensors
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from moe_lab.records.files import read_bytes, require_plain
 from moe_lab.records.store import ROUTING
 
 TEXTS = (".txt", ".md")
@@ -81,7 +82,7 @@ def checkpoint_id(directory: str) -> str:
 def _hash(files: Iterable[Path]) -> str:
     hashed = hashlib.sha256()
     for file in files:
-        stat = file.stat()
+        stat = require_plain(file, None)
         hashed.update(f"{file.name}\0{stat.st_size}\0".encode())
         hashed.update(_content(os.path.abspath(file), stat.st_mtime_ns, stat.st_size))
     return hashed.hexdigest()[:12]
@@ -91,11 +92,11 @@ def _hash(files: Iterable[Path]) -> str:
 def _content(file: str, mtime_ns: int, size: int) -> bytes:
     """A hash of the file's content, by its stamp."""
     hashed = hashlib.sha256()
+    if size <= _WHOLE:
+        hashed.update(read_bytes(file))
+        return hashed.digest()
     with open(file, "rb") as stream:
-        if size <= _WHOLE:
-            hashed.update(stream.read())
-        else:
-            for probe in range(_PROBES):
-                stream.seek(probe * (size - _PROBE) // (_PROBES - 1))
-                hashed.update(stream.read(_PROBE))
+        for probe in range(_PROBES):
+            stream.seek(probe * (size - _PROBE) // (_PROBES - 1))
+            hashed.update(stream.read(_PROBE))
     return hashed.digest()

@@ -3,7 +3,8 @@
 A field's annotation says its type, unit and meaning. Where it is a dict, it names the fields of that in `fields`.
 
 `reason` is null, or `mismatch: route|layers`, `out_of_memory`, `timeout: STEP`, `crash: SIGNAL`, `unavailable: ...`,
-`impossible: ...` (a combination that cannot run), `excluded`, `interrupted`, `error: ...`.
+`impossible: ...` (a combination that cannot run), `excluded`, `interrupted`, `unfinished: ...` (a single run that was
+killed, or that goes on), `error: ...`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from moe_lab.records import fields
 from moe_lab.records.fields import Field, Fields
 
 SCHEMA = 1
+UNFINISHED = "unfinished: the run goes on, or it was killed (signal 9; out of memory?)"
+"""The reason of a single run's record from its begin to its end."""
+NOT_ENDED = ("interrupted", "unfinished", "crash: SIGKILL", "crash: SIGTERM")
+"""How the reason of a run begins that somebody else ended; a sweep runs such a cell again."""
 LAUNCH_BOUND = "launch-bound: "
 """How the warning of a run begins whose GPU waited for the host's launches."""
 

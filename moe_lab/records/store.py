@@ -11,15 +11,18 @@ import logging
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from moe_lab.records import files
 from moe_lab.records.schema import Record
 
 # The files of a run's directory; `PLAN` lies in a sweep's, beside its runs.
 RESULT, SAMPLES, ROUTING, LOG = "result.json", "samples.npz", "routing.npz", "run.log"
 UNREADABLE, PLAN = "result.unreadable.json", "plan.json"
+_BESIDE = (SAMPLES, ROUTING, LOG)
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -33,7 +36,8 @@ def write_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that became read-only: the first error tells
+            temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -100,39 +104,72 @@ def set_aside_unreadable(directory: Path) -> Path | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        aside = directory / UNREADABLE
-        os.replace(directory / RESULT, aside)
-        return aside
+        return files.set_aside(directory / RESULT)
     return None
 
 
-def set_aside_stale(directory: Path, cell_id: str, code_id: str, env_id: str | None) -> None:
-    """Keep a result of another configuration, code or machine, or one that is ok, beside the one to come.
+def is_unreadable(name: str) -> bool:
+    """Whether a file of this name is a record that was set aside because it could not be read."""
+    return name.startswith(UNREADABLE.removesuffix(".json")) and name.endswith(".json")
 
-    `result.json`, `samples.npz` and `routing.npz` become `stale-<code_id>-<env_id>.result.json` and so on, the next of
-    the same code and machine `stale-<code_id>-<env_id>-2.result.json`.
-    """
+
+def set_aside_stale(directory: Path, cell_id: str, code_id: str, env_id: str | None) -> None:
+    """Keep a result of another configuration, code or machine, or one that is ok, beside the one to come."""
     try:
         record = read_record(directory)
     except (FileNotFoundError, ValueError):
         return
-    if (record.cell_id, record.code_id, record.env_id) == (cell_id, code_id, env_id) and record.status != "ok":
-        return
+    if (record.cell_id, record.code_id, record.env_id) != (cell_id, code_id, env_id) or record.status == "ok":
+        set_aside(directory, record)
+
+
+def set_aside(directory: Path, record: Record) -> str:
+    """Rename a run's files, of which `record` is one; returns how their names now begin.
+
+    `result.json`, `samples.npz` and so on become `stale-<code_id>-<env_id>.result.json` and so on, the next of the same
+    code and machine `stale-<code_id>-<env_id>-2.result.json`.
+    """
     prefix = stale = f"stale-{record.code_id}-{record.env_id}"
     number = 1
     while (directory / f"{stale}.{RESULT}").exists():
         number += 1
         stale = f"{prefix}-{number}"
-    for name in (SAMPLES, ROUTING, RESULT):  # the record last: until then the rest belongs to it
-        if (directory / name).exists():
-            os.replace(directory / name, directory / f"{stale}.{name}")
+    _rename(directory, "", f"{stale}.")
+    return f"{stale}."
+
+
+def put_back(directory: Path, stale: str) -> None:
+    """Undo `set_aside`, which returned `stale`."""
+    remove(directory)
+    _rename(directory, stale, "")
+
+
+def remove(directory: Path, stale: str = "") -> None:
+    """Remove a run's files; with `stale` those that `set_aside` renamed."""
+    for name in (RESULT, *_BESIDE):  # the record first: what has none is no run
+        (directory / f"{stale}{name}").unlink(missing_ok=True)
+
+
+def _rename(directory: Path, old: str, new: str) -> None:
+    for name in (*_BESIDE, RESULT):  # the record last: until then the rest belongs to it
+        if (directory / f"{old}{name}").exists():
+            os.replace(directory / f"{old}{name}", directory / f"{new}{name}")
 
 
 def read_record(directory: Path) -> Record:
-    """Read `directory/result.json`. Raises `ValueError` naming the file if it is no record of this schema."""
+    """Read `directory/result.json`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a plain file with a record of this schema; the message names it.
+    """
     path = directory / RESULT
     try:
-        record = Record.from_dict(json.loads(path.read_text()))
+        record = Record.from_dict(files.read_json(path))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
     record.directory = str(directory)

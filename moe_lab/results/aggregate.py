@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
+from moe_lab.records import files as reading
 from moe_lab.records.identity import PACKAGE
 from moe_lab.records.store import PLAN, RESULT, ROUTING, SAMPLES, write_atomic
 from moe_lab.results import coactivation, columns, load
@@ -149,8 +150,7 @@ def _take(root: Path, files: Found) -> Taken:
     samples = _no_samples()
     if files.samples[1] >= 0:
         try:
-            with open(f"{root}/{files.folder}/{SAMPLES}", "rb") as file:
-                samples = read_samples(file.read())
+            samples = read_samples(reading.read_bytes(f"{root}/{files.folder}/{SAMPLES}", reading.MOST_TEXT_BYTES))
         except Exception as error:  # zipfile, zlib and numpy have many, and none of them may stop the others
             problems.append((_path(files, SAMPLES), load.one_line(error)))
     return Taken(entry, samples, problems)
@@ -227,6 +227,8 @@ def _code() -> str:
 def _unchanged(root: Path, inputs: str) -> Aggregate | None:
     """The existing tables, if they were made from these inputs by this code and have not changed since."""
     try:
+        for name in (CACHE, "runs.parquet", "summary.parquet"):
+            reading.require_plain(root / name, None)
         state = json.loads(pq.read_schema(root / CACHE).metadata[b"moe_lab"])
         outputs = {name: list(load.stamp(root / name)) for name in OUTPUTS}
         if (state["code"], state["inputs"], state["outputs"]) != (_code(), inputs, outputs):
@@ -240,6 +242,8 @@ def _unchanged(root: Path, inputs: str) -> Aggregate | None:
 def _cached(root: Path) -> dict[Found, Taken]:
     """The entries of an earlier aggregation by record; empty if its cache is outdated or broken."""
     try:
+        for name in (CACHE, "samples.parquet"):
+            reading.require_plain(root / name, None)
         kept = pq.read_table(root / CACHE, page_checksum_verification=True)
         state = json.loads(kept.schema.metadata[b"moe_lab"])
         as_written = all(

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_lab.records.files import MOST_TEXT_BYTES
+
 _LOCAL_HEADER = 30  # bytes, before the name and the extra field, whose lengths stand in its last four
 
 
@@ -21,10 +23,12 @@ class Arrays:
     """The arrays of a file's content, by name."""
 
     def __init__(self, content: bytes):
-        """Raises `zipfile.BadZipFile` if the content is not a zip archive."""
+        """Raises `zipfile.BadZipFile` if it is not a zip archive, `ValueError` if the arrays are far too large."""
         self._content = content
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             self._members = {info.filename.removesuffix(".npy"): info for info in archive.filelist}
+        if sum(info.file_size for info in self._members.values()) > MOST_TEXT_BYTES:
+            raise ValueError(f"unpacked larger than {MOST_TEXT_BYTES >> 20} MiB.")
 
     def __contains__(self, name: str) -> bool:
         return name in self._members
@@ -49,7 +53,7 @@ class Arrays:
         start = at + _LOCAL_HEADER + name + extra
         data = self._content[start : start + info.compress_size]
         if info.compress_type == zipfile.ZIP_DEFLATED:
-            data = zlib.decompress(data, -zlib.MAX_WBITS, max(info.file_size, 1))
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, info.file_size + 1)  # no more than it says
         elif info.compress_type != zipfile.ZIP_STORED:
             raise zipfile.BadZipFile(f"{info.filename}: neither stored nor deflated.")
         if len(data) != info.file_size or zlib.crc32(data) != info.CRC:

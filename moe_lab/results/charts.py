@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from moe_lab import marks
-from moe_lab.records import fields
+from moe_lab.records import fields, files
 from moe_lab.records.store import ROUTING
 from moe_lab.results import coactivation
 from moe_lab.results.settings import describe, sizes
@@ -412,6 +412,7 @@ def _arrays(
 
 
 def _counts(path: Path) -> tuple[list[int], np.ndarray]:
+    files.require_arrays(path)
     with np.load(path, allow_pickle=False) as arrays:
         layers, counts_LE = arrays["layer"].tolist(), arrays["counts_LE"]
     if counts_LE.dtype.kind not in "iu" or counts_LE.ndim != 2 or len(layers) != len(counts_LE) or not counts_LE.size:
@@ -421,6 +422,7 @@ def _counts(path: Path) -> tuple[list[int], np.ndarray]:
 
 def _texts(path: Path) -> tuple[list[int], np.ndarray, list[str]] | None:
     """Layers, counts and the texts' names; None where the run had no texts."""
+    files.require_arrays(path)
     with np.load(path, allow_pickle=False) as arrays:
         if "domain_counts_LGE" not in arrays:
             return None

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moe_lab.records import files
 from moe_lab.records.store import ROUTING
 from moe_lab.results import columns
 from moe_lab.results.arrays import Arrays
@@ -30,8 +31,7 @@ def read(path: Path) -> tuple[list[int], np.ndarray] | None:
     Raises whatever zipfile, zlib and numpy have for a file that was damaged, `FileNotFoundError` if there is none, and
     `ValueError` for an array of another shape.
     """
-    with open(path, "rb") as file:
-        arrays = Arrays(file.read())
+    arrays = Arrays(files.read_bytes(path, files.MOST_TEXT_BYTES))
     if _ARRAY not in arrays:
         return None
     layer, counts_LEE = arrays["layer"], arrays[_ARRAY]

@@ -19,6 +19,7 @@ from moe_lab.intervals import judge
 from moe_lab.records import identity, variants
 from moe_lab.records.schema import Record
 from moe_lab.records.store import RESULT, read_record
+from moe_lab.results.load import search
 from moe_lab.results.noise import read_floor
 
 NAMES = ("model", "router", "experts", "batch", "seq_len", "dtype", "device", "execution")
@@ -77,7 +78,8 @@ def _read(root: Path) -> tuple[dict[str, list[_Run]], list[str]]:
         raise ValueError(f"{root}: folder not found.")
     cells: dict[str, list[_Run]] = {}
     unreadable = []
-    for path in sorted(root.rglob(RESULT)):
+    for found in search(root)[0]:
+        path = root / found.folder / RESULT
         try:
             run = _parse(read_record(path.parent))
             cells.setdefault(run.record.cell_id, []).append(run)

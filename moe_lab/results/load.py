@@ -11,15 +11,14 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from moe_lab.records import identity, variants
+from moe_lab.records import files, identity, variants
 from moe_lab.records.schema import Record
-from moe_lab.records.store import PLAN, RESULT, ROUTING, SAMPLES, UNREADABLE
+from moe_lab.records.store import PLAN, RESULT, ROUTING, SAMPLES, is_unreadable
 from moe_lab.results import columns
 
 UNREADABLE_BECAUSE = (ValueError, AttributeError, TypeError, KeyError, RecursionError, OSError)
 """What reading a file that anybody may have written can raise."""
 
-_DEEPEST = 100
 # Nested fields that stay out of the row: the whole configuration, and per-layer lists (`result.json` has those).
 _NOT_COLUMNS = {"config", "routing.layers", "agreement.layers", "agreement.floor.layers"}
 
@@ -65,7 +64,7 @@ def load(directory: str | Path) -> pd.DataFrame:
     """
     root = folder(directory)
     found, problems = search(root)
-    unreadable = [f"{root / path}: {error}" for path, error in problems if not path.endswith(UNREADABLE)]
+    unreadable = [f"{root / path}: {error}" for path, error in problems if not is_unreadable(os.path.basename(path))]
     entries, plan = [], Plan()
     try:
         plan = read_plan(root)
@@ -100,12 +99,12 @@ def search(root: Path) -> tuple[list[Found], list[tuple[str, str]]]:
     def note(error: OSError) -> None:
         problems.append((printable(Path(error.filename).relative_to(root)), one_line(error)))
 
-    for directory, _, names in os.walk(root, onerror=note):
-        if RESULT in names:
+    for directory, folders, names in os.walk(root, onerror=note):
+        if RESULT in names or RESULT in folders:  # as a folder it is one that cannot be read
             relative = directory[len(str(root)) :].strip(os.sep) or "."
             found.append(Found(relative, *(stamp(f"{directory}/{name}") for name in (RESULT, SAMPLES, ROUTING))))
-        if UNREADABLE in names:
-            path = printable(Path(directory, UNREADABLE).relative_to(root))
+        for name in filter(is_unreadable, (*names, *folders)):
+            path = printable(Path(directory, name).relative_to(root))
             problems.append((path, "could not be read and was renamed when its cell was run again"))
     return sorted(
         found, key=lambda record: [*record.folder.split(os.sep), RESULT] if record.folder != "." else [RESULT]
@@ -123,13 +122,13 @@ def stamp(path: str | Path) -> tuple[int, int]:
 
 def read_plan(root: Path) -> Plan:
     """`plan.json` of a sweep's folder. Raises one of `UNREADABLE_BECAUSE` if it exists but is not a plan."""
-    if not (root / PLAN).exists():
+    try:
+        content = files.read_json(root / PLAN)
+    except FileNotFoundError:
         return Plan()
-    content = json.loads((root / PLAN).read_bytes())
     if content["schema"] != 1:
         raise ValueError(f"schema={content['schema']!r}: this version of moe-lab reads schema 1.")
     compare, anchor = content["compare"], content["anchor"]
-    _hold_depth(anchor)
     if not isinstance(compare, list) or not compare:
         raise ValueError(f"compare={str(compare)[:60]!r}: must be a list of groups.")
     if not all(isinstance(text, str) for text in compare):
@@ -143,27 +142,16 @@ def read_plan(root: Path) -> Plan:
 
 def read(root: Path, relative: str) -> Entry:
     """The record in `root/relative`. Raises one of `UNREADABLE_BECAUSE` if it is not a record of this schema."""
-    with open(f"{root}/{relative}/{RESULT}", encoding="utf-8") as file:
-        text = file.read()
-    content = json.loads(text)
+    text = files.read_text(f"{root}/{relative}/{RESULT}")
+    content = files.parse_json(text)
     if "\\ud" in text.lower():  # a half of a pair of surrogates, which no file could take
         json.dumps(content, ensure_ascii=False).encode()
-    if text.count("{") + text.count("[") > _DEEPEST:  # else it cannot be so deep
-        _hold_depth(content)
     config = Record.from_dict(content).config
     row = {**_asked(config), **_flatten(content), "directory": printable(relative)}
     columns.check(row)
     if not row.get("cell_id") or not row.get("status"):
         raise ValueError("cell_id or status is missing.")
     return Entry(row, identity.content(config) if "model" in config and "export" in config else None)
-
-
-def _hold_depth(node: Any, left: int = _DEEPEST) -> None:
-    """Refuse what is nested deeper than any record, before something that follows it down runs out of stack."""
-    if left == 0:
-        raise ValueError(f"nested deeper than {_DEEPEST} levels.")
-    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        _hold_depth(child, left - 1)
 
 
 def complete(entries: Sequence[Entry], plan: Plan) -> list[dict[str, Any]]:

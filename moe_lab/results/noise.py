@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from moe_lab.records import files
 from moe_lab.records.store import write_atomic
 
 
@@ -31,7 +32,7 @@ def read_floor(env_id: str) -> float | None:
     If the file cannot be read, returns None with a warning.
     """
     try:
-        floor = json.loads(noise_file(env_id).read_text())["floor"]
+        floor = files.read_json(noise_file(env_id))["floor"]
         if not (isinstance(floor, int | float) and 0 <= floor < math.inf):
             raise ValueError(f"floor={floor!r}: must be a number >= 0")
     except FileNotFoundError:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,15 +30,17 @@ from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import parameter_bytes
 from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.transformer_decoder import TransformerDecoder
-from moe_lab.records import identity, store
-from moe_lab.records.schema import Ratio, Record
+from moe_lab.records import identity
+from moe_lab.records.schema import UNFINISHED, Ratio, Record
 from moe_lab.routers.base import Router, Routing
 from moe_lab.runs import build, memory_estimate
 from moe_lab.runs import record as recording
 from moe_lab.runs.built import Built, n_tokens
 from moe_lab.runs.export import exporter, make_inputs
 from moe_lab.runs.observe import Observer
+from moe_lab.runs.place import Place
 from moe_lab.runs.record import TimedBlock
+from moe_lab.runs.unchanged import unchanged_process
 from moe_lab.runs.verify import Verification, verify
 from moe_lab.runs.verify_decode import verify_decode
 from moe_lab.workloads.forced import load_difference
@@ -56,7 +59,8 @@ class Run:
         self._spent_s, self._begun = 0.0, time.perf_counter()
         validate(cfg)
         self.cfg = cfg
-        self.directory = directory or default_directory(cfg)
+        self.directory = (directory or default_directory(cfg)).absolute()  # a router may change the current folder
+        self._process = os.getpid()
         self.code_id = identity.code_id(targets.folders_of(cfg))
         self.started = datetime.now(UTC)
         self.device: torch.device | None = None
@@ -301,6 +305,8 @@ class Run:
 
     def write(self, record: Record) -> None:
         """Write the record and everything beside it into the run's folder."""
+        if os.getpid() != self._process:
+            os._exit(1)  # a fork that a router made: the run is its parent's
         recording.write(record, self.blocks, self.routing_arrays, self.directory)
 
 
@@ -318,24 +324,37 @@ def default_directory(cfg: DictConfig) -> Path:
 def run(cfg: DictConfig, directory: str | Path | None = None) -> Record:
     """Execute `cfg` and leave its record in `directory` (default: `default_directory`).
 
-    A failure while running is a record too: status `failed`, the cause in `reason`, the traceback in `run.log`.
+    A failure while running is a record too: status `failed`, the cause in `reason`, the traceback in `run.log`. The
+    record is begun before the run, so that a run that is killed has one. An earlier result of another configuration,
+    code or machine is kept as `stale-*`; so is one that is ok if this one is not.
 
     Raises:
         ValueError: a mistake in the configuration; one line that names the key and the fix.
-        UnavailableError: an implementation or a device that is not here. Its record, `skipped`, is written first.
+        UnavailableError: an implementation or a device that is not here. As after a mistake, the folder is as before.
         OSError: the directory cannot be written.
         KeyboardInterrupt: Ctrl-C; the record, `failed` with the reason `interrupted`, is written first.
     """
-    the_run = Run(cfg, Path(directory) if directory is not None else None)
-    folder = the_run.directory
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / store.LOG).unlink(missing_ok=True)
-    with recording.run_log(folder):
-        return _execute(the_run)
+    shown = Path(directory) if directory is not None else default_directory(cfg)
+    the_run = Run(cfg, shown)
+    place = Place(the_run.directory)
+    if place.unreadable is not None:
+        the_run.warnings.append(f"an earlier result could not be read; it was renamed to {place.unreadable.name}")
+    place.begin(the_run.record("failed", UNFINISHED))
+    with unchanged_process():
+        try:
+            with recording.run_log(the_run.directory):
+                record = _execute(the_run)
+        except (ValueError, UnavailableError):
+            place.withdraw()
+            raise
+    place.end(record)
+    record.directory = str(shown)
+    if record.reason == "interrupted":
+        raise KeyboardInterrupt
+    return record
 
 
 def _execute(the_run: Run) -> Record:
-    raised: BaseException | None = None
     status, reason = "ok", None
     try:
         with exact_products():  # fp32 means fp32, whatever this process has set
@@ -344,20 +363,17 @@ def _execute(the_run: Run) -> Record:
             the_run.measure()
             the_run.observe()
             the_run.export()
-    except (Exception, KeyboardInterrupt) as error:
-        status, reason = the_run.failed_with(error)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         if _is_persons(error, the_run):
-            raised = error
+            raise
+        status, reason = the_run.failed_with(error)
     record = the_run.record(status, reason)
     the_run.write(record)
-    record.directory = str(the_run.directory)
-    if raised is not None:
-        raise raised
     return record
 
 
 def _is_persons(error: BaseException, the_run: Run) -> bool:
-    """Whether a single run passes the error on to the person: a mistake of theirs, or their Ctrl-C."""
+    """Whether it is a mistake of the person, or asks for what is not here: no run."""
     if isinstance(error, ValueError):
         return the_run.built is None or the_run.built.step is None  # before there was anything to run: a mistake
-    return isinstance(error, UnavailableError | KeyboardInterrupt)
+    return isinstance(error, UnavailableError)

@@ -28,6 +28,7 @@ from moe_lab.runs.describe import describe
 from moe_lab.runs.memory_estimate import refusal
 from moe_lab.runs.record import TimedBlock, run_log
 from moe_lab.runs.run import Run
+from moe_lab.runs.unchanged import unchanged_process
 from moe_lab.sweep.engine import CellFailedError
 
 
@@ -62,7 +63,7 @@ class Bench:
     def build(self, config: dict[str, Any], directory: str) -> None:
         """Make the run of `config`, whose files go to `directory`; parameters of an equal model are shared."""
         cfg = OmegaConf.create(config)
-        folder = store.own_folder(Path(directory))
+        folder = store.own_folder(Path(directory).absolute())
         (folder / store.LOG).unlink(missing_ok=True)
         run = Run(cfg, folder)
         cell_id = identity.cell_id(cfg)
@@ -152,8 +153,13 @@ class Bench:
                 faulthandler.enable(stream)
                 faulthandler.dump_traceback_later(0.9 * self.timeout_s, file=stream)
             try:
-                yield run
-            except Exception as error:
+                with unchanged_process():
+                    yield run
+            except (Exception, KeyboardInterrupt, SystemExit) as error:
+                if isinstance(error, KeyboardInterrupt):
+                    if self.timeout_s is None:  # in the person's own process it is their Ctrl-C
+                        raise
+                    error = RuntimeError("KeyboardInterrupt was raised in the run")
                 status, reason = run.failed_with(error)
                 run.write(run.record(status, reason))
                 failed = CellFailedError(status, reason, lost_device=_has_lost_device(run))
@@ -189,7 +195,7 @@ def _look(cfg: DictConfig) -> dict[str, Any]:
         skip = f"unavailable: {error}"
     except ValueError as error:
         skip = f"impossible: {error}"
-    except Exception:  # a part that cannot be made without memory: building it will tell
+    except (Exception, SystemExit):  # a part that cannot be made without memory: building it will tell
         device = build.resolve_device(cfg)
     env = environment.capture(device) if device is not None else {}
     return {

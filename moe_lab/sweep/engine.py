@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moe_lab.config import targets
-from moe_lab.records import store
+from moe_lab.sweep.capped_log import CappedLog
 
+_TICK_S = 1.0  # how often a waiting parent looks whether it or the worker was stopped
 START_S = 600.0  # importing torch and initialising a device from a cold disk
 
 
@@ -71,12 +72,15 @@ class Worker:
         self.environment = environment  # of the process, if not this one's
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._output: CappedLog | None = None
         self._pending: str | None = None  # the step whose reply has not been read
 
     def start(self) -> None:
         """Start the process without waiting for it."""
         parent_end, worker_end = socket.socketpair()
-        with worker_end, open(store.open_to_append(self.log or os.devnull), "ab") as log:
+        self._output = CappedLog(self.log) if self.log is not None else None
+        with worker_end, self._output or open(os.devnull, "wb") as output:
+            log = output.fileno()
             # -P: the current directory is not a place to import from. -u: what was printed is in the log before a kill.
             # A session of its own: Ctrl-C is for the parent.
             self._process = subprocess.Popen(
@@ -110,7 +114,7 @@ class Worker:
         """The reply to the pending step."""
         assert self._connection is not None
         try:
-            if not self._connection.poll(timeout_s):
+            if not self._comes(timeout_s):
                 lost = WorkerLostError(f"timeout: {self._pending}")
                 self.close()
                 raise lost
@@ -124,6 +128,21 @@ class Worker:
         if isinstance(reply, CellFailedError) and reply.lost_device:
             self.close()
         raise reply
+
+    def _comes(self, timeout_s: float) -> bool:
+        """Whether a reply comes within this time; that in which this process or the worker was stopped is not counted.
+
+        A tick counts as one however long it took: SIGSTOP, Ctrl-Z or a suspended machine make it long.
+        """
+        assert self._connection is not None and self._process is not None
+        left = timeout_s
+        while left > 0:
+            tick = min(_TICK_S, left)
+            if self._connection.poll(tick):
+                return True
+            if not _is_stopped(self._process.pid):
+                left -= tick
+        return self._connection.poll(0)  # it may have come while this process was stopped
 
     def settle(self, timeout_s: float) -> None:
         """See `Engine.settle`."""
@@ -139,7 +158,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             code = -signal.SIGKILL
         self.close()
-        return f"crash: {signal.Signals(-code).name}" if code < 0 else f"crash: exit code {code}"
+        return _crash(code)
 
     def renew(self) -> None:
         """See `Engine.renew`."""
@@ -151,10 +170,29 @@ class Worker:
         if self._process is None or self._connection is None:
             return
         self._connection.close()
-        self._process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # its session: what a router or a compiler started too
         self._process.wait()
+        if self._output is not None:
+            self._output.join()
         self._process = self._connection = self._pending = None
         self.life += 1
+
+
+def _crash(code: int) -> str:
+    """The reason of a record whose worker ended with this code."""
+    if code == -signal.SIGKILL:
+        return "crash: SIGKILL (killed by signal 9; out of memory?)"
+    return f"crash: {signal.Signals(-code).name}" if code < 0 else f"crash: exit code {code}"
+
+
+def _is_stopped(process: int) -> bool:
+    """Whether a signal or a debugger stopped the process; False where there is no /proc."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_bytes()
+    except OSError:
+        return False
+    return status.rpartition(b")")[2].split()[:1] in ([b"T"], [b"t"])
 
 
 @contextmanager

@@ -19,10 +19,12 @@ class InProcess:
 
     def call(self, step: str, *arguments: Any, timeout_s: float = START_S) -> Any:
         """See `Engine.call`."""
+        from moe_lab.runs.unchanged import unchanged_process
         from moe_lab.sweep.bench import Bench  # imports torch
 
         self._bench = self._bench or Bench()
-        return getattr(self._bench, step)(*arguments)
+        with unchanged_process():
+            return getattr(self._bench, step)(*arguments)
 
     def settle(self, timeout_s: float) -> None:
         """See `Engine.settle`; the interrupt ended the step."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from moe_lab.records import files
 from moe_lab.records.store import write_atomic
 
 LOCK, OWNER = ".lock", ".owner.json"
@@ -39,12 +41,13 @@ class Lock:
 
     def _described(self) -> str:
         try:
-            owner = json.loads(self._owner.read_text())
+            owner = files.read_json(self._owner)
             return f" (process {owner['pid']} on {owner['host']} since {owner['since']})"
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 
     def release(self) -> None:
         """Release the lock."""
-        self._owner.unlink(missing_ok=True)
+        with suppress(OSError):  # in a folder that became read-only it stays, and says nothing without the lock
+            self._owner.unlink(missing_ok=True)
         self._lock.release()

@@ -35,6 +35,8 @@ class Multirun:
 
     def __init__(self, loader: ConfigLoader, config: DictConfig, progress: Progress):
         require_few_cells(loader, config)  # Hydra would compose all of them first
+        if any(str(word).startswith("hydra.run.") for word in config.hydra.overrides.hydra):
+            raise ValueError("hydra.run.dir: only for a single run; a sweep's folder is hydra.sweep.dir.")
         self.composer, self.progress = JobComposer(loader, config), progress
         self.directory = Path(config.hydra.sweep.dir)
         self.plan: Plan | None = None
@@ -78,12 +80,12 @@ class Multirun:
         self.engine.close()
         self._lock.release()
         if self.plan is None:
-            for name in (LOCK, OWNER, "multirun.yaml"):
-                (self.directory / name).unlink(missing_ok=True)
-            log = self.directory / LOG
-            if log.exists() and not log.stat().st_size:
-                log.unlink()
-            with suppress(OSError):  # there is more in it: results of an earlier sweep
+            with suppress(OSError):  # there is more in it: results of an earlier sweep; or it became read-only
+                for name in (LOCK, OWNER, "multirun.yaml"):
+                    (self.directory / name).unlink(missing_ok=True)
+                log = self.directory / LOG
+                if log.is_file() and not log.stat().st_size:
+                    log.unlink()
                 self.directory.rmdir()
 
 

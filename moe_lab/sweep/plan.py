@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.config import targets
 from moe_lab.config.checks import check_overrides, is_whole, validate
-from moe_lab.records import identity, store, variants
-from moe_lab.records.schema import Record
+from moe_lab.records import files, identity, store, variants
+from moe_lab.records.schema import NOT_ENDED, Record
+from moe_lab.sweep import folders
 from moe_lab.sweep.engine import Engine
 
 Status = Literal["to do", "done", "stale", "skipped", "excluded"]
@@ -126,6 +127,7 @@ def make(
         ValueError: a mistake that is in every cell, or `sweep.stale=refuse` and there are stale results.
     """
     cells, n_equal, jobs, sweep = _cells(composed)
+    folders.check(directory, [cell.directory for cell in cells])
     for cell, label in zip(cells, variants.labels([cell.content for cell in cells], sweep["compare"]), strict=True):
         cell.variant = label
         if any(variants.matches(cell.content, partial) for partial in sweep["exclude"]):
@@ -241,7 +243,7 @@ def judge(cell: Cell, sweep: Mapping[str, Any]) -> None:
     there = (record.cell_id, record.code_id, record.env_id or cell.env_id)  # null: it failed before it looked
     here = (cell.cell_id, cell.code_id, cell.env_id)
     different = [name for name, old, new in zip(named, there, here, strict=True) if old != new]
-    if record.status == "skipped" or record.reason == "interrupted":
+    if record.status == "skipped" or (record.reason or "").startswith(NOT_ENDED):
         cell.reason = f"previous run: {record.reason}"
     elif different and sweep["stale"] != "keep":
         cell.status, cell.reason = "stale", f"different {' and '.join(different)}"
@@ -275,19 +277,19 @@ def _refuse_stale(plan: Plan) -> None:
 def read_commands(directory: Path) -> list[list[str]]:
     """The commands that filled a sweep's folder, the last one last."""
     try:
-        content = json.loads((directory / store.PLAN).read_text())
+        content = files.read_json(directory / store.PLAN)
         return [[str(word) for word in words] for words in content["commands"]]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return []  # the plan is rewritten, whatever was there
 
 
 def read_statuses(directory: Path) -> dict[str, str]:
-    """The status of each cell in the `plan.json` of a sweep's folder; empty if there is none."""
+    """The status of each cell in the `plan.json` of a sweep's folder; empty if there is none that can be read."""
     try:
-        content = json.loads((directory / store.PLAN).read_text())
-    except FileNotFoundError:
+        content = files.read_json(directory / store.PLAN)
+        return {cell["cell_id"]: cell["status"] for cell in content["cells"]}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return {cell["cell_id"]: cell["status"] for cell in content["cells"]}
 
 
 def groups(plan: Plan) -> list[list[Cell]]:

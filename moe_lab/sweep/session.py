@@ -52,8 +52,16 @@ def write_plan(plan: Plan) -> None:
     """
     plan.write()
     for cell in plan.cells:
-        if cell.status in ("skipped", "excluded"):
+        if cell.status in ("skipped", "excluded") and not _is_finished(cell):
             timing.write(cell, "skipped", cell.reason or cell.status)
+
+
+def _is_finished(cell: Cell) -> bool:
+    """Whether its folder has the result of an earlier run, which stays until the cell is run again."""
+    try:
+        return store.read_record(cell.directory).status != "skipped"
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def execute(plan: Plan, engine: Engine, progress: Progress) -> list[Record]:

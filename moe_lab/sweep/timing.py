@@ -104,11 +104,20 @@ class Group:
         try:
             return self.engine.call(step, *arguments, timeout_s=self.timeout_s)
         except (CellFailedError, WorkerLostError) as error:
-            if member.is_recorded:
+            if member.is_recorded and not self._is_recorded_ok(member):
                 if isinstance(error, WorkerLostError):  # it could not write the record itself
                     write(member.cell, "failed", str(error))
                 self.on_end(member.cell)
             raise _MemberFailedError(member) from error
+
+    def _is_recorded_ok(self, member: Member) -> bool:
+        """Whether this run's record is there and ok: from then on nothing touches it, however the worker ends."""
+        if not member.is_finished:
+            return False
+        try:
+            return store.read_record(member.folder).status == "ok"  # an earlier one was set aside before the run
+        except (FileNotFoundError, ValueError):
+            return False
 
     def _alone(self, member: Member) -> bool:
         """Build and verify one member with none beside it. False if that failed."""
@@ -240,10 +249,14 @@ class Group:
             self._ready(member)
             self.on_step(member.cell, "observe")
             member.is_finished = True
-            self._call(member, "observe", member.id, *self._timed(member, together))
-        self._call(member, "release", member.id)
-        if member.is_recorded:
+            try:
+                self._call(member, "observe", member.id, *self._timed(member, together))
+            except _MemberFailedError:
+                if not self._is_recorded_ok(member):
+                    raise
             self.on_end(member.cell)
+        with suppress(CellFailedError, WorkerLostError):  # the next call starts another worker
+            self.engine.call("release", member.id, timeout_s=self.timeout_s)
 
     def _timed(self, member: Member, together: Sequence[Member]) -> tuple[Any, ...]:
         """What the timing tells of a member, for its record."""

@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,11 +16,28 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _die_with(parent: int) -> None:
-    """Linux ends this process when its parent dies; elsewhere it ends at the step after."""
+    """Linux ends this process when its parent dies, and then what it started; elsewhere it ends at the step after."""
     if sys.platform == "linux":
+        _end_children_with_this()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before
         sys.exit(0)
+
+
+def _end_children_with_this() -> None:
+    """Leave a process that waits for the end of this one, whatever ends it, and kills the rest of its group."""
+    group = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    if os.fork() == 0:
+        os.setsid()
+        os.closerange(0, os.sysconf("SC_OPEN_MAX"))  # the parent is to see the end of the conversation
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
+        if os.getppid() == group:
+            signal.sigwait({signal.SIGUSR1})
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        os._exit(0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 def serve(connection: Connection) -> None:
@@ -41,10 +59,12 @@ def serve(connection: Connection) -> None:
 
 
 def _perform(bench: Any, step: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+    from moe_lab.runs.unchanged import unchanged_process
     from moe_lab.sweep.engine import CellFailedError
 
     try:
-        return "ok", getattr(bench, step)(*arguments)
+        with unchanged_process():
+            return "ok", getattr(bench, step)(*arguments)
     except CellFailedError as failed:
         return "failed", failed
     except Exception as error:

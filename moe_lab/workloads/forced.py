@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from moe_lab.models.moe_layer import moe_layers
-from moe_lab.records import store
+from moe_lab.records import files, store
 from moe_lab.routers.base import Routing
 from moe_lab.workloads import loads
 
@@ -52,7 +52,8 @@ def _trace(directory: str, layer: int | None, n_layers: int) -> np.ndarray:
     """
     path = Path(directory) / store.ROUTING
     try:
-        with np.load(path) as arrays:
+        files.require_arrays(path)
+        with np.load(path, allow_pickle=False) as arrays:
             ids_LTK: np.ndarray = arrays["expert_ids_LTK"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(

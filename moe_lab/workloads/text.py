@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_lab.records import files
 from moe_lab.records.inputs import text_files
 
 _GOLDEN = (5**0.5 - 1) / 2
@@ -117,7 +118,7 @@ def _read(texts: tuple[_Stamp, ...], vocab_size: int, tokenizer: _Stamp | None) 
 def _content(file: Path) -> str:
     """The file's text, its line ends as they are."""
     try:
-        content = file.read_bytes().decode()
+        content = files.read_text(file, files.MOST_TEXT_BYTES)
     except OSError as error:
         raise ValueError(f"workload.path: {file} cannot be read ({error.strerror}); use another file.") from error
     except UnicodeDecodeError as error:
@@ -156,7 +157,7 @@ def _encoded(texts: Sequence[str], tokenizer_file: Path) -> list[tuple[np.ndarra
     from tokenizers import Tokenizer  # here: models of bytes need none
 
     try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        tokenizer = Tokenizer.from_buffer(files.read_bytes(tokenizer_file))
     except Exception as error:  # the library raises no other
         raise ValueError(
             f"workload=text: {tokenizer_file} is not a valid tokenizer.json ({error}); copy it from the checkpoint "

@@ -184,14 +184,13 @@ def test_hydra_full_error_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    """CUDA_VISIBLE_DEVICES hides the device where there is one; the record is a skipped one."""
+    """CUDA_VISIBLE_DEVICES hides the device where there is one; no folder is left."""
     done = moe_lab("device=cuda", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
         "moe-lab: device=cuda: no CUDA device found; use device=cpu or device=auto"
     ]
-    (result,) = tmp_path.glob("outputs/runs/*/result.json")
-    assert read_record(result.parent).status == "skipped"
+    assert not list(tmp_path.glob("outputs/runs/*"))
 
 
 @pytest.mark.usefixtures("no_compiler")

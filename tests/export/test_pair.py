@@ -59,6 +59,26 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["pair"]
 
 
+@pytest.mark.parametrize(
+    "process", [pytest.param(2**22 + 1, id="another-process"), pytest.param(os.getpid(), id="same-number")]
+)
+@pytest.mark.parametrize(
+    "there", [pytest.param(True, id="beside-a-pair"), pytest.param(False, id="between-two-renames")]
+)
+def test_what_a_killed_export_left_is_cleared(process: int, there: bool, tmp_path: Path) -> None:
+    """Also the old pair that was being replaced: it is put back where nothing took its place. Other names stay."""
+    target = tmp_path / "a[1]"
+    for name in (f".a[1].part-{process}.old", f".a[1].part-{process}", ".a[1].part-x", *(["a[1]"] if there else [])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__model__").write_text(name)
+    with pair.beside(target):
+        assert (target / "__model__").read_text() == ("a[1]" if there else f".a[1].part-{process}.old")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a[1].part-x", "a[1]"]
+    with pair.beside(target) as part:
+        (part / "__model__").write_text("new")
+    assert (target / "__model__").read_text() == "new"
+
+
 def test_only_an_export_is_replaced(tmp_path: Path) -> None:
     """And only when asked to; an empty folder may be taken."""
     target = tmp_path / "pair"

@@ -237,11 +237,13 @@ def test_ctrl_c_leaves_a_record_and_exit_code_130(tmp_path: Path) -> None:
 
 
 def test_kill_9_leaves_no_half_written_file(tmp_path: Path) -> None:
-    """A killed run has no result, and the next run in the folder is whole."""
+    """A killed run has a record that says so, and the next run in the folder is whole."""
     process = start(tmp_path)
     process.kill()
     process.communicate()
-    assert not (tmp_path / "result.json").exists()
+    killed = read_record(tmp_path)
+    assert killed.status == "failed" and str(killed.reason).startswith("unfinished: ")
+    assert list(moe_lab.load(tmp_path)["status"]) == ["failed"]
     record = moe_lab.run(quick.compose("decoder_moe"), tmp_path)
     assert record.status == "ok"
     assert read_record(tmp_path).status == "ok"

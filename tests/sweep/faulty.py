@@ -17,7 +17,7 @@ from tests import quick
 MOE_LAB = [sys.executable, "-m", "moe_lab"]
 
 _MODULE = '''
-import ctypes, os, time
+import ctypes, os, signal, subprocess, sys, time
 import torch
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 
@@ -51,6 +51,21 @@ class Faulty(SoftmaxTopK):
             end = time.perf_counter() + 0.02
             while time.perf_counter() < end:
                 pass
+        if self.fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "sys_exit":
+            sys.exit(0)
+        if self.fault == "interrupt":
+            raise KeyboardInterrupt
+        if self.fault == "chdir":
+            os.chdir("/")
+        if self.fault == "close":
+            sys.stdout.close(), sys.stderr.close(), os.closerange(1, 3)
+        if self.fault == "fork" and os.fork() == 0:
+            time.sleep(0.1)
+        if self.fault == "readonly":
+            folder = os.environ["READONLY"]
+            subprocess.run(["chattr", "-R", "-f", "+i", folder], check=False)
         if self.fault == "wrong":
             return routing._replace(expert_ids_TK=routing.expert_ids_TK.flip(-1))
         return routing
@@ -60,6 +75,7 @@ class Faulty(SoftmaxTopK):
 '''
 
 FAULTS = ("raise", "exit", "segfault", "hang", "memory", "wrong", "slow", "device_assert", "device_hang")
+FAULTS += ("kill", "sys_exit", "interrupt", "chdir", "close", "fork", "readonly")
 
 
 def plugin(folder: Path) -> Path:

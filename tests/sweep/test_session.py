@@ -5,7 +5,9 @@ Under other launchers of Hydra's too (cli/foreign.py).
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_lab.records.store import read_record
 from tests.sweep import faulty
 
 REASONS = {
@@ -49,6 +52,50 @@ def test_every_way_to_fail_is_a_row_and_the_others_are_measured(when: str, tmp_p
     assert "planted" in log
     segfault = (tmp_path / str(records[f"{when}segfault"].directory) / "run.log").read_text()
     assert "faulty_router.py" in segfault
+
+
+def test_a_router_that_spoils_the_process_harms_only_itself(tmp_path: Path) -> None:
+    """Another folder, closed streams, a fork: the others are measured. Each way to end has its reason."""
+    plugin = faulty.plugin(tmp_path / "mine")
+    routers = ("chdir", "close", "fork", "sys_exit", "interrupt", "kill")
+    done = faulty.sweep(f"router={','.join(routers)},torch", cwd=tmp_path, plugin=plugin)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert {name: record.reason for name, record in faulty.records(tmp_path).items()} == {
+        "chdir": None,
+        "close": None,
+        "fork": None,
+        "sys_exit": "error: SystemExit: 0",
+        "interrupt": "error: RuntimeError: KeyboardInterrupt was raised in the run",
+        "kill": "crash: SIGKILL (killed by signal 9; out of memory?)",
+        "torch": None,
+    }
+    again = faulty.sweep(f"router={','.join(routers)},torch", cwd=tmp_path, plugin=plugin)
+    assert "7 cells, 6 done; 1 to run" in again.stderr, "what was killed runs again, what failed by itself does not"
+
+
+def test_a_folder_that_becomes_read_only_is_one_line(tmp_path: Path) -> None:
+    """Immutable, for root too: what was recorded stays, whole; there is no traceback."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("chattr") is None or subprocess.run(["chattr", "+i", disk], capture_output=True).returncode:
+        pytest.skip("cannot make a folder immutable here")
+    subprocess.run(["chattr", "-i", disk], check=True)
+    plugin = faulty.plugin(tmp_path / "mine")
+    arguments = ("router=torch,readonly,sinkhorn", "sweep.interleave=false", f"hydra.sweep.dir={disk}/s")
+    try:
+        environment = {**os.environ, "READONLY": str(disk)}
+        done = faulty.sweep(*arguments, cwd=tmp_path, plugin=plugin, env=environment)
+    finally:
+        subprocess.run(["chattr", "-R", "-f", "-i", disk], check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Operation not permitted" in done.stderr.splitlines()[-1]
+    (record,) = (read_record(path.parent) for path in disk.glob("s/*/result.json"))
+    assert (record.config["router"]["name"], record.status) == ("torch", "ok")
+    again = faulty.sweep("router=torch,sinkhorn", *arguments[1:], cwd=tmp_path, plugin=plugin)
+    assert again.returncode == 0, again.stderr
+    assert "2 cells, 1 done; 1 to run" in again.stderr
 
 
 def test_a_hang_is_ended_and_its_log_says_where(tmp_path: Path) -> None:
@@ -353,3 +400,11 @@ def test_a_sweep_ends_with_a_table_and_the_paths_of_its_files(tmp_path: Path) ->
     assert all((tmp_path / line).is_file() for line in lines[-2:])
     assert list((tmp_path / "outputs/s/plots").glob("*.svg"))
     assert lines[1].split()[0] == "torch"
+
+
+def test_a_finished_cell_that_is_left_out_later_keeps_its_result(tmp_path: Path) -> None:
+    """Excluded in a second command: the record and its samples are as they were."""
+    assert faulty.sweep("router=torch,sinkhorn", cwd=tmp_path).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "outputs/s").glob("*/*")}
+    assert faulty.sweep("router=torch,sinkhorn", "sweep.exclude=[{router: sinkhorn}]", cwd=tmp_path).returncode == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "outputs/s").glob("*/*")} == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from moe_lab.records.schema import Record
 from moe_lab.records.store import read_record
 from moe_lab.sweep import multirun, timing
 from moe_lab.sweep import plan as planning
+from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.in_process import InProcess
 from moe_lab.sweep.plan import Cell
 from moe_lab.sweep.timing import Group, Member
@@ -213,6 +215,53 @@ def test_subgroups_fit_hold_everyone_once_and_have_the_anchor_if_they_can(
         if planned[anchor].cell_id not in ids:
             assert group.anchor is not None
             assert not fits([group.anchor, subgroup[0]])
+
+
+class _Lost(InProcess):
+    """The worker is lost after a step is done, before it says so."""
+
+    def __init__(self, step: str):
+        super().__init__()
+        self.step = step
+
+    def call(self, step: str, *arguments: Any, timeout_s: float = 600.0) -> Any:
+        reply = super().call(step, *arguments)
+        if step == self.step:
+            self.renew()
+            raise WorkerLostError("crash: SIGKILL")
+        return reply
+
+
+@pytest.mark.parametrize("step", [pytest.param(step, id=step) for step in ("observe", "release")])
+def test_a_finished_record_stays_though_the_worker_is_lost(step: str, four: list[Cell]) -> None:
+    """The record and its arrays; every cell ends once."""
+    ended: list[str] = []
+    group = Group(
+        four[:2],
+        four[0],
+        _Lost(step),
+        timeout_s=60,
+        on_step=lambda *_: None,
+        on_end=lambda cell: ended.append(cell.cell_id),
+    )
+    group.run()
+    assert ended == [cell.cell_id for cell in four[:2]]
+    for cell in four[:2]:
+        assert (read_record(cell.directory).status, read_record(cell.directory).reason) == ("ok", None)
+        assert (cell.directory / "samples.npz").exists() and (cell.directory / "routing.npz").exists()
+
+
+@pytest.mark.parametrize("step", [pytest.param(step, id=step) for step in ("build", "verify", "block")])
+def test_a_worker_lost_before_is_a_failure(step: str, four: list[Cell]) -> None:
+    """Though the folder had a result that is ok, of other code: that is set aside."""
+    time(four[:1], None)
+    cell = dataclasses.replace(four[0], code_id="1" * 12)
+    Group([cell], None, _Lost(step), timeout_s=60, on_step=lambda *_: None, on_end=lambda _: None).run()
+    assert (read_record(cell.directory).status, read_record(cell.directory).reason) == ("failed", "crash: SIGKILL")
+    assert len(list(cell.directory.glob("stale-*.result.json"))) == len(
+        list(cell.directory.glob("stale-*.samples.npz"))
+    )
+    assert len(list(cell.directory.glob("stale-*.result.json"))) == 1
 
 
 def test_a_record_from_outside_replaces_what_was_left(four: list[Cell]) -> None:
