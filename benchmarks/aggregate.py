@@ -20,7 +20,8 @@ from pathlib import Path
 
 from benchmarks import synthetic
 from moe_lab.records.store import RESULT
-from moe_lab.results.aggregate import CACHE, OUTPUTS
+from moe_lab.results.aggregate import OUTPUTS
+from moe_lab.results.kept import CACHE
 
 CALL = """
 import sys, time

@@ -77,8 +77,8 @@ CHECKS: Mapping[str, Sequence[Quote]] = {
         Quote(_SWEEPS, "median cell beside its timing / no-op", tolerance=0.5),
     ],
     "aggregate": [
-        Quote(_SWEEPS, "all new / json"),
-        Quote(_SWEEPS, "one changed / all new"),
+        Quote(_SWEEPS, "all new / json", limit=6),
+        Quote(_SWEEPS, "one changed / all new", limit=0.25),
         Quote(_SWEEPS, "nothing changed / all new", tolerance=0.5),
     ],
     "report --rounds 3": [Quote(_SWEEPS, "table of 2000 cells / of 100", tolerance=0.5)],

@@ -34,10 +34,12 @@ ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu
 _ENV_FIELDS_OF_A_GPU = ("router_auto",)  # what `auto` means there; a result made by another choice is stale
 
 
+_as_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str).encode
+
+
 def digest(value: Any) -> str:
     """12 hex digits of a JSON-like value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256(_as_json(value).encode()).hexdigest()[:12]
 
 
 def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ Numbers = dict[str, "np.ndarray[Any, Any]"]
 _NONE: Numbers = {name: np.empty(0, np.int64) for name in ("layer", "expert", "other", "tokens")}
 
 
-def read(path: Path) -> tuple[list[int], np.ndarray] | None:
+def read(path: str | Path) -> tuple[list[int], np.ndarray] | None:
     """(layers, tokens that use both experts [L, E, E]) of a `routing.npz`; None where it has no such counts.
 
     Raises whatever zipfile, zlib and numpy have for a file that was damaged, `FileNotFoundError` if there is none, and
@@ -112,7 +113,7 @@ def table(root: Path, cells: Sequence[Cell], earlier: Earlier | None = None) -> 
         for cell in cells:
             numbers, problem = _NONE, cell.problem
             if cell.rows is None or earlier is None:
-                numbers, problem = _numbers(root / cell.folder / ROUTING)
+                numbers, problem = _numbers(f"{root}/{cell.folder}/{ROUTING}")
             elif cell.rows.n_rows:
                 numbers = earlier.numbers(cell.rows)
             count = len(numbers["tokens"])
@@ -128,7 +129,7 @@ def table(root: Path, cells: Sequence[Cell], earlier: Earlier | None = None) -> 
     return Table(content.getvalue(), known)
 
 
-def _numbers(path: Path) -> tuple[Numbers, str | None]:
+def _numbers(path: str) -> tuple[Numbers, str | None]:
     """The rows of a file, and what is wrong with it."""
     try:
         counts = read(path)
@@ -139,9 +140,15 @@ def _numbers(path: Path) -> tuple[Numbers, str | None]:
     if counts is None:
         return _NONE, None
     layers, counts_LEE = counts
-    at_L, expert, other = np.nonzero(np.triu(counts_LEE))
+    at_L, expert, other = np.nonzero(np.where(_upper(counts_LEE.shape[-1]), counts_LEE, 0))
     layer, tokens = np.array(layers, np.int64)[at_L], counts_LEE[at_L, expert, other].astype(np.int64)
     return {"layer": layer, "expert": expert, "other": other, "tokens": tokens}, None
+
+
+@lru_cache(maxsize=8)
+def _upper(E: int) -> np.ndarray:
+    """Where expert <= other."""
+    return np.triu(np.ones((E, E), bool))
 
 
 def _write(file: Any, batch: Sequence[tuple[Cell, Numbers]]) -> None:

@@ -203,6 +203,10 @@ def _columns(table: str) -> Columns:
 
 
 RUNS, SUMMARY = _columns("runs"), _columns("summary")
+KNOWN: Columns = {
+    name: kind for name, kind in RUNS.items() if kind is not None and name not in ("variant", "setting_id", "n_records")
+}
+"""What one record alone tells, and every table has."""
 SAMPLES, COACTIVATION, UNREADABLE = _columns("samples"), _columns("coactivation"), _columns("unreadable")
 
 
@@ -255,6 +259,21 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Columns) -> Any:
     return pa.table(arrays)
 
 
+def joined(arrays: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Any:
+    """The table `runs` of these columns, and of those that some rows have beside."""
+    present: set[str] = set(arrays)
+    for row in others:
+        present |= row.keys()
+    found = {}
+    for name in _ordered(present, RUNS):
+        if name not in arrays:
+            kind, values = _infer([row.get(name) for row in others])
+            found[name] = pa.array(values, kind)
+        else:
+            found[name] = arrays[name]
+    return pa.table(found)
+
+
 def _ordered(present: Iterable[str], columns: Columns) -> list[str]:
     others = sorted(name for name in present if name not in columns)
     ordered: list[str] = []
@@ -277,6 +296,12 @@ def _infer(values: list[Any]) -> tuple[Any, list[Any]]:
     if types == {list} and all(isinstance(item, str) for value in values for item in value or ()):
         return TEXTS, values
     return TEXT, [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values]
+
+
+def as_written(table: Any) -> Any:
+    """A table that was read from a file as it was before: Parquet calls the items of a list otherwise."""
+    kinds = (pa.list_(kind.value_type) if pa.types.is_list(kind) else kind for kind in table.schema.types)
+    return table.cast(pa.schema(list(zip(table.schema.names, kinds, strict=True))))
 
 
 def frame(table: Any) -> pd.DataFrame:

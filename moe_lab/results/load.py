@@ -144,29 +144,40 @@ def read(root: Path, relative: str) -> Entry:
     """The record in `root/relative`. Raises one of `UNREADABLE_BECAUSE` if it is not a record of this schema."""
     text = files.read_text(f"{root}/{relative}/{RESULT}")
     content = files.parse_json(text)
-    if "\\ud" in text.lower():  # a half of a pair of surrogates, which no file could take
+    if "\\ud" in text or "\\uD" in text:  # a half of a pair of surrogates, which no file could take
         json.dumps(content, ensure_ascii=False).encode()
     config = Record.from_dict(content).config
-    row = {**_asked(config), **_flatten(content), "directory": printable(relative)}
+    row = _flatten(content, _asked(config))
+    row["directory"] = printable(relative)
     columns.check(row)
     if not row.get("cell_id") or not row.get("status"):
         raise ValueError("cell_id or status is missing.")
     return Entry(row, identity.content(config) if "model" in config and "export" in config else None)
 
 
+class ToldApart(NamedTuple):
+    """What only all configurations together tell of one; nothing of a record without one."""
+
+    variant: str | None
+    setting_id: str | None
+    differing: Mapping[str, Any]
+
+
+def told_apart(contents: Sequence[Mapping[str, Any] | None], plan: Plan) -> list[ToldApart]:
+    """Variant, setting and the values in which they differ, of each record's `identity.content`."""
+    known = [content for content in contents if content is not None]
+    together = zip(variants.labels(known, plan.compare), known, _differing(known), strict=True)
+    told = (ToldApart(label, variants.setting_id(one, plan.compare), differing) for label, one, differing in together)
+    return [ToldApart(None, None, {}) if content is None else next(told) for content in contents]
+
+
 def complete(entries: Sequence[Entry], plan: Plan) -> list[dict[str, Any]]:
     """The entries' rows with what only all records together tell: variants, settings, what differs, copies."""
-    contents = [entry.content for entry in entries if entry.content is not None]
-    together = zip(variants.labels(contents, plan.compare), contents, _differing(contents), strict=True)
     copies = Counter(entry.row["cell_id"] for entry in entries)
     rows = []
-    for row, content in entries:
-        row = {**row, "n_records": copies[row["cell_id"]]}
-        if content is not None:
-            row["variant"], content, differing = next(together)
-            row["setting_id"] = variants.setting_id(content, plan.compare)
-            row |= differing
-        rows.append(row)
+    for (row, _), told in zip(entries, told_apart([entry.content for entry in entries], plan), strict=True):
+        named = {"variant": told.variant, "setting_id": told.setting_id} if told.variant is not None else {}
+        rows.append({**row, "n_records": copies[row["cell_id"]], **named, **told.differing})
     return rows
 
 
@@ -182,15 +193,14 @@ def _asked(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **options}
 
 
-def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    row: dict[str, Any] = {}
+def _flatten(content: Mapping[str, Any], row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`row` with the values of a record, nested ones under their dotted names; null is left out."""
     for key, value in content.items():
-        name = f"{prefix}{key}"
-        if name in _NOT_COLUMNS:
+        if value is None or (name := prefix + key) in _NOT_COLUMNS:
             continue
         if isinstance(value, dict):
-            row.update(_flatten(value, f"{name}."))
-        elif value is not None:
+            _flatten(value, row, name + ".")
+        else:
             row[name] = value
     return row
 

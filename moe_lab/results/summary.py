@@ -6,11 +6,52 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from moe_lab.records import variants
 from moe_lab.results import columns
 from moe_lab.results.load import Plan
 
 Row = dict[str, Any]
+
+
+_RATIO = [name for name in columns.SUMMARY if name.startswith("ratio_to_anchor.")]
+_OWN = [*_RATIO, "anchor", "is_anchor", "n_replicates"]
+"""Columns that the summary alone has, or has otherwise."""
+_READ = [
+    *("cell_id", "setting_id", "env_id", "variant", "started", "latency_ms.p50", "latency_ms.replicate_p50"),
+    *(
+        "model",
+        "dtype",
+        "device",
+        "batch",
+        "seq_len",
+        "seed",
+        *(name for name in columns.RUNS if name.startswith("ratio_to_anchor.")),
+    ),
+]
+"""What decides on the rows and on those columns."""
+
+
+def summarized(runs: Any, contents: Sequence[Mapping[str, Any] | None], plan: Plan) -> Any:
+    """The table `summary` of the table `runs`; `contents` are only needed where the plan has an anchor."""
+    rows: list[Row] = [{"row": place} for place in range(runs.num_rows)]
+    for name in _READ:
+        for row, value in zip(rows, runs[name].to_pylist(), strict=True):
+            if value is not None:
+                row[name] = value
+    lines = summarize(rows, contents or [None] * len(rows), plan)
+    taken = runs.take(pa.array([line["row"] for line in lines], pa.int64()))
+    arrays: dict[str, Any] = {}
+    for name, kind in columns.SUMMARY.items():
+        if name in _OWN:
+            arrays[name] = pa.array([line.get(name) for line in lines], kind)
+        elif kind is not None:
+            arrays[name] = taken[name]
+        else:
+            places = [other for other in taken.column_names if other.startswith(name.removesuffix("*"))]
+            arrays |= {other: taken[other] for other in places if taken[other].null_count < len(lines)}
+    return pa.table(arrays)
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], contents: Sequence[Mapping[str, Any] | None], plan: Plan) -> list[Row]:
@@ -56,7 +97,7 @@ def _anchor(
 
 
 def _line(row: Mapping[str, Any], anchor: Mapping[str, Any] | None, label: str | None, configured: list[str]) -> Row:
-    line = {name: row[name] for name in (*columns.SUMMARY, *configured) if name in row}
+    line = {name: row[name] for name in (*columns.SUMMARY, *configured, "row") if name in row}
     line["anchor"] = label
     line["is_anchor"] = row is anchor or (label is not None and row.get("variant") == label)
     p50 = row.get("latency_ms.p50")

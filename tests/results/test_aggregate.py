@@ -1,4 +1,4 @@
-"""results/aggregate.py, summary.py, columns.py: the tables of a sweep's folder."""
+"""results/aggregate.py, kept.py, summary.py, columns.py: the tables of a sweep's folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from benchmarks import synthetic
 from moe_lab.records.schema import Latency, Record
 from moe_lab.records.store import RESULT, UNREADABLE, write_arrays, write_record
 from moe_lab.results import columns
-from moe_lab.results.aggregate import CACHE, OUTPUTS, Aggregate, aggregate, read_samples
+from moe_lab.results.aggregate import OUTPUTS, Aggregate, aggregate, read_samples
+from moe_lab.results.kept import CACHE
 from moe_lab.results.load import Plan
 from moe_lab.results.summary import summarize
 from tests import quick, tiny
@@ -476,13 +478,17 @@ def _break_routing(sweep: Path) -> None:
     next(sweep.rglob("routing.npz")).write_bytes(b"PK")
 
 
-def _break_pairs(sweep: Path) -> None:
-    """One byte of the table, its stamp as before; another record changed."""
-    path = sweep / "coactivation.parquet"
-    status, whole = path.stat(), path.read_bytes()
-    path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    _change_record(sweep)
+def _break(name: str, change: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Turn one bit of an earlier table without a change of its stamp; and change something that makes it be read."""
+
+    def act(sweep: Path) -> None:
+        path = sweep / name
+        status, whole = path.stat(), path.read_bytes()
+        path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        change(sweep)
+
+    return act
 
 
 def _change_plan(sweep: Path) -> None:
@@ -499,7 +505,9 @@ def _change_plan(sweep: Path) -> None:
         pytest.param(_change_samples, id="samples_changed"),
         pytest.param(_change_routing, id="routing_changed"),
         pytest.param(_break_routing, id="routing_broke"),
-        pytest.param(_break_pairs, id="the_table_of_pairs_broke"),
+        pytest.param(_break("coactivation.parquet", _change_routing), id="the_table_of_pairs_broke"),
+        pytest.param(_break("samples.parquet", _change_samples), id="the_table_of_samples_broke_too"),
+        pytest.param(_break("runs.parquet", _change_record), id="the_table_of_runs_broke"),
         pytest.param(_change_plan, id="the_plan_went"),
         pytest.param(lambda sweep: (sweep / "runs.csv").unlink(), id="an_output_went"),
         pytest.param(lambda sweep: (sweep / "summary.csv").write_text("mine"), id="an_output_was_edited"),
@@ -534,8 +542,8 @@ def test_what_has_not_changed_is_not_read_again(sweep: Path) -> None:
 def _of_other_code(table: Any) -> Any:
     """What that code took from the records is something else, too."""
     state = re.sub(rb'"code": "\w+"', b'"code": "0"', table.schema.metadata[b"moe_lab"])
-    entries = [text.replace("Synthetic", "Another") for text in table["entry"].to_pylist()]
-    forged = table.set_column(table.schema.names.index("entry"), "entry", pa.array(entries, pa.string()))
+    names = ["Another" for _ in range(table.num_rows)]
+    forged = table.set_column(table.schema.names.index("name"), "name", pa.array(names, pa.string()))
     return forged.replace_schema_metadata({"moe_lab": state})
 
 
@@ -544,15 +552,13 @@ def _of_other_code(table: Any) -> Any:
     [
         pytest.param(lambda table: table.replace_schema_metadata({}), id="no_state"),
         pytest.param(lambda table: table.replace_schema_metadata({"moe_lab": "{}"}), id="empty_state"),
-        pytest.param(lambda table: table.drop_columns(["entry"]), id="a_column_less"),
+        pytest.param(lambda table: table.drop_columns(["cell_id"]), id="a_column_less"),
         pytest.param(lambda table: table.slice(0, 3), id="rows_missing"),
         pytest.param(
-            lambda table: table.set_column(7, "entry", pa.array(["[1]"] * table.num_rows, pa.string())),
-            id="other_entries",
-        ),
-        pytest.param(
-            lambda table: table.set_column(7, "entry", pa.array(["[1, 2]"] * table.num_rows, pa.string())),
-            id="entries_of_other_types",
+            lambda table: table.set_column(
+                table.schema.names.index("batch"), "batch", pa.array(["1"] * table.num_rows, pa.string())
+            ),
+            id="a_column_of_another_type",
         ),
         pytest.param(_of_other_code, id="other_code"),
     ],
