@@ -7,7 +7,7 @@ parameters, on their device and in their dtype, so that the host never holds mor
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import re
 from collections import Counter
@@ -23,11 +23,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_lab.models.checkpoint_keys import parse_object, read_object, shown
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
 _OF_NO_USE = re.compile(r".*rotary_emb\.inv_freq$")  # computed anew
 _THREADS = min(8, os.cpu_count() or 1)
 _SHOWN = 6  # keys that a message names
+_LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 _ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
 _LAYER = {
@@ -120,8 +123,10 @@ def files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = read_object(folder / INDEX)
         names = sorted({str(name) for name in index["weight_map"].values()})
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{shown(outside[0])} is not the name of a file in this folder")
     except FileNotFoundError:
         others = sorted(path.name for path in folder.glob("*.bin"))
         more = f" ({others[0]} is a pickle and cannot be loaded; convert it to safetensors)" if others else ""
@@ -144,13 +149,15 @@ def headers(paths: Sequence[Path]) -> dict[str, Found]:
         try:
             with path.open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
-                if size > os.path.getsize(path):
+                if size > min(os.path.getsize(path), _LARGEST_HEADER):
                     raise ValueError("incomplete header")
-                header = json.loads(stream.read(size))
+                header = parse_object(stream.read(size))
             header.pop("__metadata__", None)
             for key, entry in header.items():
                 start, stop = entry["data_offsets"]
-                tensors[key] = Found(path, tuple(entry["shape"]), entry["dtype"], 8 + size + start, stop - start)
+                tensor = Found(path, tuple(entry["shape"]), entry["dtype"], 8 + size + start, stop - start)
+                _require_same(key, tensor, tensors.get(key, tensor))
+                tensors[key] = tensor
             end = max(
                 (tensor.start + tensor.n_bytes for tensor in tensors.values() if tensor.file == path), default=8 + size
             )
@@ -159,6 +166,12 @@ def headers(paths: Sequence[Path]) -> dict[str, Found]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"model.path: {path} is damaged ({error}); download the file again.") from error
     return tensors
+
+
+def _require_same(key: str, tensor: Found, other: Found) -> None:
+    """Some converters leave a tensor in two files; then both must hold the same."""
+    if tensor is not other and not _same_bytes(tensor, other):
+        raise ValueError(f"{shown(key)} has other values in {other.file.name}")
 
 
 class Copy(NamedTuple):
@@ -182,9 +195,12 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
             one line.
     """
     copies, missing, wrong = [], [], []
-    expected = {"lm_head.weight"} if tied else set()
+    expected = {_WHOLE["head.weight"]} if tied else set()
+    only_head = tied and _WHOLE["embed.weight"] not in found and _WHOLE["head.weight"] in found
     for name, layout in _layouts(parameters, found).items():
         for source in layout:
+            if only_head and name == "embed.weight":  # of two names for a matrix some files keep this one
+                source = Source(_WHOLE["head.weight"])
             expected.add(source.key)
             if (there := found.get(source.key)) is None:
                 missing.append(source.key)
@@ -246,10 +262,10 @@ def _some(keys: Sequence[str]) -> str:
 
 
 def execute(copies: Sequence[Copy]) -> None:
-    """Copy, with a progress bar if standard error is a terminal.
+    """Copy, with a progress bar if standard error is a terminal. Every value is looked at.
 
     Raises:
-        ValueError: a file that cannot be read.
+        ValueError: a file that cannot be read, or a value that is NaN or infinite.
     """
     with _progress(sum(copy.found.n_bytes for copy in copies)) as advance:
         by_file: dict[Path, list[Copy]] = {}
@@ -269,12 +285,36 @@ def _execute(path: Path, copies: Sequence[Copy], advance: Callable[[int], None])
 
     def one(copy: Copy) -> int:
         with torch.inference_mode(mode):
-            copy.target.copy_(handle.get_tensor(copy.key))
+            tensor = handle.get_tensor(copy.key)
+            copy.target.copy_(tensor)
+            _require_finite(copy, tensor)
         return copy.found.n_bytes
 
     with safe_open(path, framework="pt") as handle, ThreadPoolExecutor(_THREADS) as pool:
         for n_bytes in pool.map(one, copies):
             advance(n_bytes)
+
+
+def _require_finite(copy: Copy, tensor: Tensor) -> None:
+    """Raise `ValueError` if a value that was copied is NaN or infinite. It is looked at where it now lies."""
+    if _is_finite(copy.target):
+        return
+    if _is_finite(tensor):
+        dtype = str(copy.target.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"model.path: {copy.found.file}: {shown(copy.key)} has values that are too large for {dtype}; use another "
+            "dtype."
+        )
+    n_bad = int(tensor.isfinite().logical_not().sum())
+    raise ValueError(
+        f"model.path: {copy.found.file}: {shown(copy.key)} has {n_bad} values that are NaN or infinite; download the "
+        "file again."
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """In one pass and without a copy: of values with a NaN the least and the greatest are NaN."""
+    return not tensor.numel() or all(math.isfinite(value.item()) for value in tensor.aminmax())
 
 
 @contextmanager

@@ -245,14 +245,16 @@ def test_the_number_of_experts_has_several_names(kind: str, name: str, tmp_path:
 
 @kinds
 def test_what_is_not_said_is_as_in_transformers(kind: str, tmp_path: Path) -> None:
-    """Null and no key are the same."""
-    names = "num_key_value_heads head_dim tie_word_embeddings hidden_act norm_topk_prob attention_bias clip_qkv"
+    """Null and no key are the same, but for the heads of keys."""
+    names = "head_dim tie_word_embeddings hidden_act norm_topk_prob attention_bias clip_qkv"
     names += " sliding_window use_sliding_window mlp_only_layers decoder_sparse_step qkv_bias rope_theta eos_token_id"
     missing, null = (dict.fromkeys(names.split(), value) for value in (..., None))
     found = settings(tmp_path, kind, **missing)
     assert settings(tmp_path, kind, **null) == found
     decoder = found.decoder
-    assert decoder["n_kv_heads"] in (None, decoder["n_heads"])
+    heads = settings(tmp_path, kind, num_key_value_heads=...).decoder["n_kv_heads"]
+    assert heads == {"olmoe": 16, "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}[kind]
+    assert settings(tmp_path, kind, num_key_value_heads=None).decoder["n_kv_heads"] == decoder["n_heads"]
     assert decoder["head_dim"] == decoder["d_model"] // decoder["n_heads"]
     assert decoder["tie_embeddings"] is False and decoder.get("clip_qkv") is None
     assert decoder.get("qkv_bias", False) is (kind == "qwen2_moe") and not decoder.get("o_bias", False)
