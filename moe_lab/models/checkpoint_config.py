@@ -244,7 +244,7 @@ def _qwen2_moe(config: Keys) -> Settings:
     )
 
 
-_ARCHITECTURES: dict[str, Callable[[_Config], Settings]] = {
+_ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "olmoe": _olmoe,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,

@@ -1,4 +1,4 @@
-"""The keys of a checkpoint's JSON files, read strictly: every value is checked, and every key that nobody reads is known.
+"""The keys of a checkpoint's JSON files, read strictly: each value is checked, and each key that nobody reads is known.
 
 A checkpoint is data from somebody else. So a file is a plain file of sane size, its numbers are finite, no key stands
 twice, and a value in a message is one short line of printable text.
