@@ -6,6 +6,7 @@ What kind of decoder it is says its config.json (`checkpoint_config`); its weigh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Checkpoint(DecoderMoE):
         keys = {**settings.decoder, "n_dense_layers": 0}  # `is_dense` says which layers are
         super().__init__(make_router=make_router, experts=experts, implementation=implementation, **keys)
         file = self.folder / TOKENIZER
-        self.tokenizer_file = file if file.is_file() else None
+        self.tokenizer_file = file if os.path.lexists(file) else None
 
     def is_dense(self, layer: int) -> bool:
         """See `DecoderMoE.is_dense`."""
