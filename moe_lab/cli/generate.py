@@ -113,7 +113,8 @@ def _refuse_unused(cfg: DictConfig, model: Checkpoint) -> None:
 def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float = 0.0, say: Say = warn) -> Iterator[str]:
     """The pieces of text that follow `prompt`, at most `max_tokens` tokens, until the model ends it.
 
-    What is left at the end of a character that did not become whole is replaced by U+FFFD. `say` gets what a person should know.
+    What is left at the end of a character that did not become whole is replaced by U+FFFD. `say` gets what a person
+    should know.
 
     Raises:
         ValueError: no checkpoint, an empty prompt, one that leaves no room in the model's longest sequence, a damaged
