@@ -17,6 +17,7 @@ from moe_lab.measure.clocks import STEPS
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models import generation_config
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.checkpoint_keys import shown
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.serving import Decode
 from moe_lab.models.tokenizer import Bytes, Stream, Tokenizer
@@ -150,7 +151,7 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
         if n < max_tokens:
             say(f"--max-tokens {max_tokens}: the text ends after {n}, at the model's {model.max_positions} positions.")
     if without_text:
-        say(f"the tokenizer.json has no text for {len(without_text)} of the ids that were chosen: {min(without_text)}.")
+        say(f"the tokenizer.json has no text for ids that were chosen: {shown(sorted(without_text))}.")
 
 
 def _tokens(cfg: DictConfig, model: Checkpoint, ids_1N: Tensor, n_prompt: int, temperature: float) -> Iterator[int]:

@@ -12,7 +12,9 @@ from moe_lab.models.checkpoint_config import ids_of
 from moe_lab.models.checkpoint_keys import Keys, read_object, shown
 
 FILE = "generation_config.json"
-_NO_EFFECT = {"_from_model_config", "bos_token_id", "pad_token_id", "transformers_version", "use_cache"}
+_NO_EFFECT = {"_from_model_config", "bos_token_id", "decoder_start_token_id", "pad_token_id", "transformers_version"}
+_NO_EFFECT |= {"output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate"}
+_NO_EFFECT |= {"cache_implementation", "use_cache"}
 _AS_HERE = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0}
 _AS_HERE |= {"temperature": 1.0, "top_p": 1.0}
 """Settings that change nothing at these values."""
