@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,export,netron]'; \
 	touch $(READY)
 
-.PHONY: help demo test test-all lint bench-experts bench-sweep device-bundle clean
+.PHONY: help demo test test-all lint bench-check bench-experts bench-sweep device-bundle clean
 
 demo: $(READY) ## Five routers in a trained model on this machine: a table, and a report page
 	$(BIN)/moe-lab -m experiment=router_swap
@@ -41,6 +41,9 @@ test: lint ## Lint and the tests that CI runs (under 8 minutes on two cores)
 
 test-all: lint ## Lint and every test
 	$(PYTEST)
+
+bench-check: $(READY) ## Every quoted ratio that needs no GPU beside today's; fails if one no longer holds (idle machine)
+	$(BIN)/python -m benchmarks.check
 
 bench-experts: $(READY) ## experts=grouped against transformers' experts on this CPU, in alternated rounds
 	$(BIN)/python -m benchmarks.experts_cpu

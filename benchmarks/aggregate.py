@@ -1,5 +1,7 @@
 """Measures how long it takes to aggregate a sweep: all records new, one changed, none changed; each in a fresh process.
 
+The measure is the json module in the same run: reading and parsing the same records, in a fresh process too.
+
     python -m benchmarks.aggregate              # 10,000 records of 50 samples
 
 The records are synthetic (benchmarks/synthetic.py). The times are of the call, and of the process with its imports.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,12 +29,20 @@ begin = time.perf_counter()
 aggregate(sys.argv[1])
 print(time.perf_counter() - begin)
 """
+JSON = """
+import json, sys, time
+from pathlib import Path
+begin = time.perf_counter()
+for path in Path(sys.argv[1]).glob("*/result.json"):
+    json.loads(path.read_bytes())
+print(time.perf_counter() - begin)
+"""
 
 
-def measure(root: Path) -> tuple[float, float]:
+def measure(root: Path, program: str = CALL) -> tuple[float, float]:
     """Seconds of the call and of the process."""
     begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", CALL, root], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program, root], check=True, capture_output=True, text=True)
     return float(done.stdout), time.perf_counter() - begin
 
 
@@ -46,7 +57,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         folders = synthetic.sweep(root, options.cells, samples=options.samples)
-        for what in ("all new", "one changed", "nothing changed"):
+        medians = {}
+        for what in ("json", "all new", "one changed", "nothing changed"):
             seconds = []
             for _ in range(options.repeats):
                 if what == "all new":
@@ -54,9 +66,14 @@ def main() -> None:
                         (root / name).unlink(missing_ok=True)
                 elif what == "one changed":
                     (folders[0] / RESULT).touch()
-                seconds.append(measure(root))
-            columns = (", ".join(f"{one:.2f}" for one in column) for column in zip(*seconds, strict=True))
-            print(f"| {what} | {' | '.join(columns)} |", flush=True)
+                seconds.append(measure(root, JSON if what == "json" else CALL))
+            columns = list(zip(*seconds, strict=True))
+            medians[what] = statistics.median(columns[0])
+            shown = " | ".join(", ".join(f"{one:.2f}" for one in column) for column in columns)
+            print(f"| {what} | {shown} |", flush=True)
+    print(f"\nall new / json: {medians['all new'] / medians['json']:.1f}")
+    print(f"one changed / all new: {medians['one changed'] / medians['all new']:.2f}")
+    print(f"nothing changed / all new: {medians['nothing changed'] / medians['all new']:.2f}")
 
 
 if __name__ == "__main__":

@@ -51,9 +51,12 @@ def main() -> None:
     """Print a row for each case, and write them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/results/cpu/export.csv"), help="default: %(default)s")
-    out = parser.parse_args().out
+    parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help="print these rows; nothing is written")
+    given = parser.parse_args()
     rows = []
     for name, overrides in CASES.items():
+        if given.only and name not in given.only:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-c", _PROGRAM, f"{folder}/pair", *overrides.split()]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -82,7 +85,9 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    with out.open("w", newline="") as file:
+    if given.only:
+        return
+    with given.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

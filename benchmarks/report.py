@@ -48,6 +48,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print("| cells | plots s | report s | page MB | table ms | load ms | all ms | sort ms |")
     print("|---|---|---|---|---|---|---|---|")
+    tables = {}
     for cells in arguments.cells:
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder)
@@ -64,7 +65,10 @@ def main() -> None:
             written = time.perf_counter()
             table, load, plotted, sort = opened(page, arguments.rounds)
             seconds = f"{drawn - start:.1f} | {written - drawn:.1f} | {page.stat().st_size / 1e6:.1f}"
+        tables[cells] = table
         print(f"| {cells} | {seconds} | {table:.0f} | {load:.0f} | {plotted:.0f} | {sort:.0f} |", flush=True)
+    first, *_, last = arguments.cells
+    print(f"\ntable of {last} cells / of {first}: {tables[last] / tables[first]:.1f}")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import check
 from tests import tiny
 
 FOLDER = tiny.ROOT / "benchmarks"
@@ -73,3 +76,52 @@ def test_help_runs_nothing() -> None:
         code, out = answers[name]
         assert code == 0 and out.startswith("usage: "), name
         assert docstring(name).splitlines()[0] in out and "--help" in out
+
+
+# ---- make bench-check
+
+
+def _checked(tmp_path: Path, quoted: str, printed: str, monkeypatch: pytest.MonkeyPatch, **more: Any) -> int:
+    """The exit code where a document quotes so and a benchmark prints so."""
+    (tmp_path / "page.md").write_text(f"It costs little.\n\na / b: {quoted}\n")
+    monkeypatch.setattr(check, "run", lambda arguments: f"| a table |\na / b: {printed}\n")
+    monkeypatch.setattr(sys, "argv", ["check"])
+    return check.main({"planted": [check.Quote("page.md", "a / b", **more)]}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("quoted", "printed", "more", "code"),
+    [
+        pytest.param("1.20", "1.20", {}, 0, id="equal"),
+        pytest.param("1.20", "1.50", {}, 0, id="within_the_tolerance"),
+        pytest.param("1.20", "1.60", {}, 1, id="beyond_the_tolerance"),
+        pytest.param("1.20", "0.10", {}, 0, id="better"),
+        pytest.param("1.20", "0.10", {"holds_both_ways": True}, 1, id="not_better_but_other"),
+        pytest.param("1.20", "1.31", {"limit": 1.3}, 1, id="above_the_limit"),
+        pytest.param("1.20", "nothing", {}, 1, id="not_printed"),
+        pytest.param("many", "1.20", {}, 1, id="not_quoted"),
+        pytest.param("1.2\n\na / b: 1.3", "1.20", {}, 1, id="quoted_twice"),
+    ],
+)
+def test_a_quote_that_does_not_hold_fails(
+    quoted: str, printed: str, more: dict[str, Any], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the exit code of `make bench-check`."""
+    assert _checked(tmp_path, quoted, printed, monkeypatch, **more) == code
+
+
+def test_a_benchmark_that_ends_badly_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that prints nothing has nothing that holds."""
+    (tmp_path / "page.md").write_text("a / b: 1\n")
+    monkeypatch.setattr(sys, "argv", ["check"])
+    assert check.main({"nothing_of_this_name": [check.Quote("page.md", "a / b")]}, tmp_path) == 1
+
+
+def test_every_ratio_is_quoted_once() -> None:
+    """In its document, within its own limit, by a benchmark that exists; the others are left out for a reason."""
+    assert {arguments.split()[0] for arguments in check.CHECKS} | check.LEFT_OUT.keys() == {*NAMES} - {"check"}
+    for quotes in check.CHECKS.values():
+        for quote in quotes:
+            quoted = quote.find(quote.quoted, (tiny.ROOT / quote.document).read_text())
+            assert quoted is not None, quote.text
+            assert quote.complaint(quoted, quoted) is None

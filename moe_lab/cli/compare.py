@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import re
 import sys
 import warnings
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -19,6 +19,8 @@ from moe_lab.cli.arguments import Parser
 from moe_lab.records.store import write_atomic
 from moe_lab.results.compare import NAMES, compare
 from moe_lab.results.numbers import four
+from moe_lab.results.spreadsheet import guarded
+from moe_lab.terminal import Console, write_data
 
 _STYLES = {"slower": "red", "faster": "green", "same": "", "inconclusive": "yellow"}
 _HELP = """\
@@ -111,8 +113,9 @@ def to_terminal(df: pd.DataFrame) -> None:
 
 
 def to_csv(df: pd.DataFrame) -> str:
-    """All columns, numbers in full."""
-    return str(df.to_csv(index=False, lineterminator="\n"))
+    """All columns, numbers in full; see `results.spreadsheet` for text like a formula."""
+    safe = df.map(lambda value: guarded(value) if isinstance(value, str) else value)
+    return str(safe.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC))  # a \r needs quotes
 
 
 def to_markdown(df: pd.DataFrame) -> str:
@@ -168,7 +171,7 @@ def parse_threshold(text: str) -> float:
 
 def _write(target: str | None, text: str) -> None:
     if target == "-":
-        print(text, end="")
+        write_data(text)
     elif target is not None:
         write_atomic(Path(target), text.encode())
 

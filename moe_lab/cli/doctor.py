@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from moe_lab.cli.listing import groups
 from moe_lab.cli.progress import Terminal
@@ -23,6 +22,7 @@ from moe_lab.results.noise import noise_file, read_floor, write_floor
 from moe_lab.sweep import multirun, session
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep.engine import Worker
+from moe_lab.terminal import Console
 
 _PROCESSES = 10
 _NOISE_SWEEP = (

@@ -23,6 +23,7 @@ from moe_lab.models.serving import Decode
 from moe_lab.models.tokenizer import Bytes, Stream, Tokenizer
 from moe_lab.records.identity import option_name
 from moe_lab.runs import build
+from moe_lab.terminal import write_data
 
 _DEFAULTS = ("model=checkpoint", "router=native")
 _UNUSED = ("batch", "name", "measure", "export", "sweep")
@@ -170,11 +171,6 @@ def _tokens(cfg: DictConfig, model: Checkpoint, ids_1N: Tensor, n_prompt: int, t
         yield int(token)
 
 
-def printable(text: str) -> str:
-    """The text without what a terminal would take for a command, as an escape code; those are written out."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text)
-
-
 def main(prompt: str, overrides: Sequence[str], config_dir: str | None, max_tokens: int, temperature: float) -> None:
     """Print the prompt and what follows it as it comes; how long it took goes to standard error."""
     if max_tokens < 1:
@@ -182,15 +178,15 @@ def main(prompt: str, overrides: Sequence[str], config_dir: str | None, max_toke
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"--temperature {temperature}: must be a number >= 0.")
     cfg = compose([*_DEFAULTS, *overrides], config_dir=config_dir)
-    shape = printable if sys.stdout.isatty() else str  # a file gets the text as it is
     stamps = []
     with exact_products():
         pieces = generate(cfg, prompt, max_tokens, temperature)
         first = next(pieces, "")  # a mistake is found before anything is printed
-        print(shape(prompt), end="")
+        write_data(prompt)
         try:
             for piece in itertools.chain([first], pieces):
-                print(shape(piece), end="", flush=True)
+                write_data(piece)
+                sys.stdout.flush()
                 stamps.append(time.perf_counter())
         finally:
             print()

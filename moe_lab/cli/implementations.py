@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from moe_lab.cli.listing import about, groups
 from moe_lab.config.compose import compose
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep.engine import Worker
+from moe_lab.terminal import Console
 
 GROUPS = {"router": "router", "routers": "router", "experts": "experts"}
 """The words for the groups that are described here."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
-from rich.console import Console
-
 from moe_lab.errors import nearest
+from moe_lab.terminal import Console
 
 
 def folders(config_dir: str | None) -> list[Path]:

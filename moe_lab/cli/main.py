@@ -27,6 +27,7 @@ from moe_lab.config.compose import CONFIG_MODULE, finish, name_sweep
 from moe_lab.config.hydra_patches import VERSION_BASE, register, register_launcher
 from moe_lab.config.mistakes import explain
 from moe_lab.records.schema import Record
+from moe_lab.terminal import Filtered
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -129,6 +130,15 @@ def _end_multirun() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The console script. Returns the exit code."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Filtered(sys.stdout), Filtered(sys.stderr)
+    try:
+        return _main(argv)
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+def _main(argv: list[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     sys.argv = [sys.argv[0], *arguments]
     _records.clear()

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from types import TracebackType
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
@@ -17,6 +16,7 @@ from rich.table import Column
 from moe_lab.records.schema import Record
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep.plan import Plan
+from moe_lab.terminal import Console
 
 _STEP_S = 0.2  # the bar is drawn again no more often
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,6 +14,7 @@ from moe_lab.records.identity import option_name
 from moe_lab.records.schema import LAUNCH_BOUND, Record
 from moe_lab.results import numbers
 from moe_lab.results.numbers import with_interval
+from moe_lab.terminal import Console
 
 _NONE = "-"
 _OFF = "error vs reference (floor)"

@@ -120,6 +120,7 @@ def _require_keys(cfg: DictConfig) -> None:
 def _validate_sweep(cfg: DictConfig) -> None:
     sweep = cfg.sweep
     _one_of(cfg, "sweep.stale", STALE)
+    _at_least(cfg, "sweep.max_cells", 1)
     for key in sweep.compare:
         if key not in GROUPS:
             raise ValueError(

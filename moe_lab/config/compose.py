@@ -44,6 +44,7 @@ def finish(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
     overrides = list(overrides)
     validate(cfg)
     check_overrides(cfg, overrides)
+    targets.check(cfg)
     with open_dict(cfg):
         cfg.overrides = overrides
     return cfg

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
 
 import hydra
+import hydra.core.utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.resolvers.oc import env as _oc_env
 
-from moe_lab.config import schemas, targets
+from moe_lab.config import hydra_node, schemas
 from moe_lab.config.checks import is_whole
-from moe_lab.records import identity
+from moe_lab.records import identity, store
 
 LAUNCHER = "hydra_plugins.moe_lab_launcher.MoeLabLauncher"
 
@@ -24,6 +31,9 @@ VERSION_BASE = {} if _IS_HYDRA_1_4 else {"version_base": "1.3"}
 # As it is typed, and in Hydra's language.
 REFERENCE = ("measure.reference_router=", "router@measure.reference_router=")
 
+_VARIABLES = ("HOME", "TMPDIR", "XDG_CACHE_HOME", "HF_HOME", "CUDA_VISIBLE_DEVICES")
+_NOT_GIVEN = object()
+
 SWEEP_NAME = "MOE_LAB_SWEEP_NAME"  # an environment variable, so that a launcher's processes agree on it
 
 
@@ -34,10 +44,14 @@ def register() -> None:
     add("moe_lab.cell_id", _cell_id, replace=True)
     add("moe_lab.slug", _slug, replace=True)
     add("moe_lab.sweep_name", _sweep_name, replace=True)
+    add("oc.env", _env, replace=True)
     ConfigStore.instance().store(
         group="hydra/launcher", name="moe_lab", node={"_target_": LAUNCHER}, provider="moe_lab"
     )
     ConfigLoaderImpl.load_configuration = _load_and_check  # type: ignore[method-assign]
+    ConfigRepository.initialize_sources = _check_and_initialize  # type: ignore[method-assign]
+    hydra.core.utils._save_config = _save_config
+    sys.modules["hydra.main"]._get_rerun_conf = _refuse_rerun  # type: ignore[attr-defined]
 
 
 def register_launcher() -> None:
@@ -50,6 +64,7 @@ def register_launcher() -> None:
 
 
 _load_configuration = ConfigLoaderImpl.load_configuration
+_initialize_sources = ConfigRepository.initialize_sources
 
 
 def _load_and_check(
@@ -63,10 +78,43 @@ def _load_and_check(
         text.replace(*REFERENCE, 1) if text.startswith(REFERENCE[0]) and not text.endswith("=null") else text
         for text in overrides
     ]
-    cfg = _load_configuration(self, config_name, overrides, *arguments, **options)
+    try:
+        cfg = _load_configuration(self, config_name, overrides, *arguments, **options)
+    except KeyError as error:
+        if type(error) is not KeyError:  # omegaconf's own say which key
+            raise
+        raise ValueError(f"hydra.job.env_copy={error}: not allowed; set environment variables in the shell.") from error
     if "hydra" in cfg:
-        targets.check_hydra_node(cfg.hydra)
+        hydra_node.check(cfg, overrides)
     return cfg
+
+
+def _check_and_initialize(self: ConfigRepository, config_search_path: ConfigSearchPath) -> None:
+    """Before Hydra looks into what it is to search."""
+    hydra_node.check_search_path(config_search_path)
+    _initialize_sources(self, config_search_path)
+
+
+def _save_config(cfg: DictConfig, filename: str, output_dir: Path) -> None:
+    """What Hydra keeps of a run in `.hydra`; its own function follows links."""
+    if not any(text.startswith("hydra.run.dir=") for text in HydraConfig.get().overrides.hydra):
+        store.own_folder(output_dir.parent)
+    store.own_folder(output_dir)
+    store.write_atomic(output_dir / filename, OmegaConf.to_yaml(cfg).encode())
+
+
+def _refuse_rerun(*_: Any) -> NoReturn:
+    raise ValueError("--experimental-rerun: not supported: a pickle can run code; type the command of the run again.")
+
+
+def _env(name: str, default: Any = _NOT_GIVEN) -> Any:
+    """`${oc.env:NAME}`, of harmless variables only: what it gives stands in records, which are shared."""
+    if name not in _VARIABLES and not name.startswith("MOE_LAB_"):
+        raise ValueError(
+            f"${{oc.env:{name}}}: records are shared, so only {', '.join(_VARIABLES)} and MOE_LAB_... can be read; "
+            f"call it MOE_LAB_{name}."
+        )
+    return _oc_env(name) if default is _NOT_GIVEN else _oc_env(name, default)
 
 
 def _cell_id(_root_: DictConfig) -> str:

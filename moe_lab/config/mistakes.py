@@ -15,6 +15,8 @@ _NOT_FOR_TYPING = ("_target_", "ignores", "overrides", "hydra")  # keys that nob
 
 def explain(error: BaseException) -> str:
     """One line for a mistake in the configuration: the key, the value, what is allowed, the nearest name."""
+    if isinstance(error.__cause__, OSError) and str(error).startswith("Unable to configure"):  # logging's own words
+        error = error.__cause__
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return _one_line(str(error) if isinstance(error, _IN_WORDS) else f"{type(error).__name__}: {error}")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:

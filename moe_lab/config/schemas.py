@@ -307,6 +307,7 @@ class Sweep:
     stale: str
     retry_failed: bool
     fail_fast: bool
+    max_cells: int
     report: bool
 
 

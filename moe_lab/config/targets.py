@@ -2,16 +2,22 @@
 
 A `_target_` is code execution. It may name what is defined in `moe_lab`'s models, routers, experts and workloads, or in
 a module whose file lies under a folder that the person gave as `--config-dir` (or `config_dir=`). Nothing else widens
-that: no search path, no YAML, no result folder, no checkpoint.
+that: no search path, no YAML, no result folder, no checkpoint. What a module only imports is not defined in it.
+
+The modules of such a folder come after all others: a `json.py` beside a router replaces nothing.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hydra.utils
@@ -23,14 +29,34 @@ _ABOUT = ("name", "ignores")  # keys of an option that describe it and are no ar
 
 
 def trust(config_dir: str | Path) -> Path:
-    """Let `_target_` name modules under `config_dir`, which goes on `sys.path`."""
+    """Let `_target_` name modules under `config_dir`, and these import each other."""
     folder = Path(config_dir).resolve()
     if not str(config_dir) or not folder.is_dir():
         raise ValueError(f"--config-dir {config_dir}: folder not found.")
     if folder not in _trusted:
         _trusted.append(folder)
-        sys.path.insert(0, str(folder))
+        if _finder not in sys.meta_path:
+            sys.meta_path.append(_finder)
     return folder
+
+
+class _Finder(MetaPathFinder):
+    """Finds the modules of the trusted folders. It stands last in `sys.meta_path`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of a top-level module; a package finds what is in it by itself."""
+        folder = next((folder for folder in _trusted if _holds(folder, [fullname])), None)
+        if path is not None or folder is None:
+            return None
+        package = folder / fullname  # the very file that was looked at: no compiled module of the same name
+        file = package / "__init__.py" if package.is_dir() else folder / f"{fullname}.py"
+        places = [str(package)] if package.is_dir() else None
+        return importlib.util.spec_from_file_location(fullname, file, submodule_search_locations=places)
+
+
+_finder = _Finder()
 
 
 def trusted() -> list[str]:
@@ -41,36 +67,71 @@ def trusted() -> list[str]:
 def folders_of(cfg: DictConfig) -> list[Path]:
     """The trusted folders that some `_target_` of `cfg` lies in, sorted: the plug-ins whose code a run executes."""
     content = OmegaConf.to_container(cfg, resolve=True)
-    modules = [str(target).rpartition(".")[0].split(".") for target in _targets(content)]
+    modules = [str(target).rpartition(".")[0].split(".") for target in named(content)]
     return sorted(folder for folder in _trusted if any(_holds(folder, module) for module in modules))
 
 
-def _targets(node: Any) -> Iterator[str]:
+def check(cfg: DictConfig) -> None:
+    """Raise `ValueError` for a `_target_` that is not trusted, before there is anything to run. Imports nothing."""
+    content = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(content, dict)
+    for group, node in content.items():
+        for target in named(node):
+            _check_trusted(str(target), f"{group!s}: _target_")
+
+
+def named(node: Any) -> Iterator[str]:
+    """Every `_target_` in plain data, at any depth."""
     if isinstance(node, dict):
         if "_target_" in node:
             yield node["_target_"]
         for value in node.values():
-            yield from _targets(value)
+            yield from named(value)
     elif isinstance(node, list):
         for value in node:
-            yield from _targets(value)
+            yield from named(value)
 
 
-def _check_trusted(target: str) -> None:
-    """Raise `ValueError` unless importing `target` runs only trusted files. Nothing is imported to find that out."""
+def _check_trusted(target: str, key: str) -> Path | None:
+    """The trusted folder that `target` lies in, None: the package.
+
+    Raises `ValueError` unless importing it runs only trusted files. Nothing is imported to find that out.
+    """
     module, _, _ = target.rpartition(".")
     if module.startswith(_BUILDABLE):
-        return
+        return None
     folder = next((folder for folder in _trusted if _holds(folder, module.split("."))), None)
     if folder is None:
         raise ValueError(
-            f"_target_={target}: not trusted. It must be defined in moe_lab's models, routers, experts or workloads, "
+            f"{key}={target}: not trusted. It must be defined in moe_lab's models, routers, experts or workloads, "
             "or in a folder given with --config-dir."
         )
     name = module.split(".")[0]
     loaded = getattr(sys.modules.get(name), "__file__", None)
-    if name in sys.modules and (loaded is None or folder not in Path(loaded).resolve().parents):
-        raise ValueError(f"_target_={target}: another module named {name} is already loaded; rename yours.")
+    is_other = name in sys.modules and (loaded is None or folder not in Path(loaded).resolve().parents)
+    if is_other or name in sys.stdlib_module_names or _is_library(name):
+        raise ValueError(f"{key}={target}: another module named {name} is installed or loaded; rename yours.")
+    return folder
+
+
+def _is_library(name: str) -> bool:
+    places = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
+    return PathFinder.find_spec(name, places) is not None
+
+
+def _import(module: str, folder: Path | None) -> ModuleType:
+    """The module, its first package from `folder` whatever the working directory or PYTHONPATH hold."""
+    first = module.split(".")[0]
+    if folder is not None and first not in sys.modules:
+        spec = _finder.find_spec(first)
+        assert spec is not None and spec.loader is not None
+        made = sys.modules[first] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(made)
+        except BaseException:
+            del sys.modules[first]
+            raise
+    return importlib.import_module(module)
 
 
 def _holds(folder: Path, module: list[str]) -> bool:
@@ -87,20 +148,27 @@ def _holds(folder: Path, module: list[str]) -> bool:
     return bool(module[0])
 
 
-def locate(target: str) -> Any:
+def locate(target: str, key: str = "_target_") -> Any:
     """The object that the dotted path `target` names. Raises `ValueError` if it is not trusted or does not exist."""
-    _check_trusted(str(target))
+    folder = _check_trusted(str(target), key)
     module_name, _, attribute = str(target).rpartition(".")
     try:
-        obj = getattr(importlib.import_module(module_name), attribute)
+        obj = getattr(_import(module_name, folder), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"_target_={target}: {error}") from error
-    if module_name.startswith(_BUILDABLE) and getattr(obj, "__module__", None) != module_name:
+        raise ValueError(f"{key}={target}: {error}") from error
+    where = str(getattr(obj, "__module__", ""))
+    is_there = where == module_name if folder is None else _is_defined_in_trust(where)
+    if not is_there or not callable(obj):
         raise ValueError(
-            f"_target_={target}: {attribute} is not defined in {module_name}, only imported; "
+            f"{key}={target}: {attribute} is not defined in {module_name}, only imported; "
             "use the module that defines it."
         )
     return obj
+
+
+def _is_defined_in_trust(module: str) -> bool:
+    """Whether a plug-in's object is of a trusted folder itself, or one of ours that it passes on."""
+    return module.startswith(_BUILDABLE) or any(_holds(folder, module.split(".")) for folder in _trusted)
 
 
 def instantiate(node: DictConfig, **arguments: Any) -> Any:
@@ -117,7 +185,7 @@ def keys_of(node: DictConfig) -> dict[str, Any]:
     """The keys of `node` that are arguments of its target; nested nodes are instantiated."""
     content = OmegaConf.to_container(node, resolve=True)
     assert isinstance(content, dict)
-    for target in _targets(content):
+    for target in named(content):
         locate(target)
     keys = {str(key): value for key, value in content.items() if key not in ("_target_", *_ABOUT)}
     return {key: _instantiate_nested(value) for key, value in keys.items()}
@@ -125,60 +193,9 @@ def keys_of(node: DictConfig) -> dict[str, Any]:
 
 def _instantiate_nested(value: Any) -> Any:
     """Hydra's own instantiation, for a value that holds nodes. Every target in it was found trustworthy before."""
-    if not any(_targets(value)):
+    if not any(named(value)):
         return value
     options: dict[str, Any] = {}
     if "_execution_whitelist_" in inspect.signature(hydra.utils.instantiate).parameters:  # Hydra 1.4 wants to be told
-        options["_execution_whitelist_"] = list(_targets(value))
+        options["_execution_whitelist_"] = list(named(value))
     return hydra.utils.instantiate(value, **options)
-
-
-_HYDRAS_OWN = ("hydra._internal.core_plugins.", "hydra.experimental.callbacks.", "hydra_plugins.")
-_OUR_CALLBACK = "moe_lab.cli.foreign.ForeignLauncher"
-_LOGGING = ("logging.", "colorlog.", "hydra.", "ext://sys.")
-
-
-def check_hydra_node(node: DictConfig) -> None:
-    """Raise `ValueError` if Hydra's own configuration names code that is not trusted: a callback, a log handler.
-
-    Hydra would run it before any of ours, and a YAML found through a search path may set it.
-    """
-    for name in ("callbacks", "launcher", "sweeper"):  # resolved: an interpolation may stand for a whole node
-        part = node.get(name)
-        for target in _targets(OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part):
-            if not str(target).startswith(_HYDRAS_OWN) and target != _OUR_CALLBACK:
-                _check_trusted(str(target))
-    content = OmegaConf.to_container(node, resolve=False)
-    assert isinstance(content, dict)
-    for value in _log_factories(content):
-        if not str(value).startswith(_LOGGING):
-            raise ValueError(f"{value}: a log handler or formatter must come from logging, colorlog or hydra.")
-
-    for text in _strings([content.get("job_logging"), content.get("hydra_logging")]):
-        literal, interpolates, _ = text.partition("${")
-        # Interpolations of a log's configuration need what only a run knows. None may come to begin with ext://.
-        if interpolates and "ext://".startswith(literal) and not text.startswith("${hydra.runtime.output_dir}"):
-            raise ValueError(
-                f"{text}: not allowed in the configuration of a log; use plain text or a path in the run's folder."
-            )
-
-
-def _strings(node: Any) -> Iterator[str]:
-    if isinstance(node, dict | list):
-        for value in node.values() if isinstance(node, dict) else node:
-            yield from _strings(value)
-    elif isinstance(node, str):
-        yield node
-
-
-def _log_factories(node: Any) -> Iterator[Any]:
-    """What `logging.config` would import: values of `()` and `class`, and `ext://...` anywhere."""
-    if isinstance(node, dict):
-        yield from (value for key, value in node.items() if key in ("()", "class"))
-        for value in node.values():
-            yield from _log_factories(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _log_factories(value)
-    elif isinstance(node, str) and node.startswith("ext://"):
-        yield node

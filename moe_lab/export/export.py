@@ -24,6 +24,7 @@ from moe_lab.ops.library import DTYPES
 from moe_lab.records import identity
 
 _DEBUG = "__debug__"
+_MOST_TOKENS = 1 << 22  # of an input to verify with
 MakeInputs = Callable[[DictConfig, nn.Module, list[tuple[int, int]]], list[Tensor]]
 """(cfg, model, sizes (batch, seq_len)) -> an input of the model for each."""
 
@@ -84,19 +85,36 @@ def verify(folder: Path, rebuild: Callable[[DictConfig], nn.Module], make_inputs
     """
     manifest = pair.read_manifest(folder)
     pair.require_intact(folder, manifest)
+    n_weights = pair.require_inside(folder)
     check_graph(folder / pair.MODEL)
-    cfg = OmegaConf.create(manifest["config"])
-    validate(cfg)
-    if cfg.dtype.name != "fp32":
-        reason = (
-            f"the files are intact and the ONNX checker accepts the graph; outputs in {cfg.dtype.name} are not compared"
-        )
-        return {"status": "intact", "reason": reason}
-    model = rebuild(cfg)
-    report = parity(folder, None, model, make_inputs(cfg, model, _sizes(cfg, model)))
+    try:
+        cfg = OmegaConf.create(manifest["config"])
+        validate(cfg)
+        _require_fit(cfg, n_weights)
+        if cfg.dtype.name != "fp32":
+            reason = (
+                "the files are intact and the ONNX checker accepts the graph; "
+                f"outputs in {cfg.dtype.name} are not compared"
+            )
+            return {"status": "intact", "reason": reason}
+        model = rebuild(cfg)
+        inputs = make_inputs(cfg, model, _sizes(cfg, model))
+    except (ExportError, UnavailableError, ValueError):
+        raise
+    except Exception as error:  # of a configuration that no run of ours has left
+        raise ValueError(f"{folder}: the manifest's config does not describe a model: {error}.") from error
+    report = parity(folder, None, model, inputs)
     if report["status"] == "failed":
         raise ExportError(f"{folder}: {report['reason']}")
     return report
+
+
+def _require_fit(cfg: DictConfig, n_weights: int) -> None:
+    """Raise `ExportError` before anything is built that would never end."""
+    if cfg.model.get("n_layers", 0) > n_weights:
+        raise ExportError(f"model.n_layers={cfg.model.n_layers} of the manifest: the graph has {n_weights} weights")
+    if int(cfg.batch) * int(cfg.seq_len) > _MOST_TOKENS:
+        raise ExportError(f"batch={cfg.batch}, seq_len={cfg.seq_len} of the manifest: too many tokens to compare")
 
 
 def require_exportable(cfg: DictConfig, model: nn.Module, folder: Path) -> None:

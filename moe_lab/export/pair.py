@@ -30,6 +30,7 @@ from moe_lab.ops.onnx_function import DOMAIN
 
 MODEL, PARAMS, MANIFEST, PARITY = "__model__", "__params__", "manifest.json", "parity.json"
 _ALIGNMENT = 4096  # of every weight in the file, so that it can be mapped
+_MANIFEST_BYTES = 1 << 20  # far more than one has
 _MORE_BYTES = 1 << 20  # for what is not a weight
 
 
@@ -195,18 +196,34 @@ def described(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an export. Raises `ValueError` if there is none."""
+    """The manifest of an export, which anybody may have written. Raises `ValueError` if there is none."""
+    path = folder / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no export found ({MANIFEST}: {error}).") from error
+        if path.stat().st_size > _MANIFEST_BYTES:
+            raise ValueError(f"larger than {_MANIFEST_BYTES} bytes")
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        described, config = manifest["files"], manifest["config"]
+        if set(described) != {MODEL, PARAMS}:
+            raise ValueError(f"files: must be {MODEL} and {PARAMS}, not {', '.join(map(str, described))[:80]}")
+        for name, entry in described.items():
+            n_bytes = entry["bytes"]
+            if isinstance(n_bytes, bool) or not isinstance(n_bytes, int) or not isinstance(entry["sha256"], str):
+                raise ValueError(f"files.{name}: must have bytes, an integer, and sha256, a text")
+        if not isinstance(config, dict):
+            raise ValueError("config: must be a mapping")
+    except KeyError as error:
+        raise ValueError(f"{folder}: no export found ({MANIFEST}: {error} is missing).") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder}: no export found ({MANIFEST}: {' '.join(str(error).split())}).") from error
     return manifest
 
 
 def require_intact(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise `ExportError` if a file of the pair is not as the manifest says."""
+    """Raise `ExportError` if a file of the pair is not as the manifest says, or leads out of the folder."""
     for name, written in manifest["files"].items():
         path = folder / name
+        if path.is_symlink():
+            raise ExportError(f"{path} is a link; an export has its own files")
         if not path.is_file():
             raise ExportError(f"{path} is missing")
         size = path.stat().st_size
@@ -215,6 +232,34 @@ def require_intact(folder: Path, manifest: dict[str, Any]) -> None:
             raise ExportError(f"{path} is {problem}: {size} bytes instead of {written['bytes']}")
         if sha256(path) != written["sha256"]:
             raise ExportError(f"{path} was changed: its sha256 does not match the manifest")
+
+
+def require_inside(folder: Path) -> int:
+    """The number of weights, if every one lies in `__params__`. Raises `ExportError` if one lies elsewhere."""
+    try:
+        model = onnx.load(folder / MODEL, load_external_data=False)
+    except Exception as error:  # protobuf's, and its decoder's own
+        raise ExportError(f"{folder / MODEL} is not an ONNX file ({type(error).__name__})") from error
+    size = (folder / PARAMS).stat().st_size
+    for tensor in _tensors(model):
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if where.get("location", PARAMS) != PARAMS:
+            raise ExportError(f"weight {tensor.name} lies in {where['location']}; every weight must lie in {PARAMS}")
+        numbers = [where.get("offset", "0"), where.get("length", "0")]
+        if not all(number.isdecimal() and len(number) < 20 for number in numbers) or sum(map(int, numbers)) > size:
+            raise ExportError(f"weight {tensor.name} lies outside of {PARAMS}")
+    return len(model.graph.initializer)
+
+
+def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a protobuf message, in attributes, subgraphs and functions too."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for child in value if isinstance(value, Sequence) or hasattr(value, "add") else [value]:
+                yield from _tensors(child)
 
 
 def write_json(path: Path, content: Any) -> None:

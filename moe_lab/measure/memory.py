@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +15,8 @@ from moe_lab.measure.clocks import Step
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def peak_bytes(step: Step) -> int | None:
@@ -38,11 +43,48 @@ def available_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device))
     try:
-        available = _kilobytes(Path("/proc/meminfo"), "MemAvailable:")
+        available = _kilobytes(_MEMINFO, "MemAvailable:")
         resident = _kilobytes(_STATUS, "VmRSS:")
     except OSError:
         return None
-    return None if available is None or resident is None else available + resident
+    if available is None or resident is None:
+        return None
+    return max(0, min([available + resident, *_limits_of_groups(), *_limits_of_process(resident)]))
+
+
+def swap_bytes() -> int:
+    """Bytes that the system could move to the disk."""
+    try:
+        return _kilobytes(_MEMINFO, "SwapFree:") or 0
+    except OSError:
+        return 0
+
+
+def _limits_of_groups() -> Iterator[int]:
+    """What the control groups of this process allow it and its companions: its own group's limit, and all above."""
+    try:
+        lines = _CGROUP.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2, version 1
+            root = _CGROUPS if not controllers else _CGROUPS / "memory"
+            own = root / path.strip("/")
+            for folder in (own, *own.parents):
+                with suppress(OSError, ValueError):  # not there, or `max`
+                    yield int((folder / ("memory.limit_in_bytes" if controllers else "memory.max")).read_text())
+                if folder == root:
+                    break
+
+
+def _limits_of_process(resident: int) -> Iterator[int]:
+    """What `ulimit` allows: what is resident, and what the address space or the data may still grow by."""
+    for limit, field in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
+        most, _ = resource.getrlimit(limit)
+        now = _kilobytes(_STATUS, field)
+        if most != resource.RLIM_INFINITY and now is not None:
+            yield most - now + resident
 
 
 def give_back_free_memory() -> None:

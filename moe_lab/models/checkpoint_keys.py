@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_lab.terminal import printable
+
 _LARGEST_FILE = 1 << 26  # 64 MiB; the largest index of the hub has less than 10
 _LARGEST_SIZE = 1 << 27  # more than any width, vocabulary or context
 LARGEST_NUMBER = 1e11  # more than any base or factor of RoPE
@@ -64,7 +66,7 @@ def _finite(text: str) -> float:
 
 def shown(value: Any) -> str:
     """A value of a file as one short line of printable text."""
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(value))
+    text = printable(str(value)).replace("\n", "\\n")
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 

@@ -2,7 +2,8 @@
 
 A build lies in `<cache>/moe-lab/extension/<key>/<architectures>.so`; `<cache>` is XDG_CACHE_HOME or ~/.cache, and the
 key is a hash of the sources, the compilers and torch's version. A binary that names more architectures than this
-machine's GPUs need serves too. Where no GPU is seen only the C++ half is built, which needs no nvcc.
+machine's GPUs need serves too. Where no GPU is seen only the C++ half is built, which needs no nvcc. What somebody else
+could have put there is not loaded.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from moe_lab.errors import UnavailableError
 from moe_lab.ops.library import library
+from moe_lab.ops.own_files import make_own_folder, require_own
 
 MOST_EXPERTS, MOST_K, MOST_GROUPS, MOST_GATE_TOKENS, FEW_EXPERTS = 1024, 32, 32, 32, 8  # as kernels/route.h says
 
@@ -99,6 +101,7 @@ def require(device: torch.device) -> None:
     architectures = visible_architectures()
     if device.type == "cuda" and not architectures:
         raise UnavailableError("torch finds no CUDA device")
+    require_own(built(architectures) or binary(architectures))
     halves = [architectures] if device.type == "cuda" else [architectures, ()]  # for a CPU the C++ half is enough
     missing = [cannot_build(half) for half in halves if built(half) is None]
     failures = [failure(half) for half in halves if built(half) is None]
@@ -172,8 +175,9 @@ def build(architectures: tuple[str, ...], *, again: bool = False) -> Path:
     if (missing := cannot_build(architectures)) is not None:
         raise UnavailableError(f"the extension cannot be built: {missing}")
     target = binary(architectures)
+    require_own(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_own_folder(target.parent)
         with FileLock(target.with_suffix(".lock")):
             if (existing := built(architectures)) is not None:
                 return existing
@@ -190,6 +194,7 @@ def build(architectures: tuple[str, ...], *, again: bool = False) -> Path:
                 except BuildError as error:
                     marker.write_text(str(error))
                     raise
+                compiled.chmod(0o700)
                 os.replace(compiled, target)  # a reader sees all of it or none
     except OSError as error:
         raise UnavailableError(f"the extension cannot be built in {target.parent}: {error}") from error
@@ -274,6 +279,7 @@ def _load() -> tuple[str, ...]:
     if built(architectures) is None and (cannot_build(architectures) or failure(architectures)) is not None:
         architectures = ()
     path = built(architectures) or build(architectures)
+    require_own(path)
     torch.ops.load_library(str(path))
     torch.library.register_fake("moe_lab::route", fake_route, lib=library)
     torch.library.register_fake("moe_lab::route_and_sort", _fake_route_and_sort, lib=library)

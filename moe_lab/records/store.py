@@ -1,12 +1,17 @@
-"""Writing and reading a run's directory. A file is either the old one or the whole new one, never half of it."""
+"""Writing and reading a run's directory. A file is either the old one or the whole new one, never half of it.
+
+A folder may come from somebody else: what is written follows no link in it.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +25,9 @@ UNREADABLE, PLAN = "result.unreadable.json", "plan.json"
 def write_atomic(path: Path, content: bytes) -> None:
     """Write `content` to a temporary file beside `path`, flush it to the disk, then rename it over `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # of a process that was killed, or put there by somebody
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:  # x follows no link
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -34,6 +40,31 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+def own_folder(path: Path) -> Path:
+    """Make the folder of a run, or one in it. Raises `OSError` if it is a link: its files would lie elsewhere."""
+    if path.is_symlink():
+        raise OSError(f"{path}: is a link, so files would be written elsewhere; remove it.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def open_to_append(path: str | Path, flags: int = os.O_APPEND) -> int:
+    """A descriptor of the file, made if it is not there. Raises `OSError` if it is a link."""
+    if os.path.islink(path):
+        raise OSError(f"{path}: is a link, so the log would be written elsewhere; remove it.")
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o666)
+
+
+class LogFile(logging.FileHandler):
+    """A log in a run's folder; it follows no link."""
+
+    def _open(self) -> TextIOWrapper:
+        flags = os.O_TRUNC if self.mode == "w" else os.O_APPEND
+        return TextIOWrapper(
+            open(open_to_append(self.baseFilename, flags), "wb"), encoding=self.encoding, errors=self.errors
+        )
 
 
 def _finite(value: Any) -> Any:

@@ -1,31 +1,35 @@
 """The tables of a sweep's folder, as docs/results-format.md describes them.
 
 Reading is incremental: `.aggregate.parquet` keeps what was taken from each record, with the time stamp and size of its
-files, and is ignored where it does not fit. With nothing changed, nothing is written. The pairs of experts alone are
-read anew from all records when anything has changed: they may be too many to keep.
+files, and is ignored where it does not fit. Samples and pairs of experts that have not changed are taken from the
+tables made before. With nothing changed, nothing is written.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import json
-import zipfile
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import csv
 
 from moe_lab.records.identity import PACKAGE
 from moe_lab.records.store import PLAN, RESULT, ROUTING, SAMPLES, write_atomic
 from moe_lab.results import coactivation, columns, load
+from moe_lab.results.arrays import Arrays
 from moe_lab.results.load import UNREADABLE_BECAUSE, Entry, Found
+from moe_lab.results.spreadsheet import FORMULA, guarded
 from moe_lab.results.summary import summarize
 
 OUTPUTS = (
@@ -41,11 +45,14 @@ CACHE = ".aggregate.parquet"
 _CACHED = pa.schema(
     [
         ("folder", pa.string()),
-        *((name, pa.int64()) for name in ("result_ns", "result_bytes", "samples_ns", "samples_bytes", "n_samples")),
-        *((name, pa.string()) for name in ("entry", "problems")),
+        *((f"{file}_{what}", pa.int64()) for file in ("result", "samples", "routing") for what in ("ns", "bytes")),
+        *((name, pa.int64()) for name in ("n_samples", "pairs_batch", "pairs_first", "n_pairs")),
+        *((name, pa.string()) for name in ("entry", "problems", "pairs_problem")),
     ]
 )
 _ARRAYS = {"replicate": np.int64, "round": np.int64, "order": np.int64, "ms": np.float64, "stamp_s": np.float64}
+
+_json = json.JSONEncoder(ensure_ascii=False).encode
 
 Samples = dict[str, "np.ndarray[Any, Any]"]
 
@@ -64,6 +71,10 @@ class Taken(NamedTuple):
     entry: Entry | None
     samples: Samples
     problems: list[tuple[str, str]]
+    text: str | None = None
+    """The entry as the cache has it."""
+    pairs: coactivation.Rows | None = None
+    pairs_problem: str | None = None
 
 
 def aggregate(directory: str | Path) -> Aggregate:
@@ -76,27 +87,38 @@ def aggregate(directory: str | Path) -> Aggregate:
         OSError: a table cannot be written; the error names it, and the earlier table is unchanged.
     """
     root = load.folder(directory)
+    with _without_collection():
+        return _aggregate(root)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Rows are trees of plain data: looking for circles among thousands of them takes an eighth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _aggregate(root: Path) -> Aggregate:
     folders, problems = load.search(root)
     try:
         plan = load.read_plan(root)
     except UNREADABLE_BECAUSE as error:
         plan = load.Plan()
         problems.append((PLAN, f"ignored: {load.one_line(error)}"))
-    routings = [load.stamp(f"{root}/{record.folder}/{ROUTING}") for record in folders]
-    inputs = hashlib.sha256(json.dumps([folders, routings, problems, plan]).encode()).hexdigest()
+    inputs = hashlib.sha256(json.dumps([folders, problems, plan]).encode()).hexdigest()
     if (before := _unchanged(root, inputs)) is not None:
         return before
 
     cached = _cached(root)
     taken = [cached.get(record) or _take(root, record) for record in folders]
     problems += [problem for record in taken for problem in record.problems]
-    cells = [
-        (files.folder, record.entry.row["cell_id"])
-        for files, record in zip(folders, taken, strict=True)
-        if record.entry
-    ]
-    pairs, damaged = coactivation.table(root, cells)
-    problems += damaged
+    pairs = _pairs(root, folders, taken)
+    problems += [(_path(cell, ROUTING), cell.problem) for cell in pairs.cells if cell.problem is not None]
     entries = [record.entry for record in taken if record.entry is not None]
     rows = load.complete(entries, plan)
     runs = columns.table(rows, columns.RUNS)
@@ -108,8 +130,8 @@ def aggregate(directory: str | Path) -> Aggregate:
     _write(root / "summary.csv", _csv(summary))
     _write(root / "samples.parquet", _parquet(_samples_table(taken)))
     _write(root / "unreadable.csv", _csv(unreadable))
-    _write(root / "coactivation.parquet", pairs)
-    _write(root / CACHE, _parquet(_cache_table(root, inputs, folders, taken, problems)))
+    _write(root / "coactivation.parquet", pairs.content)
+    _write(root / CACHE, _parquet(_cache_table(root, inputs, folders, taken, pairs.cells, problems)))
     return Aggregate(*map(columns.frame, (runs, summary, unreadable)))
 
 
@@ -134,7 +156,22 @@ def _take(root: Path, files: Found) -> Taken:
     return Taken(entry, samples, problems)
 
 
-def _path(files: Found, name: str) -> str:
+def _pairs(root: Path, folders: Sequence[Found], taken: Sequence[Taken]) -> coactivation.Table:
+    """The table of the pairs of experts; if the earlier one is damaged, without it."""
+    cells = [
+        coactivation.Cell(files.folder, record.entry.row["cell_id"], record.pairs, record.pairs_problem)
+        for files, record in zip(folders, taken, strict=True)
+        if record.entry
+    ]
+    if any(record.pairs is not None for record in taken):
+        try:
+            return coactivation.table(root, cells, coactivation.Earlier(root / "coactivation.parquet"))
+        except (*UNREADABLE_BECAUSE, pa.ArrowException):
+            pass
+    return coactivation.table(root, cells)
+
+
+def _path(files: Found | coactivation.Cell, name: str) -> str:
     return load.printable(Path(files.folder, name))
 
 
@@ -145,34 +182,21 @@ def _no_samples() -> Samples:
 def read_samples(content: bytes) -> Samples:
     """The arrays of a `samples.npz`; `replicate` is 0 where an older one lacks it.
 
-    `np.load` spends most of its time on parsing the arrays' headers, which are the same in most files; here each is
-    parsed once. Raises `ValueError`, or an error of zipfile, zlib or numpy, if these are not such arrays.
+    Raises `ValueError`, or an error of zipfile, zlib or numpy, if these are not such arrays.
     """
     samples: Samples = {}
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        there = set(archive.namelist())
-        for name, dtype in _ARRAYS.items():
-            if name == "replicate" and "replicate.npy" not in there:
-                continue
-            data = archive.read(f"{name}.npy")
-            if data[:8] != b"\x93NUMPY\x01\x00":
-                raise ValueError(f"{name} is not an array.")
-            start = 10 + int.from_bytes(data[8:10], "little")
-            shape, kind = _array_header(data[8:start])
-            array = np.frombuffer(data, kind, offset=start)  # a ValueError for Python objects: nothing is unpickled
-            if len(shape) != 1 or array.shape != shape or not np.can_cast(kind, dtype, "same_kind"):
-                raise ValueError(f"{name} of {kind} {list(shape)}: must be a list of {np.dtype(dtype)}.")
-            samples[name] = array.astype(dtype, copy=False)
+    there = Arrays(content)
+    for name, dtype in _ARRAYS.items():
+        if name == "replicate" and name not in there:
+            continue
+        array = there[name]
+        if array.ndim != 1 or not np.can_cast(array.dtype, dtype, "same_kind"):
+            raise ValueError(f"{name} of {array.dtype} {list(array.shape)}: must be a list of {np.dtype(dtype)}.")
+        samples[name] = array.astype(dtype, copy=False)
     samples.setdefault("replicate", np.zeros(len(samples["ms"]), np.int64))
     if len({len(array) for array in samples.values()}) > 1:
         raise ValueError(f"arrays of different length: { {name: len(array) for name, array in samples.items()} }.")
     return samples
-
-
-@lru_cache(maxsize=1024)
-def _array_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    shape, _, kind = np.lib.format.read_array_header_1_0(io.BytesIO(header))
-    return shape, kind
 
 
 def _samples_table(taken: Sequence[Taken]) -> Any:
@@ -218,20 +242,25 @@ def _cached(root: Path) -> dict[Found, Taken]:
     try:
         kept = pq.read_table(root / CACHE, page_checksum_verification=True)
         state = json.loads(kept.schema.metadata[b"moe_lab"])
-        samples_as_written = state["outputs"]["samples.parquet"] == list(load.stamp(root / "samples.parquet"))
-        if state["code"] != _code() or not samples_as_written:
+        as_written = all(
+            state["outputs"][name] == list(load.stamp(root / name))
+            for name in ("samples.parquet", "coactivation.parquet")
+        )
+        if state["code"] != _code() or not as_written:
             return {}
         samples = pq.read_table(root / "samples.parquet", columns=list(_ARRAYS), page_checksum_verification=True)
         arrays = {name: samples[name].to_numpy() for name in _ARRAYS}
         ends = np.cumsum(kept["n_samples"].to_numpy())
         result = {}
         for row, stop in zip(kept.to_pylist(), ends.tolist(), strict=True):
-            found = Found(
-                row["folder"], (row["result_ns"], row["result_bytes"]), (row["samples_ns"], row["samples_bytes"])
-            )
+            stamps = ((row[f"{file}_ns"], row[f"{file}_bytes"]) for file in ("result", "samples", "routing"))
             entry = Entry(*json.loads(row["entry"])) if row["entry"] is not None else None
             slices = {name: array[stop - row["n_samples"] : stop] for name, array in arrays.items()}
-            result[found] = Taken(entry, slices, [(path, error) for path, error in json.loads(row["problems"])])
+            pairs = coactivation.Rows(row["pairs_batch"], row["pairs_first"], row["n_pairs"])
+            problems = [(path, error) for path, error in json.loads(row["problems"])]
+            result[Found(row["folder"], *stamps)] = Taken(
+                entry, slices, problems, row["entry"], pairs if entry else None, row["pairs_problem"]
+            )
             if entry is not None:
                 columns.check(entry.row)
     except (*UNREADABLE_BECAUSE, pa.ArrowException):
@@ -240,16 +269,25 @@ def _cached(root: Path) -> dict[Found, Taken]:
 
 
 def _cache_table(
-    root: Path, inputs: str, folders: Sequence[Found], taken: Sequence[Taken], problems: Sequence[tuple[str, str]]
+    root: Path,
+    inputs: str,
+    folders: Sequence[Found],
+    taken: Sequence[Taken],
+    cells: Sequence[coactivation.Cell],
+    problems: Sequence[tuple[str, str]],
 ) -> Any:
-    rows = [
-        (
-            *(load.printable(files.folder), *files.result, *files.samples, len(record.samples["ms"])),
-            json.dumps(record.entry, ensure_ascii=False) if record.entry else None,
-            json.dumps(record.problems),
-        )
-        for files, record in zip(folders, taken, strict=True)
-    ]
+    rows = []
+    known = iter(cells)
+    for files, record in zip(folders, taken, strict=True):
+        text, pairs, problem = None, coactivation.Rows(0, 0, 0), None
+        if record.entry is not None:
+            text = record.text or _json(record.entry)
+            cell = next(known)
+            assert cell.rows is not None
+            pairs, problem = cell.rows, cell.problem
+        stamps = (*files.result, *files.samples, *files.routing)
+        numbers = (*stamps, len(record.samples["ms"]), *pairs)
+        rows.append((load.printable(files.folder), *numbers, text, _json(record.problems), problem))
     state = {
         "code": _code(),
         "inputs": inputs,
@@ -270,10 +308,13 @@ def _parquet(table: Any) -> bytes:
 
 
 def _csv(table: Any) -> bytes:
-    """Numbers with all their digits, text in quotes, what is missing empty, lists as JSON."""
+    """Numbers with all their digits, text in quotes, what is missing empty, lists as JSON; no formulas."""
     for index, field in enumerate(table.schema):
         if pa.types.is_list(field.type):
-            texts = [None if v is None else json.dumps(v, ensure_ascii=False) for v in table[index].to_pylist()]
+            texts = [None if v is None else _json(v) for v in table[index].to_pylist()]
+            table = table.set_column(index, field.name, pa.array(texts, pa.string()))
+        elif pa.types.is_string(field.type) and pc.any(pc.match_substring_regex(table[index], FORMULA)).as_py():
+            texts = [None if v is None else guarded(v) for v in table[index].to_pylist()]
             table = table.set_column(index, field.name, pa.array(texts, pa.string()))
     buffer = io.BytesIO()
     csv.write_csv(table, buffer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import pandas as pd
@@ -211,11 +212,15 @@ def check(row: dict[str, Any]) -> None:
     Raises:
         ValueError: a value of another type, or an integer beyond 64 bits.
     """
-    for name, value in row.items():
-        kind = RUNS.get(name)
-        if value is None or (kind is not INT and kind is not None and kind is _NATIVE.get(type(value))):
-            continue  # the quick way for most
-        row[name] = _typed(name, value, kind)
+    for name in _doubtful(tuple(row), tuple(map(type, row.values()))):
+        row[name] = _typed(name, row[name], RUNS.get(name))
+
+
+@lru_cache(maxsize=1024)
+def _doubtful(names: tuple[str, ...], types: tuple[type, ...]) -> list[str]:
+    """The names whose values have to be looked at; for the others the type suffices. Most rows are alike in that."""
+    pairs = ((name, RUNS.get(name), kind) for name, kind in zip(names, types, strict=True) if kind is not type(None))
+    return [name for name, wanted, kind in pairs if wanted in (None, INT) or wanted is not _NATIVE.get(kind)]
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
@@ -238,7 +243,9 @@ def _fits(value: int) -> bool:
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Columns) -> Any:
     """The rows as a `pyarrow.Table` with every column of `columns`, and at their places those that some rows have."""
-    present = dict.fromkeys(name for row in rows for name in row)
+    present: set[str] = set()
+    for row in rows:
+        present |= row.keys()
     arrays = {}
     for name in _ordered(present, columns):
         values = [row.get(name) for row in rows]

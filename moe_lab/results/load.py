@@ -13,7 +13,7 @@ import pandas as pd
 
 from moe_lab.records import identity, variants
 from moe_lab.records.schema import Record
-from moe_lab.records.store import PLAN, RESULT, SAMPLES, UNREADABLE
+from moe_lab.records.store import PLAN, RESULT, ROUTING, SAMPLES, UNREADABLE
 from moe_lab.results import columns
 
 UNREADABLE_BECAUSE = (ValueError, AttributeError, TypeError, KeyError, RecursionError, OSError)
@@ -49,6 +49,7 @@ class Found(NamedTuple):
     folder: str
     result: tuple[int, int]
     samples: tuple[int, int]
+    routing: tuple[int, int]
 
 
 def load(directory: str | Path) -> pd.DataFrame:
@@ -102,7 +103,7 @@ def search(root: Path) -> tuple[list[Found], list[tuple[str, str]]]:
     for directory, _, names in os.walk(root, onerror=note):
         if RESULT in names:
             relative = directory[len(str(root)) :].strip(os.sep) or "."
-            found.append(Found(relative, stamp(f"{directory}/{RESULT}"), stamp(f"{directory}/{SAMPLES}")))
+            found.append(Found(relative, *(stamp(f"{directory}/{name}") for name in (RESULT, SAMPLES, ROUTING))))
         if UNREADABLE in names:
             path = printable(Path(directory, UNREADABLE).relative_to(root))
             problems.append((path, "could not be read and was renamed when its cell was run again"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
+from moe_lab.terminal import Console
 
 
 def write(directory: Path, *, with_report: bool = True) -> None:

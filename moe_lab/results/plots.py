@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from moe_lab.records.store import write_atomic
+from moe_lab.records.store import own_folder, write_atomic
 from moe_lab.results import charts
 from moe_lab.results.charts import Chart, Heat, Map, Pairs, Panel, Texts, relative_load
 from moe_lab.results.coactivation import given
@@ -43,8 +43,7 @@ def draw(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Drawn:
     `runs` and `summary` are those of `aggregate`. A plot of an earlier call that is not drawn now is deleted.
     """
     all_charts = charts.charts(directory, runs, summary)
-    folder = directory / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = own_folder(directory / "plots")
     left_out, paths = list(all_charts.left_out), []
     for chart in all_charts.drawn:
         figure = render(chart, all_charts.variants, all_charts.phases)

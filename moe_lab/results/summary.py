@@ -24,7 +24,10 @@ def summarize(rows: Sequence[Mapping[str, Any]], contents: Sequence[Mapping[str,
     settings: defaultdict[str, list[tuple[Mapping[str, Any], Mapping[str, Any] | None]]] = defaultdict(list)
     for row, content in zip(rows, contents, strict=True):
         settings[row.get("setting_id") or row["cell_id"]].append((row, content))
-    configured = sorted({name for row in rows for name in row if name.startswith("config.")})
+    names: set[str] = set()
+    for row in rows:
+        names |= row.keys()
+    configured = sorted(name for name in names if name.startswith("config."))
     summary = []
     for members in settings.values():
         label = _anchor(members, plan.anchor, places)

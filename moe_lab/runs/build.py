@@ -18,7 +18,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts, FunctionExperts
 from moe_lab.models import checkpoint_config
 from moe_lab.models.moe_layer import MoELayer, hooked, moe_layers
-from moe_lab.models.parameters import adopt, initialize, without_storage
+from moe_lab.models.parameters import adopt, initialize, parameter_bytes, without_storage
 from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.soft_moe import SoftMoELayer
 from moe_lab.models.transformer_decoder import TransformerDecoder
@@ -27,6 +27,7 @@ from moe_lab.ops.library import DTYPES
 from moe_lab.records.identity import digest, option_name
 from moe_lab.routers.base import Router, Routing, gate_logits
 from moe_lab.routers.soft import SoftMoE
+from moe_lab.runs.memory_estimate import require_memory
 
 CHECKPOINT, NATIVE = "moe_lab.models.checkpoint.Checkpoint", "moe_lab.routers.native.native"
 
@@ -181,8 +182,12 @@ def build_model(
     """The model of `cfg` in its dtype on its device, parameters filled from `cfg.seed`, in inference mode.
 
     With `donor`, parameters by name of a model with the same `weights_key`, it shares those tensors.
+
+    Raises:
+        UnavailableError: the run would need more memory than is there; a part cannot run on the device.
     """
     device = device or resolve_device(cfg)
+    require_memory(cfg, device)
     with without_storage() if donor is not None else nullcontext():
         model = _make_model(cfg, device)
     decide(cfg, model, device)
@@ -224,6 +229,11 @@ def _make_model(cfg: DictConfig, device: torch.device) -> nn.Module:
             parts["experts"] = build_experts(cfg)
         model: nn.Module = instantiate(cfg.model, **parts)
     return model
+
+
+def parameters_of(cfg: DictConfig) -> int:
+    """Bytes of the parameters of the model of `cfg`. Nothing is allocated."""
+    return parameter_bytes(_make_model(cfg, torch.device("meta")))
 
 
 def weights_key(cfg: DictConfig, device: torch.device) -> str:

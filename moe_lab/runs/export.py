@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from moe_lab.errors import UnavailableError
+from moe_lab.errors import ExportError, UnavailableError
 from moe_lab.runs import build
 
 
@@ -69,5 +69,12 @@ def verify(folder: Path) -> dict[str, Any]:
         ValueError: there is no export in `folder`, or its model cannot be built here.
     """
     module = exporter()
-    report: dict[str, Any] = module.verify(folder, lambda cfg: build.build_model(cfg, torch.device("cpu")), make_inputs)
+
+    def rebuild(cfg: DictConfig) -> nn.Module:
+        needed, there = build.parameters_of(cfg), (folder / "__params__").stat().st_size
+        if needed > there:
+            raise ExportError(f"{folder}: the manifest's model has {needed} bytes of weights, __params__ only {there}")
+        return build.build_model(cfg, torch.device("cpu"))
+
+    report: dict[str, Any] = module.verify(folder, rebuild, make_inputs)
     return report

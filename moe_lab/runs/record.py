@@ -122,7 +122,7 @@ def write(record: Record, blocks: Sequence[TimedBlock], routing_arrays: Mapping[
 @contextmanager
 def run_log(folder: Path) -> Iterator[TextIO]:
     """Send the `moe_lab` logger to the end of `run.log`."""
-    handler = logging.FileHandler(folder / store.LOG)
+    handler = store.LogFile(folder / store.LOG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     before = log.level
     log.addHandler(handler)

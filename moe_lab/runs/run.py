@@ -32,7 +32,7 @@ from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import identity, store
 from moe_lab.records.schema import Ratio, Record
 from moe_lab.routers.base import Router, Routing
-from moe_lab.runs import build
+from moe_lab.runs import build, memory_estimate
 from moe_lab.runs import record as recording
 from moe_lab.runs.built import Built, n_tokens
 from moe_lab.runs.export import exporter, make_inputs
@@ -94,6 +94,8 @@ class Run:
         if self._export_dir is not None:
             exporter().require_exportable(self.cfg, built.model, self._export_dir)
         self.built = built
+        if (tight := memory_estimate.warning(self.cfg, self.device)) is not None:
+            self.warnings.append(tight)
         self._look_at_the_input(built)
         self._look_at_the_load(built)
         built.step = built.make_step(self._cache)

@@ -21,7 +21,7 @@ from moe_lab.routers.contract import members
 from moe_lab.runs.compared_cache import ComparedCache
 from moe_lab.runs.verify import Verification, judged, keeps_contract, nothing_known, probe_layers
 
-_TOKENS_AT_ONCE = 1 << 14  # of whole sequences in one pass of the reference
+TOKENS_AT_ONCE = 1 << 14  # of whole sequences in one pass of the reference
 
 _STEPS_PROBED = 4
 
@@ -91,7 +91,7 @@ def _compare_whole(
     y_BSV = torch.cat([step.y for step in steps], dim=1)
     (B, N), n = ids_BN.shape, len(steps)
     off, free_off, changed, cache_error = Distance(), Distance(), 0, 0.0
-    rows = max(1, _TOKENS_AT_ONCE // N)
+    rows = max(1, TOKENS_AT_ONCE // N)
     for a in range(0, B, rows):
         tokens = slice(a * N, (a + rows) * N)
         ran = [Routing(layer.expert_ids_TK[tokens], layer.weights_TK[tokens]) for layer in whole]

@@ -25,6 +25,7 @@ from moe_lab.records import identity, store
 from moe_lab.records.schema import Ratio
 from moe_lab.runs import build
 from moe_lab.runs.describe import describe
+from moe_lab.runs.memory_estimate import refusal
 from moe_lab.runs.record import TimedBlock, run_log
 from moe_lab.runs.run import Run
 from moe_lab.sweep.engine import CellFailedError
@@ -50,6 +51,10 @@ class Bench:
         """
         return [_look(OmegaConf.create(config)) for config in configs]
 
+    def refusals(self, configs: list[dict[str, Any]]) -> list[str | None]:
+        """Of each configuration why there is not the memory for it; None if there may be, or if a look tells more."""
+        return [_refusal(config) for config in configs]
+
     def describe(self, group: str, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """See `runs.describe`; the fields of each `Description`."""
         return [describe(group, OmegaConf.create(config))._asdict() for config in configs]
@@ -57,8 +62,7 @@ class Bench:
     def build(self, config: dict[str, Any], directory: str) -> None:
         """Make the run of `config`, whose files go to `directory`; parameters of an equal model are shared."""
         cfg = OmegaConf.create(config)
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = store.own_folder(Path(directory))
         (folder / store.LOG).unlink(missing_ok=True)
         run = Run(cfg, folder)
         cell_id = identity.cell_id(cfg)
@@ -162,6 +166,18 @@ class Bench:
         del run
         self.release(cell_id)
         raise failed
+
+
+def _refusal(config: dict[str, Any]) -> str | None:
+    wanted = config["device"]["name"]
+    has_cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not has_cuda:
+        return None
+    device = torch.device("cuda" if has_cuda and wanted != "cpu" else "cpu")
+    try:
+        return refusal(config, device)
+    except ValueError:  # a checkpoint that cannot be read
+        return None
 
 
 def _look(cfg: DictConfig) -> dict[str, Any]:

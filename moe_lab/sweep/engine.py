@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moe_lab.config import targets
+from moe_lab.records import store
 
 START_S = 600.0  # importing torch and initialising a device from a cold disk
 
@@ -75,7 +76,7 @@ class Worker:
     def start(self) -> None:
         """Start the process without waiting for it."""
         parent_end, worker_end = socket.socketpair()
-        with worker_end, open(self.log or os.devnull, "ab") as log:
+        with worker_end, open(store.open_to_append(self.log or os.devnull), "ab") as log:
             # -P: the current directory is not a place to import from. -u: what was printed is in the log before a kill.
             # A session of its own: Ctrl-C is for the parent.
             self._process = subprocess.Popen(

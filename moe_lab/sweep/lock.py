@@ -10,6 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from moe_lab.records.store import write_atomic
+
 LOCK, OWNER = ".lock", ".owner.json"
 
 
@@ -32,7 +34,8 @@ class Lock:
                 "wait for it or set another sweep.name."
             ) from error
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        self._owner.write_text(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": started}))
+        owner = json.dumps({"pid": os.getpid(), "host": platform.node(), "since": started})
+        write_atomic(self._owner, owner.encode())
 
     def _described(self) -> str:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,14 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.plugins.config_source import ConfigResult
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from moe_lab.config import many_compositions
 from moe_lab.errors import UnavailableError
 from moe_lab.records.schema import Record
 from moe_lab.sweep import plan as planning
@@ -36,10 +34,13 @@ class Multirun:
     """One sweep folder, locked, with an engine that starts while Hydra composes."""
 
     def __init__(self, loader: ConfigLoader, config: DictConfig, progress: Progress):
+        require_few_cells(loader, config)  # Hydra would compose all of them first
         self.composer, self.progress = JobComposer(loader, config), progress
         self.directory = Path(config.hydra.sweep.dir)
         self.plan: Plan | None = None
         self._lock = Lock(self.directory)
+        if (left := self.directory / "multirun.yaml").is_symlink():
+            left.unlink()  # Hydra writes it, and follows links
         self.engine: Engine = InProcess()
         if config.sweep.worker:
             worker = Worker(self.directory / LOG)
@@ -110,12 +111,12 @@ def command() -> list[str]:
 class JobComposer:
     """Composes the jobs of a multirun; what the sweeper composed to validate them is not composed again.
 
-    Hydra's sweepers throw that away, and it is half of the work. And every job would read the same files anew.
+    Hydra's sweepers throw that away, and it is half of the work.
     """
 
     def __init__(self, loader: ConfigLoader, config: DictConfig):
         self.loader, self.config = loader, config
-        loader.repository = _remembering(loader.get_search_path())  # type: ignore[attr-defined]
+        many_compositions.remember(loader)
         self._compose = loader.load_sweep_config
         self._validated: dict[tuple[str, ...], DictConfig] = {}
         loader.load_sweep_config = self._remember  # type: ignore[method-assign]
@@ -141,28 +142,48 @@ class JobComposer:
                 yield composed, task_overrides, directory
 
 
-def _remembering(search_path: ConfigSearchPath) -> ConfigRepository:
-    """A repository whose copies read every file once in all: Hydra takes a copy for each job."""
-    loaded: dict[tuple[str, ...], ConfigResult | None] = {}
-
-    class Repository(ConfigRepository):
-        def load_config(self, config_path: str) -> ConfigResult | None:
-            key = config_path, *(source.path for source in self.sources)
-            if key not in loaded:
-                loaded[key] = super().load_config(config_path)
-            return copy.deepcopy(loaded[key])
-
-    return Repository(search_path)
-
-
 def expand(loader: ConfigLoader, config: DictConfig) -> list[list[str]]:
-    """The overrides of each job that Hydra's basic sweeper makes of a master configuration."""
+    """The overrides of each job that Hydra's basic sweeper makes of a master configuration.
+
+    Raises:
+        ValueError: they are more than `sweep.max_cells`.
+    """
+    require_few_cells(loader, config)
+    (jobs,) = BasicSweeper.split_arguments(_overrides(loader, config), max_batch_size=None)
+    return jobs
+
+
+def require_few_cells(loader: ConfigLoader, config: DictConfig) -> None:
+    """Raise `ValueError` if the axes of a master configuration span more cells than `sweep.max_cells`.
+
+    Another sweeper than Hydra's basic one chooses its cells itself, and how many.
+    """
+    if not str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
+        return
+    axes = [(axis.key_or_group, _length(axis)) for axis in _overrides(loader, config) if axis.is_sweep_override()]
+    n_cells, most = math.prod(length for _, length in axes), config.sweep.max_cells
+    if n_cells > most:
+        spanned = " * ".join(f"{length:,} of {key}" for key, length in axes)
+        raise ValueError(
+            f"sweep.max_cells={most}: these are {n_cells:,} cells ({spanned}); shorten an axis or set "
+            f"sweep.max_cells={n_cells}."
+        )
+
+
+def _overrides(loader: ConfigLoader, config: DictConfig) -> list[Override]:
     params: dict[str, Any] = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}))  # type: ignore[assignment]
     arguments = [f"{key}={value}" for key, value in params.items()]
     arguments += list(config.hydra.overrides.task)
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
-    (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return jobs
+    return OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+
+
+def _length(axis: Override) -> int:
+    """How many values an axis has; those of a range are not made to count them. 1 for what Hydra refuses later."""
+    value = axis.value()
+    if isinstance(value, RangeSweep):
+        start, stop, step = (float(number) for number in (value.start or 0, value.stop or 0, value.step))
+        return max(0, math.ceil((stop - start) / step)) if step else 1
+    return 1 if isinstance(value, IntervalSweep) else sum(1 for _ in axis.sweep_string_iterator())
 
 
 def _joined(before: Plan, added: Plan) -> Plan:

@@ -131,6 +131,7 @@ def make(
         if any(variants.matches(cell.content, partial) for partial in sweep["exclude"]):
             cell.status, cell.reason = "excluded", "excluded"
     _refuse_impossible(cells)  # before anybody is asked
+    _skip_too_large(cells, engine)  # before a part of one is made
     builds = False
     for cell, seen in _look([cell for cell in cells if cell.runs], engine):
         cell.environment, cell.env_id = seen["env"], seen["env_id"]
@@ -192,6 +193,21 @@ def _refuse_impossible(cells: Sequence[Cell]) -> None:
     reasons = [cell.reason or "" for cell in cells if cell.status != "excluded"]
     if reasons and all(reason.startswith(_IMPOSSIBLE) for reason in reasons):
         raise ValueError(reasons[0].removeprefix(_IMPOSSIBLE))
+
+
+def _skip_too_large(cells: Sequence[Cell], engine: Engine) -> None:
+    """Skip what the memory does not suffice for; what has run before is not refused, for it may be done."""
+    asked = [cell for cell in cells if cell.runs and not _has_run(cell)]
+    for cell, reason in zip(asked, engine.call("refusals", [cell.config for cell in asked]), strict=True):
+        if reason is not None:
+            cell.status, cell.reason = "skipped", f"unavailable: {reason}"
+
+
+def _has_run(cell: Cell) -> bool:
+    try:
+        return store.read_record(cell.directory).status == "ok"
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _look(cells: Sequence[Cell], engine: Engine) -> Iterator[tuple[Cell, dict[str, Any]]]:

@@ -277,7 +277,7 @@ class Group:
 
 def write(cell: Cell, status: Literal["failed", "skipped"], reason: str) -> None:
     """Write the record of a cell that a worker cannot write: excluded, or lost."""
-    cell.directory.mkdir(parents=True, exist_ok=True)
+    store.own_folder(cell.directory)
     store.set_aside_unreadable(cell.directory)
     for left in (store.SAMPLES, store.ROUTING):
         (cell.directory / left).unlink(missing_ok=True)

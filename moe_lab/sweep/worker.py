@@ -25,7 +25,9 @@ def _die_with(parent: int) -> None:
 def serve(connection: Connection) -> None:
     """Execute steps until the other side is gone."""
     trusted = connection.recv()
-    from moe_lab.sweep.bench import Bench  # imports torch: seconds, in which the parent composes
+    import torch._dynamo  # noqa: F401 - seconds, in which the parent composes; the first cell's flop counter needs it
+
+    from moe_lab.sweep.bench import Bench
 
     bench = Bench(trusted)
     gc.freeze()  # what torch imported never goes; looking through it for garbage would take 0.2 s each time

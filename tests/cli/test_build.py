@@ -25,25 +25,11 @@ def build(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def fast_compile() -> str:
-    """nvcc's option, where it has one, to leave out most optimisations: a third of the time."""
-    nvcc = extension.find_nvcc()
-    known = nvcc is not None and "-Ofc" in subprocess.run([nvcc, "--help"], capture_output=True, text=True).stdout
-    return "-Ofc=max" if known else ""
-
-
 @needs_cxx
 @needs_nvcc
-@pytest.mark.parametrize(
-    "optimised",
-    [pytest.param(False, id="in-a-hurry"), pytest.param(True, id="as-it-is-used", marks=pytest.mark.slow)],
-)
-def test_the_cuda_half_compiles_without_a_gpu_and_its_binary_computes_on_a_cpu(
-    optimised: bool, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_the_cuda_half_compiles_without_a_gpu_and_its_binary_computes_on_a_cpu(empty_cache: Path) -> None:
     """For Hopper; the second time it is there already, for a run too that needs that one alone."""
-    if not optimised:
-        monkeypatch.setenv("NVCC_APPEND_FLAGS", fast_compile())
     done = build("--arch", "90")
     assert done.returncode == 0, done.stderr
     text, path = done.stdout.splitlines()
@@ -56,6 +42,7 @@ def test_the_cuda_half_compiles_without_a_gpu_and_its_binary_computes_on_a_cpu(
 
 
 @needs_cxx
+@pytest.mark.slow
 def test_processes_that_come_at_once_build_it_once(empty_cache: Path) -> None:
     """The others wait for the first, and find it there; it is the C++ half alone, and computes."""
     printed: list[str] = []

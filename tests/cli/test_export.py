@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 
 import moe_lab
 from moe_lab.cli.main import main
+from moe_lab.export.pair import described
 from tests import quick
 from tests.cli.test_main import moe_lab as moe_lab_process
 
@@ -121,3 +125,102 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     """It says so."""
     code, _, error = call(capsys, tmp_path)
     assert code == 2 and "not the folder of a run" in error
+
+
+def _set(path: str, value: object) -> Callable[[Path], None]:
+    """Put `value` at a dotted path of the manifest (with no path: in its place)."""
+
+    def change(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        node, (*above, last) = {"": manifest}, ["", *filter(None, path.split("."))]
+        for key in above:
+            node = node[key]
+        node[last] = value
+        (folder / "manifest.json").write_text(json.dumps(node[""] if not path else manifest))
+
+    return change
+
+
+def _deep(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[" * 100_000 + "]" * 100_000)
+
+
+def _large(folder: Path) -> None:
+    (folder / "manifest.json").write_text(" " * (2 << 20))
+
+
+def _linked(folder: Path) -> None:
+    (folder / "__params__").rename(folder.parent / "params")
+    (folder / "__params__").symlink_to(folder.parent / "params")
+
+
+def _with_weights(key: str, value: str) -> Callable[[Path], None]:
+    """Where the graph says that its weights lie, with a manifest that fits."""
+
+    def change(folder: Path) -> None:
+        model = onnx.load(folder / "__model__", load_external_data=False)
+        for entry in model.graph.initializer[-1].external_data:
+            if entry.key == key:
+                entry.value = value
+        onnx.save(model, folder / "__model__")
+        _set("files", described(folder))(folder)
+
+    return change
+
+
+def _no_graph(folder: Path) -> None:
+    (folder / "__model__").write_bytes(b"\xff" * 99)
+    _set("files", described(folder))(folder)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "not_a_mapping": (_set("", []), "no export found"),
+    "text": (_set("", "x"), "no export found"),
+    "null": (_set("", None), "no export found"),
+    "deep": (_deep, "no export found"),
+    "large": (_large, "larger than"),
+    "no_files": (_set("files", {}), "files: must be"),
+    "files_as_list": (_set("files", ["__model__", "__params__"]), "no export found"),
+    "a_file_outside": (_set("files", {"../x": {"bytes": 1, "sha256": ""}}), "files: must be"),
+    "an_absolute_file": (_set("files", {"/etc/passwd": {"bytes": 1, "sha256": ""}}), "files: must be"),
+    "a_file_more": (_set("files.__more__", {"bytes": 1, "sha256": ""}), "files: must be"),
+    "bytes_as_text": (_set("files.__model__.bytes", "9"), "must have bytes, an integer"),
+    "bytes_as_truth": (_set("files.__model__.bytes", True), "must have bytes, an integer"),
+    "huge_bytes": (_set("files.__model__.bytes", 10**30), "truncated"),
+    "sha_as_number": (_set("files.__model__.sha256", 3), "sha256, a text"),
+    "file_as_null": (_set("files.__params__", None), "no export found"),
+    "config_as_list": (_set("config", []), "config: must be a mapping"),
+    "config_as_text": (_set("config", "{}"), "config: must be a mapping"),
+    "config_empty": (_set("config", {}), "model"),
+    "code": (_set("config.model._target_", "os.system"), "not trusted"),
+    "code_inside": (_set("config.router.x", {"_target_": "os.system"}), "router"),
+    "secret": (_set("config.name", "${oc.env:AWS_SECRET}"), ""),
+    "many_layers": (_set("config.model.n_layers", 10**9), "model.n_layers=1000000000"),
+    "wide": (_set("config.model.d_model", 2**40), ""),
+    "large_vocabulary": (_set("config.model.vocab_size", 2**40), "bytes of weights"),
+    "many_experts": (_set("config.model.n_experts", 10**8), "bytes of weights"),
+    "many_tokens": (_set("config.batch", 10**12), "too many tokens"),
+    "batch_as_list": (_set("config.batch", [1]), ""),
+    "model_as_text": (_set("config.model", "x"), ""),
+    "a_link": (_linked, "is a link"),
+    "weights_above": (_with_weights("location", "../params"), "must lie in __params__"),
+    "weights_anywhere": (_with_weights("location", "/etc/passwd"), "must lie in __params__"),
+    "weights_before": (_with_weights("offset", "-4096"), "outside of __params__"),
+    "weights_behind": (_with_weights("offset", "99999999999"), "outside of __params__"),
+    "weights_without_end": (_with_weights("length", "9" * 99), "outside of __params__"),
+    "no_graph": (_no_graph, "not an ONNX file"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in HOSTILE])
+def test_a_hostile_export_is_one_line(
+    name: str, pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stands in the manifest or in the graph; nothing is read outside of the folder."""
+    monkeypatch.setenv("AWS_SECRET", "hunter2")
+    shutil.copytree(pair, tmp_path / "pair")
+    change, said = HOSTILE[name]
+    change(tmp_path / "pair")
+    code, output, error = call(capsys, "--verify", tmp_path / "pair")
+    assert "hunter2" not in output + error
+    assert (code in (1, 2) and said in error and error.count("\n") == 1) or (name == "secret" and code == 0)

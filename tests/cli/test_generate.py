@@ -299,11 +299,6 @@ def test_logits_that_are_not_numbers_are_a_mistake(
     assert message.startswith("the logits of position 0 are NaN, +inf or all -inf") and "dtype=" in message
 
 
-def test_a_terminal_is_not_given_commands() -> None:
-    """Line ends and tabs are text."""
-    assert generate_module.printable("a\x1b[31mé\n\t\x07\u202e") == "a\\x1b[31mé\n\t\\x07\\u202e"
-
-
 def test_the_command_prints_the_text_as_it_is_and_notes_elsewhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ MISTAKES = [
         "--config-dir",
         id="callback-behind-an-interpolation",
     ),
-    pytest.param(["+hydra.job_logging.filters.x=${name}"], "${name}", "log", id="log-interpolation"),
+    pytest.param(["+hydra.job_logging.filters.x=${dtype.name}"], "filters.x=fp32", "a mapping", id="log-interpolation"),
     pytest.param(["+foo=1"], "foo", "unknown key", id="added-key"),
     pytest.param(["router=sinkhron"], "router=sinkhron", "Did you mean sinkhorn?", id="misspelt-option"),
     pytest.param(["measure.reference_router=sinkhron"], "=sinkhron", "Did you mean sinkhorn?", id="misspelt-reference"),

@@ -332,9 +332,65 @@ def test_trusting_twice_adds_once(trusted: Path) -> None:
     code = """
 import os, sys
 from moe_lab.config import targets
-before = len(sys.path)
+before, path = len(sys.meta_path), list(sys.path)
 os.chdir(sys.argv[1])
 first, second = targets.trust("."), targets.trust(sys.argv[1])
-print(first == second, len(tuple(targets._trusted)), len(sys.path) - before)
+print(first == second, len(tuple(targets._trusted)), len(sys.meta_path) - before, sys.path == path)
 """
-    assert tiny.python(code, trusted).split() == ["True", "1", "1"]
+    assert tiny.python(code, trusted).split() == ["True", "1", "1", "True"]
+
+
+SHADOW = """
+import sys
+from omegaconf import OmegaConf
+from moe_lab.config import targets
+
+targets.trust(sys.argv[1])
+import csv, colorsys, sqlite3, yaml
+print([module.__file__.startswith(sys.argv[1]) for module in (csv, colorsys, sqlite3, yaml)])
+print(targets.instantiate(OmegaConf.create({"_target_": "plugin.call"})))
+"""
+
+
+def test_a_module_beside_a_plugin_replaces_no_library(trusted: Path, mark: Path) -> None:
+    """Those of Python and those installed; the plug-in's own modules are found."""
+    for name in ("csv", "colorsys", "sqlite3", "yaml"):
+        write(trusted / f"{name}.py", mark)
+    (trusted / "helper.py").write_text("def word():\n    return 'helped'\n")
+    (trusted / "plugin.py").write_text("import helper\ndef call():\n    return helper.word()\n")
+    assert tiny.python(SHADOW, trusted).split("\n")[:2] == ["[False, False, False, False]", "helped"]
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in ("colorsys", "numpy", "torch", "yaml")])
+def test_a_plugin_with_the_name_of_a_library_is_refused(name: str, trusted: Path, mark: Path) -> None:
+    """Loaded or not yet: the line says to rename it."""
+    write(trusted / f"{name}.py", mark)
+    said = attempt(f"{{_target_: {name}.call}}", trusted)
+    assert said.startswith("refused") and "rename yours" in said
+    assert not mark.exists()
+
+
+IMPORTING = """
+import subprocess
+from os import system
+from subprocess import run, Popen
+from functools import partial
+from moe_lab.routers.softmax_topk import SoftmaxTopK
+shell = partial(system)
+number = 3
+def mine():
+    return "mine"
+"""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, id=n) for n in ("system", "run", "Popen", "shell", "number")])
+def test_what_a_plugin_only_imports_may_not_be_named(name: str, trusted: Path) -> None:
+    """The object says where it was defined; what the plug-in passes on of ours is fine."""
+    (trusted / "plugin.py").write_text(IMPORTING)
+    code = "import sys\nfrom moe_lab.config import targets\ntargets.trust(sys.argv[1])\n"
+    code += "for target in sys.argv[2:]:\n    try:\n        print(targets.locate(target))\n"
+    code += "    except ValueError as error:\n        print('refused', error)\n"
+    said = tiny.python(code, trusted, f"plugin.{name}", "plugin.subprocess.run", "plugin.mine", "plugin.SoftmaxTopK")
+    words = [line.split()[0] for line in said.splitlines()]
+    assert words == ["refused", "refused", "<function", "<class"]

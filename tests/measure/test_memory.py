@@ -91,6 +91,51 @@ def test_memory_that_is_not_told_is_none(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert memory.resident_peak_bytes() == 3 * 1024
 
 
+@pytest.mark.parametrize(
+    ("lines", "files", "limit"),
+    [
+        pytest.param("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "3000"}, 3000, id="v2_above"),
+        pytest.param("0::/a/b", {"a/b/memory.max": "2000", "a/memory.max": "3000"}, 2000, id="v2_own"),
+        pytest.param("0::/a", {"memory.max": "4000"}, 4000, id="v2_in_a_container"),
+        pytest.param("4:memory:/a", {"memory/a/memory.limit_in_bytes": "5000"}, 5000, id="v1"),
+        pytest.param("4:memory:/x/y", {"memory/memory.limit_in_bytes": "6000"}, 6000, id="v1_in_a_container"),
+        pytest.param(
+            "4:memory:/a\n0::/",
+            {"memory/a/memory.limit_in_bytes": "9223372036854771712", "memory.max": "7000"},
+            7000,
+            id="both",
+        ),
+        pytest.param("3:cpu:/a\n0::/a", {"cpu/a/memory.max": "1", "a/memory.max": "max"}, None, id="none"),
+    ],
+)
+def test_the_limit_of_a_control_group_counts(
+    lines: str, files: dict[str, str], limit: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The smallest of its own and of those above, in both versions."""
+    (tmp_path / "cgroup").write_text(lines + "\n")
+    for name, content in files.items():
+        (tmp_path / "sys" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys" / name).write_text(content + "\n")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "sys")
+    available = memory.available_bytes(torch.device("cpu"))
+    assert available is not None and (available == limit if limit else available > 100 * MB)
+
+
+@pytest.mark.parametrize("limit", ["AS", "DATA"])
+def test_the_limit_of_the_process_counts(limit: str) -> None:
+    """As `ulimit` sets it: with 2 GB more than it takes now, no more than that and what is resident."""
+    code = (
+        "import resource, sys, torch\n"
+        "from moe_lab.measure import memory\n"
+        "field = {'AS': 'VmSize:', 'DATA': 'VmData:'}[sys.argv[1]]\n"
+        "most = memory._kilobytes(memory._STATUS, field) + 2 * 10**9\n"
+        "resource.setrlimit(getattr(resource, 'RLIMIT_' + sys.argv[1]), (most, most))\n"
+        "print(memory.available_bytes(torch.device('cpu')) - memory._kilobytes(memory._STATUS, 'VmRSS:'))\n"
+    )
+    assert 1.9e9 < int(tiny.python(code, limit)) < 2.1e9
+
+
 @pytest.mark.gpu
 def test_200_mb_taken_within_the_step_stand_in_the_allocators_peak() -> None:
     """On CUDA the allocator counts, so the difference is exact to its rounding."""

@@ -611,6 +611,7 @@ def test_the_triton_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     assert_compiles(launches, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_table_of_routers_implementations_and_devices(capsys: pytest.CaptureFixture[str]) -> None:
     """Printed; whatever `route` can compute is reached through its router."""
     columns = [(impl, on) for impl in IMPLEMENTATIONS for on in ("cpu", "cuda")]

@@ -316,3 +316,32 @@ def test_a_result_that_is_to_be_replaced_is_kept_if_it_says_something(
     for number, path in enumerate(stale, 1):
         with np.load(path.with_name(path.name.replace(RESULT, "samples.npz"))) as arrays:
             assert arrays["ms"].tolist() == [number]
+
+
+def test_what_is_written_follows_no_link(tmp_path: Path) -> None:
+    """In the place of a file, of its temporary one, of a log and of a folder."""
+    (tmp_path / "victim").mkdir()
+    victim = tmp_path / "victim" / "file"
+    victim.write_text("precious")
+    for name in ("x.json", f".x.json.{os.getpid()}.tmp", "run.log", "new.log"):
+        (tmp_path / name).symlink_to(victim if name != "new.log" else tmp_path / "victim" / "new")
+    (tmp_path / "plots").symlink_to(tmp_path / "victim")
+    write_atomic(tmp_path / "x.json", b"mine")
+    assert (tmp_path / "x.json").read_text() == "mine" and not (tmp_path / "x.json").is_symlink()
+    for name in ("run.log", "new.log"):
+        with pytest.raises(OSError, match=f"{name}: is a link"):
+            store.LogFile(tmp_path / name)
+        with pytest.raises(OSError, match="is a link"):
+            store.open_to_append(tmp_path / name)
+    with pytest.raises(OSError, match=r"plots: is a link.*remove it"):
+        store.own_folder(tmp_path / "plots")
+    assert victim.read_text() == "precious" and [path.name for path in victim.parent.iterdir()] == ["file"]
+
+
+def test_a_log_is_written_at_its_end_or_anew(tmp_path: Path) -> None:
+    """As logging's own."""
+    for mode, content in (("a", "ab"), ("a", "abab"), ("w", "ab")):
+        handler = store.LogFile(tmp_path / "log", mode=mode, encoding="utf-8")
+        handler.stream.write("ab")
+        handler.close()
+        assert (tmp_path / "log").read_text() == content

@@ -466,6 +466,25 @@ def _change_samples(sweep: Path) -> None:
     write_arrays(next(sweep.rglob("samples.npz")), FOUR)
 
 
+def _change_routing(sweep: Path) -> None:
+    routing = next(sweep.rglob("routing.npz"))
+    with np.load(routing) as arrays:
+        write_arrays(routing, {**arrays, "coactivation_LEE": arrays["coactivation_LEE"] + 1})
+
+
+def _break_routing(sweep: Path) -> None:
+    next(sweep.rglob("routing.npz")).write_bytes(b"PK")
+
+
+def _break_pairs(sweep: Path) -> None:
+    """One byte of the table, its stamp as before; another record changed."""
+    path = sweep / "coactivation.parquet"
+    status, whole = path.stat(), path.read_bytes()
+    path.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    _change_record(sweep)
+
+
 def _change_plan(sweep: Path) -> None:
     (sweep / "plan.json").unlink()
 
@@ -478,6 +497,9 @@ def _change_plan(sweep: Path) -> None:
         pytest.param(_remove_record, id="a_record_went"),
         pytest.param(_add_record, id="a_record_came"),
         pytest.param(_change_samples, id="samples_changed"),
+        pytest.param(_change_routing, id="routing_changed"),
+        pytest.param(_break_routing, id="routing_broke"),
+        pytest.param(_break_pairs, id="the_table_of_pairs_broke"),
         pytest.param(_change_plan, id="the_plan_went"),
         pytest.param(lambda sweep: (sweep / "runs.csv").unlink(), id="an_output_went"),
         pytest.param(lambda sweep: (sweep / "summary.csv").write_text("mine"), id="an_output_was_edited"),
@@ -592,7 +614,7 @@ def test_a_full_disk_leaves_the_earlier_tables_whole(sweep: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
-    command = [sys.executable, "-m", "moe_lab", "report", "--tables", sweep]
+    command = [sys.executable, "-B", "-m", "moe_lab", "report", "--tables", sweep]  # -B: nor may a module's byte code
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=60)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert str(sweep / OUTPUTS[0]) in done.stderr

@@ -18,17 +18,17 @@ from tests import tiny
 PAIRS_LEE = np.array([[[3, 2, 0], [2, 4, 1], [0, 1, 1]], [[0, 0, 0], [0, 2, 2], [0, 2, 2]]])
 
 
-def cell(root: Path, name: str, **arrays: np.ndarray) -> tuple[str, str]:
-    """A cell's folder with these arrays; (folder, cell_id)."""
+def cell(root: Path, name: str, **arrays: np.ndarray) -> coactivation.Cell:
+    """A cell's folder with these arrays."""
     (root / name).mkdir()
     np.savez(root / name / "routing.npz", **arrays)
-    return name, name * 3
+    return coactivation.Cell(name, name * 3)
 
 
 def test_the_table_has_every_pair_once(tmp_path: Path) -> None:
     """With the index of the layer in the model; pairs that nobody used are left out."""
-    cells = [cell(tmp_path, "a", layer=np.array([1, 4]), coactivation_LEE=PAIRS_LEE), ("missing", "m")]
-    content, problems = coactivation.table(tmp_path, cells)
+    cells = [cell(tmp_path, "a", layer=np.array([1, 4]), coactivation_LEE=PAIRS_LEE), coactivation.Cell("missing", "m")]
+    content, known = coactivation.table(tmp_path, cells)
     table = pq.read_table(io.BytesIO(content))
     rows = [tuple(row.values()) for row in table.to_pylist()]
     assert rows == [
@@ -41,7 +41,7 @@ def test_the_table_has_every_pair_once(tmp_path: Path) -> None:
         ("aaa", 4, 1, 2, 2, "a"),
         ("aaa", 4, 2, 2, 2, "a"),
     ]
-    assert problems == [] and table.column_names == list(columns.COACTIVATION)
+    assert not any(cell.problem for cell in known) and table.column_names == list(columns.COACTIVATION)
 
 
 @pytest.mark.parametrize(
@@ -66,10 +66,30 @@ def test_a_damaged_array_is_named_and_stops_nothing(tmp_path: Path, layer: list[
     ]
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "routing.npz").write_bytes(b"PK\x03\x04 cut off")
-    content, problems = coactivation.table(tmp_path, [*cells, ("cut", "c")])
+    content, known = coactivation.table(tmp_path, [*cells, coactivation.Cell("cut", "c")])
     table = pq.read_table(io.BytesIO(content))
     assert set(table["directory"].to_pylist()) == {"good"}
-    assert [path for path, _ in problems] == ["bad/routing.npz", "cut/routing.npz"]
+    assert [cell.folder for cell in known if cell.problem] == ["bad", "cut"]
+
+
+def test_what_is_known_is_taken_from_the_earlier_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches of any size; the bytes are those of a new table, and files are not opened."""
+    arrays = {"layer": np.array([0, 1]), "coactivation_LEE": PAIRS_LEE}
+    cells = [cell(tmp_path, name, **arrays) for name in "abcde"] + [coactivation.Cell("missing", "m")]
+    (tmp_path / "c" / "routing.npz").write_bytes(b"PK\x03\x04 cut off")
+    for size in (1, 9, 10**6):
+        monkeypatch.setattr(coactivation, "_BATCH", size)
+        first = coactivation.table(tmp_path, cells)
+        (tmp_path / "earlier").write_bytes(first.content)
+        earlier = coactivation.Earlier(tmp_path / "earlier")
+        assert coactivation.table(tmp_path / "nowhere", first.cells, earlier) == first
+        fewer = [known for known in first.cells if known.folder != "b"]
+        again = coactivation.table(tmp_path, [*fewer, *cells[1:2]], earlier)
+        new = coactivation.table(tmp_path, [known._replace(rows=None, problem=None) for known in [*fewer, cells[1]]])
+        assert again == new and again.cells[1].problem is not None
+    damaged = first.cells[0]._replace(rows=coactivation.Rows(0, 20, 30))
+    with pytest.raises(ValueError, match="rows are missing"):
+        coactivation.table(tmp_path, [damaged], earlier)
 
 
 def test_a_damaged_file_leaves_every_table(tmp_path: Path) -> None:

@@ -63,6 +63,58 @@ def test_an_experiment_is_a_sweep_whose_axes_the_command_line_overrides(tmp_path
     assert len(jobs) == 2
 
 
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        pytest.param(["batch=range(1,1000000000000)"], "999,999,999,999 cells", id="range"),
+        pytest.param(["batch=range(10,1,-2)", "sweep.max_cells=4"], "5 cells (5 of batch)", id="range_down"),
+        pytest.param(["model.norm_eps=range(0.5,2.1,0.5)", "sweep.max_cells=3"], "4 cells", id="range_of_floats"),
+        pytest.param(["router=glob(*)", "sweep.max_cells=5"], " of router)", id="glob"),
+        pytest.param(
+            ["batch=1,2,3", "seq_len=4,5", "sweep.max_cells=5"],
+            "these are 6 cells (3 of batch * 2 of seq_len); shorten an axis or set sweep.max_cells=6.",
+            id="choices",
+        ),
+        pytest.param(["experiment=router_comparison", "sweep.max_cells=7"], "8 cells", id="experiment"),
+    ],
+)
+def test_a_sweep_of_too_many_cells_is_refused_before_composing(axes: list[str], message: str) -> None:
+    """By the multirun and by `plan`; without the limit the same axes are so many jobs."""
+    axes = [*axes, "device=cpu"]
+    with composing_multirun(["model=transformer_decoder", *axes], None) as (loader, config):
+        for act in (multirun.require_few_cells, multirun.expand):
+            with pytest.raises(ValueError, match=r"sweep\.max_cells=\d+: ") as refused:
+                act(loader, config)
+            assert message in str(refused.value) and "\n" not in str(refused.value)
+        n_cells = int(str(refused.value).rpartition("=")[2].removesuffix("."))
+        if n_cells < 1000:
+            config.sweep.max_cells = n_cells
+            assert len(multirun.expand(loader, config)) == n_cells
+
+
+@pytest.mark.parametrize("axis", ["batch=interval(1,10)", "batch=range(1,10,0)"])
+def test_an_axis_that_hydra_refuses_is_left_to_it(axis: str) -> None:
+    """Its words are better than ours."""
+    with composing_multirun(["model=minimal", axis], None) as (loader, config):
+        multirun.require_few_cells(loader, config)
+        with pytest.raises(Exception, match=r"INTERVAL_SWEEP|must not be zero"):
+            multirun.expand(loader, config)
+
+
+def test_cells_too_large_for_the_memory_are_rows(tmp_path: Path) -> None:
+    """They are skipped without being built, the others are to do; what has run once is not refused."""
+    sizes = ("model=decoder_moe", "batch=1,2000000", "model.n_layers=1,100000000", "seq_len=8,9")
+    cells = make(tmp_path, *sizes, model="decoder_moe").cells
+    for cell in cells:
+        is_small = cell.content["batch"] == 1 and cell.content["model"]["n_layers"] == 1
+        assert (cell.status == "to do") == is_small, cell.reason
+        assert is_small or (cell.reason or "").startswith("unavailable: memory: needs at least ")
+    large = next(cell for cell in cells if cell.content["batch"] > 1 and cell.content["model"]["n_layers"] == 1)
+    leave(large, env_id=cells[0].env_id)
+    again = {cell.cell_id: cell for cell in make(tmp_path, *sizes, model="decoder_moe").cells}
+    assert again[large.cell_id].status == "done"
+
+
 def test_cells_that_the_model_makes_equal_are_one(tmp_path: Path) -> None:
     """minimal reads neither router nor seq_len; every job still finds its cell."""
     made = make(tmp_path, "router=torch,sinkhorn", "seq_len=1,2", "batch=1,2", model="minimal")

@@ -1,0 +1,171 @@
+"""The memory that a run of a configuration needs at least, by arithmetic alone: nothing is built or allocated.
+
+Each part is a lower bound of what is in memory at the same time while a run is verified: its own output beside the pass
+of the fp32 reference. So what does not fit cannot run, and what fits may still not: an implementation may need more.
+A user's own model is not known, and not estimated. The names of sizes are those of conf/model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from moe_lab.errors import UnavailableError
+from moe_lab.measure import memory
+from moe_lab.models import checkpoint_config
+from moe_lab.runs.verify_decode import TOKENS_AT_ONCE
+
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_ID, _FP32 = 8, 4
+_LAYER_OBJECTS = 40_000  # bytes of the host: the modules of a layer and of its twin, without their tensors
+_TIGHT = 0.8  # of what is there: above it, a run is warned of
+
+_SIZES = ("hidden", "n_layers", "n_experts", "vocab_size", "d_model", "mlp_hidden_dim")
+_KEYS = {
+    "modules": "model.n_layers",
+    "input": "batch or seq_len",
+    "cache": "batch, seq_len or workload.context_len",
+    "output": "batch or seq_len",
+    "activations": "batch or seq_len",
+}
+"""What to lower for each part but the parameters."""
+
+Config = Mapping[Any, Any]
+
+
+Parts = dict[str, int]
+"""Bytes by part. `modules` are on the host, the others on the device."""
+
+
+def estimate(config: Config) -> Parts | None:
+    """Bytes at least, of a checked configuration, composed or of a record; None for a model that is not the package's.
+
+    Raises:
+        ValueError: the config.json of a checkpoint cannot be read.
+    """
+    kinds = {"minimal": _minimal, "layer_only": _moe_layer, "router_only": _router}
+    kinds |= {"decoder_moe": _decoder, "transformer_decoder": _decoder, "checkpoint": _decoder}
+    package, _, rest = str(config["model"]["_target_"]).partition(".models.")
+    kind = kinds.get(rest.partition(".")[0])
+    if package != "moe_lab" or kind is None:
+        return None
+    return kind(config, _BYTES[config["dtype"]["name"]])
+
+
+def refusal(config: Config, device: torch.device) -> str | None:
+    """Why a run cannot have the memory that it needs on `device`; None if it may, or if the system does not tell."""
+    for place, parts in _by_place(config, device):
+        needed, there = sum(parts.values()), memory.available_bytes(place)
+        if there is not None and needed > there + (memory.swap_bytes() if place.type == "cpu" else 0):
+            most = max(parts, key=lambda part: parts[part])
+            keys = _sizes_of(config["model"]) if most == "parameters" else _KEYS[most]
+            return (
+                f"memory: needs at least {_amount(needed)} ({most}: {_amount(parts[most])}), but this {place.type} has "
+                f"{_amount(there)}; lower {keys}"
+            )
+    return None
+
+
+def _sizes_of(model: Config) -> str:
+    """The keys that decide how many parameters there are."""
+    prefix, node = ("model.shape", model["shape"]) if "shape" in model else ("model", model)
+    keys = [f"{prefix}.{key}" for key in _SIZES if key in node]
+    return " or ".join([", ".join(keys[:-1]), keys[-1]] if len(keys) > 1 else keys or ["dtype"])
+
+
+def _by_place(config: Config, device: torch.device) -> Iterator[tuple[torch.device, Parts]]:
+    parts = estimate(config) or {}
+    host = parts if device.type == "cpu" else {"modules": parts.pop("modules", 0)}
+    if device.type != "cpu":
+        yield device, parts
+    yield torch.device("cpu"), host
+
+
+def require_memory(config: Config, device: torch.device) -> None:
+    """Raise `UnavailableError` for a run that cannot have the memory that it needs."""
+    if (reason := refusal(config, device)) is not None:
+        raise UnavailableError(reason)
+
+
+def warning(config: Config, device: torch.device) -> str | None:
+    """A warning for a run that needs most of the memory; None for the others."""
+    for place, parts in _by_place(config, device):
+        needed, there = sum(parts.values()), memory.available_bytes(place)
+        if there is not None and needed > _TIGHT * there:
+            return (
+                f"memory: needs at least {_amount(needed)}, and this {place.type} has {_amount(there)}; the run may be "
+                "ended by the system."
+            )
+    return None
+
+
+def _amount(n: int) -> str:
+    return f"{n / 1e9:,.0f} GB" if n >= 1e11 else f"{n / 1e9:.3g} GB" if n >= 1e9 else f"{n / 1e6:.3g} MB"
+
+
+def _minimal(config: Config, size: int) -> Parts:
+    n, hidden = config["batch"], config["model"]["hidden"]
+    return {
+        "parameters": hidden * hidden * size,
+        "input": n * hidden * size,
+        "output": n * hidden * size,
+        "activations": 3 * n * hidden * _FP32,  # the product, its sum with the input, the norm of that
+    }
+
+
+def _moe_layer(config: Config, size: int) -> Parts:
+    shape, n = config["model"]["shape"], config["batch"] * config["seq_len"]
+    E, D, F = shape["n_experts"], shape["d_model"], shape["mlp_hidden_dim"]
+    return {
+        "parameters": E * (D + 3 * D * F) * size,
+        "input": n * D * size,
+        "output": n * D * size,
+        "activations": n * D * _FP32 + (n * D * _FP32 if size != _FP32 else 0),  # the output, the input in fp32
+    }
+
+
+def _router(config: Config, size: int) -> Parts:
+    shape, n = config["model"]["shape"], config["batch"] * config["seq_len"]
+    E, D = shape["n_experts"], shape["d_model"] if config["model"]["gate"] else 0
+    return {
+        "parameters": E * D * size,
+        "input": n * (D or E) * size,
+        "activations": n * E * _FP32,  # the scores
+    }
+
+
+def _decoder(config: Config, size: int) -> Parts:
+    model, dense = _sizes(config["model"])
+    V, D, L, F = (model[key] for key in ("vocab_size", "d_model", "n_layers", "mlp_hidden_dim"))
+    E, shared = model.get("n_experts", 0), model.get("shared_expert_hidden_dim", 0)
+    H = model["n_heads"]
+    kv, d = model.get("n_kv_heads") or H, model.get("head_dim") or D // H
+    dense_F = model.get("dense_hidden_dim") or F
+    attention, mlp, moe = D * d * (2 * H + 2 * kv), 3 * D * dense_F, E * (D + 3 * D * F) + 3 * D * shared
+    parameters = V * D * (1 if model["tie_embeddings"] else 2) + L * attention + dense * mlp + (L - dense) * moe
+    B, S, phase = config["batch"], config["seq_len"], config["workload"].get("phase", "forward")
+    N = S + (config["workload"]["context_len"] if phase == "decode" else 0)
+    # The reference passes over whole sequences: all at once, or while decoding as many as make a pass.
+    rows = min(B, max(1, TOKENS_AT_ONCE // N)) if phase == "decode" else B
+    T, last = rows * N, 1 if phase == "prefill" else S
+    head = rows * last * (3 * D + V) + (V * D if size != _FP32 else 0)  # the weight is cast
+    attend = T * (2 * D + 2 * (H + kv) * d + kv * d)  # before and after the rotation
+    feed = T * (2 * D + (4 * dense_F if dense else 0))
+    return {
+        "parameters": parameters * size,
+        "modules": L * _LAYER_OBJECTS,
+        "input": B * N * _ID + 2 * N * d * _FP32,  # and the tables of the rotation
+        "cache": 0 if phase == "forward" else 2 * L * B * N * kv * d * size,
+        "output": B * last * V * size * (2 if phase == "decode" else 1),  # of each step, and of all together
+        "activations": max(head, attend, feed) * _FP32,
+    }
+
+
+def _sizes(model: Config) -> tuple[Config, int]:
+    """(the keys of decoder_moe, how many layers are dense)."""
+    if "path" in model:
+        settings = checkpoint_config.read(model["path"])
+        return settings.decoder, len(settings.dense_layers)
+    return model, model["n_dense_layers"] if "n_experts" in model else model["n_layers"]

@@ -1,0 +1,101 @@
+"""Compositions that share what they have in common are those that Hydra makes one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra.core.config_loader import ConfigLoader
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from moe_lab.config import many_compositions
+from moe_lab.config.compose import composing_multirun
+
+JOBS = (
+    ["batch=1"],
+    ["batch=2"],
+    ["batch=2", "seq_len=8"],
+    ["router=sinkhorn", "batch=2"],
+    ["router=sinkhorn", "router.n_iter=3", "batch=1"],
+    ["router=softmax_topk", "batch=2"],
+    ["experts=loop", "model.n_layers=3"],
+    ["model=decoder_moe", "router@measure.reference_router=torch"],
+    ["model=decoder_moe", "router@measure.reference_router=sinkhorn", "batch=2"],
+    ["model=moe_layer", "model/shape=tiny"],
+    ["model=moe_layer", "+model.shape.note=a", "batch=2"],
+    ["+extra={a: [1, 2]}"],
+    ["+extra={a: [1, 3]}"],
+    ["~measure.roofline"],
+    ["hydra.job.name=x", "batch=1"],
+    ["experiment=router_swap", "batch=1"],
+    ["experiment=router_swap", "batch=3", "name='a b=c'"],
+    ["batch=1"],
+)
+
+
+def _composed(loader: ConfigLoader, master: DictConfig, overrides: list[str]) -> tuple[str, object]:
+    """The configuration with its flags and interpolations, or the error."""
+    try:
+        cfg = loader.load_sweep_config(master, list(overrides))
+    except HydraException as error:
+        return f"{type(error).__name__}: {error}", None
+    flags = [OmegaConf.is_struct(cfg[key]) for key in cfg if OmegaConf.is_dict(cfg[key])]
+    types = [OmegaConf.get_type(cfg, str(key)) for key in cfg]
+    return OmegaConf.to_yaml(cfg), (flags, types, OmegaConf.is_struct(cfg), cfg.hydra.runtime.choices)
+
+
+@pytest.mark.parametrize("typed", [pytest.param([], id="plain"), pytest.param(["model=decoder_moe"], id="option")])
+def test_equal_to_hydras_own(typed: list[str]) -> None:
+    """In any order, and again after a job was changed."""
+    with composing_multirun(typed, None) as (loader, master):
+        alone = [_composed(loader, master, job) for job in JOBS]
+        many_compositions.remember(loader)
+        for _ in range(2):
+            assert [_composed(loader, master, job) for job in JOBS] == alone
+        assert sum(known is not None for _, known in alone) >= 14
+        changed = loader.load_sweep_config(master, ["batch=1"])
+        changed.router.name, changed.hydra.job.name = "changed", "changed"
+        changed.overrides = ["changed"]
+        assert _composed(loader, master, ["batch=1"]) == alone[0]
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        pytest.param(["router=nothing"], "Could not find 'router/nothing'", id="option"),
+        pytest.param(["nothing=1"], "Could not override 'nothing'", id="key"),
+        pytest.param(["batch=[1"], "no viable alternative", id="grammar"),
+        pytest.param(["+router@x.y=torch", "x.y.z=1"], "Key 'x' not in", id="added"),
+    ],
+)
+def test_a_mistake_is_raised_each_time(job: list[str], message: str) -> None:
+    """Nothing of it is remembered."""
+    with composing_multirun([], None) as (loader, master):
+        many_compositions.remember(loader)
+        for _ in range(2):
+            with pytest.raises(HydraException, match=message):
+                loader.load_sweep_config(master, job)
+
+
+def test_a_search_path_of_its_own(tmp_path: Path) -> None:
+    """A job that searches in another folder finds its options there, the next one does not."""
+    (tmp_path / "router").mkdir()
+    (tmp_path / "router" / "mine.yaml").write_text("name: mine\n_target_: moe_lab.routers.sinkhorn.Sinkhorn\n")
+    with composing_multirun([], None) as (loader, master):
+        many_compositions.remember(loader)
+        loader.load_sweep_config(master, ["router=sinkhorn"])
+        found = loader.load_sweep_config(master, [f"hydra.searchpath=[file://{tmp_path}]", "router=mine"])
+        assert found.router.name == "mine"
+        with pytest.raises(HydraException):
+            loader.load_sweep_config(master, ["router=mine"])
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was forgotten is composed again."""
+    monkeypatch.setattr(many_compositions, "_MOST", 1)
+    jobs = [["router=sinkhorn"], ["router=torch"], ["router=sinkhorn"]]
+    with composing_multirun([], None) as (loader, master):
+        many_compositions.remember(loader)
+        assert [loader.load_sweep_config(master, job).router.name for job in jobs] == ["sinkhorn", "torch", "sinkhorn"]
+        assert len(loader.repository.defaults) == 1
