@@ -1,7 +1,6 @@
 """The weights of a Hugging Face checkpoint: which tensor of which file goes where, and the loading. safetensors only.
 
-Which layout a checkpoint has is read off its keys: experts one by one (`experts.3.up_proj`, or Mixtral's w1, w2, w3) or
-stacked. Files are memory-mapped one after the other and every tensor is copied straight to its place in the model's own
+Files are memory-mapped one after the other and every tensor is copied straight to its place in the model's own
 parameters, on their device and in their dtype, so that the host never holds more than the pages of one file.
 """
 
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_lab.models.checkpoint_keys import parse_object, read_object, shown
+from moe_lab.models.checkpoint_names import WHOLE, Source, sources
 from moe_lab.terminal import Console
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,81 +31,6 @@ _OF_NO_USE = re.compile(r".*rotary_emb\.inv_freq$")  # computed anew
 _THREADS = min(8, os.cpu_count() or 1)
 _SHOWN = 6  # keys that a message names
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
-
-_ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
-_LAYER = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "mlp_norm.weight": "post_attention_layernorm.weight",
-    "mlp.down.weight": "mlp.down_proj.weight",
-    "mlp.shared.mlp.down.weight": "mlp.shared_expert.down_proj.weight",
-    "mlp.shared.gate.weight": "mlp.shared_expert_gate.weight",
-}
-_WHOLE = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-_GATE_UP = {"mlp.gate_up.weight": "mlp", "mlp.shared.mlp.gate_up.weight": "mlp.shared_expert"}
-_EXPERTS = (  # the MoE block, and how it calls gate, up and down of one expert
-    ("mlp", ("gate_proj", "up_proj", "down_proj")),
-    ("block_sparse_moe", ("w1", "w3", "w2")),
-)
-
-
-class Source(NamedTuple):
-    """The tensor `key` of the checkpoint belongs into `parameter[place]`."""
-
-    key: str
-    place: tuple[Any, ...] = ()
-
-
-def sources(name: str, shape: Sequence[int]) -> list[list[Source]]:
-    """For each known layout, the checkpoint tensors that make up our parameter `name`."""
-    if name in _WHOLE:
-        return [[Source(_WHOLE[name])]]
-    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-    if match is None:
-        return []
-    prefix, rest = f"model.layers.{match[1]}", match[2]
-    if rest in _LAYER:
-        return [[Source(f"{prefix}.{_LAYER[rest]}")]]
-    if rest.startswith("attention."):
-        _, part, kind = rest.split(".")
-        return [[Source(f"{prefix}.self_attn.{_ATTENTION[part]}.{kind}")]]
-    if rest in _GATE_UP:
-        half = shape[0] // 2
-        gate, up = slice(0, half), slice(half, None)
-        block = f"{prefix}.{_GATE_UP[rest]}"
-        return [[Source(f"{block}.gate_proj.weight", (gate,)), Source(f"{block}.up_proj.weight", (up,))]]
-    return _expert_sources(rest, prefix, shape)
-
-
-def _expert_sources(rest: str, prefix: str, shape: Sequence[int]) -> list[list[Source]]:
-    if rest == "mlp.weights.gate_ED":
-        return [[Source(f"{prefix}.{block}.gate.weight")] for block, _ in _EXPERTS]
-    experts = range(shape[0])
-    if rest == "mlp.weights.w_gate_up_E2FD":
-        gate, up = slice(0, shape[1] // 2), slice(shape[1] // 2, None)
-        return [
-            *(
-                [
-                    Source(f"{prefix}.{block}.experts.{expert}.{name}.weight", (expert, half))
-                    for expert in experts
-                    for name, half in ((names[0], gate), (names[1], up))
-                ]
-                for block, names in _EXPERTS
-            ),
-            [Source(f"{prefix}.mlp.experts.gate_up_proj")],
-        ]
-    if rest == "mlp.weights.w_down_EDF":
-        return [
-            *(
-                [Source(f"{prefix}.{block}.experts.{expert}.{names[2]}.weight", (expert,)) for expert in experts]
-                for block, names in _EXPERTS
-            ),
-            [Source(f"{prefix}.mlp.experts.down_proj")],
-        ]
-    return []
 
 
 class Found(NamedTuple):
@@ -195,12 +120,12 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
             one line.
     """
     copies, missing, wrong = [], [], []
-    expected = {_WHOLE["head.weight"]} if tied else set()
-    only_head = tied and _WHOLE["embed.weight"] not in found and _WHOLE["head.weight"] in found
+    expected = {WHOLE["head.weight"]} if tied else set()
+    only_head = tied and WHOLE["embed.weight"] not in found and WHOLE["head.weight"] in found
     for name, layout in _layouts(parameters, found).items():
         for source in layout:
             if only_head and name == "embed.weight":  # of two names for a matrix some files keep this one
-                source = Source(_WHOLE["head.weight"])
+                source = Source(WHOLE["head.weight"])
             expected.add(source.key)
             if (there := found.get(source.key)) is None:
                 missing.append(source.key)
@@ -221,10 +146,10 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
     if complaints:
         folder = next((there.file.parent for there in found.values()), "")
         raise ValueError(f"model.path={folder}: the tensors do not match config.json: {'; '.join(complaints)}.")
-    head, embedding = (found.get(_WHOLE[name]) for name in ("head.weight", "embed.weight"))
+    head, embedding = (found.get(WHOLE[name]) for name in ("head.weight", "embed.weight"))
     if tied and head is not None and embedding is not None and not _same_bytes(head, embedding):
         raise ValueError(
-            f"model.path: {head.file} has a separate {_WHOLE['head.weight']}, but config.json says "
+            f"model.path: {head.file} has a separate {WHOLE['head.weight']}, but config.json says "
             "tie_word_embeddings; set it to false."
         )
     return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moe_lab.measure import memory
 from moe_lab.models import checkpoint_weights
-from moe_lab.models.checkpoint_weights import SINGLE, Copy, Found, execute, files, headers, plan, sources
+from moe_lab.models.checkpoint_names import sources
+from moe_lab.models.checkpoint_weights import SINGLE, Copy, Found, execute, files, headers, plan
 from moe_lab.models.parameters import shareable
 from tests.models.checkpoints import (
     LAYERS,
