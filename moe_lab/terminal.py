@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import rich.console
 from rich.console import ConsoleOptions, RenderableType
@@ -46,6 +46,16 @@ class Filtered:
 
 class Console(rich.console.Console):
     """rich's console for text from anywhere."""
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream itself: while a progress bar is shown, rich has put one of its own before `Filtered`."""
+        file = super().file
+        return getattr(file, "rich_proxied_file", file)
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Every piece of text, printable."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.progress import Progress
 
 from moe_lab.terminal import Console, Filtered, printable, write_data
 from tests import tiny
@@ -55,6 +56,18 @@ def test_what_is_printed_is_plain(text: str) -> None:
     file = io.StringIO()
     Console(file=file, force_terminal=True, width=200, highlight=False).print(text, markup=False, style="red")
     assert file.getvalue().startswith("\x1b[31m") and file.getvalue().count("\x1b") == 2
+
+
+def test_a_progress_bar_keeps_its_own_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is shown, rich puts a stream of its own before the filter."""
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", Filtered(file))
+    console = Console(stderr=True, force_terminal=True, width=80)
+    with Progress(console=console) as progress:
+        progress.add_task("a\x1b[2Jb", total=3)
+        progress.refresh()
+    assert "\x1b[2K" in file.getvalue() and "\\x1b[2K" not in file.getvalue()
+    assert "a\\x1b[2Jb" in file.getvalue()
 
 
 @given(st.text())
