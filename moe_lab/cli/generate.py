@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 import itertools
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from omegaconf import DictConfig
@@ -15,75 +15,112 @@ from torch import Tensor
 from moe_lab.config.compose import compose
 from moe_lab.measure.clocks import STEPS
 from moe_lab.measure.tolerances import exact_products
+from moe_lab.models import generation_config
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.checkpoint_keys import shown
+from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.serving import Decode
-from moe_lab.records import files
+from moe_lab.models.tokenizer import Bytes, Stream, Tokenizer
 from moe_lab.records.identity import option_name
 from moe_lab.runs import build
+from moe_lab.terminal import write_data
 
 _DEFAULTS = ("model=checkpoint", "router=native")
+_UNUSED = ("batch", "name", "measure", "export", "sweep")
+_FOR_CALIBRATION = ("seq_len", "workload")  # what a router is fitted on
+
+Say = Callable[[str], None]
 
 
-class _Bytes:
-    """A vocabulary of 256 bytes."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, token: int) -> str:
-        """What this token adds to the text so far; nothing while a character is not whole."""
-        return self._decoder.decode(bytes([token]))
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
-class _Tokenizer:
-    """A tokenizer.json."""
-
-    def __init__(self, file: str):
-        from tokenizers import Tokenizer
-        from tokenizers.decoders import DecodeStream
-
-        self._tokenizer, self._stream = (
-            Tokenizer.from_buffer(files.read_bytes(file)),
-            DecodeStream(skip_special_tokens=True),
-        )
-        self._tokenizer.no_truncation()  # a tokenizer.json may ask for both
-        self._tokenizer.no_padding()
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text).ids)
-
-    def decode(self, token: int) -> str:
-        """See `_Bytes.decode`."""
-        return self._stream.step(self._tokenizer, token) or ""
-
-
-def _tokenizer_of(model: Checkpoint) -> _Bytes | _Tokenizer:
+def _tokenizer_of(model: Checkpoint) -> Bytes | Tokenizer:
     if model.tokenizer_file is not None:
-        return _Tokenizer(str(model.tokenizer_file))
+        return Tokenizer(model.tokenizer_file, model.vocab_size)
     if model.vocab_size != 256:
         raise ValueError(
             f"model.path={model.folder}: no tokenizer.json found, and the {model.vocab_size} ids are not bytes; add "
             "the checkpoint's tokenizer.json."
         )
-    return _Bytes()
+    return Bytes()
 
 
 def choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """The next token, int64 []: the likeliest, or with a temperature one drawn from softmax(logits / temperature)."""
     if temperature == 0:
         return logits_V.argmax()
-    shares_V = (logits_V.float() / temperature).softmax(-1)
-    return torch.multinomial(shares_V, 1, generator=generator)[0]
+    below_V = logits_V.double() - logits_V.max()  # so that no temperature makes them infinite
+    return torch.multinomial((below_V / temperature).softmax(-1), 1, generator=generator)[0]
 
 
-def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float = 0.0) -> Iterator[str]:
+def _require_logits(logits_V: Tensor, position: int) -> None:
+    if not math.isfinite(logits_V.max().item()):  # NaN if any is; -inf only if all are
+        raise ValueError(
+            f"the logits of position {position} are NaN, +inf or all -inf, so no token can be chosen; check the "
+            "weights, and use dtype=bf16 or fp32 if they overflow in fp16."
+        )
+
+
+def _encode(tokenizer: Bytes | Tokenizer, prompt: str, longest: int) -> list[int]:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is not valid UTF-8 (at character {error.start}); retype it.") from error
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty; give some text to continue.")
+    if len(ids) >= longest:
+        raise ValueError(f"the prompt has {len(ids)} tokens, but the model supports at most {longest}; shorten it.")
+    return ids
+
+
+def _ends_of(model: Checkpoint, say: Say) -> frozenset[int]:
+    """The ids that end a text; `say` what the checkpoint asks for besides."""
+    given = generation_config.read(model.folder, model.vocab_size)
+    file = generation_config.FILE
+    if given.unread:
+        say(f"{file}: {', '.join(given.unread)} not used; set --temperature and --max-tokens.")
+    if given.ends is None:
+        return model.ends
+    if more := sorted(model.ends - given.ends):
+        say(f"{file}: the text ends at {sorted(given.ends)}, and not at {more} as config.json says.")
+    return given.ends
+
+
+def _say_what_is_odd(cfg: DictConfig, model: Checkpoint, say: Say) -> None:
+    """What of the model or its router makes the text another than the trained model would write."""
+    router = option_name(cfg.router)
+    for text in model.warnings():
+        say(text)
+    if untrained := model.untrained():
+        say(f"router={router}: the checkpoint has no {', '.join(untrained)} for this router; it is 0 in every layer.")
+    if not all(layer.router.causal for layer in moe_layers(model)):
+        say(
+            f"router={router} is not causal: a token's experts depend on later tokens, which a text that is being "
+            "written does not have; the text is not what this router gives for whole texts."
+        )
+
+
+def _refuse_unused(cfg: DictConfig, model: Checkpoint) -> None:
+    calibrates = any(layer.router.calibrates for layer in moe_layers(model))
+    unused = _UNUSED if calibrates else (*_UNUSED, *_FOR_CALIBRATION)
+    for override in cfg.overrides:
+        key = override.lstrip("+~").split("=", 1)[0]
+        if key.replace("@", ".").split(".")[0] in unused:
+            raise ValueError(f"{override}: generate does not use {key}; remove it.")
+
+
+def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float = 0.0, say: Say = warn) -> Iterator[str]:
     """The pieces of text that follow `prompt`, at most `max_tokens` tokens, until the model ends it.
 
+    What is left at the end of a character that did not become whole is replaced by U+FFFD. `say` gets what a person
+    should know.
+
     Raises:
-        ValueError: no checkpoint, an empty prompt, or one that leaves no room in the model's longest sequence.
+        ValueError: no checkpoint, an empty prompt, one that leaves no room in the model's longest sequence, a damaged
+            tokenizer or generation_config.json, an override without effect, or logits that are NaN.
         UnavailableError: an implementation or a device that is not here.
     """
     if not build.is_checkpoint(cfg.model):
@@ -93,50 +130,66 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
     device = build.resolve_device(cfg)
     model = build.build_model(cfg, device)
     assert isinstance(model, Checkpoint)
+    _refuse_unused(cfg, model)
     cfg.workload.phase = "decode"
     build.require_runnable(cfg, model)
     tokenizer = _tokenizer_of(model)
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise ValueError("the prompt is empty; give some text to continue.")
-    room = model.max_positions - len(ids)
-    if room < 1:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens, but the model supports at most {model.max_positions}; shorten it."
-        )
-    n = min(max_tokens, room)
+    ids, ends = _encode(tokenizer, prompt, model.max_positions), _ends_of(model, say)
+    _say_what_is_odd(cfg, model, say)
+    n = min(max_tokens, model.max_positions - len(ids))
     ids_1N = torch.zeros(1, len(ids) + n, dtype=torch.int64, device=device)
     ids_1N[0, : len(ids)] = torch.tensor(ids)
-    task = Decode(model, model.make_cache(1, ids_1N.shape[1]), len(ids) - 1)
-    if len(ids) > 1:
+    stream, without_text = Stream(tokenizer, ids), set()
+    for number, token in enumerate(_tokens(cfg, model, ids_1N, len(ids), temperature), 1):
+        if token in ends:
+            if rest := stream.end():
+                yield rest
+            break
+        if not tokenizer.has_text(token):
+            without_text.add(token)
+        yield stream.add(token) + (stream.end() if number == n else "")
+    else:
+        if n < max_tokens:
+            say(f"--max-tokens {max_tokens}: the text ends after {n}, at the model's {model.max_positions} positions.")
+    if without_text:
+        say(f"the tokenizer.json has no text for ids that were chosen: {shown(sorted(without_text))}.")
+
+
+def _tokens(cfg: DictConfig, model: Checkpoint, ids_1N: Tensor, n_prompt: int, temperature: float) -> Iterator[int]:
+    """One chosen token after the other; each is also written into `ids_1N`."""
+    task = Decode(model, model.make_cache(1, ids_1N.shape[1]), n_prompt - 1)
+    if n_prompt > 1:
         task.fill(ids_1N)
     step = STEPS[cfg.execution.name](task, ids_1N)
-    generator = torch.Generator(device).manual_seed(int(cfg.seed))
-    for position in range(len(ids), len(ids) + n):
-        token = choose(step().y[0, -1], temperature, generator)
+    generator = torch.Generator(ids_1N.device).manual_seed(int(cfg.seed))
+    for position in range(n_prompt, ids_1N.shape[1]):
+        logits_V = step().y[0, -1]
+        _require_logits(logits_V, position - 1)
+        token = choose(logits_V, temperature, generator)
         ids_1N[0, position] = token
         task.advance()
-        if int(token) in model.ends:
-            return
-        yield tokenizer.decode(int(token))
+        yield int(token)
 
 
 def main(prompt: str, overrides: Sequence[str], config_dir: str | None, max_tokens: int, temperature: float) -> None:
     """Print the prompt and what follows it as it comes; how long it took goes to standard error."""
     if max_tokens < 1:
         raise ValueError(f"--max-tokens {max_tokens}: must be an integer >= 1.")
-    if temperature < 0:
+    if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"--temperature {temperature}: must be a number >= 0.")
     cfg = compose([*_DEFAULTS, *overrides], config_dir=config_dir)
     stamps = []
     with exact_products():
         pieces = generate(cfg, prompt, max_tokens, temperature)
-        first = next(pieces, None)  # a mistake is found before anything is printed
-        print(prompt, end="")
-        for piece in [] if first is None else itertools.chain([first], pieces):
-            print(piece, end="", flush=True)
-            stamps.append(time.perf_counter())
-    print()
+        first = next(pieces, "")  # a mistake is found before anything is printed
+        write_data(prompt)
+        try:
+            for piece in itertools.chain([first], pieces):
+                write_data(piece)
+                sys.stdout.flush()
+                stamps.append(time.perf_counter())
+        finally:
+            print()
     if len(stamps) > 1:
         ms = (stamps[-1] - stamps[0]) * 1e3 / (len(stamps) - 1)
         text = f"{len(stamps)} tokens, {ms:.3g} ms each after the first (execution={cfg.execution.name})"

@@ -29,7 +29,7 @@ def make(overrides: list[str], config_dir: str | None) -> Plan:
 def show(overrides: list[str], config_dir: str | None) -> None:
     """Print every cell with what would be done about it, and how long that would take."""
     plan = make(overrides, config_dir)
-    contents = [variants.named(cell.content, cell.config) for cell in plan.cells]
+    contents = variants.all_named([cell.content for cell in plan.cells], [cell.config for cell in plan.cells])
     models, workloads = (variants.labels(contents, (key,)) for key in ("model", "workload"))
     differ = len(set(workloads)) > 1
     rows = []

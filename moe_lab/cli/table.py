@@ -123,7 +123,8 @@ def print_sweep(records: Sequence[Record], compare: Sequence[str]) -> None:
     """
     skipped = Counter(record.reason for record in records if record.status == "skipped")
     records = [record for record in records if record.reason != "excluded"]
-    contents = [variants.named(identity.content(record.config), record.config) for record in records]
+    configs = [record.config for record in records]
+    contents = variants.all_named([identity.content(config) for config in configs], configs)
     shown = {"variant": variants.labels(contents, compare)}
     for key in ("model", "workload", "dtype", "device"):
         labels = variants.labels(contents, (key,))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -163,22 +163,32 @@ def _validate_model(cfg: DictConfig) -> None:
 def _validate_decoder(model: DictConfig) -> None:
     if "n_heads" not in model:
         return
-    if model.head_dim is None and model.d_model % model.n_heads:
-        raise ValueError(
-            f"model.n_heads={model.n_heads}: must divide model.d_model={model.d_model}; "
-            "choose a divisor or set model.head_dim."
-        )
-    head_dim = model.head_dim or model.d_model // model.n_heads
-    if head_dim % 2:
-        raise ValueError(
-            f"model.head_dim={head_dim}: must be even, because rotary embeddings rotate pairs of dimensions."
-        )
-    if model.n_kv_heads is not None and model.n_heads % model.n_kv_heads:
-        raise ValueError(f"model.n_kv_heads={model.n_kv_heads}: must divide model.n_heads={model.n_heads}.")
+    mistake = head_mistake(model.d_model, model.n_heads, model.n_kv_heads, model.head_dim, lambda key: f"model.{key}")
+    if mistake is not None:
+        raise ValueError(mistake)
     if model.get("n_dense_layers", 0) > model.n_layers:
         raise ValueError(f"model.n_dense_layers={model.n_dense_layers}: must be <= model.n_layers={model.n_layers}.")
     if model.get("shared_expert_gate") and not model.shared_expert_hidden_dim:
         raise ValueError("model.shared_expert_gate=true: also set model.shared_expert_hidden_dim.")
+
+
+def head_mistake(
+    d_model: int, n_heads: int, n_kv_heads: int | None, head_dim: int | None, name: Callable[[str], str]
+) -> str | None:
+    """What is wrong with the heads of a decoder, if anything; `name` gives the name under which a size was set."""
+    if head_dim is None and d_model % n_heads:
+        return (
+            f"{name('n_heads')}={n_heads}: must divide {name('d_model')}={d_model}; "
+            f"choose a divisor or set {name('head_dim')}."
+        )
+    if (head_dim or d_model // n_heads) % 2:
+        return (
+            f"{name('head_dim')}={head_dim or d_model // n_heads}: must be even, because rotary embeddings rotate "
+            "pairs of dimensions."
+        )
+    if n_kv_heads is not None and n_heads % n_kv_heads:
+        return f"{name('n_kv_heads')}={n_kv_heads}: must divide {name('n_heads')}={n_heads}."
+    return None
 
 
 def _validate_router(cfg: DictConfig, group: str) -> None:

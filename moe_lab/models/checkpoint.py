@@ -6,6 +6,7 @@ What kind of decoder it is says its config.json (`checkpoint_config`); its weigh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,11 +33,11 @@ class Checkpoint(DecoderMoE):
     def __init__(self, *, path: str, make_router: MakeRouter, experts: Experts, implementation: str):
         settings = checkpoint_config.read(path)
         self.folder, self._dense_layers = Path(path), settings.dense_layers
-        self.max_positions, self.ends = settings.max_positions, settings.ends
+        self.max_positions, self.ends, self.unread = settings.max_positions, settings.ends, settings.unread
         keys = {**settings.decoder, "n_dense_layers": 0}  # `is_dense` says which layers are
         super().__init__(make_router=make_router, experts=experts, implementation=implementation, **keys)
         file = self.folder / TOKENIZER
-        self.tokenizer_file = file if file.is_file() else None
+        self.tokenizer_file = file if os.path.lexists(file) else None
 
     def is_dense(self, layer: int) -> bool:
         """See `DecoderMoE.is_dense`."""
@@ -57,6 +58,15 @@ class Checkpoint(DecoderMoE):
         assert wanted.keys() == trained
         tensors = checkpoint_weights.headers(checkpoint_weights.files(self.folder))
         checkpoint_weights.execute(checkpoint_weights.plan(wanted, tensors, self.head.weight is self.embed.weight))
+
+    def warnings(self) -> list[str]:
+        """What a person should know of its config.json."""
+        if not self.unread:
+            return []
+        return [
+            f"model.path: {self.folder / checkpoint_config.CONFIG} has keys that moe-lab does not use: "
+            f"{', '.join(self.unread)}; if one changes what the model computes, the results are not the model's."
+        ]
 
     def untrained(self) -> list[str]:
         """What its routers have that neither the checkpoint holds nor calibration fits, as `bias_E`."""

@@ -1,12 +1,12 @@
 """The weights of a Hugging Face checkpoint: which tensor of which file goes where, and the loading. safetensors only.
 
-Which layout a checkpoint has is read off its keys: experts one by one (`experts.3.up_proj`, or Mixtral's w1, w2, w3) or
-stacked. Files are memory-mapped one after the other and every tensor is copied straight to its place in the model's own
+Files are memory-mapped one after the other and every tensor is copied straight to its place in the model's own
 parameters, on their device and in their dtype, so that the host never holds more than the pages of one file.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_lab.records.files import MOST_BYTES, parse_json, read_json, require_plain
+from moe_lab.models.checkpoint_keys import parse_object, read_object, shown
+from moe_lab.models.checkpoint_names import WHOLE, Source, sources
+from moe_lab.records.files import require_plain
 from moe_lab.terminal import Console
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,81 +31,7 @@ _DTYPES = ("F32", "F16", "BF16")
 _OF_NO_USE = re.compile(r".*rotary_emb\.inv_freq$")  # computed anew
 _THREADS = min(8, os.cpu_count() or 1)
 _SHOWN = 6  # keys that a message names
-
-_ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
-_LAYER = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "mlp_norm.weight": "post_attention_layernorm.weight",
-    "mlp.down.weight": "mlp.down_proj.weight",
-    "mlp.shared.mlp.down.weight": "mlp.shared_expert.down_proj.weight",
-    "mlp.shared.gate.weight": "mlp.shared_expert_gate.weight",
-}
-_WHOLE = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-_GATE_UP = {"mlp.gate_up.weight": "mlp", "mlp.shared.mlp.gate_up.weight": "mlp.shared_expert"}
-_EXPERTS = (  # the MoE block, and how it calls gate, up and down of one expert
-    ("mlp", ("gate_proj", "up_proj", "down_proj")),
-    ("block_sparse_moe", ("w1", "w3", "w2")),
-)
-
-
-class Source(NamedTuple):
-    """The tensor `key` of the checkpoint belongs into `parameter[place]`."""
-
-    key: str
-    place: tuple[Any, ...] = ()
-
-
-def sources(name: str, shape: Sequence[int]) -> list[list[Source]]:
-    """For each known layout, the checkpoint tensors that make up our parameter `name`."""
-    if name in _WHOLE:
-        return [[Source(_WHOLE[name])]]
-    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-    if match is None:
-        return []
-    prefix, rest = f"model.layers.{match[1]}", match[2]
-    if rest in _LAYER:
-        return [[Source(f"{prefix}.{_LAYER[rest]}")]]
-    if rest.startswith("attention."):
-        _, part, kind = rest.split(".")
-        return [[Source(f"{prefix}.self_attn.{_ATTENTION[part]}.{kind}")]]
-    if rest in _GATE_UP:
-        half = shape[0] // 2
-        gate, up = slice(0, half), slice(half, None)
-        block = f"{prefix}.{_GATE_UP[rest]}"
-        return [[Source(f"{block}.gate_proj.weight", (gate,)), Source(f"{block}.up_proj.weight", (up,))]]
-    return _expert_sources(rest, prefix, shape)
-
-
-def _expert_sources(rest: str, prefix: str, shape: Sequence[int]) -> list[list[Source]]:
-    if rest == "mlp.weights.gate_ED":
-        return [[Source(f"{prefix}.{block}.gate.weight")] for block, _ in _EXPERTS]
-    experts = range(shape[0])
-    if rest == "mlp.weights.w_gate_up_E2FD":
-        gate, up = slice(0, shape[1] // 2), slice(shape[1] // 2, None)
-        return [
-            *(
-                [
-                    Source(f"{prefix}.{block}.experts.{expert}.{name}.weight", (expert, half))
-                    for expert in experts
-                    for name, half in ((names[0], gate), (names[1], up))
-                ]
-                for block, names in _EXPERTS
-            ),
-            [Source(f"{prefix}.mlp.experts.gate_up_proj")],
-        ]
-    if rest == "mlp.weights.w_down_EDF":
-        return [
-            *(
-                [Source(f"{prefix}.{block}.experts.{expert}.{names[2]}.weight", (expert,)) for expert in experts]
-                for block, names in _EXPERTS
-            ),
-            [Source(f"{prefix}.mlp.experts.down_proj")],
-        ]
-    return []
+_LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 class Found(NamedTuple):
@@ -121,8 +49,10 @@ def files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     try:
-        index = read_json(folder / INDEX)
+        index = read_object(folder / INDEX)
         names = sorted({str(name) for name in index["weight_map"].values()})
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{shown(outside[0])} is not the name of a file in this folder")
     except FileNotFoundError:
         others = sorted(path.name for path in folder.glob("*.bin"))
         more = f" ({others[0]} is a pickle and cannot be loaded; convert it to safetensors)" if others else ""
@@ -147,13 +77,15 @@ def headers(paths: Sequence[Path]) -> dict[str, Found]:
                 raise ValueError("incomplete header")
             with path.open("rb") as stream:
                 size = int.from_bytes(stream.read(8), "little")
-                if size > min(os.path.getsize(path), MOST_BYTES):
+                if size > min(os.path.getsize(path), _LARGEST_HEADER):
                     raise ValueError("incomplete header")
-                header = parse_json(stream.read(size).decode())
+                header = parse_object(stream.read(size))
             header.pop("__metadata__", None)
             for key, entry in header.items():
                 start, stop = entry["data_offsets"]
-                tensors[key] = Found(path, tuple(entry["shape"]), entry["dtype"], 8 + size + start, stop - start)
+                tensor = Found(path, tuple(entry["shape"]), entry["dtype"], 8 + size + start, stop - start)
+                _require_same(key, tensor, tensors.get(key, tensor))
+                tensors[key] = tensor
             end = max(
                 (tensor.start + tensor.n_bytes for tensor in tensors.values() if tensor.file == path), default=8 + size
             )
@@ -162,6 +94,12 @@ def headers(paths: Sequence[Path]) -> dict[str, Found]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"model.path: {path} is damaged ({error}); download the file again.") from error
     return tensors
+
+
+def _require_same(key: str, tensor: Found, other: Found) -> None:
+    """Some converters leave a tensor in two files; then both must hold the same."""
+    if tensor is not other and not _same_bytes(tensor, other):
+        raise ValueError(f"{shown(key)} has other values in {other.file.name}")
 
 
 class Copy(NamedTuple):
@@ -185,9 +123,12 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
             one line.
     """
     copies, missing, wrong = [], [], []
-    expected = {"lm_head.weight"} if tied else set()
+    expected = {WHOLE["head.weight"]} if tied else set()
+    only_head = tied and WHOLE["embed.weight"] not in found and WHOLE["head.weight"] in found
     for name, layout in _layouts(parameters, found).items():
         for source in layout:
+            if only_head and name == "embed.weight":  # of two names for a matrix some files keep this one
+                source = Source(WHOLE["head.weight"])
             expected.add(source.key)
             if (there := found.get(source.key)) is None:
                 missing.append(source.key)
@@ -208,10 +149,10 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
     if complaints:
         folder = next((there.file.parent for there in found.values()), "")
         raise ValueError(f"model.path={folder}: the tensors do not match config.json: {'; '.join(complaints)}.")
-    head, embedding = (found.get(_WHOLE[name]) for name in ("head.weight", "embed.weight"))
+    head, embedding = (found.get(WHOLE[name]) for name in ("head.weight", "embed.weight"))
     if tied and head is not None and embedding is not None and not _same_bytes(head, embedding):
         raise ValueError(
-            f"model.path: {head.file} has a separate {_WHOLE['head.weight']}, but config.json says "
+            f"model.path: {head.file} has a separate {WHOLE['head.weight']}, but config.json says "
             "tie_word_embeddings; set it to false."
         )
     return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))
@@ -249,10 +190,10 @@ def _some(keys: Sequence[str]) -> str:
 
 
 def execute(copies: Sequence[Copy]) -> None:
-    """Copy, with a progress bar if standard error is a terminal.
+    """Copy, with a progress bar if standard error is a terminal. Every value is looked at.
 
     Raises:
-        ValueError: a file that cannot be read.
+        ValueError: a file that cannot be read, or a value that is NaN or infinite.
     """
     with _progress(sum(copy.found.n_bytes for copy in copies)) as advance:
         by_file: dict[Path, list[Copy]] = {}
@@ -272,12 +213,36 @@ def _execute(path: Path, copies: Sequence[Copy], advance: Callable[[int], None])
 
     def one(copy: Copy) -> int:
         with torch.inference_mode(mode):
-            copy.target.copy_(handle.get_tensor(copy.key))
+            tensor = handle.get_tensor(copy.key)
+            copy.target.copy_(tensor)
+            _require_finite(copy, tensor)
         return copy.found.n_bytes
 
     with safe_open(path, framework="pt") as handle, ThreadPoolExecutor(_THREADS) as pool:
         for n_bytes in pool.map(one, copies):
             advance(n_bytes)
+
+
+def _require_finite(copy: Copy, tensor: Tensor) -> None:
+    """Raise `ValueError` if a value that was copied is NaN or infinite. It is looked at where it now lies."""
+    if _is_finite(copy.target):
+        return
+    if _is_finite(tensor):
+        dtype = str(copy.target.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"model.path: {copy.found.file}: {shown(copy.key)} has values that are too large for {dtype}; use another "
+            "dtype."
+        )
+    n_bad = int(tensor.isfinite().logical_not().sum())
+    raise ValueError(
+        f"model.path: {copy.found.file}: {shown(copy.key)} has {n_bad} values that are NaN or infinite; download the "
+        "file again."
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """In one pass and without a copy: of values with a NaN the least and the greatest are NaN."""
+    return not tensor.numel() or all(math.isfinite(value.item()) for value in tensor.aminmax())
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def _yarn(f: Tensor, head_dim: int, theta: float, scaling: Mapping[str, Any]) ->
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, device="cpu", dtype=torch.float32) - low) / max(high - low, 1e-3)
+    ramp = (torch.arange(head_dim // 2, device="cpu", dtype=torch.float32) - low) / (high - low or 1e-3)
     kept = 1 - ramp.clamp(0, 1)
     return kept * f + (1 - kept) * f / factor, _yarn_attention_factor(factor, scaling)
 

@@ -75,10 +75,10 @@ def read_json(path: str | Path) -> Any:
     return parse_json(read_text(path))
 
 
-def parse_json(text: str) -> Any:
-    """See `read_json`."""
+def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
+    """See `read_json`; a decoder may have more to object to."""
     try:
-        content = _DECODER.decode(text)
+        content = (decoder or _DECODER).decode(text)
     except RecursionError:
         raise _too_deep() from None
     if text.count("{") + text.count("[") > DEEPEST:  # else it cannot be so deep

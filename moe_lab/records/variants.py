@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from moe_lab.records import identity
@@ -47,6 +48,19 @@ def named(content: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, An
     if workload.get("load") == "replay":  # and not by where the tokens come from
         result["workload"] = {**workload, "name": "replay"}
     return result
+
+
+def all_named(contents: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """As `named`; checkpoints in folders of one name are called by as much of their paths as tells them apart."""
+    results = [named(*pair) for pair in zip(contents, configs, strict=True)]
+    paths = [Path(str(config["model"].get("path", ""))) for config in configs]
+    for result, path in zip(results, paths, strict=True):
+        namesakes = {other.parts for other in paths if other.name == path.name}
+        if "path" in result["model"] and len(namesakes) > 1:
+            longest = max(map(len, namesakes))
+            n = next(n for n in range(1, longest + 1) if len({parts[-n:] for parts in namesakes}) == len(namesakes))
+            result["model"] = {**result["model"], "name": "/".join(path.parts[-n:])}
+    return results
 
 
 def _name(node: Any) -> str:

@@ -129,6 +129,7 @@ class Run:
             self.warnings += [text for text in texts if text not in self.warnings]
         if not isinstance(built.model, Checkpoint):
             return
+        self.warnings += built.model.warnings()
         if self.cfg.workload.get("name") == "random":
             self.warnings.append(
                 "workload=random: a trained model routes random ids differently from text, so load and latency are "

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_lab.models.tokenizer import Tokenizer
 from moe_lab.records import files
 from moe_lab.records.inputs import text_files
 
@@ -101,14 +102,10 @@ def _stamp(file: Path) -> _Stamp:
 def _read(texts: tuple[_Stamp, ...], vocab_size: int, tokenizer: _Stamp | None) -> tuple[Domain, ...]:
     files = [text.file for text in texts]
     contents = [_content(file) for file in files]
-    tokens = [_bytes(text) for text in contents] if tokenizer is None else _encoded(contents, tokenizer.file)
-    for ids_N, _ in tokens:
-        if len(ids_N) and int(ids_N.max()) >= vocab_size:
-            assert tokenizer is not None
-            raise ValueError(
-                f"workload=text: {tokenizer.file} gives the id {int(ids_N.max())}, but the model has {vocab_size} ids; "
-                "use the checkpoint's own tokenizer.json."
-            )
+    if tokenizer is None:
+        tokens = [_bytes(text) for text in contents]
+    else:
+        tokens = _encoded(contents, Tokenizer(tokenizer.file, vocab_size, "workload=text"))
     return tuple(
         Domain(name, torch.from_numpy(ids_N), torch.from_numpy(byte_ends_N))
         for name, (ids_N, byte_ends_N) in zip(_names(files), tokens, strict=True)
@@ -152,23 +149,12 @@ def _bytes(text: str) -> tuple[np.ndarray, np.ndarray]:
     return ids_N, np.arange(1, len(ids_N) + 1)
 
 
-def _encoded(texts: Sequence[str], tokenizer_file: Path) -> list[tuple[np.ndarray, np.ndarray]]:
+def _encoded(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
     """For each text, the ids that a tokenizer.json gives, without special tokens, and at which byte each ends."""
-    from tokenizers import Tokenizer  # here: models of bytes need none
-
-    try:
-        tokenizer = Tokenizer.from_buffer(files.read_bytes(tokenizer_file))
-    except Exception as error:  # the library raises no other
-        raise ValueError(
-            f"workload=text: {tokenizer_file} is not a valid tokenizer.json ({error}); copy it from the checkpoint "
-            "again."
-        ) from error
-    tokenizer.no_truncation()  # a tokenizer.json may ask for both
-    tokenizer.no_padding()
-    encodings = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    encodings = [tokenizer.encode_with_ends(text) for text in texts]
     return [
-        (np.array(encoding.ids, dtype=np.int64), _byte_ends(text, [end for _, end in encoding.offsets]))
-        for text, encoding in zip(texts, encodings, strict=True)
+        (np.array(ids, dtype=np.int64), _byte_ends(text, ends))
+        for text, (ids, ends) in zip(texts, encodings, strict=True)
     ]
 
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import DictConfig
+from tokenizers import Tokenizer
 from torch import Tensor
 
 import moe_lab
+from moe_lab.cli import generate as generate_module
 from moe_lab.cli.generate import choose, generate
 from moe_lab.errors import UnavailableError
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.layers import Linear
 from moe_lab.runs import build
 from tests import quick
 from tests.conftest import needs_cxx
-from tests.models import checkpoints
+from tests.models import checkpoints, tokenizers
 from tests.workloads.test_text import byte_level, word_level
 
 PROMPT = ".SH NAMÉ\n"
@@ -102,8 +106,6 @@ def test_the_text_ends_where_the_model_ends_it(listed: bool, tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in ("bytes", "words")])
 def test_a_tokenizer_json_reads_the_prompt_and_writes_the_text(kind: str, tmp_path: Path) -> None:
     """Pieces add up to what it makes of all ids at once; that it was told to cut and to fill up is for training."""
-    from tokenizers import Tokenizer
-
     path = checkpoints.checkpoint("mixtral", tmp_path / "m", vocab_size=300)
     file = path / "tokenizer.json"
     if kind == "bytes":
@@ -138,6 +140,184 @@ def test_the_repositorys_model_is_the_one_that_is_read() -> None:
     assert isinstance(model, Checkpoint) and model.tokenizer_file is None and model.vocab_size == 256
 
 
+# What a checkpoint says of itself
+
+LETTERS = {97: 98, 98: 99, 99: 7, 7: 100, 100: 97}
+"""a, b, c, the control character 7, d, and again."""
+
+
+def written(path: Path, *more: str, prompt: str = "a", n: int = 8, temperature: float = 0.0) -> tuple[str, list[str]]:
+    """The text, and what was said besides."""
+    said: list[str] = []
+    text = "".join(generate(composed(*more, path=path), prompt, n, temperature, said.append))
+    return text, said
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in tokenizers.MAKERS.items()])
+def test_no_space_is_lost_after_the_prompt(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Prompt and text together are what the tokenizer makes of all ids."""
+    library = Tokenizer.from_file(str(make(tmp_path / "tokenizer.json")))
+    ids = [library.encode(word).ids[-1] for word in tokenizers.WORDS]
+    path = checkpoints.writes(tmp_path / "m", dict(itertools.pairwise([*ids, ids[0]])), 300)
+    make(path / "tokenizer.json")
+    text, _ = written(path, prompt="the", n=6)
+    assert text == " sun is up the sun is"
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "text", "note"),
+    [
+        pytest.param(0, {"eos_token_id": [0, 7]}, "bc", None, id="more_ends"),
+        pytest.param(..., {"eos_token_id": 7}, "bc", None, id="only_there"),
+        pytest.param([0, 7], None, "bc", None, id="no_file"),
+        pytest.param(7, {}, "bc", None, id="not_said_there"),
+        pytest.param(7, {"eos_token_id": None}, "bc", None, id="null_there"),
+        pytest.param(..., {"temperature": 1.0}, "bc\x07dabc\x07", None, id="nowhere"),
+        pytest.param(99, {"eos_token_id": 7}, "bc", "ends at [7], and not at [99] as config.json says", id="conflict"),
+        pytest.param(7, {"eos_token_id": 98}, "", "ends at [98], and not at [7]", id="at_once"),
+        pytest.param(7, {"top_k": 5}, "bc", "top_k=5 not used; set --temperature", id="sampling"),
+    ],
+)
+def test_the_text_ends_where_generation_config_says(
+    config: object, generation: dict[str, object] | None, text: str, note: str | None, tmp_path: Path
+) -> None:
+    """It counts before config.json, and where they differ that is said."""
+    path = checkpoints.writes(tmp_path / "m", LETTERS, eos_token_id=config)
+    (path / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    got, said = written(path)
+    assert got == text
+    assert said == [] if note is None else (len(said) == 1 and note in said[0])
+
+
+@pytest.mark.parametrize("content", [pytest.param(c, id=c[:9] or "empty") for c in ("", "{", '{"eos_token_id": -1}')])
+def test_a_damaged_generation_config_is_one_line(content: str, tmp_path: Path) -> None:
+    """Before anything is written."""
+    path = checkpoints.writes(tmp_path / "m", LETTERS)
+    (path / "generation_config.json").write_text(content)
+    assert "generation_config.json" in checkpoints.complaint(lambda: written(path))
+
+
+def test_a_text_that_is_cut_says_so(tmp_path: Path) -> None:
+    """By the model's longest sequence; not if it ends by itself before, or is as long as was asked for."""
+    path = checkpoints.writes(tmp_path / "m", LETTERS, max_position_embeddings=4)
+    text, said = written(path, n=8)
+    assert text == "bc\x07" and said == ["--max-tokens 8: the text ends after 3, at the model's 4 positions."]
+    assert written(path, n=3) == ("bc\x07", [])
+    checkpoints.edit_config(path, eos_token_id=7)
+    assert written(path, n=8) == ("bc", [])
+
+
+@pytest.mark.parametrize("router", [pytest.param(name, id=name) for name in ("sinkhorn", "expert_choice", "native")])
+def test_a_router_that_is_not_causal_is_named(router: str, tmp_path: Path) -> None:
+    """The text is not what it gives for whole texts."""
+    path = checkpoints.writes(tmp_path / "m", LETTERS)
+    _, said = written(path, f"router={router}")
+    assert [f"router={router} is not causal" in line for line in said] == ([] if router == "native" else [True])
+
+
+def test_what_a_router_lacks_and_keys_that_nobody_reads_are_named(tmp_path: Path) -> None:
+    """As a run records them."""
+    path = checkpoints.writes(tmp_path / "m", LETTERS, logit_scale=0.5)
+    _, said = written(path, "router=deepseek_v3", "router.n_groups=1", "router.top_groups=1")
+    assert len(said) == 2 and "config.json has keys that moe-lab does not use: logit_scale;" in said[0]
+    assert "the checkpoint has no bias_E for this router" in said[1]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [pytest.param(o, id=o) for o in ("batch=2", "measure.max_time_s=1", "seq_len=9", "workload=random", "export=none")],
+)
+def test_an_override_without_effect_is_refused(override: str, tmp_path: Path) -> None:
+    """By its name; a router that is fitted reads some."""
+    path = checkpoints.writes(tmp_path / "m", LETTERS)
+    assert f"{override}: generate does not use {override.split('=')[0]}; remove it." in checkpoints.complaint(
+        lambda: written(path, override)
+    )
+
+
+def test_what_a_router_is_fitted_on_may_be_set(tmp_path: Path) -> None:
+    """Calibration reads windows of the workload."""
+    path = checkpoints.writes(tmp_path / "m", LETTERS)
+    assert written(path, "router=quantile", "router.calibration_tokens=64", "seq_len=16")[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        pytest.param("", "the prompt is empty", id="empty"),
+        pytest.param("a" * 128, "the prompt has 128 tokens, but the model supports at most 128", id="as_long_as_all"),
+        pytest.param("a" * 999, "the prompt has 999 tokens, but the model supports at most 128", id="longer"),
+        pytest.param("a\udc80", "the prompt is not valid UTF-8 (at character 1)", id="no_utf8"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_a_mistake(prompt: str, said: str, tmp_path: Path) -> None:
+    """In one line."""
+    path = checkpoints.writes(tmp_path / "m", LETTERS)
+    assert said in checkpoints.complaint(lambda: written(path, prompt=prompt))
+
+
+def test_a_prompt_of_special_tokens_begins_a_text(tmp_path: Path) -> None:
+    """Empty, where the tokenizer puts one in front; the first word has no space."""
+    path = checkpoints.writes(tmp_path / "m", {1: 4, 4: 5, 5: 6}, 300)
+    tokenizers.pieces(path / "tokenizer.json")
+    assert written(path, prompt="", n=3)[0] == written(path, prompt="<s>", n=3)[0] == "sun is up"
+
+
+def test_ids_without_text_are_named(tmp_path: Path) -> None:
+    """Of a vocabulary that is filled up to a round number."""
+    path = checkpoints.writes(tmp_path / "m", {1: 290, 290: 2, 2: 291, 291: 3, 3: 1}, 300)
+    tokenizers.words(path / "tokenizer.json")
+    text, said = written(path, prompt="the", n=7)
+    assert text.split() == ["sun", "is", "the", "sun"]
+    assert said == ["the tokenizer.json has no text for ids that were chosen: [290, 291]."]
+
+
+def test_half_a_character_at_the_end_is_replaced(tmp_path: Path) -> None:
+    """At the last token and at the end of the text; one that is whole is not."""
+    path = checkpoints.writes(tmp_path / "m", {97: 0xC3, 0xC3: 0xA9, 0xA9: 0xE4, 0xE4: 0xB8, 0xB8: 7}, eos_token_id=7)
+    texts = [written(path, n=n)[0] for n in range(1, 8)]
+    assert texts == ["\ufffd", "é", "é\ufffd", "é\ufffd", *["é\ufffd"] * 3]
+
+
+@pytest.mark.parametrize("bad", [pytest.param(bad, id=str(bad)) for bad in (torch.nan, torch.inf, -torch.inf)])
+@pytest.mark.parametrize("temperature", [pytest.param(t, id=f"temperature{t}") for t in (0.0, 0.7)])
+def test_logits_that_are_not_numbers_are_a_mistake(
+    bad: float, temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite weights may overflow; -inf for some tokens is a mask, and for all a mistake."""
+    path = checkpoints.writes(tmp_path / "m", LETTERS)
+    finite = Linear.forward
+
+    def forward(self: Linear, x: Tensor) -> Tensor:
+        y = finite(self, x)
+        return torch.full_like(y, bad) if y.shape[-1] == 256 else y
+
+    monkeypatch.setattr(Linear, "forward", forward)
+    message = checkpoints.complaint(lambda: written(path, temperature=temperature))
+    assert message.startswith("the logits of position 0 are NaN, +inf or all -inf") and "dtype=" in message
+
+
+def test_the_command_prints_the_text_as_it_is_and_notes_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Standard output has the text, standard error the warnings."""
+    path = checkpoints.writes(tmp_path / "m", LETTERS, max_position_embeddings=4)
+    capsys.readouterr()
+    generate_module.main("a", [f"model.path={path}", "device=cpu"], None, 8, 0.0)
+    out, err = capsys.readouterr()
+    assert out == "abc\x07\n"
+    assert err.startswith("warning: --max-tokens 8: the text ends after 3") and "moe-lab: 3 tokens" in err
+
+
+@pytest.mark.parametrize("value", [pytest.param(v, id=str(v)) for v in (float("nan"), float("inf"), -0.1)])
+def test_a_temperature_is_a_number(value: float) -> None:
+    """0 and more."""
+    message = checkpoints.complaint(lambda: generate_module.main("a", [], None, 8, value))
+    assert message.startswith(f"--temperature {value}: must be a number >= 0")
+
+
 # Choosing
 
 
@@ -162,4 +342,6 @@ def test_a_low_temperature_and_none_choose_the_likeliest() -> None:
     logits_V: Tensor = torch.randn(97, generator=generator(1))
     likeliest = int(logits_V.argmax())
     assert int(choose(logits_V, 0.0, generator())) == likeliest
-    assert {int(choose(logits_V, 1e-4, generator(seed))) for seed in range(20)} == {likeliest}
+    for temperature in (1e-4, 1e-40, 1e-320):
+        assert {int(choose(logits_V, temperature, generator(seed))) for seed in range(20)} == {likeliest}
+    assert len({int(choose(logits_V, 1e300, generator(seed))) for seed in range(20)}) > 5

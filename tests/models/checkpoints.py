@@ -159,3 +159,19 @@ def complaint(act: Callable[[], object]) -> str:
 def ids(batch: int, length: int, seed: int = 0) -> Tensor:
     """Token ids [B, S]."""
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def writes(folder: Path, chain: Mapping[int, int], vocab_size: int = 256, **keys: Any) -> Path:
+    """A checkpoint that writes chain[token] after each token: attention and experts add nothing."""
+    checkpoint("mixtral", folder, vocab_size=vocab_size)
+    content = tensors(folder)
+    for key in content:
+        if "o_proj" in key or ".w2." in key:
+            content[key] = torch.zeros_like(content[key])
+    content["model.norm.weight"] = torch.ones(D)
+    embedding, head = content["model.embed_tokens.weight"], torch.zeros(vocab_size, D)
+    for now, then in chain.items():
+        head[then] += 4 * embedding[now] / embedding[now].norm()
+    write_tensors(folder, {**content, "lm_head.weight": head})
+    edit_config(folder, **{"eos_token_id": ..., **keys})
+    return folder

@@ -22,6 +22,7 @@ from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.parameters import adopt, shareable
 from moe_lab.models.serving import Decode, Prefill, whole_routing
 from moe_lab.routers.base import Routing
+from moe_lab.runs.run import Run
 from tests import tiny
 from tests.models import checkpoints
 from tests.models.checkpoints import (
@@ -409,6 +410,24 @@ def test_the_tokenizer_is_the_file_beside_the_configuration(there: bool, tmp_pat
     model = build(folder)
     assert model.tokenizer_file == (folder / "tokenizer.json" if there else None)
     assert (model.max_positions, model.vocab_size, len(model.layers)) == (128, VOCAB, LAYERS)
+
+
+def test_what_is_at_the_tokenizers_place_is_the_tokenizer(tmp_path: Path) -> None:
+    """A link that leads nowhere does not make it a model of bytes."""
+    folder = checkpoint("olmoe", tmp_path)
+    (folder / "tokenizer.json").symlink_to(tmp_path / "nowhere")
+    assert build(folder).tokenizer_file == folder / "tokenizer.json"
+
+
+def test_a_run_names_the_keys_that_nobody_reads(tmp_path: Path) -> None:
+    """All in one of its warnings; without such keys there is none."""
+    folder = checkpoint("mixtral", tmp_path / "m")
+    assert build(folder).warnings() == []
+    edit_config(folder, logit_scale=0.5, attn_softcap=50)
+    run = Run(tiny.compose("checkpoint", f"model.path={folder}", "workload=random"), tmp_path)
+    run.build()
+    (warning,) = [text for text in run.warnings if "config.json" in text]
+    assert "has keys that moe-lab does not use: attn_softcap, logit_scale; if one changes" in warning
 
 
 def test_a_folder_may_hold_other_files(tmp_path: Path) -> None:

@@ -179,6 +179,9 @@ def test_released_models_are_read_off_their_configuration(kind: str, tmp_path: P
     assert found.ends == set(ends if isinstance(ends, list) else [ends])
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+
+
 @kinds
 @pytest.mark.parametrize(
     "rope",
@@ -245,14 +248,16 @@ def test_the_number_of_experts_has_several_names(kind: str, name: str, tmp_path:
 
 @kinds
 def test_what_is_not_said_is_as_in_transformers(kind: str, tmp_path: Path) -> None:
-    """Null and no key are the same."""
-    names = "num_key_value_heads head_dim tie_word_embeddings hidden_act norm_topk_prob attention_bias clip_qkv"
+    """Null and no key are the same, but for the heads of keys."""
+    names = "head_dim tie_word_embeddings hidden_act norm_topk_prob attention_bias clip_qkv"
     names += " sliding_window use_sliding_window mlp_only_layers decoder_sparse_step qkv_bias rope_theta eos_token_id"
     missing, null = (dict.fromkeys(names.split(), value) for value in (..., None))
     found = settings(tmp_path, kind, **missing)
     assert settings(tmp_path, kind, **null) == found
     decoder = found.decoder
-    assert decoder["n_kv_heads"] in (None, decoder["n_heads"])
+    heads = settings(tmp_path, kind, num_key_value_heads=...).decoder["n_kv_heads"]
+    assert heads == {"olmoe": 16, "mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}[kind]
+    assert settings(tmp_path, kind, num_key_value_heads=None).decoder["n_kv_heads"] == decoder["n_heads"]
     assert decoder["head_dim"] == decoder["d_model"] // decoder["n_heads"]
     assert decoder["tie_embeddings"] is False and decoder.get("clip_qkv") is None
     assert decoder.get("qkv_bias", False) is (kind == "qwen2_moe") and not decoder.get("o_bias", False)
@@ -495,6 +500,136 @@ def test_what_is_not_supported_is_refused_by_name(
     """Nothing that would change the mathematics is passed over."""
     message = refusal(tmp_path, kind, **keys)
     assert all(part in message for part in said)
+
+
+MISTAKES: list[tuple[str, str, dict[str, Any], str]] = [
+    ("odd_head", "qwen3_moe", {"head_dim": 7}, "head_dim=7: must be even, because rotary embeddings rotate pairs"),
+    ("odd_head_1", "mixtral", {"head_dim": 1}, "head_dim=1: must be even"),
+    ("odd_head_by_division", "olmoe", {"hidden_size": 48}, "head_dim=3: must be even"),
+    ("heads", "olmoe", {"num_attention_heads": 24}, "num_attention_heads=24: must divide hidden_size=2048"),
+    ("more_heads_than_width", "olmoe", {"num_attention_heads": 4096}, "num_attention_heads=4096: must divide"),
+    (
+        "heads_of_keys",
+        "mixtral",
+        {"num_key_value_heads": 5},
+        "num_key_value_heads=5: must divide num_attention_heads=32",
+    ),
+    ("more_heads_of_keys", "mixtral", {"num_key_value_heads": 64}, "num_key_value_heads=64: must divide"),
+    ("heads_of_keys_by_default", "mixtral", {"num_attention_heads": 2, "num_key_value_heads": ...}, "heads=8: must"),
+    ("width_of_10**12", "olmoe", {"hidden_size": 10**12}, "hidden_size=1000000000000 must be an integer <="),
+    ("width_of_10**400", "olmoe", {"hidden_size": 10**400}, "hidden_size=1000"),
+    ("vocabulary_of_10**12", "mixtral", {"vocab_size": 10**12}, "vocab_size=1000000000000 must be"),
+    ("layers_of_10**6", "mixtral", {"num_hidden_layers": 10**6}, "num_hidden_layers=1000000 must be"),
+    ("experts_of_10**12", "mixtral", {"num_local_experts": 10**12}, "=1000000000000 must be"),
+    ("experts_by_two_names", "olmoe", {"num_local_experts": 63}, "num_experts=64 and num_local_experts=63 contradict"),
+    ("context_true", "olmoe", {"max_position_embeddings": True}, "max_position_embeddings=True must be"),
+    ("eps_true", "olmoe", {"rms_norm_eps": True}, "rms_norm_eps=True must be"),
+    ("eps_0", "olmoe", {"rms_norm_eps": 0}, "rms_norm_eps=0 must be"),
+    ("eps_of_10**400", "olmoe", {"rms_norm_eps": 10**400}, "rms_norm_eps=1000"),
+    ("eps_of_5", "olmoe", {"rms_norm_eps": 5}, "rms_norm_eps=5 must be a number <= 1"),
+    ("clip_true", "olmoe", {"clip_qkv": True}, "clip_qkv=True must be"),
+    ("clip_of_0", "olmoe", {"clip_qkv": 0}, "clip_qkv=0 must be"),
+    ("renormalise_0", "qwen3_moe", {"norm_topk_prob": 0}, "norm_topk_prob=0 must be true or false"),
+    ("tied_1", "mixtral", {"tie_word_embeddings": 1}, "tie_word_embeddings=1 must be true or false"),
+    ("window_of_10**12", "mixtral", {"sliding_window": 10**12}, "sliding_window=1000000000000 must be"),
+    ("window_true", "mixtral", {"sliding_window": True}, "sliding_window=True must be"),
+    ("windows_below_text", "qwen2_moe", {"max_window_layers": "7"}, "max_window_layers=7 must be"),
+    ("windows_below_true", "qwen2_moe", {"max_window_layers": True}, "max_window_layers=True must be"),
+    ("dense_layers_true", "qwen3_moe", {"mlp_only_layers": [True]}, "mlp_only_layers=[True] must be"),
+    ("dense_layers_negative", "qwen3_moe", {"mlp_only_layers": [-1]}, "mlp_only_layers=[-1] must be"),
+    ("dense_layers_text", "qwen2_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers=['0'] must be"),
+    ("step_true", "qwen2_moe", {"decoder_sparse_step": True}, "decoder_sparse_step=True must be"),
+    ("end_true", "olmoe", {"eos_token_id": True}, "eos_token_id=True must be"),
+    ("end_negative", "olmoe", {"eos_token_id": [-1]}, "eos_token_id=[-1] must be"),
+    ("end_not_an_id", "olmoe", {"eos_token_id": [1, 50304]}, "eos_token_id=50304: the model has 50304 ids"),
+    ("end_of_10**400", "olmoe", {"eos_token_id": 10**400}, "eos_token_id=1000"),
+    ("per_layer", "olmoe", {"per_layer_config": {"0": {"num_experts": 2}}}, "per_layer_config is not supported"),
+    ("compressed", "olmoe", {"compression_config": {"format": "int4"}}, "compression_config: quantised"),
+    ("activation_object", "olmoe", {"hidden_act": {}}, "hidden_act={} is not supported"),
+    ("yarn_beside_another", "olmoe", {"rope_parameters": YARN, "rope_scaling": {"type": "default"}}, "contradict"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "said"), [pytest.param(kind, keys, said, id=name) for name, kind, keys, said in MISTAKES]
+)
+def test_a_planted_mistake_is_refused_by_its_key(kind: str, keys: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """In one line, with the value and what it must be."""
+    message = refusal(tmp_path, kind, **keys)
+    assert said in message and len(message) - len(str(tmp_path)) < 250
+
+
+@pytest.mark.parametrize("bad", [pytest.param(bad, id=bad) for bad in ("NaN", "Infinity", "-Infinity", "1e999")])
+@pytest.mark.parametrize("key", [pytest.param(key, id=key) for key in ("rms_norm_eps", "rope_theta", "use_cache", "x")])
+def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(key: str, bad: str, tmp_path: Path) -> None:
+    """JSON has no such numbers; Python would read them."""
+    text = json.dumps({**RELEASED["olmoe"], key: "HERE"}).replace('"HERE"', bad)
+    assert f"({bad} is not a finite number)" in complaint(lambda: read(write(tmp_path, text)))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """The last one would be taken."""
+    text = json.dumps(RELEASED["olmoe"]).replace("{", '{"hidden_size": 1024, ', 1)
+    assert "(the key hidden_size stands twice)" in complaint(lambda: read(write(tmp_path, text)))
+
+
+# Keys that nobody reads
+
+
+@kinds
+def test_of_a_released_model_every_key_is_read_or_known_to_have_no_effect(kind: str, tmp_path: Path) -> None:
+    """So nothing is said; as transformers 5 writes it, neither."""
+    more = {"architectures": ["A"], "bos_token_id": 1, "router_aux_loss_coef": 0.01, "transformers_version": "4.40.0"}
+    assert settings(tmp_path, kind, **more).unread == ()
+    pytest.importorskip("transformers")
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    assert read(tmp_path).unread == ()
+
+
+@kinds
+def test_every_other_key_is_named(kind: str, tmp_path: Path) -> None:
+    """Sorted, inside RoPE's too; null is none; escape codes are written out."""
+    keys = {"logit_scale": 0.5, "final_logit_softcapping": 30.0, "alibi": None, "z\x1b[2J": 1}
+    rope = {"rope_type": "linear", "factor": 2.0, "base_scale": 3}
+    found = settings(tmp_path, kind, **keys, rope_scaling=rope)
+    assert found.unread == ("final_logit_softcapping", "logit_scale", "z\\x1b[2J", "rope_scaling.base_scale")
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "unread"),
+    [
+        pytest.param("olmoe", {"sliding_window": 8}, ("sliding_window",), id="olmoe_window"),
+        pytest.param("olmoe", {"head_dim": 64}, (), id="olmoe_head_dim"),
+        pytest.param("mixtral", {"norm_topk_prob": False}, ("norm_topk_prob",), id="mixtral_renormalises"),
+        pytest.param("mixtral", {"clip_qkv": 8.0}, ("clip_qkv",), id="mixtral_clip"),
+        pytest.param("qwen3_moe", {"layer_types": [S] * 48}, ("layer_types",), id="qwen3_layer_types"),
+        pytest.param("qwen3_moe", {"max_window_layers": 3}, (), id="qwen3_no_windows"),
+        pytest.param(
+            "qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, ("max_window_layers",), id="qwen3_windows"
+        ),
+        pytest.param(
+            "qwen3_moe", {"shared_expert_intermediate_size": 8}, ("shared_expert_intermediate_size",), id="own"
+        ),
+    ],
+)
+def test_a_key_of_another_architecture_is_named(
+    kind: str, keys: dict[str, Any], unread: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Transformers passes over it too."""
+    assert settings(tmp_path, kind, **keys).unread == unread
+
+
+@kinds
+def test_a_window_that_is_switched_on_and_not_said_is_as_in_transformers(kind: str, tmp_path: Path) -> None:
+    """4096 in the Qwen models; null is none."""
+    if not kind.startswith("qwen"):
+        assert set(settings(tmp_path, kind, sliding_window=...).decoder.get("windows", [None])) == {None}
+        return
+    on = partial(settings, tmp_path, kind, use_sliding_window=True)
+    assert 4096 in on(sliding_window=...).decoder["windows"]
+    assert set(on(sliding_window=None).decoder["windows"]) == {None}
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe_lab.measure import memory
 from moe_lab.models import checkpoint_weights
-from moe_lab.models.checkpoint_weights import SINGLE, Found, execute, files, headers, plan, sources
+from moe_lab.models.checkpoint_names import sources
+from moe_lab.models.checkpoint_weights import SINGLE, Copy, Found, execute, files, headers, plan
 from moe_lab.models.parameters import shareable
 from tests.models.checkpoints import (
     LAYERS,
@@ -539,3 +541,137 @@ def test_loading_says_nothing_where_nobody_looks(tmp_path: Path, capfd: pytest.C
     capfd.readouterr()
     load(folder)
     assert capfd.readouterr() == ("", "")
+
+
+# Values that are not finite
+
+
+@kinds
+@pytest.mark.parametrize(
+    ("bad", "place"),
+    [
+        pytest.param(torch.nan, 0, id="nan_first"),
+        pytest.param(torch.nan, -1, id="nan_last"),
+        pytest.param(torch.inf, 7, id="inf"),
+        pytest.param(-torch.inf, -3, id="minus_inf"),
+    ],
+)
+def test_a_value_that_is_not_finite_is_found_in_every_tensor(kind: str, bad: float, place: int, tmp_path: Path) -> None:
+    """Embedding, norms, biases, gates, and each of the experts, whether a token chooses it or not."""
+    folder = checkpoint(kind, tmp_path, **({"attention_bias": True} if kind in ("olmoe", "qwen3_moe") else {}))
+    whole = tensors(folder)
+    for key in whole:
+        planted = whole[key].clone()
+        planted.view(-1)[place] = bad
+        write_tensors(folder, {**whole, key: planted})
+        message = refusal(folder)
+        assert f"{folder / SINGLE}: {key} has 1 values that are NaN or infinite; download" in message
+
+
+@pytest.mark.parametrize("stacked", [pytest.param(False, id="by_expert"), pytest.param(True, id="stacked")])
+@pytest.mark.parametrize("dtype", [pytest.param(d, id=str(d)[6:]) for d in (torch.bfloat16, torch.float16)])
+def test_the_file_is_named_whatever_its_layout_and_dtype(stacked: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    """One of many, and the others are in order."""
+    save(trained("qwen3_moe").to(dtype), tmp_path, max_shard_size="8KB", save_original_format=not stacked)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 3
+    for shard in (shards[0], shards[-1]):
+        whole = load_file(shard)
+        key = sorted(whole)[-1]
+        planted = whole[key].clone()
+        planted.view(-1)[planted.numel() // 2] = torch.nan
+        save_file({**whole, key: planted}, shard)
+        assert f"{shard}: {key} has 1 values that are NaN or infinite" in refusal(tmp_path)
+        save_file(whole, shard)
+    load(tmp_path)
+
+
+def test_a_value_that_the_models_dtype_cannot_hold_is_found(tmp_path: Path) -> None:
+    """1e5 is infinite in fp16 and finite in bf16; the largest numbers of fp32 are finite."""
+    folder = checkpoint("olmoe", tmp_path)
+    key, whole = "model.layers.1.mlp.experts.3.down_proj.weight", tensors(folder)
+    whole[key][2, 2] = 1e5
+    write_tensors(folder, whole)
+    message = complaint(lambda: load(folder, torch.float16))
+    assert f"{folder / SINGLE}: {key} has values that are too large for float16; use another dtype." in message
+    load(folder, torch.bfloat16)
+    whole[key][:] = torch.finfo(torch.float32).max
+    write_tensors(folder, whole)
+    load(folder)
+
+
+@pytest.mark.gpu
+def test_a_value_that_is_not_finite_is_found_on_a_gpu(tmp_path: Path) -> None:
+    """It is looked at where it lies."""
+    folder, key = checkpoint("mixtral", tmp_path), "model.layers.1.block_sparse_moe.experts.4.w2.weight"
+    whole = tensors(folder)
+    whole[key][-1, -1] = torch.nan
+    write_tensors(folder, whole)
+    model = build(folder).to("cuda")
+    assert key in complaint(lambda: model.load_parameters(dict(model.named_parameters())))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_looking_at_a_large_tensor_takes_no_memory(tmp_path: Path) -> None:
+    """Beside the pages of the file and those of the parameter, which are there."""
+    n = 1 << 24
+    save_file({"large": torch.ones(n)}, tmp_path / "one")
+    target = torch.zeros(n)
+    copies = [Copy("large", headers([tmp_path / "one"])["large"], target)]
+    execute(copies)  # the libraries' pages are there
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory._kilobytes(Path("/proc/self/status"), "VmRSS:")
+    execute(copies)
+    peak = memory.resident_peak_bytes()
+    assert before is not None and peak is not None
+    assert peak - before < 1.2 * 4 * n
+    assert float(target.sum()) == n
+
+
+# Files from somebody else
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in ("../other", "/etc/passwd", "a/b")])
+def test_an_index_names_files_of_its_own_folder(name: str, tmp_path: Path) -> None:
+    """A checkpoint does not say what else is read."""
+    folder = sharded(tmp_path / "shards")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    message = refusal(folder)
+    assert str(folder / INDEX) in message and "is not the name of a file in this folder" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param('{"weight_map": {"a": "b", "a": "c"}}', id="twice"),
+        pytest.param('{"weight_map":' * 99_999, id="deep"),
+        pytest.param('{"weight_map": NaN}', id="nan"),
+    ],
+)
+def test_an_index_is_read_strictly(text: str, tmp_path: Path) -> None:
+    """As config.json is."""
+    folder = sharded(tmp_path)
+    (folder / INDEX).write_text(text)
+    assert f"{folder / INDEX} cannot be read (" in refusal(folder)
+
+
+def test_a_tensor_in_two_files_with_other_values_is_refused(tmp_path: Path) -> None:
+    """One of the two would be dropped."""
+    folder = sharded(tmp_path)
+    first, last = (sorted(folder.glob("*.safetensors"))[index] for index in (0, -1))
+    key, value = next(iter(load_file(first).items()))
+    save_file({**load_file(last), key: value + 1}, last)
+    message = refusal_before_copying(folder)
+    assert str(last) in message and f"{key} has other values in {first.name}" in message
+
+
+def test_a_tied_matrix_may_stand_under_the_heads_name_alone(tmp_path: Path) -> None:
+    """As safetensors leaves it: of two names for one matrix the first by the alphabet. Untied it is missing."""
+    folder = checkpoint("olmoe", tmp_path, tie_word_embeddings=True)
+    want, whole = load(folder), tensors(folder)
+    whole["lm_head.weight"] = whole.pop("model.embed_tokens.weight")
+    write_tensors(folder, whole)
+    model = load(folder)
+    assert model.head.weight is model.embed.weight and torch.equal(model.embed.weight, want.embed.weight)
+    edit_config(folder, tie_word_embeddings=False)
+    assert "1 missing: model.embed_tokens.weight." in refusal(folder)

@@ -80,6 +80,9 @@ def test_checkpoints_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     one, other = variants.labels(named[:2], ("model",))
     assert (one, other) == ("first", "second")
     assert len(set(variants.labels(named, ("model",)))) == 3
+    together = variants.all_named(contents, configs)  # type: ignore[arg-type]
+    assert variants.labels(together, ("model",)) == ["a/first", "second", "b/first"]
+    assert variants.labels(variants.all_named(contents[:2], configs[:2]), ("model",)) == ["first", "second"]  # type: ignore[arg-type]
     assert {content["model"]["name"] for content in contents} == {"checkpoint"}
     assert variants.named(content(), {"model": {}}) == content()
 

@@ -1,0 +1,105 @@
+"""What a config.json says of RoPE, as arguments of `models.rope`: read as transformers 5 reads it, or refused.
+
+Versions of transformers wrote it in different places: `rope_theta` and `rope_scaling` (4), `rope_parameters` (5). In a
+file that has several of them, `rope_scaling` counts before `rope_parameters` and a base inside before one outside, as
+in transformers. What would be dropped by that is refused, if it differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_lab.models.checkpoint_keys import LARGEST_NUMBER, Keys, is_number, shown
+from moe_lab.models.rope import SCALINGS
+
+_LENGTH = "original_max_position_embeddings"
+_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_READ: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
+    "yarn": ("factor", _LENGTH),
+}
+"""The keys that each kind cannot do without."""
+_OF_SOME_KIND = {*(key for keys in _READ.values() for key in keys), *_OPTIONAL, "truncate"}
+_OF_SOME_KIND |= {"attn_factor", "extrapolation_factor", "long_factor", "long_mscale", "mrope_interleaved"}
+_OF_SOME_KIND |= {"mrope_section", "short_factor", "short_mscale"}
+"""What some kind of RoPE computes with, ours or another's: none is passed over."""
+assert tuple(_READ) == SCALINGS
+
+
+def read_rope(config: Keys, default_theta: float) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling or None). Raises `ValueError` for what is not supported or contradicts itself."""
+    newer, older = config.part("rope_parameters"), config.part("rope_scaling")
+    rope = older if older.content else newer
+    kind, theta = _kind(rope), _theta(rope, config, default_theta)
+    if older.content and newer.content:
+        _require_agreement(newer, {**older.content, "rope_type": kind, "type": kind, "rope_theta": theta})
+    share = rope.get("partial_rotary_factor", default=config.get("partial_rotary_factor", default=1.0))
+    if share != 1.0 or isinstance(share, bool):
+        raise config.refuse(
+            f"partial_rotary_factor={shown(share)} is not supported: RoPE must rotate all dimensions of a head."
+        )
+    length_beside = config.number(_LENGTH)
+    scaling = _scaling(rope, kind, config.size("max_position_embeddings"), length_beside)
+    rope.get(_LENGTH)  # how long the texts of the training were; many write it beside any kind
+    not_used = [key for key in rope.unread() if key.rpartition(".")[2] in _OF_SOME_KIND]
+    if not_used:
+        raise config.refuse(f"rope_type={kind} does not use {', '.join(not_used)}; set the rope_type that does.")
+    return theta, None if kind == "default" else scaling
+
+
+def _theta(rope: Keys, config: Keys, default: float) -> float:
+    beside = config.number("rope_theta", least=1)
+    return float(rope.number("rope_theta", least=1) or beside or default)
+
+
+def _kind(rope: Keys) -> str:
+    for key, value in rope.content.items():
+        if isinstance(value, dict):
+            raise rope.refuse(f"{rope.where}.{shown(key)}: RoPE by layer type is not supported.")
+    old, new = rope.get("type"), rope.get("rope_type")
+    kind = shown(new or old or "default")
+    if kind not in _READ:
+        raise rope.refuse(f"rope_type={kind} is not supported; supported: {', '.join(_READ)}.")
+    if new is not None and old not in (None, "default", new):
+        raise rope.refuse(f"rope_type={kind} and type={shown(old)} contradict each other; remove one of the two.")
+    return kind
+
+
+def _require_agreement(newer: Keys, meant: Mapping[str, Any]) -> None:
+    """`rope_scaling` is what counts, so `rope_parameters` must not say anything else."""
+    for key in newer.content:
+        value = newer.get(key)
+        if value not in (None, meant.get(key)) and (key, value) != ("rope_type", "default"):
+            raise newer.refuse(
+                f"rope_parameters.{shown(key)}={shown(value)} and rope_scaling contradict each other; remove one of "
+                "the two."
+            )
+
+
+def _scaling(rope: Keys, kind: str, longest: int, length_beside: float | None) -> dict[str, Any]:
+    """The keys of this kind, checked; lengths that are not said follow from the longest sequence."""
+    scaling: dict[str, Any] = {"rope_type": kind}
+    if _LENGTH in _READ[kind]:
+        scaling[_LENGTH] = length_beside or _number(rope, kind, _LENGTH, default=longest)
+    for key in [key for key in _READ[kind] if key != _LENGTH]:
+        implied = longest / scaling[_LENGTH] if key == "factor" and kind == "yarn" else None
+        scaling[key] = _number(rope, kind, key, default=implied)
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise rope.refuse("rope_type=llama3: high_freq_factor must be more than low_freq_factor.")
+    if kind == "yarn":
+        present = [key for key in _OPTIONAL if rope.get(key) is not None]
+        scaling |= {key: _number(rope, kind, key, may_be_0=True) for key in present}
+        if rope.get("truncate") is not None:
+            scaling["truncate"] = rope.flag("truncate", default=True)
+    return scaling
+
+
+def _number(rope: Keys, kind: str, key: str, *, default: float | None = None, may_be_0: bool = False) -> float:
+    value = rope.get(key, default=default)
+    if not is_number(value) or not 0 <= value <= LARGEST_NUMBER or (value == 0 and not may_be_0):
+        wanted = f"a number {'>=' if may_be_0 else '>'} 0 and <= {LARGEST_NUMBER:g}"
+        raise rope.refuse(f"rope_type={kind}: {key}={shown(value)} must be {wanted}.")
+    return value  # type: ignore[no-any-return]
