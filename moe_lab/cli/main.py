@@ -1,7 +1,7 @@
 """`moe-lab`: a plain Hydra application with one-line errors and exit codes.
 
-Exit codes: 0 all ok or declared skips; 1 a run failed; 2 the person's input, or an implementation or a device that is
-not there; 130 Ctrl-C.
+Exit codes: 0 all ok, or some ok and the others skipped; 1 a run failed; 2 the person's input, or an implementation or a
+device that is not there; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -176,7 +176,11 @@ def main(argv: list[str] | None = None) -> int:
     if _mistakes:
         _report(_mistakes, wants_traceback)
         return MISTAKE
-    return FAILED if any(record.status == "failed" for record in _records) else OK
+    statuses = {record.status for record in _records}
+    if statuses == {"skipped"}:  # as a single run that cannot run here
+        print("moe-lab: no cell could run (moe-lab doctor shows what runs here)", file=sys.stderr)
+        return MISTAKE
+    return FAILED if "failed" in statuses else OK
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.config import schemas, targets
@@ -66,7 +67,18 @@ def _load_and_check(
     cfg = _load_configuration(self, config_name, overrides, *arguments, **options)
     if "hydra" in cfg:
         targets.check_hydra_node(cfg.hydra)
+        _refuse_cells_at_once(cfg.hydra)
     return cfg
+
+
+def _refuse_cells_at_once(hydra_node: DictConfig) -> None:
+    """Raise `ValueError` for a launcher of several jobs. Here, because Hydra goes on if a callback raises."""
+    n_jobs = (hydra_node.get("launcher") or {}).get("n_jobs", 1)
+    if hydra_node.mode == RunMode.MULTIRUN and n_jobs != 1:
+        raise ValueError(
+            f"hydra.launcher.n_jobs={n_jobs}: cells that run at once disturb each other's timing; set "
+            "hydra.launcher.n_jobs=1, or leave out hydra/launcher."
+        )
 
 
 def _cell_id(_root_: DictConfig) -> str:

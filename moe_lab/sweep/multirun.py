@@ -15,6 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -128,7 +129,13 @@ class JobComposer:
     def jobs(
         self, job_overrides: Sequence[Sequence[str]], first_number: int = 0
     ) -> Iterator[tuple[DictConfig, list[str], Path]]:
-        """(configuration, its overrides, its folder) of each job."""
+        """(configuration, its overrides, its folder) of each job. Raises `ValueError` if there is none."""
+        if not job_overrides:
+            empty = [o for o in _parsed(self.loader, self.config) if not _n_values(o)]
+            named = ", ".join(str(o.input_line) for o in empty)
+            raise ValueError(
+                f"{named or '-m'}: no value matches, so the sweep has no cell; moe-lab list shows the options."
+            )
         for number, overrides in enumerate(job_overrides, start=first_number):
             composed = self._validated.pop(tuple(overrides), None)
             if composed is None:
@@ -157,12 +164,19 @@ def _remembering(search_path: ConfigSearchPath) -> ConfigRepository:
 
 def expand(loader: ConfigLoader, config: DictConfig) -> list[list[str]]:
     """The overrides of each job that Hydra's basic sweeper makes of a master configuration."""
+    (jobs,) = BasicSweeper.split_arguments(_parsed(loader, config), max_batch_size=None)
+    return jobs
+
+
+def _parsed(loader: ConfigLoader, config: DictConfig) -> list[Override]:
+    """What was typed, and what `hydra.sweeper.params` has beside it."""
     params: dict[str, Any] = OmegaConf.to_container(config.hydra.sweeper.get("params") or OmegaConf.create({}))  # type: ignore[assignment]
     arguments = [f"{key}={value}" for key, value in params.items()]
-    arguments += list(config.hydra.overrides.task)
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
-    (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return jobs
+    return OverridesParser.create(config_loader=loader).parse_overrides([*arguments, *config.hydra.overrides.task])
+
+
+def _n_values(override: Override) -> int:
+    return sum(1 for _ in override.sweep_string_iterator()) if override.is_sweep_override() else 1
 
 
 def _joined(before: Plan, added: Plan) -> Plan:
