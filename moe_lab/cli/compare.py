@@ -20,6 +20,7 @@ from moe_lab.records.store import write_atomic
 from moe_lab.results.compare import NAMES, compare
 from moe_lab.results.numbers import four
 
+_SIDES = ("A", "B", "A and B")
 OK, MATCHED, MISTAKE, NOTHING_JUDGED = 0, 1, 2, 3
 _JUDGED = ("slower", "faster", "same")
 # The words of --fail-on, each with a pattern of the verdicts that match it (`results.compare.compare`).
@@ -73,11 +74,19 @@ examples:
 
 def summary(df: pd.DataFrame) -> str:
     """The count of each verdict, and the geometric mean of B/A over the cells that were compared."""
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in df["verdict"].value_counts().items())
+    counts = ", ".join(
+        f"{count} {verdict}{_unstable(df[df['verdict'] == verdict])}"
+        for verdict, count in df["verdict"].value_counts().items()
+    )
     ratios = df["ratio"].dropna()
     if ratios.empty:
         return counts
-    return f"{counts}; geometric mean of B/A over {len(ratios)} compared cells: {np.exp(np.log(ratios).mean()):.3f}"
+    return f"{counts}; geometric mean of B/A over {len(ratios)} compared cells: {four(np.exp(np.log(ratios).mean()))}"
+
+
+def _unstable(rows: pd.DataFrame) -> str:
+    count = int(rows["unstable"].isin(_SIDES).sum())
+    return f" ({count} with unstable latencies)" if count else ""
 
 
 def _layout(df: pd.DataFrame) -> tuple[str, pd.DataFrame, list[str]]:
@@ -96,7 +105,10 @@ def _layout(df: pd.DataFrame) -> tuple[str, pd.DataFrame, list[str]]:
                 f"{low} to {high}" if low != "-" else "-"
                 for low, high in zip(text["ratio_low"], text["ratio_high"], strict=True)
             ],
-            "verdict": text["verdict"],
+            "verdict": [
+                f"{verdict} (unstable: {sides})" if sides in _SIDES else verdict
+                for verdict, sides in zip(text["verdict"], text["unstable"], strict=True)
+            ],
             "note": [str(notes.index(why) + 1) if why else "" for why in text["why"]],
             "cell_id": text["cell_id"],
         }

@@ -67,12 +67,13 @@ def _task(cfg: DictConfig, trusted: Sequence[str], environment: Mapping[str, str
 
 
 def _say_what_takes_long() -> None:
-    """The extension's log on standard error: that it is built, which takes a minute."""
-    log = logging.getLogger("moe_lab.extension")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("moe-lab: %(message)s"))
-        log.addHandler(handler)
+    """Two logs on standard error: that the extension is built, which takes a minute, and that a run waits."""
+    for name in ("moe_lab.extension", "moe_lab.waiting"):
+        log = logging.getLogger(name)
+        if not log.handlers:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("moe-lab: %(message)s"))
+            log.addHandler(handler)
 
 
 def _remove_if_empty(directory: Path) -> None:

@@ -23,6 +23,9 @@ _DEEPEST = 100
 # Nested fields that stay out of the row: the whole configuration, and per-layer lists (`result.json` has those).
 _NOT_COLUMNS = {"config", "routing.layers", "agreement.layers", "agreement.floor.layers"}
 
+_RENAMED = {f"routing.{part}.dropped_fraction": f"routing.{part}.unused_slots_fraction" for part in ("pooled", "worst")}
+"""Columns of older records, and what they are called now."""
+
 
 class Entry(NamedTuple):
     """What the tables take from one record."""
@@ -197,6 +200,7 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
+        name = _RENAMED.get(name, name)
         if name in _NOT_COLUMNS:
             continue
         if isinstance(value, dict):
