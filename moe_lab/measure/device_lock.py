@@ -35,11 +35,9 @@ class DeviceLock:
 
     def __enter__(self) -> DeviceLock:
         self._folder = _folder(self.device_id)
-        if self._folder is None:
-            if self.wait:
-                raise ValueError("sweep.wait=true: no folder for locks; set XDG_RUNTIME_DIR to a folder of your own.")
-            return self
         try:
+            if self._folder is None:
+                raise OSError("no folder of one's own")
             if self.wait:
                 self._wait_for_others(self._folder)
             hidden = self._folder / f".{os.getpid()}-{id(self)}"  # locked before others see it
@@ -48,7 +46,13 @@ class DeviceLock:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             self._own = self._folder / hidden.name[1:]
             hidden.rename(self._own)
-        except BaseException:
+        except OSError as error:
+            self.__exit__(None, None, None)
+            self._folder = None
+            if self.wait:
+                remedy = "set XDG_RUNTIME_DIR to a folder of your own"
+                raise ValueError(f"sweep.wait=true: cannot lock the device ({error}); {remedy}.") from error
+        except BaseException:  # Ctrl-C while it waits
             self.__exit__(None, None, None)
             raise
         return self
@@ -83,7 +87,7 @@ class DeviceLock:
         for path in folder.iterdir():
             if path == self._own or path.name == _TURN or path.name.startswith("."):
                 continue
-            with suppress(FileNotFoundError):  # it has just ended
+            with suppress(OSError):  # it has just ended, or is no file of a run
                 descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -72,7 +72,7 @@ def verdicts(summary: pd.DataFrame) -> list[Verdict]:
     unstable_anchors = set(zip(anchors["setting_id"], anchors["env_id"].astype(str), strict=True))
     for group, group_rows in summary.groupby(describe(summary, without=("batch", "seq_len")), sort=False):
         settings = zip(group_rows["setting_id"], group_rows["env_id"].astype(str), strict=True)
-        is_unstable = _unstable(group_rows) | [setting in unstable_anchors for setting in settings]
+        is_unstable = _unstable(group_rows) | np.array([setting in unstable_anchors for setting in settings])
         named = group_rows.assign(size=sizes(group_rows), variant=_names(group_rows), is_unstable=is_unstable)
         rows = named.to_dict("records")
         for variant in dict.fromkeys(row["variant"] for row in rows):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -242,8 +243,8 @@ class Run:
         """Look at what `measure` asks for. The latency stands whether or not that succeeds (`Observer.observe`)."""
         assert self.verification is not None
         latency = self._latency()
-        assert latency is not None, "timed before it is observed"
-        observer = Observer(self.made(), latency.p50, self.verification.flops)
+        p50_ms = latency.p50 if latency is not None else math.nan
+        observer = Observer(self.made(), p50_ms, self.verification.flops)
         try:
             observer.observe()
         finally:
