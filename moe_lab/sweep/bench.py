@@ -121,8 +121,8 @@ class Bench:
         ratio: Ratio | None,
         peak_bytes: int | None,
         probe_ms: list[float],
-        contention: dict[str, Any],
         failure: tuple[str, str] | None = None,
+        contention: dict[str, Any] | None = None,
     ) -> None:
         """Observe and write the record, with the samples of all processes. With `failure` only write."""
         with self._step(cell_id) as run:

@@ -251,7 +251,7 @@ class Group:
             self._ready(member)
             self.on_step(member.cell, "observe")
             member.is_finished = True
-            self._call(member, "observe", member.id, *self._timed(member, together))
+            self._call(member, "observe", member.id, *self._timed(member, together), None, self._watch.seen())
         self._call(member, "release", member.id)
         if member.is_recorded:
             self.on_end(member.cell)
@@ -260,7 +260,7 @@ class Group:
         """What the timing tells of a member, for its record."""
         peers = [other.id for other in together if other is not member]
         probe_ms = [float(np.median(rounds)) for rounds in self._probe_ms if rounds]
-        return member.blocks, peers, self._ratio(member), member.peak_bytes, probe_ms, self._watch.seen()
+        return member.blocks, peers, self._ratio(member), member.peak_bytes, probe_ms
 
     def _ratio(self, member: Member) -> Ratio | None:
         """The ratio to the anchor, if that was timed in the same rounds."""
@@ -283,7 +283,8 @@ class Group:
             self.engine.settle(min(_GRACE_S, self.timeout_s))
             for member in partial:
                 timed = self._timed(member, self.timed)
-                self.engine.call("observe", member.id, *timed, ("failed", "interrupted"), timeout_s=self.timeout_s)
+                failure, seen = ("failed", "interrupted"), self._watch.seen()
+                self.engine.call("observe", member.id, *timed, failure, seen, timeout_s=self.timeout_s)
 
 
 def write(cell: Cell, status: Literal["failed", "skipped"], reason: str) -> None:
