@@ -132,7 +132,7 @@ def test_equal_tokens_of_two_classes_are_told_apart_by_batch_and_seq_len() -> No
 
 def test_the_ratio_is_the_median_and_the_bracket_the_hull() -> None:
     """Over the cells of the class."""
-    ratios = [(2.0, 1.9, 2.2), (3.0, 2.9, 3.4), (2.5, 1.5, 2.6)]
+    ratios = [(2.0, 1.9, 2.2), (3.2, 2.9, 3.4), (2.5, 1.5, 2.6)]  # their mean is another number
     found = judge(
         *(row("torch", n) for n in (1, 2, 4)), *(row("sinkhorn", 2**n, ratio) for n, ratio in enumerate(ratios))
     )
