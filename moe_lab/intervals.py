@@ -91,6 +91,11 @@ def ratio_interval(
     return _exp(shift), _exp(shift - half), _exp(shift + half)
 
 
+def typical(medians: Sequence[float] | np.ndarray) -> float:
+    """The median of one process, or the geometric mean of those of several: the middle of `mean_interval`."""
+    return float(medians[0]) if len(medians) == 1 else float(np.exp(np.mean(np.log(medians))))
+
+
 class Judgement(NamedTuple):
     """What two sets of replicates say about B/A; `low` and `high` are None where a side has one replicate only."""
 
@@ -158,4 +163,4 @@ def _direction(ratio: float) -> str:
 
 def percent(share: float) -> str:
     """0.03 as `3 %`."""
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.0f} %" if abs(share) >= 9.995 else f"{100 * share:.3g} %"

@@ -165,6 +165,8 @@ def test_verdicts_mirror(a: list[float], b: list[float], floor: float | None) ->
         pytest.param([1.1, 1.11, 1.09], [1, 1.01, 0.99], None, "faster", id="faster"),
         pytest.param([1, 1.001, 0.999], [1.02, 1.021, 1.019], None, "same", id="shown_but_below_the_threshold"),
         pytest.param([1, 1.001, 0.999], [1.03, 1.05, 1.01], None, "inconclusive", id="interval_too_wide"),
+        pytest.param([1.03, 1.05, 1.01], [1, 1.001, 0.999], None, "inconclusive", id="interval_too_wide_when_fast"),
+        pytest.param([1, 1.03], [1.01, 1.0], None, "inconclusive", id="interval_too_wide_on_both_sides"),
         pytest.param([1, 1.01, 0.99], [1.1, 1.11, 1.09], 0.07, "slower", id="beyond_the_floor"),
         pytest.param([1, 1.01, 0.99], [1.1, 1.11, 1.09], 0.12, "inconclusive", id="within_the_floor"),
         pytest.param([1, 1.001, 0.999], [1.001, 1, 1.002], 0.12, "same", id="replicates_need_no_floor_to_be_the_same"),
@@ -180,6 +182,10 @@ def test_verdicts_mirror(a: list[float], b: list[float], floor: float | None) ->
         pytest.param([1], [1.025], 0.001, "same", id="nearer_where_the_floor_is_low"),
         pytest.param([1], [1], 0.03, "inconclusive", id="floor_as_large_as_the_threshold"),
         pytest.param([1], [1.029], 0.01, "inconclusive", id="beyond_the_floor_but_not_the_threshold"),
+        pytest.param([2, 2], [2.062, 2.062], None, "slower", id="just_beyond_the_threshold"),
+        pytest.param([2, 2], [2.058, 2.058], None, "same", id="just_within_the_threshold"),
+        pytest.param([2, 2], [2.142, 2.142], 0.07, "slower", id="just_beyond_the_floor"),
+        pytest.param([2, 2], [2.138, 2.138], 0.07, "inconclusive", id="just_within_the_floor"),
         pytest.param([2, 2], [2, 2], None, "same", id="no_noise_at_all"),
         pytest.param([2, 2], [2.1, 2.1], None, "slower", id="no_noise_and_a_difference"),
     ],
@@ -203,7 +209,8 @@ def test_the_reason_names_the_side_with_one_replicate_and_the_floor() -> None:
 
 def test_percents_are_short() -> None:
     """As people write them."""
-    assert [percent(share) for share in (0.03, 0.125, 1 / 3)] == ["3 %", "12.5 %", "33.3 %"]
+    shares = (0.03, 0.125, 1 / 3, 9.99, 12.344, 1e4)
+    assert [percent(share) for share in shares] == ["3 %", "12.5 %", "33.3 %", "999 %", "1234 %", "1000000 %"]
 
 
 def test_no_pandas_is_loaded() -> None:
@@ -221,4 +228,10 @@ def test_a_change_of_the_machine_is_none_of_the_code() -> None:
     changed = judge(a, b, 0.03, None, (steady, slower))
     assert changed.verdict == "inconclusive"
     assert "its probe took 1.2 times as long in B" in changed.why
-    assert judge(a, b, 0.03, None, (steady, [])).verdict == "slower"  # an older record has no probe
+    overshot = [2 * x for x in slower]  # in units of the probe B is the faster one
+    assert judge(a, b, 0.03, None, (steady, overshot)).verdict == "inconclusive"
+    assert judge(b, a, 0.03, None, (overshot, steady)).verdict == "inconclusive"
+    for older in ((steady, []), ([], slower), ([], [])):  # an older record has no probe
+        assert judge(a, b, 0.03, None, older).verdict == "slower"
+    for fewer in ((steady[:2], slower), (steady, slower[:2])):  # a replicate without one
+        assert judge(a, b, 0.03, None, fewer).verdict == "slower"

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
+
+
+class _StoreOnce(argparse.Action):
+    """argparse keeps the last of an option that is given twice; a word that is not read is a mistake here."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        if self.option_strings and getattr(namespace, f"{self.dest} was given", False):
+            parser.error(f"{self.option_strings[0]} is given twice")
+        setattr(namespace, self.dest, values)
+        setattr(namespace, f"{self.dest} was given", True)
 
 
 class Parser(argparse.ArgumentParser):
     """A mistake is one line like any other, in place of argparse's usage and exit."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.register("action", None, _StoreOnce)
+        self.register("action", "store", _StoreOnce)
 
     def error(self, message: str) -> NoReturn:
         """Raise `ValueError`; `cli.main` prints it."""

@@ -22,6 +22,18 @@ from moe_lab.results.numbers import four
 from moe_lab.results.spreadsheet import guarded
 from moe_lab.terminal import Console, write_data
 
+_SIDES = ("A", "B", "A and B")
+OK, MATCHED, MISTAKE, NOTHING_JUDGED = 0, 1, 2, 3
+_JUDGED = ("slower", "faster", "same")
+# The words of --fail-on, each with a pattern of the verdicts that match it (`results.compare.compare`).
+_FAIL_ON = {
+    "slower": "slower",
+    "faster": "faster",
+    "failed": ".*(failed|unreadable).*|.*(skipped|not timed) in [AB].*",
+    "missing": "only in [AB]|.*(skipped|not timed) in [AB].*",
+    "inconclusive": "inconclusive",
+    "any": "(?!same$|inconclusive$|.* in both$).*",
+}
 _STYLES = {"slower": "red", "faster": "green", "same": "", "inconclusive": "yellow"}
 _HELP = """\
 Compare two folders of results: is B slower or faster than A?
@@ -37,14 +49,24 @@ Run sweeps with measure.replicates=3 or more, or measure the noise floor of the
 machine once with: moe-lab doctor --noise
 """
 _EXAMPLES = """\
+--fail-on WORDS, one or more of these, joined by commas:
+  slower, faster, inconclusive    the verdict of a cell
+  failed    failed in A or B; skipped or unreadable in one of them
+  missing   only in A or only in B; skipped in one of them
+  any       all of these but inconclusive and what is alike in A and B
+
 exit codes:
-  0  compared
+  0  compared; with --fail-on: at least one cell was judged and none matches
   1  at least one cell matches --fail-on
-  2  an error: folder not found, no records, or no cell is ok in both
+  2  an error: folder not found or no records; without --fail-on also if no
+     cell is ok in both
+  3  nothing matches --fail-on, but nothing was judged: every cell is
+     inconclusive, or none is ok in both
 
 examples:
   moe-lab compare outputs/main outputs/branch
   moe-lab compare outputs/main outputs/branch --threshold 5% --fail-on any
+  moe-lab compare outputs/main outputs/branch --fail-on slower,failed,missing
   moe-lab compare outputs/main outputs/branch --markdown - > comment.md
 """
 
@@ -54,11 +76,19 @@ examples:
 
 def summary(df: pd.DataFrame) -> str:
     """The count of each verdict, and the geometric mean of B/A over the cells that were compared."""
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in df["verdict"].value_counts().items())
+    counts = ", ".join(
+        f"{count} {verdict}{_unstable(df[df['verdict'] == verdict])}"
+        for verdict, count in df["verdict"].value_counts().items()
+    )
     ratios = df["ratio"].dropna()
     if ratios.empty:
         return counts
-    return f"{counts}; geometric mean of B/A over {len(ratios)} compared cells: {np.exp(np.log(ratios).mean()):.3f}"
+    return f"{counts}; geometric mean of B/A over {len(ratios)} compared cells: {four(np.exp(np.log(ratios).mean()))}"
+
+
+def _unstable(rows: pd.DataFrame) -> str:
+    count = int(rows["unstable"].isin(_SIDES).sum())
+    return f" ({count} with unstable latencies)" if count else ""
 
 
 def _layout(df: pd.DataFrame) -> tuple[str, pd.DataFrame, list[str]]:
@@ -77,7 +107,10 @@ def _layout(df: pd.DataFrame) -> tuple[str, pd.DataFrame, list[str]]:
                 f"{low} to {high}" if low != "-" else "-"
                 for low, high in zip(text["ratio_low"], text["ratio_high"], strict=True)
             ],
-            "verdict": text["verdict"],
+            "verdict": [
+                f"{verdict} (unstable: {sides})" if sides in _SIDES else verdict
+                for verdict, sides in zip(text["verdict"], text["unstable"], strict=True)
+            ],
             "note": [str(notes.index(why) + 1) if why else "" for why in text["why"]],
             "cell_id": text["cell_id"],
         }
@@ -150,9 +183,7 @@ def _parser() -> Parser:
         "--threshold", default="3%", help="the smallest difference that matters: 3%% or 0.03 (default: %(default)s)"
     )
     parser.add_argument(
-        "--fail-on",
-        choices=("slower", "faster", "any"),
-        help="exit with 1 if a cell is slower, or faster; any: also if one is missing, failed or unreadable in one set",
+        "--fail-on", metavar="WORDS", help="exit with 1 if a cell is one of these: " + ", ".join(_FAIL_ON)
     )
     parser.add_argument("--csv", metavar="FILE", help="write all columns as CSV; - for standard output (no table)")
     parser.add_argument(
@@ -176,23 +207,49 @@ def _write(target: str | None, text: str) -> None:
         write_atomic(Path(target), text.encode())
 
 
-def _n_matches(df: pd.DataFrame, fail_on: str | None) -> int:
-    """The number of cells that match `--fail-on`."""
-    if fail_on == "any":  # not what is alike in both sets, be it a failure
-        return int((~df["verdict"].isin(("same", "inconclusive")) & ~df["verdict"].str.endswith(" in both")).sum())
-    return int((df["verdict"] == fail_on).sum())
+def parse_fail_on(text: str) -> list[str]:
+    """`slower,failed` as its words. Raises `ValueError` for an unknown one, one given twice, or none."""
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in _FAIL_ON:
+            raise ValueError(f"--fail-on={text}: {word or 'nothing'} is not one of {', '.join(_FAIL_ON)}.")
+    if len(set(words)) < len(words):
+        raise ValueError(f"--fail-on={text}: name each word once.")
+    return words
+
+
+def _gate(df: pd.DataFrame, words: list[str]) -> int:
+    """The exit code of `--fail-on`, and on stderr what matches and what was not judged."""
+    option = f"moe-lab: --fail-on={','.join(words)}"
+    counts = {word: int(df["verdict"].map(re.compile(_FAIL_ON[word]).fullmatch).notna().sum()) for word in words}
+    n_matches = int(df["verdict"].map(re.compile("|".join(_FAIL_ON[word] for word in words)).fullmatch).notna().sum())
+    not_judged = df["verdict"][~df["verdict"].isin(_JUDGED)].value_counts()
+    n_judged = len(df) - int(not_judged.sum())
+    told = ", ".join(f"{count} {verdict}" for verdict, count in not_judged.items())
+    if n_matches:
+        by_word = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+        print(f"{option}: {n_matches} of {len(df)} rows match ({by_word})", file=sys.stderr)
+        return MATCHED
+    if not n_judged:
+        remedy = "; measure with measure.replicates=3" if "inconclusive" in not_judged else ""
+        print(f"{option}: nothing was judged ({told}), so this is no pass{remedy}", file=sys.stderr)
+        return NOTHING_JUDGED
+    if told:
+        print(f"{option}: passed, but {len(df) - n_judged} of {len(df)} rows were not judged: {told}", file=sys.stderr)
+    return OK
 
 
 def main(arguments: list[str]) -> int:
     """`moe-lab compare`. Returns the exit code."""
     try:
         given = _parser().parse_args(arguments)
+        words = parse_fail_on(given.fail_on) if given.fail_on is not None else []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             df = compare(given.a, given.b, threshold=parse_threshold(given.threshold))
         for warning in caught:
             print(f"moe-lab: {warning.message}", file=sys.stderr)
-        if df["ratio"].isna().all():
+        if df["ratio"].isna().all() and not words:
             raise ValueError(f"no cell is ok in both {given.a} and {given.b}: {summary(df)}.")
         if "-" not in (given.csv, given.markdown):
             print(f"A: {given.a}\nB: {given.b}")
@@ -200,10 +257,8 @@ def main(arguments: list[str]) -> int:
         _write(given.csv, to_csv(df))
         _write(given.markdown, to_markdown(df))
     except SystemExit:  # --help; `Parser.error` does not exit
-        return 0
+        return OK
     except (OSError, ValueError) as error:
         print(f"moe-lab: {error}", file=sys.stderr)
-        return 2
-    if n_matches := _n_matches(df, given.fail_on):
-        print(f"moe-lab: --fail-on={given.fail_on}: {n_matches} of {len(df)} rows", file=sys.stderr)
-    return 1 if n_matches else 0
+        return MISTAKE
+    return _gate(df, words) if words else OK

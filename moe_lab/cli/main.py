@@ -1,7 +1,7 @@
 """`moe-lab`: a plain Hydra application with one-line errors and exit codes.
 
-Exit codes: 0 all ok or declared skips; 1 a run failed; 2 the person's input, or an implementation or a device that is
-not there; 130 Ctrl-C.
+Exit codes: 0 all ok, or some ok and the others skipped; 1 a run failed; 2 the person's input, or an implementation or a
+device that is not there; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -70,12 +70,13 @@ def _task(cfg: DictConfig, trusted: Sequence[str], environment: Mapping[str, str
 
 
 def _say_what_takes_long() -> None:
-    """The extension's log on standard error: that it is built, which takes a minute."""
-    log = logging.getLogger("moe_lab.extension")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("moe-lab: %(message)s"))
-        log.addHandler(handler)
+    """Two logs on standard error: that the extension is built, which takes a minute, and that a run waits."""
+    for name in ("moe_lab.extension", "moe_lab.waiting"):
+        log = logging.getLogger(name)
+        if not log.handlers:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("moe-lab: %(message)s"))
+            log.addHandler(handler)
 
 
 def _remove_if_empty(directory: Path) -> None:
@@ -188,7 +189,11 @@ def _main(argv: list[str] | None) -> int:
     if _mistakes:
         _report(_mistakes, wants_traceback)
         return MISTAKE
-    return FAILED if any(record.status == "failed" for record in _records) else OK
+    statuses = {record.status for record in _records}
+    if statuses == {"skipped"}:  # as a single run that cannot run here
+        print("moe-lab: no cell could run (moe-lab doctor shows what runs here)", file=sys.stderr)
+        return MISTAKE
+    return FAILED if "failed" in statuses else OK
 
 
 if __name__ == "__main__":

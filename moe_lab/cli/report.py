@@ -8,8 +8,8 @@ from pathlib import Path
 from moe_lab.cli.arguments import Parser
 
 
-def tables(directory: Path) -> None:
-    """Write the tables alone, and print how many records they hold and which files could not be read."""
+def tables(directory: Path) -> int:
+    """Write the tables alone, and print which files could not be read and how many records there are; return that."""
     from moe_lab.results.aggregate import OUTPUTS, aggregate
 
     runs, _, unreadable = aggregate(directory)
@@ -19,6 +19,7 @@ def tables(directory: Path) -> None:
         print(f"{copies} records have the same cell_id as another record (column n_records)", file=sys.stderr)
     for path, error in unreadable.itertuples(index=False):
         print(f"not read: {path}: {error}", file=sys.stderr)
+    return len(runs)
 
 
 def main(arguments: list[str]) -> int:
@@ -30,9 +31,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tables", action="store_true", help="write only the tables")
     given = parser.parse_args(arguments)
     if given.tables:
-        tables(given.directory)
+        n_records = tables(given.directory)
     else:
         from moe_lab.results import outputs
 
-        outputs.write(given.directory)
+        n_records = outputs.write(given.directory)
+    if not n_records:
+        raise ValueError(f"{given.directory}: no readable records.")
     return 0

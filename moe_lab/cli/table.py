@@ -11,7 +11,7 @@ from rich.table import Table
 
 from moe_lab.records import identity, variants
 from moe_lab.records.identity import option_name
-from moe_lab.records.schema import LAUNCH_BOUND, Record
+from moe_lab.records.schema import BUSY, LAUNCH_BOUND, Record
 from moe_lab.results import numbers
 from moe_lab.results.numbers import with_interval
 from moe_lab.terminal import Console
@@ -59,8 +59,14 @@ def _cells(record: Record) -> dict[str, str]:
         _OFF: _off(agreement) if agreement else _NONE,
         _BITS: numbers.bits_per_byte(*(quality.get(name) for name in _BITS_OF)) or _NONE,
         _KL: numbers.short(quality.get("kl_to_native")),
-        "status": record.status + (f": {record.reason}" if record.reason else ""),
+        "status": _status(record) + (f": {record.reason}" if record.reason else ""),
     }
+
+
+def _status(record: Record) -> str:
+    """A row has a ratio to compare; so it says itself whether its latency is stable."""
+    is_unstable = record.latency_ms is not None and not record.latency_ms.stable
+    return f"{record.status}, unstable" if is_unstable else record.status
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Console:
@@ -135,7 +141,7 @@ def print_sweep(records: Sequence[Record], compare: Sequence[str]) -> None:
         columns.insert(3, "ratio [interval]")
     rows = []
     for position, record in enumerate(records):
-        cells = {**_cells(record), "status": record.status}  # the reasons stand below
+        cells = {**_cells(record), "status": _status(record)}  # the reasons stand below
         rows.append([*(labels[position] for labels in shown.values()), *(cells[name] for name in columns)])
     console = print_table([*shown, *columns], rows)
     _print_time_of_agreement(console, records)
@@ -148,11 +154,12 @@ def print_sweep(records: Sequence[Record], compare: Sequence[str]) -> None:
             style="yellow",
             highlight=False,
         )
-    launch_bound = [w for record in records for w in record.warnings if w.startswith(LAUNCH_BOUND)]
-    if launch_bound:  # each has its own share of the time
-        text = f"warning ({len(launch_bound)} cells, for example): {launch_bound[0]}"
-        console.print(text, style="yellow", markup=False, highlight=False)
-    summarised = ("latency is not stable", LAUNCH_BOUND)
+    for kind in (LAUNCH_BOUND, BUSY):  # each has its own numbers
+        alike = [w for record in records for w in record.warnings if w.startswith(kind)]
+        if alike:
+            text = f"warning ({len(alike)} cells, for example): {alike[0]}"
+            console.print(text, style="yellow", markup=False, highlight=False)
+    summarised = ("latency is not stable", LAUNCH_BOUND, BUSY)
     other = Counter(w for record in records for w in record.warnings if not w.startswith(summarised))
     for warning, number in other.items():
         console.print(f"warning ({number} cells): {warning}", style="yellow", markup=False, highlight=False)

@@ -14,6 +14,7 @@ from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers.oc import env as _oc_env
 
@@ -86,7 +87,18 @@ def _load_and_check(
         raise ValueError(f"hydra.job.env_copy={error}: not allowed; set environment variables in the shell.") from error
     if "hydra" in cfg:
         hydra_node.check(cfg, overrides)
+        _refuse_cells_at_once(cfg.hydra)
     return cfg
+
+
+def _refuse_cells_at_once(node: DictConfig) -> None:
+    """Raise `ValueError` for a launcher of several jobs. Here, because Hydra goes on if a callback raises."""
+    n_jobs = (node.get("launcher") or {}).get("n_jobs", 1)
+    if node.mode == RunMode.MULTIRUN and n_jobs != 1:
+        raise ValueError(
+            f"hydra.launcher.n_jobs={n_jobs}: cells that run at once disturb each other's timing; set "
+            "hydra.launcher.n_jobs=1, or leave out hydra/launcher."
+        )
 
 
 def _check_and_initialize(self: ConfigRepository, config_search_path: ConfigSearchPath) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -35,6 +35,10 @@ def explain(error: BaseException) -> str:
         return f"{quoted}: several values need a sweep: add -m. If it is one value, quote it."
     if text.startswith("Error parsing override") and "missing EQUAL" in text:
         return f"{quoted}: not a KEY=VALUE override (moe-lab --help lists keys and groups)."
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        example = "" if set(value) & set("\"'") else f": '{key}=\"{value}\"'"
+        return f"{error.override}: cannot be read; write special characters in quotes that the shell leaves{example}."
     return _one_line("\n".join(line for line in text.splitlines() if not line.startswith("See https")))
 
 

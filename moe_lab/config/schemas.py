@@ -306,6 +306,7 @@ class Sweep:
     timeout_s: float
     stale: str
     retry_failed: bool
+    wait: bool
     fail_fast: bool
     max_cells: int
     report: bool

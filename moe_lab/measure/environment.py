@@ -44,6 +44,16 @@ def capture(device: torch.device) -> dict[str, Any]:
     }
 
 
+def device_id(device: torch.device) -> str:
+    """Names what a run has for itself: a GPU by its UUID, or a set of CPUs."""
+    if device.type == "cuda":
+        return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    starts = [cpu for cpu in cpus if cpu - 1 not in cpus]
+    ends = [cpu for cpu in cpus if cpu + 1 not in cpus]
+    return "cpus_" + "_".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -15,7 +15,7 @@ tokens:
     mutual_information                        H(P) - mean_t H(p_t): specialisation without collapse
     top1_prob, top1_margin, boundary_margin   means of p_(1), p_(1) - p_(2), p_(k) - p_(k+1), p sorted
     topk_mass                                 mean_t of p over the chosen experts
-    dropped_fraction, dropped_tokens_fraction unused slots over T K; tokens with no used slot over T
+    unused_slots_fraction, dropped_tokens_fraction unused slots over T K; tokens with no used slot over T
     tile_waste_64, tile_waste_128             sum_e ceil(c_e / B) B / N - 1: padding of a grouped matrix product
     uniform_unique_experts                    E (1 - (1 - N / (T E))^T): unique_experts expected of uniform routing
     expert_mb                                 weights of the experts with c > 0: what one pass has to read of them
@@ -133,7 +133,7 @@ def metrics(stats: RoutingStats) -> Metrics:
         result["boundary_margin"] = None
     mean_p = stats.prob_sum_E / stats.tokens
     result["mutual_information"] = max(_entropy(mean_p) - sums["token_entropy"] / stats.tokens, 0.0)
-    result["dropped_fraction"] = (stats.slots - used) / stats.slots if stats.slots else None
+    result["unused_slots_fraction"] = (stats.slots - used) / stats.slots if stats.slots else None
     result["dropped_tokens_fraction"] = sums["unrouted"] / stats.tokens
     result["dead_experts"] = int((c == 0).sum())
     result["unique_experts"] = int((c > 0).sum())

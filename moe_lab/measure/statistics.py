@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_lab.intervals import mean_interval
+from moe_lab.intervals import mean_interval, typical
 from moe_lab.records.schema import Latency, Ratio
 
 _LEAST_SAMPLES = 10
@@ -53,15 +53,15 @@ def summarize(
 ) -> Latency:
     """The record's `latency_ms`, from at least one sample.
 
-    With the samples of two or more processes in `replicates` the interval is that of their medians' mean (Student's t
-    of the logarithms), for samples of one process know nothing of what differs between processes.
+    With the samples of two or more processes in `replicates` the median is the geometric mean of theirs, and the
+    interval is that of this mean (Student's t of the logarithms), for samples of one process know nothing of what
+    differs between processes.
     """
     ordered = np.sort(samples_ms)
     medians = [float(np.median(samples)) for samples in replicates] or [float(np.median(ordered))]
     interval = mean_interval(np.log(medians)) if len(medians) > 1 else median_interval(ordered)
-    p50, p90, p99 = (float(value) for value in np.percentile(ordered, (50, 90, 99)))
-    if interval is not None:
-        interval = min(interval[0], p50), max(interval[1], p50)
+    p50 = typical(medians)
+    p90, p99 = (float(value) for value in np.percentile(ordered, (90, 99)))
     return Latency(
         n=len(ordered),
         mean=float(np.mean(ordered)),
@@ -78,7 +78,7 @@ def summarize(
 def ratio(rounds: Sequence[tuple[int, float]], anchor: str) -> Ratio | None:
     """Of (replicate, ratio to the anchor in one round) the median ratio and its interval; None without a round.
 
-    One process: the interval of the median over its rounds. Several: that of the mean of their medians.
+    One process: the median over its rounds and its interval. Several: the geometric mean of their medians, and its.
     """
     if not rounds:
         return None
@@ -86,11 +86,10 @@ def ratio(rounds: Sequence[tuple[int, float]], anchor: str) -> Ratio | None:
     numbers = sorted({replicate for replicate, _ in rounds})
     medians = [float(np.median([value for number, value in rounds if number == wanted])) for wanted in numbers]
     interval = mean_interval(np.log(medians)) if len(medians) > 1 else median_interval(ratios)
-    p50 = float(np.median(ratios))
     return Ratio(
         anchor=anchor,
-        p50=p50,
-        ci95_low=min(interval[0], p50) if interval else None,
-        ci95_high=max(interval[1], p50) if interval else None,
+        p50=typical(medians),
+        ci95_low=interval[0] if interval else None,
+        ci95_high=interval[1] if interval else None,
         rounds=len(ratios),
     )

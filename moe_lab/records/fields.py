@@ -73,7 +73,13 @@ THROUGHPUT = (
 PHASES = (
     Field("execution", str, "", "execution mode of the pass that measures the phases"),
     *(
-        Field(name, float, "ms", "median per iteration, all layers; missing if a kernel spans several phases")
+        Field(
+            name,
+            float,
+            "ms",
+            "median per iteration, all layers; missing if a kernel spans several phases, and if `sum_ms` is more than "
+            "20 % from the median latency (see `phases_share`)",
+        )
         for name in marks.NAMES
     ),
     Field(
@@ -83,8 +89,17 @@ PHASES = (
         "a kernel that spans several phases, under their joined names (`phases_ms.dispatch+experts+combine`)",
     ),
     Field("other", float, "ms", "time outside of the phases"),
-    Field("sum_ms", float, "ms", "sum of all phases"),
+    Field("sum_ms", float, "ms", "sum of all phases: median time of the pass that measures them"),
     Field("launch_gap_ms", float, "ms", "time of the eager pass minus the time of the CUDA graph"),
+)
+
+PHASE_SHARES = (
+    *(
+        Field(name, float, "1", "share of `phases_ms.sum_ms`, also where that is not the latency")
+        for name in marks.NAMES
+    ),
+    Field("*", None, "1", "a kernel that spans several phases, under their joined names"),
+    Field("other", float, "1", "share of the time outside of the phases"),
 )
 
 MEMORY = (
@@ -131,7 +146,14 @@ METRICS = (
     Field("top1_margin", float, "1", "mean difference of the two largest probabilities", min),
     Field("boundary_margin", float, "1", "mean difference of the k-th and the next probability", min),
     Field("topk_mass", float, "1", "total probability of a token's experts, mean over tokens", min),
-    Field("dropped_fraction", float, "1", "share of the slots that are unused", max),
+    Field(
+        "unused_slots_fraction",
+        float,
+        "1",
+        "share of the slots that are unused: dropped by a capacity, or left empty by a router with a variable number "
+        "of experts per token",
+        max,
+    ),
     Field("dropped_tokens_fraction", float, "1", "share of the tokens without an expert", max),
     Field(
         "tile_waste_64",
@@ -270,6 +292,18 @@ ROOFLINE = (
     Field("flops_per_s", float, "FLOP/s", "measured rate of a square matrix product"),
     Field("peak_source", str, "", "how the rates were measured"),
 )
+
+CONTENTION = (
+    Field(
+        "load_average", float, "1", "load average of the last minute at the start, over the CPUs that the run may use"
+    ),
+    Field("other_cpu", float, "1", "share of these CPUs that other processes used during the timing"),
+    Field("steal", float, "1", "share of these CPUs that the hypervisor gave to others during the timing"),
+    Field("other_runs", int, "runs", "other runs of moe-lab on the same device during the timing, at most at once"),
+    Field("cpu_frequency", float, "1", "lowest clock of these CPUs seen between blocks, over their highest possible"),
+    Field("throttled", str, "", "what slowed the CPUs or the GPU down during the timing; empty if nothing did"),
+)
+"""What else the machine did meanwhile; what the system does not tell is missing (measure/contention.py)."""
 
 EXPORT = (Field("*", None, "", "values recorded by an export"),)
 

@@ -24,6 +24,9 @@ NOT_ENDED = ("interrupted", "unfinished", "crash: SIGKILL", "crash: SIGTERM")
 LAUNCH_BOUND = "launch-bound: "
 """How the warning of a run begins whose GPU waited for the host's launches."""
 
+BUSY = "busy machine: "
+"""How the warning of a run begins that did not have the machine for itself."""
+
 
 @dataclass(kw_only=True)
 class Latency:
@@ -31,7 +34,7 @@ class Latency:
 
     n: Annotated[int, "samples", "timed iterations"]
     mean: Annotated[float, "ms", "mean time of one iteration"]
-    p50: Annotated[float, "ms", "median"]
+    p50: Annotated[float, "ms", "median; with `measure.replicates` the geometric mean of the replicates' medians"]
     p90: Annotated[float, "ms", "90th percentile"]
     p99: Annotated[float, "ms", "99th percentile"]
     ci95_low: Annotated[float | None, "ms", "lower end of the median's 95 % interval"]
@@ -54,7 +57,8 @@ class Latency:
 class Ratio:
     """Latency over that of the anchor, the variant that others are compared with, timed in the same rounds.
 
-    The median over the rounds of (block median of this cell / block median of the anchor), and its 95 % interval.
+    The median over the rounds of (block median of this cell / block median of the anchor), and its 95 % interval; with
+    replicates the geometric mean of theirs.
     """
 
     anchor: Annotated[str, "", "cell_id of the anchor that was timed in the same rounds"]
@@ -128,6 +132,7 @@ class Record:
     ratio_to_anchor: Ratio | None = None
     throughput: Annotated[dict[str, float] | None, fields.THROUGHPUT] = None
     phases_ms: Annotated[dict[str, Any] | None, fields.PHASES] = None
+    phases_share: Annotated[dict[str, float | None] | None, fields.PHASE_SHARES] = None
     memory: Annotated[dict[str, float | None] | None, fields.MEMORY] = None
     check: Check | None = None
     routing: Annotated[dict[str, Any] | None, fields.ROUTING] = None
@@ -136,6 +141,7 @@ class Record:
     quality: Annotated[dict[str, Any] | None, fields.QUALITY] = None
     roofline: Annotated[dict[str, Any] | None, fields.ROOFLINE] = None
     export: Annotated[dict[str, Any] | None, fields.EXPORT] = None
+    contention: Annotated[dict[str, Any] | None, fields.CONTENTION] = None
     environment: Annotated[dict[str, Any], fields.ENVIRONMENT] = field(default_factory=dict)
     started: Annotated[str | None, "UTC, ISO 8601", "start of the run"] = None
     elapsed_s: Annotated[float | None, "s", "duration of the whole run"] = None

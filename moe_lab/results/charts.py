@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from moe_lab import marks
-from moe_lab.records import fields, files
+from moe_lab.records import files
+from moe_lab.records.phases import AGREES, OF_THE_PASS
 from moe_lab.records.store import ROUTING
 from moe_lab.results import coactivation
 from moe_lab.results.settings import describe, sizes
@@ -26,9 +27,8 @@ _BITS_OF_TEXT = re.compile(r"quality\.domains\.(.+)\.bits_per_byte")
 _ENDS = ("_ci95_low", "_ci95_high")
 _SWEPT = ("batch", "seq_len", "config.workload.context_len")
 _KEYS = ("variant", *_INTERVAL)
-_PHASE = "phases_ms."
+_PHASE, _SHARE = "phases_ms.", "phases_share."
 _PHASES = (*marks.NAMES, "other")
-_NO_PHASE = set(fields.names(fields.PHASES)) - set(_PHASES)
 
 NAMES = (
     "latency",
@@ -47,6 +47,7 @@ NAMES = (
     "experts_by_text",
     "coactivation",
     "phases",
+    "phase_shares",
 )
 """Of all charts that there can be; the stems of their files."""
 
@@ -187,9 +188,9 @@ def charts(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Charts
     """Of what `aggregate` found in a directory, and of the files beside the records for the load of the experts."""
     left_out: list[str] = []
     names = _in_order(summary)
-    runs, summary = _sorted(runs, names), _sorted(summary, names)
+    runs, summary = _phases_by_kind(_sorted(runs, names)), _sorted(summary, names)
     drawn = [chart for chart in _all(runs, summary, directory, left_out) if chart.panels]
-    return Charts(drawn, left_out, names, [name.removeprefix(_PHASE) for name in _phases_in(runs)])
+    return Charts(drawn, left_out, names, _phases_in(runs, _PHASE, _SHARE))
 
 
 def _in_order(summary: pd.DataFrame) -> list[str]:
@@ -224,7 +225,7 @@ def _all(runs: pd.DataFrame, summary: pd.DataFrame, directory: Path, left_out: l
     if has_texts:
         yield _experts_by_text(runs, directory, left_out)
     yield _coactivation(runs, directory, left_out)
-    yield _where_time_goes(runs, left_out)
+    yield from _where_time_goes(runs, left_out)
 
 
 def _panels(frame: pd.DataFrame, *columns: str, without: tuple[str, ...] = ()) -> dict[str, list[Row]]:
@@ -433,31 +434,65 @@ def _texts(path: Path) -> tuple[list[int], np.ndarray, list[str]] | None:
     return layers, counts_LGE, texts
 
 
-def _phases_in(runs: pd.DataFrame) -> list[str]:
-    """The columns of phases that took time somewhere; a joined name stands where its first phase would."""
+def _phases_by_kind(runs: pd.DataFrame) -> pd.DataFrame:
+    """Milliseconds only where the pass that measured the phases agrees with the latency; elsewhere shares of it.
 
-    def order(column: str) -> tuple[int, str]:
-        first = column.removeprefix(_PHASE).split("+")[0]
-        return (_PHASES.index(first) if first in _PHASES else len(_PHASES), column)
+    Older records have milliseconds alone, whatever the latency.
+    """
+    total = f"{_PHASE}sum_ms"
+    if total not in runs:
+        return runs
+    agrees = (runs[total] / runs[LATENCY] - 1).abs() <= AGREES
+    columns: dict[str, pd.Series] = {}
+    for name in [str(name) for name in runs if str(name).startswith(_PHASE)]:
+        if (phase := name.removeprefix(_PHASE)) not in OF_THE_PASS:
+            share = runs[name] / runs[total]
+            known = runs[_SHARE + phase].fillna(share) if _SHARE + phase in runs else share
+            columns |= {name: runs[name].where(agrees), _SHARE + phase: known.where(~agrees)}
+    return runs.assign(**columns)
 
-    columns = [str(name) for name in runs if str(name).startswith(_PHASE)]
-    taken = [name for name in columns if name.removeprefix(_PHASE) not in _NO_PHASE and (runs[name] > 0).any()]
+
+def _phases_in(runs: pd.DataFrame, *prefixes: str) -> list[str]:
+    """The phases that took time somewhere; a joined name stands where its first phase would."""
+
+    def order(phase: str) -> tuple[int, str]:
+        first = phase.split("+")[0]
+        return (_PHASES.index(first) if first in _PHASES else len(_PHASES), phase)
+
+    taken = {
+        phase
+        for prefix in prefixes
+        for phase in (str(name).removeprefix(prefix) for name in runs if str(name).startswith(prefix))
+        if phase not in OF_THE_PASS and (runs[prefix + phase] > 0).any()
+    }
     return sorted(taken, key=order)
 
 
-def _where_time_goes(runs: pd.DataFrame, left_out: list[str]) -> Chart:
-    columns = _phases_in(runs)
-    settings = (
-        _panels(runs[runs[columns].notna().any(axis=1)].fillna(dict.fromkeys(columns, 0.0)), *columns)
-        if columns
-        else {}
-    )
-    if not settings:
-        left_out.append("Where the time goes: no cell measured its phases (measure.phases).")
+def _where_time_goes(runs: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
+    """Milliseconds of the cells whose phases agree with the latency, and shares of the others."""
+    title = "Where the time goes"
+    shares = f"{title}, as shares: the pass that measured this took more than {AGREES:.0%} longer or shorter"
+    charts = [
+        Chart("phases", "stack", title, "ms of an eager pass", "", _stacks(runs, _PHASE)),
+        Chart("phase_shares", "stack", shares, "share of an eager pass", "", _stacks(runs, _SHARE)),
+    ]
+    if not any(chart.panels for chart in charts):
+        left_out.append(f"{title}: no cell measured its phases (measure.phases).")
+    yield from charts
+
+
+def _stacks(runs: pd.DataFrame, prefix: str) -> list[Panel]:
+    phases = _phases_in(runs, prefix)
+    columns = [prefix + phase for phase in phases]
+    if not columns:
+        return []
+    settings = _panels(runs[runs[columns].notna().any(axis=1)].fillna(dict.fromkeys(columns, 0.0)), *columns)
     panels = []
     for title, rows in settings.items():
         bars, nothing = [row["variant"] for row in rows], [None] * len(rows)
         size = [row["size"] for row in rows]
-        stacked = [(column.removeprefix(_PHASE), [float(row[column]) for row in rows]) for column in columns]
-        panels.append(Panel(title, [Series(name, bars, ms, nothing, nothing, size) for name, ms in stacked if any(ms)]))
-    return Chart("phases", "stack", "Where the time goes", "ms of an eager pass", "", panels)
+        stacked = [(phase, [float(row[prefix + phase]) for row in rows]) for phase in phases]
+        panels.append(
+            Panel(title, [Series(name, bars, part, nothing, nothing, size) for name, part in stacked if any(part)])
+        )
+    return panels

@@ -12,10 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from moe_lab.intervals import judge
+from moe_lab.intervals import judge, typical
 from moe_lab.records import identity, variants
 from moe_lab.records.schema import Record
 from moe_lab.records.store import RESULT, read_record
@@ -24,7 +23,7 @@ from moe_lab.results.noise import read_floor
 
 NAMES = ("model", "router", "experts", "batch", "seq_len", "dtype", "device", "execution")
 _NUMBERS = ("p50_a_ms", "p50_b_ms", "ratio", "ratio_low", "ratio_high")
-COLUMNS = ("cell_id", *NAMES, "also", *_NUMBERS, "replicates_a", "replicates_b", "verdict", "why")
+COLUMNS = ("cell_id", *NAMES, "also", *_NUMBERS, "replicates_a", "replicates_b", "unstable", "verdict", "why")
 _FloorOf = Callable[[str], float | None]
 
 
@@ -97,9 +96,10 @@ def _read(root: Path) -> tuple[dict[str, list[_Run]], list[str]]:
 def compare(a: Path, b: Path, *, threshold: float = 0.03, floors: Mapping[str, float] | None = None) -> pd.DataFrame:
     """One row per cell of either set, then one per record that cannot be read; the columns are `COLUMNS`.
 
-    `p50_*_ms` are the geometric means of the replicates' medians, `ratio` is B/A and `ratio_low` to `ratio_high` its
-    95 % interval, `also` tells apart cells of the same names. `verdict` is `slower`, `faster`, `same` or `inconclusive`
-    (the rule: `intervals.judge`) where the cell is ok in both sets; else it says where the cell is missing or failed.
+    `p50_*_ms` are the medians of the records (of several, the geometric mean), `ratio` is B/A of the replicates'
+    medians and `ratio_low` to `ratio_high` its 95 % interval, `also` tells apart cells of the same names, `unstable`
+    names the sides whose latency is not stable. `verdict` is `slower`, `faster`, `same` or `inconclusive` (the rule:
+    `intervals.judge`) where the cell is ok in both sets; else it says where the cell is missing or failed.
 
     Args:
         threshold: the smallest difference that matters, a ratio minus 1.
@@ -123,18 +123,18 @@ def compare(a: Path, b: Path, *, threshold: float = 0.03, floors: Mapping[str, f
         notes: list[str] = []
         timed = {side: _distinct(side, runs, notes) for side, runs in sides.items()}
         first = (sides["A"] or sides["B"])[0]
-        row = {"cell_id": cell_id, **first.names, "also": "", "verdict": _where(sides, timed)}
+        row = {"cell_id": cell_id, **first.names, "also": "", "unstable": "", "verdict": _where(sides, timed)}
         for side, runs in timed.items():
             medians = [median for run in runs for median in run.medians]
             row[f"replicates_{side.lower()}"] = len(medians)
-            row[f"p50_{side.lower()}_ms"] = float(np.exp(np.mean(np.log(medians)))) if medians else None
+            row[f"p50_{side.lower()}_ms"] = _p50(runs) if runs else None
         if timed["A"] and timed["B"]:
             row.update(_judged(timed, threshold, floor_of, notes))
         rows.append({**row, "why": "; ".join(notes)})
         contents.append(first.content)
     _tell_apart(rows, contents)
     for side, unreadable in (("A", unreadable_a), ("B", unreadable_b)):
-        rows += [{"verdict": f"unreadable in {side}", "also": "", "why": text} for text in unreadable]
+        rows += [{"verdict": f"unreadable in {side}", "also": "", "unstable": "", "why": text} for text in unreadable]
     return pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).astype(dict.fromkeys(_NUMBERS, float))
 
 
@@ -190,6 +190,23 @@ def _distinct(side: str, runs: list[_Run], notes: list[str]) -> list[_Run]:
     return timed
 
 
+def _p50(runs: list[_Run]) -> float:
+    """What the record says, as every table does; of several results pooled, what is typical of all replicates."""
+    latency = runs[0].record.latency_ms
+    if len(runs) == 1 and latency is not None:
+        return float(latency.p50)
+    return typical([median for run in runs for median in run.medians])
+
+
+def _unstable(timed: dict[str, list[_Run]]) -> str:
+    """The sides with a latency that is not stable: `A`, `B`, `A and B`, or nothing."""
+    return " and ".join(
+        side
+        for side, runs in timed.items()
+        if any(run.record.latency_ms is not None and not run.record.latency_ms.stable for run in runs)
+    )
+
+
 def _state(run: _Run) -> str:
     return "not timed" if run.record.status == "ok" else run.record.status
 
@@ -213,6 +230,8 @@ def _judged(timed: dict[str, list[_Run]], threshold: float, floor_of: _FloorOf, 
     floor = floor_of(machine) if machine else None
     probes = tuple([probe for run in timed[side] for probe in run.probes] for side in ("A", "B"))
     verdict, ratio, low, high, why = judge(a, b, threshold, floor, (probes[0], probes[1]))
+    if unstable := _unstable(timed):
+        why += f"; the latency is not stable in {unstable} (measure.target_ci)"
     notes.insert(0, why)
     if low is None and floor is None:
         remedy = "run moe-lab doctor --noise" if machine else "set measure.replicates=3 to get an interval"
@@ -224,7 +243,7 @@ def _judged(timed: dict[str, list[_Run]], threshold: float, floor_of: _FloorOf, 
     if differences := _differences(timed, "timing"):
         verdict = "inconclusive"
         notes.append(f"not comparable, timed differently: {differences}")
-    return {"verdict": verdict, "ratio": ratio, "ratio_low": low, "ratio_high": high}
+    return {"unstable": unstable, "verdict": verdict, "ratio": ratio, "ratio_low": low, "ratio_high": high}
 
 
 def _differences(timed: dict[str, list[_Run]], kind: str) -> str:

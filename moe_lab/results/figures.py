@@ -8,7 +8,7 @@ from textwrap import wrap
 from typing import Any
 
 from moe_lab.results.charts import Chart, Charts, Map, Panel, Series, Texts, front, is_log
-from moe_lab.results.numbers import four
+from moe_lab.results.numbers import four, interval
 from moe_lab.results.style import phase_style, variant_style
 
 HEAT_NUMBERS = 400_000
@@ -157,13 +157,13 @@ def _bar(series: Series, chart: Chart, found: Charts) -> Figure:
         "x": [_short(value) for value in series.value],
         "y": [_bar_name(name) for name in series.at],
         "marker": {"color": style.colour, "pattern": {"shape": style.plotly_pattern, "solidity": 0.35}},
-        "hovertemplate": "%{fullData.name}<br>%{x:,.4g} ms<extra>%{y}</extra>",
+        "hovertemplate": f"%{{fullData.name}}<br>%{{x:,.4g}} {_unit(chart.x_label)}<extra>%{{y}}</extra>",
     }
 
 
 def _notes(series: Series) -> list[str]:
     return [
-        size if low is None or high is None else f"{size} [{four(low)}, {four(high)}]"
+        size if low is None or high is None else f"{size} {interval(low, high, four)}"
         for size, low, high in zip(series.size, series.low, series.high, strict=True)
     ]
 
@@ -178,7 +178,7 @@ def _plain(text: str) -> str:
 
 
 def _unit(label: str) -> str:
-    return "ms" if "(ms)" in label else label
+    return "ms" if "(ms)" in label or label.startswith("ms ") else label
 
 
 def _short(value: float) -> float:

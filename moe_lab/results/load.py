@@ -22,6 +22,9 @@ UNREADABLE_BECAUSE = (ValueError, AttributeError, TypeError, KeyError, Recursion
 # Nested fields that stay out of the row: the whole configuration, and per-layer lists (`result.json` has those).
 _NOT_COLUMNS = {"config", "routing.layers", "agreement.layers", "agreement.floor.layers"}
 
+_RENAMED = {f"routing.{part}.dropped_fraction": f"routing.{part}.unused_slots_fraction" for part in ("pooled", "worst")}
+"""Columns of older records, and what they are called now."""
+
 
 class Entry(NamedTuple):
     """What the tables take from one record."""
@@ -196,7 +199,11 @@ def _asked(config: Mapping[str, Any]) -> dict[str, Any]:
 def _flatten(content: Mapping[str, Any], row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`row` with the values of a record, nested ones under their dotted names; null is left out."""
     for key, value in content.items():
-        if value is None or (name := prefix + key) in _NOT_COLUMNS:
+        if value is None:
+            continue
+        name = prefix + key
+        name = _RENAMED.get(name, name)
+        if name in _NOT_COLUMNS:
             continue
         if isinstance(value, dict):
             _flatten(value, row, name + ".")

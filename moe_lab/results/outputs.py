@@ -7,8 +7,10 @@ from pathlib import Path
 from moe_lab.terminal import Console
 
 
-def write(directory: Path, *, with_report: bool = True) -> None:
+def write(directory: Path, *, with_report: bool = True) -> int:
     """Write the tables, and with `with_report` the plots and the page; print the paths of the main files.
+
+    Returns the number of records.
 
     Raises:
         ValueError: the folder does not exist.
@@ -26,3 +28,4 @@ def write(directory: Path, *, with_report: bool = True) -> None:
 
         plots.draw(directory, tables.runs, tables.summary)
         console.print(f"{report.write(directory, tables)}", markup=False)
+    return len(tables.runs)

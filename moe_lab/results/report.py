@@ -32,6 +32,7 @@ TABLES = ("runs.csv", "runs.parquet", "summary.csv", "samples.parquet", "coactiv
 _WHAT = ("workload", "device", "dtype", "router", "experts", "execution", "seed", "environment.device_name")
 _MEASURED = (
     ("median ms", "latency_ms.p50"),
+    ("stable", "latency_ms.stable"),
     ("ms from", "latency_ms.ci95_low"),
     ("ms to", "latency_ms.ci95_high"),
     ("x anchor", "ratio_to_anchor.p50"),

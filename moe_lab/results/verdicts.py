@@ -36,6 +36,8 @@ class Verdict(NamedTuple):
     low: float | None
     high: float | None
     cells: int
+    unstable: int
+    """Of these, how many whose latency or anchor's latency is not stable."""
     text: str
 
 
@@ -48,6 +50,8 @@ class _Cell(NamedTuple):
     size: str
     ratio: tuple[float, float, float]
     """Median, low, high."""
+    is_unstable: bool
+    """Whether its latency or that of its anchor is."""
 
 
 def verdicts(summary: pd.DataFrame) -> list[Verdict]:
@@ -59,13 +63,18 @@ def verdicts(summary: pd.DataFrame) -> list[Verdict]:
     class make one sentence, whose ratio is the median over them and whose bracket is the hull of their intervals; of
     `faster` both are inverted, so that they count times faster. T are the tokens of a pass, batch x seq_len, or of
     decoding batch; "T <= t" and "T >= t" speak of the sizes that were measured. Failed and skipped cells, the anchor's
-    too, are named with their reasons.
+    too, are named with their reasons. A sentence says of how many of its cells a latency is not stable.
     """
     sentences: list[Verdict] = []
     if summary.empty:
         return sentences
+    anchors = summary[summary["is_anchor"].fillna(False).astype(bool) & _unstable(summary)]
+    unstable_anchors = set(zip(anchors["setting_id"], anchors["env_id"].astype(str), strict=True))
     for group, group_rows in summary.groupby(describe(summary, without=("batch", "seq_len")), sort=False):
-        rows = group_rows.assign(size=sizes(group_rows), variant=_names(group_rows)).to_dict("records")
+        settings = zip(group_rows["setting_id"], group_rows["env_id"].astype(str), strict=True)
+        is_unstable = _unstable(group_rows) | np.array([setting in unstable_anchors for setting in settings])
+        named = group_rows.assign(size=sizes(group_rows), variant=_names(group_rows), is_unstable=is_unstable)
+        rows = named.to_dict("records")
         for variant in dict.fromkeys(row["variant"] for row in rows):
             cells = [_cell(row) for row in rows if row["variant"] == variant]
             compared = [cell for cell in cells if cell.kind in _COMPARED]
@@ -82,6 +91,11 @@ def verdicts(summary: pd.DataFrame) -> list[Verdict]:
 def _names(rows: pd.DataFrame) -> pd.Series:
     """The variant; of what failed before it was composed, its directory."""
     return rows["variant"].where(rows["variant"].notna(), rows["directory"]).astype(str)
+
+
+def _unstable(rows: pd.DataFrame) -> pd.Series:
+    """Whether each latency is known not to be stable."""
+    return rows["latency_ms.stable"].eq(False).fillna(False).astype(bool)
 
 
 def _true(value: Any) -> bool:
@@ -111,7 +125,9 @@ def _cell(row: Mapping[Any, Any]) -> _Cell:
     else:  # NaN too: no interval
         kind = "inconclusive"
     about = row["anchor" if row["status"] == "ok" else "reason"]
-    return _Cell(kind, "" if pd.isna(about) else str(about), tokens, row["size"], (ratio[0], low, high))
+    return _Cell(
+        kind, "" if pd.isna(about) else str(about), tokens, row["size"], (ratio[0], low, high), row["is_unstable"]
+    )
 
 
 def _where(cells: Collection[_Cell], others: Collection[_Cell], everything: bool) -> str:
@@ -152,7 +168,7 @@ def _verdict(group: str, variant: str, kind: Kind, about: str, cells: Sequence[_
         if kind == "faster":
             ratios = 1 / ratios[:, [0, 2, 1]]
         middle, low, high = (float(v) for v in (np.median(ratios[:, 0]), ratios[:, 1].min(), ratios[:, 2].max()))
-        bracket = f"[{numbers.ratio(low)}, {numbers.ratio(high)}]"
+        bracket = numbers.interval(low, high, numbers.ratio)
     if kind == "same":
         text = f"{variant} takes as long as {about} (within {SAME:.0%}){where}, {bracket}"
     elif kind in ("faster", "slower"):
@@ -164,4 +180,7 @@ def _verdict(group: str, variant: str, kind: Kind, about: str, cells: Sequence[_
         text = f"{variant} and {about} were not timed together{where}: no verdict"
     else:
         text = f"{variant} {'was skipped' if kind == 'skipped' else 'failed'}{where}" + (f": {about}" if about else "")
-    return Verdict(group, variant, kind, where.strip(), middle, low, high, len(cells), text)
+    unstable = sum(cell.is_unstable for cell in cells) if kind in _COMPARED else 0
+    if unstable:
+        text += f"; {unstable} of {len(cells)} latencies are not stable"
+    return Verdict(group, variant, kind, where.strip(), middle, low, high, len(cells), unstable, text)

@@ -24,6 +24,7 @@ from moe_lab.models.parameters import shareable
 from moe_lab.models.serving import Decode, Prefill, Serving
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import identity
+from moe_lab.records.phases import split
 from moe_lab.records.schema import LAUNCH_BOUND
 from moe_lab.routers.base import Routing
 from moe_lab.runs import build
@@ -46,8 +47,9 @@ class Observer:
         warnings: of what could not be seen.
     """
 
-    def __init__(self, built: Built, samples_ms: np.ndarray, flops: int):
-        self.built, self.samples_ms, self.flops = built, samples_ms, flops
+    def __init__(self, built: Built, p50_ms: float, flops: int):
+        """`p50_ms` is the median latency, as it stands in the record."""
+        self.built, self.p50_ms, self.flops = built, p50_ms, flops
         self.cfg = built.cfg
         self.values: dict[str, Any] = {}
         self.routing_arrays: dict[str, np.ndarray] = {}
@@ -83,7 +85,7 @@ class Observer:
     def _cache(self, cache: str) -> float:
         """Median milliseconds with the caches in that state."""
         if cache == self.cfg.measure.cache:
-            return float(np.median(self.samples_ms))
+            return self.p50_ms
         step = self.built.make_step(cache)
         once_ms = float(step.time_block(3).ms.min()) * step.calls
         seconds = min(0.1, self.cfg.measure.max_time_s / 10)
@@ -94,8 +96,8 @@ class Observer:
 
     def _gpu_busy(self) -> float:
         """Milliseconds that the GPU computes in one iteration; a warning where it mostly waits for the host."""
-        busy_ms, p50_ms = self.built.ready_step().busy_ms(), float(np.median(self.samples_ms))
-        if (share := busy_ms / p50_ms) < _BUSY:
+        busy_ms = self.built.ready_step().busy_ms()
+        if (share := busy_ms / self.p50_ms) < _BUSY:
             advice = "compare kernels with execution=cuda_graph"
             if (part := build.not_capturable(self.cfg, self.built.model)) is not None:
                 advice = f"{part} cannot be captured, so use a larger batch"
@@ -172,17 +174,19 @@ class Observer:
         return {"reference": name, "seconds": seconds, **difference}
 
     def _phases(self) -> dict[str, Any]:
-        graph_p50_ms = float(np.median(self.samples_ms)) if self.cfg.execution.name == "cuda_graph" else None
+        graph_p50_ms = self.p50_ms if self.cfg.execution.name == "cuda_graph" else None
         seconds = min(1.0, self.cfg.measure.max_time_s / 4)
-        return phases.measure_phases(self.built.make_step("natural", "eager"), seconds, graph_p50_ms)
+        measured = phases.measure_phases(self.built.make_step("natural", "eager"), seconds, graph_p50_ms)
+        phases_ms, self.values["phases_share"] = split(measured, self.p50_ms)
+        return phases_ms
 
     def _roofline(self) -> dict[str, Any]:
-        built, p50_ms, moved = self.built, float(np.median(self.samples_ms)), []
+        built, moved = self.built, []
         for output in built.outputs(_STEPS_OBSERVED):
             read = built.x if not isinstance(built.task, Decode) else built.x.index_select(1, built.task.position_1)
             cached = built.task.cached_bytes() if isinstance(built.task, Serving) else 0
             moved.append(roofline.least_bytes(built.model, read, output) + cached)
-        return roofline.roofline(round(float(np.mean(moved))), self.flops, p50_ms, built.x.device, built.dtype)
+        return roofline.roofline(round(float(np.mean(moved))), self.flops, self.p50_ms, built.x.device, built.dtype)
 
     def _quality(self) -> dict[str, Any] | None:
         """What the router does to predictions of the workload's text, in whole sequences; None without a text."""

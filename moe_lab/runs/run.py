@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,8 @@ from torch import Tensor
 from moe_lab.config import targets
 from moe_lab.config.checks import validate
 from moe_lab.errors import MismatchError, UnavailableError
-from moe_lab.measure import environment, memory, statistics
+from moe_lab.measure import contention, environment, memory, statistics
+from moe_lab.measure.device_lock import DeviceLock
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models import Output
 from moe_lab.models.checkpoint import Checkpoint
@@ -31,7 +33,7 @@ from moe_lab.models.parameters import parameter_bytes
 from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import identity
-from moe_lab.records.schema import UNFINISHED, Ratio, Record
+from moe_lab.records.schema import UNFINISHED, Latency, Ratio, Record
 from moe_lab.routers.base import Router, Routing
 from moe_lab.runs import build, memory_estimate
 from moe_lab.runs import record as recording
@@ -71,6 +73,7 @@ class Run:
         self.peers: list[str] = []  # cell_ids of the runs whose blocks were interleaved with these
         self.ratio: Ratio | None = None
         self.probe_ms: list[float] = []  # how fast the machine was, by replicate
+        self.contention: dict[str, Any] | None = None  # what else the machine did while this was timed
         self.observed: dict[str, Any] = {}
         self.routing_arrays: dict[str, np.ndarray] = {}
         self.warnings: list[str] = []
@@ -212,24 +215,42 @@ class Run:
         """Every sample so far, in order."""
         return recording.samples_ms(self.blocks)
 
-    def measure(self) -> None:
+    def alone(self) -> DeviceLock:
+        """A context in which others see that this run uses its device; with `sweep.wait=true` it waits for them first.
+
+        Raises:
+            UnavailableError: the device is not here.
+        """
+        name = environment.device_id(build.resolve_device(self.cfg))
+        waiting = logging.getLogger("moe_lab.waiting")
+        text = "waiting for another run on this device (sweep.wait=true)"
+        return DeviceLock(name, wait=bool(self.cfg.sweep.wait), on_wait=lambda: waiting.info(text))
+
+    def measure(self, lock: DeviceLock) -> None:
         """Warm up, then time blocks until the median is known to `target_ci` or `max_time_s` is spent."""
         max_time_s = self.cfg.measure.max_time_s
         n = self.warm_up(min(_BLOCK_S, max_time_s))
+        watch = contention.Watch(lock)
+        watch.start([os.getpid()])
         deadline = time.perf_counter() + max_time_s
         round_ = 0
         while True:
             self.time_block(n, round_=round_)
+            watch.look()
             round_ += 1
             samples = self.samples_ms()
             if statistics.is_known(samples, self.cfg.measure.target_ci) or time.perf_counter() >= deadline:
                 break
+        watch.stop()
+        self.contention = watch.seen()
         log.info("timed %d iterations, median %.4g ms", len(samples), np.median(samples))
 
     def observe(self) -> None:
         """Look at what `measure` asks for. The latency stands whether or not that succeeds (`Observer.observe`)."""
         assert self.verification is not None
-        observer = Observer(self.made(), self.samples_ms(), self.verification.flops)
+        latency = self._latency()
+        p50_ms = latency.p50 if latency is not None else math.nan
+        observer = Observer(self.made(), p50_ms, self.verification.flops)
         try:
             observer.observe()
         finally:
@@ -270,7 +291,7 @@ class Run:
         """What is known so far, as a record."""
         cfg, built, target_ci = self.cfg, self.built, self.cfg.measure.target_ci
         env = environment.capture(self.device) if self.device is not None else {}
-        latency = recording.latency_of(self.blocks, target_ci, cache=self._cache, probe_ms=self.probe_ms)
+        latency = self._latency()
         decodes = bool(cfg.workload.get("phase") == "decode")
         return Record(
             status=status,  # type: ignore[arg-type]
@@ -289,12 +310,20 @@ class Run:
             memory=self._memory(),
             check=self.verification.check if self.verification else None,
             router=built.router_properties() if built is not None else None,
+            contention=self.contention,
             environment=env,
             started=self.started.isoformat(timespec="seconds"),
             elapsed_s=self._spent_s + time.perf_counter() - self._begun,
-            warnings=[*self.warnings, *recording.noise_warnings(latency, target_ci)],
+            warnings=[
+                *self.warnings,
+                *contention.warnings(self.contention),
+                *recording.noise_warnings(latency, target_ci),
+            ],
             **self.observed,
         )
+
+    def _latency(self) -> Latency | None:
+        return recording.latency_of(self.blocks, self.cfg.measure.target_ci, cache=self._cache, probe_ms=self.probe_ms)
 
     def _memory(self) -> dict[str, float | None] | None:
         if self.built is None:
@@ -358,10 +387,10 @@ def run(cfg: DictConfig, directory: str | Path | None = None) -> Record:
 def _execute(the_run: Run) -> Record:
     status, reason = "ok", None
     try:
-        with exact_products():  # fp32 means fp32, whatever this process has set
+        with exact_products(), the_run.alone() as lock:  # fp32 means fp32, whatever this process has set
             the_run.build()
             the_run.verify()
-            the_run.measure()
+            the_run.measure(lock)
             the_run.observe()
             the_run.export()
     except (Exception, KeyboardInterrupt, SystemExit) as error:

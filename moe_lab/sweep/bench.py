@@ -47,8 +47,8 @@ class Bench:
     def look(self, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Whether each configuration can run here, and how.
 
-        {env, env_id, available_bytes, skip: a reason or None, implementation: who would route, builds: whether the
-        extension is built first}.
+        {env, env_id, device_id, available_bytes, skip: a reason or None, implementation: who would route, builds:
+        whether the extension is built first}.
         """
         return [_look(OmegaConf.create(config)) for config in configs]
 
@@ -127,11 +127,13 @@ class Bench:
         peak_bytes: int | None,
         probe_ms: list[float],
         failure: tuple[str, str] | None = None,
+        contention: dict[str, Any] | None = None,
     ) -> None:
         """Observe and write the record, with the samples of all processes. With `failure` only write."""
         with self._step(cell_id) as run:
             run.blocks = [TimedBlock(r, round_, order, Block(ms, at)) for r, round_, order, ms, at in blocks]
             run.peers, run.ratio, run.peak_bytes, run.probe_ms = peers, ratio, peak_bytes, probe_ms
+            run.contention = contention
             if failure is None:
                 run.observe()
                 run.export()
@@ -201,6 +203,7 @@ def _look(cfg: DictConfig) -> dict[str, Any]:
     return {
         "env": env,
         "env_id": identity.env_id(env) if env else None,
+        "device_id": environment.device_id(device) if device is not None else None,
         "available_bytes": memory.available_bytes(device) if device is not None else None,
         "skip": skip,
         "implementation": implementation,

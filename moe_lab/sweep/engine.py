@@ -41,6 +41,11 @@ class Engine(Protocol):
     life: int
     """Grows whenever what was built before is gone."""
 
+    @property
+    def pid(self) -> int | None:
+        """The process that executes the steps; None if there is none now, or if it is on another machine."""
+        ...
+
     def call(self, step: str, *arguments: Any, timeout_s: float = START_S) -> Any:
         """The result of the `Bench`'s method `step`.
 
@@ -74,6 +79,11 @@ class Worker:
         self._connection: Connection | None = None
         self._output: CappedLog | None = None
         self._pending: str | None = None  # the step whose reply has not been read
+
+    @property
+    def pid(self) -> int | None:
+        """See `Engine.pid`."""
+        return self._process.pid if self._process is not None else None
 
     def start(self) -> None:
         """Start the process without waiting for it."""

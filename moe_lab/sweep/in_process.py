@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from moe_lab.sweep.engine import START_S
@@ -16,6 +17,11 @@ class InProcess:
     def __init__(self) -> None:
         self.life = 0
         self._bench: Bench | None = None
+
+    @property
+    def pid(self) -> int:
+        """See `Engine.pid`."""
+        return os.getpid()
 
     def call(self, step: str, *arguments: Any, timeout_s: float = START_S) -> Any:
         """See `Engine.call`."""

@@ -131,7 +131,13 @@ class JobComposer:
     def jobs(
         self, job_overrides: Sequence[Sequence[str]], first_number: int = 0
     ) -> Iterator[tuple[DictConfig, list[str], Path]]:
-        """(configuration, its overrides, its folder) of each job."""
+        """(configuration, its overrides, its folder) of each job. Raises `ValueError` if there is none."""
+        if not job_overrides:
+            empty = [o for o in _overrides(self.loader, self.config) if o.is_sweep_override() and not _length(o)]
+            named = ", ".join(str(o.input_line) for o in empty)
+            raise ValueError(
+                f"{named or '-m'}: no value matches, so the sweep has no cell; moe-lab list shows the options."
+            )
         for number, overrides in enumerate(job_overrides, start=first_number):
             composed = self._validated.pop(tuple(overrides), None)
             if composed is None:

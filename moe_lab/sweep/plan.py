@@ -37,6 +37,8 @@ class Cell:
     variant: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     env_id: str | None = None
+    device_id: str | None = None
+    """What it has for itself while it is timed (`measure.device_lock`)."""
     available_bytes: int | None = None
     implementation: dict[str, str] = field(default_factory=dict)
     """Who would route, as it will stand in the record."""
@@ -137,7 +139,8 @@ def make(
     builds = False
     for cell, seen in _look([cell for cell in cells if cell.runs], engine):
         cell.environment, cell.env_id = seen["env"], seen["env_id"]
-        cell.available_bytes, cell.implementation = seen["available_bytes"], seen["implementation"]
+        cell.device_id, cell.available_bytes = seen["device_id"], seen["available_bytes"]
+        cell.implementation = seen["implementation"]
         builds = builds or (seen["builds"] and seen["skip"] is None)
         if seen["skip"] is not None:
             cell.status, cell.reason = "skipped", seen["skip"]

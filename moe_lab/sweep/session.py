@@ -88,6 +88,7 @@ def _run_group(plan: Plan, cells: Sequence[Cell], engine: Engine, reporter: Repo
         anchor,
         engine,
         timeout_s=plan.sweep["timeout_s"],
+        wait=plan.sweep["wait"],
         on_step=lambda cell, step: reporter.step(_short_name(cell), step),
         on_end=lambda cell: reporter.end(cell.directory.name, store.read_record(cell.directory)),
     )

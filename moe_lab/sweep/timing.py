@@ -7,6 +7,7 @@ blocks in shuffled order, so that drift and neighbours fall on all alike, and ra
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import tempfile
@@ -19,6 +20,8 @@ from typing import Any, Literal
 import numpy as np
 
 from moe_lab.measure import statistics
+from moe_lab.measure.contention import Watch
+from moe_lab.measure.device_lock import DeviceLock
 from moe_lab.records import store
 from moe_lab.records.schema import Ratio
 from moe_lab.sweep.engine import CellFailedError, Engine, WorkerLostError
@@ -73,6 +76,7 @@ class Group:
         timeout_s: float,
         on_step: Callable[[Cell, str], None],
         on_end: Callable[[Cell], None],
+        wait: bool = False,
     ):
         self.engine, self.timeout_s, self.on_step, self.on_end = engine, timeout_s, on_step, on_end
         self.members = [Member(cell, cell.directory) for cell in cells]
@@ -83,6 +87,9 @@ class Group:
             self.members.insert(0, self.anchor)
         self.timed: list[Member] = []
         self._probe_ms: list[list[float]] = []  # by replicate
+        assert cells[0].device_id is not None, "looked at before it is timed"
+        self._lock = DeviceLock(cells[0].device_id, wait=wait, on_wait=lambda: on_step(cells[0], "wait"))
+        self._watch = Watch(self._lock)
         self.random = random.Random(cells[0].setting_id)
 
     def run(self) -> None:
@@ -93,9 +100,10 @@ class Group:
             KeyboardInterrupt: Ctrl-C; `interrupted` then writes what is there.
         """
         try:
-            members = [member for member in self.members if self._alone(member)]
-            for together in self._fitting(members):
-                self._time(together)
+            with self._lock:
+                members = [member for member in self.members if self._alone(member)]
+                for together in self._fitting(members):
+                    self._time(together)
         finally:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -182,7 +190,7 @@ class Group:
     def _time(self, together: list[Member]) -> None:
         """Time a subgroup in every replicate; who fails is recorded and removed, and the others start again."""
         while any(member.is_recorded for member in together):
-            self.timed, self._probe_ms = together, []
+            self.timed, self._probe_ms, self._watch = together, [], Watch(self._lock)
             for member in together:
                 member.blocks = []
             try:
@@ -209,7 +217,9 @@ class Group:
                 self._ready(member)
                 self.on_step(member.cell, "time")
                 iterations.append(self._call(member, "warm_up", member.id, block_s))
+            self._watch.start([os.getpid()] if self.engine.pid is None else [os.getpid(), self.engine.pid])
             self._rounds(together, iterations, replicate)
+            self._watch.stop()
 
     def _rounds(self, together: Sequence[Member], iterations: Sequence[int], replicate: int) -> None:
         """Rounds of one block each in shuffled order, until every median is known well enough or the time is spent."""
@@ -232,6 +242,7 @@ class Group:
                 probe_ms = self._call(together[0], "probe", together[0].id)
                 if probe_ms is not None:
                     self._probe_ms[-1].append(probe_ms)
+            self._watch.look()
             self.on_step(together[0].cell, "time")
             round_ += 1
             if spent_ms >= budget_ms:
@@ -250,7 +261,7 @@ class Group:
             self.on_step(member.cell, "observe")
             member.is_finished = True
             try:
-                self._call(member, "observe", member.id, *self._timed(member, together))
+                self._call(member, "observe", member.id, *self._timed(member, together), None, self._watch.seen())
             except _MemberFailedError:
                 if not self._is_recorded_ok(member):
                     raise
@@ -285,7 +296,8 @@ class Group:
             self.engine.settle(min(_GRACE_S, self.timeout_s))
             for member in partial:
                 timed = self._timed(member, self.timed)
-                self.engine.call("observe", member.id, *timed, ("failed", "interrupted"), timeout_s=self.timeout_s)
+                failure, seen = ("failed", "interrupted"), self._watch.seen()
+                self.engine.call("observe", member.id, *timed, failure, seen, timeout_s=self.timeout_s)
 
 
 def write(cell: Cell, status: Literal["failed", "skipped"], reason: str) -> None:

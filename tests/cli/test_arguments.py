@@ -20,6 +20,9 @@ def parser() -> Parser:
         pytest.param(
             ["--number", "x"], "word: argument --number: invalid int value: 'x' (moe-lab word --help)", id="type"
         ),
+        pytest.param(
+            ["--number", "1", "--number=1"], "word: --number is given twice (moe-lab word --help)", id="twice"
+        ),
     ],
 )
 def test_a_mistake_is_a_value_error(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,10 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_lab.cli.compare import parse_threshold, to_csv, to_markdown, to_terminal
+from moe_lab.cli.compare import main, parse_threshold, to_csv, to_markdown, to_terminal
+from moe_lab.records.schema import Record
 from moe_lab.records.store import RESULT
 from moe_lab.results.compare import COLUMNS, compare
 from moe_lab.results.numbers import four
 from tests import tiny
 from tests.results.compared import HERE, QUIET, five_cells, record, tiny_config, write
 
+Gate = Callable[..., tuple[int, str]]
 HOSTILE = "a|b\\|c\n<script>[x](y)`[bold]\x1b[31m"
 
 
@@ -129,30 +133,114 @@ def test_a_narrow_terminal_cuts_no_number(sets: tuple[Path, Path], tmp_path: Pat
 # --- the command ---
 
 
-@pytest.mark.parametrize(
-    ("options", "code"),
-    [
-        pytest.param([], 0, id="plain"),
-        pytest.param(["--fail-on", "slower"], 1, id="slower"),
-        pytest.param(["--fail-on", "faster"], 1, id="faster"),
-        pytest.param(["--fail-on", "any"], 1, id="any"),
-        pytest.param(["--fail-on", "slower", "--threshold", "30%"], 0, id="below_the_threshold"),
-        pytest.param(["--fail-on", "any", "--threshold", "0.3"], 1, id="missing_and_failed_are_any"),
-    ],
-)
-def test_exit_codes(sets: tuple[Path, Path], tmp_path: Path, options: list[str], code: int) -> None:
+@pytest.fixture
+def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Gate:
+    """`moe-lab compare A B --fail-on WORDS` in this process: exit code and stderr."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def compared(a: Sequence[Record], b: Sequence[Record], *options: str) -> tuple[int, str]:
+        for side, records in (("a", a), ("b", b)):
+            shutil.rmtree(tmp_path / side, ignore_errors=True)
+            write(tmp_path / side, *records)
+        code = main([str(tmp_path / "a"), str(tmp_path / "b"), *options])
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") <= 1
+        return code, printed.err
+
+    return compared
+
+
+SAME = record(*QUIET, config={"batch": 3})
+CELL, SLOWER = record(*QUIET), record(*(1.2 * x for x in QUIET))
+FAILED, SKIPPED = record(status="failed", reason="crash: SIGSEGV"), record(status="skipped", reason="unavailable: x")
+UNTIMED = record(status="ok")
+ONCE = record(1.0)  # one replicate: no interval
+PAIRS: dict[str, tuple[list[Record], list[Record]]] = {
+    "same": ([CELL, SAME], [CELL, SAME]),
+    "slower": ([CELL, SAME], [SLOWER, SAME]),
+    "faster": ([SLOWER, SAME], [CELL, SAME]),
+    "inconclusive": ([ONCE, SAME], [ONCE, SAME]),
+    "failed_in_a": ([FAILED, SAME], [CELL, SAME]),
+    "failed_in_b": ([CELL, SAME], [FAILED, SAME]),
+    "failed_in_both": ([FAILED, SAME], [FAILED, SAME]),
+    "failed_and_skipped": ([SKIPPED, SAME], [FAILED, SAME]),
+    "skipped_in_a": ([SKIPPED, SAME], [CELL, SAME]),
+    "skipped_in_b": ([CELL, SAME], [SKIPPED, SAME]),
+    "skipped_in_both": ([SKIPPED, SAME], [SKIPPED, SAME]),
+    "untimed_in_b": ([CELL, SAME], [UNTIMED, SAME]),
+    "missing_in_a": ([SAME], [CELL, SAME]),
+    "missing_in_b": ([CELL, SAME], [SAME]),
+}
+MATCHES = {
+    "slower": {"slower"},
+    "faster": {"faster"},
+    "inconclusive": {"inconclusive"},
+    "failed": {
+        *("failed_in_a", "failed_in_b", "failed_in_both", "failed_and_skipped"),
+        *("skipped_in_a", "skipped_in_b", "untimed_in_b"),
+    },
+    "missing": {
+        *("missing_in_a", "missing_in_b", "skipped_in_a", "skipped_in_b", "failed_and_skipped", "untimed_in_b"),
+    },
+    "any": set(PAIRS) - {"same", "inconclusive", "failed_in_both", "skipped_in_both"},
+}
+
+
+@pytest.mark.parametrize("words", [pytest.param(word, id=word) for word in (*MATCHES, "slower,failed", "any,failed")])
+def test_each_word_matches_its_cells(gate: Gate, words: str) -> None:
+    """Of each kind of pair, beside a cell that is the same in both; what is neither is named, not passed over."""
+    expected = set().union(*(MATCHES[word] for word in words.split(",")))
+    for name, pair in PAIRS.items():
+        code, said = gate(*pair, "--fail-on", words)
+        assert code == (1 if name in expected else 0), f"{name}: {said}"
+        if name in expected:
+            assert f"--fail-on={words}: 1 of 2 rows match" in said
+        elif name in ("same", "slower", "faster"):
+            assert said == ""
+        else:
+            assert "passed, but 1 of 2 rows were not judged: 1 " in said
+
+
+@pytest.mark.parametrize("words", [pytest.param(word, id=word) for word in MATCHES])
+def test_nothing_judged_never_passes(gate: Gate, words: str) -> None:
+    """Everything inconclusive, or not ok on a side: 3, or 1 where that is what the word names."""
+    for pair, named in (
+        (([ONCE], [ONCE]), {"inconclusive"}),
+        (([CELL], [FAILED]), {"failed", "any"}),
+        (([CELL], [SKIPPED]), {"failed", "missing", "any"}),
+        (([CELL], [SAME]), {"missing", "any"}),
+        (([FAILED], [FAILED]), {"failed"}),
+        (([SKIPPED], [SKIPPED]), set()),
+    ):
+        code, said = gate(*pair, "--fail-on", words)
+        assert code == (1 if words in named else 3), said
+        assert words in named or "nothing was judged (" in said
+        assert ("measure.replicates=3" in said) == (code == 3 and pair == ([ONCE], [ONCE]))
+
+
+def test_an_unreadable_record_has_failed(gate: Gate, tmp_path: Path) -> None:
+    """It may have been the slower one."""
+    folder = write(tmp_path / "sets/b", SAME)
+    (folder / "cell-1").mkdir()
+    (folder / "cell-1" / RESULT).write_text("{")
+    arguments = [str(write(tmp_path / "sets/a", SAME)), str(folder), "--fail-on"]
+    assert [main([*arguments, word]) for word in ("slower", "failed", "any", "missing")] == [0, 1, 1, 0]
+
+
+def test_without_fail_on_it_only_shows(gate: Gate) -> None:
+    """Exit code 0 and nothing on stderr, unless there is nothing to compare."""
+    for name in ("slower", "inconclusive", "failed_in_b", "missing_in_b"):
+        assert gate(*PAIRS[name]) == (0, "")
+    code, said = gate([CELL], [FAILED])
+    assert code == 2 and "no cell is ok in both" in said
+
+
+def test_the_gate_is_below_the_table(sets: tuple[Path, Path], tmp_path: Path) -> None:
     """The table is printed in any case; what was found is said on stderr."""
-    done = run(*sets, *options, cache=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert str(sets[0]) in done.stdout and "geometric mean" in done.stdout
-    assert bool(done.stderr) == bool(code)
-
-
-def test_failing_alike_is_no_difference(tmp_path: Path) -> None:
-    """`--fail-on any` looks for what differs between the sets."""
-    records = [record(*QUIET), record(config={"batch": 9}, status="failed", reason="out_of_memory")]
-    sides = [write(tmp_path / side, *records) for side in "ab"]
-    assert run(*sides, "--fail-on", "any", cache=tmp_path).returncode == 0
+    done = run(*sets, "--fail-on", "slower,missing", cache=tmp_path)
+    assert done.returncode == 1 and "geometric mean" in done.stdout and str(sets[0]) in done.stdout
+    assert done.stderr == "moe-lab: --fail-on=slower,missing: 2 of 5 rows match (1 slower, 1 missing)\n"
+    assert run(*sets, "--fail-on", "slower", "--threshold", "30%", cache=tmp_path).returncode == 0
 
 
 def test_mistakes_are_one_line(sets: tuple[Path, Path], tmp_path: Path) -> None:
@@ -173,7 +261,15 @@ def test_mistakes_are_one_line(sets: tuple[Path, Path], tmp_path: Path) -> None:
         "--threshold=lots: .*3% or 0.03": (a, b, "--threshold", "lots"),
         "threshold=3.0: .*0.03 or 3%": (a, b, "--threshold", "3"),
         "required: B": (a,),
-        "invalid choice: 'never'": (a, b, "--fail-on", "never"),
+        "--fail-on=never: never is not one of slower, faster, failed, missing, inconclusive, any": (
+            *(a, b, "--fail-on", "never"),
+        ),
+        "--fail-on=Slower: Slower is not one of": (a, b, "--fail-on", "Slower"),
+        "--fail-on=: nothing is not one of": (a, b, "--fail-on", ""),
+        "--fail-on=slower,: nothing is not one of": (a, b, "--fail-on", "slower,"),
+        "--fail-on=any,failed,any: name each word once": (a, b, "--fail-on", "any,failed,any"),
+        "--fail-on is given twice": (a, b, "--fail-on", "slower", "--fail-on", "failed"),
+        "expected one argument": (a, b, "--fail-on"),
         "unrecognized arguments: --fast": (a, b, "--fast"),
         "nowhere.*out.csv": (a, b, "--csv", tmp_path / "nowhere" / "out.csv"),
     }

@@ -205,7 +205,7 @@ def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(tmp_path: Path) 
 def test_what_does_not_go_together_is_one_line_alone_and_a_skip_in_a_sweep(
     combination: str, mend: str, tmp_path: Path
 ) -> None:
-    """Exit code 2 for one run; in a multirun a row with the reason and exit code 0."""
+    """Exit code 2 for one run; in a multirun a row with the reason, and 2 too where no cell could run."""
     done = moe_lab(*quick.overrides("moe_layer", combination), cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -214,7 +214,8 @@ def test_what_does_not_go_together_is_one_line_alone_and_a_skip_in_a_sweep(
     assert mend in done.stderr
     axes = (combination, "batch=1,2", "sweep.report=false")
     sweep = moe_lab("-m", *quick.overrides("moe_layer", *axes), cwd=tmp_path)
-    assert sweep.returncode == 0
+    assert sweep.returncode == 2
+    assert sweep.stderr.splitlines()[-1] == "moe-lab: no cell could run (moe-lab doctor shows what runs here)"
     assert "skipped (2 cells): unavailable" in sweep.stdout
 
 

@@ -20,6 +20,9 @@ MISTAKES = {
     "router": "router: not a KEY=VALUE override",
     "--multi": "--multi: not a KEY=VALUE override",
     "workload=text": "set workload.path=",
+    "router=glob(sinkorn*)": "router=glob(sinkorn*): no value matches, so the sweep has no cell",
+    "router=glob(*,exclude=*)": "router=glob(*,exclude=*): no value matches, so the sweep has no cell",
+    "batch=range(3,3)": "batch=range(3,3): no value matches, so the sweep has no cell",
 }
 
 

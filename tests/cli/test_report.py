@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from moe_lab.cli.report import main
 from moe_lab.records.store import RESULT
 from moe_lab.results.aggregate import OUTPUTS
 from tests.cli.test_main import moe_lab
@@ -31,3 +34,11 @@ def test_without_it_there_are_plots_and_a_page(tmp_path: Path) -> None:
     done = moe_lab("report", "sweep", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "sweep/runs.csv\nsweep/report.html\n"), done.stderr
     assert (folder / "report.html").is_file() and (folder / "plots").is_dir()
+
+
+def test_a_folder_without_records_is_a_mistake(tmp_path: Path) -> None:
+    """Whatever reads the exit code would take nothing for a result."""
+    with pytest.raises(ValueError, match="no readable records"):
+        main([str(tmp_path), "--tables"])
+    with pytest.raises(ValueError, match="no readable records"):
+        main([str(tmp_path)])

@@ -41,6 +41,18 @@ MISTAKES = [
         id="callback-behind-an-interpolation",
     ),
     pytest.param(["+hydra.job_logging.filters.x=${dtype.name}"], "filters.x=fp32", "a mapping", id="log-interpolation"),
+    *(
+        pytest.param([f"name={value}"], f"name={value}: cannot be read", f"'name=\"{value}\"'", id=case)
+        for case, value in (
+            ("equals-in-a-path", "/data/run=3/model"),
+            ("brackets-in-a-path", "/data/models[v2]"),
+            ("parentheses-in-a-path", "/data/model (copy)"),
+            ("comma-at-the-end", "1,"),
+            ("two-equals", "=2"),
+            ("open-bracket", "[a.txt,b.txt"),
+        )
+    ),
+    pytest.param(["name='it's'"], "name='it's': cannot be read", "in quotes that the shell leaves.", id="own-quotes"),
     pytest.param(["+foo=1"], "foo", "unknown key", id="added-key"),
     pytest.param(["router=sinkhron"], "router=sinkhron", "Did you mean sinkhorn?", id="misspelt-option"),
     pytest.param(["measure.reference_router=sinkhron"], "=sinkhron", "Did you mean sinkhorn?", id="misspelt-reference"),

@@ -43,7 +43,7 @@ BY_HAND = {
     "top1_margin": 0.25,
     "boundary_margin": 0.125,
     "topk_mass": (3 * 0.75 + 0.5) / 4,
-    "dropped_fraction": 1 / 8,
+    "unused_slots_fraction": 1 / 8,
     "dropped_tokens_fraction": 0.0,
     "tile_waste_64": 3 * 64 / 7 - 1,
     "tile_waste_128": 3 * 128 / 7 - 1,
@@ -157,7 +157,7 @@ def test_the_table_covers_every_metric() -> None:
         pytest.param("mutual_information", 0.0, id="mutual_information"),
         pytest.param("top1_prob", 0.25, id="top1"),
         pytest.param("boundary_margin", 0.0, id="boundary"),
-        pytest.param("dropped_fraction", 0.0, id="dropped"),
+        pytest.param("unused_slots_fraction", 0.0, id="dropped"),
     ],
 )
 def test_balanced_load_has_the_value_of_the_convention(name: str, value: float) -> None:
@@ -206,7 +206,7 @@ def test_certain_tokens_spread_evenly_have_all_the_information() -> None:
 def test_dropped_slots_and_tokens_are_counted_apart() -> None:
     """Five of eight slots unused; two of four tokens have none left."""
     result = metrics(RoutingStats.of(torch.zeros(4, 3), routing_to([[0, -1], [-1, -1], [2, 1], [-1, -1]])))
-    assert result["dropped_fraction"] == 5 / 8
+    assert result["unused_slots_fraction"] == 5 / 8
     assert result["dropped_tokens_fraction"] == 2 / 4
     assert result["load_max_over_mean"] == 1.0
     assert result["topk_mass"] == pytest.approx((1 / 3 + 0 + 2 / 3 + 0) / 4)
@@ -219,14 +219,14 @@ def test_means_of_the_load_run_over_used_slots() -> None:
     wider_TK = torch.cat([ids_TK, torch.full((17, 3), -1, dtype=torch.int32)], 1)
     one, other = (metrics(RoutingStats.of(logits_TE, routing_to(ids))) for ids in (ids_TK, wider_TK))
     assert {name: one[name] for name in LOAD} == {name: other[name] for name in LOAD}
-    assert other["dropped_fraction"] == 3 / 5
+    assert other["unused_slots_fraction"] == 3 / 5
 
 
 def test_nothing_but_dropped_slots_has_no_load() -> None:
     """Every load metric is null; the experts are all dead."""
     result = metrics(RoutingStats.of(torch.zeros(3, 4), routing_to(torch.full((3, 2), -1))))
     assert [name for name in LOAD if result[name] is not None] == []
-    assert (result["dead_experts"], result["unique_experts"], result["dropped_fraction"]) == (4, 0, 1.0)
+    assert (result["dead_experts"], result["unique_experts"], result["unused_slots_fraction"]) == (4, 0, 1.0)
 
 
 def test_no_tokens_have_no_metrics() -> None:
@@ -369,7 +369,7 @@ def test_worst_leaves_out_layers_without_a_value() -> None:
     empty = RoutingStats.of(torch.zeros(3, 4), routing_to(torch.full((3, 1), -1)))
     result = summarize([empty, one_takes_all()], [2, 5])
     assert result["worst"]["load_gini"] == pytest.approx(0.75)
-    assert result["worst"]["dropped_fraction"] == 1.0
+    assert result["worst"]["unused_slots_fraction"] == 1.0
     assert summarize([empty], [2])["worst"]["load_gini"] is None
 
 

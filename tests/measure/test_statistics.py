@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lab.measure.statistics import median_interval, ratio, relative_width, summarize
+from moe_lab.measure.statistics import is_known, median_interval, ratio, relative_width, summarize
 
 SAMPLES = st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=40)
 
@@ -116,6 +116,21 @@ def test_stable_says_whether_the_median_is_known_to_the_target(
 ) -> None:
     """The interval's width as a share of the median, against `target_ci`."""
     assert summarize(samples, target).stable is stable
+
+
+@pytest.mark.parametrize(
+    ("n", "target_ci", "known"),
+    [
+        pytest.param(9, 1.0, False, id="too_few_samples"),
+        pytest.param(10, 1.0, True, id="enough_samples"),
+        pytest.param(40, 0.0, True, id="no_wider_than_the_target"),
+        pytest.param(5, math.inf, False, id="no_interval"),
+    ],
+)
+def test_the_timing_ends_when_the_median_is_known(n: int, target_ci: float, known: bool) -> None:
+    """Fewer than ten samples never know it, however alike they are."""
+    assert is_known([2.0] * n, target_ci) is known
+    assert not is_known([1.0, 3.0] * 20, 1 - 1e-9)  # the interval is as wide as the median
 
 
 def test_few_samples_leave_the_interval_null() -> None:

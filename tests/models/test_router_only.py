@@ -141,7 +141,7 @@ def test_a_run_is_verified_and_measured(impl: str, tmp_path: Path) -> None:
     assert (record.status, record.reason) == ("ok", None)
     assert record.check is not None and record.check.passed
     assert record.implementation == {"router": {"cuda_ext": "cuda_ext:cpp"}.get(impl, impl), "experts": "none"}
-    assert record.routing is not None and record.routing["pooled"]["dropped_fraction"] == 0
+    assert record.routing is not None and record.routing["pooled"]["unused_slots_fraction"] == 0
     assert record.roofline is not None and record.roofline["bytes"] == 4 * (37 * 64 + 64 + 4 * 37 * 8 + 64 + 65)
 
 

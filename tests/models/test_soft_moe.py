@@ -366,8 +366,8 @@ def test_the_record_says_what_its_load_is(tmp_path: Path) -> None:
     assert record.routing is not None and record.routing["pooled"]["load_max_over_mean"] == 1
     assert len([text for text in record.warnings if "one row per sequence and expert" in text]) == 1
     assert record.implementation["router"] == "torch"
-    assert record.phases_ms is not None and record.roofline is not None
-    assert None not in [record.phases_ms[name] for name in phases.NAMES]
+    assert record.phases_share is not None and record.roofline is not None
+    assert None not in [record.phases_share[name] for name in phases.NAMES]
 
 
 def over_the_wrong_axis(layer: SoftMoELayer) -> None:

@@ -220,3 +220,17 @@ def test_what_the_files_lack_is_said(sweep: tuple[Path, Aggregate]) -> None:
     found = plots.draw(*sweep[:1], sweep[1].runs, sweep[1].summary)
     assert any("plots/experts_by_text shows the layer" in text for text in found.left_out)
     assert {path.stem for path in found.paths} >= {"latency_against_bits", "bits_by_text", "experts_by_text"}
+
+
+@pytest.mark.parametrize(
+    ("values", "log"),
+    [
+        pytest.param([1.0, 8.0], True, id="a_factor_of_eight"),
+        pytest.param([1.0, 7.99], False, id="less"),
+        pytest.param([0.0, 8.0], False, id="zero"),
+        pytest.param([-1.0, 8.0], False, id="negative"),
+    ],
+)
+def test_an_axis_is_logarithmic_where_values_span_a_lot(values: list[float], log: bool) -> None:
+    """And can be."""
+    assert charts.is_log(values) is log

@@ -12,9 +12,14 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+from moe_lab.cli.compare import summary, to_markdown
+from moe_lab.cli.table import print_sweep
+from moe_lab.measure import statistics
 from moe_lab.records import identity
 from moe_lab.records.schema import Record
 from moe_lab.records.store import RESULT
+from moe_lab.results import numbers
+from moe_lab.results.aggregate import aggregate
 from moe_lab.results.compare import COLUMNS, compare
 from moe_lab.results.noise import write_floor
 from tests import tiny
@@ -115,6 +120,49 @@ def test_cells_of_the_same_names_are_told_apart(tmp_path: Path) -> None:
         {"router.iters=6", "model.shape.top_k=1"},
         set(),
     ]
+
+
+@pytest.mark.parametrize("replicates", [pytest.param(n, id=f"{n}_processes") for n in (1, 2, 3, 5)])
+def test_every_table_shows_the_same_median(tmp_path: Path, replicates: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of processes that differ much and have different numbers of samples; compare, the sweep's table, page and CSV."""
+    rng = np.random.default_rng(replicates)
+    blocks = [
+        base * rng.lognormal(0, 0.2, 5 + 40 * at) for at, base in enumerate([1.0, 3.0, 2.0, 9.0, 4.0][:replicates])
+    ]
+    latency = statistics.summarize(np.concatenate(blocks), 0.02, blocks)
+    assert latency.p50 == pytest.approx(np.exp(np.mean([np.log(np.median(block)) for block in blocks])))
+    assert replicates == 1 or latency.p50 != pytest.approx(np.median(np.concatenate(blocks)), rel=1e-3)
+    made = record(1.0, latency_ms=latency)
+    found = row(tmp_path, [made], [made])
+    assert found["p50_a_ms"] == found["p50_b_ms"] == latency.p50
+    assert aggregate(tmp_path / "a").runs["latency_ms.p50"].tolist() == [latency.p50]
+    print_sweep([made], ("router",))
+    assert numbers.with_interval(latency.p50, latency.ci95_low, latency.ci95_high, " ms") in capsys.readouterr().out
+
+
+def test_an_older_record_has_the_median_that_it_says(tmp_path: Path) -> None:
+    """0.1 took the median of all samples together; the table shows that, and so does this."""
+    older = record(1.0, 3.0, 8.0)
+    assert older.latency_ms is not None
+    older.latency_ms.p50 = 2.5
+    found = row(tmp_path, [older], [older])
+    assert (found["p50_a_ms"], found["ratio"]) == (2.5, 1)
+
+
+@pytest.mark.parametrize("sides", [pytest.param(sides, id=sides or "none") for sides in ("", "A", "B", "A and B")])
+def test_what_is_not_stable_is_said_with_the_verdict(tmp_path: Path, sides: str) -> None:
+    """In the same cell of the table, in its note, and in the summary."""
+    made = {side: record(*(QUIET if side == "A" else np.multiply(QUIET, 1.2))) for side in "AB"}
+    for side, one in made.items():
+        assert one.latency_ms is not None
+        one.latency_ms.stable = side not in sides.split(" and ")
+    frame = compare(write(tmp_path / "a", made["A"]), write(tmp_path / "b", made["B"]), floors={})
+    found = frame.iloc[0]
+    assert (found["verdict"], found["unstable"]) == ("slower", sides)
+    assert (f"the latency is not stable in {sides}" in found["why"]) == bool(sides)
+    text = to_markdown(frame)
+    assert (f"| slower (unstable: {sides}) |" in text) == bool(sides)
+    assert ("1 slower (1 with unstable latencies)" in summary(frame)) == bool(sides)
 
 
 def test_a_record_without_replicates_counts_by_its_median(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ def test_a_floor_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert path == noise_file(HERE) == tmp_path / "new" / "moe-lab" / f"noise-{HERE}.json"
     assert read_floor(HERE) == 0.0625 and json.loads(path.read_text())["runs"] == 8
     assert read_floor(THERE) is None
+    write_floor(THERE, {"floor": 0})  # a clock too coarse to show any difference
+    assert read_floor(THERE) == 0.0
 
 
 @pytest.mark.parametrize("given_", [pytest.param("", id="empty"), pytest.param("relative/folder", id="relative")])

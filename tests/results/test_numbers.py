@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from moe_lab.results import numbers
@@ -53,3 +55,46 @@ def test_intervals_stand_in_brackets() -> None:
     assert numbers.bits_per_byte(1.75, -0.25, None, None) == "1.750 (-0.250)"
     assert numbers.bits_per_byte(1.75, None, None, None) == "1.750"
     assert numbers.error(1.26e-7) == "1.3e-07" and numbers.error(1.26e-7, digits=0) == "1e-07"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        pytest.param(0.00204, 328367.4, "[0.00204, 328367]", id="thousands"),
+        pytest.param(-1234.5, 1234567.8, "[-1234, 1234568]", id="negative"),
+        pytest.param(1e-12, 1e20, "[1e-12, 1e+20]", id="very_small_and_very_large"),
+        pytest.param(-math.inf, math.inf, "[-inf, inf]", id="infinite"),
+        pytest.param(0.0, 999.6, "[0, 1000]", id="rounded_up"),
+    ],
+)
+def test_the_only_comma_in_an_interval_is_between_its_ends(low: float, high: float, text: str) -> None:
+    """Else `[0.00204, 328,367]` reads as three numbers, on the terminal and on the page."""
+    assert numbers.interval(low, high) == text
+    assert numbers.with_interval(5.0, low, high, " ms") == f"5 ms {text}"
+    for written in (numbers.short, numbers.four, numbers.ratio):
+        assert numbers.interval(low, high, written).count(",") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "short", "four", "ratio"),
+    [
+        pytest.param(math.nan, "-", "-", "-", id="nan"),
+        pytest.param(None, "-", "-", "-", id="none"),
+        pytest.param(math.inf, "inf", "inf", "inf", id="inf"),
+        pytest.param(-math.inf, "-inf", "-inf", "-inf", id="minus_inf"),
+        pytest.param(-1234.4, "-1,234", "-1,234", "-1,234", id="negative"),
+        pytest.param(2e15, "2e+15", "2.000e+15", "2e+15", id="beyond_what_is_read_at_a_glance"),
+        pytest.param(1234.4, "1,234", "1,234", "1,234", id="a_large_ratio"),
+    ],
+)
+def test_odd_values(value: float | None, short: str, four: str, ratio: str) -> None:
+    """NaN is what pandas makes of null."""
+    assert (numbers.short(value), numbers.four(value), numbers.ratio(value)) == (short, four, ratio)
+
+
+def test_an_interval_of_nan_is_none() -> None:
+    """It is left out with its brackets."""
+    assert numbers.with_interval(1.0, math.nan, 2.0) == "1"
+    assert numbers.with_interval(math.nan, math.nan, math.nan) == "-"
+    assert numbers.bits_per_byte(1.75, 0.25, math.nan, 0.3) == "1.750 (+0.250)"
+    assert numbers.bits_per_byte(math.nan, 0.25, 0.2, 0.3) == "" and numbers.error(math.nan) == "-"

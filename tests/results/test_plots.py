@@ -104,11 +104,37 @@ def test_joined_phases_keep_their_names_and_add_up(sweep: tuple[Path, Aggregate]
     """The loop's kernel spans three phases."""
     found = kept(sweep)
     assert "dispatch+experts+combine" in found.phases
-    for panel in chart(found, "phases").panels:
-        assert isinstance(panel, charts.Panel)
-        assert len(panel.bars) == len(set(panel.series[0].at))
-    total = sum(v for panel in chart(found, "phases").panels for series in panel.series for v in series.value)
-    assert total == pytest.approx(sweep[1].runs["phases_ms.sum_ms"].sum())
+    totals = {}
+    for name in ("phases", "phase_shares"):
+        panels = chart(found, name).panels
+        assert all(isinstance(panel, charts.Panel) for panel in panels)
+        assert all(len(panel.bars) == len(set(panel.series[0].at)) for panel in panels)
+        totals[name] = sum(v for panel in panels for series in panel.series for v in series.value)
+    runs = sweep[1].runs
+    agrees = (runs["phases_ms.sum_ms"] / runs["latency_ms.p50"] - 1).abs() <= 0.2
+    assert 0 < agrees.sum() < runs["phases_ms.sum_ms"].notna().sum()
+    assert totals["phases"] == pytest.approx(runs["phases_ms.sum_ms"][agrees].sum())
+    assert totals["phase_shares"] == pytest.approx((runs["phases_ms.sum_ms"].notna() & ~agrees).sum())
+
+
+@pytest.mark.parametrize("has_shares", [pytest.param(True, id="shares"), pytest.param(False, id="older_record")])
+def test_phases_that_are_not_the_latency_are_shares(sweep: tuple[Path, Aggregate], has_shares: bool) -> None:
+    """1034 ms of a latency of 126: no bar of milliseconds, whichever version wrote the record."""
+    directory, found = sweep
+    runs = found.runs[found.runs["phases_ms.sum_ms"].notna()].iloc[:2].copy()
+    runs.loc[:, "phases_ms.sum_ms"], runs.loc[:, "phases_ms.router"] = 1034.0, 517.0
+    runs.loc[:, "latency_ms.p50"] = [126.0, 1000.0]
+    if has_shares:
+        runs = runs.assign(**{"phases_share.router": 0.5})
+        runs.iloc[0, runs.columns.get_loc("phases_ms.router")] = np.nan
+    drawn = charts.charts(directory, runs, found.summary)
+    routers = {
+        name: [v for panel in chart(drawn, name).panels for s in panel.series if s.name == "router" for v in s.value]
+        for name in ("phases", "phase_shares")
+    }
+    assert routers == {"phases": [517.0], "phase_shares": [0.5]}
+    shares = chart(drawn, "phase_shares")
+    assert "as shares" in shares.title and shares.x_label == "share of an eager pass"
 
 
 def test_cells_with_the_same_load_share_a_map(sweep: tuple[Path, Aggregate], tmp_path: Path) -> None:

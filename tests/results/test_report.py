@@ -247,7 +247,7 @@ def test_the_browser_draws_every_plot_and_loads_nothing(chromium: Any, sweep: Pa
             svg = f"#{name} .scatterlayer .trace, #{name} .barlayer .trace, #{name} .heatmaplayer image"
             assert len(driver.find_elements("css selector", svg)) == traces > 0
         assert dict(drawn)["plot-latency_over_batch"] == found.summary["variant"].nunique()
-        assert len(drawn) == 9
+        assert len(drawn) == 10
         assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0
 
 

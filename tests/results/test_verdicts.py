@@ -68,6 +68,39 @@ def test_a_ratio_that_was_not_paired_is_no_verdict() -> None:
     assert texts(row("torch"), unpaired) == ["sinkhorn and torch were not timed together at T = 64: no verdict"]
 
 
+UNSTABLE = {"latency_ms.stable": False}
+
+
+@pytest.mark.parametrize("ratio", [SLOWER, FASTER, SAME_, UNSURE], ids=["slower", "faster", "same", "inconclusive"])
+@pytest.mark.parametrize(
+    ("anchor", "other", "expected"),
+    [
+        pytest.param({}, UNSTABLE, "1 of 2", id="its_own"),
+        pytest.param(UNSTABLE, {}, "2 of 2", id="the_anchors"),
+        pytest.param(UNSTABLE, UNSTABLE, "2 of 2", id="both"),
+        pytest.param({}, {}, None, id="none"),
+    ],
+)
+def test_a_verdict_from_unstable_latencies_says_so(
+    ratio: Interval, anchor: dict[str, Any], other: dict[str, Any], expected: str | None
+) -> None:
+    """In its own sentence, with how many; that of the anchor counts for each that is compared with it."""
+    stable = {"latency_ms.stable": True}
+    rows = [row("torch", batch, **{**stable, **anchor}) for batch in (1, 2)]
+    rows += [row("sinkhorn", 1, ratio, **{**stable, **other}), row("sinkhorn", 2, ratio, **stable)]
+    (verdict,) = judge(*rows)
+    assert verdict.unstable == (0 if expected is None else int(expected[0]))
+    assert ("not stable" in verdict.text) == (expected is not None)
+    assert expected is None or verdict.text.endswith(f"; {expected} latencies are not stable")
+
+
+def test_an_unstable_anchor_of_another_machine_is_not_theirs() -> None:
+    """Rows of one setting from two machines have an anchor each."""
+    rows = [row("torch", env_id="a" * 12, **UNSTABLE), row("torch", env_id="b" * 12)]
+    rows.append(row("sinkhorn", ratio=SLOWER, env_id="b" * 12))
+    assert "not stable" not in " ".join(texts(*rows))
+
+
 @pytest.mark.parametrize(
     ("slower", "same", "expected"),
     [
@@ -99,7 +132,7 @@ def test_equal_tokens_of_two_classes_are_told_apart_by_batch_and_seq_len() -> No
 
 def test_the_ratio_is_the_median_and_the_bracket_the_hull() -> None:
     """Over the cells of the class."""
-    ratios = [(2.0, 1.9, 2.2), (3.0, 2.9, 3.4), (2.5, 1.5, 2.6)]
+    ratios = [(2.0, 1.9, 2.2), (3.2, 2.9, 3.4), (2.5, 1.5, 2.6)]  # their mean is another number
     found = judge(
         *(row("torch", n) for n in (1, 2, 4)), *(row("sinkhorn", 2**n, ratio) for n, ratio in enumerate(ratios))
     )

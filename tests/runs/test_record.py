@@ -10,7 +10,7 @@ import pytest
 
 from moe_lab.errors import ExportError, MismatchError, UnavailableError
 from moe_lab.measure.clocks import Block
-from moe_lab.runs.record import TimedBlock, failure_of, run_log, samples_ms, throughput
+from moe_lab.runs.record import TimedBlock, failure_of, latency_of, noise_warnings, run_log, samples_ms, throughput
 from tests import quick, tiny
 
 
@@ -27,6 +27,15 @@ def test_samples_of_several_processes_are_summarised_by_process() -> None:
     assert record.latency_ms is not None
     assert record.latency_ms.replicate_p50 == [1.0, 3.0]
     assert any("not stable" in warning and "20 samples" in warning for warning in record.warnings)
+
+
+def test_a_stable_median_is_no_warning() -> None:
+    """The same samples, with a target that their interval meets and one that it does not."""
+    for target, stable in ((0.02, True), (1e-12, False)):
+        latency = latency_of([timed(0, *[1.0, 1.0001] * 20)], target, cache="natural", probe_ms=[])
+        assert latency is not None and latency.stable is stable
+        assert len(noise_warnings(latency, target)) == (not stable)
+    assert noise_warnings(None, 0.02) == []
 
 
 def test_samples_stay_in_order() -> None:

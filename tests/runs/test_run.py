@@ -18,11 +18,16 @@ from omegaconf import OmegaConf
 
 import moe_lab
 from moe_lab.errors import MismatchError
+from moe_lab.measure import environment
 from moe_lab.measure.clocks import STEPS, Step
+from moe_lab.measure.device_lock import DeviceLock
 from moe_lab.models import ForcedRouting
 from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.minimal import Minimal
 from moe_lab.records import identity
+from moe_lab.records.fields import CONTENTION, names
+from moe_lab.records.phases import AGREES
+from moe_lab.records.schema import BUSY
 from moe_lab.records.store import read_record
 from moe_lab.runs.run import Run
 from tests import quick, tiny
@@ -41,6 +46,8 @@ FIELDS = {
     "latency_ms",
     "throughput",
     "phases_ms",
+    "phases_share",
+    "contention",
     "memory",
     "check",
     "routing",
@@ -93,8 +100,11 @@ def test_the_record_has_every_field_and_the_folder_every_file(in_tmp: Path) -> N
     assert "verified" in (folder / "run.log").read_text()
     assert record.roofline is not None
     assert record.roofline["floor_ms"] > 0
-    phases = record.phases_ms
-    assert phases is not None
+    phases, whole = record.phases_share, record.phases_ms
+    assert phases is not None and whole is not None
+    assert sum(share for share in phases.values() if share is not None) == pytest.approx(1)
+    agrees = abs(whole["sum_ms"] / latency.p50 - 1) <= AGREES
+    assert whole["router"] == (pytest.approx(phases["router"] * whole["sum_ms"]) if agrees else None)
     assert None not in (phases["router"], phases["dispatch"], phases["experts"], phases["combine"], phases["attention"])
 
 
@@ -104,6 +114,23 @@ def test_the_same_cell_lands_in_the_same_folder(in_tmp: Path) -> None:
     second = moe_lab.run(quick.compose("minimal", "name=again"))
     assert first.directory == second.directory
     assert read_record(Path(str(first.directory))).name == "again"
+
+
+def test_the_record_says_how_busy_the_machine_was(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning of one line; another load is not another machine, and waiting is not another cell."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(in_tmp))
+    first = moe_lab.run(quick.compose("minimal", "sweep.wait=true"))
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0 * (os.cpu_count() or 1), 0.0, 0.0))
+    device_id = environment.device_id(torch.device("cpu"))
+    with DeviceLock(device_id):
+        second = moe_lab.run(quick.compose("minimal"))
+    assert (first.cell_id, first.env_id) == (second.cell_id, second.env_id)
+    assert first.contention is not None and second.contention is not None
+    assert set(first.contention) == set(names(CONTENTION)) == set(second.contention)
+    assert (first.contention["other_runs"], second.contention["other_runs"]) == (0, 1)
+    assert second.contention["load_average"] >= 99
+    (busy,) = [text for text in second.warnings if text.startswith(BUSY)]
+    assert "1 other run on this device" in busy and "load average" in busy and "\n" not in busy
 
 
 def test_two_runs_compute_the_same(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from moe_lab.errors import MismatchError
 from moe_lab.experts.base import FunctionExperts
 from moe_lab.experts.weights import ExpertWeights
-from moe_lab.measure.tolerances import TOLERANCES
+from moe_lab.measure.tolerances import TOLERANCES, Tolerance
 from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer, moe_layers
 from moe_lab.models.parameters import reference_twin
@@ -21,7 +23,7 @@ from moe_lab.ops.dispatch import dispatch
 from moe_lab.records.schema import Check
 from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing
 from moe_lab.runs.run import Run
-from moe_lab.runs.verify import Verification, verify
+from moe_lab.runs.verify import Verification, judged, nothing_known, verify
 from tests import tiny
 from tests.measure.test_tolerances import high_precision as high_precision
 from tests.tiny import LAYERS, E, T
@@ -596,3 +598,25 @@ def test_a_correct_run_passes_on_cuda_and_a_faulty_one_fails(model: str, router:
         faulty = tiny.built(cfg)
         plant(faulty, zeroed_weight)
         assert fault_found(faulty).where == where
+
+
+LIMITS = {"rel_error": "model", "expert_rel_error": "expert", "token_rel_error": "token", "cache_rel_error": "cache"}
+
+
+@pytest.mark.parametrize("field", [pytest.param(field, id=name) for field, name in LIMITS.items()])
+def test_each_error_has_a_limit_of_its_own(field: str) -> None:
+    """At the limit it passes; above it, or not a number, it does not, and the message names it alone."""
+    tolerance = Tolerance(model=0.1, expert=0.2, token=0.3, score=0.0, weight=0.0, cache=0.4)
+    most = getattr(tolerance, LIMITS[field])
+    for error, passes in ((most, True), (None, True), (most * 1.001, False), (math.nan, False), (math.inf, False)):
+        result = Verification(dataclasses.replace(nothing_known(), **{field: error}))
+        mismatch = judged(result, tolerance, torch.float32).mismatch
+        assert result.check.passed is passes is (mismatch is None)
+        assert mismatch is None or str(mismatch).endswith(f"{LIMITS[field]} {error:.2e} > {most:.1e}")
+
+
+def test_what_failed_before_stays_the_reason() -> None:
+    """Errors within their limits do not make good a route that is wrong."""
+    first = MismatchError("route", "planted")
+    result = judged(Verification(nothing_known(), first), TOLERANCES[torch.float32], torch.float32)
+    assert result.mismatch is first and not result.check.passed

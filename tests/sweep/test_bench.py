@@ -13,6 +13,7 @@ from torch import Tensor
 
 import moe_lab
 from moe_lab.records import identity
+from moe_lab.records.schema import BUSY
 from moe_lab.records.store import read_record
 from moe_lab.sweep.bench import Bench
 from moe_lab.sweep.engine import CellFailedError
@@ -164,12 +165,13 @@ def test_a_run_in_steps_leaves_its_record(tmp_path: Path) -> None:
     n = bench.warm_up(cell_id, 0.001)
     blocks = [(replicate, 0, replicate, *bench.block(cell_id, n)) for replicate in (0, 1)]
     probe_ms = [bench.probe(cell_id) for _ in range(2)]
-    bench.observe(cell_id, blocks, ["f" * 12], None, peak_bytes, probe_ms)
+    bench.observe(cell_id, blocks, ["f" * 12], None, peak_bytes, probe_ms, None, {"other_runs": 2})
     bench.release(cell_id)
     record = read_record(tmp_path)
     assert (record.status, record.interleaved_with) == ("ok", ["f" * 12])
     assert (record.env_id, record.environment) == (seen["env_id"], seen["env"])
-    assert record.routing is not None and record.phases_ms is not None
+    assert record.routing is not None and record.phases_ms is not None and record.phases_share is not None
+    assert record.contention == {"other_runs": 2} and any(text.startswith(BUSY) for text in record.warnings)
     assert record.latency_ms is not None
     assert record.latency_ms.replicate_probe_ms == probe_ms
     assert record.latency_ms.replicate_p50 == [pytest.approx(np.median(block[3])) for block in blocks]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from moe_lab.sweep.plan import Cell, Plan
 from tests import quick
 
 
-def make(directory: Path, *more: str, model: str = "moe_layer") -> Plan:
+def make(directory: Path, *more: str, model: str = "moe_layer", engine: Any = None) -> Plan:
     """The plan of a multirun of `model` into `directory`."""
     overrides = [*quick.overrides(model, *more), f"hydra.sweep.dir={directory}"]
     with composing_multirun(overrides, None) as (loader, config):
         jobs = multirun.JobComposer(loader, config).jobs(multirun.expand(loader, config))
-        return plan.make(jobs, directory, InProcess(), ["moe-lab", "-m", *overrides])
+        return plan.make(jobs, directory, engine or InProcess(), ["moe-lab", "-m", *overrides])
 
 
 def leave(cell: Cell, **fields: Any) -> None:
@@ -201,7 +201,21 @@ def test_a_label_cannot_be_overridden_in_a_sweep_either(tmp_path: Path) -> None:
         pytest.param({"status": "failed", "reason": "out_of_memory"}, [], "done", id="failed"),
         pytest.param({"status": "failed", "reason": "crash: SIGSEGV", "env_id": None}, [], "done", id="no-machine"),
         pytest.param({"status": "failed", "reason": "out_of_memory"}, ["sweep.retry_failed=true"], "to do", id="retry"),
+        *(
+            pytest.param({"status": "failed", "reason": "crash: SIGSEGV", key: "f" * 12}, more, expected, id=case)
+            for key, more, expected, case in (
+                ("code_id", [], "stale", "failed-by-other-code"),
+                ("env_id", [], "stale", "failed-on-another-machine"),
+                ("cell_id", [], "stale", "failed-of-another-configuration"),
+                ("code_id", ["sweep.retry_failed=true"], "stale", "failed-by-other-code-retry"),
+                ("code_id", ["sweep.stale=keep"], "done", "failed-by-other-code-keep"),
+                ("code_id", ["sweep.stale=keep", "sweep.retry_failed=true"], "to do", "failed-kept-retry"),
+            )
+        ),
         pytest.param({"status": "failed", "reason": "interrupted"}, [], "to do", id="interrupted"),
+        pytest.param(
+            {"status": "failed", "reason": "interrupted", "code_id": "f" * 12}, [], "to do", id="interrupted-other-code"
+        ),
         pytest.param({"status": "skipped", "reason": "unavailable: x"}, [], "to do", id="now-available"),
     ],
 )
@@ -304,6 +318,54 @@ def test_the_expected_time_is_that_of_earlier_records(tmp_path: Path) -> None:
     assert seconds == pytest.approx(2 * 0.02)
     leave(made.cells[0], elapsed_s=7.0)
     assert plan.expected_seconds(make(tmp_path, "batch=1,2")) == (7.0, True)
+    assert plan.expected_seconds(make(tmp_path, "batch=1,2", "measure.replicates=3"))[0] == 21.0  # each as long again
+
+
+def test_a_failed_cell_tells_nothing_of_the_time(tmp_path: Path) -> None:
+    """It may have failed at once; then the bound of `measure` stands."""
+    made = make(tmp_path, "batch=1,2", "measure.max_time_s=5", "measure.warmup_s=1")
+    leave(made.cells[0], status="failed", reason="out_of_memory", elapsed_s=0.1)
+    again = make(tmp_path, "batch=1,2", "measure.max_time_s=5", "measure.warmup_s=1")
+    assert len(again.to_run()) == 1 and plan.expected_seconds(again) == (6.0, False)
+
+
+class Asked:
+    """An engine whose cells cannot run here if they are eager, and which would build the extension for all."""
+
+    def __init__(self, skips: Sequence[str]):
+        self.skips = skips
+
+    def call(self, step: str, configs: list[dict[str, Any]], **_: Any) -> list[dict[str, Any]]:
+        """What `Bench.look` says."""
+        assert step == "look"
+        unknown = dict.fromkeys(("env_id", "device_id", "available_bytes"))
+        return [
+            {
+                **unknown,
+                "env": {},
+                "implementation": {},
+                "builds": True,
+                "skip": "unavailable: x" if config["execution"]["name"] in self.skips else None,
+            }
+            for config in configs
+        ]
+
+
+@pytest.mark.parametrize(
+    ("skips", "builds"),
+    [
+        pytest.param(["eager"], True, id="one_runs"),
+        pytest.param(["eager", "compile"], False, id="none_runs"),
+    ],
+)
+def test_each_execution_is_looked_at_and_what_cannot_run_builds_nothing(
+    skips: list[str], builds: bool, tmp_path: Path
+) -> None:
+    """Sizes alone are asked once."""
+    made = make(tmp_path, "execution=eager,compile", "batch=1,2", engine=Asked(skips))
+    skipped = {cell.content["execution"]["name"] for cell in made.cells if cell.status == "skipped"}
+    runs = {cell.content["execution"]["name"] for cell in made.to_run()}
+    assert (skipped, runs) == (set(skips), {"eager", "compile"} - set(skips)) and made.builds_extension == builds
 
 
 MISTAKES = [

@@ -365,12 +365,16 @@ def test_replicates_are_fresh_processes(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize(
-    "launcher", [pytest.param(name, id=name, marks=pytest.mark.slow) for name in ("basic", "joblib")]
+    ("launcher", "more"),
+    [
+        pytest.param("basic", (), id="basic", marks=pytest.mark.slow),
+        pytest.param("joblib", ("hydra.launcher.n_jobs=1",), id="joblib", marks=pytest.mark.slow),
+    ],
 )
-def test_other_launchers_plan_resume_and_survive(launcher: str, tmp_path: Path) -> None:
+def test_other_launchers_plan_resume_and_survive(launcher: str, more: tuple[str, ...], tmp_path: Path) -> None:
     """A row per job though one dies, a plan before the first, nothing done twice, and a first line that says how."""
     plugin = faulty.plugin(tmp_path / "mine")
-    arguments = ("router=segfault,torch,cuda_ext", f"hydra/launcher={launcher}")
+    arguments = ("router=segfault,torch,cuda_ext", f"hydra/launcher={launcher}", *more)
     done = faulty.sweep(*arguments, cwd=tmp_path, plugin=plugin)
     assert done.returncode == 1, done.stderr
     assert f"not interleaved (hydra/launcher={launcher})" in done.stderr.splitlines()[0]
@@ -385,6 +389,14 @@ def test_other_launchers_plan_resume_and_survive(launcher: str, tmp_path: Path) 
     assert "0 to run" in again.stderr
     after = {name: record.started for name, record in faulty.records(tmp_path).items()}
     assert started["torch"] == after["torch"]
+
+
+def test_cells_are_not_timed_at_once(tmp_path: Path) -> None:
+    """joblib's default is a job for each core. Nothing is written."""
+    done = faulty.sweep("router=torch", "hydra/launcher=joblib", cwd=tmp_path)
+    assert done.returncode == 2 and not list(tmp_path.rglob("result.json"))
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("moe-lab: hydra.launcher.n_jobs=-1: ") and "set hydra.launcher.n_jobs=1" in line
 
 
 def test_a_sweep_ends_with_a_table_and_the_paths_of_its_files(tmp_path: Path) -> None:

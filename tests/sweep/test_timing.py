@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lab.config.compose import composing_multirun
-from moe_lab.records.schema import Record
+from moe_lab.measure.device_lock import DeviceLock
+from moe_lab.records.schema import BUSY, Record
 from moe_lab.records.store import read_record
 from moe_lab.sweep import multirun, timing
 from moe_lab.sweep import plan as planning
@@ -23,6 +25,12 @@ from moe_lab.sweep.plan import Cell
 from moe_lab.sweep.timing import Group, Member
 from tests import quick
 from tests.sweep import faulty
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks of this test's own: other tests time at the same moment."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +100,36 @@ def test_a_group_is_timed_in_rounds_that_cover_every_member(four: list[Cell]) ->
         assert (record.ratio_to_anchor and record.ratio_to_anchor.anchor) == (None if record is records[0] else ids[0])
     alone = [steps.index((cell_id, "verify")) for cell_id in ids]
     assert max(alone) < min(steps.index((cell_id, "time")) for cell_id in ids)
+
+
+def test_all_of_a_group_know_what_else_the_machine_did(four: list[Cell]) -> None:
+    """Another run on the same CPUs is counted, of another device it is not; own processes are no others."""
+    assert four[0].device_id is not None
+    for device_id, others in ((four[0].device_id, 1), ("GPU-elsewhere", 0)):
+        with DeviceLock(device_id):
+            records, _ = time(four[:2], four[0])
+        seen = [record.contention for record in records]
+        assert seen[0] == seen[1] and seen[0] is not None and seen[0]["other_runs"] == others
+        busy = [text for record in records for text in record.warnings if text.startswith(BUSY)]
+        assert sum("1 other run on this device" in text for text in busy) == 2 * others
+
+
+def test_with_wait_a_group_begins_when_the_device_is_free(four: list[Cell]) -> None:
+    """It says that it waits, and nothing is built before."""
+    steps: list[str] = []
+    lock = DeviceLock(str(four[0].device_id))
+
+    def on_step(cell: Cell, step: str) -> None:
+        steps.append(step)
+        if step == "wait":
+            threading.Timer(0.2, lock.__exit__, (None, None, None)).start()
+
+    with lock:
+        options = {"timeout_s": 60, "on_step": on_step, "on_end": lambda cell: None, "wait": True}
+        Group(four[:1], None, InProcess(), **options).run()  # type: ignore[arg-type]
+    assert steps[:2] == ["wait", "build"] and steps.count("wait") == 1
+    contention = read_record(four[0].directory).contention
+    assert contention is not None and contention["other_runs"] == 0
 
 
 def test_a_cell_alone_has_neither_peers_nor_a_ratio(four: list[Cell]) -> None:
