@@ -23,8 +23,13 @@ from moe_lab.config.schemas import (
     STALE,
     VIEWS,
     Config,
+    Device,
+    Dtype,
+    Execution,
     Export,
     Measure,
+    Shape,
+    Sweep,
 )
 from moe_lab.errors import nearest
 
@@ -59,6 +64,7 @@ def validate(cfg: DictConfig) -> None:
     if unknown:
         raise ValueError(f"{unknown[0]}: unknown key.{nearest(unknown[0], Config.__dataclass_fields__)}")
 
+    _refuse_unknown_keys(cfg)
     _require_keys(cfg)
     _at_least(cfg, "batch seq_len", 1)
     _at_least(cfg, "seed measure.warmup_s workload.trace_layer", 0)
@@ -105,6 +111,44 @@ def validate(cfg: DictConfig) -> None:
         )
     if reference is not None and _is_ours(reference):
         _validate_router(cfg, "measure.reference_router")
+
+
+def _refuse_unknown_keys(cfg: DictConfig) -> None:
+    """Of nodes without a `_target_`, whose keys nothing else looks at. Those of a target are its arguments."""
+    for group in ("experiment", "debug"):
+        if cfg[group] is not None:
+            raise ValueError(
+                f"{group}.{next(iter(cfg[group]), '')}: unknown key; the options of {group} set keys of other groups, "
+                "so their YAML files start with `# @package _global_`."
+            )
+    kinds: dict[str, Any] = {
+        "device": Device,
+        "dtype": Dtype,
+        "execution": Execution,
+        "measure": Measure,
+        "export": Export,
+        "sweep": Sweep,
+    }
+    if _is_ours(cfg.model) and isinstance(cfg.model.get("shape"), DictConfig):
+        kinds["model.shape"] = Shape
+    for group, kind in kinds.items():
+        known = kind.__dataclass_fields__
+        for key in OmegaConf.select(cfg, group):
+            if key not in known:
+                raise ValueError(
+                    f"{group}.{key}: unknown key; {group} has {', '.join(known)}.{nearest(str(key), known)}"
+                )
+
+
+def refuse_unknown(node: DictConfig, place: str) -> None:
+    """Raise `ValueError` for a key that a node's schema does not have, here or deeper; `+` gets past Hydra's look."""
+    kind: Any = OmegaConf.get_type(node)
+    known = getattr(kind, "__dataclass_fields__", None)
+    for key in map(str, node):
+        if known is not None and key not in known and f"{place}.{key}" != "hydra.env":  # of which Hydra has no schema
+            raise ValueError(f"{place}.{key}: unknown key; {place} has {', '.join(known)}.{nearest(str(key), known)}")
+        if not OmegaConf.is_missing(node, key) and isinstance(value := node._get_node(key), DictConfig):
+            refuse_unknown(value, f"{place}.{key}")
 
 
 def _require_keys(cfg: DictConfig) -> None:

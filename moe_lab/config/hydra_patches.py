@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.config import schemas, targets
-from moe_lab.config.checks import is_whole
+from moe_lab.config.checks import is_whole, refuse_unknown
 from moe_lab.records import identity
 
 LAUNCHER = "hydra_plugins.moe_lab_launcher.MoeLabLauncher"
@@ -66,6 +66,7 @@ def _load_and_check(
     cfg = _load_configuration(self, config_name, overrides, *arguments, **options)
     if "hydra" in cfg:
         targets.check_hydra_node(cfg.hydra)
+        refuse_unknown(cfg.hydra, "hydra")
     return cfg
 
 
