@@ -300,9 +300,11 @@ def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
                 "workload.load=native or another router"
             )
         if load != "native" and not layer.router.static_k:
+            undeclared = "which does not declare static_k (the same number of experts for every token); declare it, or "
+            varies = "which uses a variable number of experts per token; "
             raise UnavailableError(
-                f"workload.load={load} cannot be used with router={router}, which uses a variable number of experts "
-                "per token; use workload.load=native or another router"
+                f"workload.load={load} cannot be used with router={router}, "
+                f"{undeclared if layer.router.static_k is None else varies}use workload.load=native or another router"
             )
     _require_capturable(cfg, model)
 
@@ -320,7 +322,8 @@ def not_capturable(cfg: DictConfig, model: nn.Module) -> str | None:
     """The first part of `model` that no CUDA graph can hold, as `router=base`; None if there is none."""
     for layer in moe_layers(model):
         for group, part in (("experts", layer.experts), ("router", layer.router)):
-            if not part.graph_safe:
+            undeclared_router = part.graph_safe is None  # its capture will show
+            if not part.graph_safe and not undeclared_router:
                 return f"{group}={option_name(cfg[group])}"
     return None
 
