@@ -141,7 +141,9 @@ def test_a_router_that_lies_is_found_out(kind: Any, change: Change, lies: str, T
 
 
 @pytest.mark.parametrize(("T", "ctx"), LAYOUTS)
-@pytest.mark.parametrize("change", [pytest.param(change, id=change.__name__) for change in (by_place, less_mean_so_far)])
+@pytest.mark.parametrize(
+    "change", [pytest.param(change, id=change.__name__) for change in (by_place, less_mean_so_far)]
+)
 def test_what_is_causal_and_not_batch_invariant_may_say_so(change: Change, T: int, ctx: RouteContext) -> None:
     """A prefix is not taken of a batch."""
     assert check_properties(Ranked(change, causal=True), logits(T), ctx, 0) == {"causal": "verified"}

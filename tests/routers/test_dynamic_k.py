@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -37,6 +38,24 @@ def test_the_table_by_hand(rule: str, threshold: float, kept: list[int]) -> None
     share = sum(P[rank] for rank in kept)
     expected = [P[rank] / share for rank in kept] + [0.0] * (4 - len(kept))
     assert routing.weights_TK[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold", "logits", "kept"),
+    [
+        pytest.param("min_p", 1.0, [2.0, 2.0, 2.0, 1.0], [0, 1, 2], id="min-1-equal"),
+        pytest.param("min_p", 1.0, [0.0, 0.0, 0.0, 0.0], [0, 1, 2, 3], id="min-1-all-equal"),
+        pytest.param("min_p", 0.5, [0.0, -math.inf, 0.0, -math.inf], [0, 2], id="min-masked"),
+        pytest.param("min_p", 0.0, [0.0, -math.inf, 0.0, -math.inf], [0, 1, 2, 3], id="min-0-masked"),
+        pytest.param("top_p", 0.25, [0.0, 0.0, 0.0, 0.0], [0], id="top-reached-by-the-first"),
+        pytest.param("top_p", 0.5, [0.0, 0.0, 0.0, 0.0], [0, 1], id="top-reached-by-two"),
+        pytest.param("top_p", 1.0, [0.0, -math.inf, 0.0, -math.inf], [0, 2], id="top-masked"),
+    ],
+)
+def test_at_the_threshold_itself(rule: str, threshold: float, logits: list[float], kept: list[int]) -> None:
+    """min_p keeps who has just that share, top_p stops where the sum is just reached; all sums are exact."""
+    routing = make("top_p", 4, 4, rule=rule, threshold=threshold).select(torch.tensor([logits]))
+    assert sorted(e for e in routing.expert_ids_TK[0].tolist() if e >= 0) == kept
 
 
 @settings(max_examples=60, deadline=None, database=None)
