@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from moe_lab.config.checks import refuse_other_keys
 from moe_lab.config.compose import compose
 from moe_lab.measure.clocks import STEPS
 from moe_lab.measure.tolerances import exact_products
@@ -21,6 +22,9 @@ from moe_lab.records.identity import option_name
 from moe_lab.runs import build
 
 _DEFAULTS = ("model=checkpoint", "router=native")
+_READ = ("model.*", "router.*", "experts.*", "device", "dtype", "execution", "seed")
+_CALIBRATED_ON = ("workload", "workload.path", "seq_len")
+"""What it reads of a configuration."""
 
 
 class _Bytes:
@@ -123,6 +127,7 @@ def main(prompt: str, overrides: Sequence[str], config_dir: str | None, max_toke
         raise ValueError(f"--max-tokens {max_tokens}: must be an integer >= 1.")
     if temperature < 0:
         raise ValueError(f"--temperature {temperature}: must be a number >= 0.")
+    refuse_other_keys(overrides, (*_READ, *_CALIBRATED_ON), "moe-lab generate")
     cfg = compose([*_DEFAULTS, *overrides], config_dir=config_dir)
     stamps = []
     with exact_products():

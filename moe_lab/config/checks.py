@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -31,6 +31,7 @@ from moe_lab.config.schemas import (
     Shape,
     Sweep,
 )
+from moe_lab.config.unread import key_of, unread
 from moe_lab.errors import nearest
 
 _LABELLED = (
@@ -243,9 +244,11 @@ def _validate_router(cfg: DictConfig, group: str) -> None:
 def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool = False) -> None:
     """Raise `ValueError` for an override that has no effect or would mislabel the results.
 
-    No effect: a key that the chosen model does not use (seq_len for minimal); in a sweep another model may use it.
+    No effect: a key that the chosen model does not use (seq_len for minimal), or that is only read beside others
+    (`unread`); in a sweep another cell may use it.
     Mislabels: the name of an option, and `model.ignores`.
     """
+    overrides = list(overrides)
     ignores = set(cfg.model.get("ignores", ()))
     labels = {f"{group}.name" for group in _LABELLED} | {"model.ignores", "overrides"}
     for override in overrides:
@@ -254,11 +257,30 @@ def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bo
             raise ValueError(
                 f"{override}: {key} labels the option and cannot be set; choose another option of the group."
             )
-        if key == "workload.context_len" and cfg.workload.get("phase") != "decode" and not in_a_sweep:
-            raise ValueError(f"{override}: only used with workload.phase=decode; remove it or set that phase.")
         group = key.split(".")[0].split("@")[0]
         if group in ignores and not in_a_sweep:
             raise ValueError(f"{override}: model={cfg.model.get('name')} does not use {group}; remove it.")
+    if not in_a_sweep:
+        for line in unread(cfg, overrides, in_a_sweep=False).values():
+            raise ValueError(line)
+
+
+def refuse_other_keys(overrides: Iterable[str], read: Collection[str], command: str) -> None:
+    """Raise `ValueError` for an override that a command does not read; `model.*` is the group and all of its keys."""
+    for override in overrides:
+        key = key_of(override)
+        if key not in read and f"{key.split('.')[0]}.*" not in read:
+            raise ValueError(f"{override}: has no effect; {command} only uses {', '.join(read)}.")
+
+
+def refuse_hydras_keys(overrides: Iterable[str], *, in_a_sweep: bool) -> None:
+    """Raise `ValueError` for an override of Hydra's own that is only read in a sweep, or only in a single run."""
+    names = ("hydra.run",) if in_a_sweep else ("hydra.sweep", "hydra.sweeper", "hydra.launcher")
+    remedy = "in a sweep the folder is hydra.sweep.dir" if in_a_sweep else "only used in a sweep (-m)"
+    for override in overrides:
+        key = key_of(override)
+        if any(key == name or key.startswith(f"{name}.") for name in names):
+            raise ValueError(f"{override}: has no effect; {remedy}.")
 
 
 def _one_of(cfg: DictConfig, key: str, allowed: tuple[str, ...]) -> None:

@@ -37,6 +37,11 @@ def register() -> None:
     ConfigStore.instance().store(
         group="hydra/launcher", name="moe_lab", node={"_target_": LAUNCHER}, provider="moe_lab"
     )
+    # Hydra's own defaults, so that an experiment's `override /hydra/launcher` has its effect: one in config.yaml would
+    # win over it.
+    defaults = {"launcher": "moe_lab", "job_logging": "none", "hydra_logging": "none"}  # a run writes its own run.log
+    for entry in ConfigStore.instance().repo["hydra"]["config.yaml"].node.defaults:
+        entry.update({group: option for group, option in defaults.items() if group in entry})
     ConfigLoaderImpl.load_configuration = _load_and_check  # type: ignore[method-assign]
 
 

@@ -31,6 +31,7 @@ VERIFIED = "verified"
 
 # The part that is looked at, so that it takes milliseconds.
 _LAYERS, _SEQUENCES, _TOKENS = 4, 4, 256
+_PREFIXES = 6
 _ALONE = 32  # tokens, where these are what is looked at alone
 
 
@@ -109,7 +110,7 @@ class _Part:
         """`causal`. Each sequence is looked at by itself: what others do to it is a matter of `batch_invariant`."""
         long = [sequence for sequence in self.sequences if len(sequence) > 1]
         for sequence in long:
-            cuts = sorted({1, len(sequence) // 2, len(sequence) - 1})
+            cuts = sorted({1 + i * (len(sequence) - 2) // (_PREFIXES - 1) for i in range(_PREFIXES)})
             words = "a prefix of a sequence selects otherwise than within the whole"
             self._compare("causal", words, [sequence], [[sequence[:cut]] for cut in cuts])
         return VERIFIED if long else "not verified: no sequence of two tokens"

@@ -48,7 +48,7 @@ class Multirun:
 
     def run(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[float]:
         """Plan and run the jobs; the median latency of each (ms), NaN where there is none."""
-        added = self._make(self.composer.jobs(job_overrides, first_number))
+        added = self._make(self.composer.jobs(job_overrides, first_number), is_whole_sweep=self.plan is None)
         self.plan = added if self.plan is None else _joined(self.plan, added)
         session.write_plan(self.plan)
         self.progress.announce(self.plan)
@@ -62,9 +62,9 @@ class Multirun:
         session.write_plan(self.plan)
         self.progress.announce(self.plan, how)
 
-    def _make(self, jobs: Iterator[tuple[DictConfig, list[str], Path]]) -> Plan:
+    def _make(self, jobs: Iterator[tuple[DictConfig, list[str], Path]], *, is_whole_sweep: bool = True) -> Plan:
         try:
-            return planning.make(jobs, self.directory, self.engine, command())
+            return planning.make(jobs, self.directory, self.engine, command(), is_whole_sweep=is_whole_sweep)
         except WorkerLostError as lost:
             raise UnavailableError(f"the worker process could not start ({lost}); see {self.directory / LOG}") from lost
 

@@ -84,6 +84,11 @@ def less_next(logits_TE: Tensor, ctx: RouteContext) -> Tensor:
     return logits_TE - ahead_TE
 
 
+def less_next_from_the_fifth(logits_TE: Tensor, ctx: RouteContext) -> Tensor:
+    """No prefix of one token shows it."""
+    return torch.cat([logits_TE[:4], less_next(logits_TE, NO_CONTEXT)[4:]])
+
+
 def less_mean_so_far(logits_TE: Tensor, ctx: RouteContext) -> Tensor:
     """Causal in a batch of one; sequences before it count too."""
     return logits_TE - logits_TE.cumsum(0) / torch.arange(1, len(logits_TE) + 1).unsqueeze(1)
@@ -123,6 +128,7 @@ LAYOUTS = [
         pytest.param(Weighing, less_mean, "causal", id="mean-of-weights"),
         pytest.param(Weighing, less_mean, "batch_invariant", id="mean-of-weights-batch"),
         pytest.param(Ranked, less_next, "causal", id="next"),
+        pytest.param(Ranked, less_next_from_the_fifth, "causal", id="next-later"),
         pytest.param(Ranked, less_mean_so_far, "batch_invariant", id="mean-so-far"),
         pytest.param(Ranked, by_place, "batch_invariant", id="place"),
         pytest.param(Counting, as_it_is, "causal", id="state"),
@@ -179,6 +185,43 @@ def test_our_own_routers_declare_all_and_hold_it(name: str, T: int, ctx: RouteCo
     assert all(getattr(router, name) is not None for name in PROPERTIES)
     found = check_properties(router, logits(T), ctx, 0)
     assert found == {name: "verified" for name in WEIGHED if getattr(router, name)}
+
+
+def test_who_goes_by_the_order_is_found_out() -> None:
+    """Alone each token selects as beside the others; backwards it does not."""
+
+    def rolled_where_it_falls(logits_TE: Tensor, ctx: RouteContext) -> Tensor:
+        return logits_TE.roll(1, -1) if logits_TE[0, 0] > logits_TE[-1, 0] else logits_TE
+
+    rising = logits(20)
+    rising[:, 0] = torch.linspace(-1, 1, 20)
+    with pytest.raises(MismatchError, match="tokens in another order select otherwise"):
+        check_properties(Ranked(rolled_where_it_falls, batch_invariant=True), rising, NO_CONTEXT, 0)
+
+
+class LateDropping(Ranked):
+    """A slot of the last of many tokens stays unused."""
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
+        routing = super().select(logits_TE, ctx)
+        drops_TK = torch.zeros_like(routing.weights_TK, dtype=torch.bool)
+        drops_TK[290:, 1] = True
+        return routing._replace(
+            expert_ids_TK=routing.expert_ids_TK.masked_fill(drops_TK, -1),
+            weights_TK=routing.weights_TK.masked_fill(drops_TK, 0),
+        )
+
+
+def test_all_tokens_of_the_run_have_their_slots() -> None:
+    """Also those beyond the part that selects again."""
+    run = tiny.built(tiny.moe_layer(n_experts=E, tokens=300))
+    assert run.built is not None
+    for model in (run.built.model, run.built.twin):
+        for layer in moe_layers(model):
+            layer.router = LateDropping(as_it_is, static_k=True)
+    run.built.step = run.built.make_step("natural")
+    with pytest.raises(MismatchError, match="declares static_k, but 10 tokens have an unused slot"):
+        run.verify()
 
 
 def test_near_ties_do_not_count() -> None:

@@ -158,3 +158,13 @@ def test_keys_that_cannot_be_are_named(keys: dict[str, Any], message: str) -> No
 def test_every_policy_is_tested() -> None:
     """Those above."""
     assert set(POLICIES) == {"weight", "token", "position", "prioritized", "next_best", "dropless"}
+
+
+def test_an_inner_router_that_calibrates_is_fitted() -> None:
+    """By the logits that the outer one is given."""
+    inner, logits_TE = make("quantile", 7, 2), random_logits(37, 7)
+    router, alone = make("capacity", 7, 2, inner=inner), make("quantile", 7, 2)
+    assert router.calibrates
+    router.fit(logits_TE)
+    alone.fit(logits_TE)
+    assert torch.equal(inner.bias_E, alone.bias_E) and float(inner.bias_E.abs().max()) > 0

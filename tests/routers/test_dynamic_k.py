@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_lab.routers.base import RouteContext
 from tests.routers.cases import make
 from tests.routers.peers import dense
 
@@ -112,3 +113,20 @@ def test_at_most_k_max_experts_and_never_more_than_there_are() -> None:
     """k_max replaces the model's k."""
     assert make("top_p", 5, 2, threshold=1.0, k_max=9).select(torch.zeros(3, 5)).expert_ids_TK.shape == (3, 5)
     assert make("top_p", 5, 2, threshold=1.0).select(torch.zeros(3, 5)).expert_ids_TK.shape == (3, 2)
+
+
+def test_expert_skip_is_fitted_of_two_experts_too_and_of_one_it_need_not_be() -> None:
+    """There is a second probability from two on."""
+    router = make("expert_skip", 2, 2)
+    router.fit(torch.tensor([[0.8, 0.2]]).log())
+    assert float(router.threshold) == pytest.approx(0.25)
+    router = make("expert_skip", 1, 1)
+    router.fit(torch.zeros(3, 1))
+    assert float(router.threshold) == 0
+
+
+def test_scores_are_margins_and_none_beyond_the_k_best() -> None:
+    """Above the threshold positive, below negative, -inf for who was not among the k."""
+    routing = make("min_p", 4, 3, threshold=0.5).select(torch.tensor([P]).log(), RouteContext(want_scores=True))
+    assert routing.scores_TE is not None
+    assert routing.scores_TE[0].tolist() == pytest.approx([0.25, 0.05, -0.1, -math.inf], abs=1e-6)
