@@ -17,6 +17,8 @@ class _Rule(NamedTuple):
     """Of a group, those inside it too."""
     is_read: Callable[[DictConfig], bool]
     remedy: str
+    is_refused: bool = True
+    """False: the run goes on, and its record says so. It asks for something beside the result."""
 
 
 def _has_experts(cfg: DictConfig) -> bool:
@@ -94,26 +96,31 @@ _RULES = (
         "measure.quality measure.quality_tokens",
         _predicts_text,
         "only used with workload=text, workload.phase=forward or prefill, and workload.load=native",
+        is_refused=False,
     ),
-    _Rule("measure.quality_tokens", lambda c: c.measure.quality, "only used with measure.quality=true"),
-    _Rule("measure.caches", lambda c: c.execution.name == "cuda_graph", "only used with execution=cuda_graph"),
+    _Rule("measure.quality_tokens", lambda c: c.measure.quality, "only used with measure.quality=true", False),
+    _Rule("measure.caches", lambda c: c.execution.name == "cuda_graph", "only used with execution=cuda_graph", False),
     _Rule(
         "export.dir export.dynamic export.opset export.view export.verify export.overwrite",
         lambda c: c.export.name != "none",
         "only used with export=netron",
+        is_refused=False,
     ),
     _Rule("sweep.timeout_s", lambda c: c.sweep.worker, "only used with sweep.worker=true"),
 )
 _ONLY_IN_A_SWEEP = _Rule("sweep measure.replicates", lambda c: False, "only used in a sweep (-m)")
 
 
-def unread(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool) -> dict[str, str]:
+def unread(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool, only_refused: bool = True) -> dict[str, str]:
     """The overrides that have no effect in `cfg`, by key, each with a line that says why.
+
+    With `only_refused`, those that a record need not mention, because no run begins with them.
 
     What turns something off that is off has its effect: false, null, `workload.load=native`, one replicate.
     """
     rules = _RULES if in_a_sweep else (*_RULES, _ONLY_IN_A_SWEEP)
     found: dict[str, str] = {}
+    rules = tuple(rule for rule in rules if rule.is_refused or not only_refused)
     for override in overrides:
         key = key_of(override)
         value: Any = OmegaConf.select(cfg, key)

@@ -70,8 +70,9 @@ class Run:
         self.probe_ms: list[float] = []  # how fast the machine was, by replicate
         self.observed: dict[str, Any] = {}
         self.routing_arrays: dict[str, np.ndarray] = {}
-        # Of a single run they were refused; in a sweep they may be another cell's.
-        self.warnings: list[str] = list(unread(cfg, cfg.overrides, in_a_sweep=True).values())
+        # Of a single run most were refused; in a sweep they may be another cell's.
+        without_effect = unread(cfg, cfg.overrides, in_a_sweep=True, only_refused=False)
+        self.warnings: list[str] = list(without_effect.values())
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ import pytest
 import moe_lab
 from moe_lab.config.checks import refuse_hydras_keys, refuse_other_keys
 from moe_lab.config.unread import _RULES, key_of, unread
+from moe_lab.runs.run import Run
 from tests import quick
 
 ELSEWHERE = ("batch=2", "measure.phases=true", "sweep.name=x", "workload.phase=prefill", "export=netron")
@@ -25,17 +26,9 @@ CASES = [
     ("moe_layer", "workload.trace_layer=1", ["workload.load=replay", "workload.trace=folder"]),
     ("decoder_moe", "model.dense_hidden_dim=9", ["model.n_dense_layers=1"]),
     ("decoder_moe", "model.top_k=2", []),
-    ("moe_layer", "measure.caches=true", None),
-    ("moe_layer", "measure.quality=true", None),
-    ("moe_layer", "measure.quality_tokens=9", None),
-    ("checkpoint", "measure.quality_tokens=9", []),
     ("minimal", "measure.routing=true", None),
     ("minimal", "measure.record_routing=true", None),
     ("moe_layer", "measure.record_routing=true", []),
-    ("moe_layer", "export.dir=folder", ["export=netron"]),
-    ("moe_layer", "export.opset=18", ["export=netron"]),
-    ("moe_layer", "export.view=flat", ["export=netron"]),
-    ("moe_layer", "export.overwrite=true", ["export=netron"]),
     ("moe_layer", "sweep.name=x", None),
     ("moe_layer", "sweep.compare=[router]", None),
     ("moe_layer", "sweep.anchor={router: torch}", None),
@@ -119,6 +112,32 @@ def test_of_a_router_alone(override: str) -> None:
 def test_what_is_off_may_be_turned_off(override: str) -> None:
     """That is its effect."""
     moe_lab.compose(quick.overrides("minimal", override))
+
+
+SAID = [
+    pytest.param("moe_layer", "measure.caches=true", ["execution=cuda_graph"], id="caches"),
+    pytest.param("moe_layer", "measure.quality=true", None, id="quality"),
+    pytest.param("moe_layer", "measure.quality_tokens=9", None, id="quality_tokens"),
+    pytest.param("checkpoint", "measure.quality_tokens=9", [], id="quality_tokens-of-text"),
+    pytest.param("moe_layer", "export.dir=folder", ["export=netron"], id="dir"),
+    pytest.param("moe_layer", "export.opset=18", ["export=netron"], id="opset"),
+    pytest.param("moe_layer", "export.view=flat", ["export=netron"], id="view"),
+    pytest.param("moe_layer", "export.overwrite=true", ["export=netron"], id="overwrite"),
+]
+
+
+@pytest.mark.parametrize(("model", "override", "beside"), SAID)
+def test_what_asks_for_something_beside_the_result_is_said_in_the_record(
+    model: str, override: str, beside: list[str] | None
+) -> None:
+    """The run goes on, with a warning of one line."""
+    expected = f"{override}: has no effect; "
+    if beside != []:
+        record = Run(moe_lab.compose(quick.overrides(model, override))).record()
+        assert [text for text in record.warnings if text.startswith(expected)]
+    if beside is not None:
+        record = Run(moe_lab.compose(quick.overrides(model, *beside, override))).record()
+        assert not [text for text in record.warnings if text.startswith(expected)]
 
 
 def test_in_a_sweep_it_is_named_and_not_refused() -> None:
