@@ -182,6 +182,8 @@ def _measured(record: Record, folder: Path, anchor_id: str | None, rng: np.rando
         "graph_safe": True,
         "causal": router == "torch",
     }
+    record.check.static_k = "verified"
+    record.check.causal = "verified" if router == "torch" else None
     skew = 0.3 if router == "sinkhorn" else 1.0
     share_LE = rng.dirichlet(np.ones(N_EXPERTS) / skew, size=layers)
     counts_LE = rng.multinomial(tokens * TOP_K, share_LE)

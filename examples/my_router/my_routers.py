@@ -14,6 +14,12 @@ from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, requ
 class Sharpened(Router):
     """The keys of router/sharpened.yaml are the arguments; n_experts and top_k come from the model."""
 
+    # Leave out what you do not know. A run verifies the first three.
+    causal = True  # later tokens change no earlier route
+    batch_invariant = True  # nor do other sequences
+    static_k = True  # every token has top_k experts
+    graph_safe = True  # reads no values on the host
+
     def __init__(self, n_experts: int, top_k: int, sharpness: float = 2.0):
         super().__init__(n_experts, top_k)
         if sharpness <= 0:

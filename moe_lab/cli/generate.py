@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from moe_lab.config.checks import refuse_other_keys
 from moe_lab.config.compose import compose
 from moe_lab.measure.clocks import STEPS
 from moe_lab.measure.tolerances import exact_products
@@ -26,8 +27,10 @@ from moe_lab.runs import build
 from moe_lab.terminal import write_data
 
 _DEFAULTS = ("model=checkpoint", "router=native")
-_UNUSED = ("batch", "name", "measure", "export", "sweep")
-_FOR_CALIBRATION = ("seq_len", "workload")  # what a router is fitted on
+_COMMAND = "moe-lab generate"
+_READ = ("model.*", "router.*", "experts.*", "device", "dtype", "execution", "seed")
+_CALIBRATED_ON = ("workload", "workload.path", "seq_len")
+"""What it reads of a configuration; the latter only for a router that is fitted on a text."""
 
 Say = Callable[[str], None]
 
@@ -103,15 +106,6 @@ def _say_what_is_odd(cfg: DictConfig, model: Checkpoint, say: Say) -> None:
         )
 
 
-def _refuse_unused(cfg: DictConfig, model: Checkpoint) -> None:
-    calibrates = any(layer.router.calibrates for layer in moe_layers(model))
-    unused = _UNUSED if calibrates else (*_UNUSED, *_FOR_CALIBRATION)
-    for override in cfg.overrides:
-        key = override.lstrip("+~").split("=", 1)[0]
-        if key.replace("@", ".").split(".")[0] in unused:
-            raise ValueError(f"{override}: generate does not use {key}; remove it.")
-
-
 def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float = 0.0, say: Say = warn) -> Iterator[str]:
     """The pieces of text that follow `prompt`, at most `max_tokens` tokens, until the model ends it.
 
@@ -127,10 +121,12 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
         raise ValueError(
             f"model={option_name(cfg.model)}: cannot generate text, because it is not trained; use model=checkpoint."
         )
+    refuse_other_keys(cfg.overrides, (*_READ, *_CALIBRATED_ON), _COMMAND)
     device = build.resolve_device(cfg)
     model = build.build_model(cfg, device)
     assert isinstance(model, Checkpoint)
-    _refuse_unused(cfg, model)
+    if not any(layer.router.calibrates for layer in moe_layers(model)):
+        refuse_other_keys(cfg.overrides, _READ, _COMMAND)
     cfg.workload.phase = "decode"
     build.require_runnable(cfg, model)
     tokenizer = _tokenizer_of(model)

@@ -31,6 +31,8 @@ def show(group: str, config_dir: str | None) -> None:
     for path, option in zip(paths, described, strict=True):
         console.print(f"  {path.stem:{width}}  {about(path)}", markup=False)
         words = [", ".join(option["properties"]), "implementations: " + ", ".join(option["implementations"])]
+        if option["undeclared"]:
+            words.append("not declared: " + ", ".join(option["undeclared"]))
         if option["chosen"] is not None and len(option["implementations"]) > 1:
             words.append(f"used here: {option['chosen']}")
         text = option["skip"] or "; ".join(word for word in words if word)

@@ -23,6 +23,7 @@ from moe_lab.cli import completion, listing
 from moe_lab.cli.commands import COMMANDS, check_first
 from moe_lab.cli.help import argv_overrides, config_dir_of, help_text
 from moe_lab.config import targets
+from moe_lab.config.checks import refuse_hydras_keys
 from moe_lab.config.compose import CONFIG_MODULE, finish, name_sweep
 from moe_lab.config.hydra_patches import VERSION_BASE, register, register_launcher
 from moe_lab.config.mistakes import explain
@@ -54,8 +55,7 @@ def _task(cfg: DictConfig, trusted: Sequence[str], environment: Mapping[str, str
 
             record = run_job(cfg, overrides, directory, environment)
         else:
-            if any(word.startswith("hydra.sweep.") for word in hydra_config.overrides.hydra):
-                raise ValueError("hydra.sweep: only for a sweep (-m); the folder of a single run is hydra.run.dir.")
+            refuse_hydras_keys(hydra_config.overrides.hydra, in_a_sweep=False)
             cfg = finish(cfg, overrides)
             _say_what_takes_long()
             from moe_lab.runs.run import run  # imports torch: not before there is something to compute

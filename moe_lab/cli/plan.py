@@ -59,4 +59,5 @@ def show(overrides: list[str], config_dir: str | None) -> None:
     if n_to_run:
         seconds, is_known = planning.expected_seconds(plan)
         line += f", about {clock(seconds)}" + ("" if is_known else " of timing at most, without building and verifying")
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for text in (line, *plan.without_effect):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -30,6 +30,8 @@ class Terminal:
         console.print(escape(_first_line(plan, how)), highlight=False)
         if plan.builds_extension and plan.to_run():
             console.print("building the C++/CUDA extension once; this takes about a minute", highlight=False)
+        for line in plan.without_effect:
+            console.print(escape(line), style="yellow", highlight=False)
         reasons = Counter(cell.reason for cell in plan.cells if cell.status == "skipped")
         for reason, number in reasons.items():
             console.print(escape(f"skipped ({number} cells): {reason}"), style="yellow", highlight=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -23,9 +23,15 @@ from moe_lab.config.schemas import (
     STALE,
     VIEWS,
     Config,
+    Device,
+    Dtype,
+    Execution,
     Export,
     Measure,
+    Shape,
+    Sweep,
 )
+from moe_lab.config.unread import key_of, unread
 from moe_lab.errors import nearest
 
 _LABELLED = (
@@ -59,6 +65,7 @@ def validate(cfg: DictConfig) -> None:
     if unknown:
         raise ValueError(f"{unknown[0]}: unknown key.{nearest(unknown[0], Config.__dataclass_fields__)}")
 
+    _refuse_unknown_keys(cfg)
     _require_keys(cfg)
     _at_least(cfg, "batch seq_len", 1)
     _at_least(cfg, "seed measure.warmup_s workload.trace_layer", 0)
@@ -105,6 +112,44 @@ def validate(cfg: DictConfig) -> None:
         )
     if reference is not None and _is_ours(reference):
         _validate_router(cfg, "measure.reference_router")
+
+
+def _refuse_unknown_keys(cfg: DictConfig) -> None:
+    """Of nodes without a `_target_`, whose keys nothing else looks at. Those of a target are its arguments."""
+    for group in ("experiment", "debug"):
+        if cfg[group] is not None:
+            raise ValueError(
+                f"{group}.{next(iter(cfg[group]), '')}: unknown key; the options of {group} set keys of other groups, "
+                "so their YAML files start with `# @package _global_`."
+            )
+    kinds: dict[str, Any] = {
+        "device": Device,
+        "dtype": Dtype,
+        "execution": Execution,
+        "measure": Measure,
+        "export": Export,
+        "sweep": Sweep,
+    }
+    if _is_ours(cfg.model) and isinstance(cfg.model.get("shape"), DictConfig):
+        kinds["model.shape"] = Shape
+    for group, kind in kinds.items():
+        known = kind.__dataclass_fields__
+        for key in OmegaConf.select(cfg, group):
+            if key not in known:
+                raise ValueError(
+                    f"{group}.{key}: unknown key; {group} has {', '.join(known)}.{nearest(str(key), known)}"
+                )
+
+
+def refuse_unknown(node: DictConfig, place: str) -> None:
+    """Raise `ValueError` for a key that a node's schema does not have, here or deeper; `+` gets past Hydra's look."""
+    kind: Any = OmegaConf.get_type(node)
+    known = getattr(kind, "__dataclass_fields__", None)
+    for key in map(str, node):
+        if known is not None and key not in known and f"{place}.{key}" != "hydra.env":  # of which Hydra has no schema
+            raise ValueError(f"{place}.{key}: unknown key; {place} has {', '.join(known)}.{nearest(str(key), known)}")
+        if not OmegaConf.is_missing(node, key) and isinstance(value := node._get_node(key), DictConfig):
+            refuse_unknown(value, f"{place}.{key}")
 
 
 def _require_keys(cfg: DictConfig) -> None:
@@ -210,9 +255,11 @@ def _validate_router(cfg: DictConfig, group: str) -> None:
 def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool = False) -> None:
     """Raise `ValueError` for an override that has no effect or would mislabel the results.
 
-    No effect: a key that the chosen model does not use (seq_len for minimal); in a sweep another model may use it.
+    No effect: a key that the chosen model does not use (seq_len for minimal), or that is only read beside others
+    (`unread`); in a sweep another cell may use it.
     Mislabels: the name of an option, and `model.ignores`.
     """
+    overrides = list(overrides)
     ignores = set(cfg.model.get("ignores", ()))
     labels = {f"{group}.name" for group in _LABELLED} | {"model.ignores", "overrides"}
     for override in overrides:
@@ -221,11 +268,30 @@ def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bo
             raise ValueError(
                 f"{override}: {key} labels the option and cannot be set; choose another option of the group."
             )
-        if key == "workload.context_len" and cfg.workload.get("phase") != "decode" and not in_a_sweep:
-            raise ValueError(f"{override}: only used with workload.phase=decode; remove it or set that phase.")
         group = key.split(".")[0].split("@")[0]
         if group in ignores and not in_a_sweep:
             raise ValueError(f"{override}: model={cfg.model.get('name')} does not use {group}; remove it.")
+    if not in_a_sweep:
+        for line in unread(cfg, overrides, in_a_sweep=False).values():
+            raise ValueError(line)
+
+
+def refuse_other_keys(overrides: Iterable[str], read: Collection[str], command: str) -> None:
+    """Raise `ValueError` for an override that a command does not read; `model.*` is the group and all of its keys."""
+    for override in overrides:
+        key = key_of(override)
+        if key not in read and f"{key.split('.')[0]}.*" not in read:
+            raise ValueError(f"{override}: has no effect; {command} only uses {', '.join(read)}.")
+
+
+def refuse_hydras_keys(overrides: Iterable[str], *, in_a_sweep: bool) -> None:
+    """Raise `ValueError` for an override of Hydra's own that is only read in a sweep, or only in a single run."""
+    names = ("hydra.run",) if in_a_sweep else ("hydra.sweep", "hydra.sweeper", "hydra.launcher")
+    remedy = "in a sweep the folder is hydra.sweep.dir" if in_a_sweep else "only used in a sweep (-m)"
+    for override in overrides:
+        key = key_of(override)
+        if any(key == name or key.startswith(f"{name}.") for name in names):
+            raise ValueError(f"{override}: has no effect; {remedy}.")
 
 
 def _one_of(cfg: DictConfig, key: str, allowed: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers.oc import env as _oc_env
 
 from moe_lab.config import hydra_node, schemas
-from moe_lab.config.checks import is_whole
+from moe_lab.config.checks import is_whole, refuse_unknown
 from moe_lab.records import identity, store
 
 LAUNCHER = "hydra_plugins.moe_lab_launcher.MoeLabLauncher"
@@ -49,6 +49,11 @@ def register() -> None:
     ConfigStore.instance().store(
         group="hydra/launcher", name="moe_lab", node={"_target_": LAUNCHER}, provider="moe_lab"
     )
+    # Hydra's own defaults, so that an experiment's `override /hydra/launcher` has its effect: one in config.yaml would
+    # win over it.
+    defaults = {"launcher": "moe_lab", "job_logging": "none", "hydra_logging": "none"}  # a run writes its own run.log
+    for entry in ConfigStore.instance().repo["hydra"]["config.yaml"].node.defaults:
+        entry.update({group: option for group, option in defaults.items() if group in entry})
     ConfigLoaderImpl.load_configuration = _load_and_check  # type: ignore[method-assign]
     ConfigRepository.initialize_sources = _check_and_initialize  # type: ignore[method-assign]
     hydra.core.utils._save_config = _save_config
@@ -87,6 +92,7 @@ def _load_and_check(
         raise ValueError(f"hydra.job.env_copy={error}: not allowed; set environment variables in the shell.") from error
     if "hydra" in cfg:
         hydra_node.check(cfg, overrides)
+        refuse_unknown(cfg.hydra, "hydra")
         _refuse_cells_at_once(cfg.hydra)
     return cfg
 

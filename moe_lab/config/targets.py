@@ -12,8 +12,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -23,9 +24,11 @@ from typing import Any
 import hydra.utils
 from omegaconf import DictConfig, OmegaConf
 
+from moe_lab.errors import nearest
+
 _trusted: list[Path] = []
 _BUILDABLE = ("moe_lab.models.", "moe_lab.routers.", "moe_lab.experts.", "moe_lab.workloads.")
-_ABOUT = ("name", "ignores")  # keys of an option that describe it and are no arguments of its target
+_ABOUT = ("_target_", "name")  # keys of an option that are no arguments of its target
 
 
 def trust(config_dir: str | Path) -> Path:
@@ -171,31 +174,126 @@ def _is_defined_in_trust(module: str) -> bool:
     return module.startswith(_BUILDABLE) or any(_holds(folder, module.split(".")) for folder in _trusted)
 
 
-def instantiate(node: DictConfig, **arguments: Any) -> Any:
-    """Call the target of `node` with its keys and `arguments` (any objects). Nested nodes are instantiated first."""
-    target, keys = locate(node._target_), keys_of(node)
+def instantiate(node: DictConfig, group: str = "", /, **arguments: Any) -> Any:
+    """Call the target of `node` with its keys and `arguments` (any objects). Nested nodes are instantiated first.
+
+    Raises:
+        ValueError: a key that the target does not take; it is called `group.KEY`.
+    """
+    if "_target_" not in node:
+        raise ValueError(f"{_called(group, '_target_')} has no value: set it in the YAML file.")
+    target, keys = locate(node._target_), keys_of(node, group)
+    require_keys(target, keys, group, given=arguments)
     try:
-        inspect.signature(target).bind(**keys, **arguments)
+        return target(**keys, **arguments)
     except TypeError as error:
-        raise ValueError(f"{node._target_}: {error}. The keys of the YAML file must match its arguments.") from error
-    return target(**keys, **arguments)
+        if (key := _passed_on_in_vain(error, keys)) is None:
+            raise
+        raise ValueError(unknown_key(target, key, group, given=arguments)) from error
 
 
-def keys_of(node: DictConfig) -> dict[str, Any]:
+def keys_of(node: DictConfig, group: str) -> dict[str, Any]:
     """The keys of `node` that are arguments of its target; nested nodes are instantiated."""
     content = OmegaConf.to_container(node, resolve=True)
     assert isinstance(content, dict)
     for target in named(content):
         locate(target)
-    keys = {str(key): value for key, value in content.items() if key not in ("_target_", *_ABOUT)}
-    return {key: _instantiate_nested(value) for key, value in keys.items()}
+    keys = {str(key): value for key, value in content.items() if key not in _ABOUT}
+    return {key: _instantiate_nested(value, _called(group, key)) for key, value in keys.items()}
 
 
-def _instantiate_nested(value: Any) -> Any:
+def require_keys(
+    target: Callable[..., Any],
+    keys: Collection[str],
+    group: str,
+    *,
+    given: Collection[str] = (),
+    n_given: int = 0,
+    is_partial: bool = False,
+) -> None:
+    """Raise `ValueError` unless a call of `target` with `keys` takes all of them and lacks none.
+
+    Args:
+        group: the keys are called `group.KEY`.
+        given: arguments that the caller adds, by name.
+        n_given: how many it adds by place, before those.
+        is_partial: others are given later, so none is missing.
+    """
+    every = list(inspect.signature(target).parameters.values())
+    parameters = [p for p in every[n_given:] if p.name not in given]
+    named = {p.name for p in parameters if p.kind in _BY_NAME}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for key in keys:
+        if key not in named and (not takes_any or key in given or key in {p.name for p in every}):
+            raise ValueError(unknown_key(target, key, group, given=given, n_given=n_given))
+    for p in [] if is_partial else parameters:
+        if p.default is p.empty and p.kind is p.POSITIONAL_ONLY:
+            raise ValueError(f"{_called(group, p.name)}: {_name(target)} must take it by name, not by place only.")
+        if p.default is p.empty and p.kind in _BY_NAME and p.name not in keys:
+            raise ValueError(
+                f"{_called(group, p.name)}: missing; {_name(target)} requires it. Set it in the YAML file."
+            )
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def unknown_key(target: Callable[..., Any], key: str, group: str, *, given: Collection[str], n_given: int = 0) -> str:
+    """One line: `target` does not take this key, but these."""
+    taken = [name for name in _taken(target, n_given) if name not in given]
+    return (
+        f"{_called(group, key)}: unknown key; {_name(target)} takes {', '.join(taken) or 'no keys'}."
+        f"{nearest(key, taken)}"
+    )
+
+
+def _taken(target: Any, n_given: int = 0) -> list[str]:
+    """The arguments of `target` by name; a class that takes any is thought to pass them on to its base."""
+    parameters = list(inspect.signature(target).parameters.values())[n_given:]
+    names = [p.name for p in parameters if p.kind in _BY_NAME]
+    if inspect.isclass(target) and any(p.kind is p.VAR_KEYWORD for p in parameters):
+        bases = [base for base in target.__mro__[1:-1] if "__init__" in vars(base)]
+        names += [name for name in (_taken(bases[0]) if bases else []) if name not in names]
+    return names
+
+
+def _passed_on_in_vain(error: TypeError, keys: Collection[str]) -> str | None:
+    """Which of `keys`, taken as `**keys` and passed on, nobody took in the end."""
+    found = re.search(r"got an unexpected keyword argument '(\w+)'", str(error))
+    return found[1] if found is not None and found[1] in keys else None
+
+
+def _called(group: str, key: str) -> str:
+    return f"{group}.{key}" if group else key
+
+
+def _name(target: Any) -> str:
+    return f"{target.__module__}.{target.__qualname__}"
+
+
+_HYDRAS_KEYS = ("_target_", "_args_", "_partial_", "_convert_", "_recursive_")  # of a nested node
+
+
+def _instantiate_nested(value: Any, place: str) -> Any:
     """Hydra's own instantiation, for a value that holds nodes. Every target in it was found trustworthy before."""
     if not any(named(value)):
         return value
+    _require_nested_keys(value, place)
     options: dict[str, Any] = {}
     if "_execution_whitelist_" in inspect.signature(hydra.utils.instantiate).parameters:  # Hydra 1.4 wants to be told
         options["_execution_whitelist_"] = list(named(value))
     return hydra.utils.instantiate(value, **options)
+
+
+def _require_nested_keys(value: Any, place: str) -> None:
+    """`require_keys` of every node in `value`, which stands at the key `place`."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            n_given, is_partial = len(value.get("_args_", ())), bool(value.get("_partial_"))
+            keys = [key for key in value if key not in _HYDRAS_KEYS]
+            require_keys(locate(value["_target_"]), keys, place, n_given=n_given, is_partial=is_partial)
+        for key, item in value.items():
+            _require_nested_keys(item, f"{place}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _require_nested_keys(item, f"{place}[{index}]")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lab.errors import nearest
+from moe_lab.config.targets import require_keys
 from moe_lab.experts.weights import ExpertWeights, Scale
 from moe_lab.routers.base import Routing
 
@@ -63,24 +62,13 @@ class FunctionExperts(Experts):
     """A function `f(x_TD, routing, weights, *, scale, ...)`. It declares nothing: not graph safe, no sorted slots."""
 
     def __init__(self, function: Callable[..., Tensor], /, **keys: Any):
-        """`keys` go to keyword-only parameters of the function.
+        """`keys` go to the function at each call, beside what `Experts.__call__` is given.
 
         Raises:
             ValueError: the function does not take a key, or needs one that is not given.
         """
-        parameters = inspect.signature(function).parameters.values()
-        own = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "scale"}
-        name = function.__name__
-        for key in keys:
-            if key not in own:
-                raise ValueError(
-                    f"experts.{key}: the function {name} has no keyword-only parameter {key}; "
-                    f"it has {', '.join(own) or 'none except scale'}.{nearest(key, own)}"
-                )
-        for key, parameter in own.items():
-            if parameter.default is parameter.empty and key not in keys:
-                raise ValueError(f"experts.{key}: missing; the function {name} requires it. Set it in the YAML file.")
-        self.function, self.name = partial(function, **keys), name
+        require_keys(function, keys, "experts", given=("scale",), n_given=3)
+        self.function, self.name = partial(function, **keys), function.__name__
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
         """See `Experts`."""

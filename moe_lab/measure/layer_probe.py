@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe_lab.errors import MismatchError
 from moe_lab.measure.tolerances import Tolerance, exact_products
 from moe_lab.models.moe_layer import MoELayer, indexed_moe_layers, moe_layers
-from moe_lab.routers.base import RouteContext, Routing, check_finite
+from moe_lab.routers.base import RouteContext, Router, Routing, check_finite
 from moe_lab.routers.contract import members, weights_by_expert
 
 _ROWS_AT_ONCE = 1 << 13  # what the checks compute in one piece, so that they need little memory beside the run's own
@@ -54,6 +54,32 @@ def compare_routes(
             f"(allowed: {tolerance.weight:.0e})",
         )
     return int(near_T.sum())
+
+
+def differing_tokens(
+    got: Routing, wanted: Routing, n_experts: int, tolerance: Tolerance, weights_TK: Tensor | None
+) -> Tensor:
+    """[T] bool: whose experts or weights differ, but for near-ties; arguments as in `compare_routes`."""
+    changed_T, near_T = _changed_sets(got, wanted, n_experts, tolerance, None, fills_slots(got, wanted))
+    off_T = _weight_errors(got, wanted, n_experts, weights_TK, changed_T)
+    return (changed_T & ~near_T) | (off_T > tolerance.weight)
+
+
+def fills_slots(*routings: Routing) -> bool:
+    """Whether every token has an expert in each slot: what `scores_TE` then says is a ranking, else a margin."""
+    return all(bool((routing.expert_ids_TK >= 0).all()) for routing in routings)
+
+
+def scored_selection(router: Router, logits_TE: Tensor, ctx: RouteContext) -> Routing:
+    """What `router` selects, with what it ranked.
+
+    Raises:
+        ValueError: it does not say that.
+    """
+    routing = router.select(logits_TE, ctx._replace(want_scores=True, want_dispatch=False))
+    if routing.scores_TE is None:
+        raise ValueError(f"router: {type(router).__name__}.select must fill scores_TE if ctx.want_scores.")
+    return routing
 
 
 def _changed_sets(
@@ -135,12 +161,11 @@ class LayerProbe:
         check_finite(logits_TE, index)
         router, E = reference.router, layer.weights.n_experts
         with exact_products():
-            want = router.select(logits_TE.float(), ctx._replace(want_scores=True))
+            want = scored_selection(router, logits_TE.float(), ctx)
             weights_TK = router.weigh(logits_TE.float(), routing.expert_ids_TK)
-        if want.scores_TE is None:
-            raise ValueError(f"router: {type(router).__name__}.select must fill scores_TE if ctx.want_scores.")
+        static_k = router.static_k if router.static_k is not None else fills_slots(routing, want)
         self.near_ties += compare_routes(
-            routing, want, E, index, self.tolerance, weights_TK, logits_TE, static_k=router.static_k
+            routing, want, E, index, self.tolerance, weights_TK, logits_TE, static_k=static_k
         )
 
     def _compare_experts(self, layer: MoELayer, reference: MoELayer, x_TD: Tensor, routing: Routing) -> None:

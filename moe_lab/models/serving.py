@@ -90,7 +90,7 @@ class Decode(Serving):
             self.decoder(ids_BN[a : a + rows, :C], cache=self.cache.rows(a, a + rows), last=1).routings
             for a in range(0, B, rows)
         ]
-        return tuple(Routing(*_joined(of_layer)) for of_layer in zip(*passes, strict=True))
+        return tuple(joined(of_layer) for of_layer in zip(*passes, strict=True))
 
     def seek(self, step: int) -> None:
         """Go to a step, counted from 0."""
@@ -108,17 +108,17 @@ class Decode(Serving):
         )
 
 
-def _joined(routings: Sequence[Routing]) -> tuple[Tensor, Tensor]:
-    """Ids and weights of several routings, as wide as the widest."""
+def joined(routings: Sequence[Routing]) -> Routing:
+    """The tokens of several routings one after the other, as wide as the widest."""
     K = max(routing.expert_ids_TK.shape[1] for routing in routings)
     ids = [F.pad(routing.expert_ids_TK, (0, K - routing.expert_ids_TK.shape[1]), value=-1) for routing in routings]
     weights = [F.pad(routing.weights_TK, (0, K - routing.weights_TK.shape[1])) for routing in routings]
-    return torch.cat(ids), torch.cat(weights)
+    return Routing(torch.cat(ids), torch.cat(weights))
 
 
 def whole_routing(context: Routing, steps: Sequence[Routing], batch: int) -> Routing:
     """The routing of whole sequences, by (sequence, position), from that of their contexts and of each step after."""
-    ids_TK, weights_TK = _joined([context, *steps])
+    ids_TK, weights_TK, *_ = joined([context, *steps])
     C = len(context.expert_ids_TK) // batch
 
     def ordered(values_TK: Tensor) -> Tensor:

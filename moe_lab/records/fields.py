@@ -196,15 +196,23 @@ ROUTING = (
 )
 
 PROPERTIES = (
-    Field("causal", bool, "", "declared by the router: a token's route does not depend on later tokens"),
+    Field(
+        "causal",
+        bool,
+        "",
+        "declared by the router: a token's route does not depend on later tokens; missing if not declared",
+    ),
     Field(
         "batch_invariant",
         bool,
         "",
-        "declared by the router: a token's route does not depend on the other tokens of the batch",
+        "declared by the router: a token's route does not depend on the other tokens of the batch; missing if not "
+        "declared",
     ),
-    Field("static_k", bool, "", "declared by the router: every token uses all of its slots"),
-    Field("graph_safe", bool, "", "declared by the router: it does not synchronise with the host"),
+    Field("static_k", bool, "", "declared by the router: every token uses all of its slots; missing if not declared"),
+    Field(
+        "graph_safe", bool, "", "declared by the router: it does not synchronise with the host; missing if not declared"
+    ),
     Field("needs_token_ids", bool, "", "declared by the router: it uses the token ids"),
     Field("scales_input", bool, "", "declared by the router: the weight multiplies the expert's input"),
     Field("calibrates", bool, "", "declared by the router: it is fitted in a calibration pass"),

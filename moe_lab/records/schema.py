@@ -2,9 +2,9 @@
 
 A field's annotation says its type, unit and meaning. Where it is a dict, it names the fields of that in `fields`.
 
-`reason` is null, or `mismatch: route|layers`, `out_of_memory`, `timeout: STEP`, `crash: SIGNAL`, `unavailable: ...`,
-`impossible: ...` (a combination that cannot run), `excluded`, `interrupted`, `unfinished: ...` (a single run that was
-killed, or that goes on), `error: ...`.
+`reason` is null, or `mismatch: route|layers|causal|batch_invariant|static_k`, `out_of_memory`, `timeout: STEP`,
+`crash: SIGNAL`, `unavailable: ...`, `impossible: ...` (a combination that cannot run), `excluded`, `interrupted`,
+`unfinished: ...` (a single run that was killed, or that goes on), `error: ...`.
 """
 
 from __future__ import annotations
@@ -68,6 +68,12 @@ class Ratio:
     rounds: Annotated[int, "rounds", "rounds in which both were timed"]
 
 
+_PROPERTY = (
+    "of this property, if the router declares it: `verified` on a part of the run's logits, or `not verified:` and "
+    "what was not there to look at"
+)
+
+
 @dataclass(kw_only=True)
 class Check:
     """How the run compares with the fp32 reference; see docs/architecture.md, "Verified before timed"."""
@@ -94,6 +100,9 @@ class Check:
         "expert sets that differ from the reference's own routing, over all layers; does not affect `passed`",
     ]
     reference: Annotated[str, "", "description of the reference"]
+    causal: Annotated[str | None, "", _PROPERTY] = None
+    batch_invariant: Annotated[str | None, "", _PROPERTY] = None
+    static_k: Annotated[str | None, "", _PROPERTY] = None
 
 
 @dataclass(kw_only=True)
@@ -136,7 +145,7 @@ class Record:
     memory: Annotated[dict[str, float | None] | None, fields.MEMORY] = None
     check: Check | None = None
     routing: Annotated[dict[str, Any] | None, fields.ROUTING] = None
-    router: Annotated[dict[str, bool] | None, fields.PROPERTIES] = None
+    router: Annotated[dict[str, bool | None] | None, fields.PROPERTIES] = None
     agreement: Annotated[dict[str, Any] | None, fields.AGREEMENT] = None
     quality: Annotated[dict[str, Any] | None, fields.QUALITY] = None
     roofline: Annotated[dict[str, Any] | None, fields.ROOFLINE] = None

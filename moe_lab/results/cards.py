@@ -19,6 +19,8 @@ RANKS = 8
 
 _WANTED = ("causal", "batch_invariant", "static_k", "graph_safe")
 """Properties whose absence is worth a word; of the others only those that hold are named."""
+_VERIFIABLE = ("causal", "batch_invariant", "static_k")
+"""Properties that a run checks."""
 
 
 _BITS = (
@@ -34,7 +36,7 @@ class Card(NamedTuple):
 
     name: str
     properties: list[tuple[str, bool]]
-    """Name, and whether it holds."""
+    """What is said of a property, and whether it holds: declared, and verified by a cell where it can be."""
     heads: list[str]
     rows: list[list[str]]
 
@@ -53,16 +55,22 @@ def cards(runs: pd.DataFrame) -> list[Card]:
     heads = [head for head in (rows[0] if rows else {}) if any(row[head] for row in rows)]
     by_router = []
     for name, cells in ran.reset_index(drop=True).groupby("router", sort=False):
-        first = cells.iloc[0]
-        holds = {
-            key: bool(first[f"router.{key}"])
-            for key in fields.names(fields.PROPERTIES)
-            if not pd.isna(first[f"router.{key}"])
-        }
-        properties = [(key, value) for key, value in holds.items() if value or key in _WANTED]
+        properties = [found for key in fields.names(fields.PROPERTIES) if (found := _property(key, cells)) is not None]
         shown = [[rows[position][head] for head in heads] for position in cells.index]
         by_router.append(Card(str(name), properties, heads, shown))
     return by_router
+
+
+def _property(key: str, cells: pd.DataFrame) -> tuple[str, bool] | None:
+    """See `Card.properties`; None for one that is not worth a word."""
+    declared = cells.iloc[0][f"router.{key}"]
+    if pd.isna(declared):
+        return (f"{key}: not known", False) if key in _WANTED else None
+    if not declared:
+        return (f"not {key}", False) if key in _WANTED else None
+    if key in _VERIFIABLE and not (cells[f"check.{key}"] == "verified").any():
+        return f"{key}: declared, not verified", False
+    return key, True
 
 
 def _fields(row: Mapping[str, Any]) -> dict[str, str]:

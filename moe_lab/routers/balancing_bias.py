@@ -26,6 +26,10 @@ from moe_lab.routers.selection import SelectionRouter
 class BalancingBias(Router):
     """`bias_E`, float32, is 0 until `fit`."""
 
+    causal = True
+    batch_invariant = True
+    static_k = True
+    graph_safe = True
     calibrates = True
     bias_E: Tensor
 

@@ -80,10 +80,11 @@ class Router(nn.Module):
     """
 
     needs_token_ids = False  # reads ctx.token_ids_T
-    causal = True  # later tokens change no earlier route
-    batch_invariant = True  # a token's route does not depend on the tokens beside it
-    static_k = True  # every token fills all K slots
-    graph_safe = True  # no host synchronisation, fixed shapes
+    # None: not declared, so nobody relies on it. A run verifies the first three where they are declared.
+    causal: bool | None = None  # later tokens change no earlier route
+    batch_invariant: bool | None = None  # a token's route does not depend on the tokens beside it
+    static_k: bool | None = None  # every token fills all K slots
+    graph_safe: bool | None = None  # no host synchronisation, fixed shapes; None: a capture will show
     scales_input = False  # the weight multiplies the expert's input, not its output
     calibrates = False  # `fit` must be called once, with the logits of a workload, before `select`
 

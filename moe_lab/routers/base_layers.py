@@ -24,6 +24,7 @@ from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, chec
 class BASELayers(Router):
     """See the module; at T = 1 it is the plain top-k."""
 
+    static_k = True
     causal = False
     batch_invariant = False
     graph_safe = False

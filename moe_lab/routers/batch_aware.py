@@ -21,6 +21,7 @@ from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, requ
 class WithinSharedSet(Router):
     """Top-k within a set of experts that the batch chooses."""
 
+    graph_safe = True
     causal = False
     batch_invariant = False
     static_k = False

@@ -31,9 +31,9 @@ POLICIES = ("weight", "token", "position", "prioritized", "next_best", "dropless
 class Capacity(Router):
     """Wraps `inner`; its properties are those of the inner router where `dropless`."""
 
-    causal = False
-    batch_invariant = False
-    static_k = False
+    causal: bool | None = False
+    batch_invariant: bool | None = False
+    static_k: bool | None = False
 
     def __init__(self, n_experts: int, top_k: int, *, inner: Router, impl: str, factor: float, policy: str):
         super().__init__(n_experts, top_k, impl)
@@ -41,6 +41,10 @@ class Capacity(Router):
             raise ValueError(f"router.policy={policy}: must be one of {', '.join(POLICIES)}.")
         if not (math.isfinite(factor) and factor > 0):
             raise ValueError(f"router.factor={factor}: must be a number > 0.")
+        if inner.static_k is None:
+            raise ValueError(
+                f"router.inner: {type(inner).__name__} does not declare static_k; declare it, if it is true of it."
+            )
         if not inner.static_k:
             raise ValueError(
                 f"router.inner: {type(inner).__name__} uses a variable number of experts per token; "

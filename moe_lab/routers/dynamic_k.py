@@ -24,6 +24,9 @@ RULES = ("top_p", "min_p")
 class DynamicK(Router):
     """Without a `threshold` it is fitted, see `fit`."""
 
+    causal = True
+    batch_invariant = True
+    graph_safe = True
     static_k = False
     threshold: Tensor
 

@@ -17,6 +17,10 @@ from moe_lab.routers.base import FASTEST_FIRST, NO_CONTEXT, RouteContext, Router
 class SelectionRouter(Router):
     """Top-k of scores with biases; a subclass says `ranked`, `weigh` and `biases`, and calls `describe` once."""
 
+    causal = True
+    batch_invariant = True
+    static_k = True
+    graph_safe = True
     implementations = ("torch", *IMPLEMENTATIONS)
     how: Selection
 

@@ -28,6 +28,8 @@ from moe_lab.routers.base import FASTEST_FIRST, NO_CONTEXT, RouteContext, Router
 class Sinkhorn(Router):
     """Balancing router; the plan couples the tokens of a batch, so neither causal nor batch invariant."""
 
+    static_k = True
+    graph_safe = True
     causal = False
     batch_invariant = False
     implementations = ("torch", *IMPLEMENTATIONS)

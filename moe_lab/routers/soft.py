@@ -22,6 +22,8 @@ class SoftMoE(Router):
     model=moe_layer, where nothing says where a sequence starts, it depends on all the others.
     """
 
+    static_k = True
+    graph_safe = True
     causal = False
     batch_invariant = False
 

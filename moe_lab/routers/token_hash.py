@@ -21,6 +21,10 @@ _TABLES = stream_of("router=hash")
 class TokenHash(Router):
     """Reads token ids, so it cannot route a model that is fed hidden states."""
 
+    causal = True
+    batch_invariant = True
+    static_k = True
+    graph_safe = True
     needs_token_ids = True
 
     def __init__(self, n_experts: int, top_k: int, *, impl: str):
@@ -43,6 +47,9 @@ class TokenHash(Router):
 class UniformRandom(Router):
     """router=random: as `TokenHash`, but the token's place in the batch chooses: a control whose load is even."""
 
+    causal = True
+    static_k = True
+    graph_safe = True
     batch_invariant = False
     not_exportable = "it chooses experts at random"
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from moe_lab.config.schemas import Workload
-from moe_lab.config.targets import instantiate, keys_of, locate
+from moe_lab.config.targets import instantiate, keys_of, locate, require_keys
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts, FunctionExperts
 from moe_lab.models import checkpoint_config
@@ -127,19 +127,32 @@ def native_router(cfg: DictConfig) -> DictConfig:
     return OmegaConf.create({"_target_": NATIVE, "name": "native", "impl": "auto", "top_k": None})
 
 
-def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int) -> Router:
-    top_k = node.get("top_k") or top_k
-    inner = {"inner": _make_router(cfg, node.inner, n_experts, top_k)} if "inner" in node else {}
+def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int, group: str = "router") -> Router:
+    """The router of `node`, whose keys are called `group.KEY`."""
+    top_k, inner = node.get("top_k") or top_k, {}
+    if isinstance(node.get("inner"), DictConfig) and "_target_" in node.inner:
+        inner["inner"] = _make_router(cfg, node.inner, n_experts, top_k, f"{group}.inner")
+        if node.get("top_k") and inner["inner"].top_k != top_k:
+            raise ValueError(
+                f"{group}.top_k={top_k}: router={option_name(node.inner)} inside has {group}.inner.top_k="
+                f"{inner['inner'].top_k}, which is used; set {group}.inner.top_k instead."
+            )
     if is_native(node) and is_checkpoint(cfg.model):  # what it is stands in the checkpoint's own configuration
+        require_keys(
+            locate(NATIVE), [k for k in keys_of(node, group) if k != "top_k"], group, given=("n_experts", "top_k")
+        )
         native = OmegaConf.create(checkpoint_config.read(cfg.model.path).router)
         node = OmegaConf.create({"name": node.name, "impl": node.impl, **native})
-    keys = [str(key) for key in node if key not in ("top_k", "inner", "calibration_tokens")]
+    keys = [str(key) for key in node if key not in ("top_k", "calibration_tokens", *inner)]
     try:
-        router = instantiate(OmegaConf.masked_copy(node, keys), n_experts=n_experts, top_k=top_k, **inner)
+        router = instantiate(OmegaConf.masked_copy(node, keys), group, n_experts=n_experts, top_k=top_k, **inner)
     except UnavailableError as error:
         raise UnavailableError(f"router={option_name(node)}: {error}") from error
     if not isinstance(router, Router):
-        raise ValueError(f"router: {node._target_} is not a subclass of moe_lab.routers.base.Router.")
+        raise ValueError(f"{group}: {node._target_} is not a subclass of moe_lab.routers.base.Router.")
+    if "calibration_tokens" in node and (inner or type(router).fit is Router.fit):
+        where = f"set {group}.inner.calibration_tokens" if inner else "remove it"
+        raise ValueError(f"{group}.calibration_tokens: router={option_name(node)} is not calibrated; {where}.")
     return router
 
 
@@ -154,9 +167,9 @@ def build_experts(cfg: DictConfig) -> Experts:
     target = locate(node._target_)
     try:
         if inspect.isfunction(target):
-            return FunctionExperts(target, **keys_of(node))
+            return FunctionExperts(target, **keys_of(node, "experts"))
         if isinstance(target, type) and issubclass(target, Experts):
-            experts: Experts = instantiate(node)
+            experts: Experts = instantiate(node, "experts")
             return experts
     except UnavailableError as error:
         raise UnavailableError(f"experts={option_name(node)}: {error}") from error
@@ -227,7 +240,8 @@ def _make_model(cfg: DictConfig, device: torch.device) -> nn.Module:
     with _defaults(device, DTYPES[cfg.dtype.name]):
         if "experts" not in ignores:
             parts["experts"] = build_experts(cfg)
-        model: nn.Module = instantiate(cfg.model, **parts)
+        keys = [str(key) for key in cfg.model if key != "ignores"]
+        model: nn.Module = instantiate(OmegaConf.masked_copy(cfg.model, keys), "model", **parts)
     return model
 
 
@@ -296,9 +310,11 @@ def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
                 "workload.load=native or another router"
             )
         if load != "native" and not layer.router.static_k:
+            undeclared = "which does not declare static_k (the same number of experts for every token); declare it, or "
+            varies = "which uses a variable number of experts per token; "
             raise UnavailableError(
-                f"workload.load={load} cannot be used with router={router}, which uses a variable number of experts "
-                "per token; use workload.load=native or another router"
+                f"workload.load={load} cannot be used with router={router}, "
+                f"{undeclared if layer.router.static_k is None else varies}use workload.load=native or another router"
             )
     _require_capturable(cfg, model)
 
@@ -316,7 +332,8 @@ def not_capturable(cfg: DictConfig, model: nn.Module) -> str | None:
     """The first part of `model` that no CUDA graph can hold, as `router=base`; None if there is none."""
     for layer in moe_layers(model):
         for group, part in (("experts", layer.experts), ("router", layer.router)):
-            if not part.graph_safe:
+            undeclared_router = part.graph_safe is None  # its capture will show
+            if not part.graph_safe and not undeclared_router:
                 return f"{group}={option_name(cfg[group])}"
     return None
 
@@ -347,8 +364,11 @@ def build_input(
             f"seq_len={cfg.seq_len}: with workload.phase={cfg.workload.phase} a sequence has {seq_len} tokens, but the "
             f"model supports at most {longest}; lower seq_len or workload.context_len."
         )
-    workload = locate(cfg.workload._target_)
-    x: Tensor = workload(
+    # A workload's function gets what not every workload has.
+    own = [str(key) for key in cfg.workload if key == "_target_" or key not in Workload.__dataclass_fields__]
+    x: Tensor = instantiate(
+        OmegaConf.masked_copy(cfg.workload, own),
+        "workload",
         model=model,
         batch=batch or cfg.batch,
         seq_len=seq_len,
@@ -356,16 +376,8 @@ def build_input(
         device=device,
         dtype=DTYPES[cfg.dtype.name],
         phase=cfg.workload.phase,
-        **_own_keys(cfg.workload),
     )
     return x
-
-
-def _own_keys(workload: DictConfig) -> dict[str, Any]:
-    """The keys of a workload that not every one has; a user's own has what it has."""
-    content = OmegaConf.to_container(workload, resolve=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items() if key not in (*Workload.__dataclass_fields__, "ignores")}
 
 
 def build_task(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[nn.Module, tuple[Routing, ...] | None]:

@@ -111,10 +111,11 @@ class Built:
             ran |= layer.experts.implementation(x_T0, layer.weights)
         return ran
 
-    def router_properties(self) -> dict[str, bool] | None:
-        """What the router declares, for a reader of the results; None for a model without one."""
+    def router_properties(self) -> dict[str, bool | None] | None:
+        """What the router declares, None where it says nothing; None for a model without one."""
         layers = moe_layers(self.model)
-        return {name: bool(getattr(layers[0].router, name)) for name in PROPERTIES} if layers else None
+        declared = {name: getattr(layers[0].router, name) for name in PROPERTIES} if layers else None
+        return declared and {name: None if value is None else bool(value) for name, value in declared.items()}
 
 
 def n_tokens(cfg: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,14 @@ class Description(NamedTuple):
     implementations: what can compute it; of experts, the kernels that do.
     chosen: of a router, which of them computes it here.
     skip: why it cannot run here, None if it can.
+    undeclared: properties of a router that it neither declares nor denies.
     """
 
     properties: list[str]
     implementations: list[str]
     chosen: str | None = None
     skip: str | None = None
+    undeclared: Sequence[str] = ()
 
 
 def describe(group: str, cfg: DictConfig) -> Description:
@@ -46,7 +49,8 @@ def _router(cfg: DictConfig, device: torch.device) -> Description:
     fixes = cfg.router.get("name") == cfg.router.get("impl")  # router=torch
     implementations = [router.impl] if fixes else list(router.implementations)
     properties = [name for name in PROPERTIES if getattr(router, name)]
-    return Description(properties, implementations, router.implementation())
+    undeclared = [name for name in PROPERTIES if getattr(router, name) is None]
+    return Description(properties, implementations, router.implementation(), undeclared=undeclared)
 
 
 def _experts(cfg: DictConfig, device: torch.device) -> Description:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moe_lab.config import targets
 from moe_lab.config.checks import validate
+from moe_lab.config.unread import unread
 from moe_lab.errors import MismatchError, UnavailableError
 from moe_lab.measure import contention, environment, memory, statistics
 from moe_lab.measure.device_lock import DeviceLock
@@ -45,7 +46,7 @@ from moe_lab.runs.record import TimedBlock
 from moe_lab.runs.unchanged import unchanged_process
 from moe_lab.runs.verify import Verification, verify
 from moe_lab.runs.verify_decode import verify_decode
-from moe_lab.workloads.forced import load_difference
+from moe_lab.workloads.forced import load_difference, recorded_tokens
 
 log = logging.getLogger("moe_lab")
 
@@ -76,7 +77,9 @@ class Run:
         self.contention: dict[str, Any] | None = None  # what else the machine did while this was timed
         self.observed: dict[str, Any] = {}
         self.routing_arrays: dict[str, np.ndarray] = {}
-        self.warnings: list[str] = []
+        # Of a single run most were refused; in a sweep they may be another cell's.
+        without_effect = unread(cfg, cfg.overrides, in_a_sweep=True, only_refused=False)
+        self.warnings: list[str] = list(without_effect.values())
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -145,7 +148,13 @@ class Run:
             )
 
     def _look_at_the_load(self, built: Built) -> None:
-        """Add a warning if the load of a layer differs from the requested load."""
+        """Add a warning if the load of a layer differs from the requested load, and of what a replay repeats."""
+        if built.forced is not None and (n_recorded := recorded_tokens(self.cfg)) not in (None, built.n_tokens):
+            n = built.n_tokens
+            self.warnings.append(
+                f"workload.load=replay: every iteration replays the same {n} token{'s' if n > 1 else ''}, drawn from "
+                f"the {n_recorded} recorded by the seed; the load is that of this draw, so compare several seeds."
+            )
         worst = load_difference(self.cfg, built.model, built.forced)
         if worst is not None and worst > _LOAD_TOLERANCE:
             self.warnings.append(

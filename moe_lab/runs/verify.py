@@ -6,6 +6,8 @@ layers  the fp32 reference of the whole model with the run's routing forced, lay
         on the run's own input, by token and by expert, where one wrong expert of many cannot hide in an average. Of
         prefill and decoding also what the cache holds at each position: of a long context one wrong key or value
         changes the output by less than bf16 rounds.
+properties  what the router declares (causal, batch_invariant, static_k), on a part of the run's own float32 logits
+        (measure/router_properties.py).
 free    the reference with its own routing: recorded, decides nothing (a near-tie may flip an expert, and a flipped
         expert is no error).
 """
@@ -23,6 +25,7 @@ from moe_lab.errors import MismatchError
 from moe_lab.measure.distance import Distance, relative_error
 from moe_lab.measure.layer_probe import LayerProbe
 from moe_lab.measure.roofline import count_flops
+from moe_lab.measure.router_properties import Findings, declared_properties
 from moe_lab.measure.tolerances import Tolerance, exact_products, tolerance_of
 from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer, indexed_moe_layers
@@ -86,7 +89,7 @@ def verify(
         return result
     reference_x = x.float() if x.is_floating_point() else x
     off = Distance()
-    with exact_products():
+    with exact_products(), declared_properties(model, twin, forced=forced) as properties:
         reference: Output
         if isinstance(model, Prefill) and isinstance(twin, Prefill):  # before a pass writes into the cache again
             cache = ComparedCache(model.cache)
@@ -109,7 +112,15 @@ def verify(
         check.free_rel_error = relative_error(ran.y, free.y)
         sizes = [layer.weights.n_experts for _, layer in layers]
         check.changed_sets = changed_sets(ran.routings, free.routings, sizes) if layers else None
+    keep_properties(result, properties)
     return judged(result, tolerance, dtype)
+
+
+def keep_properties(result: Verification, properties: Findings) -> None:
+    """What was found of the router's properties goes into `result`; another mismatch, found before, stays the cause."""
+    for name, found in properties.found.items():
+        setattr(result.check, name, found)
+    result.mismatch = result.mismatch or properties.mismatch
 
 
 def keeps_contract(

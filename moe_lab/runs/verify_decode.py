@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_lab.measure.distance import Distance
 from moe_lab.measure.layer_probe import LayerProbe
 from moe_lab.measure.roofline import count_flops
+from moe_lab.measure.router_properties import declared_properties
 from moe_lab.measure.tolerances import exact_products, tolerance_of
 from moe_lab.models import Output
 from moe_lab.models.moe_layer import indexed_moe_layers
@@ -19,7 +20,7 @@ from moe_lab.records.schema import Check
 from moe_lab.routers.base import Routing
 from moe_lab.routers.contract import members
 from moe_lab.runs.compared_cache import ComparedCache
-from moe_lab.runs.verify import Verification, judged, keeps_contract, nothing_known, probe_layers
+from moe_lab.runs.verify import Verification, judged, keep_properties, keeps_contract, nothing_known, probe_layers
 
 TOKENS_AT_ONCE = 1 << 14  # of whole sequences in one pass of the reference
 
@@ -41,7 +42,8 @@ def verify_decode(
     """As `verify`, for decoding: the output of every step against one pass of `twin` over whole sequences, cacheless.
 
     So what the steps find in the cache is checked too. Layer by layer some of the steps are looked at, and which stands
-    in the record. A router that looks at the whole batch has no free choice over whole sequences to compare with.
+    in the record. A router that looks at later tokens or other sequences, or does not say, has no free
+    choice over whole sequences to compare with.
 
     Args:
         steps: what the run's own execution computed, step by step; the cache is as they left it.
@@ -58,8 +60,10 @@ def verify_decode(
         whole_routing(of_layer[0], of_layer[1:], B)
         for of_layer in zip(context, *(s.routings for s in steps), strict=True)
     ]
-    is_free = bool(layers) and not forced and all(layer.router.batch_invariant for _, layer in layers)
-    _compare_whole(result.check, task, twin, ids_BN, steps, whole, is_free=is_free)
+    routers = [layer.router for _, layer in layers]
+    is_free = bool(layers) and not forced and all(router.causal and router.batch_invariant for router in routers)
+    with declared_properties(task, twin, forced=forced) as properties:
+        _compare_whole(result.check, task, twin, ids_BN, steps, whole, is_free=is_free)
 
     def some_steps() -> None:  # they write into the cache again, so it was compared before
         for index in probed:
@@ -69,6 +73,7 @@ def verify_decode(
     probe_layers(result, LayerProbe(task, twin, tolerance, routes=not forced), some_steps)
     task.seek(n - 1)
     _, result.flops = count_flops(lambda: task.on(twin)(ids_BN, steps[-1].routings if forced else None))
+    keep_properties(result, properties)
     return judged(result, tolerance, dtype)
 
 

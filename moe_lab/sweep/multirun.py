@@ -35,8 +35,6 @@ class Multirun:
 
     def __init__(self, loader: ConfigLoader, config: DictConfig, progress: Progress):
         require_few_cells(loader, config)  # Hydra would compose all of them first
-        if any(str(word).startswith("hydra.run.") for word in config.hydra.overrides.hydra):
-            raise ValueError("hydra.run.dir: only for a single run; a sweep's folder is hydra.sweep.dir.")
         self.composer, self.progress = JobComposer(loader, config), progress
         self.directory = Path(config.hydra.sweep.dir)
         self.plan: Plan | None = None
@@ -51,7 +49,7 @@ class Multirun:
 
     def run(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[float]:
         """Plan and run the jobs; the median latency of each (ms), NaN where there is none."""
-        added = self._make(self.composer.jobs(job_overrides, first_number))
+        added = self._make(self.composer.jobs(job_overrides, first_number), is_whole_sweep=self.plan is None)
         self.plan = added if self.plan is None else _joined(self.plan, added)
         session.write_plan(self.plan)
         self.progress.announce(self.plan)
@@ -65,9 +63,9 @@ class Multirun:
         session.write_plan(self.plan)
         self.progress.announce(self.plan, how)
 
-    def _make(self, jobs: Iterator[tuple[DictConfig, list[str], Path]]) -> Plan:
+    def _make(self, jobs: Iterator[tuple[DictConfig, list[str], Path]], *, is_whole_sweep: bool = True) -> Plan:
         try:
-            return planning.make(jobs, self.directory, self.engine, command())
+            return planning.make(jobs, self.directory, self.engine, command(), is_whole_sweep=is_whole_sweep)
         except WorkerLostError as lost:
             raise UnavailableError(f"the worker process could not start ({lost}); see {self.directory / LOG}") from lost
 

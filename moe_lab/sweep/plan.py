@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.config import targets
 from moe_lab.config.checks import check_overrides, is_whole, validate
+from moe_lab.config.unread import unread
 from moe_lab.records import files, identity, store, variants
 from moe_lab.records.schema import NOT_ENDED, Record
 from moe_lab.sweep import folders
@@ -82,6 +83,8 @@ class Plan:
     """The cell_id of each job of the command."""
     builds_extension: bool = False
     """Whether a cell compiles the extension first."""
+    without_effect: list[str] = field(default_factory=list)
+    """What was asked for and matches no cell, a line each."""
 
     def to_run(self) -> list[Cell]:
         """The cells that the sweep is to run."""
@@ -121,14 +124,24 @@ class Plan:
 
 
 def make(
-    composed: Iterable[tuple[DictConfig, Sequence[str], Path]], directory: Path, engine: Engine, command: list[str]
+    composed: Iterable[tuple[DictConfig, Sequence[str], Path]],
+    directory: Path,
+    engine: Engine,
+    command: list[str],
+    *,
+    is_whole_sweep: bool = True,
 ) -> Plan:
     """The plan for composed configurations, each with its overrides and its folder.
 
     Raises:
-        ValueError: a mistake that is in every cell, or `sweep.stale=refuse` and there are stale results.
+        ValueError: a mistake that is in every cell, `sweep.stale=refuse` and there are stale results; or, if this is
+            the whole sweep and not a part of it, what has no effect in any cell.
     """
-    cells, n_equal, jobs, sweep = _cells(composed)
+    cells, n_equal, jobs, sweep, without_effect = _cells(composed)
+    if is_whole_sweep:
+        for line in without_effect:
+            raise ValueError(line)
+        _refuse_anchor_of_no_cell(cells, sweep)
     folders.check(directory, [cell.directory for cell in cells])
     for cell, label in zip(cells, variants.labels([cell.content for cell in cells], sweep["compare"]), strict=True):
         cell.variant = label
@@ -148,19 +161,28 @@ def make(
             judge(cell, sweep)
     _refuse_impossible(cells)
     plan = Plan(directory, cells, sweep, command, n_equal, jobs, builds)
+    if is_whole_sweep:
+        excludes_none = [p for p in sweep["exclude"] if not any(variants.matches(cell.content, p) for cell in cells)]
+        plan.without_effect = [
+            f"sweep.exclude={json.dumps(p)}: no cell of the sweep is like this" for p in excludes_none
+        ]
     _refuse_stale(plan)
     return plan
 
 
 def _cells(
     composed: Iterable[tuple[DictConfig, Sequence[str], Path]],
-) -> tuple[list[Cell], int, list[str], dict[str, Any]]:
+) -> tuple[list[Cell], int, list[str], dict[str, Any], list[str]]:
     cells: dict[str, Cell] = {}
+    unread_everywhere: dict[str, str] | None = None
     sweep: dict[str, Any] = {}
     jobs = []
     for cfg, overrides, directory in composed:
         cfg.overrides = list(overrides)
         check_overrides(cfg, overrides, in_a_sweep=True)
+        here = unread(cfg, overrides, in_a_sweep=True)
+        before = here if unread_everywhere is None else unread_everywhere
+        unread_everywhere = {key: line for key, line in before.items() if key in here}
         mistake = None
         try:
             validate(cfg)
@@ -190,7 +212,16 @@ def _cells(
         )
         if mistake is not None:
             cells[cell_id].status, cells[cell_id].reason = "skipped", f"{_IMPOSSIBLE}{mistake}"
-    return list(cells.values()), len(jobs) - len(cells), jobs, sweep
+    return list(cells.values()), len(jobs) - len(cells), jobs, sweep, list((unread_everywhere or {}).values())
+
+
+def _refuse_anchor_of_no_cell(cells: Sequence[Cell], sweep: Mapping[str, Any]) -> None:
+    """Nothing would be compared with it, and nobody would be told."""
+    if sweep.get("anchor") and not any(variants.matches(cell.content, sweep["anchor"]) for cell in cells):
+        raise ValueError(
+            f"sweep.anchor={json.dumps(sweep['anchor'])}: no cell of the sweep is like this; name one, or set "
+            "sweep.anchor=null (then the first variant is the anchor)."
+        )
 
 
 def _refuse_impossible(cells: Sequence[Cell]) -> None:

@@ -76,6 +76,14 @@ def _trace(directory: str, layer: int | None, n_layers: int) -> np.ndarray:
     return ids_LTK
 
 
+def recorded_tokens(cfg: DictConfig) -> int | None:
+    """How many tokens the recording has that is replayed; None where none is."""
+    if cfg.workload.get("load") != "replay":
+        return None
+    with np.load(Path(cfg.workload.trace) / store.ROUTING) as arrays:
+        return int(arrays["expert_ids_LTK"].shape[1])
+
+
 def load_difference(cfg: DictConfig, model: nn.Module, forced: Sequence[Routing] | None) -> float | None:
     """The largest difference between a layer's load and the requested load (`loads.difference`); None without one."""
     if forced is None:

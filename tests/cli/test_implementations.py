@@ -56,10 +56,16 @@ def test_all_experts_with_what_they_declare(capsys: pytest.CaptureFixture[str]) 
 def test_a_router_of_ones_own_stands_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the folder of examples."""
     shutil.copytree(tiny.ROOT / "examples" / "my_router", tmp_path / "my_router")
+    (tmp_path / "my_router" / "quiet_router.py").write_text(
+        "from moe_lab.routers.base import Router\nclass Quiet(Router):\n    causal = True\n"
+    )
+    (tmp_path / "my_router" / "router" / "quiet.yaml").write_text("_target_: quiet_router.Quiet\nname: quiet\n")
     targets.trust(tmp_path / "my_router")
     implementations.show("router", str(tmp_path / "my_router"))
     text = capsys.readouterr().out
     assert "Softmax top-k whose weights are raised to a power." in text
+    assert "causal; implementations: torch; not declared: batch_invariant, static_k, graph_safe" in text
+    assert text.count("not declared") == 1
 
 
 PLUGIN = """
@@ -98,4 +104,4 @@ def test_experts_of_ones_own_stand_with_them(tmp_path: Path, capsys: pytest.Capt
     assert shown["own"][1] == "graph_safe; implementations: own:32:256:(8, 512, 2048)"
     assert shown["plain"][1] == "implementations: plain"
     assert shown["bad"][1] == "experts=Own: planted; use experts=loop"
-    assert shown["typo"][1].startswith("listed_experts.Own: got an unexpected keyword argument 'blok'")
+    assert shown["typo"][1].startswith("experts.blok: unknown key; listed_experts.Own takes ")

@@ -90,7 +90,10 @@ MISTAKES = [
         id="unread-context",
     ),
     pytest.param(
-        ["workload.phase=prefill", "workload.context_len=5"], "context_len=5", "that phase", id="context-in-prefill"
+        ["workload.phase=prefill", "workload.context_len=5"],
+        "context_len=5",
+        "only used with workload.phase=decode",
+        id="context-in-prefill",
     ),
     pytest.param(
         ["workload.phase=decode", "workload.context_len=0"], "workload.context_len=0", ">= 1", id="no-context"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -160,10 +161,8 @@ def test_a_name_that_is_not_there_is_a_mistake_that_names_it(target: str) -> Non
 
 
 def test_keys_become_arguments() -> None:
-    """Without the target, the name and what describes the option."""
-    node = OmegaConf.create(
-        {"_target_": "moe_lab.routers.base.Routing", "name": "label", "ignores": ["x"], "expert_ids_TK": "route"}
-    )
+    """Without the target and the name."""
+    node = OmegaConf.create({"_target_": "moe_lab.routers.base.Routing", "name": "label", "expert_ids_TK": "route"})
     made = instantiate(node, weights_TK="planted")
     assert isinstance(made, Routing)
     assert made[:2] == ("route", "planted")
@@ -178,8 +177,110 @@ def test_objects_are_passed_as_they_are() -> None:
 def test_a_key_that_is_no_argument_is_a_mistake_that_names_the_target() -> None:
     """A misspelt key of a user's own YAML has no schema to catch it."""
     node = OmegaConf.create({"_target_": "moe_lab.routers.base.Routing", "expert_id_TK": "route", "weights_TK": "x"})
-    with pytest.raises(ValueError, match=r"moe_lab\.routers\.base\.Routing.*expert_ids_TK"):
-        instantiate(node)
+    with pytest.raises(
+        ValueError, match=r"^router\.expert_id_TK: .*moe_lab\.routers\.base\.Routing takes expert_ids_TK"
+    ):
+        instantiate(node, "router")
+
+
+class Base:
+    def __init__(self, *, width: int, depth: int = 1):
+        self.width, self.depth = width, depth
+
+
+class PassesOn(Base):
+    def __init__(self, *, height: int = 1, **keys: int):
+        super().__init__(**keys)
+        self.height = height
+
+
+class TakesAny:
+    def __init__(self, first: int, **keys: int):
+        self.first, self.keys = first, keys
+
+
+def by_place(first: int, /, second: int = 2, *, third: int = 3) -> tuple[int, int, int]:
+    return first, second, third
+
+
+def two_by_place(first: int, second: int, /) -> tuple[int, int]:
+    return first, second
+
+
+def misnames(*, size: int) -> int:
+    return len(size=size)  # type: ignore[call-arg]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The module of these targets, trusted."""
+    monkeypatch.setattr(targets, "_check_trusted", lambda target: None)
+    return __name__
+
+
+@pytest.mark.parametrize(
+    ("target", "keys", "given", "message"),
+    [
+        pytest.param("Base", {"width": 1, "dept": 2}, {}, r"g\.dept: .*Base takes width, depth\. .*depth\?", id="typo"),
+        pytest.param("Base", {"depth": 2}, {}, r"g\.width: missing; .*Base requires it", id="missing"),
+        pytest.param("Base", {"self": 2, "width": 1}, {}, r"g\.self: unknown", id="self"),
+        pytest.param("Base", {"width": 1}, {"width": 2}, r"g\.width: unknown key; .* takes depth\.", id="given"),
+        pytest.param("PassesOn", {"width": 1, "tile": 2}, {}, r"g\.tile: .*takes height, width, depth\.", id="base"),
+        pytest.param("TakesAny", {"first": 1}, {"first": 2}, r"g\.first: unknown", id="any-but-what-is-given"),
+        pytest.param("two_by_place", {"first": 1, "second": 2}, {}, r"g\.first: unknown", id="place-only"),
+        pytest.param("two_by_place", {}, {}, r"g\.first: .*by name", id="place-only-required"),
+        pytest.param("Base", {"width": {"_target_": "Base", "wide": 1}}, {}, r"g\.width\.wide: .*takes w", id="nested"),
+        pytest.param("Base", {"width": {"_target_": "Base"}}, {}, r"g\.width\.width: missing", id="nested-missing"),
+        pytest.param(
+            "Base", {"width": [{"_target_": "Base", "_partial_": True, "x": 1}]}, {}, r"g\.width\[0\]\.x", id="list"
+        ),
+        pytest.param("Base", {"width": 1, "_args_": [1]}, {}, r"g\._args_: unknown", id="hydras-own"),
+    ],
+)  # fmt: skip
+def test_a_key_that_a_target_does_not_take_is_refused_in_one_line(
+    target: str, keys: dict[str, Any], given: dict[str, Any], message: str, here: str
+) -> None:
+    """It names the key and what the target takes."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(item) for item in value]
+        if isinstance(value, dict):
+            return {k: f"{here}.{v}" if k == "_target_" else named(v) for k, v in value.items()}
+        return value
+
+    node = OmegaConf.create(named({"_target_": target, "name": "label", **keys}))
+    with pytest.raises(ValueError, match=f"^{message}") as raised:
+        instantiate(node, "g", **given)
+    assert "\n" not in str(raised.value)
+
+
+def test_keys_arrive(here: str) -> None:
+    """By name, passed on to a base, in `**keys`, and of a nested node; a default where none is given."""
+
+    def make(name: str, **keys: Any) -> Any:
+        return instantiate(OmegaConf.create({"_target_": f"{here}.{name}", **keys}), "g")
+
+    made = make("PassesOn", width=3, height=4)
+    assert (made.width, made.depth, made.height) == (3, 1, 4)
+    made = make("TakesAny", first=1, tile=128)
+    assert (made.first, made.keys) == (1, {"tile": 128})
+    nested = {"_target_": f"{here}.by_place", "_args_": [7], "third": 9}
+    assert make("Base", width=nested).width == (7, 2, 9)
+    partial = {"_target_": f"{here}.Base", "_partial_": True, "depth": 5}
+    assert make("Base", width=partial).width(width=6).depth == 5
+
+
+def test_a_type_error_inside_of_a_target_is_not_taken_for_a_mistake(here: str) -> None:
+    """It is a defect of that code, and its traceback says where."""
+    with pytest.raises(TypeError, match="len"):
+        instantiate(OmegaConf.create({"_target_": f"{here}.misnames", "size": 3}), "g")
+
+
+def test_an_option_without_a_target_names_its_place() -> None:
+    """One line."""
+    with pytest.raises(ValueError, match=r"^router\._target_ has no value"):
+        instantiate(OmegaConf.create({"name": "x"}), "router")
 
 
 def test_nested_nodes_are_made_too() -> None:

@@ -52,11 +52,24 @@ def test_a_property_that_holds_is_told_from_one_that_does_not(runs: pd.DataFrame
     found = by_name(runs)
     assert dict(found["torch"].properties) == {
         "causal": True,
-        "batch_invariant": False,
+        "not batch_invariant": False,
         "static_k": True,
         "graph_safe": True,
     }
-    assert dict(found["sinkhorn"].properties)["causal"] is False
+    assert dict(found["sinkhorn"].properties)["not causal"] is False
+
+
+def test_only_what_was_declared_and_verified_holds(runs: pd.DataFrame) -> None:
+    """In any cell of the router; what nobody declared is not known."""
+    torch = runs[runs["router"] == "torch"].astype({"router.causal": object, "check.causal": object})
+    torch[["router.causal", "check.causal"]] = None
+    assert dict(by_name(torch)["torch"].properties)["causal: not known"] is False
+    torch["router.causal"] = True
+    torch["check.causal"] = "not verified: no sequence of two tokens"
+    assert dict(by_name(torch)["torch"].properties)["causal: declared, not verified"] is False
+    torch.iloc[-1, torch.columns.get_loc("check.causal")] = "verified"
+    torch.iloc[-1, torch.columns.get_loc("status")] = "ok"
+    assert dict(by_name(torch)["torch"].properties)["causal"] is True
 
 
 def test_what_no_cell_has_is_no_column(runs: pd.DataFrame) -> None:

@@ -87,3 +87,32 @@ def test_kernels_choose_by_the_fitted_bias(impl: str, device: torch.device) -> N
     assert torch.equal(found.expert_ids_TK, expected.expert_ids_TK)
     torch.testing.assert_close(found.weights_TK, expected.weights_TK)
     assert torch.equal(found.scores_TE, expected.scores_TE)
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "K"),
+    [
+        pytest.param(37, 6, 2, id="broken-share"),
+        pytest.param(36, 6, 2, id="whole-share"),
+        pytest.param(3, 8, 2, id="share-below-one"),
+        pytest.param(9, 4, 3, id="k=E-1"),
+    ],
+)
+def test_the_quantile_bias_is_that_of_the_formula(T: int, E: int, K: int) -> None:
+    """In turn: alpha the (k + 1)-th largest of a token, -b the (T k / E + 1)-th largest of an expert; by sorting."""
+    logits_TE = skewed(T, E)
+    router = make("quantile", E, K, steps=3)
+    router.fit(logits_TE)
+    bias_E = [0.0] * E
+    rows = logits_TE.tolist()
+    for _ in range(3):
+        alpha_T = [sorted((logit + b for logit, b in zip(row, bias_E, strict=True)), reverse=True)[K] for row in rows]
+        less_ET = [[row[e] - alpha for row, alpha in zip(rows, alpha_T, strict=True)] for e in range(E)]
+        bias_E = [-sorted(less_T, reverse=True)[T * K // E] for less_T in less_ET]
+    assert router.bias_E.tolist() == pytest.approx(bias_E, abs=1e-5)
+
+
+def test_unlikely_experts_share_their_weight_as_likely_ones_do() -> None:
+    """Sigmoids of -12 are small, and sum to 1 all the same."""
+    weights_TK = make("loss_free", 4, 2).select(torch.tensor([[-12.0, -12.0, -30.0, -30.0]])).weights_TK
+    assert weights_TK[0].tolist() == pytest.approx([0.5, 0.5])

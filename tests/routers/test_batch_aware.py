@@ -65,6 +65,42 @@ def test_xshare_has_everyones_best_and_the_largest_sums(budget: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("budget", "E", "n"),
+    [
+        pytest.param(0.1, 16, 2, id="1.6-up"),
+        pytest.param(0.5, 7, 4, id="3.5-to-even-up"),
+        pytest.param(0.5, 5, 2, id="2.5-to-even-down"),
+        pytest.param(0.3, 8, 2, id="2.4-down"),
+        pytest.param(0.29, 100, 29, id="28.999-up"),
+        pytest.param(0.01, 8, 1, id="at-least-one"),
+        pytest.param(1.0, 7, 7, id="all"),
+    ],
+)
+def test_a_budget_that_is_no_whole_number_is_rounded(budget: float, E: int, n: int) -> None:
+    """The size of the set, where every token wants the same best expert."""
+    logits_TE = random_logits(5, E)
+    logits_TE[:, 0] = 9.0
+    ids_TK = make("xshare", E, E, budget=budget).select(logits_TE).expert_ids_TK
+    assert len(unique(ids_TK)) == n
+
+
+@pytest.mark.parametrize(
+    ("option", "keys"), [pytest.param("oea", {"k0": 2}, id="oea"), pytest.param("xshare", {"budget": 0.4}, id="xshare")]
+)
+@pytest.mark.parametrize(("E", "K"), [pytest.param(10, 3, id="k<E"), pytest.param(4, 4, id="k=E")])
+def test_scores_say_by_how_much_an_expert_was_chosen(option: str, keys: dict[str, Any], E: int, K: int) -> None:
+    """Above 0 for those chosen, at most 0 for the others, -inf outside of the set; 0 for the first that is left out."""
+    logits_TE = random_logits(3, E)
+    routing = make(option, E, K, **keys).select(logits_TE, RouteContext(want_scores=True))
+    assert routing.scores_TE is not None
+    for ids, scores_E in zip(routing.expert_ids_TK.tolist(), routing.scores_TE, strict=True):
+        chosen = {e for e in ids if e >= 0}
+        assert {e for e in range(E) if scores_E[e] > 0} == chosen
+        left_out = [float(scores_E[e]) for e in range(E) if e not in chosen]
+        assert not left_out or max(left_out) == (0.0 if len(chosen) == K and max(left_out) > -torch.inf else -torch.inf)
+
+
+@pytest.mark.parametrize(
     "router",
     [pytest.param(make("oea", 8, 2), id="oea"), pytest.param(make("xshare", 8, 2, budget=0.2), id="xshare")],
 )

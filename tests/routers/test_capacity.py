@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_lab.routers.capacity import POLICIES
-from tests.routers.cases import make, with_capacity
+from tests.routers.cases import make, ready, with_capacity
 
 
 def random_logits(T: int, E: int, seed: int = 0) -> Tensor:
@@ -86,6 +87,39 @@ def test_next_best_leaves_no_slot_and_no_room_both_unused(T: int, E: int, data: 
     assert bool((ids_TK[first >= 0] == first[first >= 0]).all())
 
 
+@pytest.mark.parametrize("option", [pytest.param(name, id=name) for name in ("switch", "llama4")])
+@pytest.mark.parametrize("policy", [pytest.param(p, id=p) for p in POLICIES])
+def test_the_room_is_that_of_the_inner_routers_own_k(option: str, policy: str) -> None:
+    """One expert per token, of a model that has three: C = ceil(1.25 * 37 * 1 / 7) = 7, and not 20."""
+    inner = ready(partial(make, option), 7, 1)
+    router = make("capacity", 7, 3, inner=inner, factor=1.25, policy=policy)
+    assert router.capacity(37) == 7
+    logits_TE = torch.zeros(37, 7)
+    logits_TE[:, 2] = torch.linspace(1, 2, 37)  # everybody wants expert 2
+    ids_TK = router.select(logits_TE).expert_ids_TK
+    assert ids_TK.shape == (37, 1)
+    used_E = torch.bincount(ids_TK[ids_TK >= 0].long(), minlength=7)
+    assert int(used_E[2]) == (37 if policy == "dropless" else 7)
+    if policy == "next_best":
+        assert used_E.tolist() == [7, 7, 7, 7, 7, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "K", "factor", "room"),
+    [
+        pytest.param(0, 7, 2, 1.0, 1, id="no-token"),
+        pytest.param(1, 7, 2, 0.1, 1, id="at-least-one"),
+        pytest.param(8, 4, 2, 1.0, 4, id="whole"),
+        pytest.param(8, 4, 2, 1.01, 5, id="above-a-whole"),
+        pytest.param(9, 4, 2, 1.0, 5, id="rounded-up"),
+        pytest.param(7, 4, 2, 1.0, 4, id="just-below"),
+    ],
+)
+def test_the_room_is_rounded_up(T: int, E: int, K: int, factor: float, room: int) -> None:
+    """C = max(1, ceil(factor T k / E)), by hand."""
+    assert make("capacity", E, K, inner=make("mixtral", E, K), factor=factor).capacity(T) == room
+
+
 def test_dropless_is_the_inner_router_with_its_properties() -> None:
     """Whatever the factor; of Sinkhorn too."""
     logits_TE = random_logits(37, 7)
@@ -124,3 +158,13 @@ def test_keys_that_cannot_be_are_named(keys: dict[str, Any], message: str) -> No
 def test_every_policy_is_tested() -> None:
     """Those above."""
     assert set(POLICIES) == {"weight", "token", "position", "prioritized", "next_best", "dropless"}
+
+
+def test_an_inner_router_that_calibrates_is_fitted() -> None:
+    """By the logits that the outer one is given."""
+    inner, logits_TE = make("quantile", 7, 2), random_logits(37, 7)
+    router, alone = make("capacity", 7, 2, inner=inner), make("quantile", 7, 2)
+    assert router.calibrates
+    router.fit(logits_TE)
+    alone.fit(logits_TE)
+    assert torch.equal(inner.bias_E, alone.bias_E) and float(inner.bias_E.abs().max()) > 0

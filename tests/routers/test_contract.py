@@ -34,9 +34,11 @@ HALVES = [[0.5, 0.5], [0.5, 0.5]]
         pytest.param(routing([[0, 1], [1, 5]], HALVES), "outside", id="id_of_no_expert"),
         pytest.param(routing([[0, 1], [1, -2]], [[0.5, 0.5], [1.0, 0.0]]), "outside", id="id_below_minus_one"),
         pytest.param(routing([[0, 1], [3, 3]], HALVES), "twice", id="an_expert_twice"),
+        pytest.param(routing([[0, 1], [0, 0]], HALVES), "twice", id="the_first_expert_twice"),
         pytest.param(routing([[0, 1], [1, 2]], [[0.5, 0.5], [0.5, float("nan")]]), "NaN", id="nan_weight"),
         pytest.param(routing([[0, 1], [1, 2]], [[0.5, 0.5], [0.5, float("inf")]]), "infinite", id="inf_weight"),
         pytest.param(routing([[0, 1], [1, -1]], HALVES), "unused slot", id="weight_without_an_expert"),
+        pytest.param(routing([[0, 1], [1, -1]], [[0.5, 0.5], [1.0, -0.5]]), "unused slot", id="negative_weight_too"),
     ],
 )
 def test_each_broken_clause_of_the_contract_is_named(broken: Routing, clause: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_lab.routers.base import RouteContext
 from tests.routers.cases import make
 from tests.routers.peers import dense
 
@@ -37,6 +39,24 @@ def test_the_table_by_hand(rule: str, threshold: float, kept: list[int]) -> None
     share = sum(P[rank] for rank in kept)
     expected = [P[rank] / share for rank in kept] + [0.0] * (4 - len(kept))
     assert routing.weights_TK[0].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "threshold", "logits", "kept"),
+    [
+        pytest.param("min_p", 1.0, [2.0, 2.0, 2.0, 1.0], [0, 1, 2], id="min-1-equal"),
+        pytest.param("min_p", 1.0, [0.0, 0.0, 0.0, 0.0], [0, 1, 2, 3], id="min-1-all-equal"),
+        pytest.param("min_p", 0.5, [0.0, -math.inf, 0.0, -math.inf], [0, 2], id="min-masked"),
+        pytest.param("min_p", 0.0, [0.0, -math.inf, 0.0, -math.inf], [0, 1, 2, 3], id="min-0-masked"),
+        pytest.param("top_p", 0.25, [0.0, 0.0, 0.0, 0.0], [0], id="top-reached-by-the-first"),
+        pytest.param("top_p", 0.5, [0.0, 0.0, 0.0, 0.0], [0, 1], id="top-reached-by-two"),
+        pytest.param("top_p", 1.0, [0.0, -math.inf, 0.0, -math.inf], [0, 2], id="top-masked"),
+    ],
+)
+def test_at_the_threshold_itself(rule: str, threshold: float, logits: list[float], kept: list[int]) -> None:
+    """min_p keeps who has just that share, top_p stops where the sum is just reached; all sums are exact."""
+    routing = make("top_p", 4, 4, rule=rule, threshold=threshold).select(torch.tensor([logits]))
+    assert sorted(e for e in routing.expert_ids_TK[0].tolist() if e >= 0) == kept
 
 
 @settings(max_examples=60, deadline=None, database=None)
@@ -93,3 +113,20 @@ def test_at_most_k_max_experts_and_never_more_than_there_are() -> None:
     """k_max replaces the model's k."""
     assert make("top_p", 5, 2, threshold=1.0, k_max=9).select(torch.zeros(3, 5)).expert_ids_TK.shape == (3, 5)
     assert make("top_p", 5, 2, threshold=1.0).select(torch.zeros(3, 5)).expert_ids_TK.shape == (3, 2)
+
+
+def test_expert_skip_is_fitted_of_two_experts_too_and_of_one_it_need_not_be() -> None:
+    """There is a second probability from two on."""
+    router = make("expert_skip", 2, 2)
+    router.fit(torch.tensor([[0.8, 0.2]]).log())
+    assert float(router.threshold) == pytest.approx(0.25)
+    router = make("expert_skip", 1, 1)
+    router.fit(torch.zeros(3, 1))
+    assert float(router.threshold) == 0
+
+
+def test_scores_are_margins_and_none_beyond_the_k_best() -> None:
+    """Above the threshold positive, below negative, -inf for who was not among the k."""
+    routing = make("min_p", 4, 3, threshold=0.5).select(torch.tensor([P]).log(), RouteContext(want_scores=True))
+    assert routing.scores_TE is not None
+    assert routing.scores_TE[0].tolist() == pytest.approx([0.25, 0.05, -0.1, -math.inf], abs=1e-6)

@@ -61,3 +61,14 @@ def test_one_token_is_said() -> None:
     assert router.select(random_logits(1, 5)).expert_ids_TK.shape == (1, 5)
     assert "one token" in router.warnings(1)[0]
     assert router.warnings(2) == []
+
+
+def test_no_expert_takes_more_tokens_than_there_are() -> None:
+    """A factor of 9 asks for 18 of 3 tokens."""
+    ids_TK = make("expert_choice", 4, 2, factor=9.0).select(torch.randn(3, 4)).expert_ids_TK
+    assert [sorted(row) for row in ids_TK.tolist()] == [[0, 1, 2, 3]] * 3
+
+
+def test_without_a_token_there_is_nothing_to_say() -> None:
+    """Only one token is taken by every expert."""
+    assert make("expert_choice", 4, 2).warnings(0) == []

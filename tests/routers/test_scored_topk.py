@@ -194,3 +194,24 @@ def test_scores_are_those_that_were_ranked() -> None:
     scores_TE = r.select(random_logits(37, 8), RouteContext(want_scores=True)).scores_TE
     assert scores_TE is not None
     assert scores_TE.isinf().sum(-1).tolist() == [4] * 37
+
+
+def test_unlikely_experts_share_their_weight_as_likely_ones_do() -> None:
+    """Sigmoids of -12 are small, and sum to the scale all the same."""
+    router = SCORED(4, 2, scale=3.0)
+    weights_TK = router.select(torch.tensor([[-12.0, -12.0, -30.0, -30.0]])).weights_TK
+    assert weights_TK[0].tolist() == pytest.approx([1.5, 1.5])
+
+
+@pytest.mark.parametrize("group_score", [pytest.param(name, id=name) for name in ("max", "top2")])
+def test_a_group_of_one_expert_is_that_expert(group_score: str) -> None:
+    """The two best groups are the two best experts."""
+    router = SCORED(5, 2, n_groups=5, top_groups=2, group_score=group_score)
+    assert router.select(torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0]])).expert_ids_TK.tolist() == [[1, 3]]
+
+
+def test_as_many_groups_as_the_k_experts_need_are_enough() -> None:
+    """Two groups of two for k = 4, and all groups."""
+    for top_groups in (2, 3):
+        router = SCORED(6, 4, n_groups=3, top_groups=top_groups)
+        assert (router.select(torch.zeros(1, 6)).expert_ids_TK >= 0).all()

@@ -52,6 +52,12 @@ def function(x_TD, routing, weights, *, scale="output", block=64):
     ran.append((block, routing.dispatch is not None))
     return Loop()(x_TD, routing, weights, scale=scale)
 
+def any_keys(x_TD, routing, weights, scale, **keys):
+    return function(x_TD, routing, weights, scale=scale, **keys)
+
+def named(x_TD, routing, weights, block=64, scale="output"):
+    return function(x_TD, routing, weights, scale=scale, block=block)
+
 class Other:
     def __init__(self, block):
         ran.append("made")
@@ -75,7 +81,8 @@ def plugin(tmp_path: Path) -> Any:
     """A folder with experts=mine, sorting, function, other, made, and router=sorts; the module's `ran` is empty."""
     (tmp_path / "experts").mkdir()
     (tmp_path / "own_experts.py").write_text(MODULE)
-    for name, target in (("mine", "Mine"), ("sorting", "Sorting"), ("function", "function"), ("other", "Other")):
+    functions = [(name, name) for name in ("function", "any_keys", "named")]
+    for name, target in (("mine", "Mine"), ("sorting", "Sorting"), ("other", "Other"), *functions):
         text = f"_target_: own_experts.{target}\nname: {name}\nblock: 16\n"
         (tmp_path / "experts" / f"{name}.yaml").write_text(text)
     (tmp_path / "router").mkdir()
@@ -99,6 +106,8 @@ def compose(plugin: Path, *more: str, model: str = "moe_layer") -> Any:
         pytest.param("function", [], 16, {"experts": "function"}, id="function-yaml"),
         pytest.param("function", ["experts.block=32"], 32, {"experts": "function"}, id="function"),
         pytest.param("function", ["~experts.block"], 64, {"experts": "function"}, id="function-default"),
+        pytest.param("any_keys", ["experts.block=32"], 32, {"experts": "any_keys"}, id="function-any-keys"),
+        pytest.param("named", ["experts.block=32"], 32, {"experts": "named"}, id="function-by-name-or-place"),
     ],
 )
 def test_a_key_reaches_what_runs(
@@ -109,6 +118,7 @@ def test_a_key_reaches_what_runs(
     assert (record.status, record.reason) == ("ok", None)
     assert record.check is not None and record.check.passed
     assert record.implementation == {"router": "torch", **ran}
+    assert record.config["experts"].get("block", block) == block
     assert {entry[0] for entry in sys.modules["own_experts"].ran} == {block}
 
 
@@ -131,16 +141,18 @@ def test_slots_are_sorted_for_who_asks(experts: str, seq_len: int, is_sorted: bo
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
-        pytest.param("mine", r"own_experts\.Mine: got an unexpected keyword argument 'blok'", id="class"),
-        pytest.param("function", r"^experts\.blok: the function function .*it has block\. Did you", id="function"),
-        pytest.param("grouped", r"moe_lab\.experts\.grouped\.Grouped: .* 'blok'", id="ours"),
+        pytest.param("mine", r"^experts\.blok: unknown key; own_experts\.Mine takes .*block", id="class"),
+        pytest.param(
+            "function", r"^experts\.blok: unknown key; own_experts\.function takes block\. Did you", id="function"
+        ),
+        pytest.param(
+            "grouped", r"^experts\.blok: unknown key; moe_lab\.experts\.grouped\.Grouped takes no keys", id="ours"
+        ),
     ],
 )
 def test_a_key_that_nothing_takes_is_a_mistake(experts: str, message: str, plugin: Path, tmp_path: Path) -> None:
     """Looking and running say the same."""
-    cfg = compose(plugin, f"experts={experts}", *([] if experts == "grouped" else ["+experts.blok=1"]))
-    if experts == "grouped":  # its schema refuses the key on the command line
-        cfg.experts = {"_target_": cfg.experts._target_, "blok": 1}
+    cfg = compose(plugin, f"experts={experts}", "+experts.blok=1")
     with pytest.raises(ValueError, match=message):
         build.check_available(cfg)
     with pytest.raises(ValueError, match=message):

@@ -63,5 +63,19 @@ def test_no_memory_is_taken_for_the_weights() -> None:
 )
 def test_what_cannot_run_is_described_by_the_reason(group: str, more: str, reason: str) -> None:
     """Of the device, or of the option."""
-    properties, implementations, _, skip = describe(group, tiny.moe_layer(more))
-    assert properties == implementations == [] and skip is not None and skip.startswith(reason)
+    described = describe(group, tiny.moe_layer(more))
+    assert described.properties == described.implementations == []
+    assert described.skip is not None and described.skip.startswith(reason)
+
+
+def test_what_a_router_does_not_declare_is_named(tmp_path: Path) -> None:
+    """It is neither true nor false; all of the package's own declare."""
+    (tmp_path / "router").mkdir()
+    (tmp_path / "router" / "quiet.yaml").write_text("_target_: quiet_router.Quiet\nname: quiet\n")
+    (tmp_path / "quiet_router.py").write_text(
+        "from moe_lab.routers.base import Router\nclass Quiet(Router):\n    causal, static_k = False, True\n"
+    )
+    described = describe("router", moe_lab.compose(quick.overrides("moe_layer", "router=quiet"), config_dir=tmp_path))
+    assert described.properties == ["static_k"]
+    assert described.undeclared == ["batch_invariant", "graph_safe"]
+    assert describe("router", tiny.moe_layer("router=sinkhorn")).undeclared == []

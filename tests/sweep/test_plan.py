@@ -285,6 +285,36 @@ def test_groups_are_what_differs_only_under_compare_and_equal_models_follow_each
     assert [len(group) for group in by_batch] == [1, 1, 1, 1]
 
 
+def test_an_anchor_that_is_in_no_cell_is_refused(tmp_path: Path) -> None:
+    """Nothing would be compared with it. One that is left out here or there is still the anchor elsewhere."""
+    with pytest.raises(ValueError, match=r"^sweep\.anchor=.*hash.*: no cell of the sweep is like this"):
+        make(tmp_path, "router=torch,sinkhorn", "sweep.anchor={router: hash}")
+    anchored = make(
+        tmp_path,
+        "router=torch,sinkhorn",
+        "batch=1,2",
+        "sweep.anchor={router: torch}",
+        "sweep.exclude=[{router: torch, batch: 1}]",
+    )
+    assert [cell.status for cell in anchored.cells].count("excluded") == 1
+
+
+def test_an_exclusion_of_no_cell_is_said(tmp_path: Path) -> None:
+    """It may be meant for a larger sweep, so it is not refused."""
+    made = make(tmp_path, "router=torch,sinkhorn", "sweep.exclude=[{router: hash}, {router: torch}]")
+    assert made.without_effect == ['sweep.exclude={"router": "hash"}: no cell of the sweep is like this']
+    assert [cell.status for cell in made.cells].count("excluded") == 1
+
+
+def test_a_key_without_effect_in_any_cell_is_refused_and_in_some_is_not(tmp_path: Path) -> None:
+    """Another cell may use it."""
+    with pytest.raises(
+        ValueError, match=r"^workload\.zipf_exponent=2: has no effect; only used with workload\.load=zipf"
+    ):
+        make(tmp_path, "workload.load=native,balanced", "workload.zipf_exponent=2")
+    assert len(make(tmp_path, "workload.load=native,zipf", "workload.zipf_exponent=2").cells) == 2
+
+
 @pytest.mark.usefixtures("no_compiler")
 def test_the_anchor_is_the_first_variant_or_the_one_described(tmp_path: Path) -> None:
     """A skipped one is none; neither is one that is done and failed."""

@@ -1,0 +1,141 @@
+"""Keys that are read only beside certain others: who sets one that has no effect is told. Imports no torch.
+
+What a target does not take at all is found by `targets`, what no node has by `checks`, what a model does not read by
+its `ignores`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+
+class _Rule(NamedTuple):
+    keys: str
+    """Of a group, those inside it too."""
+    is_read: Callable[[DictConfig], bool]
+    remedy: str
+    is_refused: bool = True
+    """False: the run goes on, and its record says so. It asks for something beside the result."""
+
+
+def _has_experts(cfg: DictConfig) -> bool:
+    dense = cfg.model.get("n_dense_layers") is not None and cfg.model.n_dense_layers >= cfg.model.n_layers
+    return "router" not in cfg.model.get("ignores", ()) and not dense
+
+
+def _asks_the_models_top_k(cfg: DictConfig) -> bool:
+    router = cfg.router
+    while isinstance(router, DictConfig):
+        if router.get("name") == "soft" or router.get("top_k") is not None or router.get("k_max") is not None:
+            return False
+        router = router.get("inner")
+    return True
+
+
+def _predicts_text(cfg: DictConfig) -> bool:
+    workload = cfg.workload
+    return bool(
+        workload.get("name") == "text" and workload.get("phase") != "decode" and workload.get("load") == "native"
+    )
+
+
+_RULES = (
+    _Rule(
+        "workload.context_len", lambda c: c.workload.get("phase") == "decode", "only used with workload.phase=decode"
+    ),
+    _Rule("workload.load", _has_experts, "the model has no layer of experts"),
+    _Rule("workload.zipf_exponent", lambda c: c.workload.get("load") == "zipf", "only used with workload.load=zipf"),
+    _Rule(
+        "workload.hot_experts workload.hot_share",
+        lambda c: c.workload.get("load") == "hot",
+        "only used with workload.load=hot",
+    ),
+    _Rule(
+        "workload.trace workload.trace_layer",
+        lambda c: c.workload.get("load") == "replay",
+        "only used with workload.load=replay",
+    ),
+    _Rule(
+        "router experts model.n_experts model.top_k",
+        lambda c: _has_experts(c) or "n_dense_layers" not in c.model,
+        "all layers are dense (model.n_dense_layers)",
+    ),
+    _Rule("model.dense_hidden_dim", lambda c: c.model.get("n_dense_layers", 1) > 0, "set model.n_dense_layers too"),
+    _Rule(
+        "model.top_k model.shape.top_k",
+        lambda c: not _has_experts(c) or _asks_the_models_top_k(c),
+        "the router has its own number of experts per token",
+    ),
+    _Rule("model.shape.mlp_hidden_dim", lambda c: c.model.get("name") != "router", "model=router has no experts"),
+    _Rule(
+        "model.shape.d_model",
+        lambda c: c.model.get("name") != "router" or c.model.get("gate"),
+        "only used with model.gate=true",
+    ),
+    _Rule("router.top_k", lambda c: c.router.get("k_max") is None, "router.k_max is used instead"),
+    _Rule(
+        "router.group_score",
+        lambda c: c.router.get("top_groups", 0) < c.router.get("n_groups", 1),
+        "only used with router.top_groups below router.n_groups",
+    ),
+    _Rule(
+        "router.calibration_tokens",
+        lambda c: c.router.get("threshold") is None,
+        "only used with router.threshold=null",
+    ),
+    _Rule("router.factor", lambda c: c.router.get("policy") != "dropless", "not used with router.policy=dropless"),
+    _Rule(
+        "measure.routing measure.record_routing measure.reference_router",
+        _has_experts,
+        "the model has no layer of experts",
+    ),
+    _Rule(
+        "measure.quality measure.quality_tokens",
+        _predicts_text,
+        "only used with workload=text, workload.phase=forward or prefill, and workload.load=native",
+        is_refused=False,
+    ),
+    _Rule("measure.quality_tokens", lambda c: c.measure.quality, "only used with measure.quality=true", False),
+    _Rule("measure.caches", lambda c: c.execution.name == "cuda_graph", "only used with execution=cuda_graph", False),
+    _Rule(
+        "export.dir export.dynamic export.opset export.view export.verify export.overwrite",
+        lambda c: c.export.name != "none",
+        "only used with export=netron",
+        is_refused=False,
+    ),
+    _Rule("sweep.timeout_s", lambda c: c.sweep.worker, "only used with sweep.worker=true"),
+)
+_ONLY_IN_A_SWEEP = _Rule("sweep measure.replicates", lambda c: False, "only used in a sweep (-m)")
+
+
+def unread(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool, only_refused: bool = True) -> dict[str, str]:
+    """The overrides that have no effect in `cfg`, by key, each with a line that says why.
+
+    What turns something off that is off has its effect: false, null, `workload.load=native`, one replicate.
+    `only_refused` leaves out those with which a run goes on.
+    """
+    rules = [rule for rule in _RULES if rule.is_refused or not only_refused]
+    if not in_a_sweep:
+        rules.append(_ONLY_IN_A_SWEEP)
+    found: dict[str, str] = {}
+    for override in overrides:
+        key = key_of(override)
+        value: Any = OmegaConf.select(cfg, key)
+        if override.startswith("~") or value is None or value is False or (key, value) in _OFF:
+            continue
+        for rule in rules:
+            if any(key == name or key.startswith(f"{name}.") for name in rule.keys.split()) and not rule.is_read(cfg):
+                found.setdefault(key, f"{override}: has no effect; {rule.remedy}.")
+    return found
+
+
+_OFF = (("workload.load", "native"), ("measure.replicates", 1))
+
+
+def key_of(override: str) -> str:
+    """Where it stands: `router.inner` of `+router@router.inner=soft`, `model.shape` of `model/shape=x`."""
+    key = override.lstrip("+~").split("=", 1)[0]
+    return key.rpartition("@")[2].replace("/", ".")

@@ -1,0 +1,177 @@
+"""Whether a router has the properties that it declares, on a part of a run's own logits in float32.
+
+causal           a prefix of a sequence selects as it does within the whole
+batch_invariant  sequences alone and in another order select as they do side by side; where nothing says where a
+                 sequence starts, tokens do
+static_k         every token has an expert in each slot, and each selection has as many slots
+
+A property that is declared False, or not declared, promises nothing, so it is not looked at. Near-ties do not count.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_lab.errors import MismatchError
+from moe_lab.measure.layer_probe import differing_tokens, scored_selection
+from moe_lab.measure.tolerances import TOLERANCES
+from moe_lab.models.moe_layer import MoELayer, hooked, indexed_moe_layers, moe_layers
+from moe_lab.models.serving import joined
+from moe_lab.routers.base import RouteContext, Router, Routing
+
+VERIFIED = "verified"
+
+# The part that is looked at, so that it takes milliseconds.
+_LAYERS, _SEQUENCES, _TOKENS = 4, 4, 256
+_PREFIXES = 6
+_ALONE = 32  # tokens, where these are what is looked at alone
+
+
+@dataclass
+class Findings:
+    """What was found of the declared properties, by name; the first that does not hold."""
+
+    found: dict[str, str] = field(default_factory=dict)
+    """`verified`, or `not verified:` and what was not there to look at."""
+    mismatch: MismatchError | None = None
+
+
+@contextmanager
+def declared_properties(model: nn.Module, twin: nn.Module, *, forced: bool) -> Iterator[Findings]:
+    """Inside, the first pass of the fp32 reference `twin` shows some layers' logits to the routers of `model`.
+
+    Where the run's routing was `forced`, that is not what a router selected.
+    """
+    findings = Findings()
+    layers = list(zip(indexed_moe_layers(model), moe_layers(twin), strict=True))
+    n = min(_LAYERS, len(layers))
+    chosen = [layers[round(i * (len(layers) - 1) / max(n - 1, 1))] for i in range(n)]
+    waiting = {id(reference): (index, layer.router) for (index, layer), reference in chosen}
+
+    def look(layer: MoELayer, arguments: tuple[Any, ...], result: tuple[Tensor, Routing]) -> None:
+        if findings.mismatch is not None or (asked := waiting.pop(id(layer), None)) is None:
+            return
+        index, router = asked
+        ran = None if forced else result[1]
+        try:
+            findings.found |= check_properties(router, layer.logits(arguments[0]).float(), arguments[1], index, ran)
+        except MismatchError as error:
+            findings.mismatch = error
+
+    with hooked([reference for _, reference in chosen], look):
+        yield findings
+
+
+def check_properties(
+    router: Router, logits_TE: Tensor, ctx: RouteContext, layer: int, ran: Routing | None = None
+) -> dict[str, str]:
+    """What was found of each property that `router` declares; `ran` is a routing that it selected before.
+
+    Raises:
+        MismatchError: one does not hold; `where` is its name.
+        ValueError: the router does not say what it ranked.
+    """
+    part = _Part(router, logits_TE, ctx, layer)
+    looks: dict[str, Callable[[], str]] = {
+        "causal": part.prefixes,
+        "batch_invariant": part.batches,
+        "static_k": partial(part.slots, ran),
+    }
+    declared = [name for name in looks if getattr(router, name)]
+    return {name: looks[name]() if part.tokens else "not verified: no token" for name in declared}
+
+
+Batch = Sequence[Sequence[int]]
+"""The tokens of each sequence."""
+
+
+class _Part:
+    """The first tokens of the first sequences; where nothing says where one starts, the first tokens."""
+
+    def __init__(self, router: Router, logits_TE: Tensor, ctx: RouteContext, layer: int):
+        self.router, self.logits_TE, self.ctx, self.layer = router, logits_TE, ctx, layer
+        starts_B1, T = ctx.seq_start_B1, len(logits_TE)
+        bounds = [0, T] if starts_B1 is None else starts_B1.tolist()
+        some = [(a, b) for a, b in itertools.pairwise(bounds) if a < b][:_SEQUENCES]
+        most = _TOKENS // max(len(some), 1)
+        self.sequences = [list(range(a, min(b, a + most))) for a, b in some]
+        self.tokens = [token for sequence in self.sequences for token in sequence]
+        self.knows_sequences = starts_B1 is not None
+
+    def prefixes(self) -> str:
+        """`causal`. Each sequence is looked at by itself: what others do to it is a matter of `batch_invariant`."""
+        long = [sequence for sequence in self.sequences if len(sequence) > 1]
+        for sequence in long:
+            cuts = sorted({1 + i * (len(sequence) - 2) // (_PREFIXES - 1) for i in range(_PREFIXES)})
+            words = "a prefix of a sequence selects otherwise than within the whole"
+            self._compare("causal", words, [sequence], [[sequence[:cut]] for cut in cuts])
+        return VERIFIED if long else "not verified: no sequence of two tokens"
+
+    def batches(self) -> str:
+        """`batch_invariant`."""
+        kind = "sequence" if self.knows_sequences else "token"
+        units: Batch = self.sequences if self.knows_sequences else [[token] for token in self.tokens]
+        if len(units) < 2:
+            return f"not verified: one {kind} only"
+        alone: list[Batch] = [[unit] for unit in units[:_ALONE]]
+        self._compare("batch_invariant", f"a {kind} alone selects otherwise than beside others", units, alone)
+        words = f"{kind}s in another order select otherwise"
+        self._compare("batch_invariant", words, units, [units[::-1]])
+        return VERIFIED
+
+    def slots(self, ran: Routing | None) -> str:
+        """`static_k`, of many tokens, of one, and of the run's own."""
+        looked = [self._select(self.sequences), self._select([self.tokens[:1]]), *([] if ran is None else [ran])]
+        unused = sum(int((routing.expert_ids_TK < 0).any(-1).sum()) for routing in looked)
+        widths = sorted({routing.expert_ids_TK.shape[1] for routing in looked})
+        if unused or len(widths) > 1:
+            what = (
+                f"{unused} tokens have an unused slot"
+                if unused
+                else f"tokens have {' or '.join(map(str, widths))} slots"
+            )
+            raise self._mismatch("static_k", what)
+        return VERIFIED
+
+    def _select(self, batch: Batch) -> Routing:
+        """What the router selects for these sequences side by side, and how it ranked."""
+        tokens_N = torch.tensor([token for sequence in batch for token in sequence], device=self.logits_TE.device)
+        starts = [0, *itertools.accumulate(map(len, batch))]
+        starts_B1 = torch.tensor(starts, dtype=torch.int32, device=tokens_N.device) if self.knows_sequences else None
+        ids_T, valid_T = self.ctx.token_ids_T, self.ctx.valid_T
+        ctx = self.ctx._replace(
+            token_ids_T=None if ids_T is None else ids_T[tokens_N],
+            valid_T=None if valid_T is None else valid_T[tokens_N],
+            seq_start_B1=starts_B1,
+        )
+        return scored_selection(self.router, self.logits_TE[tokens_N], ctx)
+
+    def _compare(self, name: str, words: str, whole: Batch, parts: Sequence[Batch]) -> None:
+        """Raise `MismatchError` if a token of `parts` selects otherwise than in `whole`."""
+        every, E = self._select(whole), self.logits_TE.shape[1]
+        row_of = {token: row for row, token in enumerate(token for sequence in whole for token in sequence)}
+        tokens = [token for batch in parts for sequence in batch for token in sequence]
+        rows_N = torch.tensor([row_of[token] for token in tokens], device=self.logits_TE.device)
+        ids_TK, weights_TK, _, scores_TE = every
+        assert scores_TE is not None
+        wanted = Routing(ids_TK[rows_N], weights_TK[rows_N], scores_TE=scores_TE[rows_N])
+        got = joined([self._select(batch) for batch in parts])
+        given_TK = self.router.weigh(self.logits_TE[torch.tensor(tokens, device=rows_N.device)], got.expert_ids_TK)
+        differs_T = differing_tokens(got, wanted, E, TOLERANCES[torch.float32], given_TK)
+        if bool(differs_T.any()):
+            first = int(differs_T.nonzero()[0, 0])
+            have, want = (sorted(routing.expert_ids_TK[first].tolist()) for routing in (got, wanted))
+            instead = f"experts {have} instead of {want}" if have != want else f"other weights for experts {have}"
+            raise self._mismatch(name, f"{words} (first: token {tokens[first]}, {instead})")
+
+    def _mismatch(self, name: str, what: str) -> MismatchError:
+        kind = type(self.router).__name__
+        return MismatchError(name, f"layer {self.layer}: {kind} declares {name}, but {what}")
