@@ -18,7 +18,7 @@ class _Rule(NamedTuple):
     is_read: Callable[[DictConfig], bool]
     remedy: str
     is_refused: bool = True
-    """False: the run goes on, and its record says so. It asks for something beside the result."""
+    """False: the run goes on, and its record says so: it is a size of the model, or asks for more than the result."""
 
 
 def _has_experts(cfg: DictConfig) -> bool:
@@ -62,12 +62,19 @@ _RULES = (
         "router experts model.n_experts model.top_k",
         lambda c: _has_experts(c) or "n_dense_layers" not in c.model,
         "all layers are dense (model.n_dense_layers)",
+        is_refused=False,
     ),
-    _Rule("model.dense_hidden_dim", lambda c: c.model.get("n_dense_layers", 1) > 0, "set model.n_dense_layers too"),
+    _Rule(
+        "model.dense_hidden_dim",
+        lambda c: c.model.get("n_dense_layers", 1) > 0,
+        "set model.n_dense_layers too",
+        is_refused=False,
+    ),
     _Rule(
         "model.top_k model.shape.top_k",
         lambda c: not _has_experts(c) or _asks_the_models_top_k(c),
         "the router has its own number of experts per token",
+        is_refused=False,
     ),
     _Rule("model.shape.mlp_hidden_dim", lambda c: c.model.get("name") != "router", "model=router has no experts"),
     _Rule(

@@ -24,8 +24,6 @@ CASES = [
     ("moe_layer", "workload.hot_share=0.9", ["workload.load=hot"]),
     ("moe_layer", "workload.trace=folder", ["workload.load=replay"]),
     ("moe_layer", "workload.trace_layer=1", ["workload.load=replay", "workload.trace=folder"]),
-    ("decoder_moe", "model.dense_hidden_dim=9", ["model.n_dense_layers=1"]),
-    ("decoder_moe", "model.top_k=2", []),
     ("minimal", "measure.routing=true", None),
     ("minimal", "measure.record_routing=true", None),
     ("moe_layer", "measure.record_routing=true", []),
@@ -52,6 +50,29 @@ def test_what_has_no_effect_is_refused_and_what_has_is_taken(
         moe_lab.compose(quick.overrides(model, *beside, override))
 
 
+def decoder(*overrides: str) -> list[str]:
+    """Without its usual sizes, so that only what is given was asked for."""
+    usual = quick.overrides("decoder_moe")
+    return [*(text for text in usual if not text.startswith(("model.n_experts", "model.top_k"))), *overrides]
+
+
+@pytest.mark.parametrize(
+    ("more", "override"),
+    [
+        pytest.param(["router=top_p", "router.k_max=2"], "router.top_k=2", id="router-k_max"),
+        pytest.param([*ONE_GROUP], "router.group_score=max", id="groups"),
+        pytest.param(["router=min_p"], "router.calibration_tokens=64", id="threshold"),
+        pytest.param(["router=capacity", "router.policy=dropless"], "router.factor=2", id="dropless"),
+        pytest.param([*DENSE], "workload.load=zipf", id="dense-load"),
+    ],
+)
+def test_of_a_decoder(more: list[str], override: str) -> None:
+    """A router with a threshold that is given, a model without experts."""
+    with pytest.raises(ValueError, match="has no effect; ") as raised:
+        moe_lab.compose(decoder(*more, override))
+    assert str(raised.value).startswith(f"{override}: ")
+
+
 @pytest.mark.parametrize(
     ("more", "override"),
     [
@@ -59,25 +80,19 @@ def test_what_has_no_effect_is_refused_and_what_has_is_taken(
         pytest.param(["router=soft"], "model.top_k=2", id="soft"),
         pytest.param(["router=top_p", "router.k_max=2"], "model.top_k=2", id="k_max"),
         pytest.param(["router=capacity", "router@router.inner=switch"], "model.top_k=2", id="inner-k"),
-        pytest.param(["router=top_p", "router.k_max=2"], "router.top_k=2", id="router-k_max"),
-        pytest.param([*ONE_GROUP], "router.group_score=max", id="groups"),
-        pytest.param(["router=min_p"], "router.calibration_tokens=64", id="threshold"),
-        pytest.param(["router=capacity", "router.policy=dropless"], "router.factor=2", id="dropless"),
         pytest.param([*DENSE], "router=sinkhorn", id="dense-router"),
         pytest.param([*DENSE], "experts=loop", id="dense-experts"),
         pytest.param([*DENSE], "model.n_experts=4", id="dense-n_experts"),
         pytest.param([*DENSE], "model.top_k=1", id="dense-top_k"),
-        pytest.param([*DENSE], "workload.load=zipf", id="dense-load"),
+        pytest.param([], "model.dense_hidden_dim=9", id="no-dense-layer"),
     ],
-)  # fmt: skip
-def test_of_a_decoder(more: list[str], override: str) -> None:
-    """A router with a number of experts of its own, a threshold that is given, a model without experts."""
-    beside = [
-        text for text in quick.overrides("decoder_moe") if not text.startswith(("model.n_experts", "model.top_k"))
-    ]
-    with pytest.raises(ValueError, match="has no effect; ") as raised:
-        moe_lab.compose([*beside, *more, override])
-    assert str(raised.value).startswith(f"{override}: ")
+)
+def test_a_size_that_is_not_used_is_said_in_the_record(more: list[str], override: str) -> None:
+    """Who compares routers gives all of them the same sizes, so this is no mistake."""
+    record = Run(moe_lab.compose(decoder(*more, override))).record()
+    assert [text for text in record.warnings if text.startswith(f"{override}: has no effect; ")]
+    record = Run(moe_lab.compose(decoder("model.n_dense_layers=1", "model.n_layers=2", override))).record()
+    assert not [text for text in record.warnings if text.startswith(override)]
 
 
 @pytest.mark.parametrize(
