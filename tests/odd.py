@@ -40,6 +40,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "deep": lambda path: path.write_text("[" * 100_000 + "]" * 100_000),
     "deep-object": lambda path: path.write_text('{"schema":1,"a":' * 150 + "1" + "}" * 150),
     "nan": lambda path: path.write_text('{"schema": 1, "a": NaN}'),
+    "1e999": lambda path: path.write_text('{"schema": 1, "a": 1e999}'),
     "list": lambda path: path.write_text("[1]"),
     "half": lambda path: path.write_text('{"schema": 1, '),
     "huge": _huge,

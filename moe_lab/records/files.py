@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 import zipfile
@@ -70,7 +71,7 @@ def read_json(path: str | Path) -> Any:
 
     Raises:
         OSError: see `require_plain`.
-        ValueError: it is not JSON: NaN and Infinity are not. Or it is nested deeper than `DEEPEST`.
+        ValueError: it is not JSON: NaN and Infinity are not, 1e999 is no float. Or it is nested deeper than `DEEPEST`.
     """
     return parse_json(read_text(path))
 
@@ -90,7 +91,14 @@ def _not_json(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_not_json)
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:60]} is too large")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_not_json, parse_float=_finite)
 
 
 def _too_deep() -> ValueError:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_lab.records.files import MOST_TEXT_BYTES
+from moe_lab.records import files
 
 _LOCAL_HEADER = 30  # bytes, before the name and the extra field, whose lengths stand in its last four
 
@@ -27,8 +27,8 @@ class Arrays:
         self._content = content
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             self._members = {info.filename.removesuffix(".npy"): info for info in archive.filelist}
-        if sum(info.file_size for info in self._members.values()) > MOST_TEXT_BYTES:
-            raise ValueError(f"unpacked larger than {MOST_TEXT_BYTES >> 20} MiB.")
+        if sum(info.file_size for info in self._members.values()) > files.MOST_TEXT_BYTES:
+            raise ValueError(f"unpacked larger than {files.MOST_TEXT_BYTES >> 20} MiB.")
 
     def __contains__(self, name: str) -> bool:
         return name in self._members

@@ -44,13 +44,13 @@ class Bench:
         self._probe: Probe | None = None
         self._donor: tuple[str, dict[str, Tensor]] = ("", {})  # the parameters of the last model built, and of which
 
-    def look(self, configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Whether each configuration can run here, and how.
+    def look(self, configs: list[dict[str, Any]], makes_parts: bool = True) -> list[dict[str, Any]]:
+        """Whether each configuration can run here, and how; without its parts only where.
 
         {env, env_id, device_id, available_bytes, skip: a reason or None, implementation: who would route, builds:
         whether the extension is built first}.
         """
-        return [_look(OmegaConf.create(config)) for config in configs]
+        return [_look(OmegaConf.create(config), makes_parts) for config in configs]
 
     def refusals(self, configs: list[dict[str, Any]]) -> list[str | None]:
         """Why each configuration does not fit into the memory; None if it may, or if `look` says what is wrong."""
@@ -188,11 +188,11 @@ def _refusal(config: dict[str, Any]) -> str | None:
         return None
 
 
-def _look(cfg: DictConfig) -> dict[str, Any]:
+def _look(cfg: DictConfig, makes_parts: bool) -> dict[str, Any]:
     device, skip = None, None
     implementation: dict[str, str] = {}
     try:
-        device, implementation = build.check_available(cfg)
+        device, implementation = build.check_available(cfg) if makes_parts else (build.resolve_device(cfg), {})
     except UnavailableError as error:
         skip = f"unavailable: {error}"
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 from pathlib import Path
@@ -21,13 +20,7 @@ class CappedLog:
     """
 
     def __init__(self, path: Path):
-        try:
-            files.require_plain(path, None)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ELOOP):
-                raise
+        if os.path.lexists(path) and not path.is_symlink() and not path.is_file():
             files.set_aside(path)  # a pipe would block, a folder cannot be written
         self._file = open(store.open_to_append(path), "ab", buffering=0)  # noqa: SIM115 - the thread closes it
         self._left = MOST_BYTES - os.fstat(self._file.fileno()).st_size

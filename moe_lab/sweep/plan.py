@@ -17,7 +17,7 @@ from moe_lab.config.unread import unread
 from moe_lab.records import files, identity, store, variants
 from moe_lab.records.schema import NOT_ENDED, Record
 from moe_lab.sweep import folders
-from moe_lab.sweep.engine import Engine
+from moe_lab.sweep.engine import Engine, WorkerLostError
 
 Status = Literal["to do", "done", "stale", "skipped", "excluded"]
 _IMPOSSIBLE = "impossible: "
@@ -253,8 +253,22 @@ def _look(cells: Sequence[Cell], engine: Engine) -> Iterator[tuple[Cell, dict[st
         parts = {key: part for key, part in cell.content.items() if key not in ("batch", "seq_len", "seed")}
         keys.append(identity.digest(parts))
     asked = dict(zip(keys, cells, strict=True))
-    seen = dict(zip(asked, engine.call("look", [cell.config for cell in asked.values()]), strict=True))
+    seen = dict(zip(asked, _seen([cell.config for cell in asked.values()], engine), strict=True))
     return ((cell, seen[key]) for cell, key in zip(cells, keys, strict=True))
+
+
+def _seen(configs: Sequence[Mapping[str, Any]], engine: Engine) -> list[dict[str, Any]]:
+    """What the engine says of each; of one whose parts end its process only the device, for building it will tell."""
+    try:
+        return list(engine.call("look", configs))
+    except WorkerLostError:
+        seen: list[dict[str, Any]] = []
+        for config in configs:
+            try:
+                seen += engine.call("look", [config])
+            except WorkerLostError:
+                seen += engine.call("look", [config], False)
+        return seen
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def test_arrays(kind: str, name: str, tmp_path: Path) -> None:
     tables = aggregate.aggregate(tmp_path)
     assert len(tables.runs) == 2
     assert kind in ("broken-link", "link-to-itself") or list(tables.unreadable["path"]) == [f"a/{name}"]
-    with pytest.raises((OSError, ValueError)):
+    with pytest.raises((OSError, ValueError, zipfile.BadZipFile)):
         coactivation.read(cell / name)
     if name == store.ROUTING:
         inputs.trace_id(str(cell))
@@ -147,7 +148,7 @@ def test_a_text(kind: str, tmp_path: Path) -> None:
     """What is text is a text; the rest is one line."""
     odd.put(kind, tmp_path / "a.txt")
     inputs.text_id(str(tmp_path / "a.txt"))
-    if kind in ("nan", "list", "half"):
+    if kind in ("nan", "1e999", "list", "half"):
         assert len(text.read_domains(str(tmp_path / "a.txt"), 256, None)) == 1
         return
     with pytest.raises(ValueError, match=r"^workload\.path"):
@@ -168,10 +169,14 @@ def test_small_files_of_ours(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.warns(UserWarning, match="cannot read the noise floor"):
             assert noise.read_floor("0" * 12) is None
     odd.put(kind, tmp_path / "worker.log")
+    if "link" in kind:
+        with pytest.raises(OSError, match="is a link"):
+            CappedLog(tmp_path / "worker.log")
+        return
     with CappedLog(tmp_path / "worker.log") as log:
         pass
     log.join()
-    assert (tmp_path / "worker.log").is_file() or kind in ("link-to-itself",)
+    assert (tmp_path / "worker.log").is_file()
 
 
 def test_a_plain_file_is_read_and_its_limit_holds(tmp_path: Path) -> None:
@@ -195,7 +200,7 @@ def test_packed_arrays_do_not_fill_the_memory(tmp_path: Path, monkeypatch: pytes
     assert coactivation.read(tmp_path / "routing.npz") is not None
     monkeypatch.setattr(files, "MOST_TEXT_BYTES", 1 << 20)
     assert (tmp_path / "routing.npz").stat().st_size < 1 << 15
-    with pytest.raises(OSError, match="larger than 1 MiB"):
+    with pytest.raises(ValueError, match="larger than 1 MiB"):
         coactivation.read(tmp_path / "routing.npz")
 
 

@@ -27,6 +27,8 @@ class Faulty(SoftmaxTopK):
     def __init__(self, n_experts, top_k, fault, after=0):
         super().__init__(n_experts, top_k, impl="auto", renormalize=True, gate_bias=False)
         self.fault, self.after, self.calls = fault, after, 0
+        if fault == "exit_at_once":
+            os._exit(3)
 
     def select(self, logits_TE, ctx=None):
         routing = super().select(logits_TE, ctx)
@@ -75,7 +77,7 @@ class Faulty(SoftmaxTopK):
 '''
 
 FAULTS = ("raise", "exit", "segfault", "hang", "memory", "wrong", "slow", "device_assert", "device_hang")
-FAULTS += ("kill", "sys_exit", "interrupt", "chdir", "close", "fork", "readonly")
+FAULTS += ("exit_at_once", "kill", "sys_exit", "interrupt", "chdir", "close", "fork", "readonly")
 
 
 def plugin(folder: Path) -> Path:

@@ -21,6 +21,7 @@ from tests.sweep import faulty
 REASONS = {
     "raise": "error: RuntimeError: planted",
     "exit": "crash: exit code 3",
+    "exit_at_once": "crash: exit code 3",
     "segfault": "crash: SIGSEGV",
     "memory": "out_of_memory",
     "wrong": "mismatch: route",
@@ -31,7 +32,7 @@ REASONS = {
     "when", [pytest.param("", id="at-once"), pytest.param("late_", id="while-timed", marks=[pytest.mark.slow])]
 )
 def test_every_way_to_fail_is_a_row_and_the_others_are_measured(when: str, tmp_path: Path) -> None:
-    """One group of six routers: five rows name the cause, the good one is timed, the exit code is 1."""
+    """One group of seven routers: six rows name the cause, the good one is timed, the exit code is 1."""
     plugin = faulty.plugin(tmp_path / "mine")
     routers = [f"{when}{fault}" for fault in REASONS]
     more = ["measure.max_time_s=2", "measure.target_ci=1e-9"] if when else []
