@@ -15,10 +15,8 @@ class MoeLabLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from moe_lab.cli.progress import Terminal
-        from moe_lab.config.checks import refuse_hydras_keys
         from moe_lab.sweep import multirun
 
-        refuse_hydras_keys(config.hydra.overrides.hydra, in_a_sweep=True)
         self.multirun = multirun.begin(hydra_context.config_loader, config, Terminal())
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

@@ -29,8 +29,8 @@ _JUDGED = ("slower", "faster", "same")
 _FAIL_ON = {
     "slower": "slower",
     "faster": "faster",
-    "failed": ".*(failed|unreadable).*|.*(skipped|not timed) in [AB].*",
-    "missing": "only in [AB]|.*(skipped|not timed) in [AB].*",
+    "failed": ".*(failed|unreadable) in (B|both).*",
+    "missing": "only in A|.*(skipped|not timed) in B.*",
     "inconclusive": "inconclusive",
     "any": "(?!same$|inconclusive$|.* in both$).*",
 }
@@ -51,9 +51,9 @@ machine once with: moe-lab doctor --noise
 _EXAMPLES = """\
 --fail-on WORDS, one or more of these, joined by commas:
   slower, faster, inconclusive    the verdict of a cell
-  failed    failed in A or B; skipped or unreadable in one of them
-  missing   only in A or only in B; skipped in one of them
-  any       all of these but inconclusive and what is alike in A and B
+  failed    failed or unreadable in B, or in both
+  missing   only in A, or skipped in B
+  any       slower, faster, or anything but ok in only one of A and B
 
 exit codes:
   0  compared; with --fail-on: at least one cell was judged and none matches

@@ -15,10 +15,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from moe_lab.cli.progress import Terminal
-from moe_lab.config.checks import refuse_hydras_keys
 from moe_lab.config.compose import config_loader
 from moe_lab.config.hydra_patches import LAUNCHER
-from moe_lab.config.unread import key_of
 from moe_lab.records import store
 from moe_lab.records.identity import cell_id
 from moe_lab.records.schema import Record
@@ -50,10 +48,6 @@ def run_job(cfg: DictConfig, overrides: list[str], directory: Path, environment:
     Returns None for a cell that the plan excludes or skips and that has no record.
     """
     sweep_dir = Path(HydraConfig.get().sweep.dir)
-    refuse_hydras_keys(HydraConfig.get().overrides.hydra, in_a_sweep=True)
-    for override in overrides:
-        if key_of(override) in ("sweep.worker", "sweep.interleave", "sweep.fail_fast"):
-            raise ValueError(f"{override}: has no effect with another launcher than hydra/launcher=moe_lab; remove it.")
     with FileLock(directory / ".lock"):  # jobs of equal cells may be started at once
         status = plan.read_statuses(sweep_dir).get(cell_id(cfg))
         if status in (None, "to do", "stale"):
@@ -61,7 +55,7 @@ def run_job(cfg: DictConfig, overrides: list[str], directory: Path, environment:
             try:
                 engine.start()
                 one = [(cfg, overrides, directory)]
-                job_plan = plan.make(one, sweep_dir, engine, multirun.command(), is_whole_sweep=False)
+                job_plan = plan.make(one, sweep_dir, engine, multirun.command())
                 session.execute(job_plan, engine, Terminal())
             finally:
                 engine.close()

@@ -18,7 +18,7 @@ from moe_lab.measure.clocks import STEPS
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models import generation_config
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.checkpoint_keys import shown
+from moe_lab.models.checkpoint_keys import shown, some
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.serving import Decode
 from moe_lab.models.tokenizer import Bytes, Stream, Tokenizer
@@ -84,7 +84,7 @@ def _ends_of(model: Checkpoint, say: Say) -> frozenset[int]:
     given = generation_config.read(model.folder, model.vocab_size)
     file = generation_config.FILE
     if given.unread:
-        say(f"{file}: {', '.join(given.unread)} not used; set --temperature and --max-tokens.")
+        say(f"{file}: {some(given.unread)} not used; set --temperature and --max-tokens.")
     if given.ends is None:
         return model.ends
     if more := sorted(model.ends - given.ends):

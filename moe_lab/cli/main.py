@@ -191,7 +191,9 @@ def _main(argv: list[str] | None) -> int:
         return MISTAKE
     statuses = {record.status for record in _records}
     if statuses == {"skipped"}:  # as a single run that cannot run here
-        print("moe-lab: no cell could run (moe-lab doctor shows what runs here)", file=sys.stderr)
+        is_excluded = {record.reason for record in _records} == {"excluded"}
+        why = "every cell is excluded (sweep.exclude)" if is_excluded else "no cell could run (see moe-lab doctor)"
+        print(f"moe-lab: {why}", file=sys.stderr)
         return MISTAKE
     return FAILED if "failed" in statuses else OK
 

@@ -20,8 +20,9 @@ def make(overrides: list[str], config_dir: str | None) -> Plan:
     try:
         with composing_multirun(overrides, config_dir) as (loader, config):
             worker.start()
-            jobs = multirun.JobComposer(loader, config).jobs(multirun.expand(loader, config))
-            return planning.make(jobs, Path(config.hydra.sweep.dir), worker, multirun.command())
+            composer = multirun.JobComposer(loader, config)
+            jobs = composer.jobs(multirun.expand(loader, config))
+            return planning.make(jobs, Path(config.hydra.sweep.dir), worker, multirun.command(), composer.typed)
     finally:
         worker.close()
 

@@ -34,6 +34,9 @@ from moe_lab.config.schemas import (
 from moe_lab.config.unread import key_of, unread
 from moe_lab.errors import nearest
 
+MOST_LAYERS = 10_000
+"""Far more than any model has: so many modules take minutes to make."""
+
 _LABELLED = (
     "model",
     "model.shape",
@@ -192,6 +195,8 @@ def _validate_model(cfg: DictConfig) -> None:
     sizes = "hidden vocab_size d_model n_heads n_kv_heads head_dim n_layers mlp_hidden_dim dense_hidden_dim n_experts"
     _at_least(cfg, " ".join(f"model.{key}" for key in (*sizes.split(), "top_k")), 1)
     _at_least(cfg, "model.shared_expert_hidden_dim model.n_dense_layers", 0)
+    if cfg.model.get("n_layers", 1) > MOST_LAYERS and _is_ours(cfg.model):
+        raise ValueError(f"model.n_layers={cfg.model.n_layers}: must be <= {MOST_LAYERS}.")
     _at_least(cfg, "model.shape.n_experts model.shape.top_k model.shape.d_model model.shape.mlp_hidden_dim", 1)
     _more_than_zero(cfg, "model.norm_eps model.rope_theta")
     _one_of(cfg, "model.qk_norm", ("none", "head", "full"))
@@ -260,7 +265,6 @@ def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bo
     Mislabels: the name of an option, and `model.ignores`.
     """
     overrides = list(overrides)
-    ignores = set(cfg.model.get("ignores", ()))
     labels = {f"{group}.name" for group in _LABELLED} | {"model.ignores", "overrides"}
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0]
@@ -268,9 +272,6 @@ def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bo
             raise ValueError(
                 f"{override}: {key} labels the option and cannot be set; choose another option of the group."
             )
-        group = key.split(".")[0].split("@")[0]
-        if group in ignores and not in_a_sweep:
-            raise ValueError(f"{override}: model={cfg.model.get('name')} does not use {group}; remove it.")
     if not in_a_sweep:
         for line in unread(cfg, overrides, in_a_sweep=False).values():
             raise ValueError(line)
@@ -288,6 +289,8 @@ def refuse_hydras_keys(overrides: Iterable[str], *, in_a_sweep: bool) -> None:
     """Raise `ValueError` for an override of Hydra's own that is only read in a sweep, or only in a single run."""
     names = ("hydra.run",) if in_a_sweep else ("hydra.sweep", "hydra.sweeper", "hydra.launcher")
     remedy = "in a sweep the folder is hydra.sweep.dir" if in_a_sweep else "only used in a sweep (-m)"
+    if isinstance(overrides, ListConfig):  # as they were typed: `${hydra.job.num}` stands for nothing yet
+        overrides = map(str, OmegaConf.to_container(overrides, resolve=False) or ())
     for override in overrides:
         key = key_of(override)
         if any(key == name or key.startswith(f"{name}.") for name in names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers.oc import env as _oc_env
 
 from moe_lab.config import hydra_node, schemas
-from moe_lab.config.checks import is_whole, refuse_unknown
+from moe_lab.config.checks import is_whole, refuse_hydras_keys, refuse_unknown
+from moe_lab.config.unread import key_of
 from moe_lab.records import identity, store
 
 LAUNCHER = "hydra_plugins.moe_lab_launcher.MoeLabLauncher"
@@ -93,18 +95,25 @@ def _load_and_check(
     if "hydra" in cfg:
         hydra_node.check(cfg, overrides)
         refuse_unknown(cfg.hydra, "hydra")
-        _refuse_cells_at_once(cfg.hydra)
+        if RunMode.MULTIRUN in (cfg.hydra.mode, *arguments, *options.values()):
+            refuse_hydras_keys(cfg.hydra.overrides.hydra, in_a_sweep=True)
+            _check_launcher(cfg, overrides)
     return cfg
 
 
-def _refuse_cells_at_once(node: DictConfig) -> None:
-    """Raise `ValueError` for a launcher of several jobs. Here, because Hydra goes on if a callback raises."""
-    n_jobs = (node.get("launcher") or {}).get("n_jobs", 1)
-    if node.mode == RunMode.MULTIRUN and n_jobs != 1:
+def _check_launcher(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    """Raise `ValueError` for what a launcher cannot do. Here, because Hydra goes on if a callback raises."""
+    launcher = cfg.hydra.launcher
+    if (n_jobs := launcher.get("n_jobs", 1)) != 1:
         raise ValueError(
             f"hydra.launcher.n_jobs={n_jobs}: cells that run at once disturb each other's timing; set "
             "hydra.launcher.n_jobs=1, or leave out hydra/launcher."
         )
+    does = {"sweep.worker": True, "sweep.interleave": False, "sweep.fail_fast": False}
+    for override in overrides if launcher._target_ != LAUNCHER else ():
+        key = key_of(override)
+        if key in does and OmegaConf.select(cfg, key) != does[key]:
+            raise ValueError(f"{override}: has no effect with another launcher than hydra/launcher=moe_lab; remove it.")
 
 
 def _check_and_initialize(self: ConfigRepository, config_search_path: ConfigSearchPath) -> None:

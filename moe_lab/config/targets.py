@@ -226,6 +226,9 @@ def require_keys(
     for key in keys:
         if key not in named and (not takes_any or key in given or key in {p.name for p in every}):
             raise ValueError(unknown_key(target, key, group, given=given, n_given=n_given))
+    for key in given:
+        if not takes_any and key not in {p.name for p in every[n_given:] if p.kind in _BY_NAME}:
+            raise ValueError(f"{_called(group, key)}: {_name(target)} must take {key} by name.")
     for p in [] if is_partial else parameters:
         if p.default is p.empty and p.kind is p.POSITIONAL_ONLY:
             raise ValueError(f"{_called(group, p.name)}: {_name(target)} must take it by name, not by place only.")

@@ -1,7 +1,6 @@
 """Keys that are read only beside certain others: who sets one that has no effect is told. Imports no torch.
 
-What a target does not take at all is found by `targets`, what no node has by `checks`, what a model does not read by
-its `ignores`.
+What a target does not take at all is found by `targets`, what no node has by `checks`.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
+
+from moe_lab.config.schemas import Sweep
 
 
 class _Rule(NamedTuple):
@@ -115,7 +116,11 @@ _RULES = (
     ),
     _Rule("sweep.timeout_s", lambda c: c.sweep.worker, "only used with sweep.worker=true"),
 )
-_ONLY_IN_A_SWEEP = _Rule("sweep measure.replicates", lambda c: False, "only used in a sweep (-m)")
+_ONLY_IN_A_SWEEP = _Rule(
+    " ".join(["measure.replicates", *(f"sweep.{name}" for name in Sweep.__dataclass_fields__ if name != "wait")]),
+    lambda c: False,
+    "only used in a sweep (-m)",
+)
 
 
 def unread(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool, only_refused: bool = True) -> dict[str, str]:
@@ -128,8 +133,12 @@ def unread(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool, only_
     if not in_a_sweep:
         rules.append(_ONLY_IN_A_SWEEP)
     found: dict[str, str] = {}
+    ignores = cfg.model.get("ignores", ())
     for override in overrides:
         key = key_of(override)
+        if (group := key.split(".")[0]) in ignores:
+            found[key] = f"{override}: model={cfg.model.get('name')} does not use {group}; remove it."
+            continue
         value: Any = OmegaConf.select(cfg, key)
         if override.startswith("~") or value is None or value is False or (key, value) in _OFF:
             continue

@@ -1,12 +1,14 @@
 """Who else uses a device: each run has a file in a folder of the device, which the kernel keeps locked while it lives.
 
-A file that is not locked was left by a process that died; whoever finds it removes it. Does not import torch.
+All sets of CPUs have one folder, for they overlap; the file says which set it is. A file that is not locked was left by
+a process that died; whoever finds it removes it. Does not import torch.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+CPUS = "cpus"
+"""How the name of a set of CPUs begins: `cpus_0-3_8-8`."""
 _TURN = "turn"  # locked by the one that no longer waits
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -44,6 +48,7 @@ class DeviceLock:
             descriptor = os.open(hidden, _OPEN, 0o600)
             self._descriptors.append(descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os.write(descriptor, self.device_id.encode())
             self._own = self._folder / hidden.name[1:]
             hidden.rename(self._own)
         except OSError as error:
@@ -93,7 +98,8 @@ class DeviceLock:
                     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     path.unlink()
                 except BlockingIOError:
-                    found.append(path)
+                    if _overlap(self.device_id, os.read(descriptor, 1 << 16).decode()):
+                        found.append(path)
                 finally:
                     os.close(descriptor)
         return found
@@ -109,17 +115,29 @@ class DeviceLock:
 
 
 def _folder(device_id: str) -> Path | None:
-    """The device's folder, the same for all processes of this user; None if there is no place for it.
+    """The folder of a GPU or of all CPUs, the same for all processes of this user; None if there is no place for it.
 
     In a folder of the user's own, so that nobody else can plant a link or hold a lock.
     """
     uid = os.getuid()
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{uid}") / "moe-lab"
-    name = "".join(character if character.isalnum() or character in "-_" else "_" for character in device_id)[:100]
+    kind = CPUS if device_id.startswith(CPUS) else device_id
+    name = "".join(character if character.isalnum() or character in "-_" else "_" for character in kind)[:100]
     for parent in (runtime, Path(tempfile.gettempdir()) / f"moe-lab-{uid}"):
         if parent.is_absolute() and _is_private(parent) and _is_private(parent / name):
             return parent / name
     return None
+
+
+def _overlap(device_id: str, other: str) -> bool:
+    """Whether they are the same GPU, or sets of CPUs that have one in common."""
+    return device_id == other or not _cpus(device_id).isdisjoint(_cpus(other))
+
+
+def _cpus(device_id: str) -> set[int]:
+    """Of `cpus_0-3_8-8`: 0, 1, 2, 3 and 8. Of another device: none."""
+    spans = re.findall(r"_(\d+)-(\d+)", device_id) if device_id.startswith(CPUS) else []
+    return {cpu for first, last in spans for cpu in range(int(first), int(last) + 1)}
 
 
 def _is_private(folder: Path) -> bool:

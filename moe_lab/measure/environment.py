@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moe_lab.measure.device_lock import CPUS
 from moe_lab.routers.base import fastest
 
 
@@ -51,7 +52,7 @@ def device_id(device: torch.device) -> str:
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     starts = [cpu for cpu in cpus if cpu - 1 not in cpus]
     ends = [cpu for cpu in cpus if cpu + 1 not in cpus]
-    return "cpus_" + "_".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+    return f"{CPUS}_" + "_".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
 def _version(package: str) -> str | None:

@@ -1,11 +1,13 @@
-"""Whether a router has the properties that it declares, on a part of a run's own logits in float32.
+"""Whether a router has the properties that it declares, on a run's own logits in float32, of some layers.
 
-causal           a prefix of a sequence selects as it does within the whole
+causal           prefixes of a sequence select as they do within the whole
 batch_invariant  sequences alone and in another order select as they do side by side; where nothing says where a
                  sequence starts, tokens do
 static_k         every token has an expert in each slot, and each selection has as many slots
 
-A property that is declared False, or not declared, promises nothing, so it is not looked at. Near-ties do not count.
+All tokens of the run are in the selection that others are compared with; what is compared with it are some sequences
+and prefixes. A property that is declared False, or not declared, promises nothing, so it is not looked at. Near-ties do
+not count.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from moe_lab.measure.tolerances import TOLERANCES
 from moe_lab.models.moe_layer import MoELayer, hooked, indexed_moe_layers, moe_layers
 from moe_lab.models.serving import joined
 from moe_lab.routers.base import RouteContext, Router, Routing
+from moe_lab.routers.contract import members
 
-VERIFIED = "verified"
+VERIFIED, DOES_NOT_HOLD = "verified", "does not hold"
 
-# The part that is looked at, so that it takes milliseconds.
-_LAYERS, _SEQUENCES, _TOKENS = 4, 4, 256
-_PREFIXES = 6
+# So many layers and, of each, prefixes and what is selected alone, so that it takes milliseconds.
+_LAYERS, _SEQUENCES, _PREFIXES = 4, 4, 6
 _ALONE = 32  # tokens, where these are what is looked at alone
+_SHORT = 256  # of the prefixes all but one have fewer tokens
 
 
 @dataclass
@@ -40,7 +43,7 @@ class Findings:
     """What was found of the declared properties, by name; the first that does not hold."""
 
     found: dict[str, str] = field(default_factory=dict)
-    """`verified`, or `not verified:` and what was not there to look at."""
+    """`verified`, `does not hold`, or `not verified:` and what was not there to look at."""
     mismatch: MismatchError | None = None
 
 
@@ -62,7 +65,7 @@ def declared_properties(model: nn.Module, twin: nn.Module, *, forced: bool) -> I
         index, router = asked
         ran = None if forced else result[1]
         try:
-            findings.found |= check_properties(router, layer.logits(arguments[0]).float(), arguments[1], index, ran)
+            check_properties(router, layer.logits(arguments[0]).float(), arguments[1], index, ran, findings.found)
         except MismatchError as error:
             findings.mismatch = error
 
@@ -71,66 +74,79 @@ def declared_properties(model: nn.Module, twin: nn.Module, *, forced: bool) -> I
 
 
 def check_properties(
-    router: Router, logits_TE: Tensor, ctx: RouteContext, layer: int, ran: Routing | None = None
+    router: Router,
+    logits_TE: Tensor,
+    ctx: RouteContext,
+    layer: int,
+    ran: Routing | None = None,
+    found: dict[str, str] | None = None,
 ) -> dict[str, str]:
-    """What was found of each property that `router` declares; `ran` is a routing that it selected before.
+    """`found` with what was found of each property that `router` declares; `ran` is a routing that it selected before.
 
     Raises:
         MismatchError: one does not hold; `where` is its name.
         ValueError: the router does not say what it ranked.
     """
-    part = _Part(router, logits_TE, ctx, layer)
+    run = _OfRun(router, logits_TE, ctx, layer)
+    found = {} if found is None else found
     looks: dict[str, Callable[[], str]] = {
-        "causal": part.prefixes,
-        "batch_invariant": part.batches,
-        "static_k": partial(part.slots, ran),
+        "causal": run.prefixes,
+        "batch_invariant": run.batches,
+        "static_k": partial(run.slots, ran),
     }
-    declared = [name for name in looks if getattr(router, name)]
-    return {name: looks[name]() if part.tokens else "not verified: no token" for name in declared}
+    for name in looks:
+        if getattr(router, name):
+            try:
+                found[name] = looks[name]() if len(logits_TE) else "not verified: no token"
+            except MismatchError:
+                found[name] = DOES_NOT_HOLD
+                raise
+    return found
 
 
 Batch = Sequence[Sequence[int]]
 """The tokens of each sequence."""
 
 
-class _Part:
-    """The first tokens of the first sequences; where nothing says where one starts, the first tokens."""
+def _some(units: Sequence[range], most: int) -> Sequence[range]:
+    """The first ones and the last."""
+    return units if len(units) <= most else [*units[: most - 1], units[-1]]
+
+
+class _OfRun:
+    """A layer's logits of a run, as sequences; where nothing says where one starts, all tokens are one."""
 
     def __init__(self, router: Router, logits_TE: Tensor, ctx: RouteContext, layer: int):
         self.router, self.logits_TE, self.ctx, self.layer = router, logits_TE, ctx, layer
         starts_B1, T = ctx.seq_start_B1, len(logits_TE)
         bounds = [0, T] if starts_B1 is None else starts_B1.tolist()
-        some = [(a, b) for a, b in itertools.pairwise(bounds) if a < b][:_SEQUENCES]
-        most = _TOKENS // max(len(some), 1)
-        self.sequences = [list(range(a, min(b, a + most))) for a, b in some]
-        self.tokens = [token for sequence in self.sequences for token in sequence]
+        self.sequences = [range(a, b) for a, b in itertools.pairwise(bounds) if a < b]
         self.knows_sequences = starts_B1 is not None
 
     def prefixes(self) -> str:
         """`causal`. Each sequence is looked at by itself: what others do to it is a matter of `batch_invariant`."""
-        long = [sequence for sequence in self.sequences if len(sequence) > 1]
+        long = _some([sequence for sequence in self.sequences if len(sequence) > 1], _SEQUENCES)
         for sequence in long:
-            cuts = sorted({1 + i * (len(sequence) - 2) // (_PREFIXES - 1) for i in range(_PREFIXES)})
+            n = min(len(sequence), _SHORT)
+            cuts = {1 + i * (n - 2) // (_PREFIXES - 1) for i in range(_PREFIXES)} | {len(sequence) - 1}
             words = "a prefix of a sequence selects otherwise than within the whole"
-            self._compare("causal", words, [sequence], [[sequence[:cut]] for cut in cuts])
+            self._compare("causal", words, [sequence], [[sequence[:cut]] for cut in sorted(cuts)])
         return VERIFIED if long else "not verified: no sequence of two tokens"
 
     def batches(self) -> str:
         """`batch_invariant`."""
-        kind = "sequence" if self.knows_sequences else "token"
-        units: Batch = self.sequences if self.knows_sequences else [[token] for token in self.tokens]
+        kind, most = ("sequence", _SEQUENCES) if self.knows_sequences else ("token", _ALONE)
+        units = self.sequences if self.knows_sequences else [range(t, t + 1) for t in range(len(self.logits_TE))]
         if len(units) < 2:
             return f"not verified: one {kind} only"
-        alone: list[Batch] = [[unit] for unit in units[:_ALONE]]
-        self._compare("batch_invariant", f"a {kind} alone selects otherwise than beside others", units, alone)
-        words = f"{kind}s in another order select otherwise"
-        self._compare("batch_invariant", words, units, [units[::-1]])
+        words = f"a {kind} alone or in another order selects otherwise than beside others"
+        self._compare("batch_invariant", words, units, [*([unit] for unit in _some(units, most)), units[::-1]])
         return VERIFIED
 
     def slots(self, ran: Routing | None) -> str:
         """`static_k`, of many tokens, of one, and of the run's own."""
-        looked = [self._select(self.sequences), self._select([self.tokens[:1]]), *([] if ran is None else [ran])]
-        unused = sum(int((routing.expert_ids_TK < 0).any(-1).sum()) for routing in looked)
+        looked = [self._select(self.sequences), self._select([range(1)]), *([] if ran is None else [ran])]
+        unused = max(int((routing.expert_ids_TK < 0).any(-1).sum()) for routing in looked)
         widths = sorted({routing.expert_ids_TK.shape[1] for routing in looked})
         if unused or len(widths) > 1:
             what = (
@@ -164,8 +180,12 @@ class _Part:
         assert scores_TE is not None
         wanted = Routing(ids_TK[rows_N], weights_TK[rows_N], scores_TE=scores_TE[rows_N])
         got = joined([self._select(batch) for batch in parts])
-        given_TK = self.router.weigh(self.logits_TE[torch.tensor(tokens, device=rows_N.device)], got.expert_ids_TK)
+        logits_NE = self.logits_TE[torch.tensor(tokens, device=rows_N.device)]
+        given_TK = self.router.weigh(logits_NE, got.expert_ids_TK)
         differs_T = differing_tokens(got, wanted, E, TOLERANCES[torch.float32], given_TK)
+        # Where all scores of a token are equal and its logits are not, no ranking says that the choice is a near-tie.
+        ranks_nothing_T = _is_constant(wanted.scores_TE) & ~_is_constant(logits_NE)
+        differs_T |= ranks_nothing_T & (members(got.expert_ids_TK, E) != members(wanted.expert_ids_TK, E)).any(1)
         if bool(differs_T.any()):
             first = int(differs_T.nonzero()[0, 0])
             have, want = (sorted(routing.expert_ids_TK[first].tolist()) for routing in (got, wanted))
@@ -175,3 +195,9 @@ class _Part:
     def _mismatch(self, name: str, what: str) -> MismatchError:
         kind = type(self.router).__name__
         return MismatchError(name, f"layer {self.layer}: {kind} declares {name}, but {what}")
+
+
+def _is_constant(values_TE: Tensor | None) -> Tensor:
+    """[T] bool: whose values are all equal."""
+    assert values_TE is not None
+    return values_TE.amax(1) == values_TE.amin(1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_lab.experts.base import Experts
 from moe_lab.models import MakeRouter, checkpoint_config, checkpoint_weights
+from moe_lab.models.checkpoint_keys import some
 from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import shareable
@@ -65,7 +66,7 @@ class Checkpoint(DecoderMoE):
             return []
         return [
             f"model.path: {self.folder / checkpoint_config.CONFIG} has keys that moe-lab does not use: "
-            f"{', '.join(self.unread)}; if one changes what the model computes, the results are not the model's."
+            f"{some(self.unread)}; if one changes what the model computes, the results are not the model's."
         ]
 
     def untrained(self) -> list[str]:

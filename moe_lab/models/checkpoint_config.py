@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moe_lab.config.checks import head_mistake
+from moe_lab.config.checks import MOST_LAYERS, head_mistake
 from moe_lab.models.checkpoint_keys import Keys, read_object, shown
 from moe_lab.models.checkpoint_rope import read_rope
 
@@ -24,12 +24,42 @@ _NO_EFFECT = {
     *("chunk_size_feed_forward", "output_attentions", "output_hidden_states", "pretraining_tp", "return_dict"),
     *("use_cache", "attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef"),
     *("router_jitter_noise", "router_z_loss_coef"),
+    # Of every model in files of transformers 4, for `generate` and for other kinds of models.
+    *("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size"),
+    *("diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size"),
+    *("exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id"),
+    *("is_decoder", "is_encoder_decoder", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size"),
+    *("num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix", "pruned_heads"),
+    *("remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens"),
+    *("task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k"),
+    *("top_p", "torchscript", "typical_p", "use_bfloat16"),
 }
 """Keys of a config.json that change no logits: names, data types, ids for padding, and what only training reads."""
 
+_PARTS = {
+    "attention_bias": False,
+    "attn_logit_softcapping": 0,
+    "clip_qkv": 0,
+    "final_logit_softcapping": 0,
+    "logit_scale": 1,
+    "mlp_bias": False,
+    "n_group": 1,
+    "n_shared_experts": 0,
+    "qkv_bias": False,
+    "rope_interleaved": False,
+    "rope_type": "default",
+    "rotary_pct": 1,
+    "routed_scaling_factor": 1,
+    "scoring_func": "softmax",
+    "shared_expert_intermediate_size": 0,
+    "topk_group": 1,
+    "use_qk_norm": False,
+}
+"""Keys of other architectures for what these do not have, each with the value at which it changes nothing."""
+
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PLAIN = {"qk_norm": "none", "shared_expert_hidden_dim": 0, "shared_expert_gate": False, "dense_hidden_dim": None}
-_MOST_LAYERS, _MOST_EXPERTS = 10_000, 100_000
+_MOST_EXPERTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -94,7 +124,12 @@ def read(folder: str | Path) -> Settings:
         raise config.refuse("per_layer_config is not supported: all layers must have the same settings.")
     settings = _ARCHITECTURES[model_type](config)
     ends = ids_of(config, settings.decoder["vocab_size"])
-    return replace(settings, ends=ends, unread=tuple(map(shown, config.unread(_NO_EFFECT))))
+    unread = config.unread(_NO_EFFECT)
+    parts = {**_PARTS, "use_qk_norm": settings.decoder["qk_norm"] != "none"}
+    for key in unread:
+        if key in parts and content[key] != parts[key]:
+            raise config.refuse(f"{key}={shown(content[key])} is not supported for model_type={model_type}.")
+    return replace(settings, ends=ends, unread=tuple(key for key in unread if key not in parts))
 
 
 def ids_of(keys: Keys, vocab_size: int) -> frozenset[int]:
@@ -122,10 +157,10 @@ def _decoder(config: Keys, *, rope_theta: float, n_kv_heads: int | None) -> dict
         "n_heads": n_heads,
         "n_kv_heads": n_kv_heads,
         "head_dim": head_dim or d_model // n_heads,
-        "n_layers": config.size("num_hidden_layers", most=_MOST_LAYERS),
+        "n_layers": config.size("num_hidden_layers", most=MOST_LAYERS),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "norm_eps": config.number("rms_norm_eps", most=1) or config.need("rms_norm_eps"),
+        "norm_eps": config.number("rms_norm_eps", least=1e-20, most=1) or config.need("rms_norm_eps"),
         "tie_embeddings": config.flag("tie_word_embeddings", default=False),
     }
 
@@ -150,6 +185,8 @@ def _dense_layers(config: Keys, n_layers: int) -> frozenset[int]:
     if not isinstance(named := config.get("mlp_only_layers", default=[]), list):
         raise config.refuse(f"mlp_only_layers={shown(named)} must be a list of layers; download the file again.")
     named, step = config.integers("mlp_only_layers"), config.size("decoder_sparse_step", default=1)
+    if max(named, default=0) >= n_layers:
+        raise config.refuse(f"mlp_only_layers={shown(named)}: there are {n_layers} layers; download the file again.")
     return frozenset(layer for layer in range(n_layers) if layer in named or (layer + 1) % step)
 
 
@@ -162,10 +199,10 @@ def _window(config: Keys, default: int | None = None) -> int | None:
 
 def _switched_window(config: Keys) -> int | None:
     """Of the Qwen models: as `_window`, if `use_sliding_window`."""
+    config.get("max_window_layers")  # of Qwen3 it changes nothing
     if config.flag("use_sliding_window", default=False):
         return _window(config, default=4096)
-    for key in ("sliding_window", "max_window_layers"):
-        config.get(key)  # they say how it would be
+    config.get("sliding_window")  # how it would be
     return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,12 @@ def shown(value: Any) -> str:
     """A value of a file as one short line of printable text."""
     text = printable(str(value)).replace("\n", "\\n")
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def some(values: Sequence[Any], most: int = 20) -> str:
+    """The first ones, as `shown`, and how many more there are."""
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(map(shown, values[:most])) + more
 
 
 def is_number(value: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from moe_lab.models.checkpoint_keys import LARGEST_NUMBER, Keys, is_number, shown
 from moe_lab.models.rope import SCALINGS
 
+_LEAST = 1e-3  # less than any factor
 _LENGTH = "original_max_position_embeddings"
 _OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _READ: dict[str, tuple[str, ...]] = {
@@ -41,7 +42,7 @@ def read_rope(config: Keys, default_theta: float) -> tuple[float, dict[str, Any]
         raise config.refuse(
             f"partial_rotary_factor={shown(share)} is not supported: RoPE must rotate all dimensions of a head."
         )
-    length_beside = config.number(_LENGTH)
+    length_beside = config.size(_LENGTH) if config.get(_LENGTH) is not None else None
     scaling = _scaling(rope, kind, config.size("max_position_embeddings"), length_beside)
     rope.get(_LENGTH)  # how long the texts of the training were; many write it beside any kind
     not_used = [key for key in rope.unread() if key.rpartition(".")[2] in _OF_SOME_KIND]
@@ -83,7 +84,7 @@ def _scaling(rope: Keys, kind: str, longest: int, length_beside: float | None) -
     """The keys of this kind, checked; lengths that are not said follow from the longest sequence."""
     scaling: dict[str, Any] = {"rope_type": kind}
     if _LENGTH in _READ[kind]:
-        scaling[_LENGTH] = length_beside or _number(rope, kind, _LENGTH, default=longest)
+        scaling[_LENGTH] = length_beside or rope.size(_LENGTH, default=longest)
     for key in [key for key in _READ[kind] if key != _LENGTH]:
         implied = longest / scaling[_LENGTH] if key == "factor" and kind == "yarn" else None
         scaling[key] = _number(rope, kind, key, default=implied)
@@ -91,7 +92,9 @@ def _scaling(rope: Keys, kind: str, longest: int, length_beside: float | None) -
         raise rope.refuse("rope_type=llama3: high_freq_factor must be more than low_freq_factor.")
     if kind == "yarn":
         present = [key for key in _OPTIONAL if rope.get(key) is not None]
-        scaling |= {key: _number(rope, kind, key, may_be_0=True) for key in present}
+        scaling |= {key: _number(rope, kind, key, may_be_0=key != "attention_factor") for key in present}
+        if scaling.get("beta_fast", 32) <= scaling.get("beta_slow", 1):
+            raise rope.refuse("rope_type=yarn: beta_fast must be more than beta_slow.")
         if rope.get("truncate") is not None:
             scaling["truncate"] = rope.flag("truncate", default=True)
     return scaling
@@ -99,7 +102,8 @@ def _scaling(rope: Keys, kind: str, longest: int, length_beside: float | None) -
 
 def _number(rope: Keys, kind: str, key: str, *, default: float | None = None, may_be_0: bool = False) -> float:
     value = rope.get(key, default=default)
-    if not is_number(value) or not 0 <= value <= LARGEST_NUMBER or (value == 0 and not may_be_0):
-        wanted = f"a number {'>=' if may_be_0 else '>'} 0 and <= {LARGEST_NUMBER:g}"
+    least = 0 if may_be_0 else _LEAST
+    if not is_number(value) or not least <= value <= LARGEST_NUMBER:
+        wanted = f"a number >= {least:g} and <= {LARGEST_NUMBER:g}"
         raise rope.refuse(f"rope_type={kind}: {key}={shown(value)} must be {wanted}.")
     return value  # type: ignore[no-any-return]

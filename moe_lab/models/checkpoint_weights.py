@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_lab.models.checkpoint_keys import parse_object, read_object, shown
+from moe_lab.models.checkpoint_keys import parse_object, read_object, shown, some
 from moe_lab.models.checkpoint_names import WHOLE, Source, sources
 from moe_lab.records.files import require_plain
 from moe_lab.terminal import Console
@@ -31,6 +31,7 @@ _DTYPES = ("F32", "F16", "BF16")
 _OF_NO_USE = re.compile(r".*rotary_emb\.inv_freq$")  # computed anew
 _THREADS = min(8, os.cpu_count() or 1)
 _SHOWN = 6  # keys that a message names
+_LONGEST_NAME = 255  # bytes
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
@@ -51,8 +52,10 @@ def files(folder: Path) -> list[Path]:
     try:
         index = read_object(folder / INDEX)
         names = sorted({str(name) for name in index["weight_map"].values()})
-        if outside := [name for name in names if Path(name).name != name]:
+        if outside := [name for name in names if Path(name).name != name or len(os.fsencode(name)) > _LONGEST_NAME]:
             raise ValueError(f"{shown(outside[0])} is not the name of a file in this folder")
+        if not names:
+            raise ValueError("no file is listed")
     except FileNotFoundError:
         others = sorted(path.name for path in folder.glob("*.bin"))
         more = f" ({others[0]} is a pickle and cannot be loaded; convert it to safetensors)" if others else ""
@@ -63,7 +66,7 @@ def files(folder: Path) -> list[Path]:
     if missing:
         raise ValueError(
             f"model.path={folder}: {len(missing)} of {len(names)} files listed in {INDEX} are missing "
-            f"({_some(missing)}); download them."
+            f"({some(missing, _SHOWN)}); download them."
         )
     return [folder / name for name in names]
 
@@ -142,7 +145,7 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
                 copies.append(Copy(source.key, there, target))
     unexpected = [key for key in found if key not in expected and not _OF_NO_USE.match(key)]
     complaints = [
-        f"{len(keys)} {what}: {_some(keys)}"
+        f"{len(keys)} {what}: {some(keys, _SHOWN)}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape or dtype", wrong))
         if keys
     ]
@@ -183,10 +186,6 @@ def _layouts(parameters: Mapping[str, Tensor], tensors: Mapping[str, Found]) -> 
         ranks = [(sum(source.key in tensors for source in layout), hits[n], -n) for n, layout in enumerate(layouts)]
         chosen[name] = layouts[-max(ranks)[2]]
     return chosen
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:_SHOWN]) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
 
 
 def execute(copies: Sequence[Copy]) -> None:

@@ -98,7 +98,7 @@ def slug(cfg: DictConfig) -> str:
     ignores = cfg.model.get("ignores", ())
     parts = [model_name(cfg.model)]
     if cfg.model.get("shape") is not None:
-        parts.append(cfg.model.shape.name)
+        parts.append(option_name(cfg.model.shape))
     if "router" not in ignores:
         parts.append(option_name(cfg.router))
     if "experts" not in ignores:

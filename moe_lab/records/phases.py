@@ -15,7 +15,7 @@ def split(phases_ms: Mapping[str, Any], p50_ms: float) -> tuple[dict[str, Any], 
     """`phases_ms`, with phases only where they agree with the latency, and `phases_share`, which sum up to 1."""
     total = phases_ms["sum_ms"]
     phases = {name: ms for name, ms in phases_ms.items() if name not in OF_THE_PASS}
-    shares = {name: None if ms is None else ms / total for name, ms in phases.items()}
+    shares = {name: None if ms is None or not total else ms / total for name, ms in phases.items()}
     if abs(total / p50_ms - 1) <= AGREES:
         return dict(phases_ms), shares
     return {**phases_ms, **dict.fromkeys(phases)}, shares

@@ -17,7 +17,7 @@ from moe_lab.records import fields
 from moe_lab.records.fields import Field, Fields
 
 SCHEMA = 1
-UNFINISHED = "unfinished: the run goes on, or it was killed (signal 9; out of memory?)"
+UNFINISHED = "unfinished: the run goes on, or it was killed (out of memory?)"
 """The reason of a single run's record from its begin to its end."""
 NOT_ENDED = ("interrupted", "unfinished", "crash: SIGKILL", "crash: SIGTERM")
 """How the reason of a run begins that somebody else ended; a sweep runs such a cell again."""

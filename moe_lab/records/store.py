@@ -34,6 +34,8 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if path.is_dir() and not path.is_symlink():
+            files.set_aside(path)  # no file takes the place of a folder
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # a folder that became read-only: the first error tells
@@ -71,19 +73,21 @@ class LogFile(logging.FileHandler):
         )
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
+def _as_json(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null. Of pairs of surrogates UTF-8 has no halves: they are escaped."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_as_json(item) for item in value]
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_record(directory: Path, record: Record) -> Path:
     """Write `result.json`; the caller writes everything else first, so that its presence means the run is complete."""
     path = directory / RESULT
-    text = json.dumps(_finite(record.to_dict()), indent=2, allow_nan=False)
+    text = json.dumps(_as_json(record.to_dict()), indent=2, allow_nan=False)
     write_atomic(path, text.encode() + b"\n")
     return path
 

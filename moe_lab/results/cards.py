@@ -55,19 +55,23 @@ def cards(runs: pd.DataFrame) -> list[Card]:
     heads = [head for head in (rows[0] if rows else {}) if any(row[head] for row in rows)]
     by_router = []
     for name, cells in ran.reset_index(drop=True).groupby("router", sort=False):
-        properties = [found for key in fields.names(fields.PROPERTIES) if (found := _property(key, cells)) is not None]
+        of_router = runs[runs["router"] == name]
+        found = [_property(key, cells, of_router) for key in fields.names(fields.PROPERTIES)]
+        properties = [each for each in found if each is not None]
         shown = [[rows[position][head] for head in heads] for position in cells.index]
         by_router.append(Card(str(name), properties, heads, shown))
     return by_router
 
 
-def _property(key: str, cells: pd.DataFrame) -> tuple[str, bool] | None:
-    """See `Card.properties`; None for one that is not worth a word."""
+def _property(key: str, cells: pd.DataFrame, all_cells: pd.DataFrame) -> tuple[str, bool] | None:
+    """See `Card.properties`; None for one that is not worth a word. `all_cells` have those that failed too."""
     declared = cells.iloc[0][f"router.{key}"]
     if pd.isna(declared):
         return (f"{key}: not known", False) if key in _WANTED else None
     if not declared:
         return (f"not {key}", False) if key in _WANTED else None
+    if key in _VERIFIABLE and (all_cells[f"check.{key}"] == "does not hold").any():
+        return f"{key}: declared, does not hold", False
     if key in _VERIFIABLE and not (cells[f"check.{key}"] == "verified").any():
         return f"{key}: declared, not verified", False
     return key, True

@@ -255,6 +255,9 @@ def weights_key(cfg: DictConfig, device: torch.device) -> str:
     return digest([OmegaConf.to_container(cfg.model, resolve=True), cfg.dtype.name, int(cfg.seed), str(device)])
 
 
+_GIVEN_TO_WORKLOADS = ("model", "batch", "seq_len", "seed", "device", "dtype", "phase")
+
+
 def check_available(cfg: DictConfig) -> tuple[torch.device, dict[str, str]]:
     """(the device of `cfg`, who would route there), if its parts can run there. Nothing is allocated or built.
 
@@ -263,6 +266,7 @@ def check_available(cfg: DictConfig) -> tuple[torch.device, dict[str, str]]:
         ValueError: a key that a part refuses.
     """
     device = resolve_device(cfg)
+    require_keys(locate(cfg.workload._target_), _own_keys(cfg.workload), "workload", given=_GIVEN_TO_WORKLOADS)
     model = _make_model(cfg, torch.device("meta"))
     decide(cfg, model, device, load=False)
     require_runnable(cfg, model)
@@ -364,10 +368,8 @@ def build_input(
             f"seq_len={cfg.seq_len}: with workload.phase={cfg.workload.phase} a sequence has {seq_len} tokens, but the "
             f"model supports at most {longest}; lower seq_len or workload.context_len."
         )
-    # A workload's function gets what not every workload has.
-    own = [str(key) for key in cfg.workload if key == "_target_" or key not in Workload.__dataclass_fields__]
     x: Tensor = instantiate(
-        OmegaConf.masked_copy(cfg.workload, own),
+        OmegaConf.masked_copy(cfg.workload, ["_target_", *_own_keys(cfg.workload)]),
         "workload",
         model=model,
         batch=batch or cfg.batch,
@@ -378,6 +380,11 @@ def build_input(
         phase=cfg.workload.phase,
     )
     return x
+
+
+def _own_keys(workload: DictConfig) -> list[str]:
+    """What not every workload has: arguments of its function."""
+    return [str(key) for key in workload if key != "_target_" and key not in Workload.__dataclass_fields__]
 
 
 def build_task(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[nn.Module, tuple[Routing, ...] | None]:

@@ -15,6 +15,7 @@ import torch
 from moe_lab.errors import UnavailableError
 from moe_lab.measure import memory
 from moe_lab.models import checkpoint_config
+from moe_lab.records import inputs
 from moe_lab.runs.verify_decode import TOKENS_AT_ONCE
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -29,6 +30,8 @@ _KEYS = {
     "cache": "batch, seq_len or workload.context_len",
     "output": "batch or seq_len",
     "activations": "batch or seq_len",
+    "calibration": "router.calibration_tokens",
+    "text": "the size of the texts (workload.path)",
 }
 """What to lower for each part but the parameters."""
 
@@ -36,14 +39,14 @@ Config = Mapping[Any, Any]
 
 
 Parts = dict[str, int]
-"""Bytes by part. `modules` are on the host, the others on the device."""
+"""Bytes by part. `modules` and `text` are on the host, the others on the device."""
 
 
 def estimate(config: Config) -> Parts | None:
     """Bytes at least, of a checked configuration, composed or of a record; None for a model that is not the package's.
 
     Raises:
-        ValueError: the config.json of a checkpoint cannot be read.
+        ValueError: the config.json of a checkpoint or a text cannot be read.
     """
     kinds = {"minimal": _minimal, "layer_only": _moe_layer, "router_only": _router}
     kinds |= {"decoder_moe": _decoder, "transformer_decoder": _decoder, "checkpoint": _decoder}
@@ -77,7 +80,7 @@ def _sizes_of(model: Config) -> str:
 
 def _by_place(config: Config, device: torch.device) -> Iterator[tuple[torch.device, Parts]]:
     parts = estimate(config) or {}
-    host = parts if device.type == "cpu" else {"modules": parts.pop("modules", 0)}
+    host = parts if device.type == "cpu" else {part: parts.pop(part, 0) for part in ("modules", "text")}
     if device.type != "cpu":
         yield device, parts
     yield torch.device("cpu"), host
@@ -122,7 +125,9 @@ def _moe_layer(config: Config, size: int) -> Parts:
         "parameters": E * (D + 3 * D * F) * size,
         "input": n * D * size,
         "output": n * D * size,
-        "activations": n * D * _FP32 + (n * D * _FP32 if size != _FP32 else 0),  # the output, the input in fp32
+        # The output or the logits, and the input in fp32.
+        "activations": n * max(D, E) * _FP32 + (n * D * _FP32 if size != _FP32 else 0),
+        "calibration": _calibration_tokens(config["router"]) * (D * size + E * _FP32),
     }
 
 
@@ -133,6 +138,7 @@ def _router(config: Config, size: int) -> Parts:
         "parameters": E * D * size,
         "input": n * (D or E) * size,
         "activations": n * E * _FP32,  # the scores
+        "calibration": _calibration_tokens(config["router"]) * (D or E) * size,
     }
 
 
@@ -152,7 +158,7 @@ def _decoder(config: Config, size: int) -> Parts:
     T, last = rows * N, 1 if phase == "prefill" else S
     head = rows * last * (3 * D + V) + (V * D if size != _FP32 else 0)  # the weight is cast
     attend = T * (2 * D + 2 * (H + kv) * d + kv * d)  # before and after the rotation
-    feed = T * (2 * D + (4 * dense_F if dense else 0))
+    feed = T * (2 * D + max(4 * dense_F if dense else 0, E))
     return {
         "parameters": parameters * size,
         "modules": L * _LAYER_OBJECTS,
@@ -160,7 +166,25 @@ def _decoder(config: Config, size: int) -> Parts:
         "cache": 0 if phase == "forward" else 2 * L * B * N * kv * d * size,
         "output": B * last * V * size * (2 if phase == "decode" else 1),  # of each step, and of all together
         "activations": max(head, attend, feed) * _FP32,
+        "calibration": _calibration_tokens(config["router"]) * (_ID + E * _FP32) if E else 0,
+        "text": _text_bytes(config),
     }
+
+
+def _calibration_tokens(router: Config) -> int:
+    """How many tokens the router, or the one in it, is fitted on."""
+    if router.get("threshold") is not None:
+        return 0
+    return int(router.get("calibration_tokens") or (_calibration_tokens(router["inner"]) if router.get("inner") else 0))
+
+
+def _text_bytes(config: Config) -> int:
+    """Of the texts of `workload.path`: of a tokenizer it is not known how many tokens they have, so only themselves."""
+    path = config["workload"].get("path")
+    if not path:
+        return 0
+    each = 1 if "path" in config["model"] else 2 * _ID  # of bytes: the ids, and where they end
+    return each * sum(file.stat().st_size for file in inputs.text_files(path))
 
 
 def _sizes(model: Config) -> tuple[Config, int]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096
+_OF_A_SWEEP = re.compile(r"plots|\..*|.*\.(csv|html|json|log|parquet|yaml)")
+"""What else is called so in it."""
 _FILES = 64  # characters that names of files in a cell's folder may add
 
 
@@ -30,6 +33,8 @@ def check(sweep: Path, cells: Sequence[Path]) -> None:
             raise ValueError(
                 f"hydra.sweep.subdir: {cell} is not below the sweep's folder {sweep}; use names of folders below it."
             )
+        if _OF_A_SWEEP.fullmatch(first := place.relative_to(below).parts[0]):
+            raise ValueError(f"hydra.sweep.subdir: {first} has another use in a sweep's folder; use another name.")
         other = seen.setdefault(str(place).casefold(), cell)
         if other is not cell:
             raise ValueError(

@@ -16,7 +16,9 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe_lab.config import many_compositions
+from moe_lab.config.unread import key_of
 from moe_lab.errors import UnavailableError
+from moe_lab.records import files
 from moe_lab.records.schema import Record
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep import session
@@ -39,8 +41,11 @@ class Multirun:
         self.directory = Path(config.hydra.sweep.dir)
         self.plan: Plan | None = None
         self._lock = Lock(self.directory)
-        if (left := self.directory / "multirun.yaml").is_symlink():
-            left.unlink()  # Hydra writes it, and follows links
+        left = self.directory / "multirun.yaml"  # Hydra writes it, and follows links, and waits for who reads a pipe
+        if left.is_symlink():
+            left.unlink()
+        elif left.exists() and not left.is_file():
+            files.set_aside(left)
         self.engine: Engine = InProcess()
         if config.sweep.worker:
             worker = Worker(self.directory / LOG)
@@ -49,7 +54,7 @@ class Multirun:
 
     def run(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[float]:
         """Plan and run the jobs; the median latency of each (ms), NaN where there is none."""
-        added = self._make(self.composer.jobs(job_overrides, first_number), is_whole_sweep=self.plan is None)
+        added = self._make(self.composer.jobs(job_overrides, first_number), is_first=self.plan is None)
         self.plan = added if self.plan is None else _joined(self.plan, added)
         session.write_plan(self.plan)
         self.progress.announce(self.plan)
@@ -63,9 +68,10 @@ class Multirun:
         session.write_plan(self.plan)
         self.progress.announce(self.plan, how)
 
-    def _make(self, jobs: Iterator[tuple[DictConfig, list[str], Path]], *, is_whole_sweep: bool = True) -> Plan:
+    def _make(self, jobs: Iterator[tuple[DictConfig, list[str], Path]], *, is_first: bool = True) -> Plan:
         try:
-            return planning.make(jobs, self.directory, self.engine, command(), is_whole_sweep=is_whole_sweep)
+            typed = self.composer.typed if is_first else None
+            return planning.make(jobs, self.directory, self.engine, command(), typed)
         except WorkerLostError as lost:
             raise UnavailableError(f"the worker process could not start ({lost}); see {self.directory / LOG}") from lost
 
@@ -120,6 +126,8 @@ class JobComposer:
         self._compose = loader.load_sweep_config
         self._validated: dict[tuple[str, ...], DictConfig] = {}
         loader.load_sweep_config = self._remember  # type: ignore[method-assign]
+        self.typed = {key_of(override) for override in config.hydra.overrides.task}
+        """The keys that the person set, not an experiment."""
 
     def _remember(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         composed = self._compose(master_config, sweep_overrides)

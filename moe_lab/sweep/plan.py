@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +86,11 @@ class Plan:
     without_effect: list[str] = field(default_factory=list)
     """What was asked for and matches no cell, a line each."""
 
+    def matching(self, partial: Mapping[str, Any], or_excluded: bool = False) -> list[Cell]:
+        """The cells that a partial configuration matches."""
+        cells = (cell for cell in self.cells if or_excluded or cell.status != "excluded")
+        return [cell for cell in cells if variants.matches(cell.content, partial)]
+
     def to_run(self) -> list[Cell]:
         """The cells that the sweep is to run."""
         return [cell for cell in self.cells if cell.runs]
@@ -128,20 +133,19 @@ def make(
     directory: Path,
     engine: Engine,
     command: list[str],
-    *,
-    is_whole_sweep: bool = True,
+    typed: Collection[str] | None = None,
 ) -> Plan:
     """The plan for composed configurations, each with its overrides and its folder.
 
+    Args:
+        typed: the keys that the person set; None if this is only a part of a sweep. What has no effect in any cell is
+            refused if it was typed, and else, for an experiment set it, named in `Plan.without_effect`.
+
     Raises:
-        ValueError: a mistake that is in every cell, `sweep.stale=refuse` and there are stale results; or, if this is
-            the whole sweep and not a part of it, what has no effect in any cell.
+        ValueError: a mistake that is in every cell, something that was typed and has no effect in any cell, or
+            `sweep.stale=refuse` and there are stale results.
     """
-    cells, n_equal, jobs, sweep, without_effect = _cells(composed)
-    if is_whole_sweep:
-        for line in without_effect:
-            raise ValueError(line)
-        _refuse_anchor_of_no_cell(cells, sweep)
+    cells, n_equal, jobs, sweep, unread_everywhere = _cells(composed)
     folders.check(directory, [cell.directory for cell in cells])
     for cell, label in zip(cells, variants.labels([cell.content for cell in cells], sweep["compare"]), strict=True):
         cell.variant = label
@@ -161,18 +165,30 @@ def make(
             judge(cell, sweep)
     _refuse_impossible(cells)
     plan = Plan(directory, cells, sweep, command, n_equal, jobs, builds)
-    if is_whole_sweep:
-        excludes_none = [p for p in sweep["exclude"] if not any(variants.matches(cell.content, p) for cell in cells)]
-        plan.without_effect = [
-            f"sweep.exclude={json.dumps(p)}: no cell of the sweep is like this" for p in excludes_none
-        ]
+    if typed is not None:
+        plan.without_effect = _without_effect(plan, unread_everywhere, typed)
     _refuse_stale(plan)
     return plan
 
 
+def _without_effect(plan: Plan, unread_everywhere: Mapping[str, str], typed: Collection[str]) -> list[str]:
+    """What matches no cell. Raises `ValueError` if it was typed; an `exclude` may be there for other axes."""
+    lines = dict(unread_everywhere)
+    if (anchor := plan.sweep.get("anchor")) and plan.matching(anchor) == []:
+        lines["sweep.anchor"] = (
+            f"sweep.anchor={json.dumps(anchor)}: no cell of the sweep is like this; name one, or set "
+            "sweep.anchor=null (then the first variant is the anchor)."
+        )
+    for key, line in lines.items():
+        if any(one == key or one.startswith(f"{key}.") for one in typed):
+            raise ValueError(line)
+    excluded = [partial for partial in plan.sweep["exclude"] if plan.matching(partial, or_excluded=True) == []]
+    return [*lines.values(), *(f"sweep.exclude={json.dumps(p)}: no cell of the sweep is like this." for p in excluded)]
+
+
 def _cells(
     composed: Iterable[tuple[DictConfig, Sequence[str], Path]],
-) -> tuple[list[Cell], int, list[str], dict[str, Any], list[str]]:
+) -> tuple[list[Cell], int, list[str], dict[str, Any], dict[str, str]]:
     cells: dict[str, Cell] = {}
     unread_everywhere: dict[str, str] | None = None
     sweep: dict[str, Any] = {}
@@ -212,16 +228,7 @@ def _cells(
         )
         if mistake is not None:
             cells[cell_id].status, cells[cell_id].reason = "skipped", f"{_IMPOSSIBLE}{mistake}"
-    return list(cells.values()), len(jobs) - len(cells), jobs, sweep, list((unread_everywhere or {}).values())
-
-
-def _refuse_anchor_of_no_cell(cells: Sequence[Cell], sweep: Mapping[str, Any]) -> None:
-    """Nothing would be compared with it, and nobody would be told."""
-    if sweep.get("anchor") and not any(variants.matches(cell.content, sweep["anchor"]) for cell in cells):
-        raise ValueError(
-            f"sweep.anchor={json.dumps(sweep['anchor'])}: no cell of the sweep is like this; name one, or set "
-            "sweep.anchor=null (then the first variant is the anchor)."
-        )
+    return list(cells.values()), len(jobs) - len(cells), jobs, sweep, unread_everywhere or {}
 
 
 def _refuse_impossible(cells: Sequence[Cell]) -> None:

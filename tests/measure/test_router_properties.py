@@ -195,7 +195,7 @@ def test_who_goes_by_the_order_is_found_out() -> None:
 
     rising = logits(20)
     rising[:, 0] = torch.linspace(-1, 1, 20)
-    with pytest.raises(MismatchError, match="tokens in another order select otherwise"):
+    with pytest.raises(MismatchError, match="in another order selects otherwise"):
         check_properties(Ranked(rolled_where_it_falls, batch_invariant=True), rising, NO_CONTEXT, 0)
 
 
