@@ -120,7 +120,7 @@ def validate(cfg: DictConfig) -> None:
 def _refuse_unknown_keys(cfg: DictConfig) -> None:
     """Of nodes without a `_target_`, whose keys nothing else looks at. Those of a target are its arguments."""
     for group in ("experiment", "debug"):
-        if cfg[group] is not None:
+        if cfg.get(group) is not None:
             raise ValueError(
                 f"{group}.{next(iter(cfg[group]), '')}: unknown key; the options of {group} set keys of other groups, "
                 "so their YAML files start with `# @package _global_`."
@@ -137,7 +137,7 @@ def _refuse_unknown_keys(cfg: DictConfig) -> None:
         kinds["model.shape"] = Shape
     for group, kind in kinds.items():
         known = kind.__dataclass_fields__
-        for key in OmegaConf.select(cfg, group):
+        for key in OmegaConf.select(cfg, group) or ():
             if key not in known:
                 raise ValueError(
                     f"{group}.{key}: unknown key; {group} has {', '.join(known)}.{nearest(str(key), known)}"

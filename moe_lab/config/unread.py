@@ -133,7 +133,7 @@ def unread(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool, only_
     if not in_a_sweep:
         rules.append(_ONLY_IN_A_SWEEP)
     found: dict[str, str] = {}
-    ignores = cfg.model.get("ignores", ())
+    ignores = () if in_a_sweep else cfg.model.get("ignores", ())  # there the cells are equal, which is said
     for override in overrides:
         key = key_of(override)
         if (group := key.split(".")[0]) in ignores:

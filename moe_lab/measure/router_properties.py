@@ -26,7 +26,6 @@ from moe_lab.errors import MismatchError
 from moe_lab.measure.layer_probe import differing_tokens, scored_selection
 from moe_lab.measure.tolerances import TOLERANCES
 from moe_lab.models.moe_layer import MoELayer, hooked, indexed_moe_layers, moe_layers
-from moe_lab.models.serving import joined
 from moe_lab.routers.base import RouteContext, Router, Routing
 from moe_lab.routers.contract import members
 
@@ -36,6 +35,7 @@ VERIFIED, DOES_NOT_HOLD = "verified", "does not hold"
 _LAYERS, _SEQUENCES, _PREFIXES = 4, 4, 6
 _ALONE = 32  # tokens, where these are what is looked at alone
 _SHORT = 256  # of the prefixes all but one have fewer tokens
+_REORDERED, _COMPARED = 1024, 4096  # tokens
 
 
 @dataclass
@@ -104,11 +104,11 @@ def check_properties(
     return found
 
 
-Batch = Sequence[Sequence[int]]
+Batch = Sequence[range]
 """The tokens of each sequence."""
 
 
-def _some(units: Sequence[range], most: int) -> Sequence[range]:
+def _some(units: Batch, most: int) -> Batch:
     """The first ones and the last."""
     return units if len(units) <= most else [*units[: most - 1], units[-1]]
 
@@ -140,7 +140,8 @@ class _OfRun:
         if len(units) < 2:
             return f"not verified: one {kind} only"
         words = f"a {kind} alone or in another order selects otherwise than beside others"
-        self._compare("batch_invariant", words, units, [*([unit] for unit in _some(units, most)), units[::-1]])
+        some = units[: max(2, _REORDERED // len(units[0]))]
+        self._compare("batch_invariant", words, units, [*([unit] for unit in _some(units, most)), some[::-1]])
         return VERIFIED
 
     def slots(self, ran: Routing | None) -> str:
@@ -157,9 +158,13 @@ class _OfRun:
             raise self._mismatch("static_k", what)
         return VERIFIED
 
+    def _tokens(self, batch: Batch) -> Tensor:
+        """[N]: of these sequences, side by side."""
+        return torch.cat([torch.arange(a.start, a.stop, device=self.logits_TE.device) for a in batch])
+
     def _select(self, batch: Batch) -> Routing:
         """What the router selects for these sequences side by side, and how it ranked."""
-        tokens_N = torch.tensor([token for sequence in batch for token in sequence], device=self.logits_TE.device)
+        tokens_N = self._tokens(batch)
         starts = [0, *itertools.accumulate(map(len, batch))]
         starts_B1 = torch.tensor(starts, dtype=torch.int32, device=tokens_N.device) if self.knows_sequences else None
         ids_T, valid_T = self.ctx.token_ids_T, self.ctx.valid_T
@@ -173,28 +178,34 @@ class _OfRun:
     def _compare(self, name: str, words: str, whole: Batch, parts: Sequence[Batch]) -> None:
         """Raise `MismatchError` if a token of `parts` selects otherwise than in `whole`."""
         every, E = self._select(whole), self.logits_TE.shape[1]
-        row_of = {token: row for row, token in enumerate(token for sequence in whole for token in sequence)}
-        tokens = [token for batch in parts for sequence in batch for token in sequence]
-        rows_N = torch.tensor([row_of[token] for token in tokens], device=self.logits_TE.device)
-        ids_TK, weights_TK, _, scores_TE = every
-        assert scores_TE is not None
-        wanted = Routing(ids_TK[rows_N], weights_TK[rows_N], scores_TE=scores_TE[rows_N])
-        got = joined([self._select(batch) for batch in parts])
-        logits_NE = self.logits_TE[torch.tensor(tokens, device=rows_N.device)]
-        given_TK = self.router.weigh(logits_NE, got.expert_ids_TK)
-        differs_T = differing_tokens(got, wanted, E, TOLERANCES[torch.float32], given_TK)
-        # Where all scores of a token are equal and its logits are not, no ranking says that the choice is a near-tie.
-        ranks_nothing_T = _is_constant(wanted.scores_TE) & ~_is_constant(logits_NE)
-        differs_T |= ranks_nothing_T & (members(got.expert_ids_TK, E) != members(wanted.expert_ids_TK, E)).any(1)
-        if bool(differs_T.any()):
-            first = int(differs_T.nonzero()[0, 0])
-            have, want = (sorted(routing.expert_ids_TK[first].tolist()) for routing in (got, wanted))
-            instead = f"experts {have} instead of {want}" if have != want else f"other weights for experts {have}"
-            raise self._mismatch(name, f"{words} (first: token {tokens[first]}, {instead})")
+        for batch in parts:
+            tokens_N = self._tokens(batch)
+            rows_N = torch.arange(len(tokens_N), device=tokens_N.device)
+            if len(rows_N) > _COMPARED:  # of many tokens the first and the last, in a fraction of the memory
+                rows_N = torch.cat([rows_N[: _COMPARED // 2], rows_N[-_COMPARED // 2 :]])
+            tokens_N = tokens_N[rows_N]
+            got, wanted = _rows(self._select(batch), rows_N), _rows(every, tokens_N - whole[0].start)
+            logits_NE = self.logits_TE[tokens_N]
+            given_NK = self.router.weigh(logits_NE, got.expert_ids_TK)
+            differs_N = differing_tokens(got, wanted, E, TOLERANCES[torch.float32], given_NK)
+            # Where all scores of a token are equal and its logits are not, nothing says that it is a near-tie.
+            ranks_nothing_N = _is_constant(wanted.scores_TE) & ~_is_constant(logits_NE)
+            differs_N |= ranks_nothing_N & (members(got.expert_ids_TK, E) != members(wanted.expert_ids_TK, E)).any(1)
+            if bool(differs_N.any()):
+                first = int(differs_N.nonzero()[0, 0])
+                have, want = (sorted(routing.expert_ids_TK[first].tolist()) for routing in (got, wanted))
+                instead = f"experts {have} instead of {want}" if have != want else f"other weights for experts {have}"
+                raise self._mismatch(name, f"{words} (first: token {int(tokens_N[first])}, {instead})")
 
     def _mismatch(self, name: str, what: str) -> MismatchError:
         kind = type(self.router).__name__
         return MismatchError(name, f"layer {self.layer}: {kind} declares {name}, but {what}")
+
+
+def _rows(routing: Routing, rows_N: Tensor) -> Routing:
+    assert routing.scores_TE is not None
+    ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
+    return Routing(ids_TK[rows_N], weights_TK[rows_N], scores_TE=routing.scores_TE[rows_N])
 
 
 def _is_constant(values_TE: Tensor | None) -> Tensor:

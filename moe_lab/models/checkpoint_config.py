@@ -36,7 +36,7 @@ _NO_EFFECT = {
 }
 """Keys of a config.json that change no logits: names, data types, ids for padding, and what only training reads."""
 
-_PARTS = {
+_WITHOUT = {
     "attention_bias": False,
     "attn_logit_softcapping": 0,
     "clip_qkv": 0,
@@ -55,7 +55,7 @@ _PARTS = {
     "topk_group": 1,
     "use_qk_norm": False,
 }
-"""Keys of other architectures for what these do not have, each with the value at which it changes nothing."""
+"""Keys of other architectures, each with the value that means that a model does not have what it is about."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PLAIN = {"qk_norm": "none", "shared_expert_hidden_dim": 0, "shared_expert_gate": False, "dense_hidden_dim": None}
@@ -124,12 +124,9 @@ def read(folder: str | Path) -> Settings:
         raise config.refuse("per_layer_config is not supported: all layers must have the same settings.")
     settings = _ARCHITECTURES[model_type](config)
     ends = ids_of(config, settings.decoder["vocab_size"])
-    unread = config.unread(_NO_EFFECT)
-    parts = {**_PARTS, "use_qk_norm": settings.decoder["qk_norm"] != "none"}
-    for key in unread:
-        if key in parts and content[key] != parts[key]:
-            raise config.refuse(f"{key}={shown(content[key])} is not supported for model_type={model_type}.")
-    return replace(settings, ends=ends, unread=tuple(key for key in unread if key not in parts))
+    without = {**_WITHOUT, "use_qk_norm": settings.decoder["qk_norm"] != "none"}
+    unread = [key for key in config.unread(_NO_EFFECT) if key not in without or content[key] != without[key]]
+    return replace(settings, ends=ends, unread=tuple(map(shown, unread)))
 
 
 def ids_of(keys: Keys, vocab_size: int) -> frozenset[int]:
@@ -185,8 +182,6 @@ def _dense_layers(config: Keys, n_layers: int) -> frozenset[int]:
     if not isinstance(named := config.get("mlp_only_layers", default=[]), list):
         raise config.refuse(f"mlp_only_layers={shown(named)} must be a list of layers; download the file again.")
     named, step = config.integers("mlp_only_layers"), config.size("decoder_sparse_step", default=1)
-    if max(named, default=0) >= n_layers:
-        raise config.refuse(f"mlp_only_layers={shown(named)}: there are {n_layers} layers; download the file again.")
     return frozenset(layer for layer in range(n_layers) if layer in named or (layer + 1) % step)
 
 

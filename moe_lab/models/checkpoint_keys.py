@@ -62,10 +62,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def some(values: Sequence[Any], most: int = 20) -> str:
-    """The first ones, as `shown`, and how many more there are."""
-    more = f" and {len(values) - most} more" if len(values) > most else ""
-    return ", ".join(map(shown, values[:most])) + more
+def some(texts: Sequence[str], most: int = 20) -> str:
+    """The first ones, and how many more there are."""
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def is_number(value: Any) -> bool:

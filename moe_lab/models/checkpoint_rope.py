@@ -93,8 +93,6 @@ def _scaling(rope: Keys, kind: str, longest: int, length_beside: float | None) -
     if kind == "yarn":
         present = [key for key in _OPTIONAL if rope.get(key) is not None]
         scaling |= {key: _number(rope, kind, key, may_be_0=key != "attention_factor") for key in present}
-        if scaling.get("beta_fast", 32) <= scaling.get("beta_slow", 1):
-            raise rope.refuse("rope_type=yarn: beta_fast must be more than beta_slow.")
         if rope.get("truncate") is not None:
             scaling["truncate"] = rope.flag("truncate", default=True)
     return scaling

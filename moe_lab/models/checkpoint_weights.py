@@ -66,7 +66,7 @@ def files(folder: Path) -> list[Path]:
     if missing:
         raise ValueError(
             f"model.path={folder}: {len(missing)} of {len(names)} files listed in {INDEX} are missing "
-            f"({some(missing, _SHOWN)}); download them."
+            f"({some(list(map(shown, missing)), _SHOWN)}); download them."
         )
     return [folder / name for name in names]
 
@@ -134,16 +134,16 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
                 source = Source(WHOLE["head.weight"])
             expected.add(source.key)
             if (there := found.get(source.key)) is None:
-                missing.append(source.key)
+                missing.append(shown(source.key))
                 continue
             target = parameters[name].data[source.place]
             if tuple(target.shape) != there.shape:
-                wrong.append(f"{source.key} has shape {list(there.shape)} instead of {list(target.shape)}")
+                wrong.append(f"{shown(source.key)} has shape {list(there.shape)} instead of {list(target.shape)}")
             elif there.dtype not in _DTYPES:
-                wrong.append(f"{source.key} has dtype {there.dtype}; supported: {', '.join(_DTYPES)}")
+                wrong.append(f"{shown(source.key)} has dtype {shown(there.dtype)}; supported: {', '.join(_DTYPES)}")
             else:
                 copies.append(Copy(source.key, there, target))
-    unexpected = [key for key in found if key not in expected and not _OF_NO_USE.match(key)]
+    unexpected = [shown(key) for key in found if key not in expected and not _OF_NO_USE.match(key)]
     complaints = [
         f"{len(keys)} {what}: {some(keys, _SHOWN)}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape or dtype", wrong))

@@ -28,6 +28,8 @@ def check(sweep: Path, cells: Sequence[Path]) -> None:
                 f"hydra.sweep.subdir: {str(cell)[:80]}... is too long for a folder's name "
                 f"({_LONGEST_NAME} bytes); use a shorter one."
             )
+        if cell.is_symlink():
+            raise ValueError(f"hydra.sweep.subdir: {cell} is a link, so files would be written elsewhere; remove it.")
         place = cell.resolve()
         if below not in place.parents:
             raise ValueError(

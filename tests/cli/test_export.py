@@ -14,6 +14,7 @@ import pytest
 import moe_lab
 from moe_lab.cli.main import main
 from moe_lab.export.pair import described
+from moe_lab.records import files
 from tests import quick
 from tests.cli.test_main import moe_lab as moe_lab_process
 
@@ -146,7 +147,8 @@ def _deep(folder: Path) -> None:
 
 
 def _large(folder: Path) -> None:
-    (folder / "manifest.json").write_text(" " * (2 << 20))
+    with (folder / "manifest.json").open("wb") as file:
+        file.truncate(files.MOST_BYTES + 1)  # sparse
 
 
 def _linked(folder: Path) -> None:

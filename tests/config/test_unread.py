@@ -121,6 +121,7 @@ def test_of_a_router_alone(override: str) -> None:
             "export.verify=false",
             "workload.load=native",
             "workload.trace=null",
+            "sweep.wait=true",
         )
     ],
 )

@@ -81,6 +81,10 @@ def no_keys(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
     return x_TD
 
 
+def no_scale(x_TD: Tensor, routing: Routing, weights: ExpertWeights, block: int = 1) -> Tensor:
+    return x_TD
+
+
 @pytest.mark.parametrize(
     ("function", "keys", "message"),
     [
@@ -88,6 +92,7 @@ def no_keys(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
         pytest.param(scaled, {"by": 1, "scale": "input"}, r"^experts\.scale: unknown key; .*scaled takes", id="scale"),
         pytest.param(scaled, {"by": 1, "weights": 1}, r"^experts\.weights: unknown key; .*scaled", id="positional"),
         pytest.param(no_keys, {"block": 1}, r"^experts\.block: .*no_keys takes no keys", id="takes-none"),
+        pytest.param(no_scale, {}, r"^experts\.scale: .*no_scale must take scale by name", id="no-scale"),
         pytest.param(scaled, {"plus": 1}, r"^experts\.by: missing; .*scaled requires it", id="missing"),
     ],
 )  # fmt: skip

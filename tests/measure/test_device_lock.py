@@ -68,15 +68,24 @@ def test_each_sees_the_others_of_its_device(hold: Hold) -> None:
         assert lock.others() == 0
 
 
+def test_sets_of_cpus_that_overlap_are_one_device(hold: Hold) -> None:
+    """Whatever the other CPUs of each are."""
+    with DeviceLock("cpus_0-1_4-7") as lock:
+        hold("cpus_2-3", others=0)
+        assert lock.others() == 0
+        hold("cpus_6-6", others=1)
+        assert lock.others() == 1
+
+
 def test_a_dead_process_uses_nothing(hold: Hold, runtime: Path) -> None:
     """The kernel unlocks its file, and who finds that removes it."""
     process = hold()
     process.kill()
     process.wait()
-    (left,) = (runtime / "moe-lab/cpus_0-1").iterdir()
+    (left,) = (runtime / "moe-lab/cpus").iterdir()
     with DeviceLock("cpus_0-1") as lock:
         assert lock.others() == 0 and not left.exists()
-    assert list((runtime / "moe-lab/cpus_0-1").iterdir()) == []
+    assert list((runtime / "moe-lab/cpus").iterdir()) == []
 
 
 def test_waiting_ends_when_the_last_has_left(hold: Hold) -> None:
@@ -124,7 +133,7 @@ def test_who_ends_leaves_nothing(runtime: Path) -> None:
     """Also after an exception."""
     with pytest.raises(RuntimeError, match="planted"), DeviceLock("cpus_0-1"):
         raise RuntimeError("planted")
-    assert list((runtime / "moe-lab/cpus_0-1").iterdir()) == []
+    assert list((runtime / "moe-lab/cpus").iterdir()) == []
 
 
 def test_the_folder_is_private(runtime: Path) -> None:
@@ -152,7 +161,7 @@ def test_a_folder_that_is_not_the_users_own_is_not_used(kind: str, runtime: Path
         runtime.rmdir()
     with DeviceLock("cpus_0-1") as lock:
         assert lock.others() == 0
-        assert [path.name for path in (tmp_path / f"tmp/moe-lab-{os.getuid()}").iterdir()] == ["cpus_0-1"]
+        assert [path.name for path in (tmp_path / f"tmp/moe-lab-{os.getuid()}").iterdir()] == ["cpus"]
     assert list(elsewhere.iterdir()) == []
 
 
@@ -161,10 +170,10 @@ def test_a_link_in_the_place_of_a_lock_is_not_followed(runtime: Path, tmp_path: 
     target = tmp_path / "target"
     with DeviceLock("cpus_0-1"):
         pass
-    (runtime / "moe-lab/cpus_0-1/turn").symlink_to(target)
+    (runtime / "moe-lab/cpus/turn").symlink_to(target)
     with pytest.raises(ValueError, match=re.escape("sweep.wait=true")), DeviceLock("cpus_0-1", wait=True):
         pass
-    (runtime / "moe-lab/cpus_0-1/1-2").symlink_to(target)
+    (runtime / "moe-lab/cpus/1-2").symlink_to(target)
     with DeviceLock("cpus_0-1") as lock:
         assert lock.others() == 0
     assert not target.exists()

@@ -112,6 +112,48 @@ def sequences(B: int, S: int) -> RouteContext:
     )
 
 
+def by_the_number_of_tokens(logits_TE: Tensor, ctx: RouteContext) -> Tensor:
+    return logits_TE if len(logits_TE) <= 600 else -logits_TE
+
+
+def less_mean_from_the_three_hundredth(logits_TE: Tensor, ctx: RouteContext) -> Tensor:
+    return torch.cat([logits_TE[:300], logits_TE[300:] - logits_TE.mean(0)])
+
+
+class Silent(Ranked):
+    """All experts have the same score, whatever it chooses."""
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
+        return super().select(logits_TE, ctx)._replace(scores_TE=torch.zeros_like(logits_TE))
+
+
+@pytest.mark.parametrize("change", [by_the_number_of_tokens, less_mean_from_the_three_hundredth])
+@pytest.mark.parametrize(("B", "S"), [pytest.param(1, 800, id="one-sequence"), pytest.param(8, 100, id="eight")])
+def test_what_shows_only_with_many_tokens_is_found(change: Change, B: int, S: int) -> None:
+    """All tokens of the run are in the selection that others are compared with."""
+    name = "causal" if B == 1 else "batch_invariant"
+    with pytest.raises(MismatchError, match=name):
+        check_properties(Ranked(change, **{name: True}), logits(B * S), sequences(B, S), 0)
+
+
+@pytest.mark.parametrize("name", ["causal", "batch_invariant"])
+def test_scores_that_rank_nothing_excuse_nothing(name: str) -> None:
+    """Where all are equal every choice would be a near-tie."""
+    change = less_next if name == "causal" else less_mean
+    with pytest.raises(MismatchError, match=name):
+        check_properties(Silent(change, **{name: True}), logits(30), sequences(3, 10), 0)
+    check_properties(Silent(as_it_is, **{name: True}), logits(30), sequences(3, 10), 0)
+
+
+def test_what_does_not_hold_is_found_beside_what_does() -> None:
+    """The record names both."""
+    found: dict[str, str] = {}
+    router = Ranked(less_mean_so_far, causal=True, batch_invariant=True, static_k=True)
+    with pytest.raises(MismatchError):
+        check_properties(router, logits(30), sequences(3, 10), 0, found=found)
+    assert found == {"causal": "verified", "batch_invariant": "does not hold"}
+
+
 LAYOUTS = [
     pytest.param(30, NO_CONTEXT, id="tokens"),
     pytest.param(30, sequences(3, 10), id="sequences"),

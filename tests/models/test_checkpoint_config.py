@@ -474,7 +474,7 @@ REFUSED: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "original_of_0",
         {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},
-        ["rope_type=yarn", "original_max_position_embeddings"],
+        ["rope_scaling", "original_max_position_embeddings"],
     ),
     ("beta", {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": -1}}, ["rope_type=yarn", "beta_fast=-1"]),
     (
@@ -526,6 +526,7 @@ MISTAKES: list[tuple[str, str, dict[str, Any], str]] = [
     ("eps_true", "olmoe", {"rms_norm_eps": True}, "rms_norm_eps=True must be"),
     ("eps_0", "olmoe", {"rms_norm_eps": 0}, "rms_norm_eps=0 must be"),
     ("eps_of_10**400", "olmoe", {"rms_norm_eps": 10**400}, "rms_norm_eps=1000"),
+    ("eps_of_1e-300", "olmoe", {"rms_norm_eps": 1e-300}, "rms_norm_eps=1e-300 must be a number > 1e-20"),
     ("eps_of_5", "olmoe", {"rms_norm_eps": 5}, "rms_norm_eps=5 must be a number <= 1"),
     ("clip_true", "olmoe", {"clip_qkv": True}, "clip_qkv=True must be"),
     ("clip_of_0", "olmoe", {"clip_qkv": 0}, "clip_qkv=0 must be"),
@@ -606,9 +607,12 @@ def test_every_other_key_is_named(kind: str, tmp_path: Path) -> None:
         pytest.param("mixtral", {"clip_qkv": 8.0}, ("clip_qkv",), id="mixtral_clip"),
         pytest.param("qwen3_moe", {"layer_types": [S] * 48}, ("layer_types",), id="qwen3_layer_types"),
         pytest.param("qwen3_moe", {"max_window_layers": 3}, (), id="qwen3_no_windows"),
-        pytest.param(
-            "qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, ("max_window_layers",), id="qwen3_windows"
-        ),
+        pytest.param("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, (), id="qwen3_windows"),
+        pytest.param("qwen3_moe", {"use_qk_norm": True, "qkv_bias": False}, (), id="as_it_is"),
+        pytest.param("mixtral", {"use_qk_norm": True, "qkv_bias": True}, ("qkv_bias", "use_qk_norm"), id="not"),
+        pytest.param("mixtral", {"attention_bias": False, "rope_type": "default"}, (), id="without"),
+        pytest.param("mixtral", {"rope_type": "yarn"}, ("rope_type",), id="rope_type_outside"),
+        pytest.param("olmoe", {"is_decoder": True, "num_beams": 4, "top_k": 50, "max_length": 20}, (), id="generation"),
         pytest.param(
             "qwen3_moe", {"shared_expert_intermediate_size": 8}, ("shared_expert_intermediate_size",), id="own"
         ),

@@ -124,6 +124,11 @@ def test_frequencies_are_those_of_transformers(kind: str, content: dict[str, Any
         ),
         pytest.param({"rope_scaling": {**LLAMA3, "high_freq_factor": 0.5}}, "more than low_freq", id="no_ramp"),
         pytest.param({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "low_freq_factor=None", id="null"),
+        pytest.param({"rope_scaling": {**YARN, "attention_factor": 0}}, "attention_factor=0 must be", id="no_growth"),
+        pytest.param({"rope_scaling": {**LINEAR, "factor": 1e-30}}, "factor=1e-30 must be", id="tiny"),
+        pytest.param(
+            {"rope_scaling": YARN, "original_max_position_embeddings": 8192.5}, "=8192.5 must be", id="half_a_token"
+        ),
         pytest.param({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type=['yarn']", id="type_of_a_list"),
     ],
 )

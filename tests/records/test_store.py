@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lab.records import store
+from moe_lab.records.schema import Record
 from moe_lab.records.store import RESULT, read_record, write_arrays, write_atomic, write_record
 from tests import tiny
 
@@ -316,6 +317,19 @@ def test_a_result_that_is_to_be_replaced_is_kept_if_it_says_something(
     for number, path in enumerate(stale, 1):
         with np.load(path.with_name(path.name.replace(RESULT, "samples.npz"))) as arrays:
             assert arrays["ms"].tolist() == [number]
+
+
+def test_a_half_of_a_pair_of_surrogates_is_escaped(tmp_path: Path) -> None:
+    """It may come from a file's name; UTF-8 has none."""
+    write_record(tmp_path, Record(status="failed", reason="error: \ud800"))
+    assert read_record(tmp_path).reason == "error: \\ud800"
+
+
+def test_a_folder_in_the_place_of_a_file_is_set_aside(tmp_path: Path) -> None:
+    """With what is in it."""
+    (tmp_path / "a.json" / "b").mkdir(parents=True)
+    write_atomic(tmp_path / "a.json", b"{}")
+    assert (tmp_path / "a.json").read_bytes() == b"{}" and (tmp_path / "a.unreadable.json" / "b").is_dir()
 
 
 def test_what_is_written_follows_no_link(tmp_path: Path) -> None:

@@ -70,6 +70,9 @@ def test_only_what_was_declared_and_verified_holds(runs: pd.DataFrame) -> None:
     torch.iloc[-1, torch.columns.get_loc("check.causal")] = "verified"
     torch.iloc[-1, torch.columns.get_loc("status")] = "ok"
     assert dict(by_name(torch)["torch"].properties)["causal"] is True
+    torch.iloc[0, torch.columns.get_loc("check.causal")] = "does not hold"
+    torch.iloc[0, torch.columns.get_loc("status")] = "failed"
+    assert dict(by_name(torch)["torch"].properties)["causal: declared, does not hold"] is False
 
 
 def test_what_no_cell_has_is_no_column(runs: pd.DataFrame) -> None:

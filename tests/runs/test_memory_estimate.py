@@ -82,8 +82,7 @@ BILLION = 10**9
 TOO_LARGE = [
     pytest.param("batch=2000000", "batch", id="batch"),
     pytest.param("seq_len=1000000000", "seq_len", id="seq_len"),
-    pytest.param("model.n_layers=1000000", "model.n_layers", id="layers"),
-    pytest.param("model.n_layers=10000000 model.d_model=8 model.n_heads=1", "model.n_layers", id="thin_layers"),
+    pytest.param("model.n_layers=10000 model.d_model=4096", "model.n_layers", id="layers"),
     pytest.param("model.n_experts=1000000", "model.n_experts", id="experts"),
     pytest.param("model.vocab_size=1000000000", "model.vocab_size", id="vocabulary"),
     pytest.param("model.mlp_hidden_dim=1000000000", "model.mlp_hidden_dim", id="width_of_experts"),
@@ -104,18 +103,32 @@ TOO_LARGE = [
     pytest.param("workload.phase=decode seq_len=100000000", "seq_len", id="steps"),
     pytest.param("workload.phase=prefill batch=10000000", "batch", id="prefill"),
     pytest.param("dtype=bf16 batch=2000000", "batch", id="bf16"),
+    pytest.param(
+        "model=moe_layer model.shape.n_experts=100000 model.shape.d_model=8 model.shape.mlp_hidden_dim=8 batch=10000",
+        "batch",
+        id="logits",
+    ),
+    pytest.param(
+        "model=moe_layer router=loss_free router.calibration_tokens=1000000000",
+        "router.calibration_tokens",
+        id="calibration",
+    ),
+    pytest.param(
+        "model=moe_layer router=capacity router@router.inner=loss_free router.inner.calibration_tokens=1000000000",
+        "router.calibration_tokens",
+        id="inner_calibration",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("overrides", "key"), TOO_LARGE)
 def test_what_cannot_fit_is_refused_at_once(overrides: str, key: str, tmp_path: Path) -> None:
-    """In one line that names a key to lower; the record is `skipped`."""
+    """In one line that names a key to lower; there is no run."""
     cfg = moe_lab.compose([*overrides.split(), "device=cpu"])
     with pytest.raises(UnavailableError, match=r"memory: needs at least [\d.,]+ GB") as refused:
         moe_lab.run(cfg, tmp_path / "run")
     assert key in str(refused.value) and "\n" not in str(refused.value)
-    (record,) = moe_lab.load(tmp_path).to_dict("records")
-    assert record["status"] == "skipped" and record["reason"] == f"unavailable: {refused.value}"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("model", ["minimal", "decoder_moe", "transformer_decoder", "moe_layer", "router"])
@@ -163,6 +176,19 @@ def test_of_a_checkpoint(tmp_path: Path) -> None:
     cfg.model.path = str(tmp_path)
     with pytest.raises(ValueError, match="cannot be read"):
         memory_estimate.estimate(cfg)
+
+
+def test_a_text_is_in_memory_whole(tmp_path: Path) -> None:
+    """Of bytes with the ids and where each ends."""
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(10**10)
+    cfg = moe_lab.compose(
+        ["model=decoder_moe", "model.vocab_size=256", "workload=text", f"workload.path={tmp_path}/a.txt", "device=cpu"]
+    )
+    parts = memory_estimate.estimate(cfg)
+    assert parts is not None and parts["text"] == 16 * 10**10
+    with pytest.raises(UnavailableError, match=r"memory: needs at least .*text.*lower the size of the texts"):
+        moe_lab.run(cfg, tmp_path / "run")
 
 
 def test_a_model_of_the_users_is_not_estimated() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from moe_lab.records.schema import LAUNCH_BOUND
@@ -38,6 +37,6 @@ def test_a_gpu_that_waits_is_a_warning(
     built = tiny.built(tiny.decoder_moe(*overrides)).built
     assert built is not None and built.step is not None
     monkeypatch.setattr(built.step, "busy_ms", lambda: busy_ms)
-    observer = Observer(built, np.array([0.9, 1.0, 1.1]), 0)
+    observer = Observer(built, 1.0, 0)
     assert observer._gpu_busy() == busy_ms
     assert observer.warnings == [f"{LAUNCH_BOUND}{text}" for text in expected]

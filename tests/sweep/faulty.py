@@ -63,7 +63,7 @@ class Faulty(SoftmaxTopK):
             os.chdir("/")
         if self.fault == "close":
             sys.stdout.close(), sys.stderr.close(), os.closerange(1, 3)
-        if self.fault == "fork" and os.fork() == 0:
+        if self.fault == "fork" and self.calls == 1 and os.fork() == 0:  # once: else its children fork too
             time.sleep(0.1)
         if self.fault == "readonly":
             folder = os.environ["READONLY"]

@@ -201,7 +201,7 @@ def test_a_worker_that_is_stopped_is_not_out_of_time(
 ) -> None:
     """SIGSTOP for longer than the time-out: the step goes on afterwards."""
     monkeypatch.setattr(engine, "_TICK_S", 0.1)
-    content = config(talker, pause_s=0.2)
+    content = config(talker, pause_s=0.02)
     worker.call("build", content, str(tmp_path))
     threading.Timer(0.1, stopped_for, (pid(worker), 4)).start()
     started = time.monotonic()

@@ -5,6 +5,7 @@ In the place of what sweep/lock.py, sweep/engine.py, sweep/multirun.py, results/
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,17 @@ def test_a_sweep_writes_through_no_link(tmp_path: Path) -> None:
     done = sweep(tmp_path, "sweep.report=false", "sweep.stale=rerun")
     assert done.returncode != 0 and "is a link" in done.stdout + done.stderr
     assert {path.name: path.read_text() for path in victim.iterdir()} == before
+
+
+def test_a_sweep_goes_on_where_folders_and_pipes_are_in_the_place_of_its_files(tmp_path: Path) -> None:
+    """They are set aside; Hydra would wait for the reader of a pipe."""
+    folder = tmp_path / "outputs" / "s"
+    folder.mkdir(parents=True)
+    for name in FILES:
+        (folder / name).mkdir()
+    (folder / "multirun.yaml").rmdir()
+    os.mkfifo(folder / "multirun.yaml")
+    done = sweep(tmp_path, "sweep.report=false")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "multirun.yaml").is_file() and (folder / "runs.csv").is_file()
+    assert (folder / "runs.unreadable.csv").is_dir() and (folder / "multirun.unreadable.yaml").is_fifo()

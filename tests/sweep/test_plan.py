@@ -11,6 +11,7 @@ import pytest
 
 import moe_lab
 from moe_lab.config.compose import composing_multirun
+from moe_lab.config.unread import key_of
 from moe_lab.records import identity, variants
 from moe_lab.records.schema import Record
 from moe_lab.records.store import write_record
@@ -25,7 +26,8 @@ def make(directory: Path, *more: str, model: str = "moe_layer", engine: Any = No
     overrides = [*quick.overrides(model, *more), f"hydra.sweep.dir={directory}"]
     with composing_multirun(overrides, None) as (loader, config):
         jobs = multirun.JobComposer(loader, config).jobs(multirun.expand(loader, config))
-        return plan.make(jobs, directory, engine or InProcess(), ["moe-lab", "-m", *overrides])
+        typed = {key_of(override) for override in overrides}
+        return plan.make(jobs, directory, engine or InProcess(), ["moe-lab", "-m", *overrides], typed)
 
 
 def leave(cell: Cell, **fields: Any) -> None:
@@ -103,7 +105,7 @@ def test_an_axis_that_hydra_refuses_is_left_to_it(axis: str) -> None:
 
 def test_cells_too_large_for_the_memory_are_rows(tmp_path: Path) -> None:
     """They are skipped without being built, the others are to do; what has run once is not refused."""
-    sizes = ("model=decoder_moe", "batch=1,2000000", "model.n_layers=1,100000000", "seq_len=8,9")
+    sizes = ("model=decoder_moe", "model.d_model=4096", "batch=1,2000000", "model.n_layers=1,10000", "seq_len=8,9")
     cells = make(tmp_path, *sizes, model="decoder_moe").cells
     for cell in cells:
         is_small = cell.content["batch"] == 1 and cell.content["model"]["n_layers"] == 1
@@ -297,12 +299,60 @@ def test_an_anchor_that_is_in_no_cell_is_refused(tmp_path: Path) -> None:
         "sweep.exclude=[{router: torch, batch: 1}]",
     )
     assert [cell.status for cell in anchored.cells].count("excluded") == 1
+    with pytest.raises(ValueError, match=r"^sweep\.anchor=.*torch.*: no cell of the sweep is like this"):
+        make(tmp_path, "router=torch,sinkhorn", "sweep.anchor={router: torch}", "sweep.exclude=[{router: torch}]")
+
+
+def test_what_an_experiment_sets_is_said_where_it_has_no_effect(tmp_path: Path) -> None:
+    """Who types another axis did not ask for it, so it is not refused."""
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "x.yaml").write_text(
+        "# @package _global_\nsweep: {anchor: {router: hash}}\n"
+        "hydra: {sweeper: {params: {workload.zipf_exponent: '1.5'}}}\n"
+    )
+    overrides = [
+        "experiment=x",
+        *quick.overrides("moe_layer", "router=torch,sinkhorn"),
+        f"hydra.sweep.dir={tmp_path}/s",
+    ]
+    with composing_multirun(overrides, tmp_path / "mine") as (loader, config):
+        composer = multirun.JobComposer(loader, config)
+        jobs = composer.jobs(multirun.expand(loader, config))
+        made = plan.make(jobs, tmp_path / "s", InProcess(), ["moe-lab"], composer.typed)
+    assert [line.split("=")[0] for line in made.without_effect] == ["workload.zipf_exponent", "sweep.anchor"]
+    assert [cell.status for cell in made.cells] == ["to do", "to do"]
+
+
+def test_a_folder_may_be_named_by_the_jobs_number(tmp_path: Path) -> None:
+    """Hydra's own default."""
+    made = make(tmp_path, "batch=1,2", "hydra.sweep.subdir=${hydra.job.num}")
+    assert [cell.directory.name for cell in made.cells] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        pytest.param("sweep.fail_fast=true", "has no effect with another launcher", id="fail-fast"),
+        pytest.param("sweep.interleave=true", "has no effect with another launcher", id="interleave"),
+        pytest.param("sweep.worker=false", "has no effect with another launcher", id="worker"),
+        pytest.param("hydra.launcher.n_jobs=2", "cells that run at once", id="n_jobs"),
+        pytest.param("sweep.interleave=false", None, id="as-it-is"),
+    ],
+)
+def test_another_launcher_refuses_what_it_does_not_do(override: str, said: str | None, tmp_path: Path) -> None:
+    """When the plan is made, not when the first job runs."""
+    more = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=1", "batch=1,2", override)
+    if said is None:
+        assert len(make(tmp_path, *more).cells) == 2
+    else:
+        with pytest.raises(ValueError, match=said):
+            make(tmp_path, *more)
 
 
 def test_an_exclusion_of_no_cell_is_said(tmp_path: Path) -> None:
     """It may be meant for a larger sweep, so it is not refused."""
     made = make(tmp_path, "router=torch,sinkhorn", "sweep.exclude=[{router: hash}, {router: torch}]")
-    assert made.without_effect == ['sweep.exclude={"router": "hash"}: no cell of the sweep is like this']
+    assert made.without_effect == ['sweep.exclude={"router": "hash"}: no cell of the sweep is like this.']
     assert [cell.status for cell in made.cells].count("excluded") == 1
 
 
@@ -365,8 +415,10 @@ class Asked:
     def __init__(self, skips: Sequence[str]):
         self.skips = skips
 
-    def call(self, step: str, configs: list[dict[str, Any]], **_: Any) -> list[dict[str, Any]]:
-        """What `Bench.look` says."""
+    def call(self, step: str, configs: list[dict[str, Any]], **_: Any) -> list[Any]:
+        """What `Bench.look` says, and that there is the memory."""
+        if step == "refusals":
+            return [None] * len(configs)
         assert step == "look"
         unknown = dict.fromkeys(("env_id", "device_id", "available_bytes"))
         return [
