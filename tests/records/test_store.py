@@ -321,7 +321,7 @@ def test_a_result_that_is_to_be_replaced_is_kept_if_it_says_something(
 
 def test_a_half_of_a_pair_of_surrogates_is_escaped(tmp_path: Path) -> None:
     """It may come from a file's name; UTF-8 has none."""
-    write_record(tmp_path, Record(status="failed", reason="error: \ud800"))
+    write_record(tmp_path, Record(status="failed", reason="error: \ud800", cell_id="c" * 12, code_id="d"))
     assert read_record(tmp_path).reason == "error: \\ud800"
 
 
