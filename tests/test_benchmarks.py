@@ -69,6 +69,7 @@ def test_nothing_is_imported_from_the_tests(path: Path) -> None:
         assert not [module for module in modules if module.split(".")[0] == "tests"]
 
 
+@pytest.mark.slow
 def test_help_runs_nothing() -> None:
     """Exit code 0, the docstring and the options."""
     answers = json.loads(tiny.python(_HELP, *NAMES, env={"PYTHONPATH": str(tiny.ROOT), "COLUMNS": "120"}))

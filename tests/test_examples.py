@@ -35,6 +35,7 @@ def test_a_router_of_ones_own_is_compared_with_ours(tmp_path: Path) -> None:
     ("folder", "passed"),
     [pytest.param("my_router", 2, id="my_router"), pytest.param("my_experts", 24, id="my_experts")],
 )
+@pytest.mark.slow
 def test_its_own_tests_pass(folder: str, passed: int, tmp_path: Path) -> None:
     """With nothing but pytest in its folder."""
     shutil.copytree(EXAMPLES / folder, tmp_path / folder)

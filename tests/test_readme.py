@@ -73,6 +73,7 @@ def test_a_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
         for words in COMPOSED
     ],
 )
+@pytest.mark.slow
 def test_a_command_of_the_readme_names_what_there_is(words: list[str]) -> None:
     """Every cell is composed and checked."""
     overrides = [word for word in words if word not in ("-m", "plan")]

@@ -220,14 +220,16 @@ def require_keys(
         is_partial: others are given later, so none is missing.
     """
     every = list(inspect.signature(target).parameters.values())
-    parameters = [p for p in every[n_given:] if p.name not in given]
+    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    left = [p for number, p in enumerate(every) if number >= n_given or p.kind in open_ended]
+    parameters = [p for p in left if p.name not in given]
     named = {p.name for p in parameters if p.kind in _BY_NAME}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for key in keys:
         if key not in named and (not takes_any or key in given or key in {p.name for p in every}):
             raise ValueError(unknown_key(target, key, group, given=given, n_given=n_given))
     for key in given:
-        if not takes_any and key not in {p.name for p in every[n_given:] if p.kind in _BY_NAME}:
+        if not takes_any and key not in {p.name for p in left if p.kind in _BY_NAME}:
             raise ValueError(f"{_called(group, key)}: {_name(target)} must take {key} by name.")
     for p in [] if is_partial else parameters:
         if p.default is p.empty and p.kind is p.POSITIONAL_ONLY:

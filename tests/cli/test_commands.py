@@ -149,6 +149,7 @@ def test_these_are_all_the_scripts() -> None:
     assert {path.stem for path in (tiny.ROOT / "scripts").glob("*.py")} == SCRIPTS.keys()
 
 
+@pytest.mark.slow
 def test_a_mistake_of_generate_prints_no_text(tmp_path: Path) -> None:
     """One line and exit code 2; the prompt is not printed before it is known that something can follow."""
     path = f"model.path={quick.TINY_OLMOE}"

@@ -83,6 +83,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(("line", "expected"), [pytest.param(*item, id=item[0]) for item in OPTIONS.items()])
+@pytest.mark.slow
 def test_bash_completes(line: str, expected: set[str], answers: dict[str, list[str]]) -> None:
     """Words, their options, and Hydra's language; each once."""
     assert set(answers[line]) == expected

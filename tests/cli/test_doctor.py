@@ -48,6 +48,7 @@ def value(lines: list[str], key: str) -> str:
     return line.removeprefix(key).strip()
 
 
+@pytest.mark.slow
 def test_the_machine_and_its_hash_are_those_of_a_record(printed: list[str], tmp_path: Path) -> None:
     """Every field of the environment stands in a line, what is unknown as `-`."""
     done = test_main.moe_lab(*quick.overrides("minimal"), f"hydra.run.dir={tmp_path}/cell", cwd=tmp_path)

@@ -58,6 +58,7 @@ def test_every_cell_is_shown_with_what_would_be_done_and_nothing_is_written(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again_and_its_time_is_expected_of_the_rest(tmp_path: Path) -> None:
     """One cell has a record that took 90 seconds, another one of other code, the third none; equal ones are counted."""
     made = test_plan.make(tmp_path / "outputs" / "s", "batch=1,2,3")
@@ -73,6 +74,7 @@ def test_what_is_done_is_not_done_again_and_its_time_is_expected_of_the_rest(tmp
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_checkpoints_and_phases_are_told_apart(tmp_path: Path) -> None:
     """The model by its folder; the workload has a column where it differs, and prefill has no context."""
     arguments = quick.overrides("checkpoint", "workload.phase=prefill,decode", "workload.context_len=3,5")

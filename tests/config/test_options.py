@@ -87,6 +87,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Record:
 @pytest.mark.parametrize(
     "router", [pytest.param(r, id=r, marks=pytest.mark.slow if r in quick.RELATED else ()) for r in ROUTERS]
 )
+@pytest.mark.slow
 def test_a_checkpoint_runs_with_every_router(router: str, native: Record, tmp_path: Path) -> None:
     """On text: verified, and what the router does to the predictions is known against the checkpoint's own."""
     cfg = quick.compose("checkpoint", f"router={router}")

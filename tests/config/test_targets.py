@@ -486,7 +486,13 @@ def mine():
 """
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, id=n) for n in ("system", "run", "Popen", "shell", "number")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(n, id=n) for n in ("system", "shell")),
+        *(pytest.param(n, id=n, marks=pytest.mark.slow) for n in ("run", "Popen", "number")),
+    ],
+)
 def test_what_a_plugin_only_imports_may_not_be_named(name: str, trusted: Path) -> None:
     """The object says where it was defined; what the plug-in passes on of ours is fine."""
     (trusted / "plugin.py").write_text(IMPORTING)

@@ -81,6 +81,16 @@ def no_keys(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Sc
     return x_TD
 
 
+def takes_all(*arguments: Any, **options: Any) -> Tensor:
+    return arguments[0] * options["by"]
+
+
+def test_a_function_may_take_whatever_it_is_given() -> None:
+    """By place and by name."""
+    x_TD, routing, weights = make_x(3, 4), make_routing(3, 5, 2), make_weights(5, 4, 7)
+    assert torch.equal(FunctionExperts(takes_all, by=3.0)(x_TD, routing, weights), x_TD * 3)
+
+
 def no_scale(x_TD: Tensor, routing: Routing, weights: ExpertWeights, block: int = 1) -> Tensor:
     return x_TD
 

@@ -79,6 +79,7 @@ def test_every_router_computes_the_same_in_onnx_runtime(router: str, tmp_path: P
         for name in EXPORTABLE
     ],
 )
+@pytest.mark.slow
 def test_every_router_computes_the_same_in_a_decoder(router: str, tmp_path: Path) -> None:
     """Two layers, with attention; token ids in, logits out."""
     cfg = pairs.compose("decoder_moe", f"router={router}", *NEEDS.get(router, ()))
@@ -105,9 +106,14 @@ def test_every_policy_of_a_capacity_computes_the_same(policy: str, tmp_path: Pat
     [
         pytest.param("minimal", (), id="minimal"),
         pytest.param("transformer_decoder", ("model.tie_embeddings=true",), id="transformer_decoder, tied"),
-        pytest.param("transformer_decoder", ("model.qk_norm=head", "model.n_kv_heads=2"), id="shared keys, norms"),
+        pytest.param(
+            "transformer_decoder",
+            ("model.qk_norm=head", "model.n_kv_heads=2"),
+            id="shared keys, norms",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("checkpoint", (), id="checkpoint"),
-        pytest.param("moe_layer", ("model.shape.top_k=5",), id="every expert"),
+        pytest.param("moe_layer", ("model.shape.top_k=5",), id="every expert", marks=pytest.mark.slow),
         pytest.param("decoder_moe", ("model.n_dense_layers=1", "model.shared_expert_hidden_dim=8"), id="shared expert"),
     ],
 )
@@ -218,6 +224,7 @@ def test_axes_are_named_by_what_they_follow() -> None:
 
 
 @pytest.mark.parametrize("view", [pytest.param("modules", id="modules"), pytest.param("flat", id="flat")])
+@pytest.mark.slow
 def test_an_older_opset_and_a_flat_view_compute_the_same(view: str, tmp_path: Path) -> None:
     """Opset 18 spells attention out; flat, only our own ops are functions."""
     cfg = pairs.compose("decoder_moe", "router=sinkhorn", "export.opset=18", f"export.view={view}")
@@ -232,6 +239,7 @@ def test_an_older_opset_and_a_flat_view_compute_the_same(view: str, tmp_path: Pa
 @pytest.mark.parametrize(
     "model", [pytest.param("decoder_moe", id="ids"), pytest.param("moe_layer", id="hidden states")]
 )
+@pytest.mark.slow
 def test_bf16_is_verified_through_fp32_and_says_so(model: str, tmp_path: Path) -> None:
     """ONNX Runtime has no bf16 kernels on a CPU: never `passed`."""
     found, _ = pairs.export(pairs.compose(model, "dtype=bf16"), tmp_path / "pair")
@@ -244,6 +252,7 @@ def test_bf16_is_verified_through_fp32_and_says_so(model: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("experts", [pytest.param("loop", id="loop"), pytest.param("grouped", id="grouped")])
+@pytest.mark.slow
 def test_the_experts_implementation_is_not_part_of_the_mathematics(experts: str, tmp_path: Path) -> None:
     """Every implementation gives the same bytes; so do two exports in one process."""
     digests = []

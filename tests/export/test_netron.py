@@ -102,6 +102,7 @@ _CLICK = """
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_the_router_is_found_from_the_top(page: Any) -> None:
     """Block, in it the MoE layer, in it the router, in it Sinkhorn, in it a Loop."""
     assert page.title != "Netron" or nodes(page)

@@ -551,8 +551,8 @@ def test_loading_says_nothing_where_nobody_looks(tmp_path: Path, capfd: pytest.C
     ("bad", "place"),
     [
         pytest.param(torch.nan, 0, id="nan_first"),
-        pytest.param(torch.nan, -1, id="nan_last"),
-        pytest.param(torch.inf, 7, id="inf"),
+        pytest.param(torch.nan, -1, id="nan_last", marks=pytest.mark.slow),
+        pytest.param(torch.inf, 7, id="inf", marks=pytest.mark.slow),
         pytest.param(-torch.inf, -3, id="minus_inf"),
     ],
 )

@@ -146,6 +146,7 @@ def test_a_run_is_verified_and_measured(impl: str, tmp_path: Path) -> None:
 
 
 @needs_cxx
+@pytest.mark.slow
 def test_the_experiment_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
     """With the device and the execution said otherwise; two of the shapes."""
     changes = ["router=torch,cuda_ext", "experiment=router_kernels", "device=cpu", "execution=eager"]

@@ -417,6 +417,7 @@ def assert_same(y: Tensor, expected: Tensor) -> None:
 
 @LAYERS
 @DTYPES
+@pytest.mark.slow
 def test_the_layer_is_the_same_with_the_kernels(
     norm: str, clip: float | None, window: int | None, H: int, H_KV: int, dtype: torch.dtype, device: torch.device
 ) -> None:

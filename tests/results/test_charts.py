@@ -215,6 +215,7 @@ def test_the_file_has_the_layer_in_which_the_texts_differ_most() -> None:
     figure.savefig(io.BytesIO(), format="png")
 
 
+@pytest.mark.slow
 def test_what_the_files_lack_is_said(sweep: tuple[Path, Aggregate]) -> None:
     """Layers, in the sentence that names the file."""
     found = plots.draw(*sweep[:1], sweep[1].runs, sweep[1].summary)

@@ -352,7 +352,9 @@ def test_the_table_sorts_by_number_and_filters(chromium: Any, sweep: Path) -> No
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [pytest.param(390, id="phone"), pytest.param(1280, id="desk")])
-@pytest.mark.parametrize("dark", [pytest.param(False, id="light"), pytest.param(True, id="dark")])
+@pytest.mark.parametrize(
+    "dark", [pytest.param(False, id="light"), pytest.param(True, id="dark", marks=pytest.mark.slow)]
+)
 def test_the_page_fits_its_window(chromium: Any, sweep: Path, width: int, dark: bool) -> None:
     """It does not scroll sideways; text and page contrast, also in the plots and after the system changes its mind."""
     colours = """

@@ -25,24 +25,44 @@ DECODE = ["model=transformer_decoder", "workload.phase=decode"]
 
 CASES = [
     pytest.param(["model=minimal", "model.hidden=5000"], id="minimal"),
-    pytest.param(["model=minimal", "model.hidden=64", "batch=150000"], id="minimal_batch"),
+    pytest.param(["model=minimal", "model.hidden=64", "batch=150000"], id="minimal_batch", marks=pytest.mark.slow),
     pytest.param(["model=moe_layer", "model.shape.n_experts=16", "batch=1", "seq_len=64"], id="layer"),
     pytest.param(
         ["model=moe_layer", "model.shape.d_model=256", "model.shape.mlp_hidden_dim=64", "batch=1", "seq_len=40000"],
         id="layer_tokens",
+        marks=pytest.mark.slow,
     ),
     pytest.param(["model=router", "batch=64", "seq_len=1000"], id="router"),
-    pytest.param(["model=transformer_decoder", "model.n_layers=3", "batch=1", "seq_len=16"], id="dense_parameters"),
+    pytest.param(
+        ["model=transformer_decoder", "model.n_layers=3", "batch=1", "seq_len=16"],
+        id="dense_parameters",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         ["model=transformer_decoder", *SMALL, "model.vocab_size=40000", "batch=1", "seq_len=400"], id="logits"
     ),
-    pytest.param(["model=transformer_decoder", *SMALL, "model.mlp_hidden_dim=4000", "seq_len=2500"], id="dense_mlp"),
-    pytest.param(["model=decoder_moe", "model.n_layers=1", "batch=1", "seq_len=16"], id="experts"),
-    pytest.param(["model=decoder_moe", "dtype=bf16", "model.n_layers=1", "batch=1", "seq_len=16"], id="bf16"),
-    pytest.param(["model=decoder_moe", *SMALL, "model.n_layers=200", "batch=1", "seq_len=1"], id="modules"),
+    pytest.param(
+        ["model=transformer_decoder", *SMALL, "model.mlp_hidden_dim=4000", "seq_len=2500"],
+        id="dense_mlp",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        ["model=decoder_moe", "model.n_layers=1", "batch=1", "seq_len=16"], id="experts", marks=pytest.mark.slow
+    ),
+    pytest.param(
+        ["model=decoder_moe", "dtype=bf16", "model.n_layers=1", "batch=1", "seq_len=16"],
+        id="bf16",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        ["model=decoder_moe", *SMALL, "model.n_layers=200", "batch=1", "seq_len=1"],
+        id="modules",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         ["model=decoder_moe", *SMALL, "model.n_layers=2", "workload.phase=prefill", "batch=32", "seq_len=1000"],
         id="prefill",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
         [

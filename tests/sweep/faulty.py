@@ -81,13 +81,13 @@ FAULTS += ("exit_at_once", "kill", "sys_exit", "interrupt", "chdir", "close", "f
 
 
 def plugin(folder: Path) -> Path:
-    """A folder for --config-dir with a router for each of `FAULTS`: at once, and `late_` ones after 20 calls."""
+    """A folder for --config-dir with a router for each of `FAULTS`: at once, and `late_` ones after it was verified."""
     (folder / "router").mkdir(parents=True)
     (folder / "faulty_router.py").write_text(_MODULE)
     for fault in FAULTS:
         yaml = f"_target_: faulty_router.Faulty\nname: {{}}{fault}\nfault: {fault}\n"
         (folder / "router" / f"{fault}.yaml").write_text(yaml.format(""))
-        (folder / "router" / f"late_{fault}.yaml").write_text(yaml.format("late_") + "after: 20\n")
+        (folder / "router" / f"late_{fault}.yaml").write_text(yaml.format("late_") + "after: 200\n")
     return folder
 
 

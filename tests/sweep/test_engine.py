@@ -138,6 +138,7 @@ def test_a_cell_that_fails_is_told_from_a_mistake_and_has_a_record(worker: Worke
     assert worker.call("look", []) == []
 
 
+@pytest.mark.slow
 def test_after_an_interrupted_call_settle_reads_its_reply(worker: Worker, talker: Path, tmp_path: Path) -> None:
     """The step ends, and the next call gets its own answer, not that of the step before."""
     content = config(talker, pause_s=0.2)
@@ -224,6 +225,7 @@ worker.close()
 """
 
 
+@pytest.mark.slow
 def test_a_parent_that_is_stopped_takes_the_reply_that_came(tmp_path: Path) -> None:
     """SIGSTOP of the parent for longer than the time-out, while its worker is slow to answer."""
     process = subprocess.Popen(

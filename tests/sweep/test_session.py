@@ -75,6 +75,7 @@ def test_a_router_that_spoils_the_process_harms_only_itself(tmp_path: Path) -> N
     assert "7 cells, 6 done; 1 to run" in again.stderr, "what was killed runs again, what failed by itself does not"
 
 
+@pytest.mark.slow
 def test_a_folder_that_becomes_read_only_is_one_line(tmp_path: Path) -> None:
     """Immutable, for root too: what was recorded stays, whole; there is no traceback."""
     disk = tmp_path / "disk"
@@ -197,6 +198,7 @@ def test_members_of_a_group_name_each_other_and_have_a_ratio(tmp_path: Path) -> 
     assert set(map(tuple, np.stack(orders, 1))) == {(0, 1), (1, 0)}
 
 
+@pytest.mark.slow
 def test_again_runs_nothing_and_a_missing_member_runs_with_the_anchor(tmp_path: Path) -> None:
     """What is done keeps its files; the missing cell gets a ratio from rounds with the anchor timed again."""
     arguments = ("router=torch,sinkhorn", "measure.max_time_s=0.3")
@@ -230,6 +232,7 @@ def test_failures_stay_until_they_are_to_be_retried(tmp_path: Path) -> None:
     assert faulty.records(tmp_path)["raise"].started != first
 
 
+@pytest.mark.slow
 def test_fail_fast_stops_at_the_first_failure(tmp_path: Path) -> None:
     """The cells behind it have no record, and a line says how many."""
     plugin = faulty.plugin(tmp_path / "mine")
@@ -263,6 +266,7 @@ def test_exclusions_and_impossible_combinations_are_records(tmp_path: Path) -> N
     assert [line.split()[0] for line in table[1:7]] == ["torch"] * 4 + ["sinkhorn"] * 2, "what was excluded has no row"
 
 
+@pytest.mark.slow
 def test_cells_that_the_model_makes_equal_run_once(tmp_path: Path) -> None:
     """seq_len and router do nothing to minimal; the first line says how many cells equal another."""
     from tests import quick
@@ -415,6 +419,7 @@ def test_a_sweep_ends_with_a_table_and_the_paths_of_its_files(tmp_path: Path) ->
     assert lines[1].split()[0] == "torch"
 
 
+@pytest.mark.slow
 def test_a_finished_cell_that_is_left_out_later_keeps_its_result(tmp_path: Path) -> None:
     """Excluded in a second command: the record and its samples are as they were."""
     assert faulty.sweep("router=torch,sinkhorn", cwd=tmp_path).returncode == 0

@@ -138,6 +138,7 @@ def test_a_cell_alone_has_neither_peers_nor_a_ratio(four: list[Cell]) -> None:
     assert (record.status, record.interleaved_with, record.ratio_to_anchor) == ("ok", [], None)
 
 
+@pytest.mark.slow
 def test_a_slow_router_has_a_large_ratio(plugin: Path, tmp_path: Path) -> None:
     """It waits for 20 ms in a layer that takes far less; against it, the other has a small one."""
     group = cells(tmp_path, "router=torch,slow", "measure.max_time_s=1", "measure.target_ci=100", plugin=plugin)
