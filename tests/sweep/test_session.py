@@ -123,7 +123,7 @@ def test_a_lost_cuda_context_is_one_cells_failure(when: str, tmp_path: Path) -> 
     records = faulty.records(tmp_path)
     lost, hung = (records[router] for router in routers[:2])
     assert lost.status == hung.status == "failed"
-    assert "CUDA error" in str(lost.reason)  # whichever call meets it first
+    assert "CUDA" in str(lost.reason)  # its words depend on which call meets it first
     assert hung.reason == ("timeout: block" if when else "timeout: verify")
     assert records["torch"].status == records["sinkhorn"].status == "ok"
     assert records["sinkhorn"].interleaved_with == [records["torch"].cell_id]
