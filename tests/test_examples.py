@@ -80,6 +80,7 @@ def sweep_of_experts(folder: Path, *more: str, interprets: bool, device: str = "
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+@pytest.mark.slow
 def test_experts_of_ones_own_are_compared_with_ours(tmp_path: Path) -> None:
     """The sweep runs all three; the row of the new ones is verified and says which kernels ran."""
     records = sweep_of_experts(tmp_path, interprets=True)
@@ -92,6 +93,7 @@ def test_experts_of_ones_own_are_compared_with_ours(tmp_path: Path) -> None:
     assert records["my_experts"].latency_ms is not None
 
 
+@pytest.mark.slow
 def test_where_its_kernel_cannot_run_the_row_says_why(tmp_path: Path) -> None:
     """On a CPU without Triton's interpreter; the others run."""
     records = sweep_of_experts(tmp_path, interprets=False)

@@ -90,7 +90,11 @@ def test_data_for_a_program_is_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    "command", [pytest.param(name, id=name) for name in ("checkpoint", "report", "compare", "word")]
+    "command",
+    [
+        pytest.param("checkpoint", id="checkpoint"),
+        *(pytest.param(name, id=name, marks=pytest.mark.slow) for name in ("report", "compare", "word")),
+    ],
 )
 def test_no_escape_code_of_a_file_reaches_the_terminal(command: str, tmp_path: Path) -> None:
     """In processes: a config.json, records with hostile names and reasons, and a word of the command line."""

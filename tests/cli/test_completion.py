@@ -90,6 +90,7 @@ def test_bash_completes(line: str, expected: set[str], answers: dict[str, list[s
     assert len(answers[line]) == len(expected)
 
 
+@pytest.mark.slow
 def test_at_the_start_words_stand_beside_hydras_keys(answers: dict[str, list[str]]) -> None:
     """All of both."""
     assert set(COMMANDS) <= set(answers["moe-lab "])

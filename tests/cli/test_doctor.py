@@ -60,6 +60,7 @@ def test_the_machine_and_its_hash_are_those_of_a_record(printed: list[str], tmp_
     assert value(printed, "noise floor") == "not measured; run moe-lab doctor --noise"
 
 
+@pytest.mark.slow
 def test_every_option_says_whether_it_runs_here(printed: list[str]) -> None:
     """ok, or what keeps it from that."""
     groups = listing.groups(None)

@@ -86,6 +86,7 @@ def plain(x_TD, routing, weights, *, scale):
 """
 
 
+@pytest.mark.slow
 def test_experts_of_ones_own_stand_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A class, a function, and one that cannot run here, by --config-dir; sizes are those of model=decoder_moe."""
     (tmp_path / "experts").mkdir()

@@ -105,6 +105,7 @@ def test_a_comparison_with_a_reference_router_is_shown_with_its_floor_and_its_ti
     assert "comparing" not in moe_lab(*quick.overrides("moe_layer"), cwd=tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_a_path_that_is_none_is_named_though_the_folder_of_the_run_depends_on_it(tmp_path: Path) -> None:
     """Hydra asks for the folder, and so for the cell's identity, before the configuration is checked."""
     done = moe_lab(*quick.overrides("checkpoint", "workload.path=7"), cwd=tmp_path)
@@ -246,6 +247,7 @@ def test_a_read_only_output_directory_is_one_line(tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_failed_run_has_exit_code_1(tmp_path: Path) -> None:
     """A plug-in router that breaks the contract is a failed row naming the clause."""
     (tmp_path / "mine" / "router").mkdir(parents=True)

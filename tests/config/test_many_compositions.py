@@ -45,7 +45,9 @@ def _composed(loader: ConfigLoader, master: DictConfig, overrides: list[str]) ->
     return OmegaConf.to_yaml(cfg), (flags, types, OmegaConf.is_struct(cfg), cfg.hydra.runtime.choices)
 
 
-@pytest.mark.parametrize("typed", [pytest.param([], id="plain"), pytest.param(["model=decoder_moe"], id="option")])
+@pytest.mark.parametrize(
+    "typed", [pytest.param([], id="plain"), pytest.param(["model=decoder_moe"], id="option", marks=pytest.mark.slow)]
+)
 def test_equal_to_hydras_own(typed: list[str]) -> None:
     """In any order, and again after a job was changed."""
     with composing_multirun(typed, None) as (loader, master):

@@ -200,6 +200,7 @@ def test_all_weights_lie_in_one_file_under_their_names(tmp_path: Path) -> None:
         pytest.param(("export.dynamic=[]",), [2, 7], id="none"),
     ],
 )
+@pytest.mark.slow
 def test_only_the_axes_asked_for_are_free(overrides: tuple[str, ...], shape: list[object], tmp_path: Path) -> None:
     """The others are numbers, and parity looks at lengths of the free ones alone."""
     pairs.export(pairs.compose("decoder_moe", *overrides), tmp_path / "pair")
@@ -358,6 +359,7 @@ def test_processes_write_the_same_bytes(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_a_run_records_its_export(tmp_path: Path) -> None:
     """`moe_lab.run`: counts, sizes and parity in the record, the files below the run's folder."""
     cfg = pairs.compose("decoder_moe", "measure.phases=false")

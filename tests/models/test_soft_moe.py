@@ -339,6 +339,7 @@ def test_a_correct_run_passes_on_cuda(model: str, dtype: str, execution: str) ->
 
 @needs_cxx
 @MODELS
+@pytest.mark.slow
 def test_a_correct_run_compiles(model: str) -> None:
     """Captured whole, and verified like the others."""
     assert_verified(config(model, "execution=compile", "dtype=bf16"))

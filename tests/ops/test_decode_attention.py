@@ -542,6 +542,7 @@ def more_launches() -> None:
 @pytest.mark.parametrize(
     "launches", [pytest.param(launches, id="bf16"), pytest.param(more_launches, id="more", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu(launches: Callable[[], None], tmp_path: Path) -> None:
     """Which their interpreter does not ask."""
     assert_compiles(launches, tmp_path)

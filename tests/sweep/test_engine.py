@@ -197,6 +197,7 @@ def stopped_for(process: int, seconds: float) -> None:
     subprocess.Popen(["sh", "-c", script], start_new_session=True)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stopped_is_not_out_of_time(
     worker: Worker, talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +301,7 @@ def ends(process: int) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_the_start_is_not_the_steps_time_and_close_ends_the_process(tmp_path: Path) -> None:
     """A start that takes longer than the step may; then a process that is gone, and no second life by closing twice."""
     (tmp_path / "sitecustomize.py").write_text("import time\ntime.sleep(1.5)\n")

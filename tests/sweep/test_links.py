@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import quick
 
 FILES = (".owner.json", "multirun.yaml", "plan.json", "runs.csv", "runs.parquet", "summary.csv", "report.html")
@@ -44,6 +46,7 @@ def test_a_sweep_writes_through_no_link(tmp_path: Path) -> None:
     assert {path.name: path.read_text() for path in victim.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_folders_and_pipes_are_in_the_place_of_its_files(tmp_path: Path) -> None:
     """They are set aside; Hydra would wait for the reader of a pipe."""
     folder = tmp_path / "outputs" / "s"

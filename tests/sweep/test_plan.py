@@ -240,6 +240,7 @@ def test_refusing_stale_results_names_them(tmp_path: Path) -> None:
         make(tmp_path, "sweep.stale=refuse")
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_not_compared_with_the_reference_router_is_to_do(tmp_path: Path) -> None:
     """The configuration that is timed is the same; what is asked of it now is not in its record."""
     for cell in make(tmp_path, "router=torch,sinkhorn").cells:

@@ -55,6 +55,7 @@ def test_every_way_to_fail_is_a_row_and_the_others_are_measured(when: str, tmp_p
     assert "faulty_router.py" in segfault
 
 
+@pytest.mark.slow
 def test_a_router_that_spoils_the_process_harms_only_itself(tmp_path: Path) -> None:
     """Another folder, closed streams, a fork: the others are measured. Each way to end has its reason."""
     plugin = faulty.plugin(tmp_path / "mine")
@@ -159,6 +160,7 @@ def test_every_execution_on_cuda_is_timed_in_one_group(tmp_path: Path) -> None:
     assert [record.ratio_to_anchor is None for record in records].count(True) == 1
 
 
+@pytest.mark.slow
 def test_memory_under_a_limit_of_the_process(tmp_path: Path) -> None:
     """RLIMIT_AS: the cell that wants more is a row that says so, the one that does not is measured."""
     limit = 16 * 2**30
@@ -243,6 +245,7 @@ def test_fail_fast_stops_at_the_first_failure(tmp_path: Path) -> None:
     assert "2 cells were not run" in done.stderr
 
 
+@pytest.mark.slow
 def test_exclusions_and_impossible_combinations_are_records(tmp_path: Path) -> None:
     """Declared skips: exit code 0, reasons in the records and in plan.json; an exclusion is no row of the table."""
     exclude = "sweep.exclude=[{router: sinkhorn, batch: 1}]"
@@ -335,6 +338,7 @@ def test_two_sweeps_at_once_in_one_folder(tmp_path: Path) -> None:
     assert third.returncode == 0, third.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_in_this_process(tmp_path: Path) -> None:
     """sweep.worker=false gives the same rows; replicates are refused, for they are fresh processes.
 

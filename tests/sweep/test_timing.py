@@ -172,6 +172,7 @@ def test_an_anchor_that_is_done_runs_along_and_keeps_its_files(four: list[Cell])
 @pytest.mark.parametrize(
     "first", [pytest.param(0, id="anchor-first", marks=pytest.mark.slow), pytest.param(2, id="anchor-third")]
 )
+@pytest.mark.slow
 def test_what_does_not_fit_together_is_timed_in_subgroups_with_the_anchor(first: int, four: list[Cell]) -> None:
     """Memory for two of four: three pairs, each with the anchor, which is recorded once."""
     anchor = four[first]
