@@ -45,6 +45,7 @@ def test_its_own_tests_pass(folder: str, passed: int, tmp_path: Path) -> None:
     assert f"{passed} passed" in done.stdout or torch.cuda.is_available()  # there it tries bf16 and graphs, too
 
 
+@pytest.mark.slow
 def test_a_router_that_breaks_the_contract_is_a_row_that_names_the_clause(tmp_path: Path) -> None:
     """The best expert in both slots."""
     shutil.copytree(EXAMPLES / "my_router", tmp_path / "my_router")

@@ -66,6 +66,7 @@ def run(*command: str | Path, cwd: Path) -> str:
         pytest.param(True, id="dependencies-installed", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_an_installation_works_from_another_directory(editable: bool, own_dependencies: bool, tmp_path: Path) -> None:
     """In a new virtual environment `moe-lab --help`, a tiny run, and moe_lab.kernels work away from the checkout."""
     tree = checkout(tmp_path / "a checkout")

@@ -81,6 +81,7 @@ def test_what_is_not_an_architecture(text: str) -> None:
 
 
 @needs_cxx
+@pytest.mark.slow
 def test_what_cannot_be_built_is_one_line(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With exit code 2, whether the GPU is too old or there is no compiler; nothing is written."""
     old = build("--arch", "75")

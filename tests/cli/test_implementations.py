@@ -23,6 +23,7 @@ def blocks(text: str) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.usefixtures("no_compiler")
+@pytest.mark.slow
 def test_every_router_with_its_properties(capsys: pytest.CaptureFixture[str]) -> None:
     """Its comment, then what it declares and who computes it, or why it cannot run."""
     implementations.show("router", None)

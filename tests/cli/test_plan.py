@@ -32,6 +32,7 @@ def plan(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.usefixtures("no_compiler")
+@pytest.mark.slow
 def test_every_cell_is_shown_with_what_would_be_done_and_nothing_is_written(tmp_path: Path) -> None:
     """In an empty folder: to do, cannot run here, impossible, excluded; a bound for the time; `-m` may be there."""
     arguments = quick.overrides(

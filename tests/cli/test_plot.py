@@ -26,6 +26,7 @@ def runs(sweep: Path) -> pd.DataFrame:
     return load(sweep)
 
 
+@pytest.mark.slow
 def test_a_picture_is_written_where_it_says(sweep: Path, tmp_path: Path) -> None:
     """Into the folder's plots, or where `-o` says, with how many runs are missing in it."""
     done = moe_lab("plot", str(sweep), "batch", "latency_ms.p50", cwd=tmp_path)

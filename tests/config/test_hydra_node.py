@@ -274,6 +274,7 @@ def test_what_is_typed_is_trusted(name: str, place: Path, capsys: pytest.Capture
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_log_in_the_runs_folder_is_written_and_follows_no_link(place: Path) -> None:
     """Hydra's own job_logging=default works; in the place of its file there may be a link."""
     words = [*quick.overrides("minimal"), "hydra/job_logging=default", "hydra.run.dir=run"]

@@ -50,7 +50,13 @@ PAIRS = [(router, "grouped") for router in ROUTERS] + [
 ]
 
 
-@pytest.mark.parametrize(("router", "experts"), [pytest.param(*pair, id="-".join(pair)) for pair in PAIRS])
+@pytest.mark.parametrize(
+    ("router", "experts"),
+    [
+        pytest.param(*pair, id="-".join(pair), marks=pytest.mark.slow if pair[0] in quick.RELATED else ())
+        for pair in PAIRS
+    ],
+)
 @pytest.mark.parametrize(  # a decoder with every router is tried on the checkpoint
     "model",
     [pytest.param("decoder_moe", id="decoder_moe", marks=pytest.mark.slow), pytest.param("moe_layer", id="moe_layer")],
@@ -150,6 +156,7 @@ def test_every_model_runs_on_cuda(model: str, dtype: str, execution: str, tmp_pa
 
 
 @needs_cxx
+@pytest.mark.slow
 def test_a_cpu_run_compiles(tmp_path: Path) -> None:
     """execution=compile captures the MoE decoder whole and is verified like the others."""
     record = moe_lab.run(quick.compose("decoder_moe", "execution=compile", "model.n_layers=1"), tmp_path)

@@ -123,6 +123,7 @@ def test_every_model_computes_the_same(model: str, overrides: tuple[str, ...], t
     check(tmp_path / "pair", found)
 
 
+@pytest.mark.slow
 def test_the_top_level_of_a_decoder_is_its_blocks(tmp_path: Path) -> None:
     """ids -> embedding -> blocks -> norm -> head; what they are made of opens."""
     pairs.export(pairs.compose("decoder_moe", "model.n_layers=3"), tmp_path / "pair")
@@ -306,6 +307,7 @@ def softmax(kind: type) -> Callable[[int, int], Router]:
         pytest.param(softmax(pairs.OtherWeights), MismatchError, "a routing weight of token", id="other weights"),
     ],
 )
+@pytest.mark.slow
 def test_what_a_graph_cannot_hold_is_an_error_and_leaves_nothing(
     make_router: Callable[[int, int], Router],
     raised: type[Exception],

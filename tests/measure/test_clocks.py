@@ -211,6 +211,7 @@ def test_a_graph_break_is_unavailable_under_compile() -> None:
 
 
 @needs_cxx
+@pytest.mark.slow
 def test_a_second_compiled_step_leaves_the_first_compiled() -> None:
     """A sweep times the members of a group in turns: no sample may hold a compilation."""
     first = CompiledStep(nn.Sequential(nn.Identity(), nn.ReLU()), torch.zeros(3))

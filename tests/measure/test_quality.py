@@ -336,6 +336,7 @@ def bits_per_byte_of_transformers(run: Windows) -> dict[str, float]:
         pytest.param("fp32", None, id="whole_texts", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_run_gives_the_bits_per_byte_of_transformers(dtype: str, tokens: int | None, tmp_path: Path) -> None:
     """Of every text, for the same windows: within 1 % in bf16, and in fp32 to the rounding."""
     more = (

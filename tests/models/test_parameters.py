@@ -60,6 +60,7 @@ def test_bf16_parameters_are_the_fp32_ones_rounded(model: str) -> None:
     assert {values.dtype for values in narrow.values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_parameters_are_the_same_in_another_process() -> None:
     """Bit for bit, whatever its hash seed: no random generator is involved."""
     overrides = quick.overrides("decoder_moe", "seed=3", "dtype=bf16")

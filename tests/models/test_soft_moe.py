@@ -355,6 +355,7 @@ def test_a_correct_run_compiles(model: str) -> None:
     ],
 )
 @DTYPES
+@pytest.mark.slow
 def test_every_size_of_the_decoder_is_verified(more: list[str], dtype: str) -> None:
     """The reference follows the model's options."""
     assert_verified(config("decoder_moe", f"dtype={dtype}", *more))

@@ -428,6 +428,7 @@ def test_fake_tensors_have_the_real_shapes(implementation: str) -> None:
 
 @needs_cxx
 @EXTENSION
+@pytest.mark.slow
 def test_a_compiled_router_has_no_break_and_the_same_results(implementation: str, device: torch.device) -> None:
     """torch.compile(fullgraph=True) of a whole selection."""
     router = make("torch", 64, 6).to(device)

@@ -280,6 +280,7 @@ def test_the_choices_of_the_co_activation(chromium: Any, sweep: Path) -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 def test_the_choices_of_the_experts_by_text(chromium: Any, of_texts: Path) -> None:
     """All layers are one map with an empty row below each, one layer a map with a row for each text."""
     with opened(chromium, of_texts) as driver:

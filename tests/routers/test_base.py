@@ -297,6 +297,7 @@ def by_expert(routing: Routing, E: int) -> Tensor:
 
 
 @EVERY
+@pytest.mark.slow
 def test_a_router_declared_graph_safe_compiles_as_one_graph(new_router: NewRouter) -> None:
     """Where `graph_safe` is declared, no step looks at a value: tracing finds one whole graph with the same route."""
     router, logits_TE, ctx = new_router(7, 3), random_logits(37, 7), context(37)._replace(layer=1)

@@ -310,6 +310,7 @@ def test_a_native_router_may_have_other_slots_and_a_capacity(native: Checkpoint)
 @pytest.mark.parametrize(
     "router", [pytest.param(r, id=r) for r in ("sinkhorn", "deepseek_v3", "loss_free", "capacity", "soft")]
 )
+@pytest.mark.slow
 def test_routers_of_a_checkpoint_share_its_weights_and_read_no_file(
     router: str, native: Checkpoint, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ SMALL = ["model.d_model=64", "model.n_heads=2", "model.n_layers=1", "model.mlp_h
 DECODE = ["model=transformer_decoder", "workload.phase=decode"]
 
 CASES = [
-    pytest.param(["model=minimal", "model.hidden=5000"], id="minimal"),
+    pytest.param(["model=minimal", "model.hidden=5000"], id="minimal", marks=pytest.mark.slow),
     pytest.param(["model=minimal", "model.hidden=64", "batch=150000"], id="minimal_batch", marks=pytest.mark.slow),
     pytest.param(["model=moe_layer", "model.shape.n_experts=16", "batch=1", "seq_len=64"], id="layer"),
     pytest.param(
@@ -74,6 +74,7 @@ CASES = [
             "batch=64",
         ],
         id="decode",
+        marks=pytest.mark.slow,
     ),
 ]
 

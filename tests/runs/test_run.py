@@ -355,6 +355,7 @@ def test_the_time_spent_is_that_at_work(tmp_path: Path) -> None:
     "load", [pytest.param(load, id=load) for load in ("balanced", "random", "zipf", "hot", "one_hot")]
 )
 @pytest.mark.parametrize("model", [pytest.param(model, id=model) for model in ("decoder_moe", "moe_layer")])
+@pytest.mark.slow
 def test_a_forced_load_is_verified_and_said(model: str, load: str, tmp_path: Path) -> None:
     """The record says that no router ran, the realised load is its own, and there is no route to check."""
     record = moe_lab.run(quick.compose(model, f"workload.load={load}", "batch=5", "seq_len=8"), tmp_path)

@@ -205,6 +205,7 @@ def test_every_option_of_the_decoder_is_verified(overrides: list[str], dtype: st
 @pytest.mark.parametrize(
     "field", [pytest.param(field, id=field) for field in ("rel_error", "expert_rel_error", "token_rel_error")]
 )
+@pytest.mark.slow
 def test_correct_bf16_runs_stay_below_half_of_each_tolerance(field: str, correct_bf16: list[Check]) -> None:
     """The table is not so tight that rounding fails a correct run."""
     tolerance = getattr(TOLERANCES[torch.bfloat16], field.removesuffix("rel_error").rstrip("_") or "model")

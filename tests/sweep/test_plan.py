@@ -160,6 +160,7 @@ def test_a_mistake_that_only_building_finds_in_every_cell_is_one_too(tmp_path: P
     assert str(made.cells[0].reason).startswith(f"impossible: model.path={tmp_path}/nowhere")
 
 
+@pytest.mark.slow
 def test_other_texts_are_other_cells_and_the_same_ones_again_are_done(tmp_path: Path) -> None:
     """What was measured on a text stays, and is found when the text is what it was."""
     texts = tmp_path / "texts"

@@ -320,6 +320,7 @@ def test_ctrl_c_writes_what_is_there_and_says_how_to_go_on(tmp_path: Path) -> No
     assert len(faulty.records_list(tmp_path)) == 4
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_in_one_folder(tmp_path: Path) -> None:
     """The second is told who is there (exit code 2); after a kill -9 the next one gets in."""
     arguments = ("router=torch,sinkhorn", "measure.max_time_s=60", "measure.target_ci=1e-9")
@@ -408,6 +409,7 @@ def test_cells_are_not_timed_at_once(tmp_path: Path) -> None:
     assert line.startswith("moe-lab: hydra.launcher.n_jobs=-1: ") and "set hydra.launcher.n_jobs=1" in line
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_a_table_and_the_paths_of_its_files(tmp_path: Path) -> None:
     """Rows with ratios, then runs.csv and report.html."""
     from tests import quick
