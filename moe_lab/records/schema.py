@@ -69,8 +69,8 @@ class Ratio:
 
 
 _PROPERTY = (
-    "of this property, if the router declares it: `verified` on a part of the run's logits, or `not verified:` and "
-    "what was not there to look at"
+    "of this property, if the router declares it: `verified` on the run's logits, `does not hold`, or "
+    "`not verified:` and what was not there to look at"
 )
 
 
