@@ -232,7 +232,7 @@ def _gate(df: pd.DataFrame, words: list[str]) -> int:
         return MATCHED
     if not n_judged:
         remedy = "; measure with measure.replicates=3" if "inconclusive" in not_judged else ""
-        print(f"{option}: nothing was judged ({told}), so this is no pass{remedy}", file=sys.stderr)
+        print(f"{option}: nothing was judged ({told}), so the gate does not pass{remedy}", file=sys.stderr)
         return NOTHING_JUDGED
     if told:
         print(f"{option}: passed, but {len(df) - n_judged} of {len(df)} rows were not judged: {told}", file=sys.stderr)

@@ -28,7 +28,7 @@ from moe_lab.errors import nearest
 
 _trusted: list[Path] = []
 _BUILDABLE = ("moe_lab.models.", "moe_lab.routers.", "moe_lab.experts.", "moe_lab.workloads.")
-_ABOUT = ("_target_", "name")  # keys of an option that are no arguments of its target
+_ABOUT = ("_target_", "name")  # keys of an option that its target does not take
 
 
 def trust(config_dir: str | Path) -> Path:

@@ -98,7 +98,7 @@ class Watch:
 
 
 def warnings(contention: dict[str, Any] | None) -> list[str]:
-    """One line if the machine was busy; what is not known is no reason for it."""
+    """One line if the machine is known to have been busy."""
     seen = {name: value for name, value in (contention or {}).items() if value is not None}
     reasons = []
     if runs := seen.get("other_runs"):

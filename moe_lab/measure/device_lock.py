@@ -92,7 +92,7 @@ class DeviceLock:
         for path in folder.iterdir():
             if path == self._own or path.name == _TURN or path.name.startswith("."):
                 continue
-            with suppress(OSError):  # it has just ended, or is no file of a run
+            with suppress(OSError):  # the run has just ended, or the file is not a run's
                 descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -115,7 +115,7 @@ class DeviceLock:
 
 
 def _folder(device_id: str) -> Path | None:
-    """The folder of a GPU or of all CPUs, the same for all processes of this user; None if there is no place for it.
+    """The folder of a GPU or of all CPUs, the same for all processes of this user; None if it cannot be made.
 
     In a folder of the user's own, so that nobody else can plant a link or hold a lock.
     """

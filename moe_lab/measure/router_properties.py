@@ -26,10 +26,9 @@ from moe_lab.errors import MismatchError
 from moe_lab.measure.layer_probe import differing_tokens, scored_selection
 from moe_lab.measure.tolerances import TOLERANCES
 from moe_lab.models.moe_layer import MoELayer, hooked, indexed_moe_layers, moe_layers
+from moe_lab.records.schema import DOES_NOT_HOLD, VERIFIED
 from moe_lab.routers.base import RouteContext, Router, Routing
 from moe_lab.routers.contract import members
-
-VERIFIED, DOES_NOT_HOLD = "verified", "does not hold"
 
 # So many layers and, of each, prefixes and what is selected alone, so that it takes milliseconds.
 _LAYERS, _SEQUENCES, _PREFIXES = 4, 4, 6

@@ -13,7 +13,7 @@ import os
 import stat
 import zipfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 MOST_BYTES = 1 << 26
 """Of a JSON or YAML file; a record of a hundred layers has less than a hundredth of that."""
@@ -34,7 +34,7 @@ def require_plain(path: str | Path, most_bytes: int | None = MOST_BYTES) -> os.s
     """The status of a plain file, links followed; for files that a library opens by itself.
 
     Raises:
-        OSError: there is no such file, it is not a plain one, or it has more than `most_bytes`.
+        OSError: the file does not exist, is not a plain file, or is larger than `most_bytes`.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -87,18 +87,15 @@ def parse_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
     return content
 
 
-def _not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
+    """A number of a JSON file. Raises `ValueError` for NaN, Infinity and 1e999."""
     value = float(text)
-    if math.isinf(value):
-        raise ValueError(f"{text[:60]} is too large")
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:60]} is not a finite number")
     return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_not_json, parse_float=_finite)
+_DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 
 
 def _too_deep() -> ValueError:

@@ -28,6 +28,10 @@ BUSY = "busy machine: "
 """How the warning of a run begins that did not have the machine for itself."""
 
 
+VERIFIED, DOES_NOT_HOLD = "verified", "does not hold"
+"""What a run says of a property that a router declares; else `not verified: ` and why."""
+
+
 @dataclass(kw_only=True)
 class Latency:
     """Milliseconds of one iteration."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from moe_lab.records import fields
+from moe_lab.records.schema import DOES_NOT_HOLD, VERIFIED
 from moe_lab.results import numbers
 from moe_lab.results.settings import describe
 
@@ -70,9 +71,9 @@ def _property(key: str, cells: pd.DataFrame, all_cells: pd.DataFrame) -> tuple[s
         return (f"{key}: not known", False) if key in _WANTED else None
     if not declared:
         return (f"not {key}", False) if key in _WANTED else None
-    if key in _VERIFIABLE and (all_cells[f"check.{key}"] == "does not hold").any():
+    if key in _VERIFIABLE and (all_cells[f"check.{key}"] == DOES_NOT_HOLD).any():
         return f"{key}: declared, does not hold", False
-    if key in _VERIFIABLE and not (cells[f"check.{key}"] == "verified").any():
+    if key in _VERIFIABLE and not (cells[f"check.{key}"] == VERIFIED).any():
         return f"{key}: declared, not verified", False
     return key, True
 

@@ -6,7 +6,7 @@ layers  the fp32 reference of the whole model with the run's routing forced, lay
         on the run's own input, by token and by expert, where one wrong expert of many cannot hide in an average. Of
         prefill and decoding also what the cache holds at each position: of a long context one wrong key or value
         changes the output by less than bf16 rounds.
-properties  what the router declares (causal, batch_invariant, static_k), on a part of the run's own float32 logits
+properties  what the router declares (causal, batch_invariant, static_k), on the run's own logits in float32
         (measure/router_properties.py).
 free    the reference with its own routing: recorded, decides nothing (a near-tie may flip an expert, and a flipped
         expert is no error).

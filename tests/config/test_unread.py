@@ -127,7 +127,8 @@ def test_of_a_router_alone(override: str) -> None:
 )
 def test_what_is_off_may_be_turned_off(override: str) -> None:
     """That is its effect."""
-    moe_lab.compose(quick.overrides("minimal", override))
+    cfg = moe_lab.compose(quick.overrides("minimal", override))
+    assert unread(cfg, [override], in_a_sweep=False) == {}
 
 
 SAID = [
