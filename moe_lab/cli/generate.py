@@ -95,10 +95,8 @@ def _ends_of(model: Checkpoint, say: Say) -> frozenset[int]:
 def _say_what_is_odd(cfg: DictConfig, model: Checkpoint, say: Say) -> None:
     """What of the model or its router makes the text another than the trained model would write."""
     router = option_name(cfg.router)
-    for text in model.warnings():
+    for text in build.checkpoint_warnings(cfg, model):
         say(text)
-    if untrained := model.untrained():
-        say(f"router={router}: the checkpoint has no {', '.join(untrained)} for this router; it is 0 in every layer.")
     if not all(layer.router.causal for layer in moe_layers(model)):
         say(
             f"router={router} is not causal: a token's experts depend on later tokens, which a text that is being "

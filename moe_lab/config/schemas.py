@@ -150,6 +150,7 @@ class Sinkhorn(RouterOption):
     iters: int
     temperature: float
     tolerance: float
+    renormalize: bool
 
 
 @dataclass
@@ -182,12 +183,20 @@ class LossFreeBias(BalancingBias):
 
 
 @dataclass
+class QuantileBias(BalancingBias):
+    """... from quantiles of the logits."""
+
+    renormalize: bool
+
+
+@dataclass
 class DynamicK(RouterOption):
     """Fewer experts for tokens that need fewer."""
 
     rule: str
     threshold: float | None
     k_max: int | None
+    renormalize: bool
     calibration_tokens: int
 
 
@@ -196,6 +205,7 @@ class OpportunisticActivation(RouterOption):
     """Few experts of its own for every token, and those of the others."""
 
     k0: int
+    renormalize: bool
 
 
 @dataclass
@@ -203,6 +213,7 @@ class SharedBudget(RouterOption):
     """A set of experts that the batch shares."""
 
     budget: float
+    renormalize: bool
 
 
 @dataclass
@@ -354,6 +365,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "random": UniformRandom,
         "balancing_bias": BalancingBias,
         "loss_free": LossFreeBias,
+        "quantile": QuantileBias,
         "dynamic_k": DynamicK,
         "oea": OpportunisticActivation,
         "xshare": SharedBudget,

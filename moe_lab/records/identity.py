@@ -27,6 +27,17 @@ _LATER: dict[str, Any] = {
     "measure": {"cache": "natural"},
     "workload.trace_layer": None,
 }
+# The same for keys that only some routers got later, as others had one of that name before: by their `_target_`.
+_LATER_OF_ROUTER: dict[str, dict[str, Any]] = {
+    f"moe_lab.routers.{name}": {"renormalize": True}
+    for name in (
+        "sinkhorn.Sinkhorn",
+        "dynamic_k.DynamicK",
+        "batch_aware.OpportunisticActivation",
+        "batch_aware.SharedBudget",
+        "balancing_bias.QuantileBias",
+    )
+}
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 # Rooms of the package that only talk to people or read results: no run executes them.
 _NOT_RUN = ("cli", "results")
@@ -75,7 +86,19 @@ def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
             workload.pop("context_len", None)
     for dotted in sorted(_LATER, key=lambda dotted: -dotted.count(".")):  # the keys of a group before the group
         found = _without(found, dotted, _LATER[dotted])
-    return found
+    return {key: _router_without_later(value) if key == "router" else value for key, value in found.items()}
+
+
+def _router_without_later(node: Any) -> Any:
+    """A router's node, and those of the routers inside, without the keys of `_LATER_OF_ROUTER`."""
+    if not isinstance(node, Mapping):
+        return node
+    later = _LATER_OF_ROUTER.get(str(node.get("_target_")), {})
+    return {
+        key: _router_without_later(value) if key == "inner" else value
+        for key, value in node.items()
+        if not (key in later and value == later[key])
+    }
 
 
 def _without(node: Any, dotted: str, value: Any) -> Any:

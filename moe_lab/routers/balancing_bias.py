@@ -5,7 +5,8 @@
     quantile:  S = top-k of l + b; in turn  alpha_t = the (k + 1)-th largest of l_t + b,
                -b_e = the (T k / E + 1)-th largest of l_e - alpha
                (coordinate descent on the dual of the balanced assignment; Megatron-LM's quantile balancing)
-    w_e = s_e / sum_S s, or the softmax over the chosen logits: the bias chooses and never weighs
+    w_e = s_e / sum_S s with s = sigmoid or softmax: the bias chooses and never weighs; quantile has w_e = s_e with
+          renormalize=false
 
 Frozen, the bias leaves the router causal and batch invariant, unlike what balances the batch at hand. How even the load
 then is depends on how like the calibration the workload is.
@@ -95,13 +96,17 @@ class LossFreeBias(SelectionRouter, BalancingBias):
 class QuantileBias(BalancingBias):
     """router=quantile."""
 
+    def __init__(self, n_experts: int, top_k: int, *, impl: str, steps: int, renormalize: bool):
+        super().__init__(n_experts, top_k, impl=impl, steps=steps)
+        self.renormalize = renormalize
+
     def score(self, logits_TE: Tensor) -> Tensor:
         """The logits themselves."""
         return logits_TE.float()
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""
-        return weights_of(logits_TE, expert_ids_TK, renormalize=True)
+        return weights_of(logits_TE, expert_ids_TK, self.renormalize)
 
     def fit(self, logits_TE: Tensor) -> None:
         """`steps` rounds over the two quantiles, the tokens' and the experts'."""

@@ -4,7 +4,7 @@
             (opportunistic expert activation, 2511.02237: what others pay for anyway is added)
     xshare: U = every token's best expert, then experts by the batch's probability sum_t p_te up to `budget` in all;
             S = top-k of the logits within U  (2602.07265: that sum is the objective, and greedy is exact for it)
-    w_e = p_e / sum_S p, p = softmax(l)
+    w_e = p_e / sum_S p, p = softmax(l), or p_e with renormalize=false
 
 Where U has fewer than k experts the other slots stay unused (id -1). Padding (ctx.valid_T) adds nothing to U.
 """
@@ -25,6 +25,10 @@ class WithinSharedSet(Router):
     causal = False
     batch_invariant = False
     static_k = False
+
+    def __init__(self, n_experts: int, top_k: int, *, impl: str, renormalize: bool):
+        super().__init__(n_experts, top_k, impl)
+        self.renormalize = renormalize
 
     def shared(self, logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
         """bool [E]: the set U."""
@@ -49,7 +53,7 @@ class WithinSharedSet(Router):
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""
-        return weights_of(logits_TE, expert_ids_TK, renormalize=True)
+        return weights_of(logits_TE, expert_ids_TK, self.renormalize)
 
     def best_of(self, logits_TE: Tensor, k: int, valid_T: Tensor | None) -> Tensor:
         """bool [E]: the k best experts of any token that is no padding."""
@@ -60,8 +64,8 @@ class WithinSharedSet(Router):
 class OpportunisticActivation(WithinSharedSet):
     """router=oea."""
 
-    def __init__(self, n_experts: int, top_k: int, *, impl: str, k0: int):
-        super().__init__(n_experts, top_k, impl)
+    def __init__(self, n_experts: int, top_k: int, *, impl: str, k0: int, renormalize: bool):
+        super().__init__(n_experts, top_k, impl=impl, renormalize=renormalize)
         if not 1 <= k0 <= top_k:
             raise ValueError(f"router.k0={k0}: must be between 1 and top_k={top_k}.")
         self.k0 = k0
@@ -74,8 +78,8 @@ class OpportunisticActivation(WithinSharedSet):
 class SharedBudget(WithinSharedSet):
     """router=xshare; the budget is a share of the experts, and every token's best is in the set beyond it."""
 
-    def __init__(self, n_experts: int, top_k: int, *, impl: str, budget: float):
-        super().__init__(n_experts, top_k, impl)
+    def __init__(self, n_experts: int, top_k: int, *, impl: str, budget: float, renormalize: bool):
+        super().__init__(n_experts, top_k, impl=impl, renormalize=renormalize)
         if not 0 < budget <= 1:
             raise ValueError(f"router.budget={budget}: must be > 0 and <= 1 (a share of the experts).")
         self.n_shared = max(1, round(budget * n_experts))

@@ -5,7 +5,7 @@
     min_p:       p_(j) >= threshold * p_(1)
     expert_skip: as min_p, with the median of p_(2) / p_(1) in a calibration pass as the threshold (Lu et al. 2024,
                  2402.14800: not all experts are equal)
-    w_e = p_e / sum of the kept p
+    w_e = p_e / sum of the kept p, or p_e with renormalize=false
 
 The first is always kept. `top_k`, or `k_max`, is the most that a token may have; its other slots stay unused (id -1).
 """
@@ -39,6 +39,7 @@ class DynamicK(Router):
         rule: str,
         threshold: float | None,
         k_max: int | None,
+        renormalize: bool,
     ):
         super().__init__(n_experts, min(k_max or top_k, n_experts), impl)
         if rule not in RULES:
@@ -49,7 +50,7 @@ class DynamicK(Router):
             )
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"router.threshold={threshold}: must be between 0 and 1 (a probability).")
-        self.rule, self.calibrates = rule, threshold is None
+        self.rule, self.calibrates, self.renormalize = rule, threshold is None, renormalize
         self.register_buffer("threshold", torch.tensor(threshold or 0.0, dtype=torch.float32))
 
     def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
@@ -73,7 +74,7 @@ class DynamicK(Router):
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""
-        return weights_of(logits_TE, expert_ids_TK, renormalize=True)
+        return weights_of(logits_TE, expert_ids_TK, self.renormalize)
 
     def fit(self, logits_TE: Tensor) -> None:
         """The median over the tokens of p_(2) / p_(1)."""

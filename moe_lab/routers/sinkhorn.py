@@ -1,7 +1,7 @@
 """router=sinkhorn: top-k of a balanced transport plan, weights from the original softmax.
 
     P = Sinkhorn(l / temperature), rows summing to 1 and columns to T/E;  S = top-k of P
-    w_e = p_e / sum_S p,  p = softmax(l)
+    w_e = p_e / sum_S p,  p = softmax(l), or p_e with renormalize=false
 
 The iterations end early where every column is within `tolerance` of T/E (0: never).
 
@@ -34,9 +34,19 @@ class Sinkhorn(Router):
     batch_invariant = False
     implementations = ("torch", *IMPLEMENTATIONS)
 
-    def __init__(self, n_experts: int, top_k: int, *, impl: str, iters: int, temperature: float, tolerance: float):
+    def __init__(
+        self,
+        n_experts: int,
+        top_k: int,
+        *,
+        impl: str,
+        iters: int,
+        temperature: float,
+        tolerance: float,
+        renormalize: bool,
+    ):
         super().__init__(n_experts, top_k, impl)
-        self.iters, self.temperature, self.tolerance = iters, temperature, tolerance
+        self.iters, self.temperature, self.tolerance, self.renormalize = iters, temperature, tolerance, renormalize
 
     def preferred(self, device: torch.device) -> Sequence[str]:
         """See `Router.preferred`."""
@@ -54,16 +64,18 @@ class Sinkhorn(Router):
         settings = (self.iters, self.temperature, self.tolerance)
         if self.impl != "torch" and not is_exporting():
             ids_TK, weights_TK, log_b_E = sinkhorn_route(logits_TE, self.top_k, *settings, self.impl)
+            if not self.renormalize:  # the kernels' weights sum to 1
+                weights_TK = weights_of(logits_TE, ids_TK, renormalize=False, all_used=True)
             scores_TE = scores_of(logits_TE, log_b_E, self.temperature) if wanted else None
             return Routing(ids_TK, weights_TK, scores_TE=scores_TE)
         scores_TE = sinkhorn_scores(logits_TE, *settings)
         ids_TK = top_k(scores_TE, self.top_k)
-        weights_TK = weights_of(logits_TE, ids_TK, renormalize=True, all_used=True)
+        weights_TK = weights_of(logits_TE, ids_TK, self.renormalize, all_used=True)
         return Routing(ids_TK, weights_TK, scores_TE=scores_TE if wanted else None)
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """See `Router.weigh`."""
-        return weights_of(logits_TE, expert_ids_TK, renormalize=True)
+        return weights_of(logits_TE, expert_ids_TK, self.renormalize)
 
     def warnings(self, n_tokens: int) -> list[str]:
         """The declared fallback at one token."""

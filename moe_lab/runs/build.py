@@ -17,6 +17,7 @@ from moe_lab.config.targets import instantiate, keys_of, locate, require_keys
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts, FunctionExperts
 from moe_lab.models import checkpoint_config
+from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.moe_layer import MoELayer, hooked, moe_layers
 from moe_lab.models.parameters import adopt, initialize, parameter_bytes, without_storage
 from moe_lab.models.serving import Decode, Prefill
@@ -125,6 +126,36 @@ def is_native(node: DictConfig) -> bool:
 def native_router(cfg: DictConfig) -> DictConfig:
     """The node of `router=native`, for a configuration whose router is another."""
     return OmegaConf.create({"_target_": NATIVE, "name": "native", "impl": "auto", "top_k": None})
+
+
+def checkpoint_warnings(cfg: DictConfig, model: Checkpoint) -> list[str]:
+    """What of a checkpoint or of its router makes the model another than the one that was trained."""
+    found, router = model.warnings(), option_name(cfg.router)
+    if untrained := model.untrained():
+        names = ", ".join(untrained)
+        found.append(f"router={router}: the checkpoint has no {names} for this router; it is 0 in every layer.")
+    return found + ([] if (weights := _weights_warning(cfg)) is None else [weights])
+
+
+def _weights_warning(cfg: DictConfig) -> str | None:
+    """Where a router's softmax weights sum to 1 and the trained ones do not, or the other way round.
+
+    Their size alone changes the predictions, which would be taken for the price of the router's choice.
+    """
+    trained = checkpoint_config.read(cfg.model.path).router.get("renormalize")
+    key, node = "router", cfg.router
+    while isinstance(node.get("inner"), DictConfig):
+        key, node = f"{key}.inner", node.inner
+    is_softmax = node.get("score", "softmax") == "softmax"
+    if trained is None or not is_softmax or node.get("renormalize", trained) == trained:
+        return None
+    sums = "sum to 1, and those of the checkpoint's router do not"
+    if trained:
+        sums = "do not sum to 1, and those of the checkpoint's router do"
+    return (
+        f"router={option_name(cfg.router)}: a token's weights {sums}; this alone changes the predictions. "
+        f"{key}.renormalize={str(trained).lower()} keeps the checkpoint's rule."
+    )
 
 
 def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int, group: str = "router") -> Router:

@@ -135,16 +135,11 @@ class Run:
             self.warnings += [text for text in texts if text not in self.warnings]
         if not isinstance(built.model, Checkpoint):
             return
-        self.warnings += built.model.warnings()
+        self.warnings += build.checkpoint_warnings(self.cfg, built.model)
         if self.cfg.workload.get("name") == "random":
             self.warnings.append(
                 "workload=random: a trained model routes random ids differently from text, so load and latency are "
                 "not realistic; use workload=text."
-            )
-        if untrained := built.model.untrained():
-            self.warnings.append(
-                f"router={identity.option_name(self.cfg.router)}: the checkpoint has no {', '.join(untrained)} for "
-                "this router; it is 0 in every layer."
             )
 
     def _look_at_the_load(self, built: Built) -> None:

@@ -473,3 +473,20 @@ def test_a_key_that_nobody_named_changes_the_id() -> None:
     """So `_LATER` is what keeps it, and a key that is forgotten there is seen by the table of ids."""
     before = moe_lab.compose([])
     assert cell_id(changed(before, "quantization", {"name": "none"})) != cell_id(before)
+
+
+@pytest.mark.parametrize("router", ["sinkhorn", "top_p", "min_p", "expert_skip", "oea", "xshare", "quantile"])
+def test_renormalize_came_later_to_some_routers(router: str) -> None:
+    """Its default changes no cell_id, inside another router neither; another value does."""
+    for words in ([f"router={router}"], ["router=capacity", f"router@router.inner={router}"]):
+        ids = []
+        for change in ("pop", "keep", "set"):
+            plain: Any = OmegaConf.to_container(tiny.decoder_moe(*words), resolve=True)
+            node = plain["router"].get("inner") or plain["router"]
+            if change == "pop":
+                del node["renormalize"]
+            elif change == "set":
+                node["renormalize"] = False
+            ids.append(identity.digest(content(plain)))
+        assert ids[0] == ids[1] != ids[2]
+    assert "renormalize" in content(tiny.decoder_moe("router=mixtral"))["router"]  # which had it from the start

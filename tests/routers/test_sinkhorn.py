@@ -62,15 +62,15 @@ def test_the_best_of_the_plan_are_chosen(T: int, E: int, K: int, iters: int, tem
 
 
 @SIZES
+@pytest.mark.parametrize("renormalize", [pytest.param(True, id="renormalised"), pytest.param(False, id="plain")])
 @pytest.mark.parametrize("temperature", [pytest.param(1.0, id="t=1"), pytest.param(0.3, id="t=0.3")])
-def test_weights_come_from_the_original_softmax(T: int, E: int, K: int, temperature: float) -> None:
-    """A chosen expert weighs its share of softmax(logits), without temperature or plan."""
+def test_weights_come_from_the_original_softmax(T: int, E: int, K: int, temperature: float, renormalize: bool) -> None:
+    """A chosen expert weighs its share of softmax(logits), or all of it, without temperature or plan."""
     logits_TE = skewed_logits(T, E)
-    routing = make("sinkhorn", E, K, temperature=temperature).select(logits_TE)
+    routing = make("sinkhorn", E, K, temperature=temperature, renormalize=renormalize).select(logits_TE)
     chosen_TK = logits_TE.double().softmax(-1).gather(1, routing.expert_ids_TK.long())
-    torch.testing.assert_close(
-        routing.weights_TK.double(), chosen_TK / chosen_TK.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7
-    )
+    expected_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True) if renormalize else chosen_TK
+    torch.testing.assert_close(routing.weights_TK.double(), expected_TK, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("K", [pytest.param(1, id="k=1"), pytest.param(3, id="k=3")])
@@ -160,11 +160,12 @@ def test_auto_is_torch_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("tolerance", [pytest.param(0.0, id="all iterations"), pytest.param(0.05, id="until near")])
+@pytest.mark.parametrize("renormalize", [pytest.param(True, id="renormalised"), pytest.param(False, id="plain")])
 @pytest.mark.parametrize("impl", [pytest.param("cuda_ext", id="cuda_ext", marks=needs_cxx), "triton"])
-def test_kernels_route_as_the_reference(impl: str, tolerance: float, device: torch.device) -> None:
+def test_kernels_route_as_the_reference(impl: str, renormalize: bool, tolerance: float, device: torch.device) -> None:
     """Ids, weights and scores, beside the scale of the columns that they were ranked by."""
-    logits_TE = skewed_logits(199, 12).to(device)
-    routers = [make("sinkhorn", 12, 3, impl=name, tolerance=tolerance).compute_on(device) for name in ("torch", impl)]
+    logits_TE, keys = skewed_logits(199, 12).to(device), {"tolerance": tolerance, "renormalize": renormalize}
+    routers = [make("sinkhorn", 12, 3, impl=name, **keys).compute_on(device) for name in ("torch", impl)]
     expected, found = (router.select(logits_TE, RouteContext(want_scores=True)) for router in routers)
     assert routers[1].implementation().startswith(impl)
     assert torch.equal(found.expert_ids_TK, expected.expert_ids_TK)

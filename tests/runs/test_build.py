@@ -369,6 +369,32 @@ def test_what_is_not_trained_is_0_and_named(native: Checkpoint) -> None:
     assert native.untrained() == []
 
 
+WEIGHTS = "a token's weights sum to 1, and those of the checkpoint's router do not"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        pytest.param(["router=native"], None, id="native"),
+        pytest.param(["router=olmoe"], None, id="its-own-rule"),
+        pytest.param(["router=torch"], "router.renormalize=false", id="softmax"),
+        pytest.param(["router=top_p"], "router.renormalize=false", id="top_p"),
+        pytest.param(["router=top_p", "router.renormalize=false"], None, id="top_p-plain"),
+        pytest.param(["router=capacity"], "router.inner.renormalize=false", id="inside"),
+        pytest.param(["router=capacity", "router@router.inner=native"], None, id="native-inside"),
+        pytest.param(["router=deepseek_v3", "router.n_groups=1", "router.top_groups=1"], None, id="no-softmax"),
+        pytest.param(["router=expert_choice"], None, id="without-the-key"),
+    ],
+)
+def test_weights_of_another_size_than_the_trained_ones_are_named(
+    native: Checkpoint, overrides: list[str], key: str | None
+) -> None:
+    """With the key that keeps the checkpoint's rule; OLMoE's weights do not sum to 1."""
+    said = [text for text in build.checkpoint_warnings(checkpoint(*overrides), native) if WEIGHTS in text]
+    assert len(said) == (key is not None)
+    assert all(key in text and text.startswith(overrides[0]) for text in said if key)
+
+
 def test_a_router_is_fitted_to_the_text(native: Checkpoint, tmp_path: Path) -> None:
     """The same every time, other biases on another text; afterwards the load is more even on the run's own tokens."""
     cfg = checkpoint("router=loss_free", "batch=8", "seq_len=64", "router.calibration_tokens=2048")
