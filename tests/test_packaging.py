@@ -21,6 +21,7 @@ def packages_in_tree() -> set[str]:
     found = set()
     installed_as = {
         "moe_lab": "moe_lab",
+        "assets": "moe_lab.assets",
         "conf": "moe_lab.conf",
         "kernels": "moe_lab.kernels",
         "hydra_plugins": "hydra_plugins",
@@ -92,6 +93,7 @@ def test_an_installation_works_from_another_directory(editable: bool, own_depend
     assert "sinkhorn" in run(environment / "bin" / "moe-lab", "--help", cwd=elsewhere)
     run(environment / "bin" / "moe-lab", *quick.overrides("minimal"), cwd=elsewhere)
     assert len(list(elsewhere.glob("outputs/runs/*/result.json"))) == 1
+    assert "sinkhorn" in run(environment / "bin" / "moe-lab", "plan", "-m", "experiment=router_swap", cwd=elsewhere)
     listing = "import sys, importlib.resources as r; print(*(p.name for p in r.files(sys.argv[1]).iterdir()))"
     assert "__init__.py" in run(python, "-c", listing, "moe_lab.kernels", cwd=elsewhere).split()
     page = {"report.html.jinja", "report.css", "report.js"}

@@ -103,6 +103,12 @@ def _export(arguments: list[str]) -> int:
     return export.main(arguments)
 
 
+def _clean(arguments: list[str]) -> int:
+    from moe_lab.cli import clean
+
+    return clean.main(arguments)
+
+
 def _build(arguments: list[str]) -> int:
     from moe_lab.cli import build
 
@@ -119,6 +125,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "list": _list,
     "doctor": _doctor,
     "build": _build,
+    "clean": _clean,
 }
 """Each returns the exit code and raises `ValueError`, `UnavailableError` or `OSError` for what a person can fix."""
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -66,14 +70,36 @@ def export(run: Path, overrides: list[str]) -> Path:
         return folder
     from moe_lab.runs import export as exports  # imports torch
 
-    record = exports.export(cfg, folder)
-    parity = record["parity"]
-    error = f", relative error {parity['rel_error']:.1e}" if "rel_error" in parity else ""
-    print(
-        f"{folder}: {record['nodes']} nodes, {record['functions']} functions, "
-        f"{record['params_bytes'] / 1e6:.1f} MB of weights; {parity['status']}{error}"
-    )
+    print(words({**exports.export(cfg, folder), "dir": str(folder)}))
     return folder
+
+
+_SAID = {
+    "passed": "ONNX Runtime computes the same",
+    "verified_in_fp32": "ONNX Runtime computes the same with the weights in fp32, for it has no bf16 kernels here",
+    "not_verified": "not checked with ONNX Runtime (export.verify=false)",
+}
+
+
+def words(export: Mapping[str, Any]) -> str:
+    """Where a pair lies, whether ONNX Runtime agreed, and how to open it; of `export` as a record has it."""
+    folder, parity = export["dir"], export["parity"]
+    quoted, model = shlex.quote(folder), shlex.quote(f"{folder}/__model__")
+    error = f" (relative error {parity['rel_error']:.1e})" if "rel_error" in parity else ""
+    return (
+        f"{folder}: {export['nodes']} nodes, {export['functions']} functions, "
+        f"{export['params_bytes'] / 1e6:.1f} MB of weights; {_SAID[parity['status']]}{error}\n"
+        f"to open it: moe-lab export --verify {quoted} --open (or netron {model})"
+    )
+
+
+def words_of_all(exports: Sequence[Mapping[str, Any]]) -> str:
+    """As `words`; of several how many there are, and what ONNX Runtime said of them."""
+    if len(exports) == 1:
+        return words(exports[0])
+    counts = Counter(_SAID[export["parity"]["status"]] for export in exports)
+    said = "; ".join(f"{number} times: {text}" for text, number in counts.items())
+    return f"{len(exports)} ONNX pairs, in the cells' folders. {said}\nto open one: moe-lab export --verify DIR --open"
 
 
 def verify(folder: Path) -> None:

@@ -104,6 +104,7 @@ def _words() -> dict[str, list[str]]:
         "list": list(listing.groups(None)),
         "doctor": ["--noise"],
         "build": ["--arch"],
+        "clean": ["--failed", "--stale", "--older-than", "--remove"],
     }
     return {name: options.get(name, []) for name in COMMANDS}
 
@@ -123,6 +124,10 @@ def _show() -> None:
         _records.extend(sweep.records())
         print_sweep(_records, sweep.plan.sweep["compare"])
         outputs.write(sweep.directory, with_report=sweep.plan.sweep["report"])
+    if exports := [record.export for record in _records if record.status == "ok" and record.export is not None]:
+        from moe_lab.cli.export import words_of_all
+
+        print(words_of_all(exports))
 
 
 def _end_multirun() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import os
 import sys
 from collections.abc import Iterable
@@ -47,6 +48,7 @@ def register() -> None:
     add("moe_lab.cell_id", _cell_id, replace=True)
     add("moe_lab.slug", _slug, replace=True)
     add("moe_lab.sweep_name", _sweep_name, replace=True)
+    add("moe_lab.asset", _asset, replace=True)
     add("oc.env", _env, replace=True)
     ConfigStore.instance().store(
         group="hydra/launcher", name="moe_lab", node={"_target_": LAUNCHER}, provider="moe_lab"
@@ -150,6 +152,12 @@ def _cell_id(_root_: DictConfig) -> str:
 
 def _slug(_root_: DictConfig) -> str:
     return identity.slug(_root_) if is_whole(_root_) else "incomplete"
+
+
+def _asset(name: str) -> str:
+    """`${moe_lab.asset:NAME}`: where a folder of assets/ lies, in an installation from a wheel too."""
+    path = Path(str(importlib.resources.files("moe_lab.assets"))) / name
+    return str(path.relative_to(Path.cwd()) if Path.cwd() in path.parents else path)
 
 
 def _sweep_name(_root_: DictConfig) -> str:

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from moe_lab.records import store
+from moe_lab.records.held import held
 from moe_lab.records.schema import Record
 
 
-class Place:
-    """Keeps an earlier result while a run is under way."""
+class Place(ExitStack):
+    """Keeps an earlier result while a run is under way. A context manager: inside, no other run uses the folder.
+
+    Raises:
+        ValueError: on entering, if another run does.
+    """
 
     def __init__(self, folder: Path):
-        self._folder, self._is_new = folder, not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__()
+        self._folder = folder
+        self._is_new = False
         self._earlier: Record | None = None
         self._stale = ""
-        self.unreadable = store.set_aside_unreadable(folder)
+        self.unreadable: Path | None = None
         """The new name of an earlier result that could not be read."""
+
+    def __enter__(self) -> Place:
+        super().__enter__()
+        self._is_new = not self._folder.exists()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.enter_context(held(self._folder))
+        self.unreadable = store.set_aside_unreadable(self._folder)
         with suppress(FileNotFoundError):
-            self._earlier = store.read_record(folder)
-            self._stale = store.set_aside(folder, self._earlier)
+            self._earlier = store.read_record(self._folder)
+            self._stale = store.set_aside(self._folder, self._earlier)
+        return self
 
     def begin(self, record: Record) -> None:
         """Write the record that stands if the run is killed."""

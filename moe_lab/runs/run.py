@@ -370,18 +370,18 @@ def run(cfg: DictConfig, directory: str | Path | None = None) -> Record:
     """
     shown = Path(directory) if directory is not None else default_directory(cfg)
     the_run = Run(cfg, shown)
-    place = Place(the_run.directory)
-    if place.unreadable is not None:
-        the_run.warnings.append(f"an earlier result could not be read; it was renamed to {place.unreadable.name}")
-    place.begin(the_run.record("failed", UNFINISHED))
-    with unchanged_process():
-        try:
-            with recording.run_log(the_run.directory):
-                record = _execute(the_run)
-        except (ValueError, UnavailableError):
-            place.withdraw()
-            raise
-    place.end(record)
+    with Place(the_run.directory) as place:
+        if place.unreadable is not None:
+            the_run.warnings.append(f"an earlier result could not be read; it was renamed to {place.unreadable.name}")
+        place.begin(the_run.record("failed", UNFINISHED))
+        with unchanged_process():
+            try:
+                with recording.run_log(the_run.directory):
+                    record = _execute(the_run)
+            except (ValueError, UnavailableError):
+                place.withdraw()
+                raise
+        place.end(record)
     record.directory = str(shown)
     if record.reason == "interrupted":
         raise KeyboardInterrupt

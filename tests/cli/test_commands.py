@@ -38,6 +38,7 @@ HELP = {
     "list": ["moe-lab list", "--config-dir", "router, model, experts"],
     "doctor": ["moe-lab doctor", "--noise"],
     "build": ["moe-lab build", "--arch", "80,90"],
+    "clean": ["moe-lab clean", "--older-than DAYS", "Nothing is removed without --remove"],
 }
 MISTAKES = {
     "report nowhere": "nowhere",

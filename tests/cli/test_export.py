@@ -7,11 +7,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 
 import moe_lab
+from moe_lab.cli.export import words_of_all
 from moe_lab.cli.main import main
 from moe_lab.export.pair import described
 from moe_lab.records import files
@@ -62,7 +64,7 @@ def pair(run: Path) -> Path:
     """Its export, by a process of its own."""
     done = moe_lab_process("export", str(run), cwd=run.parent)
     assert done.returncode == 0, done.stderr
-    assert "passed, relative error" in done.stdout
+    assert "ONNX Runtime computes the same (relative error " in done.stdout
     return run / "netron"
 
 
@@ -226,3 +228,35 @@ def test_a_hostile_export_is_one_line(
     code, output, error = call(capsys, "--verify", tmp_path / "pair")
     assert "hunter2" not in output + error
     assert (code in (1, 2) and said in error and error.count("\n") == 1) or (name == "secret" and code == 0)
+
+
+def exported(status: str, folder: str = "/a/pair") -> dict[str, Any]:
+    """What a record says of a pair."""
+    parity = {"status": status} | ({} if status == "not_verified" else {"rel_error": 3.2e-7})
+    return {"dir": folder, "nodes": 12, "functions": 3, "params_bytes": 4_200_000, "parity": parity}
+
+
+def test_the_last_words_of_an_export() -> None:
+    """Where it lies, whether ONNX Runtime agreed, and how to open it; of several a count."""
+    first, second = words_of_all([exported("passed")]).splitlines()
+    assert first == (
+        "/a/pair: 12 nodes, 3 functions, 4.2 MB of weights; ONNX Runtime computes the same (relative error 3.2e-07)"
+    )
+    assert second == "to open it: moe-lab export --verify /a/pair --open (or netron /a/pair/__model__)"
+    assert "export.verify=false" in words_of_all([exported("not_verified")])
+    assert "fp32" in words_of_all([exported("verified_in_fp32")])
+    assert "'/a b'" in words_of_all([exported("passed", "/a b")])
+    text = words_of_all([exported("passed"), exported("passed"), exported("not_verified")])
+    assert text.startswith("3 ONNX pairs") and "2 times: ONNX Runtime computes the same" in text
+    assert text.count("\n") == 1 and "moe-lab export --verify DIR --open" in text
+
+
+def test_a_run_ends_with_the_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the table."""
+    monkeypatch.chdir(tmp_path)
+    assert main([*quick.overrides("minimal"), "export=netron", "export.dir=pair"]) == 0
+    output = capsys.readouterr().out
+    assert "ONNX Runtime computes the same (relative error " in output
+    assert output.splitlines()[-1].startswith("to open it: moe-lab export --verify pair --open")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import moe_lab
+from moe_lab.records import identity
+from tests import tiny
 
 MISTAKES = [
     pytest.param(["batch=abc"], "batch", "Integer", id="wrong-type"),
@@ -244,3 +246,16 @@ def test_a_reference_router_as_plain_text_says_how_it_is_chosen(tmp_path: Path) 
     assert cfg.measure.reference_router.name == "torch"
     cfg = moe_lab.compose(["experiment=group", "measure.reference_router=null"], config_dir=tmp_path)
     assert cfg.measure.reference_router is None
+
+
+def test_the_experiments_find_the_packages_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the working folder by a relative path, which a record can show to anybody; elsewhere by an absolute one."""
+    monkeypatch.chdir(tiny.ROOT)
+    for name in ("router_swap", "decode"):
+        cfg = moe_lab.compose([f"experiment={name}"])
+        assert (cfg.model.path, cfg.workload.path) == ("assets/tiny-olmoe", "assets/text")
+    here = identity.cell_id(cfg)
+    monkeypatch.chdir(tmp_path)
+    cfg = moe_lab.compose(["experiment=decode"])
+    assert Path(cfg.model.path) == tiny.ROOT / "assets" / "tiny-olmoe" and Path(cfg.workload.path).is_dir()
+    assert identity.cell_id(cfg) == here

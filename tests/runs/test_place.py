@@ -11,6 +11,7 @@ import pytest
 import moe_lab
 from moe_lab.errors import UnavailableError
 from moe_lab.records import store
+from moe_lab.records.held import held
 from moe_lab.records.store import read_record
 from moe_lab.runs.run import Run
 from tests import quick
@@ -33,6 +34,16 @@ def failing(monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException) ->
         raise error
 
     monkeypatch.setattr(Run, step, fail)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    """The second is refused, and nothing of the first changes."""
+    moe_lab.run(quick.compose("minimal"), tmp_path)
+    before = files_of(tmp_path)
+    with held(tmp_path), pytest.raises(ValueError, match="another run writes into this folder"):
+        moe_lab.run(quick.compose("minimal"), tmp_path)
+    assert files_of(tmp_path) == before
+    moe_lab.run(quick.compose("minimal"), tmp_path)
 
 
 def test_the_same_again_replaces_the_result(tmp_path: Path) -> None:
