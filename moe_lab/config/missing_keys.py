@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -106,7 +105,7 @@ def _says(key: str, group: str, without: Sequence[str], owners: Sequence[str]) -
 def refuse_in_a_sweep(loader: ConfigLoaderImpl, cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Raise `ValueError` for a key that is set for all cells, and that some options of its group's axis have not."""
     by_key = _by_key(loader, cfg, overrides)
-    repo = CachingConfigRepository(loader.repository)
+    _, repo = loader._parse_overrides_and_create_caching_repo(cfg.hydra.job.config_name, list(overrides))
     for group, options in _axes(cfg, by_key):
         for key, override in by_key.items():
             if _group_of(key, cfg.hydra.runtime.choices) != group or override.is_add() or override.is_force_add():

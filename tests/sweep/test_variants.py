@@ -148,6 +148,14 @@ def test_anchor_and_exclude_take_the_same_keys(tmp_path: Path) -> None:
         pytest.param(["sweep.variants=[{batch: 0}]"], "batch=0: must be a number >= 1", id="value"),
         pytest.param(["sweep.variants=[{router: hahs}]"], "router=hahs: unknown option", id="option"),
         pytest.param(["sweep.variants=[{rooter: hash}]"], "rooter: unknown key", id="key"),
+        pytest.param(
+            ["sweep.variants=[{router: switch, router.iters: 5}]"],
+            "router.iters: router=switch has no such key; router=sinkhorn has it.",
+            id="key-of-another",
+        ),
+        pytest.param(
+            ["router=olmoe", "router.iters=5,6"], "router=olmoe has no such key; router=sinkhorn", id="no-axis"
+        ),
         pytest.param(["sweep.variants=[{router.name: hash}]"], "router.name labels the option", id="label"),
         pytest.param(
             ["sweep.variants=[{router: switch}, {router: top_p, router.threshold: 0.5, router.calibration_tokens: 9}]"],
@@ -233,7 +241,10 @@ def test_other_variants_are_another_sweep() -> None:
     assert len(set(names)) == 3
 
 
-@pytest.mark.parametrize("launcher", [pytest.param(name, id=name) for name in ("moe_lab", "basic")])
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param("moe_lab", id="moe_lab"), pytest.param("basic", id="basic", marks=pytest.mark.slow)],
+)
 def test_a_sweep_runs_resumes_and_says_its_command(
     launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
