@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
@@ -98,7 +99,7 @@ def _is_one(place: str) -> bool:
     if place in _CHOICES:
         return True
     schemas = SCHEMAS.get(node.replace(".", "/"), {}).values()
-    kinds = {schema.__dataclass_fields__[name].type for schema in schemas if name in schema.__dataclass_fields__}
+    kinds = {field.type for schema in schemas for field in fields(schema) if field.name == name}
     return bool(kinds) and kinds.isdisjoint({"Any", "list[str]", "str", "str | None"})
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -95,8 +94,15 @@ def _load_and_check(
         text.replace(*REFERENCE, 1) if text.startswith(REFERENCE[0]) and not text.endswith("=null") else text
         for text in overrides
     ]
+    in_a_sweep = RunMode.MULTIRUN in (*arguments, *options.values())  # all of it, not one of its jobs
     try:
-        cfg = missing_keys.load(partial(_load_configuration, **options), self, config_name, overrides, *arguments)
+        cfg = missing_keys.load(
+            lambda texts: _load_configuration(self, config_name, texts, *arguments, **options),
+            self,
+            config_name,
+            overrides,
+            in_a_sweep,
+        )
     except KeyError as error:
         if type(error) is not KeyError:  # omegaconf's own say which key
             raise
@@ -108,6 +114,7 @@ def _load_and_check(
             refuse_hydras_keys(cfg.hydra.overrides.hydra, in_a_sweep=True)
             _check_launcher(cfg, overrides)
             _check_sweeper(cfg)
+        if in_a_sweep:
             missing_keys.refuse_in_a_sweep(self, cfg, overrides)
     return cfg
 

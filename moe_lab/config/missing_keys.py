@@ -11,7 +11,6 @@ from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,7 +21,11 @@ _REFERENCE = "router@measure.reference_router"
 
 
 def load(
-    compose: Callable[..., DictConfig], loader: ConfigLoaderImpl, name: str | None, overrides: list[str], *more: Any
+    compose: Callable[[list[str]], DictConfig],
+    loader: ConfigLoaderImpl,
+    name: str | None,
+    overrides: list[str],
+    in_a_sweep: bool,
 ) -> DictConfig:
     """What `compose` makes of the overrides; a missing key that another option has is a `ValueError` that says so.
 
@@ -30,7 +33,7 @@ def load(
     options are swept, and that one need not have the key.
     """
     try:
-        return compose(loader, name, overrides, *more)
+        return compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         key = _missing_key(error)
         if key is None:
@@ -45,13 +48,13 @@ def load(
         added = [
             f"++{text}" if text[0] not in "+~" and key_of(text).startswith(beneath) else text for text in overrides
         ]
-        if added != overrides:
-            cfg = compose(loader, name, added, *more)
+        if in_a_sweep and added != overrides:
+            cfg = compose(added)
             by_key = _by_key(loader, cfg, overrides)
-            if RunMode.MULTIRUN in (cfg.hydra.mode, *more) and group in dict(_axes(cfg, by_key)):
+            if group in dict(_axes(cfg, by_key)):
                 given = dict(zip(added, overrides, strict=True))
                 cfg.hydra.overrides.task = [given[text] for text in cfg.hydra.overrides.task]
-                return cfg  # `refuse_in_a_sweep` knows the axis
+                return cfg  # `refuse_in_a_sweep` looks at the options of the axis
         raise ValueError(_says(key, group, [str(choices.known_choices[group])], owners)) from error
 
 

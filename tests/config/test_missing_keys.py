@@ -74,7 +74,7 @@ def test_an_option_of_ones_own_is_among_them(tmp_path: Path) -> None:
 
 def expanded(overrides: list[str], config_dir: Path | None = None) -> list[list[str]]:
     """The jobs of a multirun."""
-    with composing_multirun(["model=moe_layer", *overrides], config_dir) as (loader, config):
+    with composing_multirun(overrides, config_dir) as (loader, config):
         return multirun.expand(loader, config)
 
 
@@ -92,8 +92,8 @@ SWEPT = [
         id="axis",
     ),
     pytest.param(
-        ["router=sinkhorn,torch", "router.renormalize=false"],
-        "router.renormalize: router=sinkhorn has no such key; router=",
+        ["model=decoder_moe,minimal", "model.tie_embeddings=true"],
+        "model.tie_embeddings: model=minimal has no such key; model=decoder_moe, transformer_decoder have it.",
         id="of-the-default",
     ),
     pytest.param(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -221,6 +223,30 @@ def test_an_experiment_of_some_cells_says_nothing_of_the_sweep(content: str, tmp
     assert [cell.content["router"]["top_k"] for cell in made.cells] == [None, 3]
 
 
+PAGE = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
+COMMANDS = [shlex.split(line)[2:] for line in re.findall(r"^moe-lab -m .+$", PAGE, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("words", [pytest.param(words, id=words[0][:40]) for words in COMMANDS])
+def test_the_commands_of_the_page_are_sweeps(words: list[str], tmp_path: Path) -> None:
+    """The page's first one has the number of cells that it says; an anchor and an exclude match cells."""
+    with composing_multirun([*words, "device=cpu", f"hydra.sweep.dir={tmp_path}/s"], None) as (loader, config):
+        composer = multirun.JobComposer(loader, config)
+        jobs = composer.jobs(multirun.expand(loader, config))
+        made = plan.make(jobs, tmp_path / "s", InProcess(), ["moe-lab"], composer.typed)
+    assert made.without_effect == []
+    assert len(made.cells) == (6 if "variants" in words[0] else 4 if "router" in words[0] else 2)
+    assert ("excluded" in {cell.status for cell in made.cells}) == ("exclude" in words[-1])
+
+
+def test_the_yaml_of_the_page_is_a_sweep(tmp_path: Path) -> None:
+    """Three entries, the last of which changes nothing."""
+    (content,) = re.findall(r"```yaml\n# @package _global_\n(.*?)```", PAGE, re.DOTALL)
+    made = make(tmp_path, "experiment=x", config_dir=experiment(tmp_path, content))
+    assert [cell.variant for cell in made.cells] == ["torch", "sinkhorn"]
+    assert made.n_equal == 1
+
+
 @pytest.fixture
 def _name() -> Iterator[None]:
     before = os.environ.get(SWEEP_NAME)
@@ -248,16 +274,18 @@ def test_other_variants_are_another_sweep() -> None:
 def test_a_sweep_runs_resumes_and_says_its_command(
     launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With our launcher and with one of Hydra's: the same cells, and nothing is done twice."""
+    """With our launcher from a YAML file, with one of Hydra's as typed: the same cells, and nothing is done twice."""
     monkeypatch.chdir(tmp_path)
-    words = ["-m", *overrides_of(tmp_path, TWO, "batch=1,8"), f"hydra/launcher={launcher}"]
-    words += ["sweep.worker=false"] if launcher == "moe_lab" else []
+    mine = experiment(tmp_path, f"sweep: {{variants: {TWO.partition('=')[2]}}}")
+    ours = ["--config-dir", str(mine), "experiment=x", "sweep.worker=false"]
+    words = ["-m", *(ours if launcher == "moe_lab" else [TWO]), *overrides_of(tmp_path, "batch=1,8")]
+    words += [f"hydra/launcher={launcher}"]
     monkeypatch.setattr("sys.argv", ["moe-lab", *words])
     assert cli.main(words) == 0
     content = json.loads((tmp_path / "s" / "plan.json").read_text())
     wanted = [identity.cell_id(alone(*typed)) for typed in CELLS]
     assert [cell["cell_id"] for cell in content["cells"]] == wanted
-    assert TWO in content["commands"][-1]
+    assert content["commands"] == [["moe-lab", *words]]
     records = {json.loads(path.read_text())["cell_id"] for path in (tmp_path / "s").glob("*/result.json")}
     assert records == set(wanted)
     capsys.readouterr()
