@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -41,9 +42,13 @@ def load(
         parsed, repo = loader._parse_overrides_and_create_caching_repo(name, overrides)
         choices = create_defaults_list(repo, name, parsed, prepend_hydra=True, skip_missing=True).overrides
         group = _group_of(key, [group for group, option in choices.known_choices.items() if option is not None])
-        owners = _owners(loader, repo, group, key) if group is not None else []
-        if group is None or not owners:
+        if group is None:
             raise
+        owners, chosen = _owners(loader, repo, group, key), str(choices.known_choices[group])
+        if not owners:
+            if (line := _meant(_beside(loader, repo, group, key), group, key, chosen)) is None:
+                raise
+            raise ValueError(line) from error
         beneath = f"{key_of(group)}."
         added = [
             f"++{text}" if text[0] not in "+~" and key_of(text).startswith(beneath) else text for text in overrides
@@ -55,7 +60,7 @@ def load(
                 given = dict(zip(added, overrides, strict=True))
                 cfg.hydra.overrides.task = [given[text] for text in cfg.hydra.overrides.task]
                 return cfg  # `refuse_in_a_sweep` looks at the options of the axis
-        raise ValueError(_says(key, group, [str(choices.known_choices[group])], owners)) from error
+        raise ValueError(_says(key, group, [chosen], owners)) from error
 
 
 def _missing_key(error: BaseException) -> str | None:
@@ -77,10 +82,18 @@ def _group_of(key: str, groups: Iterable[str]) -> str | None:
 def _owners(
     loader: ConfigLoaderImpl, repo: Any, group: str, key: str, among: Collection[str] | None = None
 ) -> list[str]:
-    """The options of a group (`among` these, or all) that have the key. Each is composed alone."""
+    """The options of a group (`among` these, or all) that have the key."""
+    word = key.rpartition(".")[2]
+    return [option for option, keys in _beside(loader, repo, group, key, among).items() if word in keys]
+
+
+def _beside(
+    loader: ConfigLoaderImpl, repo: Any, group: str, key: str, among: Collection[str] | None = None
+) -> dict[str, set[str]]:
+    """What each option of a group has where `key` would stand. Each is composed alone."""
     folder, rest = group.partition("@")[0], key.removeprefix(f"{key_of(group)}.")
     words = [*folder.split("/"), *rest.split(".")]
-    found = []
+    found = {}
     for option in repo.get_group_options(folder) if among is None else among:
         try:
             with warnings.catch_warnings():
@@ -91,8 +104,8 @@ def _owners(
             continue
         for word in words[:-1]:
             node = node.get(word) if isinstance(node, dict) else None
-        if isinstance(node, dict) and words[-1] in node:
-            found.append(option)
+        if isinstance(node, dict):
+            found[option] = {str(name) for name in node}
     return found
 
 
@@ -100,6 +113,18 @@ def _says(key: str, group: str, without: Sequence[str], owners: Sequence[str]) -
     name = key_of(group) if group == _REFERENCE else group
     lack, own = ("have" if len(options) > 1 else "has" for options in (without, owners))
     return f"{key}: {name}={', '.join(without)} {lack} no such key; {name}={', '.join(owners)} {own} it."
+
+
+def _meant(beside: Mapping[str, set[str]], group: str, key: str, chosen: str) -> str | None:
+    """The words for a misspelt key of another option; None if it is more like one of the chosen option's own."""
+    word, own = key.rpartition(".")[2], beside.get(chosen, set())
+    known = sorted({name for names in beside.values() for name in names})
+    near = get_close_matches(word, known, n=1, cutoff=0.7)
+    if not near or near[0] in own:
+        return None
+    owners = [option for option, names in beside.items() if near[0] in names]
+    right = f"{key.rpartition('.')[0]}.{near[0]}"
+    return f"{key}: unknown key. Did you mean {right}? {_says(right, group, [chosen], owners).partition(': ')[2]}"
 
 
 # ---- in a sweep over the options of a group
