@@ -43,7 +43,7 @@ ALONE = [
     pytest.param(["router.iters=1", "router.factor=2"], "router.iters: router=torch has no such key", id="two"),
     pytest.param(
         ["router.temprature=1"],
-        "router.temprature: unknown key. Did you mean router.temperature? router=torch has no such key; router=sinkhorn",
+        "router.temprature: unknown key. Did you mean router.temperature? router=torch has no such key; router=sink",
         id="misspelt",
     ),
     pytest.param(["router.renormalise=1"], "Did you mean renormalize?", id="misspelt-of-its-own"),
