@@ -25,7 +25,7 @@ from moe_lab.cli.help import argv_overrides, config_dir_of, help_text
 from moe_lab.config import targets
 from moe_lab.config.checks import refuse_hydras_keys
 from moe_lab.config.compose import CONFIG_MODULE, finish, name_sweep
-from moe_lab.config.hydra_patches import VERSION_BASE, register, register_launcher
+from moe_lab.config.hydra_patches import VERSION_BASE, register, register_plugins
 from moe_lab.config.mistakes import explain
 from moe_lab.records.schema import Record
 from moe_lab.terminal import Filtered
@@ -169,7 +169,7 @@ def _main(argv: list[str] | None) -> int:
         if config_dir is not None:
             targets.trust(config_dir)
         name_sweep(overrides)
-        register_launcher()
+        register_plugins()
         trusted, environment = targets.trusted(), dict(os.environ)
 
         def task(cfg: DictConfig) -> float | None:  # pickled with what it refers to, for launchers with processes

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from moe_lab.config import entries
 from moe_lab.config.schemas import (
     AXES,
     CACHES,
@@ -174,6 +175,7 @@ def _validate_sweep(cfg: DictConfig) -> None:
             raise ValueError(
                 f"sweep.compare={key}: must be a list of groups: {', '.join(GROUPS)}.{nearest(key, GROUPS)}"
             )
+    entries.overrides_of(sweep.variants)
     partials = [("sweep.exclude", partial) for partial in sweep.exclude]
     if sweep.anchor is not None:
         partials.append(("sweep.anchor", sweep.anchor))
@@ -183,8 +185,9 @@ def _validate_sweep(cfg: DictConfig) -> None:
                 f"{option}={partial}: must be keys and values of a configuration, such as {{router: torch}}."
             )
         for key in partial:
-            if key not in Config.__dataclass_fields__:
-                raise ValueError(f"{option}: unknown key {key!s}.{nearest(str(key), Config.__dataclass_fields__)}")
+            first = str(key).replace("/", ".").partition(".")[0]
+            if first not in Config.__dataclass_fields__:
+                raise ValueError(f"{option}: unknown key {key!s}.{nearest(first, Config.__dataclass_fields__)}")
     if cfg.measure.replicates > 1 and not sweep.worker:
         raise ValueError(
             f"measure.replicates={cfg.measure.replicates}: replicates need a worker process; remove sweep.worker=false."

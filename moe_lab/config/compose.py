@@ -19,8 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe_lab.config import targets
 from moe_lab.config.checks import check_overrides, validate
-from moe_lab.config.hydra_patches import REFERENCE, SWEEP_NAME, VERSION_BASE, register, register_launcher
+from moe_lab.config.entries import KEY as VARIANTS
+from moe_lab.config.hydra_patches import REFERENCE, SWEEP_NAME, VERSION_BASE, register, register_plugins
 from moe_lab.config.mistakes import explain
+from moe_lab.config.unread import key_of
 
 CONFIG_MODULE = "moe_lab.conf"
 
@@ -31,10 +33,10 @@ _OF_NO_MATTER = ("measure.", REFERENCE[1], "hydra.", "name=", "sweep.")
 def name_sweep(overrides: Sequence[str]) -> None:
     """Fix the name of this process's sweep: its experiment's, else a hash of what was typed (never a time stamp).
 
-    The measuring time and the name of the sweep do not count.
+    The measuring time and the keys of the sweep do not count, but for its variants.
     """
     experiments = [text.split("=", 1)[1] for text in overrides if text.startswith("experiment=")]
-    typed = sorted(text for text in overrides if not text.startswith(_OF_NO_MATTER))
+    typed = sorted(text for text in overrides if key_of(text) == VARIANTS or not text.startswith(_OF_NO_MATTER))
     digest = hashlib.sha256("\0".join(typed).encode()).hexdigest()[:8]
     os.environ[SWEEP_NAME] = experiments[-1] if experiments else f"sweep-{digest}"
 
@@ -96,7 +98,7 @@ def composing_multirun(
         ValueError: as `compose`.
     """
     register()
-    register_launcher()
+    register_plugins()
     try:
         with initialize_config_module(CONFIG_MODULE, **VERSION_BASE):
             loader = config_loader()

@@ -94,20 +94,25 @@ def _check_places(cfg: DictConfig, typed: set[str]) -> None:
     params: Any = OmegaConf.to_container(cfg.hydra.sweeper.get("params") or OmegaConf.create({}))
     if not _is_typed("hydra.sweeper.params", typed):
         for key in params:
-            _check_param(str(key))
+            _check_param(str(key), "hydra.sweeper.params")
+    variants = content.get("sweep", {}).get("variants")
+    if not _is_typed("sweep.variants", typed) and isinstance(variants, list):
+        for entry in variants:
+            for key in entry if isinstance(entry, dict) else ():
+                _check_param(str(key), "sweep.variants")
 
 
 @cache
-def _check_param(key: str) -> None:
-    """A key of `hydra.sweeper.params` becomes an override, as if it had been typed."""
+def _check_param(key: str, place: str) -> None:
+    """A key of `hydra.sweeper.params`, or of an entry of `sweep.variants`, becomes an override as if it were typed."""
     override = OverridesParser.create().parse_override(f"{key}=0")
     name = override.key_or_group
     if (
         override.is_hydra_override()
         or name == "hydra"
-        or any(place == name or place.startswith(f"{name}.") for place in _PLACES)
+        or any(one == name or one.startswith(f"{name}.") for one in _PLACES)
     ):
-        raise ValueError(f"hydra.sweeper.params.{key}: a YAML must not sweep over it; type {name}=... instead.")
+        raise ValueError(f"{place}.{key}: a YAML must not sweep over it; type {name}=... instead.")
 
 
 # ---- what Hydra calls

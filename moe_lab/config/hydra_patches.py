@@ -13,6 +13,7 @@ import hydra
 import hydra.core.utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeperConf
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -20,12 +21,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers.oc import env as _oc_env
 
-from moe_lab.config import hydra_node, schemas
+from moe_lab.config import hydra_node, missing_keys, schemas
 from moe_lab.config.checks import is_whole, refuse_hydras_keys, refuse_unknown
 from moe_lab.config.unread import key_of
 from moe_lab.records import identity, store
 
 LAUNCHER = "hydra_plugins.moe_lab_launcher.MoeLabLauncher"
+SWEEPER = "hydra_plugins.moe_lab_launcher.sweeper.MoeLabSweeper"
 
 # Hydra 1.4 (with omegaconf 2.4) warns of what 1.3 needs: this argument, and register_new_resolver's name.
 _IS_HYDRA_1_4 = not hydra.__version__.startswith("1.3.")
@@ -53,9 +55,12 @@ def register() -> None:
     ConfigStore.instance().store(
         group="hydra/launcher", name="moe_lab", node={"_target_": LAUNCHER}, provider="moe_lab"
     )
+    sweeper = BasicSweeperConf(_target_=SWEEPER)
+    ConfigStore.instance().store(group="hydra/sweeper", name="moe_lab", node=sweeper, provider="moe_lab")
     # Hydra's own defaults, so that an experiment's `override /hydra/launcher` has its effect: one in config.yaml would
     # win over it.
-    defaults = {"launcher": "moe_lab", "job_logging": "none", "hydra_logging": "none"}  # a run writes its own run.log
+    defaults = {"launcher": "moe_lab", "sweeper": "moe_lab"}
+    defaults |= {"job_logging": "none", "hydra_logging": "none"}  # a run writes its own run.log
     for entry in ConfigStore.instance().repo["hydra"]["config.yaml"].node.defaults:
         entry.update({group: option for group, option in defaults.items() if group in entry})
     ConfigLoaderImpl.load_configuration = _load_and_check  # type: ignore[method-assign]
@@ -64,13 +69,16 @@ def register() -> None:
     sys.modules["hydra.main"]._get_rerun_conf = _refuse_rerun  # type: ignore[attr-defined]
 
 
-def register_launcher() -> None:
-    """Make the launcher known to Hydra, whose own search does not find it in an editable installation."""
+def register_plugins() -> None:
+    """Make launcher and sweeper known to Hydra, whose own search does not find them in an editable installation."""
     from hydra.core.plugins import Plugins
 
+    plugins = Plugins.instance()  # it loads Hydra's own once more, so a class made before has another as its base
     from hydra_plugins.moe_lab_launcher import MoeLabLauncher
+    from hydra_plugins.moe_lab_launcher.sweeper import MoeLabSweeper
 
-    Plugins.instance().register(MoeLabLauncher)
+    plugins.register(MoeLabLauncher)
+    plugins.register(MoeLabSweeper)
 
 
 _load_configuration = ConfigLoaderImpl.load_configuration
@@ -88,8 +96,15 @@ def _load_and_check(
         text.replace(*REFERENCE, 1) if text.startswith(REFERENCE[0]) and not text.endswith("=null") else text
         for text in overrides
     ]
+    in_a_sweep = RunMode.MULTIRUN in (*arguments, *options.values())  # all of it, not one of its jobs
     try:
-        cfg = _load_configuration(self, config_name, overrides, *arguments, **options)
+        cfg = missing_keys.load(
+            lambda texts: _load_configuration(self, config_name, texts, *arguments, **options),
+            self,
+            config_name,
+            overrides,
+            in_a_sweep,
+        )
     except KeyError as error:
         if type(error) is not KeyError:  # omegaconf's own say which key
             raise
@@ -100,6 +115,9 @@ def _load_and_check(
         if RunMode.MULTIRUN in (cfg.hydra.mode, *arguments, *options.values()):
             refuse_hydras_keys(cfg.hydra.overrides.hydra, in_a_sweep=True)
             _check_launcher(cfg, overrides)
+            _check_sweeper(cfg)
+        if in_a_sweep:
+            missing_keys.refuse_in_a_sweep(self, cfg, overrides)
     return cfg
 
 
@@ -116,6 +134,13 @@ def _check_launcher(cfg: DictConfig, overrides: Iterable[str]) -> None:
         key = key_of(override)
         if key in does and OmegaConf.select(cfg, key) != does[key]:
             raise ValueError(f"{override}: has no effect with another launcher than hydra/launcher=moe_lab; remove it.")
+
+
+def _check_sweeper(cfg: DictConfig) -> None:
+    if cfg.sweep.variants and cfg.hydra.sweeper._target_ != SWEEPER:
+        raise ValueError(
+            "sweep.variants: only hydra/sweeper=moe_lab, the default, reads it; remove it or the other hydra/sweeper."
+        )
 
 
 def _check_and_initialize(self: ConfigRepository, config_search_path: ConfigSearchPath) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -27,6 +28,11 @@ def explain(error: BaseException) -> str:
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OmegaConfBaseException):
+            if isinstance(link.object_type, type) and issubclass(link.object_type, Sweep):
+                override = str(error).split("\n")[0].removeprefix("Error merging override ")
+                return (
+                    f"{override}: choice(), range() and glob() make an axis and cannot stand in a list; write values."
+                )
             return _explain_key(link)
         link = link.__cause__ or link.__context__
     text = str(error)

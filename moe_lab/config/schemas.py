@@ -309,6 +309,7 @@ class Sweep:
     """How a multirun goes about its cells; see conf/config.yaml."""
 
     name: str | None
+    variants: Any
     compare: list[str]
     anchor: Any
     exclude: list[Any]

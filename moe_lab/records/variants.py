@@ -83,10 +83,20 @@ def _label(node: Any, among: Iterable[Any]) -> str:
 def matches(content: Mapping[str, Any], partial: Mapping[str, Any]) -> bool:
     """Whether a configuration agrees with a partial one (`sweep.exclude`, `sweep.anchor`).
 
-    A group may be given by its option's name: `{router: sinkhorn, batch: 1, model: {top_k: 2}}`. A list agrees with
-    each of its values: `{batch: [1, 8]}`.
+    A group may be given by its option's name: `{router: sinkhorn, batch: 1, model: {top_k: 2}}`. A key may be dotted as
+    it is typed: `{router: sinkhorn, router.temperature: 0.25, model/shape: demo}`. A list agrees with each of its
+    values: `{batch: [1, 8]}`.
     """
-    return all(key in content and _agrees(content[key], wanted) for key, wanted in partial.items())
+    return all(_has(content, str(key), wanted) for key, wanted in partial.items())
+
+
+def _has(content: Any, key: str, wanted: Any) -> bool:
+    if not isinstance(content, Mapping):
+        return False
+    if key in content:
+        return _agrees(content[key], wanted)
+    first, dot, rest = key.replace("/", ".").partition(".")
+    return bool(dot) and first in content and _has(content[first], rest, wanted)
 
 
 def _agrees(value: Any, wanted: Any) -> bool:

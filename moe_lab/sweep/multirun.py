@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from moe_lab.config import many_compositions
+from moe_lab.config import entries, many_compositions
 from moe_lab.config.unread import key_of
 from moe_lab.errors import UnavailableError
 from moe_lab.records import files
@@ -128,6 +128,8 @@ class JobComposer:
         loader.load_sweep_config = self._remember  # type: ignore[method-assign]
         self.typed = {key_of(override) for override in config.hydra.overrides.task}
         """The keys that the person set, not an experiment."""
+        if entries.KEY in self.typed:
+            self.typed |= entries.keys_of(entries.overrides_of(config.sweep.variants))
 
     def _remember(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         composed = self._compose(master_config, sweep_overrides)
@@ -148,6 +150,7 @@ class JobComposer:
             composed = self._validated.pop(tuple(overrides), None)
             if composed is None:
                 composed = self._compose(self.config, list(overrides))
+            self._refuse_a_sweep_of_its_own(composed)
             with open_dict(composed):
                 composed.hydra.job.id, composed.hydra.job.num = str(number), number
                 directory = Path(self.config.hydra.sweep.dir) / str(composed.hydra.sweep.subdir)
@@ -155,26 +158,59 @@ class JobComposer:
                 del composed["hydra"]
                 yield composed, task_overrides, directory
 
+    def _refuse_a_sweep_of_its_own(self, composed: DictConfig) -> None:
+        """Raise `ValueError` for what an experiment says of a sweep where it is the experiment of some cells only."""
+        keys = [f"sweep.{key}" for key in composed.sweep if composed.sweep[key] != self.config.sweep[key]]
+        if entries.KEY in self.typed and entries.KEY in keys:
+            keys.remove(entries.KEY)  # it was typed, so that of the experiment does not hold
+        if composed.hydra.sweeper != self.config.hydra.sweeper:
+            keys.append("hydra.sweeper")
+        if keys:
+            raise ValueError(
+                f"{keys[0]}: has no effect in an experiment that only some cells have (an axis, or in an entry of "
+                f"{entries.KEY}); choose experiment={composed.hydra.runtime.choices.experiment} for the whole sweep."
+            )
+
 
 def expand(loader: ConfigLoader, config: DictConfig) -> list[list[str]]:
-    """The overrides of each job that Hydra's basic sweeper makes of a master configuration.
+    """The overrides of each job that a sweeper makes of a master configuration, Hydra's basic one or ours.
 
     Raises:
         ValueError: they are more than `sweep.max_cells`.
     """
     require_few_cells(loader, config)
-    (jobs,) = BasicSweeper.split_arguments(_overrides(loader, config), max_batch_size=None)
-    return jobs
+    return product(_overrides(loader, config), config)
+
+
+def product(overrides: list[Override], config: DictConfig) -> list[list[str]]:
+    """The overrides of each job: every entry of `sweep.variants` with every combination of the axes.
+
+    Raises:
+        ValueError: an entry that cannot be read, or sets what is set elsewhere.
+    """
+    axes = []
+    for override in overrides:
+        line = str(override.input_line)
+        if key_of(line) != entries.KEY:
+            axes.append(override)
+        elif override.is_sweep_override() or line not in config.hydra.overrides.task:
+            raise ValueError(f"{line}: not an axis; type one list of entries, or write it in a YAML file under sweep.")
+    (jobs,) = BasicSweeper.split_arguments(axes, max_batch_size=None)
+    variants = entries.overrides_of(config.sweep.variants)
+    entries.refuse_keys_given_twice(variants, axes)
+    return [[*entry, *job] for entry in variants or [[]] for job in jobs]
 
 
 def require_few_cells(loader: ConfigLoader, config: DictConfig) -> None:
     """Raise `ValueError` if the axes of a master configuration span more cells than `sweep.max_cells`.
 
-    Another sweeper than Hydra's basic one chooses its cells itself, and how many.
+    Another sweeper than these chooses its cells itself, and how many.
     """
-    if not str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
+    if not str(config.hydra.sweeper._target_).endswith((".BasicSweeper", ".MoeLabSweeper")):
         return
     axes = [(axis.key_or_group, _length(axis)) for axis in _overrides(loader, config) if axis.is_sweep_override()]
+    if variants := entries.overrides_of(config.sweep.variants):
+        axes.insert(0, (entries.KEY, len(variants)))
     n_cells, most = math.prod(length for _, length in axes), config.sweep.max_cells
     if n_cells > most:
         spanned = " * ".join(f"{length:,} of {key}" for key, length in axes)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.config import targets
 from moe_lab.config.checks import check_overrides, is_whole, validate
-from moe_lab.config.unread import unread
+from moe_lab.config.unread import key_of, unread
 from moe_lab.records import files, identity, store, variants
 from moe_lab.records.schema import NOT_ENDED, Record
 from moe_lab.sweep import folders
@@ -190,15 +190,16 @@ def _cells(
     composed: Iterable[tuple[DictConfig, Sequence[str], Path]],
 ) -> tuple[list[Cell], int, list[str], dict[str, Any], dict[str, str]]:
     cells: dict[str, Cell] = {}
-    unread_everywhere: dict[str, str] | None = None
+    unread_somewhere: dict[str, str] = {}
+    read: set[str] = set()
     sweep: dict[str, Any] = {}
     jobs = []
     for cfg, overrides, directory in composed:
         cfg.overrides = list(overrides)
         check_overrides(cfg, overrides, in_a_sweep=True)
         here = unread(cfg, overrides, in_a_sweep=True)
-        before = here if unread_everywhere is None else unread_everywhere
-        unread_everywhere = {key: line for key, line in before.items() if key in here}
+        unread_somewhere = {**here, **unread_somewhere}
+        read |= {key for override in overrides if (key := key_of(override)) not in here}
         mistake = None
         try:
             validate(cfg)
@@ -228,7 +229,8 @@ def _cells(
         )
         if mistake is not None:
             cells[cell_id].status, cells[cell_id].reason = "skipped", f"{_IMPOSSIBLE}{mistake}"
-    return list(cells.values()), len(jobs) - len(cells), jobs, sweep, unread_everywhere or {}
+    unread_everywhere = {key: line for key, line in unread_somewhere.items() if key not in read}
+    return list(cells.values()), len(jobs) - len(cells), jobs, sweep, unread_everywhere
 
 
 def _refuse_impossible(cells: Sequence[Cell]) -> None:

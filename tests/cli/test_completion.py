@@ -45,6 +45,7 @@ OPTIONS = {
     "moe-lab plan -m rou": {"router.", "router="},
     "moe-lab plan -m router=": ROUTERS,
     "moe-lab plan router=torch experts=lo": {"experts=loop"},
+    "moe-lab -m sweep.va": {"sweep.variants="},
     "moe-lab plan model/sh": {"model/shape="},
     "moe-lab list ro": {"router"},
     "moe-lab list ": set(listing.groups(None)),

@@ -107,10 +107,13 @@ MISTAKES = [
     ),
     pytest.param(["workload=text", "workload.path=[a,3]"], "workload.path=['a', 3]", "a list", id="number-in-paths"),
     pytest.param(["workload=text", "workload.path=''"], "workload.path=", "a file, a folder", id="empty-path"),
-    pytest.param(["workload.path=a"], "workload.path", "unknown key", id="path-without-text"),
+    pytest.param(["workload.path=a"], "workload.path", "workload=text has it", id="path-without-text"),
     pytest.param(["model=checkpoint"], "model.path", "set model.path=", id="no-checkpoint"),
     pytest.param(
-        ["model=checkpoint", "model.path=d", "model.d_model=8"], "model.d_model", "path", id="size-of-its-own"
+        ["model=checkpoint", "model.path=d", "model.d_model=8"],
+        "model.d_model",
+        "model=checkpoint has no such key",
+        id="size-of-its-own",
     ),
     pytest.param(
         ["model=checkpoint", "model.path=d", "model.implementation=fast"], "implementation=fast", "auto", id="norm-impl"

@@ -85,6 +85,9 @@ HOSTILE = {
     "sweeper-params-env": "hydra: {mode: MULTIRUN, sweeper: {params: {+hydra.job.env_set.PATH: /tmp}}}",
     "sweeper-params-group": "hydra: {mode: MULTIRUN, sweeper: {params: {hydra/job_logging: default}}}",
     "sweeper-params-place": "hydra: {mode: MULTIRUN, sweeper: {params: {export.dir: '{victim}.d'}}}",
+    "variants-hydra": "hydra: {mode: MULTIRUN}\nsweep: {variants: [{hydra.run.dir: '{victim}.d'}]}",
+    "variants-added": "hydra: {mode: MULTIRUN}\nsweep: {variants: [{+hydra.callbacks.e._target_: evil.Callback}]}",
+    "variants-place": "hydra: {mode: MULTIRUN}\nsweep: {variants: [{batch: 1}, {++export.dir: '{victim}.d'}]}",
     "sweeper-params-above-a-place": "hydra: {mode: MULTIRUN, sweeper: {params: {sweep: '{{name: ../x}}'}}}",
     # hydra.job, hydra.overrides
     **{

@@ -125,6 +125,17 @@ PARTIALS = [
     pytest.param({"batch": [1, 2]}, True, id="one-of-several"),
     pytest.param({"batch": [1, 3]}, False, id="none-of-several"),
     pytest.param({"router": ["sinkhorn", "torch"]}, True, id="one-of-several-options"),
+    pytest.param({"router": "torch", "router.renormalize": True}, True, id="dotted"),
+    pytest.param({"router": "torch", "router.renormalize": False}, False, id="dotted-other-value"),
+    pytest.param({"router": "sinkhorn", "router.renormalize": True}, False, id="dotted-other-option"),
+    pytest.param({"model.shape.n_experts": [4, 5], "batch": 2}, True, id="dotted-deep"),
+    pytest.param({"model/shape": "demo"}, True, id="slash"),
+    pytest.param({"model/shape": "olmoe_1b_7b"}, False, id="slash-other-option"),
+    pytest.param({"model.shape": "demo", "model": {"shape": {"n_experts": 5}}}, True, id="dotted-beside-nested"),
+    pytest.param({"model": {"shape.n_experts": 6}}, False, id="dotted-within-nested"),
+    pytest.param({"router.nothing": 1}, False, id="dotted-unknown"),
+    pytest.param({"router.renormalize.x": 1}, False, id="dotted-below-a-value"),
+    pytest.param({"batch.x": 1}, False, id="dotted-below-a-number"),
 ]
 
 

@@ -457,6 +457,8 @@ MISTAKES = [
     pytest.param("sweep.compare=[routers]", "Did you mean router", id="compare"),
     pytest.param("sweep.exclude=[router]", "sweep.exclude=router", id="exclude"),
     pytest.param("sweep.exclude=[{rooter: torch}]", "Did you mean router", id="exclude-key"),
+    pytest.param("sweep.exclude=[{rooter.impl: torch}]", "unknown key rooter.impl. Did you mean router?", id="dotted"),
+    pytest.param("sweep.anchor={modell/shape: demo}", "unknown key modell/shape. Did you mean model?", id="slash"),
     pytest.param("sweep.anchor=torch", "sweep.anchor=torch", id="anchor"),
     pytest.param("sweep.timeout_s=0", "sweep.timeout_s=0", id="timeout"),
     pytest.param("measure.replicates=0", "measure.replicates=0", id="replicates"),
