@@ -18,7 +18,6 @@ MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 60
 
 TESTED_IN = {
     "cli/foreign.py": "sweep/test_session.py",
-    "cli/table.py": "measure/test_agreement.py",
     "config/checks.py": "config/test_compose.py",
     "config/hydra_patches.py": "config/test_compose.py",
     "config/mistakes.py": "config/test_compose.py",

@@ -121,7 +121,7 @@ def _show() -> None:
         from moe_lab.results import outputs
 
         _records.extend(sweep.records())
-        print_sweep(_records, sweep.plan.sweep["compare"])
+        print_sweep(_records, sweep.plan.sweep["compare"], sweep.plan.sweep["anchor"])
         outputs.write(sweep.directory, with_report=sweep.plan.sweep["report"])
 
 
