@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 from rich.cells import cell_len, chop_cells
-from rich.console import JustifyMethod
-from rich.table import Table
-from rich.text import Text
 
 from moe_lab.terminal import printable
 
@@ -30,7 +28,7 @@ class Column(NamedTuple):
     is_left: bool = False
     """On the left of its column, as names are."""
     rank: int = 0
-    """0: always shown. Else those of the smallest ranks are, as many as fit; names are folded for ranks 1 and 2 only."""
+    """0: always shown. Else the smallest are, as many as fit; only for ranks of 1 and 2 names are folded."""
 
 
 class Fitted(NamedTuple):
@@ -40,11 +38,6 @@ class Fitted(NamedTuple):
     widths: list[int]
     left_out: list[str]
     """The headings of the others."""
-
-    @property
-    def width(self) -> int:
-        """Of a line."""
-        return sum(self.widths) + max(0, len(self.widths) - 1)
 
 
 def fit(columns: Sequence[Column], width: int | None) -> Fitted:
@@ -70,20 +63,34 @@ def fit(columns: Sequence[Column], width: int | None) -> Fitted:
     return Fitted(shown, widths, [column.heading for column in columns if column not in shown])
 
 
-def table(fitted: Fitted) -> Table:
-    """For rich, which has nothing to fold any more."""
-    drawn = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for column, width in zip(fitted.columns, fitted.widths, strict=True):
-        heading = Text("\n".join(_folded(column.heading, width, r"\S+\s*")))
-        justify: JustifyMethod = "left" if column.is_name or column.is_left else "right"
-        drawn.add_column(heading, justify=justify, no_wrap=True, width=width)
-    folded = [
-        [Text("\n".join(_folded(cell, width, _WORDS)) if column.is_name else cell) for cell in column.cells]
-        for column, width in zip(fitted.columns, fitted.widths, strict=True)
+def lines(fitted: Fitted) -> tuple[list[str], list[str]]:
+    """Those of the heading, and those of the rows."""
+    heading = [_folded(column.heading, width, r"\S+\s*") for column, width in _pairs(fitted)]
+    cells = [
+        [_folded(cell, width, _WORDS) if column.is_name else [cell] for cell in column.cells]
+        for column, width in _pairs(fitted)
     ]
-    for row in zip(*folded, strict=True):
-        drawn.add_row(*row)
-    return drawn
+    height = max(map(len, heading), default=0)
+    heading = [[""] * (height - len(words)) + words for words in heading]  # beside the first row
+    return _side_by_side(heading, fitted), [
+        line for row in zip(*cells, strict=True) for line in _side_by_side(row, fitted)
+    ]
+
+
+def _side_by_side(row: Sequence[Sequence[str]], fitted: Fitted) -> list[str]:
+    """One row, of which a cell may have several lines."""
+    result = []
+    for parts in zip_longest(*row, fillvalue=""):
+        line = ""
+        for text, (column, width) in zip(parts, _pairs(fitted), strict=True):
+            blank = " " * (width - cell_len(text))
+            line += (text + blank if column.is_name or column.is_left else blank + text) + " "
+        result.append(line.rstrip())
+    return result
+
+
+def _pairs(fitted: Fitted) -> list[tuple[Column, int]]:
+    return list(zip(fitted.columns, fitted.widths, strict=True))
 
 
 def _clean(text: str) -> str:

@@ -25,7 +25,8 @@ def tables(directory: Path) -> int:
 def main(arguments: list[str]) -> int:
     """`moe-lab report`. Returns the exit code."""
     parser = Parser(
-        prog="moe-lab report", description="Write the tables, plots and report page of a folder of results, and print its table."
+        prog="moe-lab report",
+        description="Write the tables, plots and report page of a folder of results, and print its table.",
     )
     parser.add_argument("directory", type=Path, help="a sweep's folder, or any folder of runs")
     parser.add_argument("--tables", action="store_true", help="write only the tables")

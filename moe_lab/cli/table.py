@@ -43,7 +43,10 @@ def lines(
     records: Sequence[Record], compare: Sequence[str] = variants.COMPARE, anchor: Mapping[str, Any] | None = None
 ) -> list[Line]:
     """By setting, sizes as numbers; in each the anchor first, then the order of the records."""
-    known = [record for record in records if {"model", "export"} <= record.config.keys()]
+    known: list[Record] = []
+    lost: list[Record] = []  # failed before they were composed, so they have no setting
+    for record in records:
+        (known if {"model", "export"} <= record.config.keys() else lost).append(record)
     configs = [record.config for record in known]
     contents = variants.all_named([identity.content(config) for config in configs], configs)
     labels, settings = variants.labels(contents, compare), _settings(contents, compare)
@@ -55,8 +58,7 @@ def lines(
         others = bool(anchor) and not variants.matches(content, anchor or {})
         place = (*map(_as_numbers, setting.values()), first[group], record.cell_id not in timed_beside, others)
         placed.append((place, Line(record, label, setting)))
-    # One that failed before it was composed has no setting.
-    rest = [Line(record, Path(record.directory or record.cell_id).name, {}) for record in records if record not in known]
+    rest = [Line(record, Path(record.directory or record.cell_id).name, {}) for record in lost]
     return [line for _, line in sorted(placed, key=lambda one: one[0])] + rest
 
 
@@ -106,7 +108,9 @@ def columns(shown: Sequence[Line], heading: str = "variant") -> list[Column]:
         Column("ratio [interval]", [_ratio(record) for record in records], rank=1),
         Column("bits/byte vs native [interval]", [_more_bits(record) for record in records], rank=2),
         Column("bits/byte", [_bits(record) for record in records], rank=5),
-        Column("tokens/s", [numbers.short((record.throughput or {}).get("tokens_per_s")) for record in records], rank=6),
+        Column(
+            "tokens/s", [numbers.short((record.throughput or {}).get("tokens_per_s")) for record in records], rank=6
+        ),
         Column("load max/mean", [_load(record) for record in records], rank=7),
         Column("KL to native", [numbers.short((r.quality or {}).get("kl_to_native")) for r in records], rank=8),
         Column("error", [numbers.error(r.check.rel_error) if r.check else _NONE for r in records], rank=10),
@@ -173,7 +177,9 @@ def print_columns(shown: Sequence[Column], where: str = "") -> Console:
     """
     console = Console()
     fitted = fit.fit(shown, console.width if console.is_terminal else None)
-    Console(width=max(console.width, fitted.width)).print(fit.table(fitted), highlight=False)
+    heading, rows = fit.lines(fitted)
+    for part, style in ((heading, "bold"), (rows, None)):
+        console.print("\n".join(part), style=style, markup=False, highlight=False, soft_wrap=True)
     if fitted.left_out:
         text = f"not shown at {console.width} columns: {', '.join(fitted.left_out)}"
         _say(console, text + (f"; {where}" if where else ""))
@@ -191,8 +197,7 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Conso
 
 
 def _say(console: Console, text: str, style: str | None = None, path: str = "") -> None:
-    """A line, broken between words where the terminal needs it; one with a path is left whole, so that it can be copied.
-    """
+    """A line, broken between words where the terminal needs it; one with a path is left whole, so that it can be copied."""
     soft_wrap = bool(path) or not console.is_terminal
     console.print(text + path, style=style, markup=False, highlight=False, soft_wrap=soft_wrap)
 
@@ -253,7 +258,8 @@ def print_sweep(
 ) -> None:
     """One row per cell with its ratio to the anchor; then each warning once, and every failure.
 
-    `where` says where the columns are that the terminal is too narrow for. What `sweep.exclude` leaves out is a number below the table, for it may be most of the grid.
+    `where` says where the columns are that the terminal is too narrow for. What `sweep.exclude` leaves out is a number
+    below the table, for it may be most of the grid.
     """
     skipped = Counter(record.reason for record in records if record.status == "skipped")
     shown = lines([record for record in records if record.reason != "excluded"], compare, anchor)

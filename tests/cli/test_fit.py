@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 
 import pytest
@@ -10,16 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from moe_lab.cli.fit import Column, fit, table
-from moe_lab.terminal import Console
+from moe_lab.cli.fit import Column, fit, lines
 
 
 def drawn(columns: list[Column], width: int | None) -> tuple[list[str], list[str]]:
     """The lines of the table, and what is left out of it."""
     fitted = fit(columns, width)
-    written = io.StringIO()
-    Console(width=max(width or 0, fitted.width), file=written).print(table(fitted), highlight=False)
-    return [line.rstrip() for line in written.getvalue().splitlines()], fitted.left_out
+    heading, rows = lines(fitted)
+    return heading + rows, fitted.left_out
 
 
 NAMES, NUMBERS = ["torch", "expert_choice", "sinkhorn(temperature=0.25)"], ["1.23 [1.2, 1.3]", "12.3 [12, 13]", "-"]
@@ -43,29 +40,29 @@ def test_what_fits_is_shown_and_the_rest_is_named(width: int | None, headings: l
         Column("ratio", NUMBERS, rank=1),
         Column("error", ["1e-7"] * 3, rank=9),
     ]
-    lines, left_out = drawn(columns, width)
+    found, left_out = drawn(columns, width)
     assert [heading for heading in ("variant", "p50 ms", "ratio", "error") if heading not in left_out] == headings
-    assert all(len(line) <= (width or 200) for line in lines) or width == 10
-    text = "\n".join(lines)
+    assert all(len(line) <= (width or 200) for line in found) or width == 10
+    text = "\n".join(found)
     assert all(number in text for number in NUMBERS)
 
 
 def test_a_name_is_folded_where_it_has_words() -> None:
     """Behind an underscore or a bracket; a number in it stays whole."""
-    lines, _ = drawn([Column("variant", NAMES, is_name=True), Column("p50", ["1", "2", "3"])], 18)
-    assert lines[1:] == ["torch            1", "expert_choice    2", "sinkhorn(        3", "temperature=", "0.25)"]
+    found, _ = drawn([Column("variant", NAMES, is_name=True), Column("p50", ["1", "2", "3"])], 18)
+    assert found[1:] == ["torch            1", "expert_choice    2", "sinkhorn(        3", "temperature=", "0.25)"]
 
 
 def test_a_control_character_counts_as_what_is_printed() -> None:
     """Else the columns behind it would be moved."""
-    lines, _ = drawn([Column("variant", ["a\x1b[2Jb", "c"], is_name=True), Column("p50", ["1", "2"])], None)
-    assert lines == ["variant   p50", r"a\x1b[2Jb   1", "c           2"]
+    found, _ = drawn([Column("variant", ["a\x1b[2Jb", "c"], is_name=True), Column("p50", ["1", "2"])], None)
+    assert found == ["variant   p50", r"a\x1b[2Jb   1", "c           2"]
 
 
 def test_wide_characters_take_two_cells() -> None:
     """In names of folders."""
-    lines, _ = drawn([Column("variant", ["模型", "c"], is_name=True), Column("p50", ["1", "2"])], None)
-    assert {cell_len(line) for line in lines} == {11}
+    found, _ = drawn([Column("variant", ["模型", "c"], is_name=True), Column("p50", ["1", "2"])], None)
+    assert {cell_len(line) for line in found} == {11}
 
 
 NUMBER = st.floats(allow_nan=False, allow_infinity=False).map(lambda value: f"{value:.4g}")
@@ -89,10 +86,10 @@ def test_no_number_is_broken(
         Column(f"column {place}", [row[place % len(row)] for row in cells], rank=rank)
         for place, rank in enumerate(ranks[: len(numbers)])
     ]
-    lines, left_out = drawn(columns, width)
-    text = "\n".join(lines)
+    found, left_out = drawn(columns, width)
+    text = "\n".join(found)
     for column in columns[1:]:
         assert column.heading in left_out or all(cell in text for cell in column.cells)
     for _, number, _ in names:
         assert re.search(rf"(?<![\d.]){re.escape(number.lstrip('-'))}(?![\d.])", text)
-    assert all(len(line) <= width for line in lines)
+    assert all(len(line) <= width for line in found)
