@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from moe_lab.cli import fit
 from moe_lab.cli.fit import Column
@@ -170,18 +170,20 @@ def _status(record: Record) -> str:
 # --- printing ---
 
 
-def print_columns(shown: Sequence[Column], where: str = "") -> Console:
+def print_columns(shown: Sequence[Column], where: str = "", file: IO[str] | None = None) -> Console:
     """Print a table as wide as the terminal, or as it needs where the output is none; what was left out is named.
 
-    Returns the console. `where` says where that is to be found.
+    Returns the console. `where` says where that is to be found; `file` gets the table in place of standard output.
     """
     console = Console()
-    fitted = fit.fit(shown, console.width if console.is_terminal else None)
+    width = console.width if console.is_terminal else None
+    console = console if file is None else Console(file=file)
+    fitted = fit.fit(shown, width)
     heading, rows = fit.lines(fitted)
     for part, style in ((heading, "bold"), (rows, None)):
         console.print("\n".join(part), style=style, markup=False, highlight=False, soft_wrap=True)
     if fitted.left_out:
-        text = f"not shown at {console.width} columns: {', '.join(fitted.left_out)}"
+        text = f"not shown at {width} columns: {', '.join(fitted.left_out)}"
         _say(console, text + (f"; {where}" if where else ""))
     return console
 
@@ -197,7 +199,7 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Conso
 
 
 def _say(console: Console, text: str, style: str | None = None, path: str = "") -> None:
-    """A line, broken between words where the terminal needs it; one with a path is left whole, so that it can be copied."""
+    """A line, broken between words where the terminal needs it; one with a path is not, so that it can be copied."""
     soft_wrap = bool(path) or not console.is_terminal
     console.print(text + path, style=style, markup=False, highlight=False, soft_wrap=soft_wrap)
 
@@ -255,6 +257,7 @@ def print_sweep(
     compare: Sequence[str],
     anchor: Mapping[str, Any] | None = None,
     where: str = "moe-lab report has them",
+    file: IO[str] | None = None,
 ) -> None:
     """One row per cell with its ratio to the anchor; then each warning once, and every failure.
 
@@ -263,7 +266,7 @@ def print_sweep(
     """
     skipped = Counter(record.reason for record in records if record.status == "skipped")
     shown = lines([record for record in records if record.reason != "excluded"], compare, anchor)
-    console = print_columns(columns(shown), where)
+    console = print_columns(columns(shown), where, file)
     _say_what_all_share(console, shown)
     records = [line.record for line in shown]
     _say_time_of_agreement(console, records)

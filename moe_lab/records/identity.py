@@ -29,7 +29,7 @@ _LATER: dict[str, Any] = {
 }
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 # Rooms of the package that only talk to people or read results: no run executes them.
-_NOT_RUN = ("cli", "results")
+_NOT_RUN = ("api", "cli", "results")
 ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")
 _ENV_FIELDS_OF_A_GPU = ("router_auto",)  # what `auto` means there; a result made by another choice is stale
 
