@@ -2,7 +2,7 @@
 
     import moe_lab
 
-    result = moe_lab.run(["model=decoder_moe", "router=sinkhorn"])  # the command line's language; result.json as a record
+    result = moe_lab.run(["model=decoder_moe", "router=sinkhorn"])  # the command line's language; a record
     sweep  = moe_lab.multirun(["router=torch,sinkhorn", "batch=1,8"])  # as moe-lab -m: records in one folder
     df     = moe_lab.load(sweep.directory)        # pandas, a row per run
     page   = moe_lab.report(sweep.directory)      # tables, plots, report.html

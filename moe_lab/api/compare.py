@@ -16,8 +16,8 @@ from moe_lab.results.compare import compare as compared
 from moe_lab.results.gate import Gate
 
 
-class Comparison(pd.DataFrame):
-    """A row per cell, with its verdict; it is shown as `moe-lab compare` prints it. A selection of it is plain pandas."""
+class Comparison(pd.DataFrame):  # type: ignore[misc]
+    """A row per cell, with its verdict, shown as `moe-lab compare` prints it. A selection of it is plain pandas."""
 
     @property
     def summary(self) -> str:
@@ -54,7 +54,7 @@ def compare(
 ) -> Comparison:
     """Whether the results in folder `b` are slower or faster than those in `a`: a row per cell, with its verdict.
 
-    The columns and the verdicts are those of `moe-lab compare --csv`. `gate()` says whether it passes, `summary` counts.
+    The columns and the verdicts are those of `moe-lab compare --csv`; `gate()` says whether it passes.
 
     Args:
         threshold: the smallest difference that matters, a ratio minus 1.

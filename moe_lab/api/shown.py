@@ -33,7 +33,8 @@ class Result(Record):
         if {"model", "router", "batch", "seq_len"} <= self.config.keys():
             (model,) = table.lines([self])
             shown = [(key, model.settings[key]) for key in ("model", "workload", "dtype", "device")]
-            shown += [(column.heading, column.cells[0]) for column in table.columns_of_runs([self])]
+            run = [(column.heading, column.cells[0]) for column in table.columns_of_runs([self])]
+            shown = [run[-1], *shown, *run[:-1]]
         else:
             shown = [("status", self.status)]
         known = [(name, text) for name, text in shown if text != "-"]

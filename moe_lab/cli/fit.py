@@ -65,10 +65,9 @@ def fit(columns: Sequence[Column], width: int | None) -> Fitted:
 
 def lines(fitted: Fitted) -> tuple[list[str], list[str]]:
     """Those of the heading, and those of the rows."""
-    heading = [_folded(column.heading, width, r"\S+\s*") for column, width in _pairs(fitted)]
+    heading = [folded(column.heading, width, r"\S+\s*") for column, width in _pairs(fitted)]
     cells = [
-        [_folded(cell, width, _WORDS) if column.is_name else [cell] for cell in column.cells]
-        for column, width in _pairs(fitted)
+        [folded(cell, width) if column.is_name else [cell] for cell in column.cells] for column, width in _pairs(fitted)
     ]
     height = max(map(len, heading), default=0)
     heading = [[""] * (height - len(words)) + words for words in heading]  # beside the first row
@@ -112,7 +111,7 @@ def _least(column: Column, folds: bool) -> int:
     return max(heading, min(name, natural), *numbers)
 
 
-def _folded(text: str, width: int, words: str) -> list[str]:
+def folded(text: str, width: int, words: str = _WORDS) -> list[str]:
     """Lines of at most `width`, broken between the words; in a longer word before and behind its numbers."""
     parts: list[str] = []
     for word in filter(None, re.findall(words, text)):

@@ -99,7 +99,7 @@ def _words() -> dict[str, list[str]]:
     """The commands and what may stand behind them."""
     options = {
         "report": ["--tables"],
-        "plot": ["--by", "--log", "--output"],
+        "plot": ["--by", "--dpi", "--font", "--font-size", "--format", "--log", "--output", "--size"],
         "export": ["--config-dir", "--open", "--verify"],
         "list": list(listing.groups(None)),
         "doctor": ["--noise"],

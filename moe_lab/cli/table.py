@@ -80,8 +80,13 @@ def _settings(contents: Sequence[Mapping[str, Any]], compare: Sequence[str]) -> 
 
 
 def _said(node: Any) -> Any:
-    """Of `measure` only the state of the caches counts, which is not an option with a name."""
-    return node["cache"] if isinstance(node, Mapping) and set(node) == {"cache"} else node
+    """`moe_layer/demo` for a model with a shape; of `measure` only the state of the caches counts."""
+    if isinstance(node, Mapping) and set(node) == {"cache"}:
+        return node["cache"]
+    if isinstance(node, Mapping) and isinstance(node.get("shape"), str):
+        others = {key: value for key, value in node.items() if key != "shape"}
+        return {**others, "name": f"{option_name(node)}/{node['shape']}"}
+    return node
 
 
 def _as_numbers(text: str) -> list[tuple[int, float | str]]:

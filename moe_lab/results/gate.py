@@ -1,4 +1,4 @@
-"""Whether a comparison passes: which verdicts match the words that somebody calls a failure, and what was not judged."""
+"""Whether a comparison passes: which verdicts match the words that are called a failure, and what was not judged."""
 
 from __future__ import annotations
 

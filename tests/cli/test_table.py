@@ -92,7 +92,7 @@ def test_everything_that_differs_between_settings_is_a_column(capsys: pytest.Cap
     found = [(line.split()[1], line.split()[4]) for line in lines[1:5]]
     assert found == [("bf16", "9"), ("bf16", "10"), ("fp32", "9"), ("fp32", "10")]
     shared = next(line for line in lines if line.startswith("every row: "))
-    assert "model=moe_layer" in shared and "device=cpu" in shared and "dtype" not in shared
+    assert "model=moe_layer/E5-K2-D32-F24," in shared and "device=cpu" in shared and "dtype" not in shared
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,13 @@ def test_a_record_without_a_configuration_has_a_row(capsys: pytest.CaptureFixtur
     lost = tiny.record(status="failed", reason="?", directory="outputs/s/lost")
     print_sweep([lost, *sweep(1)], ["router"])
     assert [line.split()[0] for line in printed(capsys)[1:5]] == [*ROUTERS, "lost"]
+
+
+def test_a_shape_of_own_sizes_is_called_by_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not by the option beside which they were set."""
+    shapes = [{**tiny_config()["model"], "shape": {**tiny_config()["model"]["shape"], "top_k": k}} for k in (4, 3)]
+    print_sweep([cell("torch", model=shape) for shape in shapes], ["router"])
+    assert [line.split()[1] for line in printed(capsys)[1:3]] == [f"moe_layer/E5-K{k}-D32-F24" for k in (3, 4)]
 
 
 def test_single_runs_have_their_reason_below(capsys: pytest.CaptureFixture[str]) -> None:
