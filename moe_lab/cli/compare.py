@@ -12,10 +12,10 @@ from typing import IO, Any
 
 import numpy as np
 import pandas as pd
-from rich.markup import escape
-from rich.table import Table
 
+from moe_lab.cli import fit
 from moe_lab.cli.arguments import Parser
+from moe_lab.cli.fit import Column
 from moe_lab.records.store import write_atomic
 from moe_lab.results import gate
 from moe_lab.results.compare import NAMES, compare
@@ -115,24 +115,35 @@ def _text(value: Any) -> str:
     return "".join(character if character.isprintable() else " " for character in str(value))
 
 
+_RANKS = {"A ms": 1, "B ms": 1, "note": 1, "cell_id": 3}  # what a narrow terminal leaves out; see `fit.Column`
+
+
 def to_terminal(df: pd.DataFrame, file: IO[str] | None = None) -> None:
     """Print the table, its notes and the summary; `file` gets them in place of standard output."""
     shared, content, notes = _layout(df)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in content:
-        if name in (*NAMES, "also", "cell_id"):
-            table.add_column(escape(name), overflow="fold", min_width=8)
-        else:  # never cut: half a number is a wrong number
-            table.add_column(escape(name), no_wrap=True, justify="right" if name in ("A ms", "B ms", "B/A") else "left")
-    for row, verdict in zip(content.itertuples(index=False), df["verdict"], strict=True):
-        table.add_row(*map(escape, row), style=_STYLES.get(verdict, "magenta"))
     console = Console()
-    width = console.width if console.is_terminal else 200  # a file or a pipe has no width to fit
-    console = Console(
-        file=file, width=max(width, console.measure(table, options=console.options.update(width=9999)).minimum)
-    )
+    width = console.width if console.is_terminal else None  # a file or a pipe has no width to fit
+    if file is not None:
+        console.file = file
+    columns = [
+        Column(
+            name,
+            content[name].tolist(),
+            is_name=name in (*NAMES, "also"),
+            is_left=name not in ("A ms", "B ms", "B/A"),
+            rank=_RANKS.get(name, 0),
+        )
+        for name in content
+    ]
+    fitted = fit.fit(columns, width)
+    heading, rows = fit.lines(fitted)
     console.print(shared, markup=False, highlight=False)
-    console.print(table)
+    styles = (_STYLES.get(verdict, "magenta") for verdict in df["verdict"])
+    for style, lines in (("bold", heading), *zip(styles, rows, strict=True)):
+        console.print("\n".join(lines), style=style, markup=False, highlight=False, soft_wrap=True)
+    if fitted.left_out:
+        named = f"not shown at {width} columns: {', '.join(fitted.left_out)}; --csv FILE has them"
+        console.print(named, markup=False, highlight=False)
     for number, note in enumerate(notes, 1):
         console.print(f"{number}: {note}", markup=False, highlight=False)
     console.print(summary(df), style="bold", markup=False, highlight=False)

@@ -63,17 +63,15 @@ def fit(columns: Sequence[Column], width: int | None) -> Fitted:
     return Fitted(shown, widths, [column.heading for column in columns if column not in shown])
 
 
-def lines(fitted: Fitted) -> tuple[list[str], list[str]]:
-    """Those of the heading, and those of the rows."""
+def lines(fitted: Fitted) -> tuple[list[str], list[list[str]]]:
+    """Those of the heading, and those of each row."""
     heading = [folded(column.heading, width, r"\S+\s*") for column, width in _pairs(fitted)]
     cells = [
         [folded(cell, width) if column.is_name else [cell] for cell in column.cells] for column, width in _pairs(fitted)
     ]
     height = max(map(len, heading), default=0)
     heading = [[""] * (height - len(words)) + words for words in heading]  # beside the first row
-    return _side_by_side(heading, fitted), [
-        line for row in zip(*cells, strict=True) for line in _side_by_side(row, fitted)
-    ]
+    return _side_by_side(heading, fitted), [_side_by_side(row, fitted) for row in zip(*cells, strict=True)]
 
 
 def _side_by_side(row: Sequence[Sequence[str]], fitted: Fitted) -> list[str]:

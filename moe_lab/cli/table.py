@@ -185,7 +185,7 @@ def print_columns(shown: Sequence[Column], where: str = "", file: IO[str] | None
     console = console if file is None else Console(file=file)
     fitted = fit.fit(shown, width)
     heading, rows = fit.lines(fitted)
-    for part, style in ((heading, "bold"), (rows, None)):
+    for part, style in ((heading, "bold"), ([line for row in rows for line in row], None)):
         console.print("\n".join(part), style=style, markup=False, highlight=False, soft_wrap=True)
     if fitted.left_out:
         text = f"not shown at {width} columns: {', '.join(fitted.left_out)}"

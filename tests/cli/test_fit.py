@@ -16,7 +16,7 @@ def drawn(columns: list[Column], width: int | None) -> tuple[list[str], list[str
     """The lines of the table, and what is left out of it."""
     fitted = fit(columns, width)
     heading, rows = lines(fitted)
-    return heading + rows, fitted.left_out
+    return heading + [line for row in rows for line in row], fitted.left_out
 
 
 NAMES, NUMBERS = ["torch", "expert_choice", "sinkhorn(temperature=0.25)"], ["1.23 [1.2, 1.3]", "12.3 [12, 13]", "-"]
