@@ -36,6 +36,7 @@ TESTED_IN = {
     "ops/selection.py": "ops/test_route.py",
     "results/columns.py": "results/test_aggregate.py",
     "results/figures.py": "results/test_plots.py",
+    "results/gate.py": "api/test_compare.py",
     "results/kept.py": "results/test_aggregate.py",
     "results/outputs.py": "cli/test_report.py",
     "results/style.py": "results/test_plots.py",

@@ -83,9 +83,9 @@ def _said(node: Any) -> Any:
     """`moe_layer/demo` for a model with a shape; of `measure` only the state of the caches counts."""
     if isinstance(node, Mapping) and set(node) == {"cache"}:
         return node["cache"]
-    if isinstance(node, Mapping) and isinstance(node.get("shape"), str):
+    if isinstance(node, Mapping) and isinstance(shape := node.get("shape"), Mapping):
         others = {key: value for key, value in node.items() if key != "shape"}
-        return {**others, "name": f"{option_name(node)}/{node['shape']}"}
+        return {**others, "name": f"{option_name(node)}/{identity.shape_name(shape)}"}
     return node
 
 

@@ -41,15 +41,10 @@ def labels(contents: Sequence[Mapping[str, Any]], compare: Sequence[str] = COMPA
 
 
 def named(content: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a configuration for people to read: a checkpoint is called by its folder, a replay a replay.
-
-    A shape of own sizes is called by these.
-    """
+    """The content of a configuration for people to read: a checkpoint is called by its folder, a replay a replay."""
     result, model, workload = {**content}, content["model"], content.get("workload", {})
     if "path" in model:
         result["model"] = {**model, "name": identity.model_name(config["model"])}
-    if isinstance(shape := model.get("shape"), Mapping):
-        result["model"] = {**result["model"], "shape": identity.shape_name(shape)}
     if workload.get("load") == "replay":  # and not by where the tokens come from
         result["workload"] = {**workload, "name": "replay"}
     return result

@@ -1,4 +1,4 @@
-"""api/compare.py: what `moe-lab compare` prints, as a frame."""
+"""api/compare.py: what `moe-lab compare` prints, as a frame; and its gate (results/gate.py)."""
 
 from __future__ import annotations
 
