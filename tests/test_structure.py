@@ -17,6 +17,7 @@ LOOSE = {"__init__.py", "__main__.py", "errors.py", "intervals.py", "marks.py", 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 60
 
 TESTED_IN = {
+    "api/html_table.py": "api/test_shown.py",
     "cli/foreign.py": "sweep/test_session.py",
     "config/checks.py": "config/test_compose.py",
     "config/hydra_patches.py": "config/test_compose.py",

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from moe_lab.cli import fit, table
-from moe_lab.cli.fit import Column
+from moe_lab.api.html_table import html_table
+from moe_lab.cli import table
 from moe_lab.records import variants
 from moe_lab.records.schema import Record
 from moe_lab.terminal import printable
@@ -95,10 +95,10 @@ class Results:
     @property
     def frame(self) -> pd.DataFrame:
         """A row per record, as `moe_lab.load` gives them, of these cells only."""
-        from moe_lab.results.load import load
+        from moe_lab.api.load import load
 
         found = load(self.directory)
-        return found[found["cell_id"].isin([record.cell_id for record in self.records])].reset_index(drop=True)
+        return type(found)(found[found["cell_id"].isin([r.cell_id for r in self.records])].reset_index(drop=True))
 
     def __repr__(self) -> str:
         written = io.StringIO()
@@ -114,18 +114,3 @@ class Results:
         )
         failed = [f"{record.directory}: {record.reason}" for record in self.failed]
         return html_table(table.columns(lines), [*failed, str(self.page or self.directory)])
-
-
-def html_table(columns: Sequence[Column], notes: Sequence[str] = ()) -> str:
-    """For a notebook."""
-    columns = fit.fit(columns, None).columns
-    align = ["left" if column.is_name or column.is_left else "right" for column in columns]
-
-    def row(tag: str, texts: Sequence[str]) -> str:
-        cells = zip(texts, align, strict=True)
-        return "".join(f'<{tag} style="text-align: {side}">{html.escape(text)}</{tag}>' for text, side in cells)
-
-    head = row("th", [column.heading for column in columns])
-    body = "".join(f"<tr>{row('td', texts)}</tr>" for texts in zip(*(column.cells for column in columns), strict=True))
-    below = "".join(f"<div>{html.escape(printable(note))}</div>" for note in notes)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"

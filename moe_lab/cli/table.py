@@ -5,6 +5,7 @@ Every row is printed, however many there are. What does not fit the width is nam
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -140,10 +141,12 @@ def _ratio(record: Record) -> str:
 
 
 def _more_bits(record: Record) -> str:
-    """How many more than with the native router; two digits behind the point where more say nothing."""
     more, low, high = ((record.quality or {}).get(name) for name in _BITS_OF)
-    if more is None:
-        return _NONE
+    return _NONE if more is None else more_bits(more, low, high)
+
+
+def more_bits(more: float, low: float | None, high: float | None) -> str:
+    """How many more than with the native router; two digits behind the point where more say nothing."""
     digits = 2 if more == 0 or abs(more) >= 0.1 else 3
     ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if low is not None and high is not None else ""
     return f"{more:+.{digits}f}{ends}"
@@ -191,6 +194,13 @@ def print_columns(shown: Sequence[Column], where: str = "", file: IO[str] | None
         text = f"not shown at {width} columns: {', '.join(fitted.left_out)}"
         _say(console, text + (f"; {where}" if where else ""))
     return console
+
+
+def text_of(shown: Sequence[Column]) -> str:
+    """What `print_columns` prints."""
+    written = io.StringIO()
+    print_columns(shown, file=written)
+    return written.getvalue()
 
 
 _NUMBERS = (*_SIZES, "cell_id")

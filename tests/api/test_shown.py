@@ -1,4 +1,4 @@
-"""api/shown.py: results in a REPL and in a notebook."""
+"""api/shown.py and api/html_table.py: results in a REPL and in a notebook."""
 
 from __future__ import annotations
 
