@@ -28,7 +28,7 @@ from moe_lab.results.load import load
 from moe_lab.results.style import variant_style
 
 FORMATS = ("pdf", "svg", "png")
-_MOST_TICKS, _WRAP = 12, 28  # ticks of an axis, characters of a name beside the axes
+_MOST_TICKS, _WRAP = 12, 36  # ticks of an axis, characters of a name beside the axes
 _SIZES = ((7.0, 4.5), (8.0, 6.0), (10.0, 8.0), (14.0, 12.0), (20.0, 20.0))
 """The first in which the text has room, unless --size says another."""
 _BY_NAME = ("variant", "model", "router", "experts", "workload", "device", "dtype", "execution")
@@ -63,7 +63,8 @@ class Look(NamedTuple):
         """Of matplotlib: text stays text in an SVG, and a PDF holds its fonts, so that both can be edited; $ is a $."""
         font = {} if self.font is None else {"font.family": self.font}
         text = {"svg.fonttype": "none", "pdf.fonttype": 42, "text.parse_math": False}
-        return {**text, "font.size": self.font_size, "lines.markersize": 0.6 * self.font_size, **font}
+        lines = {"lines.markersize": 0.6 * self.font_size, "lines.linewidth": 0.15 * self.font_size}
+        return {**text, **lines, "font.size": self.font_size, **font}
 
 
 def column(name: str, runs: pd.DataFrame) -> str:
