@@ -8,32 +8,23 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
-from rich.markup import escape
-from rich.table import Table
 
+from moe_lab.cli import fit
 from moe_lab.cli.arguments import Parser
+from moe_lab.cli.fit import Column
 from moe_lab.records.store import write_atomic
+from moe_lab.results import gate
 from moe_lab.results.compare import NAMES, compare
 from moe_lab.results.numbers import four
 from moe_lab.results.spreadsheet import guarded
 from moe_lab.terminal import Console, write_data
 
 _SIDES = ("A", "B", "A and B")
-OK, MATCHED, MISTAKE, NOTHING_JUDGED = 0, 1, 2, 3
-_JUDGED = ("slower", "faster", "same")
-# The words of --fail-on, each with a pattern of the verdicts that match it (`results.compare.compare`).
-_FAIL_ON = {
-    "slower": "slower",
-    "faster": "faster",
-    "failed": ".*(failed|unreadable) in (B|both).*",
-    "missing": "only in A|.*(skipped|not timed) in B.*",
-    "inconclusive": "inconclusive",
-    "any": "(?!same$|inconclusive$|.* in both$).*",
-}
+OK, MISTAKE = 0, 2
 _STYLES = {"slower": "red", "faster": "green", "same": "", "inconclusive": "yellow"}
 _HELP = """\
 Compare two folders of results: is B slower or faster than A?
@@ -124,22 +115,35 @@ def _text(value: Any) -> str:
     return "".join(character if character.isprintable() else " " for character in str(value))
 
 
-def to_terminal(df: pd.DataFrame) -> None:
-    """Print the table, its notes and the summary."""
+_RANKS = {"A ms": 1, "B ms": 1, "note": 1, "cell_id": 3}  # what a narrow terminal leaves out; see `fit.Column`
+
+
+def to_terminal(df: pd.DataFrame, file: IO[str] | None = None) -> None:
+    """Print the table, its notes and the summary; `file` gets them in place of standard output."""
     shared, content, notes = _layout(df)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in content:
-        if name in (*NAMES, "also", "cell_id"):
-            table.add_column(escape(name), overflow="fold", min_width=8)
-        else:  # never cut: half a number is a wrong number
-            table.add_column(escape(name), no_wrap=True, justify="right" if name in ("A ms", "B ms", "B/A") else "left")
-    for row, verdict in zip(content.itertuples(index=False), df["verdict"], strict=True):
-        table.add_row(*map(escape, row), style=_STYLES.get(verdict, "magenta"))
     console = Console()
-    width = console.width if console.is_terminal else 200  # a file or a pipe has no width to fit
-    console = Console(width=max(width, console.measure(table, options=console.options.update(width=9999)).minimum))
+    width = console.width if console.is_terminal else None  # a file or a pipe has no width to fit
+    if file is not None:
+        console.file = file
+    columns = [
+        Column(
+            name,
+            content[name].tolist(),
+            is_name=name in (*NAMES, "also"),
+            is_left=name not in ("A ms", "B ms", "B/A"),
+            rank=_RANKS.get(name, 0),
+        )
+        for name in content
+    ]
+    fitted = fit.fit(columns, width)
+    heading, rows = fit.lines(fitted)
     console.print(shared, markup=False, highlight=False)
-    console.print(table)
+    styles = (_STYLES.get(verdict, "magenta") for verdict in df["verdict"])
+    for style, lines in (("bold", heading), *zip(styles, rows, strict=True)):
+        console.print("\n".join(lines), style=style, markup=False, highlight=False, soft_wrap=True)
+    if fitted.left_out:
+        named = f"not shown at {width} columns: {', '.join(fitted.left_out)}; --csv FILE has them"
+        console.print(named, markup=False, highlight=False)
     for number, note in enumerate(notes, 1):
         console.print(f"{number}: {note}", markup=False, highlight=False)
     console.print(summary(df), style="bold", markup=False, highlight=False)
@@ -183,7 +187,7 @@ def _parser() -> Parser:
         "--threshold", default="3%", help="the smallest difference that matters: 3%% or 0.03 (default: %(default)s)"
     )
     parser.add_argument(
-        "--fail-on", metavar="WORDS", help="exit with 1 if a cell is one of these: " + ", ".join(_FAIL_ON)
+        "--fail-on", metavar="WORDS", help="exit with 1 if a cell is one of these: " + ", ".join(gate.FAIL_ON)
     )
     parser.add_argument("--csv", metavar="FILE", help="write all columns as CSV; - for standard output (no table)")
     parser.add_argument(
@@ -207,43 +211,19 @@ def _write(target: str | None, text: str) -> None:
         write_atomic(Path(target), text.encode())
 
 
-def parse_fail_on(text: str) -> list[str]:
-    """`slower,failed` as its words. Raises `ValueError` for an unknown one, one given twice, or none."""
-    words = [word.strip() for word in text.split(",")]
-    for word in words:
-        if word not in _FAIL_ON:
-            raise ValueError(f"--fail-on={text}: {word or 'nothing'} is not one of {', '.join(_FAIL_ON)}.")
-    if len(set(words)) < len(words):
-        raise ValueError(f"--fail-on={text}: name each word once.")
-    return words
-
-
 def _gate(df: pd.DataFrame, words: list[str]) -> int:
     """The exit code of `--fail-on`, and on stderr what matches and what was not judged."""
-    option = f"moe-lab: --fail-on={','.join(words)}"
-    counts = {word: int(df["verdict"].map(re.compile(_FAIL_ON[word]).fullmatch).notna().sum()) for word in words}
-    n_matches = int(df["verdict"].map(re.compile("|".join(_FAIL_ON[word] for word in words)).fullmatch).notna().sum())
-    not_judged = df["verdict"][~df["verdict"].isin(_JUDGED)].value_counts()
-    n_judged = len(df) - int(not_judged.sum())
-    told = ", ".join(f"{count} {verdict}" for verdict, count in not_judged.items())
-    if n_matches:
-        by_word = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-        print(f"{option}: {n_matches} of {len(df)} rows match ({by_word})", file=sys.stderr)
-        return MATCHED
-    if not n_judged:
-        remedy = "; measure with measure.replicates=3" if "inconclusive" in not_judged else ""
-        print(f"{option}: nothing was judged ({told}), so the gate does not pass{remedy}", file=sys.stderr)
-        return NOTHING_JUDGED
-    if told:
-        print(f"{option}: passed, but {len(df) - n_judged} of {len(df)} rows were not judged: {told}", file=sys.stderr)
-    return OK
+    found = gate.judge(df, words)
+    if found.why:
+        print(f"moe-lab: --fail-on={','.join(words)}: {found.why}", file=sys.stderr)
+    return found.code
 
 
 def main(arguments: list[str]) -> int:
     """`moe-lab compare`. Returns the exit code."""
     try:
         given = _parser().parse_args(arguments)
-        words = parse_fail_on(given.fail_on) if given.fail_on is not None else []
+        words = gate.words_of(given.fail_on, "--fail-on") if given.fail_on is not None else []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             df = compare(given.a, given.b, threshold=parse_threshold(given.threshold))

@@ -99,7 +99,7 @@ def _words() -> dict[str, list[str]]:
     """The commands and what may stand behind them."""
     options = {
         "report": ["--tables"],
-        "plot": ["--by", "--log", "--output"],
+        "plot": ["--by", "--dpi", "--font", "--font-size", "--format", "--log", "--output", "--size"],
         "export": ["--config-dir", "--open", "--verify"],
         "list": list(listing.groups(None)),
         "doctor": ["--noise"],
@@ -122,7 +122,7 @@ def _show() -> None:
         from moe_lab.results import outputs
 
         _records.extend(sweep.records())
-        print_sweep(_records, sweep.plan.sweep["compare"])
+        print_sweep(_records, sweep.plan.sweep["compare"], sweep.plan.sweep["anchor"])
         outputs.write(sweep.directory, with_report=sweep.plan.sweep["report"])
     if exports := [record.export for record in _records if record.status == "ok" and record.export is not None]:
         from moe_lab.cli.export import words_of_all

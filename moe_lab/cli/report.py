@@ -1,4 +1,4 @@
-"""`moe-lab report`: what is made of a folder of results."""
+"""`moe-lab report`: what is made of a folder of results, and its table on the terminal."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ def tables(directory: Path) -> int:
 def main(arguments: list[str]) -> int:
     """`moe-lab report`. Returns the exit code."""
     parser = Parser(
-        prog="moe-lab report", description="Write the tables, plots and report page of a folder of results."
+        prog="moe-lab report",
+        description="Write the tables, plots and report page of a folder of results, and print its table.",
     )
     parser.add_argument("directory", type=Path, help="a sweep's folder, or any folder of runs")
     parser.add_argument("--tables", action="store_true", help="write only the tables")
     given = parser.parse_args(arguments)
+    from moe_lab.cli import table
+    from moe_lab.results import load
+
     if given.tables:
         n_records = tables(given.directory)
     else:
@@ -38,4 +42,6 @@ def main(arguments: list[str]) -> int:
         n_records = outputs.write(given.directory)
     if not n_records:
         raise ValueError(f"{given.directory}: no readable records.")
+    records, plan = load.records(given.directory)
+    table.print_sweep(records, plan.compare, plan.anchor, f"{given.directory}/runs.csv has them")
     return 0

@@ -77,10 +77,22 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
 def composing(overrides: Sequence[str], config_dir: str | Path | None) -> Iterator[DictConfig]:
     """The composed configuration, Hydra's own node included and open to changes."""
     arguments = _with(overrides, config_dir)
-    with initialize_config_module(CONFIG_MODULE, **VERSION_BASE):
+    with _session():
         composed = hydra_compose("config", arguments, return_hydra_config=True)
         with open_dict(composed):
             yield composed
+
+
+@contextmanager
+def _session() -> Iterator[None]:
+    """Hydra with the package's configuration; a caller who uses Hydra has his own session back afterwards."""
+    callers = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(CONFIG_MODULE, **VERSION_BASE):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = callers
 
 
 def config_loader() -> ConfigLoader:
@@ -100,7 +112,7 @@ def composing_multirun(
     register()
     register_plugins()
     try:
-        with initialize_config_module(CONFIG_MODULE, **VERSION_BASE):
+        with _session():
             loader = config_loader()
             yield loader, loader.load_configuration("config", _with(overrides, config_dir), RunMode.MULTIRUN)
     except (HydraException, OmegaConfBaseException) as error:

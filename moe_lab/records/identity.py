@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.resources
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -40,7 +41,7 @@ _LATER_OF_ROUTER: dict[str, dict[str, Any]] = {
 }
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 # Rooms of the package that only talk to people or read results: no run executes them.
-_NOT_RUN = ("cli", "results")
+_NOT_RUN = ("api", "cli", "results")
 ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")
 _ENV_FIELDS_OF_A_GPU = ("router_auto",)  # what `auto` means there; a result made by another choice is stale
 
@@ -121,7 +122,7 @@ def slug(cfg: DictConfig) -> str:
     ignores = cfg.model.get("ignores", ())
     parts = [model_name(cfg.model)]
     if cfg.model.get("shape") is not None:
-        parts.append(option_name(cfg.model.shape))
+        parts.append(shape_name(cfg.model.shape))
     if "router" not in ignores:
         parts.append(option_name(cfg.router))
     if "experts" not in ignores:
@@ -146,6 +147,34 @@ def model_name(node: Mapping[Any, Any] | DictConfig) -> str:
     """As `option_name`; a checkpoint is called by its folder, where its path names that."""
     name = Path(str(node["path"])).name if node.get("path") is not None else ""
     return name if name not in ("", "..") else option_name(node)
+
+
+_SIZES = {"n_experts": "E", "top_k": "K", "d_model": "D", "mlp_hidden_dim": "F"}
+
+
+def shape_name(node: Mapping[Any, Any] | DictConfig) -> str:
+    """The name of a `model.shape` of the package; of other sizes these, `E48-K6-D1024-F512`, behind its own name.
+
+    Sizes that were set beside an option keep its `name` in the configuration, so that alone may be untrue.
+    """
+    shape = {key: node.get(key) for key in _SIZES}
+    sizes = "-".join(f"{letter}{shape[key]}" for key, letter in _SIZES.items())
+    name = str(node.get("name") or "")
+    known = _shapes().get(name)
+    if known is not None:
+        return name if known == shape else sizes
+    return f"{name}-{sizes}" if name else sizes
+
+
+@cache
+def _shapes() -> dict[str, dict[str, Any]]:
+    """The sizes of the package's own options of model/shape."""
+    import yaml
+
+    folder = importlib.resources.files("moe_lab.conf") / "model" / "shape"
+    files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
+    options = [yaml.safe_load(file.read_text()) for file in files]
+    return {option["name"]: {key: option[key] for key in _SIZES} for option in options}
 
 
 def _hash_files(roots: Iterable[Path], without: Sequence[str] = ()) -> str:

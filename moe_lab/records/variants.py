@@ -54,8 +54,11 @@ def all_named(contents: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[s
     """As `named`; checkpoints in folders of one name are called by as much of their paths as tells them apart."""
     results = [named(*pair) for pair in zip(contents, configs, strict=True)]
     paths = [Path(str(config["model"].get("path", ""))) for config in configs]
+    by_name: dict[str, set[tuple[str, ...]]] = {}
+    for path in paths:
+        by_name.setdefault(path.name, set()).add(path.parts)
     for result, path in zip(results, paths, strict=True):
-        namesakes = {other.parts for other in paths if other.name == path.name}
+        namesakes = by_name[path.name]
         if "path" in result["model"] and len(namesakes) > 1:
             longest = max(map(len, namesakes))
             n = next(n for n in range(1, longest + 1) if len({parts[-n:] for parts in namesakes}) == len(namesakes))

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import pandas as pd
 
 from moe_lab.records import files, identity, variants
 from moe_lab.records.schema import Record
-from moe_lab.records.store import PLAN, RESULT, ROUTING, SAMPLES, is_unreadable
+from moe_lab.records.store import PLAN, RESULT, ROUTING, SAMPLES, is_unreadable, read_record
 from moe_lab.results import columns
 
 UNREADABLE_BECAUSE = (ValueError, AttributeError, TypeError, KeyError, RecursionError, OSError)
@@ -84,6 +85,22 @@ def load(directory: str | Path) -> pd.DataFrame:
     for row in rows:
         row["directory"] = printable(root / row["directory"])
     return columns.frame(columns.table(rows, columns.RUNS))
+
+
+def records(directory: str | Path) -> tuple[list[Record], Plan]:
+    """Every record under `directory` that can be read, and the plan: in its order, others after it, by path.
+
+    Raises:
+        ValueError: the folder does not exist.
+    """
+    root, found, plan = folder(directory), [], Plan()
+    with suppress(*UNREADABLE_BECAUSE):
+        plan = read_plan(root)
+    for place in search(root)[0]:
+        with suppress(*UNREADABLE_BECAUSE):
+            found.append(read_record(root / place.folder))
+    places = {cell_id: place for place, cell_id in enumerate(plan.statuses)}
+    return sorted(found, key=lambda record: places.get(record.cell_id, len(places))), plan
 
 
 def folder(directory: str | Path) -> Path:

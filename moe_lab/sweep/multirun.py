@@ -35,10 +35,10 @@ current: Multirun | None = None
 class Multirun:
     """One sweep folder, locked, with an engine that starts while Hydra composes."""
 
-    def __init__(self, loader: ConfigLoader, config: DictConfig, progress: Progress):
+    def __init__(self, loader: ConfigLoader, config: DictConfig, progress: Progress, words: list[str]):
         require_few_cells(loader, config)  # Hydra would compose all of them first
         self.composer, self.progress = JobComposer(loader, config), progress
-        self.directory = Path(config.hydra.sweep.dir)
+        self.directory, self.words = Path(config.hydra.sweep.dir), words
         self.plan: Plan | None = None
         self._lock = Lock(self.directory)
         left = self.directory / "multirun.yaml"  # Hydra writes it, and follows links, and waits for who reads a pipe
@@ -71,7 +71,7 @@ class Multirun:
     def _make(self, jobs: Iterator[tuple[DictConfig, list[str], Path]], *, is_first: bool = True) -> Plan:
         try:
             typed = self.composer.typed if is_first else None
-            return planning.make(jobs, self.directory, self.engine, command(), typed)
+            return planning.make(jobs, self.directory, self.engine, self.words, typed)
         except WorkerLostError as lost:
             raise UnavailableError(f"the worker process could not start ({lost}); see {self.directory / LOG}") from lost
 
@@ -93,11 +93,14 @@ class Multirun:
                 self.directory.rmdir()
 
 
-def begin(loader: ConfigLoader, config: DictConfig, progress: Progress) -> Multirun:
-    """The multirun of this process, begun with Hydra's master configuration. Raises `ValueError` if it is locked."""
+def begin(loader: ConfigLoader, config: DictConfig, progress: Progress, words: list[str] | None = None) -> Multirun:
+    """The multirun of this process, begun with Hydra's master configuration. Raises `ValueError` if it is locked.
+
+    `words` are the command that runs it again; None: the one that was typed.
+    """
     global current
     assert current is None
-    current = Multirun(loader, config, progress)
+    current = Multirun(loader, config, progress, words or command())
     return current
 
 

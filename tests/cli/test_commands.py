@@ -31,7 +31,7 @@ _IN_ONE_PROCESS = (
 HELP = {
     "plan": ["moe-lab plan [-m] OVERRIDES", "nothing is run or written"],
     "report": ["moe-lab report", "directory", "a sweep's folder", "--tables"],
-    "plot": ["moe-lab plot", "directory X Y", "--by", "--log", "--output"],
+    "plot": ["moe-lab plot", "directory X Y", "--by", "--log", "--output", "--format", "--size", "--font", "examples:"],
     "compare": ["moe-lab compare", "--threshold", "exit codes"],
     "generate": ["moe-lab generate", "KEY=VALUE", "--max-tokens", "--temperature", "default: 200"],
     "export": ["moe-lab export", "RUN_DIR", "export.KEY=VALUE", "--open", "--verify DIR", "--config-dir", "exit codes"],

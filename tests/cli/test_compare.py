@@ -116,6 +116,26 @@ def test_hostile_text_is_shown_not_obeyed(hostile: pd.DataFrame, capsys: pytest.
     assert len([line for line in markdown.splitlines() if line.startswith("|")]) == 4
 
 
+@pytest.mark.parametrize("width", [pytest.param(width, id=str(width)) for width in (80, 120)])
+def test_a_terminal_is_not_too_narrow(
+    sets: tuple[Path, Path], width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No line of the table is longer; what is not shown is named."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    frame = compare(*sets, floors={})
+    to_terminal(frame)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    end = next(place for place, line in enumerate(lines) if line.startswith(("not shown", "1: ")))
+    assert all(len(line) <= width for line in lines[:end])
+    table = "\n".join(lines[:end])
+    assert all(
+        f" {four(value)} " in table for name in ("ratio", "p50_a_ms", "p50_b_ms") for value in frame[name].dropna()
+    )
+    assert all(word in " ".join(lines) for word in ("batch", "verdict", "note"))
+
+
 def test_a_narrow_terminal_cuts_no_number(sets: tuple[Path, Path], tmp_path: Path) -> None:
     """Names are folded; half a number would be another number."""
     program = (

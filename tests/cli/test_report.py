@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moe_lab.cli.report import main
-from moe_lab.records.store import RESULT
+from moe_lab.records.store import PLAN, RESULT
 from moe_lab.results.aggregate import OUTPUTS
 from tests.cli.test_main import moe_lab
-from tests.results.compared import record, write
+from tests.results.compared import record, tiny_config, write
 
 
 def test_tables_are_written_alone_and_counted(tmp_path: Path) -> None:
@@ -20,7 +22,10 @@ def test_tables_are_written_alone_and_counted(tmp_path: Path) -> None:
     (folder / "broken" / RESULT).write_text("{")
     done = moe_lab("report", "--tables", "sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"sweep: 3 records (2 ok, 1 failed) in {', '.join(OUTPUTS)}\n"
+    first, *table = done.stdout.splitlines()
+    assert first == f"sweep: 3 records (2 ok, 1 failed) in {', '.join(OUTPUTS)}"
+    assert table[0].split()[0] == "variant" and [line.split()[-1] for line in table[1:4]] == ["ok", "ok", "failed"]
+    assert table[-1] == "failed: ? (sweep/cell-2/run.log)"
     copies, unread = done.stderr.splitlines()
     assert copies == "2 records have the same cell_id as another record (column n_records)"
     assert unread.startswith(f"not read: broken/{RESULT}: ")
@@ -29,11 +34,27 @@ def test_tables_are_written_alone_and_counted(tmp_path: Path) -> None:
 
 
 def test_without_it_there_are_plots_and_a_page(tmp_path: Path) -> None:
-    """It prints where they are."""
+    """It prints where they are, and then the table of the records."""
     folder = write(tmp_path / "sweep", record(1.0))
     done = moe_lab("report", "sweep", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "sweep/runs.csv\nsweep/report.html\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    *files, heading, row = done.stdout.splitlines()
+    assert files == ["sweep/runs.csv", "sweep/report.html"]
+    assert heading.startswith("variant") and row.startswith("sinkhorn") and "1 ms" in row
     assert (folder / "report.html").is_file() and (folder / "plots").is_dir()
+
+
+def test_the_table_is_in_the_order_of_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folders lie in another: the anchor is the command's first, or the one that the plan names."""
+    routers = ["torch", "sinkhorn", "hash"]
+    cells = [record(1.0, config={"router": {**tiny_config()["router"], "name": router}}) for router in routers]
+    folder = write(tmp_path / "sweep", *reversed(cells))
+    plan: dict[str, Any] = {"schema": 1, "name": "sweep", "commands": [], "compare": ["router"], "anchor": None}
+    plan["cells"] = [{"cell_id": cell.cell_id, "status": "done"} for cell in cells]
+    for anchor, order in ((None, routers), ({"router": "hash"}, ["hash", "torch", "sinkhorn"])):
+        (folder / PLAN).write_text(json.dumps({**plan, "anchor": anchor}))
+        assert main([str(folder), "--tables"]) == 0
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == order
 
 
 def test_a_folder_without_records_is_a_mistake(tmp_path: Path) -> None:

@@ -221,8 +221,34 @@ def test_ids_are_twelve_hex_digits(tmp_path: Path) -> None:
 def test_slug_reads_like_the_cell() -> None:
     """The words of the design's example; what the model does not read is left out."""
     assert slug(tiny.decoder_moe("router=sinkhorn")) == "decoder_moe-sinkhorn-grouped-b2-s7-cpu-fp32-eager"
-    assert slug(tiny.moe_layer()) == "moe_layer-demo-torch-grouped-b1-s14-cpu-fp32-eager"
+    assert slug(tiny.moe_layer()) == "moe_layer-E5_K2_D32_F24-torch-grouped-b1-s14-cpu-fp32-eager"
     assert slug(tiny.minimal("dtype=bf16")) == "minimal-b2-cpu-bf16-eager"
+
+
+SIZES = {"n_experts": 8, "top_k": 2, "d_model": 512, "mlp_hidden_dim": 2048}
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        pytest.param({"name": "demo", **SIZES}, "demo", id="of_the_package"),
+        pytest.param({"name": "demo", **SIZES, "n_experts": 48}, "E48-K2-D512-F2048", id="own_sizes_beside_an_option"),
+        pytest.param({"name": "mine", **SIZES}, "mine-E8-K2-D512-F2048", id="of_a_persons_file"),
+        pytest.param({"name": None, **SIZES}, "E8-K2-D512-F2048", id="without_a_name"),
+    ],
+)
+def test_a_shape_is_called_by_what_it_is(shape: dict[str, Any], name: str) -> None:
+    """Its option's name stays in the configuration, and the cell keeps its id, but no label says it."""
+    assert identity.shape_name(shape) == name
+    cfg = moe_lab.compose(["model=moe_layer", "device=cpu", *(f"model.shape.{key}={shape[key]}" for key in SIZES)])
+    assert (f"moe_layer-{name.replace('-', '_')}-" in slug(cfg)) == (shape["name"] == "demo")
+
+
+def test_every_shape_of_the_package_has_its_name() -> None:
+    """As composed."""
+    for path in (tiny.ROOT / "conf" / "model" / "shape").glob("*.yaml"):
+        cfg = moe_lab.compose(["model=moe_layer", f"model/shape={path.stem}", "device=cpu"])
+        assert identity.shape_name(cfg.model.shape) == path.stem
 
 
 def test_slug_of_a_checkpoint_has_its_folders_name_and_the_phase(tmp_path: Path) -> None:

@@ -1,0 +1,47 @@
+"""`moe_lab.run`: one run, from a configuration or from overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from moe_lab.api.shown import Result
+from moe_lab.config.compose import compose
+from moe_lab.runs import run as runs
+
+
+def run(
+    what: DictConfig | Sequence[str], directory: str | Path | None = None, *, config_dir: str | Path | None = None
+) -> Result:
+    """Execute one run and leave its record in a folder, as the command line does.
+
+    Args:
+        what: overrides, for example `["model=decoder_moe", "router=sinkhorn"]`, or what `moe_lab.compose` returns.
+        directory: where its files go; default: `outputs/runs/<slug>-<cell_id>` below the current directory.
+        config_dir: as for `moe_lab.compose`; only with overrides.
+
+    Returns:
+        The record; `to_dict()` is result.json. A run that failed has the status `failed` and the cause in `reason`.
+
+    Raises:
+        ValueError: a mistake in the configuration; one line that names the key and the fix.
+        UnavailableError: an implementation or a device that is not here.
+        OSError: the directory cannot be written.
+        KeyboardInterrupt: Ctrl-C; the record, `failed` with the reason `interrupted`, is written first.
+    """
+    if not isinstance(what, DictConfig):
+        what = compose(overrides_of(what), config_dir=config_dir)
+    elif config_dir is not None:
+        raise ValueError(f"config_dir={config_dir}: this configuration is composed; give it to moe_lab.compose.")
+    return Result.of(runs.run(what, directory))
+
+
+def overrides_of(words: Sequence[str]) -> list[str]:
+    """A list of overrides. Raises `ValueError` for something else."""
+    if isinstance(words, str):
+        raise ValueError(f"{words!r}: must be a list of overrides, such as {[words]!r}.")
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f'{words!r:.60}: must be a list of overrides, such as ["router=sinkhorn"].')
+    return list(words)
