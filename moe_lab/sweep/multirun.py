@@ -212,14 +212,13 @@ def _spanned_by(loader: ConfigLoader, config: DictConfig) -> tuple[list[list[str
     others = {}
     for override in _overrides(loader, config):
         line = str(override.input_line)
-        if (key := key_of(line)) != entries.KEY:
-            others[key] = override
+        if key_of(line) != entries.KEY:
+            others[override.get_key_element()] = override
         elif override.is_sweep_override() or line not in typed:
             raise ValueError(f"{line}: not an axis; type one list of entries, or write it in a YAML file under sweep.")
     if any(key_of(line) == entries.KEY for line in typed):
-        for key in set.intersection(*(entries.keys_of([entry]) for entry in variants or [[]])):
-            if key in others and others[key].input_line not in typed:
-                del others[key]
+        in_all = set.intersection(*(entries.keys_of([entry]) for entry in variants or [[]]))
+        others = {k: o for k, o in others.items() if o.input_line in typed or key_of(str(o.input_line)) not in in_all}
     entries.refuse_keys_given_twice(variants, list(others.values()))
     return variants, list(others.values())
 

@@ -110,6 +110,13 @@ def test_a_typed_value_takes_the_place_of_an_experiments_axis_in_the_limit_too(t
     assert len(make(tmp_path, "experiment=x", "batch=2,3", "sweep.max_cells=2", config_dir=mine).cells) == 2
 
 
+def test_an_option_and_its_keys_as_a_mapping_are_two_overrides(tmp_path: Path) -> None:
+    """`model/shape=` and `model.shape=` are the same place, but not the same override."""
+    made = make(tmp_path, "model/shape=demo", "model.shape={top_k: 3}", "sweep.variants=[{router: switch}]")
+    (shape,) = (cell.content["model"]["shape"] for cell in made.cells)
+    assert (shape["name"], shape["top_k"]) == ("demo", 3)
+
+
 def test_entries_may_be_empty_equal_and_uneven(tmp_path: Path) -> None:
     """{} is the configuration as it is; equal entries are one cell; a key may stand in one entry only."""
     made = make(tmp_path, "sweep.variants=[{}, {router: switch, dtype: bf16}, {seq_len: 4}, {router: torch}]")
