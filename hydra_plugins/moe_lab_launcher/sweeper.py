@@ -12,9 +12,9 @@ class MoeLabSweeper(BasicSweeper):
     def split_arguments(  # type: ignore[override]  # static there, where the overrides are all that counts
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
-        """Batches of jobs, each job its overrides."""
+        """Batches of jobs, each job its overrides. Hydra read those given here from the same configuration."""
         from moe_lab.sweep import multirun
 
-        assert self.config is not None
-        jobs = multirun.product(overrides, self.config)
+        assert self.config is not None and self.hydra_context is not None
+        jobs = multirun.expand(self.hydra_context.config_loader, self.config)
         return list(self.split_overrides_to_chunks(jobs, max_batch_size)) if jobs else [jobs]

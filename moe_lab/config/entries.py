@@ -1,4 +1,4 @@
-"""The entries of `sweep.variants`: sets of overrides, which a sweep combines with the product of its axes.
+"""The entries of `sweep.variants`: sets of overrides, each combined with all of the axes.
 
     sweep.variants=[{router: native}, {router: sinkhorn, router.temperature: 0.25}]
 
@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from moe_lab.config.schemas import SCHEMAS, Config
 from moe_lab.config.unread import key_of
+from moe_lab.records import variants
 
 KEY = "sweep.variants"
 _EXAMPLE = "[{router: native}, {router: sinkhorn, router.temperature: 0.25}]"
@@ -27,9 +28,9 @@ _SWEEP = re.compile(r"\s*(choice|range|interval|glob|sort|shuffle|tag)\(.*\)\s*"
 _CHOICES = ("model.shape", "measure.reference_router")  # options of groups, which stand deeper
 
 
-def overrides_of(variants: Any) -> list[list[str]]:
+def overrides_of(node: Any) -> list[list[str]]:
     """The overrides of each entry, of none where there are no variants. Raises `ValueError` for a mistake in them."""
-    found = OmegaConf.to_container(variants, resolve=False) if OmegaConf.is_config(variants) else variants
+    found = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
     if found is None:
         return []
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
@@ -81,7 +82,8 @@ def _place(key: Any) -> str:
 
 def _check_value(key: str, place: str, value: Any) -> None:
     if isinstance(value, Mapping):
-        dotted = ", ".join(f"{key}.{name}: {_shown(inner)}" for name, inner in value.items())
+        leaves = variants.leaves(value, key)  # an option's name is set by choosing it
+        dotted = ", ".join(f"{name.removesuffix('.name')}: {_shown(inner)}" for name, inner in leaves)
         raise ValueError(f"{KEY}: {key}: {_shown(value)}: write dotted keys: {{{dotted or f'{key}.KEY: VALUE'}}}.")
     is_axis = isinstance(value, str) and (_SWEEP.fullmatch(value) is not None or ("," in value and _is_one(place)))
     if is_axis or (isinstance(value, list) and _is_one(place)):

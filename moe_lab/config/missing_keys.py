@@ -56,7 +56,7 @@ def load(
         if in_a_sweep and added != overrides:
             cfg = compose(added)
             by_key = _by_key(loader, cfg, overrides)
-            if group in dict(_axes(cfg, by_key)):
+            if any(group == swept for swept, *_ in _axes(cfg, by_key)):
                 given = dict(zip(added, overrides, strict=True))
                 cfg.hydra.overrides.task = [given[text] for text in cfg.hydra.overrides.task]
                 return cfg  # `refuse_in_a_sweep` looks at the options of the axis
@@ -134,7 +134,7 @@ def refuse_in_a_sweep(loader: ConfigLoaderImpl, cfg: DictConfig, overrides: Sequ
     """Raise `ValueError` for a key that is set for all cells, and that some options of its group's axis have not."""
     by_key = _by_key(loader, cfg, overrides)
     _, repo = loader._parse_overrides_and_create_caching_repo(cfg.hydra.job.config_name, list(overrides))
-    for group, options in _axes(cfg, by_key):
+    for group, options, axis in _axes(cfg, by_key):
         for key, override in by_key.items():
             if _group_of(key, cfg.hydra.runtime.choices) != group or override.is_add() or override.is_force_add():
                 continue
@@ -142,7 +142,6 @@ def refuse_in_a_sweep(loader: ConfigLoaderImpl, cfg: DictConfig, overrides: Sequ
             having = _owners(loader, repo, group, key, known.intersection(options))
             without = [option for option in options if option in known and option not in having]
             if without and (owners := _owners(loader, repo, group, key)):
-                axis = by_key.get(key_of(group))
                 remedy = _remedy(group, options, owners, override, axis)
                 raise ValueError(f"{_says(key, group, without, owners)}{remedy}")
 
@@ -155,18 +154,18 @@ def _by_key(loader: ConfigLoaderImpl, cfg: DictConfig, overrides: Sequence[str])
     return {key_of(str(override.input_line)): override for override in parsed}
 
 
-def _axes(cfg: DictConfig, by_key: dict[str, Override]) -> Iterator[tuple[str, list[str]]]:
-    """Each group of which the cells have several options, with these."""
+def _axes(cfg: DictConfig, by_key: dict[str, Override]) -> Iterator[tuple[str, list[str], Override | None]]:
+    """Each group of which the cells have several options, with these, and its axis if it is one."""
     sweep: Any = OmegaConf.to_container(cfg.sweep)
     variants = sweep["variants"] if isinstance(sweep["variants"], list) else []  # else it is refused where it is read
     chosen = [{key_of(str(key)): str(value) for key, value in e.items()} for e in variants if isinstance(e, dict)]
     for group, option in cfg.hydra.runtime.choices.items():
         place = key_of(group)
         axis = by_key.get(place)
-        if axis is not None and axis.is_discrete_sweep():
-            yield group, [text.strip("'\"") for text in axis.sweep_string_iterator()]
-        elif any(place in entry for entry in chosen):
-            yield group, list(dict.fromkeys(entry.get(place, str(option)) for entry in chosen))
+        if any(place in entry for entry in chosen):
+            yield group, list(dict.fromkeys(entry.get(place, str(option)) for entry in chosen)), None
+        elif axis is not None and axis.is_discrete_sweep():
+            yield group, [text.strip("'\"") for text in axis.sweep_string_iterator()], axis
 
 
 def _remedy(

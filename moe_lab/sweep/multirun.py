@@ -176,31 +176,14 @@ class JobComposer:
 
 
 def expand(loader: ConfigLoader, config: DictConfig) -> list[list[str]]:
-    """The overrides of each job that a sweeper makes of a master configuration, Hydra's basic one or ours.
-
-    Raises:
-        ValueError: they are more than `sweep.max_cells`.
-    """
-    require_few_cells(loader, config)
-    return product(_overrides(loader, config), config)
-
-
-def product(overrides: list[Override], config: DictConfig) -> list[list[str]]:
     """The overrides of each job: every entry of `sweep.variants` with every combination of the axes.
 
     Raises:
-        ValueError: an entry that cannot be read, or sets what is set elsewhere.
+        ValueError: they are more than `sweep.max_cells`; an entry that cannot be read, or sets what is set elsewhere.
     """
-    axes = []
-    for override in overrides:
-        line = str(override.input_line)
-        if key_of(line) != entries.KEY:
-            axes.append(override)
-        elif override.is_sweep_override() or line not in config.hydra.overrides.task:
-            raise ValueError(f"{line}: not an axis; type one list of entries, or write it in a YAML file under sweep.")
+    require_few_cells(loader, config)
+    variants, axes = _spanned_by(loader, config)
     (jobs,) = BasicSweeper.split_arguments(axes, max_batch_size=None)
-    variants = entries.overrides_of(config.sweep.variants)
-    entries.refuse_keys_given_twice(variants, axes)
     return [[*entry, *job] for entry in variants or [[]] for job in jobs]
 
 
@@ -211,9 +194,9 @@ def require_few_cells(loader: ConfigLoader, config: DictConfig) -> None:
     """
     if not str(config.hydra.sweeper._target_).endswith((".BasicSweeper", ".MoeLabSweeper")):
         return
-    axes = [(axis.key_or_group, _length(axis)) for axis in _overrides(loader, config) if axis.is_sweep_override()]
-    if variants := entries.overrides_of(config.sweep.variants):
-        axes.insert(0, (entries.KEY, len(variants)))
+    variants, overrides = _spanned_by(loader, config)
+    axes = [(entries.KEY, len(variants))] if variants else []
+    axes += [(axis.key_or_group, _length(axis)) for axis in overrides if axis.is_sweep_override()]
     n_cells, most = math.prod(length for _, length in axes), config.sweep.max_cells
     if n_cells > most:
         spanned = " * ".join(f"{length:,} of {key}" for key, length in axes)
@@ -221,6 +204,26 @@ def require_few_cells(loader: ConfigLoader, config: DictConfig) -> None:
             f"sweep.max_cells={most}: these are {n_cells:,} cells ({spanned}); shorten an axis or set "
             f"sweep.max_cells={n_cells}."
         )
+
+
+def _spanned_by(loader: ConfigLoader, config: DictConfig) -> tuple[list[list[str]], list[Override]]:
+    """The entries of `sweep.variants`, and the other overrides, axes among them.
+
+    What is typed holds: over the axis of an experiment, also where it is a key of all entries.
+    """
+    variants, typed = entries.overrides_of(config.sweep.variants), list(config.hydra.overrides.task)
+    others = {}
+    for override in _overrides(loader, config):
+        line = str(override.input_line)
+        if key_of(line) != entries.KEY:
+            others[override.get_key_element()] = override
+        elif override.is_sweep_override() or line not in typed:
+            raise ValueError(f"{line}: not an axis; type one list of entries, or write it in a YAML file under sweep.")
+    if any(key_of(line) == entries.KEY for line in typed):
+        in_all = set.intersection(*(entries.keys_of([entry]) for entry in variants or [[]]))
+        others = {k: o for k, o in others.items() if o.input_line in typed or key_of(str(o.input_line)) not in in_all}
+    entries.refuse_keys_given_twice(variants, list(others.values()))
+    return variants, list(others.values())
 
 
 def _overrides(loader: ConfigLoader, config: DictConfig) -> list[Override]:

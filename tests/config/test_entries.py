@@ -65,9 +65,10 @@ MISTAKES = [
     pytest.param([{"router": "torch"}, None], "[{router: torch}, null]: must be a list of entries", id="null-entry"),
     pytest.param(
         [{"router": {"name": "sinkhorn", "temperature": 0.25}}],
-        "write dotted keys: {router.name: sinkhorn, router.temperature: 0.25}.",
+        "write dotted keys: {router: sinkhorn, router.temperature: 0.25}.",
         id="nested",
     ),
+    pytest.param([{"model": {"shape": {"top_k": 3}}}], "write dotted keys: {model.shape.top_k: 3}.", id="nested-deep"),
     pytest.param([{"router": {}}], "router: {}: write dotted keys: {router.KEY: VALUE}.", id="nested-empty"),
     pytest.param(
         [{"router": ["torch", "hash"]}], "router: [torch, hash]: an entry has one value", id="list-of-options"

@@ -156,6 +156,15 @@ def test_an_experiments_axes_count_too(tmp_path: Path) -> None:
             expanded([f"experiment=e{number}", "router.strength=2"], folder)
 
 
+def test_a_single_run_reads_no_entries(tmp_path: Path) -> None:
+    """An experiment may have them; the key is missing all the same."""
+    (tmp_path / "experiment").mkdir()
+    content = "# @package _global_\nsweep: {variants: [{router: sinkhorn}]}\n"
+    (tmp_path / "experiment" / "x.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"^router\.iters: router=torch has no such key; router=sinkhorn has it\.$"):
+        moe_lab.compose(["experiment=x", "router.iters=5"], config_dir=tmp_path)
+
+
 def test_the_answer_needs_no_torch() -> None:
     """From the command line, where a run would import it."""
     code = (

@@ -88,6 +88,35 @@ def test_an_experiment_may_have_them_and_what_is_typed_holds(tmp_path: Path) -> 
     assert [(cell.variant, cell.content["batch"]) for cell in none.cells] == [("torch", 1), ("torch", 8)]
 
 
+def test_what_all_typed_entries_set_takes_the_place_of_an_experiments_axis(tmp_path: Path) -> None:
+    """As a typed value does; a key of some entries only, or entries and an axis in one file, are a contradiction."""
+    mine = experiment(tmp_path, "hydra: {sweeper: {params: {router: 'torch,olmoe', batch: '1,8'}}}")
+    made = make(tmp_path, "experiment=x", TWO, "sweep.max_cells=4", config_dir=mine)
+    assert [cell.cell_id for cell in made.cells] == [identity.cell_id(alone(*typed)) for typed in CELLS]
+    more = make(tmp_path, "experiment=x", "sweep.variants=[{router: sinkhorn}]", "router.iters=5", config_dir=mine)
+    assert [cell.content["router"]["iters"] for cell in more.cells] == [5, 5]
+    with pytest.raises(
+        ValueError, match=r"^sweep\.variants: router is an axis of the sweep too \(router=torch,olmoe\)"
+    ):
+        make(tmp_path, "experiment=x", "sweep.variants=[{router: switch}, {}]", config_dir=mine)
+    both = experiment(tmp_path, "sweep: {variants: [{batch: 2}]}\nhydra: {sweeper: {params: {batch: '1,8'}}}", "y")
+    with pytest.raises(ValueError, match=r"^sweep\.variants: batch is an axis of the sweep too"):
+        make(tmp_path, "experiment=y", config_dir=both)
+
+
+def test_a_typed_value_takes_the_place_of_an_experiments_axis_in_the_limit_too(tmp_path: Path) -> None:
+    """Two cells, not four."""
+    mine = experiment(tmp_path, "hydra: {sweeper: {params: {batch: '1,8'}}}")
+    assert len(make(tmp_path, "experiment=x", "batch=2,3", "sweep.max_cells=2", config_dir=mine).cells) == 2
+
+
+def test_an_option_and_its_keys_as_a_mapping_are_two_overrides(tmp_path: Path) -> None:
+    """`model/shape=` and `model.shape=` are the same place, but not the same override."""
+    made = make(tmp_path, "model/shape=demo", "model.shape={top_k: 3}", "sweep.variants=[{router: switch}]")
+    (shape,) = (cell.content["model"]["shape"] for cell in made.cells)
+    assert (shape["name"], shape["top_k"]) == ("demo", 3)
+
+
 def test_entries_may_be_empty_equal_and_uneven(tmp_path: Path) -> None:
     """{} is the configuration as it is; equal entries are one cell; a key may stand in one entry only."""
     made = make(tmp_path, "sweep.variants=[{}, {router: switch, dtype: bf16}, {seq_len: 4}, {router: torch}]")
