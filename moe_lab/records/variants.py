@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,19 @@ def _name(node: Any) -> str:
 
 
 def _label(node: Any, among: Iterable[Any]) -> str:
-    """The node's name, followed by the keys in which nodes of that name differ."""
+    """The node's name, followed by the keys in which nodes of that name differ; a null that all could have is left out.
+
+    Values are written as they are typed: true, null.
+    """
     if not isinstance(node, Mapping):
-        return str(node)
+        return json.dumps(node) if node is None or isinstance(node, bool) else str(node)
     namesakes = [other for other in among if isinstance(other, Mapping) and _name(other) == _name(node)]
     settings = []
     for key in dict.fromkeys(key for other in namesakes for key in other):
         values = [other.get(key) for other in namesakes]
-        if key in node and len({identity.digest(value) for value in values}) > 1:
+        if key not in node or (node[key] is None and all(key in other for other in namesakes)):
+            continue
+        if len({identity.digest(value) for value in values}) > 1:
             settings.append(f"{key}={_label(node.get(key), values)}")
     return _name(node) + (f"({', '.join(settings)})" if settings else "")
 

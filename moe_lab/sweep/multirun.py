@@ -209,7 +209,8 @@ def require_few_cells(loader: ConfigLoader, config: DictConfig) -> None:
 def _spanned_by(loader: ConfigLoader, config: DictConfig) -> tuple[list[list[str]], list[Override]]:
     """The entries of `sweep.variants`, and the other overrides, axes among them.
 
-    What is typed holds: over the axis of an experiment, also where it is a key of all entries.
+    What is typed holds: entries over the axis of an experiment that is a key of all of them, and a key over all entries
+    of an experiment if all of them set it.
     """
     variants, typed = entries.overrides_of(config.sweep.variants), list(config.hydra.overrides.task)
     others = {}
@@ -219,9 +220,11 @@ def _spanned_by(loader: ConfigLoader, config: DictConfig) -> tuple[list[list[str
             others[override.get_key_element()] = override
         elif override.is_sweep_override() or line not in typed:
             raise ValueError(f"{line}: not an axis; type one list of entries, or write it in a YAML file under sweep.")
-    if any(key_of(line) == entries.KEY for line in typed):
-        in_all = set.intersection(*(entries.keys_of([entry]) for entry in variants or [[]]))
+    in_all = set.intersection(*(entries.keys_of([entry]) for entry in variants or [[]]))
+    if entries.KEY in (typed_keys := {key_of(line) for line in typed}):
         others = {k: o for k, o in others.items() if o.input_line in typed or key_of(str(o.input_line)) not in in_all}
+    elif in_all & typed_keys:
+        variants = []
     entries.refuse_keys_given_twice(variants, list(others.values()))
     return variants, list(others.values())
 

@@ -70,6 +70,16 @@ def test_a_key_that_a_cell_has_not_is_not_said_of_it() -> None:
     ]
 
 
+def test_a_null_is_not_said_and_values_are_as_typed() -> None:
+    """Beside another value the name alone is the one without; only a cell that has no such key at all is told apart."""
+    cells = [{"router": {"name": "native", "top_k": k, "plain": p}, "model": "m"} for k, p in ((None, True), (1, False))]
+    assert variants.labels(cells) == ["native(plain=true)", "native(top_k=1, plain=false)"]
+    cells[1]["router"]["plain"] = True
+    assert variants.labels(cells) == ["native", "native(top_k=1)"]
+    cells.append({"router": {"name": "native", "plain": True}, "model": "m"})
+    assert variants.labels(cells) == ["native(top_k=null)", "native(top_k=1)", "native"]
+
+
 def test_checkpoints_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     """By name where that does; the content stays what it is."""
     paths = [tmp_path / "a" / "first", tmp_path / "a" / "second", tmp_path / "b" / "first"]

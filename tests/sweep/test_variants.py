@@ -104,6 +104,16 @@ def test_what_all_typed_entries_set_takes_the_place_of_an_experiments_axis(tmp_p
         make(tmp_path, "experiment=y", config_dir=both)
 
 
+def test_a_typed_key_of_all_entries_takes_the_place_of_an_experiments_variants(tmp_path: Path) -> None:
+    """An axis or one value; a key that only some of them set is an error, as it is not said which of the two holds."""
+    mine = experiment(tmp_path, f"sweep: {{variants: {TWO.partition('=')[2]}}}")
+    made = make(tmp_path, "experiment=x", "router=olmoe,oea,hash", "batch=1", config_dir=mine)
+    assert [cell.variant for cell in made.cells] == ["olmoe", "oea", "hash"]
+    assert [cell.variant for cell in make(tmp_path, "experiment=x", "router=oea", config_dir=mine).cells] == ["oea"]
+    with pytest.raises(ValueError, match=r"router\.temperature is set for all cells too"):
+        make(tmp_path, "experiment=x", "router.temperature=1", config_dir=mine)
+
+
 def test_a_typed_value_takes_the_place_of_an_experiments_axis_in_the_limit_too(tmp_path: Path) -> None:
     """Two cells, not four."""
     mine = experiment(tmp_path, "hydra: {sweeper: {params: {batch: '1,8'}}}")
