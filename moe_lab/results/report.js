@@ -24,7 +24,7 @@ function table() {
   show();
 
   const heads = [...document.querySelectorAll("#table thead th")];
-  heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
+  heads.forEach((head, column) => head.querySelector(".sort").addEventListener("click", () => {
     const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
     heads.forEach(other => other.setAttribute("aria-sort", "none"));
     head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");

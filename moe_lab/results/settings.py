@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from moe_lab.results.columns import OPTIONS
@@ -18,18 +19,38 @@ def describe(frame: pd.DataFrame, without: Collection[str] = ()) -> pd.Series:
     `frame` is one of `aggregate`'s tables. What differs within a setting is compared, and belongs to the variant.
     """
     label = pd.Series("", index=frame.index, dtype=object)
-    others = [str(name) for name in frame if str(name).startswith("config.")]
-    for key in (*OPTIONS, *_SIZES, "seed", *others):
-        text = frame[key].astype(object).map(_text)
-        # A model has no size or option that it does not read; of other keys, having none is a value.
-        values = text if key in others else text[text != ""]
-        differs = values.nunique() > 1 and text.groupby(frame["setting_id"]).nunique().max() == 1
-        if key in without or not (differs or key == "model"):
+    for key, text in _differing(frame):
+        if key in without:
             continue
         if key not in OPTIONS:
             text = (key.rsplit(".", 1)[-1] + "=" + text).where(text != "", "")
         label = label + text.map(lambda word: f", {word}" if word else "")
     return (label + _machines(frame)).str.removeprefix(", ")
+
+
+def _differing(frame: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
+    """The model, and each key in which the settings differ, with its values as text."""
+    others = [str(name) for name in frame if str(name).startswith("config.")]
+    for key in (*OPTIONS, *_SIZES, "seed", *others):
+        text = frame[key].astype(object).map(_text)
+        # A model has no size or option that it does not read; of other keys, having none is a value.
+        values = text if key in others else text[text != ""]
+        if key == "model" or (values.nunique() > 1 and text.groupby(frame["setting_id"]).nunique().max() == 1):
+            yield key, text
+
+
+def places(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """For each row the values of the keys in which the settings differ, and of the machine: see `regions`."""
+    columns = {key: frame[key].astype(object).tolist() for key, _ in _differing(frame)}
+    columns["machine"] = _machines(frame).str.removeprefix(", ").tolist()
+    rows = zip(*columns.values(), strict=True)
+    return [{key: _value(value) for key, value in zip(columns, row, strict=True)} for row in rows]
+
+
+def _value(value: Any) -> Any:
+    if value is None or pd.isna(value):
+        return None
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _machines(frame: pd.DataFrame) -> pd.Series:

@@ -41,6 +41,15 @@ class Verdict(NamedTuple):
     text: str
 
 
+def judged(low: float, high: float) -> Kind:
+    """What an interval of a ratio of latencies says; NaN (no interval) is inconclusive."""
+    if low >= 1 / (1 + SAME) and high <= 1 + SAME:
+        return "same"
+    if low > 1:
+        return "slower"
+    return "faster" if high < 1 else "inconclusive"
+
+
 class _Cell(NamedTuple):
     kind: Kind | None
     """None of an anchor that was timed: there is nothing to say."""
@@ -116,14 +125,8 @@ def _cell(row: Mapping[Any, Any]) -> _Cell:
         kind = None
     elif not _true(row["ratio_to_anchor.paired"]):
         kind = "not timed together"
-    elif low >= 1 / (1 + SAME) and high <= 1 + SAME:
-        kind = "same"
-    elif low > 1:
-        kind = "slower"
-    elif high < 1:
-        kind = "faster"
-    else:  # NaN too: no interval
-        kind = "inconclusive"
+    else:
+        kind = judged(low, high)
     about = row["anchor" if row["status"] == "ok" else "reason"]
     return _Cell(
         kind, "" if pd.isna(about) else str(about), tokens, row["size"], (ratio[0], low, high), row["is_unstable"]
@@ -148,13 +151,14 @@ def _where(cells: Collection[_Cell], others: Collection[_Cell], everything: bool
     elif len(mine) > 1 and mine[0] > max(theirs):
         parts.append(f"T >= {mine[0]}")
     elif mine:
-        parts.append("T = " + _listed([str(tokens) for tokens in mine]))
+        parts.append("T = " + listed([str(tokens) for tokens in mine]))
     if unclear:
-        parts.append(_listed([size for _, size in unclear]))
+        parts.append(listed([size for _, size in unclear]))
     return " at " + " and at ".join(parts)
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`; each word once."""
     words = list(dict.fromkeys(words))
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
