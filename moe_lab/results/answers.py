@@ -14,7 +14,7 @@ import pandas as pd
 from moe_lab.records.fields import PROPERTIES, names
 from moe_lab.records.schema import BUSY, DOES_NOT_HOLD, LAUNCH_BOUND
 from moe_lab.results import contest, numbers
-from moe_lab.results.contest import Cell, Quality, Setting
+from moe_lab.results.contest import Cell, Setting
 from moe_lab.results.regions import Region, regions
 from moe_lab.results.verdicts import Kind, judged, listed
 
@@ -228,7 +228,9 @@ def _prices(settings: Sequence[Setting]) -> list[str]:
     variants = dict.fromkeys(cell.variant for setting in settings for cell in setting.cells if not cell.is_anchor)
     texts = {}
     for variant in variants:
-        cells = [cell for setting in settings for cell in setting.cells if cell.variant == variant and not cell.is_anchor]
+        cells = [
+            cell for setting in settings for cell in setting.cells if cell.variant == variant and not cell.is_anchor
+        ]
         there = [s for s in settings if any(cell.variant == variant and not cell.is_anchor for cell in s.cells)]
         beside = _listed(sorted(anchors)) if len(anchors) > 1 else next(iter(anchors))
 
@@ -345,10 +347,14 @@ def _unsure(runs: pd.DataFrame, summary: pd.DataFrame, settings: Sequence[Settin
     paired = ran["ratio_to_anchor.paired"].fillna(False).astype(bool) & ~ran["is_anchor"].fillna(False).astype(bool)
     short = int((paired & ran["ratio_to_anchor.ci95_low"].isna()).sum())
     if short:
-        texts.append(f"{_of(short, int(paired.sum()), 'ratio')} without an interval, from too few rounds: raise measure.max_time_s")
+        texts.append(
+            f"{_of(short, int(paired.sum()), 'ratio')} without an interval, from too few rounds: raise measure.max_time_s"
+        )
     alone = sum(len(s.cells) for s in settings if not any(cell.is_anchor for cell in s.cells))
     if alone:
-        texts.append(f"{_of(alone, len(others), 'cell')} compared with nothing, because the anchor of the setting did not run")
+        texts.append(
+            f"{_of(alone, len(others), 'cell')} compared with nothing, because the anchor of the setting did not run"
+        )
     apart = len(others) - alone - int(paired.sum())
     if apart > 0:
         texts.append(
@@ -356,7 +362,9 @@ def _unsure(runs: pd.DataFrame, summary: pd.DataFrame, settings: Sequence[Settin
             "from them: run them in one sweep with sweep.interleave=true"
         )
     if compared and int(ran["n_replicates"].max()) < 2:
-        texts.append("Each cell ran in one process, so differences between processes do not show: measure.replicates=5 shows them")
+        texts.append(
+            "Each cell ran in one process, so differences between processes do not show: measure.replicates=5 shows them"
+        )
     return texts
 
 

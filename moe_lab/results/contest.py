@@ -102,7 +102,8 @@ def settings(runs: pd.DataFrame, summary: pd.DataFrame) -> list[Setting]:
         if row["status"] != "ok" or pd.isna(row["variant"]):
             continue
         setting = found.setdefault(
-            (str(row["setting_id"]), str(row["env_id"])), Setting({TOKENS: _tokens(row), **place}, str(row["anchor"]), [])
+            (str(row["setting_id"]), str(row["env_id"])),
+            Setting({TOKENS: _tokens(row), **place}, str(row["anchor"]), []),
         )
         is_causal = causal[row["directory"]]
         setting.cells.append(

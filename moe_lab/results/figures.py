@@ -7,8 +7,9 @@ from html import escape
 from textwrap import wrap
 from typing import Any
 
-from moe_lab.results.charts import Chart, Charts, Map, Panel, Series, Texts, front, is_log
+from moe_lab.results.charts import Charts
 from moe_lab.results.numbers import four, interval
+from moe_lab.results.panels import MARGIN, Chart, Map, Panel, Series, Texts, front, is_log, log_ticks
 from moe_lab.results.style import phase_style, variant_style
 
 HEAT_NUMBERS = 400_000
@@ -44,11 +45,11 @@ def _within(limit: int, maps: Sequence[Map]) -> tuple[list[Map], int]:
     """The first layers of the first panels that have no more numbers than this, and how many layers there are."""
     kept: list[Map] = []
     for panel in maps:
-        title, variants, layers, counts, *texts = panel
+        title, variants, layers, counts, *rest = panel
         fit = min(len(layers), limit // counts[0].size)
         limit -= fit * counts[0].size
         if fit:
-            kept.append(type(panel)(title, variants, layers[:fit], counts[:fit], *texts))
+            kept.append(type(panel)(title, variants, layers[:fit], counts[:fit], *rest))
     return kept, sum(len(panel.layers) for panel in maps)
 
 
@@ -58,7 +59,8 @@ def _map(panel: Map) -> Figure:
     Those by text become a map of all layers or of one, with a row for each text.
     """
     title, variants, layers, counts, *_ = panel
-    figure = {"title": title, "variants": ", ".join(variants), "layers": layers, "counts": counts.tolist()}
+    figure = {"title": title, "place": panel.place, "variants": ", ".join(variants), "layers": layers}
+    figure["counts"] = counts.tolist()
     return figure | ({"texts": [_plain(text) for text in panel.texts]} if isinstance(panel, Texts) else {})
 
 
@@ -89,7 +91,7 @@ def _panel(panel: Panel, chart: Chart, found: Charts) -> Figure:
         data.append(_front(panel))
     bars = panel.rows if chart.kind == "dots" else len(panel.bars)
     layout = {"xaxis": x, "yaxis": y, "barmode": "stack", "bars": bars}
-    return {"title": panel.title, "data": data, "layout": layout}
+    return {"title": panel.title, "place": panel.place, "data": data, "layout": layout}
 
 
 def _axis(values: Sequence[float], ticks: bool = False) -> Figure:
@@ -98,7 +100,8 @@ def _axis(values: Sequence[float], ticks: bool = False) -> Figure:
         places = sorted(set(values))
         axis |= {"tickvals": places, "ticktext": [f"{place:,}" for place in places]}
     elif is_log(values):
-        axis |= {"dtick": 1 if max(values) > 30 * min(values) else "D2"}
+        places = log_ticks(min(values) / MARGIN, max(values) * MARGIN)
+        axis |= {"tickvals": places, "ticktext": [f"{place:,g}" for place in places]}
     return axis
 
 

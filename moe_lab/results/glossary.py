@@ -63,7 +63,9 @@ _OTHERS = {
     "T": "T",
 }
 _WORDS = {**{word: word for word in TERMS}, **_OTHERS}
-_PATTERN = re.compile(r"(?<![\w=./-])(?:" + "|".join(sorted(map(re.escape, _WORDS), key=len, reverse=True)) + r")(?![\w=./-])")
+_PATTERN = re.compile(
+    r"(?<![\w=./-])(?:" + "|".join(sorted(map(re.escape, _WORDS), key=len, reverse=True)) + r")(?![\w=./-])"
+)
 
 
 def ident(term: str) -> str:

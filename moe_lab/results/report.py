@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shlex
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -20,15 +21,16 @@ from moe_lab.results.aggregate import Aggregate
 from moe_lab.results.answers import answers
 from moe_lab.results.cards import BITS as BITS_COLUMNS
 from moe_lab.results.cards import RANKS, cards
-from moe_lab.results.charts import BITS, FILE_PANELS, charts
+from moe_lab.results.charts import BITS, Charts, charts
 from moe_lab.results.figures import figures
 from moe_lab.results.load import UNREADABLE_BECAUSE, Plan, one_line, read_plan
 from moe_lab.results.numbers import bits_per_byte, four, interval, ratio, short
+from moe_lab.results.panels import FILE_PANELS
 from moe_lab.results.settings import describe
 from moe_lab.results.subject import facts
 from moe_lab.results.verdicts import Verdict, verdicts
 
-REPORT = "report.html"
+REPORT, PLOTLY_FILE = "report.html", "plotly.min.js"
 TABLES = ("runs.csv", "runs.parquet", "summary.csv", "samples.parquet", "coactivation.parquet", "unreadable.csv")
 
 # Columns of `runs` that stand in the table only where they differ between its rows.
@@ -58,15 +60,19 @@ class Table(NamedTuple):
     rows: list[tuple[str, str, list[Field]]]
 
 
-def write(directory: Path, aggregate: Aggregate) -> Path:
+def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> Path:
     """Write `directory/report.html` from what `aggregate(directory)` returned, and return its path.
 
-    Links to the plots and tables that are there; draw them before. Raises `OSError` if the page cannot be written.
+    Links to the plots and tables that are there; draw them before. `plotly` is one of `PLOTLY`, or None for what the
+    sweep asked for (`sweep.plotly`): within the page, in a file beside it that it loads, or pictures of the plots in
+    its place. Raises `OSError` if the page cannot be written.
     """
     runs, summary, unreadable = aggregate
-    all_charts = charts(directory, runs, summary)
-    drawn, too_large = figures(all_charts)
     plan, plan_error = _plan(directory)
+    plotly = plotly or plan.plotly
+    all_charts = charts(directory, runs, summary)
+    drawn, too_large = _pictures(directory, all_charts) if plotly == "none" else figures(all_charts)
+    library = (files("plotly") / "package_data" / PLOTLY_FILE).read_bytes() if plotly != "none" else b""
     environment = Environment(
         loader=PackageLoader("moe_lab.results", "."),
         autoescape=True,
@@ -105,12 +111,33 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
             for chart in all_charts.drawn
             if (directory / "plots" / f"{chart.name}.png").exists()
         ],
-        plotly=(files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8"),
+        plotly=plotly,
+        plotly_file=PLOTLY_FILE,
+        plotly_source=library.decode() if plotly == "inline" else "",
         nonce=secrets.token_hex(16),
     )
     path = directory / REPORT
+    if plotly == "directory":
+        write_atomic(directory / PLOTLY_FILE, library)
+    else:  # one of an earlier page
+        (directory / PLOTLY_FILE).unlink(missing_ok=True)
     write_atomic(path, page.encode(errors="replace"))
     return path
+
+
+def _pictures(directory: Path, found: Charts) -> tuple[list[dict[str, str]], list[str]]:
+    """For each chart its picture within the page, and a sentence for those that lack one and for panels left out."""
+    pictures, left_out = [], []
+    for chart in found.drawn:
+        file = directory / "plots" / f"{chart.name}.png"
+        if not file.exists():
+            left_out.append(f"{chart.title}: plots/{chart.name}.png not found; run moe-lab report.")
+            continue
+        source = "data:image/png;base64," + b64encode(file.read_bytes()).decode()
+        pictures.append({"name": chart.name, "title": chart.title, "picture": source})
+        if len(chart.panels) > FILE_PANELS:
+            left_out.append(f"{chart.title}: the first {FILE_PANELS} of {len(chart.panels)} panels are shown.")
+    return pictures, left_out
 
 
 def _plan(directory: Path) -> tuple[Plan, str | None]:

@@ -18,14 +18,22 @@ def describe(frame: pd.DataFrame, without: Collection[str] = ()) -> pd.Series:
 
     `frame` is one of `aggregate`'s tables. What differs within a setting is compared, and belongs to the variant.
     """
-    label = pd.Series("", index=frame.index, dtype=object)
+    return pd.Series([", ".join(part.values()) for part in parts(frame, without)], index=frame.index, dtype=object)
+
+
+def parts(frame: pd.DataFrame, without: Collection[str] = ()) -> list[dict[str, str]]:
+    """What `describe` joins, by key; a key without a value is left out."""
+    columns = {}
     for key, text in _differing(frame):
-        if key in without:
-            continue
-        if key not in OPTIONS:
-            text = (key.rsplit(".", 1)[-1] + "=" + text).where(text != "", "")
-        label = label + text.map(lambda word: f", {word}" if word else "")
-    return (label + _machines(frame)).str.removeprefix(", ")
+        if key not in without:
+            columns[key] = (text if key in OPTIONS else (_last(key) + "=" + text).where(text != "", "")).tolist()
+    columns["machine"] = _machines(frame).str.removeprefix(", ").tolist()
+    rows = zip(*columns.values(), strict=True)
+    return [{key: text for key, text in zip(columns, row, strict=True) if text} for row in rows]
+
+
+def _last(key: str) -> str:
+    return key.rsplit(".", 1)[-1]
 
 
 def _differing(frame: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:

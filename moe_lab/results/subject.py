@@ -56,7 +56,9 @@ def _configs(directory: Path, runs: pd.DataFrame) -> dict[tuple[str, str], Mappi
     configs = {}
     for values, cells in runs.groupby(keys, sort=False, dropna=False):
         try:
-            configs[tuple(map(str, values))] = files.read_json(directory / cells["directory"].iloc[0] / RESULT)["config"]
+            configs[tuple(map(str, values))] = files.read_json(directory / cells["directory"].iloc[0] / RESULT)[
+                "config"
+            ]
         except UNREADABLE_BECAUSE:  # it changed since the table was made
             continue
     return configs
@@ -123,7 +125,9 @@ def _workload(runs: pd.DataFrame, configs: Mapping[tuple[str, ...], Any]) -> str
     for config in configs.values():
         workload = config.get("workload") or {}
         path = workload.get("path")
-        tokens = f"text ({path if isinstance(path, str) else _few(list(map(str, path)))})" if path else workload.get("name")
+        tokens = (
+            f"text ({path if isinstance(path, str) else _few(list(map(str, path)))})" if path else workload.get("name")
+        )
         texts.append(str(tokens))
     found = {key: _configured(runs, configs, key) for key in ("phase", "context_len", "load", "trace")}
     parts = [_few(list(dict.fromkeys(texts))), f"{_few(found['phase'])} phase" if found["phase"] else ""]
