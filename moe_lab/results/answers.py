@@ -165,9 +165,9 @@ def _cause(setting: Setting, variant: str, chosen: str) -> str:
     cell, taken = cells[variant], cells[chosen]
     if cell.quality and cell.quality.has_collapsed:
         return "collapses"
-    if cell.quality and taken.quality and cell.quality.kind == taken.quality.kind:
-        if cell.quality.is_worse_than(taken.quality):
-            return "output" if cell.quality.kind == "error" else "worse"
+    mine, theirs = cell.quality, taken.quality
+    if mine and theirs and mine.kind == theirs.kind and mine.is_worse_than(theirs):
+        return "output" if mine.kind == "error" else "worse"
     if cell.is_causal is False and taken.is_causal is not False:
         return "not causal"
     return "slower" if cell.is_slower_than(taken) else "nothing"
@@ -226,7 +226,8 @@ def _prices(settings: Sequence[Setting]) -> list[str]:
     """Of each variant but the anchor, its latency beside the anchor's and what it does to the predictions."""
     anchors = {setting.anchor for setting in settings}
     variants = dict.fromkeys(cell.variant for setting in settings for cell in setting.cells if not cell.is_anchor)
-    texts = {}
+    none_is_causal = all(cell.is_causal is False for setting in settings for cell in setting.cells)
+    texts = {"": "No router here is causal: none can generate text"} if none_is_causal and settings else {}
     for variant in variants:
         cells = [
             cell for setting in settings for cell in setting.cells if cell.variant == variant and not cell.is_anchor
@@ -243,7 +244,7 @@ def _prices(settings: Sequence[Setting]) -> list[str]:
 
         speeds = _by_region(there, kind, speed) or [_about(cells, beside)]
         parts = [*speeds, _quality(cells)]
-        if all(cell.is_causal is False for cell in cells):
+        if all(cell.is_causal is False for cell in cells) and not none_is_causal:
             parts.append("not causal: it cannot generate text")
         if any(parts):
             texts[variant] = f"{variant}: {'; '.join(filter(None, parts))}"
@@ -347,9 +348,8 @@ def _unsure(runs: pd.DataFrame, summary: pd.DataFrame, settings: Sequence[Settin
     paired = ran["ratio_to_anchor.paired"].fillna(False).astype(bool) & ~ran["is_anchor"].fillna(False).astype(bool)
     short = int((paired & ran["ratio_to_anchor.ci95_low"].isna()).sum())
     if short:
-        texts.append(
-            f"{_of(short, int(paired.sum()), 'ratio')} without an interval, from too few rounds: raise measure.max_time_s"
-        )
+        of = _of(short, int(paired.sum()), "ratio")
+        texts.append(f"{of} without an interval, from too few rounds: raise measure.max_time_s")
     alone = sum(len(s.cells) for s in settings if not any(cell.is_anchor for cell in s.cells))
     if alone:
         texts.append(
@@ -363,7 +363,8 @@ def _unsure(runs: pd.DataFrame, summary: pd.DataFrame, settings: Sequence[Settin
         )
     if compared and int(ran["n_replicates"].max()) < 2:
         texts.append(
-            "Each cell ran in one process, so differences between processes do not show: measure.replicates=5 shows them"
+            "Each cell ran in one process, so differences between processes do not show; measure.replicates=5 shows "
+            "them"
         )
     return texts
 

@@ -25,19 +25,16 @@ EXPERT_MB = "routing.pooled.expert_mb"
 BITS = "quality.bits_per_byte"
 _BITS_OF_TEXT = re.compile(r"quality\.domains\.(.+)\.bits_per_byte")
 _ENDS = ("_ci95_low", "_ci95_high")
-_SWEPT = ("batch", "seq_len", "config.workload.context_len")
+_SIZES = ("batch", "seq_len")
+_ENDS_OF = {LATENCY: _INTERVAL, BITS: tuple(BITS + end for end in _ENDS)}
+"""What has an interval, and where that stands."""
 _KEYS = ("variant", *_INTERVAL)
 _PHASE, _SHARE = "phases_ms.", "phases_share."
 _PHASES = (*marks.NAMES, "other")
 
-NAMES = (
+_OVER = r"(latency|throughput|bits)_over_[\w.]+"
+_NAMES = (
     "latency",
-    "latency_over_batch",
-    "latency_over_seq_len",
-    "latency_over_context_len",
-    "throughput_over_batch",
-    "throughput_over_seq_len",
-    "throughput_over_context_len",
     "load_against_latency",
     "latency_against_error",
     "bytes_against_error",
@@ -49,7 +46,11 @@ NAMES = (
     "phases",
     "phase_shares",
 )
-"""Of all charts that there can be; the stems of their files."""
+
+
+def is_name(stem: str) -> bool:
+    """Whether a chart has this name, which is the stem of its files."""
+    return stem in _NAMES or re.fullmatch(_OVER, stem) is not None
 
 
 Row = dict[str, Any]
@@ -73,7 +74,9 @@ def charts(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Charts
     names = _in_order(summary)
     runs, summary = _phases_by_kind(_sorted(runs, names)), _sorted(summary, names)
     drawn = [chart for chart in _all(runs, summary, directory, left_out) if chart.panels]
-    return Charts(drawn, left_out, names, _phases_in(runs, _PHASE, _SHARE))
+    panels = [panel for chart in drawn if chart.kind == "lines" for panel in chart.panels if isinstance(panel, Panel)]
+    styled = list(dict.fromkeys([*names, *(series.name for panel in panels for series in panel.series)]))
+    return Charts(drawn, left_out, styled, _phases_in(runs, _PHASE, _SHARE))
 
 
 def _in_order(summary: pd.DataFrame) -> list[str]:
@@ -93,7 +96,7 @@ def _sorted(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
 
 def _all(runs: pd.DataFrame, summary: pd.DataFrame, directory: Path, left_out: list[str]) -> Iterator[Chart]:
     if summary[LATENCY].notna().any():
-        yield from _over_sizes(summary, left_out)
+        yield from _over_what_varies(summary, left_out)
         yield _load_against_latency(summary, left_out)
     else:
         left_out.append("Latency and throughput: no cell was timed.")
@@ -148,13 +151,9 @@ def _series(rows: Sequence[Row], at: str, value: str) -> list[Series]:
     series = []
     for name, members in _by((row["variant"] for row in rows), rows).items():
         members = sorted(members, key=lambda row: row[at])
-        ends = [
-            [None if value != LATENCY or pd.isna(row[end]) else float(row[end]) for row in members] for end in _INTERVAL
-        ]
+        low, high = ([_known(row.get(end)) for row in members] for end in _ENDS_OF.get(value, ("", "")))
         values = [float(row[value]) for row in members]
-        series.append(
-            Series(name, [row[at] for row in members], values, ends[0], ends[1], [row["size"] for row in members])
-        )
+        series.append(Series(name, [row[at] for row in members], values, low, high, [row["size"] for row in members]))
     return series
 
 
@@ -162,24 +161,53 @@ def _panel(setting: _Setting, at: str, value: str) -> Panel:
     return Panel(setting.title, _series(setting.rows, at, value), setting.place)
 
 
-def _over_sizes(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
-    """Over each size as far as it varies; with one size only, a dot per variant."""
-    swept = {}
-    for column in _SWEPT:
-        name, swept[column] = _last(column), _over(summary, column, LATENCY)
-        if not swept[column] and column in summary:
+def _over_what_varies(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
+    """Over each size, and each number of the configuration, that varies; with none of them a dot per variant.
+
+    Throughput, and bits per byte where they depend on it, are drawn over the one with the most values.
+    """
+    panels = {}
+    for column in (*_SIZES, *_numbers(summary)):
+        name, found = _name(column, summary), _over(summary, column, LATENCY)
+        if found:
+            panels[column] = found
+            yield Chart(f"latency_over_{name}", "lines", f"Latency over {name}", name, "latency (ms)", found, True)
+        else:
             left_out.append(
                 f"Latency over {name}: no variant was timed at two values of it with all other settings equal."
             )
-        yield Chart(f"latency_over_{name}", "lines", f"Latency over {name}", name, "latency (ms)", swept[column])
-    over = next((column for column in swept if swept[column]), None)
-    if over:
-        name, panels = _last(over), _over(summary, over, TOKENS_PER_S)
-        yield Chart(f"throughput_over_{name}", "lines", f"Throughput over {name}", name, "tokens / s", panels)
-    else:
+    if not panels:
         left_out.append("Throughput: with one size per setting it shows the same as the latency.")
-        panels = [_panel(each, "variant", LATENCY) for each in _settings(summary, LATENCY)]
-        yield Chart("latency", "dots", "Latency", "latency (ms)", "", panels)
+        dots = [_panel(each, "variant", LATENCY) for each in _settings(summary, LATENCY)]
+        yield Chart("latency", "dots", "Latency", "latency (ms)", "", dots, True)
+        return
+    over = max(
+        panels, key=lambda column: len({at for panel in panels[column] for one in panel.series for at in one.at})
+    )
+    name = _name(over, summary)
+    per_s = _over(summary, over, TOKENS_PER_S)
+    yield Chart(f"throughput_over_{name}", "lines", f"Throughput over {name}", name, "tokens / s", per_s)
+    if BITS in summary and over not in _SIZES:
+        bits = _over(summary, over, BITS)
+        yield Chart(f"bits_over_{name}", "lines", f"Bits per byte over {name}", name, "bits per byte", bits, True)
+
+
+def _numbers(summary: pd.DataFrame) -> list[str]:
+    """The columns of numbers of the configuration; their names, which go into names of files, are checked."""
+    return [
+        str(name)
+        for name in summary
+        if re.fullmatch(r"config(\.\w+)+", str(name))
+        and pd.api.types.is_numeric_dtype(summary[name])
+        and not pd.api.types.is_bool_dtype(summary[name])
+    ]
+
+
+def _name(column: str, summary: pd.DataFrame) -> str:
+    """The last word of a key, or all of it where another number ends in the same."""
+    last = _last(column)
+    alone = sum(_last(other) == last for other in (*_SIZES, *_numbers(summary))) < 2
+    return last if alone else column.removeprefix("config.")
 
 
 def _last(column: str) -> str:
@@ -187,9 +215,30 @@ def _last(column: str) -> str:
 
 
 def _over(summary: pd.DataFrame, key: str, value: str) -> list[Panel]:
-    """A panel per setting in which a variant has two values of `key`."""
-    panels = [_panel(each, key, value) for each in _settings(summary, key, value, without=(key,))]
-    return [panel for panel in panels if any(len(set(series.at)) > 1 for series in panel.series)]
+    """A panel per setting in which a variant has two values of `key`.
+
+    Variants that differ in the key alone are one line; one that does not have the key is a level line.
+    """
+    known = summary[summary[value].notna()].astype({key: object})
+    known = known.assign(variant=[_without(name, _last(key)) for name in known["variant"]]) if "." in key else known
+    columns = [name for name in dict.fromkeys((*_KEYS, *_ENDS_OF.get(value, ()), key, value)) if name in known]
+    rows = known[columns].assign(size=sizes(known)).to_dict("records")
+    panels = []
+    for each in _of_settings(known, rows, without=(key,)):
+        there = [row for row in each.rows if not pd.isna(row[key])]
+        series = _series(there, key, value)
+        if not any(len(set(one.at)) > 1 for one in series):
+            continue
+        ends = min(row[key] for row in there), max(row[key] for row in there)
+        level = [{**row, key: end} for row in each.rows if pd.isna(row[key]) for end in ends]
+        panels.append(Panel(each.title, series + _series(level, key, value), each.place))
+    return panels
+
+
+def _without(variant: str, key: str) -> str:
+    """`sinkhorn(iters=5, temperature=0.5)` is `sinkhorn(iters=5)` without the temperature."""
+    cut = re.sub(rf"(?<![\w.]){re.escape(key)}=[^,()]*(, )?", "", variant)
+    return cut.replace(", )", ")").replace("()", "")
 
 
 def _load_against_latency(summary: pd.DataFrame, left_out: list[str]) -> Chart:
@@ -198,7 +247,7 @@ def _load_against_latency(summary: pd.DataFrame, left_out: list[str]) -> Chart:
         left_out.append("Load balance against latency: no cell recorded its routing (measure.routing).")
     panels = [_panel(each, LOAD, LATENCY) for each in settings]
     label = "load of the busiest expert / mean load"
-    return Chart("load_against_latency", "points", "Load balance against latency", label, "latency (ms)", panels)
+    return Chart("load_against_latency", "points", "Load balance against latency", label, "latency (ms)", panels, True)
 
 
 def _against_error(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
@@ -215,7 +264,7 @@ def _against_error(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart
         ]
         if not panels:
             left_out.append(f"{title}: no cell has both (measure.reference_router, measure.routing).")
-        yield Chart(name, "front", title, label, axis, panels)
+        yield Chart(name, "front", title, label, axis, panels, column == LATENCY)
 
 
 def _against_bits(summary: pd.DataFrame, left_out: list[str]) -> Chart:
@@ -224,7 +273,7 @@ def _against_bits(summary: pd.DataFrame, left_out: list[str]) -> Chart:
     panels = [_panel(each, BITS, LATENCY) for each in _settings(summary, BITS, LATENCY)]
     if not panels:
         left_out.append(f"{title}: no cell has both (measure.quality).")
-    return Chart("latency_against_bits", "front", title, "bits per byte", "latency (ms)", panels)
+    return Chart("latency_against_bits", "front", title, "bits per byte", "latency (ms)", panels, True)
 
 
 def _bits_by_text(runs: pd.DataFrame, left_out: list[str]) -> Chart:
@@ -241,7 +290,7 @@ def _bits_by_text(runs: pd.DataFrame, left_out: list[str]) -> Chart:
         panels.append(Panel(each.title, series, each.place))
     if not panels:
         left_out.append("Bits per byte by text: every text is shorter than one window (seq_len tokens).")
-    return Chart("bits_by_text", "dots", "Bits per byte by text", "bits per byte", "", panels)
+    return Chart("bits_by_text", "dots", "Bits per byte by text", "bits per byte", "", panels, True)
 
 
 def _by_setting_and_text(runs: pd.DataFrame, texts: dict[str, str]) -> list[_Setting]:
@@ -260,7 +309,7 @@ def _expert_load(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     panels: list[Heat] = []
     unreadable: list[str] = []
     for setting, arrays in _arrays(runs, root, _counts, unreadable):
-        panels += [Heat(setting.title, *array, setting.place) for array in arrays]
+        panels += [Heat(setting.title, *array)._replace(place=setting.place) for array in arrays]
     if unreadable:
         left_out.append(f"Expert load: routing.npz cannot be read in {', '.join(unreadable)}.")
     if not panels:
@@ -272,7 +321,9 @@ def _experts_by_text(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Cha
     """As `_expert_load`; a file that is damaged as a whole is said there too."""
     unreadable: list[str] = []
     found = _arrays(runs, root, _texts, unreadable)
-    panels = [Texts(setting.title, *array, setting.place) for setting, arrays in found for array in arrays]
+    panels = [
+        Texts(setting.title, *array)._replace(place=setting.place) for setting, arrays in found for array in arrays
+    ]
     if unreadable:
         left_out.append(f"Experts by text: routing.npz cannot be read in {', '.join(unreadable)}.")
     elif not panels:
@@ -284,7 +335,9 @@ def _experts_by_text(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Cha
 def _coactivation(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     """As `_expert_load`; what cannot be read is said there."""
     found = _arrays(runs, root, coactivation.read, [])
-    panels = [Pairs(setting.title, *array, setting.place) for setting, arrays in found for array in arrays]
+    panels = [
+        Pairs(setting.title, *array)._replace(place=setting.place) for setting, arrays in found for array in arrays
+    ]
     panels = [panel for panel in panels if panel.counts_LEE.shape[1] > 1]
     if not panels:
         left_out.append("Co-activation: no cell recorded which experts are used together (measure.routing).")

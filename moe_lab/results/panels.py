@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 FILE_PANELS = 6
 """As many panels as a file shows; the report has all."""
+NO_INTERVAL = "no interval"
+"""What a hollow marker means."""
 MARGIN = 1.25
 """A logarithmic axis goes by this factor beyond its values."""
 
 
 Place = Mapping[str, str]
 """What tells a setting from the others, by key: `{"model": "decoder_moe", "batch": "batch=2"}`."""
+NOWHERE: Place = MappingProxyType({})
+"""Of a chart with one setting."""
 
 
 class Series(NamedTuple):
@@ -38,7 +43,7 @@ class Panel(NamedTuple):
 
     title: str
     series: list[Series]
-    place: Place
+    place: Place = NOWHERE
 
     @property
     def bars(self) -> list[str]:
@@ -68,7 +73,7 @@ class Heat(NamedTuple):
     variants: list[str]
     layers: list[int]
     counts_LE: np.ndarray
-    place: Place
+    place: Place = NOWHERE
 
 
 class Pairs(NamedTuple):
@@ -78,7 +83,7 @@ class Pairs(NamedTuple):
     variants: list[str]
     layers: list[int]
     counts_LEE: np.ndarray
-    place: Place
+    place: Place = NOWHERE
 
 
 class Texts(NamedTuple):
@@ -89,7 +94,7 @@ class Texts(NamedTuple):
     layers: list[int]
     counts_LGE: np.ndarray
     texts: list[str]
-    place: Place
+    place: Place = NOWHERE
 
 
 Map = Heat | Pairs | Texts
@@ -108,6 +113,12 @@ class Chart(NamedTuple):
     x_label: str
     y_label: str
     panels: Sequence[Panel | Map]
+    has_intervals: bool = False
+    """Whether its values may have one, so that it is marked where one does not."""
+
+    def lacks(self, panel: Panel) -> bool:
+        """Whether a value of the panel should have an interval and has none."""
+        return self.has_intervals and any(None in series.low for series in panel.series)
 
 
 def is_log(values: Sequence[float]) -> bool:
@@ -136,12 +147,13 @@ def front(panel: Panel) -> tuple[list[float], list[float]]:
     return [at for at, _ in best], [value for _, value in best]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Where an axis from low to high is labelled: 1, 2 and 5 times the powers of ten, the powers alone if that is many.
+_STEPS = ((1.2, (1, 2, 3, 5)), (3.5, (1, 2, 5)), (6.5, (1, 3)), (math.inf, (1,)))
+"""Of an axis of fewer decades than this, what is labelled in each."""
 
-    Below one decade all whole numbers of times a power are.
-    """
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Where a logarithmic axis from low to high is labelled, between the powers of ten too."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     decades = math.log10(high / low)
-    steps = (1, 2, 3, 4, 5, 6, 8) if decades < 0.7 else (1, 2, 5) if decades < 3 else (1,)
+    steps = next(steps for most, steps in _STEPS if decades < most)
     return [tick for power in powers for step in steps if low <= (tick := step * 10.0**power) <= high]

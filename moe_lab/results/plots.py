@@ -24,6 +24,7 @@ from moe_lab.results.coactivation import given
 from moe_lab.results.panels import (
     FILE_PANELS,
     MARGIN,
+    NO_INTERVAL,
     Chart,
     Heat,
     Map,
@@ -41,6 +42,8 @@ _COLUMNS = 3
 # Inches: around the axes of a panel, the axes themselves, and above all panels.
 _LEFT, _RIGHT, _TOP, _BOTTOM, _AXES, _HEAD = 0.75, 0.4, 0.5, 0.6, (3.2, 2.1), 0.3
 _WRAP, _TICKS = 28, 7  # characters of a name beside an axis, ticks of an axis
+
+_HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "zorder": 3}
 
 
 class Drawn(NamedTuple):
@@ -80,10 +83,9 @@ def draw(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Drawn:
             figure.savefig(content, format=ending, dpi=100, metadata={"Date": None} if ending == "svg" else None)
             paths.append(folder / f"{chart.name}.{ending}")
             write_atomic(paths[-1], content.getvalue())
-    for name in charts.NAMES:
-        for path in (folder / f"{name}.png", folder / f"{name}.svg"):
-            if path not in paths:
-                path.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.suffix in (".png", ".svg") and charts.is_name(path.stem) and path not in paths:
+            path.unlink()
     return Drawn(paths, left_out)
 
 
@@ -140,8 +142,12 @@ def _entries(
     if chart.kind == "stack":
         return {name: Patch(**_hatched(phases.index(name))) for name in phases if name in shown}
     if chart.kind == "dots" and all(panel.crowd < 2 for panel in panels if isinstance(panel, Panel)):
-        return {}
-    return {name: Line2D([], [], **_line(chart, variants.index(name))) for name in variants if name in shown}
+        shown = set()
+    lines: dict[str, Line2D | Patch] = {
+        name: Line2D([], [], **_line(chart, variants.index(name))) for name in variants if name in shown
+    }
+    lacks = any(chart.lacks(panel) for panel in panels if isinstance(panel, Panel))
+    return lines | ({NO_INTERVAL: Line2D([], [], color="0.4", marker="o", linestyle="", **_HOLLOW)} if lacks else {})
 
 
 def _line(chart: Chart, index: int) -> dict[str, Any]:
@@ -168,6 +174,9 @@ def _curves(axes: Axes, panel: Panel, chart: Chart, variants: Sequence[str]) -> 
         x, y, x_reach, y_reach = (series.value, at, reach, None) if along else (at, series.value, None, reach)
         line = _line(chart, variants.index(series.name))
         axes.errorbar(x, y, xerr=x_reach, yerr=y_reach, elinewidth=1.2, capsize=2.5, **line)
+        if chart.has_intervals:
+            bare = [(a, b) for a, b, low in zip(x, y, series.low, strict=True) if low is None]
+            axes.plot(*zip(*bare, strict=True), **{**line, "linestyle": "", **_HOLLOW}) if bare else None
     values = [value for series in panel.series for value in (*series.value, *filter(None, series.high))]
     _scale(axes, "x" if along else "y", values)
     if along:

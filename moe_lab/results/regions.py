@@ -50,7 +50,7 @@ def regions(answers: Sequence[Hashable], places: Sequence[Place]) -> list[Region
         return []
     keys = [key for key in _keys(places) if len({place.get(key) for place in places}) > 1]
     cuts: list[tuple[str | None, str | None]] = [(None, None), *((None, key) for key in keys)]
-    cuts += list(itertools.permutations(keys, 2))
+    cuts += sorted(itertools.permutations(keys, 2), key=lambda cut: cut[0] == TOKENS)  # rather the tokens within a name
     best = min((_split(answers, places, *cut) for cut in cuts), key=lambda split: split.cost)
     return sorted(best.regions, key=lambda region: -len(region.members))
 

@@ -83,7 +83,7 @@ function plots(nonce) {
 
   function options(box, values) {
     const before = box.value;
-    box.replaceChildren(...values.map(value => new Option(value)));
+    box.replaceChildren(...values.map(value => new Option(value, value)));
     if (values.map(String).includes(before)) box.value = before;
     box.parentNode.hidden = values.length < 2;
   }
@@ -93,7 +93,9 @@ function plots(nonce) {
     const bar = document.getElementById("setting"), boxes = {};
     for (const key of new Set(places.flatMap(place => Object.keys(place)))) {
       const values = [...new Set(places.map(place => place[key]).filter(value => value))];
-      boxes[key] = select(bar, key.split(".").at(-1), values);
+      const name = key.replace(/\.name$/, "").split(".").at(-1);
+      boxes[key] = select(bar, name, values);
+      for (const option of boxes[key].options) option.text = option.value.replace(`${name}=`, "");
     }
     bar.addEventListener("change", () => redraw());
     return () => Object.fromEntries(Object.entries(boxes).map(([key, box]) => [key, box.value]));
@@ -107,9 +109,9 @@ function plots(nonce) {
     choices.addEventListener("change", draw);
 
     // The panels of the chosen setting; a chart without it shows the nearest that it has, and all say which they show.
+    const misses = panel => Object.entries(chosen()).reduce(  // the model is first, and counts most
+      (sum, [key, value]) => 2 * sum + (key in panel.place && panel.place[key] !== value), 0);
     function panels() {
-      const wanted = chosen();
-      const misses = panel => Object.entries(panel.place).filter(([key, value]) => wanted[key] !== value).length;
       const nearest = figure.panels.reduce((a, b) => misses(b) < misses(a) ? b : a);
       return figure.panels.filter(panel => panel.title === nearest.title);
     }
@@ -121,12 +123,13 @@ function plots(nonce) {
         options(layer, layers.length > 1 && figure.kind !== "pairs" ? ["all", ...layers] : layers);
       }
       const drawn = loads ? loads(shown.find(panel => panel.variants === router.value), layer.value) : shown[0];
-      plot.parentNode.querySelector(".panel").textContent = shown[0].title;
+      const is = misses(shown[0]) === 0;
+      plot.parentNode.querySelector(".panel").textContent = shown[0].title + (is ? "" : " (the chosen setting has no such plot)");
       const names = drawn.data.filter(trace => trace.showlegend !== false).map(trace => trace.name || "");
       const beside = Math.max(0, ...drawn.data.flatMap(trace => trace.orientation ? trace.y : []).map(name => name.length));
       const width = plot.clientWidth - 70 - 7 * Math.min(beside, 20);  // of the axes, and so of the legend
       const perRow = Math.max(1, Math.floor(width / (50 + 7.5 * Math.max(0, ...names.map(name => name.length)))));
-      const legend = names.length > 1 || ["lines", "front"].includes(figure.kind) ? Math.ceil(names.length / perRow) * 22 : 0;
+      const legend = names.length > 1 || ["lines", "front"].includes(figure.kind) || names.includes("no interval") ? Math.ceil(names.length / perRow) * 22 : 0;
       const height = Math.max(320, 110 + 44 * (drawn.layout.bars || 0)) + legend;
       Plotly.react(plot, drawn.data, themed(drawn.layout, height, legend), {responsive: true, displaylogo: false,
         modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]});

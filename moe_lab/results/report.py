@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from moe_lab.records.store import LOG, PLAN, write_atomic
 from moe_lab.results import glossary
@@ -21,7 +21,7 @@ from moe_lab.results.aggregate import Aggregate
 from moe_lab.results.answers import answers
 from moe_lab.results.cards import BITS as BITS_COLUMNS
 from moe_lab.results.cards import RANKS, cards
-from moe_lab.results.charts import BITS, Charts, charts
+from moe_lab.results.charts import Charts, charts
 from moe_lab.results.figures import figures
 from moe_lab.results.load import UNREADABLE_BECAUSE, Plan, one_line, read_plan
 from moe_lab.results.numbers import bits_per_byte, four, interval, ratio, short
@@ -72,17 +72,8 @@ def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> P
     plotly = plotly or plan.plotly
     all_charts = charts(directory, runs, summary)
     drawn, too_large = _pictures(directory, all_charts) if plotly == "none" else figures(all_charts)
-    library = (files("plotly") / "package_data" / PLOTLY_FILE).read_bytes() if plotly != "none" else b""
-    environment = Environment(
-        loader=PackageLoader("moe_lab.results", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"mark": glossary.mark, "term": glossary.term, "ident": glossary.ident}
     package = files("moe_lab.results")
-    page = environment.get_template("report.html.jinja").render(
+    page = _template().render(
         css=(package / "report.css").read_text(encoding="utf-8"),
         js=(package / "report.js").read_text(encoding="utf-8"),
         title=plan.name or directory.resolve().name,
@@ -94,7 +85,6 @@ def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> P
         figures=drawn,
         routers=cards(runs),
         ranks=RANKS,
-        texts=BITS in runs and runs[BITS].notna().any(),
         floor="agreement.reference" in runs and runs["agreement.reference"].notna().any(),
         left_out=all_charts.left_out + too_large,
         table=_table(runs, plan.compare),
@@ -113,16 +103,33 @@ def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> P
         ],
         plotly=plotly,
         plotly_file=PLOTLY_FILE,
-        plotly_source=library.decode() if plotly == "inline" else "",
+        plotly_source=_library().decode() if plotly == "inline" else "",
         nonce=secrets.token_hex(16),
     )
     path = directory / REPORT
     if plotly == "directory":
-        write_atomic(directory / PLOTLY_FILE, library)
-    else:  # one of an earlier page
-        (directory / PLOTLY_FILE).unlink(missing_ok=True)
+        write_atomic(directory / PLOTLY_FILE, _library())
     write_atomic(path, page.encode(errors="replace"))
+    if plotly != "directory":  # one of an earlier page
+        (directory / PLOTLY_FILE).unlink(missing_ok=True)
     return path
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("moe_lab.results", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the keys of a setting, the model first
+    environment.filters |= {"mark": glossary.mark, "term": glossary.term, "ident": glossary.ident}
+    return environment.get_template("report.html.jinja")
+
+
+def _library() -> bytes:
+    return (files("plotly") / "package_data" / PLOTLY_FILE).read_bytes()
 
 
 def _pictures(directory: Path, found: Charts) -> tuple[list[dict[str, str]], list[str]]:

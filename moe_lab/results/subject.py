@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,10 +51,10 @@ def facts(directory: Path, runs: pd.DataFrame, plan: Plan, anchors: Sequence[str
     return [(what, which) for what, which in found if which]
 
 
-def _configs(directory: Path, runs: pd.DataFrame) -> dict[tuple[str, str], Mapping[str, Any]]:
+def _configs(directory: Path, runs: pd.DataFrame) -> dict[tuple[str, ...], Mapping[str, Any]]:
     """A configuration for each model and workload; what differs between those alike has a column in `runs`."""
     keys = ["model", "workload", *(["config.workload.trace"] if "config.workload.trace" in runs else [])]
-    configs = {}
+    configs: dict[tuple[str, ...], Mapping[str, Any]] = {}
     for values, cells in runs.groupby(keys, sort=False, dropna=False):
         try:
             configs[tuple(map(str, values))] = files.read_json(directory / cells["directory"].iloc[0] / RESULT)[
@@ -81,7 +82,7 @@ def _model(name: str, runs: pd.DataFrame, configs: Mapping[tuple[str, ...], Any]
 
 
 def _shape(cells: pd.DataFrame, config: Mapping[str, Any], seen: Mapping[str, int]) -> str:
-    """Layers, experts, top-k and widths: what differs between the cells, else what is configured, else what was seen."""
+    """Layers, experts, top-k and widths: what differs between the cells, else what is configured, else was seen."""
     words, shape = [], config.get("shape") or {}
     unread = ("mlp_hidden_dim", *(() if config.get("gate") else ("d_model",))) if config.get("name") == "router" else ()
     for key, text in _SHAPE.items():
@@ -113,7 +114,7 @@ def _seen_shape(cells: pd.DataFrame, directory: Path) -> dict[str, int]:
 
 
 def _compared(runs: pd.DataFrame, plan: Plan, anchors: Sequence[str]) -> str:
-    variants = _texts(runs, "variant")
+    variants = sorted(_texts(runs, "variant"), key=_natural)
     if len(variants) < 2:
         return _few(variants)
     beside = f", each beside {_few(anchors)}" if anchors else ""
@@ -178,6 +179,12 @@ def _command(plan: Plan) -> str:
 
 def _texts(runs: pd.DataFrame, column: str) -> list[str]:
     return [str(value) for value in runs[column].dropna().unique()] if column in runs else []
+
+
+def _natural(text: str) -> list[tuple[float, str]]:
+    """Sorts by the numbers in a text where it has any."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [(float(part), "") if at % 2 else (0.0, part) for at, part in enumerate(parts)]
 
 
 def _few(words: Iterable[str], most: int = _MOST) -> str:
