@@ -175,6 +175,89 @@ def test_decoding_is_drawn_over_the_context(sweep: tuple[Path, Aggregate]) -> No
     assert chart(only, "throughput_over_context_len").panels
 
 
+TEMPERATURE = "config.router.temperature"
+
+
+def with_temperatures(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each cell of sinkhorn three times, with a temperature in its variant's name; torch has none."""
+    others, those = frame[frame["router"] != "sinkhorn"], frame[frame["router"] == "sinkhorn"]
+    parts = [others.assign(**{TEMPERATURE: np.nan})]
+    for at in (0.25, 1.0, 4.0):
+        names = those["variant"].str.replace("sinkhorn", f"sinkhorn(iters=5, temperature={at})")
+        parts.append(those.assign(**{TEMPERATURE: at, "variant": names}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_a_swept_key_is_an_axis_and_what_lacks_it_a_level_line(sweep: tuple[Path, Aggregate]) -> None:
+    """One line for each variant without the key, not a row for each value; with quality and throughput over it."""
+    directory, found = sweep
+    runs, summary = (with_temperatures(frame[frame["model"] == "decoder_moe"]) for frame in (found.runs, found.summary))
+    over = charts.charts(directory, runs, summary)
+    assert {"throughput_over_temperature", "bits_over_temperature"} <= {one.name for one in over.drawn}
+    for name in ("latency_over_temperature", "throughput_over_temperature", "bits_over_temperature"):
+        for panel in chart(over, name).panels:
+            assert isinstance(panel, Panel)
+            lines = {series.name: series for series in panel.series}
+            assert "sinkhorn(iters=5)/grouped" in lines and not any("temperature" in line for line in lines)
+            for line, series in lines.items():
+                level = line.startswith("torch")
+                assert series.at == ([0.25, 4.0] if level else [0.25, 1.0, 4.0])
+                assert not level or series.value[0] == series.value[1]
+    bits = chart(over, "bits_over_temperature").panels[0]
+    assert isinstance(bits, Panel) and bits.series[0].low[0] == pytest.approx(bits.series[0].value[0] - 0.05)
+    drawn, _ = figures(over)
+    assert next(one for one in drawn if one["name"] == "latency_over_temperature")["panels"]
+    assert plots.render(chart(over, "latency_over_temperature"), over.variants, over.phases).axes
+
+
+@pytest.mark.parametrize(
+    ("variant", "key", "rest"),
+    [
+        pytest.param("sinkhorn(temperature=0.25)", "temperature", "sinkhorn", id="alone"),
+        pytest.param("a(iters=5, temperature=0.25)/loop", "temperature", "a(iters=5)/loop", id="last"),
+        pytest.param("a(temperature=0.25, iters=5)", "temperature", "a(iters=5)", id="first"),
+        pytest.param("a(my_temperature=1)", "temperature", "a(my_temperature=1)", id="another"),
+        pytest.param("native", "temperature", "native", id="none"),
+    ],
+)
+def test_a_variant_without_a_key(variant: str, key: str, rest: str) -> None:
+    """Brackets go with the last of them."""
+    assert charts._without(variant, key) == rest
+
+
+def test_a_key_between_settings_is_an_axis_too_and_no_odd_name_is_one(sweep: tuple[Path, Aggregate]) -> None:
+    """Of the model or the workload; a record's key goes into the name of a file."""
+    directory, found = sweep
+    frames = []
+    for frame in (found.runs, found.summary):
+        exponents = frame["seq_len"].astype(float) / 8
+        changed = {"config.workload.zipf_exponent": exponents, "config.../x": 1.0, "seq_len": 64}
+        frames.append(frame.assign(**changed))
+    over = charts.charts(directory, *frames)
+    assert [one.name for one in over.drawn if "zipf" in one.name] == ["latency_over_zipf_exponent"]
+    assert not any("/" in one.name or not charts.is_name(one.name) for one in over.drawn)
+    assert all("zipf" not in panel.title for panel in chart(over, "latency_over_zipf_exponent").panels)
+
+
+@pytest.mark.parametrize("kind", ["lines", "points", "front", "dots"])
+def test_a_value_without_an_interval_is_hollow_and_the_legend_says_so(kind: str) -> None:
+    """In the page and in the files; where no value has one, such as of throughput, nothing is marked."""
+    at = ["a", "b"] if kind == "dots" else [1, 2]
+    panel = Panel("t", [Series("v", at, [1.0, 2.0], [None, 1.9], [None, 2.1], ["", ""])])
+    for marked in (True, False):
+        one = Chart("c", kind, "t", "x", "y", [panel], marked)  # type: ignore[arg-type]
+        (figure,), _ = figures(charts.Charts([one], [], ["v"], []))
+        traces = figure["panels"][0]["data"]
+        symbols = traces[0]["marker"]["symbol"]
+        assert symbols == (["circle-open", "circle"] if marked else "circle")
+        assert ("no interval" in [trace["name"] for trace in traces]) == marked
+        drawn = plots.render(one, ["v"], [])
+        hollow = [line for line in drawn.axes[0].lines if line.get_markerfacecolor() == "white"]
+        assert [len(line.get_xdata()) for line in hollow] == [1] * marked
+        said = [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
+        assert ("no interval" in said) == marked
+
+
 def crowded(n_series: int, n_rows: int) -> Panel:
     """As many series, each with the value 1 in every row."""
     names, nothing = [f"text {row}" for row in range(n_rows)], [None] * n_rows
