@@ -31,6 +31,9 @@ BITS = (
 """The columns behind `numbers.bits_per_byte`."""
 
 
+_READ = {"setting", "router", "variant", "latency_ms", "ratio_to_anchor", "quality", "routing", "agreement"}
+
+
 class Card(NamedTuple):
     """One router; a row per cell that ran, with the fields of `heads`."""
 
@@ -51,7 +54,8 @@ def cards(runs: pd.DataFrame) -> list[Card]:
         ["router", "model", "batch", "seq_len", "variant"], kind="stable"
     )
     ran = ran[~ran["implementation.router"].fillna("").str.startswith("forced")]  # no router had a say
-    rows = [_fields(row) for row in ran.to_dict("records")]
+    read = [name for name in ran if str(name).split(".")[0] in _READ]
+    rows = [_fields(row) for row in ran[read].to_dict("records")]
     heads = [head for head in (rows[0] if rows else {}) if any(row[head] for row in rows)]
     by_router = []
     for name, cells in ran.reset_index(drop=True).groupby("router", sort=False):

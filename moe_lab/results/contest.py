@@ -22,6 +22,9 @@ _ROUNDING = 3.0
 _RATIO = ("ratio_to_anchor.p50", "ratio_to_anchor.ci95_low", "ratio_to_anchor.ci95_high")
 _BITS, _DELTA = "quality.bits_per_byte", "quality.delta_bits_per_byte"
 _ERROR, _REFERENCE, _FLOOR = "agreement.output_rel_error", "agreement.reference", "agreement.floor.output_rel_error"
+_READ = {"setting_id", "env_id", "anchor", "is_anchor", "variant", "status", "directory", "model", "router", "dtype"}
+_READ |= {"batch", "seq_len", "throughput.time_per_output_token_ms", "latency_ms.p50", "ratio_to_anchor.paired"}
+_READ |= {*_RATIO, _ERROR, _REFERENCE, _FLOOR}
 _SOFTMAX = {"torch", "triton", "cuda_ext"}
 """One router, each with its implementation fixed."""
 
@@ -98,7 +101,8 @@ def settings(runs: pd.DataFrame, summary: pd.DataFrame) -> list[Setting]:
     causal = dict(zip(runs["directory"], runs["router.causal"].astype(object), strict=True))
     router_keys = [str(name) for name in summary if str(name).startswith("config.router.")]
     found: dict[tuple[str, str], Setting] = {}
-    for row, place in zip(summary.to_dict("records"), places(summary), strict=True):
+    read = [name for name in summary if name in _READ or str(name).startswith(("config.router.", "quality."))]
+    for row, place in zip(summary[read].to_dict("records"), places(summary), strict=True):
         if row["status"] != "ok" or pd.isna(row["variant"]):
             continue
         setting = found.setdefault(

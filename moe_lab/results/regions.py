@@ -49,9 +49,11 @@ def regions(answers: Sequence[Hashable], places: Sequence[Place]) -> list[Region
     if not answers:
         return []
     keys = [key for key in _keys(places) if len({place.get(key) for place in places}) > 1]
-    cuts: list[tuple[str | None, str | None]] = [(None, None), *((None, key) for key in keys)]
-    cuts += sorted(itertools.permutations(keys, 2), key=lambda cut: cut[0] == TOKENS)  # rather the tokens within a name
-    best = min((_split(answers, places, *cut) for cut in cuts), key=lambda split: split.cost)
+    ones = [(None, None), *((None, key) for key in keys)]
+    pairs = sorted(itertools.permutations(keys, 2), key=lambda cut: cut[0] == TOKENS)  # rather the tokens within a name
+    best = min((_split(answers, places, *cut) for cut in ones), key=lambda split: split.cost)
+    if best.cost > 2 * _cost(answers):  # else no two regions are better
+        best = min((best, *(_split(answers, places, *cut) for cut in pairs)), key=lambda split: split.cost)
     return sorted(best.regions, key=lambda region: -len(region.members))
 
 
@@ -77,7 +79,12 @@ def _split(answers: Sequence[Hashable], places: Sequence[Place], outer: str | No
             members = [index for index in inside if answers[index] == answer]
             found.append(Region(", ".join(filter(None, words)), answer, members, len(inside)))
     odd = len(answers) - sum(len(region.members) for region in found)
-    return _Split(found, odd + len(found) * max(0.6, _ALLOWANCE * len(answers)))
+    return _Split(found, odd + len(found) * _cost(answers))
+
+
+def _cost(answers: Sequence[Hashable]) -> float:
+    """Of a region, in odd settings."""
+    return max(0.6, _ALLOWANCE * len(answers))
 
 
 def _most(answers: Sequence[Hashable], at: Sequence[int]) -> Hashable:

@@ -171,7 +171,7 @@ def _table(runs: pd.DataFrame, compare: Sequence[str]) -> Table:
     columns = [(name, name) for name in ("status", "variant", "batch", "seq_len")]
     columns += [(name.removesuffix(".name").rsplit(".", 1)[-1], name) for name in differ]
     fields = {head: [_field(value) for value in runs[name].astype(object)] for head, name in columns}
-    rows = runs.to_dict("records")
+    rows = runs[[str(name) for name in runs if str(name).startswith(_OF_FIRST)]].to_dict("records")
     fields |= {head: [field(row) for row in rows] for head, field in _FIRST.items()}
     fields |= {head: [_field(value) for value in runs[name].astype(object)] for head, name in _MEASURED if name in runs}
     kept = [head for head, column in fields.items() if any(field.text for field in column)]
@@ -218,6 +218,8 @@ _FIRST: dict[str, Callable[[Mapping[Any, Any]], Field]] = {
     "output error": _plain("agreement.output_rel_error"),
 }
 """What latency and quality were, side by side."""
+_OF_FIRST = ("latency_ms.", "ratio_to_anchor.", "quality.", "agreement.output")
+"""How the columns begin that these read."""
 
 
 def _field(value: Any) -> Field:

@@ -40,7 +40,7 @@ def _differing(frame: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
     """The model, and each key in which the settings differ, with its values as text."""
     others = [str(name) for name in frame if str(name).startswith("config.")]
     for key in (*OPTIONS, *_SIZES, "seed", *others):
-        text = frame[key].astype(object).map(_text)
+        text = _texts(frame[key])
         # A model has no size or option that it does not read; of other keys, having none is a value.
         values = text if key in others else text[text != ""]
         if key == "model" or (values.nunique() > 1 and text.groupby(frame["setting_id"]).nunique().max() == 1):
@@ -63,7 +63,7 @@ def _value(value: Any) -> Any:
 
 def _machines(frame: pd.DataFrame) -> pd.Series:
     """Where the records are of several machines, which; with the start of `env_id` where the device does not tell."""
-    device, env_id = (frame[key].astype(object).map(_text) for key in ("environment.device_name", "env_id"))
+    device, env_id = (_texts(frame[key]) for key in ("environment.device_name", "env_id"))
     known = env_id != ""
     if env_id[known].nunique() < 2:
         return pd.Series("", index=frame.index, dtype=object)
@@ -74,9 +74,16 @@ def _machines(frame: pd.DataFrame) -> pd.Series:
 
 def sizes(frame: pd.DataFrame) -> list[str]:
     """Each row's batch and sequence length, as far as the model reads them: `batch 2 x seq_len 128`."""
-    columns = [(key, frame[key].astype(object).map(_text)) for key in _SIZES if key in frame]
+    columns = [(key, _texts(frame[key])) for key in _SIZES if key in frame]
     words = [[f"{key} {text}" if text else "" for text in column] for key, column in columns]
     return [" x ".join(filter(None, row)) for row in zip(*words, strict=True)]
+
+
+def _texts(column: pd.Series) -> pd.Series:
+    """Each different value is written once."""
+    codes, values = pd.factorize(column)
+    texts = np.array([*map(_text, values), ""], dtype=object)  # what is missing has the code -1
+    return pd.Series(texts[codes], index=column.index, dtype=object)
 
 
 def _text(value: Any) -> str:

@@ -17,6 +17,11 @@ SAME = 0.03
 
 _RATIO = ("ratio_to_anchor.p50", "ratio_to_anchor.ci95_low", "ratio_to_anchor.ci95_high")
 
+_READ = (
+    *("variant", "size", "is_unstable", "status", "reason", "anchor", "is_anchor", "ratio_to_anchor.paired", *_RATIO),
+    *("batch", "seq_len", "throughput.time_per_output_token_ms"),
+)
+
 Kind = Literal["faster", "slower", "same", "inconclusive", "not timed together", "failed", "skipped"]
 _COMPARED: tuple[Kind, ...] = ("faster", "slower", "same", "inconclusive")
 _ORDER: tuple[Kind, ...] = (*_COMPARED, "not timed together", "failed", "skipped")
@@ -83,7 +88,7 @@ def verdicts(summary: pd.DataFrame) -> list[Verdict]:
         settings = zip(group_rows["setting_id"], group_rows["env_id"].astype(str), strict=True)
         is_unstable = _unstable(group_rows) | np.array([setting in unstable_anchors for setting in settings])
         named = group_rows.assign(size=sizes(group_rows), variant=_names(group_rows), is_unstable=is_unstable)
-        rows = named.to_dict("records")
+        rows = named[[name for name in _READ if name in named]].to_dict("records")
         for variant in dict.fromkeys(row["variant"] for row in rows):
             cells = [_cell(row) for row in rows if row["variant"] == variant]
             compared = [cell for cell in cells if cell.kind in _COMPARED]
