@@ -24,7 +24,7 @@ _MOST_NAMES = 4
 _ALIKE = 1.15
 """Ratios that differ by more than this factor between settings are given as a range."""
 
-Question = Literal["take", "fastest", "price", "not sure", "failed"]
+Question = Literal["take", "fastest", "price", "not sure", "failed", "skipped"]
 
 
 class Answer(NamedTuple):
@@ -55,7 +55,8 @@ def answers(runs: pd.DataFrame, summary: pd.DataFrame) -> Answers:
         "fastest": _fastest(several),
         "price": _prices(settings),
         "not sure": _unsure(runs, summary, settings),
-        "failed": _failed(runs),
+        "failed": [*_lies(runs), *_not_ok(runs, "failed")],
+        "skipped": _not_ok(runs, "skipped"),
     }
     in_turn = sorted((place, question) for question in every for place in range(len(every[question])))
     n_shown = Counter(question for _, question in in_turn[:MOST])  # the first of each, then the second of each, ...
@@ -214,8 +215,11 @@ def _lead(first: str, settings: Sequence[Setting]) -> str:
     if first != anchor:
         return ": " + _speed(_cells(settings, first), anchor)
     nexts = [min((c for c in setting.timed if not c.is_anchor), key=lambda cell: cell.ratio[0]) for setting in settings]
-    middle, low, high = _hull([cell.ratio for cell in nexts])
     name = nexts[0].variant if len({cell.variant for cell in nexts}) == 1 else "the next"
+    least, most = min(cell.ratio[0] for cell in nexts), max(cell.ratio[0] for cell in nexts)
+    if most > _ALIKE * least:
+        return f": {name} takes {numbers.ratio(least)}x to {numbers.ratio(most)}x as long"
+    middle, low, high = _hull([cell.ratio for cell in nexts])
     return f": {name} takes {numbers.ratio(middle)}x as long {numbers.interval(low, high, numbers.ratio)}"
 
 
@@ -377,22 +381,25 @@ def _of(n: int, total: int, one: str) -> str:
 # --- what failed
 
 
-def _failed(runs: pd.DataFrame) -> list[str]:
-    parts = []
-    for status, verb in (("failed", "failed"), ("skipped", "skipped")):
-        found = runs.loc[runs["status"] == status, "reason"].fillna("no reason recorded").astype(str)
-        reasons = Counter(shorten(reason, 90, placeholder=" ...") for reason in found)
-        if reasons:
-            said = [f"{reason} ({n})" if len(reasons) > 1 else reason for reason, n in reasons.most_common(_MOST_NAMES)]
-            said += [f"{len(reasons) - len(said)} more reasons (below)"] if len(reasons) > len(said) else []
-            parts.append(f"{len(found)} of {len(runs)} cells {verb}: {', '.join(said)}")
-    lies = [
+def _not_ok(runs: pd.DataFrame, status: str) -> list[str]:
+    """How many cells failed, or were skipped, and why."""
+    found = runs.loc[runs["status"] == status, "reason"].fillna("no reason recorded").astype(str)
+    reasons = Counter(shorten(reason, 90, placeholder=" ...") for reason in found)
+    said = [f"{reason} ({n})" if len(reasons) > 1 else reason for reason, n in reasons.most_common(_MOST_NAMES)]
+    said += [f"{len(reasons) - len(said)} more reasons (below)"] if len(reasons) > len(said) else []
+    return (
+        [f"{len(found)} of {len(runs)} cell{'s' if len(runs) > 1 else ''} {status}: {', '.join(said)}"] if said else []
+    )
+
+
+def _lies(runs: pd.DataFrame) -> list[str]:
+    """The routers that do not have a property that they declare."""
+    return [
         f"{router} declares {key}, which does not hold"
         for key in names(PROPERTIES)
         if f"check.{key}" in runs
         for router in runs.loc[runs[f"check.{key}"] == DOES_NOT_HOLD, "router"].dropna().unique()
     ]
-    return lies + (["; ".join(parts)] if parts else [])
 
 
 # --- what they share

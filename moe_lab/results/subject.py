@@ -96,7 +96,9 @@ def _shape(cells: pd.DataFrame, config: Mapping[str, Any], seen: Mapping[str, in
 
 def _seen_shape(cells: pd.DataFrame, directory: Path) -> dict[str, int]:
     """Of a checkpoint, whose configuration does not tell: what its routing shows."""
-    for row in cells[cells["status"] == "ok"].to_dict("records"):
+    ran = cells[cells["status"] == "ok"]
+    by_width = ran.sort_values("router.static_k", ascending=False, kind="stable")  # these use all slots of a token
+    for row in by_width.to_dict("records"):
         path = directory / row["directory"] / ROUTING
         try:
             files.require_arrays(path)

@@ -194,7 +194,10 @@ def test_failures_and_skips_are_counted_by_reason() -> None:
     """Also where nothing ran at all; then there is no other sentence."""
     rows = [row(name, status="failed", reason="out_of_memory") for name in ("a", "b")]
     found = answered([*rows, row("c", status="skipped", reason="unavailable: no GPU")])
-    assert found.shown == [("failed", "2 of 3 cells failed: out_of_memory; 1 of 3 cells skipped: unavailable: no GPU")]
+    assert found.shown == [
+        ("failed", "2 of 3 cells failed: out_of_memory"),
+        ("skipped", "1 of 3 cells skipped: unavailable: no GPU"),
+    ]
 
 
 def test_a_property_that_does_not_hold_is_named() -> None:
