@@ -134,7 +134,7 @@ def _why(chosen: Sequence[str], settings: Sequence[Setting]) -> str:
         return "no difference seen between them" if known else "as good in quality; which is faster is not known"
     anchors = {setting.anchor for setting in settings}
     cells = _cells(settings, chosen[0])
-    gain = [] if anchors & {chosen[0]} or len(anchors) > 1 else [_speed(cells, *anchors), _quality(cells)]
+    gain = [] if anchors & {chosen[0]} or len(anchors) > 1 else [_speed(cells, *anchors), _quality(cells, settings)]
     variants = dict.fromkeys(cell.variant for setting in settings for cell in _rivals(setting))
     causes: dict[str, list[str]] = {}
     for variant in variants:
@@ -247,7 +247,7 @@ def _prices(settings: Sequence[Setting]) -> list[str]:
             return _speed(_cells(inside, variant), beside) + region.at
 
         speeds = _by_region(there, kind, speed) or [_about(cells, beside)]
-        parts = [*speeds, _quality(cells)]
+        parts = [*speeds, _quality(cells, there)]
         if all(cell.is_causal is False for cell in cells) and not none_is_causal:
             parts.append("not causal: it cannot generate text")
         if any(parts):
@@ -291,7 +291,7 @@ def _speed(cells: Sequence[Cell], anchor: str) -> str:
     return f"no difference in speed seen to {anchor} {bracket}"
 
 
-def _quality(cells: Sequence[Cell]) -> str:
+def _quality(cells: Sequence[Cell], settings: Sequence[Setting]) -> str:
     """Of cells of one variant: what it does to the predictions, or to the output."""
     known = [cell.quality for cell in cells if cell.quality is not None]
     if not known or len({quality.kind for quality in known}) > 1:
@@ -300,10 +300,12 @@ def _quality(cells: Sequence[Cell]) -> str:
     if known[0].kind == "error":
         if all(quality.is_rounding for quality in known):
             return "the same output, but for rounding"
-        return f"output error {numbers.short(middle)} beside the reference router"
+        return f"output error {numbers.short(middle)} beside {_listed([quality.reference for quality in known])}"
     if known[0].kind == "bits":
         return f"{middle:.2f} bits per byte {numbers.interval(low, high, '{:.2f}'.format)}".rstrip()
     text = f"{middle:+.2f} bits per byte {numbers.interval(low, high, '{:+.2f}'.format)}".rstrip()
+    if not all(setting.is_beside_native for setting in settings):
+        text += " over the checkpoint's own router"
     if all(quality.has_collapsed for quality in known):
         return f"{text}: its predictions collapse"
     if any(quality.has_collapsed for quality in known):

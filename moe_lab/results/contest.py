@@ -40,6 +40,8 @@ class Quality(NamedTuple):
     """NaN without an interval."""
     beside: float
     """The bits per byte of the checkpoint's own router; the error that rounding alone makes; else NaN."""
+    reference: str = ""
+    """Of an output error the router that it is compared with."""
 
     def is_worse_than(self, other: Quality) -> bool:
         """Surely, and by more than does not matter."""
@@ -86,6 +88,11 @@ class Setting(NamedTuple):
     place: Mapping[str, Any]
     anchor: str
     cells: list[Cell]
+
+    @property
+    def is_beside_native(self) -> bool:
+        """Whether the anchor predicts as the checkpoint's own router does: then all is compared with one thing."""
+        return any(cell.is_anchor and cell.quality and cell.quality.value == 0 for cell in self.cells)
 
     @property
     def timed(self) -> list[Cell]:
@@ -162,13 +169,13 @@ def _quality(row: Mapping[Any, Any]) -> Quality | None:
             ends = number(f"{name}_ci95_low"), number(f"{name}_ci95_high")
             return Quality(kind, number(name), *ends, number(beside))  # type: ignore[arg-type]
     if _known(row.get(_ERROR)):
-        return Quality("error", number(_ERROR), math.nan, math.nan, number(_FLOOR))
+        return Quality("error", number(_ERROR), math.nan, math.nan, number(_FLOOR), str(row.get(_REFERENCE)))
     return None
 
 
 def _choice(row: Mapping[Any, Any], router_keys: Sequence[str]) -> str:
-    router = "softmax" if row["router"] in _SOFTMAX else row["router"]
     keys = [row[key] for key in router_keys if not key.endswith((".impl", "._target_", ".name"))]
+    router = "softmax" if row["router"] in _SOFTMAX and not keys else row["router"]
     return repr([router, row["model"], row["dtype"], *(None if pd.isna(value) else value for value in keys)])
 
 

@@ -93,6 +93,29 @@ def test_take_what_is_faster_and_no_worse() -> None:
     ]
 
 
+def test_an_anchor_that_is_not_native_is_not_what_bits_are_compared_with() -> None:
+    """Speed is beside the anchor, bits per byte beside the checkpoint's own router."""
+    found = answered([row("native", **quality(0.3)), row("oea", (0.8, 0.79, 0.81), **quality(0.1))])
+    assert texts(found, "price") == [
+        "oea: 1.25x faster than native [1.23, 1.27]; +0.10 bits per byte [+0.05, +0.15] over the checkpoint's own "
+        "router"
+    ]
+
+
+def test_an_output_error_names_the_router_it_is_beside() -> None:
+    """Within rounding it is the same output, and then the faster is to be taken."""
+
+    def error(value: float) -> Row:
+        names = ("output_rel_error", "floor.output_rel_error", "reference")
+        return {f"agreement.{name}": each for name, each in zip(names, (value, 1e-6, "torch"), strict=True)}
+
+    found = answered([row("native", **error(0.0)), row("b", (0.8, 0.79, 0.81), **error(0.2))])
+    assert texts(found, "price") == ["b: 1.25x faster than native [1.23, 1.27]; output error 0.2 beside torch"]
+    assert texts(found, "take")[0].startswith("No choice without a price: b is 1.25x faster than native, but changes")
+    same = answered([row("native", **error(0.0)), row("b", (0.8, 0.79, 0.81), **error(2e-6))])
+    assert texts(same, "take") == ["Take b: 1.25x faster than native [1.23, 1.27], the same output, but for rounding"]
+
+
 def test_no_choice_without_a_price() -> None:
     """The faster predicts worse, but does not collapse."""
     found = answered([NATIVE, row("few", (0.5, 0.49, 0.51), **quality(0.2))])
