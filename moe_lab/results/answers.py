@@ -228,7 +228,6 @@ def _lead(first: str, settings: Sequence[Setting]) -> str:
 
 def _prices(settings: Sequence[Setting]) -> list[str]:
     """Of each variant but the anchor, its latency beside the anchor's and what it does to the predictions."""
-    anchors = {setting.anchor for setting in settings}
     variants = dict.fromkeys(cell.variant for setting in settings for cell in setting.cells if not cell.is_anchor)
     none_is_causal = all(cell.is_causal is False for setting in settings for cell in setting.cells)
     texts = {"": "No router here is causal: none can generate text"} if none_is_causal and settings else {}
@@ -237,7 +236,8 @@ def _prices(settings: Sequence[Setting]) -> list[str]:
             cell for setting in settings for cell in setting.cells if cell.variant == variant and not cell.is_anchor
         ]
         there = [s for s in settings if any(cell.variant == variant and not cell.is_anchor for cell in s.cells)]
-        beside = _listed(sorted(anchors)) if len(anchors) > 1 else next(iter(anchors))
+        anchors = {setting.anchor for setting in there}
+        beside = "the anchor" if len(anchors) > 1 else next(iter(anchors))
 
         def kind(setting: Setting, variant: str = variant) -> Kind | None:
             cell = _cells([setting], variant)[0]
@@ -302,7 +302,9 @@ def _quality(cells: Sequence[Cell], settings: Sequence[Setting]) -> str:
             return "the same output, but for rounding"
         return f"output error {numbers.short(middle)} beside {_listed([quality.reference for quality in known])}"
     if known[0].kind == "bits":
-        return f"{middle:.2f} bits per byte {numbers.interval(low, high, '{:.2f}'.format)}".rstrip()
+        beside = [cell.quality.value for s in settings for cell in s.cells if cell.is_anchor and cell.quality]
+        text = f"{middle:.2f} bits per byte {numbers.interval(low, high, '{:.2f}'.format)}".rstrip()
+        return f"{text}, the anchor {np.median(beside):.2f}" if beside else text
     text = f"{middle:+.2f} bits per byte {numbers.interval(low, high, '{:+.2f}'.format)}".rstrip()
     if not all(setting.is_beside_native for setting in settings):
         text += " over the checkpoint's own router"

@@ -68,7 +68,7 @@ def _machines(frame: pd.DataFrame) -> pd.Series:
     if env_id[known].nunique() < 2:
         return pd.Series("", index=frame.index, dtype=object)
     if device[known].nunique() < env_id[known].nunique():
-        device = device + " " + env_id.str[:6]
+        device = (device + " " + env_id.str[:6]).str.strip()
     return (", " + device).where(known, "")
 
 

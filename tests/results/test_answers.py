@@ -102,6 +102,27 @@ def test_an_anchor_that_is_not_native_is_not_what_bits_are_compared_with() -> No
     ]
 
 
+def test_where_anchors_differ_none_is_named_for_all() -> None:
+    """Each ratio is beside the anchor of its own setting."""
+    rows = [row("a", anchor="a"), row("b", (2.0, 1.9, 2.1), anchor="a"), row("c", (2.0, 1.9, 2.1), anchor="a")]
+    rows += [row("b", anchor="b", batch=2), row("c", (2.0, 1.9, 2.1), anchor="b", batch=2)]
+    prices = texts(answered(rows), "price")
+    assert prices[1:] == ["b: 2x slower than a [1.9, 2.1]", "c: 2x slower than the anchor [1.9, 2.1]"]
+
+
+def test_bits_of_a_model_that_is_not_a_checkpoint_stand_beside_the_anchors() -> None:
+    """There is no native router to take the difference from."""
+
+    def bits(value: float) -> Row:
+        name = "quality.bits_per_byte"
+        return {name: value, f"{name}_ci95_low": value - 0.1, f"{name}_ci95_high": value + 0.1}
+
+    found = answered([row("native", **bits(5.0)), row("b", (0.5, 0.49, 0.51), **bits(5.05))])
+    assert texts(found, "price") == [
+        "b: 2x faster than native [1.96, 2.04]; 5.05 bits per byte [4.95, 5.15], the anchor 5.00"
+    ]
+
+
 def test_an_output_error_names_the_router_it_is_beside() -> None:
     """Within rounding it is the same output, and then the faster is to be taken."""
 
