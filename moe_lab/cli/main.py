@@ -98,7 +98,7 @@ def _report(errors: Sequence[BaseException], wants_traceback: bool) -> None:
 def _words() -> dict[str, list[str]]:
     """The commands and what may stand behind them."""
     options = {
-        "report": ["--tables"],
+        "report": ["--plotly", "--tables"],
         "plot": ["--by", "--dpi", "--font", "--font-size", "--format", "--log", "--output", "--size"],
         "export": ["--config-dir", "--open", "--verify"],
         "list": list(listing.groups(None)),

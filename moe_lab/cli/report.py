@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from moe_lab.cli.arguments import Parser
+from moe_lab.config.schemas import PLOTLY
 
 
 def tables(directory: Path) -> int:
@@ -30,7 +31,15 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("directory", type=Path, help="a sweep's folder, or any folder of runs")
     parser.add_argument("--tables", action="store_true", help="write only the tables")
+    parser.add_argument(
+        "--plotly",
+        choices=PLOTLY,
+        help="where the 5 MB are that draw the page's plots: inline in it, in plotly.min.js in its directory, or none: "
+        "the page shows pictures (default: as the sweep's sweep.plotly)",
+    )
     given = parser.parse_args(arguments)
+    if given.tables and given.plotly:
+        raise ValueError("--plotly: only used for the page; remove it or --tables.")
     from moe_lab.cli import table
     from moe_lab.results import load
 
@@ -39,7 +48,7 @@ def main(arguments: list[str]) -> int:
     else:
         from moe_lab.results import outputs
 
-        n_records = outputs.write(given.directory)
+        n_records = outputs.write(given.directory, plotly=given.plotly)
     if not n_records:
         raise ValueError(f"{given.directory}: no readable records.")
     records, plan = load.records(given.directory)

@@ -20,6 +20,7 @@ from moe_lab.config.schemas import (
     LOADS,
     OPSETS,
     PHASES,
+    PLOTLY,
     ROUTER_IMPLEMENTATIONS,
     STALE,
     VIEWS,
@@ -169,6 +170,7 @@ def _require_keys(cfg: DictConfig) -> None:
 def _validate_sweep(cfg: DictConfig) -> None:
     sweep = cfg.sweep
     _one_of(cfg, "sweep.stale", STALE)
+    _one_of(cfg, "sweep.plotly", PLOTLY)
     _at_least(cfg, "sweep.max_cells", 1)
     for key in sweep.compare:
         if key not in GROUPS:

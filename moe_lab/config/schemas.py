@@ -23,6 +23,7 @@ CACHES = ("natural", "cold", "hot")
 EXECUTIONS = ("eager", "compile", "cuda_graph")
 EXPORTS, VIEWS, OPSETS, AXES = ("none", "netron"), ("modules", "flat"), (18, 23), ("batch", "seq_len")
 STALE = ("rerun", "keep", "refuse")
+PLOTLY = ("inline", "directory", "none")
 GROUPS = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
 
 
@@ -322,6 +323,7 @@ class Sweep:
     fail_fast: bool
     max_cells: int
     report: bool
+    plotly: str
 
 
 @dataclass

@@ -22,14 +22,16 @@ _WANTED = ("causal", "batch_invariant", "static_k", "graph_safe")
 """Properties whose absence is worth a word; of the others only those that hold are named."""
 _VERIFIABLE = ("causal", "batch_invariant", "static_k")
 """Properties that a run checks."""
-
-
-_BITS = (
+BITS = (
     "quality.bits_per_byte",
     "quality.delta_bits_per_byte",
     "quality.delta_bits_per_byte_ci95_low",
     "quality.delta_bits_per_byte_ci95_high",
 )
+"""The columns behind `numbers.bits_per_byte`."""
+
+
+_READ = {"setting", "router", "variant", "latency_ms", "ratio_to_anchor", "quality", "routing", "agreement"}
 
 
 class Card(NamedTuple):
@@ -52,7 +54,8 @@ def cards(runs: pd.DataFrame) -> list[Card]:
         ["router", "model", "batch", "seq_len", "variant"], kind="stable"
     )
     ran = ran[~ran["implementation.router"].fillna("").str.startswith("forced")]  # no router had a say
-    rows = [_fields(row) for row in ran.to_dict("records")]
+    read = [name for name in ran if str(name).split(".")[0] in _READ]
+    rows = [_fields(row) for row in ran[read].to_dict("records")]
     heads = [head for head in (rows[0] if rows else {}) if any(row[head] for row in rows)]
     by_router = []
     for name, cells in ran.reset_index(drop=True).groupby("router", sort=False):
@@ -104,7 +107,8 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
         "cell": row["setting"] if row["variant"] == row["router"] else f"{row['setting']}: {row['variant']}",
         "median ms": latency,
         "x anchor": ratio,
-        "bits per byte": numbers.bits_per_byte(*(known(name) for name in _BITS)),
+        "bits per byte": numbers.bits_per_byte(*(known(name) for name in BITS)),
+        "output error": beside_floor(number("agreement.output_rel_error"), "output_rel_error"),
         "KL to native": number("quality.kl_to_native"),
         "top-1 agreement": number("quality.top1_agreement"),
         "load max / mean": both("load_max_over_mean"),
@@ -115,7 +119,6 @@ def _fields(row: Mapping[str, Any]) -> dict[str, str]:
         "unused slots": both("unused_slots_fraction"),
         "top-k mass": number("routing.pooled.topk_mass"),
         "Jaccard": beside_floor(both("jaccard", "agreement"), "pooled.jaccard"),
-        "output error": beside_floor(number("agreement.output_rel_error"), "output_rel_error"),
         "text information": _text_information(row.get("quality.domain_information")),
     }
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,8 @@ from moe_lab.records import files
 from moe_lab.records.phases import AGREES, OF_THE_PASS
 from moe_lab.records.store import ROUTING
 from moe_lab.results import coactivation
-from moe_lab.results.settings import describe, sizes
+from moe_lab.results.panels import Chart, Heat, Pairs, Panel, Place, Series, Texts
+from moe_lab.results.settings import parts, sizes
 
 LATENCY, _INTERVAL = "latency_ms.p50", ("latency_ms.ci95_low", "latency_ms.ci95_high")
 TOKENS_PER_S, LOAD = "throughput.tokens_per_s", "routing.pooled.load_max_over_mean"
@@ -25,19 +25,16 @@ EXPERT_MB = "routing.pooled.expert_mb"
 BITS = "quality.bits_per_byte"
 _BITS_OF_TEXT = re.compile(r"quality\.domains\.(.+)\.bits_per_byte")
 _ENDS = ("_ci95_low", "_ci95_high")
-_SWEPT = ("batch", "seq_len", "config.workload.context_len")
+_SIZES = ("batch", "seq_len")
+_ENDS_OF = {LATENCY: _INTERVAL, BITS: tuple(BITS + end for end in _ENDS)}
+"""What has an interval, and where that stands."""
 _KEYS = ("variant", *_INTERVAL)
 _PHASE, _SHARE = "phases_ms.", "phases_share."
 _PHASES = (*marks.NAMES, "other")
 
-NAMES = (
+_OVER = r"(latency|throughput|bits)_over_[\w.]+"
+_NAMES = (
     "latency",
-    "latency_over_batch",
-    "latency_over_seq_len",
-    "latency_over_context_len",
-    "throughput_over_batch",
-    "throughput_over_seq_len",
-    "throughput_over_context_len",
     "load_against_latency",
     "latency_against_error",
     "bytes_against_error",
@@ -49,101 +46,14 @@ NAMES = (
     "phases",
     "phase_shares",
 )
-"""Of all charts that there can be; the stems of their files."""
 
 
-FILE_PANELS = 6
-"""As many panels as a file shows; the report has all."""
+def is_name(stem: str) -> bool:
+    """Whether a chart has this name, which is the stem of its files."""
+    return stem in _NAMES or re.fullmatch(_OVER, stem) is not None
 
 
 Row = dict[str, Any]
-
-
-class Series(NamedTuple):
-    """What one variant (in a stack: one phase) contributes to a panel."""
-
-    name: str
-    at: list[Any]
-    """A size, a load, or the name of the row that it lies in."""
-    value: list[float]
-    low: Sequence[float | None]
-    """Of the value's 95 % interval; None where it has none."""
-    high: Sequence[float | None]
-    size: list[str]
-    """The cell's batch and sequence length, in words."""
-
-
-class Panel(NamedTuple):
-    """One picture of a chart: a setting."""
-
-    title: str
-    series: list[Series]
-
-    @property
-    def bars(self) -> list[str]:
-        """The names along the axis, where `at` holds names."""
-        return list(dict.fromkeys(at for series in self.series for at in series.at if isinstance(at, str)))
-
-    @property
-    def crowd(self) -> int:
-        """The most series that have a value beside one name."""
-        return max(Counter(at for series in self.series for at in series.at if isinstance(at, str)).values(), default=0)
-
-    @property
-    def rows(self) -> float:
-        """How many rows of the usual height `dots` need: a crowded one is higher."""
-        return len(self.bars) * max(1.0, 0.32 * self.crowd)
-
-    def offsets(self) -> list[float]:
-        """By how much of a row each series of `dots` is moved, so that they do not cover each other."""
-        n = len(self.series)
-        return [0.7 * (index - (n - 1) / 2) / n if self.crowd > 1 else 0.0 for index in range(n)]
-
-
-class Heat(NamedTuple):
-    """The used slots of each layer and expert, and all variants of a setting that have just these."""
-
-    title: str
-    variants: list[str]
-    layers: list[int]
-    counts_LE: np.ndarray
-
-
-class Pairs(NamedTuple):
-    """The tokens that use two experts of a layer, and all variants of a setting that have just these."""
-
-    title: str
-    variants: list[str]
-    layers: list[int]
-    counts_LEE: np.ndarray
-
-
-class Texts(NamedTuple):
-    """The used slots of each layer, text and expert, and all variants of a setting that have just these."""
-
-    title: str
-    variants: list[str]
-    layers: list[int]
-    counts_LGE: np.ndarray
-    texts: list[str]
-
-
-Map = Heat | Pairs | Texts
-"""What is drawn in colours; the fourth field of each has an array by layer."""
-
-
-class Chart(NamedTuple):
-    """`lines`, `points` and `front` have numbers along both axes; `dots` and `stack` lie along names.
-
-    A `front` has a staircase below its points: those that no other beats in both.
-    """
-
-    name: str
-    kind: Literal["lines", "points", "front", "dots", "stack", "heat", "pairs", "texts"]
-    title: str
-    x_label: str
-    y_label: str
-    panels: Sequence[Panel | Map]
 
 
 class Charts(NamedTuple):
@@ -158,39 +68,15 @@ class Charts(NamedTuple):
     """In the order of their styles."""
 
 
-def is_log(values: Sequence[float]) -> bool:
-    """Whether an axis with these values is logarithmic: when they span a factor of eight or more."""
-    return min(values) > 0 and max(values) >= 8 * min(values)
-
-
-def relative_load(counts_LE: np.ndarray) -> np.ndarray:
-    """Slots of each expert over the mean of its layer; 0 in a layer without slots. 1 everywhere is an even load.
-
-    Of counts [L, G, E] over the mean of its layer and text.
-    """
-    mean_L1 = counts_LE.mean(axis=-1, keepdims=True)
-    load_LE = np.zeros(counts_LE.shape)
-    np.divide(counts_LE, mean_L1, out=load_LE, where=mean_L1 > 0)
-    return load_LE
-
-
-def front(panel: Panel) -> tuple[list[float], list[float]]:
-    """The points of a panel that none beats in one direction without losing in the other, from left to right."""
-    points = sorted((at, value) for series in panel.series for at, value in zip(series.at, series.value, strict=True))
-    best: list[tuple[float, float]] = []
-    for at, value in points:
-        if not best or value < best[-1][1]:
-            best.append((at, value))
-    return [at for at, _ in best], [value for _, value in best]
-
-
 def charts(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Charts:
     """Of what `aggregate` found in a directory, and of the files beside the records for the load of the experts."""
     left_out: list[str] = []
     names = _in_order(summary)
     runs, summary = _phases_by_kind(_sorted(runs, names)), _sorted(summary, names)
     drawn = [chart for chart in _all(runs, summary, directory, left_out) if chart.panels]
-    return Charts(drawn, left_out, names, _phases_in(runs, _PHASE, _SHARE))
+    panels = [panel for chart in drawn if chart.kind == "lines" for panel in chart.panels if isinstance(panel, Panel)]
+    styled = list(dict.fromkeys([*names, *(series.name for panel in panels for series in panel.series)]))
+    return Charts(drawn, left_out, styled, _phases_in(runs, _PHASE, _SHARE))
 
 
 def _in_order(summary: pd.DataFrame) -> list[str]:
@@ -210,7 +96,7 @@ def _sorted(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
 
 def _all(runs: pd.DataFrame, summary: pd.DataFrame, directory: Path, left_out: list[str]) -> Iterator[Chart]:
     if summary[LATENCY].notna().any():
-        yield from _over_sizes(summary, left_out)
+        yield from _over_what_varies(summary, left_out)
         yield _load_against_latency(summary, left_out)
     else:
         left_out.append("Latency and throughput: no cell was timed.")
@@ -228,13 +114,29 @@ def _all(runs: pd.DataFrame, summary: pd.DataFrame, directory: Path, left_out: l
     yield from _where_time_goes(runs, left_out)
 
 
-def _panels(frame: pd.DataFrame, *columns: str, without: tuple[str, ...] = ()) -> dict[str, list[Row]]:
+class _Setting(NamedTuple):
+    place: Place
+    rows: list[Row]
+
+    @property
+    def title(self) -> str:
+        return ", ".join(self.place.values())
+
+
+def _settings(frame: pd.DataFrame, *columns: str, without: tuple[str, ...] = ()) -> list[_Setting]:
     """What these columns hold, by setting; those that differ only in `without` are one. Rows that lack one are out."""
     if not set(columns) <= set(frame):
-        return {}
+        return []
     known = frame[frame[list(columns)].notna().all(axis=1)]
     rows = known[[*_KEYS, *columns]].assign(size=sizes(known)).to_dict("records")
-    return _by(describe(known, without), rows)
+    return _of_settings(known, rows, without)
+
+
+def _of_settings(frame: pd.DataFrame, rows: Sequence[Row], without: tuple[str, ...] = ()) -> list[_Setting]:
+    found: dict[tuple[str, ...], _Setting] = {}
+    for place, row in zip(parts(frame, without), rows, strict=True):
+        found.setdefault(tuple(place.values()), _Setting(place, [])).rows.append(row)
+    return list(found.values())
 
 
 def _by(names: Iterable[str], rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -249,34 +151,63 @@ def _series(rows: Sequence[Row], at: str, value: str) -> list[Series]:
     series = []
     for name, members in _by((row["variant"] for row in rows), rows).items():
         members = sorted(members, key=lambda row: row[at])
-        ends = [
-            [None if value != LATENCY or pd.isna(row[end]) else float(row[end]) for row in members] for end in _INTERVAL
-        ]
+        low, high = ([_known(row.get(end)) for row in members] for end in _ENDS_OF.get(value, ("", "")))
         values = [float(row[value]) for row in members]
-        series.append(
-            Series(name, [row[at] for row in members], values, ends[0], ends[1], [row["size"] for row in members])
-        )
+        series.append(Series(name, [row[at] for row in members], values, low, high, [row["size"] for row in members]))
     return series
 
 
-def _over_sizes(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
-    """Over each size as far as it varies; with one size only, a dot per variant."""
-    swept = {}
-    for column in _SWEPT:
-        name, swept[column] = _last(column), _over(summary, column, LATENCY)
-        if not swept[column] and column in summary:
+def _panel(setting: _Setting, at: str, value: str) -> Panel:
+    return Panel(setting.title, _series(setting.rows, at, value), setting.place)
+
+
+def _over_what_varies(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
+    """Over each size, and each number of the configuration, that varies; with none of them a dot per variant.
+
+    Throughput, and bits per byte where they depend on it, are drawn over the one with the most values.
+    """
+    panels = {}
+    for column in (*_SIZES, *_numbers(summary)):
+        name, found = _name(column, summary), _over(summary, column, LATENCY)
+        if found:
+            panels[column] = found
+            yield Chart(f"latency_over_{name}", "lines", f"Latency over {name}", name, "latency (ms)", found, True)
+        else:
             left_out.append(
                 f"Latency over {name}: no variant was timed at two values of it with all other settings equal."
             )
-        yield Chart(f"latency_over_{name}", "lines", f"Latency over {name}", name, "latency (ms)", swept[column])
-    over = next((column for column in swept if swept[column]), None)
-    if over:
-        name, panels = _last(over), _over(summary, over, TOKENS_PER_S)
-        yield Chart(f"throughput_over_{name}", "lines", f"Throughput over {name}", name, "tokens / s", panels)
-    else:
+    if not panels:
         left_out.append("Throughput: with one size per setting it shows the same as the latency.")
-        panels = [Panel(title, _series(rows, "variant", LATENCY)) for title, rows in _panels(summary, LATENCY).items()]
-        yield Chart("latency", "dots", "Latency", "latency (ms)", "", panels)
+        dots = [_panel(each, "variant", LATENCY) for each in _settings(summary, LATENCY)]
+        yield Chart("latency", "dots", "Latency", "latency (ms)", "", dots, True)
+        return
+    over = max(
+        panels, key=lambda column: len({at for panel in panels[column] for one in panel.series for at in one.at})
+    )
+    name = _name(over, summary)
+    per_s = _over(summary, over, TOKENS_PER_S)
+    yield Chart(f"throughput_over_{name}", "lines", f"Throughput over {name}", name, "tokens / s", per_s)
+    if BITS in summary and over not in _SIZES:
+        bits = _over(summary, over, BITS)
+        yield Chart(f"bits_over_{name}", "lines", f"Bits per byte over {name}", name, "bits per byte", bits, True)
+
+
+def _numbers(summary: pd.DataFrame) -> list[str]:
+    """The columns of numbers of the configuration; their names, which go into names of files, are checked."""
+    return [
+        str(name)
+        for name in summary
+        if re.fullmatch(r"config(\.\w+)+", str(name))
+        and pd.api.types.is_numeric_dtype(summary[name])
+        and not pd.api.types.is_bool_dtype(summary[name])
+    ]
+
+
+def _name(column: str, summary: pd.DataFrame) -> str:
+    """The last word of a key, or all of it where another number ends in the same."""
+    last = _last(column)
+    alone = sum(_last(other) == last for other in (*_SIZES, *_numbers(summary))) < 2
+    return last if alone else column.removeprefix("config.")
 
 
 def _last(column: str) -> str:
@@ -284,19 +215,39 @@ def _last(column: str) -> str:
 
 
 def _over(summary: pd.DataFrame, key: str, value: str) -> list[Panel]:
-    """A panel per setting in which a variant has two values of `key`."""
-    settings = _panels(summary, key, value, without=(key,))
-    panels = [Panel(title, _series(rows, key, value)) for title, rows in settings.items()]
-    return [panel for panel in panels if any(len(set(series.at)) > 1 for series in panel.series)]
+    """A panel per setting in which a variant has two values of `key`.
+
+    Variants that differ in the key alone are one line; one that does not have the key is a level line.
+    """
+    known = summary[summary[value].notna()].astype({key: object})
+    known = known.assign(variant=[_without(name, _last(key)) for name in known["variant"]]) if "." in key else known
+    columns = [name for name in dict.fromkeys((*_KEYS, *_ENDS_OF.get(value, ()), key, value)) if name in known]
+    rows = known[columns].assign(size=sizes(known)).to_dict("records")
+    panels = []
+    for each in _of_settings(known, rows, without=(key,)):
+        there = [row for row in each.rows if not pd.isna(row[key])]
+        series = _series(there, key, value)
+        if not any(len(set(one.at)) > 1 for one in series):
+            continue
+        ends = min(row[key] for row in there), max(row[key] for row in there)
+        level = [{**row, key: end} for row in each.rows if pd.isna(row[key]) for end in ends]
+        panels.append(Panel(each.title, series + _series(level, key, value), each.place))
+    return panels
+
+
+def _without(variant: str, key: str) -> str:
+    """`sinkhorn(iters=5, temperature=0.5)` is `sinkhorn(iters=5)` without the temperature."""
+    cut = re.sub(rf"(?<![\w.]){re.escape(key)}=[^,()]*(, )?", "", variant)
+    return cut.replace(", )", ")").replace("()", "")
 
 
 def _load_against_latency(summary: pd.DataFrame, left_out: list[str]) -> Chart:
-    settings = _panels(summary, LOAD, LATENCY, without=("batch", "seq_len"))
+    settings = _settings(summary, LOAD, LATENCY, without=("batch", "seq_len"))
     if not settings:
         left_out.append("Load balance against latency: no cell recorded its routing (measure.routing).")
-    panels = [Panel(title, _series(rows, LOAD, LATENCY)) for title, rows in settings.items()]
+    panels = [_panel(each, LOAD, LATENCY) for each in settings]
     label = "load of the busiest expert / mean load"
-    return Chart("load_against_latency", "points", "Load balance against latency", label, "latency (ms)", panels)
+    return Chart("load_against_latency", "points", "Load balance against latency", label, "latency (ms)", panels, True)
 
 
 def _against_error(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
@@ -307,46 +258,46 @@ def _against_error(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart
         ("bytes_against_error", EXPERT_MB, "Bytes of experts against output error", "weights of experts in use (MB)"),
     ):
         panels = [
-            Panel(f"{setting}, against {reference}", _series(of_reference, OUTPUT_ERROR, column))
-            for setting, rows in _panels(summary, OUTPUT_ERROR, column, REFERENCE).items()
-            for reference, of_reference in _by((row[REFERENCE] for row in rows), rows).items()
+            Panel(f"{each.title}, against {reference}", _series(of_reference, OUTPUT_ERROR, column), each.place)
+            for each in _settings(summary, OUTPUT_ERROR, column, REFERENCE)
+            for reference, of_reference in _by((row[REFERENCE] for row in each.rows), each.rows).items()
         ]
         if not panels:
             left_out.append(f"{title}: no cell has both (measure.reference_router, measure.routing).")
-        yield Chart(name, "front", title, label, axis, panels)
+        yield Chart(name, "front", title, label, axis, panels, column == LATENCY)
 
 
 def _against_bits(summary: pd.DataFrame, left_out: list[str]) -> Chart:
     """What another router costs and what it does to the predictions, by setting."""
     title = "Latency against bits per byte"
-    panels = [Panel(setting, _series(rows, BITS, LATENCY)) for setting, rows in _panels(summary, BITS, LATENCY).items()]
+    panels = [_panel(each, BITS, LATENCY) for each in _settings(summary, BITS, LATENCY)]
     if not panels:
         left_out.append(f"{title}: no cell has both (measure.quality).")
-    return Chart("latency_against_bits", "front", title, "bits per byte", "latency (ms)", panels)
+    return Chart("latency_against_bits", "front", title, "bits per byte", "latency (ms)", panels, True)
 
 
 def _bits_by_text(runs: pd.DataFrame, left_out: list[str]) -> Chart:
     """A row for each text, in it a value of every variant; of several records of a cell the first."""
     texts = {match[1]: match[0] for name in runs if (match := _BITS_OF_TEXT.fullmatch(str(name)))}
     panels = []
-    for setting, rows in _by_setting_and_text(runs, texts).items():
+    for each in _by_setting_and_text(runs, texts):
         series = []
-        for variant, (row, *_) in _by((row["variant"] for row in rows), rows).items():
+        for variant, (row, *_) in _by((row["variant"] for row in each.rows), each.rows).items():
             there = {text: column for text, column in texts.items() if not pd.isna(row[column])}
             low, high = ([_known(row.get(column + end)) for column in there.values()] for end in _ENDS)
             value = [float(row[column]) for column in there.values()]
             series.append(Series(variant, list(there), value, low, high, [row["size"]] * len(there)))
-        panels.append(Panel(setting, series))
+        panels.append(Panel(each.title, series, each.place))
     if not panels:
         left_out.append("Bits per byte by text: every text is shorter than one window (seq_len tokens).")
-    return Chart("bits_by_text", "dots", "Bits per byte by text", "bits per byte", "", panels)
+    return Chart("bits_by_text", "dots", "Bits per byte by text", "bits per byte", "", panels, True)
 
 
-def _by_setting_and_text(runs: pd.DataFrame, texts: dict[str, str]) -> dict[str, list[Row]]:
+def _by_setting_and_text(runs: pd.DataFrame, texts: dict[str, str]) -> list[_Setting]:
     """The numbers of texts, by setting, of the rows that have one."""
     columns = [name + end for name in texts.values() for end in ("", *_ENDS) if name + end in runs]
     known = runs[runs[list(texts.values())].notna().any(axis=1)]
-    return _by(describe(known), known[["variant", *columns]].assign(size=sizes(known)).to_dict("records"))
+    return _of_settings(known, known[["variant", *columns]].assign(size=sizes(known)).to_dict("records"))
 
 
 def _known(value: Any) -> float | None:
@@ -357,8 +308,8 @@ def _expert_load(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     """Cells of a setting that have equal counts share a panel: who computes the experts does not change their load."""
     panels: list[Heat] = []
     unreadable: list[str] = []
-    for title, arrays in _arrays(runs, root, _counts, unreadable):
-        panels += [Heat(title, *array) for array in arrays]
+    for setting, arrays in _arrays(runs, root, _counts, unreadable):
+        panels += [Heat(setting.title, *array)._replace(place=setting.place) for array in arrays]
     if unreadable:
         left_out.append(f"Expert load: routing.npz cannot be read in {', '.join(unreadable)}.")
     if not panels:
@@ -369,7 +320,10 @@ def _expert_load(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
 def _experts_by_text(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     """As `_expert_load`; a file that is damaged as a whole is said there too."""
     unreadable: list[str] = []
-    panels = [Texts(title, *array) for title, arrays in _arrays(runs, root, _texts, unreadable) for array in arrays]
+    found = _arrays(runs, root, _texts, unreadable)
+    panels = [
+        Texts(setting.title, *array)._replace(place=setting.place) for setting, arrays in found for array in arrays
+    ]
     if unreadable:
         left_out.append(f"Experts by text: routing.npz cannot be read in {', '.join(unreadable)}.")
     elif not panels:
@@ -380,7 +334,10 @@ def _experts_by_text(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Cha
 
 def _coactivation(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
     """As `_expert_load`; what cannot be read is said there."""
-    panels = [Pairs(title, *array) for title, arrays in _arrays(runs, root, coactivation.read, []) for array in arrays]
+    found = _arrays(runs, root, coactivation.read, [])
+    panels = [
+        Pairs(setting.title, *array)._replace(place=setting.place) for setting, arrays in found for array in arrays
+    ]
     panels = [panel for panel in panels if panel.counts_LEE.shape[1] > 1]
     if not panels:
         left_out.append("Co-activation: no cell recorded which experts are used together (measure.routing).")
@@ -390,11 +347,11 @@ def _coactivation(runs: pd.DataFrame, root: Path, left_out: list[str]) -> Chart:
 
 def _arrays(
     runs: pd.DataFrame, root: Path, read: Callable[[Path], tuple[Any, ...] | None], unreadable: list[str]
-) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
+) -> Iterator[tuple[_Setting, list[tuple[Any, ...]]]]:
     """By setting what `read` finds in the `routing.npz` of cells: each different once, behind its variants."""
-    for title, rows in _panels(runs, "directory").items():
+    for setting in _settings(runs, "directory"):
         different: list[tuple[Any, ...]] = []
-        for row in rows:
+        for row in setting.rows:
             try:
                 arrays = read(root / row["directory"] / ROUTING)
             except FileNotFoundError:
@@ -409,7 +366,7 @@ def _arrays(
                 same[0][0].append(row["variant"])
             else:
                 different.append(([row["variant"]], *arrays))
-        yield title, different
+        yield setting, different
 
 
 def _counts(path: Path) -> tuple[list[int], np.ndarray]:
@@ -486,13 +443,12 @@ def _stacks(runs: pd.DataFrame, prefix: str) -> list[Panel]:
     columns = [prefix + phase for phase in phases]
     if not columns:
         return []
-    settings = _panels(runs[runs[columns].notna().any(axis=1)].fillna(dict.fromkeys(columns, 0.0)), *columns)
+    settings = _settings(runs[runs[columns].notna().any(axis=1)].fillna(dict.fromkeys(columns, 0.0)), *columns)
     panels = []
-    for title, rows in settings.items():
-        bars, nothing = [row["variant"] for row in rows], [None] * len(rows)
-        size = [row["size"] for row in rows]
-        stacked = [(phase, [float(row[prefix + phase]) for row in rows]) for phase in phases]
-        panels.append(
-            Panel(title, [Series(name, bars, part, nothing, nothing, size) for name, part in stacked if any(part)])
-        )
+    for each in settings:
+        bars, nothing = [row["variant"] for row in each.rows], [None] * len(each.rows)
+        size = [row["size"] for row in each.rows]
+        stacked = [(phase, [float(row[prefix + phase]) for row in each.rows]) for phase in phases]
+        series = [Series(name, bars, part, nothing, nothing, size) for name, part in stacked if any(part)]
+        panels.append(Panel(each.title, series, each.place))
     return panels

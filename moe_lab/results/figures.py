@@ -7,8 +7,9 @@ from html import escape
 from textwrap import wrap
 from typing import Any
 
-from moe_lab.results.charts import Chart, Charts, Map, Panel, Series, Texts, front, is_log
+from moe_lab.results.charts import Charts
 from moe_lab.results.numbers import four, interval
+from moe_lab.results.panels import MARGIN, NO_INTERVAL, Chart, Map, Panel, Series, Texts, front, is_log, log_ticks
 from moe_lab.results.style import phase_style, variant_style
 
 HEAT_NUMBERS = 400_000
@@ -44,11 +45,11 @@ def _within(limit: int, maps: Sequence[Map]) -> tuple[list[Map], int]:
     """The first layers of the first panels that have no more numbers than this, and how many layers there are."""
     kept: list[Map] = []
     for panel in maps:
-        title, variants, layers, counts, *texts = panel
+        title, variants, layers, counts, *rest = panel
         fit = min(len(layers), limit // counts[0].size)
         limit -= fit * counts[0].size
         if fit:
-            kept.append(type(panel)(title, variants, layers[:fit], counts[:fit], *texts))
+            kept.append(type(panel)(title, variants, layers[:fit], counts[:fit], *rest))
     return kept, sum(len(panel.layers) for panel in maps)
 
 
@@ -58,7 +59,8 @@ def _map(panel: Map) -> Figure:
     Those by text become a map of all layers or of one, with a row for each text.
     """
     title, variants, layers, counts, *_ = panel
-    figure = {"title": title, "variants": ", ".join(variants), "layers": layers, "counts": counts.tolist()}
+    figure = {"title": title, "place": dict(panel.place), "variants": ", ".join(variants), "layers": layers}
+    figure["counts"] = counts.tolist()
     return figure | ({"texts": [_plain(text) for text in panel.texts]} if isinstance(panel, Texts) else {})
 
 
@@ -87,9 +89,11 @@ def _panel(panel: Panel, chart: Chart, found: Charts) -> Figure:
     if chart.kind == "front":
         x |= _axis([at for series in panel.series for at in series.at])
         data.append(_front(panel))
+    if chart.lacks(panel):
+        data.append(_no_interval())
     bars = panel.rows if chart.kind == "dots" else len(panel.bars)
     layout = {"xaxis": x, "yaxis": y, "barmode": "stack", "bars": bars}
-    return {"title": panel.title, "data": data, "layout": layout}
+    return {"title": panel.title, "place": dict(panel.place), "data": data, "layout": layout}
 
 
 def _axis(values: Sequence[float], ticks: bool = False) -> Figure:
@@ -98,7 +102,8 @@ def _axis(values: Sequence[float], ticks: bool = False) -> Figure:
         places = sorted(set(values))
         axis |= {"tickvals": places, "ticktext": [f"{place:,}" for place in places]}
     elif is_log(values):
-        axis |= {"dtick": 1 if max(values) > 30 * min(values) else "D2"}
+        places = log_ticks(min(values) / MARGIN, max(values) * MARGIN)
+        axis |= {"tickvals": places, "ticktext": [f"{place:,g}" for place in places]}
     return axis
 
 
@@ -112,6 +117,8 @@ def _front(panel: Panel) -> Figure:
 
 def _error(series: Series) -> Figure:
     """The interval, as lengths above and below; none of a value without."""
+    if all(end is None for end in series.low):
+        return {"visible": False}
     above = [None if end is None else _short(end - value) for value, end in zip(series.value, series.high, strict=True)]
     below = [None if end is None else _short(value - end) for value, end in zip(series.value, series.low, strict=True)]
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2, "width": 3}
@@ -127,10 +134,23 @@ def _curve(series: Series, chart: Chart, found: Charts) -> Figure:
         "y": [_short(value) for value in series.value],
         "error_y": _error(series),
         "line": {"color": style.colour, "dash": style.plotly_dash, "width": 2},
-        "marker": {"color": style.colour, "symbol": style.plotly_symbol, "size": 8},
+        "marker": {"color": style.colour, "symbol": _symbols(style.plotly_symbol, series, chart), "size": 8},
         "text": _notes(series),
         "hovertemplate": f"%{{fullData.name}}<br>%{{text}}<br>%{{y:,.4g}} {_unit(chart.y_label)}<extra></extra>",
     }
+
+
+def _symbols(symbol: str, series: Series, chart: Chart) -> str | list[str]:
+    """Hollow where a value lacks its interval."""
+    if not chart.has_intervals or None not in series.low:
+        return symbol
+    return [f"{symbol}-open" if low is None else symbol for low in series.low]
+
+
+def _no_interval() -> Figure:
+    """An entry of the legend."""
+    marker = {"color": "#7a828e", "symbol": "circle-open", "size": 8}
+    return {"type": "scatter", "mode": "markers", "name": NO_INTERVAL, "x": [None], "y": [None], "marker": marker}
 
 
 def _dots(panel: Panel, chart: Chart, found: Charts) -> list[Figure]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from moe_lab.config.schemas import PLOTLY
 from moe_lab.records import files, identity, variants
 from moe_lab.records.schema import Record
 from moe_lab.records.store import PLAN, RESULT, ROUTING, SAMPLES, is_unreadable, read_record
@@ -44,6 +45,8 @@ class Plan(NamedTuple):
     commands: Sequence[Sequence[str]] = ()
     statuses: Mapping[str, str] = {}
     """By cell_id, in the order of the command."""
+    plotly: str = PLOTLY[0]
+    """`sweep.plotly`."""
 
 
 class Found(NamedTuple):
@@ -155,9 +158,12 @@ def read_plan(root: Path) -> Plan:
         raise ValueError("compare: the groups must be text.")
     if not isinstance(anchor, dict | None):
         raise ValueError(f"anchor={str(anchor)[:60]!r}: must be part of a configuration.")
+    plotly = content.get("plotly", PLOTLY[0])  # older plans have none
+    if plotly not in PLOTLY:
+        raise ValueError(f"plotly={str(plotly)[:60]!r}: must be one of {', '.join(PLOTLY)}.")
     commands = [[str(word) for word in words] for words in content["commands"]]
     statuses = {str(cell["cell_id"]): str(cell["status"]) for cell in content["cells"]}
-    return Plan(compare, anchor, None if content["name"] is None else str(content["name"]), commands, statuses)
+    return Plan(compare, anchor, None if content["name"] is None else str(content["name"]), commands, statuses, plotly)
 
 
 def read(root: Path, relative: str) -> Entry:

@@ -7,8 +7,10 @@ from pathlib import Path
 from moe_lab.terminal import Console
 
 
-def write(directory: Path, *, with_report: bool = True) -> int:
+def write(directory: Path, *, with_report: bool = True, plotly: str | None = None) -> int:
     """Write the tables, and with `with_report` the plots and the page; print the paths of the main files.
+
+    `plotly` is that of `report.write`.
 
     Returns the number of records.
 
@@ -27,5 +29,5 @@ def write(directory: Path, *, with_report: bool = True) -> int:
         from moe_lab.results import plots, report  # matplotlib takes half a second to import
 
         plots.draw(directory, tables.runs, tables.summary)
-        console.print(f"{report.write(directory, tables)}", markup=False)
+        console.print(f"{report.write(directory, tables, plotly)}", markup=False)
     return len(tables.runs)

@@ -20,14 +20,30 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from moe_lab.records.store import own_folder, write_atomic
 from moe_lab.results import charts
-from moe_lab.results.charts import Chart, Heat, Map, Pairs, Panel, Texts, relative_load
 from moe_lab.results.coactivation import given
+from moe_lab.results.panels import (
+    FILE_PANELS,
+    MARGIN,
+    NO_INTERVAL,
+    Chart,
+    Heat,
+    Map,
+    Pairs,
+    Panel,
+    Texts,
+    front,
+    is_log,
+    log_ticks,
+    relative_load,
+)
 from moe_lab.results.style import phase_style, variant_style
 
 _COLUMNS = 3
 # Inches: around the axes of a panel, the axes themselves, and above all panels.
 _LEFT, _RIGHT, _TOP, _BOTTOM, _AXES, _HEAD = 0.75, 0.4, 0.5, 0.6, (3.2, 2.1), 0.3
 _WRAP, _TICKS = 28, 7  # characters of a name beside an axis, ticks of an axis
+
+_HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "zorder": 3}
 
 
 class Drawn(NamedTuple):
@@ -47,9 +63,9 @@ def draw(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Drawn:
     left_out, paths = list(all_charts.left_out), []
     for chart in all_charts.drawn:
         figure = render(chart, all_charts.variants, all_charts.phases)
-        if len(chart.panels) > charts.FILE_PANELS:
+        if len(chart.panels) > FILE_PANELS:
             left_out.append(
-                f"{chart.title}: plots/{chart.name} has the first {charts.FILE_PANELS} of {len(chart.panels)} panels; "
+                f"{chart.title}: plots/{chart.name} has the first {FILE_PANELS} of {len(chart.panels)} panels; "
                 "the report has all panels."
             )
         if chart.kind == "pairs" and any(len(panel.layers) > 1 for panel in chart.panels if isinstance(panel, Pairs)):
@@ -67,16 +83,15 @@ def draw(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Drawn:
             figure.savefig(content, format=ending, dpi=100, metadata={"Date": None} if ending == "svg" else None)
             paths.append(folder / f"{chart.name}.{ending}")
             write_atomic(paths[-1], content.getvalue())
-    for name in charts.NAMES:
-        for path in (folder / f"{name}.png", folder / f"{name}.svg"):
-            if path not in paths:
-                path.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.suffix in (".png", ".svg") and charts.is_name(path.stem) and path not in paths:
+            path.unlink()
     return Drawn(paths, left_out)
 
 
 def render(chart: Chart, variants: Sequence[str], phases: Sequence[str]) -> Figure:
     """The first panels of a chart; the sequences give each variant and phase its style."""
-    panels = chart.panels[: charts.FILE_PANELS]
+    panels = chart.panels[:FILE_PANELS]
     columns = min(_COLUMNS, len(panels))
     named = [panel.bars if isinstance(panel, Panel) else getattr(panel, "texts", []) for panel in panels]
     names = [line for of_panel in named for name in of_panel for line in fill(name, _WRAP).split("\n")]
@@ -127,8 +142,12 @@ def _entries(
     if chart.kind == "stack":
         return {name: Patch(**_hatched(phases.index(name))) for name in phases if name in shown}
     if chart.kind == "dots" and all(panel.crowd < 2 for panel in panels if isinstance(panel, Panel)):
-        return {}
-    return {name: Line2D([], [], **_line(chart, variants.index(name))) for name in variants if name in shown}
+        shown = set()
+    lines: dict[str, Line2D | Patch] = {
+        name: Line2D([], [], **_line(chart, variants.index(name))) for name in variants if name in shown
+    }
+    lacks = any(chart.lacks(panel) for panel in panels if isinstance(panel, Panel))
+    return lines | ({NO_INTERVAL: Line2D([], [], color="0.4", marker="o", linestyle="", **_HOLLOW)} if lacks else {})
 
 
 def _line(chart: Chart, index: int) -> dict[str, Any]:
@@ -155,12 +174,15 @@ def _curves(axes: Axes, panel: Panel, chart: Chart, variants: Sequence[str]) -> 
         x, y, x_reach, y_reach = (series.value, at, reach, None) if along else (at, series.value, None, reach)
         line = _line(chart, variants.index(series.name))
         axes.errorbar(x, y, xerr=x_reach, yerr=y_reach, elinewidth=1.2, capsize=2.5, **line)
+        if chart.has_intervals:
+            bare = [(a, b) for a, b, low in zip(x, y, series.low, strict=True) if low is None]
+            axes.plot(*zip(*bare, strict=True), **{**line, "linestyle": "", **_HOLLOW}) if bare else None
     values = [value for series in panel.series for value in (*series.value, *filter(None, series.high))]
     _scale(axes, "x" if along else "y", values)
     if along:
         _bar_names(axes, panel)
     elif chart.kind == "front":
-        axes.step(*charts.front(panel), where="post", color="0.5", linestyle=":", zorder=0)
+        axes.step(*front(panel), where="post", color="0.5", linestyle=":", zorder=0)
         _scale(axes, "x", [at for series in panel.series for at in series.at])
     elif chart.kind == "lines":
         places = sorted({at for series in panel.series for at in series.at})
@@ -233,11 +255,11 @@ def _pairs(axes: Axes, panel: Pairs) -> AxesImage:
 def _scale(axes: Axes, direction: Literal["x", "y"], values: Sequence[float], ticks: Sequence[float] = ()) -> None:
     """Logarithmic over a factor of eight or more, else from 0; few ticks, the given ones where there are any."""
     low, high = min(values), max(values)
-    log = charts.is_log(values)
+    log = is_log(values)
     if log:
         getattr(axes, f"set_{direction}scale")("log")
-        getattr(axes, f"set_{direction}lim")(low / 1.25, high * 1.25)
-        ticks = ticks or _decades(low, high)
+        getattr(axes, f"set_{direction}lim")(low / MARGIN, high * MARGIN)
+        ticks = ticks or log_ticks(low / MARGIN, high * MARGIN)
     else:
         getattr(axes, f"set_{direction}lim")(0, (high or 1.0) * 1.08)
     axis = getattr(axes, f"{direction}axis")
@@ -246,14 +268,6 @@ def _scale(axes: Axes, direction: Literal["x", "y"], values: Sequence[float], ti
         axis.set_major_locator(FixedLocator(ticks))
         axis.set_major_formatter(FixedFormatter([f"{tick:,g}" for tick in ticks]))
         axis.set_minor_locator(NullLocator())
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten around low ... high; the powers alone where that would be many."""
-    powers = range(math.floor(math.log10(low / 1.25)), math.ceil(math.log10(high * 1.25)) + 1)
-    steps = (1, 2, 5) if len(powers) <= 3 else (1,)
-    ticks = [step * 10.0**power for power in powers for step in steps]
-    return [tick for tick in ticks if low / 1.25 <= tick <= high * 1.25]
 
 
 def _title(panel: Panel | Map) -> str:

@@ -24,7 +24,7 @@ function table() {
   show();
 
   const heads = [...document.querySelectorAll("#table thead th")];
-  heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
+  heads.forEach((head, column) => head.querySelector(".sort").addEventListener("click", () => {
     const sign = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
     heads.forEach(other => other.setAttribute("aria-sort", "none"));
     head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
@@ -44,8 +44,10 @@ function table() {
 }
 
 function plots(nonce) {
-  const text = id => document.getElementById(id).textContent;
-  const figures = JSON.parse(text("figures"));
+  const plotly = document.getElementById("plotly");
+  if (!plotly) return performance.mark("plots");  // the page shows pictures
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  const chosen = setting(figures.flatMap(figure => figure.panels.map(panel => panel.place)));
   const draws = figures.map((figure, i) => figureOn(figure, document.querySelector(`[data-figure="${i}"]`)));
   const redraw = () => window.Plotly && draws.forEach(draw => draw());
   const drawFrom = i => {  // one at a time, so that the page answers in between
@@ -56,54 +58,78 @@ function plots(nonce) {
   addEventListener("load", () => setTimeout(() => {
     const script = document.createElement("script");
     script.nonce = nonce;
-    script.textContent = text("plotly");
-    document.head.append(script);
-    drawFrom(0);
+    if (plotly.dataset.src) {
+      script.onload = () => drawFrom(0);
+      script.onerror = () => document.querySelectorAll(".plot").forEach(plot => {
+        plot.textContent = `${plotly.dataset.src} is not beside this page, so the plots cannot be drawn.`;
+      });
+      script.src = plotly.dataset.src;
+      document.head.append(script);
+    } else {
+      script.textContent = plotly.textContent;
+      document.head.append(script);
+      drawFrom(0);
+    }
   }));
   for (const media of ["(prefers-color-scheme: dark)", "print"]) matchMedia(media).addEventListener("change", redraw);
 
+  function select(choices, text, values) {
+    const label = document.createElement("label"), box = document.createElement("select");
+    label.append(text + " ", box);
+    choices.append(label);
+    options(box, values);
+    return box;
+  }
+
+  function options(box, values) {
+    const before = box.value;
+    box.replaceChildren(...values.map(value => new Option(value, value)));
+    if (values.map(String).includes(before)) box.value = before;
+    box.parentNode.hidden = values.length < 2;
+  }
+
+  // A box for each key in which panels differ; all plots follow it. Returns what tells the values chosen.
+  function setting(places) {
+    const bar = document.getElementById("setting"), boxes = {};
+    for (const key of new Set(places.flatMap(place => Object.keys(place)))) {
+      const values = [...new Set(places.map(place => place[key]).filter(value => value))];
+      const name = key.replace(/\.name$/, "").split(".").at(-1);
+      boxes[key] = select(bar, name, values);
+      for (const option of boxes[key].options) option.text = option.value.replace(`${name}=`, "");
+    }
+    bar.addEventListener("change", () => redraw());
+    return () => Object.fromEntries(Object.entries(boxes).map(([key, box]) => [key, box.value]));
+  }
+
   function figureOn(figure, choices) {
     const plot = document.getElementById(`plot-${figure.name}`);
-    const unique = values => [...new Set(values)];
-    const setting = select("Setting", unique(figure.panels.map(panel => panel.title)));
     const loads = {heat: load, pairs: pairs, texts: texts}[figure.kind];
-    const router = loads ? select("Variant", []) : null;
-    const layer = loads ? select("Layer", []) : null;
-    const ofSetting = () => figure.panels.filter((panel) => panel.title === setting.value);
-    if (router) {
-      const fill = () => {
-        options(router, ofSetting().map(panel => panel.variants));
-        const layers = ofSetting()[0].layers;
-        options(layer, layers.length > 1 && figure.kind !== "pairs" ? ["all", ...layers] : layers);
-      };
-      setting.addEventListener("change", fill);
-      fill();
-    }
+    const router = loads ? select(choices, "Variant", []) : null;
+    const layer = loads ? select(choices, "Layer", []) : null;
     choices.addEventListener("change", draw);
 
-    function select(text, values) {
-      const label = document.createElement("label"), box = document.createElement("select");
-      label.append(text + " ", box);
-      choices.append(label);
-      options(box, values);
-      return box;
-    }
-
-    function options(box, values) {
-      const before = box.value;
-      box.replaceChildren(...values.map(value => new Option(value)));
-      if (values.map(String).includes(before)) box.value = before;
-      box.parentNode.hidden = values.length < 2;
+    // The panels of the chosen setting; a chart without it shows the nearest that it has, and all say which they show.
+    const misses = panel => Object.entries(chosen()).reduce(  // the model is first, and counts most
+      (sum, [key, value]) => 2 * sum + (key in panel.place && panel.place[key] !== value), 0);
+    function panels() {
+      const nearest = figure.panels.reduce((a, b) => misses(b) < misses(a) ? b : a);
+      return figure.panels.filter(panel => panel.title === nearest.title);
     }
 
     function draw() {
-      const panels = ofSetting();
-      const drawn = router ? loads(panels.find(panel => panel.variants === router.value), layer.value) : panels[0];
+      const shown = panels(), layers = shown[0].layers;
+      if (loads) {
+        options(router, shown.map(panel => panel.variants));
+        options(layer, layers.length > 1 && figure.kind !== "pairs" ? ["all", ...layers] : layers);
+      }
+      const drawn = loads ? loads(shown.find(panel => panel.variants === router.value), layer.value) : shown[0];
+      const is = misses(shown[0]) === 0;
+      plot.parentNode.querySelector(".panel").textContent = shown[0].title + (is ? "" : " (the chosen setting has no such plot)");
       const names = drawn.data.filter(trace => trace.showlegend !== false).map(trace => trace.name || "");
       const beside = Math.max(0, ...drawn.data.flatMap(trace => trace.orientation ? trace.y : []).map(name => name.length));
       const width = plot.clientWidth - 70 - 7 * Math.min(beside, 20);  // of the axes, and so of the legend
       const perRow = Math.max(1, Math.floor(width / (50 + 7.5 * Math.max(0, ...names.map(name => name.length)))));
-      const legend = names.length > 1 || ["lines", "front"].includes(figure.kind) ? Math.ceil(names.length / perRow) * 22 : 0;
+      const legend = names.length > 1 || ["lines", "front"].includes(figure.kind) || names.includes("no interval") ? Math.ceil(names.length / perRow) * 22 : 0;
       const height = Math.max(320, 110 + 44 * (drawn.layout.bars || 0)) + legend;
       Plotly.react(plot, drawn.data, themed(drawn.layout, height, legend), {responsive: true, displaylogo: false,
         modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]});

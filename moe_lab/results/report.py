@@ -4,55 +4,45 @@ from __future__ import annotations
 
 import secrets
 import shlex
-from collections import Counter
-from collections.abc import Sequence
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from moe_lab.records.schema import LAUNCH_BOUND
 from moe_lab.records.store import LOG, PLAN, write_atomic
+from moe_lab.results import glossary
 from moe_lab.results.aggregate import Aggregate
+from moe_lab.results.answers import answers
+from moe_lab.results.cards import BITS as BITS_COLUMNS
 from moe_lab.results.cards import RANKS, cards
-from moe_lab.results.charts import BITS, FILE_PANELS, charts
+from moe_lab.results.charts import Charts, charts
 from moe_lab.results.figures import figures
 from moe_lab.results.load import UNREADABLE_BECAUSE, Plan, one_line, read_plan
-from moe_lab.results.numbers import four, short
+from moe_lab.results.numbers import bits_per_byte, four, interval, ratio, short
+from moe_lab.results.panels import FILE_PANELS
 from moe_lab.results.settings import describe
+from moe_lab.results.subject import facts
 from moe_lab.results.verdicts import Verdict, verdicts
 
-REPORT = "report.html"
+REPORT, PLOTLY_FILE = "report.html", "plotly.min.js"
 TABLES = ("runs.csv", "runs.parquet", "summary.csv", "samples.parquet", "coactivation.parquet", "unreadable.csv")
 
-# Heading and column of `runs`. The first stand in the table only where they differ between its rows.
-_WHAT = ("workload", "device", "dtype", "router", "experts", "execution", "seed", "environment.device_name")
+# Columns of `runs` that stand in the table only where they differ between its rows.
+_WHAT = ("model", "workload", "device", "dtype", "router", "experts", "execution", "seed", "environment.device_name")
+# Heading and column of what was measured beside latency and quality; left out where no cell has it.
 _MEASURED = (
-    ("median ms", "latency_ms.p50"),
-    ("stable", "latency_ms.stable"),
-    ("ms from", "latency_ms.ci95_low"),
-    ("ms to", "latency_ms.ci95_high"),
-    ("x anchor", "ratio_to_anchor.p50"),
-    ("x from", "ratio_to_anchor.ci95_low"),
-    ("x to", "ratio_to_anchor.ci95_high"),
+    ("ms per output token", "throughput.time_per_output_token_ms"),
     ("tokens / s", "throughput.tokens_per_s"),
     ("peak MB", "memory.peak_mb"),
     ("load max / mean", "routing.pooled.load_max_over_mean"),
     ("dead experts", "routing.pooled.dead_experts"),
     ("relative error", "check.rel_error"),
-)
-# These only where some cell has them.
-_MEASURED_SOMETIMES = (
-    ("ms per output token", "throughput.time_per_output_token_ms"),
-    ("bits per byte", "quality.bits_per_byte"),
-    ("over native", "quality.delta_bits_per_byte"),
-    ("over native from", "quality.delta_bits_per_byte_ci95_low"),
-    ("over native to", "quality.delta_bits_per_byte_ci95_high"),
-    ("KL to native", "quality.kl_to_native"),
-    ("top-1 agreement", "quality.top1_agreement"),
 )
 
 
@@ -70,38 +60,31 @@ class Table(NamedTuple):
     rows: list[tuple[str, str, list[Field]]]
 
 
-def write(directory: Path, aggregate: Aggregate) -> Path:
+def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> Path:
     """Write `directory/report.html` from what `aggregate(directory)` returned, and return its path.
 
-    Links to the plots and tables that are there; draw them before. Raises `OSError` if the page cannot be written.
+    Links to the plots and tables that are there; draw them before. `plotly` is one of `PLOTLY`, or None for what the
+    sweep asked for (`sweep.plotly`): within the page, in a file beside it that it loads, or pictures of the plots in
+    its place. Raises `OSError` if the page cannot be written.
     """
     runs, summary, unreadable = aggregate
-    all_charts = charts(directory, runs, summary)
-    drawn, too_large = figures(all_charts)
     plan, plan_error = _plan(directory)
-    environment = Environment(
-        loader=PackageLoader("moe_lab.results", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    plotly = plotly or plan.plotly
+    all_charts = charts(directory, runs, summary)
+    drawn, too_large = _pictures(directory, all_charts) if plotly == "none" else figures(all_charts)
     package = files("moe_lab.results")
-    page = environment.get_template("report.html.jinja").render(
+    page = _template().render(
         css=(package / "report.css").read_text(encoding="utf-8"),
         js=(package / "report.js").read_text(encoding="utf-8"),
         title=plan.name or directory.resolve().name,
-        compare=plan.compare,
-        machines=sorted(set(runs["environment.device_name"].dropna())),
-        times=_times(runs["started"]),
-        launch_bound=_launch_bound(runs),
+        facts=facts(directory, runs, plan, sorted(summary["anchor"].dropna().unique())),
+        answers=answers(runs, summary),
+        terms=glossary.TERMS,
         verdicts=_by_group(summary),
-        status=Counter(runs["status"].astype(str)),
-        not_run=len(plan.statuses.keys() - set(runs["cell_id"])),
+        status=list(dict.fromkeys(runs["status"].astype(str))),
         figures=drawn,
         routers=cards(runs),
         ranks=RANKS,
-        texts=BITS in runs and runs[BITS].notna().any(),
         floor="agreement.reference" in runs and runs["agreement.reference"].notna().any(),
         left_out=all_charts.left_out + too_large,
         table=_table(runs, plan.compare),
@@ -118,12 +101,50 @@ def write(directory: Path, aggregate: Aggregate) -> Path:
             for chart in all_charts.drawn
             if (directory / "plots" / f"{chart.name}.png").exists()
         ],
-        plotly=(files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8"),
+        plotly=plotly,
+        plotly_file=PLOTLY_FILE,
+        plotly_source=_library().decode() if plotly == "inline" else "",
         nonce=secrets.token_hex(16),
     )
     path = directory / REPORT
+    if plotly == "directory":
+        write_atomic(directory / PLOTLY_FILE, _library())
     write_atomic(path, page.encode(errors="replace"))
+    if plotly != "directory":  # one of an earlier page
+        (directory / PLOTLY_FILE).unlink(missing_ok=True)
     return path
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("moe_lab.results", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the keys of a setting, the model first
+    environment.filters |= {"mark": glossary.mark, "term": glossary.term, "ident": glossary.ident}
+    return environment.get_template("report.html.jinja")
+
+
+def _library() -> bytes:
+    return (files("plotly") / "package_data" / PLOTLY_FILE).read_bytes()
+
+
+def _pictures(directory: Path, found: Charts) -> tuple[list[dict[str, str]], list[str]]:
+    """For each chart its picture within the page, and a sentence for those that lack one and for panels left out."""
+    pictures, left_out = [], []
+    for chart in found.drawn:
+        file = directory / "plots" / f"{chart.name}.png"
+        if not file.exists():
+            left_out.append(f"{chart.title}: plots/{chart.name}.png not found; run moe-lab report.")
+            continue
+        source = "data:image/png;base64," + b64encode(file.read_bytes()).decode()
+        pictures.append({"name": chart.name, "title": chart.title, "picture": source})
+        if len(chart.panels) > FILE_PANELS:
+            left_out.append(f"{chart.title}: the first {FILE_PANELS} of {len(chart.panels)} panels are shown.")
+    return pictures, left_out
 
 
 def _plan(directory: Path) -> tuple[Plan, str | None]:
@@ -132,21 +153,6 @@ def _plan(directory: Path) -> tuple[Plan, str | None]:
         return read_plan(directory), None if (directory / PLAN).exists() else f"{PLAN} not found"
     except UNREADABLE_BECAUSE as error:
         return Plan(), f"{PLAN} cannot be read: {one_line(error)}"
-
-
-def _times(started: pd.Series) -> list[str]:
-    """When the first and the last cell started."""
-    known = pd.to_datetime(started, utc=True, errors="coerce", format="ISO8601").dropna()
-    return (
-        list(dict.fromkeys(f"{time:%Y-%m-%d %H:%M} UTC" for time in (known.min(), known.max()))) if len(known) else []
-    )
-
-
-def _launch_bound(runs: pd.DataFrame) -> int:
-    """The number of cells in which the GPU waited for the host: their latencies compare launches, not kernels."""
-    return sum(
-        any(text.startswith(LAUNCH_BOUND) for text in texts) for texts in runs["warnings"] if isinstance(texts, list)
-    )
 
 
 def _by_group(summary: pd.DataFrame) -> dict[str, list[Verdict]]:
@@ -162,15 +168,58 @@ def _table(runs: pd.DataFrame, compare: Sequence[str]) -> Table:
     config = [str(name) for name in runs if str(name).startswith("config.")]
     others = [name for name in (*_WHAT, *config) if name.removeprefix("config.").split(".")[0] not in compare]
     differ = [name for name in others if runs[name].astype(str).nunique() > 1]
-    columns = [("status", "status"), ("variant", "variant"), ("model", "model"), ("batch", "batch")]
-    columns += [("seq_len", "seq_len"), *((name.rsplit(".", 1)[-1], name) for name in differ), *_MEASURED]
-    columns += [(head, name) for head, name in _MEASURED_SOMETIMES if name in runs and runs[name].notna().any()]
-    fields = [[_field(value) for value in runs[name].astype(object)] for _, name in columns]
-    fields.append([Field(str(cell_id)) for cell_id in runs["cell_id"]])
+    columns = [(name, name) for name in ("status", "variant", "batch", "seq_len")]
+    columns += [(name.removesuffix(".name").rsplit(".", 1)[-1], name) for name in differ]
+    fields = {head: [_field(value) for value in runs[name].astype(object)] for head, name in columns}
+    rows = runs[[str(name) for name in runs if str(name).startswith(_OF_FIRST)]].to_dict("records")
+    fields |= {head: [field(row) for row in rows] for head, field in _FIRST.items()}
+    fields |= {head: [_field(value) for value in runs[name].astype(object)] for head, name in _MEASURED if name in runs}
+    kept = [head for head, column in fields.items() if any(field.text for field in column)]
+    fields["cell"] = [Field(str(cell_id)) for cell_id in runs["cell_id"]]
     links = [_link(folder, "") for folder in runs["directory"]]
-    heads = [*(head for head, _ in columns), "cell"]
-    rows = [list(row) for row in zip(*fields, strict=True)]
-    return Table(heads, list(zip(runs["status"].astype(str), links, rows, strict=True)))
+    heads = [*kept, "cell"]
+    cells = [list(row) for row in zip(*(fields[head] for head in heads), strict=True)]
+    return Table(heads, list(zip(runs["status"].astype(str), links, cells, strict=True)))
+
+
+def _with_interval(name: str, row: Mapping[Any, Any]) -> Field:
+    """`1.234 [1.210, 1.250]`; with a ~ in front if the latency is not stable, and a word if there is no interval."""
+    value, low, high = (row[f"{name}.{end}"] for end in ("p50", "ci95_low", "ci95_high"))
+    if pd.isna(value):
+        return Field("")
+    sign = "~" if row.get(f"{name}.stable") is False else ""
+    write = ratio if name == "ratio_to_anchor" else short
+    bracket = "no interval" if pd.isna(low) or pd.isna(high) else interval(low, high, write)
+    return Field(_unbroken(f"{sign}{write(value)}", bracket), float(f"{value:.7g}"))
+
+
+def _bits(row: Mapping[Any, Any]) -> Field:
+    values = [row.get(name) for name in BITS_COLUMNS]
+    value, *rest = (None if each is None or pd.isna(each) else float(each) for each in values)
+    bits, _, bracket = bits_per_byte(value, *rest).partition(" [")
+    return Field(_unbroken(bits, f"[{bracket}" if bracket else ""), value)
+
+
+def _unbroken(value: str, bracket: str) -> str:
+    """A line may break between a value and its interval, and nowhere else."""
+    return f"{value} {bracket}".rstrip().replace(", ", ",\u00a0").replace("no interval", "no\u00a0interval")
+
+
+def _plain(name: str) -> Callable[[Mapping[Any, Any]], Field]:
+    return lambda row: _field(row[name]) if name in row else Field("")
+
+
+_FIRST: dict[str, Callable[[Mapping[Any, Any]], Field]] = {
+    "median ms": partial(_with_interval, "latency_ms"),
+    "x anchor": partial(_with_interval, "ratio_to_anchor"),
+    "bits per byte": _bits,
+    "KL to native": _plain("quality.kl_to_native"),
+    "top-1 agreement": _plain("quality.top1_agreement"),
+    "output error": _plain("agreement.output_rel_error"),
+}
+"""What latency and quality were, side by side."""
+_OF_FIRST = ("latency_ms.", "ratio_to_anchor.", "quality.", "agreement.output")
+"""How the columns begin that these read."""
 
 
 def _field(value: Any) -> Field:

@@ -17,6 +17,11 @@ SAME = 0.03
 
 _RATIO = ("ratio_to_anchor.p50", "ratio_to_anchor.ci95_low", "ratio_to_anchor.ci95_high")
 
+_READ = (
+    *("variant", "size", "is_unstable", "status", "reason", "anchor", "is_anchor", "ratio_to_anchor.paired", *_RATIO),
+    *("batch", "seq_len", "throughput.time_per_output_token_ms"),
+)
+
 Kind = Literal["faster", "slower", "same", "inconclusive", "not timed together", "failed", "skipped"]
 _COMPARED: tuple[Kind, ...] = ("faster", "slower", "same", "inconclusive")
 _ORDER: tuple[Kind, ...] = (*_COMPARED, "not timed together", "failed", "skipped")
@@ -39,6 +44,15 @@ class Verdict(NamedTuple):
     unstable: int
     """Of these, how many whose latency or anchor's latency is not stable."""
     text: str
+
+
+def judged(low: float, high: float) -> Kind:
+    """What an interval of a ratio of latencies says; NaN (no interval) is inconclusive."""
+    if low >= 1 / (1 + SAME) and high <= 1 + SAME:
+        return "same"
+    if low > 1:
+        return "slower"
+    return "faster" if high < 1 else "inconclusive"
 
 
 class _Cell(NamedTuple):
@@ -74,7 +88,7 @@ def verdicts(summary: pd.DataFrame) -> list[Verdict]:
         settings = zip(group_rows["setting_id"], group_rows["env_id"].astype(str), strict=True)
         is_unstable = _unstable(group_rows) | np.array([setting in unstable_anchors for setting in settings])
         named = group_rows.assign(size=sizes(group_rows), variant=_names(group_rows), is_unstable=is_unstable)
-        rows = named.to_dict("records")
+        rows = named[[name for name in _READ if name in named]].to_dict("records")
         for variant in dict.fromkeys(row["variant"] for row in rows):
             cells = [_cell(row) for row in rows if row["variant"] == variant]
             compared = [cell for cell in cells if cell.kind in _COMPARED]
@@ -116,14 +130,8 @@ def _cell(row: Mapping[Any, Any]) -> _Cell:
         kind = None
     elif not _true(row["ratio_to_anchor.paired"]):
         kind = "not timed together"
-    elif low >= 1 / (1 + SAME) and high <= 1 + SAME:
-        kind = "same"
-    elif low > 1:
-        kind = "slower"
-    elif high < 1:
-        kind = "faster"
-    else:  # NaN too: no interval
-        kind = "inconclusive"
+    else:
+        kind = judged(low, high)
     about = row["anchor" if row["status"] == "ok" else "reason"]
     return _Cell(
         kind, "" if pd.isna(about) else str(about), tokens, row["size"], (ratio[0], low, high), row["is_unstable"]
@@ -148,13 +156,14 @@ def _where(cells: Collection[_Cell], others: Collection[_Cell], everything: bool
     elif len(mine) > 1 and mine[0] > max(theirs):
         parts.append(f"T >= {mine[0]}")
     elif mine:
-        parts.append("T = " + _listed([str(tokens) for tokens in mine]))
+        parts.append("T = " + listed([str(tokens) for tokens in mine]))
     if unclear:
-        parts.append(_listed([size for _, size in unclear]))
+        parts.append(listed([size for _, size in unclear]))
     return " at " + " and at ".join(parts)
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`; each word once."""
     words = list(dict.fromkeys(words))
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096
-_OF_A_SWEEP = re.compile(r"plots|\..*|.*\.(csv|html|json|log|parquet|yaml)")
+_OF_A_SWEEP = re.compile(r"plots|\..*|.*\.(csv|html|js|json|log|parquet|yaml)")
 """What else is called so in it."""
 _FILES = 64  # characters that names of files in a cell's folder may add
 

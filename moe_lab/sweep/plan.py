@@ -109,6 +109,7 @@ class Plan:
             "name": self.directory.name,
             "commands": [*(words for words in read_commands(self.directory) if words != self.command), self.command],
             "compare": list(self.sweep["compare"]),
+            "plotly": self.sweep["plotly"],
             "anchor": self.sweep["anchor"],
             "cells_equal_to_another": self.n_equal,
             "cells": [

@@ -63,3 +63,31 @@ def test_a_folder_without_records_is_a_mistake(tmp_path: Path) -> None:
         main([str(tmp_path), "--tables"])
     with pytest.raises(ValueError, match="no readable records"):
         main([str(tmp_path)])
+
+
+def test_plotly_lies_where_the_command_or_else_the_sweep_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command wins; without the page the option is a mistake, and so is another word."""
+    folder = write(tmp_path / "sweep", record(1.0))
+    page = folder / "report.html"
+    assert main([str(folder), "--plotly", "directory"]) == 0
+    assert (folder / "plotly.min.js").stat().st_size > 3e6 > page.stat().st_size
+    assert main([str(folder)]) == 0 and page.stat().st_size > 3e6 and not (folder / "plotly.min.js").exists()
+    plan = {
+        "schema": 1,
+        "name": "s",
+        "compare": ["router"],
+        "anchor": None,
+        "commands": [],
+        "cells": [],
+        "plotly": "none",
+    }
+    (folder / "plan.json").write_text(json.dumps(plan))
+    assert main([str(folder)]) == 0 and page.stat().st_size < 3e6 and "data:image/png" in page.read_text()
+    assert main([str(folder), "--plotly", "inline"]) == 0 and page.stat().st_size > 3e6
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="--plotly: only used for the page"):
+        main([str(folder), "--tables", "--plotly", "none"])
+    with pytest.raises(ValueError, match="--plotly"):
+        main([str(folder), "--plotly", "cdn"])

@@ -15,6 +15,7 @@ from moe_lab.records.store import ROUTING
 from moe_lab.results import charts, plots
 from moe_lab.results.aggregate import Aggregate, aggregate
 from moe_lab.results.figures import figures
+from moe_lab.results.panels import Chart, Panel, Series, Texts, front, is_log, relative_load
 from tests.results import texts
 
 CONTEXT = "config.workload.context_len"
@@ -29,12 +30,12 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Aggregate]:
     return directory, aggregate(directory)
 
 
-def chart(found: charts.Charts, name: str) -> charts.Chart:
+def chart(found: charts.Charts, name: str) -> Chart:
     """The chart of this name."""
     return next(one for one in found.drawn if one.name == name)
 
 
-def drawn(sweep: tuple[Path, Aggregate], name: str) -> charts.Chart:
+def drawn(sweep: tuple[Path, Aggregate], name: str) -> Chart:
     """The chart of this name, of everything in the sweep."""
     return chart(charts.charts(sweep[0], sweep[1].runs, sweep[1].summary), name)
 
@@ -47,16 +48,16 @@ def test_latency_against_bits_has_every_cell_and_a_front(sweep: tuple[Path, Aggr
     points = sorted(
         (at, value)
         for panel in panels
-        if isinstance(panel, charts.Panel)
+        if isinstance(panel, Panel)
         for series in panel.series
         for at, value in zip(series.at, series.value, strict=True)
     )
     known = summary[["quality.bits_per_byte", "latency_ms.p50"]].dropna()
     assert points == sorted(map(tuple, known.to_numpy().tolist()))
     for panel in panels:
-        assert isinstance(panel, charts.Panel)
+        assert isinstance(panel, Panel)
         if {series.name for series in panel.series} >= {"torch/grouped", "sinkhorn/grouped"}:
-            assert 1.75 not in charts.front(panel)[0]
+            assert 1.75 not in front(panel)[0]
 
 
 def test_bits_by_text_has_a_row_for_each_text_and_a_value_with_its_interval(sweep: tuple[Path, Aggregate]) -> None:
@@ -64,7 +65,7 @@ def test_bits_by_text_has_a_row_for_each_text_and_a_value_with_its_interval(swee
     panels = drawn(sweep, "bits_by_text").panels
     assert len(panels) == sweep[1].summary["setting_id"].nunique()
     for panel in panels:
-        assert isinstance(panel, charts.Panel)
+        assert isinstance(panel, Panel)
         assert panel.bars == list(texts.TEXTS)
         for series in panel.series:
             assert series.value == pytest.approx([series.value[0], series.value[0] + 1])
@@ -79,7 +80,7 @@ def test_a_text_without_a_window_has_no_value(sweep: tuple[Path, Aggregate]) -> 
     runs.loc[short, "quality.domains.code.bits_per_byte"] = np.nan
     runs.loc[short & (runs["batch"] == 1), "quality.domains.prose.v2.bits_per_byte"] = np.nan
     panels = chart(charts.charts(sweep[0], runs, sweep[1].summary), "bits_by_text").panels
-    bars = {panel.title: panel.bars for panel in panels if isinstance(panel, charts.Panel)}
+    bars = {panel.title: panel.bars for panel in panels if isinstance(panel, Panel)}
     assert {title: "seq_len=16" in title for title in bars} == {
         title: names == ["prose.v2"] for title, names in bars.items()
     }
@@ -89,13 +90,13 @@ def test_a_text_without_a_window_has_no_value(sweep: tuple[Path, Aggregate]) -> 
 
 def test_experts_by_text_are_shared_by_what_routes_alike(sweep: tuple[Path, Aggregate]) -> None:
     """Who computes the experts does not change which they are; each text's load is relative to its own slots."""
-    panels = [panel for panel in drawn(sweep, "experts_by_text").panels if isinstance(panel, charts.Texts)]
+    panels = [panel for panel in drawn(sweep, "experts_by_text").panels if isinstance(panel, Texts)]
     assert {len({name.split("/")[0] for name in panel.variants}) for panel in panels} == {1}
     assert {tuple(panel.variants) for panel in panels} >= {("torch/grouped", "torch/loop")}
     for panel in panels:
         assert panel.texts == list(texts.TEXTS)
         assert panel.counts_LGE.shape == (len(panel.layers), 2, synthetic.N_EXPERTS)
-        assert charts.relative_load(panel.counts_LGE).mean(axis=-1) == pytest.approx(1)
+        assert relative_load(panel.counts_LGE).mean(axis=-1) == pytest.approx(1)
 
 
 def test_texts_of_other_names_are_another_map(sweep: tuple[Path, Aggregate], tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_decoding_is_drawn_over_the_context(sweep: tuple[Path, Aggregate]) -> No
     panels = chart(over, "latency_over_context_len").panels
     assert len(panels) == 4  # two models, two batches
     for panel in panels:
-        assert isinstance(panel, charts.Panel)
+        assert isinstance(panel, Panel)
         assert all(series.at == [128, 256] for series in panel.series if len(series.at) == 2)
         assert "context_len" not in panel.title and "batch=" in panel.title
     batch = chart(over, "latency_over_batch").panels
@@ -174,11 +175,94 @@ def test_decoding_is_drawn_over_the_context(sweep: tuple[Path, Aggregate]) -> No
     assert chart(only, "throughput_over_context_len").panels
 
 
-def crowded(n_series: int, n_rows: int) -> charts.Panel:
+TEMPERATURE = "config.router.temperature"
+
+
+def with_temperatures(frame: pd.DataFrame) -> pd.DataFrame:
+    """Each cell of sinkhorn three times, with a temperature in its variant's name; torch has none."""
+    others, those = frame[frame["router"] != "sinkhorn"], frame[frame["router"] == "sinkhorn"]
+    parts = [others.assign(**{TEMPERATURE: np.nan})]
+    for at in (0.25, 1.0, 4.0):
+        names = those["variant"].str.replace("sinkhorn", f"sinkhorn(iters=5, temperature={at})")
+        parts.append(those.assign(**{TEMPERATURE: at, "variant": names}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_a_swept_key_is_an_axis_and_what_lacks_it_a_level_line(sweep: tuple[Path, Aggregate]) -> None:
+    """One line for each variant without the key, not a row for each value; with quality and throughput over it."""
+    directory, found = sweep
+    runs, summary = (with_temperatures(frame[frame["model"] == "decoder_moe"]) for frame in (found.runs, found.summary))
+    over = charts.charts(directory, runs, summary)
+    assert {"throughput_over_temperature", "bits_over_temperature"} <= {one.name for one in over.drawn}
+    for name in ("latency_over_temperature", "throughput_over_temperature", "bits_over_temperature"):
+        for panel in chart(over, name).panels:
+            assert isinstance(panel, Panel)
+            lines = {series.name: series for series in panel.series}
+            assert "sinkhorn(iters=5)/grouped" in lines and not any("temperature" in line for line in lines)
+            for line, series in lines.items():
+                level = line.startswith("torch")
+                assert series.at == ([0.25, 4.0] if level else [0.25, 1.0, 4.0])
+                assert not level or series.value[0] == series.value[1]
+    bits = chart(over, "bits_over_temperature").panels[0]
+    assert isinstance(bits, Panel) and bits.series[0].low[0] == pytest.approx(bits.series[0].value[0] - 0.05)
+    drawn, _ = figures(over)
+    assert next(one for one in drawn if one["name"] == "latency_over_temperature")["panels"]
+    assert plots.render(chart(over, "latency_over_temperature"), over.variants, over.phases).axes
+
+
+@pytest.mark.parametrize(
+    ("variant", "key", "rest"),
+    [
+        pytest.param("sinkhorn(temperature=0.25)", "temperature", "sinkhorn", id="alone"),
+        pytest.param("a(iters=5, temperature=0.25)/loop", "temperature", "a(iters=5)/loop", id="last"),
+        pytest.param("a(temperature=0.25, iters=5)", "temperature", "a(iters=5)", id="first"),
+        pytest.param("a(my_temperature=1)", "temperature", "a(my_temperature=1)", id="another"),
+        pytest.param("native", "temperature", "native", id="none"),
+    ],
+)
+def test_a_variant_without_a_key(variant: str, key: str, rest: str) -> None:
+    """Brackets go with the last of them."""
+    assert charts._without(variant, key) == rest
+
+
+def test_a_key_between_settings_is_an_axis_too_and_no_odd_name_is_one(sweep: tuple[Path, Aggregate]) -> None:
+    """Of the model or the workload; a record's key goes into the name of a file."""
+    directory, found = sweep
+    frames = []
+    for frame in (found.runs, found.summary):
+        exponents = frame["seq_len"].astype(float) / 8
+        changed = {"config.workload.zipf_exponent": exponents, "config.../x": 1.0, "seq_len": 64}
+        frames.append(frame.assign(**changed))
+    over = charts.charts(directory, *frames)
+    assert [one.name for one in over.drawn if "zipf" in one.name] == ["latency_over_zipf_exponent"]
+    assert not any("/" in one.name or not charts.is_name(one.name) for one in over.drawn)
+    assert all("zipf" not in panel.title for panel in chart(over, "latency_over_zipf_exponent").panels)
+
+
+@pytest.mark.parametrize("kind", ["lines", "points", "front", "dots"])
+def test_a_value_without_an_interval_is_hollow_and_the_legend_says_so(kind: str) -> None:
+    """In the page and in the files; where no value has one, such as of throughput, nothing is marked."""
+    at = ["a", "b"] if kind == "dots" else [1, 2]
+    panel = Panel("t", [Series("v", at, [1.0, 2.0], [None, 1.9], [None, 2.1], ["", ""])])
+    for marked in (True, False):
+        one = Chart("c", kind, "t", "x", "y", [panel], marked)  # type: ignore[arg-type]
+        (figure,), _ = figures(charts.Charts([one], [], ["v"], []))
+        traces = figure["panels"][0]["data"]
+        symbols = traces[0]["marker"]["symbol"]
+        assert symbols == (["circle-open", "circle"] if marked else "circle")
+        assert ("no interval" in [trace["name"] for trace in traces]) == marked
+        drawn = plots.render(one, ["v"], [])
+        hollow = [line for line in drawn.axes[0].lines if line.get_markerfacecolor() == "white"]
+        assert [len(line.get_xdata()) for line in hollow] == [1] * marked
+        said = [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
+        assert ("no interval" in said) == marked
+
+
+def crowded(n_series: int, n_rows: int) -> Panel:
     """As many series, each with the value 1 in every row."""
     names, nothing = [f"text {row}" for row in range(n_rows)], [None] * n_rows
-    return charts.Panel(
-        "t", [charts.Series(f"v{i}", names, [1.0] * n_rows, nothing, nothing, [""] * n_rows) for i in range(n_series)]
+    return Panel(
+        "t", [Series(f"v{i}", names, [1.0] * n_rows, nothing, nothing, [""] * n_rows) for i in range(n_series)]
     )
 
 
@@ -191,7 +275,7 @@ def test_equal_values_of_one_row_lie_apart(n_series: int) -> None:
     assert sum(offsets) == pytest.approx(0)
     assert panel.rows == pytest.approx(3 * max(1, 0.32 * n_series))
     names = [f"v{i}" for i in range(n_series)]
-    one = charts.Chart("c", "dots", "t", "bits per byte", "", [panel])
+    one = Chart("c", "dots", "t", "bits per byte", "", [panel])
     places = {line.get_ydata()[0] for line in plots.render(one, names, []).axes[0].lines if len(line.get_ydata()) == 3}
     assert len(places) == n_series
     (figure,), _ = figures(charts.Charts([one], [], names, []))
@@ -205,8 +289,8 @@ def test_the_file_has_the_layer_in_which_the_texts_differ_most() -> None:
     """With a row for each text, and it is said that the others are not there."""
     counts_LGE = np.full((3, 2, 4), 10)
     counts_LGE[1, 0] = [40, 0, 0, 0]
-    panel = charts.Texts("t", ["v"], [2, 5, 9], counts_LGE, ["code", "prose"])
-    figure = plots.render(charts.Chart("c", "texts", "t", "expert", "", [panel]), ["v"], [])
+    panel = Texts("t", ["v"], [2, 5, 9], counts_LGE, ["code", "prose"])
+    figure = plots.render(Chart("c", "texts", "t", "expert", "", [panel]), ["v"], [])
     axes, scale = figure.axes
     assert axes.get_ylabel() == "layer 5"
     assert [text.get_text() for text in axes.get_yticklabels()] == ["code", "prose"]
@@ -234,4 +318,4 @@ def test_what_the_files_lack_is_said(sweep: tuple[Path, Aggregate]) -> None:
 )
 def test_an_axis_is_logarithmic_where_values_span_a_lot(values: list[float], log: bool) -> None:
     """And can be."""
-    assert charts.is_log(values) is log
+    assert is_log(values) is log

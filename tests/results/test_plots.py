@@ -15,8 +15,9 @@ from benchmarks import synthetic
 from moe_lab.results import charts, plots, style
 from moe_lab.results.aggregate import Aggregate, aggregate
 from moe_lab.results.figures import figures
+from moe_lab.results.panels import FILE_PANELS, Chart, Heat, Pairs, Panel, Series, Texts, front, relative_load
 
-OF_TEXTS = {"latency_against_bits", "bits_by_text", "experts_by_text"}
+OF_THE_ROUTING = {"expert_load", "coactivation", "phases", "phase_shares"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def kept(sweep: tuple[Path, Aggregate], **wanted: object) -> charts.Charts:
     return charts.charts(directory, runs, summary)
 
 
-def chart(found: charts.Charts, name: str) -> charts.Chart:
+def chart(found: charts.Charts, name: str) -> Chart:
     """The chart of this name."""
     return next(one for one in found.drawn if one.name == name)
 
@@ -49,8 +50,9 @@ def test_every_plot_is_a_png_and_an_svg(sweep: tuple[Path, Aggregate]) -> None:
     (directory / "plots" / "mine.png").write_bytes(b"of somebody else")
     drawn = plots.draw(directory, found.runs, found.summary)
     names = {path.stem for path in drawn.paths}
-    of_others = {"latency_over_context_len", "throughput_over_context_len", *OF_TEXTS}  # see test_charts.py
-    assert names == set(charts.NAMES) - {"latency", "throughput_over_seq_len"} - of_others
+    over = {"latency_over_batch", "latency_over_seq_len", "throughput_over_seq_len"}  # which has more values
+    assert names == {*over, "load_against_latency", "latency_against_error", "bytes_against_error", *OF_THE_ROUTING}
+    assert all(map(charts.is_name, names))
     assert {path.name for path in drawn.paths} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert {path.name for path in (directory / "plots").iterdir()} - {path.name for path in drawn.paths} == {"mine.png"}
     for path in drawn.paths:
@@ -61,7 +63,7 @@ def test_every_plot_is_a_png_and_an_svg(sweep: tuple[Path, Aggregate]) -> None:
             assert "<svg" in path.read_text() and "<script" not in path.read_text()
     for one in charts.charts(directory, found.runs, found.summary).drawn:
         said = any(f"plots/{one.name} " in text and str(len(one.panels)) in text for text in drawn.left_out)
-        assert said == (len(one.panels) > charts.FILE_PANELS)
+        assert said == (len(one.panels) > FILE_PANELS)
 
 
 def test_every_timed_cell_is_in_the_charts(sweep: tuple[Path, Aggregate]) -> None:
@@ -107,7 +109,7 @@ def test_joined_phases_keep_their_names_and_add_up(sweep: tuple[Path, Aggregate]
     totals = {}
     for name in ("phases", "phase_shares"):
         panels = chart(found, name).panels
-        assert all(isinstance(panel, charts.Panel) for panel in panels)
+        assert all(isinstance(panel, Panel) for panel in panels)
         assert all(len(panel.bars) == len(set(panel.series[0].at)) for panel in panels)
         totals[name] = sum(v for panel in panels for series in panel.series for v in series.value)
     runs = sweep[1].runs
@@ -154,9 +156,9 @@ def test_cells_with_the_same_load_share_a_map(sweep: tuple[Path, Aggregate], tmp
     assert any(second.parent.name in text for text in after.left_out)
 
 
-def panel_of(*points: tuple[float, float]) -> charts.Panel:
+def panel_of(*points: tuple[float, float]) -> Panel:
     """A series per point."""
-    return charts.Panel("", [charts.Series("v", [x], [y], [None], [None], [""]) for x, y in points])
+    return Panel("", [Series("v", [x], [y], [None], [None], [""]) for x, y in points])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_the_front_is_what_nothing_beats(
     points: list[tuple[float, float]], expected: list[tuple[float, float]]
 ) -> None:
     """Less of both is better; a tie in one and worse in the other is beaten."""
-    assert list(zip(*charts.front(panel_of(*points)), strict=True)) == expected
+    assert list(zip(*front(panel_of(*points)), strict=True)) == expected
 
 
 def test_the_front_is_drawn_by_setting(sweep: tuple[Path, Aggregate]) -> None:
@@ -199,24 +201,24 @@ def test_each_reference_has_a_front_of_its_own(sweep: tuple[Path, Aggregate]) ->
 
 def heat(kind: Any, *shape: int) -> charts.Map:
     """Counts of this shape."""
-    texts = [[f"text {place}" for place in range(shape[1])]] if kind is charts.Texts else []
+    texts = [[f"text {place}" for place in range(shape[1])]] if kind is Texts else []
     return kind("t", ["v"], list(range(shape[0])), np.ones(shape, int), *texts)
 
 
 @pytest.mark.parametrize(
     ("panels", "layers"),
     [
-        pytest.param([heat(charts.Pairs, 5, 300, 300)], [4], id="some layers of one"),
-        pytest.param([heat(charts.Pairs, 2, 300, 300), heat(charts.Pairs, 3, 300, 300)], [2, 2], id="and of the next"),
-        pytest.param([heat(charts.Pairs, 1, 700, 700)], [], id="no layer at all"),
-        pytest.param([heat(charts.Heat, 3, 300_000)], [1], id="experts"),
-        pytest.param([heat(charts.Texts, 3, 2, 100_000)], [2], id="texts"),
+        pytest.param([heat(Pairs, 5, 300, 300)], [4], id="some layers of one"),
+        pytest.param([heat(Pairs, 2, 300, 300), heat(Pairs, 3, 300, 300)], [2, 2], id="and of the next"),
+        pytest.param([heat(Pairs, 1, 700, 700)], [], id="no layer at all"),
+        pytest.param([heat(Heat, 3, 300_000)], [1], id="experts"),
+        pytest.param([heat(Texts, 3, 2, 100_000)], [2], id="texts"),
     ],
 )
 def test_what_is_too_large_for_the_page_is_left_out_and_said(panels: list[Any], layers: list[int]) -> None:
     """Layer by layer; a chart without any is no chart, for the page could not draw it."""
-    kind = {charts.Pairs: "pairs", charts.Heat: "heat", charts.Texts: "texts"}[type(panels[0])]
-    one = charts.Chart("c", kind, "Co (words)", "x", "y", panels)  # type: ignore[arg-type]
+    kind = {Pairs: "pairs", Heat: "heat", Texts: "texts"}[type(panels[0])]
+    one = Chart("c", kind, "Co (words)", "x", "y", panels)  # type: ignore[arg-type]
     drawn, left_out = figures(charts.Charts([one], [], ["v"], []))
     assert [[len(panel["layers"]), len(panel["counts"])] for figure in drawn for panel in figure["panels"]] == [
         [n, n] for n in layers
@@ -256,8 +258,8 @@ def test_variants_and_phases_differ_in_grey(kind: str) -> None:
     names = [f"v{index}" for index in range(7)]
     for name in names:
         at = ["a", "b"] if kind == "stack" else [1, 2]
-        panel = charts.Panel("t", [charts.Series(name, at, [1.0, 2.0], nothing, nothing, ["", ""])])
-        figure = plots.render(charts.Chart("c", kind, "t", "x", "y", [panel]), names, names)  # type: ignore[arg-type]
+        panel = Panel("t", [Series(name, at, [1.0, 2.0], nothing, nothing, ["", ""])])
+        figure = plots.render(Chart("c", kind, "t", "x", "y", [panel]), names, names)  # type: ignore[arg-type]
         figure.legends[0].remove()  # it has the name
         content = io.BytesIO()
         figure.savefig(content, format="png", dpi=150)
@@ -272,13 +274,13 @@ def test_variants_and_phases_differ_in_grey(kind: str) -> None:
 def test_any_text_can_be_drawn(kind: str) -> None:
     """Dollars would start a formula, which can fail."""
     name = r"$\frac{$ <b>&amp; \alpha$_"
-    series = charts.Series(name, [name] if kind in ("dots", "stack") else [1], [1.0], [0.9], [None], [""])
-    panel = charts.Panel(name, [series])
-    heat = charts.Heat(name, [name], [0], np.array([[0, 3]]))
-    pairs = charts.Pairs(name, [name], [0], np.array([[[1, 1], [1, 3]]]))
-    texts = charts.Texts(name, [name], [0], np.array([[[0, 3]]]), [name])
+    series = Series(name, [name] if kind in ("dots", "stack") else [1], [1.0], [0.9], [None], [""])
+    panel = Panel(name, [series])
+    heat = Heat(name, [name], [0], np.array([[0, 3]]))
+    pairs = Pairs(name, [name], [0], np.array([[[1, 1], [1, 3]]]))
+    texts = Texts(name, [name], [0], np.array([[[0, 3]]]), [name])
     shown = {"heat": heat, "pairs": pairs, "texts": texts}.get(kind, panel)
-    one = charts.Chart("c", kind, name, name, name, [shown])  # type: ignore[arg-type]
+    one = Chart("c", kind, name, name, name, [shown])  # type: ignore[arg-type]
     figure = plots.render(one, [name], [name])
     figure.savefig(io.BytesIO(), format="svg")
     assert name in figure.axes[0].get_title(loc="left").replace(r"\$", "$")
@@ -286,4 +288,4 @@ def test_any_text_can_be_drawn(kind: str) -> None:
 
 def test_load_is_relative_to_its_layer() -> None:
     """A layer without slots is 0, not a division."""
-    assert charts.relative_load(np.array([[1, 3], [0, 0], [5, 5]])).tolist() == [[0.5, 1.5], [0, 0], [1, 1]]
+    assert relative_load(np.array([[1, 3], [0, 0], [5, 5]])).tolist() == [[0.5, 1.5], [0, 0], [1, 1]]

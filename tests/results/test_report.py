@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from benchmarks import synthetic
+from moe_lab.config.schemas import PLOTLY
 from moe_lab.records.schema import LAUNCH_BOUND, Record
 from moe_lab.records.store import RESULT, ROUTING, read_record, write_record
-from moe_lab.results import plots, report
+from moe_lab.results import glossary, plots, report
 from moe_lab.results.aggregate import aggregate
 from tests.results import browser, texts
 
@@ -68,16 +69,42 @@ def of_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(directory)
 
 
-def test_launch_bound_cells_are_counted_above_the_verdicts(tmp_path: Path) -> None:
+def answered(page: Path) -> list[str]:
+    """The sentences of the answers, without tags."""
+    found = re.search(r'<h2 id="answers">.*?<details id="verdicts"', page.read_text(), re.DOTALL)
+    assert found is not None
+    items = re.findall(r"<li[^>]*>.*?</span><span>(.*?)</span></li>", found[0], re.DOTALL)
+    return [unescape(re.sub(r"<[^>]*>", "", text)) for text in items]
+
+
+def test_what_was_compared_stands_above_the_answers_and_these_above_all(sweep: Path) -> None:
+    """The facts are those of the records; the first answer says which variant to take."""
+    page = sweep.read_text()
+    assert (
+        page.index('id="facts"') < page.index('id="answers"') < page.index('id="verdicts"') < page.index('id="plots"')
+    )
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", re.sub("</?button[^>]*>|</?code>", "", page)))
+    assert facts["Model"].startswith("decoder_moe (2 layers, 8 experts, top-2, width 32, expert width 24)")
+    assert facts["dtype"] == "fp32" and facts["Device"] == "Synthetic CPU" and "moe-lab 0.1.0" in facts["Version"]
+    assert answered(sweep)[0].startswith("Take torch/grouped")
+    assert len(answered(sweep)) <= 12
+
+
+def test_launch_bound_cells_are_counted_in_the_answers(tmp_path: Path) -> None:
     """With what to do about it; without such a cell nothing is said."""
     folders = synthetic.sweep(tmp_path, 16)
-    assert 'id="launch-bound"' not in written(tmp_path).read_text()
+    assert "launch-bound" not in " ".join(answered(written(tmp_path)))
     for folder in folders[:3]:
         change(folder, lambda record: record.warnings.append(f"{LAUNCH_BOUND}the GPU was busy 7 % of the time"))
-    page = written(tmp_path).read_text()
-    text = " ".join(re.search(r'<p id="launch-bound"[^>]*>(.*?)</p>', page, re.DOTALL)[1].split())  # type: ignore[index]
-    assert text.startswith("3 of 16 cells are launch-bound: the GPU waited for the host")
-    assert page.index('id="launch-bound"') < page.index('class="verdicts"') and "execution=cuda_graph" in text
+    text = " ".join(answered(written(tmp_path)))
+    assert "3 are launch-bound" in text and "execution=cuda_graph" in text
+
+
+def test_a_defined_word_is_said_once_and_marked(sweep: Path) -> None:
+    """Each mark opens a definition that is there; the page's own words are those of the glossary."""
+    page = sweep.read_text()
+    asked, there = set(re.findall('popovertarget="([^"]*)"', page)), re.findall('popover id="([^"]*)"', page)
+    assert len(asked) > 8 and asked <= set(there) and len(there) == len(set(there)) == len(glossary.TERMS)
 
 
 def ours(page: Path) -> str:
@@ -93,8 +120,7 @@ def shown(page: Path) -> str:
 def test_the_parts_stand_in_their_order(sweep: Path) -> None:
     """What was found first, how it was found last."""
     parts = [
-        "verdicts",
-        "counts",
+        "answers",
         "plots",
         "routers",
         "cells",
@@ -140,14 +166,24 @@ def test_counts_failures_and_machine_are_named(sweep: Path) -> None:
 def heads_of(page: Path) -> list[str]:
     """Of the table of all cells."""
     table = re.findall(r'<table id="table">.*?</thead>', ours(page), re.DOTALL)[0]
-    return re.findall(r'<button type="button">([^<]*)<', table)
+    return re.findall(r'<button type="button" class="sort"[^>]*>([^<]*)<', table)
 
 
 def test_columns_that_few_sweeps_have_are_there_only_where_they_are_known(sweep: Path, of_texts: Path) -> None:
     """Time per output token and the quality, with a word on what they mean below the cards."""
-    extra = {"ms per output token", "bits per byte", "over native", "KL to native", "top-1 agreement"}
+    extra = {"ms per output token", "bits per byte", "KL to native", "top-1 agreement"}
+    assert heads_of(of_texts)[:8] == [
+        "status",
+        "variant",
+        "batch",
+        "seq_len",
+        "model",
+        "median ms",
+        "x anchor",
+        "bits per byte",
+    ]
     assert extra <= set(heads_of(of_texts)) and not extra & set(heads_of(sweep))
-    assert "I(expert; text) / H(text)" in shown(of_texts) and "I(expert; text)" not in shown(sweep)
+    assert ">text information</button>" in of_texts.read_text() and ">text information</button>" not in ours(sweep)
     assert "12.50" in shown(of_texts)
 
 
@@ -204,7 +240,7 @@ def test_several_machines_stand_side_by_side(tmp_path: Path) -> None:
     for folder in synthetic.sweep(tmp_path, 8)[:3]:
         change(folder, other)
     words = shown(written(tmp_path))
-    assert "Another CPU; Synthetic CPU" in words and "feedfeedfeed (3 cells)" in words
+    assert "Another CPU, Synthetic CPU" in words and "feedfeedfeed (3 cells)" in words
 
 
 def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
@@ -259,10 +295,10 @@ def test_the_choices_of_the_expert_load(chromium: Any, sweep: Path) -> None:
         boxes = driver.find_elements("css selector", "section:has(#plot-expert_load) select")
         assert driver.execute_script(f"return {plot}.data[0].type") == "heatmap"
         counts = driver.execute_script(f"return {plot}.data[0].text")
-        boxes[2].send_keys("2")
+        boxes[1].send_keys("2")
         assert driver.execute_script(f"return [{plot}.data[0].type, {plot}.data[0].text]") == ["bar", counts[2]]
         before = driver.execute_script(f"return {plot}.data[0].text")
-        boxes[1].send_keys("s")
+        boxes[0].send_keys("s")
         assert driver.execute_script(f"return {plot}.data[0].text") != before
 
 
@@ -274,8 +310,8 @@ def test_the_choices_of_the_co_activation(chromium: Any, sweep: Path) -> None:
         boxes = driver.find_elements("css selector", "section:has(#plot-coactivation) select")
         counts, shares = driver.execute_script(f"return [{plot}.data[0].text, {plot}.data[0].z]")
         assert shares[2][2] is None and shares[2][5] == pytest.approx(counts[2][5] / max(counts[2][2], 1))
-        assert "all" not in boxes[2].text.split()
-        boxes[2].send_keys("2")
+        assert "all" not in boxes[1].text.split()
+        boxes[1].send_keys("2")
         assert driver.execute_script(f"return {plot}.data[0].text") != counts
 
 
@@ -286,14 +322,14 @@ def test_the_choices_of_the_experts_by_text(chromium: Any, of_texts: Path) -> No
     with opened(chromium, of_texts) as driver:
         plot = "document.getElementById('plot-experts_by_text')"
         boxes = driver.find_elements("css selector", "section:has(#plot-experts_by_text) select")
-        boxes[1].send_keys("s")  # sinkhorn, of which no text is markup
+        boxes[0].send_keys("s")  # sinkhorn, of which no text is markup
         z, y, names = driver.execute_script(
             f"return [{plot}.data[0].z, {plot}.data[0].y, {plot}.layout.yaxis.ticktext]"
         )
         assert y == list(range(4 * 3 - 1)) and [row[0] is None for row in z] == 3 * [False, False, True] + 2 * [False]
         assert names[:3] == ["layer 0: code", "prose.v2", "layer 1: code"]
         assert all(sum(row) == pytest.approx(len(row)) for row in z if row[0] is not None)
-        boxes[2].send_keys("2")
+        boxes[1].send_keys("2")
         one, names = driver.execute_script(f"return [{plot}.data[0].z, {plot}.layout.yaxis.ticktext]")
         assert one == z[6:8] and names == ["code", "prose.v2"]
 
@@ -313,6 +349,87 @@ def test_the_bits_of_texts_lie_in_rows_with_their_names(chromium: Any, of_texts:
 
 
 @pytest.mark.browser
+def test_one_choice_of_the_setting_is_that_of_all_plots(chromium: Any, sweep: Path) -> None:
+    """Each plot says which setting it shows; one over a size has no choice of that."""
+    shown = """return Object.fromEntries([...document.querySelectorAll('.plot')].map(
+      plot => [plot.id.slice(5), plot.parentNode.querySelector('.panel').textContent]))"""
+    with opened(chromium, sweep) as driver:
+        boxes = {box.text.split()[0]: box for box in driver.find_elements("css selector", "#setting label")}
+        assert set(boxes) == {"model", "batch", "seq_len"}
+        before = driver.execute_script(shown)
+        boxes["model"].find_element("tag name", "select").send_keys("m")
+        boxes["batch"].find_element("tag name", "select").send_keys("1")
+        after = driver.execute_script(shown)
+        assert before.pop("phase_shares").startswith(
+            "moe_layer, batch=2, seq_len=32 (the chosen setting has no such plot)"
+        )
+        assert {text.split(",")[0] for text in before.values()} == {"decoder_moe"}
+        assert {name: text for name, text in after.items() if not text.startswith("moe_layer")} == {}
+        assert "batch=1," in after["expert_load"] and "batch" not in after["latency_over_batch"]
+
+
+@pytest.mark.browser
+def test_a_definition_opens_by_keyboard_and_closes(chromium: Any, sweep: Path) -> None:
+    """And by a click, with no script of ours."""
+    open_ = "return [...document.querySelectorAll('[popover]')].filter(p => p.matches(':popover-open')).map(p => p.id)"
+    with opened(chromium, sweep) as driver:
+        mark = driver.find_element("css selector", ".answers .term")
+        for key in ("\n", " "):
+            mark.send_keys(key)
+            assert driver.execute_script(open_) == [mark.get_attribute("popovertarget")]
+            mark.send_keys("\ue00c")  # escape
+            assert driver.execute_script(open_) == []
+        mark.click()
+        assert driver.execute_script(open_) == [mark.get_attribute("popovertarget")]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [pytest.param(1280, id="desk"), pytest.param(390, id="phone")])
+def test_tables_fit_the_desk_and_show_that_they_scroll_on_the_phone(chromium: Any, of_texts: Path, width: int) -> None:
+    """With quality in them; a shadow lies at the edge behind which there is more."""
+    boxes = """return [...document.querySelectorAll('.scroll')].map(
+      box => [box.scrollWidth - box.clientWidth, getComputedStyle(box).backgroundAttachment])"""
+    with opened(chromium, of_texts, width=width) as driver:
+        beyond = driver.execute_script(boxes)
+        assert max(more for more, _ in beyond) > 100 if width == 390 else [more for more, _ in beyond if more > 0] == []
+        assert all(attachment.startswith("local, local, scroll, scroll") for _, attachment in beyond)
+        assert driver.execute_script("return document.documentElement.scrollWidth") == width
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("plotly", [pytest.param(name, id=name) for name in PLOTLY])
+def test_the_plots_are_there_wherever_plotly_is(chromium: Any, sweep: Path, tmp_path: Path, plotly: str) -> None:
+    """From file://, with nothing in the console; a page that shows pictures, or loads a file, is small."""
+    copy = tmp_path / "copy"
+    shutil.copytree(sweep.parent, copy)
+    page = report.write(copy, aggregate(copy), plotly)
+    assert (page.stat().st_size > 4e6) == (plotly == "inline")
+    assert (copy / "plotly.min.js").exists() == (plotly == "directory")
+    drawn = (
+        "return [document.querySelectorAll('.plot .main-svg').length, [...document.images].map(i => i.naturalWidth)]"
+    )
+    with opened(chromium, page) as driver:
+        svgs, pictures = driver.execute_script(drawn)
+        assert (svgs >= 10) == (plotly != "none") and (len(pictures) == 10) == (plotly == "none")
+        assert all(width > 200 for width in pictures)
+        loaded = driver.execute_script("return performance.getEntriesByType('resource').map(one => one.name)")
+        assert [name.rsplit("/", 1)[-1] for name in loaded] in ([], ["plotly.min.js"] * (plotly == "directory"))
+
+
+def test_the_sweep_says_where_plotly_is_and_the_call_may_say_another(tmp_path: Path) -> None:
+    """An older plan has no word on it; a file of an earlier page is removed."""
+    synthetic.sweep(tmp_path, 8)
+    plan = tmp_path / "plan.json"
+    assert written(tmp_path).stat().st_size > 4e6
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "plotly": "directory"}))
+    assert written(tmp_path).stat().st_size < 1e6 and (tmp_path / "plotly.min.js").exists()
+    assert report.write(tmp_path, aggregate(tmp_path), "none").stat().st_size < 1e6
+    assert not (tmp_path / "plotly.min.js").exists()
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "plotly": "cdn"}))
+    assert "plan.json cannot be read: plotly='cdn'" in " ".join(shown(written(tmp_path)).split())
+
+
+@pytest.mark.browser
 def test_the_front_lies_below_the_points(chromium: Any, sweep: Path) -> None:
     """A staircase beside the variants, with a name in the legend."""
     with opened(chromium, sweep) as driver:
@@ -329,7 +446,7 @@ def test_the_table_sorts_by_number_and_filters(chromium: Any, sweep: Path) -> No
     runs = aggregate(sweep.parent).runs
     with opened(chromium, sweep) as driver:
         heads = driver.find_elements("css selector", "#table th")
-        column = [head.text.split("\n")[0].strip() for head in heads].index("median ms")
+        column = heads_of(sweep).index("median ms")
         button = heads[column].find_element("tag name", "button")
         column_texts = (
             f"return [...document.querySelectorAll('#table tbody tr')].map(r => r.cells[{column}].dataset.n ?? '')"

@@ -454,6 +454,7 @@ def test_each_execution_is_looked_at_and_what_cannot_run_builds_nothing(
 
 MISTAKES = [
     pytest.param("sweep.stale=sometimes", "sweep.stale=sometimes", id="stale"),
+    pytest.param("sweep.plotly=cdn", "sweep.plotly=cdn: must be one of", id="plotly"),
     pytest.param("sweep.compare=[routers]", "Did you mean router", id="compare"),
     pytest.param("sweep.exclude=[router]", "sweep.exclude=router", id="exclude"),
     pytest.param("sweep.exclude=[{rooter: torch}]", "Did you mean router", id="exclude-key"),

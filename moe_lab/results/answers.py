@@ -1,0 +1,445 @@
+"""What a sweep answers, a sentence for each question: what to take, what is fastest where, at what price, how sure."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from textwrap import shorten
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from moe_lab.records.fields import PROPERTIES, names
+from moe_lab.records.schema import BUSY, DOES_NOT_HOLD, LAUNCH_BOUND
+from moe_lab.results import contest, numbers
+from moe_lab.results.contest import Cell, Setting
+from moe_lab.results.regions import Region, regions
+from moe_lab.results.verdicts import Kind, judged, listed
+
+MOST = 10
+"""As many sentences as are shown at once; the others are folded."""
+_MOST_NAMES = 4
+_ALIKE = 1.15
+"""Ratios that differ by more than this factor between settings are given as a range."""
+
+Question = Literal["take", "fastest", "price", "not sure", "failed", "skipped"]
+
+
+class Answer(NamedTuple):
+    """A sentence to one of the questions."""
+
+    question: Question
+    text: str
+
+
+class Answers(NamedTuple):
+    """At most `MOST` sentences, and the others."""
+
+    shown: list[Answer]
+    folded: list[Answer]
+
+
+def answers(runs: pd.DataFrame, summary: pd.DataFrame) -> Answers:
+    """Of the tables of a sweep, in the order of the questions.
+
+    Two variants differ in speed if the intervals of their ratios to the anchor say so (`verdicts.judged`), and in
+    quality if the intervals of their bits per byte do not overlap and they differ by more than `contest.SAME_BITS`.
+    What cannot be said is left out: with one variant there is nothing to take.
+    """
+    settings = contest.settings(runs, summary)
+    several = [setting for setting in settings if len(setting.cells) > 1]
+    every: dict[Question, list[str]] = {
+        "take": [] if _loads_differ(summary) else _take(several),
+        "fastest": _fastest(several),
+        "price": _prices(settings),
+        "not sure": _unsure(runs, summary, settings),
+        "failed": [*_lies(runs), *_not_ok(runs, "failed")],
+        "skipped": _not_ok(runs, "skipped"),
+    }
+    in_turn = sorted((place, question) for question in every for place in range(len(every[question])))
+    n_shown = Counter(question for _, question in in_turn[:MOST])  # the first of each, then the second of each, ...
+    shown = [Answer(question, text) for question, texts in every.items() for text in texts[: n_shown[question]]]
+    folded = [Answer(question, text) for question, texts in every.items() for text in texts[n_shown[question] :]]
+    return Answers(shown, folded)
+
+
+def _loads_differ(summary: pd.DataFrame) -> bool:
+    """Whether variants differ in what comes in: a load is nothing to choose."""
+    keys = ["workload", *(str(name) for name in summary if str(name).startswith("config.workload."))]
+    return any(summary.groupby("setting_id")[key].nunique(dropna=False).gt(1).any() for key in keys)
+
+
+# --- what to take
+
+
+class _Choice(NamedTuple):
+    """What one setting says about which variant to take."""
+
+    kind: Literal["take", "price", "speed"]
+    names: tuple[str, ...]
+    """`take`, `speed`: any of them. `price`: the fastest."""
+    better: tuple[str, ...] = ()
+    """`price`: those that predict best."""
+
+
+def _take(settings: Sequence[Setting]) -> list[str]:
+    choices = {id(setting): _choose(setting) for setting in settings if _rivals(setting)}
+    often = Counter(name for choice in choices.values() for name in choice.names)
+    if len({choice.names for choice in choices.values()}) > 1:  # a tie here is broken by what is good elsewhere
+        choices = {key: _usual(choice, often) for key, choice in choices.items()}
+
+    def text(region: Region, settings: Sequence[Setting]) -> str:
+        choice: _Choice = region.answer
+        if choice.kind == "price":
+            return _price_of(choice, settings) + region.at
+        if choice.kind == "speed":
+            return f"By speed alone {_either(choice.names)}{region.at}: {_UNKNOWN_QUALITY}"
+        return f"Take {_either(choice.names)}{region.at}: {_why(choice.names, settings)}"
+
+    return _by_region(settings, lambda setting: choices.get(id(setting)), text)
+
+
+_UNKNOWN_QUALITY = "what each does to the predictions was not measured"
+
+
+def _rivals(setting: Setting) -> list[Cell]:
+    """Those that can be compared in speed; where none can, those that can in quality. None if there are not two."""
+    return setting.timed or (setting.cells if len(setting.cells) > 1 and contest.best(setting.cells) else [])
+
+
+def _choose(setting: Setting) -> _Choice:
+    """The fastest of those that predict best, if there is one; what is not causal or collapses is out."""
+    able = [cell for cell in _rivals(setting) if cell.is_causal is not False] or _rivals(setting)
+    sound = [cell for cell in able if cell.quality is None or not cell.quality.has_collapsed] or able
+    fast, good = contest.fastest(sound), contest.best(sound)
+    if len({cell.choice for cell in sound}) == 1:
+        return _Choice("take", _names(fast))
+    if not good:
+        return _Choice("speed", _names(fast))
+    if both := [cell for cell in fast if cell in good]:
+        return _Choice("take", _names(both))
+    return _Choice("price", _names(fast), _names(contest.fastest(good)))
+
+
+def _usual(choice: _Choice, often: Counter[str]) -> _Choice:
+    return choice._replace(names=(max(choice.names, key=lambda name: often[name]),), better=choice.better[:1])
+
+
+def _why(chosen: Sequence[str], settings: Sequence[Setting]) -> str:
+    """What speaks for the first of them, and against each of the others."""
+    if len(chosen) > 1:
+        known = all(setting.timed for setting in settings)
+        return "no difference seen between them" if known else "as good in quality; which is faster is not known"
+    anchors = {setting.anchor for setting in settings}
+    cells = _cells(settings, chosen[0])
+    gain = [] if anchors & {chosen[0]} or len(anchors) > 1 else [_speed(cells, *anchors), _quality(cells, settings)]
+    variants = dict.fromkeys(cell.variant for setting in settings for cell in _rivals(setting))
+    causes: dict[str, list[str]] = {}
+    for variant in variants:
+        if variant != chosen[0] and not (gain and {variant} == anchors):
+            found = Counter(_cause(setting, variant, chosen[0]) for setting in settings)
+            cause = max(_CAUSES, key=lambda cause: found[cause])
+            causes.setdefault(cause, []).append(variant)
+    if len(causes) == 1 and len(variants) > 2 and not gain:
+        return _CAUSES[next(iter(causes))][0].format("every other variant")
+    against = [_CAUSES[c][len(causes[c]) > 1].format(_listed(causes[c])) for c in _CAUSES if c in causes]
+    return "; ".join(filter(None, [", ".join(filter(None, gain)), *against]))
+
+
+_CAUSES = {
+    "collapses": ("the predictions of {} collapse", "the predictions of {} collapse"),
+    "worse": ("{} predicts worse", "{} predict worse"),
+    "not causal": ("{} is not causal", "{} are not causal"),
+    "output": ("{} changes the output", "{} change the output"),
+    "slower": ("{} is slower", "{} are slower"),
+    "nothing": ("{} is not surely better", "{} are not surely better"),
+}
+"""What speaks against a variant, of one and of several; the heaviest first."""
+
+
+def _cause(setting: Setting, variant: str, chosen: str) -> str:
+    cells = {cell.variant: cell for cell in _rivals(setting)}
+    if variant not in cells:
+        return ""
+    cell, taken = cells[variant], cells[chosen]
+    if cell.quality and cell.quality.has_collapsed:
+        return "collapses"
+    mine, theirs = cell.quality, taken.quality
+    if mine and theirs and mine.kind == theirs.kind and mine.is_worse_than(theirs):
+        return "output" if mine.kind == "error" else "worse"
+    if cell.is_causal is False and taken.is_causal is not False:
+        return "not causal"
+    return "slower" if cell.is_slower_than(taken) else "nothing"
+
+
+def _price_of(choice: _Choice, settings: Sequence[Setting]) -> str:
+    fast, good = choice.names[0], choice.better[0]
+    cells, others = _cells(settings, fast), _cells(settings, good)
+    ratio = float(np.median([b.ratio[0] / a.ratio[0] for a, b in zip(cells, others, strict=True)]))
+    pairs = [(a.quality, b.quality) for a, b in zip(cells, others, strict=True) if a.quality and b.quality]
+    more = float(np.median([a.value - b.value for a, b in pairs]))
+    loss = f"{numbers.short(more)} fewer bits per byte"
+    if pairs[0][0].kind == "error":
+        return (
+            f"No choice without a price: {fast} is {numbers.ratio(ratio)}x faster than {good}, but changes the output "
+            f"by {numbers.short(100 * more)} %"
+        )
+    return (
+        f"No choice without a price: {fast} is {numbers.ratio(ratio)}x faster than {good}, which predicts better "
+        f"({loss})"
+    )
+
+
+# --- what is fastest
+
+
+def _fastest(settings: Sequence[Setting]) -> list[str]:
+    def text(region: Region, settings: Sequence[Setting]) -> str:
+        first, *others = region.answer
+        if others:
+            n_all = {len(setting.timed) for setting in settings}
+            among = "" if n_all == {len(region.answer)} else " are the fastest:" if len(region.answer) > 1 else ""
+            return f"{_listed(region.answer)}{among or ':'} no difference seen between them{region.at}"
+        return f"{first} is the fastest{region.at}{_lead(first, settings)}"
+
+    return _by_region(settings, lambda setting: _names(contest.fastest(setting.timed)) or None, text)
+
+
+def _lead(first: str, settings: Sequence[Setting]) -> str:
+    """By how much: over the anchor, or of the anchor over the next."""
+    anchor = settings[0].anchor
+    if not all(setting.anchor == anchor for setting in settings):
+        return ""
+    if first != anchor:
+        return ": " + _speed(_cells(settings, first), anchor)
+    nexts = [min((c for c in setting.timed if not c.is_anchor), key=lambda cell: cell.ratio[0]) for setting in settings]
+    name = nexts[0].variant if len({cell.variant for cell in nexts}) == 1 else "the next"
+    least, most = min(cell.ratio[0] for cell in nexts), max(cell.ratio[0] for cell in nexts)
+    if most > _ALIKE * least:
+        return f": {name} takes {numbers.ratio(least)}x to {numbers.ratio(most)}x as long"
+    middle, low, high = _hull([cell.ratio for cell in nexts])
+    return f": {name} takes {numbers.ratio(middle)}x as long {numbers.interval(low, high, numbers.ratio)}"
+
+
+# --- what each costs
+
+
+def _prices(settings: Sequence[Setting]) -> list[str]:
+    """Of each variant but the anchor, its latency beside the anchor's and what it does to the predictions."""
+    variants = dict.fromkeys(cell.variant for setting in settings for cell in setting.cells if not cell.is_anchor)
+    none_is_causal = all(cell.is_causal is False for setting in settings for cell in setting.cells)
+    texts = {"": "No router here is causal: none can generate text"} if none_is_causal and settings else {}
+    for variant in variants:
+        cells = [
+            cell for setting in settings for cell in setting.cells if cell.variant == variant and not cell.is_anchor
+        ]
+        there = [s for s in settings if any(cell.variant == variant and not cell.is_anchor for cell in s.cells)]
+        anchors = {setting.anchor for setting in there}
+        beside = "the anchor" if len(anchors) > 1 else next(iter(anchors))
+
+        def kind(setting: Setting, variant: str = variant) -> Kind | None:
+            cell = _cells([setting], variant)[0]
+            return judged(*cell.ratio[1:]) if cell.is_timed else None
+
+        def speed(region: Region, inside: Sequence[Setting], variant: str = variant, beside: str = beside) -> str:
+            return _speed(_cells(inside, variant), beside) + region.at
+
+        speeds = _by_region(there, kind, speed) or [_about(cells, beside)]
+        parts = [*speeds, _quality(cells, there)]
+        if all(cell.is_causal is False for cell in cells) and not none_is_causal:
+            parts.append("not causal: it cannot generate text")
+        if any(parts):
+            texts[variant] = f"{variant}: {'; '.join(filter(None, parts))}"
+    if not any(cell.quality for setting in settings for cell in setting.cells) and len(variants):
+        known = "; ".join(sorted({_quality_hint(setting) for setting in settings if len(setting.cells) > 1}))
+        return [f"No quality was measured{': ' + known if known else ''}", *texts.values()]
+    return list(texts.values())
+
+
+def _about(cells: Sequence[Cell], anchor: str) -> str:
+    """A ratio that nothing is concluded from."""
+    known = [cell.ratio[0] for cell in cells if not math.isnan(cell.ratio[0])]
+    return f"about {numbers.ratio(float(np.median(known)))}x as long as {anchor}, without an interval" if known else ""
+
+
+def _quality_hint(setting: Setting) -> str:
+    if len({cell.choice for cell in setting.cells}) == 1:
+        return "the variants compute the same router"
+    return "set measure.reference_router, or use a checkpoint with workload=text"
+
+
+def _speed(cells: Sequence[Cell], anchor: str) -> str:
+    """Of cells of one variant: `1.39x slower than native [1.37, 1.41]`, a median and the hull of the intervals."""
+    known = [cell.ratio for cell in cells if cell.is_timed]
+    if not known:
+        return ""
+    kinds = {judged(low, high) for _, low, high in known}
+    least, most = min(ratio for ratio, _, _ in known), max(ratio for ratio, _, _ in known)
+    if kinds in ({"faster"}, {"slower"}) and most > _ALIKE * least:
+        ends = (1 / most, 1 / least) if kinds == {"faster"} else (least, most)
+        return f"{numbers.ratio(ends[0])}x to {numbers.ratio(ends[1])}x {next(iter(kinds))} than {anchor}"
+    middle, low, high = _hull(known)
+    bracket = numbers.interval(low, high, numbers.ratio)
+    if kinds == {"same"}:
+        return f"as fast as {anchor} {bracket}"
+    if kinds == {"faster"}:
+        return f"{numbers.ratio(1 / middle)}x faster than {anchor} {numbers.interval(1 / high, 1 / low, numbers.ratio)}"
+    if kinds == {"slower"}:
+        return f"{numbers.ratio(middle)}x slower than {anchor} {bracket}"
+    return f"no difference in speed seen to {anchor} {bracket}"
+
+
+def _quality(cells: Sequence[Cell], settings: Sequence[Setting]) -> str:
+    """Of cells of one variant: what it does to the predictions, or to the output."""
+    known = [cell.quality for cell in cells if cell.quality is not None]
+    if not known or len({quality.kind for quality in known}) > 1:
+        return ""
+    middle, low, high = _hull([(quality.value, quality.low, quality.high) for quality in known])
+    if known[0].kind == "error":
+        if all(quality.is_rounding for quality in known):
+            return "the same output, but for rounding"
+        return f"output error {numbers.short(middle)} beside {_listed([quality.reference for quality in known])}"
+    if known[0].kind == "bits":
+        beside = [cell.quality.value for s in settings for cell in s.cells if cell.is_anchor and cell.quality]
+        text = f"{middle:.2f} bits per byte {numbers.interval(low, high, '{:.2f}'.format)}".rstrip()
+        return f"{text}, the anchor {np.median(beside):.2f}" if beside else text
+    text = f"{middle:+.2f} bits per byte {numbers.interval(low, high, '{:+.2f}'.format)}".rstrip()
+    if not all(setting.is_beside_native for setting in settings):
+        text += " over the checkpoint's own router"
+    if all(quality.has_collapsed for quality in known):
+        return f"{text}: its predictions collapse"
+    if any(quality.has_collapsed for quality in known):
+        return f"{text}: its predictions collapse in some settings"
+    if low > 0 and middle > contest.SAME_BITS:
+        return text
+    return f"{text}: better" if high < 0 and -middle > contest.SAME_BITS else f"{text}: no worse in quality"
+
+
+# --- how sure
+
+
+def _doubts(runs: pd.DataFrame) -> str:
+    """How many latencies were measured badly, and what to do; that most were stands in front."""
+    ran = runs[runs["latency_ms.p50"].notna()]
+    warned = [texts if isinstance(texts, list) else [] for texts in ran["warnings"]]
+    found = [
+        (ran["latency_ms.stable"].eq(False).fillna(False).to_numpy(bool), "not stable (raise measure.max_time_s)"),
+        (_start(warned, BUSY), "from a busy machine (repeat them on an idle one)"),
+        (_start(warned, LAUNCH_BOUND), "launch-bound and so say nothing of kernels (use execution=cuda_graph)"),
+    ]
+    parts = [f"{bad.sum()} are {what}" for bad, what in found if bad.any()]
+    if not parts:
+        return ""
+    most = np.any([bad for bad, _ in found], axis=0).mean() > 0.5
+    return f"{'Speeds are doubtful: of' if most else 'Of'} {len(ran)} latencies {', '.join(parts)}"
+
+
+def _start(warnings: Sequence[Sequence[str]], start: str) -> np.ndarray:
+    return np.array([any(text.startswith(start) for text in texts) for texts in warnings], bool)
+
+
+def _unsure(runs: pd.DataFrame, summary: pd.DataFrame, settings: Sequence[Setting]) -> list[str]:
+    ran = summary[summary["status"] == "ok"]
+    others = [cell for setting in settings for cell in setting.cells if not cell.is_anchor]
+    if len(ran) and not others:
+        return ["Nothing was compared: every setting has one variant that ran; add one, such as router=torch,sinkhorn"]
+    texts = [text] if (text := _doubts(runs)) else []
+    compared = [cell for cell in others if cell.is_timed]
+    spans = sum(judged(*cell.ratio[1:]) == "inconclusive" for cell in compared)
+    if spans:
+        texts.append(
+            f"{_of(spans, len(compared), 'comparison')} inconclusive, because the interval has 1 in it: raise "
+            "measure.max_time_s or measure.replicates"
+        )
+    paired = ran["ratio_to_anchor.paired"].fillna(False).astype(bool) & ~ran["is_anchor"].fillna(False).astype(bool)
+    short = int((paired & ran["ratio_to_anchor.ci95_low"].isna()).sum())
+    if short:
+        of = _of(short, int(paired.sum()), "ratio")
+        texts.append(f"{of} without an interval, from too few rounds: raise measure.max_time_s")
+    alone = sum(len(s.cells) for s in settings if not any(cell.is_anchor for cell in s.cells))
+    if alone:
+        texts.append(
+            f"{_of(alone, len(others), 'cell')} compared with nothing, because the anchor of the setting did not run"
+        )
+    apart = len(others) - alone - int(paired.sum())
+    if apart > 0:
+        texts.append(
+            f"{_of(apart, len(others), 'cell')} not timed in the same rounds as the anchor, so nothing is concluded "
+            "from them: run them in one sweep with sweep.interleave=true"
+        )
+    if compared and int(ran["n_replicates"].max()) < 2:
+        texts.append(
+            "Each cell ran in one process, so differences between processes do not show; measure.replicates=5 shows "
+            "them"
+        )
+    return texts
+
+
+def _of(n: int, total: int, one: str) -> str:
+    """`3 of 8 comparisons are`."""
+    return f"{n} of {total} {one if total == 1 else one + 's'} {'is' if n == 1 else 'are'}"
+
+
+# --- what failed
+
+
+def _not_ok(runs: pd.DataFrame, status: str) -> list[str]:
+    """How many cells failed, or were skipped, and why."""
+    found = runs.loc[runs["status"] == status, "reason"].fillna("no reason recorded").astype(str)
+    reasons = Counter(shorten(reason, 90, placeholder=" ...") for reason in found)
+    said = [f"{reason} ({n})" if len(reasons) > 1 else reason for reason, n in reasons.most_common(_MOST_NAMES)]
+    said += [f"{len(reasons) - len(said)} more reasons (below)"] if len(reasons) > len(said) else []
+    return (
+        [f"{len(found)} of {len(runs)} cell{'s' if len(runs) > 1 else ''} {status}: {', '.join(said)}"] if said else []
+    )
+
+
+def _lies(runs: pd.DataFrame) -> list[str]:
+    """The routers that do not have a property that they declare."""
+    return [
+        f"{router} declares {key}, which does not hold"
+        for key in names(PROPERTIES)
+        if f"check.{key}" in runs
+        for router in runs.loc[runs[f"check.{key}"] == DOES_NOT_HOLD, "router"].dropna().unique()
+    ]
+
+
+# --- what they share
+
+
+def _by_region(
+    settings: Sequence[Setting],
+    answer: Callable[[Setting], Hashable],
+    text: Callable[[Region, Sequence[Setting]], str],
+) -> list[str]:
+    """A sentence for each region of settings with the same answer, about the settings that have it; None has none."""
+    found = regions([answer(setting) for setting in settings], [setting.place for setting in settings])
+    regions_ = [region for region in found if region.answer is not None]
+    return [text(region, [settings[index] for index in region.members]) for region in regions_]
+
+
+def _names(cells: Iterable[Cell]) -> tuple[str, ...]:
+    """The anchor first."""
+    return tuple(cell.variant for cell in sorted(cells, key=lambda cell: (not cell.is_anchor, cell.variant)))
+
+
+def _cells(settings: Sequence[Setting], variant: str) -> list[Cell]:
+    return [cell for setting in settings for cell in setting.cells if cell.variant == variant]
+
+
+def _listed(words: Sequence[str]) -> str:
+    if len(words) > _MOST_NAMES + 1:
+        return f"{', '.join(words[:_MOST_NAMES])} and {len(words) - _MOST_NAMES} others"
+    return listed(words)
+
+
+def _either(words: Sequence[str]) -> str:
+    return _listed(words).replace(" and ", " or ")
+
+
+def _hull(triples: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """The median, and what all intervals lie in; NaN where one has none."""
+    array = np.array(triples)
+    return float(np.median(array[:, 0])), float(array[:, 1].min()), float(array[:, 2].max())
