@@ -72,7 +72,10 @@ def test_a_key_that_a_cell_has_not_is_not_said_of_it() -> None:
 
 def test_a_null_is_not_said_and_values_are_as_typed() -> None:
     """Beside another value the name alone is the one without; only a cell that has no such key at all is told apart."""
-    cells = [{"router": {"name": "native", "top_k": k, "plain": p}, "model": "m"} for k, p in ((None, True), (1, False))]
+    values = ((None, True), (1, False))
+    cells: list[dict[str, Any]] = [
+        {"router": {"name": "native", "top_k": k, "plain": plain}, "model": "m"} for k, plain in values
+    ]
     assert variants.labels(cells) == ["native(plain=true)", "native(top_k=1, plain=false)"]
     cells[1]["router"]["plain"] = True
     assert variants.labels(cells) == ["native", "native(top_k=1)"]
