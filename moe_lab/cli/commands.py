@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from moe_lab.cli import typed
 from moe_lab.cli.arguments import Parser
-from moe_lab.cli.help import argv_overrides, config_dir_of
 from moe_lab.config import targets
 from moe_lab.config.compose import name_sweep
-from moe_lab.errors import nearest
 
 OK = 0
 
@@ -20,14 +19,12 @@ def _plan(arguments: list[str]) -> int:
         usage = "usage: moe-lab plan [-m] OVERRIDES"
         print(f"{usage}    show what `moe-lab -m OVERRIDES` would run; nothing is run or written")
         return OK
-    config_dir = config_dir_of(arguments)
-    overrides = argv_overrides(arguments)
-    known = {"-m", "--multirun", "--config-dir", "-cd", config_dir, *overrides}
-    for argument in arguments:
-        if argument not in known and not argument.startswith(("--config-dir=", "-cd=")):
-            raise ValueError(f"{argument}: not a KEY=VALUE override (moe-lab --help lists keys and groups).")
-    name_sweep(overrides)
-    preview.show(overrides, config_dir)
+    words = typed.read(arguments, COMMANDS)
+    for option in words.options:
+        if option.startswith("-") and not option.startswith(("-m", "--mu", "--config-d", "-cd")):
+            raise ValueError(f"plan: {option}: has no effect; plan takes overrides, -m and --config-dir.")
+    name_sweep(words.overrides)
+    preview.show(words.overrides, words.given.config_dir)
     return OK
 
 
@@ -121,17 +118,3 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "build": _build,
 }
 """Each returns the exit code and raises `ValueError`, `UnavailableError` or `OSError` for what a person can fix."""
-
-
-def check_first(word: str) -> None:
-    """Refuse a first word that can only be a misspelt command: not an option, and not an override.
-
-    Raises:
-        ValueError: with the nearest command or group.
-    """
-    if "=" in word or word.startswith(("-", "~")):  # ~KEY is Hydra's deletion
-        return
-    from moe_lab.cli import listing
-
-    near = nearest(word, [*COMMANDS, *(f"{group}=" for group in listing.groups(None))])
-    raise ValueError(f"{word}: not a command and not a KEY=VALUE override (moe-lab --help lists them).{near}")

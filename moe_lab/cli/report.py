@@ -30,6 +30,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("directory", type=Path, help="a sweep's folder, or any folder of runs")
     parser.add_argument("--tables", action="store_true", help="write only the tables")
     given = parser.parse_args(arguments)
+    from moe_lab.results import load
+
+    if not any(load.search(load.folder(given.directory))):  # before tables of nothing are written
+        raise ValueError(f"{given.directory}: no readable records; give the folder of a run or a sweep.")
     if given.tables:
         n_records = tables(given.directory)
     else:
@@ -37,5 +41,5 @@ def main(arguments: list[str]) -> int:
 
         n_records = outputs.write(given.directory)
     if not n_records:
-        raise ValueError(f"{given.directory}: no readable records.")
+        raise ValueError(f"{given.directory}: no readable records; give the folder of a run or a sweep.")
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from moe_lab.config import remedies
 from moe_lab.config.schemas import (
     AXES,
     CACHES,
@@ -64,10 +65,6 @@ def validate(cfg: DictConfig) -> None:
     if missing:
         raise ValueError(f"{missing[0]} has no value: set {missing[0]}=... on the command line or in the YAML file.")
 
-    unknown = sorted(str(key) for key in cfg if key not in Config.__dataclass_fields__ and key != "hydra")
-    if unknown:
-        raise ValueError(f"{unknown[0]}: unknown key.{nearest(unknown[0], Config.__dataclass_fields__)}")
-
     _refuse_unknown_keys(cfg)
     _require_keys(cfg)
     _at_least(cfg, "batch seq_len", 1)
@@ -119,6 +116,9 @@ def validate(cfg: DictConfig) -> None:
 
 def _refuse_unknown_keys(cfg: DictConfig) -> None:
     """Of nodes without a `_target_`, whose keys nothing else looks at. Those of a target are its arguments."""
+    known = [key for key in Config.__dataclass_fields__ if key != "overrides"]
+    for key in sorted(str(key) for key in cfg if key not in (*known, "overrides", "hydra")):
+        raise ValueError(f"{key}: unknown key; the configuration has {', '.join(known)}.{nearest(key, known)}")
     for group in ("experiment", "debug"):
         if cfg.get(group) is not None:
             raise ValueError(
@@ -300,7 +300,8 @@ def refuse_hydras_keys(overrides: Iterable[str], *, in_a_sweep: bool) -> None:
 def _one_of(cfg: DictConfig, key: str, allowed: tuple[str, ...]) -> None:
     value = OmegaConf.select(cfg, key)
     if value is not None and value not in allowed:
-        raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+        near = nearest(remedies.usual_name(key.split(".")[0], str(value)), allowed)
+        raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}.{near}")
 
 
 def _at_least(cfg: DictConfig, keys: str, least: float) -> None:

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers.oc import env as _oc_env
 
-from moe_lab.config import hydra_node, schemas
+from moe_lab.config import hydra_node, remedies, schemas
 from moe_lab.config.checks import is_whole, refuse_hydras_keys, refuse_unknown
 from moe_lab.config.unread import key_of
 from moe_lab.records import identity, store
@@ -86,6 +86,7 @@ def _load_and_check(
         text.replace(*REFERENCE, 1) if text.startswith(REFERENCE[0]) and not text.endswith("=null") else text
         for text in overrides
     ]
+    remedies.refuse_removal(overrides, self.repository.get_group_options)
     try:
         cfg = _load_configuration(self, config_name, overrides, *arguments, **options)
     except KeyError as error:

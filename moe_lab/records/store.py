@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -46,6 +46,18 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """`path` and the folders above it that are not there yet, the deepest first: what making it would make."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those that are empty, the deepest first."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def own_folder(path: Path) -> Path:
