@@ -10,16 +10,15 @@ from moe_lab.config.compose import composing_multirun
 from moe_lab.records import variants
 from moe_lab.sweep import multirun
 from moe_lab.sweep import plan as planning
-from moe_lab.sweep.engine import Worker
 from moe_lab.sweep.plan import Plan
+from moe_lab.sweep.remembered import Remembered
 
 
 def make(overrides: list[str], config_dir: str | None) -> Plan:
     """The plan of `moe-lab -m OVERRIDES`. Raises `ValueError` for a mistake in them."""
-    worker = Worker()
+    worker = Remembered()
     try:
         with composing_multirun(overrides, config_dir) as (loader, config):
-            worker.start()
             composer = multirun.JobComposer(loader, config)
             jobs = composer.jobs(multirun.expand(loader, config))
             return planning.make(jobs, Path(config.hydra.sweep.dir), worker, multirun.command(), composer.typed)
