@@ -8,7 +8,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from moe_lab.config import remedies
+from moe_lab.config import remedies, targets
 from moe_lab.errors import UnavailableError, nearest
 
 _IN_WORDS = (ValueError, UnavailableError, OSError)  # their messages are sentences already
@@ -21,7 +21,9 @@ def explain(error: BaseException) -> str:
     if isinstance(error.__cause__, OSError) and str(error).startswith("Unable to configure"):  # logging's own words
         error = error.__cause__
     if not isinstance(error, HydraException | OmegaConfBaseException):
-        return _one_line(str(error) if isinstance(error, _IN_WORDS) else f"{type(error).__name__}: {error}")
+        text = _one_line(str(error) if isinstance(error, _IN_WORDS) else f"{type(error).__name__}: {error}")
+        place = targets.place_of(error)
+        return f"{text.rstrip('.')}; HYDRA_FULL_ERROR=1 shows the traceback{place}" if place else text
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if str(error).startswith("In 'measure/"):
