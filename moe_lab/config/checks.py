@@ -11,18 +11,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from moe_lab.config import remedies
 from moe_lab.config.schemas import (
     AXES,
-    CACHES,
+    CHOICES,
     DTYPES,
     EXECUTIONS,
     EXPORTS,
     GROUPS,
     IMPLEMENTATIONS,
-    LOADS,
     OPSETS,
-    PHASES,
     ROUTER_IMPLEMENTATIONS,
-    STALE,
-    VIEWS,
     Config,
     Device,
     Dtype,
@@ -71,15 +67,14 @@ def validate(cfg: DictConfig) -> None:
     _at_least(cfg, "seed measure.warmup_s workload.trace_layer", 0)
     _more_than_zero(cfg, "measure.target_ci measure.max_time_s sweep.timeout_s")
     _at_least(cfg, "measure.replicates", 1)
-    _one_of(cfg, "measure.cache", CACHES)
     _validate_sweep(cfg)
-    _one_of(cfg, "workload.phase", PHASES)
+    for key in ("measure.cache", "workload.phase", "workload.load", "export.view"):
+        _one_of(cfg, key, CHOICES[key])
     _at_least(cfg, "workload.context_len measure.quality_tokens", 1)
     if "path" in cfg.workload and not _is_paths(cfg.workload.path):
         raise ValueError(
             f"workload.path={cfg.workload.path}: must be a file, a folder, or a list of files and folders."
         )
-    _one_of(cfg, "workload.load", LOADS)
     if cfg.workload.get("load") == "replay" and not cfg.workload.get("trace"):
         raise ValueError(
             "workload.load=replay: set workload.trace=RUN_DIR, the folder of a run with measure.record_routing=true."
@@ -94,7 +89,6 @@ def validate(cfg: DictConfig) -> None:
     _one_of(cfg, "dtype.name", DTYPES)
     _one_of(cfg, "execution.name", EXECUTIONS)
     _one_of(cfg, "export.name", EXPORTS)
-    _one_of(cfg, "export.view", VIEWS)
     if cfg.export.opset not in OPSETS:
         raise ValueError(f"export.opset={cfg.export.opset}: must be one of {', '.join(map(str, OPSETS))}.")
     for axis in cfg.export.dynamic:
@@ -167,7 +161,7 @@ def _require_keys(cfg: DictConfig) -> None:
 
 def _validate_sweep(cfg: DictConfig) -> None:
     sweep = cfg.sweep
-    _one_of(cfg, "sweep.stale", STALE)
+    _one_of(cfg, "sweep.stale", CHOICES["sweep.stale"])
     _at_least(cfg, "sweep.max_cells", 1)
     for key in sweep.compare:
         if key not in GROUPS:
@@ -297,7 +291,7 @@ def refuse_hydras_keys(overrides: Iterable[str], *, in_a_sweep: bool) -> None:
             raise ValueError(f"{override}: has no effect; {remedy}.")
 
 
-def _one_of(cfg: DictConfig, key: str, allowed: tuple[str, ...]) -> None:
+def _one_of(cfg: DictConfig, key: str, allowed: tuple[Any, ...]) -> None:
     value = OmegaConf.select(cfg, key)
     if value is not None and value not in allowed:
         near = nearest(remedies.usual_name(key.split(".")[0], str(value)), allowed)
