@@ -10,21 +10,22 @@ from moe_lab.config import targets
 from moe_lab.config.compose import name_sweep
 
 OK = 0
+_JSON = "print one JSON document (docs/results-format.md)"
 
 
 def _plan(arguments: list[str]) -> int:
     from moe_lab.cli import plan as preview
 
     if {"--help", "-h"} & set(arguments):
-        usage = "usage: moe-lab plan [-m] OVERRIDES"
+        usage = "usage: moe-lab plan [-m] [--json] OVERRIDES"
         print(f"{usage}    show what `moe-lab -m OVERRIDES` would run; nothing is run or written")
         return OK
-    words = typed.read(arguments, COMMANDS)
+    words = typed.read([word for word in arguments if word != "--json"], COMMANDS)
     for option in words.options:
         if option.startswith("-") and not option.startswith(("-m", "--mu", "--config-d", "-cd")):
-            raise ValueError(f"plan: {option}: has no effect; plan takes overrides, -m and --config-dir.")
+            raise ValueError(f"plan: {option}: has no effect; plan takes overrides, -m, --json and --config-dir.")
     name_sweep(words.overrides)
-    preview.show(words.overrides, words.given.config_dir)
+    preview.show(words.overrides, words.given.config_dir, json="--json" in arguments)
     return OK
 
 
@@ -52,14 +53,15 @@ def _list(arguments: list[str]) -> int:
     parser = Parser(prog="moe-lab list", description="List the options of each group.")
     parser.add_argument("group", nargs="*", help="router, model, experts, ... (default: all groups)")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
+    parser.add_argument("--json", action="store_true", help=_JSON)
     given = parser.parse_args(arguments)
     described = implementations.GROUPS.get(given.group[0]) if len(given.group) == 1 else None
     if described is not None:
         if given.config_dir:
             targets.trust(given.config_dir)
-        implementations.show(described, given.config_dir)
+        implementations.show(described, given.config_dir, json=given.json)
     else:
-        listing.show(given.group, given.config_dir)
+        listing.show(given.group, given.config_dir, json=given.json)
     return OK
 
 
@@ -84,13 +86,16 @@ def _doctor(arguments: list[str]) -> int:
         action="store_true",
         help="measure how much two processes with the same code differ, and store it for `moe-lab compare`",
     )
+    parser.add_argument("--json", action="store_true", help=_JSON)
     given = parser.parse_args(arguments)
+    if given.noise and given.json:
+        raise ValueError("doctor: --json: has no effect with --noise; run moe-lab doctor --json after it.")
     from moe_lab.cli import doctor
 
     if given.noise:
         doctor.measure_noise()
     else:
-        doctor.show()
+        doctor.show(json=given.json)
     return OK
 
 

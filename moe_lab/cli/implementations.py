@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_lab.cli.json_output import print_json
 from moe_lab.cli.listing import about, folders, groups
 from moe_lab.config.compose import compose
 from moe_lab.records import files, identity
@@ -19,7 +20,7 @@ GROUPS = {"router": "router", "routers": "router", "experts": "experts"}
 """The words for the groups that are described here."""
 
 
-def show(group: str, config_dir: str | None) -> None:
+def show(group: str, config_dir: str | None, *, json: bool = False) -> None:
     """Print a block per option: its name, its comment, and its properties or why it cannot run here.
 
     The options are made in a process of its own, for the sizes of model=decoder_moe, unless the answer was kept.
@@ -27,6 +28,15 @@ def show(group: str, config_dir: str | None) -> None:
     paths = groups(config_dir)[group]
     names = [path.stem for path in paths]
     described = kept(["list", group, _content(config_dir)], lambda: _describe(group, names, config_dir))
+    if json:
+        options = [
+            {"name": path.stem, "about": about(path), "runs": option["skip"] is None, "reason": option["skip"]}
+            | {key: option[key] for key in ("properties", "undeclared", "implementations")}
+            | {"used_here": option["chosen"]}
+            for path, option in zip(paths, described, strict=True)
+        ]
+        print_json({"groups": {group: options}})
+        return
     console = Console(soft_wrap=True, highlight=False)
     console.print(group, style="bold", markup=False)
     width = max(len(path.stem) for path in paths)

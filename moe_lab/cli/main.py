@@ -102,8 +102,8 @@ def _words() -> dict[str, list[str]]:
         "report": ["--tables"],
         "plot": ["--by", "--log", "--output"],
         "export": ["--config-dir", "--open", "--verify"],
-        "list": list(listing.groups(None)),
-        "doctor": ["--noise"],
+        "list": ["--json", *listing.groups(None)],
+        "doctor": ["--json", "--noise"],
         "build": ["--arch"],
     }
     return {name: options.get(name, []) for name in COMMANDS}

@@ -85,12 +85,12 @@ class LogFile(logging.FileHandler):
         )
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """JSON has no NaN or infinity: they become null. Of pairs of surrogates UTF-8 has no halves: they are escaped."""
     if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -99,7 +99,7 @@ def _as_json(value: Any) -> Any:
 def write_record(directory: Path, record: Record) -> Path:
     """Write `result.json`; the caller writes everything else first, so that its presence means the run is complete."""
     path = directory / RESULT
-    text = json.dumps(_as_json(record.to_dict()), indent=2, allow_nan=False)
+    text = json.dumps(as_json(record.to_dict()), indent=2, allow_nan=False)
     write_atomic(path, text.encode() + b"\n")
     return path
 

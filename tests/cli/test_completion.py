@@ -56,7 +56,7 @@ OPTIONS = {
     "moe-lab plan model/sh": {"model/shape="},
     "moe-lab list ro": {"router"},
     "moe-lab list ": set(listing.groups(None)),
-    "moe-lab doctor --": {"--noise"},
+    "moe-lab doctor --": {"--json", "--noise"},
     "moe-lab compare ": set(),
     "moe-lab report ": set(),
     "moe-lab report --": {"--tables"},
