@@ -34,5 +34,10 @@ class ExportError(RuntimeError):
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """' Did you mean ...?' for the closest of `allowed`, or an empty string when none is close."""
-    match = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]}?" if match else ""
+    known = {_plain(name): name for name in allowed}
+    match = difflib.get_close_matches(_plain(word), known, n=1, cutoff=0.5)
+    return f" Did you mean {known[match[0]]}?" if match else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")

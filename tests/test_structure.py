@@ -22,6 +22,7 @@ TESTED_IN = {
     "config/checks.py": "config/test_compose.py",
     "config/hydra_patches.py": "config/test_compose.py",
     "config/mistakes.py": "config/test_compose.py",
+    "config/remedies.py": "cli/test_mistakes.py",
     "config/schemas.py": "config/test_compose.py",
     "experts/exported.py": "ops/test_onnx_bodies.py",
     "export/form.py": "export/test_export.py",

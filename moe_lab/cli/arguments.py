@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -16,6 +17,13 @@ class _StoreOnce(argparse.Action):
         setattr(namespace, f"{self.dest} was given", True)
 
 
+def _path(text: str) -> Path:
+    """Of an empty word `Path` makes the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty word (an empty variable of the shell?); give a path")
+    return Path(text)
+
+
 class Parser(argparse.ArgumentParser):
     """A mistake is one line like any other, in place of argparse's usage and exit."""
 
@@ -23,6 +31,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **options)
         self.register("action", None, _StoreOnce)
         self.register("action", "store", _StoreOnce)
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         """Raise `ValueError`; `cli.main` prints it."""

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from moe_lab.cli import typed
 from moe_lab.cli.arguments import Parser
-from moe_lab.cli.help import argv_overrides, config_dir_of
 from moe_lab.config import targets
 from moe_lab.config.compose import name_sweep
-from moe_lab.errors import nearest
 
 OK = 0
+_JSON = "print one JSON document (docs/results-format.md)"
 
 
 def _plan(arguments: list[str]) -> int:
     from moe_lab.cli import plan as preview
 
     if {"--help", "-h"} & set(arguments):
-        usage = "usage: moe-lab plan [-m] OVERRIDES"
+        usage = "usage: moe-lab plan [-m] [--json] OVERRIDES"
         print(f"{usage}    show what `moe-lab -m OVERRIDES` would run; nothing is run or written")
         return OK
-    config_dir = config_dir_of(arguments)
-    overrides = argv_overrides(arguments)
-    known = {"-m", "--multirun", "--config-dir", "-cd", config_dir, *overrides}
-    for argument in arguments:
-        if argument not in known and not argument.startswith(("--config-dir=", "-cd=")):
-            raise ValueError(f"{argument}: not a KEY=VALUE override (moe-lab --help lists keys and groups).")
-    name_sweep(overrides)
-    preview.show(overrides, config_dir)
+    words = typed.read([word for word in arguments if word != "--json"], COMMANDS)
+    for option in words.options:
+        if option.startswith("-") and not option.startswith(("-m", "--mu", "--config-d", "-cd")):
+            raise ValueError(f"plan: {option}: has no effect; plan takes overrides, -m, --json and --config-dir.")
+    name_sweep(words.overrides)
+    preview.show(words.overrides, words.given.config_dir, json="--json" in arguments)
     return OK
 
 
@@ -55,14 +53,15 @@ def _list(arguments: list[str]) -> int:
     parser = Parser(prog="moe-lab list", description="List the options of each group.")
     parser.add_argument("group", nargs="*", help="router, model, experts, ... (default: all groups)")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
+    parser.add_argument("--json", action="store_true", help=_JSON)
     given = parser.parse_args(arguments)
     described = implementations.GROUPS.get(given.group[0]) if len(given.group) == 1 else None
     if described is not None:
         if given.config_dir:
             targets.trust(given.config_dir)
-        implementations.show(described, given.config_dir)
+        implementations.show(described, given.config_dir, json=given.json)
     else:
-        listing.show(given.group, given.config_dir)
+        listing.show(given.group, given.config_dir, json=given.json)
     return OK
 
 
@@ -87,13 +86,16 @@ def _doctor(arguments: list[str]) -> int:
         action="store_true",
         help="measure how much two processes with the same code differ, and store it for `moe-lab compare`",
     )
+    parser.add_argument("--json", action="store_true", help=_JSON)
     given = parser.parse_args(arguments)
+    if given.noise and given.json:
+        raise ValueError("doctor: --json: has no effect with --noise; run moe-lab doctor --json after it.")
     from moe_lab.cli import doctor
 
     if given.noise:
         doctor.measure_noise()
     else:
-        doctor.show()
+        doctor.show(json=given.json)
     return OK
 
 
@@ -128,17 +130,3 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "clean": _clean,
 }
 """Each returns the exit code and raises `ValueError`, `UnavailableError` or `OSError` for what a person can fix."""
-
-
-def check_first(word: str) -> None:
-    """Refuse a first word that can only be a misspelt command: not an option, and not an override.
-
-    Raises:
-        ValueError: with the nearest command or group.
-    """
-    if "=" in word or word.startswith(("-", "~")):  # ~KEY is Hydra's deletion
-        return
-    from moe_lab.cli import listing
-
-    near = nearest(word, [*COMMANDS, *(f"{group}=" for group in listing.groups(None))])
-    raise ValueError(f"{word}: not a command and not a KEY=VALUE override (moe-lab --help lists them).{near}")

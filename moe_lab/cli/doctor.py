@@ -6,12 +6,14 @@ import itertools
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moe_lab.cli.json_output import print_json
 from moe_lab.cli.listing import groups
 from moe_lab.cli.progress import Terminal
 from moe_lab.config.compose import compose, composing_multirun
@@ -36,7 +38,7 @@ _NOISE_SWEEP = (
 )
 
 
-def show() -> None:
+def show(*, json: bool = False) -> None:
     """Print the machine, and each router, experts, execution, dtype and device with what keeps it from running here."""
     worker = Worker()
     try:
@@ -52,22 +54,46 @@ def show() -> None:
         base, *seen = worker.call("look", [planning.plain(compose(["model=decoder_moe"])), *containers])
     finally:
         worker.close()
+    floor = read_floor(base["env_id"])
+    if json:
+        print_json(_content(base, floor, options, seen))
+        return
     console = Console(soft_wrap=True, highlight=False)
     for key, value in base["env"].items():
         console.print(f"{key:20} {'-' if value is None else value}", markup=False)
     console.print(f"{'env_id':20} {base['env_id']}", markup=False)
-    floor = read_floor(base["env_id"])
     known = "not measured; run moe-lab doctor --noise" if floor is None else f"{floor:.1%} between two processes"
     console.print(f"{'noise floor':20} {known}", markup=False)
     console.print(f"{'load average':20} {_load()}\n", markup=False)
     for option, look in zip(options, seen, strict=True):
         words = str(look["skip"] or "ok").replace("impossible: ", "not with model=decoder_moe: ", 1)
         console.print(f"{option:32} {words}", markup=False)
-    for tool, path, purpose in (
+    for tool, path, purpose in _tools():
+        console.print(f"{tool:32} {path or f'not found; needed for {purpose}'}", markup=False)
+
+
+def _tools() -> list[tuple[str, str | None, str]]:
+    """(name, path if it is there, what it is needed for) of each compiler."""
+    return [
         ("C++ compiler", extension.find_cxx(), "execution=compile on a CPU and router.impl=cuda_ext"),
         ("nvcc", extension.find_nvcc(), "building the CUDA extension"),
-    ):
-        console.print(f"{tool:32} {path or f'not found; needed for {purpose}'}", markup=False)
+    ]
+
+
+def _content(
+    base: dict[str, Any], floor: float | None, options: Sequence[str], seen: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "environment": base["env"],
+        "env_id": base["env_id"],
+        "noise_floor": floor,
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "options": [
+            {"option": option, "runs": look["skip"] is None, "reason": look["skip"]}
+            for option, look in zip(options, seen, strict=True)
+        ],
+        "tools": {name: path for name, path, _ in _tools()},
+    }
 
 
 _LOOKED_AT = ("router", "experts", "execution", "dtype", "device")

@@ -6,6 +6,7 @@ That launcher decides when a cell runs, so each has a worker of its own and none
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from moe_lab.cli.progress import Terminal
 from moe_lab.config.compose import config_loader
@@ -29,17 +31,32 @@ def is_foreign(hydra_node: DictConfig) -> bool:
     return bool(hydra_node.launcher._target_ != LAUNCHER)
 
 
+class RefusedError(BaseException):
+    """A multirun that must not start; the cause says why. Of a callback's ordinary exceptions Hydra only warns."""
+
+
+made: list[Path] = []
+"""The folders that a single run makes for its own, the deepest first; a mistake leaves none behind."""
+
+
 class ForeignLauncher(Callback):
-    """Plans before the first job. Hydra calls it at the start of every multirun."""
+    """Plans before the first job. Hydra calls it at the start of every run and multirun."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """See `made`."""
+        with suppress(OmegaConfBaseException):  # an interpolation that leads nowhere: Hydra will say so
+            made[:] = store.missing_folders(Path(str(config.hydra.run.dir)))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Lock the folder, write the plan and say in a line what will happen, if another launcher was chosen."""
         if not is_foreign(config.hydra):
             return
         name = config.hydra.runtime.choices["hydra/launcher"]
-        this = multirun.begin(config_loader(), config, Terminal())
         note = f", each in its own process, not interleaved (hydra/launcher={name})"
-        this.announce(note)
+        try:
+            multirun.begin(config_loader(), config, Terminal()).announce(note)
+        except Exception as error:
+            raise RefusedError from error
 
 
 def run_job(cfg: DictConfig, overrides: list[str], directory: Path, environment: Mapping[str, str]) -> Record | None:

@@ -1,4 +1,4 @@
-"""`moe-lab --help`, and what the command line's words mean before Hydra reads them."""
+"""The text of `moe-lab --help`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ Keys (KEY=VALUE) and their values
 --cfg job       print the composed configuration and stop
 --config-dir D  add a folder of your own YAML files; _target_ can name classes in it
 --hydra-help    show Hydra's own options
+--version       show the versions of moe-lab, Hydra and torch
 HYDRA_FULL_ERROR=1 shows the traceback of a one-line error
 """
 
@@ -46,17 +47,3 @@ def help_text(overrides: Sequence[str], config_dir: str | None) -> str:
         del composed.overrides, composed["hydra"]
         groups = "\n".join(f"{group}: {', '.join(names)}" for group, names in options.items())
         return HELP.format(groups=groups, values=OmegaConf.to_yaml(composed))
-
-
-def argv_overrides(argv: Sequence[str]) -> list[str]:
-    """The overrides among command-line arguments."""
-    return [argument for argument in argv if "=" in argument and not argument.startswith("-")]
-
-
-def config_dir_of(argv: Sequence[str]) -> str | None:
-    """The folder that `--config-dir` (or `-cd`) names among command-line arguments."""
-    for position, argument in enumerate(argv):
-        name, separator, value = argument.partition("=")
-        if name in ("--config-dir", "-cd"):
-            return value if separator else next(iter(argv[position + 1 :]), "")
-    return None

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from moe_lab.cli.listing import about, groups
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_lab.cli.json_output import print_json
+from moe_lab.cli.listing import about, folders, groups
 from moe_lab.config.compose import compose
+from moe_lab.records import files, identity
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep.engine import Worker
+from moe_lab.sweep.remembered import kept
 from moe_lab.terminal import Console
 
 GROUPS = {"router": "router", "routers": "router", "experts": "experts"}
 """The words for the groups that are described here."""
 
 
-def show(group: str, config_dir: str | None) -> None:
+def show(group: str, config_dir: str | None, *, json: bool = False) -> None:
     """Print a block per option: its name, its comment, and its properties or why it cannot run here.
 
-    The options are made in a process of its own, for the sizes of model=decoder_moe.
+    The options are made in a process of its own, for the sizes of model=decoder_moe, unless the answer was kept.
     """
     paths = groups(config_dir)[group]
-    worker = Worker()
-    try:
-        worker.start()
-        configs = [compose(["model=decoder_moe", f"{group}={path.stem}"], config_dir=config_dir) for path in paths]
-        described = worker.call("describe", group, [planning.plain(cfg) for cfg in configs])
-    finally:
-        worker.close()
+    names = [path.stem for path in paths]
+    described = kept(["list", group, _content(config_dir)], lambda: _describe(group, names, config_dir))
+    if json:
+        options = [
+            {"name": path.stem, "about": about(path), "runs": option["skip"] is None, "reason": option["skip"]}
+            | {key: option[key] for key in ("properties", "undeclared", "implementations")}
+            | {"used_here": option["chosen"]}
+            for path, option in zip(paths, described, strict=True)
+        ]
+        print_json({"groups": {group: options}})
+        return
     console = Console(soft_wrap=True, highlight=False)
     console.print(group, style="bold", markup=False)
     width = max(len(path.stem) for path in paths)
@@ -37,3 +49,22 @@ def show(group: str, config_dir: str | None) -> None:
             words.append(f"used here: {option['chosen']}")
         text = option["skip"] or "; ".join(word for word in words if word)
         console.print(f"  {'':{width}}  {text}", style="dim", markup=False)
+
+
+def _describe(group: str, names: Sequence[str], config_dir: str | None) -> list[dict[str, Any]]:
+    worker = Worker()
+    try:
+        worker.start()
+        configs = [compose(["model=decoder_moe", f"{group}={name}"], config_dir=config_dir) for name in names]
+        return list(worker.call("describe", group, [planning.plain(cfg) for cfg in configs]))
+    finally:
+        worker.close()
+
+
+def _content(config_dir: str | None) -> list[str]:
+    """The code and the YAML files that decide what an option is."""
+    hashed = hashlib.sha256()
+    for folder in folders(config_dir):
+        for path in sorted(folder.rglob("*.yaml")):
+            hashed.update(f"{path}\0".encode() + files.read_bytes(path) + b"\0")
+    return [hashed.hexdigest(), identity.code_id([Path(config_dir).resolve()] if config_dir else [])]

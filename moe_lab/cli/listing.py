@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
+from moe_lab.cli.json_output import print_json
 from moe_lab.errors import nearest
 from moe_lab.records import files
 from moe_lab.terminal import Console
@@ -27,7 +28,7 @@ def groups(config_dir: str | None) -> dict[str, list[Path]]:
     return dict(sorted(by_group.items()))
 
 
-def show(names: list[str], config_dir: str | None) -> None:
+def show(names: list[str], config_dir: str | None, *, json: bool = False) -> None:
     """Print the groups of `names` (`routers` is `router`), or all. Raises `ValueError` for one that is not there."""
     known = groups(config_dir)
     chosen = []
@@ -36,6 +37,10 @@ def show(names: list[str], config_dir: str | None) -> None:
         if group not in known:
             raise ValueError(f"{name}: unknown group; choose one of {', '.join(known)}.{nearest(name, known)}")
         chosen.append(group)
+    if json:
+        options = {group: [{"name": path.stem, "about": about(path)} for path in known[group]] for group in chosen}
+        print_json({"groups": options})
+        return
     console = Console(soft_wrap=True, highlight=False)
     for group in chosen:
         console.print(group, style="bold", markup=False)

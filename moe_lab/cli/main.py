@@ -19,14 +19,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from moe_lab.cli import completion, listing
-from moe_lab.cli.commands import COMMANDS, check_first
-from moe_lab.cli.help import argv_overrides, config_dir_of, help_text
+from moe_lab.cli import completion, foreign, listing, typed
+from moe_lab.cli.commands import COMMANDS
+from moe_lab.cli.help import help_text
 from moe_lab.config import targets
 from moe_lab.config.checks import refuse_hydras_keys
 from moe_lab.config.compose import CONFIG_MODULE, finish, name_sweep
 from moe_lab.config.hydra_patches import VERSION_BASE, register, register_plugins
 from moe_lab.config.mistakes import explain
+from moe_lab.records import inputs, store
 from moe_lab.records.schema import Record
 from moe_lab.terminal import Filtered
 
@@ -51,12 +52,11 @@ def _task(cfg: DictConfig, trusted: Sequence[str], environment: Mapping[str, str
         for folder in trusted:
             targets.trust(folder)
         if hydra_config.mode == RunMode.MULTIRUN:
-            from moe_lab.cli.foreign import run_job
-
-            record = run_job(cfg, overrides, directory, environment)
+            record = foreign.run_job(cfg, overrides, directory, environment)
         else:
             refuse_hydras_keys(hydra_config.overrides.hydra, in_a_sweep=False)
             cfg = finish(cfg, overrides)
+            inputs.require(cfg)
             _say_what_takes_long()
             from moe_lab.runs.run import run  # imports torch: not before there is something to compute
 
@@ -83,6 +83,7 @@ def _remove_if_empty(directory: Path) -> None:
     """Hydra made the run's directory before anybody looked at the configuration; a mistake leaves none behind."""
     if [path.name for path in directory.glob("*")] in ([], [".hydra"]):
         shutil.rmtree(directory, ignore_errors=True)
+        store.remove_empty(foreign.made)
 
 
 def _report(errors: Sequence[BaseException], wants_traceback: bool) -> None:
@@ -101,8 +102,8 @@ def _words() -> dict[str, list[str]]:
         "report": ["--plotly", "--tables"],
         "plot": ["--by", "--dpi", "--font", "--font-size", "--format", "--log", "--output", "--size"],
         "export": ["--config-dir", "--open", "--verify"],
-        "list": list(listing.groups(None)),
-        "doctor": ["--noise"],
+        "list": ["--json", *listing.groups(None)],
+        "doctor": ["--json", "--noise"],
         "build": ["--arch"],
         "clean": ["--failed", "--stale", "--older-than", "--remove"],
     }
@@ -146,6 +147,31 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout, sys.stderr = streams
 
 
+def _compose_and_run(arguments: Sequence[str]) -> None:
+    """What Hydra's language asks for: text about a configuration, a run, or a multirun and its table."""
+    if "--version" in arguments:
+        print(typed.versions())
+        return
+    words = typed.read(arguments, COMMANDS)
+    config_dir: str | None = words.given.config_dir
+    if words.given.help:
+        print(help_text(words.overrides, config_dir), end="")
+        return
+    if config_dir is not None:
+        targets.trust(config_dir)
+    sys.argv[1:] = words.words()
+    name_sweep(words.overrides)
+    register_plugins()
+    trusted, environment = targets.trusted(), dict(os.environ)
+
+    def task(cfg: DictConfig) -> float | None:  # pickled with what it refers to, for launchers with processes
+        return _task(cfg, trusted, environment)
+
+    path = f"pkg://{CONFIG_MODULE}"
+    hydra.main(config_path=path, config_name="config", **VERSION_BASE)(task)()
+    _show()
+
+
 def _main(argv: list[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     sys.argv = [sys.argv[0], *arguments]
@@ -158,26 +184,8 @@ def _main(argv: list[str] | None) -> int:
         register()
         if arguments and arguments[0] in COMMANDS:
             return COMMANDS[arguments[0]](list(arguments[1:]))
-        if {"-sc", "--shell-completion"} & set(arguments) and completion.complete(_words()):
-            return OK
-        config_dir, overrides = config_dir_of(arguments), argv_overrides(arguments)
-        if {"--help", "-h"} & set(arguments):
-            print(help_text(overrides, config_dir), end="")
-            return OK
-        if arguments:
-            check_first(arguments[0])
-        if config_dir is not None:
-            targets.trust(config_dir)
-        name_sweep(overrides)
-        register_plugins()
-        trusted, environment = targets.trusted(), dict(os.environ)
-
-        def task(cfg: DictConfig) -> float | None:  # pickled with what it refers to, for launchers with processes
-            return _task(cfg, trusted, environment)
-
-        path = f"pkg://{CONFIG_MODULE}"
-        hydra.main(config_path=path, config_name="config", **VERSION_BASE)(task)()
-        _show()
+        if not ({"-sc", "--shell-completion"} & set(arguments) and completion.complete(_words())):
+            _compose_and_run(arguments)
     except KeyboardInterrupt:
         is_command = bool(arguments) and arguments[0] in COMMANDS  # these leave no record
         known = "" if is_command else "; the record has the results up to this point"
@@ -186,6 +194,9 @@ def _main(argv: list[str] | None) -> int:
         return INTERRUPTED
     except Exception as error:  # tasks raise nothing: this is a configuration that could not be composed
         _report([error], wants_traceback)
+        return MISTAKE
+    except foreign.RefusedError as error:
+        _report([error.__cause__ or error], wants_traceback)
         return MISTAKE
     finally:
         _end_multirun()

@@ -43,6 +43,8 @@ def main(arguments: list[str]) -> int:
     from moe_lab.cli import table
     from moe_lab.results import load
 
+    if not any(load.search(load.folder(given.directory))):  # before tables of nothing are written
+        raise ValueError(f"{given.directory}: no readable records; give the folder of a run or a sweep.")
     if given.tables:
         n_records = tables(given.directory)
     else:
@@ -50,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
         n_records = outputs.write(given.directory, plotly=given.plotly)
     if not n_records:
-        raise ValueError(f"{given.directory}: no readable records.")
+        raise ValueError(f"{given.directory}: no readable records; give the folder of a run or a sweep.")
     records, plan = load.records(given.directory)
     table.print_sweep(records, plan.compare, plan.anchor, f"{given.directory}/runs.csv has them")
     return 0

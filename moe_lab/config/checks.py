@@ -8,22 +8,17 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from moe_lab.config import entries
+from moe_lab.config import entries, remedies
 from moe_lab.config.schemas import (
     AXES,
-    CACHES,
+    CHOICES,
     DTYPES,
     EXECUTIONS,
     EXPORTS,
     GROUPS,
     IMPLEMENTATIONS,
-    LOADS,
     OPSETS,
-    PHASES,
-    PLOTLY,
     ROUTER_IMPLEMENTATIONS,
-    STALE,
-    VIEWS,
     Config,
     Device,
     Dtype,
@@ -66,25 +61,20 @@ def validate(cfg: DictConfig) -> None:
     if missing:
         raise ValueError(f"{missing[0]} has no value: set {missing[0]}=... on the command line or in the YAML file.")
 
-    unknown = sorted(str(key) for key in cfg if key not in Config.__dataclass_fields__ and key != "hydra")
-    if unknown:
-        raise ValueError(f"{unknown[0]}: unknown key.{nearest(unknown[0], Config.__dataclass_fields__)}")
-
     _refuse_unknown_keys(cfg)
     _require_keys(cfg)
     _at_least(cfg, "batch seq_len", 1)
     _at_least(cfg, "seed measure.warmup_s workload.trace_layer", 0)
     _more_than_zero(cfg, "measure.target_ci measure.max_time_s sweep.timeout_s")
     _at_least(cfg, "measure.replicates", 1)
-    _one_of(cfg, "measure.cache", CACHES)
     _validate_sweep(cfg)
-    _one_of(cfg, "workload.phase", PHASES)
+    for key in ("measure.cache", "workload.phase", "workload.load", "export.view"):
+        _one_of(cfg, key, CHOICES[key])
     _at_least(cfg, "workload.context_len measure.quality_tokens", 1)
     if "path" in cfg.workload and not _is_paths(cfg.workload.path):
         raise ValueError(
             f"workload.path={cfg.workload.path}: must be a file, a folder, or a list of files and folders."
         )
-    _one_of(cfg, "workload.load", LOADS)
     if cfg.workload.get("load") == "replay" and not cfg.workload.get("trace"):
         raise ValueError(
             "workload.load=replay: set workload.trace=RUN_DIR, the folder of a run with measure.record_routing=true."
@@ -99,7 +89,6 @@ def validate(cfg: DictConfig) -> None:
     _one_of(cfg, "dtype.name", DTYPES)
     _one_of(cfg, "execution.name", EXECUTIONS)
     _one_of(cfg, "export.name", EXPORTS)
-    _one_of(cfg, "export.view", VIEWS)
     if cfg.export.opset not in OPSETS:
         raise ValueError(f"export.opset={cfg.export.opset}: must be one of {', '.join(map(str, OPSETS))}.")
     for axis in cfg.export.dynamic:
@@ -121,6 +110,9 @@ def validate(cfg: DictConfig) -> None:
 
 def _refuse_unknown_keys(cfg: DictConfig) -> None:
     """Of nodes without a `_target_`, whose keys nothing else looks at. Those of a target are its arguments."""
+    known = [key for key in Config.__dataclass_fields__ if key != "overrides"]
+    for key in sorted(str(key) for key in cfg if key not in (*known, "overrides", "hydra")):
+        raise ValueError(f"{key}: unknown key; the configuration has {', '.join(known)}.{nearest(key, known)}")
     for group in ("experiment", "debug"):
         if cfg.get(group) is not None:
             raise ValueError(
@@ -169,8 +161,8 @@ def _require_keys(cfg: DictConfig) -> None:
 
 def _validate_sweep(cfg: DictConfig) -> None:
     sweep = cfg.sweep
-    _one_of(cfg, "sweep.stale", STALE)
-    _one_of(cfg, "sweep.plotly", PLOTLY)
+    _one_of(cfg, "sweep.stale", CHOICES["sweep.stale"])
+    _one_of(cfg, "sweep.plotly", CHOICES["sweep.plotly"])
     _at_least(cfg, "sweep.max_cells", 1)
     for key in sweep.compare:
         if key not in GROUPS:
@@ -302,10 +294,11 @@ def refuse_hydras_keys(overrides: Iterable[str], *, in_a_sweep: bool) -> None:
             raise ValueError(f"{override}: has no effect; {remedy}.")
 
 
-def _one_of(cfg: DictConfig, key: str, allowed: tuple[str, ...]) -> None:
+def _one_of(cfg: DictConfig, key: str, allowed: tuple[Any, ...]) -> None:
     value = OmegaConf.select(cfg, key)
     if value is not None and value not in allowed:
-        raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+        near = nearest(remedies.usual_name(key.split(".")[0], str(value)), allowed)
+        raise ValueError(f"{key}={value}: must be one of {', '.join(allowed)}.{near}")
 
 
 def _at_least(cfg: DictConfig, keys: str, least: float) -> None:

@@ -83,6 +83,8 @@ def _check_places(cfg: DictConfig, typed: set[str]) -> None:
     is_ours = cfg.hydra.job.config_name is not None  # else only Hydra's own help was composed
     for key in _PLACES:
         value = _raw(content, key)
+        if value is not None and is_ours and (mistake := _no_place(key, str(value))) is not None:
+            raise ValueError(mistake)
         if value is None or value == _own_places()[key] or _is_typed(key, typed) or not is_ours:
             continue
         if key == "sweep.name":
@@ -100,6 +102,15 @@ def _check_places(cfg: DictConfig, typed: set[str]) -> None:
         for entry in variants:
             for key in entry if isinstance(entry, dict) else ():
                 _check_param(str(key), "sweep.variants")
+
+
+def _no_place(key: str, value: str) -> str | None:
+    """What is wrong with a place whoever named it."""
+    if value == "" and key not in ("hydra.output_subdir", "hydra.sweep.subdir"):
+        return f"{key}=: names no folder; write {key}=FOLDER, or leave it out for its default."
+    if key == "sweep.name" and ".." in PurePath(value).parts:
+        return f"{key}={value}: must be a name below outputs; for another folder write hydra.sweep.dir=FOLDER."
+    return None
 
 
 @cache

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers.oc import env as _oc_env
 
-from moe_lab.config import hydra_node, missing_keys, schemas
+from moe_lab.config import hydra_node, missing_keys, remedies, schemas
 from moe_lab.config.checks import is_whole, refuse_hydras_keys, refuse_unknown
 from moe_lab.config.unread import key_of
 from moe_lab.records import identity, store
@@ -97,6 +97,7 @@ def _load_and_check(
         for text in overrides
     ]
     in_a_sweep = RunMode.MULTIRUN in (*arguments, *options.values())  # all of it, not one of its jobs
+    remedies.refuse_removal(overrides, self.repository.get_group_options)
     try:
         cfg = missing_keys.load(
             lambda texts: _load_configuration(self, config_name, texts, *arguments, **options),

@@ -24,6 +24,18 @@ EXECUTIONS = ("eager", "compile", "cuda_graph")
 EXPORTS, VIEWS, OPSETS, AXES = ("none", "netron"), ("modules", "flat"), (18, 23), ("batch", "seq_len")
 STALE = ("rerun", "keep", "refuse")
 PLOTLY = ("inline", "directory", "none")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "workload.load": LOADS,
+    "workload.phase": PHASES,
+    "measure.cache": CACHES,
+    "export.view": VIEWS,
+    "export.opset": OPSETS,
+    "sweep.stale": STALE,
+    "sweep.plotly": PLOTLY,
+    "router.impl": ROUTER_IMPLEMENTATIONS,
+    "model.implementation": IMPLEMENTATIONS,
+}
+"""The values of keys that have few: `checks` holds them to these, and a shell completes them."""
 GROUPS = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
 
 

@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -65,6 +66,24 @@ _finder = _Finder()
 def trusted() -> list[str]:
     """The trusted folders, for another process."""
     return [str(folder) for folder in _trusted]
+
+
+def place_of(error: BaseException) -> str:
+    """' (my_router.py:12)' for the deepest line of a trusted folder that an error comes from; '' if it comes from none.
+
+    Of an error that was raised from another, the first that has such a line.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(link.__traceback__)]
+        if isinstance(link, SyntaxError):  # it has no frame of its own
+            lines.append((link.filename or "", link.lineno))
+        for name, number in reversed(lines):
+            folder = next((folder for folder in _trusted if folder in Path(name).resolve().parents), None)
+            if folder is not None:
+                return f" ({Path(name).resolve().relative_to(folder)}:{number})"
+        link = link.__cause__ or link.__context__
+    return ""
 
 
 def folders_of(cfg: DictConfig) -> list[Path]:
@@ -182,7 +201,7 @@ def instantiate(node: DictConfig, group: str = "", /, **arguments: Any) -> Any:
     """
     if "_target_" not in node:
         raise ValueError(f"{_called(group, '_target_')} has no value: set it in the YAML file.")
-    target, keys = locate(node._target_), keys_of(node, group)
+    target, keys = locate(node._target_, _called(group, "_target_")), keys_of(node, group)
     require_keys(target, keys, group, given=arguments)
     try:
         return target(**keys, **arguments)

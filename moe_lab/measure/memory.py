@@ -8,10 +8,10 @@ import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from moe_lab.measure.clocks import Step
+if TYPE_CHECKING:
+    from moe_lab.measure.clocks import Step
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -37,11 +37,18 @@ def peak_bytes(step: Step) -> int | None:
     return resident_peak_bytes()
 
 
-def available_bytes(device: torch.device) -> int | None:
+def available_bytes(device: Any) -> int | None:
     """Bytes that this process has or could take on `device` now, or None where the system does not tell."""
     if device.type == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device))
+    return host_bytes()
+
+
+def host_bytes() -> int | None:
+    """Those of the host's memory. Needs no torch."""
     try:
         available = _kilobytes(_MEMINFO, "MemAvailable:")
         resident = _kilobytes(_STATUS, "VmRSS:")
@@ -109,6 +116,8 @@ def _kilobytes(path: Path, field: str) -> int | None:
 
 def is_exhausted_by(error: BaseException) -> bool:
     """Whether an error says that memory, the device's or the host's, did not suffice."""
+    import torch
+
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return "DefaultCPUAllocator: can't allocate" in str(error)  # a bare RuntimeError

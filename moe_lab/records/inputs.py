@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from moe_lab.records.files import read_bytes, require_plain
 from moe_lab.records.store import ROUTING
 
 TEXTS = (".txt", ".md")
-_CHECKPOINT = ("config.json", "tokenizer.json", "*.safetensors", "model.safetensors.index.json")
+CONFIG = "config.json"
+_CHECKPOINT = (CONFIG, "tokenizer.json", "*.safetensors", "model.safetensors.index.json")
 _WHOLE = 1 << 24  # bytes up to which a file is read from end to end
 _PROBES, _PROBE = 64, 1 << 16  # of a larger one, so many places and so many bytes at each
 
@@ -36,7 +39,10 @@ def _texts_of(path: str) -> list[Path]:
     if Path(path).is_file():
         return [Path(path)]
     if not Path(path).is_dir():
-        raise ValueError(f"workload.path={path}: file or folder not found; give a text file or a folder of texts.")
+        pattern = " (no file matches the pattern, so the shell left it as it is)" if set(path) & set("*?") else ""
+        raise ValueError(
+            f"workload.path={path}: file or folder not found{pattern}; give a text file or a folder of texts."
+        )
     files = [
         file
         for file in sorted(Path(path).iterdir())
@@ -48,6 +54,37 @@ def _texts_of(path: str) -> list[Path]:
             "README.md does not count); add a text or list the files."
         )
     return files
+
+
+def require(config: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a path in a configuration that leads nowhere, before anything is loaded to read it."""
+    model, workload = config["model"], config.get("workload") or {}
+    if "path" in model and str(model["_target_"]).startswith("moe_lab."):
+        require_checkpoint(str(model["path"]))
+    if workload.get("path") and str(workload["_target_"]).startswith("moe_lab."):
+        text_files(workload["path"])
+    if workload.get("trace") is not None and not (Path(workload["trace"]) / ROUTING).exists():
+        raise ValueError(
+            f"workload.trace={workload['trace']}: {Path(workload['trace']) / ROUTING} not found; give the folder of a "
+            "run with measure.record_routing=true."
+        )
+
+
+def require_checkpoint(folder: str) -> None:
+    """Raise `ValueError` unless there is a folder with a config.json; a name of the hub is told apart."""
+    path = Path(folder) / CONFIG
+    if path.exists():
+        return
+    if re.fullmatch(r"[\w-]+/[\w.-]+", folder) and not Path(folder).parent.exists():
+        name = folder.rpartition("/")[2]
+        raise ValueError(
+            f"model.path={folder}: folder not found; if it is a name of the Hugging Face hub, download it first (hf "
+            f"download {folder} --local-dir {name}) and write model.path={name}."
+        )
+    raise ValueError(
+        f"model.path={folder}: {path} cannot be read (No such file or directory); give the folder of a Hugging Face "
+        "checkpoint, with config.json and safetensors."
+    )
 
 
 def text_id(path: str | Sequence[str]) -> str | Sequence[str]:

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -48,6 +48,18 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
+def missing_folders(path: Path) -> list[Path]:
+    """`path` and the folders above it that are not there yet, the deepest first: what making it would make."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those that are empty, the deepest first."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def own_folder(path: Path) -> Path:
     """Make the folder of a run, or one in it. Raises `OSError` if it is a link: its files would lie elsewhere."""
     if path.is_symlink():
@@ -73,12 +85,12 @@ class LogFile(logging.FileHandler):
         )
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """JSON has no NaN or infinity: they become null. Of pairs of surrogates UTF-8 has no halves: they are escaped."""
     if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -87,7 +99,7 @@ def _as_json(value: Any) -> Any:
 def write_record(directory: Path, record: Record) -> Path:
     """Write `result.json`; the caller writes everything else first, so that its presence means the run is complete."""
     path = directory / RESULT
-    text = json.dumps(_as_json(record.to_dict()), indent=2, allow_nan=False)
+    text = json.dumps(as_json(record.to_dict()), indent=2, allow_nan=False)
     write_atomic(path, text.encode() + b"\n")
     return path
 

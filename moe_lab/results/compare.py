@@ -86,7 +86,9 @@ def _read(root: Path) -> tuple[dict[str, list[_Run]], list[str]]:
             text = str(error)
             unreadable.append(text if text.startswith(str(path)) else f"{path}: not a run record: {error!r}")
     if not cells:
-        raise ValueError(f"{root}: no readable records ({len(unreadable)} unreadable).")
+        raise ValueError(
+            f"{root}: no readable records ({len(unreadable)} unreadable); give the folder of a run or a sweep."
+        )
     return cells, unreadable
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from omegaconf import DictConfig
 
+from moe_lab.config import targets
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.weights import ExpertWeights
 from moe_lab.ops.library import DTYPES
@@ -40,7 +41,7 @@ def describe(group: str, cfg: DictConfig) -> Description:
         with torch.device("meta"):
             return _router(cfg, device) if group == "router" else _experts(cfg, device)
     except (UnavailableError, ValueError) as error:
-        return Description([], [], skip=str(error))
+        return Description([], [], skip=f"{error}{targets.place_of(error)}")
 
 
 def _router(cfg: DictConfig, device: torch.device) -> Description:

@@ -8,15 +8,14 @@ A user's own model is not known, and not estimated. The names of sizes are those
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_lab.errors import UnavailableError
 from moe_lab.measure import memory
-from moe_lab.models import checkpoint_config
 from moe_lab.records import inputs
-from moe_lab.runs.verify_decode import TOKENS_AT_ONCE
+
+if TYPE_CHECKING:
+    import torch
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _ID, _FP32 = 8, 4
@@ -35,7 +34,16 @@ _KEYS = {
 }
 """What to lower for each part but the parameters."""
 
+TOKENS_AT_ONCE = 1 << 14
+"""Of whole sequences, in one pass of the reference over decoded ones."""
+
 Config = Mapping[Any, Any]
+
+
+class Host(NamedTuple):
+    """Stands for `torch.device("cpu")`: `moe-lab plan` asks for its memory without torch."""
+
+    type: str = "cpu"
 
 
 Parts = dict[str, int]
@@ -57,7 +65,7 @@ def estimate(config: Config) -> Parts | None:
     return kind(config, _BYTES[config["dtype"]["name"]])
 
 
-def refusal(config: Config, device: torch.device) -> str | None:
+def refusal(config: Config, device: torch.device | Host) -> str | None:
     """Why a run cannot have the memory that it needs on `device`; None if it may, or if the system does not tell."""
     for place, parts in _by_place(config, device):
         needed, there = sum(parts.values()), memory.available_bytes(place)
@@ -78,21 +86,21 @@ def _sizes_of(model: Config) -> str:
     return " or ".join([", ".join(keys[:-1]), keys[-1]] if len(keys) > 1 else keys or ["dtype"])
 
 
-def _by_place(config: Config, device: torch.device) -> Iterator[tuple[torch.device, Parts]]:
+def _by_place(config: Config, device: torch.device | Host) -> Iterator[tuple[torch.device | Host, Parts]]:
     parts = estimate(config) or {}
     host = parts if device.type == "cpu" else {part: parts.pop(part, 0) for part in ("modules", "text")}
     if device.type != "cpu":
         yield device, parts
-    yield torch.device("cpu"), host
+    yield Host(), host
 
 
-def require_memory(config: Config, device: torch.device) -> None:
+def require_memory(config: Config, device: torch.device | Host) -> None:
     """Raise `UnavailableError` for a run that cannot have the memory that it needs."""
     if (reason := refusal(config, device)) is not None:
         raise UnavailableError(reason)
 
 
-def warning(config: Config, device: torch.device) -> str | None:
+def warning(config: Config, device: torch.device | Host) -> str | None:
     """A warning for a run that needs most of the memory; None for the others."""
     for place, parts in _by_place(config, device):
         needed, there = sum(parts.values()), memory.available_bytes(place)
@@ -190,6 +198,8 @@ def _text_bytes(config: Config) -> int:
 def _sizes(model: Config) -> tuple[Config, int]:
     """(the keys of decoder_moe, how many layers are dense)."""
     if "path" in model:
+        from moe_lab.models import checkpoint_config  # imports torch
+
         settings = checkpoint_config.read(model["path"])
         return settings.decoder, len(settings.dense_layers)
     return model, model["n_dense_layers"] if "n_experts" in model else model["n_layers"]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import yaml
 
+from moe_lab.config import targets
 from moe_lab.errors import ExportError, MismatchError, UnavailableError
 from moe_lab.measure import memory, statistics
 from moe_lab.measure.clocks import Block
@@ -85,15 +86,18 @@ def failure_of(error: BaseException) -> tuple[str, str]:
     log.error("%s", "".join(traceback.format_exception(error)))
     if isinstance(error, ExportError):
         return "failed", f"error: export: {error}"
-    return "failed", f"error: {error}" if isinstance(error, ValueError) else reason_of(error)
+    if isinstance(error, ValueError):
+        return "failed", f"error: {error}{targets.place_of(error)}"
+    return "failed", reason_of(error)
 
 
 def reason_of(error: BaseException) -> str:
     """The record's `reason` of an error that nobody foresaw."""
     if memory.is_exhausted_by(error):
         return "out_of_memory"
-    lines: Sequence[str] = str(error).strip().splitlines() or [""]
-    return f"error: {type(error).__name__}: {lines[0]}"
+    text = error.msg if isinstance(error, SyntaxError) else str(error)  # whose text has the place already
+    lines: Sequence[str] = text.strip().splitlines() or [""]
+    return f"error: {type(error).__name__}: {lines[0]}{targets.place_of(error)}"
 
 
 def write(record: Record, blocks: Sequence[TimedBlock], routing_arrays: Mapping[str, np.ndarray], folder: Path) -> None:

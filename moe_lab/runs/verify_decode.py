@@ -20,9 +20,8 @@ from moe_lab.records.schema import Check
 from moe_lab.routers.base import Routing
 from moe_lab.routers.contract import members
 from moe_lab.runs.compared_cache import ComparedCache
+from moe_lab.runs.memory_estimate import TOKENS_AT_ONCE
 from moe_lab.runs.verify import Verification, judged, keep_properties, keeps_contract, nothing_known, probe_layers
-
-TOKENS_AT_ONCE = 1 << 14  # of whole sequences in one pass of the reference
 
 _STEPS_PROBED = 4
 

@@ -196,7 +196,7 @@ def _look(cfg: DictConfig, makes_parts: bool) -> dict[str, Any]:
     except UnavailableError as error:
         skip = f"unavailable: {error}"
     except ValueError as error:
-        skip = f"impossible: {error}"
+        skip = f"impossible: {error}{targets.place_of(error)}"
     except (Exception, SystemExit):  # a part that cannot be made without memory: building it will tell
         device = build.resolve_device(cfg)
     env = environment.capture(device) if device is not None else {}

@@ -12,13 +12,13 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe_lab.config import entries, many_compositions
 from moe_lab.config.unread import key_of
 from moe_lab.errors import UnavailableError
-from moe_lab.records import files
+from moe_lab.records import files, store
 from moe_lab.records.schema import Record
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep import session
@@ -36,10 +36,11 @@ class Multirun:
     """One sweep folder, locked, with an engine that starts while Hydra composes."""
 
     def __init__(self, loader: ConfigLoader, config: DictConfig, progress: Progress, words: list[str]):
-        require_few_cells(loader, config)  # Hydra would compose all of them first
+        require_cells(loader, config)  # Hydra would compose all of them first
         self.composer, self.progress = JobComposer(loader, config), progress
         self.directory, self.words = Path(config.hydra.sweep.dir), words
         self.plan: Plan | None = None
+        self._made = store.missing_folders(self.directory)
         self._lock = Lock(self.directory)
         left = self.directory / "multirun.yaml"  # Hydra writes it, and follows links, and waits for who reads a pipe
         if left.is_symlink():
@@ -90,7 +91,7 @@ class Multirun:
                 log = self.directory / LOG
                 if log.is_file() and not log.stat().st_size:
                     log.unlink()
-                self.directory.rmdir()
+                store.remove_empty([self.directory, *self._made])
 
 
 def begin(loader: ConfigLoader, config: DictConfig, progress: Progress, words: list[str] | None = None) -> Multirun:
@@ -143,11 +144,9 @@ class JobComposer:
         self, job_overrides: Sequence[Sequence[str]], first_number: int = 0
     ) -> Iterator[tuple[DictConfig, list[str], Path]]:
         """(configuration, its overrides, its folder) of each job. Raises `ValueError` if there is none."""
-        if not job_overrides:
-            empty = [o for o in _overrides(self.loader, self.config) if o.is_sweep_override() and not _length(o)]
-            named = ", ".join(str(o.input_line) for o in empty)
+        if not job_overrides:  # of another sweeper than Hydra's basic one
             raise ValueError(
-                f"{named or '-m'}: no value matches, so the sweep has no cell; moe-lab list shows the options."
+                f"hydra.sweeper={self.config.hydra.sweeper._target_}: made no cell; leave hydra/sweeper out."
             )
         for number, overrides in enumerate(job_overrides, start=first_number):
             composed = self._validated.pop(tuple(overrides), None)
@@ -179,24 +178,30 @@ def expand(loader: ConfigLoader, config: DictConfig) -> list[list[str]]:
     """The overrides of each job: every entry of `sweep.variants` with every combination of the axes.
 
     Raises:
-        ValueError: they are more than `sweep.max_cells`; an entry that cannot be read, or sets what is set elsewhere.
+        ValueError: there is none, or they are more than `sweep.max_cells`; an entry that cannot be read, or sets what
+            is set elsewhere.
     """
-    require_few_cells(loader, config)
+    require_cells(loader, config)
     variants, axes = _spanned_by(loader, config)
     (jobs,) = BasicSweeper.split_arguments(axes, max_batch_size=None)
     return [[*entry, *job] for entry in variants or [[]] for job in jobs]
 
 
-def require_few_cells(loader: ConfigLoader, config: DictConfig) -> None:
-    """Raise `ValueError` if the axes of a master configuration span more cells than `sweep.max_cells`.
+def require_cells(loader: ConfigLoader, config: DictConfig) -> None:
+    """Raise `ValueError` if the axes of a master configuration span no cell, or more than `sweep.max_cells`.
 
     Another sweeper than these chooses its cells itself, and how many.
     """
     if not str(config.hydra.sweeper._target_).endswith((".BasicSweeper", ".MoeLabSweeper")):
         return
     variants, overrides = _spanned_by(loader, config)
-    axes = [(entries.KEY, len(variants))] if variants else []
-    axes += [(axis.key_or_group, _length(axis)) for axis in overrides if axis.is_sweep_override()]
+    swept = [override for override in overrides if override.is_sweep_override()]
+    axes = [(axis.key_or_group, _length(axis)) for axis in swept]
+    for axis, (key, length) in zip(swept, axes, strict=True):
+        if not length:
+            known = f"moe-lab list {key} shows the options" if isinstance(axis.value(), Glob) else f"write {key}=A,B"
+            raise ValueError(f"{axis.input_line}: no value matches, so the sweep has no cell; {known}.")
+    axes = [*([(entries.KEY, len(variants))] if variants else []), *axes]
     n_cells, most = math.prod(length for _, length in axes), config.sweep.max_cells
     if n_cells > most:
         spanned = " * ".join(f"{length:,} of {key}" for key, length in axes)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from moe_lab.config import targets
 from moe_lab.config.checks import check_overrides, is_whole, validate
 from moe_lab.config.unread import key_of, unread
-from moe_lab.records import files, identity, store, variants
+from moe_lab.records import files, identity, inputs, store, variants
 from moe_lab.records.schema import NOT_ENDED, Record
 from moe_lab.sweep import folders
 from moe_lab.sweep.engine import Engine, WorkerLostError
@@ -204,6 +204,7 @@ def _cells(
         mistake = None
         try:
             validate(cfg)
+            inputs.require(cfg)
         except ValueError as error:
             mistake = error
             if not is_whole(cfg) or OmegaConf.missing_keys(cfg):

@@ -59,6 +59,7 @@ def serve(connection: Connection) -> None:
 
 
 def _perform(bench: Any, step: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+    from moe_lab.config import targets
     from moe_lab.runs.unchanged import unchanged_process
     from moe_lab.sweep.engine import CellFailedError
 
@@ -70,7 +71,7 @@ def _perform(bench: Any, step: str, arguments: tuple[Any, ...]) -> tuple[str, An
     except Exception as error:
         # Not the cell's: a full disk, a mistake of ours. Others than builtin exceptions may not survive the journey.
         return "failed", error if isinstance(error, OSError) else RuntimeError(
-            f"{step}: {type(error).__name__}: {error}"
+            f"{step}: {type(error).__name__}: {error}{targets.place_of(error)}"
         )
 
 

@@ -68,10 +68,10 @@ MISTAKES = {
 MISSPELT = {
     "reprot x": "reprot: not a command and not a KEY=VALUE override .* Did you mean report[?]",
     "Doctor": "Doctor: not a command .* Did you mean doctor[?]",
-    "router torch": "router: not a command .* Did you mean router=[?]",
+    "routr torch": "routr: not a command .* Did you mean router=[?]",
     "batch": "batch: not a command and not a KEY=VALUE override .moe-lab --help lists them..",
     "-m reprot": "reprot: .* KEY=VALUE .*",
-    "plan reprot": "reprot: not a KEY=VALUE override .*",
+    "plan reprot": "reprot: not a command .* Did you mean report[?]",
     "batch=1 reprot": "reprot: .* KEY=VALUE .*",
 }
 SCRIPTS = {"aggregate": "report", "build_router_ext": "build", "export_netron": "export", "plot": "plot"}

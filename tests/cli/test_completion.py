@@ -16,6 +16,7 @@ import pytest
 
 from moe_lab.cli import listing
 from moe_lab.cli.commands import COMMANDS
+from moe_lab.config.schemas import LOADS
 
 SCRIPTS = Path(sys.prefix) / "bin"
 pytestmark = pytest.mark.skipif(
@@ -38,6 +39,13 @@ ROUTERS = {f"router={path.stem}" for path in listing.groups(None)["router"]}
 OPTIONS = {
     "moe-lab rou": {"router.", "router="},
     "moe-lab router=": ROUTERS,
+    "moe-lab router=torch,si": {"router=torch,sinkhorn"},
+    "moe-lab -m router=torch,": {word.replace("=", "=torch,") for word in ROUTERS - {"router=torch"}},
+    "moe-lab plan -m router=torch,hash,sink": {"router=torch,hash,sinkhorn"},
+    "moe-lab workload.load=": {f"workload.load={load}" for load in LOADS},
+    "moe-lab workload.load=native,h": {"workload.load=native,hot"},
+    "moe-lab model/shape=demo,ol": {"model/shape=demo,olmoe_1b_7b"},
+    "moe-lab batch=1,": set(),
     "moe-lab pl": {"plan", "plot"},
     "moe-lab re": {"report"},
     "moe-lab co": {"compare"},
@@ -49,7 +57,7 @@ OPTIONS = {
     "moe-lab plan model/sh": {"model/shape="},
     "moe-lab list ro": {"router"},
     "moe-lab list ": set(listing.groups(None)),
-    "moe-lab doctor --": {"--noise"},
+    "moe-lab doctor --": {"--json", "--noise"},
     "moe-lab compare ": set(),
     "moe-lab report ": set(),
     "moe-lab report --": {"--tables"},
@@ -131,3 +139,5 @@ def test_the_tab_key_in_a_terminal(terminal: int) -> None:
     assert read_until(terminal, "moe-lab doctor").endswith("moe-lab doctor")
     os.write(terminal, b"\x15moe-lab plan -m router=sin\t")
     assert "router=sinkhorn" in read_until(terminal, "moe-lab plan -m router=sinkhorn")
+    os.write(terminal, b"\x15moe-lab -m router=torch,sink\t")
+    assert "router=torch,sinkhorn" in read_until(terminal, "moe-lab -m router=torch,sinkhorn")

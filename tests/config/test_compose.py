@@ -15,7 +15,7 @@ from moe_lab.records import identity
 from tests import tiny
 
 MISTAKES = [
-    pytest.param(["batch=abc"], "batch", "Integer", id="wrong-type"),
+    pytest.param(["batch=abc"], "batch=abc", "must be a whole number", id="wrong-type"),
     pytest.param(["batch=0"], "batch=0", ">= 1", id="zero-batch"),
     pytest.param(["seed=-1"], "seed=-1", ">= 0", id="negative-seed"),
     pytest.param(["model.n_heads=7"], "model.n_heads=7", "model.d_model=512", id="heads-do-not-divide"),
@@ -30,7 +30,7 @@ MISTAKES = [
     pytest.param(["batchh=1"], "batchh", "Did you mean batch?", id="misspelt-top-key"),
     pytest.param(["router.name=mine"], "router.name=mine", "choose another option", id="label"),
     pytest.param(["model.ignores=[router]"], "model.ignores", "choose another option", id="ignores"),
-    pytest.param(["~router"], "router", "choose an option", id="no-router"),
+    pytest.param(["~router"], "~router", "choose router=OPTION", id="no-router"),
     pytest.param(["execution.name=graph"], "execution.name=graph", "cuda_graph", id="unknown-execution"),
     pytest.param(
         ["+hydra.callbacks.e={_target_: shutil.copy, src: a, dst: b}"], "shutil.copy", "--config-dir", id="callback"

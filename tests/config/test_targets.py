@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+import moe_lab
 from moe_lab.config import targets
+from moe_lab.config.mistakes import explain
 from moe_lab.config.targets import instantiate, locate
 from moe_lab.experts.weights import swiglu
 from moe_lab.routers.base import RouteContext, Routing
 from moe_lab.routers.softmax_topk import SoftmaxTopK
-from tests import tiny
+from tests import quick, tiny
 
 MARKING = """
 from pathlib import Path
@@ -502,3 +504,72 @@ def test_what_a_plugin_only_imports_may_not_be_named(name: str, trusted: Path) -
     said = tiny.python(code, trusted, f"plugin.{name}", "plugin.subprocess.run", "plugin.mine", "plugin.SoftmaxTopK")
     words = [line.split()[0] for line in said.splitlines()]
     assert words == ["refused", "refused", "<function", "<class"]
+
+
+_FAULTS = {
+    "at-import": ("x = 1\n1 / 0\n", "error: ZeroDivisionError: division by zero (placed_{}.py:2)"),
+    "syntax": ("x = 1\n\ndef f(:\n", "error: SyntaxError: invalid syntax (placed_{}.py:3)"),
+    "select": (
+        "from moe_lab.routers.base import Router\n"
+        "class Own(Router):\n"
+        "    def select(self, logits_TE, ctx=None):\n"
+        "        return self.deeper(logits_TE)\n"
+        "    def deeper(self, logits_TE):\n"
+        "        raise RuntimeError('planted')\n",
+        "error: RuntimeError: planted (placed_{}.py:6)",
+    ),
+    "within-torch": (
+        "import torch\nfrom moe_lab.routers.base import Router\n"
+        "class Own(Router):\n"
+        "    def select(self, logits_TE, ctx=None):\n"
+        "        return torch.nn.functional.linear(logits_TE, logits_TE[:, 1:])\n",
+        "(placed_{}.py:5)",
+    ),
+}
+_MISTAKES = {
+    "missing-module": ("\nimport nothing_like_it\n", "router._target_={}: No module named 'nothing_like_it'", 2),
+    "init": (
+        "from moe_lab.routers.base import Router\n"
+        "class Own(Router):\n"
+        "    def __init__(self, n_experts, top_k):\n"
+        "        raise ValueError('planted.')\n",
+        "planted",
+        4,
+    ),
+}
+
+
+def _own(folder: Path, name: str, code: str) -> DictConfig:
+    module = f"placed_{name.replace('-', '_')}"
+    (folder / "router").mkdir()
+    (folder / "router" / "own.yaml").write_text(f"_target_: {module}.Own\nname: own\n")
+    (folder / f"{module}.py").write_text(code)
+    words = quick.overrides("moe_layer", "router=own")
+    return moe_lab.compose(words, config_dir=folder)
+
+
+@pytest.mark.parametrize(("name", "code", "reason"), [pytest.param(n, *rest, id=n) for n, rest in _FAULTS.items()])
+def test_a_failed_record_names_the_deepest_line_of_the_plug_in(
+    name: str, code: str, reason: str, tmp_path: Path
+) -> None:
+    """Not a line of torch's or of ours that it called."""
+    record = moe_lab.run(_own(tmp_path, name, code), tmp_path / "run")
+    assert record.status == "failed" and record.reason is not None
+    assert record.reason.endswith(reason.format(name.replace("-", "_"))), record.reason
+
+
+@pytest.mark.parametrize(("name", "code", "text", "line"), [pytest.param(n, *r, id=n) for n, r in _MISTAKES.items()])
+def test_a_mistake_of_a_plug_in_names_its_line(name: str, code: str, text: str, line: int, tmp_path: Path) -> None:
+    """And says how to see the traceback."""
+    module = f"placed_{name.replace('-', '_')}"
+    with pytest.raises(ValueError, match=r"planted|No module") as caught:
+        moe_lab.run(_own(tmp_path, name, code), tmp_path / "run")
+    whole = explain(caught.value)
+    assert whole == f"{text.format(f'{module}.Own')}; HYDRA_FULL_ERROR=1 shows the traceback ({module}.py:{line})"
+
+
+def test_an_error_of_ours_names_no_line() -> None:
+    """There is no plug-in in it."""
+    with pytest.raises(ValueError, match="not trusted") as caught:
+        targets.locate("nowhere.Own")
+    assert targets.place_of(caught.value) == "" and "HYDRA_FULL_ERROR" not in explain(caught.value)

@@ -84,7 +84,7 @@ def test_a_sweep_of_too_many_cells_is_refused_before_composing(axes: list[str], 
     """By the multirun and by `plan`; without the limit the same axes are so many jobs."""
     axes = [*axes, "device=cpu"]
     with composing_multirun(["model=transformer_decoder", *axes], None) as (loader, config):
-        for act in (multirun.require_few_cells, multirun.expand):
+        for act in (multirun.require_cells, multirun.expand):
             with pytest.raises(ValueError, match=r"sweep\.max_cells=\d+: ") as refused:
                 act(loader, config)
             assert message in str(refused.value) and "\n" not in str(refused.value)
@@ -98,7 +98,7 @@ def test_a_sweep_of_too_many_cells_is_refused_before_composing(axes: list[str], 
 def test_an_axis_that_hydra_refuses_is_left_to_it(axis: str) -> None:
     """Its words are better than ours."""
     with composing_multirun(["model=minimal", axis], None) as (loader, config):
-        multirun.require_few_cells(loader, config)
+        multirun.require_cells(loader, config)
         with pytest.raises(Exception, match=r"INTERVAL_SWEEP|must not be zero"):
             multirun.expand(loader, config)
 
