@@ -45,6 +45,8 @@ def load(
         if group is None:
             raise
         owners, chosen = _owners(loader, repo, group, key), str(choices.known_choices[group])
+        if chosen in owners:  # it has the key, and no value yet (???): something else is wrong
+            raise
         if not owners:
             if (line := _meant(_beside(loader, repo, group, key), group, key, chosen)) is None:
                 raise
