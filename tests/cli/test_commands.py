@@ -29,7 +29,7 @@ _IN_ONE_PROCESS = (
 )
 
 HELP = {
-    "plan": ["moe-lab plan [-m] OVERRIDES", "nothing is run or written"],
+    "plan": ["moe-lab plan [-m] [--json] OVERRIDES", "nothing is run or written"],
     "report": ["moe-lab report", "directory", "a sweep's folder", "--tables"],
     "plot": ["moe-lab plot", "directory X Y", "--by", "--log", "--output"],
     "compare": ["moe-lab compare", "--threshold", "exit codes"],
