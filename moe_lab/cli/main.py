@@ -125,6 +125,7 @@ def _show() -> None:
         _records.extend(sweep.records())
         print_sweep(_records, sweep.plan.sweep["compare"], sweep.plan.sweep["anchor"])
         outputs.write(sweep.directory, with_report=sweep.plan.sweep["report"])
+        outputs.say(sweep.directory)
     if exports := [record.export for record in _records if record.status == "ok" and record.export is not None]:
         from moe_lab.cli.export import words_of_all
 

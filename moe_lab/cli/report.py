@@ -41,18 +41,14 @@ def main(arguments: list[str]) -> int:
     if given.tables and given.plotly:
         raise ValueError("--plotly: only used for the page; remove it or --tables.")
     from moe_lab.cli import table
-    from moe_lab.results import load
+    from moe_lab.results import load, outputs
 
     if not any(load.search(load.folder(given.directory))):  # before tables of nothing are written
         raise ValueError(f"{given.directory}: no readable records; give the folder of a run or a sweep.")
-    if given.tables:
-        n_records = tables(given.directory)
-    else:
-        from moe_lab.results import outputs
-
-        n_records = outputs.write(given.directory, plotly=given.plotly)
+    n_records = tables(given.directory) if given.tables else outputs.write(given.directory, plotly=given.plotly)
     if not n_records:
         raise ValueError(f"{given.directory}: no readable records; give the folder of a run or a sweep.")
     records, plan = load.records(given.directory)
     table.print_sweep(records, plan.compare, plan.anchor, f"{given.directory}/runs.csv has them")
+    outputs.say(given.directory)
     return 0

@@ -120,7 +120,9 @@ def _choose(setting: Setting) -> _Choice:
         return _Choice("speed", _names(fast))
     if both := [cell for cell in fast if cell in good]:
         return _Choice("take", _names(both))
-    return _Choice("price", _names(fast), _names(contest.fastest(good)))
+    better = contest.fastest(good)
+    surely = [cell for cell in fast if all(other.is_slower_than(cell) for other in better)]
+    return _Choice("price", _names(surely or fast), _names(better))
 
 
 def _usual(choice: _Choice, often: Counter[str]) -> _Choice:
@@ -188,8 +190,28 @@ def _price_of(choice: _Choice, settings: Sequence[Setting]) -> str:
         )
     return (
         f"No choice without a price: {fast} is {numbers.ratio(ratio)}x faster than {good}, which predicts better "
-        f"({loss})"
+        f"({loss}){_between(fast, good, settings)}"
     )
+
+
+def _between(fast: str, good: str, settings: Sequence[Setting]) -> str:
+    """Who is surely faster than the one and surely predicts better than the other, with both numbers."""
+    found = []
+    for variant in dict.fromkeys(cell.variant for setting in settings for cell in setting.timed):
+        three = [[_cells([setting], name) for name in (variant, good, fast)] for setting in settings]
+        cells = [tuple(of[0] for of in cell) for cell in three if all(cell)]
+        if len(cells) < len(settings) or variant in (fast, good) or any(c.is_causal is False for c, _, _ in cells):
+            continue
+        is_better = all(f.quality and c.quality and f.quality.is_worse_than(c.quality) for c, _, f in cells)
+        if (
+            is_better
+            and any(g.is_slower_than(c) for c, g, _ in cells)
+            and not any(c.is_slower_than(g) for c, g, _ in cells)
+        ):
+            ratio = float(np.median([g.ratio[0] / c.ratio[0] for c, g, _ in cells]))
+            more = float(np.median([c.quality.value - g.quality.value for c, g, _ in cells if c.quality and g.quality]))
+            found.append(f"{variant} ({numbers.ratio(ratio)}x, {numbers.short(more)})")
+    return f"; between them {listed(found)}" if found else ""
 
 
 # --- what is fastest

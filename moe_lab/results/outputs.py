@@ -31,3 +31,16 @@ def write(directory: Path, *, with_report: bool = True, plotly: str | None = Non
         plots.draw(directory, tables.runs, tables.summary)
         console.print(f"{report.write(directory, tables, plotly)}", markup=False)
     return len(tables.runs)
+
+
+def say(directory: Path) -> None:
+    """Print what to take of a folder of records, and how sure that is: what its report begins with."""
+    from moe_lab.results import aggregate
+    from moe_lab.results.answers import answers
+
+    tables = aggregate.aggregate(directory)
+    shown = answers(tables.runs, tables.summary).shown
+    take, unsure = ([each for each in shown if each.question == question] for question in ("take", "not sure"))
+    console = Console(soft_wrap=True, highlight=False)
+    for answer in [*take, *unsure[:1]] if take else ():
+        console.print(f"{answer.text}.", style="bold" if answer in take else "yellow", markup=False)

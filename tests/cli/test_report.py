@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moe_lab.cli.report import main
+from moe_lab.records.schema import Ratio
 from moe_lab.records.store import PLAN, RESULT
 from moe_lab.results.aggregate import OUTPUTS
 from tests.cli.test_main import moe_lab
@@ -55,6 +56,17 @@ def test_the_table_is_in_the_order_of_the_plan(tmp_path: Path, capsys: pytest.Ca
         (folder / PLAN).write_text(json.dumps({**plan, "anchor": anchor}))
         assert main([str(folder), "--tables"]) == 0
         assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:5]] == order
+
+
+def test_it_ends_with_what_to_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of several variants; the first doubt stands below."""
+    one, two = (record(p50, config={"router": {**tiny_config()["router"], "iters": int(p50)}}) for p50 in (1.0, 2.0))
+    two.ratio_to_anchor = Ratio(anchor=one.cell_id, p50=2.0, ci95_low=1.9, ci95_high=2.1, rounds=9)
+    one.interleaved_with, two.interleaved_with = [two.cell_id], [one.cell_id]
+    folder = write(tmp_path / "sweep", one, two)
+    assert main([str(folder), "--tables"]) == 0
+    take, doubt = capsys.readouterr().out.splitlines()[-2:]
+    assert take.startswith("By speed alone sinkhorn(iters=1)") and "one process" in doubt
 
 
 def test_a_folder_without_records_is_a_mistake(tmp_path: Path) -> None:
