@@ -147,15 +147,15 @@ def test_no_choice_without_a_price() -> None:
 
 def test_between_the_fastest_and_the_best_are_those_that_are_surely_faster_and_better() -> None:
     """A slower one is not, nor one that predicts as badly as the fastest, nor one that may be as slow as the best."""
-    between = row("between", (0.8, 0.79, 0.81), **quality(0.05))
+    between = row("between", (0.8, 0.79, 0.81), **quality(0.1, half=0.02))
     others = [
-        row("slower", (1.2, 1.19, 1.21), **quality(0.05)),
+        row("slower", (1.2, 1.19, 1.21), **quality(0.1, half=0.02)),
         row("as-bad", (0.8, 0.79, 0.81), **quality(0.2)),
-        row("unsure", (0.99, 0.9, 1.1), **quality(0.05)),
+        row("unsure", (0.99, 0.9, 1.1), **quality(0.1, half=0.02)),
     ]
     found = answered([NATIVE, row("few", (0.5, 0.49, 0.51), **quality(0.2)), between, *others])
     (text,) = texts(found, "take")
-    assert text.endswith("(0.2 fewer bits per byte); between them between (1.25x, 0.05)")
+    assert text.endswith("(0.2 fewer bits per byte); between them between (1.25x, 0.1)")
 
 
 def test_without_quality_speed_alone_is_said_to_be_speed_alone() -> None:
