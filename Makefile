@@ -12,6 +12,7 @@ PYTEST := $(BIN)/python -m pytest -c pyproject.toml -n 2 --dist worksteal
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
+# What the routers are and what runs here is asked once (moe_lab/sweep/remembered.py): then `list` and `plan` are quick.
 # The first Python that will do. A name may exist and not run (a version manager's shim), so each is tried.
 $(READY): pyproject.toml constraints.txt
 	@set -e; rm -f $(READY); \
@@ -22,11 +23,12 @@ $(READY): pyproject.toml constraints.txt
 	echo "installing into .venv with $$("$$python" --version)"; \
 	"$$python" -m venv --clear .venv; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,export,netron]'; \
+	$(BIN)/moe-lab list routers > /dev/null; $(BIN)/moe-lab plan -m 'router=glob(*)' > /dev/null; \
 	touch $(READY)
 
 .PHONY: help demo test test-quick test-all lint bench-check bench-experts bench-sweep device-bundle clean
 
-demo: $(READY) ## Five routers in a trained model on this machine: a table, and a report page
+demo: $(READY) ## Other routers in a trained model on this machine: a table, and a report page
 	$(BIN)/moe-lab -m experiment=router_swap
 
 lint: $(READY) ## Style, types, import contracts
