@@ -48,6 +48,7 @@ def test_no_function_carries_the_name_of_a_room() -> None:
     assert not set(moe_lab.__all__) & {*ROOMS, "errors", "intervals", "marks", "terminal", "conf", "kernels"}
 
 
+@pytest.mark.slow
 def test_the_functions_stay_when_every_module_was_imported() -> None:
     """And in a fresh process `import moe_lab` loads neither torch nor pandas."""
     code = (

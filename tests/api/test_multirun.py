@@ -64,6 +64,7 @@ def test_a_sweep_twice_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(first.frame) == 4 and repr(first).splitlines()[0].startswith("variant")
 
 
+@pytest.mark.slow
 def test_the_command_line_continues_it_and_the_other_way_round(tmp_path: Path) -> None:
     """The folder of overrides without a name is the same, and the plan names a command that runs it again."""
     found = moe_lab.multirun(words())

@@ -145,6 +145,7 @@ def test_a_key_that_all_of_the_axis_have_is_set_in_each(overrides: list[str], n_
     assert all(any(text.startswith("router.factor=") or text == "router.iters=5" for text in job) for job in jobs)
 
 
+@pytest.mark.slow
 def test_an_experiments_axes_count_too(tmp_path: Path) -> None:
     """Its `hydra.sweeper.params` and its entries."""
     folder = own(tmp_path / "mine")

@@ -72,6 +72,7 @@ def test_a_cell_is_the_one_that_the_same_overrides_typed_alone_have(tmp_path: Pa
     assert len({cell.setting_id for cell in made.cells}) == 2
 
 
+@pytest.mark.slow
 def test_an_experiment_may_have_them_and_what_is_typed_holds(tmp_path: Path) -> None:
     """In --config-dir; its axes stay axes; `sweep.variants=null` takes its entries back."""
     mine = experiment(
@@ -88,6 +89,7 @@ def test_an_experiment_may_have_them_and_what_is_typed_holds(tmp_path: Path) -> 
     assert [(cell.variant, cell.content["batch"]) for cell in none.cells] == [("torch", 1), ("torch", 8)]
 
 
+@pytest.mark.slow
 def test_what_all_typed_entries_set_takes_the_place_of_an_experiments_axis(tmp_path: Path) -> None:
     """As a typed value does; a key of some entries only, or entries and an axis in one file, are a contradiction."""
     mine = experiment(tmp_path, "hydra: {sweeper: {params: {router: 'torch,olmoe', batch: '1,8'}}}")
@@ -205,6 +207,7 @@ def test_anchor_and_exclude_take_the_same_keys(tmp_path: Path) -> None:
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_mistake_is_one_line(more: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From `plan` as from the sweep; nothing is left behind."""
     for words in (["plan"], ["-m", "sweep.worker=false"]):
