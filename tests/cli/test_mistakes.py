@@ -205,7 +205,7 @@ ALL = [
 
 @pytest.mark.parametrize(
     ("words", "key", "remedy"),
-    [  # every second one is left to make test-all
+    [  # two of three are left to make test-all
         pytest.param(words, key, remedy, id=name, marks=pytest.mark.slow if number % 3 else ())
         for number, (name, words, key, remedy) in enumerate(ALL)
     ],
