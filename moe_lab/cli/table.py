@@ -147,9 +147,8 @@ def _more_bits(record: Record) -> str:
 
 def more_bits(more: float, low: float | None, high: float | None) -> str:
     """How many more than with the native router; two digits behind the point where more say nothing."""
-    digits = 2 if more == 0 or abs(more) >= 0.1 else 3
-    ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if low is not None and high is not None else ""
-    return f"{more:+.{digits}f}{ends}"
+    ends = "" if low is None or high is None else numbers.interval(low, high, numbers.bits(more, sign=""))
+    return f"{numbers.bits(more)(more)} {ends}".rstrip()
 
 
 def _bits(record: Record) -> str:
