@@ -318,7 +318,7 @@ def _speed(cells: Sequence[Cell], anchor: str) -> str:
         return f"{numbers.ratio(1 / middle)}x faster than {anchor} {numbers.interval(1 / high, 1 / low, numbers.ratio)}"
     if kinds == {"slower"}:
         return f"{numbers.ratio(middle)}x slower than {anchor} {bracket}"
-    return f"no difference in speed seen to {anchor} {bracket}"
+    return f"no difference in speed from {anchor} seen {bracket}"
 
 
 def _quality(cells: Sequence[Cell], settings: Sequence[Setting]) -> str:
