@@ -102,13 +102,12 @@ def _take(settings: Sequence[Setting]) -> list[str]:
         if choice.kind == "price":
             return _price_of(choice, settings) + region.at
         if choice.kind == "speed":
-            return f"By speed alone {_either(choice.names)}{region.at}: {_UNKNOWN_QUALITY}"
+            known = all(cell.quality for setting in settings for cell in setting.cells)
+            lacks = "has no interval" if known else "was not measured"
+            return f"By speed alone {_either(choice.names)}{region.at}: what each does to the predictions {lacks}"
         return f"Take {_either(choice.names)}{region.at}: {_why(choice.names, settings)}"
 
     return _by_region(settings, lambda setting: choices.get(id(setting)), text)
-
-
-_UNKNOWN_QUALITY = "what each does to the predictions was not measured, or without an interval"
 
 
 def _rivals(setting: Setting) -> list[Cell]:
@@ -147,10 +146,11 @@ def _why(chosen: Sequence[str], settings: Sequence[Setting]) -> str:
     variants = dict.fromkeys(cell.variant for setting in settings for cell in _rivals(setting))
     causes: dict[str, list[str]] = {}
     for variant in variants:
-        if variant != chosen[0] and not (gain and {variant} == anchors):
-            found = Counter(_cause(setting, variant, chosen[0]) for setting in settings)
-            cause = max(_CAUSES, key=lambda cause: found[cause])
-            cause = "mixed" if cause == "slower" and found["nothing"] else cause
+        found = Counter(_cause(setting, variant, chosen[0]) for setting in settings)
+        cause = max(_CAUSES, key=lambda cause: found[cause])
+        cause = "mixed" if cause == "slower" and found["nothing"] else cause
+        is_said = gain and {variant} == anchors and cause not in ("collapses", "not causal")
+        if variant != chosen[0] and not is_said:
             causes.setdefault(cause, []).append(variant)
     if len(causes) == 1 and len(variants) > 2 and not gain:
         return _CAUSES[next(iter(causes))][0].format("every other variant")

@@ -163,6 +163,8 @@ def _ratio(row: Mapping[Any, Any]) -> tuple[float, float, float]:
     if pd.isna(paired) or not paired:
         return math.nan, math.nan, math.nan
     middle, low, high = (float(row[key]) if _known(row[key]) else math.nan for key in _RATIO)
+    if any(value <= 0 or math.isinf(value) for value in (middle, low, high)):  # of a clock that stood still
+        return math.nan, math.nan, math.nan
     return middle, low, high
 
 

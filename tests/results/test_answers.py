@@ -168,7 +168,24 @@ def test_quality_is_not_called_equal_unless_it_surely_is(delta: float, half: flo
 def test_bits_per_byte_without_an_interval_choose_nothing() -> None:
     """Of one window, say."""
     found = answered([NATIVE, row("hash", (0.7, 0.69, 0.71), **quality(1.6, math.nan))])
-    assert texts(found, "take")[0].startswith("By speed alone hash: ")
+    assert texts(found, "take") == ["By speed alone hash: what each does to the predictions has no interval"]
+
+
+def test_an_anchor_that_cannot_generate_text_is_said_to() -> None:
+    """It may be why another is taken at all."""
+    found = answered([row("ec", anchor="ec", **{"router.causal": False}), row("b", (0.8, 0.79, 0.81), anchor="ec")])
+    assert texts(found, "take") == ["Take b: 1.25x faster than ec [1.23, 1.27]; ec is not causal"]
+
+
+@pytest.mark.parametrize(
+    "ratio",
+    [pytest.param((0.0, 0.0, 0.0), id="zero"), pytest.param((math.inf, 1.9, math.inf), id="infinite")],
+)
+def test_a_ratio_that_cannot_be_is_no_answer(ratio: tuple[float, float, float]) -> None:
+    """Of a clock that stood still; quality still decides."""
+    found = answered([NATIVE, row("b", ratio, **quality(2.0))])
+    assert texts(found, "take") == ["Take native: the predictions of b collapse"] and not texts(found, "fastest")
+    assert not any("inf" in text or "nan" in text for _, text in found.shown)
 
 
 def test_no_choice_without_a_price() -> None:
