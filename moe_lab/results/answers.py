@@ -23,6 +23,7 @@ MOST = 10
 _MOST_TAKES = 5
 """So many sentences about what to take come before all others."""
 _MOST_NAMES = 4
+_DOUBTFUL = "Speeds are doubtful"
 _ALIKE = 1.15
 """Ratios that differ by more than this factor between settings are given as a range."""
 
@@ -52,11 +53,13 @@ def answers(runs: pd.DataFrame, summary: pd.DataFrame) -> Answers:
     """
     settings = contest.settings(runs, summary)
     several = [setting for setting in settings if len(setting.cells) > 1]
+    unsure = _unsure(runs, summary, settings)
     every: dict[Question, list[str]] = {
         "take": [] if _loads_differ(summary) else _take(several),
+        **({"not sure": unsure} if unsure and unsure[0].startswith(_DOUBTFUL) else {}),  # before what it is about
         "fastest": _fastest(several),
         "price": _prices(settings),
-        "not sure": _unsure(runs, summary, settings),
+        "not sure": unsure,
         "failed": [*_lies(runs), *_not_ok(runs, "failed")],
         "skipped": _not_ok(runs, "skipped"),
     }
@@ -378,7 +381,7 @@ def _doubts(runs: pd.DataFrame) -> str:
     if not parts:
         return ""
     most = np.any([bad for bad, _ in found], axis=0).mean() > 0.5
-    return f"{'Speeds are doubtful: of' if most else 'Of'} {len(ran):,} latencies {', '.join(parts)}"
+    return f"{f'{_DOUBTFUL}: of' if most else 'Of'} {len(ran):,} latencies {', '.join(parts)}"
 
 
 def _start(warnings: Sequence[Sequence[str]], start: str) -> np.ndarray:

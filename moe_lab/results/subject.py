@@ -44,6 +44,7 @@ def facts(directory: Path, runs: pd.DataFrame, plan: Plan, anchors: Sequence[str
         ("Sizes", "; ".join(f"{key} {_range(runs[key])}" for key in ("batch", "seq_len") if runs[key].notna().any())),
         ("dtype", _few(_texts(runs, "dtype"))),
         ("Device", _few(environment["device_name"] or _texts(runs, "device"))),
+        *((name.capitalize(), _alone(runs, name)) for name in ("router", "experts")),
         ("Execution", _few(_texts(runs, "execution"))),
         ("Cells", _cells(runs, plan)),
         ("Run", _times(runs["started"])),
@@ -206,6 +207,12 @@ def _natural(text: str) -> list[tuple[float, str]]:
     """Sorts by the numbers in a text where it has any."""
     parts = re.split(r"(\d+(?:\.\d+)?)", text)
     return [(float(part), "") if at % 2 else (0.0, part) for at, part in enumerate(parts)]
+
+
+def _alone(runs: pd.DataFrame, column: str) -> str:
+    """The option that all cells have; where they differ the variants name it."""
+    found = _texts(runs, column)
+    return found[0] if len(found) == 1 else ""
 
 
 def _few(words: Iterable[str], most: int = _MOST) -> str:

@@ -249,6 +249,16 @@ def test_a_tie_among_losses_is_not_called_a_loss() -> None:
     assert texts(answered(rows), "take") == ["Take grouped: loop is slower or not surely faster"]
 
 
+def test_that_most_speeds_are_doubtful_is_said_before_what_is_concluded_from_them() -> None:
+    """A few are said below."""
+    unstable = {"latency_ms.stable": False}
+    rows = [row("native", **unstable), row("b", (2.0, 1.9, 2.1), **unstable)]
+    assert [asked for asked, _ in answered(rows).shown][:3] == ["take", "not sure", "fastest"]
+    assert "doubtful" in answered(rows).shown[1].text
+    rows += [cell for n in (2, 4) for cell in (row("native", batch=n), row("b", (2.0, 1.9, 2.1), batch=n))]
+    assert [asked for asked, _ in answered(rows).shown][:2] == ["take", "fastest"]
+
+
 def test_what_to_take_comes_before_all_else() -> None:
     """Though each setting has another answer."""
     rows = []

@@ -69,6 +69,15 @@ def test_what_varies_is_a_range_and_a_replay_names_its_trace(tmp_path: Path) -> 
     found = of(tmp_path)
     assert found["Workload"].endswith("decode phase, context 128, 256, replay load of outputs/recorded (layer 0, 3)")
     assert "8, 16 experts" in found["Model"]
+    assert not {"Router", "Experts"} & found.keys()
+
+
+def test_the_option_that_all_have_is_named(tmp_path: Path) -> None:
+    """The variants do not."""
+    for folder in synthetic.sweep(tmp_path, 8):
+        edit(folder, config__experts__name="grouped")
+    found = of(tmp_path)
+    assert found["Experts"] == "grouped" and "Router" not in found
 
 
 def test_a_checkpoint_shows_its_shape_by_its_routing(tmp_path: Path) -> None:
