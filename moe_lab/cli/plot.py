@@ -90,11 +90,12 @@ def _lines(runs: pd.DataFrame, x: str, by: str | None) -> list[str]:
     group = x.removeprefix("config.").split(".")[0]
     is_of_variant = x.startswith("config.") and group in runs and runs.groupby("variant")[x].nunique().max() <= 1
     first = group if is_of_variant else "variant"
+    place = [x] if x.startswith("config.") or x in (*_BESIDE_X, *_BY_NAME) else []  # what is measured is no place
     others: list[str] = []
     for name in (*_BESIDE_X, *(str(one) for one in runs if str(one).startswith("config."))):
-        if name not in runs or name in (x, first) or not runs.duplicated([first, x, *others]).any():
+        if name not in runs or name in (x, first) or not runs.duplicated([first, *place, *others]).any():
             continue
-        if runs.groupby([first, x, *others], dropna=False)[name].nunique(dropna=False).max() > 1:
+        if runs.groupby([first, *place, *others], dropna=False)[name].nunique(dropna=False).max() > 1:
             others.append(name)
     return [first, *others]
 
@@ -103,7 +104,7 @@ def _interval(y: str, runs: pd.DataFrame) -> tuple[str, str] | None:
     """The columns with the ends of the 95 % interval of `y`."""
     for start in (f"{y.removesuffix('.p50')}.", f"{y}_"):
         ends = f"{start}ci95_low", f"{start}ci95_high"
-        if all(end in runs for end in ends) and runs[list(ends)].notna().any(axis=None):
+        if all(end in runs for end in ends):
             return ends
     return None
 
@@ -175,11 +176,14 @@ def _curve(
     dashes: Any = (0, style.dashes) if style.dashes else "-"
     if is_text or rows[x].duplicated().any():  # no order, or several runs at one place: no line
         dashes = ""
-    axes.plot(places, heights, color=style.colour, marker=style.marker, linestyle=dashes, label=label, zorder=3)
+    (line,) = axes.plot(places, heights, color=style.colour, marker=style.marker, ls=dashes, label=label, zorder=3)
     if ends is None:
         return
     low, high = (rows[end].astype(float).to_numpy() for end in ends)
     has = np.isfinite(low) & np.isfinite(high)
+    if not has.any():
+        line.set_markerfacecolor("white")
+        return
     chosen = [place for place, one in zip(places, has, strict=True) if one]
     errors = np.maximum(0, np.array([heights - low, high - heights])[:, has])
     axes.errorbar(chosen, heights[has], yerr=errors, fmt="none", ecolor=style.colour, capsize=3)

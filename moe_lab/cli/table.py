@@ -147,9 +147,8 @@ def _more_bits(record: Record) -> str:
 
 def more_bits(more: float, low: float | None, high: float | None) -> str:
     """How many more than with the native router; two digits behind the point where more say nothing."""
-    digits = 2 if more == 0 or abs(more) >= 0.1 else 3
-    ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if low is not None and high is not None else ""
-    return f"{more:+.{digits}f}{ends}"
+    ends = "" if low is None or high is None else numbers.interval(low, high, numbers.bits(more, sign=""))
+    return f"{numbers.bits(more)(more)} {ends}".rstrip()
 
 
 def _bits(record: Record) -> str:
@@ -287,7 +286,7 @@ def print_sweep(
     _say_time_of_agreement(console, records)
     _say_warnings(console, records)
     for reason, number in skipped.items():
-        _say(console, f"skipped ({number} cells): {reason}", "yellow")
+        _say(console, f"skipped ({_cells(number)}): {reason}", "yellow")
     for record in records:
         if record.status == "failed":
             _say(console, f"failed: {record.reason} (", "red", path=f"{record.directory}/run.log)")
@@ -301,8 +300,15 @@ def _say_warnings(console: Console, records: Sequence[Record]) -> None:
     for kind in (LAUNCH_BOUND, BUSY):  # each has its own numbers
         alike = [w for record in records for w in record.warnings if w.startswith(kind)]
         if alike:
-            _say(console, f"warning ({len(alike)} cells, for example): {alike[0]}", "yellow")
+            _say(console, f"warning ({_cells(len(alike))}, for example): {alike[0]}", "yellow")
     summarised = ("latency is not stable", LAUNCH_BOUND, BUSY)
-    other = Counter(w for record in records for w in record.warnings if not w.startswith(summarised))
-    for warning, number in other.items():
-        _say(console, f"warning ({number} cells): {warning}", "yellow")
+    others: dict[str, list[str]] = {}  # those that differ in numbers alone are one
+    for warning in (w for record in records for w in record.warnings if not w.startswith(summarised)):
+        others.setdefault(re.sub(r"\d[\d.,]*", "0", warning), []).append(warning)
+    for alike in others.values():
+        example = ", for example" if len(set(alike)) > 1 else ""
+        _say(console, f"warning ({_cells(len(alike))}{example}): {alike[0]}", "yellow")
+
+
+def _cells(number: int) -> str:
+    return f"{number} cell{'' if number == 1 else 's'}"

@@ -14,13 +14,16 @@ import pandas as pd
 from moe_lab.records.fields import PROPERTIES, names
 from moe_lab.records.schema import BUSY, DOES_NOT_HOLD, LAUNCH_BOUND
 from moe_lab.results import contest, numbers
-from moe_lab.results.contest import Cell, Setting
+from moe_lab.results.contest import Cell, Quality, Setting
 from moe_lab.results.regions import Region, regions
 from moe_lab.results.verdicts import Kind, judged, listed
 
 MOST = 10
 """As many sentences as are shown at once; the others are folded."""
+_MOST_TAKES = 5
+"""So many sentences about what to take come before all others."""
 _MOST_NAMES = 4
+_DOUBTFUL = "Speeds are doubtful"
 _ALIKE = 1.15
 """Ratios that differ by more than this factor between settings are given as a range."""
 
@@ -50,16 +53,23 @@ def answers(runs: pd.DataFrame, summary: pd.DataFrame) -> Answers:
     """
     settings = contest.settings(runs, summary)
     several = [setting for setting in settings if len(setting.cells) > 1]
+    unsure = _unsure(runs, summary, settings)
     every: dict[Question, list[str]] = {
         "take": [] if _loads_differ(summary) else _take(several),
+        **({"not sure": unsure} if unsure and unsure[0].startswith(_DOUBTFUL) else {}),  # before what it is about
         "fastest": _fastest(several),
         "price": _prices(settings),
-        "not sure": _unsure(runs, summary, settings),
+        "not sure": unsure,
         "failed": [*_lies(runs), *_not_ok(runs, "failed")],
         "skipped": _not_ok(runs, "skipped"),
     }
-    in_turn = sorted((place, question) for question in every for place in range(len(every[question])))
-    n_shown = Counter(question for _, question in in_turn[:MOST])  # the first of each, then the second of each, ...
+    # What to take; then the first of each other question, the second of each, ...
+    in_turn = sorted(
+        (question != "take" or place >= _MOST_TAKES, place, order, question)
+        for order, question in enumerate(every)
+        for place in range(len(every[question]))
+    )
+    n_shown = Counter(question for *_, question in in_turn[:MOST])
     shown = [Answer(question, text) for question, texts in every.items() for text in texts[: n_shown[question]]]
     folded = [Answer(question, text) for question, texts in every.items() for text in texts[n_shown[question] :]]
     return Answers(shown, folded)
@@ -95,13 +105,12 @@ def _take(settings: Sequence[Setting]) -> list[str]:
         if choice.kind == "price":
             return _price_of(choice, settings) + region.at
         if choice.kind == "speed":
-            return f"By speed alone {_either(choice.names)}{region.at}: {_UNKNOWN_QUALITY}"
+            known = all(cell.quality for setting in settings for cell in setting.cells)
+            lacks = "has no interval" if known else "was not measured"
+            return f"By speed alone {_either(choice.names)}{region.at}: what each does to the predictions {lacks}"
         return f"Take {_either(choice.names)}{region.at}: {_why(choice.names, settings)}"
 
     return _by_region(settings, lambda setting: choices.get(id(setting)), text)
-
-
-_UNKNOWN_QUALITY = "what each does to the predictions was not measured"
 
 
 def _rivals(setting: Setting) -> list[Cell]:
@@ -140,9 +149,11 @@ def _why(chosen: Sequence[str], settings: Sequence[Setting]) -> str:
     variants = dict.fromkeys(cell.variant for setting in settings for cell in _rivals(setting))
     causes: dict[str, list[str]] = {}
     for variant in variants:
-        if variant != chosen[0] and not (gain and {variant} == anchors):
-            found = Counter(_cause(setting, variant, chosen[0]) for setting in settings)
-            cause = max(_CAUSES, key=lambda cause: found[cause])
+        found = Counter(_cause(setting, variant, chosen[0]) for setting in settings)
+        cause = max(_CAUSES, key=lambda cause: found[cause])
+        cause = "mixed" if cause == "slower" and found["nothing"] else cause
+        is_said = gain and {variant} == anchors and cause not in ("collapses", "not causal")
+        if variant != chosen[0] and not is_said:
             causes.setdefault(cause, []).append(variant)
     if len(causes) == 1 and len(variants) > 2 and not gain:
         return _CAUSES[next(iter(causes))][0].format("every other variant")
@@ -156,6 +167,7 @@ _CAUSES = {
     "not causal": ("{} is not causal", "{} are not causal"),
     "output": ("{} changes the output", "{} change the output"),
     "slower": ("{} is slower", "{} are slower"),
+    "mixed": ("{} is slower or not surely faster", "{} are slower or not surely faster"),
     "nothing": ("{} is not surely better", "{} are not surely better"),
 }
 """What speaks against a variant, of one and of several; the heaviest first."""
@@ -182,7 +194,6 @@ def _price_of(choice: _Choice, settings: Sequence[Setting]) -> str:
     ratio = float(np.median([b.ratio[0] / a.ratio[0] for a, b in zip(cells, others, strict=True)]))
     pairs = [(a.quality, b.quality) for a, b in zip(cells, others, strict=True) if a.quality and b.quality]
     more = float(np.median([a.value - b.value for a, b in pairs]))
-    loss = f"{numbers.short(more)} fewer bits per byte"
     if pairs[0][0].kind == "error":
         return (
             f"No choice without a price: {fast} is {numbers.ratio(ratio)}x faster than {good}, but changes the output "
@@ -190,7 +201,7 @@ def _price_of(choice: _Choice, settings: Sequence[Setting]) -> str:
         )
     return (
         f"No choice without a price: {fast} is {numbers.ratio(ratio)}x faster than {good}, which predicts better "
-        f"({loss}){_between(fast, good, settings)}"
+        f"({numbers.bits(more)(more)[1:]} fewer bits per byte){_between(fast, good, settings)}"
     )
 
 
@@ -210,7 +221,7 @@ def _between(fast: str, good: str, settings: Sequence[Setting]) -> str:
         ):
             ratio = float(np.median([g.ratio[0] / c.ratio[0] for c, g, _ in cells]))
             more = float(np.median([c.quality.value - g.quality.value for c, g, _ in cells if c.quality and g.quality]))
-            found.append(f"{variant} ({numbers.ratio(ratio)}x, {numbers.short(more)})")
+            found.append(f"{variant} ({numbers.ratio(ratio)}x faster, {numbers.bits(more)(more)} bits per byte)")
     return f"; between them {listed(found)}" if found else ""
 
 
@@ -310,7 +321,7 @@ def _speed(cells: Sequence[Cell], anchor: str) -> str:
         return f"{numbers.ratio(1 / middle)}x faster than {anchor} {numbers.interval(1 / high, 1 / low, numbers.ratio)}"
     if kinds == {"slower"}:
         return f"{numbers.ratio(middle)}x slower than {anchor} {bracket}"
-    return f"no difference in speed seen to {anchor} {bracket}"
+    return f"no difference in speed from {anchor} seen {bracket}"
 
 
 def _quality(cells: Sequence[Cell], settings: Sequence[Setting]) -> str:
@@ -327,16 +338,31 @@ def _quality(cells: Sequence[Cell], settings: Sequence[Setting]) -> str:
         beside = [cell.quality.value for s in settings for cell in s.cells if cell.is_anchor and cell.quality]
         text = f"{middle:.2f} bits per byte {numbers.interval(low, high, '{:.2f}'.format)}".rstrip()
         return f"{text}, the anchor {np.median(beside):.2f}" if beside else text
-    text = f"{middle:+.2f} bits per byte {numbers.interval(low, high, '{:+.2f}'.format)}".rstrip()
+    text = _more_bits(known, low, high)
     if not all(setting.is_beside_native for setting in settings):
         text += " over the checkpoint's own router"
     if all(quality.has_collapsed for quality in known):
         return f"{text}: its predictions collapse"
     if any(quality.has_collapsed for quality in known):
         return f"{text}: its predictions collapse in some settings"
+    if math.isnan(low) or math.isnan(high):
+        return f"{text}, without an interval"
     if low > 0 and middle > contest.SAME_BITS:
         return text
-    return f"{text}: better" if high < 0 and -middle > contest.SAME_BITS else f"{text}: no worse in quality"
+    if high < 0 and -middle > contest.SAME_BITS:
+        return f"{text}: better"
+    return f"{text}: {'no' if high <= contest.SAME_BITS else 'not surely'} worse in quality"
+
+
+def _more_bits(known: Sequence[Quality], low: float, high: float) -> str:
+    """A median and the hull of the intervals; a range where settings surely differ."""
+    least, most = (pick(known, key=lambda quality: quality.value) for pick in (min, max))
+    if most.is_worse_than(least):
+        write = numbers.bits(least.value)
+        return f"{write(least.value)} to {write(most.value)} bits per byte"
+    middle = float(np.median([quality.value for quality in known]))
+    write = numbers.bits(middle)
+    return f"{write(middle)} bits per byte {numbers.interval(low, high, write)}".rstrip()
 
 
 # --- how sure
@@ -351,11 +377,11 @@ def _doubts(runs: pd.DataFrame) -> str:
         (_start(warned, BUSY), "from a busy machine (repeat them on an idle one)"),
         (_start(warned, LAUNCH_BOUND), "launch-bound and so say nothing of kernels (use execution=cuda_graph)"),
     ]
-    parts = [f"{bad.sum()} are {what}" for bad, what in found if bad.any()]
+    parts = [f"{bad.sum():,} are {what}" for bad, what in found if bad.any()]
     if not parts:
         return ""
     most = np.any([bad for bad, _ in found], axis=0).mean() > 0.5
-    return f"{'Speeds are doubtful: of' if most else 'Of'} {len(ran)} latencies {', '.join(parts)}"
+    return f"{f'{_DOUBTFUL}: of' if most else 'Of'} {len(ran):,} latencies {', '.join(parts)}"
 
 
 def _start(warnings: Sequence[Sequence[str]], start: str) -> np.ndarray:
@@ -401,7 +427,7 @@ def _unsure(runs: pd.DataFrame, summary: pd.DataFrame, settings: Sequence[Settin
 
 def _of(n: int, total: int, one: str) -> str:
     """`3 of 8 comparisons are`."""
-    return f"{n} of {total} {one if total == 1 else one + 's'} {'is' if n == 1 else 'are'}"
+    return f"{n:,} of {total:,} {one if total == 1 else one + 's'} {'is' if n == 1 else 'are'}"
 
 
 # --- what failed
@@ -413,9 +439,8 @@ def _not_ok(runs: pd.DataFrame, status: str) -> list[str]:
     reasons = Counter(shorten(reason, 90, placeholder=" ...") for reason in found)
     said = [f"{reason} ({n})" if len(reasons) > 1 else reason for reason, n in reasons.most_common(_MOST_NAMES)]
     said += [f"{len(reasons) - len(said)} more reasons (below)"] if len(reasons) > len(said) else []
-    return (
-        [f"{len(found)} of {len(runs)} cell{'s' if len(runs) > 1 else ''} {status}: {', '.join(said)}"] if said else []
-    )
+    cells = "cells" if len(runs) > 1 else "cell"
+    return [f"{len(found):,} of {len(runs):,} {cells} {status}: {', '.join(said)}"] if said else []
 
 
 def _lies(runs: pd.DataFrame) -> list[str]:
@@ -452,6 +477,7 @@ def _cells(settings: Sequence[Setting], variant: str) -> list[Cell]:
 
 
 def _listed(words: Sequence[str]) -> str:
+    words = list(dict.fromkeys(words))
     if len(words) > _MOST_NAMES + 1:
         return f"{', '.join(words[:_MOST_NAMES])} and {len(words) - _MOST_NAMES} others"
     return listed(words)

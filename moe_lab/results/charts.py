@@ -123,18 +123,23 @@ class _Setting(NamedTuple):
         return ", ".join(self.place.values())
 
 
-def _settings(frame: pd.DataFrame, *columns: str, without: tuple[str, ...] = ()) -> list[_Setting]:
-    """What these columns hold, by setting; those that differ only in `without` are one. Rows that lack one are out."""
+def _settings(frame: pd.DataFrame, *columns: str) -> list[_Setting]:
+    """What these columns hold, by setting. Rows that lack one are out."""
     if not set(columns) <= set(frame):
         return []
     known = frame[frame[list(columns)].notna().all(axis=1)]
     rows = known[[*_KEYS, *columns]].assign(size=sizes(known)).to_dict("records")
-    return _of_settings(known, rows, without)
+    return _of_settings(frame, known.index, rows)
 
 
-def _of_settings(frame: pd.DataFrame, rows: Sequence[Row], without: tuple[str, ...] = ()) -> list[_Setting]:
+def _of_settings(
+    frame: pd.DataFrame, known: pd.Index, rows: Sequence[Row], without: tuple[str, ...] = ()
+) -> list[_Setting]:
+    """Of those of the frame that are known. What differs between all is said, so a chart of one batch names it too."""
+    places = dict(zip(frame.index, parts(frame, without), strict=True))
     found: dict[tuple[str, ...], _Setting] = {}
-    for place, row in zip(parts(frame, without), rows, strict=True):
+    for index, row in zip(known, rows, strict=True):
+        place = places[index]
         found.setdefault(tuple(place.values()), _Setting(place, [])).rows.append(row)
     return list(found.values())
 
@@ -224,7 +229,7 @@ def _over(summary: pd.DataFrame, key: str, value: str) -> list[Panel]:
     columns = [name for name in dict.fromkeys((*_KEYS, *_ENDS_OF.get(value, ()), key, value)) if name in known]
     rows = known[columns].assign(size=sizes(known)).to_dict("records")
     panels = []
-    for each in _of_settings(known, rows, without=(key,)):
+    for each in _of_settings(summary, known.index, rows, without=(key,)):
         there = [row for row in each.rows if not pd.isna(row[key])]
         series = _series(there, key, value)
         if not any(len(set(one.at)) > 1 for one in series):
@@ -242,7 +247,7 @@ def _without(variant: str, key: str) -> str:
 
 
 def _load_against_latency(summary: pd.DataFrame, left_out: list[str]) -> Chart:
-    settings = _settings(summary, LOAD, LATENCY, without=("batch", "seq_len"))
+    settings = _settings(summary, LOAD, LATENCY)
     if not settings:
         left_out.append("Load balance against latency: no cell recorded its routing (measure.routing).")
     panels = [_panel(each, LOAD, LATENCY) for each in settings]
@@ -297,7 +302,8 @@ def _by_setting_and_text(runs: pd.DataFrame, texts: dict[str, str]) -> list[_Set
     """The numbers of texts, by setting, of the rows that have one."""
     columns = [name + end for name in texts.values() for end in ("", *_ENDS) if name + end in runs]
     known = runs[runs[list(texts.values())].notna().any(axis=1)]
-    return _of_settings(known, known[["variant", *columns]].assign(size=sizes(known)).to_dict("records"))
+    rows = known[["variant", *columns]].assign(size=sizes(known)).to_dict("records")
+    return _of_settings(runs, known.index, rows)
 
 
 def _known(value: Any) -> float | None:
@@ -443,7 +449,10 @@ def _stacks(runs: pd.DataFrame, prefix: str) -> list[Panel]:
     columns = [prefix + phase for phase in phases]
     if not columns:
         return []
-    settings = _settings(runs[runs[columns].notna().any(axis=1)].fillna(dict.fromkeys(columns, 0.0)), *columns)
+    some = runs[columns].notna().any(axis=1)
+    settings = _settings(
+        runs.assign(**{name: runs[name].mask(some, runs[name].fillna(0.0)) for name in columns}), *columns
+    )
     panels = []
     for each in settings:
         bars, nothing = [row["variant"] for row in each.rows], [None] * len(each.rows)

@@ -47,7 +47,13 @@ class Quality(NamedTuple):
         """Surely, and by more than does not matter."""
         if self.kind == "error":
             return not self.is_rounding and self.value > 1.1 * other.value
-        return self.low > other.high and self.value - other.value > SAME_BITS
+        high = other.value if math.isnan(other.high) and other.is_sure else other.high
+        return self.low > high and self.value - other.value > SAME_BITS
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it can be judged: bits per byte without an interval cannot, unless they are the router's own."""
+        return self.kind == "error" or not math.isnan(self.low) or (self.kind == "delta" and self.value == 0)
 
     @property
     def is_rounding(self) -> bool:
@@ -137,7 +143,7 @@ def fastest(cells: Sequence[Cell]) -> list[Cell]:
 
 def best(cells: Sequence[Cell]) -> list[Cell]:
     """Those that do not surely predict worse than another; none if that was not measured in the same way for all."""
-    known = [(cell, cell.quality) for cell in cells if cell.quality is not None]
+    known = [(cell, cell.quality) for cell in cells if cell.quality is not None and cell.quality.is_sure]
     if len(known) < len(cells) or len({quality.kind for _, quality in known}) > 1:
         return []
     return [cell for cell, quality in known if not any(quality.is_worse_than(other) for _, other in known)]
@@ -157,6 +163,8 @@ def _ratio(row: Mapping[Any, Any]) -> tuple[float, float, float]:
     if pd.isna(paired) or not paired:
         return math.nan, math.nan, math.nan
     middle, low, high = (float(row[key]) if _known(row[key]) else math.nan for key in _RATIO)
+    if any(value <= 0 or math.isinf(value) for value in (middle, low, high)):  # of a clock that stood still
+        return math.nan, math.nan, math.nan
     return middle, low, high
 
 

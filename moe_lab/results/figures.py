@@ -87,7 +87,7 @@ def _panel(panel: Panel, chart: Chart, found: Charts) -> Figure:
             else _axis([at for series in panel.series for at in series.at], ticks=True)
         )
     if chart.kind == "front":
-        x |= _axis([at for series in panel.series for at in series.at])
+        x |= _axis([at for series in panel.series for at in series.at]) | {"rangemode": "normal"}  # none is near 0
         data.append(_front(panel))
     if chart.lacks(panel):
         data.append(_no_interval())

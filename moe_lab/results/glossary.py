@@ -47,6 +47,14 @@ TERMS = {
     "load max / mean": "The slots of the busiest expert over the mean. 1 is an even load.",
     "dead experts": "Experts that no token uses.",
     "fewest experts": ("The experts in use in the layer with the fewest, and how many uniform routing would use."),
+    "experts MB": "The weights of the experts in use, in MB, which one pass reads; the sum of all layers.",
+    "dropped tokens": "The share of the tokens without any expert.",
+    "unused slots": (
+        "The share of the slots that are unused: dropped by a capacity, or left empty by a router with a variable "
+        "number of experts per token."
+    ),
+    "top-k mass": "The probability that a token's experts have together; mean over the tokens.",
+    "peak MB": "The peak of memory in one iteration: on CUDA of the allocator, on the CPU of the whole process.",
     "near ties": ("Tokens whose experts have scores that are equal but for rounding, so that either choice is right."),
     "launch-bound": ("The GPU waited for the host, so the latency is that of launches and not of kernels."),
     "busy machine": "Other processes used the processor during the timing.",
@@ -56,6 +64,7 @@ TERMS = {
     ),
     "batch_invariant": "A token's experts do not depend on the other tokens of the batch.",
     "static_k": "Every token uses all of its slots.",
+    "calibrates": "It is fitted once, in a pass over other tokens, before it is timed.",
     "graph_safe": "The router does not wait for the host, so a CUDA graph can hold it.",
     "text information": (
         "How much information an expert gives about the text it is used for: I(expert; text) / H(text), mean over "

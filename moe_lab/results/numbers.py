@@ -50,6 +50,13 @@ def with_interval(value: float, low: float | None, high: float | None, unit: str
     return text if low is None or high is None else f"{text} {interval(low, high)}".rstrip()
 
 
+def bits(more: float, sign: str = "+") -> Callable[[float], str]:
+    """How a difference of bits per byte and its interval are written: two digits behind the point where more say
+    nothing, `+0.19 [+0.17, +0.21]`, else three, `+0.026 [+0.020, +0.032]`.
+    """
+    return f"{{:{sign}.{2 if more == 0 or abs(more) >= 0.1 else 3}f}}".format
+
+
 def bits_per_byte(bits: float | None, more: float | None, low: float | None, high: float | None) -> str:
     """`1.750 (+0.250) [+0.200, +0.300]`: how many more than with the native router, and the interval of that."""
     if bits is None or math.isnan(bits):

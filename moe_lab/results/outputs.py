@@ -41,6 +41,8 @@ def say(directory: Path) -> None:
     tables = aggregate.aggregate(directory)
     shown = answers(tables.runs, tables.summary).shown
     take, unsure = ([each for each in shown if each.question == question] for question in ("take", "not sure"))
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False)
     for answer in [*take, *unsure[:1]] if take else ():
-        console.print(f"{answer.text}.", style="bold" if answer in take else "yellow", markup=False)
+        style = "bold" if answer in take else "yellow"
+        # A terminal is given whole words, for it would break a number at its edge; a file a line for each sentence.
+        console.print(f"{answer.text}.", style=style, markup=False, soft_wrap=not console.is_terminal)

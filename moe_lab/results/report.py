@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from moe_lab.records.store import LOG, PLAN, write_atomic
 from moe_lab.results import glossary
@@ -24,7 +25,7 @@ from moe_lab.results.cards import RANKS, cards
 from moe_lab.results.charts import Charts, charts
 from moe_lab.results.figures import figures
 from moe_lab.results.load import UNREADABLE_BECAUSE, Plan, one_line, read_plan
-from moe_lab.results.numbers import bits_per_byte, four, interval, ratio, short
+from moe_lab.results.numbers import bits_per_byte, error, four, interval, ratio, short
 from moe_lab.results.panels import FILE_PANELS
 from moe_lab.results.settings import describe
 from moe_lab.results.subject import facts
@@ -35,14 +36,15 @@ TABLES = ("runs.csv", "runs.parquet", "summary.csv", "samples.parquet", "coactiv
 
 # Columns of `runs` that stand in the table only where they differ between its rows.
 _WHAT = ("model", "workload", "device", "dtype", "router", "experts", "execution", "seed", "environment.device_name")
-# Heading and column of what was measured beside latency and quality; left out where no cell has it.
+# Heading and column of what was measured beside latency and quality, and how it is written; left out where no cell
+# has it.
 _MEASURED = (
-    ("ms per output token", "throughput.time_per_output_token_ms"),
-    ("tokens / s", "throughput.tokens_per_s"),
-    ("peak MB", "memory.peak_mb"),
-    ("load max / mean", "routing.pooled.load_max_over_mean"),
-    ("dead experts", "routing.pooled.dead_experts"),
-    ("relative error", "check.rel_error"),
+    ("ms per output token", "throughput.time_per_output_token_ms", four),
+    ("tokens / s", "throughput.tokens_per_s", four),
+    ("peak MB", "memory.peak_mb", four),
+    ("load max / mean", "routing.pooled.load_max_over_mean", four),
+    ("dead experts", "routing.pooled.dead_experts", short),
+    ("relative error", "check.rel_error", error),
 )
 
 
@@ -125,6 +127,7 @@ def _template() -> Template:
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the keys of a setting, the model first
     environment.filters |= {"mark": glossary.mark, "term": glossary.term, "ident": glossary.ident}
+    environment.filters["unbroken"] = _whole_numbers
     return environment.get_template("report.html.jinja")
 
 
@@ -163,8 +166,11 @@ def _by_group(summary: pd.DataFrame) -> dict[str, list[Verdict]]:
 
 
 def _table(runs: pd.DataFrame, compare: Sequence[str]) -> Table:
-    """By model, sizes and variant; what is compared stands in the variant's name."""
-    runs = runs.sort_values(["model", "batch", "seq_len", "variant"], kind="stable")
+    """By setting, in each the anchor first; what is compared stands in the variant's name."""
+    beside = runs.assign(setting=describe(runs), other=~runs["cell_id"].isin(runs["ratio_to_anchor.anchor"]))
+    runs = runs.loc[
+        beside.sort_values(["model", "batch", "seq_len", "setting", "other", "variant"], kind="stable").index
+    ]
     config = [str(name) for name in runs if str(name).startswith("config.")]
     others = [name for name in (*_WHAT, *config) if name.removeprefix("config.").split(".")[0] not in compare]
     differ = [name for name in others if runs[name].astype(str).nunique() > 1]
@@ -173,7 +179,11 @@ def _table(runs: pd.DataFrame, compare: Sequence[str]) -> Table:
     fields = {head: [_field(value) for value in runs[name].astype(object)] for head, name in columns}
     rows = runs[[str(name) for name in runs if str(name).startswith(_OF_FIRST)]].to_dict("records")
     fields |= {head: [field(row) for row in rows] for head, field in _FIRST.items()}
-    fields |= {head: [_field(value) for value in runs[name].astype(object)] for head, name in _MEASURED if name in runs}
+    fields |= {
+        head: [_field(value, write) for value in runs[name].astype(object)]
+        for head, name, write in _MEASURED
+        if name in runs
+    }
     kept = [head for head, column in fields.items() if any(field.text for field in column)]
     fields["cell"] = [Field(str(cell_id)) for cell_id in runs["cell_id"]]
     links = [_link(folder, "") for folder in runs["directory"]]
@@ -205,6 +215,12 @@ def _unbroken(value: str, bracket: str) -> str:
     return f"{value} {bracket}".rstrip().replace(", ", ",\u00a0").replace("no interval", "no\u00a0interval")
 
 
+def _whole_numbers(text: str) -> Markup:
+    """A line may break between the words of a field of a card, but neither in a number nor in an interval."""
+    words = text.replace(", ", ",\u00a0").split(" ")
+    return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in words)
+
+
 def _plain(name: str) -> Callable[[Mapping[Any, Any]], Field]:
     return lambda row: _field(row[name]) if name in row else Field("")
 
@@ -222,13 +238,13 @@ _OF_FIRST = ("latency_ms.", "ratio_to_anchor.", "quality.", "agreement.output")
 """How the columns begin that these read."""
 
 
-def _field(value: Any) -> Field:
+def _field(value: Any, write: Callable[[float], str] = four) -> Field:
     if isinstance(value, list) or not pd.isna(value):
         if isinstance(value, bool) or not isinstance(value, int | float):
             return Field(str(value))
         if isinstance(value, int):
             return Field(f"{value:,}", float(value))
-        return Field(four(value), float(f"{value:.7g}"))
+        return Field(write(value), float(f"{value:.7g}"))
     return Field("")
 
 

@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 
 from moe_lab.records import files
+from moe_lab.records.identity import shape_name
 from moe_lab.records.store import RESULT, ROUTING
 from moe_lab.results.load import UNREADABLE_BECAUSE, Plan
 from moe_lab.results.numbers import short
 
 Facts = list[tuple[str, str]]
+_ROUTER_TOP_K = "config.router.top_k"
 _MOST = 4  # values that are listed one by one
 _SHAPE = {
     "n_layers": "{} layers",
@@ -39,9 +41,10 @@ def facts(directory: Path, runs: pd.DataFrame, plan: Plan, anchors: Sequence[str
         ("Model", "; ".join(_model(name, runs, configs, directory) for name in _texts(runs, "model"))),
         ("Compared", _compared(runs, plan, anchors)),
         ("Workload", _workload(runs, configs)),
-        ("Sizes", ", ".join(f"{key} {_range(runs[key])}" for key in ("batch", "seq_len") if runs[key].notna().any())),
+        ("Sizes", "; ".join(f"{key} {_range(runs[key])}" for key in ("batch", "seq_len") if runs[key].notna().any())),
         ("dtype", _few(_texts(runs, "dtype"))),
         ("Device", _few(environment["device_name"] or _texts(runs, "device"))),
+        *((name.capitalize(), _alone(runs, name)) for name in ("router", "experts")),
         ("Execution", _few(_texts(runs, "execution"))),
         ("Cells", _cells(runs, plan)),
         ("Run", _times(runs["started"])),
@@ -68,17 +71,24 @@ def _configs(directory: Path, runs: pd.DataFrame) -> dict[tuple[str, ...], Mappi
 def _model(name: str, runs: pd.DataFrame, configs: Mapping[tuple[str, ...], Any], directory: Path) -> str:
     """Its name, and in brackets where it comes from and its shape, or each of its shapes."""
     cells = runs[runs["model"] == name]
-    config = next((config.get("model") or {} for key, config in configs.items() if key[0] == name), {})
+    whole: Mapping[str, Any] = next((config for key, config in configs.items() if key[0] == name), {})
+    config = whole.get("model") or {}
     column = "config.model.shape.name"
     if column in cells and cells[column].notna().any():
         shapes = [f"{shape}: {_shape(of_shape, config, {})}" for shape, of_shape in cells.groupby(column, sort=False)]
         return f"{name} ({'; '.join(shapes)})"
     path = config.get("path")
-    own = (config.get("shape") or {}).get("name")
+    own = _shape_option(config.get("shape") or {})
     words = [f"checkpoint {path}" if path else "", f"shape {own}" if own else ""]
-    words.append(_shape(cells, config, _seen_shape(cells, directory) if path else {}))
+    words.append(_shape(cells, config, _seen_shape(cells, whole.get("router") or {}, directory) if path else {}))
     text = ", ".join(filter(None, words))
     return f"{name} ({text})" if text else name
+
+
+def _shape_option(shape: Mapping[str, Any]) -> str:
+    """Its name, unless sizes that were set beside it make that untrue."""
+    name = str(shape.get("name") or "")
+    return name if shape_name(shape).startswith(name) else ""
 
 
 def _shape(cells: pd.DataFrame, config: Mapping[str, Any], seen: Mapping[str, int]) -> str:
@@ -94,11 +104,14 @@ def _shape(cells: pd.DataFrame, config: Mapping[str, Any], seen: Mapping[str, in
     return ", ".join(words).replace(" layers", " MoE layers" if seen else " layers")
 
 
-def _seen_shape(cells: pd.DataFrame, directory: Path) -> dict[str, int]:
-    """Of a checkpoint, whose configuration does not tell: what its routing shows."""
-    ran = cells[cells["status"] == "ok"]
-    by_width = ran.sort_values("router.static_k", ascending=False, kind="stable")  # these use all slots of a token
-    for row in by_width.to_dict("records"):
+def _seen_shape(cells: pd.DataFrame, router: Mapping[str, Any], directory: Path) -> dict[str, int]:
+    """Of a checkpoint, whose configuration does not tell: what its routing shows. `router` is that of one cell."""
+    if _ROUTER_TOP_K not in cells:
+        cells = cells.assign(**{_ROUTER_TOP_K: router.get("top_k")})
+    ran = cells[cells["status"] == "ok"].assign(has_own=cells[_ROUTER_TOP_K].isna())
+    # The routers that use all slots of a token, and of these that the checkpoint says how many.
+    telling = ran.sort_values(["has_own", "router.static_k"], ascending=False, kind="stable")
+    for row in telling.to_dict("records"):
         path = directory / row["directory"] / ROUTING
         try:
             files.require_arrays(path)
@@ -108,7 +121,7 @@ def _seen_shape(cells: pd.DataFrame, directory: Path) -> dict[str, int]:
             continue
         shape = {"n_layers": len(counts_LE), "n_experts": counts_LE.shape[1]}
         slots = counts_LE.sum() / (len(counts_LE) * row["batch"] * row["seq_len"])
-        is_whole = row.get("router.static_k") is True and slots == int(slots)
+        is_whole = row["has_own"] and row.get("router.static_k") is True and slots == int(slots)
         if is_whole and pd.isna(row.get("throughput.time_per_output_token_ms")):
             shape["top_k"] = int(slots)
         return shape
@@ -132,12 +145,16 @@ def _workload(runs: pd.DataFrame, configs: Mapping[tuple[str, ...], Any]) -> str
             f"text ({path if isinstance(path, str) else _few(list(map(str, path)))})" if path else workload.get("name")
         )
         texts.append(str(tokens))
-    found = {key: _configured(runs, configs, key) for key in ("phase", "context_len", "load", "trace")}
+    found = {key: _configured(runs, configs, key) for key in ("phase", "context_len", "load", "trace", "trace_layer")}
     parts = [_few(list(dict.fromkeys(texts))), f"{_few(found['phase'])} phase" if found["phase"] else ""]
     if "decode" in found["phase"]:
         parts.append(f"context {_range(pd.Series(found['context_len']))}")
     if found["load"]:
-        trace = f" of {_few([text for text in found['trace'] if text != 'None'])}" if "replay" in found["load"] else ""
+        trace = ""
+        if "replay" in found["load"]:
+            layers = _few([text for text in found["trace_layer"] if text != "None"])
+            trace = f" of {_few([text for text in found['trace'] if text != 'None'])}"
+            trace += f" (layer {layers})" if layers else ""
         parts.append(f"{_few(found['load'])} load{trace}")
     return ", ".join(filter(None, parts))
 
@@ -160,8 +177,11 @@ def _cells(runs: pd.DataFrame, plan: Plan) -> str:
 def _times(started: pd.Series) -> str:
     """When the first and the last cell started."""
     known = pd.to_datetime(started, utc=True, errors="coerce", format="ISO8601").dropna()
-    times = [f"{time:%Y-%m-%d %H:%M} UTC" for time in (known.min(), known.max())] if len(known) else []
-    return " to ".join(dict.fromkeys(times))
+    if known.empty:
+        return ""
+    first, last = (f"{time:%Y-%m-%d %H:%M}" for time in (known.min(), known.max()))
+    day = first[: -len("10:00")]
+    return f"{first} UTC" if first == last else f"{first} to {last.removeprefix(day)} UTC"
 
 
 def _version(runs: pd.DataFrame, environment: Mapping[str, list[str]]) -> str:
@@ -187,6 +207,12 @@ def _natural(text: str) -> list[tuple[float, str]]:
     """Sorts by the numbers in a text where it has any."""
     parts = re.split(r"(\d+(?:\.\d+)?)", text)
     return [(float(part), "") if at % 2 else (0.0, part) for at, part in enumerate(parts)]
+
+
+def _alone(runs: pd.DataFrame, column: str) -> str:
+    """The option that all cells have; where they differ the variants name it."""
+    found = _texts(runs, column)
+    return found[0] if len(found) == 1 else ""
 
 
 def _few(words: Iterable[str], most: int = _MOST) -> str:

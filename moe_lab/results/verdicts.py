@@ -191,5 +191,6 @@ def _verdict(group: str, variant: str, kind: Kind, about: str, cells: Sequence[_
         text = f"{variant} {'was skipped' if kind == 'skipped' else 'failed'}{where}" + (f": {about}" if about else "")
     unstable = sum(cell.is_unstable for cell in cells) if kind in _COMPARED else 0
     if unstable:
-        text += f"; {unstable} of {len(cells)} latencies are not stable"
+        of = "its latency or the anchor's is" if len(cells) == 1 else f"{unstable} of {len(cells)} latencies are"
+        text += f"; {of} not stable"
     return Verdict(group, variant, kind, where.strip(), middle, low, high, len(cells), unstable, text)

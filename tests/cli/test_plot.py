@@ -119,6 +119,21 @@ def test_a_key_of_the_variants_makes_a_line_for_each_router(swept: Path, x: str)
     assert figure.axes[0].get_xlabel() == x
 
 
+def test_a_line_without_any_interval_is_hollow(runs: pd.DataFrame) -> None:
+    """Else it looks as sure as one whose intervals are too short to see."""
+    figure, _ = draw(runs, "batch", "latency_ms.p50", "variant")
+    assert [line.get_markerfacecolor() for line in figure.axes[0].lines] == ["white"]
+    assert figure.legends[0].get_title().get_text().endswith("hollow: no interval")
+
+
+def test_what_is_measured_is_no_place_to_join_sizes_at(swept: Path) -> None:
+    """Over bits per byte, a variant's batches are not points of one line."""
+    found = load(swept)
+    found["throughput.tokens_per_s"] = [100.0 + n for n in range(len(found))]
+    figure, _ = draw(found, "throughput.tokens_per_s", "latency_ms.p50")
+    assert {"torch, batch=1", "torch, batch=8"} <= set(labels(figure)) and len(labels(figure)) == 8
+
+
 def test_intervals_are_drawn_and_what_has_none_is_hollow(swept: Path) -> None:
     """Of two points of three."""
     figure, _ = draw(load(swept), "router.temperature", "latency_ms.p50")

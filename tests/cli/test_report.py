@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import synthetic
 from moe_lab.cli.report import main
 from moe_lab.records.schema import Ratio
 from moe_lab.records.store import PLAN, RESULT
+from moe_lab.results import outputs
 from moe_lab.results.aggregate import OUTPUTS
 from tests.cli.test_main import moe_lab
 from tests.results.compared import record, tiny_config, write
@@ -43,6 +46,20 @@ def test_without_it_there_are_plots_and_a_page(tmp_path: Path) -> None:
     assert files == ["sweep/runs.csv", "sweep/report.html"]
     assert heading.startswith("variant") and row.startswith("sinkhorn") and "1 ms" in row
     assert (folder / "report.html").is_file() and (folder / "plots").is_dir()
+
+
+def test_what_to_take_is_broken_between_words_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A terminal that is narrower would break its numbers; a file has a line for each sentence."""
+    synthetic.sweep(tmp_path, 16)
+    outputs.say(tmp_path)
+    whole = capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    outputs.say(tmp_path)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert plain.split() == whole.split() and max(map(len, plain.splitlines())) <= 40 < len(whole.splitlines()[0])
 
 
 def test_the_table_is_in_the_order_of_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,7 @@ def test_a_row_without_a_latency_says_why(
     assert next(line for line in lines if line.startswith("hash")).split()[2] == "failed"
     assert next(line for line in lines if line.startswith("cuda_ext")).split()[2] == "skipped"
     assert "failed: out_of_memory (outputs/s/hash/run.log)" in lines
-    assert "skipped (1 cells): unavailable: no compiler" in lines
+    assert "skipped (1 cell): unavailable: no compiler" in lines
 
 
 def test_a_failed_row_with_a_latency_always_has_its_status(
@@ -234,3 +234,16 @@ def test_no_number_of_a_row_is_broken(
     for column in table.columns(table.lines(made, ["router"])):
         if not column.is_name and column.heading not in left_out:
             assert all(any(cell in line for line in lines[:end]) for cell in column.cells), column
+
+
+def test_warnings_that_differ_in_numbers_alone_are_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each batch would hide the others; all of them stand in the records."""
+    cells = sweep(1, 8)
+    for one in cells:
+        one.warnings = [f"replays the same {one.config['batch'] + 1} tokens of 2,048"]
+    cells[0].warnings.append("alone: 1.5")
+    print_sweep(cells, ["router"])
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")][-2:] == [
+        "warning (6 cells, for example): replays the same 2 tokens of 2,048",
+        "warning (1 cell): alone: 1.5",
+    ]

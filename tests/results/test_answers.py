@@ -85,10 +85,10 @@ def test_take_the_anchor_where_all_others_collapse() -> None:
 def test_take_what_is_faster_and_no_worse() -> None:
     """With both numbers."""
     found = answered(
-        [NATIVE, row("oea", (0.8, 0.79, 0.81), **quality(0.001)), row("hash", (0.7, 0.7, 0.7), **quality(3))]
+        [NATIVE, row("oea", (0.8, 0.79, 0.81), **quality(0.001, 0.005)), row("hash", (0.7, 0.7, 0.7), **quality(3))]
     )
     assert texts(found, "take") == [
-        "Take oea: 1.25x faster than native [1.23, 1.27], +0.00 bits per byte [-0.05, +0.05]: no worse in quality; "
+        "Take oea: 1.25x faster than native [1.23, 1.27], +0.001 bits per byte [-0.004, +0.006]: no worse in quality; "
         "the predictions of hash collapse"
     ]
 
@@ -133,15 +133,66 @@ def test_an_output_error_names_the_router_it_is_beside() -> None:
     found = answered([row("native", **error(0.0)), row("b", (0.8, 0.79, 0.81), **error(0.2))])
     assert texts(found, "price") == ["b: 1.25x faster than native [1.23, 1.27]; output error 0.2 beside torch"]
     assert texts(found, "take")[0].startswith("No choice without a price: b is 1.25x faster than native, but changes")
+    many = [[row("native", batch=n, **error(0.0)), row("b", (2.0, 1.9, 2.1), batch=n, **error(0.2))] for n in range(9)]
+    assert texts(answered(itertools.chain(*many)), "price")[0].endswith("; output error 0.2 beside torch")
     same = answered([row("native", **error(0.0)), row("b", (0.8, 0.79, 0.81), **error(2e-6))])
     assert texts(same, "take") == ["Take b: 1.25x faster than native [1.23, 1.27], the same output, but for rounding"]
+
+
+def test_quality_that_differs_between_settings_is_a_range() -> None:
+    """A median of both and the hull of their intervals would be true of neither."""
+    rows = []
+    for batch, more in ((1, 0.284), (8, 0.075)):
+        rows += [row("native", batch=batch, **quality(0.0, 0.0))]
+        rows += [row("capacity", (1.1, 1.09, 1.11), batch=batch, **quality(more, 0.01))]
+    (price,) = texts(answered(rows), "price")
+    assert price == "capacity: 1.1x slower than native [1.09, 1.11]; +0.075 to +0.284 bits per byte"
+
+
+@pytest.mark.parametrize(
+    ("delta", "half", "said"),
+    [
+        pytest.param(0.0, 0.0, "+0.00 bits per byte [+0.00, +0.00]: no worse in quality", id="equal"),
+        pytest.param(0.002, 0.002, "+0.002 bits per byte [+0.000, +0.004]: no worse in quality", id="small"),
+        pytest.param(0.3, 0.5, "+0.30 bits per byte [-0.20, +0.80]: not surely worse in quality", id="wide"),
+        pytest.param(-0.3, 0.1, "-0.30 bits per byte [-0.40, -0.20]: better", id="better"),
+        pytest.param(1.6, math.nan, "+1.60 bits per byte, without an interval", id="no_interval"),
+    ],
+)
+def test_quality_is_not_called_equal_unless_it_surely_is(delta: float, half: float, said: str) -> None:
+    """A wide interval, or none, says little."""
+    (price,) = texts(answered([NATIVE, row("b", (0.8, 0.79, 0.81), **quality(delta, half))]), "price")
+    assert price == f"b: 1.25x faster than native [1.23, 1.27]; {said}"
+
+
+def test_bits_per_byte_without_an_interval_choose_nothing() -> None:
+    """Of one window, say."""
+    found = answered([NATIVE, row("hash", (0.7, 0.69, 0.71), **quality(1.6, math.nan))])
+    assert texts(found, "take") == ["By speed alone hash: what each does to the predictions has no interval"]
+
+
+def test_an_anchor_that_cannot_generate_text_is_said_to() -> None:
+    """It may be why another is taken at all."""
+    found = answered([row("ec", anchor="ec", **{"router.causal": False}), row("b", (0.8, 0.79, 0.81), anchor="ec")])
+    assert texts(found, "take") == ["Take b: 1.25x faster than ec [1.23, 1.27]; ec is not causal"]
+
+
+@pytest.mark.parametrize(
+    "ratio",
+    [pytest.param((0.0, 0.0, 0.0), id="zero"), pytest.param((math.inf, 1.9, math.inf), id="infinite")],
+)
+def test_a_ratio_that_cannot_be_is_no_answer(ratio: tuple[float, float, float]) -> None:
+    """Of a clock that stood still; quality still decides."""
+    found = answered([NATIVE, row("b", ratio, **quality(2.0))])
+    assert texts(found, "take") == ["Take native: the predictions of b collapse"] and not texts(found, "fastest")
+    assert not any("inf" in text or "nan" in text for _, text in found.shown)
 
 
 def test_no_choice_without_a_price() -> None:
     """The faster predicts worse, but does not collapse."""
     found = answered([NATIVE, row("few", (0.5, 0.49, 0.51), **quality(0.2))])
     assert texts(found, "take") == [
-        "No choice without a price: few is 2x faster than native, which predicts better (0.2 fewer bits per byte)"
+        "No choice without a price: few is 2x faster than native, which predicts better (0.20 fewer bits per byte)"
     ]
 
 
@@ -155,7 +206,7 @@ def test_between_the_fastest_and_the_best_are_those_that_are_surely_faster_and_b
     ]
     found = answered([NATIVE, row("few", (0.5, 0.49, 0.51), **quality(0.2)), between, *others])
     (text,) = texts(found, "take")
-    assert text.endswith("(0.2 fewer bits per byte); between them between (1.25x, 0.1)")
+    assert text.endswith("(0.20 fewer bits per byte); between them between (1.25x faster, +0.10 bits per byte)")
 
 
 def test_without_quality_speed_alone_is_said_to_be_speed_alone() -> None:
@@ -187,6 +238,36 @@ def test_neighbouring_settings_with_one_answer_are_one_sentence() -> None:
         "native and b: no difference seen between them at T <= 64",
         "b is the fastest at T >= 128: 1.43x faster than native [1.41, 1.45]",
     ]
+
+
+def test_a_tie_among_losses_is_not_called_a_loss() -> None:
+    """One is taken for all, for it is never surely slower."""
+    rows = []
+    for batch, ratio in ((8, (1.5, 1.4, 1.6)), (64, (1.4, 1.3, 1.5)), (512, (1.1, 0.7, 3.0))):
+        same = {"batch": batch, "router": "olmoe", "anchor": "grouped"}
+        rows += [row("grouped", **same), row("loop", ratio, **same)]
+    assert texts(answered(rows), "take") == ["Take grouped: loop is slower or not surely faster"]
+
+
+def test_that_most_speeds_are_doubtful_is_said_before_what_is_concluded_from_them() -> None:
+    """A few are said below."""
+    unstable = {"latency_ms.stable": False}
+    rows = [row("native", **unstable), row("b", (2.0, 1.9, 2.1), **unstable)]
+    assert [asked for asked, _ in answered(rows).shown][:3] == ["take", "not sure", "fastest"]
+    assert "doubtful" in answered(rows).shown[1].text
+    rows += [cell for n in (2, 4) for cell in (row("native", batch=n), row("b", (2.0, 1.9, 2.1), batch=n))]
+    assert [asked for asked, _ in answered(rows).shown][:2] == ["take", "fastest"]
+
+
+def test_what_to_take_comes_before_all_else() -> None:
+    """Though each setting has another answer."""
+    rows = []
+    for at, batch in enumerate((1, 8, 64, 512)):
+        ratio = (0.5, 0.49, 0.51) if at % 2 else (1.5, 1.4, 1.6)
+        same = {"batch": batch, "router": "olmoe", "anchor": "grouped"}
+        rows += [row("grouped", **same), row("loop", ratio, **same)]
+    found = answered(rows)
+    assert [asked for asked, _ in found.shown[:4]] == ["take"] * 4 == ["take"] * len(texts(found, "take"))
 
 
 def test_loads_are_nothing_to_take() -> None:

@@ -319,3 +319,32 @@ def test_what_the_files_lack_is_said(sweep: tuple[Path, Aggregate]) -> None:
 def test_an_axis_is_logarithmic_where_values_span_a_lot(values: list[float], log: bool) -> None:
     """And can be."""
     assert is_log(values) is log
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in ("phases", "latency_against_bits")])
+def test_a_chart_of_one_size_names_it_where_the_sweep_has_several(sweep: tuple[Path, Aggregate], name: str) -> None:
+    """Else nobody can tell whose it is, beside the others of the size that is chosen."""
+    directory, (runs, summary, _) = sweep
+    columns = [str(key) for key in runs if str(key).startswith(("phases_", "quality."))]
+
+    def only(frame: pd.DataFrame) -> pd.DataFrame:
+        there = [key for key in columns if key in frame]
+        return frame.assign(**{key: frame[key].where(frame["batch"] == 2) for key in there})
+
+    found = chart(charts.charts(directory, only(runs), only(summary)), name)
+    assert found.panels and all(panel.place["batch"] == "batch=2" in panel.title for panel in found.panels)
+
+
+def test_load_is_compared_within_a_size(sweep: tuple[Path, Aggregate]) -> None:
+    """Latencies of several batches in one picture say nothing of load."""
+    for panel in drawn(sweep, "load_against_latency").panels:
+        assert isinstance(panel, Panel)
+        assert len({size for series in panel.series for size in series.size}) == 1
+
+
+def test_bits_per_byte_do_not_start_at_zero(sweep: tuple[Path, Aggregate]) -> None:
+    """No model is near it, so all points would lie on each other."""
+    found, _ = figures(charts.charts(sweep[0], sweep[1].runs, sweep[1].summary))
+    (front_,) = (figure for figure in found if figure["name"] == "latency_against_bits")
+    axes = [panel["layout"]["xaxis"] for panel in front_["panels"]]
+    assert {axis["rangemode"] for axis in axes} == {"normal"}

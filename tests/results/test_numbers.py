@@ -98,3 +98,17 @@ def test_an_interval_of_nan_is_none() -> None:
     assert numbers.with_interval(math.nan, math.nan, math.nan) == "-"
     assert numbers.bits_per_byte(1.75, 0.25, math.nan, 0.3) == "1.750 (+0.250)"
     assert numbers.bits_per_byte(math.nan, 0.25, 0.2, 0.3) == "" and numbers.error(math.nan) == "-"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        pytest.param(1.6234, "+1.62", id="large"),
+        pytest.param(-0.1, "-0.10", id="better"),
+        pytest.param(0.0264, "+0.026", id="small"),
+        pytest.param(0.0, "+0.00", id="none"),
+    ],
+)
+def test_a_difference_of_bits_has_the_digits_that_say_something(more: float, said: str) -> None:
+    """`+0.00` of a router that is not the native one would say that it is."""
+    assert numbers.bits(more)(more) == said

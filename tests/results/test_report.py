@@ -189,9 +189,35 @@ def test_columns_that_few_sweeps_have_are_there_only_where_they_are_known(sweep:
 
 def test_cards_say_what_a_router_does_to_the_predictions(of_texts: Path) -> None:
     """The difference from the native router with its interval."""
-    words = shown(of_texts)
+    words = " ".join(shown(of_texts).split())
     assert "1.750 (+0.250) [+0.200, +0.300]" in words and "1.500 (+0.000) [-0.050, +0.050]" in words
-    assert "text information" in shown(of_texts) and " 0.2 " in shown(of_texts)
+    assert "text information" in words and " 0.2 " in words
+
+
+def test_no_number_of_a_card_breaks_over_lines(of_texts: Path) -> None:
+    """Nor an interval; between them a line may break."""
+    cards = re.findall(
+        r'<section class="card">\s*<h3>[^<]*</h3>\s*<ul class="chips">.*?</section>', ours(of_texts), re.S
+    )
+    fields = [field for card in cards for field in re.findall(r'<td class="n">(.*?)</td>', card)]
+    assert "<span>1.750</span> <span>(+0.250)</span> <span>[+0.200,\u00a0+0.300]</span>" in fields
+    assert all(re.fullmatch(r"(<span>[^ <]*</span> ?)+", field) for field in fields)
+
+
+def test_the_anchor_comes_first_in_each_setting_of_the_table(sweep: Path) -> None:
+    """As on the terminal; counts are whole numbers."""
+    rows = re.findall(r"<tr data-status.*?</tr>", ours(sweep), re.S)
+    fields = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
+    runs = aggregate(sweep.parent).runs
+    anchors = set(runs["ratio_to_anchor.anchor"].dropna())
+    settings = dict(zip(runs["cell_id"], runs["setting_id"], strict=True))
+    seen = set()
+    for row in fields:
+        cell_id = re.sub("<[^>]*>", "", row[-1])
+        assert (cell_id in anchors) <= (settings[cell_id] not in seen)
+        seen.add(settings[cell_id])
+    dead = heads_of(sweep).index("dead experts")
+    assert {row[dead] for row in fields} <= {"", *map(str, range(9))}
 
 
 def test_unreadable_records_are_listed(tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+import moe_lab
 from benchmarks import synthetic
-from moe_lab.records.store import RESULT
+from moe_lab.records.store import RESULT, ROUTING
 from moe_lab.results.aggregate import aggregate
 from moe_lab.results.load import Plan, read_plan
 from moe_lab.results.subject import facts
+from moe_lab.sweep.plan import plain
 from tests.results import texts
 
 
@@ -38,17 +42,17 @@ def test_the_facts_of_a_sweep(tmp_path: Path) -> None:
     found = of(tmp_path)
     assert found["Model"] == (
         "decoder_moe (2 layers, 8 experts, top-2, width 32, expert width 24); "
-        "moe_layer (shape demo, 8 experts, top-2, width 32, expert width 24)"
+        "moe_layer (8 experts, top-2, width 32, expert width 24)"
     )
     assert found["Compared"] == (
         "sinkhorn/grouped, sinkhorn/loop, torch/grouped, torch/loop, each beside torch/grouped "
         "(by router, experts, execution)"
     )
-    assert found["Sizes"] == "batch 1 to 16 (5 values), seq_len 8 to 128 (5 values)"
+    assert found["Sizes"] == "batch 1 to 16 (5 values); seq_len 8 to 128 (5 values)"
     assert found["Cells"] == "189 ok, 6 failed, 5 skipped"
     assert (found["dtype"], found["Device"], found["Execution"]) == ("fp32", "Synthetic CPU", "eager")
     assert found["Workload"] == "random, forward phase, native load"
-    assert found["Run"] == "2026-01-01 00:00 UTC to 2026-01-01 00:03 UTC"
+    assert found["Run"] == "2026-01-01 00:00 to 00:03 UTC"
     assert found["Version"] == "moe-lab 0.1.0, git 000000000000"
     assert found["Command"].startswith("moe-lab -m router=torch,sinkhorn")
 
@@ -58,12 +62,22 @@ def test_what_varies_is_a_range_and_a_replay_names_its_trace(tmp_path: Path) -> 
     folders = synthetic.sweep(tmp_path, 8)
     for n, folder in enumerate(folders):
         decode = {"config__workload__phase": "decode", "config__workload__context_len": 128 * (1 + n % 2)}
-        edit(folder, **decode, config__workload__load="replay", config__workload__trace="outputs/recorded")
+        replay = {"config__workload__load": "replay", "config__workload__trace": "outputs/recorded"}
+        edit(folder, **decode, **replay, config__workload__trace_layer=3 * (n % 2))
     for folder in folders[:2]:
         edit(folder, config__model__n_experts=16)
     found = of(tmp_path)
-    assert found["Workload"].endswith("decode phase, context 128, 256, replay load of outputs/recorded")
+    assert found["Workload"].endswith("decode phase, context 128, 256, replay load of outputs/recorded (layer 0, 3)")
     assert "8, 16 experts" in found["Model"]
+    assert not {"Router", "Experts"} & found.keys()
+
+
+def test_the_option_that_all_have_is_named(tmp_path: Path) -> None:
+    """The variants do not."""
+    for folder in synthetic.sweep(tmp_path, 8):
+        edit(folder, config__experts__name="grouped")
+    found = of(tmp_path)
+    assert found["Experts"] == "grouped" and "Router" not in found
 
 
 def test_a_checkpoint_shows_its_shape_by_its_routing(tmp_path: Path) -> None:
@@ -77,6 +91,64 @@ def test_a_checkpoint_shows_its_shape_by_its_routing(tmp_path: Path) -> None:
     found = of(tmp_path)
     assert found["Model"] == "olmoe (checkpoint models/olmoe, 4 MoE layers, 8 experts, top-2)"
     assert found["Workload"].startswith("text (a.txt, b.txt)")
+
+
+@pytest.mark.parametrize(
+    ("top_k", "said"),
+    [
+        pytest.param([None, 1, 1, None], ", top-2)", id="of_the_router_that_uses_its_own"),
+        pytest.param([1, 1, 1, 1], ", 8 experts)", id="not_known"),
+    ],
+)
+def test_the_top_k_of_a_checkpoint_is_not_that_of_a_router_told_otherwise(
+    tmp_path: Path, top_k: list[int | None], said: str
+) -> None:
+    """`router.top_k=1` is a variant; its routing shows one slot for a token."""
+    for folder, k in zip(synthetic.sweep(tmp_path, 4), top_k, strict=True):
+        texts.add(folder)
+        content = json.loads((folder / RESULT).read_text())
+        content["config"]["model"] = {"name": "checkpoint", "path": "models/olmoe", "ignores": []}
+        content["config"]["router"] |= {"top_k": k}
+        (folder / RESULT).write_text(json.dumps(content))
+        if k:
+            with np.load(folder / ROUTING) as old:
+                arrays = dict(old)
+            arrays["counts_LE"] = arrays["counts_LE"] * 0
+            arrays["counts_LE"][:, 0] = content["config"]["batch"] * content["config"]["seq_len"]
+            np.savez(folder / ROUTING, **arrays)
+    assert of(tmp_path)["Model"].endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        pytest.param({}, "shape demo, ", id="untouched"),
+        pytest.param({"d_model": 96}, "(", id="a_size_beside_it"),
+        pytest.param({"name": "mine"}, "shape mine, ", id="of_a_user"),
+    ],
+)
+def test_a_shape_has_its_name_only_where_it_is_true(tmp_path: Path, sizes: dict[str, Any], said: str) -> None:
+    """A size typed beside an option keeps its name in the configuration."""
+    (folder,) = synthetic.sweep(tmp_path, 1)
+    demo = plain(moe_lab.compose(["model=moe_layer"]))["model"]
+    edit(folder, config__model={**demo, "shape": {**demo["shape"], **sizes}})
+    model = of(tmp_path)["Model"]
+    assert said in model and ("shape" in model) == ("shape" in said)
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        pytest.param("2026-01-01T10:00:59+00:00", "2026-01-01 10:00 UTC", id="a_minute"),
+        pytest.param("2026-01-01T11:05:00+00:00", "2026-01-01 10:00 to 11:05 UTC", id="a_day"),
+        pytest.param("2026-01-02T10:00:00+00:00", "2026-01-01 10:00 to 2026-01-02 10:00 UTC", id="over_midnight"),
+    ],
+)
+def test_the_time_names_a_day_once(tmp_path: Path, last: str, said: str) -> None:
+    """A day later at the same minute is another time."""
+    for folder, started in zip(synthetic.sweep(tmp_path, 2), ("2026-01-01T10:00:00+00:00", last), strict=True):
+        edit(folder, started=started)
+    assert of(tmp_path)["Run"] == said
 
 
 @pytest.mark.parametrize("n", [pytest.param(0, id="nothing"), pytest.param(1, id="one_cell")])

@@ -94,6 +94,12 @@ def test_a_verdict_from_unstable_latencies_says_so(
     assert expected is None or verdict.text.endswith(f"; {expected} latencies are not stable")
 
 
+def test_of_one_latency_none_is_counted() -> None:
+    """`1 of 1 latencies are` is no sentence."""
+    (verdict,) = judge(row("torch", 1, **UNSTABLE), row("sinkhorn", 1, SLOWER, **UNSTABLE))
+    assert verdict.text.endswith("; its latency or the anchor's is not stable")
+
+
 def test_an_unstable_anchor_of_another_machine_is_not_theirs() -> None:
     """Rows of one setting from two machines have an anchor each."""
     rows = [row("torch", env_id="a" * 12, **UNSTABLE), row("torch", env_id="b" * 12)]
