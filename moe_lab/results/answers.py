@@ -214,14 +214,12 @@ def _between(fast: str, good: str, settings: Sequence[Setting]) -> str:
         if len(cells) < len(settings) or variant in (fast, good) or any(c.is_causal is False for c, _, _ in cells):
             continue
         is_better = all(f.quality and c.quality and f.quality.is_worse_than(c.quality) for c, _, f in cells)
-        if (
-            is_better
-            and any(g.is_slower_than(c) for c, g, _ in cells)
-            and not any(c.is_slower_than(g) for c, g, _ in cells)
-        ):
-            ratio = float(np.median([g.ratio[0] / c.ratio[0] for c, g, _ in cells]))
+        gains = [g.ratio[0] / c.ratio[0] for c, g, _ in cells if g.is_slower_than(c)]
+        if is_better and gains and not any(c.is_slower_than(g) for c, g, _ in cells):
             more = float(np.median([c.quality.value - g.quality.value for c, g, _ in cells if c.quality and g.quality]))
-            found.append(f"{variant} ({numbers.ratio(ratio)}x faster, {numbers.bits(more)(more)} bits per byte)")
+            speed = f"{numbers.ratio(float(np.median(gains)))}x faster"
+            where = f" in {len(gains)} of {len(cells)} settings" if len(gains) < len(cells) else ""
+            found.append(f"{variant} ({speed}{where}, {numbers.bits(more)(more)} bits per byte)")
     return f"; between them {listed(found)}" if found else ""
 
 
