@@ -42,7 +42,7 @@ def overrides_of(words: Sequence[str]) -> list[str]:
     for word in words:
         if word.startswith("-"):
             raise ValueError(
-                f"{word}: an option of the command line; in Python -m is moe_lab.multirun, --config-dir is config_dir=DIR."
+                f"{word}: an option of the command line; in Python -m is moe_lab.multirun, --config-dir config_dir."
             )
     return list(words)
 
