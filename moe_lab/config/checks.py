@@ -250,6 +250,9 @@ def _validate_router(cfg: DictConfig, group: str) -> None:
     _at_least(cfg, " ".join(f"{group}.{key}" for key in ("iters", "top_k", "k_max", "steps", "calibration_tokens")), 1)
     _at_least(cfg, f"{group}.tolerance", 0)
     _more_than_zero(cfg, " ".join(f"{group}.{key}" for key in ("temperature", "factor", "scale", "rate")))
+    inner = node.get("inner")
+    if inner is not None and not isinstance(inner, DictConfig):
+        raise ValueError(f"{group}.inner={inner}: is a group; write router@{group}.inner={inner}.")
     n_experts = OmegaConf.select(cfg, "model.n_experts") or OmegaConf.select(cfg, "model.shape.n_experts")
     for key in ("top_k", "k_max"):
         if n_experts is not None and node.get(key) is not None and node[key] > n_experts:

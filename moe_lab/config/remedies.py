@@ -71,6 +71,8 @@ def refuse_removal(overrides: Iterable[str], options_of: Callable[[str], Sequenc
     groups = ("model/shape", *GROUPS, *_OPTIONAL)
     for override in overrides:
         key, is_set, value = override.lstrip("~+").partition("=")
+        if key.startswith("router@") and re.fullmatch(r"-?\d[\d.]*", value):
+            raise ValueError(unknown_option(key.removeprefix("router@"), value, options_of("router")))
         if "???" in value.split(","):
             raise ValueError(f"{override}: ??? stands for a value that is missing; write {key}=VALUE.")
         if key.startswith("hydra.sweeper.params") and value[:1] not in "'\"" and set(value) & set("{,"):
@@ -105,6 +107,8 @@ def unreadable(override: str) -> str:
         return f"{override}: {key} cannot be a key; write KEY=VALUE (moe-lab --help lists keys)."
     if several := re.fullmatch(r"([\w./-]+)[ ;,]+([\w./]+=[^ ;,]+)", value):
         return f"{override}: has two overrides in one word; write them apart: {key}={several[1]} {several[2]}."
+    if value.startswith("~"):
+        return f"{override}: the shell leaves ~ as it is here; write {key}=$HOME{value[1:]}."
     if value == "choice()":
         return f"{override}: has no values, so the sweep has no cell; write {key}=A,B."
     is_number, is_group = Config.__annotations__.get(key) == "int", key in ("model/shape", *GROUPS, *_OPTIONAL)

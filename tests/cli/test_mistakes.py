@@ -87,6 +87,8 @@ SINGLE = {
     "debug=nope": ("debug=nope", "choose one of fast"),
     "router=1": ("router=1", "choose one of base"),
     "dtype=32": ("dtype=32", "Did you mean fp32?"),
+    "measure.reference_router=1": ("measure.reference_router=1", "choose one of base"),
+    "router=capacity router.inner=sinkhorn": ("router.inner=sinkhorn", "write router@router.inner=sinkhorn"),
     "router=sinkhorn.yaml": ("router=sinkhorn.yaml", "write router=sinkhorn."),
     "router=./sinkhorn": ("router=./sinkhorn", "write router=sinkhorn."),
     "router=conf/router/sinkhorn.yaml": ("router=conf/router/sinkhorn.yaml", "write router=sinkhorn."),
@@ -116,6 +118,7 @@ SINGLE = {
     "batch.=8": ("batch.=8", "write KEY=VALUE"),
     # paths
     f"{CHECKPOINT} model.path=allenai/OLMoE-1B": ("model.path=allenai/OLMoE-1B", "write model.path=OLMoE-1B"),
+    f"{CHECKPOINT} model.path=~/x": ("model.path=~/x", "write model.path=$HOME/x"),
     f"{CHECKPOINT} model.path=nowhere": ("model.path=nowhere", "give the folder"),
     f"{CHECKPOINT} model.path=C:\\Users\\x": ("model.path=C:\\Users\\x", "give the folder"),
     f"{CHECKPOINT} model.path=/data/run=3": ("model.path=/data/run=3", "'model.path=\"/data/run=3\"'"),
