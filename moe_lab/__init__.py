@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_lab.api.compare import compare as compare
+    from moe_lab.api.compose import compose as compose
     from moe_lab.api.load import load as load
     from moe_lab.api.multirun import multirun as multirun
     from moe_lab.api.report import report as report
     from moe_lab.api.routers import list_routers as list_routers
     from moe_lab.api.run import run as run
-    from moe_lab.config.compose import compose as compose
     from moe_lab.runs.build import build_model as build_model
     from moe_lab.runs.build import build_router as build_router
 
@@ -50,7 +50,7 @@ _HOME = {
     "build_model": "moe_lab.runs.build",
     "build_router": "moe_lab.runs.build",
     "compare": "moe_lab.api.compare",
-    "compose": "moe_lab.config.compose",
+    "compose": "moe_lab.api.compose",
     "list_routers": "moe_lab.api.routers",
     "load": "moe_lab.api.load",
     "multirun": "moe_lab.api.multirun",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from moe_lab.api.run import overrides_of
+from moe_lab.api.compose import in_python, overrides_of
 from moe_lab.api.shown import Results
 from moe_lab.cli.progress import Terminal
 from moe_lab.config.compose import composing_multirun, name_sweep
@@ -50,7 +50,7 @@ def multirun(
     words = ["moe-lab", "-m", *(["--config-dir", str(config_dir)] if config_dir is not None else []), *typed]
     if sweeps.current is not None:
         raise ValueError(f"{sweeps.current.directory}: this process is running this sweep; wait for it.")
-    with _named(typed), composing_multirun(typed, config_dir) as (loader, config):
+    with in_python(), _named(typed), composing_multirun(typed, config_dir) as (loader, config):
         _refuse_other_plugins(config)
         this = sweeps.begin(loader, config, Terminal(), words)
         try:

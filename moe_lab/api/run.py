@@ -7,8 +7,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from moe_lab.api.compose import compose
 from moe_lab.api.shown import Result
-from moe_lab.config.compose import compose
+from moe_lab.records import inputs
 from moe_lab.runs import run as runs
 
 
@@ -32,16 +33,8 @@ def run(
         KeyboardInterrupt: Ctrl-C; the record, `failed` with the reason `interrupted`, is written first.
     """
     if not isinstance(what, DictConfig):
-        what = compose(overrides_of(what), config_dir=config_dir)
+        what = compose(what, config_dir=config_dir)
     elif config_dir is not None:
         raise ValueError(f"config_dir={config_dir}: this configuration is composed; give it to moe_lab.compose.")
+    inputs.require(what)
     return Result.of(runs.run(what, directory))
-
-
-def overrides_of(words: Sequence[str]) -> list[str]:
-    """A list of overrides. Raises `ValueError` for something else."""
-    if isinstance(words, str):
-        raise ValueError(f"{words!r}: must be a list of overrides, such as {[words]!r}.")
-    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
-        raise ValueError(f'{words!r:.60}: must be a list of overrides, such as ["router=sinkhorn"].')
-    return list(words)

@@ -35,6 +35,16 @@ examples:
 """
 
 
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = math.nan
+    if not 0 <= days < 100_000:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of days, 0 or more; write --older-than 30")
+    return days
+
+
 def main(arguments: list[str]) -> int:
     """`moe-lab clean`. Returns the exit code."""
     parser = Parser(
@@ -48,12 +58,10 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--failed", action="store_true", help="only these kinds")
     parser.add_argument("--stale", action="store_true", help="only these kinds")
-    parser.add_argument("--older-than", type=float, metavar="DAYS", help="only these kinds")
+    parser.add_argument("--older-than", type=_days, metavar="DAYS", help="only these kinds")
     parser.add_argument("--remove", action="store_true", help="remove what is listed")
     given = parser.parse_args(arguments)
     days = given.older_than
-    if days is not None and not (math.isfinite(days) and 0 <= days < 100_000):
-        parser.error(f"--older-than {days:g}: must be a number of days, 0 or more")
     if not given.directory.is_dir():
         raise ValueError(f"{given.directory}: folder not found.")
     everything = not given.failed and not given.stale and days is None

@@ -73,9 +73,15 @@ def _generate(arguments: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely token")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_intermixed_args(arguments)
+    from moe_lab.config.compose import compose
+    from moe_lab.records import inputs
+
+    cfg = compose(["model=checkpoint", "router=native", *given.overrides], config_dir=given.config_dir)
+    inputs.require(cfg)  # before torch is loaded
+
     from moe_lab.cli import generate
 
-    generate.main(given.prompt, given.overrides, given.config_dir, given.max_tokens, given.temperature)
+    generate.main(given.prompt, cfg, given.max_tokens, given.temperature)
     return OK
 
 

@@ -6,14 +6,13 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
 from moe_lab.config.checks import refuse_other_keys
-from moe_lab.config.compose import compose
 from moe_lab.measure.clocks import STEPS
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models import generation_config
@@ -26,7 +25,6 @@ from moe_lab.records.identity import option_name
 from moe_lab.runs import build
 from moe_lab.terminal import write_data
 
-_DEFAULTS = ("model=checkpoint", "router=native")
 _COMMAND = "moe-lab generate"
 _READ = ("model.*", "router.*", "experts.*", "device", "dtype", "execution", "seed")
 _CALIBRATED_ON = ("workload", "workload.path", "seq_len")
@@ -165,13 +163,12 @@ def _tokens(cfg: DictConfig, model: Checkpoint, ids_1N: Tensor, n_prompt: int, t
         yield int(token)
 
 
-def main(prompt: str, overrides: Sequence[str], config_dir: str | None, max_tokens: int, temperature: float) -> None:
+def main(prompt: str, cfg: DictConfig, max_tokens: int, temperature: float) -> None:
     """Print the prompt and what follows it as it comes; how long it took goes to standard error."""
     if max_tokens < 1:
         raise ValueError(f"--max-tokens {max_tokens}: must be an integer >= 1.")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"--temperature {temperature}: must be a number >= 0.")
-    cfg = compose([*_DEFAULTS, *overrides], config_dir=config_dir)
     stamps = []
     with exact_products():
         pieces = generate(cfg, prompt, max_tokens, temperature)

@@ -6,6 +6,7 @@ Hydra's own parser stops at a word it does not know with a page of usage, and ta
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import NamedTuple, NoReturn
@@ -18,6 +19,13 @@ from moe_lab.config.unread import key_of
 from moe_lab.errors import nearest
 
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # a web page or a word processor makes them of -
+_ELSEWHERE = {
+    **dict.fromkeys(("sweep", "multirun"), "write -m in its place"),
+    **dict.fromkeys(("run", "bench", "benchmark", "moe-lab"), "leave it out: KEY=VALUE alone is a run"),
+    "help": "write --help",
+    "version": "write --version",
+}
+"""What other programs have as commands."""
 _LETTERS = {"V": "version", "v": "version", "?": "help"}
 _QUOTES = "\u2018\u2019\u201c\u201d\u00ab\u00bb"
 
@@ -48,6 +56,10 @@ def read(words: Sequence[str], commands: Mapping[str, object]) -> Typed:
     for word in words:
         _refuse_typography(word)
     parser = get_args_parser()
+    for word in words:  # argparse reads -router as -r outer
+        name = re.split("[=.]", word.lstrip("-"))[0]
+        if re.match("-[a-z]", word) and name.replace("-", "_") in Config.__dataclass_fields__:
+            raise ValueError(_unknown_option(word, words, parser))
     parser.error = _refuse  # type: ignore[method-assign]
     given, unknown = parser.parse_known_intermixed_args(list(words))
     if unknown:
@@ -114,8 +126,23 @@ def _refuse_no_override(words: Sequence[str], commands: Mapping[str, object]) ->
             raise ValueError(f"{word}: write {key.strip()}={value.strip()}, without spaces around =.")
         if is_override and not key:
             raise ValueError(f"{word}: has no key; write KEY=VALUE, without spaces around =.")
+        if not is_override and position and _is_open(words[position - 1]):
+            raise ValueError(_cut_at_spaces(words[position - 1 :]))
         if not is_override and not word.startswith("~"):  # ~KEY is Hydra's deletion
             raise ValueError(_no_override(word, behind, [*words, "", ""][position + 2], commands))
+
+
+def _is_open(text: str) -> bool:
+    return any(text.count(opening) > text.count(closing) for opening, closing in ("[]", "{}", "()"))
+
+
+def _cut_at_spaces(words: Sequence[str]) -> str:
+    """For a list or a mapping that nobody quoted."""
+    whole = words[0]
+    for word in words[1:]:
+        if _is_open(whole):
+            whole += f" {word}"
+    return f"{whole}: the shell cut it at its spaces; quote it: '{whole}'."
 
 
 def _no_override(word: str, behind: str, then: str, commands: Mapping[str, object]) -> str:
@@ -131,6 +158,8 @@ def _no_override(word: str, behind: str, then: str, commands: Mapping[str, objec
     of = [group for group, paths in groups.items() if word in {path.stem for path in paths}]
     if of:
         return f"{start}; write {' or '.join(f'{group}={word}' for group in of)}."
+    if word in _ELSEWHERE:
+        return f"{start}; {_ELSEWHERE[word]}."
     near = nearest(word, [*commands, *(f"{group}=" for group in groups)])
     return f"{start} (moe-lab --help lists them).{near}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -129,6 +130,9 @@ def _refuse_unknown_keys(cfg: DictConfig) -> None:
     }
     if _is_ours(cfg.model) and isinstance(cfg.model.get("shape"), DictConfig):
         kinds["model.shape"] = Shape
+    for group in ("model", "router", "experts", "workload"):  # of the package's own options
+        if _is_ours(cfg[group]):
+            refuse_unknown(cfg[group], group)
     for group, kind in kinds.items():
         known = kind.__dataclass_fields__
         for key in OmegaConf.select(cfg, group) or ():
@@ -144,7 +148,8 @@ def refuse_unknown(node: DictConfig, place: str) -> None:
     known = getattr(kind, "__dataclass_fields__", None)
     for key in map(str, node):
         if known is not None and key not in known and f"{place}.{key}" != "hydra.env":  # of which Hydra has no schema
-            raise ValueError(f"{place}.{key}: unknown key; {place} has {', '.join(known)}.{nearest(str(key), known)}")
+            has = ", ".join(name for name in known if name not in ("_target_", "ignores"))
+            raise ValueError(f"{place}.{key}: unknown key; {place} has {has}.{nearest(str(key), known)}")
         if not OmegaConf.is_missing(node, key) and isinstance(value := node._get_node(key), DictConfig):
             refuse_unknown(value, f"{place}.{key}")
 
@@ -245,6 +250,13 @@ def _validate_router(cfg: DictConfig, group: str) -> None:
     _at_least(cfg, " ".join(f"{group}.{key}" for key in ("iters", "top_k", "k_max", "steps", "calibration_tokens")), 1)
     _at_least(cfg, f"{group}.tolerance", 0)
     _more_than_zero(cfg, " ".join(f"{group}.{key}" for key in ("temperature", "factor", "scale", "rate")))
+    inner = node.get("inner")
+    if inner is not None and not isinstance(inner, DictConfig):
+        raise ValueError(f"{group}.inner={inner}: is a group; write router@{group}.inner={inner}.")
+    n_experts = OmegaConf.select(cfg, "model.n_experts") or OmegaConf.select(cfg, "model.shape.n_experts")
+    for key in ("top_k", "k_max"):
+        if n_experts is not None and node.get(key) is not None and node[key] > n_experts:
+            raise ValueError(f"{group}.{key}={node[key]}: must be <= {n_experts}, the number of the model's experts.")
     name, impl = node.get("name"), node.get("impl")
     if name in ("torch", "triton", "cuda_ext") and impl != name:
         raise ValueError(f"{group}.impl={impl}: router={name} always uses {name}; remove {group}.impl.")
@@ -269,6 +281,9 @@ def check_overrides(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bo
             raise ValueError(
                 f"{override}: {key} labels the option and cannot be set; choose another option of the group."
             )
+        is_number = re.fullmatch(r"-?\d+", override.partition("=")[2]) and not override.endswith(("=0", "=1"))
+        if is_number and isinstance(OmegaConf.select(cfg, key), bool):  # OmegaConf takes any number for true
+            raise ValueError(f"{override}: must be true or false; write {key}=true or {key}=false.")
     if not in_a_sweep:
         for line in unread(cfg, overrides, in_a_sweep=False).values():
             raise ValueError(line)

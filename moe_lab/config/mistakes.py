@@ -86,12 +86,20 @@ def _explain_key(error: OmegaConfBaseException) -> str:
     if full_key and isinstance(parent, DictConfig) and not is_there:
         known = sorted(str(key) for key in parent if key not in _NOT_FOR_TYPING)
         where = full_key.rpartition(".")[0]
+        if not where and (inner := _places_of(full_key, parent)):
+            return f"{full_key}: unknown key; write {' or '.join(f'{place}=VALUE' for place in inner)}."
         near = nearest(str(error.key), known)
         return f"{full_key}: unknown key; {where or 'the configuration'} has {', '.join(known) or 'no keys'}.{near}"
     if (line := remedies.wrong_value(error)) is not None:
         return line
     message = _one_line(str(error.msg or error).split("\n")[0])
     return f"{full_key}: {message}" if full_key and full_key not in message else message
+
+
+def _places_of(name: str, root: DictConfig) -> list[str]:
+    """Where the groups have a key that was typed without its group: `router.temperature` of `temperature`."""
+    groups = (key for key in map(str, root) if key not in _NOT_FOR_TYPING)
+    return [f"{key}.{name}" for key in groups if isinstance(node := root._get_node(key), DictConfig) and name in node]
 
 
 def _one_line(text: str) -> str:

@@ -34,6 +34,9 @@ def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
     key = f"{group}={option}"
     if option in ("", "null", "None", "none"):
         return f"{key}: {_none_of(group)}; choose one of {', '.join(options)}."
+    stem = re.sub(r"\.ya?ml$", "", option).rpartition("/")[2]
+    if stem in options and stem != option and re.search(r"^\.|/|\.ya?ml$", option):  # conf/router/sinkhorn.yaml
+        return f"{key}: a file is not the name of an option; write {group}={stem}."
     if (first := option.partition("/")[0]) in options and first != option:  # model=moe_layer/demo
         return f"{key}: unknown option; write {group}={first}."
     if group == "model" and "/" in option:
@@ -64,10 +67,27 @@ def download(name: str) -> str:
 
 
 def refuse_removal(overrides: Iterable[str], options_of: Callable[[str], Sequence[str]]) -> None:
-    """Raise `ValueError` for `~KEY` of what every run has, and for a group that is given no option."""
+    """Raise `ValueError` for `~KEY` of what every run has, and for what is no value or no name of an option."""
     groups = ("model/shape", *GROUPS, *_OPTIONAL)
     for override in overrides:
         key, is_set, value = override.lstrip("~+").partition("=")
+        if key.startswith("router@") and re.fullmatch(r"-?\d[\d.]*", value):
+            raise ValueError(unknown_option(key.removeprefix("router@"), value, options_of("router")))
+        if "???" in value.split(","):
+            raise ValueError(f"{override}: ??? stands for a value that is missing; write {key}=VALUE.")
+        if key.startswith("hydra.sweeper.params") and value[:1] not in "'\"" and set(value) & set("{,"):
+            raise ValueError(f"{override}: in a command the axes are typed as such: write batch=1,2, for example.")
+        if key == "model.shape" and value and value[0] not in "{'\"":
+            raise ValueError(
+                f"{override}: is a group; write model/shape={value}, beside model=moe_layer or model=router."
+            )
+        for option in value.split(",") if key in groups else ():
+            if re.fullmatch(
+                r"-?\d[\d.]*|true|false", option, re.IGNORECASE
+            ):  # Hydra asks for a string and names no key
+                raise ValueError(unknown_option(key, option, options_of(key)))
+            if option.endswith((".yaml", ".yml")) or option.startswith(("./", "../")):  # Hydra finds the file
+                raise ValueError(unknown_option(key, option, options_of(key)))
         if override.startswith("~") and key in Config.__dataclass_fields__:
             how = f"choose {key}=OPTION" if key in groups else f"set {key}=VALUE"
             raise ValueError(f"{override}: every run has {key}, so it cannot be removed; {how}, or leave it out.")
@@ -81,12 +101,18 @@ def refuse_removal(overrides: Iterable[str], options_of: Callable[[str], Sequenc
 def unreadable(override: str) -> str:
     """For an override that Hydra's grammar does not read."""
     key, _, value = override.partition("=")
+    if key.strip() and key.strip() != key:
+        return f"{override}: write {key.strip()}={value.strip()}, without spaces around =."
     if not re.fullmatch(r"[~+]*[\w$][\w$-]*([./@:][\w$-]+)*:?", key):
         return f"{override}: {key} cannot be a key; write KEY=VALUE (moe-lab --help lists keys)."
+    if several := re.fullmatch(r"([\w./-]+)[ ;,]+([\w./]+=[^ ;,]+)", value):
+        return f"{override}: has two overrides in one word; write them apart: {key}={several[1]} {several[2]}."
+    if value.startswith("~"):
+        return f"{override}: the shell leaves ~ as it is here; write {key}=$HOME{value[1:]}."
     if value == "choice()":
         return f"{override}: has no values, so the sweep has no cell; write {key}=A,B."
     is_number, is_group = Config.__annotations__.get(key) == "int", key in ("model/shape", *GROUPS, *_OPTIONAL)
-    if (is_number or is_group) and (plain := value.strip("=,; ")) and re.fullmatch(r"[\w,]+", plain):
+    if (is_number or is_group) and (plain := re.sub(",+", ",", value.strip("=,; "))) and re.fullmatch(r"[\w,]+", plain):
         return f"{override}: cannot be read; write {key}={plain}."
     if is_number:
         return f"{override}: must be a whole number; write {key}=8, for example."

@@ -71,8 +71,9 @@ def build_router(cfg: DictConfig, n_experts: int | None = None, top_k: int | Non
 
     Raises:
         UnavailableError: the implementation asked for cannot run here.
-        ValueError: the model has no experts and no sizes were given.
+        ValueError: the model has no experts and no sizes were given; `cfg` is no configuration.
     """
+    _require_composed(cfg)
     device = resolve_device(cfg)
     with _defaults(device, DTYPES[cfg.dtype.name]):
         router = undecided_router(cfg, n_experts, top_k)
@@ -80,6 +81,11 @@ def build_router(cfg: DictConfig, n_experts: int | None = None, top_k: int | Non
     router.eval().requires_grad_(False)
     decide(cfg, router, device)
     return router
+
+
+def _require_composed(cfg: object) -> None:
+    if not isinstance(cfg, DictConfig):
+        raise ValueError(f"{cfg!r:.60}: must be a configuration; give moe_lab.compose([...]).")
 
 
 def undecided_router(cfg: DictConfig, n_experts: int | None = None, top_k: int | None = None) -> Router:
@@ -230,6 +236,7 @@ def build_model(
     Raises:
         UnavailableError: the run would need more memory than is there; a part cannot run on the device.
     """
+    _require_composed(cfg)
     device = device or resolve_device(cfg)
     require_memory(cfg, device)
     with without_storage() if donor is not None else nullcontext():

@@ -196,12 +196,22 @@ def require_cells(loader: ConfigLoader, config: DictConfig) -> None:
         return
     variants, overrides = _spanned_by(loader, config)
     swept = [override for override in overrides if override.is_sweep_override()]
+    for axis in swept:
+        value = axis.value()
+        if isinstance(value, RangeSweep) and not value.step:
+            raise ValueError(f"{axis.input_line}: a step of 0 never ends; write {axis.key_or_group}=A,B.")
+        if isinstance(value, IntervalSweep):
+            raise ValueError(
+                f"{axis.input_line}: only a sweeper that optimises reads it; write {axis.key_or_group}=A,B."
+            )
     axes = [(axis.key_or_group, _length(axis)) for axis in swept]
     for axis, (key, length) in zip(swept, axes, strict=True):
         if not length:
             known = f"moe-lab list {key} shows the options" if isinstance(axis.value(), Glob) else f"write {key}=A,B"
             raise ValueError(f"{axis.input_line}: no value matches, so the sweep has no cell; {known}.")
     axes = [*([(entries.KEY, len(variants))] if variants else []), *axes]
+    if config.sweep.max_cells < 1:
+        raise ValueError(f"sweep.max_cells={config.sweep.max_cells}: must be a number >= 1.")
     n_cells, most = math.prod(length for _, length in axes), config.sweep.max_cells
     if n_cells > most:
         spanned = " * ".join(f"{length:,} of {key}" for key, length in axes)
@@ -242,12 +252,12 @@ def _overrides(loader: ConfigLoader, config: DictConfig) -> list[Override]:
 
 
 def _length(axis: Override) -> int:
-    """How many values an axis has; those of a range are not made to count them. 1 for what Hydra refuses later."""
+    """How many values an axis has; those of a range are not made to count them."""
     value = axis.value()
     if isinstance(value, RangeSweep):
         start, stop, step = (float(number) for number in (value.start or 0, value.stop or 0, value.step))
-        return max(0, math.ceil((stop - start) / step)) if step else 1
-    return 1 if isinstance(value, IntervalSweep) else sum(1 for _ in axis.sweep_string_iterator())
+        return max(0, math.ceil((stop - start) / step))
+    return sum(1 for _ in axis.sweep_string_iterator())
 
 
 def _joined(before: Plan, added: Plan) -> Plan:

@@ -150,7 +150,8 @@ def make(
     folders.check(directory, [cell.directory for cell in cells])
     for cell, label in zip(cells, variants.labels([cell.content for cell in cells], sweep["compare"]), strict=True):
         cell.variant = label
-        if any(variants.matches(cell.content, partial) for partial in sweep["exclude"]):
+        mappings = [partial for partial in sweep["exclude"] if isinstance(partial, Mapping)]  # another is a mistake
+        if any(variants.matches(cell.content, partial) for partial in mappings):
             cell.status, cell.reason = "excluded", "excluded"
     _refuse_impossible(cells)  # before anybody is asked
     _skip_too_large(cells, engine)  # before a part of one is made

@@ -304,7 +304,8 @@ def test_the_command_prints_the_text_as_it_is_and_notes_elsewhere(
     """Standard output has the text, standard error the warnings."""
     path = checkpoints.writes(tmp_path / "m", LETTERS, max_position_embeddings=4)
     capsys.readouterr()
-    generate_module.main("a", [f"model.path={path}", "device=cpu"], None, 8, 0.0)
+    cfg = moe_lab.compose(["model=checkpoint", "router=native", f"model.path={path}", "device=cpu"])
+    generate_module.main("a", cfg, 8, 0.0)
     out, err = capsys.readouterr()
     assert out == "abc\x07\n"
     assert err.startswith("warning: --max-tokens 8: the text ends after 3") and "moe-lab: 3 tokens" in err
@@ -313,7 +314,7 @@ def test_the_command_prints_the_text_as_it_is_and_notes_elsewhere(
 @pytest.mark.parametrize("value", [pytest.param(v, id=str(v)) for v in (float("nan"), float("inf"), -0.1)])
 def test_a_temperature_is_a_number(value: float) -> None:
     """0 and more."""
-    message = checkpoints.complaint(lambda: generate_module.main("a", [], None, 8, value))
+    message = checkpoints.complaint(lambda: generate_module.main("a", DictConfig({}), 8, value))
     assert message.startswith(f"--temperature {value}: must be a number >= 0")
 
 

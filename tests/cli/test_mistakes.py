@@ -85,7 +85,24 @@ SINGLE = {
     "experiment=nope": ("experiment=nope", "choose one of"),
     "experiment=": ("experiment=", "leave experiment= out"),
     "debug=nope": ("debug=nope", "choose one of fast"),
+    "router=1": ("router=1", "choose one of base"),
+    "dtype=32": ("dtype=32", "Did you mean fp32?"),
+    "measure.reference_router=1": ("measure.reference_router=1", "choose one of base"),
+    "router=capacity router.inner=sinkhorn": ("router.inner=sinkhorn", "write router@router.inner=sinkhorn"),
+    "router=sinkhorn.yaml": ("router=sinkhorn.yaml", "write router=sinkhorn."),
+    "router=./sinkhorn": ("router=./sinkhorn", "write router=sinkhorn."),
+    "router=conf/router/sinkhorn.yaml": ("router=conf/router/sinkhorn.yaml", "write router=sinkhorn."),
+    "model.shape=mine": ("model.shape=mine", "write model/shape=mine"),
+    "router=[torch": ("router=[torch", "add ]"),
+    "router=torch,batch=2": ("router=torch,batch=2", "apart: router=torch batch=2"),
     # keys
+    "batch=???": ("batch=???", "write batch=VALUE"),
+    "router=sinkhorn temperature=0.5": ("temperature", "write router.temperature=VALUE"),
+    "top_k=2": ("top_k", "write model.top_k=VALUE or router.top_k=VALUE"),
+    "+router.temperature=0.5": ("router.temperature", "router has name, impl"),
+    "++router.foo=3": ("router.foo", "router has name, impl"),
+    "router.top_k=100": ("router.top_k=100", "must be <= 8"),
+    "model.tie_embeddings=2": ("model.tie_embeddings=2", "write model.tie_embeddings=true"),
     "seq-len=8": ("seq-len", "Did you mean seq_len?"),
     "Router=sinkhorn": ("Router", "Did you mean router?"),
     "+foo=3": ("foo", "the configuration has model"),
@@ -101,6 +118,7 @@ SINGLE = {
     "batch.=8": ("batch.=8", "write KEY=VALUE"),
     # paths
     f"{CHECKPOINT} model.path=allenai/OLMoE-1B": ("model.path=allenai/OLMoE-1B", "write model.path=OLMoE-1B"),
+    f"{CHECKPOINT} model.path=~/x": ("model.path=~/x", "write model.path=$HOME/x"),
     f"{CHECKPOINT} model.path=nowhere": ("model.path=nowhere", "give the folder"),
     f"{CHECKPOINT} model.path=C:\\Users\\x": ("model.path=C:\\Users\\x", "give the folder"),
     f"{CHECKPOINT} model.path=/data/run=3": ("model.path=/data/run=3", "'model.path=\"/data/run=3\"'"),
@@ -129,6 +147,10 @@ SINGLE = {
     "--router": ("--router", "write router=VALUE"),
     "--mulitrun": ("--mulitrun", "Did you mean --multirun?"),
     "-V": ("-V", "Did you mean --version?"),
+    "-router sinkhorn": ("-router", "write router=sinkhorn"),
+    "-model minimal": ("-model", "write model=minimal"),
+    "sweep batch=1,2": ("sweep", "write -m"),
+    "help": ("help", "write --help"),
     "--package x": ("--package x", "--cfg"),
     "-h=3": ("--help/-h", "moe-lab --help"),
     "model/moe_layer": ("model/moe_layer", "write model=moe_layer"),
@@ -158,6 +180,18 @@ OF_A_SWEEP = {
     "hydra/launcher=basic batch=1,2 sweep.max_cells=1": ("sweep.max_cells=1", "set sweep.max_cells=2"),
     "hydra/launcher=joblib router=glob(x*)": ("hydra.launcher.n_jobs=-1", "set hydra.launcher.n_jobs=1"),
     "hydra/launcher=slurm": ("hydra/launcher=slurm", "choose one of basic"),
+    "router=1,2": ("router=1", "choose one of"),
+    "batch=1,,8": ("batch=1,,8", "write batch=1,8"),
+    "batch=range(1,8,0)": ("batch=range(1,8,0)", "write batch=A,B"),
+    "batch=interval(1,8)": ("batch=interval(1,8)", "write batch=A,B"),
+    "sweep.max_cells=0": ("sweep.max_cells=0", ">= 1"),
+    "sweep.exclude=[router]": ("sweep.exclude=router", "such as {router: torch}"),
+    "hydra.sweeper.params={batch:3}": ("hydra.sweeper.params={batch:3}", "write batch=1,2"),
+    "hydra.sweeper.params.batch=1,2": ("hydra.sweeper.params.batch=1,2", "write batch=1,2"),
+    "sweep.variants=[{router: torch},{router: native}]": (
+        "sweep.variants=[{router: torch},{router: native}]",
+        "quote it",
+    ),
     "router=torch,null": ("router=null", "choose one of"),
     "~router": ("~router", "choose router=OPTION"),
     f"{CHECKPOINT} model.path=allenai/OLMoE-1B": ("model.path=allenai/OLMoE-1B", "hf download"),
@@ -182,6 +216,9 @@ WORDS = {
     "compare . .": (".", "give the folder of a run or a sweep"),
     "list routr": ("routr", "Did you mean router?"),
     "doctor x": ("doctor", "moe-lab doctor --help"),
+    "generate x model.path=nowhere": ("model.path=nowhere", "give the folder"),
+    "generate x model.path=allenai/OLMoE-1B": ("model.path=allenai/OLMoE-1B", "hf download"),
+    "clean --older-than 3d": ("clean", "--older-than 30"),
     "generate": ("generate", "required: prompt"),
     "export": ("export", "give either RUN_DIR or --verify DIR"),
     "plan reprot": ("reprot", "Did you mean report?"),
@@ -230,7 +267,13 @@ def test_a_mistake_is_one_line_with_its_key_and_remedy(
     assert list(tmp_path.iterdir()) == []
 
 
-MISSING = ("model=checkpoint router=native model.path=nowhere", "workload=text workload.path=nowhere.txt", "batch=abc")
+MISSING = (
+    "generate x model.path=nowhere",
+    "+router.temperature=1",
+    "model=checkpoint router=native model.path=nowhere",
+    "workload=text workload.path=nowhere.txt",
+    "batch=abc",
+)
 
 
 @pytest.mark.parametrize("words", [pytest.param(words, id=words) for words in MISSING])

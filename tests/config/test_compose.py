@@ -129,7 +129,7 @@ MISTAKES = [
     ),
     pytest.param(["measure.target_ci=nan"], "measure.target_ci=nan", "> 0", id="nan"),
     pytest.param(["measure.max_time_s=0"], "measure.max_time_s", "> 0", id="no-time"),
-    pytest.param(["batch=1,2"], "batch=1,2", "-m", id="sweep-without-m"),
+    pytest.param(["batch=1,2"], "batch=1,2", "call moe_lab.multirun", id="sweep-without-m"),
     pytest.param(["report"], "report", "KEY=VALUE", id="not-an-override"),
 ]
 
