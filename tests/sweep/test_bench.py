@@ -203,7 +203,6 @@ def test_a_failure_from_outside_is_written_without_observing(tmp_path: Path) -> 
         pytest.param(
             ["router=picky", "router.strength=1"], "impossible: router.strength: unknown key", id="no-such-key"
         ),
-        pytest.param(["+workload.x=1"], "impossible: workload.x: unknown key", id="no-such-workload-key"),
         pytest.param(["router=picky", "router.kind=other"], None, id="building-will-tell"),
         pytest.param([], None, id="can-run"),
     ],
