@@ -24,6 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	"$$python" -m venv --clear .venv; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,export,netron]'; \
 	$(BIN)/moe-lab list routers > /dev/null; $(BIN)/moe-lab plan -m 'router=glob(*)' > /dev/null; \
+	$(BIN)/moe-lab plan -m experiment=router_swap > /dev/null; \
 	touch $(READY)
 
 .PHONY: help demo test test-quick test-all lint bench-check bench-experts bench-sweep device-bundle clean

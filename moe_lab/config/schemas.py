@@ -397,8 +397,10 @@ SCHEMAS: dict[str, dict[str, type]] = {
 
 
 def register() -> None:
-    """Put the schemas where the YAML files look for them."""
+    """Put the schemas where the YAML files look for them, once."""
     store = ConfigStore.instance()
+    if "base_config.yaml" in store.repo:
+        return
     store.store(name="base_config", node=Config)
     for group, schemas in SCHEMAS.items():
         for name, node in schemas.items():

@@ -12,15 +12,17 @@ fed fp32, are the fp32 reference of a bf16 run; `use_reference()` switches a mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from torch import Tensor
+if TYPE_CHECKING:  # a checkpoint's config.json is read without torch
+    from collections.abc import Callable, Sequence
 
-from moe_lab.routers.base import Router, Routing
+    from torch import Tensor
 
-ForcedRouting = Sequence[Routing] | None
-MakeRouter = Callable[[int, int], Router]
+    from moe_lab.routers.base import Router, Routing
+
+ForcedRouting: TypeAlias = "Sequence[Routing] | None"
+MakeRouter: TypeAlias = "Callable[[int, int], Router]"
 """(n_experts, top_k) -> a new Router."""
 
 

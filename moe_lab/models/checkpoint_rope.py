@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_lab.models.checkpoint_keys import LARGEST_NUMBER, Keys, is_number, shown
-from moe_lab.models.rope import SCALINGS
 
 _LEAST = 1e-3  # less than any factor
 _LENGTH = "original_max_position_embeddings"
@@ -27,7 +26,6 @@ _OF_SOME_KIND = {*(key for keys in _READ.values() for key in keys), *_OPTIONAL, 
 _OF_SOME_KIND |= {"attn_factor", "extrapolation_factor", "long_factor", "long_mscale", "mrope_interleaved"}
 _OF_SOME_KIND |= {"mrope_section", "short_factor", "short_mscale"}
 """What some kind of RoPE computes with, ours or another's: none is passed over."""
-assert tuple(_READ) == SCALINGS
 
 
 def read_rope(config: Keys, default_theta: float) -> tuple[float, dict[str, Any] | None]:

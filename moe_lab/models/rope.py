@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCALINGS = ("default", "linear", "llama3", "yarn")
-
 
 def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> tuple[Tensor, float]:
     """(f [head_dim / 2] fp32 on the CPU, what cos and sin are multiplied by)."""

@@ -61,8 +61,7 @@ def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """
     plain: Any = config
     if isinstance(config, DictConfig):
-        read = [str(key) for key in config if key not in _OUTSIDE]
-        plain = OmegaConf.to_container(OmegaConf.masked_copy(config, read), resolve=True)
+        plain = {str(key): _plain(config, key) for key in config if key not in _OUTSIDE}
     left_out = {*_OUTSIDE, *(plain["model"].get("ignores") or ())}
     found: dict[str, Any] = {
         str(key): dict(value) if isinstance(value, Mapping) else value  # a copy: keys are taken out below
@@ -100,6 +99,12 @@ def _router_without_later(node: Any) -> Any:
         for key, value in node.items()
         if not (key in later and value == later[key])
     }
+
+
+def _plain(config: DictConfig, key: Any) -> Any:
+    """A value, resolved, as plain data; `???` if there is none yet."""
+    value = "???" if OmegaConf.is_missing(config, key) else config[key]
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _without(node: Any, dotted: str, value: Any) -> Any:

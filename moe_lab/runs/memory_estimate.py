@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moe_lab.errors import UnavailableError
 from moe_lab.measure import memory
+from moe_lab.models import checkpoint_config
 from moe_lab.records import inputs
 
 if TYPE_CHECKING:
@@ -198,8 +199,6 @@ def _text_bytes(config: Config) -> int:
 def _sizes(model: Config) -> tuple[Config, int]:
     """(the keys of decoder_moe, how many layers are dense)."""
     if "path" in model:
-        from moe_lab.models import checkpoint_config  # imports torch
-
         settings = checkpoint_config.read(model["path"])
         return settings.decoder, len(settings.dense_layers)
     return model, model["n_dense_layers"] if "n_experts" in model else model["n_layers"]

@@ -211,7 +211,7 @@ def _cells(
             if not is_whole(cfg) or OmegaConf.missing_keys(cfg):
                 raise
         container = plain(cfg)
-        content = identity.content(cfg)
+        content = identity.content(container)
         cell_id = identity.digest(content)
         jobs.append(cell_id)
         if cell_id in cells:

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from moe_lab.records import store
 from moe_lab.records.schema import Record
 from moe_lab.sweep import plan as planning
-from moe_lab.sweep import timing
 from moe_lab.sweep.engine import Engine
 from moe_lab.sweep.plan import Cell, Plan
 
@@ -51,6 +50,8 @@ def write_plan(plan: Plan) -> None:
         OSError: the folder cannot be written.
     """
     plan.write()
+    from moe_lab.sweep import timing
+
     for cell in plan.cells:
         if cell.status in ("skipped", "excluded") and not _is_finished(cell):
             timing.write(cell, "skipped", cell.reason or cell.status)
@@ -82,6 +83,8 @@ def execute(plan: Plan, engine: Engine, progress: Progress) -> list[Record]:
 
 
 def _run_group(plan: Plan, cells: Sequence[Cell], engine: Engine, reporter: Reporter) -> None:
+    from moe_lab.sweep import timing  # imports numpy, for which `moe-lab plan` does not wait
+
     anchor = plan.anchor_of(cells[0].setting_id) if plan.sweep["interleave"] else None
     group = timing.Group(
         cells,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -246,3 +248,18 @@ def test_on_a_gpu_modules_are_on_the_host(monkeypatch: pytest.MonkeyPatch) -> No
     asked.update(cuda=1000, cpu=10**12)
     reason = memory_estimate.refusal(cfg, torch.device("cuda"))
     assert "this cuda has 0.001 MB" in str(reason) and "modules" not in str(reason)
+
+
+def test_it_needs_no_torch() -> None:
+    """Nor does the config.json of a checkpoint: `moe-lab plan` does not wait for it."""
+    overrides = ["model=checkpoint", "router=native", f"model.path={tiny.ROOT}/assets/tiny-olmoe", "workload=random"]
+    code = f"""
+import sys
+import moe_lab
+from moe_lab.runs.memory_estimate import estimate
+from moe_lab.sweep.plan import plain
+assert estimate(plain(moe_lab.compose({overrides})))["parameters"] > 1e6
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
