@@ -38,6 +38,7 @@ def state() -> tuple[str | None, bool]:
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Hydra, the sweep's name and the folder are afterwards as they were."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(SWEEP_NAME, raising=False)  # what a command in this process left
     before = state()
     yield
     assert state() == before and sweeps.current is None

@@ -423,7 +423,9 @@ def test_tables_fit_the_desk_and_show_that_they_scroll_on_the_phone(chromium: An
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("plotly", [pytest.param(name, id=name) for name in PLOTLY])
+@pytest.mark.parametrize(
+    "plotly", [pytest.param(name, id=name, marks=() if name == "none" else pytest.mark.slow) for name in PLOTLY]
+)
 def test_the_plots_are_there_wherever_plotly_is(chromium: Any, sweep: Path, tmp_path: Path, plotly: str) -> None:
     """From file://, with nothing in the console; a page that shows pictures, or loads a file, is small."""
     copy = tmp_path / "copy"

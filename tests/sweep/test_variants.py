@@ -245,6 +245,7 @@ def test_a_yaml_may_not_say_where_files_go(content: str, says: str, tmp_path: Pa
     assert says in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [
