@@ -202,5 +202,5 @@ def _unit(label: str) -> str:
 
 
 def _short(value: float) -> float:
-    """Seven digits: as many as a picture can show, and half the size of the page."""
-    return float(f"{value:.7g}")
+    """Five digits: more than a picture can show, and a third of the size of all."""
+    return float(f"{value:.5g}")

@@ -60,7 +60,7 @@ OPTIONS = {
     "moe-lab doctor --": {"--json", "--noise"},
     "moe-lab compare ": set(),
     "moe-lab report ": set(),
-    "moe-lab report --": {"--tables"},
+    "moe-lab report --": {"--plotly", "--tables"},
     "moe-lab plot outputs/s batch --b": {"--by"},
     "moe-lab export ": set(),
     "moe-lab export --": {"--config-dir", "--open", "--verify"},

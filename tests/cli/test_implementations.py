@@ -105,5 +105,5 @@ def test_experts_of_ones_own_stand_with_them(tmp_path: Path, capsys: pytest.Capt
     assert shown["own"][0].endswith("About own.")
     assert shown["own"][1] == "graph_safe; implementations: own:32:256:(8, 512, 2048)"
     assert shown["plain"][1] == "implementations: plain"
-    assert shown["bad"][1] == "experts=Own: planted; use experts=loop"
+    assert shown["bad"][1].startswith("experts=Own: planted; use experts=loop (listed_experts.py:")
     assert shown["typo"][1].startswith("experts.blok: unknown key; listed_experts.Own takes ")
