@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from moe_lab.cli.listing import about, groups
-from moe_lab.config.compose import compose
-from moe_lab.sweep import plan
-from moe_lab.sweep.engine import Worker
+from moe_lab.cli.implementations import described
+from moe_lab.cli.listing import about
 
 
 def list_routers(config_dir: str | Path | None = None) -> pd.DataFrame:
@@ -22,18 +20,10 @@ def list_routers(config_dir: str | Path | None = None) -> pd.DataFrame:
     Args:
         config_dir: a folder of your own YAML files, whose routers are listed too.
     """
-    folder = None if config_dir is None else str(config_dir)
-    paths = groups(folder)["router"]
-    worker = Worker()
-    try:
-        worker.start()
-        configs = [compose(["model=decoder_moe", f"router={path.stem}"], config_dir=folder) for path in paths]
-        described = worker.call("describe", "router", [plan.plain(config) for config in configs])
-    finally:
-        worker.close()
+    found = described("router", None if config_dir is None else str(config_dir))
     fields = ("properties", "implementations", "chosen", "skip")
     rows = [
         {"name": path.stem, "about": about(path), **{field: option[field] for field in fields}}
-        for path, option in zip(paths, described, strict=True)
+        for path, option in found
     ]
     return pd.DataFrame(rows)

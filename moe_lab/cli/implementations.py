@@ -21,26 +21,21 @@ GROUPS = {"router": "router", "routers": "router", "experts": "experts"}
 
 
 def show(group: str, config_dir: str | None, *, json: bool = False) -> None:
-    """Print a block per option: its name, its comment, and its properties or why it cannot run here.
-
-    The options are made in a process of its own, for the sizes of model=decoder_moe, unless the answer was kept.
-    """
-    paths = groups(config_dir)[group]
-    names = [path.stem for path in paths]
-    described = kept(["list", group, _content(config_dir)], lambda: _describe(group, names, config_dir))
+    """Print a block per option: its name, its comment, and its properties or why it cannot run here."""
+    found = described(group, config_dir)
     if json:
         options = [
             {"name": path.stem, "about": about(path), "runs": option["skip"] is None, "reason": option["skip"]}
             | {key: option[key] for key in ("properties", "undeclared", "implementations")}
             | {"used_here": option["chosen"]}
-            for path, option in zip(paths, described, strict=True)
+            for path, option in found
         ]
         print_json({"groups": {group: options}})
         return
     console = Console(soft_wrap=True, highlight=False)
     console.print(group, style="bold", markup=False)
-    width = max(len(path.stem) for path in paths)
-    for path, option in zip(paths, described, strict=True):
+    width = max(len(path.stem) for path, _ in found)
+    for path, option in found:
         console.print(f"  {path.stem:{width}}  {about(path)}", markup=False)
         words = [", ".join(option["properties"]), "implementations: " + ", ".join(option["implementations"])]
         if option["undeclared"]:
@@ -49,6 +44,17 @@ def show(group: str, config_dir: str | None, *, json: bool = False) -> None:
             words.append(f"used here: {option['chosen']}")
         text = option["skip"] or "; ".join(word for word in words if word)
         console.print(f"  {'':{width}}  {text}", style="dim", markup=False)
+
+
+def described(group: str, config_dir: str | None) -> list[tuple[Path, dict[str, Any]]]:
+    """Each option's YAML file, and what the worker says of it (`Bench.describe`).
+
+    The options are made in a process of its own, for the sizes of model=decoder_moe, unless the answer was kept.
+    """
+    paths = groups(config_dir)[group]
+    names = [path.stem for path in paths]
+    options = kept(["list", group, _content(config_dir)], lambda: _describe(group, names, config_dir))
+    return list(zip(paths, options, strict=True))
 
 
 def _describe(group: str, names: Sequence[str], config_dir: str | None) -> list[dict[str, Any]]:

@@ -90,7 +90,9 @@ def _lines(runs: pd.DataFrame, x: str, by: str | None) -> list[str]:
     group = x.removeprefix("config.").split(".")[0]
     is_of_variant = x.startswith("config.") and group in runs and runs.groupby("variant")[x].nunique().max() <= 1
     first = group if is_of_variant else "variant"
-    place = [x] if x.startswith("config.") or x in (*_BESIDE_X, *_BY_NAME) else []  # what is measured is no place
+    place = (
+        [x] if x.startswith("config.") or x in (*_BESIDE_X, *_BY_NAME) else []
+    )  # a measured value does not place a point
     others: list[str] = []
     for name in (*_BESIDE_X, *(str(one) for one in runs if str(one).startswith("config."))):
         if name not in runs or name in (x, first) or not runs.duplicated([first, *place, *others]).any():
@@ -115,7 +117,7 @@ def draw(
     """The figure, and how many runs are missing in it.
 
     Raises:
-        ValueError: there is no such column, or `y` is not numeric, or no run has all of them.
+        ValueError: there is no such column, or `y` is not numeric, or every run lacks one of them.
     """
     look = look or Look()
     names = x, y

@@ -94,7 +94,7 @@ def _refuse_typography(word: str) -> None:
     key, _, value = word.partition("=")
     if {key[:1], value[:1]} & set(_QUOTES):
         plain = word.translate(dict.fromkeys(map(ord, _QUOTES)))
-        raise ValueError(f"{word}: has typographic quotes, which are no quotes for a shell; type '{plain}'.")
+        raise ValueError(f"{word}: has typographic quotes, which the shell does not read as quotes; type '{plain}'.")
 
 
 def _unknown_option(word: str, words: Sequence[str], parser: argparse.ArgumentParser) -> str:

@@ -53,16 +53,7 @@ def finish(cfg: DictConfig, overrides: Iterable[str]) -> DictConfig:
 
 
 def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None) -> DictConfig:
-    """Compose a configuration in the command line's language.
-
-    Args:
-        overrides: for example `["model=decoder_moe", "router=sinkhorn", "batch=2"]`.
-        config_dir: a folder of the caller's own YAML files, whose modules `_target_` may then name. It adds options;
-            where one has the name of the package's own, the package's is taken.
-
-    Raises:
-        ValueError: one line that names the key, the value, what is allowed and the nearest name.
-    """
+    """As `moe_lab.compose` (api/compose.py), with the words of the command line in its messages."""
     register()
     try:
         with composing(overrides, config_dir) as composed:

@@ -29,7 +29,7 @@ _CHOICES = ("model.shape", "measure.reference_router")  # options of groups, whi
 
 
 def overrides_of(node: Any) -> list[list[str]]:
-    """The overrides of each entry, of none where there are no variants. Raises `ValueError` for a mistake in them."""
+    """The overrides of each entry; an empty list without variants. Raises `ValueError` for a mistake in them."""
     found = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
     if found is None:
         return []

@@ -67,7 +67,7 @@ _OF_HYDRA = (
         r"Could not override '([^']*)'\. No match",
         r"\1: only for model=moe_layer and model=router; leave it out.",
     ),
-    (r"Could not override '([^'@]*)(@[^']*)'", r"\1\2: there is no such place; write \1=OPTION."),
+    (r"Could not override '([^'@]*)(@[^']*)'", r"\1\2: this place does not exist; write \1=OPTION."),
     (r"(?:Override|Could not \w+) (\S+) looks like a config group", r"\1: must be one option; write KEY=OPTION."),
     (
         r"Cannot find primary config '(.*?)'",

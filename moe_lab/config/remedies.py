@@ -67,7 +67,7 @@ def download(name: str) -> str:
 
 
 def refuse_removal(overrides: Iterable[str], options_of: Callable[[str], Sequence[str]]) -> None:
-    """Raise `ValueError` for `~KEY` of what every run has, and for what is no value or no name of an option."""
+    """Raise `ValueError` for `~KEY` of what every run has, and for a value or an option's name that cannot be one."""
     groups = ("model/shape", *GROUPS, *_OPTIONAL)
     for override in overrides:
         key, is_set, value = override.lstrip("~+").partition("=")

@@ -92,7 +92,7 @@ def _size(path: Path) -> int:
 
 def remove(leftover: Leftover) -> list[str]:
     """Remove it, and its folder if nothing else is in it. Returns the names of what stays there."""
-    return _remove(leftover.folder, leftover.paths)  # the record first: what has none is no run
+    return _remove(leftover.folder, leftover.paths)  # the record first: a folder without one is not a run
 
 
 def remove_empty_sweep(folder: Path) -> bool:

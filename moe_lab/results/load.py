@@ -59,16 +59,7 @@ class Found(NamedTuple):
 
 
 def load(directory: str | Path) -> pd.DataFrame:
-    """One row per `result.json` under `directory`, at any depth, ordered by path.
-
-    Columns (all of them in docs/results-format.md): the chosen option of each group, `batch`, `seq_len`, `seed`, the
-    `variant` and the `setting_id` it is compared in, the configuration's values in which the records differ
-    (`config.model.top_k`), the record's fields, nested ones joined by dots (`latency_ms.p50`), and `directory`. What
-    the model does not read (`seq_len` for minimal) is missing.
-
-    Raises:
-        ValueError: the folder does not exist, or a record cannot be read; the message names every such file.
-    """
+    """As `moe_lab.load` (api/load.py), as plain pandas."""
     root = folder(directory)
     found, problems = search(root)
     unreadable = [f"{root / path}: {error}" for path, error in problems if not is_unreadable(os.path.basename(path))]
