@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "combine.h"
 #include "route.h"
 
 namespace moe_lab {
@@ -62,7 +63,10 @@ cudaError_t route_by_logits(const RouteArguments& a, const SortArguments* s, con
 cudaError_t route_by_scores(const RouteArguments& a, const SortArguments* s, const Device& device);
 // Rows of `SortArguments::block_counts`.
 int64_t sort_blocks(int64_t slots, const Device& device);
-cudaError_t sort_slots(const int32_t* ids, const SortArguments& s, int E, int64_t slots, const Device& device);
+// With `unused` an id outside [0, E) is an unused slot; else there is none.
+cudaError_t sort_slots(const int32_t* ids, const SortArguments& s, int E, int64_t slots, const Device& device,
+                       bool unused = false);
+cudaError_t combine(const CombineArguments& a, const Device& device);
 // Few tokens or few experts, T not 0; the logits of `a` may be written.
 bool can_route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);
 cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);

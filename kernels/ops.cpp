@@ -1,5 +1,5 @@
-// The ops torch.ops.moe_lab.{route,route_and_sort,sinkhorn_route,gate_route}, on torch's stable ABI: one binary for
-// several versions of torch.
+// The ops torch.ops.moe_lab.{route,route_and_sort,sinkhorn_route,gate_route,sort,combine}, on torch's stable ABI: one
+// binary for several versions of torch.
 //
 // Without MOE_LAB_CUDA only the C++ half is here. All outputs are made or given by the caller, nothing is read on the
 // host, and all work is put on the current stream.
@@ -14,6 +14,7 @@
 #include <string>
 #include <tuple>
 
+#include "combine.h"
 #include "route.h"
 #ifdef MOE_LAB_CUDA
 #include <mutex>
@@ -30,7 +31,14 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Dtype dtype_of(ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, name,
+                  ": must be float32, float16 or bfloat16");
+  return dtype == ScalarType::Float ? Dtype::kFloat32 : dtype == ScalarType::Half ? Dtype::kFloat16 : Dtype::kBFloat16;
+}
 
 const float* bias_of(const std::optional<Tensor>& bias, const Tensor& logits, const char* name) {
   if (!bias.has_value()) return nullptr;
@@ -63,9 +71,7 @@ RouteArguments arguments(const Tensor& logits, const std::optional<Tensor>& gate
   STD_TORCH_CHECK(1 <= top_groups && top_groups <= n_groups && top_groups * (E / n_groups) >= k,
                   "top_groups=", top_groups, ": must be at most n_groups and leave at least k experts");
   STD_TORCH_CHECK(group_score == "max" || group_score == "top2", "group_score=", group_score, ": must be max or top2");
-  const ScalarType dtype = logits.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "logits: must be float32, float16 or bfloat16");
+  a.dtype = dtype_of(logits.scalar_type(), "logits");
   STD_TORCH_CHECK(score == "softmax" || score == "sigmoid" || score == "sqrt_softplus", "score=", score,
                   ": must be softmax, sigmoid or sqrt_softplus");
   a.logits = logits.data_ptr();
@@ -75,10 +81,7 @@ RouteArguments arguments(const Tensor& logits, const std::optional<Tensor>& gate
   a.row_stride = a.T < 2 ? E : logits.stride(0);
   a.E = static_cast<int>(E), a.k = static_cast<int>(k);
   STD_TORCH_CHECK(a.T * k < (int64_t{1} << 31), "logits: T * k must be < 2**31");
-  a.dtype = dtype == ScalarType::Float  ? Dtype::kFloat32
-            : dtype == ScalarType::Half ? Dtype::kFloat16
-                                        : Dtype::kBFloat16;
-  const auto bytes_of_four = dtype == ScalarType::Float ? 16 : 8;
+  const auto bytes_of_four = a.dtype == Dtype::kFloat32 ? 16 : 8;
   a.aligned = E % 4 == 0 && a.row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(a.logits) % bytes_of_four == 0 &&
               reinterpret_cast<uintptr_t>(a.bias) % 16 == 0;
   a.score = score == "softmax" ? Score::kSoftmax : score == "sigmoid" ? Score::kSigmoid : Score::kSqrtSoftplus;
@@ -100,13 +103,56 @@ struct Outputs {
   Tensor counts, offsets, perm, inverse;
 };
 
-SortArguments sort_arguments(const RouteArguments& a, const Tensor& logits, Outputs& out) {
-  check_output(out.counts, logits, ScalarType::Int, a.E, "counts");
-  check_output(out.offsets, logits, ScalarType::Int, a.E + 1, "offsets");
-  check_output(out.perm, logits, ScalarType::Int, a.T * a.k, "perm");
-  check_output(out.inverse, logits, ScalarType::Int, a.T * a.k, "inverse");
+SortArguments sort_arguments(int64_t E, int64_t slots, const Tensor& like, Outputs& out) {
+  check_output(out.counts, like, ScalarType::Int, E, "counts");
+  check_output(out.offsets, like, ScalarType::Int, E + 1, "offsets");
+  check_output(out.perm, like, ScalarType::Int, slots, "perm");
+  check_output(out.inverse, like, ScalarType::Int, slots, "inverse");
   auto data = [](Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); };
   return {data(out.counts), data(out.offsets), data(out.perm), data(out.inverse), nullptr};
+}
+
+CombineArguments combine_arguments(const Tensor& o, const std::optional<Tensor>& inverse, const Tensor& ids,
+                                   const std::optional<Tensor>& weights, Tensor& y) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  STD_TORCH_CHECK((o.dim() == 2 || o.dim() == 3) && o.is_contiguous(),
+                  "o: must be [N, D] or [pieces, N, D], contiguous");
+  STD_TORCH_CHECK(ids.dim() == 2 && ids.is_contiguous() && ids.device() == o.device() &&
+                      (ids.scalar_type() == ScalarType::Int || ids.scalar_type() == ScalarType::Bool),
+                  "ids: must be [T, K], int32 or bool (whether a slot is used), contiguous, on the device of o");
+  CombineArguments a = {};
+  a.o = o.data_ptr();
+  a.T = ids.size(0);
+  const int64_t slots = ids.numel(), pieces = o.dim() == 3 ? o.size(0) : 1, D = o.size(o.dim() - 1);
+  a.rows = o.size(o.dim() - 2);
+  STD_TORCH_CHECK(pieces >= 1, "o: must have at least one piece");
+  STD_TORCH_CHECK(slots <= kMost && D <= kMost && ids.size(1) * pieces <= kMost,
+                  "T * K, D and K * pieces must be < 2**31");
+  a.K = static_cast<int>(ids.size(1)), a.D = static_cast<int>(D), a.pieces = static_cast<int>(pieces);
+  if (ids.scalar_type() == ScalarType::Bool) {
+    a.used = static_cast<const bool*>(ids.data_ptr());
+  } else {
+    a.ids = static_cast<const int32_t*>(ids.data_ptr());
+  }
+  if (inverse.has_value()) {
+    STD_TORCH_CHECK(inverse->scalar_type() == ScalarType::Int && inverse->numel() == slots &&
+                        inverse->is_contiguous() && inverse->device() == o.device(),
+                    "inverse: must be int32 with T * K elements, contiguous, on the device of o");
+    a.inverse = static_cast<const int32_t*>(inverse->data_ptr());
+  } else {
+    STD_TORCH_CHECK(a.rows >= slots, "o: without inverse there must be a row for each of the ", slots, " slots");
+  }
+  if (weights.has_value()) {
+    STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Float && weights->numel() == slots &&
+                        weights->is_contiguous() && weights->device() == o.device(),
+                    "weights: must be float32 with T * K elements, contiguous, on the device of o");
+    a.weights = static_cast<const float*>(weights->data_ptr());
+  }
+  STD_TORCH_CHECK(y.numel() == a.T * D && y.is_contiguous() && y.device() == o.device(),
+                  "y: must be [T, D], contiguous, on the device of o");
+  a.dtype = dtype_of(o.scalar_type(), "o"), a.y_dtype = dtype_of(y.scalar_type(), "y");
+  a.y = y.mutable_data_ptr();
+  return a;
 }
 
 SinkhornArguments sinkhorn_arguments(const RouteArguments& a, const Tensor& logits, int64_t iters, double temperature,
@@ -126,6 +172,12 @@ void run_cpu(const RouteArguments& a, const SortArguments* s, const Tensor&) {
   route_cpu(a);
   if (s != nullptr) sort_cpu(a.ids, *s, a.E, a.T * a.k);
 }
+
+void run_sort_cpu(const int32_t* ids, SortArguments& s, int E, int64_t slots, const Tensor&) {
+  sort_cpu(ids, s, E, slots);
+}
+
+void run_combine_cpu(const CombineArguments& a, const Tensor&) { combine_cpu(a); }
 
 #ifdef MOE_LAB_CUDA
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "moe_lab: CUDA: ", cudaGetErrorString(error)); }
@@ -191,6 +243,19 @@ void run_sinkhorn_cuda(const RouteArguments& a, SinkhornArguments& s, const Tens
   check(sinkhorn(a, s, device));
 }
 
+void run_sort_cuda(const int32_t* ids, SortArguments& s, int E, int64_t slots, const Tensor& like) {
+  const DeviceGuard guard(like.get_device_index());
+  const Device device = device_of(like.get_device_index());
+  Tensor scratch = new_int32(like, sort_blocks(slots, device) * (E + 1));
+  s.block_counts = static_cast<int32_t*>(scratch.mutable_data_ptr());
+  check(sort_slots(ids, s, E, slots, device, true));
+}
+
+void run_combine_cuda(const CombineArguments& a, const Tensor& o) {
+  const DeviceGuard guard(o.get_device_index());
+  check(combine(a, device_of(o.get_device_index())));
+}
+
 void check_gate(const Tensor& tensor, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == x.size(1) && tensor.scalar_type() == x.scalar_type() &&
                       tensor.device() == x.device() && (tensor.size(1) < 2 || tensor.stride(1) == 1) &&
@@ -222,6 +287,8 @@ std::tuple<Tensor, Tensor> gate_route(const Tensor& x, const Tensor& gate, std::
 // What follows is the same for both devices but for who computes.
 using Run = void (*)(const RouteArguments&, const SortArguments*, const Tensor&);
 using RunSinkhorn = void (*)(const RouteArguments&, SinkhornArguments&, const Tensor&);
+using RunSort = void (*)(const int32_t*, SortArguments&, int, int64_t, const Tensor&);
+using RunCombine = void (*)(const CombineArguments&, const Tensor&);
 
 #define MOE_LAB_ROUTE_PARAMETERS                                                                                   \
   const Tensor &logits, std::optional<Tensor> gate_bias, std::optional<Tensor> bias, int64_t k, std::string score, \
@@ -238,7 +305,7 @@ void route_and_sort_out(MOE_LAB_ROUTE_PARAMETERS, Tensor ids, Tensor weights, Te
                         Tensor perm, Tensor inverse) {
   const RouteArguments a = arguments(MOE_LAB_ROUTE_ARGUMENTS, ids, weights);
   Outputs outputs{counts, offsets, perm, inverse};
-  const SortArguments s = sort_arguments(a, logits, outputs);
+  const SortArguments s = sort_arguments(a.E, a.T * a.k, logits, outputs);
   run(a, &s, logits);
 }
 
@@ -279,6 +346,40 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn_route(const Tensor& logits, int64_t 
   return {ids, weights, log_b};
 }
 
+template <RunSort run>
+void sort_out(const Tensor& ids, int64_t n_experts, Tensor counts, Tensor offsets, Tensor perm, Tensor inverse) {
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Int && ids.is_contiguous() && ids.numel() < (int64_t{1} << 31),
+                  "ids: must be int32, contiguous, with fewer than 2**31 elements");
+  STD_TORCH_CHECK(1 <= n_experts && n_experts <= kMaxExperts, "n_experts=", n_experts, ": must be between 1 and ",
+                  kMaxExperts);
+  Outputs outputs{counts, offsets, perm, inverse};
+  SortArguments s = sort_arguments(n_experts, ids.numel(), ids, outputs);
+  run(static_cast<const int32_t*>(ids.data_ptr()), s, static_cast<int>(n_experts), ids.numel(), ids);
+}
+
+template <RunSort run>
+Four sort(const Tensor& ids, int64_t n_experts) {
+  Tensor counts = new_int32(ids, n_experts), offsets = new_int32(ids, n_experts + 1);
+  Tensor perm = new_int32(ids, ids.numel()), inverse = new_int32(ids, ids.numel());
+  sort_out<run>(ids, n_experts, counts, offsets, perm, inverse);
+  return {counts, offsets, perm, inverse};
+}
+
+template <RunCombine run>
+void combine_op_out(const Tensor& o, std::optional<Tensor> inverse, const Tensor& ids, std::optional<Tensor> weights,
+                    Tensor y) {
+  run(combine_arguments(o, inverse, ids, weights, y), o);
+}
+
+template <RunCombine run>
+Tensor combine_op(const Tensor& o, std::optional<Tensor> inverse, const Tensor& ids, std::optional<Tensor> weights,
+                  ScalarType dtype) {
+  STD_TORCH_CHECK(o.dim() >= 2 && ids.dim() == 2, "o: must be [N, D] or [pieces, N, D], and ids [T, K]");
+  Tensor y = torch::stable::new_empty(o, {ids.size(0), o.size(o.dim() - 1)}, dtype);
+  combine_op_out<run>(o, inverse, ids, weights, y);
+  return y;
+}
+
 #define MOE_LAB_ROUTE_SCHEMA                                                                                           \
   "(Tensor logits, Tensor? gate_bias, Tensor? bias, int k, str score, int n_groups, int top_groups, str group_score, " \
   "bool renormalize, float scale"
@@ -298,22 +399,31 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moe_lab, m) {
         "int top_groups, str group_score, bool renormalize, float scale) -> (Tensor ids, Tensor weights)");
   m.def("sinkhorn_route(Tensor logits, int k, int iters, float temperature, float tolerance) "
         "-> (Tensor ids, Tensor weights, Tensor log_b)");
+  m.def("sort(Tensor ids, int n_experts) -> (Tensor counts, Tensor offsets, Tensor perm, Tensor inverse)");
+  m.def("sort.out(Tensor ids, int n_experts, *, Tensor(a!) counts, Tensor(b!) offsets, Tensor(c!) perm, "
+        "Tensor(d!) inverse) -> ()");
+  m.def("combine(Tensor o, Tensor? inverse, Tensor ids, Tensor? weights, ScalarType dtype) -> Tensor");
+  m.def("combine.out(Tensor o, Tensor? inverse, Tensor ids, Tensor? weights, *, Tensor(a!) y) -> ()");
   m.def("sinkhorn_route.out(Tensor logits, int k, int iters, float temperature, float tolerance, *, Tensor(a!) ids, "
         "Tensor(b!) weights, Tensor(c!) log_b) -> ()");
 }
 
-#define MOE_LAB_IMPLEMENT(m, run, run_sinkhorn)                                          \
-  m.impl("route", TORCH_BOX(&moe_lab::route<&moe_lab::run>));                            \
-  m.impl("route.out", TORCH_BOX(&moe_lab::route_out<&moe_lab::run>));                    \
-  m.impl("route_and_sort", TORCH_BOX(&moe_lab::route_and_sort<&moe_lab::run>));          \
-  m.impl("route_and_sort.out", TORCH_BOX(&moe_lab::route_and_sort_out<&moe_lab::run>));  \
-  m.impl("sinkhorn_route", TORCH_BOX(&moe_lab::sinkhorn_route<&moe_lab::run_sinkhorn>)); \
-  m.impl("sinkhorn_route.out", TORCH_BOX(&moe_lab::sinkhorn_route_out<&moe_lab::run_sinkhorn>))
+#define MOE_LAB_IMPLEMENT(m, half)                                                                      \
+  m.impl("route", TORCH_BOX(&moe_lab::route<&moe_lab::run_##half>));                                    \
+  m.impl("route.out", TORCH_BOX(&moe_lab::route_out<&moe_lab::run_##half>));                            \
+  m.impl("route_and_sort", TORCH_BOX(&moe_lab::route_and_sort<&moe_lab::run_##half>));                  \
+  m.impl("route_and_sort.out", TORCH_BOX(&moe_lab::route_and_sort_out<&moe_lab::run_##half>));          \
+  m.impl("sinkhorn_route", TORCH_BOX(&moe_lab::sinkhorn_route<&moe_lab::run_sinkhorn_##half>));         \
+  m.impl("sinkhorn_route.out", TORCH_BOX(&moe_lab::sinkhorn_route_out<&moe_lab::run_sinkhorn_##half>)); \
+  m.impl("sort", TORCH_BOX(&moe_lab::sort<&moe_lab::run_sort_##half>));                                 \
+  m.impl("sort.out", TORCH_BOX(&moe_lab::sort_out<&moe_lab::run_sort_##half>));                         \
+  m.impl("combine", TORCH_BOX(&moe_lab::combine_op<&moe_lab::run_combine_##half>));                     \
+  m.impl("combine.out", TORCH_BOX(&moe_lab::combine_op_out<&moe_lab::run_combine_##half>))
 
-STABLE_TORCH_LIBRARY_IMPL(moe_lab, CPU, m) { MOE_LAB_IMPLEMENT(m, run_cpu, run_sinkhorn_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(moe_lab, CPU, m) { MOE_LAB_IMPLEMENT(m, cpu); }
 #ifdef MOE_LAB_CUDA
 STABLE_TORCH_LIBRARY_IMPL(moe_lab, CUDA, m) {
-  MOE_LAB_IMPLEMENT(m, run_cuda, run_sinkhorn_cuda);
+  MOE_LAB_IMPLEMENT(m, cuda);
   m.impl("gate_route", TORCH_BOX(&moe_lab::gate_route));
 }
 #endif

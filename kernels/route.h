@@ -35,13 +35,13 @@ struct RouteArguments {
   constexpr bool ranks_scores() const { return bias != nullptr || (grouped() && group_top2); }
 };
 
-// The slots of ids [T, k], flat, sorted by expert and within an expert by slot. All int32.
+// The slots of ids [T, k], flat, sorted by expert and within an expert by slot, the unused ones last. All int32.
 struct SortArguments {
   int32_t* counts;        // [E]
-  int32_t* offsets;       // [E + 1]
+  int32_t* offsets;       // [E + 1], the last one is the number of used slots
   int32_t* perm;          // [slots], the flat slot at each sorted position
   int32_t* inverse;       // [slots], the sorted position of each flat slot
-  int32_t* block_counts;  // scratch of the CUDA kernels, [sort_blocks, E]
+  int32_t* block_counts;  // scratch of the CUDA kernels, [sort_blocks, E], or E + 1 with unused slots
 };
 
 constexpr int kMostGateTokens = 32;  // of more than `kFewExperts`
@@ -65,6 +65,7 @@ struct SinkhornArguments {
 };
 
 void route_cpu(const RouteArguments& a);
+// An id outside [0, E) is an unused slot.
 void sort_cpu(const int32_t* ids, const SortArguments& s, int E, int64_t slots);
 void sinkhorn_cpu(const RouteArguments& a, const SinkhornArguments& s);
 

@@ -1,10 +1,9 @@
-// route and the sort of its slots on a CPU: rows in parallel, a row's keys in vectors of sixteen.
+// route on a CPU: rows in parallel, a row's keys in vectors of sixteen.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "topk_cpu.h"
 
@@ -106,39 +105,6 @@ void route_cpu(const RouteArguments& a) {
   torch::stable::parallel_for(0, a.T, std::max<int64_t>(1, 4096 / a.E), [&](int64_t begin, int64_t end) {
     Row row;
     for (int64_t t = begin; t < end; ++t) route_row(a, t, row);
-  });
-}
-
-// By counting, in parts whose order is that of the slots.
-void sort_cpu(const int32_t* ids, const SortArguments& s, int E, int64_t slots) {
-  const int64_t parts = std::clamp<int64_t>(slots / 16384, 1, torch::stable::get_num_threads());
-  const int64_t each = (slots + parts - 1) / parts;
-  std::vector<int32_t> counts(parts * E, 0);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      for (int64_t slot = part * each; slot < std::min((part + 1) * each, slots); ++slot)
-        ++counts[part * E + ids[slot]];
-    }
-  });
-  int32_t before = 0;
-  for (int e = 0; e < E; ++e) {
-    s.offsets[e] = before;
-    for (int64_t part = 0; part < parts; ++part) {
-      const int32_t its = counts[part * E + e];
-      counts[part * E + e] = before;  // from now on the next free position
-      before += its;
-    }
-    s.counts[e] = before - s.offsets[e];
-  }
-  s.offsets[E] = before;
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      for (int64_t slot = part * each; slot < std::min((part + 1) * each, slots); ++slot) {
-        const int32_t position = counts[part * E + ids[slot]]++;
-        s.perm[position] = static_cast<int32_t>(slot);
-        s.inverse[slot] = position;
-      }
-    }
   });
 }
 

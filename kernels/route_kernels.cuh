@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kSortThreads)
                           int rows_per_block) {
   extern __shared__ float shared[];
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * rows_per_block, end = min(begin + rows_per_block, a.T);
-  Sorter sorter(reinterpret_cast<int*>(shared), a.E, static_cast<int>(end - begin) * a.k);
-  float* scratch = shared + Sorter::bytes(a.E, static_cast<int64_t>(rows_per_block) * a.k) / sizeof(float);
+  Sorter<false> sorter(reinterpret_cast<int*>(shared), a.E, static_cast<int>(end - begin) * a.k);
+  float* scratch = shared + Sorter<false>::bytes(a.E, static_cast<int64_t>(rows_per_block) * a.k) / sizeof(float);
   wait_for_kernels_before();
   Rows::rows(a, begin, end, scratch, [&](int64_t row, int rank, int id, float weight) {
     a.ids[row * a.k + rank] = id;
@@ -95,7 +95,8 @@ cudaError_t run(const RouteArguments& a, const SortArguments* s, const Device& d
   }
   const int64_t blocks = ceil_div(a.T * Rows::kLanes, kSortThreads);
   const int rows = static_cast<int>(ceil_div(a.T, blocks));
-  const size_t bytes = Sorter::bytes(a.E, static_cast<int64_t>(rows) * a.k) + Rows::scratch_bytes(a, kSortThreads);
+  const size_t bytes =
+      Sorter<false>::bytes(a.E, static_cast<int64_t>(rows) * a.k) + Rows::scratch_bytes(a, kSortThreads);
   if (blocks <= device.cluster && bytes <= static_cast<size_t>(device.shared_bytes)) {
     return launch(route_and_sort_kernel<Rows>, {blocks, kSortThreads, bytes, static_cast<int>(blocks)}, device, a, *s,
                   rows);

@@ -1,5 +1,7 @@
 // Slots sorted by expert, by counting: a slot's place is the place of its expert, plus how many of that expert's slots
 // stand in the blocks before, in the warps before, and before it in its warp. No atomic decides an order.
+//
+// With UNUSED an id outside [0, E) is an unused slot; these are sorted as those of one more expert, which is the last.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -11,25 +13,28 @@ namespace moe_lab {
 
 constexpr int kSortThreads = 512;
 constexpr int kSortWarps = kSortThreads / 32;
-constexpr int kMaxShare = kMaxExperts / kSortThreads;  // experts of a thread
 
 // What a block needs, in shared memory in this order.
+template <bool UNUSED>
 struct Sorter {
-  const int E, slots;
-  int* counts;        // [E], of this block; those of a cluster read each other's
-  int* base;          // [E], the sorted position of the block's first slot of each expert
-  int* warp_sums;     // [32]
-  int* started;       // [warps, E], how many of an expert's slots of the block stand in the warps before
-  uint32_t* holders;  // [warps, E], the lanes of a round that hold a slot of the expert; zero between rounds
-  uint16_t* ids;      // [slots]
+  static constexpr int kMaxShare = (kMaxExperts + UNUSED + kSortThreads - 1) / kSortThreads;  // experts of a thread
+  const int E, slots;  // E with the one of the unused slots
+  int* counts;         // [E], of this block; those of a cluster read each other's
+  int* base;           // [E], the sorted position of the block's first slot of each expert
+  int* warp_sums;      // [32]
+  int* started;        // [warps, E], how many of an expert's slots of the block stand in the warps before
+  uint32_t* holders;   // [warps, E], the lanes of a round that hold a slot of the expert; zero between rounds
+  uint16_t* ids;       // [slots]
 
-  static constexpr size_t bytes(int E, int64_t slots) {
+  static constexpr int all(int experts) { return experts + UNUSED; }
+  static constexpr size_t bytes(int experts, int64_t slots) {
+    const int E = all(experts);
     return ((2 + 2 * kSortWarps) * E + 32) * sizeof(int) + (slots + 1) / 2 * 2 * sizeof(uint16_t);
   }
 
-  __device__ Sorter(int* shared, int E, int slots)
-      : E(E), slots(slots), counts(shared), base(shared + E), warp_sums(shared + 2 * E), started(warp_sums + 32),
-        holders(reinterpret_cast<uint32_t*>(started + kSortWarps * E)),
+  __device__ Sorter(int* shared, int experts, int slots)
+      : E(all(experts)), slots(slots), counts(shared), base(shared + E), warp_sums(shared + 2 * E),
+        started(warp_sums + 32), holders(reinterpret_cast<uint32_t*>(started + kSortWarps * E)),
         ids(reinterpret_cast<uint16_t*>(holders + kSortWarps * E)) {}
 
   // Slots of a warp: whole rounds, so that a round's lanes are neighbours.
@@ -77,8 +82,9 @@ struct Sorter {
       if (e < E) {
         base[e] = offset + before[i];
         if (blockIdx.x == 0) {
-          s.counts[e] = its, s.offsets[e] = offset;
-          if (e == E - 1) s.offsets[E] = offset + its;
+          s.offsets[e] = offset;
+          if (!UNUSED || e < E - 1) s.counts[e] = its;
+          if (!UNUSED && e == E - 1) s.offsets[E] = offset + its;
         }
       }
       for (int w = 0; w < kSortWarps && i + 1 < kMaxShare; ++w) carry += warp_sums[w];
@@ -110,7 +116,9 @@ struct Sorter {
 };
 
 // Sorts the slots of the block, or of the cluster that is the whole grid.
-__device__ __forceinline__ void sort_in_cluster(Sorter& sorter, const SortArguments& s, int64_t first_slot) {
+template <bool UNUSED>
+__device__ __forceinline__ void sort_in_cluster(Sorter<UNUSED>& sorter, const SortArguments& s, int64_t first_slot) {
+  constexpr int kMaxShare = Sorter<UNUSED>::kMaxShare;
   __syncthreads();
   sorter.count();
   int before[kMaxShare] = {}, total[kMaxShare] = {};

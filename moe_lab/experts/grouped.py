@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_lab.experts.base import Experts
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale, swiglu
 from moe_lab.marks import phase
+from moe_lab.ops import extension
 from moe_lab.ops.combine import combine
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.few_tokens import MOST, few_tokens_mlp
@@ -45,10 +46,18 @@ class Grouped(Experts):
         return not (_takes_few_tokens(x_TD) or _is_one_token(x_TD))
 
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
-        """See `Experts`: `grouped:few_tokens`, or `grouped` and what computes `segment_mm`."""
+        """See `Experts`: `grouped:few_tokens`, or `grouped` and what computes `segment_mm`.
+
+        Where the extension sorts and sums: `dispatch` and `combine` too. Else torch does.
+        """
         if _takes_few_tokens(x_TD):
             return {"experts": "grouped:few_tokens"}
-        return {"experts": "grouped", "segment_mm": _segment_mm_for(x_TD, weights)}
+        ran = {"experts": "grouped", "segment_mm": _segment_mm_for(x_TD, weights)}
+        if extension.sorts(x_TD.device, weights.n_experts):
+            ran["dispatch"] = extension.label(x_TD.device)
+        if extension.computes(x_TD.device):
+            ran["combine"] = extension.label(x_TD.device)
+        return ran
 
 
 def _segment_mm_for(x_TD: Tensor, weights: ExpertWeights) -> str:
@@ -76,9 +85,8 @@ def _sorted(x_TD: Tensor, routing: Routing, weights: ExpertWeights, scale: Scale
         h_NF = swiglu(segment_mm(x_ND, weights.w_gate_up_E2FD, order.offsets_E1, implementation))
         o_ND = segment_mm(h_NF, weights.w_down_EDF, order.offsets_E1, implementation)
     with phase("combine"):
-        used_TK = routing.expert_ids_TK >= 0
-        weights_TK = routing.weights_TK if scale == "output" else used_TK.float()
-        return combine(o_ND, order.inverse_N, weights_TK, used_TK)
+        weights_TK = routing.weights_TK if scale == "output" else None
+        return combine(o_ND, order.inverse_N, weights_TK, routing.expert_ids_TK)
 
 
 def _is_one_token(x_TD: Tensor) -> bool:

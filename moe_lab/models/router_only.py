@@ -16,6 +16,7 @@ from moe_lab.experts.weights import ExpertWeights, Scale
 from moe_lab.marks import phase
 from moe_lab.models import ForcedRouting, MakeRouter, Output
 from moe_lab.models.moe_layer import MoELayer
+from moe_lab.ops import extension
 from moe_lab.ops.by_expert import by_expert
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.routers.base import RouteContext, Router, Routing
@@ -44,20 +45,24 @@ class _NoExperts(Experts):
 
     graph_safe = True
 
+    def __init__(self, sort: bool):
+        self.sort = sort
+
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
         """[T, E] in float32, 0 where an expert is not chosen."""
         return by_expert(routing.weights_TK, routing.expert_ids_TK, weights.n_experts)
 
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
-        """See `Experts`."""
-        return {"experts": "none"}
+        """See `Experts`; `dispatch` too where the extension sorts the slots."""
+        sorts = self.sort and extension.sorts(x_TD.device, weights.n_experts)
+        return {"experts": "none"} | ({"dispatch": extension.label(x_TD.device)} if sorts else {})
 
 
 class RouterLayer(MoELayer):
     """An MoE layer that stops at the routing, and is fed logits [T, E] unless it has a width."""
 
     def __init__(self, n_experts: int, d_model: int | None, router: Router, sort: bool):
-        super().__init__(_NoWeights(n_experts, d_model), router, _NoExperts())
+        super().__init__(_NoWeights(n_experts, d_model), router, _NoExperts(sort))
         self.sort, self.has_gate = sort, d_model is not None
 
     def forward(self, x_TD: Tensor, ctx: RouteContext, forced: Routing | None = None) -> tuple[Tensor, Routing]:

@@ -1,6 +1,8 @@
 """The weighted sum of each token's expert outputs, gathered from the order that they were computed in.
 
 y[t] = sum over the used slots s of token t:  weights[t, s] * o[inverse[t * K + s]]
+
+On a GPU by the op `combine` of the extension where that is loaded (`extension.computes`).
 """
 
 from __future__ import annotations
@@ -9,17 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_lab.ops import extension
+from moe_lab.ops.library import DTYPES, is_exporting
 
-def combine(o_ND: Tensor, inverse_N: Tensor, weights_TK: Tensor, used_TK: Tensor) -> Tensor:
+
+def combine(o_ND: Tensor, inverse_N: Tensor, weights_TK: Tensor | None, used_TK: Tensor) -> Tensor:
     """[T, D] in o's dtype; products and sums in fp32.
 
     Args:
         o_ND: outputs in sorted order, of T * K slots or of the used ones; rows of unused slots may hold anything, NaN
             too.
         inverse_N: [T * K] int32, the row of `o_ND` of each flat slot.
-        weights_TK: float32.
-        used_TK: bool, False for slots that count nothing.
+        weights_TK: float32; None: all are 1.
+        used_TK: bool, False for slots that count nothing; or the int32 ids, which are negative there.
     """
+    if extension.computes(o_ND.device) and o_ND.dtype in DTYPES.values() and not is_exporting():
+        weights_TK = weights_TK if weights_TK is None else weights_TK.contiguous()
+        arguments = (o_ND.contiguous(), inverse_N, used_TK.contiguous(), weights_TK, o_ND.dtype)
+        return torch.ops.moe_lab.combine(*arguments)  # type: ignore[no-any-return]
+    used_TK = used_TK if used_TK.dtype == torch.bool else used_TK >= 0
+    return _compute(o_ND, inverse_N, used_TK.float() if weights_TK is None else weights_TK, used_TK)
+
+
+def _compute(o_ND: Tensor, inverse_N: Tensor, weights_TK: Tensor, used_TK: Tensor) -> Tensor:
     (T, K), D = weights_TK.shape, o_ND.shape[1]
     rows_TK = inverse_N.view(T, K)
     if o_ND.device.type == "cpu" and o_ND.dtype == torch.float32:

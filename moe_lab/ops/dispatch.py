@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moe_lab.ops import extension
 from moe_lab.ops.library import is_exporting, register
 
 
@@ -25,16 +26,22 @@ class Dispatch(NamedTuple):
 
 
 def dispatch(expert_ids_TK: Tensor, n_experts: int) -> Dispatch:
-    """Sort the slots of `expert_ids_TK` (int32, -1 = unused) by expert; of a GPU nothing is read on the host."""
+    """Sort the slots of `expert_ids_TK` (int32, -1 = unused) by expert; of a GPU nothing is read on the host.
+
+    On a GPU by the op `sort` of the extension where that is loaded (`extension.sorts`), with the same result.
+    """
     if is_exporting():  # one node of the graph
         return Dispatch(*torch.ops.moe_lab.dispatch(expert_ids_TK, n_experts))
+    if extension.sorts(expert_ids_TK.device, n_experts):
+        return Dispatch(*torch.ops.moe_lab.sort(expert_ids_TK.int().contiguous(), n_experts))
     flat_N = expert_ids_TK.reshape(-1)
     if flat_N.device.type == "cpu" and len(flat_N) <= _FEW and not torch.compiler.is_compiling():
         return _few(flat_N.tolist(), n_experts)
-    return _compute(expert_ids_TK, n_experts)
+    return dispatch_by_torch(expert_ids_TK, n_experts)
 
 
-def _compute(expert_ids_TK: Tensor, n_experts: int) -> Dispatch:
+def dispatch_by_torch(expert_ids_TK: Tensor, n_experts: int) -> Dispatch:
+    """The same by plain torch, about ten launches on a GPU."""
     flat_N = expert_ids_TK.reshape(-1)
     key_N = torch.where(flat_N < 0, n_experts, flat_N)  # unused slots last
     sorted_N, perm_N = key_N.sort(stable=True)
@@ -66,7 +73,7 @@ def _fake(ids: Tensor, n_experts: int) -> Dispatch:
 
 register(
     "dispatch(Tensor ids, int n_experts) -> (Tensor, Tensor, Tensor, Tensor)",
-    _compute,
+    dispatch_by_torch,
     _fake,
     onnx="moe_lab.ops.dispatch_onnx",
 )

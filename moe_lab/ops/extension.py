@@ -30,12 +30,23 @@ from moe_lab.ops.own_files import make_own_folder, require_own
 
 MOST_EXPERTS, MOST_K, MOST_GROUPS, MOST_GATE_TOKENS, FEW_EXPERTS = 1024, 32, 32, 32, 8  # as kernels/route.h says
 
+# The sort of 1024 experts takes 156 KB of a block's shared memory. These have 99, which the sort of so many fits.
+_SMALL, _FEWER_EXPERTS = {"86", "89", "120", "121"}, 512
+
 log = logging.getLogger("moe_lab.extension")
 
 OLDEST = "80"
 """The oldest architecture that the CUDA sources compile for."""
-_CPP = ("ops.cpp", "route_cpu.cpp", "sinkhorn_cpu.cpp")
-_CUDA = ("gate.cu", "gate_few_experts.cu", "route_by_logits.cu", "route_by_scores.cu", "sinkhorn.cu", "sort.cu")
+_CPP = ("ops.cpp", "route_cpu.cpp", "sinkhorn_cpu.cpp", "sort_cpu.cpp", "combine_cpu.cpp")
+_CUDA = (
+    "gate.cu",
+    "gate_few_experts.cu",
+    "route_by_logits.cu",
+    "route_by_scores.cu",
+    "sinkhorn.cu",
+    "sort.cu",
+    "combine.cu",
+)
 # The functions of torch 2.11 and no newer ones: what is built under one version loads under the others.
 _DEFINES = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
 _CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC")
@@ -261,6 +272,24 @@ def _key(*compilers: str | None) -> str:
 
 
 _loading = threading.Lock()
+_most_sorted = 0
+"""Experts that `sort` takes on every GPU here; 0 until the CUDA half is loaded."""
+
+
+def load_if_built(device: torch.device) -> None:
+    """Load it where a build for `device`, a GPU, is there: `computes` and `sorts` say so from then on."""
+    if device.type == "cuda" and is_built(device) and why_unavailable(device) is None:
+        load()
+
+
+def computes(device: torch.device) -> bool:
+    """Whether it is loaded and `device` a GPU; each pass asks, so nothing is looked for, built or loaded."""
+    return _most_sorted > 0 and device.type == "cuda"
+
+
+def sorts(device: torch.device, n_experts: int) -> bool:
+    """As `computes`, for the op `sort` of so many experts."""
+    return n_experts <= _most_sorted and device.type == "cuda"
 
 
 def load() -> tuple[str, ...]:
@@ -275,6 +304,7 @@ def load() -> tuple[str, ...]:
 
 @cache
 def _load() -> tuple[str, ...]:
+    global _most_sorted
     architectures = visible_architectures()
     if built(architectures) is None and (cannot_build(architectures) or failure(architectures)) is not None:
         architectures = ()
@@ -285,6 +315,10 @@ def _load() -> tuple[str, ...]:
     torch.library.register_fake("moe_lab::route_and_sort", _fake_route_and_sort, lib=library)
     torch.library.register_fake("moe_lab::gate_route", _fake_gate_route, lib=library)
     torch.library.register_fake("moe_lab::sinkhorn_route", fake_sinkhorn_route, lib=library)
+    torch.library.register_fake("moe_lab::sort", _fake_sort, lib=library)
+    torch.library.register_fake("moe_lab::combine", _fake_combine, lib=library)
+    if architectures:
+        _most_sorted = _FEWER_EXPERTS if _SMALL.intersection(architectures) else MOST_EXPERTS
     return architectures
 
 
@@ -323,3 +357,12 @@ def _fake_gate_route(
 
 def fake_sinkhorn_route(logits: Tensor, k: int, *_: object) -> tuple[Tensor, ...]:
     return *fake_route(logits, None, None, k), logits.new_empty(logits.shape[1], dtype=torch.float32)
+
+
+def _fake_sort(ids: Tensor, n_experts: int) -> tuple[Tensor, ...]:
+    sizes = (n_experts, n_experts + 1, ids.numel(), ids.numel())
+    return tuple(ids.new_empty(size, dtype=torch.int32) for size in sizes)
+
+
+def _fake_combine(o: Tensor, inverse: Tensor | None, ids: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return o.new_empty((ids.shape[0], o.shape[-1]), dtype=dtype)

@@ -117,6 +117,8 @@ def decide(cfg: DictConfig, model: nn.Module, device: torch.device, *, load: boo
             group = "router" if isinstance(part, Router) else "experts" if isinstance(part, Experts) else None
             name = "" if group is None else f"{group}={option_name(cfg[group])}: "
             raise UnavailableError(f"{name}{error}") from error
+    if load:  # for `dispatch` and `combine`, which no part owns
+        extension.load_if_built(device)
 
 
 def is_checkpoint(node: DictConfig) -> bool:

@@ -13,6 +13,7 @@ from moe_lab.experts.base import Experts, FunctionExperts
 from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.loop import Loop
 from moe_lab.experts.weights import ExpertWeights, Scale
+from moe_lab.ops import extension
 from moe_lab.routers.base import Routing
 from tests.experts.cases import make_routing, make_weights, make_x
 
@@ -44,19 +45,24 @@ def test_the_packages_own_say_what_runs_on_a_cpu(tokens: int, dtype: torch.dtype
     assert Grouped().reads_dispatch(x_T0) == (tokens != 1 or dtype != torch.float32)
 
 
+EXTENSION = dict.fromkeys(("dispatch", "combine"), "extension")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("tokens", "dtype", "expected"),
     [
         pytest.param(16, torch.bfloat16, {"experts": "grouped:few_tokens"}, id="few"),
-        pytest.param(17, torch.bfloat16, {"experts": "grouped", "segment_mm": "grouped_mm"}, id="bf16"),
-        pytest.param(17, torch.float16, {"experts": "grouped", "segment_mm": "triton"}, id="fp16"),
+        pytest.param(17, torch.bfloat16, {"experts": "grouped", "segment_mm": "grouped_mm", **EXTENSION}, id="bf16"),
+        pytest.param(17, torch.float16, {"experts": "grouped", "segment_mm": "triton", **EXTENSION}, id="fp16"),
     ],
 )
 def test_grouped_says_what_runs_on_cuda(
     tokens: int, dtype: torch.dtype, expected: dict[str, str], device: torch.device
 ) -> None:
-    """Few tokens are not sorted."""
+    """Few tokens are not sorted; more are sorted and summed by the extension, where it is loaded."""
+    extension.load()
+    expected = {op: extension.label(device) if name == "extension" else name for op, name in expected.items()}
     weights, x_T0 = make_weights(5, 16, 8, dtype, device), torch.empty(tokens, 0, dtype=dtype, device=device)
     assert Grouped().implementation(x_T0, weights) == expected
     assert Grouped().reads_dispatch(x_T0) == (tokens > 16)

@@ -38,8 +38,25 @@ def main() -> None:
         for dtype in (torch.float16, torch.bfloat16):
             gate_route(normal(T, D).to(dtype), normal(E, D).to(dtype), Selection(k))
     gate_route(normal(100, 64).half(), normal(8, 64).half(), Selection(2, "sigmoid", 4, 2), bias_E=normal(8))
+    sorts_and_sums()
     torch.cuda.synchronize()
     print("made all calls")
+
+
+def sorts_and_sums() -> None:
+    """Slots without logits, by one block, a cluster and two launches; sums of rows of odd and even widths."""
+    for slots, E in ((0, 5), (1, 1), (37, 60), (5000, 1024), (70000, 256)):
+        for most in (0, E):  # of 0: all are unused
+            ids = torch.randint(-1, most, (slots, 1), dtype=torch.int32).cuda()
+            torch.ops.moe_lab.sort(ids, E)
+    for T, K, D in ((0, 2, 8), (1, 8, 264), (37, 3, 33), (199, 33, 12), (2000, 4, 520)):
+        ids = torch.randint(-1, 5, (T, K), dtype=torch.int32).cuda()
+        _, _, _, inverse = torch.ops.moe_lab.sort(ids, 5)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            o = normal(2, T * K, D).to(dtype)
+            for rows in (o, o[0]):
+                torch.ops.moe_lab.combine(rows, inverse, ids, normal(T, K), dtype)
+            torch.ops.moe_lab.combine(o[0], None, ids >= 0, None, torch.float32)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lab.ops.dispatch import Dispatch, dispatch
+from moe_lab.ops import extension
+from moe_lab.ops.dispatch import Dispatch, dispatch, dispatch_by_torch
+
+needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
 
 
 def random_ids(T: int, E: int, K: int, unused: float = 0.0) -> Tensor:
@@ -119,3 +122,170 @@ def test_nothing_is_read_on_the_host(device: torch.device) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_sorts(order, ids_TK, 12)
+
+
+def sort(expert_ids_TK: Tensor, n_experts: int) -> Dispatch:
+    """By the extension, which is built and loaded first."""
+    extension.load()
+    return Dispatch(*torch.ops.moe_lab.sort(expert_ids_TK, n_experts))
+
+
+def tables(T: int, E: int, K: int) -> dict[str, Tensor]:
+    """Ids at their limits: slots unused, one expert that takes all, the first and the last expert alone."""
+    generator = torch.Generator().manual_seed(T + E)
+    all_TK = torch.randint(0, E, (T, K), generator=generator, dtype=torch.int32)
+    some_TK = all_TK.masked_fill(torch.rand(T, K, generator=generator) < 0.3, -1)
+    return {
+        "all used": all_TK,
+        "some unused": some_TK,
+        "none used": torch.full((T, K), -1, dtype=torch.int32),
+        "one takes all": torch.full((T, K), E // 2, dtype=torch.int32),
+        "first and last": torch.where(some_TK < 0, some_TK, some_TK % 2 * (E - 1)),
+    }
+
+
+@needs_cxx
+@pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (0, 1, 37, 199, 5000)])
+@pytest.mark.parametrize("E", [pytest.param(E, id=f"E={E}") for E in (1, 5, 60, 256, 513, 1024)])
+def test_the_extension_sorts_as_numpy_does(T: int, E: int, device: torch.device) -> None:
+    """Bit for bit what `dispatch` gives, with unused slots and without; few slots and many, which others sort."""
+    for ids_TK in tables(T, E, min(E, 8)).values():
+        assert_sorts(sort(ids_TK.to(device), E), ids_TK.to(device), E)
+
+
+@needs_cxx
+@settings(max_examples=60, deadline=None, database=None)
+@given(data=st.data(), T=st.integers(0, 9), K=st.integers(1, 4), E=st.integers(1, 7))
+def test_the_extension_sorts_any_table(data: st.DataObject, T: int, K: int, E: int) -> None:
+    """Any ids, repeated within a token or not, used or not."""
+    ids = data.draw(st.lists(st.integers(-1, E - 1), min_size=T * K, max_size=T * K))
+    ids_TK = torch.tensor(ids, dtype=torch.int32).view(T, K)
+    assert_sorts(sort(ids_TK, E), ids_TK, E)
+
+
+@needs_cxx
+@pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (37, 40000)])
+def test_an_id_that_no_expert_has_is_an_unused_slot(T: int, device: torch.device) -> None:
+    """Nothing is written beside the outputs, whatever the ids."""
+    ids_TK = random_ids(T, 9, 3, 0.2).to(device)
+    odd_K = torch.tensor([5 + 9, -(2**31), 2**31 - 1], dtype=torch.int32, device=device)
+    assert_sorts(sort(torch.where(ids_TK == 4, odd_K, ids_TK), 9), ids_TK.masked_fill(ids_TK == 4, -1), 9)
+
+
+@needs_cxx
+def test_threads_of_a_cpu_share_the_slots() -> None:
+    """Each has a part, whose order is that of the slots."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for T in (40000, 32768, 49999):
+            ids_TK = random_ids(T, 9, 1, 0.2)
+            assert_sorts(sort(ids_TK, 9), ids_TK, 9)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_cxx
+@pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (0, 37, 9000, 20000)])
+def test_the_out_variant_writes_every_element_and_nothing_else(T: int, device: torch.device) -> None:
+    """Also of outputs that lie within a larger tensor."""
+    ids_TK = random_ids(T, 60, 4, 0.3).to(device)
+    expected = sort(ids_TK, 60)
+    padded = [torch.full((len(tensor) + 64,), -7, dtype=torch.int32, device=device) for tensor in expected]
+    inner = [whole[32 : len(whole) - 32] for whole in padded]
+    torch.ops.moe_lab.sort.out(ids_TK, 60, counts=inner[0], offsets=inner[1], perm=inner[2], inverse=inner[3])
+    for whole, part, wanted in zip(padded, inner, expected, strict=True):
+        assert torch.equal(part, wanted)
+        assert bool((whole[:32] == -7).all()) and bool((whole[len(whole) - 32 :] == -7).all())
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("ids_TK", "n_experts", "message"),
+    [
+        pytest.param(torch.zeros(3, 2), 5, "ids: must be int32", id="dtype"),
+        pytest.param(torch.zeros(3, 4, dtype=torch.int32)[:, ::2], 5, "contiguous", id="strides"),
+        pytest.param(torch.zeros(3, 2, dtype=torch.int32), 0, "n_experts=0: must be between 1 and 1024", id="E=0"),
+        pytest.param(torch.zeros(3, 2, dtype=torch.int32), 1025, "n_experts=1025: must be", id="E=1025"),
+    ],
+)
+def test_the_extension_refuses_what_it_cannot_sort(ids_TK: Tensor, n_experts: int, message: str) -> None:
+    """In a sentence, before anything is computed."""
+    with pytest.raises(RuntimeError, match=message):
+        sort(ids_TK, n_experts)
+
+
+@needs_cxx
+def test_the_sort_has_a_fake_form(device: torch.device) -> None:
+    """Shapes and dtypes of fake tensors are those of real ones, so torch.compile takes it."""
+    extension.load()
+    for T in (0, 37):
+        arguments = (random_ids(T, 12, 3, 0.3).to(device), 12)
+        torch.library.opcheck(torch.ops.moe_lab.sort.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(lambda ids_TK: torch.ops.moe_lab.sort(ids_TK, 12), fullgraph=True, backend="aot_eager")
+    assert_sorts(Dispatch(*compiled(*arguments[:1])), *arguments)
+
+
+@needs_cxx
+def test_dispatch_takes_the_extension_where_it_sorts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids of any integers and strides; more experts than it takes are sorted by torch. On a CPU it is not asked."""
+    extension.load()
+    assert not extension.sorts(torch.device("cpu"), 12)
+    monkeypatch.setattr(extension, "sorts", lambda device, n_experts: n_experts <= 1024)
+    calls: list[int] = []
+    op = torch.ops.moe_lab.sort
+    monkeypatch.setattr(torch.ops.moe_lab, "sort", lambda ids, E: calls.append(E) or op(ids, E))  # type: ignore[func-returns-value]
+    ids_TK = random_ids(37, 12, 6, 0.2)
+    for table_TK in (ids_TK, ids_TK[:, ::2], ids_TK.long()):
+        assert_sorts(dispatch(table_TK, 12), table_TK.int(), 12)
+    assert calls == [12, 12, 12]
+    assert_sorts(dispatch(ids_TK, 1025), ids_TK, 1025)
+    assert calls == [12, 12, 12]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", [pytest.param(n, id=f"{n} slots") for n in (1, 512, 513, 8192, 65536, 65544, 600000)])
+@pytest.mark.parametrize("E", [pytest.param(E, id=f"E={E}") for E in (8, 60, 511, 512, 1023, 1024)])
+def test_the_extension_sorts_as_torch_does_on_cuda(slots: int, E: int, device: torch.device) -> None:
+    """On both sides of each limit between one block, a cluster and two launches."""
+    for ids_TK in tables(slots, E, 1).values():
+        ids_TK = ids_TK.to(device)
+        for found, expected in zip(sort(ids_TK, E), dispatch_by_torch(ids_TK, E), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+def test_dispatch_uses_the_extension_on_cuda(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is loaded; nothing is read on the host."""
+    extension.load()
+    ids_TK, op, calls = random_ids(199, 12, 3, 0.3).to(device), torch.ops.moe_lab.sort, []
+    monkeypatch.setattr(torch.ops.moe_lab, "sort", lambda *given: calls.append(given) or op(*given))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        order = dispatch(ids_TK, 12)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == 1
+    assert_sorts(order, ids_TK, 12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (4, 300, 40000)])
+def test_a_graph_sorts_what_stands_in_its_input(T: int, device: torch.device) -> None:
+    """Twenty calls in a graph, replayed over other ids; then a thousand times with the same bits."""
+    ids_TK = random_ids(T, 60, 4, 0.3).to(device)
+    sort(ids_TK, 60)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            order = sort(ids_TK, 60)
+    ids_TK.copy_(random_ids(T, 60, 4, 0.5).flip(0))
+    graph.replay()
+    assert_sorts(order, ids_TK, 60)
+    first = [tensor.clone() for tensor in order]
+    differences = torch.zeros((), device=device, dtype=torch.int64)
+    for _ in range(1000):
+        graph.replay()
+        for tensor, wanted in zip(order, first, strict=True):
+            differences += (tensor != wanted).sum()
+    assert int(differences) == 0
