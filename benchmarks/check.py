@@ -117,6 +117,7 @@ LEFT_OUT = {
     "checkpoint_load": "needs a GPU",
     "router_verdicts": "needs a GPU",
     "routing_metrics": "its quotes are of a GPU",
+    "sort_and_combine": "needs a GPU",
     "optimum_overhead": "needs an environment of its own",
 }
 

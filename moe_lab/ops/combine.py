@@ -30,10 +30,11 @@ def combine(o_ND: Tensor, inverse_N: Tensor, weights_TK: Tensor | None, used_TK:
         arguments = (o_ND.contiguous(), inverse_N, used_TK.contiguous(), weights_TK, o_ND.dtype)
         return torch.ops.moe_lab.combine(*arguments)  # type: ignore[no-any-return]
     used_TK = used_TK if used_TK.dtype == torch.bool else used_TK >= 0
-    return _compute(o_ND, inverse_N, used_TK.float() if weights_TK is None else weights_TK, used_TK)
+    return combine_by_torch(o_ND, inverse_N, used_TK.float() if weights_TK is None else weights_TK, used_TK)
 
 
-def _compute(o_ND: Tensor, inverse_N: Tensor, weights_TK: Tensor, used_TK: Tensor) -> Tensor:
+def combine_by_torch(o_ND: Tensor, inverse_N: Tensor, weights_TK: Tensor, used_TK: Tensor) -> Tensor:
+    """The same by plain torch; `used_TK` is bool."""
     (T, K), D = weights_TK.shape, o_ND.shape[1]
     rows_TK = inverse_N.view(T, K)
     if o_ND.device.type == "cpu" and o_ND.dtype == torch.float32:
