@@ -45,6 +45,16 @@ def test_the_packages_own_say_what_runs_on_a_cpu(tokens: int, dtype: torch.dtype
     assert Grouped().reads_dispatch(x_T0) == (tokens != 1 or dtype != torch.float32)
 
 
+@pytest.mark.parametrize("n_experts", [pytest.param(5, id="sorts"), pytest.param(7, id="sums only")])
+def test_grouped_names_the_extension_where_it_sorts_and_sums(n_experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may sum the slots of more experts than it sorts."""
+    monkeypatch.setattr(extension, "sorts", lambda device, n: n <= 5)
+    monkeypatch.setattr(extension, "computes", lambda device: True)
+    found = Grouped().implementation(torch.empty(37, 0), make_weights(n_experts, 9, 7))
+    sorts = {"dispatch": "cuda_ext:cpp"} if n_experts == 5 else {}
+    assert found == {"experts": "grouped", "segment_mm": "loop", "combine": "cuda_ext:cpp"} | sorts
+
+
 EXTENSION = dict.fromkeys(("dispatch", "combine"), "extension")
 
 

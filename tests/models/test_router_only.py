@@ -78,6 +78,18 @@ def test_with_a_gate_its_product_is_part_of_it(T: int, impl: str) -> None:
     assert not model.moe.multiplies_gate(x_TD)
 
 
+@pytest.mark.parametrize("sort", [pytest.param(True, id="sorts"), pytest.param(False, id="does not sort")])
+def test_it_names_the_extension_where_that_sorts(sort: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is asked to sort, and the extension takes so many experts."""
+    model, x_TE = model_of(partial(make, "mixtral"), "torch", sort=sort), logits(37, 8)
+    assert model.moe.experts.implementation(x_TE, model.moe.weights) == {"experts": "none"}
+    asked: list[int] = []
+    monkeypatch.setattr(extension, "sorts", lambda device, n_experts: not asked.append(n_experts))  # type: ignore[func-returns-value]
+    expected = {"dispatch": "cuda_ext:cpp"} if sort else {}
+    assert model.moe.experts.implementation(x_TE, model.moe.weights) == {"experts": "none"} | expected
+    assert asked == [model.moe.weights.n_experts] * sort
+
+
 @pytest.mark.gpu
 def test_a_run_names_who_multiplied_by_the_gate(tmp_path: Path) -> None:
     """The router's own kernels for few tokens, else nobody is named."""

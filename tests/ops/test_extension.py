@@ -128,6 +128,39 @@ def test_the_key_depends_on_sources_compilers_and_torch(monkeypatch: pytest.Monk
     assert extension.binary(()) == before != extension.binary(("90",))
 
 
+@pytest.mark.parametrize(
+    ("device", "is_built", "why", "loads"),
+    [
+        pytest.param("cuda", True, None, True, id="built"),
+        pytest.param("cuda", False, None, False, id="not built"),
+        pytest.param("cuda", True, "of somebody else", False, id="not usable"),
+        pytest.param("cpu", True, None, False, id="a CPU"),
+    ],
+)
+def test_a_run_on_a_gpu_loads_what_is_built(
+    device: str, is_built: bool, why: str | None, loads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is built for `dispatch` and `combine`, and what cannot be used does not stop a run."""
+    calls: list[None] = []
+    monkeypatch.setattr(extension, "is_built", lambda device: is_built)
+    monkeypatch.setattr(extension, "why_unavailable", lambda device: why)
+    monkeypatch.setattr(extension, "load", lambda: calls.append(None))
+    extension.load_if_built(torch.device(device))
+    assert len(calls) == loads
+
+
+def test_only_a_gpu_sorts_and_sums_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the CUDA half is loaded, up to as many experts as its blocks have memory for."""
+    cuda = torch.device("cuda", 0)
+    for most in (0, 512, 1024):
+        monkeypatch.setattr(extension, "_most_sorted", most)
+        assert extension.computes(cuda) == (most > 0) and not extension.computes(CPU)
+        assert [extension.sorts(cuda, E) for E in (1, 512, 513, 1024, 1025)] == [
+            most >= E for E in (1, 512, 513, 1024, 1025)
+        ]
+        assert not extension.sorts(CPU, 1)
+
+
 @pytest.mark.gpu
 def test_a_gpu_is_served_by_a_build_for_it() -> None:
     """The label says for which."""
@@ -135,6 +168,7 @@ def test_a_gpu_is_served_by_a_build_for_it() -> None:
     assert extension.visible_architectures() == (f"{major}{minor}",)
     assert extension.load() == extension.visible_architectures()
     assert extension.label(torch.device("cuda", 0)) == f"cuda_ext:sm_{major}{minor}"
+    assert extension.computes(torch.device("cuda", 0)) and extension.sorts(torch.device("cuda", 0), 512)
 
 
 SANITIZER = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
