@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "combine.h"
+#include "experts.h"
 #include "route.h"
 
 namespace moe_lab {
@@ -12,6 +13,7 @@ struct Device {
   cudaStream_t stream;
   int multiprocessors;
   bool is_hopper;        // or newer: clusters, and launches that begin while the kernel before ends
+  bool is_sm_90;         // 9.0 and no other: the instructions of sm_90a
   int cluster;           // blocks of one, at most
   int64_t shared_bytes;  // that a block may have
 };
@@ -67,6 +69,8 @@ int64_t sort_blocks(int64_t slots, const Device& device);
 cudaError_t sort_slots(const int32_t* ids, const SortArguments& s, int E, int64_t slots, const Device& device,
                        bool unused = false);
 cudaError_t combine(const CombineArguments& a, const Device& device);
+// On compute capability 9.0, where MOE_LAB_HOPPER is defined; T is not 0.
+cudaError_t experts(const ExpertsArguments& a, const Device& device);
 // Few tokens or few experts, T not 0; the logits of `a` may be written.
 bool can_route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);
 cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);

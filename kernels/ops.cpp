@@ -1,5 +1,5 @@
-// The ops torch.ops.moe_lab.{route,route_and_sort,sinkhorn_route,gate_route,sort,combine}, on torch's stable ABI: one
-// binary for several versions of torch.
+// The ops torch.ops.moe_lab.{route,route_and_sort,sinkhorn_route,gate_route,sort,combine,experts}, on torch's stable
+// ABI: one binary for several versions of torch.
 //
 // Without MOE_LAB_CUDA only the C++ half is here. All outputs are made or given by the caller, nothing is read on the
 // host, and all work is put on the current stream.
@@ -10,11 +10,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "combine.h"
+#include "experts.h"
 #include "route.h"
 #ifdef MOE_LAB_CUDA
 #include <mutex>
@@ -155,6 +157,82 @@ CombineArguments combine_arguments(const Tensor& o, const std::optional<Tensor>&
   return a;
 }
 
+// Slots that are sorted already; all or none.
+struct Sorted {
+  const std::optional<Tensor>&offsets, &perm, &inverse;
+};
+
+struct ExpertsTensors {
+  const Tensor &x, &ids, &weights, &w_gate_up, &w_down;
+  const std::optional<Tensor>&gate_up_bias, &down_bias;
+};
+
+ExpertsArguments experts_arguments(const ExpertsTensors& in, const std::string& activation, bool scales_input,
+                                   const Tiles& tiles, Tensor& y) {
+  const auto is = [&](const Tensor& tensor, int64_t dim, ScalarType dtype) {
+    return tensor.dim() == dim && tensor.scalar_type() == dtype && tensor.is_contiguous() &&
+           tensor.device() == in.x.device() && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  };
+  const ScalarType dtype = in.x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16, "x: must be float16 or bfloat16");
+  STD_TORCH_CHECK(
+      is(in.x, 2, dtype) && is(in.w_gate_up, 3, dtype) && is(in.w_down, 3, dtype),
+      "x, w_gate_up and w_down: must be [T, D], [E, 2F, D] and [E, D, F] of one dtype and device, contiguous, "
+      "aligned to 16 bytes");
+  ExpertsArguments a = {};
+  const int64_t T = in.x.size(0), D = in.x.size(1), E = in.w_down.size(0), F = in.w_down.size(2);
+  STD_TORCH_CHECK(
+      in.w_down.size(1) == D && in.w_gate_up.size(0) == E && in.w_gate_up.size(1) == 2 * F && in.w_gate_up.size(2) == D,
+      "w_gate_up and w_down: must be [E, 2F, D] and [E, D, F] for x [T, D]");
+  STD_TORCH_CHECK(D % 16 == 0 && F % 16 == 0 && D > 0 && F > 0, "D=", D, " and F=", F, ": must be multiples of 16");
+  STD_TORCH_CHECK(1 <= E && E <= kMaxExperts, "E=", E, ": must be between 1 and ", kMaxExperts);
+  STD_TORCH_CHECK(in.ids.dim() == 2 && in.ids.size(0) == T && in.ids.scalar_type() == ScalarType::Int &&
+                      in.ids.is_contiguous() && in.ids.device() == in.x.device(),
+                  "ids: must be int32 [T, K], contiguous");
+  const int64_t K = in.ids.size(1);
+  STD_TORCH_CHECK(in.weights.dim() == 2 && in.weights.size(0) == T && in.weights.size(1) == K &&
+                      in.weights.scalar_type() == ScalarType::Float && in.weights.is_contiguous() &&
+                      in.weights.device() == in.x.device(),
+                  "weights: must be float32 [T, K], contiguous");
+  constexpr int64_t kMost = int64_t{1} << 31;
+  STD_TORCH_CHECK(
+      T * K < kMost && T * (D / 8) < kMost && D < kMost && F < kMost / 2 && (!scales_input || T * K * (D / 8) < kMost),
+      "T * K, T * D / 8 and F must be < 2**31");
+  const auto bias = [&](const std::optional<Tensor>& tensor, int64_t width) -> const float* {
+    if (!tensor.has_value()) return nullptr;
+    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->size(0) == E && tensor->size(1) == width &&
+                        tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() &&
+                        tensor->device() == in.x.device(),
+                    "gate_up_bias and down_bias: must be float32 [E, 2F] and [E, D], contiguous");
+    return static_cast<const float*>(tensor->data_ptr());
+  };
+  STD_TORCH_CHECK(activation == "silu" || activation == "clamped", "activation=", activation,
+                  ": must be silu or clamped");
+  const auto known = [](int rows, int tokens) {
+    return rows == 128   ? tokens % 16 == 0 && 0 < tokens && tokens <= 64
+           : rows == 256 ? tokens % 32 == 0 && 0 < tokens && tokens <= 192
+                         : false;
+  };
+  STD_TORCH_CHECK(known(tiles.up_rows, tiles.up_tokens) && known(tiles.down_rows, tiles.down_tokens),
+                  "tiles: must have 128 rows and 16, 32, 48 or 64 tokens, or 256 rows and 32, 64, ... or 192 tokens");
+  STD_TORCH_CHECK(1 <= tiles.pieces && tiles.pieces <= 64 && (tiles.pieces == 1 || tiles.down_rows == 128),
+                  "pieces: must be between 1 and 64, and 1 where down_rows is 256");
+  a.x = in.x.data_ptr(), a.w_gate_up = in.w_gate_up.data_ptr(), a.w_down = in.w_down.data_ptr();
+  a.ids = static_cast<const int32_t*>(in.ids.data_ptr());
+  a.weights = static_cast<const float*>(in.weights.data_ptr());
+  a.gate_up_bias = bias(in.gate_up_bias, 2 * F), a.down_bias = bias(in.down_bias, D);
+  a.y = y.mutable_data_ptr();
+  a.T = T, a.K = static_cast<int>(K), a.E = static_cast<int>(E), a.D = static_cast<int>(D), a.F = static_cast<int>(F);
+  a.dtype = dtype_of(dtype, "x");
+  a.activation = activation == "silu" ? Activation::kSilu : Activation::kClamped;
+  a.scales_input = scales_input;
+  a.tiles = tiles;
+  // No piece of the sum may be empty; a piece has whole steps of 64.
+  const int64_t steps = (F + 63) / 64, each = (steps + tiles.pieces - 1) / tiles.pieces;
+  a.tiles.pieces = static_cast<int>((steps + each - 1) / each);
+  return a;
+}
+
 SinkhornArguments sinkhorn_arguments(const RouteArguments& a, const Tensor& logits, int64_t iters, double temperature,
                                      double tolerance, Tensor& log_b) {
   STD_TORCH_CHECK(iters >= 0 && iters < (int64_t{1} << 31) && temperature > 0 && tolerance >= 0,
@@ -179,6 +257,8 @@ void run_sort_cpu(const int32_t* ids, SortArguments& s, int E, int64_t slots, co
 
 void run_combine_cpu(const CombineArguments& a, const Tensor&) { combine_cpu(a); }
 
+void run_experts_cpu(ExpertsArguments a, const Tensor&, const Sorted&) { experts_cpu(a); }
+
 #ifdef MOE_LAB_CUDA
 void check(cudaError_t error) { STD_TORCH_CHECK(error == cudaSuccess, "moe_lab: CUDA: ", cudaGetErrorString(error)); }
 
@@ -201,12 +281,13 @@ Device device_of(int index) {
   std::lock_guard<std::mutex> lock(mutex);
   while (known.size() <= static_cast<size_t>(index)) {
     const int next = static_cast<int>(known.size());
-    int multiprocessors = 0, major = 0, shared_bytes = 0;
+    int multiprocessors = 0, major = 0, minor = 0, shared_bytes = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, next));
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, next));
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, next));
     check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, next));
     const int cluster = major < 9 ? 1 : major <= 10 ? 16 : 8;  // 8 is what every GPU with clusters allows
-    known.push_back({nullptr, multiprocessors, major >= 9, cluster, shared_bytes});
+    known.push_back({nullptr, multiprocessors, major >= 9, major == 9 && minor == 0, cluster, shared_bytes});
   }
   Device device = known[index];
   device.stream = current_stream(index);
@@ -256,6 +337,49 @@ void run_combine_cuda(const CombineArguments& a, const Tensor& o) {
   check(combine(a, device_of(o.get_device_index())));
 }
 
+void run_experts_cuda(ExpertsArguments a, const Tensor& x, const Sorted& sorted) {
+#ifdef MOE_LAB_HOPPER
+  const int index = x.get_device_index();
+  const DeviceGuard guard(index);
+  const Device device = device_of(index);
+  STD_TORCH_CHECK(device.is_sm_90, "x: the kernels need compute capability 9.0");
+  if (a.T == 0 || a.K == 0) {
+    check(cudaMemsetAsync(a.y, 0, a.T * a.D * 2, device.stream));
+    return;
+  }
+  // All of it lives on the stream's order of allocations, so it may go when this returns.
+  std::optional<Outputs> own;
+  const auto take = [&](const Tensor& offsets, const Tensor& perm, const Tensor& inverse) {
+    check_output(offsets, x, ScalarType::Int, a.E + 1, "offsets");
+    check_output(perm, x, ScalarType::Int, a.slots(), "perm");
+    check_output(inverse, x, ScalarType::Int, a.slots(), "inverse");
+    a.offsets = static_cast<const int32_t*>(offsets.data_ptr());
+    a.perm = static_cast<const int32_t*>(perm.data_ptr());
+    a.inverse = static_cast<const int32_t*>(inverse.data_ptr());
+  };
+  if (!a.sorts_itself() && sorted.offsets.has_value()) {
+    take(*sorted.offsets, *sorted.perm, *sorted.inverse);
+  } else if (!a.sorts_itself()) {
+    own = Outputs{new_int32(x, a.E), new_int32(x, a.E + 1), new_int32(x, a.slots()), new_int32(x, a.slots())};
+    SortArguments s = sort_arguments(a.E, a.slots(), x, *own);
+    run_sort_cuda(a.ids, s, a.E, a.slots(), x);
+    take(own->offsets, own->perm, own->inverse);
+  }
+  std::optional<Tensor> rows;
+  if (a.copies_rows()) {
+    rows = torch::stable::new_empty(x, {a.slots(), a.D});
+    a.rows = rows->mutable_data_ptr();
+  }
+  Tensor h = torch::stable::new_empty(x, {a.slots(), a.F});
+  Tensor o = a.tiles.pieces > 1 ? torch::stable::new_empty(x, {a.tiles.pieces, a.slots(), a.D}, ScalarType::Float)
+                                : torch::stable::new_empty(x, {a.slots(), a.D});
+  a.h = h.mutable_data_ptr(), a.o = o.mutable_data_ptr();
+  check(experts(a, device));
+#else
+  STD_TORCH_CHECK(false, "x: the kernels of the experts need compute capability 9.0");
+#endif
+}
+
 void check_gate(const Tensor& tensor, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) == x.size(1) && tensor.scalar_type() == x.scalar_type() &&
                       tensor.device() == x.device() && (tensor.size(1) < 2 || tensor.stride(1) == 1) &&
@@ -289,6 +413,7 @@ using Run = void (*)(const RouteArguments&, const SortArguments*, const Tensor&)
 using RunSinkhorn = void (*)(const RouteArguments&, SinkhornArguments&, const Tensor&);
 using RunSort = void (*)(const int32_t*, SortArguments&, int, int64_t, const Tensor&);
 using RunCombine = void (*)(const CombineArguments&, const Tensor&);
+using RunExperts = void (*)(ExpertsArguments, const Tensor&, const Sorted&);
 
 #define MOE_LAB_ROUTE_PARAMETERS                                                                                   \
   const Tensor &logits, std::optional<Tensor> gate_bias, std::optional<Tensor> bias, int64_t k, std::string score, \
@@ -380,9 +505,45 @@ Tensor combine_op(const Tensor& o, std::optional<Tensor> inverse, const Tensor& 
   return y;
 }
 
+template <RunExperts run>
+void experts_op_out(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w_gate_up,
+                    const Tensor& w_down, std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias,
+                    std::optional<Tensor> offsets, std::optional<Tensor> perm, std::optional<Tensor> inverse,
+                    std::string activation, bool scales_input, int64_t up_rows, int64_t up_tokens, int64_t down_rows,
+                    int64_t down_tokens, int64_t pieces, Tensor y) {
+  STD_TORCH_CHECK(offsets.has_value() == perm.has_value() && perm.has_value() == inverse.has_value(),
+                  "offsets, perm and inverse: give all of them, or none");
+  STD_TORCH_CHECK(
+      y.scalar_type() == x.scalar_type() && y.numel() == x.numel() && y.is_contiguous() && y.device() == x.device(),
+      "y: must be as x, contiguous");
+  const auto number = [](int64_t value) { return static_cast<int>(std::clamp<int64_t>(value, -1, 1 << 20)); };
+  const Tiles tiles = {number(up_rows), number(up_tokens), number(down_rows), number(down_tokens), number(pieces)};
+  run(experts_arguments({x, ids, weights, w_gate_up, w_down, gate_up_bias, down_bias}, activation, scales_input, tiles,
+                        y),
+      x, {offsets, perm, inverse});
+}
+
+template <RunExperts run>
+Tensor experts_op(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& w_gate_up,
+                  const Tensor& w_down, std::optional<Tensor> gate_up_bias, std::optional<Tensor> down_bias,
+                  std::optional<Tensor> offsets, std::optional<Tensor> perm, std::optional<Tensor> inverse,
+                  std::string activation, bool scales_input, int64_t up_rows, int64_t up_tokens, int64_t down_rows,
+                  int64_t down_tokens, int64_t pieces) {
+  STD_TORCH_CHECK(x.dim() == 2, "x: must be [T, D]");
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  experts_op_out<run>(x, ids, weights, w_gate_up, w_down, gate_up_bias, down_bias, offsets, perm, inverse, activation,
+                      scales_input, up_rows, up_tokens, down_rows, down_tokens, pieces, y);
+  return y;
+}
+
 #define MOE_LAB_ROUTE_SCHEMA                                                                                           \
   "(Tensor logits, Tensor? gate_bias, Tensor? bias, int k, str score, int n_groups, int top_groups, str group_score, " \
   "bool renormalize, float scale"
+
+#define MOE_LAB_EXPERTS_SCHEMA                                                                                        \
+  "(Tensor x, Tensor ids, Tensor weights, Tensor w_gate_up, Tensor w_down, Tensor? gate_up_bias, Tensor? down_bias, " \
+  "Tensor? offsets, Tensor? perm, Tensor? inverse, str activation, bool scales_input, int up_rows, int up_tokens, "   \
+  "int down_rows, int down_tokens, int pieces"
 
 }  // namespace
 }  // namespace moe_lab
@@ -404,6 +565,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moe_lab, m) {
         "Tensor(d!) inverse) -> ()");
   m.def("combine(Tensor o, Tensor? inverse, Tensor ids, Tensor? weights, ScalarType dtype) -> Tensor");
   m.def("combine.out(Tensor o, Tensor? inverse, Tensor ids, Tensor? weights, *, Tensor(a!) y) -> ()");
+  m.def("experts" MOE_LAB_EXPERTS_SCHEMA ") -> Tensor");
+  m.def("experts.out" MOE_LAB_EXPERTS_SCHEMA ", *, Tensor(a!) y) -> ()");
   m.def("sinkhorn_route.out(Tensor logits, int k, int iters, float temperature, float tolerance, *, Tensor(a!) ids, "
         "Tensor(b!) weights, Tensor(c!) log_b) -> ()");
 }
@@ -418,7 +581,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moe_lab, m) {
   m.impl("sort", TORCH_BOX(&moe_lab::sort<&moe_lab::run_sort_##half>));                                 \
   m.impl("sort.out", TORCH_BOX(&moe_lab::sort_out<&moe_lab::run_sort_##half>));                         \
   m.impl("combine", TORCH_BOX(&moe_lab::combine_op<&moe_lab::run_combine_##half>));                     \
-  m.impl("combine.out", TORCH_BOX(&moe_lab::combine_op_out<&moe_lab::run_combine_##half>))
+  m.impl("combine.out", TORCH_BOX(&moe_lab::combine_op_out<&moe_lab::run_combine_##half>));             \
+  m.impl("experts", TORCH_BOX(&moe_lab::experts_op<&moe_lab::run_experts_##half>));                     \
+  m.impl("experts.out", TORCH_BOX(&moe_lab::experts_op_out<&moe_lab::run_experts_##half>))
 
 STABLE_TORCH_LIBRARY_IMPL(moe_lab, CPU, m) { MOE_LAB_IMPLEMENT(m, cpu); }
 #ifdef MOE_LAB_CUDA

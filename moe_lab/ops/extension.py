@@ -37,7 +37,7 @@ log = logging.getLogger("moe_lab.extension")
 
 OLDEST = "80"
 """The oldest architecture that the CUDA sources compile for."""
-_CPP = ("ops.cpp", "route_cpu.cpp", "sinkhorn_cpu.cpp", "sort_cpu.cpp", "combine_cpu.cpp")
+_CPP = ("ops.cpp", "route_cpu.cpp", "sinkhorn_cpu.cpp", "sort_cpu.cpp", "combine_cpu.cpp", "experts_cpu.cpp")
 _CUDA = (
     "gate.cu",
     "gate_few_experts.cu",
@@ -47,6 +47,9 @@ _CUDA = (
     "sort.cu",
     "combine.cu",
 )
+HOPPER = "90"
+"""The architecture whose own instructions the kernels of the experts use; they are built for it alone (as 90a)."""
+_HOPPER = ("experts.cu", "experts_up_bf16.cu", "experts_up_fp16.cu", "experts_down_bf16.cu", "experts_down_fp16.cu")
 # The functions of torch 2.11 and no newer ones: what is built under one version loads under the others.
 _DEFINES = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
 _CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC")
@@ -224,10 +227,16 @@ def _compile(folder: Path, architectures: tuple[str, ...], log_file: Path) -> Pa
         targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
         targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # what is newer compiles this at start
         for_cuda = [nvcc, *_NVCC_FLAGS, f"-ccbin={cxx}"]
-        # nvcc knows where its headers are, and hands C++ sources on.
-        commands = {name: [*for_cuda, *targets] for name in _CUDA} | {
-            name: [*for_cuda, "-DMOE_LAB_CUDA", *include] for name in _CPP
-        }
+        defines, for_hopper = ["-DMOE_LAB_CUDA"], {}
+        if HOPPER in architectures:
+            defines.append("-DMOE_LAB_HOPPER")
+            for_hopper = {name: [*for_cuda, f"-gencode=arch=compute_{HOPPER}a,code=sm_{HOPPER}a"] for name in _HOPPER}
+        # nvcc knows where its headers are, and hands C++ sources on. What takes longest begins first.
+        commands = (
+            for_hopper
+            | {name: [*for_cuda, *targets] for name in _CUDA}
+            | {name: [*for_cuda, *defines, *include] for name in _CPP}
+        )
     objects = [str(folder / f"{name}.o") for name in commands]
 
     def compile_one(item: tuple[str, list[str]]) -> None:
@@ -250,6 +259,8 @@ def _run(command: list[str], log_file: Path) -> None:
     output = (process.stdout + process.stderr).strip()
     with log_file.open("a") as file:
         file.write(f"{' '.join(command)}\n{output}\n")
+    if "wgmma.mma_async instructions are serialized" in output:  # a warning of ptxas: a fifth of the speed
+        raise BuildError(f"the extension is slow as this nvcc compiles it: products wait for each other (see {log_file})")
     if process.returncode:
         last = " / ".join(output.splitlines()[-3:])
         raise BuildError(
@@ -317,6 +328,7 @@ def _load() -> tuple[str, ...]:
     torch.library.register_fake("moe_lab::sinkhorn_route", fake_sinkhorn_route, lib=library)
     torch.library.register_fake("moe_lab::sort", _fake_sort, lib=library)
     torch.library.register_fake("moe_lab::combine", _fake_combine, lib=library)
+    torch.library.register_fake("moe_lab::experts", _fake_experts, lib=library)
     if architectures:
         _most_sorted = _FEWER_EXPERTS if _SMALL.intersection(architectures) else MOST_EXPERTS
     return architectures
@@ -366,3 +378,7 @@ def _fake_sort(ids: Tensor, n_experts: int) -> tuple[Tensor, ...]:
 
 def _fake_combine(o: Tensor, inverse: Tensor | None, ids: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
     return o.new_empty((ids.shape[0], o.shape[-1]), dtype=dtype)
+
+
+def _fake_experts(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)

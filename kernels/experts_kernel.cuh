@@ -1,0 +1,393 @@
+// The products of the expert MLPs on Hopper: weights are the rows of a tile, tokens its columns.
+//
+//   up:   h[n, f] = act(x[row(n)] . W_gate[e, f], x[row(n)] . W_up[e, f])     n: sorted slots, e: the expert of n
+//   down: o[n, d] = h[n] . W_down[e, d]                                       or o[slot(n), d]
+//
+// Columns go in steps of 16 and their number is chosen for each tile, rows in steps of 64. So every byte of the weights
+// is read once where an expert has few tokens, and few columns are wasted where it has many. A block stays and takes
+// tile after tile: one warpgroup fills a ring of stages, the others multiply. The rows of an `up` tile are the gate and
+// the up rows of the same features, so these meet in the registers of a thread.
+#pragma once
+
+#include "cuda.h"
+#include "experts_schedule.cuh"
+#include "experts_store.cuh"
+#include "hopper.cuh"
+
+namespace moe_lab {
+
+constexpr int kDepth = 64;  // elements of a row in a stage: the 128 bytes of `kRowBytes`
+constexpr int kMostStages = 12;
+
+// GROUPS warpgroups multiply twice 64 rows each, by TOKENS columns at most.
+template <int GROUPS, int TOKENS>
+struct TileShape {
+  static constexpr int kGroups = GROUPS, kTokens = TOKENS;
+  static constexpr int kRows = 128 * GROUPS;
+  static constexpr int kThreads = 128 * (GROUPS + 1);
+  static constexpr int kBlocksPerSm = GROUPS == 1 ? 2 : 1;
+  static constexpr int kRegisters = GROUPS == 1 ? 208 : 232;  // of a thread that multiplies; the others have 40
+  static constexpr int kWeightBytes = kRows * kRowBytes;
+
+  static __host__ __device__ constexpr int stage_bytes(int tokens) { return kWeightBytes + tokens * kRowBytes; }
+  static __host__ __device__ constexpr int store_bytes(int tokens) {
+    return GROUPS == 1 ? 4 * WarpStore::kBytes : GROUPS * tokens * kRowBytes;
+  }
+  static constexpr int bytes_beside_stages(int tokens, int E, int64_t few_slots) {
+    return store_bytes(tokens) + 2 * kMostStages * 8 + Tables::bytes(E, few_slots);
+  }
+};
+using NarrowTile = TileShape<1, 64>;  // few tokens: bound by the bytes of the weights
+using WideTile = TileShape<2, 192>;
+
+// The stages of a block, and whose turn it is.
+struct Ring {
+  uint32_t stages, barriers;
+  int stage_bytes, count, stage = 0;
+  uint32_t parity;
+
+  __device__ __forceinline__ uint32_t at() const { return stages + stage * stage_bytes; }
+  __device__ __forceinline__ Barrier full(int which) const { return Barrier{barriers + which * 8}; }
+  __device__ __forceinline__ Barrier empty(int which) const { return Barrier{barriers + (kMostStages + which) * 8}; }
+  __device__ __forceinline__ void advance() {
+    if (++stage == count) stage = 0, parity ^= 1;
+  }
+};
+
+// x sigmoid(y) = (x + x tanh(y / 2)) / 2: one instruction of the special unit, which would else bound the results of a
+// tile. Its error, 2^-11 of x at most, is below the rounding of the result.
+__device__ __forceinline__ float times_sigmoid(float x, float y) {
+  float t;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(0.5f * y));
+  return 0.5f * fmaf(x, t, x);
+}
+
+template <Activation ACTIVATION>
+__device__ __forceinline__ float activate(float gate, float up) {
+  if constexpr (ACTIVATION == Activation::kSilu) {
+    return times_sigmoid(gate, gate) * up;
+  } else {
+    gate = gate > kClamp ? kClamp : gate;  // NaN stays
+    up = up > kClamp ? kClamp : up < -kClamp ? -kClamp : up;
+    return times_sigmoid(gate, kClampedSlope * gate) * (up + 1.0f);
+  }
+}
+
+// The products of a stage: two blocks of 64 rows by N tokens by 64 elements.
+template <class T, int N, int BLOCK_BYTES, int SUMS>
+__device__ __forceinline__ void multiply(float (&sums)[2][SUMS], uint64_t a, uint64_t b, int adds) {
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < kDepth / 16; ++k) {
+    Product<T, N>::run(sums[0], a + k * kStep, b + k * kStep, k == 0 ? adds : 1);
+    Product<T, N>::run(sums[1], a + (BLOCK_BYTES >> 4) + k * kStep, b + k * kStep, k == 0 ? adds : 1);
+  }
+  commit_products();
+}
+
+// One branch around all of them: with branches or functions between products, ptxas waits for each of them.
+template <class T, class Shape>
+__device__ __forceinline__ void multiply_any(float (&sums)[2][Shape::kTokens / 2], uint64_t a, uint64_t b, int adds,
+                                             int sixteens) {
+  constexpr int kBlockBytes = 64 * Shape::kGroups * kRowBytes;
+#define MOE_LAB_CASE(I)                                                                         \
+  case I:                                                                                       \
+    if constexpr (16 * I <= Shape::kTokens) multiply<T, 16 * I, kBlockBytes>(sums, a, b, adds); \
+    break;
+  switch (sixteens) {
+    MOE_LAB_CASE(1)
+    MOE_LAB_CASE(2)
+    MOE_LAB_CASE(3)
+    MOE_LAB_CASE(4)
+    MOE_LAB_CASE(5)
+    MOE_LAB_CASE(6)
+    MOE_LAB_CASE(7)
+    MOE_LAB_CASE(8)
+    MOE_LAB_CASE(9)
+    MOE_LAB_CASE(10)
+    MOE_LAB_CASE(11)
+    MOE_LAB_CASE(12)
+  }
+#undef MOE_LAB_CASE
+}
+
+// The steps of a tile's sum.
+struct Depth {
+  int begin, end;
+  __device__ __forceinline__ Depth(const Tile& tile, const MatmulArguments& a)
+      : begin(tile.piece * a.piece_depth), end(min(begin + a.piece_depth, a.depth)) {}
+};
+
+template <class Shape, bool UP>
+__device__ __forceinline__ void load_weights(const Ring& ring, const CUtensorMap* weights, const Tile& tile, int k,
+                                             uint64_t policy) {
+  if constexpr (UP) {  // the gate rows, and the up rows of the same features
+    load_tile(ring.at(), weights, ring.full(ring.stage), policy, k, tile.row_tile * (Shape::kRows / 2), 0, tile.expert);
+  } else {
+    load_tile(ring.at(), weights, ring.full(ring.stage), policy, k, tile.row_tile * Shape::kRows, tile.expert);
+  }
+}
+
+// Fills the ring: weights come by tiles, rows of x by copies of all 128 threads, 16 bytes each.
+template <class Shape>
+__device__ __forceinline__ void fill_by_gathering(Ring ring, Schedule schedule, int tiles, const CUtensorMap* weights,
+                                                  const int* perm, const MatmulArguments& a) {
+  const int thread = threadIdx.x, chunk = thread % 8, row = thread / 8;
+  int last = -1;  // the stage whose rows are not announced yet
+  const auto announce = [&] {
+    fence_for_async();
+    __syncwarp();
+    if (thread % 32 == 0) ring.full(last).arrive();
+  };
+  for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
+    const Tile tile = schedule.at(number, a);
+    uint32_t rows[Shape::kTokens / 16];  // in 16 bytes
+#pragma unroll
+    for (int i = 0; i < Shape::kTokens / 16; ++i) {
+      const int source = row + 16 * i < tile.tokens ? perm[tile.first + row + 16 * i] / a.slots_per_row : 0;
+      rows[i] = static_cast<uint32_t>(source) * static_cast<uint32_t>(a.depth / 8) + chunk;
+    }
+    for (int k = 0; k < a.depth; k += kDepth) {
+      const uint32_t tokens_at = ring.at() + Shape::kWeightBytes;
+      ring.empty(ring.stage).wait(ring.parity);
+      if (thread == 0) {
+        ring.full(ring.stage).arrive_and_expect(Shape::kWeightBytes);
+        load_weights<Shape, true>(ring, weights, tile, k, a.policy);
+      }
+      const int bytes = k + chunk * 8 < a.depth ? 16 : 0;  // elements past the end are zeros: 0 * NaN is NaN
+#pragma unroll
+      for (int i = 0; i < Shape::kTokens / 16; ++i) {
+        const int r = row + 16 * i;
+        if (r < tile.tokens) {
+          copy_16(tokens_at + r * kRowBytes + ((chunk ^ (r & 7)) << 4),
+                  static_cast<const uint4*>(a.x) + (rows[i] + (bytes ? k / 8 : 0)), bytes);
+        }
+      }
+      commit_copies();
+      if (last >= 0) wait_copies<1>(), announce();  // the stage before is there; this one is announced with the next
+      last = ring.stage;
+      ring.advance();
+    }
+  }
+  if (last >= 0) wait_copies<0>(), announce();
+}
+
+// The same by one thread, where the rows of tokens are in sorted order and come by tiles too.
+template <class Shape, bool UP>
+__device__ __forceinline__ void fill_by_tiles(Ring ring, Schedule schedule, int tiles, const CUtensorMap* weights,
+                                              const CUtensorMap* tokens, const MatmulArguments& a) {
+  const auto load_tokens = [&](const Tile& tile, int k, int stage) {
+    const uint32_t at = ring.stages + stage * ring.stage_bytes + Shape::kWeightBytes;
+    for (int i = 0; i < tile.tokens; i += a.box) {
+      load_tile(at + i * kRowBytes, tokens, ring.full(stage), kEvictNormal, k, tile.first + i);
+    }
+  };
+  // `down`: the weights of the first stages do not wait for the kernel before, which writes the tokens.
+  bool waits = !UP;
+  Schedule behind = schedule;
+  const auto begin_tokens = [&](int steps) {
+    wait_for_results_before();
+    waits = false;
+    int step = 0;
+    for (int number = blockIdx.x; step < steps; number += gridDim.x) {
+      const Tile tile = behind.at(number, a);
+      const Depth depth(tile, a);
+      for (int k = depth.begin; k < depth.end && step < steps; k += kDepth) load_tokens(tile, k, step++);
+    }
+  };
+  int steps = 0;
+  for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
+    const Tile tile = schedule.at(number, a);
+    const Depth depth(tile, a);
+    const int boxes = (tile.tokens + a.box - 1) / a.box;
+    for (int k = depth.begin; k < depth.end; k += kDepth) {
+      if (waits && steps == ring.count) begin_tokens(steps);
+      ring.empty(ring.stage).wait(ring.parity);
+      ring.full(ring.stage).arrive_and_expect(Shape::kWeightBytes + boxes * a.box * kRowBytes);
+      load_weights<Shape, UP>(ring, weights, tile, k, a.policy);
+      if (!waits) load_tokens(tile, k, ring.stage);
+      ++steps;
+      ring.advance();
+    }
+  }
+  if (waits) begin_tokens(steps);
+}
+
+// The tile's h. A warp's features are 16 rows of the gate and the same of up.
+template <class T, class Shape, Activation ACTIVATION>
+__device__ __forceinline__ void store_up(const float (&sums)[2][Shape::kTokens / 2], const Tile& tile, int sixteens,
+                                         uint8_t* staging, const CUtensorMap* results, const MatmulArguments& a) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, group = threadIdx.x / 128 - 1;
+  const int column = tile.row_tile * (Shape::kRows / 2) + group * 64, feature = column + warp * 16;
+  const bool inside = feature < a.rows;
+  float gate_bias[2] = {}, up_bias[2] = {};
+  if (a.bias != nullptr && inside) {
+    const float* bias = a.bias + static_cast<int64_t>(tile.expert) * 2 * a.rows + feature + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) gate_bias[i] = bias[8 * i], up_bias[i] = bias[a.rows + 8 * i];
+  }
+  T* const out = static_cast<T*>(a.out);
+  const TileStore by_tile{staging + group * a.tokens * kRowBytes, 1 + group};
+  const WarpStore by_warp(staging + warp * WarpStore::kBytes);
+  T* const to = out + static_cast<int64_t>(tile.first + lane / 2) * a.rows + feature + lane % 2 * 8;
+  if constexpr (Shape::kGroups == 2) by_tile.begin();
+#pragma unroll
+  for (int j = 0; j < Shape::kTokens / 16; ++j) {
+    if (j < sixteens && inside) {
+      uint32_t four[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float *gate = &sums[0][8 * j + 2 * i], *up = &sums[1][8 * j + 2 * i];
+        four[i] = pack(activate<ACTIVATION>(gate[0] + gate_bias[i % 2], up[0] + up_bias[i % 2]),
+                       activate<ACTIVATION>(gate[1] + gate_bias[i % 2], up[1] + up_bias[i % 2]), T());
+      }
+      if constexpr (Shape::kGroups == 2) {
+        by_tile.put(j, four);
+      } else {
+        const uint4 row = by_warp.transpose(j % 2, four);
+        if (16 * j + lane / 2 < tile.tokens) {
+          *reinterpret_cast<uint4*>(to + static_cast<int64_t>(16 * j) * a.rows) = row;
+        }
+      }
+    }
+  }
+  if constexpr (Shape::kGroups == 2) by_tile.leave(results, out, a.rows, column, tile.first, tile.tokens);
+}
+
+// The tile's part of o: sorted rows by tiles, or the rows of the slots, which lane % 32 of `slots` has for 32 tokens
+// each.
+template <class T, class Shape, bool PARTIAL, int SLOTS>
+__device__ __forceinline__ void store_down(const float (&sums)[2][Shape::kTokens / 2], const Tile& tile, int sixteens,
+                                           const int (&slots)[SLOTS], uint8_t* staging, const CUtensorMap* results,
+                                           const MatmulArguments& a) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, group = threadIdx.x / 128 - 1;
+  T* const out = static_cast<T*>(a.out);
+  const TileStore by_tile{staging + group * a.tokens * kRowBytes, 1 + group};
+  const WarpStore by_warp(staging + warp * WarpStore::kBytes);
+#pragma unroll
+  for (int b = 0; b < 2; ++b) {
+    const int column = tile.row_tile * Shape::kRows + b * 64 * Shape::kGroups + group * 64, row = column + warp * 16;
+    const bool inside = row < a.rows;
+    float bias[2] = {};
+    if (a.bias != nullptr && inside && tile.piece == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) bias[i] = a.bias[static_cast<int64_t>(tile.expert) * a.rows + row + lane / 4 + 8 * i];
+    }
+    if constexpr (Shape::kGroups == 2) by_tile.begin();
+#pragma unroll
+    for (int j = 0; j < Shape::kTokens / 16; ++j) {
+      if (j < sixteens && inside) {
+        if constexpr (PARTIAL) {
+          float* const partial = static_cast<float*>(a.out) + tile.piece * a.slots * a.rows + row + lane / 4;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int token = 16 * j + i / 2 * 8 + 2 * (lane % 4) + i % 2, at = 8 * j + i / 2 * 4 + i % 2;
+            const int slot = __shfl_sync(kAll, slots[j / 2], token % 32);
+            if (token < tile.tokens) {
+              float* const to = partial + static_cast<int64_t>(slot) * a.rows;
+              to[0] = sums[b][at] + bias[0], to[8] = sums[b][at + 2] + bias[1];
+            }
+          }
+        } else {
+          uint32_t four[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            four[i] = pack(sums[b][8 * j + 2 * i] + bias[i % 2], sums[b][8 * j + 2 * i + 1] + bias[i % 2], T());
+          }
+          if constexpr (Shape::kGroups == 2) {
+            by_tile.put(j, four);
+          } else {
+            const uint4 eight = by_warp.transpose(j % 2, four);
+            const int slot = __shfl_sync(kAll, slots[j / 2], j % 2 * 16 + lane / 2);
+            if (16 * j + lane / 2 < tile.tokens) {
+              *reinterpret_cast<uint4*>(out + static_cast<int64_t>(slot) * a.rows + row + lane % 2 * 8) = eight;
+            }
+          }
+        }
+      }
+    }
+    if constexpr (Shape::kGroups == 2) by_tile.leave(results, out, a.rows, column, tile.first, tile.tokens);
+  }
+}
+
+template <class T, class Shape, bool UP, bool GATHERS, bool PARTIAL, Activation ACTIVATION>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
+    experts_kernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
+                   const __grid_constant__ CUtensorMap results, const __grid_constant__ MatmulArguments a) {
+  static_assert((UP || !GATHERS) && (Shape::kGroups == 1 || !PARTIAL));
+  extern __shared__ __align__(1024) uint8_t shared[];  // the swizzle needs that boundary; nothing stands before
+  const int stage_bytes = Shape::stage_bytes(a.tokens);
+  uint8_t* const staging = shared + a.stages * stage_bytes;
+  uint8_t* const barriers = staging + Shape::store_bytes(a.tokens);
+  Tables tables(reinterpret_cast<int*>(barriers + 2 * kMostStages * 8), a);
+  Ring ring{shared_address(shared), shared_address(barriers), stage_bytes, a.stages};
+
+  if (threadIdx.x == 0) {
+    prefetch_map(&weights);
+    if constexpr (!GATHERS) prefetch_map(&tokens);
+    if constexpr (Shape::kGroups == 2) prefetch_map(&results);
+    for (int s = 0; s < a.stages; ++s) {
+      ring.full(s).init(GATHERS ? 5 : 1);  // the tile of weights, and each warp's rows of tokens
+      ring.empty(s).init(4 * Shape::kGroups);
+    }
+    fence_barriers();
+  }
+  // `up` reads the routing from here on. `down` may begin only then: it reads the routing and does not wait for it.
+  if constexpr (UP) wait_for_results_before();
+  let_next_begin();
+  tables.fill<Shape::kThreads>(a);
+  const int* const perm = a.ids != nullptr ? tables.perm : a.perm;
+  Schedule schedule{tables.offsets, tables.tiles_before, a.row_tiles * a.pieces};
+  const int tiles = tables.tiles_before[a.E] * schedule.per_token_tile;
+
+  const int group = __shfl_sync(kAll, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
+  if (group == 0) {
+    give_registers<40>();
+    ring.parity = 1;
+    if constexpr (GATHERS) {
+      fill_by_gathering<Shape>(ring, schedule, tiles, &weights, perm, a);
+    } else if (threadIdx.x == 0) {
+      fill_by_tiles<Shape, UP>(ring, schedule, tiles, &weights, &tokens, a);
+    }
+  } else {
+    take_registers<Shape::kRegisters>();
+    ring.parity = 0;
+    float sums[2][Shape::kTokens / 2];
+    for (int number = blockIdx.x; number < tiles; number += gridDim.x) {
+      const Tile tile = schedule.at(number, a);
+      const Depth depth(tile, a);
+      const int sixteens = __shfl_sync(kAll, (tile.tokens + 15) / 16, 0);
+      int slots[Shape::kGroups == 1 ? Shape::kTokens / 32 : 1] = {};
+      if constexpr (!UP && Shape::kGroups == 1) {  // early, for they come from afar
+#pragma unroll
+        for (int i = 0; i < Shape::kTokens / 32; ++i) {
+          slots[i] = lane + 32 * i < tile.tokens ? perm[tile.first + lane + 32 * i] : 0;
+        }
+      }
+      int adds = 0, before = -1;
+#pragma unroll 1
+      for (int k = depth.begin; k < depth.end; k += kDepth) {
+        ring.full(ring.stage).wait(ring.parity);
+        multiply_any<T, Shape>(sums, matrix_at(ring.at() + (group - 1) * 64 * kRowBytes),
+                               matrix_at(ring.at() + Shape::kWeightBytes), adds, sixteens);
+        adds = 1;
+        if (before >= 0) {
+          wait_products<1>();
+          if (lane == 0) ring.empty(before).arrive();
+        }
+        before = ring.stage;
+        ring.advance();
+      }
+      wait_products<0>();
+      if (lane == 0) ring.empty(before).arrive();
+      if constexpr (UP) {
+        store_up<T, Shape, ACTIVATION>(sums, tile, sixteens, staging, &results, a);
+      } else {
+        store_down<T, Shape, PARTIAL>(sums, tile, sixteens, slots, staging, &results, a);
+      }
+    }
+    if constexpr (Shape::kGroups == 2) wait_stores();
+  }
+}
+
+}  // namespace moe_lab

@@ -1,0 +1,10 @@
+#include "experts_launch.cuh"
+
+namespace moe_lab {
+
+cudaError_t experts_up_fp16(const ExpertsArguments& a, const Device& device) {
+  if (a.activation == Activation::kClamped) return launch_up<__half, Activation::kClamped>(a, device);
+  return launch_up<__half, Activation::kSilu>(a, device);
+}
+
+}  // namespace moe_lab
