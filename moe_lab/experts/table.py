@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from functools import cache
+from functools import cache, lru_cache
+from math import log
 from typing import NamedTuple
 
 
@@ -30,6 +31,10 @@ class Choice(NamedTuple):
     tiles: tuple[int, ...] | None
 
 
+FUSED_DTYPES, FUSED_STEP = ("bf16", "fp16"), 16
+"""Of the kernels of `fused`: their dtypes, and what D and F must be a multiple of."""
+
+
 def file_name(device_name: str) -> str:
     """`nvidia_h200.json` for `NVIDIA H200`."""
     return "_".join(device_name.lower().split()) + ".json"
@@ -42,6 +47,15 @@ def neighbours(device_name: str, dtype: str, shape: Shape, T: int) -> list[Choic
     if not fewer or not more:
         return []
     return [fewer[-1]] if fewer[-1].T == T else [fewer[-1], more[0]]
+
+
+@lru_cache(maxsize=4096)
+def fastest(device_name: str, dtype: str, shape: Shape, T: int) -> str:
+    """`fused` or `grouped` where both can run: what was measured at the nearest T; `fused` if nobody measured."""
+    if dtype not in FUSED_DTYPES or shape.D % FUSED_STEP or shape.F % FUSED_STEP:
+        return "grouped"
+    measured = neighbours(device_name, dtype, shape, T)
+    return min(measured, key=lambda choice: abs(log(choice.T / T))).implementation if measured else "fused"
 
 
 @cache

@@ -37,7 +37,8 @@ class MoELayer(nn.Module):
 
     def __init__(self, weights: ExpertWeights, router: Router, experts: Experts, shared: SharedExpert | None = None):
         super().__init__()
-        self.weights, self.router, self.experts, self.shared = weights, router, experts, shared
+        self.weights, self.router, self.shared = weights, router, shared
+        self.experts = experts.for_layer(weights, router.top_k)
 
     def forward(self, x_TD: Tensor, ctx: RouteContext, forced: Routing | None = None) -> tuple[Tensor, Routing]:
         """`forced` is used instead of the router's own choice."""

@@ -79,6 +79,10 @@ class Built:
         """Tokens of one iteration; of decoding, one for each sequence."""
         return n_tokens(self.cfg)
 
+    def tokens(self) -> Tensor:
+        """[T, 0], what a layer is given without its columns: for who asks by device, dtype and number of tokens."""
+        return self.x.new_empty(self.n_tokens, 0, dtype=self.dtype)
+
     def outputs(self, most: int | None = None) -> Iterator[Output]:
         """What the run's own execution computes: one pass, or every step of decoding (or `most`, evenly spread).
 
@@ -96,7 +100,7 @@ class Built:
     def implementation(self) -> dict[str, str]:
         """Who computes what."""
         ran: dict[str, str] = {}
-        x_T0 = self.x.new_empty(self.n_tokens, 0, dtype=self.dtype)
+        x_T0 = self.tokens()
         for module in self.model.modules():
             if isinstance(module, AddRMSNorm):
                 ran["add_rms_norm"] = module.implementation
