@@ -39,7 +39,7 @@ from moe_lab.records.schema import UNFINISHED, Latency, Ratio, Record
 from moe_lab.routers.base import Router, Routing
 from moe_lab.runs import build, memory_estimate
 from moe_lab.runs import record as recording
-from moe_lab.runs.built import Built, n_tokens
+from moe_lab.runs.built import Built
 from moe_lab.runs.export import exporter, make_inputs
 from moe_lab.runs.observe import Observer
 from moe_lab.runs.place import Place
@@ -313,7 +313,7 @@ class Run:
             implementation=built.implementation() if built is not None else {},
             latency_ms=latency,
             ratio_to_anchor=self.ratio,
-            throughput=recording.throughput(latency.p50, n_tokens(cfg), decodes=decodes) if latency else None,
+            throughput=recording.throughput(latency.p50, build.n_tokens(cfg), decodes=decodes) if latency else None,
             memory=self._memory(),
             check=self.verification.check if self.verification else None,
             router=built.router_properties() if built is not None else None,
