@@ -117,6 +117,7 @@ LEFT_OUT = {
     "checkpoint_load": "needs a GPU",
     "router_verdicts": "needs a GPU",
     "routing_metrics": "its quotes are of a GPU",
+    "tune_experts": "needs a GPU",
     "optimum_overhead": "needs an environment of its own",
 }
 
