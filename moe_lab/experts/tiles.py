@@ -4,10 +4,10 @@ The true numbers of tokens by expert are on the device, where nobody looks. So t
 for tokens that are routed at random: a table of what was measured (table.py), else a model of the time of each choice.
 
 The model. A block multiplies `rows` of an expert's matrix by up to `tokens` of its tokens; an expert's tokens are dealt
-evenly to as few tiles as hold them, in steps of 16. A tile takes the longest of three: its products at the peak of a
-multiprocessor, the reads of shared memory that feed them (the rows once for every tile, so few tokens waste them), and
-the way of both operands from the L2 cache. Then it stores its results, unless a second block of the multiprocessor
-multiplies meanwhile. Tiles run in whole waves. So do their bytes; a multiprocessor draws twice its fair share at most.
+evenly to as few tiles as hold them, in steps of 16. A tile takes the longer of two: its products at the peak of a
+multiprocessor, and the way of both operands from the L2 cache (the rows for every tile, which few tokens waste). Then
+it stores its results, unless a second block of the multiprocessor multiplies meanwhile. Tiles run in whole waves. So do
+their bytes; a multiprocessor draws twice its fair share at most.
 """
 
 from __future__ import annotations
@@ -160,7 +160,6 @@ def _product_s(
 def _tile_s(gpu: Gpu, rows: int, width: int, depth: float, stores: tuple[float, float]) -> float:
     """Seconds of a multiprocessor for one tile."""
     multiplies_s = 2 * rows * width * depth * gpu.multiprocessors / gpu.flop_s
-    multiplies_s *= max(1, 0.5 + 32 / width)  # 16 + width / 4 clocks to read what width / 2 clocks multiply
     fetches_s = 2 * (rows + width) * depth / _L2_BYTES_S
     busy_s, stores_s = max(multiplies_s, fetches_s), stores[0] + stores[1] * width / 192
     return busy_s + stores_s if rows == 256 else max(busy_s, (busy_s + stores_s) / 2)

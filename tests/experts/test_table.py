@@ -19,15 +19,9 @@ SHAPE = Shape(8, 2, 512, 2048)
 FEW, MANY = (128, 16, 128, 16, 4), (256, 192, 256, 192, 1)
 
 
-def row(T: int, implementation: str, tiles: tuple[int, ...] | None, **more: Any) -> dict[str, Any]:
-    return {
-        "dtype": "bf16",
-        **SHAPE._asdict(),
-        "T": T,
-        "implementation": implementation,
-        "tiles": tiles and list(tiles),
-        **more,
-    }
+def row(T: int, implementation: str, tiles: tuple[int, ...] | None, dtype: str = "bf16") -> dict[str, Any]:
+    sizes = {"dtype": dtype, **SHAPE._asdict(), "T": T}
+    return {**sizes, "implementation": implementation, "tiles": tiles and list(tiles)}
 
 
 @pytest.fixture
@@ -71,8 +65,8 @@ def test_a_choice_is_found_where_it_was_measured_and_between(write: Callable[...
 )
 def test_of_anything_else_nothing_is_known(device: str, dtype: str, shape: Shape, write: Callable[..., None]) -> None:
     """Another device, dtype or size."""
-    write(row(64, "fused", FEW))
-    assert neighbours("NVIDIA Test", "bf16", SHAPE, 64)
+    write(row(64, "grouped", FEW), row(8, "grouped", MANY, dtype="fp16"))
+    assert neighbours("NVIDIA Test", "bf16", SHAPE, 64) and neighbours("NVIDIA Test", "fp16", SHAPE, 8)
     assert neighbours(device, dtype, shape, 64) == []
     assert fastest(device, dtype, shape, 64) == "fused"
 

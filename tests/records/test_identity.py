@@ -422,9 +422,9 @@ def test_env_id_does_not_change_with_the_commit(key: str, value: Any) -> None:
 
 def test_what_auto_means_on_a_gpu_counts() -> None:
     """A result made by another choice is stale; of a CPU, where there is none, the id is as it was."""
-    assert env_id({**MACHINE, "router_auto": None}) == env_id(MACHINE)
-    choices = {env_id({**MACHINE, "router_auto": choice}) for choice in (None, "cuda_ext", "triton", "torch")}
-    assert len(choices) == 4
+    for field, names in {"router_auto": ("cuda_ext", "triton", "torch"), "experts_auto": ("fused", "grouped")}.items():
+        assert env_id({**MACHINE, field: None}) == env_id(MACHINE)
+        assert len({env_id({**MACHINE, field: choice}) for choice in (None, *names)}) == 1 + len(names)
 
 
 def test_the_state_of_the_caches_counts() -> None:
