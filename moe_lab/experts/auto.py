@@ -96,7 +96,7 @@ class Auto(Experts):
         return self.chosen(x_TD).implementation(x_TD, weights)
 
     def chosen(self, x_TD: Tensor) -> Experts:
-        """Who computes such an input; of `x_TD` the dtype and the number of tokens matter."""
+        """See `Experts`."""
         return self.usable[self._fastest(x_TD) if "fused" in self.usable else "grouped"]
 
     def warning(self, x_TD: Tensor) -> str | None:

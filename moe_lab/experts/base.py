@@ -28,6 +28,10 @@ class Experts:
         """What computes a layer with such weights, `top_k` experts a token: itself, unless it chooses by the shape."""
         return self
 
+    def chosen(self, x_TD: Tensor) -> Experts:
+        """What computes such an input, by its dtype and number of tokens: itself, unless it passes the call on."""
+        return self
+
     def compute_on(self, device: torch.device, *, load: bool = True) -> None:
         """Be ready to compute on `device`; with `load` false, only say whether that is possible.
 

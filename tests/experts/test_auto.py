@@ -141,6 +141,31 @@ def test_the_choice_follows_the_number_of_tokens_of_each_call(
         table.fastest.cache_clear()
 
 
+class Right(Planted):
+    """Computes what it should."""
+
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
+        return Grouped()(x_TD, routing, weights, scale=scale)
+
+
+class Untouchable(Grouped):
+    def __call__(self, *arguments: object, **keys: object) -> Tensor:
+        raise AssertionError("this one was not chosen")
+
+
+def test_single_slots_are_checked_by_what_computes_the_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The layer probe gives the experts twice as many rows as there are tokens, for which another would be chosen."""
+    monkeypatch.setattr(auto, "FASTEST_FIRST", {"fused": Right, "grouped": Untouchable})
+    choices = {("bf16", Shape(5, 2, 32, 16)): [Choice(14, "fused", None), Choice(28, "grouped", None)]}
+    monkeypatch.setattr(table, "_choices", lambda name: choices)
+    table.fastest.cache_clear()
+    try:
+        record = moe_lab.run(tiny.moe_layer("dtype=bf16", d_model=32, hidden=16, tokens=14), tmp_path)
+    finally:
+        table.fastest.cache_clear()
+    assert (record.status, record.reason, record.implementation["experts"]) == ("ok", None, "fused")
+
+
 def test_layers_of_two_shapes_choose_apart() -> None:
     """They do not share what they know of their shape; the option's own object knows none."""
     option = Auto()
