@@ -44,11 +44,25 @@ class Tiles(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """What a GPU reaches: bytes/s of its memory, FLOP/s of its products in 16 bits, and how many multiprocessors."""
+    """What the kernels reach on a GPU.
 
+    Attributes:
+        bytes_s: of its memory.
+        flop_s: of products in 16 bits.
+        l2_bytes_s: from the L2 cache to one multiprocessor.
+        draws: times its fair share of `bytes_s` is what one multiprocessor can draw.
+        store_s: that storing a tile's results takes at least; with 192 tokens `store_up_s` (SwiGLU too) or
+            `store_down_s` more.
+    """
+
+    multiprocessors: int
     bytes_s: float
     flop_s: float
-    multiprocessors: int
+    l2_bytes_s: float = 8e12 / 132
+    draws: float = 2.0
+    store_s: float = 0.3e-6
+    store_up_s: float = 1.0e-6
+    store_down_s: float = 0.6e-6
 
 
 # TB/s of memory and dense TFLOP/s in 16 bits of the makers' data sheets, by the name that CUDA gives.
@@ -65,9 +79,6 @@ _DATA_SHEETS = {
 }
 _UNKNOWN = (3.35 / 132, 989 / 132)  # of one multiprocessor: an H100's
 _REACHED = (4.4 / 4.8, 695 / 989)  # of both, by kernels of this kind on an H200
-_L2_BYTES_S = 8e12 / 132  # from the L2 cache to a multiprocessor
-_DRAWS = 2  # times its fair share of the memory's rate is what one multiprocessor can draw
-_STORE_S = 0.3e-6, 1.0e-6, 0.6e-6  # of a tile; and of up's (with SwiGLU) and of down's for 192 tokens
 
 
 @lru_cache(maxsize=4096)
@@ -89,7 +100,7 @@ def gpu_of(device_name: str, multiprocessors: int) -> Gpu:
     """By its data sheet; a GPU that is not in the list is taken for so many multiprocessors of an H100."""
     tera = _DATA_SHEETS.get(device_name) or [multiprocessors * each for each in _UNKNOWN]
     bytes_s, flop_s = (1e12 * value * share for value, share in zip(tera, _REACHED, strict=True))
-    return Gpu(bytes_s, flop_s, multiprocessors)
+    return Gpu(multiprocessors, bytes_s, flop_s)
 
 
 def candidates(F: int) -> list[Tiles]:
@@ -114,17 +125,15 @@ def predicted_s(gpu: Gpu, shape: Shape, T: int, tiles: Tiles) -> float:
 
 def _up_s(gpu: Gpu, shape: Shape, T: int, rows: int, tokens: int) -> float:
     moved = 2 * (_used_experts(shape, T) * 2 * shape.F * shape.D + T * shape.D + T * shape.K * shape.F)
-    each, per_token, _ = _STORE_S
-    return _product_s(gpu, shape, T, (rows, tokens), (2 * shape.F, shape.D), 1, (each, per_token), moved)
+    return _product_s(gpu, shape, T, (rows, tokens), (2 * shape.F, shape.D), 1, gpu.store_up_s, moved)
 
 
 def _down_s(gpu: Gpu, shape: Shape, T: int, rows: int, tokens: int, pieces: int) -> float:
     """With the time of reading its results again, which in pieces are more."""
     of_results = T * shape.K * shape.D * (2 if pieces == 1 else 4 * pieces)
     moved = 2 * (_used_experts(shape, T) * shape.F * shape.D + T * shape.K * shape.F) + of_results
-    each, _, per_token = _STORE_S
-    stores = (each, per_token * (1 if pieces == 1 else 2))
-    seconds = _product_s(gpu, shape, T, (rows, tokens), (shape.D, shape.F), pieces, stores, moved)
+    store_s = gpu.store_down_s * (1 if pieces == 1 else 2)
+    seconds = _product_s(gpu, shape, T, (rows, tokens), (shape.D, shape.F), pieces, store_s, moved)
     return seconds + of_results / gpu.bytes_s
 
 
@@ -135,7 +144,7 @@ def _product_s(
     tile: tuple[int, int],
     matrix: tuple[int, int],
     pieces: int,
-    stores: tuple[float, float],
+    store_s: float,
     moved: float,
 ) -> float:
     """Seconds of one grouped product: `matrix` is (rows, depth) of each expert's, `moved` what memory sees."""
@@ -144,7 +153,7 @@ def _product_s(
     number, busy_s = 0.0, 0.0
     for width, expected in _widths(shape, T, most):
         number += by_rows * expected
-        busy_s += by_rows * expected * _tile_s(gpu, rows, width, depth, stores)
+        busy_s += by_rows * expected * _tile_s(gpu, rows, width, depth, store_s)
     if number == 0:
         return 0.0
     blocks = gpu.multiprocessors * (1 if rows == 256 else 2)
@@ -152,16 +161,16 @@ def _product_s(
     computes_s = ceil(ceil(number) / gpu.multiprocessors) * busy_s / number
     of_tile = moved / number
     # the last wave: at the memory's rate, or as fast as a block can draw
-    last_s = max(rest * of_tile / gpu.bytes_s, (rest > 0) * of_tile * blocks / (_DRAWS * gpu.bytes_s))
+    last_s = max(rest * of_tile / gpu.bytes_s, (rest > 0) * of_tile * blocks / (gpu.draws * gpu.bytes_s))
     reads_s = waves * blocks * of_tile / gpu.bytes_s + last_s
     return float((computes_s**6 + reads_s**6) ** (1 / 6))  # both at once, at times in each other's way
 
 
-def _tile_s(gpu: Gpu, rows: int, width: int, depth: float, stores: tuple[float, float]) -> float:
+def _tile_s(gpu: Gpu, rows: int, width: int, depth: float, store_s: float) -> float:
     """Seconds of a multiprocessor for one tile."""
     multiplies_s = 2 * rows * width * depth * gpu.multiprocessors / gpu.flop_s
-    fetches_s = 2 * (rows + width) * depth / _L2_BYTES_S
-    busy_s, stores_s = max(multiplies_s, fetches_s), stores[0] + stores[1] * width / 192
+    fetches_s = 2 * (rows + width) * depth / gpu.l2_bytes_s
+    busy_s, stores_s = max(multiplies_s, fetches_s), gpu.store_s + store_s * width / 192
     return busy_s + stores_s if rows == 256 else max(busy_s, (busy_s + stores_s) / 2)
 
 
