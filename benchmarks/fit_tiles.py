@@ -86,7 +86,9 @@ def loss(gpu: Gpu, cells: Sequence[Cell]) -> float:
 
 
 def fit(gpu: Gpu, cells: Sequence[Cell]) -> Gpu:
-    """From `gpu` on, the best factor of one figure after the other."""
+    """From `gpu` on, the best factor of one figure after the other; without cells `gpu` itself."""
+    if not cells:
+        return gpu
     least = loss(gpu, cells)
     while True:
         before = least

@@ -58,7 +58,7 @@ def test_the_true_model_regrets_nothing_and_a_wrong_one_is_fitted() -> None:
     fitted = fit(H200, cells)
     assert loss(fitted, cells) < 0.5 * loss(H200, cells)
     assert max(regret(fitted, cell) for cell in cells) < 0.03
-    assert fitted.multiprocessors == H200.multiprocessors
+    assert fitted.multiprocessors == H200.multiprocessors and fit(H200, []) == H200
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from moe_lab.routers.base import Routing
 from moe_lab.runs import build
 from moe_lab.runs.describe import describe
 from tests import tiny
-from tests.experts.cases import make_routing, make_weights, make_x
+from tests.experts.cases import assert_near, formula, make_routing, make_weights, make_x
 
 CPU = torch.device("cpu")
 
@@ -202,6 +202,26 @@ def test_every_layer_of_a_model_knows_its_shape() -> None:
     for cfg in (tiny.decoder_moe(), tiny.moe_layer(d_model=32, hidden=24)):
         layers = moe_layers(build.build_model(cfg))
         assert layers and all(layer.experts.shape == Shape(5, 2, 32, 24) for layer in layers)  # type: ignore[attr-defined]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (1, 37, 300)])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16")])
+def test_on_a_gpu_nothing_is_read_on_the_host(T: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Neither for the choice nor by what is chosen: the first of those that can run, where there is no table."""
+    weights, routing = make_weights(12, 32, 16, dtype, device), make_routing(T, 12, 3, 0.3, device)
+    x_TD = make_x(T, 32, dtype, device)
+    experts = Auto().for_layer(weights, 3)
+    experts.compute_on(device)
+    assert experts.chosen(x_TD) is experts.usable[preferred(device)]
+    expected_TD = formula(x_TD, routing, weights)
+    experts(x_TD, routing, weights)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y_TD = experts(x_TD, routing, weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_near(y_TD, expected_TD)
 
 
 def test_torch_compile_takes_the_choice_for_a_constant(fused: Callable[[type[Grouped]], None]) -> None:
