@@ -54,6 +54,7 @@ from moe_lab.routers.base import Routing
 SHAPES = ("demo", "olmoe_1b_7b", "qwen3_30b_a3b", "mixtral_8x7b", "deepseek_v3")
 TOKENS = (1, 8, 64, 512, 4096, 16384)
 LIMIT = 0.10
+STEP = ("cuda_graph", "cold")  # the execution and the state of the caches that are timed
 LEAST_ROUNDS, BLOCK_MS, LEAST_IN_BLOCK, MOST_IN_BLOCK = 3, 20.0, 3, 100
 CELL = ["shape", "dtype", *Shape._fields, "T"]
 
@@ -124,10 +125,10 @@ def timed(steps: Mapping[Any, Step], seconds: float) -> dict[Any, np.ndarray]:
 class Cell:
     """One shape, dtype and T on the device: its input, and what was measured of it."""
 
-    def __init__(self, name: str, shape: Shape, dtype: str, T: int, weights: ExpertWeights, step: Sequence[str]):
-        """`step` are the execution and the state of the caches that are timed."""
+    def __init__(self, name: str, shape: Shape, dtype: str, T: int, weights: ExpertWeights):
+        torch.manual_seed(0)
         self.sizes = {"shape": name, "dtype": dtype, **shape._asdict(), "T": T}
-        self.weights, self.step, self.rows, self.wrong = weights, step, [], []
+        self.weights, self.rows, self.wrong = weights, [], []
         device = weights.w_down_EDF.device
         self.x_TD = torch.randn(T, shape.D, device=device, dtype=DTYPES[dtype])
         chosen = torch.rand(T, shape.E, device=device).topk(shape.K)
@@ -143,7 +144,7 @@ class Cell:
             if not relative_error(y_TD, reference_TD) <= 2 * TOLERANCES[y_TD.dtype].model:  # NaN is wrong too
                 self.wrong.append(key)
                 continue
-            steps[key] = make_step(*self.step, Layer(experts, self.weights, self.routing), self.x_TD)
+            steps[key] = make_step(*STEP, Layer(experts, self.weights, self.routing), self.x_TD)
         for key, ms in timed(steps, seconds).items():
             low, high = median_interval(np.sort(ms)) or (np.nan, np.nan)
             tiles = dict(zip(Tiles._fields, key or [None] * len(Tiles._fields), strict=True))
@@ -156,8 +157,8 @@ class Cell:
         return tuple(min(rows, key=lambda row: row["us"])[name] for name in Tiles._fields)
 
 
-def tune(cell: Cell, gpu: Gpu, make: Callable[[Tiles], Experts], most: int, slack: float, deadline: float) -> None:
-    """Measure the tiles of up, then those of down, until `deadline` (`time.perf_counter`)."""
+def tune(cell: Cell, gpu: Gpu, make: Callable[[Tiles], Experts], most: int, slack: float, deadline: float) -> str:
+    """Measure the tiles of up, then those of down, until `deadline` (`time.perf_counter`); how many, for people."""
     shape, T = Shape(*(cell.sizes[name] for name in Shape._fields)), cell.sizes["T"]
     ups, downs = kept(gpu, shape, T, most, slack)
     left = (deadline - time.perf_counter()) / 2
@@ -170,7 +171,8 @@ def tune(cell: Cell, gpu: Gpu, make: Callable[[Tiles], Experts], most: int, slac
             tiles = Tiles(*(row[name] for name in Tiles._fields))
             row["predicted_us"] = 1e6 * predicted_s(gpu, shape, T, tiles)
             row["of_model"] = tiles == (*ups[0], *downs[0])
-    cell.sizes["measured"], cell.sizes["of"] = len(ups) + len(downs), len(candidates(shape.F))
+    n_up, n_down = (len({tiles[part] for tiles in candidates(shape.F)}) for part in (slice(2), slice(2, None)))
+    return f"measured {len(ups)} of {n_up} tiles of up, {len(downs)} of {n_down} of down"
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -215,41 +217,70 @@ def written(table: Mapping[str, Any]) -> str:
 
 def make_weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> ExpertWeights:
     """Normal matrices whose outputs are of order one."""
-    with torch.device(device):
+    with torch.device("meta"):  # which makes no copy in another dtype
         weights = ExpertWeights(shape.E, shape.D, shape.F).to(dtype)
+    weights.to_empty(device=device)
     for parameter in weights.parameters():
         parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return weights
 
 
+class Files:
+    """The table and every timing, in a folder; written anew after each cell, should the next one not end."""
+
+    def __init__(self, folder: Path, device_name: str, where: Mapping[str, Any]):
+        """`where` is the environment of a record."""
+        self.table, self.device_name, self.where = folder / file_name(device_name), device_name, where
+        shipped = importlib.resources.files("moe_lab.experts") / "choices" / self.table.name
+        self.before = json.loads(shipped.read_text()) if shipped.is_file() else {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+        """Of these timings; gives their summary."""
+        frame = pd.DataFrame(rows)
+        cells = summary(frame[frame.groupby(CELL).implementation.transform(lambda column: "fused" in set(column))])
+        made_with = {"command": " ".join(["python -m benchmarks.tune_experts", *sys.argv[1:]])}
+        made_with |= {key: self.where[key] for key in ("moe_lab", "git_sha", "torch", "cuda", "driver")}
+        self.table.write_text(written(merged(self.before, cells, made_with, self.device_name)))
+        frame = frame.assign(device=self.device_name, torch=self.where["torch"], driver=self.where["driver"])
+        frame.round(3).to_csv(self.table.with_suffix(".csv"), index=False)
+        return cells
+
+
 @torch.inference_mode()
-def measured(args: argparse.Namespace, gpu: Gpu, device: torch.device) -> tuple[list[dict[str, Any]], list[str]]:
-    """(every timing, what went wrong)."""
+def measured(args: argparse.Namespace, gpu: Gpu, device: torch.device, files: Files) -> tuple[pd.DataFrame, list[str]]:
+    """(the summary, what went wrong)."""
     rows: list[dict[str, Any]] = []
     troubles: list[str] = []
     cells = [(name, dtype, T) for name in args.shapes for dtype in args.dtypes for T in args.tokens]
-    end, weights, of = time.perf_counter() + args.seconds, None, None
+    end, weights, of, found = time.perf_counter() + args.seconds, None, None, pd.DataFrame()
     for number, (name, dtype, T) in enumerate(cells):
         now, shape = time.perf_counter(), shape_of(name)
         deadline = now + max(0.0, end - now) / (len(cells) - number)
         try:
             if of != (name, dtype):
                 weights = None  # before the next are made
-                gc.collect()
-                torch.cuda.empty_cache()
+                _free()
                 weights, of = make_weights(shape, DTYPES[dtype], device), (name, dtype)
-            cell = Cell(name, shape, dtype, T, weights, ("cuda_graph", "cold"))
-            tune(cell, gpu, fused, args.keep, args.slack, deadline)
+            cell = Cell(name, shape, dtype, T, weights)
+            line = tune(cell, gpu, fused, args.keep, args.slack, deadline)
         except torch.OutOfMemoryError:
             troubles.append(f"{name} {dtype} T={T}: left out, not enough memory")
             continue
+        finally:
+            _free()
         troubles += [f"{name} {dtype} T={T}: the output with tiles {tiles} is wrong" for tiles in cell.wrong]
         rows += cell.rows
-        line = f"{name} {dtype} T={T}: {cell.sizes['measured']} of {cell.sizes['of']} tiles measured"
-        print(f"{line}, {time.perf_counter() - now:.1f} s", flush=True)
+        found = files.write(rows)
+        print(f"{name} {dtype} T={T}: {line}, {time.perf_counter() - now:.1f} s", flush=True)
     if (late := time.perf_counter() - end) > 0:
         print(f"--seconds={args.seconds:g} was too little for {LEAST_ROUNDS} rounds of each: {late:.0f} s more")
-    return rows, troubles
+    return found, troubles
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def main() -> int:
@@ -268,34 +299,18 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")
     device = torch.device("cuda", torch.cuda.current_device())
-    properties, where = torch.cuda.get_device_properties(device), environment.capture(device)
-    gpu = gpu_of(properties.name, properties.multi_processor_count)
-    rows, troubles = measured(args, gpu, device)
-    if not rows:
-        print(*troubles, sep="\n")
+    properties = torch.cuda.get_device_properties(device)
+    files = Files(args.out, properties.name, environment.capture(device))
+    cells, troubles = measured(args, gpu_of(properties.name, properties.multi_processor_count), device, files)
+    print(*troubles, sep="\n")
+    if cells.empty:
         return 1
-    frame = pd.DataFrame(rows)
-    cells = summary(frame[frame.groupby(CELL).implementation.transform(lambda column: (column == "fused").any())])
     print(cells.round({"grouped_us": 1, "best_us": 1, "model_us": 1, "regret": 3}).to_string(index=False))
     worst = cells.loc[cells.regret.idxmax()]
     mean = float(np.exp(np.log1p(cells.regret).mean()) - 1)
     print(f"the model's choice takes {mean:.1%} more than the best measured (geometric mean of {len(cells)} cells),")
     print(f"at worst {worst.regret:.1%}: {worst['shape']} {worst['dtype']} T={worst['T']}; allowed: {LIMIT:.0%}")
-    made_with = {"command": " ".join(["python -m benchmarks.tune_experts", *sys.argv[1:]])}
-    made_with |= {key: where[key] for key in ("moe_lab", "git_sha", "torch", "cuda", "driver")}
-    name = file_name(properties.name)
-    shipped = importlib.resources.files("moe_lab.experts") / "choices" / name
-    before = json.loads(shipped.read_text()) if shipped.is_file() else {}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / name).write_text(written(merged(before, cells, made_with, properties.name)))
-    frame.assign(device=properties.name, torch=where["torch"], driver=where["driver"]).round(3).to_csv(
-        (args.out / name).with_suffix(".csv"), index=False
-    )
-    print(
-        f"{args.out / name}: copy it to moe_lab/experts/choices; every timing is in the .csv beside it",
-        *troubles,
-        sep="\n",
-    )
+    print(f"{files.table}: copy it to moe_lab/experts/choices; every timing is in the .csv beside it")
     return int(bool(troubles) or worst.regret > LIMIT)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -45,9 +47,15 @@ def planted(tiles: Tiles) -> Experts:
 
 
 def cell_of(T: int = 16) -> Cell:
-    torch.manual_seed(0)
     weights = make_weights(SMALL, torch.bfloat16, torch.device("cpu"))
-    return Cell("small", SMALL, "bf16", T, weights, ("eager", "natural"))
+    return Cell("small", SMALL, "bf16", T, weights)
+
+
+@pytest.fixture(autouse=True)
+def of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed, in short blocks."""
+    monkeypatch.setattr(module, "STEP", ("eager", "natural"))
+    monkeypatch.setattr(module, "BLOCK_MS", 1.0)
 
 
 @torch.inference_mode()
@@ -57,9 +65,8 @@ def tuned() -> tuple[Cell, pd.DataFrame]:
     return cell, pd.DataFrame(cell.rows)
 
 
-def test_a_cell_is_tuned_product_by_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_is_tuned_product_by_product() -> None:
     """Tiles of up, then those of down beside the fastest of up; grouped with each; the wrong ones are left out."""
-    monkeypatch.setattr(module, "BLOCK_MS", 1.0)
     cell, rows = tuned()
     ups, downs = kept(H200, SMALL, 16, 6, 3.0)
     assert {up[0] for up in ups} == {128, 256} and {down[-1] for down in downs} > {2} and downs[0][-1] != 2
@@ -141,6 +148,46 @@ def test_the_table_keeps_what_was_not_measured_again() -> None:
         ],
     }
     assert CELL[0] == "shape" and len(written(table).splitlines()) == 11
+
+
+def test_what_was_measured_so_far_is_on_the_disk(tmp_path: Path) -> None:
+    """Every timing and the table; a cell all of whose tiles are wrong has timings alone."""
+    where = dict.fromkeys(("moe_lab", "git_sha", "torch", "cuda", "driver"), "1")
+    files = module.Files(tmp_path / "out", "NVIDIA Test", where)
+    rows = [row("grouped", 30.0), row("fused", 10.0, ONE, of_model=True), {**row("grouped", 40.0), "T": 64}]
+    assert list(files.write(rows)["T"]) == [16]
+    assert len(pd.read_csv(tmp_path / "out" / "nvidia_test.csv")) == 3
+    (choice,) = json.loads((tmp_path / "out" / "nvidia_test.json").read_text())["choices"]
+    assert (choice["T"], choice["implementation"], choice["tiles"]) == (16, "fused", list(ONE))
+
+
+def test_cells_follow_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each line says what was pruned; wrong outputs, what did not fit and too little time are told."""
+    monkeypatch.setattr(module, "fused", planted)
+    monkeypatch.setattr(module, "kept", lambda *_: ([(128, 16), (256, 16)], [(128, 16, 1), (128, 16, 2)]))
+    make = module.make_weights
+
+    def make_unless_large(shape: Shape, *arguments: Any) -> Any:
+        if shape.E > 8:
+            raise torch.OutOfMemoryError("planted")
+        return make(shape, *arguments)
+
+    monkeypatch.setattr(module, "make_weights", make_unless_large)
+    names = ["E8-K2-D64-F512", "E9-K2-D64-F512"]
+    args = argparse.Namespace(shapes=names, dtypes=["bf16"], tokens=[1, 5], seconds=0.0, keep=6, slack=1.5)
+    files = module.Files(tmp_path, "NVIDIA Test", dict.fromkeys(("moe_lab", "git_sha", "torch", "cuda", "driver"), "1"))
+    cells, troubles = module.measured(args, H200, torch.device("cpu"), files)
+    assert list(cells["T"]) == [1, 5] and list(cells["tiles"]) == 2 * [[256, 16, 128, 16, 1]]
+    assert (cells.regret > 0.5).all()
+    wrong = "the output with tiles (256, 16, 128, 16, 2) is wrong"
+    assert troubles == [
+        *(f"{names[0]} bf16 T={T}: {wrong}" for T in (1, 5)),
+        *(f"{names[1]} bf16 T={T}: left out, not enough memory" for T in (1, 5)),
+    ]
+    text = capsys.readouterr().out
+    assert text.count("measured 2 of 8 tiles of up, 2 of 32 of down") == 2 and "--seconds=0 was too little" in text
 
 
 def test_a_shape_is_an_option_or_its_sizes() -> None:
