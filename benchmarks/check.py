@@ -118,6 +118,8 @@ LEFT_OUT = {
     "router_verdicts": "needs a GPU",
     "routing_metrics": "its quotes are of a GPU",
     "sort_and_combine": "needs a GPU",
+    "tune_experts": "needs a GPU",
+    "fit_tiles": "reads what a GPU measured",
     "optimum_overhead": "needs an environment of its own",
 }
 

@@ -43,9 +43,9 @@ def show(overrides: list[str], config_dir: str | None, *, json: bool = False) ->
         status: str = "cannot run here" if cannot else cell.status
         if cell.reason and cell.reason != status:
             status += f": {cell.reason}"
-        routed = cell.implementation.get("router", "-")
+        computed = (cell.implementation.get("router", "-"), cell.implementation.get("experts", "-"))
         sizes = (str(cell.content["batch"]), str(cell.content.get("seq_len", "-")))
-        rows.append((cell.variant, model, *([workload] if differ else []), *sizes, routed, cell.cell_id, status))
+        rows.append((cell.variant, model, *([workload] if differ else []), *sizes, *computed, cell.cell_id, status))
     columns = (
         "variant",
         "model",
@@ -53,6 +53,7 @@ def show(overrides: list[str], config_dir: str | None, *, json: bool = False) ->
         "batch",
         "seq_len",
         "router impl",
+        "experts impl",
         "cell_id",
         "status",
     )
@@ -88,6 +89,7 @@ def _content(plan: Plan) -> dict[str, Any]:
                 "reason": cell.reason,
                 "runs": cell.runs,
                 "router_implementation": cell.implementation.get("router"),
+                "experts_implementation": cell.implementation.get("experts"),
                 "config": cell.config,
             }
             for cell in plan.cells

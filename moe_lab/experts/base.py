@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,14 @@ class Experts:
 
     graph_safe = False
     """No host synchronisation and fixed shapes: a class must declare this to be captured in a graph."""
+
+    def for_layer(self, weights: ExpertWeights, top_k: int) -> Self:
+        """What computes a layer with such weights, `top_k` experts a token: itself, unless it chooses by the shape."""
+        return self
+
+    def chosen(self, x_TD: Tensor) -> Experts:
+        """What computes such an input, by its dtype and number of tokens: itself, unless it passes the call on."""
+        return self
 
     def compute_on(self, device: torch.device, *, load: bool = True) -> None:
         """Be ready to compute on `device`; with `load` false, only say whether that is possible.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moe_lab.experts.auto import preferred
 from moe_lab.measure.device_lock import CPUS
 from moe_lab.routers.base import fastest
 
@@ -38,6 +39,7 @@ def capture(device: torch.device) -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "router_auto": fastest(device) if on_cuda else None,
+        "experts_auto": preferred(device) if on_cuda else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "host_memory_mb": _host_memory_mb(),
         "system": f"{platform.system()} {platform.release()}",

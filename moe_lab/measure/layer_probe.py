@@ -169,14 +169,18 @@ class LayerProbe:
         )
 
     def _compare_experts(self, layer: MoELayer, reference: MoELayer, x_TD: Tensor, routing: Routing) -> None:
-        """Each used slot as a token of its own with the weight 1: nothing hides in the sum over a token's experts."""
+        """Each used slot as a token of its own with the weight 1: nothing hides in the sum over a token's experts.
+
+        By what computes so many tokens as there are, not slots.
+        """
+        experts = layer.experts.chosen(x_TD)
         E, K = layer.weights.n_experts, routing.expert_ids_TK.shape[1]
         ids_N = routing.expert_ids_TK.flatten()
         off_E, size_E = torch.zeros(2, E, device=x_TD.device, dtype=torch.float64)
         for slot_N in (ids_N >= 0).nonzero().squeeze(1).split(_ROWS_AT_ONCE):
             alone = Routing(ids_N[slot_N, None], torch.ones(len(slot_N), 1, device=x_TD.device))
             x_ND = x_TD[slot_N // K]
-            y_ND = layer.compute(x_ND, alone)
+            y_ND = layer.compute(x_ND, alone, experts)
             with exact_products():
                 y_reference_ND = reference.compute(x_ND.float(), alone)
             off_N, size_N = _squares(y_ND, y_reference_ND)

@@ -37,7 +37,8 @@ class MoELayer(nn.Module):
 
     def __init__(self, weights: ExpertWeights, router: Router, experts: Experts, shared: SharedExpert | None = None):
         super().__init__()
-        self.weights, self.router, self.experts, self.shared = weights, router, experts, shared
+        self.weights, self.router, self.shared = weights, router, shared
+        self.experts = experts.for_layer(weights, router.top_k)
 
     def forward(self, x_TD: Tensor, ctx: RouteContext, forced: Routing | None = None) -> tuple[Tensor, Routing]:
         """`forced` is used instead of the router's own choice."""
@@ -68,10 +69,10 @@ class MoELayer(nn.Module):
         """(what the experts are given [N, D], which of them each row goes to): here the tokens themselves."""
         return x_TD, routing
 
-    def compute(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        """The experts' outputs [N, D], weighted and summed by row."""
+    def compute(self, x_ND: Tensor, routing: Routing, experts: Experts | None = None) -> Tensor:
+        """The experts' outputs [N, D], weighted and summed by row; by the layer's own unless `experts` are given."""
         scale: Scale = "input" if self.router.scales_input else "output"
-        return self.experts(x_ND, routing, self.weights, scale=scale)
+        return (experts or self.experts)(x_ND, routing, self.weights, scale=scale)
 
     def use_reference(self) -> None:
         self.experts = Loop()

@@ -324,6 +324,7 @@ ENVIRONMENT = (
     Field("cpus", int, "CPUs", "CPUs that the process may use"),
     Field("threads", int, "threads", "number of torch threads"),
     Field("router_auto", str, "", "implementation that `router.impl=auto` prefers on this GPU; missing on a CPU"),
+    Field("experts_auto", str, "", "implementation that `experts=auto` prefers on this GPU; missing on a CPU"),
     Field("cpu_capability", str, "", "vector instructions used by torch"),
     Field("host_memory_mb", float, "MB", "of the host"),
     Field("system", str, "", "operating system and release"),

@@ -40,10 +40,12 @@ _LATER_OF_ROUTER: dict[str, dict[str, Any]] = {
     )
 }
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
+_TABLES = ("choices/*.json",)  # of the package alone: by what experts=auto chooses
 # Rooms of the package that only talk to people or read results: no run executes them.
 _NOT_RUN = ("api", "cli", "results")
 ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")
-_ENV_FIELDS_OF_A_GPU = ("router_auto",)  # what `auto` means there; a result made by another choice is stale
+# What `auto` means there; a result made by another choice is stale.
+_ENV_FIELDS_OF_A_GPU = ("router_auto", "experts_auto")
 
 
 _as_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str).encode
@@ -182,11 +184,11 @@ def _shapes() -> dict[str, dict[str, Any]]:
     return {option["name"]: {key: option[key] for key in _SIZES} for option in options}
 
 
-def _hash_files(roots: Iterable[Path], without: Sequence[str] = ()) -> str:
-    """Hash of the sources under `roots`; what lies at their top under a name of `without` is left out."""
+def _hash_files(roots: Iterable[Path], without: Sequence[str] = (), patterns: Sequence[str] = _SOURCES) -> str:
+    """Hash of the files of `patterns` under `roots`, without what lies at their top under a name of `without`."""
     hashed = hashlib.sha256()
     for root in roots:
-        for path in sorted(p for pattern in _SOURCES for p in root.rglob(pattern) if p.is_file()):
+        for path in sorted(p for pattern in patterns for p in root.rglob(pattern) if p.is_file()):
             parts = path.relative_to(root).parts
             if parts[0] in without or any(part.startswith(".") for part in parts):
                 continue  # hidden: a virtual environment, a version control folder, an editor's file
@@ -199,7 +201,8 @@ def _package_code_id() -> str:
     import moe_lab.kernels  # installed, it lies in the package; in a checkout, beside it
 
     kernels = Path(next(iter(moe_lab.kernels.__path__)))
-    return _hash_files([PACKAGE] if PACKAGE in kernels.parents else [PACKAGE, kernels], _NOT_RUN)
+    roots = [PACKAGE] if PACKAGE in kernels.parents else [PACKAGE, kernels]
+    return _hash_files(roots, _NOT_RUN, (*_SOURCES, *_TABLES))
 
 
 def code_id(plugin_dirs: Iterable[Path] = ()) -> str:

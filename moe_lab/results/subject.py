@@ -44,7 +44,8 @@ def facts(directory: Path, runs: pd.DataFrame, plan: Plan, anchors: Sequence[str
         ("Sizes", "; ".join(f"{key} {_range(runs[key])}" for key in ("batch", "seq_len") if runs[key].notna().any())),
         ("dtype", _few(_texts(runs, "dtype"))),
         ("Device", _few(environment["device_name"] or _texts(runs, "device"))),
-        *((name.capitalize(), _alone(runs, name)) for name in ("router", "experts")),
+        ("Router", _alone(runs, "router")),
+        ("Experts", _experts(runs)),
         ("Execution", _few(_texts(runs, "execution"))),
         ("Cells", _cells(runs, plan)),
         ("Run", _times(runs["started"])),
@@ -213,6 +214,12 @@ def _alone(runs: pd.DataFrame, column: str) -> str:
     """The option that all cells have; where they differ the variants name it."""
     found = _texts(runs, column)
     return found[0] if len(found) == 1 else ""
+
+
+def _experts(runs: pd.DataFrame) -> str:
+    """As `_alone`; behind `auto` in brackets what it chose."""
+    name, ran = _alone(runs, "experts"), _texts(runs, "implementation.experts")
+    return f"{name} ({_few(ran)})" if name == "auto" and ran else name
 
 
 def _few(words: Iterable[str], most: int = _MOST) -> str:

@@ -299,7 +299,7 @@ _GIVEN_TO_WORKLOADS = ("model", "batch", "seq_len", "seed", "device", "dtype", "
 
 
 def check_available(cfg: DictConfig) -> tuple[torch.device, dict[str, str]]:
-    """(the device of `cfg`, who would route there), if its parts can run there. Nothing is allocated or built.
+    """(the device of `cfg`, who would compute what there), if its parts can run there. Nothing is allocated or built.
 
     Raises:
         UnavailableError: the device, the dtype on it, or an implementation cannot run here.
@@ -310,13 +310,17 @@ def check_available(cfg: DictConfig) -> tuple[torch.device, dict[str, str]]:
     model = _make_model(cfg, torch.device("meta"))
     decide(cfg, model, device, load=False)
     require_runnable(cfg, model)
-    layers = moe_layers(model)
-    return device, {"router": layers[0].router.implementation()} if layers else {}
+    if not (layers := moe_layers(model)):
+        return device, {}
+    x_T0 = torch.empty(n_tokens(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
+    router, experts = layers[0].router, layers[0].experts
+    return device, {"router": router.implementation(), **experts.implementation(x_T0, layers[0].weights)}
 
 
 def builds_extension(implementation: Mapping[str, str], device: torch.device) -> bool:
     """Whether a run with these implementations (`check_available`) compiles the extension first."""
-    return implementation.get("router", "").startswith("cuda_ext") and not extension.is_built(device)
+    is_of_it = implementation.get("router", "").startswith("cuda_ext") or implementation.get("experts") == "fused"
+    return is_of_it and not extension.is_built(device)
 
 
 def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
@@ -380,6 +384,12 @@ def not_capturable(cfg: DictConfig, model: nn.Module) -> str | None:
             if not part.graph_safe and not undeclared_router:
                 return f"{group}={option_name(cfg[group])}"
     return None
+
+
+def n_tokens(cfg: Any) -> int:
+    """Tokens of one iteration of this configuration; of decoding, one for each sequence."""
+    is_one = "seq_len" in cfg.model.get("ignores", ()) or cfg.workload.get("phase") == "decode"
+    return int(cfg.batch) * (1 if is_one else int(cfg.seq_len))
 
 
 def n_positions(cfg: DictConfig) -> int:

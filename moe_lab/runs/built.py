@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -77,7 +76,11 @@ class Built:
     @property
     def n_tokens(self) -> int:
         """Tokens of one iteration; of decoding, one for each sequence."""
-        return n_tokens(self.cfg)
+        return build.n_tokens(self.cfg)
+
+    def tokens(self) -> Tensor:
+        """[T, 0], what a layer is given without its columns: for who asks by device, dtype and number of tokens."""
+        return self.x.new_empty(self.n_tokens, 0, dtype=self.dtype)
 
     def outputs(self, most: int | None = None) -> Iterator[Output]:
         """What the run's own execution computes: one pass, or every step of decoding (or `most`, evenly spread).
@@ -96,7 +99,7 @@ class Built:
     def implementation(self) -> dict[str, str]:
         """Who computes what."""
         ran: dict[str, str] = {}
-        x_T0 = self.x.new_empty(self.n_tokens, 0, dtype=self.dtype)
+        x_T0 = self.tokens()
         for module in self.model.modules():
             if isinstance(module, AddRMSNorm):
                 ran["add_rms_norm"] = module.implementation
@@ -116,9 +119,3 @@ class Built:
         layers = moe_layers(self.model)
         declared = {name: getattr(layers[0].router, name) for name in PROPERTIES} if layers else None
         return declared and {name: None if value is None else bool(value) for name, value in declared.items()}
-
-
-def n_tokens(cfg: Any) -> int:
-    """Tokens of one iteration of this configuration; of decoding, one for each sequence."""
-    is_one = "seq_len" in cfg.model.get("ignores", ()) or cfg.workload.get("phase") == "decode"
-    return int(cfg.batch) * (1 if is_one else int(cfg.seq_len))

@@ -14,7 +14,6 @@ from moe_lab.experts.weights import ExpertWeights
 from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import PROPERTIES
 from moe_lab.runs import build
-from moe_lab.runs.built import n_tokens
 
 
 class Description(NamedTuple):
@@ -56,9 +55,10 @@ def _router(cfg: DictConfig, device: torch.device) -> Description:
 
 def _experts(cfg: DictConfig, device: torch.device) -> Description:
     experts, sizes = build.build_experts(cfg), cfg.model.get("shape") or cfg.model
-    experts.compute_on(device, load=False)
     weights = ExpertWeights(sizes.n_experts, sizes.d_model, sizes.mlp_hidden_dim)
-    x_T0 = torch.empty(n_tokens(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
+    experts = experts.for_layer(weights, sizes.top_k)
+    experts.compute_on(device, load=False)
+    x_T0 = torch.empty(build.n_tokens(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
     declared = {"graph_safe": experts.graph_safe, "reads_dispatch": experts.reads_dispatch(x_T0)}
     kernels = experts.implementation(x_T0, weights).items()
     implementations = [name if op == "experts" else f"{op}={name}" for op, name in kernels]

@@ -24,6 +24,7 @@ from moe_lab.config import targets
 from moe_lab.config.checks import validate
 from moe_lab.config.unread import unread
 from moe_lab.errors import MismatchError, UnavailableError
+from moe_lab.experts.auto import Auto
 from moe_lab.measure import contention, environment, memory, statistics
 from moe_lab.measure.device_lock import DeviceLock
 from moe_lab.measure.tolerances import exact_products
@@ -38,7 +39,7 @@ from moe_lab.records.schema import UNFINISHED, Latency, Ratio, Record
 from moe_lab.routers.base import Router, Routing
 from moe_lab.runs import build, memory_estimate
 from moe_lab.runs import record as recording
-from moe_lab.runs.built import Built, n_tokens
+from moe_lab.runs.built import Built
 from moe_lab.runs.export import exporter, make_inputs
 from moe_lab.runs.observe import Observer
 from moe_lab.runs.place import Place
@@ -132,6 +133,8 @@ class Run:
             for router in layer.router.modules():  # a router may wrap another
                 if isinstance(router, Router) and router.fallback is not None:
                     texts.append(f"router.impl=auto uses {router.implementation()}: {router.fallback}.")
+            if isinstance(layer.experts, Auto) and (text := layer.experts.warning(built.tokens())) is not None:
+                texts.append(text)
             self.warnings += [text for text in texts if text not in self.warnings]
         if not isinstance(built.model, Checkpoint):
             return
@@ -310,7 +313,7 @@ class Run:
             implementation=built.implementation() if built is not None else {},
             latency_ms=latency,
             ratio_to_anchor=self.ratio,
-            throughput=recording.throughput(latency.p50, n_tokens(cfg), decodes=decodes) if latency else None,
+            throughput=recording.throughput(latency.p50, build.n_tokens(cfg), decodes=decodes) if latency else None,
             memory=self._memory(),
             check=self.verification.check if self.verification else None,
             router=built.router_properties() if built is not None else None,

@@ -47,8 +47,8 @@ class Bench:
     def look(self, configs: list[dict[str, Any]], makes_parts: bool = True) -> list[dict[str, Any]]:
         """Whether each configuration can run here, and how; without its parts only where.
 
-        {env, env_id, device_id, available_bytes, skip: a reason or None, implementation: who would route, builds:
-        whether the extension is built first}.
+        {env, env_id, device_id, available_bytes, skip: a reason or None, implementation: who would compute what,
+        builds: whether the extension is built first}.
         """
         return [_look(OmegaConf.create(config), makes_parts) for config in configs]
 

@@ -78,8 +78,10 @@ def kept(parts: Sequence[Any], ask: Callable[[], Any]) -> Any:
 
 def _parts(config: Mapping[str, Any]) -> list[Any]:
     """What of a configuration decides whether it can run, and its code."""
-    content = {key: part for key, part in identity.content(config).items() if key not in ("batch", "seq_len", "seed")}
-    return [content, identity.code_id(targets.folders_of(OmegaConf.create(dict(config))))]
+    plugins = targets.folders_of(OmegaConf.create(dict(config)))
+    same = ("seed",) if plugins else ("seed", "batch", "seq_len")  # a plug-in may choose its kernels by their size
+    content = {key: part for key, part in identity.content(config).items() if key not in same}
+    return [content, identity.code_id(plugins)]
 
 
 def _is_of_a_cpu(config: Mapping[str, Any]) -> bool:

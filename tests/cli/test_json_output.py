@@ -17,7 +17,8 @@ from tests import quick
 
 ENTRY = {"name", "about"}
 DESCRIBED = ENTRY | {"runs", "reason", "properties", "undeclared", "implementations", "used_here"}
-CELL = {"cell_id", "directory", "variant", "setting_id", "status", "reason", "runs", "router_implementation", "config"}
+CELL = {"cell_id", "directory", "variant", "setting_id", "status", "reason", "runs", "config"}
+CELL |= {"router_implementation", "experts_implementation"}
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_the_experts_with_what_they_declare(document: Any, monkeypatch: pytest.M
     monkeypatch.setattr(Worker, "start", lambda self: None)
     monkeypatch.setattr(Worker, "call", lambda self, step, group, configs: [answer for _ in configs])
     options = document("list", "--json", "experts")["groups"]["experts"]
-    assert [option["name"] for option in options] == ["grouped", "loop"]
+    assert [option["name"] for option in options] == ["auto", "grouped", "loop"]
     assert all(
         set(option) == DESCRIBED and option["runs"] and option["properties"] == ["graph_safe"] for option in options
     )
@@ -76,12 +77,8 @@ def test_a_plan(document: Any) -> None:
     assert plan["expected_s"] > 0 and plan["expected_is_measured"] is False and plan["without_effect"] == []
     runs, cannot = plan["cells"]
     assert set(runs) == set(cannot) == CELL
-    assert (runs["status"], runs["runs"], runs["reason"], runs["router_implementation"]) == (
-        "to do",
-        True,
-        None,
-        "torch",
-    )
+    assert (runs["status"], runs["runs"], runs["reason"]) == ("to do", True, None)
+    assert (runs["router_implementation"], runs["experts_implementation"]) == ("torch", "grouped")
     assert (cannot["status"], cannot["runs"]) == ("skipped", False) and "model.shape.top_k=9" in cannot["reason"]
     assert runs["config"]["model"]["shape"]["top_k"] == 2
 

@@ -15,7 +15,7 @@ from tests import quick
 OPTIONS = {
     "model": ("minimal", "transformer_decoder", "decoder_moe", "moe_layer", "router", "checkpoint"),
     "router": ("torch", "sinkhorn", "deepseek_v3", "min_p", "capacity", "native"),
-    "experts": ("grouped", "loop"),
+    "experts": ("auto", "grouped", "loop"),
     "workload": ("random", "text"),
     "device": ("cpu", "auto"),
     "dtype": ("fp32", "bf16"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe_lab import marks as phases
+from moe_lab.experts.auto import Auto
 from moe_lab.experts.base import Experts
 from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.loop import Loop
@@ -18,7 +19,8 @@ from moe_lab.routers.base import Routing
 from tests.experts.cases import SCALES, SIZES, UNUSED, assert_near, formula, make_routing, make_weights, make_x
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
-    "experts", [pytest.param(Loop(), id="loop"), pytest.param(Grouped(), id="grouped")]
+    "experts",
+    [pytest.param(Loop(), id="loop"), pytest.param(Grouped(), id="grouped"), pytest.param(Auto(), id="auto")],
 )
 
 

@@ -220,8 +220,8 @@ def test_ids_are_twelve_hex_digits(tmp_path: Path) -> None:
 
 def test_slug_reads_like_the_cell() -> None:
     """The words of the design's example; what the model does not read is left out."""
-    assert slug(tiny.decoder_moe("router=sinkhorn")) == "decoder_moe-sinkhorn-grouped-b2-s7-cpu-fp32-eager"
-    assert slug(tiny.moe_layer()) == "moe_layer-E5_K2_D32_F24-torch-grouped-b1-s14-cpu-fp32-eager"
+    assert slug(tiny.decoder_moe("router=sinkhorn")) == "decoder_moe-sinkhorn-auto-b2-s7-cpu-fp32-eager"
+    assert slug(tiny.moe_layer()) == "moe_layer-E5_K2_D32_F24-torch-auto-b1-s14-cpu-fp32-eager"
     assert slug(tiny.minimal("dtype=bf16")) == "minimal-b2-cpu-bf16-eager"
 
 
@@ -262,7 +262,7 @@ def test_slug_of_a_checkpoint_has_its_folders_name_and_the_phase(tmp_path: Path)
         (["workload.phase=decode", "workload.context_len=77"], "b2-s16-decode77"),
     ):
         cfg = moe_lab.compose(quick.overrides("checkpoint", path, *more))
-        assert slug(cfg) == f"my_olmoe-native-grouped-{middle}-{end}"
+        assert slug(cfg) == f"my_olmoe-native-auto-{middle}-{end}"
 
 
 @pytest.mark.parametrize(
@@ -422,9 +422,9 @@ def test_env_id_does_not_change_with_the_commit(key: str, value: Any) -> None:
 
 def test_what_auto_means_on_a_gpu_counts() -> None:
     """A result made by another choice is stale; of a CPU, where there is none, the id is as it was."""
-    assert env_id({**MACHINE, "router_auto": None}) == env_id(MACHINE)
-    choices = {env_id({**MACHINE, "router_auto": choice}) for choice in (None, "cuda_ext", "triton", "torch")}
-    assert len(choices) == 4
+    for field, names in {"router_auto": ("cuda_ext", "triton", "torch"), "experts_auto": ("fused", "grouped")}.items():
+        assert env_id({**MACHINE, field: None}) == env_id(MACHINE)
+        assert len({env_id({**MACHINE, field: choice}) for choice in (None, *names)}) == 1 + len(names)
 
 
 def test_the_state_of_the_caches_counts() -> None:
@@ -434,14 +434,14 @@ def test_the_state_of_the_caches_counts() -> None:
 
 
 CELL_IDS = {
-    "decode": "8d0e1f6734d4",
-    "demo": "8f0ed10fd707",
+    "decode": "bc487f131c21",
+    "demo": "7b1b46ea1ca6",
     "gate_kernels": "59e465fe766a",
-    "layer_load": "9eabd3df7df7",
-    "router_comparison": "cfc74040a63b",
+    "layer_load": "15c3385ca5de",
+    "router_comparison": "4bfc0cbb9078",
     "router_kernels": "9c578d0ee72d",
-    "router_swap": "0ddb00139fdb",
-    "routing_quality": "cfc74040a63b",
+    "router_swap": "aef74754cffa",
+    "routing_quality": "4bfc0cbb9078",
     "sinkhorn_kernels": "b97993aa6512",
 }
 """Of each experiment's first cell on a CPU. Results are found and joined by these ids.

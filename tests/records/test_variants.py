@@ -33,9 +33,7 @@ CASES = [
     pytest.param([["router=torch"]], ["torch"], id="one"),
     pytest.param([["router=torch"], ["router=sinkhorn"]], ["torch", "sinkhorn"], id="routers"),
     pytest.param([["experts=loop"], ["experts=grouped"]], ["loop", "grouped"], id="experts"),
-    pytest.param(
-        [["router=torch"], ["router=sinkhorn", "experts=loop"]], ["torch/grouped", "sinkhorn/loop"], id="both"
-    ),
+    pytest.param([["router=torch"], ["router=sinkhorn", "experts=loop"]], ["torch/auto", "sinkhorn/loop"], id="both"),
     pytest.param(
         [["router=sinkhorn", "router.iters=5"], ["router=sinkhorn"], ["router=torch"]],
         ["sinkhorn(iters=5)", "sinkhorn(iters=10)", "torch"],

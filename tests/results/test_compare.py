@@ -51,7 +51,7 @@ def test_one_row_per_cell_with_names_numbers_and_verdict(sets: tuple[Path, Path]
     }
     first = frame.iloc[0]
     assert first["cell_id"] == identity.cell_id({**tiny_config(), "batch": 1})
-    names = ["moe_layer", "sinkhorn", "grouped", "fp32", "cpu", "eager", tiny.T]
+    names = ["moe_layer", "sinkhorn", "auto", "fp32", "cpu", "eager", tiny.T]
     assert first[["model", "router", "experts", "dtype", "device", "execution", "seq_len"]].tolist() == names
     assert first[["p50_a_ms", "p50_b_ms", "ratio"]].tolist() == pytest.approx([1.0, 1.2, 1.2], rel=1e-5)
     assert first["ratio_low"] < 1.2 < first["ratio_high"]

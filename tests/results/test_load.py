@@ -50,7 +50,7 @@ def test_columns_are_settings_options_and_the_records_fields(sweep: Path) -> Non
     """Nested fields are joined by dots."""
     row = load(sweep).iloc[1]
     assert (row["batch"], row["seq_len"], row["seed"]) == (tiny.BATCH, tiny.SEQ, 0)
-    assert (row["router"], row["experts"], row["dtype"], row["device"]) == ("sinkhorn", "grouped", "bf16", "cpu")
+    assert (row["router"], row["experts"], row["dtype"], row["device"]) == ("sinkhorn", "auto", "bf16", "cpu")
     assert (row["workload"], row["execution"]) == ("random", "eager")
     assert (row["latency_ms.p50"], row["latency_ms.stable"]) == (2.0, False)
     assert (row["routing.pooled.load_cv"], row["routing.worst.load_cv"]) == (0.5, 0.7)

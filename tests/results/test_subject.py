@@ -80,6 +80,13 @@ def test_the_option_that_all_have_is_named(tmp_path: Path) -> None:
     assert found["Experts"] == "grouped" and "Router" not in found
 
 
+def test_what_auto_chose_is_named(tmp_path: Path) -> None:
+    """Each implementation that computed the experts of a cell."""
+    for n, folder in enumerate(synthetic.sweep(tmp_path, 8)):
+        edit(folder, config__experts__name="auto", implementation__experts=("fused", "grouped:few_tokens")[n % 2])
+    assert of(tmp_path)["Experts"] == "auto (fused, grouped:few_tokens)"
+
+
 def test_a_checkpoint_shows_its_shape_by_its_routing(tmp_path: Path) -> None:
     """Its configuration does not tell; of a texts' workload the path is named."""
     for folder in synthetic.sweep(tmp_path, 4):

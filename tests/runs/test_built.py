@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_lab.runs.built import n_tokens
+from moe_lab.runs.build import n_tokens
 from tests import tiny
 
 STEPS = 7

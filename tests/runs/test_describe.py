@@ -36,7 +36,12 @@ def test_what_a_checkpoints_router_declares_is_known_without_its_weights(
     ("more", "expected"),
     [
         pytest.param(["experts=loop"], Description([], ["loop"]), id="loop"),
-        pytest.param([], Description(["graph_safe", "reads_dispatch"], ["grouped", "segment_mm=loop"]), id="grouped"),
+        pytest.param([], Description(["graph_safe", "reads_dispatch"], ["grouped", "segment_mm=loop"]), id="auto"),
+        pytest.param(
+            ["experts=grouped", "batch=1", "seq_len=1"],
+            Description(["graph_safe"], ["grouped", "segment_mm=loop"]),
+            id="grouped-T=1",
+        ),
         pytest.param(["batch=1", "seq_len=1"], Description(["graph_safe"], ["grouped", "segment_mm=loop"]), id="T=1"),
     ],
 )

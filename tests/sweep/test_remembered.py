@@ -97,6 +97,9 @@ def test_a_plug_in_that_changed_is_asked_again(asked: list[int], tmp_path: Path)
         (tmp_path / "mine" / "remembered_router.py").write_text(f"class Own: ...\n# {number}\n")
         remembered.Remembered().call("look", [config])
     assert asked == [1, 1]
+    for _ in range(2):  # it may have a kernel for few tokens
+        remembered.Remembered().call("look", [config | {"batch": 77}])
+    assert asked == [1, 1, 1]
 
 
 def test_where_a_gpu_may_be_it_is_asked_every_time(asked: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
