@@ -71,6 +71,8 @@ class MoELayer(nn.Module):
     def compute(self, x_ND: Tensor, routing: Routing) -> Tensor:
         """The experts' outputs [N, D], weighted and summed by row."""
         scale: Scale = "input" if self.router.scales_input else "output"
+        if self.router.static_k:
+            routing = routing._replace(is_full=True)
         return self.experts(x_ND, routing, self.weights, scale=scale)
 
     def use_reference(self) -> None:
