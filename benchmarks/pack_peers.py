@@ -2,15 +2,17 @@
 
     python -m benchmarks.pack_peers --out dist/peers
 
-Made for Python 3.12, torch 2.11 with CUDA 13, Linux on x86-64 and a GPU of compute capability 9.0. Each pack is a folder
-with its files and an install.sh; on the other machine:
+Made for Python 3.12, torch 2.11 with CUDA 13, Linux on x86-64 and a GPU of compute capability 9.0. Each pack is a
+folder with its files and an install.sh; on the other machine:
 
     sh dist/peers/vllm/install.sh /tmp/site && . /tmp/site/env.sh
     moe-lab list experts
 
-What is left out: machine code for other GPUs (zeroed, so that it packs to nothing), and modules of vLLM that its
-`fused_experts` imports but does not need for bf16, for which small ones stand in (peer_stubs.py). The kernels, what
+What is left out: machine code for other GPUs (zeroed, so that it packs to nothing), and modules of vLLM and FlashInfer
+that their kernels import but do not need for bf16, for which small ones stand in (peer_stubs.py). The kernels, what
 launches them and their tables of tiles are the projects' own.
+
+A pack of more than --part MiB is cut into folders NAME, NAME2, ...: bring their files into one folder over there.
 """
 
 from __future__ import annotations
@@ -22,14 +24,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.peer_stubs import VLLM
+from benchmarks.peer_stubs import FLASHINFER, VLLM
 
 _FUSED_MOE = "vllm/model_executor/layers/fused_moe"
-_DSL = "nvidia_cutlass_dsl/python_packages"
+_PTX, _MACHINE_CODE = 1, 2
+_CUTE = "flashinfer/fused_moe/cute_dsl"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,33 @@ PACKS = {
             "nvidia-cutlass-dsl-libs-cu13==4.4.2",
             "apache-tvm-ffi==0.1.15.post2",
         ],
-        paths=[".", _DSL],
+        paths=[".", "nvidia_cutlass_dsl/python_packages"],
+    ),
+    "flashinfer": Pack(
+        wheels=[
+            "flashinfer-python==0.7.4",
+            "nvidia-cutlass-dsl==4.8.1",
+            "nvidia-cutlass-dsl-libs-base==4.8.1",
+            "nvidia-cutlass-dsl-libs-core==4.8.1",
+            "nvidia-cutlass-dsl-libs-cu13==4.8.1",
+            "apache-tvm-ffi==0.1.15.post2",
+        ],
+        keep=[
+            f"{_CUTE}/sm90_contiguous*.py",
+            f"{_CUTE}/hopper/*.py",
+            f"{_CUTE}/common/*.py",
+            f"{_CUTE}/moe_utils.py",
+            "flashinfer/cute_dsl/utils.py",
+            "flashinfer/cute_dsl/availability.py",
+            "flashinfer/tllm_enums.py",
+            "flashinfer/api_logging.py",
+            "nvidia_cutlass_dsl/**/*",
+            "tvm_ffi/**/*",
+            "*.dist-info/METADATA",
+        ],
+        drop=["nvidia_cutlass_dsl/dsl_packages/iket/**/*"],
+        stubs=FLASHINFER,
+        paths=[".", "nvidia_cutlass_dsl/dsl_packages"],
     ),
 }
 
@@ -92,7 +121,7 @@ set -e
 mkdir -p "$1"
 here=$(cd "$(dirname "$0")" && pwd)
 site=$(cd "$1" && pwd)
-xz -dc "$here"/site.tar.xz* | tar -x -C "$site"
+cat "$here"/site.tar.xz* | xz -dc | tar -x -C "$site"
 """
 
 
@@ -115,19 +144,28 @@ def only_sm_90(library: bytes) -> bytes:
     """The same with zeros for the code of other GPUs, and for PTX, in every fat binary."""
     kept, start = bytearray(library), 0
     while (start := library.find(struct.pack("<I", 0xBA55ED50), start)) >= 0:
-        version, header, size = struct.unpack_from("<HHQ", library, start + 4)
-        if (version, header) != (1, 16) or start + header + size > len(library):
-            start += 4
-            continue
-        at, start = start + header, start + header + size
-        while at < start:
-            kind, _, header, size = struct.unpack_from("<HHIQ", library, at)
-            (architecture,) = struct.unpack_from("<I", library, at + 28)
-            assert kind in (1, 2), kind  # PTX, machine code
-            if (kind, architecture) != (2, 90):
-                kept[at + header : at + header + size] = bytes(size)
-            at += header + size
+        entries = list(_entries(library, start))
+        for kind, architecture, begin, end in entries:
+            if (kind, architecture) != (_MACHINE_CODE, 90):
+                kept[begin:end] = bytes(end - begin)
+        start = entries[-1][-1] if entries else start + 4
     return bytes(kept)
+
+
+def _entries(library: bytes, start: int) -> Iterator[tuple[int, int, int, int]]:
+    """(kind, architecture, begin and end of the code) of a fat binary's entries; none if it is something else."""
+    version, header, size = struct.unpack_from("<HHQ", library, start + 4)
+    at, end, found = start + header, start + header + size, []
+    if (version, header) != (1, 16) or end > len(library):
+        return
+    while at < end:
+        kind, _, header, size = struct.unpack_from("<HHIQ", library, at)
+        (architecture,) = struct.unpack_from("<I", library, at + 28)
+        if kind not in (_PTX, _MACHINE_CODE):
+            return
+        found.append((kind, architecture, at + header, at + header + size))
+        at += header + size
+    yield from found
 
 
 def fill(site: Path, pack: Pack, wheels: Iterable[Path]) -> None:
@@ -148,20 +186,24 @@ def fill(site: Path, pack: Pack, wheels: Iterable[Path]) -> None:
         (site / name).write_text(source.lstrip())
 
 
-def write(name: str, out: Path, cache: Path) -> None:
-    """The folder `out/name`."""
+def write(name: str, out: Path, cache: Path, part: int) -> None:
+    """The folder `out/name`, or several if it is larger than `part` MiB."""
     pack, folder = PACKS[name], out / name
-    shutil.rmtree(folder, ignore_errors=True)
+    for old in out.glob(f"{name}*"):
+        shutil.rmtree(old)
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as scratch:
         fill(Path(scratch), pack, fetch(pack.wheels, cache))
-        command = f"tar -C {scratch} -c . | xz -9 -T0 >{folder / 'site.tar.xz'}"
+        command = f"tar -C {scratch} -c . | xz -9 -T0 | split -d -b {part}M - {folder / 'site.tar.xz.'}"
         subprocess.run(["sh", "-c", command], check=True)
     paths = ":".join(f"$site/{path}".removesuffix("/.") for path in pack.paths)
-    (folder / "install.sh").write_text(
-        INSTALL + f'echo "export PYTHONPATH=\\"{paths}:\\$PYTHONPATH\\"" >>"$site/env.sh"\n'
-    )
-    print(f"{folder}: {sum(path.stat().st_size for path in folder.iterdir()) / 2**20:.1f} MiB")
+    exports = f'echo "export PYTHONPATH=\\"{paths}:\\$PYTHONPATH\\"" >>"$site/env.sh"\n'
+    (folder / "install.sh").write_text(INSTALL + exports)
+    for number, piece in enumerate(sorted(folder.glob("site.tar.xz.*"))[1:], start=2):
+        (out / f"{name}{number}").mkdir()
+        piece.rename(out / f"{name}{number}" / piece.name)
+    for made in sorted(out.glob(f"{name}*")):
+        print(f"{made}: {sum(path.stat().st_size for path in made.iterdir()) / 2**20:.1f} MiB")
 
 
 def main() -> None:
@@ -170,10 +212,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("dist/peers"))
     parser.add_argument("--only", nargs="+", choices=PACKS, default=list(PACKS), help="which packs")
     parser.add_argument("--wheels", type=Path, default=Path("dist/wheels"), help="where wheels are kept")
+    parser.add_argument("--part", type=int, default=55, help="most MiB of a folder (55)")
     options = parser.parse_args()
     options.wheels.mkdir(parents=True, exist_ok=True)
     for name in options.only:
-        write(name, options.out, options.wheels)
+        write(name, options.out, options.wheels, options.part)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Modules that stand in for those of vLLM which `fused_experts` imports but does not need: `benchmarks.pack_peers`."""
+"""Modules in place of those that the kernels of vLLM and FlashInfer import but do not need: `benchmarks.pack_peers`."""
 
 from __future__ import annotations
 
@@ -99,4 +99,36 @@ def moe_kernel_quantize_input(A, A_scale, quant_dtype, **options):
     return A, A_scale
 """,
 }
-"""Path in the pack: source. The kernels, their launches and the tables of tiles are vLLM's own files."""
+
+_CUTE = "flashinfer/fused_moe/cute_dsl"
+
+FLASHINFER = {
+    "flashinfer/__init__.py": '__version__ = "0.7.4"\n',
+    "flashinfer/cute_dsl/__init__.py": "",
+    "flashinfer/jit/__init__.py": "",
+    "flashinfer/fused_moe/__init__.py": "",
+    f"{_CUTE}/__init__.py": "",
+    "flashinfer/fi_trace.py": """
+def build_fi_trace_fn(*arguments, **options):
+    return None
+""",
+    "flashinfer/jit/moe_utils.py": """
+def gen_moe_utils_module():
+    raise NotImplementedError("not in this pack")
+""",
+    "flashinfer/utils.py": """
+import functools
+
+import torch
+
+
+@functools.cache
+def get_compute_capability(device):
+    return torch.cuda.get_device_capability(device.index)
+
+
+def check_shape_dtype_device(*arguments):
+    raise NotImplementedError("not in this pack")
+""",
+}
+"""Path in the pack: source. The kernels, their launches and the tables of tiles are the projects' own files."""

@@ -15,7 +15,7 @@ from benchmarks import check
 from tests import tiny
 
 FOLDER = tiny.ROOT / "benchmarks"
-HELPERS = {"browser", "synthetic"}
+HELPERS = {"browser", "peer_stubs", "synthetic"}
 """What benchmarks and tests share; not started themselves."""
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - HELPERS)
 ROWS = re.findall(

@@ -263,9 +263,7 @@ def test_a_peer_that_is_installed_computes_the_formula(
         pytest.param(300, 2, 1, 0.1, id="several tiles"),
     ],
 )
-def test_the_index_maps_of_flashinfer(
-    T: int, E: int, K: int, unused: float, rows: int, device: torch.device
-) -> None:
+def test_the_index_maps_of_flashinfer(T: int, E: int, K: int, unused: float, rows: int, device: torch.device) -> None:
     """Every used slot stands once, in the valid rows of a tile of its expert, and these come first."""
     from moe_lab.experts.peers.flashinfer_triton import index_maps
 

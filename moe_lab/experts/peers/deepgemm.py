@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lab.experts.base import Experts
 from moe_lab.experts.peers.peer import Peer
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale
 from moe_lab.marks import phase
@@ -46,21 +45,21 @@ class DeepGemm(Peer):
             slots = (routing.expert_ids_TK.contiguous(), routing.weights_TK.contiguous())
             return self._compute(x_TD.contiguous(), *slots, weights.w_gate_up_E2FD, weights.w_down_EDF, True)
 
-    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_up_E2FD: Tensor, w_down_EDF: Tensor) -> Tensor:
+    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
         """See `Peer`."""
-        return self._compute(x_TD, ids_TK, weights_TK, w_up_E2FD, w_down_EDF, False)
+        return self._compute(x_TD, ids_TK, weights_TK, up_E2FD, down_EDF, False)
 
     def _compute(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_up_E2FD: Tensor, w_down_EDF: Tensor, scales: bool
+        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor, scales: bool
     ) -> Tensor:
         from moe_lab.experts.peers import deepgemm_triton as around
 
         kernels = self.kernels()
-        E, D, F = w_down_EDF.shape
+        E, _, F = down_EDF.shape
         x_MD, expert_M, row_N = around.gather(x_TD, ids_TK, weights_TK, E, scales)
         u_MG = x_MD.new_empty(len(x_MD), 2 * F)
-        kernels.m_grouped_bf16_gemm_nt_contiguous(x_MD, w_up_E2FD, u_MG, expert_M)
+        kernels.m_grouped_bf16_gemm_nt_contiguous(x_MD, up_E2FD, u_MG, expert_M)
         h_MF = around.swiglu(u_MG, row_N)
         o_MD = x_MD  # its rows are not read again
-        kernels.m_grouped_bf16_gemm_nt_contiguous(h_MF, w_down_EDF, o_MD, expert_M)
+        kernels.m_grouped_bf16_gemm_nt_contiguous(h_MF, down_EDF, o_MD, expert_M)
         return around.combine(o_MD, row_N, weights_TK, scales)

@@ -11,7 +11,11 @@ weights, a copy that is kept as long as the weights are; this is not timed.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,21 +25,28 @@ from moe_lab.experts.peers.peer import Peer
 from moe_lab.experts.weights import ExpertWeights
 
 _FOLDER = "flashinfer.fused_moe.cute_dsl"
-DEFAULT = (128, (64, 1), (64, (1, 1), False))
-"""Rows of a tile; of the first product columns and swizzle; of the second columns, cluster and order of tiles."""
-TACTICS = (
-    DEFAULT,
-    (64, (128, 1), (128, (1, 2), False)),
-    (64, (256, 1), (256, (1, 2), False)),
-    (128, (128, 8), (128, (1, 2), False)),
-    (128, (192, 8), (256, (1, 2), False)),
-    (128, (256, 8), (256, (1, 2), False)),
-)
-"""Of the 288 that its tuner would try those that differ most; each is compiled in seconds."""
+
+
+class Tactic(NamedTuple):
+    """How the two products are cut into tiles of `rows` rows.
+
+    up: columns of a tile, and how many tiles of rows take turns. down: columns, cluster, whether rows come first.
+    """
+
+    rows: int
+    up: tuple[int, int]
+    down: tuple[int, tuple[int, int], bool]
+
+
+DEFAULT = Tactic(128, (64, 1), (64, (1, 1), False))
+ROWS = (64, 128)
+UP = tuple(product((256, 192, 128, 64), (1, 8)))
+DOWN = tuple(product((256, 128), ((1, 1), (1, 2)), (False, True)))
+"""What is tried: of FlashInfer's own list without swizzle 16 and without 64 columns in the second product."""
 
 
 class FlashInfer(Peer):
-    """tune: try `TACTICS` at the first call with a size, outside what is timed; else FlashInfer's default."""
+    """tune: try `UP` and `DOWN` at the first call with a size, outside what is timed; else FlashInfer's default."""
 
     distribution = "flashinfer-python"
     modules = (f"{_FOLDER}.sm90_contiguous_gather_grouped_gemm_act_fusion",)
@@ -47,74 +58,94 @@ class FlashInfer(Peer):
     def __init__(self, *, tune: bool):
         self.tune = tune
         self._laid_out: Any = WeakIdKeyDictionary()
-        self._chosen: dict[Any, Any] = {}
+        self._chosen: dict[Any, Tactic] = {}
 
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
         """See `Experts`: as `flashinfer-python 0.7.4 tuned, gate and up laid out anew`."""
-        tiles = f"best of {len(TACTICS)} tactics" if self.tune else "default tactic"
+        tiles = "tuned" if self.tune else "default tactic"
         return {"experts": f"{super().implementation(x_TD, weights)['experts']} {tiles}, gate and up laid out anew"}
 
-    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_up_E2FD: Tensor, w_down_EDF: Tensor) -> Tensor:
+    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
         """See `Peer`."""
-        if w_up_E2FD not in self._laid_out:
-            self._laid_out[w_up_E2FD] = self.kernels().interleave_up_gate_sm90(w_up_E2FD)
-        operands = (x_TD, ids_TK, weights_TK, self._laid_out[w_up_E2FD], w_down_EDF)
-        if not self.tune:
-            return self._run(DEFAULT, *operands)
-        size = (x_TD.dtype, *ids_TK.shape, *w_down_EDF.shape)
-        if size not in self._chosen:
-            self._chosen[size] = min(TACTICS, key=lambda tactic: self._milliseconds(tactic, operands))
-        return self._run(self._chosen[size], *operands)
+        if up_E2FD not in self._laid_out:
+            self._laid_out[up_E2FD] = self.kernels().interleave_up_gate_sm90(up_E2FD)
+        up_E2FD, tactic = self._laid_out[up_E2FD], DEFAULT
+        if self.tune:
+            size = (x_TD.dtype, *ids_TK.shape, *down_EDF.shape)
+            if size not in self._chosen:
+                self._chosen[size] = self._choose(x_TD, ids_TK, weights_TK, up_E2FD, down_EDF)
+            tactic = self._chosen[size]
+        maps, K = _index_maps(ids_TK, len(down_EDF), tactic.rows), ids_TK.shape[1]
+        h_MF = self._up(x_TD, up_E2FD, maps, K, tactic.rows, *tactic.up)
+        return self._down(h_MF, down_EDF, maps, weights_TK, tactic.rows, *tactic.down)
 
-    def _milliseconds(self, tactic: Any, operands: tuple[Tensor, ...]) -> float:
-        """The shortest of three calls after one that compiles; infinity if the kernels refuse the tactic."""
-        try:
-            self._run(tactic, *operands)
-        except ValueError:
-            return float("inf")
-        times = []
-        for _ in range(3):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            self._run(tactic, *operands)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end))
-        return min(times)
+    def _up(self, x_TD: Tensor, w_E2FD: Tensor, maps: Any, K: int, rows: int, columns: int, swizzle: int) -> Tensor:
+        kernel = self.kernels().sm90_contiguous_gather_grouped_gemm_act_fusion
+        shape, M = (rows, columns), len(maps[2])
+        result: Tensor = kernel(x_TD, w_E2FD, *maps, topk=K, permuted_m=M, tile_shape_mn=shape, swizzle_size=swizzle)
+        return result
 
-    def _run(
-        self, tactic: Any, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_up_E2FD: Tensor, w_down_EDF: Tensor
+    def _down(
+        self,
+        h_MF: Tensor,
+        w_EDF: Tensor,
+        maps: Any,
+        weights_TK: Tensor,
+        rows: int,
+        columns: int,
+        cluster: Any,
+        first: bool,
     ) -> Tensor:
-        from moe_lab.experts.peers.flashinfer_triton import index_maps
-
-        second: Any = importlib.import_module(f"{_FOLDER}.sm90_contiguous_grouped_gemm_finalize_fusion")
-        rows, (columns, swizzle), (down_columns, cluster, along_rows) = tactic
-        tile_expert, tile_limit, slot_M, n_tiles = index_maps(ids_TK, len(w_down_EDF), rows)
-        h_MF = self.kernels().sm90_contiguous_gather_grouped_gemm_act_fusion(
-            x_TD,
-            w_up_E2FD,
-            tile_expert,
-            tile_limit,
-            slot_M,
-            n_tiles,
-            topk=ids_TK.shape[1],
-            permuted_m=len(slot_M),
-            tile_shape_mn=(rows, columns),
-            swizzle_size=swizzle,
-        )
-        y_TD = torch.zeros_like(x_TD)
-        second.sm90_contiguous_grouped_gemm_finalize_fusion(
+        module: Any = importlib.import_module(f"{_FOLDER}.sm90_contiguous_grouped_gemm_finalize_fusion")
+        (T, K), D = weights_TK.shape, w_EDF.shape[1]
+        y_TD = h_MF.new_zeros(T, D)
+        module.sm90_contiguous_grouped_gemm_finalize_fusion(
             h_MF,
-            w_down_EDF,
-            tile_expert,
-            tile_limit,
-            slot_M,
-            n_tiles,
+            w_EDF,
+            *maps,
             weights_TK,
             y_TD,
-            topk=ids_TK.shape[1],
-            tile_shape_mn=(rows, down_columns),
+            topk=K,
+            tile_shape_mn=(rows, columns),
             cluster_shape_mn=cluster,
-            raster_along_m=along_rows,
+            raster_along_m=first,
         )
         return y_TD
+
+    def _choose(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_E2FD: Tensor, w_EDF: Tensor) -> Tactic:
+        """The rows, and for them the fastest of each product."""
+        found = []
+        for rows in ROWS:
+            maps, K = _index_maps(ids_TK, len(w_EDF), rows), ids_TK.shape[1]
+            up, up_ms = _fastest(partial(self._up, x_TD, w_E2FD, maps, K, rows), UP)
+            h_MF = self._up(x_TD, w_E2FD, maps, K, rows, *up)
+            down, down_ms = _fastest(partial(self._down, h_MF, w_EDF, maps, weights_TK, rows), DOWN)
+            found.append((up_ms + down_ms, Tactic(rows, up, down)))
+        return min(found)[1]
+
+
+def _index_maps(ids_TK: Tensor, E: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from moe_lab.experts.peers.flashinfer_triton import index_maps  # Triton is not there for every platform
+
+    return index_maps(ids_TK, E, rows)
+
+
+def _fastest(call: Callable[..., Tensor], candidates: Iterable[Any]) -> tuple[Any, float]:
+    """The candidate with the shortest of three calls, after one that compiles; what the kernels refuse is left out."""
+    times = {}
+    for candidate in candidates:
+        try:
+            call(*candidate)
+        except ValueError:
+            continue
+        times[candidate] = min(_milliseconds(partial(call, *candidate)) for _ in range(3))
+    return min(times.items(), key=lambda item: item[1]) if times else (None, math.inf)
+
+
+def _milliseconds(call: Callable[[], Tensor]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))

@@ -1,4 +1,4 @@
-"""The index maps of FlashInfer's kernels, in Triton: the slots sorted by expert in tiles of rows, each of one expert."""
+"""The index maps of FlashInfer's kernels, in Triton: the slots sorted by expert, in tiles that have one expert each."""
 
 from __future__ import annotations
 

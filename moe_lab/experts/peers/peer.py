@@ -34,7 +34,7 @@ class Peer(Experts):
     multiple = 16
     reads_unused = False
 
-    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_up_E2FD: Tensor, w_down_EDF: Tensor) -> Tensor:
+    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
         """[T, D], the weighted sum of each token's experts. T and K are at least 1; the ids are int32."""
         raise NotImplementedError(f"{type(self).__name__} must define compute")
 
@@ -50,7 +50,9 @@ class Peer(Experts):
         found, (major, minor) = torch.cuda.get_device_capability(device), self.capability
         if found < self.capability or (not self.newer and found[0] != major):
             at_least = f">= {major}.{minor}" if self.newer else f"{major}.x"
-            raise UnavailableError(f"needs a GPU with compute capability {at_least} (this one has {found[0]}.{found[1]})")
+            raise UnavailableError(
+                f"needs a GPU with compute capability {at_least} (this one has {found[0]}.{found[1]})"
+            )
 
     def kernels(self) -> Any:
         """The module with its functions.
@@ -58,20 +60,27 @@ class Peer(Experts):
         Raises:
             UnavailableError: it is not installed, or cannot be imported.
         """
+        errors = []
         for name in self.modules:
             try:
                 return importlib.import_module(name)
             except Exception as error:  # what a package raises where its own needs are not met is its own affair
-                first = error if name == self.modules[0] else first
-        raise UnavailableError(f"cannot import {self.modules[0]} ({first}); pip install {self.distribution}") from first
+                errors.append(error)
+        raise UnavailableError(
+            f"cannot import {self.modules[0]} ({errors[0]}); pip install {self.distribution}"
+        ) from errors[0]
 
     def require(self, dtype: torch.dtype, D: int, F: int) -> None:
         """Raise `UnavailableError` if it does not compute this dtype or these widths."""
         if dtype not in self.dtypes:
             names = " or ".join(str(known).removeprefix("torch.") for known in self.dtypes)
-            raise UnavailableError(f"{self.distribution} computes {names} only, not {str(dtype).removeprefix('torch.')}")
+            raise UnavailableError(
+                f"{self.distribution} computes {names} only, not {str(dtype).removeprefix('torch.')}"
+            )
         if D % self.multiple or F % self.multiple:
-            raise UnavailableError(f"{self.distribution} needs widths that are multiples of {self.multiple}, not {D}, {F}")
+            raise UnavailableError(
+                f"{self.distribution} needs widths that are multiples of {self.multiple}, not {D}, {F}"
+            )
 
     def version(self) -> str:
         """As installed."""

@@ -31,12 +31,12 @@ class Sonic(Peer):
         tiles = "tuned" if self.tune else "default tile"
         return {"experts": f"{super().implementation(x_TD, weights)['experts']} {tiles}"}
 
-    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_up_E2FD: Tensor, w_down_EDF: Tensor) -> Tensor:
+    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
         """See `Peer`."""
         sonic = self.kernels()
         quack: Any = importlib.import_module("quack.gemm_interface")
         gather: Any = importlib.import_module("sonicmoe.functional.reduction_over_k_gather")
-        (T, K), (E, D, F) = ids_TK.shape, w_down_EDF.shape
+        (T, K), (E, D, F) = ids_TK.shape, down_EDF.shape
         N, y_TD = T * K, torch.empty_like(x_TD)
         counts_E, offsets_E1 = ids_TK.new_empty(E), ids_TK.new_empty(E + 1)
         token_N, slot_N, row_N = ids_TK.new_empty(N), ids_TK.new_empty(N), ids_TK.new_empty(N)
@@ -44,7 +44,7 @@ class Sonic(Peer):
         h_NF, o_ND = x_TD.new_empty(N, F), x_TD.new_empty(N, D)
         quack.gemm_gated(
             x_TD,
-            w_up_E2FD.mT,
+            up_E2FD.mT,
             activation="swiglu",
             cu_seqlens_m=offsets_E1,
             A_idx=token_N,
@@ -53,7 +53,7 @@ class Sonic(Peer):
             concat_layout=("B",),
             tuned=self.tune,
         )
-        quack.gemm(h_NF, w_down_EDF.mT, out=o_ND, cu_seqlens_m=offsets_E1, tuned=self.tune)
+        quack.gemm(h_NF, down_EDF.mT, out=o_ND, cu_seqlens_m=offsets_E1, tuned=self.tune)
         summed = (o_ND, weights_TK.view(-1), y_TD, row_N, None, T, K, D, False)
         gather.token_gather_and_sum_varlen_K_triton(*summed)
         return y_TD

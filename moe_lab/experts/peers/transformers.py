@@ -1,7 +1,7 @@
 """experts=transformers: the experts of transformers' models, in each of its implementations (`experts.impl`).
 
-    grouped_mm  sorts the slots, then torch's grouped product    batched_mm  a copy of the matrices for every slot
-    deepgemm, sonicmoe  kernels that transformers fetches from the Hugging Face hub
+grouped_mm  sorts the slots, then torch's grouped product    batched_mm  a copy of the matrices for every slot
+deepgemm, sonicmoe  kernels that transformers fetches from the Hugging Face hub
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Transformers(Peer):
 
     distribution = "transformers"
     modules = ("transformers.integrations.moe",)
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     multiple = 1
 
     def __init__(self, *, impl: str):
@@ -61,10 +61,10 @@ class Transformers(Peer):
         """See `Experts`: as `transformers 5.17.0 grouped_mm`."""
         return {"experts": f"{super().implementation(x_TD, weights)['experts']} {self.impl}"}
 
-    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_up_E2FD: Tensor, w_down_EDF: Tensor) -> Tensor:
+    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
         """See `Peer`."""
         module = _stand_in(self.kernels())(SimpleNamespace(_experts_implementation=self.impl, hidden_act="silu"))
-        module.num_experts, module.gate_up_proj, module.down_proj = len(w_down_EDF), w_up_E2FD, w_down_EDF
+        module.num_experts, module.gate_up_proj, module.down_proj = len(down_EDF), up_E2FD, down_EDF
         result: Tensor = module.forward(x_TD, ids_TK, weights_TK)
         return result
 

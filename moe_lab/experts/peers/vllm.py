@@ -15,7 +15,7 @@ class Vllm(Peer):
     modules = ("vllm.model_executor.layers.fused_moe.fused_moe",)
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
 
-    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_up_E2FD: Tensor, w_down_EDF: Tensor) -> Tensor:
+    def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
         """See `Peer`."""
-        result: Tensor = self.kernels().fused_experts(x_TD, w_up_E2FD, w_down_EDF, weights_TK, ids_TK)
+        result: Tensor = self.kernels().fused_experts(x_TD, up_E2FD, down_EDF, weights_TK, ids_TK)
         return result
