@@ -109,6 +109,9 @@ FLASHINFER = {
     "flashinfer/fused_moe/__init__.py": "",
     f"{_CUTE}/__init__.py": "",
     "flashinfer/fi_trace.py": """
+_REGISTRY = {}
+
+
 def build_fi_trace_fn(*arguments, **options):
     return None
 """,

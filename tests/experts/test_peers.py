@@ -1,7 +1,7 @@
 """experts/peers: the kernels of other projects, where they are installed; what is around them everywhere.
 
-Of experts/peers/vllm.py, deepgemm.py and deepgemm_triton.py the packages are played by small ones, for the arguments:
-they check what the real ones rely on, and compute as the formula says. On a GPU the tests marked so run the real ones.
+vLLM and DeepGEMM are played by small packages, which check what the real ones rely on, and compute as the formula says.
+On a GPU the tests marked so run the real ones.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from moe_lab.experts.peers.transformers import Transformers
 from moe_lab.experts.peers.vllm import Vllm
 from moe_lab.routers.base import Routing
 from tests.experts.cases import CPU, SCALES, UNUSED, assert_near, formula, make_routing, make_weights, make_x
+from tests.ops.compiling import assert_compiles
 
 PEERS: dict[str, Callable[[], Peer]] = {
     "vllm": Vllm,
@@ -277,3 +278,29 @@ def test_the_index_maps_of_flashinfer(T: int, E: int, K: int, unused: float, row
         found += mine
     assert sorted(found) == [slot for slot, expert in enumerate(ids_N) if expert >= 0]
     assert tile_expert[: n_tiles[0]] == sorted(tile_expert[: n_tiles[0]])
+
+
+def launches() -> None:
+    """Every kernel around the peers' own, at the sizes of real layers and at odd ones."""
+    from moe_lab.experts.peers import deepgemm_triton, flashinfer_triton
+
+    for T, E, K, D, F in (
+        (37, 64, 8, 2048, 1024),
+        (1, 8, 2, 4096, 14336),
+        (300, 256, 8, 7168, 2048),
+        (5, 7, 1, 64, 64),
+    ):
+        ids_TK, weights_TK = torch.zeros(T, K, dtype=torch.int32), torch.zeros(T, K)
+        x_TD = torch.zeros(T, D, dtype=torch.bfloat16)
+        for scales in (False, True):
+            x_MD, _, row_N = deepgemm_triton.gather(x_TD, ids_TK, weights_TK, E, scales)
+            deepgemm_triton.combine(x_MD, row_N, weights_TK, scales)
+        deepgemm_triton.swiglu(x_TD.new_empty(len(x_MD), 2 * F), row_N)
+        flashinfer_triton.index_maps(ids_TK, E, 64)
+        flashinfer_triton.index_maps(ids_TK, E, 128)
+
+
+@pytest.mark.slow
+def test_the_kernels_around_them_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Which their interpreter does not ask."""
+    assert_compiles(launches, tmp_path)

@@ -437,6 +437,7 @@ CELL_IDS = {
     "decode": "8d0e1f6734d4",
     "demo": "8f0ed10fd707",
     "gate_kernels": "59e465fe766a",
+    "expert_kernels": "f8bffafc7487",
     "layer_load": "9eabd3df7df7",
     "router_comparison": "cfc74040a63b",
     "router_kernels": "9c578d0ee72d",
