@@ -259,6 +259,13 @@ class TunedExperts(Experts):
 
 
 @dataclass
+class DeepGemmExperts(Experts):
+    """experts=deepgemm."""
+
+    layout: str
+
+
+@dataclass
 class TransformersExperts(Experts):
     """experts=transformers."""
 
@@ -405,7 +412,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "xshare": SharedBudget,
         "capacity": Capacity,
     },
-    "experts": {"experts": Experts, "tuned": TunedExperts, "transformers": TransformersExperts},
+    "experts": {
+        "experts": Experts,
+        "tuned": TunedExperts,
+        "deepgemm": DeepGemmExperts,
+        "transformers": TransformersExperts,
+    },
     "workload": {"workload": Workload, "text": Text},
     "device": {"device": Device},
     "dtype": {"dtype": Dtype},

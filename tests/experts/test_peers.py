@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from moe_lab.errors import UnavailableError
-from moe_lab.experts.peers.deepgemm import DeepGemm
+from moe_lab.experts.peers.deepgemm import LAYOUTS, DeepGemm
 from moe_lab.experts.peers.flashinfer import FlashInfer
 from moe_lab.experts.peers.peer import Peer
 from moe_lab.experts.peers.sonic import Sonic
@@ -29,7 +29,8 @@ from tests.ops.compiling import assert_compiles
 
 PEERS: dict[str, Callable[[], Peer]] = {
     "vllm": Vllm,
-    "deepgemm": DeepGemm,
+    "deepgemm": lambda: DeepGemm(layout="ends"),
+    "deepgemm_rows": lambda: DeepGemm(layout="rows"),
     "sonic": lambda: Sonic(tune=False),
     "flashinfer": lambda: FlashInfer(tune=False),
     "grouped_mm": lambda: Transformers(impl="grouped_mm"),
@@ -72,14 +73,16 @@ def test_what_it_does_not_compute_is_refused(dtype: torch.dtype, D: int, F: int,
     """When asked what computes it, and when called."""
     weights, x_TD = make_weights(3, D, F, dtype), make_x(5, D, dtype)
     with pytest.raises(UnavailableError, match=f"^{message}$"):
-        DeepGemm().implementation(x_TD, weights)
+        DeepGemm(layout="ends").implementation(x_TD, weights)
     for scale in ("output", "input"):
         with pytest.raises(UnavailableError, match=f"^{message}$"):
-            DeepGemm()(x_TD, make_routing(5, 3, 2), weights, scale=scale)
+            DeepGemm(layout="ends")(x_TD, make_routing(5, 3, 2), weights, scale=scale)
 
 
-def test_a_wrong_implementation_of_transformers_is_a_mistake() -> None:
-    """All are named."""
+def test_a_wrong_key_is_a_mistake() -> None:
+    """All values are named."""
+    with pytest.raises(ValueError, match=r"^experts\.layout=psum: must be one of ends, rows\.$"):
+        DeepGemm(layout="psum")
     with pytest.raises(ValueError, match=r"^experts\.impl=eager: must be one of grouped_mm, batched_mm, deepgemm, son"):
         Transformers(impl="eager")
 
@@ -150,9 +153,18 @@ import torch
 
 __version__ = "9.9"
 
-def m_grouped_bf16_gemm_nt_contiguous(a, b, d, grouped_layout):
+def m_grouped_bf16_gemm_nt_contiguous(a, b, d, grouped_layout, use_psum_layout):
     assert a.dtype == b.dtype == d.dtype == torch.bfloat16 and grouped_layout.dtype == torch.int32
-    assert len(a) == len(d) == len(grouped_layout) and len(a) % 128 == 0
+    assert len(a) == len(d) and len(a) % 128 == 0
+    if use_psum_layout:
+        assert len(grouped_layout) == len(b)
+        begin = 0
+        for expert, end in enumerate(grouped_layout.tolist()):
+            assert begin <= end <= len(a)
+            d[begin:end] = (a[begin:end].float() @ b[expert].float().T).to(d.dtype)
+            begin = -(-end // 128) * 128
+        return
+    assert len(a) == len(grouped_layout)
     for start in range(0, len(a), 128):
         experts = set(grouped_layout[start : start + 128].tolist()) - {-1}
         assert len(experts) == (int(grouped_layout[start]) >= 0)  # rows that are used come first
@@ -161,33 +173,35 @@ def m_grouped_bf16_gemm_nt_contiguous(a, b, d, grouped_layout):
 """
 
 
-@UNUSED
-@SCALES
 @pytest.mark.parametrize(
-    ("T", "E", "K"),
+    ("T", "E", "K", "unused"),
     [
-        pytest.param(0, 5, 2, id="T=0"),
-        pytest.param(1, 7, 2, id="T=1"),
-        pytest.param(37, 12, 3, id="T=37"),
-        pytest.param(300, 2, 1, id="more than 128 rows"),
+        pytest.param(0, 5, 2, 0.0, id="T=0"),
+        pytest.param(1, 7, 2, 0.0, id="T=1"),
+        pytest.param(37, 12, 3, 0.4, id="some unused"),
+        pytest.param(9, 5, 2, 1.1, id="none used"),
+        pytest.param(150, 2, 1, 0.1, id="more than 128 rows"),
     ],
 )
+@pytest.mark.parametrize("layout", [pytest.param(layout, id=layout) for layout in LAYOUTS])
 def test_what_is_around_deepgemm(
-    install: Callable[[str, str], None], T: int, E: int, K: int, unused: float, scale: Any
+    install: Callable[[str, str], None], layout: str, T: int, E: int, K: int, unused: float
 ) -> None:
     """Its rows are padded, of one expert in each 128, and the sum is the formula's."""
     install("deep_gemm", DEEP_GEMM)
     dtype = torch.bfloat16
     weights, routing, x_TD = make_weights(E, 64, 128, dtype), make_routing(T, E, K, unused), make_x(T, 64, dtype)
     odd_TK = routing.weights_TK.masked_fill(routing.expert_ids_TK < 0, math.nan)
-    y_TD = DeepGemm()(x_TD, routing._replace(weights_TK=odd_TK), weights, scale=scale)
-    assert_near(y_TD, formula(x_TD, routing, weights, scale))
+    y_TD = DeepGemm(layout=layout)(x_TD, routing._replace(weights_TK=odd_TK), weights)
+    assert_near(y_TD, formula(x_TD, routing, weights))
 
 
 def test_deepgemm_says_which_copy_it_is(install: Callable[[str, str], None]) -> None:
     """Its own version."""
     install("deep_gemm", DEEP_GEMM)
-    said = DeepGemm().implementation(make_x(1, 64, torch.bfloat16), make_weights(2, 64, 64, torch.bfloat16))
+    said = DeepGemm(layout="ends").implementation(
+        make_x(1, 64, torch.bfloat16), make_weights(2, 64, 64, torch.bfloat16)
+    )
     assert said == {"experts": "deep-gemm 9.9"}
 
 
@@ -292,9 +306,9 @@ def launches() -> None:
     ):
         ids_TK, weights_TK = torch.zeros(T, K, dtype=torch.int32), torch.zeros(T, K)
         x_TD = torch.zeros(T, D, dtype=torch.bfloat16)
-        for scales in (False, True):
-            x_MD, _, row_N = deepgemm_triton.gather(x_TD, ids_TK, weights_TK, E, scales)
-            deepgemm_triton.combine(x_MD, row_N, weights_TK, scales)
+        for ends in (False, True):
+            x_MD, _, row_N = deepgemm_triton.gather(x_TD, ids_TK, E, ends=ends)
+        deepgemm_triton.combine(x_MD, row_N, weights_TK)
         deepgemm_triton.swiglu(x_TD.new_empty(len(x_MD), 2 * F), row_N)
         flashinfer_triton.index_maps(ids_TK, E, 64)
         flashinfer_triton.index_maps(ids_TK, E, 128)

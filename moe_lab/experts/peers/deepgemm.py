@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from moe_lab.experts.peers.peer import Peer
-from moe_lab.experts.weights import ExpertWeights, Scale, check_scale
-from moe_lab.marks import phase
-from moe_lab.routers.base import Routing
+
+LAYOUTS = ("ends", "rows")
 
 
 class DeepGemm(Peer):
-    """As a package of its own, or the copy inside vLLM. It compiles its kernels at the first call with a size."""
+    """As a package of its own, or the copy inside vLLM. It compiles its kernels at the first call with a size.
+
+    layout: how it is told whose the rows are. Without a look at the host there are as many rows as may be needed at
+    most. With `ends` (its psum layout) it computes those that are used, with `rows` all of them.
+    """
 
     distribution = "deep-gemm"
     modules = ("deep_gemm", "vllm.third_party.deep_gemm")
@@ -29,37 +32,26 @@ class DeepGemm(Peer):
     multiple = 64
     reads_unused = True
 
+    def __init__(self, *, layout: str):
+        if layout not in LAYOUTS:
+            raise ValueError(f"experts.layout={layout}: must be one of {', '.join(LAYOUTS)}.")
+        self.layout = layout
+
     def version(self) -> str:
         """Its own, and whose copy it is."""
         kernels: Any = self.kernels()
         copy_of = "" if kernels.__name__ == "deep_gemm" else f" (in vllm {metadata.version('vllm')})"
         return f"{kernels.__version__}{copy_of}"
 
-    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
-        """See `Experts`: our own gather scales the input."""
-        check_scale(scale)
-        self.require(x_TD.dtype, *weights.w_down_EDF.shape[1:])
-        if scale == "output" or not routing.expert_ids_TK.numel():
-            return super().__call__(x_TD, routing, weights)
-        with phase("dispatch+experts+combine"):
-            slots = (routing.expert_ids_TK.contiguous(), routing.weights_TK.contiguous())
-            return self._compute(x_TD.contiguous(), *slots, weights.w_gate_up_E2FD, weights.w_down_EDF, True)
-
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
         """See `Peer`."""
-        return self._compute(x_TD, ids_TK, weights_TK, up_E2FD, down_EDF, False)
+        from moe_lab.experts.peers import deepgemm_triton as around  # Triton is not there for every platform
 
-    def _compute(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor, scales: bool
-    ) -> Tensor:
-        from moe_lab.experts.peers import deepgemm_triton as around
-
-        kernels = self.kernels()
-        E, _, F = down_EDF.shape
-        x_MD, expert_M, row_N = around.gather(x_TD, ids_TK, weights_TK, E, scales)
-        u_MG = x_MD.new_empty(len(x_MD), 2 * F)
-        kernels.m_grouped_bf16_gemm_nt_contiguous(x_MD, up_E2FD, u_MG, expert_M)
+        kernels, ends = self.kernels(), self.layout == "ends"
+        x_MD, layout, row_N = around.gather(x_TD, ids_TK, len(down_EDF), ends=ends)
+        u_MG = x_MD.new_empty(len(x_MD), up_E2FD.shape[1])
+        kernels.m_grouped_bf16_gemm_nt_contiguous(x_MD, up_E2FD, u_MG, layout, use_psum_layout=ends)
         h_MF = around.swiglu(u_MG, row_N)
         o_MD = x_MD  # its rows are not read again
-        kernels.m_grouped_bf16_gemm_nt_contiguous(h_MF, down_EDF, o_MD, expert_M)
-        return around.combine(o_MD, row_N, weights_TK, scales)
+        kernels.m_grouped_bf16_gemm_nt_contiguous(h_MF, down_EDF, o_MD, layout, use_psum_layout=ends)
+        return around.combine(o_MD, row_N, weights_TK)

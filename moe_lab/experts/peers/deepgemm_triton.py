@@ -26,27 +26,33 @@ def _count_kernel(ids_ptr, counts_ptr, N, BLOCK_N: tl.constexpr, BLOCK_E: tl.con
 
 @triton.jit
 def _gather_kernel(
-    x_ptr, ids_ptr, weights_ptr, counts_ptr, taken_ptr, out_ptr, expert_ptr, row_ptr, K, E, D,
-    SCALES: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    x_ptr, ids_ptr, counts_ptr, taken_ptr, out_ptr, layout_ptr, row_ptr, N, K, E, D,
+    ENDS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One slot: draw its row, note it, and copy the token there."""
+    """One slot: draw its row, note it, and copy the token there. The first programs note the ends of the experts."""
     slot = tl.program_id(0)
+    e = tl.arange(0, BLOCK_E)
+    if ENDS:
+        if slot < E:
+            before = tl.load(counts_ptr + e, mask=e < slot, other=-1) + 1
+            begin = tl.sum((before + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT, axis=0)
+            tl.store(layout_ptr + slot, begin + tl.load(counts_ptr + slot) + 1)
+        if slot >= N:
+            return
     expert = tl.load(ids_ptr + slot)
     if expert < 0:
         tl.store(row_ptr + slot, -1)
         return
-    e = tl.arange(0, BLOCK_E)
     counts = tl.load(counts_ptr + e, mask=e < expert, other=-1) + 1
     padded = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     row = tl.sum(padded, axis=0) + tl.atomic_add(taken_ptr + expert, 1, sem="relaxed") + 1
     tl.store(row_ptr + slot, row)
-    tl.store(expert_ptr + row, expert)
+    if not ENDS:
+        tl.store(layout_ptr + row, expert)
     token = slot // K
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         x = tl.load(x_ptr + token.to(tl.int64) * D + d, mask=d < D, other=0.0)
-        if SCALES:
-            x = (x.to(tl.float32) * tl.load(weights_ptr + slot)).to(x.dtype)
         tl.store(out_ptr + row.to(tl.int64) * D + d, x, mask=d < D)
 
 
@@ -63,7 +69,7 @@ def _swiglu_kernel(u_ptr, row_ptr, h_ptr, F, BLOCK_F: tl.constexpr):
 
 
 @triton.jit
-def _combine_kernel(o_ptr, row_ptr, weights_ptr, y_ptr, K, D, SCALES: tl.constexpr, BLOCK_D: tl.constexpr):
+def _combine_kernel(o_ptr, row_ptr, weights_ptr, y_ptr, K, D, BLOCK_D: tl.constexpr):
     token = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     y = tl.zeros((BLOCK_D,), tl.float32)
@@ -71,30 +77,29 @@ def _combine_kernel(o_ptr, row_ptr, weights_ptr, y_ptr, K, D, SCALES: tl.constex
         row = tl.load(row_ptr + token * K + k).to(tl.int64)
         if row >= 0:
             o = tl.load(o_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-            if not SCALES:
-                o *= tl.load(weights_ptr + token * K + k)
-            y += o
+            y += o * tl.load(weights_ptr + token * K + k)
     tl.store(y_ptr + token.to(tl.int64) * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
-def gather(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, E: int, scales: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows [M, D], the expert of each row or -1 [M], the row of each slot or -1 [T * K]).
+def gather(x_TD: Tensor, ids_TK: Tensor, E: int, *, ends: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows [M, D], whose rows they are, the row of each slot or -1 [T * K]).
 
-    M is the most rows that may be needed. With `scales` a row is multiplied by its slot's weight.
+    M is the most rows that may be needed. Whose they are is told by the end of each expert's rows [E] with `ends`, else
+    by the expert of each row, -1 for none [M].
     """
     (T, K), D = ids_TK.shape, x_TD.shape[1]
     N = T * K
     M = (N + min(E, N) * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
-    noted = torch.full((M + 2 * E,), -1, dtype=torch.int32, device=x_TD.device)
-    expert_M, counts_E, taken_E = noted.split([M, E, E])
+    noted = torch.full(((E if ends else M) + 2 * E,), -1, dtype=torch.int32, device=x_TD.device)
+    layout, counts_E, taken_E = noted.split([E if ends else M, E, E])
     x_MD, row_N = x_TD.new_empty(M, D), ids_TK.new_empty(N)
     blocks = {"BLOCK_E": triton.next_power_of_2(E + 1)}
     _count_kernel[(triton.cdiv(N, 1024),)](ids_TK, counts_E, N, BLOCK_N=1024, **blocks)
-    _gather_kernel[(N,)](
-        x_TD, ids_TK, weights_TK, counts_E, taken_E, x_MD, expert_M, row_N, K, E, D, SCALES=scales,
+    _gather_kernel[(max(N, E) if ends else N,)](
+        x_TD, ids_TK, counts_E, taken_E, x_MD, layout, row_N, N, K, E, D, ENDS=ends,
         ALIGNMENT=ALIGNMENT, BLOCK_D=1024, **blocks,
     )  # fmt: skip
-    return x_MD, expert_M, row_N
+    return x_MD, layout, row_N
 
 
 def swiglu(u_MG: Tensor, row_N: Tensor) -> Tensor:
@@ -105,9 +110,9 @@ def swiglu(u_MG: Tensor, row_N: Tensor) -> Tensor:
     return h_MF
 
 
-def combine(o_MD: Tensor, row_N: Tensor, weights_TK: Tensor, scales: bool) -> Tensor:
-    """The sum of each token's slots, weighted unless the input was scaled; in fp32."""
+def combine(o_MD: Tensor, row_N: Tensor, weights_TK: Tensor) -> Tensor:
+    """The weighted sum of each token's slots, in fp32."""
     (T, K), D = weights_TK.shape, o_MD.shape[1]
     y_TD = o_MD.new_empty(T, D)
-    _combine_kernel[(T, triton.cdiv(D, 1024))](o_MD, row_N, weights_TK, y_TD, K, D, SCALES=scales, BLOCK_D=1024)
+    _combine_kernel[(T, triton.cdiv(D, 1024))](o_MD, row_N, weights_TK, y_TD, K, D, BLOCK_D=1024)
     return y_TD
