@@ -75,9 +75,10 @@ class FlashInfer(Peer):
             if size not in self._chosen:
                 self._chosen[size] = self._choose(x_TD, ids_TK, weights_TK, up_E2FD, down_EDF)
             tactic = self._chosen[size]
+        y_TD = torch.zeros_like(x_TD)  # here, so that the second product follows the first and may overlap its end
         maps, K = _index_maps(ids_TK, len(down_EDF), tactic.rows), ids_TK.shape[1]
         h_MF = self._up(x_TD, up_E2FD, maps, K, tactic.rows, *tactic.up)
-        return self._down(h_MF, down_EDF, maps, weights_TK, tactic.rows, *tactic.down)
+        return self._down(h_MF, down_EDF, maps, weights_TK, y_TD, tactic.rows, *tactic.down)
 
     def _up(self, x_TD: Tensor, w_E2FD: Tensor, maps: Any, K: int, rows: int, columns: int, swizzle: int) -> Tensor:
         kernel = self.kernels().sm90_contiguous_gather_grouped_gemm_act_fusion
@@ -91,21 +92,20 @@ class FlashInfer(Peer):
         w_EDF: Tensor,
         maps: Any,
         weights_TK: Tensor,
+        y_TD: Tensor,
         rows: int,
         columns: int,
         cluster: Any,
         first: bool,
     ) -> Tensor:
         module: Any = importlib.import_module(f"{_FOLDER}.sm90_contiguous_grouped_gemm_finalize_fusion")
-        (T, K), D = weights_TK.shape, w_EDF.shape[1]
-        y_TD = h_MF.new_zeros(T, D)
         module.sm90_contiguous_grouped_gemm_finalize_fusion(
             h_MF,
             w_EDF,
             *maps,
             weights_TK,
             y_TD,
-            topk=K,
+            topk=weights_TK.shape[1],
             tile_shape_mn=(rows, columns),
             cluster_shape_mn=cluster,
             raster_along_m=first,
@@ -114,12 +114,12 @@ class FlashInfer(Peer):
 
     def _choose(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_E2FD: Tensor, w_EDF: Tensor) -> Tactic:
         """The rows, and for them the fastest of each product."""
-        found = []
+        found, y_TD = [], torch.zeros_like(x_TD)
         for rows in ROWS:
             maps, K = _index_maps(ids_TK, len(w_EDF), rows), ids_TK.shape[1]
             up, up_ms = _fastest(partial(self._up, x_TD, w_E2FD, maps, K, rows), UP)
             h_MF = self._up(x_TD, w_E2FD, maps, K, rows, *up)
-            down, down_ms = _fastest(partial(self._down, h_MF, w_EDF, maps, weights_TK, rows), DOWN)
+            down, down_ms = _fastest(partial(self._down, h_MF, w_EDF, maps, weights_TK, y_TD, rows), DOWN)
             found.append((up_ms + down_ms, Tactic(rows, up, down)))
         return min(found)[1]
 
