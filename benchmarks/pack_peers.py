@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.peer_stubs import FLASHINFER, VLLM
+from benchmarks.peer_stubs import FLASHINFER, FROST, VLLM
 
 _FUSED_MOE = "vllm/model_executor/layers/fused_moe"
 _PTX, _MACHINE_CODE = 1, 2
@@ -101,6 +101,11 @@ PACKS = {
             f"{_CUTE}/hopper/*.py",
             f"{_CUTE}/common/*.py",
             f"{_CUTE}/moe_utils.py",
+            f"{FROST}/bf16/*.py",
+            f"{FROST}/nvfp4/fma_fc2.py",
+            f"{FROST}/activations.py",
+            f"{FROST}/fp4_weight.py",
+            "flashinfer/cute_dsl/fp4_common.py",
             "flashinfer/cute_dsl/utils.py",
             "flashinfer/cute_dsl/availability.py",
             "flashinfer/tllm_enums.py",

@@ -101,6 +101,7 @@ def moe_kernel_quantize_input(A, A_scale, quant_dtype, **options):
 }
 
 _CUTE = "flashinfer/fused_moe/cute_dsl"
+FROST = "flashinfer/fused_moe/backends/frost_low_latency/fma"
 
 FLASHINFER = {
     "flashinfer/__init__.py": '__version__ = "0.7.4"\n',
@@ -108,6 +109,15 @@ FLASHINFER = {
     "flashinfer/jit/__init__.py": "",
     "flashinfer/fused_moe/__init__.py": "",
     f"{_CUTE}/__init__.py": "",
+    "flashinfer/fused_moe/backends/__init__.py": "",
+    "flashinfer/fused_moe/backends/frost_low_latency/__init__.py": "",
+    f"{FROST}/__init__.py": "",
+    f"{FROST}/bf16/__init__.py": "",
+    f"{FROST}/nvfp4/__init__.py": "",
+    f"{FROST}/activation_config.py": """
+def lower_activation(activation):
+    raise NotImplementedError("not in this pack")
+""",
     "flashinfer/fi_trace.py": """
 _REGISTRY = {}
 

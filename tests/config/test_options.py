@@ -20,7 +20,7 @@ OPTIONS = [option for option in OPTIONS if not option.startswith("_") and option
 ROUTERS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
 EXPERTS = sorted(path.stem for path in (CONF / "experts").glob("*.yaml"))
 UNAVAILABLE = {("moe_layer", "hash")}
-PEERS_ON_A_GPU = ("deepgemm", "flashinfer", "sonic", "vllm")
+PEERS_ON_A_GPU = ("deepgemm", "flashinfer", "flashinfer_low", "sonic", "vllm")
 EIGHT = {"decoder_moe": "model.n_experts=8", "moe_layer": "model.shape.n_experts=8"}  # for routers with 8 groups
 
 

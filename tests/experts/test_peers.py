@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from moe_lab.errors import UnavailableError
+from moe_lab.experts.peers import tuning
 from moe_lab.experts.peers.deepgemm import LAYOUTS, DeepGemm
 from moe_lab.experts.peers.flashinfer import FlashInfer
+from moe_lab.experts.peers.flashinfer_low import FlashInferLow
 from moe_lab.experts.peers.peer import Peer
 from moe_lab.experts.peers.sonic import Sonic
 from moe_lab.experts.peers.transformers import Transformers
@@ -33,6 +35,9 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "deepgemm_rows": lambda: DeepGemm(layout="rows"),
     "sonic": lambda: Sonic(tune=False),
     "flashinfer": lambda: FlashInfer(tune=False),
+    "flashinfer_tuned": lambda: FlashInfer(tune=True),
+    "flashinfer_low": lambda: FlashInferLow(tune=False),
+    "flashinfer_low_tuned": lambda: FlashInferLow(tune=True),
     "grouped_mm": lambda: Transformers(impl="grouped_mm"),
     "batched_mm": lambda: Transformers(impl="batched_mm"),
     "hub_deepgemm": lambda: Transformers(impl="deepgemm"),
@@ -251,11 +256,12 @@ def test_a_peer_that_is_installed_computes_the_formula(
 ) -> None:
     """In bf16, on odd numbers of tokens, with unused slots and skewed loads."""
     experts = PEERS[name]()
+    weights, x_TD = make_weights(E, D, F, torch.bfloat16, device), make_x(T, D, torch.bfloat16, device)
     try:
         experts.compute_on(device)
+        experts.implementation(x_TD, weights)
     except UnavailableError as error:
         pytest.skip(str(error))
-    weights, x_TD = make_weights(E, D, F, torch.bfloat16, device), make_x(T, D, torch.bfloat16, device)
     routing = skewed(T, E, K, device) if load == "skewed" else make_routing(T, E, K, 0.3 * (load == "unused"), device)
     y_TD = experts(x_TD, routing, weights, scale=scale)
     assert y_TD.dtype == x_TD.dtype and y_TD.shape == x_TD.shape
@@ -318,3 +324,17 @@ def launches() -> None:
 def test_the_kernels_around_them_compile_for_a_gpu(tmp_path: Path) -> None:
     """Which their interpreter does not ask."""
     assert_compiles(launches, tmp_path)
+
+
+def test_the_fastest_is_what_took_the_least_time_and_was_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shortest of three calls counts; a candidate that the kernels refuse is left out."""
+    took = {(1, 1): [9.0, 9.0, 9.0], (2, 2): [8.0, 1.0, 8.0], (4, 4): [2.0, 2.0, 2.0]}
+
+    def call(*candidate: int) -> torch.Tensor:
+        if candidate == (8, 8):
+            raise ValueError("cannot implement")
+        return torch.tensor(candidate)
+
+    monkeypatch.setattr(tuning, "_milliseconds", lambda timed: took[tuple(timed().tolist())].pop())
+    assert tuning.fastest(call, [(8, 8), *took]) == ((2, 2), 1.0)
+    assert tuning.fastest(call, [(8, 8)]) == (None, math.inf)

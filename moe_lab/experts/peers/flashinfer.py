@@ -11,8 +11,6 @@ weights, a copy that is kept as long as the weights are; this is not timed.
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moe_lab.experts.peers.peer import Peer
+from moe_lab.experts.peers.tuning import fastest
 from moe_lab.experts.weights import ExpertWeights
 
 _FOLDER = "flashinfer.fused_moe.cute_dsl"
@@ -117,9 +116,9 @@ class FlashInfer(Peer):
         found, y_TD = [], torch.zeros_like(x_TD)
         for rows in ROWS:
             maps, K = _index_maps(ids_TK, len(w_EDF), rows), ids_TK.shape[1]
-            up, up_ms = _fastest(partial(self._up, x_TD, w_E2FD, maps, K, rows), UP)
+            up, up_ms = fastest(partial(self._up, x_TD, w_E2FD, maps, K, rows), UP)
             h_MF = self._up(x_TD, w_E2FD, maps, K, rows, *up)
-            down, down_ms = _fastest(partial(self._down, h_MF, w_EDF, maps, weights_TK, y_TD, rows), DOWN)
+            down, down_ms = fastest(partial(self._down, h_MF, w_EDF, maps, weights_TK, y_TD, rows), DOWN)
             found.append((up_ms + down_ms, Tactic(rows, up, down)))
         return min(found)[1]
 
@@ -128,24 +127,3 @@ def _index_maps(ids_TK: Tensor, E: int, rows: int) -> tuple[Tensor, Tensor, Tens
     from moe_lab.experts.peers.flashinfer_triton import index_maps  # Triton is not there for every platform
 
     return index_maps(ids_TK, E, rows)
-
-
-def _fastest(call: Callable[..., Tensor], candidates: Iterable[Any]) -> tuple[Any, float]:
-    """The candidate with the shortest of three calls, after one that compiles; what the kernels refuse is left out."""
-    times = {}
-    for candidate in candidates:
-        try:
-            call(*candidate)
-        except ValueError:
-            continue
-        times[candidate] = min(_milliseconds(partial(call, *candidate)) for _ in range(3))
-    return min(times.items(), key=lambda item: item[1]) if times else (None, math.inf)
-
-
-def _milliseconds(call: Callable[[], Tensor]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
