@@ -231,6 +231,25 @@ def test_transformers_says_its_version_and_implementation(impl: str) -> None:
     assert said == {"experts": f"transformers {transformers.__version__} {impl}"}
 
 
+@SCALES
+@pytest.mark.parametrize("unused", [pytest.param(0.0, id="all used"), pytest.param(0.4, id="some unused")])
+def test_a_compiled_pass_holds_a_peer_as_one_node(unused: float, scale: Any) -> None:
+    """Nothing of its Python is traced, and nothing breaks the graph."""
+    weights, routing, x_TD = make_weights(5, 16, 24), make_routing(9, 5, 2, unused), make_x(9, 16)
+    experts, targets = Transformers(impl="grouped_mm"), []
+    experts.compute_on(CPU)
+
+    def backend(graph: Any, example_inputs: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled = torch.compile(lambda x: experts(x, routing, weights, scale=scale), fullgraph=True, backend=backend)
+    with torch.inference_mode():
+        assert torch.equal(compiled(x_TD), experts(x_TD, routing, weights, scale=scale))
+    assert sum("peer_experts" in target for target in targets) == 1
+    assert not any("grouped_mm" in target for target in targets)
+
+
 def skewed(T: int, E: int, K: int, device: torch.device) -> Routing:
     """One expert takes every token; the other slots go to as few others as there are."""
     ids_TK = torch.arange(K, dtype=torch.int32, device=device).add(E - K).expand(T, K).contiguous()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -13,13 +16,14 @@ from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale
 from moe_lab.marks import phase
+from moe_lab.ops.library import register
 from moe_lab.routers.base import Routing
 
 
 class Peer(Experts):
     """Experts of another project. A subclass says what it is called and where, and defines `compute`.
 
-    distribution: its name for pip. module: what is imported, in the order of preference.
+    distribution: its name for pip. modules: what is imported, in the order of preference. name: given by `compute_on`.
     capability: of the GPU, at least (with `newer` false, exactly its major number).
     dtypes: what it computes. multiple: what D and F must be multiples of.
     reads_unused: whether `compute` takes ids of -1 as they are.
@@ -28,6 +32,7 @@ class Peer(Experts):
     graph_safe = True
     distribution: str
     modules: tuple[str, ...]
+    name: str
     capability: tuple[int, int] = (8, 0)
     newer = True
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
@@ -42,6 +47,8 @@ class Peer(Experts):
         """See `Experts`."""
         self.require_device(device)
         self.kernels()
+        self.name = f"{type(self).__name__} {id(self)}"
+        _DECIDED[self.name] = self
 
     def require_device(self, device: torch.device) -> None:
         """Raise `UnavailableError` if it has no kernels for this device."""
@@ -102,17 +109,38 @@ class Peer(Experts):
         (T, K), matrices = routing.expert_ids_TK.shape, (weights.w_gate_up_E2FD, weights.w_down_EDF)
         if T == 0 or K == 0:
             return torch.zeros_like(x_TD)
+        compute: Callable[..., Tensor] = self.compute
+        if torch.compiler.is_compiling():
+            compute = partial(torch.ops.moe_lab.peer_experts, self.name)
         with phase("dispatch+experts+combine"):
             if not self.reads_unused and not routing.is_full:
                 x_TD, routing = without_unused(x_TD, routing)
             ids_TK, weights_TK = routing.expert_ids_TK.contiguous(), routing.weights_TK.contiguous()
             if scale == "output":
-                return self.compute(x_TD.contiguous(), ids_TK, weights_TK, *matrices)
+                return compute(x_TD.contiguous(), ids_TK, weights_TK, *matrices)
             # Every slot becomes a token of its own, whose row is scaled.
             used_N1 = routing.expert_ids_TK.reshape(-1, 1) >= 0
             x_ND = x_TD.repeat_interleave(K, 0) * weights_TK.reshape(-1, 1).masked_fill(~used_N1, 0)
-            o_ND = self.compute(x_ND.to(x_TD.dtype), ids_TK.reshape(-1, 1), used_N1.float(), *matrices)
+            o_ND = compute(x_ND.to(x_TD.dtype), ids_TK.reshape(-1, 1), used_N1.float(), *matrices)
             return o_ND.view(T, K, -1).sum(1, dtype=torch.float32).to(x_TD.dtype)
+
+
+_DECIDED: WeakValueDictionary[str, Peer] = WeakValueDictionary()
+"""Those that may be called, by their names: an op takes no objects."""
+
+
+def _compute(peer: str, *operands: Tensor) -> Tensor:
+    return _DECIDED[peer].compute(*operands)
+
+
+def _fake(peer: str, x: Tensor, *others: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# What a compiled pass has in place of the peer's Python.
+register(
+    "peer_experts(str peer, Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor down) -> Tensor", _compute, _fake
+)
 
 
 def without_unused(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
