@@ -190,12 +190,22 @@ def m_grouped_bf16_gemm_nt_contiguous(a, b, d, grouped_layout, use_psum_layout):
 )
 @pytest.mark.parametrize("layout", [pytest.param(layout, id=layout) for layout in LAYOUTS])
 def test_what_is_around_deepgemm(
-    install: Callable[[str, str], None], layout: str, T: int, E: int, K: int, unused: float
+    install: Callable[[str, str], None],
+    layout: str,
+    T: int,
+    E: int,
+    K: int,
+    unused: float,
+    device: torch.device,
 ) -> None:
     """Its rows are padded, of one expert in each 128, and the sum is the formula's."""
     install("deep_gemm", DEEP_GEMM)
     dtype = torch.bfloat16
-    weights, routing, x_TD = make_weights(E, 64, 128, dtype), make_routing(T, E, K, unused), make_x(T, 64, dtype)
+    weights, routing, x_TD = (
+        make_weights(E, 64, 128, dtype, device),
+        make_routing(T, E, K, unused, device),
+        make_x(T, 64, dtype, device),
+    )
     odd_TK = routing.weights_TK.masked_fill(routing.expert_ids_TK < 0, math.nan)
     y_TD = DeepGemm(layout=layout)(x_TD, routing._replace(weights_TK=odd_TK), weights)
     assert_near(y_TD, formula(x_TD, routing, weights))
