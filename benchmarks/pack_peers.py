@@ -159,11 +159,13 @@ def only_sm_90(library: bytes) -> bytes:
 
 def _entries(library: bytes, start: int) -> Iterator[tuple[int, int, int, int]]:
     """(kind, architecture, begin and end of the code) of a fat binary's entries; none if it is something else."""
-    version, header, size = struct.unpack_from("<HHQ", library, start + 4)
+    version, header, size = struct.unpack_from("<HHQ", library[start : start + 16].ljust(16), 4)
     at, end, found = start + header, start + header + size, []
     if (version, header) != (1, 16) or end > len(library):
         return
     while at < end:
+        if end - at < 32:
+            return
         kind, _, header, size = struct.unpack_from("<HHIQ", library, at)
         (architecture,) = struct.unpack_from("<I", library, at + 28)
         if kind not in (_PTX, _MACHINE_CODE):
