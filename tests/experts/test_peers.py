@@ -300,7 +300,7 @@ def test_a_peer_that_is_installed_computes_the_formula(
             for rows in torch.arange(T, device=device).split(16)
         ]
     )
-    assert float((y_TD.double() - expected_TD).norm()) <= 1e-2 * float(expected_TD.norm())
+    assert float((y_TD.double() - expected_TD).norm()) <= 2e-2 * float(expected_TD.norm())
 
 
 @pytest.mark.parametrize("rows", [pytest.param(64, id="64 rows"), pytest.param(128, id="128 rows")])
