@@ -115,6 +115,7 @@ CHECKS: Mapping[str, Sequence[Quote]] = {
 LEFT_OUT = {
     "add_rms_norm": "needs a GPU",
     "checkpoint_load": "needs a GPU",
+    "pack_peers": "measures nothing",
     "router_verdicts": "needs a GPU",
     "routing_metrics": "its quotes are of a GPU",
     "sort_and_combine": "needs a GPU",

@@ -5,17 +5,18 @@ from __future__ import annotations
 import ast
 import json
 import re
+import struct
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import check
+from benchmarks import check, pack_peers
 from tests import tiny
 
 FOLDER = tiny.ROOT / "benchmarks"
-HELPERS = {"browser", "synthetic"}
+HELPERS = {"browser", "peer_stubs", "synthetic"}
 """What benchmarks and tests share; not started themselves."""
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - HELPERS)
 ROWS = re.findall(
@@ -133,3 +134,30 @@ def test_a_benchmark_that_is_not_checked_cannot_be_asked_for(monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["check", "--only", "agregate"])
     with pytest.raises(SystemExit, match="2"):
         check.main()
+
+
+def fat_binary(*entries: tuple[int, int, bytes]) -> bytes:
+    """Of (kind, architecture, code), as nvcc lays them out."""
+    body = b"".join(
+        struct.pack("<HHIQ12xI32x", kind, 0x101, 64, len(code), architecture) + code
+        for kind, architecture, code in entries
+    )
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(body)) + body
+
+
+def test_a_packed_library_keeps_the_code_of_one_gpu() -> None:
+    """Zeros in place of the others' and of PTX, in every fat binary; all else stays, and so does every length."""
+    before = b"head" + fat_binary((2, 80, b"a80"), (2, 90, b"a90"), (1, 90, b"ptx")) + b"between"
+    library = before + fat_binary((2, 120, b"b120"), (2, 90, b"b90")) + b"tail"
+    packed = pack_peers.only_sm_90(library)
+    expected = library
+    for code in (b"a80", b"ptx", b"b120"):
+        expected = expected.replace(code, bytes(len(code)))
+    assert packed == expected != library
+
+
+def test_what_only_looks_like_a_fat_binary_is_left_alone() -> None:
+    """Code that compares with the magic number has it too; or the lengths do not fit."""
+    magic = struct.pack("<I", 0xBA55ED50)
+    for library in (magic, magic + b"cmp" * 20, fat_binary((7, 80, b"code")), fat_binary((2, 80, b"code"))[:-1]):
+        assert pack_peers.only_sm_90(library) == library

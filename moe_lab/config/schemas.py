@@ -16,10 +16,12 @@ from hydra.core.config_store import ConfigStore
 
 DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
+TRANSFORMERS_EXPERTS = ("grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
 ROUTER_IMPLEMENTATIONS = (*IMPLEMENTATIONS, "cuda_ext", "vllm", "sglang", "transformers")
 LOADS = ("native", "balanced", "random", "zipf", "hot", "one_hot", "replay")
 PHASES = ("forward", "prefill", "decode")
 CACHES = ("natural", "cold", "hot")
+TIMED = ("layer", "experts")
 EXECUTIONS = ("eager", "compile", "cuda_graph")
 EXPORTS, VIEWS, OPSETS, AXES = ("none", "netron"), ("modules", "flat"), (18, 23), ("batch", "seq_len")
 STALE = ("rerun", "keep", "refuse")
@@ -33,7 +35,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "sweep.stale": STALE,
     "sweep.plotly": PLOTLY,
     "router.impl": ROUTER_IMPLEMENTATIONS,
+    "experts.impl": TRANSFORMERS_EXPERTS,
     "model.implementation": IMPLEMENTATIONS,
+    "model.timed": TIMED,
 }
 """The values of keys that have few: `checks` holds them to these, and a shell completes them."""
 GROUPS = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
@@ -104,6 +108,7 @@ class MoELayerModel(Model):
     """model=moe_layer: one MoE layer alone, T = batch * seq_len hidden states."""
 
     shape: Shape
+    timed: str
 
 
 @dataclass
@@ -247,6 +252,27 @@ class Experts:
 
 
 @dataclass
+class TunedExperts(Experts):
+    """experts=sonic and flashinfer: kernels with tiles to choose from."""
+
+    tune: bool
+
+
+@dataclass
+class DeepGemmExperts(Experts):
+    """experts=deepgemm."""
+
+    layout: str
+
+
+@dataclass
+class TransformersExperts(Experts):
+    """experts=transformers."""
+
+    impl: str
+
+
+@dataclass
 class Workload:
     """Which tokens come in, in which phase, and which load the experts get."""
 
@@ -386,7 +412,12 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "xshare": SharedBudget,
         "capacity": Capacity,
     },
-    "experts": {"experts": Experts},
+    "experts": {
+        "experts": Experts,
+        "tuned": TunedExperts,
+        "deepgemm": DeepGemmExperts,
+        "transformers": TransformersExperts,
+    },
     "workload": {"workload": Workload, "text": Text},
     "device": {"device": Device},
     "dtype": {"dtype": Dtype},

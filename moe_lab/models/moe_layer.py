@@ -72,6 +72,8 @@ class MoELayer(nn.Module):
     def compute(self, x_ND: Tensor, routing: Routing, experts: Experts | None = None) -> Tensor:
         """The experts' outputs [N, D], weighted and summed by row; by the layer's own unless `experts` are given."""
         scale: Scale = "input" if self.router.scales_input else "output"
+        if self.router.static_k:
+            routing = routing._replace(is_full=True)
         return (experts or self.experts)(x_ND, routing, self.weights, scale=scale)
 
     def use_reference(self) -> None:

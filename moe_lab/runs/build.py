@@ -29,6 +29,7 @@ from moe_lab.records.identity import digest, option_name
 from moe_lab.routers.base import Router, Routing, gate_logits
 from moe_lab.routers.soft import SoftMoE
 from moe_lab.runs.memory_estimate import require_memory
+from moe_lab.workloads.forced import forces
 
 CHECKPOINT, NATIVE = "moe_lab.models.checkpoint.Checkpoint", "moe_lab.routers.native.native"
 
@@ -352,10 +353,13 @@ def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
                 f"router={router} mixes all tokens of a sequence, but a decode step has one; use "
                 "workload.phase=forward or prefill, or another router"
             )
-        if load != "native" and isinstance(layer, SoftMoELayer):
+        if forces(cfg) and isinstance(layer, SoftMoELayer):
+            key, remedy = (f"workload.load={load}", "workload.load=native")
+            if load == "native":
+                key, remedy = "model.timed=experts", "model.timed=layer"
             raise UnavailableError(
-                f"workload.load={load} cannot be used with router={router}, where every token uses every expert; use "
-                "workload.load=native or another router"
+                f"{key} cannot be used with router={router}, where every token uses every expert; use "
+                f"{remedy} or another router"
             )
         if load != "native" and not layer.router.static_k:
             undeclared = "which does not declare static_k (the same number of experts for every token); declare it, or "

@@ -152,9 +152,11 @@ class Observer:
         if not moe_layers(built.model):
             return None
         if built.forced is not None:
+            key, remedy = f"workload.load={self.cfg.workload.load}", "workload.load=native"
+            if self.cfg.workload.load == "native":
+                key, remedy = "model.timed=experts", "model.timed=layer"
             self.warnings.append(
-                f"measure.reference_router: with workload.load={self.cfg.workload.load} no router runs, so there are "
-                "no routes to compare; use workload.load=native."
+                f"measure.reference_router: with {key} no router runs, so there are no routes to compare; use {remedy}."
             )
             return None
         begun = time.perf_counter()

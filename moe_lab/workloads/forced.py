@@ -16,17 +16,23 @@ from moe_lab.routers.base import Routing
 from moe_lab.workloads import loads
 
 
+def forces(cfg: DictConfig) -> bool:
+    """Whether a routing that is known beforehand is computed, and no router runs."""
+    return bool(cfg.workload.get("load", "native") != "native" or cfg.model.get("timed") == "experts")
+
+
 @torch.inference_mode()
 def force_load(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[Routing, ...] | None:
-    """The routing of each layer that gives the experts the load of `cfg.workload.load`; None for `native`.
+    """The routing of each layer that gives the experts the load of `cfg.workload.load`; None if the router runs.
 
-    Its weights are those of the native pass of `model`, which may be a phase of serving it (`build_task`).
+    Its weights are those of the native pass of `model`, which may be a phase of serving it (`build_task`). With
+    `model.timed=experts` the load `native` is that of this pass; the slots are not sorted yet.
     """
     load = cfg.workload.get("load", "native")
     layers = moe_layers(model)
-    if load == "native" or not layers:
+    if not layers or not forces(cfg):
         return None
-    keys, routings = _load_keys(cfg), model(x).routings
+    keys, routings = _load_keys(cfg), [Routing(*routing[:2]) for routing in model(x).routings]
     if load == "replay":
         recorded = _trace(cfg.workload.trace, cfg.workload.get("trace_layer"), len(layers))
         return tuple(

@@ -1,0 +1,118 @@
+"""The Triton kernels around DeepGEMM's products: sort and gather into padded rows, SwiGLU, and the sum of the slots.
+
+The place of a slot among those of its expert is drawn by an atomic counter, so it changes from call to call. The result
+does not: a row is computed alone, and the slots of a token are summed in their order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ALIGNMENT = 128  # of the rows of an expert, for DeepGEMM on Hopper
+
+
+@triton.jit
+def _count_kernel(ids_ptr, counts_ptr, N, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Add the slots of a block to the counts, which begin at -1; the last bin takes unused slots."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ids = tl.load(ids_ptr + n, mask=n < N, other=-1)
+    bins = tl.histogram(tl.where(ids < 0, BLOCK_E - 1, ids), BLOCK_E)
+    e = tl.arange(0, BLOCK_E)
+    tl.atomic_add(counts_ptr + e, bins, mask=(e < BLOCK_E - 1) & (bins > 0), sem="relaxed")
+
+
+@triton.jit
+def _gather_kernel(
+    x_ptr, ids_ptr, counts_ptr, taken_ptr, out_ptr, layout_ptr, row_ptr, N, K, E, D,
+    ENDS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One slot: draw its row, note it, and copy the token there. The first programs note the ends of the experts."""
+    slot = tl.program_id(0)
+    e = tl.arange(0, BLOCK_E)
+    if ENDS:
+        if slot < E:
+            before = tl.load(counts_ptr + e, mask=e < slot, other=-1) + 1
+            begin = tl.sum((before + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT, axis=0)
+            tl.store(layout_ptr + slot, begin + tl.load(counts_ptr + slot) + 1)
+        if slot >= N:
+            return
+    expert = tl.load(ids_ptr + slot)
+    if expert < 0:
+        tl.store(row_ptr + slot, -1)
+        return
+    counts = tl.load(counts_ptr + e, mask=e < expert, other=-1) + 1
+    padded = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    row = tl.sum(padded, axis=0) + tl.atomic_add(taken_ptr + expert, 1, sem="relaxed") + 1
+    tl.store(row_ptr + slot, row)
+    if not ENDS:
+        tl.store(layout_ptr + row, expert)
+    token = slot // K
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + token.to(tl.int64) * D + d, mask=d < D, other=0.0)
+        tl.store(out_ptr + row.to(tl.int64) * D + d, x, mask=d < D)
+
+
+@triton.jit
+def _swiglu_kernel(u_ptr, row_ptr, h_ptr, F, BLOCK_F: tl.constexpr):
+    row = tl.load(row_ptr + tl.program_id(0)).to(tl.int64)
+    if row < 0:
+        return
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    gate = tl.load(u_ptr + row * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
+    up = tl.load(u_ptr + row * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
+    h = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(h_ptr + row * F + f, h.to(h_ptr.dtype.element_ty), mask=f < F)
+
+
+@triton.jit
+def _combine_kernel(o_ptr, row_ptr, weights_ptr, y_ptr, K, D, BLOCK_D: tl.constexpr):
+    token = tl.program_id(0)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    y = tl.zeros((BLOCK_D,), tl.float32)
+    for k in range(K):
+        row = tl.load(row_ptr + token * K + k).to(tl.int64)
+        if row >= 0:
+            o = tl.load(o_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+            y += o * tl.load(weights_ptr + token * K + k)
+    tl.store(y_ptr + token.to(tl.int64) * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
+
+
+def gather(x_TD: Tensor, ids_TK: Tensor, E: int, *, ends: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows [M, D], whose rows they are, the row of each slot or -1 [T * K]).
+
+    M is the most rows that may be needed. Whose they are is told by the end of each expert's rows [E] with `ends`, else
+    by the expert of each row, -1 for none [M].
+    """
+    (T, K), D = ids_TK.shape, x_TD.shape[1]
+    N = T * K
+    M = (N + min(E, N) * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
+    noted = torch.full(((E if ends else M) + 2 * E,), -1, dtype=torch.int32, device=x_TD.device)
+    layout, counts_E, taken_E = noted.split([E if ends else M, E, E])
+    x_MD, row_N = x_TD.new_empty(M, D), ids_TK.new_empty(N)
+    blocks = {"BLOCK_E": triton.next_power_of_2(E + 1)}
+    _count_kernel[(triton.cdiv(N, 1024),)](ids_TK, counts_E, N, BLOCK_N=1024, **blocks)
+    _gather_kernel[(max(N, E) if ends else N,)](
+        x_TD, ids_TK, counts_E, taken_E, x_MD, layout, row_N, N, K, E, D, ENDS=ends,
+        ALIGNMENT=ALIGNMENT, BLOCK_D=1024, **blocks,
+    )  # fmt: skip
+    return x_MD, layout, row_N
+
+
+def swiglu(u_MG: Tensor, row_N: Tensor) -> Tensor:
+    """silu(gate) * up of the rows that are used, [M, F]; the others are left as they are in memory."""
+    M, F = len(u_MG), u_MG.shape[1] // 2
+    h_MF = u_MG.new_empty(M, F)
+    _swiglu_kernel[(len(row_N), triton.cdiv(F, 1024))](u_MG, row_N, h_MF, F, BLOCK_F=1024)
+    return h_MF
+
+
+def combine(o_MD: Tensor, row_N: Tensor, weights_TK: Tensor) -> Tensor:
+    """The weighted sum of each token's slots, in fp32."""
+    (T, K), D = weights_TK.shape, o_MD.shape[1]
+    y_TD = o_MD.new_empty(T, D)
+    _combine_kernel[(T, triton.cdiv(D, 1024))](o_MD, row_N, weights_TK, y_TD, K, D, BLOCK_D=1024)
+    return y_TD
