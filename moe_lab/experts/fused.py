@@ -1,0 +1,99 @@
+"""experts=fused: the extension's kernels for Hopper, with gather, activation and sum in or beside two products."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from moe_lab.experts.base import Experts
+from moe_lab.experts.table import Shape
+from moe_lab.experts.tiles import Tiles, tiles_for
+from moe_lab.experts.weights import ExpertWeights, Scale, check_scale
+from moe_lab.marks import phase
+from moe_lab.ops import extension, fused_experts
+from moe_lab.ops.library import DTYPES
+from moe_lab.routers.base import Routing
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def _look_up(device_name: str, multiprocessors: int, dtype: str, T: int, shape: Shape) -> Tiles:
+    return tiles_for(device_name, multiprocessors, dtype, T, *shape)
+
+
+_tiles_for: Callable[[str, int, str, int, Shape], Tiles] = torch.compiler.assume_constant_result(_look_up)
+"""Which torch.compile does not look into: there the shape is fixed."""
+
+
+class Fused(Experts):
+    """Nothing is read on the host, and the weights are read as they are."""
+
+    graph_safe = True
+
+    def __init__(self, tiles: Tiles | None = None) -> None:
+        """`tiles` are taken for every input; None: by its shape, from what was measured (tiles.py)."""
+        self.tiles = tiles
+        self.device_name, self.multiprocessors = "", 0
+        self.shape: Shape | None = None
+        """Of the layer; None as long as this is of no layer."""
+
+    def for_layer(self, weights: ExpertWeights, top_k: int) -> Self:
+        """See `Experts`."""
+        mine = copy.copy(self)
+        E, D, F = weights.w_down_EDF.shape
+        mine.shape = Shape(E, top_k, D, F)
+        return mine
+
+    def compute_on(self, device: torch.device, *, load: bool = True) -> None:
+        """See `Experts`."""
+        fused_experts.require(device)
+        if load:
+            extension.load()
+        properties = torch.cuda.get_device_properties(device)
+        self.device_name, self.multiprocessors = properties.name, properties.multi_processor_count
+
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
+        """See `Experts`.
+
+        Raises:
+            UnavailableError: another dtype, or widths that the kernels do not take.
+        """
+        check_scale(scale)
+        top_k = routing.expert_ids_TK.shape[1]
+        layer = self if self.shape is not None else self.for_layer(weights, top_k)
+        layer._require(x_TD)
+        with phase("dispatch+experts+combine"):
+            return fused_experts.fused_experts(
+                x_TD, routing.expert_ids_TK, routing.weights_TK, weights.w_gate_up_E2FD, weights.w_down_EDF,
+                layer._tiles(x_TD, top_k), dispatch=routing.dispatch, scales_input=scale == "input",
+            )  # fmt: skip
+
+    def reads_dispatch(self, x_TD: Tensor) -> bool:
+        """See `Experts`: few slots are sorted by the kernels."""
+        if self.shape is None:
+            return True
+        n_slots = len(x_TD) * self.shape.K
+        return fused_experts.reads_dispatch(self._tiles(x_TD, self.shape.K), n_slots, self.shape.E)
+
+    def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
+        """See `Experts`: `fused` and its tiles."""
+        assert self.shape is not None, "for_layer tells the shape"
+        self._require(x_TD)
+        tiles = self._tiles(x_TD, self.shape.K)
+        return {"experts": "fused", "tiles": "-".join(map(str, tiles))}
+
+    def _require(self, x_TD: Tensor) -> None:
+        assert self.shape is not None
+        fused_experts.require_computable(x_TD.dtype, self.shape.E, self.shape.D, self.shape.F)
+
+    def _tiles(self, x_TD: Tensor, top_k: int) -> Tiles:
+        """The number of slots decides, so K may differ from the layer's (in a layer of other rows)."""
+        if self.tiles is not None:
+            return self.tiles
+        assert self.shape is not None
+        shape = self.shape._replace(K=top_k)
+        return _tiles_for(self.device_name, self.multiprocessors, _NAMES[x_TD.dtype], len(x_TD), shape)
