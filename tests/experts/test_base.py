@@ -30,6 +30,7 @@ def test_a_class_that_declares_nothing_is_not_taken_for_safe() -> None:
     experts, x_TD, weights = Halved(), make_x(37, 9), make_weights(5, 9, 7)
     assert not experts.graph_safe and not experts.reads_dispatch(x_TD)
     assert experts.implementation(x_TD, weights) == {"experts": "halved"}
+    assert experts.for_layer(weights, 2) is experts.chosen(x_TD) is experts
     with pytest.raises(NotImplementedError, match="Experts must define __call__"):
         Experts()(x_TD, make_routing(37, 5, 2), weights)
 
