@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts
+from moe_lab.experts.fused import Fused
 from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.table import Shape, fastest
 from moe_lab.experts.weights import ExpertWeights, Scale
@@ -24,7 +25,7 @@ from moe_lab.ops.extension import BuildError
 from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import Routing
 
-FASTEST_FIRST: Mapping[str, Callable[[], Experts]] = {"grouped": Grouped}
+FASTEST_FIRST: Mapping[str, Callable[[], Experts]] = {"fused": Fused, "grouped": Grouped}
 """Who may be chosen. The last can always compute."""
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -64,6 +65,7 @@ class Auto(Experts):
         mine = copy.copy(self)
         E, D, F = weights.w_down_EDF.shape
         mine.shape = Shape(E, top_k, D, F)
+        mine.usable = {name: experts.for_layer(weights, top_k) for name, experts in self.usable.items()}
         return mine
 
     def compute_on(self, device: torch.device, *, load: bool = True) -> None:
@@ -78,6 +80,8 @@ class Auto(Experts):
             except UnavailableError:
                 pass
             else:
+                if isinstance(experts, Fused):
+                    experts.shape = self.shape
                 self.usable[name] = experts
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 

@@ -20,8 +20,10 @@ from typing import NamedTuple
 
 from moe_lab.experts.table import Shape, neighbours
 
-ROWS, TOKENS, PIECES = (256, 128), (16, 64, 128, 192), (1, 2, 4, 8)
-"""What the kernels offer. The first of equally fast choices is taken."""
+TOKENS = {256: (32, 64, 96, 128, 160, 192), 128: (16, 32, 48, 64)}
+"""What the kernels offer: rows of a tile, and its tokens. The first of equally fast choices is taken."""
+PIECES = (1, 2, 4, 8)
+"""Of the sum over F, where a tile of down has 128 rows."""
 
 DEPTH = 64  # of the sum, in one step of the kernels' loop; a piece of it has at least one
 
@@ -106,8 +108,9 @@ def gpu_of(device_name: str, multiprocessors: int) -> Gpu:
 def candidates(F: int) -> list[Tiles]:
     """All tiles that the kernels offer where no piece of the sum over F is empty."""
     steps = ceil(F / DEPTH)
-    pieces = [n for n in PIECES if (n - 1) * ceil(steps / n) < steps]
-    return [Tiles(*choice) for choice in product(ROWS, TOKENS, ROWS, TOKENS, pieces)]
+    ups = [(rows, tokens) for rows, widths in TOKENS.items() for tokens in widths]
+    pieces = {256: [1], 128: [n for n in PIECES if (n - 1) * ceil(steps / n) < steps]}
+    return [Tiles(*up, *down, n) for up, down in product(ups, ups) for n in pieces[down[0]]]
 
 
 def ranked(gpu: Gpu, shape: Shape, T: int, tiles: Iterable[Tiles]) -> list[Tiles]:
