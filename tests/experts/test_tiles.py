@@ -224,3 +224,10 @@ def test_few_slots_are_sorted_by_those_who_multiply() -> None:
     """At 512 slots tiles of 256 rows need one kernel more; at 513 all do."""
     few, many = (times(Shape(8, 1, 64, 64), T, (128, 64, 128, 64, 1), (128, 64, 256, 64, 1)) for T in (512, 513))
     assert few[1] - few[0] == pytest.approx(many[1] - many[0] + H200.sort_s, abs=1e-7)
+
+
+def test_a_block_beside_others_draws_its_part_alone() -> None:
+    """66 tiles of 128 rows take as long as 132, for half of the blocks stay away; 66 of 256 rows do not."""
+    narrow = [module._up_s(H200, Shape(1, 1, 16384, 64 * number), 1, 128, 16) for number in (66, 132)]
+    wide = [module._up_s(H200, Shape(1, 1, 16384, 128 * number), 1, 256, 64) for number in (66, 132)]
+    assert narrow[1] < 1.1 * narrow[0] and wide[1] > 1.5 * wide[0]
