@@ -26,7 +26,7 @@ struct TileShape {
   static constexpr int kRows = 128 * GROUPS;
   static constexpr int kThreads = 128 * (GROUPS + 1);
   static constexpr int kBlocksPerSm = GROUPS == 1 ? 2 : 1;
-  static constexpr int kRegisters = GROUPS == 1 ? 208 : 232;  // of a thread that multiplies; the others have 40
+  static constexpr int kRegisters = GROUPS == 1 ? 200 : 224;  // of a thread that multiplies; the others have 56
   static constexpr int kWeightBytes = kRows * kRowBytes;
 
   static __host__ __device__ constexpr int stage_bytes(int tokens) { return kWeightBytes + tokens * kRowBytes; }
@@ -118,13 +118,24 @@ struct Depth {
       : begin(tile.piece * a.piece_depth), end(min(begin + a.piece_depth, a.depth)) {}
 };
 
+// Waits for the stages of the next `together` steps, as far as the tile has them, and asks for their weights at once:
+// memory is quicker with so many neighbouring bytes of a row than with 128 at a time.
 template <class Shape, bool UP>
-__device__ __forceinline__ void load_weights(const Ring& ring, const CUtensorMap* weights, const Tile& tile, int k,
-                                             uint64_t policy) {
-  if constexpr (UP) {  // the gate rows, and the up rows of the same features
-    load_tile(ring.at(), weights, ring.full(ring.stage), policy, k, tile.row_tile * (Shape::kRows / 2), 0, tile.expert);
-  } else {
-    load_tile(ring.at(), weights, ring.full(ring.stage), policy, k, tile.row_tile * Shape::kRows, tile.expert);
+__device__ __forceinline__ void load_weights(Ring ring, const CUtensorMap* weights, const Tile& tile, int k, int k_end,
+                                             int bytes_of_stage, const MatmulArguments& a) {
+  const Ring first = ring;
+  for (int i = 0, at = k; i < a.together && at < k_end; ++i, at += kDepth, ring.advance()) {
+    ring.empty(ring.stage).wait(ring.parity);
+  }
+  ring = first;
+  for (int i = 0, at = k; i < a.together && at < k_end; ++i, at += kDepth, ring.advance()) {
+    const Barrier full = ring.full(ring.stage);
+    full.arrive_and_expect(bytes_of_stage);
+    if constexpr (UP) {  // the gate rows, and the up rows of the same features
+      load_tile(ring.at(), weights, full, at, tile.row_tile * (Shape::kRows / 2), 0, tile.expert);
+    } else {
+      load_tile(ring.at(), weights, full, at, tile.row_tile * Shape::kRows, tile.expert);
+    }
   }
 }
 
@@ -147,13 +158,12 @@ __device__ __forceinline__ void fill_by_gathering(Ring ring, Schedule schedule, 
       const int source = row + 16 * i < tile.tokens ? perm[tile.first + row + 16 * i] / a.slots_per_row : 0;
       rows[i] = static_cast<uint32_t>(source) * static_cast<uint32_t>(a.depth / 8) + chunk;
     }
-    for (int k = 0; k < a.depth; k += kDepth) {
+    for (int k = 0, step = 0; k < a.depth; k += kDepth, ++step) {
       const uint32_t tokens_at = ring.at() + Shape::kWeightBytes;
-      ring.empty(ring.stage).wait(ring.parity);
-      if (thread == 0) {
-        ring.full(ring.stage).arrive_and_expect(Shape::kWeightBytes);
-        load_weights<Shape, true>(ring, weights, tile, k, a.policy);
+      if (thread == 0 && step % a.together == 0) {
+        load_weights<Shape, true>(ring, weights, tile, k, a.depth, Shape::kWeightBytes, a);
       }
+      ring.empty(ring.stage).wait(ring.parity);
       const int bytes = k + chunk * 8 < a.depth ? 16 : 0;  // elements past the end are zeros: 0 * NaN is NaN
 #pragma unroll
       for (int i = 0; i < Shape::kTokens / 16; ++i) {
@@ -179,7 +189,7 @@ __device__ __forceinline__ void fill_by_tiles(Ring ring, Schedule schedule, int 
   const auto load_tokens = [&](const Tile& tile, int k, int stage) {
     const uint32_t at = ring.stages + stage * ring.stage_bytes + Shape::kWeightBytes;
     for (int i = 0; i < tile.tokens; i += a.box) {
-      load_tile(at + i * kRowBytes, tokens, ring.full(stage), kEvictNormal, k, tile.first + i);
+      load_tile(at + i * kRowBytes, tokens, ring.full(stage), k, tile.first + i);
     }
   };
   // `down`: the weights of the first stages do not wait for the kernel before, which writes the tokens.
@@ -200,11 +210,12 @@ __device__ __forceinline__ void fill_by_tiles(Ring ring, Schedule schedule, int 
     const Tile tile = schedule.at(number, a);
     const Depth depth(tile, a);
     const int boxes = (tile.tokens + a.box - 1) / a.box;
-    for (int k = depth.begin; k < depth.end; k += kDepth) {
-      if (waits && steps == ring.count) begin_tokens(steps);
-      ring.empty(ring.stage).wait(ring.parity);
-      ring.full(ring.stage).arrive_and_expect(Shape::kWeightBytes + boxes * a.box * kRowBytes);
-      load_weights<Shape, UP>(ring, weights, tile, k, a.policy);
+    const int bytes = Shape::kWeightBytes + boxes * a.box * kRowBytes;
+    for (int k = depth.begin, step = 0; k < depth.end; k += kDepth, ++step) {
+      if (step % a.together == 0) {
+        if (waits && steps + a.together > ring.count) begin_tokens(steps);
+        load_weights<Shape, UP>(ring, weights, tile, k, depth.end, bytes, a);
+      }
       if (!waits) load_tokens(tile, k, ring.stage);
       ++steps;
       ring.advance();
@@ -342,7 +353,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
 
   const int group = __shfl_sync(kAll, threadIdx.x / 128, 0), lane = threadIdx.x % 32;
   if (group == 0) {
-    give_registers<40>();
+    give_registers<56>();
     ring.parity = 1;
     if constexpr (GATHERS) {
       fill_by_gathering<Shape>(ring, schedule, tiles, &weights, perm, a);

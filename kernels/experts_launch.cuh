@@ -34,7 +34,7 @@ struct Maps {
     cuuint32_t ones[N];
     for (int i = 0; i < N; ++i) strides[i] = bytes *= sizes[i], ones[i] = 1;
     made = made && encode(&map, dtype, N, const_cast<void*>(data), sizes, strides, box, ones,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
   }
 };
@@ -57,14 +57,15 @@ cudaError_t launch_product(const ExpertsArguments& e, const Device& device) {
   a.pieces = PARTIAL ? e.tiles.pieces : 1;
   a.piece_depth = static_cast<int>(ceil_div(ceil_div(a.depth, a.pieces), kDepth) * kDepth);
   a.box = Shape::kGroups == 1 ? 16 : 32;
-  // Weights that only one tile of tokens reads need not stay in L2.
-  a.policy = a.slots <= static_cast<int64_t>(e.E) * a.tokens ? kEvictFirst : kEvictNormal;
 
   constexpr int kOfBlock = 1024;  // what each block takes of a multiprocessor's shared memory beside its own
   const int64_t room = (device.shared_bytes + kOfBlock) / Shape::kBlocksPerSm - kOfBlock;
   const int beside = Shape::bytes_beside_stages(a.tokens, a.E, a.ids != nullptr ? a.slots : 0);
   a.stages = static_cast<int>(std::min<int64_t>(kMostStages, (room - beside) / Shape::stage_bytes(a.tokens)));
   if (a.stages < 2) return cudaErrorInvalidConfiguration;
+  // Where weights are read once, memory bounds the kernel.
+  const bool reads_once = a.slots <= static_cast<int64_t>(e.E) * a.tokens;
+  a.together = reads_once && a.stages >= 4 ? 2 : 1;
 
   Maps maps(e.dtype);
   const cuuint64_t E = size(e.E), D = size(e.D), F = size(e.F), slots = size(a.slots), depth = size(a.depth);

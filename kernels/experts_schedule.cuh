@@ -19,7 +19,7 @@ struct MatmulArguments {
   int row_tiles, row_group;  // tiles of the rows, and how many of them pass all tokens before the next ones
   int pieces, piece_depth;   // of the sum, in elements
   int tokens, stages, box;   // tokens of a tile at most; rows that one copy of tokens brings
-  uint64_t policy;           // of the weights in L2
+  int together;              // steps whose weights are asked for at once, at most `stages`
 };
 
 struct Tile {

@@ -43,34 +43,33 @@ __device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_
 __device__ __forceinline__ void wait_for_results_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// Until when a line stays in L2, as an operand of a copy.
-constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictNormal = 0x1000000000000000;
-
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, Barrier barrier, uint64_t policy, int c0,
-                                          int c1) {
+// A box of a tensor to shared memory, at coordinates of which the first counts in elements of a row.
+__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, Barrier barrier, int c0, int c1) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}],"
-      " [%2], %5;" ::"r"(to),
-      "l"(map), "r"(barrier.at), "r"(c0), "r"(c1), "l"(policy)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          to),
+      "l"(map), "r"(barrier.at), "r"(c0), "r"(c1)
       : "memory");
 }
-__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, Barrier barrier, uint64_t policy, int c0,
-                                          int c1, int c2) {
-  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],"
-               " [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
-               "l"(map), "r"(barrier.at), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
-               : "memory");
+__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, Barrier barrier, int c0, int c1,
+                                          int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(to),
+      "l"(map), "r"(barrier.at), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
 }
-__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, Barrier barrier, uint64_t policy, int c0,
-                                          int c1, int c2, int c3) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],"
-               " [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to),
-               "l"(map), "r"(barrier.at), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "l"(policy)
-               : "memory");
+__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, Barrier barrier, int c0, int c1, int c2,
+                                          int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(to),
+      "l"(map), "r"(barrier.at), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
 }
 
 // The other way, in the thread's group of stores.

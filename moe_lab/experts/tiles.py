@@ -6,13 +6,13 @@ for tokens that are routed at random: a table of what was measured (table.py), e
 The model. A block multiplies `rows` of an expert's matrix by up to `tokens` of its tokens; an expert's tokens are dealt
 evenly to as few tiles as hold them, in steps of 16. A tile takes the longer of two: its products at the peak of a
 multiprocessor, and the way of both operands from the L2 cache (the rows for every tile, which few tokens waste). Then
-it stores its results, unless a second block of the multiprocessor multiplies meanwhile. Tiles run in whole waves. So do
+it stores its results, unless another block of the multiprocessor multiplies meanwhile. Tiles run in whole waves. So do
 their bytes; a multiprocessor draws twice its fair share at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from itertools import product
 from math import ceil, exp, lgamma, log, log1p, sqrt
@@ -20,11 +20,29 @@ from typing import NamedTuple
 
 from moe_lab.experts.table import Shape, neighbours
 
-TOKENS = {256: (32, 64, 96, 128, 160, 192), 128: (16, 32, 48, 64)}
-"""What the kernels offer: rows of a tile, and its tokens. The first of equally fast choices is taken."""
-PIECES = (1, 2, 4, 8)
-"""Of the sum over F, where a tile of down has 128 rows."""
 
+class Kind(NamedTuple):
+    """Of the tiles of so many rows.
+
+    Attributes:
+        tokens: how many they may have at most.
+        blocks: that share a multiprocessor.
+        splits: the sum over F may be in pieces, and a block can sort few slots for itself.
+    """
+
+    tokens: tuple[int, ...]
+    blocks: int
+    splits: bool
+
+
+KINDS = {
+    128: Kind((16, 32, 48, 64), 2, splits=True),
+    256: Kind((32, 64, 96, 128, 160, 192), 1, splits=False),
+}
+"""What the kernels offer, by rows. The first of equally fast choices is taken."""
+
+PIECES = (1, 2, 4, 8)
+FEW_SLOTS = 512  # that each block sorts for itself, where its kind can; else a kernel sorts them before
 DEPTH = 64  # of the sum, in one step of the kernels' loop; a piece of it has at least one
 
 
@@ -32,8 +50,7 @@ class Tiles(NamedTuple):
     """One choice.
 
     Attributes:
-        up_rows, down_rows: rows of the weights that a block multiplies. 256 take two consumer warpgroups and a
-            multiprocessor for themselves; 128 take one warpgroup, and two blocks share a multiprocessor.
+        up_rows, down_rows: rows of the weights that a block multiplies; of up half of them are of the gate.
         up_tokens, down_tokens: the most tokens of a tile.
         pieces: into how many the sum over F is split; more than one are written in fp32 and added afterwards.
     """
@@ -53,6 +70,7 @@ class Gpu(NamedTuple):
         flop_s: of products in 16 bits.
         l2_bytes_s: from the L2 cache to one multiprocessor.
         draws: times its fair share of `bytes_s` is what one multiprocessor can draw.
+        sort_s: that a kernel takes to sort few slots.
         store_s: that storing a tile's results takes at least; with 192 tokens `store_up_s` (SwiGLU too) or
             `store_down_s` more.
     """
@@ -62,6 +80,7 @@ class Gpu(NamedTuple):
     flop_s: float
     l2_bytes_s: float = 8e12 / 132
     draws: float = 2.0
+    sort_s: float = 4e-6
     store_s: float = 0.3e-6
     store_up_s: float = 1.0e-6
     store_down_s: float = 0.6e-6
@@ -108,9 +127,11 @@ def gpu_of(device_name: str, multiprocessors: int) -> Gpu:
 def candidates(F: int) -> list[Tiles]:
     """All tiles that the kernels offer where no piece of the sum over F is empty."""
     steps = ceil(F / DEPTH)
-    ups = [(rows, tokens) for rows, widths in TOKENS.items() for tokens in widths]
-    pieces = {256: [1], 128: [n for n in PIECES if (n - 1) * ceil(steps / n) < steps]}
-    return [Tiles(*up, *down, n) for up, down in product(ups, ups) for n in pieces[down[0]]]
+    pieces = [n for n in PIECES if (n - 1) * ceil(steps / n) < steps]
+    products = [(rows, tokens) for rows, kind in KINDS.items() for tokens in kind.tokens]
+    return [
+        Tiles(*up, *down, n) for up, down, n in product(products, products, pieces) if n == 1 or KINDS[down[0]].splits
+    ]
 
 
 def ranked(gpu: Gpu, shape: Shape, T: int, tiles: Iterable[Tiles]) -> list[Tiles]:
@@ -132,12 +153,13 @@ def _up_s(gpu: Gpu, shape: Shape, T: int, rows: int, tokens: int) -> float:
 
 
 def _down_s(gpu: Gpu, shape: Shape, T: int, rows: int, tokens: int, pieces: int) -> float:
-    """With the time of reading its results again, which in pieces are more."""
+    """With the sorting, and the time of reading its results again, which in pieces are more."""
     of_results = T * shape.K * shape.D * (2 if pieces == 1 else 4 * pieces)
     moved = 2 * (_used_experts(shape, T) * shape.F * shape.D + T * shape.K * shape.F) + of_results
     store_s = gpu.store_down_s * (1 if pieces == 1 else 2)
     seconds = _product_s(gpu, shape, T, (rows, tokens), (shape.D, shape.F), pieces, store_s, moved)
-    return seconds + of_results / gpu.bytes_s
+    sorts = T > 0 and (T * shape.K > FEW_SLOTS or not KINDS[rows].splits)
+    return seconds + of_results / gpu.bytes_s + sorts * gpu.sort_s
 
 
 def _product_s(
@@ -159,7 +181,7 @@ def _product_s(
         busy_s += by_rows * expected * _tile_s(gpu, rows, width, depth, store_s)
     if number == 0:
         return 0.0
-    blocks = gpu.multiprocessors * (1 if rows == 256 else 2)
+    blocks = gpu.multiprocessors * KINDS[rows].blocks
     waves, rest = divmod(ceil(number), blocks)
     computes_s = ceil(ceil(number) / gpu.multiprocessors) * busy_s / number
     of_tile = moved / number
@@ -174,17 +196,18 @@ def _tile_s(gpu: Gpu, rows: int, width: int, depth: float, store_s: float) -> fl
     multiplies_s = 2 * rows * width * depth * gpu.multiprocessors / gpu.flop_s
     fetches_s = 2 * (rows + width) * depth / gpu.l2_bytes_s
     busy_s, stores_s = max(multiplies_s, fetches_s), gpu.store_s + store_s * width / 192
-    return busy_s + stores_s if rows == 256 else max(busy_s, (busy_s + stores_s) / 2)
+    return max(busy_s, (busy_s + stores_s) / KINDS[rows].blocks)
 
 
-def _widths(shape: Shape, T: int, most: int) -> Iterator[tuple[int, float]]:
+@lru_cache(maxsize=64)
+def _widths(shape: Shape, T: int, most: int) -> list[tuple[int, float]]:
     """(tokens of a tile with its padding, how many such tiles of one matrix row are to be expected)."""
     found: dict[int, float] = {}
     for count, experts in _counts(T, shape.K, shape.E):
         parts = ceil(count / most)
         width = 16 * ceil(count / (16 * parts))
         found[width] = found.get(width, 0.0) + experts * parts
-    yield from found.items()
+    return list(found.items())
 
 
 def _used_experts(shape: Shape, T: int) -> float:

@@ -14,9 +14,8 @@ from moe_lab.experts import tiles as module
 from moe_lab.experts.table import Choice, Shape
 from moe_lab.experts.tiles import (
     DEPTH,
+    KINDS,
     PIECES,
-    ROWS,
-    TOKENS,
     Tiles,
     candidates,
     gpu_of,
@@ -55,8 +54,8 @@ def shapes(draw: st.DrawFn) -> Shape:
 def test_tiles_are_valid_for_any_shape(shape: Shape, T: int, multiprocessors: int, name: str, dtype: str) -> None:
     """Sizes that the kernels have; no piece of the sum over F is empty."""
     found = tiles_for(name, multiprocessors, dtype, T, *shape)
-    assert found.up_rows in ROWS and found.down_rows in ROWS
-    assert found.up_tokens in TOKENS and found.down_tokens in TOKENS and found.pieces in PIECES
+    assert found.up_tokens in KINDS[found.up_rows].tokens and found.down_tokens in KINDS[found.down_rows].tokens
+    assert found.pieces == 1 or (found.pieces in PIECES and KINDS[found.down_rows].splits)
     steps = ceil(shape.F / DEPTH)
     of_a_piece = ceil(steps / found.pieces)
     assert (found.pieces - 1) * of_a_piece < steps <= found.pieces * of_a_piece
@@ -87,7 +86,7 @@ def test_tokens_are_expected_where_they_go(E: int, K: int, T: int) -> None:
     counts = module._counts(T, K, E)
     assert sum(count * experts for count, experts in counts) == pytest.approx(T * K, rel=1e-5)
     assert sum(experts for _, experts in counts) == pytest.approx(E * (1 - (1 - K / E) ** T), rel=1e-5)
-    for most in TOKENS:
+    for most in (16, 48, 64, 192):
         widths = list(module._widths(Shape(E, K, 16, 16), T, most))
         assert all(16 <= width <= most and width % 16 == 0 for width, _ in widths)
         assert sum(width * number for width, number in widths) >= T * K * (1 - 1e-5)
@@ -103,10 +102,10 @@ def test_an_expert_is_dealt_out_evenly() -> None:
 
 @REAL
 def test_one_token_costs_the_weights_of_its_experts(shape: Shape) -> None:
-    """Hardly more than reading them, but for the small layer, which cannot occupy the GPU."""
+    """Hardly more than reading them, but for the small layer, which cannot occupy the GPU; no kernel sorts."""
     best = ranked(H200, shape, 1, candidates(shape.F))[0]
     floor_s = shape.K * 3 * shape.D * shape.F * 2 / H200.bytes_s
-    assert best.up_tokens == best.down_tokens == 16
+    assert best.down_tokens == 16 and best.down_rows < 256 and best.up_tokens == KINDS[best.up_rows].tokens[0]
     assert 1 <= predicted_s(H200, shape, 1, best) / floor_s < (2.2 if shape == SHAPES["demo"] else 1.3)
 
 
@@ -129,7 +128,7 @@ def test_a_narrow_output_is_cut_into_more_tiles() -> None:
 def test_fewer_multiprocessors_want_fewer_pieces() -> None:
     """A slice of a GPU is full sooner."""
     demo = SHAPES["demo"]
-    pieces = [ranked(gpu_of("slice", n), demo, 512, candidates(demo.F))[0].pieces for n in (132, 16)]
+    pieces = [ranked(gpu_of("slice", n), demo, 64, candidates(demo.F))[0].pieces for n in (132, 8)]
     assert pieces[0] > pieces[1] == 1
 
 
@@ -202,7 +201,7 @@ def times(shape: Shape, T: int, *choices: Any) -> list[float]:
 
 def test_pieces_are_paid_for() -> None:
     """Where all multiprocessors are busy anyway, their partial sums only cost."""
-    whole, split = times(SHAPES["olmoe"], 16384, (256, 192, 256, 192, 1), (256, 192, 256, 192, 4))
+    whole, split = times(SHAPES["olmoe"], 16384, (256, 192, 128, 64, 1), (256, 192, 128, 64, 4))
     assert split > 1.05 * whole
 
 
@@ -212,10 +211,23 @@ def test_one_tile_more_than_multiprocessors_is_a_wave_more() -> None:
     assert over > 1.7 * full
 
 
-def test_two_blocks_hide_the_stores_that_one_shows() -> None:
-    """With short sums of few tokens 128 rows are faster, with long ones 256 are."""
+def test_more_blocks_hide_the_stores_that_one_shows() -> None:
+    """With short sums tiles of 128 rows are faster than those of 256 with as many tokens, with long ones slower."""
     short, long = Shape(8, 2, 8192, 64), Shape(8, 2, 8192, 8192)
     (wide, narrow), (wide_long, narrow_long) = (
-        times(shape, 4096, (256, 192, 256, 192, 1), (256, 192, 128, 192, 1)) for shape in (short, long)
+        times(shape, 4096, (256, 192, 256, 64, 1), (256, 192, 128, 64, 1)) for shape in (short, long)
     )
     assert narrow < wide and narrow_long > wide_long
+
+
+def test_few_slots_are_sorted_by_those_who_multiply() -> None:
+    """At 512 slots tiles of 256 rows need one kernel more; at 513 all do."""
+    few, many = (times(Shape(8, 1, 64, 64), T, (128, 64, 128, 64, 1), (128, 64, 256, 64, 1)) for T in (512, 513))
+    assert few[1] - few[0] == pytest.approx(many[1] - many[0] + H200.sort_s, abs=1e-7)
+
+
+def test_a_block_beside_others_draws_its_part_alone() -> None:
+    """66 tiles of 128 rows take as long as 132, for half of the blocks stay away; 66 of 256 rows do not."""
+    narrow = [module._up_s(H200, Shape(1, 1, 16384, 64 * number), 1, 128, 16) for number in (66, 132)]
+    wide = [module._up_s(H200, Shape(1, 1, 16384, 128 * number), 1, 256, 64) for number in (66, 132)]
+    assert narrow[1] < 1.1 * narrow[0] and wide[1] > 1.5 * wide[0]
