@@ -40,7 +40,7 @@ class MoELayer(nn.Module):
         self.weights, self.router, self.experts, self.shared = weights, router, experts, shared
 
     def forward(self, x_TD: Tensor, ctx: RouteContext, forced: Routing | None = None) -> tuple[Tensor, Routing]:
-        """`forced` is used instead of the router's own choice."""
+        """`forced` replaces the router's own choice; where that fills every slot (`static_k`), it does too."""
         routing = forced
         if routing is None:
             with phase("router"):

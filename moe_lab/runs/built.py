@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -20,6 +19,7 @@ from moe_lab.models.serving import Decode
 from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import PROPERTIES, Routing
 from moe_lab.runs import build
+from moe_lab.runs.build import n_tokens as n_tokens
 from moe_lab.workloads.forced import force_load
 
 
@@ -55,7 +55,7 @@ class Built:
             UnavailableError: the device, the dtype on it, or an implementation cannot run here.
         """
         model = build.build_model(cfg, device, donor)
-        build.require_runnable(cfg, model)
+        build.require_runnable(cfg, model, device)
         x = build.build_input(cfg, model, device)
         task, context = build.build_task(cfg, model, x)
         forced = force_load(cfg, task, x)
@@ -116,9 +116,3 @@ class Built:
         layers = moe_layers(self.model)
         declared = {name: getattr(layers[0].router, name) for name in PROPERTIES} if layers else None
         return declared and {name: None if value is None else bool(value) for name, value in declared.items()}
-
-
-def n_tokens(cfg: Any) -> int:
-    """Tokens of one iteration of this configuration; of decoding, one for each sequence."""
-    is_one = "seq_len" in cfg.model.get("ignores", ()) or cfg.workload.get("phase") == "decode"
-    return int(cfg.batch) * (1 if is_one else int(cfg.seq_len))
