@@ -513,6 +513,6 @@ def test_experts_that_do_not_compute_the_dtype_are_unavailable_before_anything_r
     """In a plan and when built, with their name; another dtype runs."""
     monkeypatch.setattr(Loop, "implementation", refuse_fp32)
     for look in (build.check_available, tiny.built):
-        with pytest.raises(UnavailableError, match="^experts=loop: computes bfloat16 only$"):
+        with pytest.raises(UnavailableError, match=r"^experts=loop: computes bfloat16 only$"):
             look(tiny.moe_layer("experts=loop"))
         look(tiny.moe_layer("experts=loop", "dtype=bf16"))
