@@ -124,7 +124,7 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
     if not any(layer.router.calibrates for layer in moe_layers(model)):
         refuse_other_keys(cfg.overrides, _READ, _COMMAND)
     cfg.workload.phase = "decode"
-    build.require_runnable(cfg, model)
+    build.require_runnable(cfg, model, device)
     tokenizer = _tokenizer_of(model)
     ids, ends = _encode(tokenizer, prompt, model.max_positions), _ends_of(model, say)
     _say_what_is_odd(cfg, model, say)

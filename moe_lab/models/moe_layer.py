@@ -41,7 +41,7 @@ class MoELayer(nn.Module):
         self.experts = experts.for_layer(weights, router.top_k)
 
     def forward(self, x_TD: Tensor, ctx: RouteContext, forced: Routing | None = None) -> tuple[Tensor, Routing]:
-        """`forced` is used instead of the router's own choice."""
+        """`forced` replaces the router's own choice; where that fills every slot (`static_k`), it does too."""
         routing = forced
         if routing is None:
             with phase("router"):

@@ -310,7 +310,7 @@ def check_available(cfg: DictConfig) -> tuple[torch.device, dict[str, str]]:
     require_keys(locate(cfg.workload._target_), _own_keys(cfg.workload), "workload", given=_GIVEN_TO_WORKLOADS)
     model = _make_model(cfg, torch.device("meta"))
     decide(cfg, model, device, load=False)
-    require_runnable(cfg, model)
+    require_runnable(cfg, model, device)
     if not (layers := moe_layers(model)):
         return device, {}
     x_T0 = torch.empty(n_tokens(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
@@ -324,8 +324,8 @@ def builds_extension(implementation: Mapping[str, str], device: torch.device) ->
     return is_of_it and not extension.is_built(device)
 
 
-def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
-    """Raise `UnavailableError` if a part of `model` does not support the rest of the configuration.
+def require_runnable(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
+    """Raise `UnavailableError` if a part of `model` does not support the rest of the configuration on `device`.
 
     Raises:
         ValueError: the router needs its own MoE layer, but the model makes another.
@@ -368,7 +368,18 @@ def require_runnable(cfg: DictConfig, model: nn.Module) -> None:
                 f"workload.load={load} cannot be used with router={router}, "
                 f"{undeclared if layer.router.static_k is None else varies}use workload.load=native or another router"
             )
+    _require_computable(cfg, model, device)
     _require_capturable(cfg, model)
+
+
+def _require_computable(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
+    """Raise `UnavailableError` if the experts do not compute the dtype or the sizes."""
+    x_T0 = torch.empty(n_tokens(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
+    for layer in moe_layers(model)[:1]:  # they are the same everywhere
+        try:
+            layer.experts.implementation(x_T0, layer.weights)
+        except UnavailableError as error:
+            raise UnavailableError(f"experts={option_name(cfg.experts)}: {error}") from error
 
 
 def _require_capturable(cfg: DictConfig, model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from moe_lab.models.serving import Decode
 from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import PROPERTIES, Routing
 from moe_lab.runs import build
+from moe_lab.runs.build import n_tokens as n_tokens
 from moe_lab.workloads.forced import force_load
 
 
@@ -54,7 +55,7 @@ class Built:
             UnavailableError: the device, the dtype on it, or an implementation cannot run here.
         """
         model = build.build_model(cfg, device, donor)
-        build.require_runnable(cfg, model)
+        build.require_runnable(cfg, model, device)
         x = build.build_input(cfg, model, device)
         task, context = build.build_task(cfg, model, x)
         forced = force_load(cfg, task, x)

@@ -163,7 +163,7 @@ class Observer:
         cfg = copy.copy(self.cfg)
         cfg.router, cfg.execution.name = cfg.measure.reference_router, "eager"
         reference = build.build_model(cfg, built.device, shareable(built.model))
-        build.require_runnable(cfg, reference)
+        build.require_runnable(cfg, reference, built.device)
         other: nn.Module = reference
         if isinstance(built.task, Serving):
             assert isinstance(reference, TransformerDecoder) and isinstance(built.task, Prefill | Decode)

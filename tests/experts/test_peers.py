@@ -56,11 +56,20 @@ def test_a_cpu_is_refused(name: str) -> None:
 
 class Absent(Peer):
     distribution = "no-such-kernels"
-    modules = ("no_such_kernels", "json.no_such_part")
+    modules = ("no_such_kernels", "json")
+    function = "no_such_function"
+
+
+class TooOld(Absent):
+    pip = "kernels>=2"
+    modules = ("json",)
 
 
 def test_a_package_that_is_not_installed_is_named_for_pip() -> None:
-    """With the reason of the first of its modules."""
+    """With the reason of the first of its modules. One of another version lacks the function."""
+    lacks = r"^cannot import json \(module 'json' has no attribute 'no_such_function'\); pip install kernels>=2$"
+    with pytest.raises(UnavailableError, match=lacks):
+        TooOld().kernels()
     message = r"^cannot import no_such_kernels \(No module named 'no_such_kernels'\); pip install no-such-kernels$"
     with pytest.raises(UnavailableError, match=message):
         Absent().kernels()

@@ -200,3 +200,21 @@ def test_who_sorts_for_the_experts_does_not_multiply_by_the_gate() -> None:
     grouping = layer_of(Grouped(), router=Multiplying)
     assert grouping.experts.reads_dispatch(random(9, D)) and not grouping.multiplies_gate(random(9, D))
     assert not grouping.experts.reads_dispatch(random(1, D)) and grouping.multiplies_gate(random(1, D))
+
+
+class Telling(Loop):
+    """Notes whether its routing is known to be full."""
+
+    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, **options: str) -> Tensor:
+        self.told = routing.is_full
+        return super().__call__(x_TD, routing, weights)
+
+
+@pytest.mark.parametrize("static_k", [pytest.param(value, id=str(value)) for value in (True, False, None)])
+def test_experts_are_told_that_no_slot_is_unused(static_k: bool | None) -> None:
+    """Where the router declares it; the routing that comes out of the layer does not say so."""
+    layer = layer_of(experts := Telling())
+    layer.router.static_k = static_k
+    _, routing = layer(random(7, D), CTX)
+    assert experts.told == (static_k is True)
+    assert not routing.is_full

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import moe_lab
 from moe_lab.errors import UnavailableError
+from moe_lab.experts.loop import Loop
 from moe_lab.measure import memory
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.moe_layer import MoELayer
@@ -498,3 +499,20 @@ def test_soft_moe_prefills_and_does_not_decode() -> None:
     assert build.check_available(tiny.decoder_moe("router=soft", "workload.phase=prefill"))[0] == CPU
     with pytest.raises(UnavailableError, match=r"router=soft mixes .*use workload\.phase=forward or prefill"):
         build.check_available(tiny.decoder_moe("router=soft", "workload.phase=decode"))
+
+
+def refuse_fp32(experts: Loop, x_TD: Tensor, weights: nn.Module) -> dict[str, str]:
+    if x_TD.dtype == torch.float32:
+        raise UnavailableError("computes bfloat16 only")
+    return {"experts": "loop"}
+
+
+def test_experts_that_do_not_compute_the_dtype_are_unavailable_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a plan and when built, with their name; another dtype runs."""
+    monkeypatch.setattr(Loop, "implementation", refuse_fp32)
+    for look in (build.check_available, tiny.built):
+        with pytest.raises(UnavailableError, match=r"^experts=loop: computes bfloat16 only$"):
+            look(tiny.moe_layer("experts=loop"))
+        look(tiny.moe_layer("experts=loop", "dtype=bf16"))

@@ -25,7 +25,9 @@ class DeepGemm(Peer):
     """
 
     distribution = "deep-gemm"
+    pip = "vllm"  # deep-gemm on PyPI is empty
     modules = ("deep_gemm", "vllm.third_party.deep_gemm")
+    function = "m_grouped_bf16_gemm_nt_contiguous"
     capability = (9, 0)
     newer = False
     dtypes = (torch.bfloat16,)

@@ -1,7 +1,7 @@
 """The Triton kernels around DeepGEMM's products: sort and gather into padded rows, SwiGLU, and the sum of the slots.
 
 The place of a slot among those of its expert is drawn by an atomic counter, so it changes from call to call. The result
-does not: a row is computed alone, and the slots of a token are summed in their order.
+does not: a row is computed alone, and the slots of a token are summed in an order of their own.
 """
 
 from __future__ import annotations
@@ -69,15 +69,16 @@ def _swiglu_kernel(u_ptr, row_ptr, h_ptr, F, BLOCK_F: tl.constexpr):
 
 
 @triton.jit
-def _combine_kernel(o_ptr, row_ptr, weights_ptr, y_ptr, K, D, BLOCK_D: tl.constexpr):
+def _combine_kernel(o_ptr, row_ptr, weights_ptr, y_ptr, K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     token = tl.program_id(0)
+    k = tl.arange(0, BLOCK_K)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    y = tl.zeros((BLOCK_D,), tl.float32)
-    for k in range(K):
-        row = tl.load(row_ptr + token * K + k).to(tl.int64)
-        if row >= 0:
-            o = tl.load(o_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-            y += o * tl.load(weights_ptr + token * K + k)
+    row = tl.load(row_ptr + token * K + k, mask=k < K, other=-1)
+    used = row >= 0
+    at = row.to(tl.int64)[:, None] * D + d[None, :]
+    o = tl.load(o_ptr + at, mask=used[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+    weight = tl.load(weights_ptr + token * K + k, mask=used, other=0.0)
+    y = tl.sum(o * weight[:, None], axis=0)
     tl.store(y_ptr + token.to(tl.int64) * D + d, y.to(y_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -113,6 +114,7 @@ def swiglu(u_MG: Tensor, row_N: Tensor) -> Tensor:
 def combine(o_MD: Tensor, row_N: Tensor, weights_TK: Tensor) -> Tensor:
     """The weighted sum of each token's slots, in fp32."""
     (T, K), D = weights_TK.shape, o_MD.shape[1]
-    y_TD = o_MD.new_empty(T, D)
-    _combine_kernel[(T, triton.cdiv(D, 1024))](o_MD, row_N, weights_TK, y_TD, K, D, BLOCK_D=1024)
+    y_TD, block_k = o_MD.new_empty(T, D), triton.next_power_of_2(K)
+    block_d = max(64, 4096 // block_k)
+    _combine_kernel[(T, triton.cdiv(D, block_d))](o_MD, row_N, weights_TK, y_TD, K, D, BLOCK_K=block_k, BLOCK_D=block_d)
     return y_TD

@@ -49,6 +49,7 @@ class FlashInfer(Peer):
 
     distribution = "flashinfer-python"
     modules = (f"{_FOLDER}.sm90_contiguous_gather_grouped_gemm_act_fusion",)
+    function = "interleave_up_gate_sm90"
     capability = (9, 0)
     newer = False
     multiple = 32

@@ -28,6 +28,7 @@ class FlashInferLow(Peer):
 
     distribution = "flashinfer-python"
     modules = ("flashinfer.fused_moe.backends.frost_low_latency.fma.bf16.runtime",)
+    function = "launch"
     multiple = 128
     reads_unused = True
 

@@ -23,7 +23,9 @@ from moe_lab.routers.base import Routing
 class Peer(Experts):
     """Experts of another project. A subclass says what it is called and where, and defines `compute`.
 
-    distribution: its name for pip. modules: what is imported, in the order of preference. name: given by `compute_on`.
+    distribution: its name in the record. pip: what to install, if that is called otherwise.
+    modules: what is imported, in the order of preference. function: what the module must have.
+    name: given by `compute_on`.
     capability: of the GPU, at least (with `newer` false, exactly its major number).
     dtypes: what it computes. multiple: what D and F must be multiples of.
     reads_unused: whether `compute` takes ids of -1 as they are.
@@ -31,7 +33,9 @@ class Peer(Experts):
 
     graph_safe = True
     distribution: str
+    pip: str | None = None
     modules: tuple[str, ...]
+    function: str
     name: str
     capability: tuple[int, int] = (8, 0)
     newer = True
@@ -70,11 +74,13 @@ class Peer(Experts):
         errors = []
         for name in self.modules:
             try:
-                return importlib.import_module(name)
+                module = importlib.import_module(name)
+                getattr(module, self.function)
+                return module
             except Exception as error:  # what a package raises where its own needs are not met is its own affair
                 errors.append(error)
         raise UnavailableError(
-            f"cannot import {self.modules[0]} ({errors[0]}); pip install {self.distribution}"
+            f"cannot import {self.modules[0]} ({errors[0]}); pip install {self.pip or self.distribution}"
         ) from errors[0]
 
     def require(self, dtype: torch.dtype, D: int, F: int) -> None:

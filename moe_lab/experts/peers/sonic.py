@@ -20,6 +20,7 @@ class Sonic(Peer):
 
     distribution = "sonic-moe"
     modules = ("sonicmoe.functional",)
+    function = "TC_topk_router_metadata_triton"
     capability = (9, 0)
     multiple = 64
 

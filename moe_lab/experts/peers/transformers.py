@@ -25,6 +25,7 @@ class Transformers(Peer):
 
     distribution = "transformers"
     modules = ("transformers.integrations.moe",)
+    function = "use_experts_implementation"
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     multiple = 1
 

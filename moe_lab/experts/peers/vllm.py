@@ -13,6 +13,7 @@ class Vllm(Peer):
 
     distribution = "vllm"
     modules = ("vllm.model_executor.layers.fused_moe.fused_moe",)
+    function = "fused_experts"
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
 
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
