@@ -31,10 +31,10 @@ def require(device: torch.device) -> None:
         BuildError: the extension does not compile.
     """
     if device.type != "cuda":
-        raise UnavailableError(f"experts=fused: needs device=cuda (this run is on {device.type}); use experts=auto")
+        raise UnavailableError(f"needs device=cuda (this run is on {device.type}); use experts=auto")
     if (has := torch.cuda.get_device_capability(device)) != CAPABILITY:
         raise UnavailableError(
-            f"experts=fused: needs sm_90 (an H100, H200 or GH200), and this GPU is sm_{has[0]}{has[1]}; use experts=auto"
+            f"needs sm_90 (an H100, H200 or GH200), and this GPU is sm_{has[0]}{has[1]}; use experts=auto"
         )
     extension.require(device)
 
@@ -42,12 +42,12 @@ def require(device: torch.device) -> None:
 def require_computable(dtype: torch.dtype, n_experts: int, *widths: int) -> None:
     """Raise `UnavailableError` if there are no kernels for this dtype, so many experts, or these widths (D and F)."""
     if dtype not in DTYPES:
-        raise UnavailableError(f"experts=fused: needs dtype=bf16 or fp16, not {dtype}; use experts=auto")
+        raise UnavailableError(f"needs dtype=bf16 or fp16, not {dtype}; use experts=auto")
     if n_experts > extension.MOST_EXPERTS:
-        raise UnavailableError(f"experts=fused: supports at most {extension.MOST_EXPERTS} experts, not {n_experts}")
+        raise UnavailableError(f"supports at most {extension.MOST_EXPERTS} experts, not {n_experts}")
     if odd := [width for width in widths if width % STEP]:
         raise UnavailableError(
-            f"experts=fused: needs model.shape.d_model and mlp_hidden_dim to be multiples of {STEP}, not {odd[0]}; "
+            f"needs model.shape.d_model and mlp_hidden_dim to be multiples of {STEP}, not {odd[0]}; "
             "use experts=auto"
         )
 

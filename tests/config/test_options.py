@@ -20,7 +20,7 @@ OPTIONS = [option for option in OPTIONS if not option.startswith("_") and option
 ROUTERS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
 EXPERTS = sorted(path.stem for path in (CONF / "experts").glob("*.yaml"))
 UNAVAILABLE = {("moe_layer", "hash")}
-PEERS_ON_A_GPU = ("deepgemm", "flashinfer", "flashinfer_low", "sonic", "vllm")
+ON_A_GPU = ("deepgemm", "flashinfer", "flashinfer_low", "fused", "sonic", "vllm")
 EIGHT = {"decoder_moe": "model.n_experts=8", "moe_layer": "model.shape.n_experts=8"}  # for routers with 8 groups
 
 
@@ -75,7 +75,7 @@ def test_every_moe_model_runs_with_every_router_and_experts(
         with pytest.raises(UnavailableError, match=router):
             moe_lab.run(cfg, tmp_path)
         return
-    if experts in PEERS_ON_A_GPU and not torch.cuda.is_available():
+    if experts in ON_A_GPU and not torch.cuda.is_available():
         with pytest.raises(UnavailableError, match=f"experts={experts}: needs device=cuda"):
             moe_lab.run(cfg, tmp_path)
         return

@@ -184,7 +184,7 @@ def test_what_it_refuses(device: str, change: dict[str, object], message: str) -
 
 
 def test_who_has_no_such_kernels() -> None:
-    with pytest.raises(UnavailableError, match=r"experts=fused: needs device=cuda \(this run is on cpu\)"):
+    with pytest.raises(UnavailableError, match=r"needs device=cuda \(this run is on cpu\)"):
         fused_experts.require(torch.device("cpu"))
     with pytest.raises(UnavailableError, match="needs dtype=bf16 or fp16, not torch.float32"):
         fused_experts.require_computable(torch.float32, 8, 64)

@@ -437,7 +437,7 @@ CELL_IDS = {
     "decode": "bc487f131c21",
     "demo": "7b1b46ea1ca6",
     "gate_kernels": "59e465fe766a",
-    "expert_kernels": "f8bffafc7487",
+    "expert_kernels": "d08afa44f30a",
     "layer_load": "15c3385ca5de",
     "router_comparison": "4bfc0cbb9078",
     "router_kernels": "9c578d0ee72d",
