@@ -260,7 +260,9 @@ def _run(command: list[str], log_file: Path) -> None:
     with log_file.open("a") as file:
         file.write(f"{' '.join(command)}\n{output}\n")
     if "wgmma.mma_async instructions are serialized" in output:  # a warning of ptxas: a fifth of the speed
-        raise BuildError(f"the extension is slow as this nvcc compiles it: products wait for each other (see {log_file})")
+        raise BuildError(
+            f"the extension is slow as this nvcc compiles it: products wait for each other (see {log_file})"
+        )
     if process.returncode:
         last = " / ".join(output.splitlines()[-3:])
         raise BuildError(

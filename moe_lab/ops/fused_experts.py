@@ -47,8 +47,7 @@ def require_computable(dtype: torch.dtype, n_experts: int, *widths: int) -> None
         raise UnavailableError(f"supports at most {extension.MOST_EXPERTS} experts, not {n_experts}")
     if odd := [width for width in widths if width % STEP]:
         raise UnavailableError(
-            f"needs model.shape.d_model and mlp_hidden_dim to be multiples of {STEP}, not {odd[0]}; "
-            "use experts=auto"
+            f"needs model.shape.d_model and mlp_hidden_dim to be multiples of {STEP}, not {odd[0]}; use experts=auto"
         )
 
 

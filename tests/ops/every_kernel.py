@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.ops import extension
+from moe_lab.ops.fused_experts import CAPABILITY, fused_experts
 from moe_lab.ops.route import gate_route, route
 from moe_lab.ops.selection import Selection
 from moe_lab.ops.sinkhorn import sinkhorn_route
@@ -39,6 +40,7 @@ def main() -> None:
             gate_route(normal(T, D).to(dtype), normal(E, D).to(dtype), Selection(k))
     gate_route(normal(100, 64).half(), normal(8, 64).half(), Selection(2, "sigmoid", 4, 2), bias_E=normal(8))
     sorts_and_sums()
+    expert_mlps()
     torch.cuda.synchronize()
     print("made all calls")
 
@@ -57,6 +59,22 @@ def sorts_and_sums() -> None:
             for rows in (o, o[0]):
                 torch.ops.moe_lab.combine(rows, inverse, ids, normal(T, K), dtype)
             torch.ops.moe_lab.combine(o[0], None, ids >= 0, None, torch.float32)
+
+
+def expert_mlps() -> None:
+    """Tiles of both kinds, rows that are gathered, copied and scaled, few slots and many, some unused."""
+    if torch.cuda.get_device_capability() != CAPABILITY:
+        return
+    tiles = ((128, 16, 128, 32, 1), (128, 64, 128, 16, 3), (256, 32, 256, 96, 1), (256, 192, 256, 160, 1))
+    for T, K, E, D, F in ((1, 2, 8, 64, 96), (37, 3, 5, 48, 80), (700, 2, 7, 144, 208)):
+        ids = torch.rand(T, E).topk(K).indices.int()
+        ids[::3, 0] = -1
+        for dtype in (torch.float16, torch.bfloat16):
+            matrices = normal(E, 2 * F, D).to(dtype), normal(E, D, F).to(dtype)
+            inputs = normal(T, D).to(dtype), ids.cuda(), normal(T, K), *matrices
+            for one in tiles:
+                fused_experts(*inputs, one)
+                fused_experts(*inputs, one, scales_input=True, activation="clamped", down_bias_ED=normal(E, D))
 
 
 if __name__ == "__main__":
