@@ -192,9 +192,9 @@ def test_what_it_refuses(device: str, change: dict[str, object], message: str) -
 def test_who_has_no_such_kernels() -> None:
     with pytest.raises(UnavailableError, match=r"needs device=cuda \(this run is on cpu\)"):
         fused_experts.require(torch.device("cpu"))
-    with pytest.raises(UnavailableError, match="needs dtype=bf16 or fp16, not torch.float32"):
+    with pytest.raises(UnavailableError, match=r"needs dtype=bf16 or fp16, not torch\.float32"):
         fused_experts.require_computable(torch.float32, 8, 64)
-    with pytest.raises(UnavailableError, match="multiples of 16, not 72"):
+    with pytest.raises(UnavailableError, match=r"multiples of 16, not 72"):
         fused_experts.require_computable(torch.bfloat16, 8, 64, 72)
     with pytest.raises(UnavailableError, match="at most 1024 experts"):
         fused_experts.require_computable(torch.bfloat16, 1025, 64)
