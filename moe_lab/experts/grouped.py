@@ -1,6 +1,6 @@
 """experts=grouped: slots sorted by expert, then one grouped matrix product per projection.
 
-On CUDA at most 16 tokens, as in decoding, are not sorted: `ops/few_tokens.py`.
+On CUDA few tokens, as in decoding, are not sorted (16 in fp32, 64 in 16 bits): `ops/few_tokens.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from moe_lab.marks import phase
 from moe_lab.ops import extension
 from moe_lab.ops.combine import combine
 from moe_lab.ops.dispatch import dispatch
-from moe_lab.ops.few_tokens import MOST, few_tokens_mlp
+from moe_lab.ops.few_tokens import few_tokens_mlp, most_tokens
 from moe_lab.ops.library import HAS_TRITON
 from moe_lab.ops.segment_mm import implementation_for, segment_mm
 from moe_lab.routers.base import Routing
@@ -66,7 +66,7 @@ def _segment_mm_for(x_TD: Tensor, weights: ExpertWeights) -> str:
 
 def _takes_few_tokens(x_TD: Tensor) -> bool:
     """Whether so few tokens are computed without sorting them (ops/few_tokens.py)."""
-    return x_TD.is_cuda and len(x_TD) <= MOST and HAS_TRITON
+    return x_TD.is_cuda and len(x_TD) <= most_tokens(x_TD.dtype) and HAS_TRITON
 
 
 def _sorted(x_TD: Tensor, routing: Routing, weights: ExpertWeights, scale: Scale) -> Tensor:

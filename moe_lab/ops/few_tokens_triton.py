@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16
-
 
 @triton.jit
 def _is_first(ids_ptr, slot, expert, BLOCK_N: tl.constexpr):
@@ -119,7 +117,8 @@ def launch(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: T
     x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
     h, o = x.new_empty(T * K, F), x.new_empty(T * K, D)
     wide = x.dtype == torch.float32
-    blocks = {"ROWS": ROWS, "BLOCK_N": triton.next_power_of_2(T * K), "BLOCK_K": triton.next_power_of_2(K)}
+    rows = max(16, triton.next_power_of_2(T))  # a matrix unit takes no fewer
+    blocks = {"ROWS": rows, "BLOCK_N": triton.next_power_of_2(T * K), "BLOCK_K": triton.next_power_of_2(K)}
     depth, width = 64 if wide else 128, 32
     _up_kernel[(T * K, triton.cdiv(F, width))](
         x, ids, weights, w_gate_up, h, T, K, D, F, SCALES=scales_input, **blocks, BLOCK_F=width, BLOCK_D=depth,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_lab.ops.few_tokens import MOST, few_tokens_mlp
+from moe_lab.ops.few_tokens import few_tokens_mlp, most_tokens
 from tests.ops.compiling import assert_compiles
 
 CPU = torch.device("cpu")
@@ -100,8 +100,20 @@ def test_it_is_the_weighted_sum_of_each_tokens_experts(
 
 
 @SCALES
+@pytest.mark.parametrize("T", [17, 33, 64])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu)],
+)
+def test_more_tokens_are_few_in_16_bits(T: int, scales_input: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """Of 32 and 64 rows of a block, all of them used or not."""
+    inputs = operands(T, 6, 3, 20, 33, dtype, device)
+    assert_is_the_sum(few_tokens_mlp(*inputs, scales_input), inputs, scales_input)
+
+
+@SCALES
 @settings(max_examples=15, deadline=None, database=None)
-@given(data=st.data(), T=st.integers(0, MOST), E=st.integers(1, 9), K=st.integers(1, 4))
+@given(data=st.data(), T=st.integers(0, 16), E=st.integers(1, 9), K=st.integers(1, 4))
 def test_unused_slots_may_stand_anywhere(scales_input: bool, data: st.DataObject, T: int, E: int, K: int) -> None:
     """Any slots of any tokens, all of a token's, all there are; what weight stands beside them is not read."""
     K = min(K, E)
@@ -239,10 +251,11 @@ def test_the_operands_keep_their_values(dtype: torch.dtype, device: torch.device
     assert y_TD.untyped_storage().data_ptr() not in {part.untyped_storage().data_ptr() for part in inputs}
 
 
-def test_more_tokens_than_a_matrix_unit_has_rows_are_refused() -> None:
-    """17 would overwrite nothing but be left out: our own mistake, an assertion."""
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), pytest.param(torch.float16, id="fp16")])
+def test_more_tokens_than_are_few_are_refused(dtype: torch.dtype) -> None:
+    """They are never asked for: our own mistake, an assertion."""
     with pytest.raises(AssertionError):
-        few_tokens_mlp(*operands(MOST + 1, 5, 2, 8, 8), False)
+        few_tokens_mlp(*operands(most_tokens(dtype) + 1, 5, 2, 8, 8, dtype), False)
 
 
 @pytest.mark.parametrize("which", [pytest.param(3, id="gate and up"), pytest.param(4, id="down")])
