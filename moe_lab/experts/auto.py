@@ -60,12 +60,14 @@ class Auto(Experts):
         self.shape: Shape | None = None
         """Of the layer; None as long as this is of no layer."""
 
-    def for_layer(self, weights: ExpertWeights, top_k: int) -> Self:
+    def for_layer(self, weights: ExpertWeights, top_k: int, *, static_k: bool = False) -> Self:
         """See `Experts`."""
         mine = copy.copy(self)
         E, D, F = weights.w_down_EDF.shape
         mine.shape = Shape(E, top_k, D, F)
-        mine.usable = {name: experts.for_layer(weights, top_k) for name, experts in self.usable.items()}
+        mine.usable = {
+            name: experts.for_layer(weights, top_k, static_k=static_k) for name, experts in self.usable.items()
+        }
         return mine
 
     def compute_on(self, device: torch.device, *, load: bool = True) -> None:

@@ -24,8 +24,11 @@ class Experts:
     graph_safe = False
     """No host synchronisation and fixed shapes: a class must declare this to be captured in a graph."""
 
-    def for_layer(self, weights: ExpertWeights, top_k: int) -> Self:
-        """What computes a layer with such weights, `top_k` experts a token: itself, unless it chooses by the shape."""
+    def for_layer(self, weights: ExpertWeights, top_k: int, *, static_k: bool = False) -> Self:
+        """What computes a layer with such weights, `top_k` experts a token: itself, unless it chooses by that.
+
+        With `static_k` no slot will be unused.
+        """
         return self
 
     def chosen(self, x_TD: Tensor) -> Experts:

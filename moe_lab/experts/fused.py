@@ -41,7 +41,7 @@ class Fused(Experts):
         self.shape: Shape | None = None
         """Of the layer; None as long as this is of no layer."""
 
-    def for_layer(self, weights: ExpertWeights, top_k: int) -> Self:
+    def for_layer(self, weights: ExpertWeights, top_k: int, *, static_k: bool = False) -> Self:
         """See `Experts`."""
         mine = copy.copy(self)
         E, D, F = weights.w_down_EDF.shape

@@ -59,8 +59,8 @@ def summarize(
     """
     ordered = np.sort(samples_ms)
     medians = [float(np.median(samples)) for samples in replicates] or [float(np.median(ordered))]
-    interval = mean_interval(np.log(medians)) if len(medians) > 1 else median_interval(ordered)
     p50 = typical(medians)
+    interval = _holding(p50, mean_interval(np.log(medians)) if len(medians) > 1 else median_interval(ordered))
     p90, p99 = (float(value) for value in np.percentile(ordered, (90, 99)))
     return Latency(
         n=len(ordered),
@@ -75,6 +75,11 @@ def summarize(
     )
 
 
+def _holding(p50: float, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The interval with the median in it, which roundings of logarithms of equal values may leave just outside."""
+    return None if interval is None else (min(interval[0], p50), max(interval[1], p50))
+
+
 def ratio(rounds: Sequence[tuple[int, float]], anchor: str) -> Ratio | None:
     """Of (replicate, ratio to the anchor in one round) the median ratio and its interval; None without a round.
 
@@ -85,10 +90,11 @@ def ratio(rounds: Sequence[tuple[int, float]], anchor: str) -> Ratio | None:
     ratios = np.sort([value for _, value in rounds])
     numbers = sorted({replicate for replicate, _ in rounds})
     medians = [float(np.median([value for number, value in rounds if number == wanted])) for wanted in numbers]
-    interval = mean_interval(np.log(medians)) if len(medians) > 1 else median_interval(ratios)
+    p50 = typical(medians)
+    interval = _holding(p50, mean_interval(np.log(medians)) if len(medians) > 1 else median_interval(ratios))
     return Ratio(
         anchor=anchor,
-        p50=typical(medians),
+        p50=p50,
         ci95_low=interval[0] if interval else None,
         ci95_high=interval[1] if interval else None,
         rounds=len(ratios),

@@ -38,7 +38,7 @@ class MoELayer(nn.Module):
     def __init__(self, weights: ExpertWeights, router: Router, experts: Experts, shared: SharedExpert | None = None):
         super().__init__()
         self.weights, self.router, self.shared = weights, router, shared
-        self.experts = experts.for_layer(weights, router.top_k)
+        self.experts = experts.for_layer(weights, router.top_k, static_k=bool(router.static_k))
 
     def forward(self, x_TD: Tensor, ctx: RouteContext, forced: Routing | None = None) -> tuple[Tensor, Routing]:
         """`forced` replaces the router's own choice; where that fills every slot (`static_k`), it does too."""
@@ -72,8 +72,6 @@ class MoELayer(nn.Module):
     def compute(self, x_ND: Tensor, routing: Routing, experts: Experts | None = None) -> Tensor:
         """The experts' outputs [N, D], weighted and summed by row; by the layer's own unless `experts` are given."""
         scale: Scale = "input" if self.router.scales_input else "output"
-        if self.router.static_k:
-            routing = routing._replace(is_full=True)
         return (experts or self.experts)(x_ND, routing, self.weights, scale=scale)
 
     def use_reference(self) -> None:

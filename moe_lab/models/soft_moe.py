@@ -65,7 +65,7 @@ class SoftMoELayer(MoELayer):
         with phase("router"):
             # The router's scores are its logits, of which D is made, too.
             scored = self.router(x_TD.float(), self.weights.gate_ED, ctx._replace(want_scores=True))
-            ids_TK, weights_TK, order, scores_TE = scored[:4]
+            ids_TK, weights_TK, order, scores_TE = scored
             assert scores_TE is not None
             # Not `scored._replace`: what that makes a pass compiled by torch 2.11 cannot return.
             routing = Routing(ids_TK, weights_TK, order, scores_TE if ctx.want_scores else None)

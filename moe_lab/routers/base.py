@@ -26,14 +26,12 @@ class Routing(NamedTuple):
     weights_TK: float32, 0 where the id is -1.
     dispatch: the slots sorted by expert, where the router already made them.
     scores_TE: what the selection ranked, float32, when asked for.
-    is_full: it is known without a look at the ids that no slot is unused; a layer fills it for its experts.
     """
 
     expert_ids_TK: Tensor
     weights_TK: Tensor
     dispatch: Dispatch | None = None
     scores_TE: Tensor | None = None
-    is_full: bool = False
 
 
 class RouteContext(NamedTuple):

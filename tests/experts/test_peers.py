@@ -156,7 +156,7 @@ def test_ids_known_to_be_used_are_passed_on_as_they_are(install: Callable[[str, 
     """So that no kernel of ours is timed beside the peer's."""
     install("vllm.model_executor.layers.fused_moe.fused_moe", "def fused_experts(x, w1, w2, *slots): return slots")
     routing, weights = make_routing(4, 5, 2), make_weights(5, 16, 16)
-    slots = Vllm()(make_x(4, 16), routing._replace(is_full=True), weights)
+    slots = Vllm().for_layer(weights, 2, static_k=True)(make_x(4, 16), routing, weights)
     assert slots[0] is routing.weights_TK and slots[1] is routing.expert_ids_TK
     slots = Vllm()(make_x(4, 16), routing, weights)
     assert slots[0] is not routing.weights_TK

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_lab.measure.statistics import is_known, median_interval, ratio, relative_width, summarize
@@ -176,6 +176,7 @@ def test_one_replicate_is_no_replicate() -> None:
     assert not summarize(np.concatenate([samples, 2 * samples]), 0.02, [samples, 2 * samples]).stable
 
 
+@example(replicates=[[1.982421875, 422996.0282984941]] * 2)  # of equal values: rounding alone
 @settings(max_examples=60, deadline=None)
 @given(replicates=st.lists(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=9), min_size=2, max_size=6))
 def test_the_interval_of_replicates_holds_the_recorded_median(replicates: list[list[float]]) -> None:

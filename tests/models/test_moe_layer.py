@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -203,18 +205,17 @@ def test_who_sorts_for_the_experts_does_not_multiply_by_the_gate() -> None:
 
 
 class Telling(Loop):
-    """Notes whether its routing is known to be full."""
+    """Notes whether no slot of its layer will be unused."""
 
-    def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, **options: str) -> Tensor:
-        self.told = routing.is_full
-        return super().__call__(x_TD, routing, weights)
+    def for_layer(self, weights: ExpertWeights, top_k: int, *, static_k: bool = False) -> Self:
+        self.told = static_k
+        return self
 
 
 @pytest.mark.parametrize("static_k", [pytest.param(value, id=str(value)) for value in (True, False, None)])
 def test_experts_are_told_that_no_slot_is_unused(static_k: bool | None) -> None:
-    """Where the router declares it; the routing that comes out of the layer does not say so."""
-    layer = layer_of(experts := Telling())
-    layer.router.static_k = static_k
-    _, routing = layer(random(7, D), CTX)
+    """Where the router declares it."""
+
+    declares = type("Declares", (SoftmaxTopK,), {"static_k": static_k})
+    layer_of(experts := Telling(), router=declares)
     assert experts.told == (static_k is True)
-    assert not routing.is_full

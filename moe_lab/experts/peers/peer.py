@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import Any, Self
 from weakref import WeakValueDictionary
 
 import torch
@@ -29,6 +30,7 @@ class Peer(Experts):
     capability: of the GPU, at least (with `newer` false, exactly its major number).
     dtypes: what it computes. multiple: what D and F must be multiples of.
     reads_unused: whether `compute` takes ids of -1 as they are.
+    is_full: no slot of its layer is ever unused.
     """
 
     graph_safe = True
@@ -42,6 +44,7 @@ class Peer(Experts):
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     multiple = 16
     reads_unused = False
+    is_full = False
 
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
         """[T, D], the weighted sum of each token's experts. T and K are at least 1; the ids are int32."""
@@ -64,6 +67,12 @@ class Peer(Experts):
             raise UnavailableError(
                 f"needs a GPU with compute capability {at_least} (this one has {found[0]}.{found[1]})"
             )
+
+    def for_layer(self, weights: ExpertWeights, top_k: int, *, static_k: bool = False) -> Self:
+        """See `Experts`."""
+        mine = copy.copy(self)
+        mine.is_full = static_k
+        return mine
 
     def kernels(self) -> Any:
         """The module with its functions.
@@ -119,7 +128,7 @@ class Peer(Experts):
         if torch.compiler.is_compiling():
             compute = partial(torch.ops.moe_lab.peer_experts, self.name)
         with phase("dispatch+experts+combine"):
-            if not self.reads_unused and not routing.is_full:
+            if not self.reads_unused and not self.is_full:
                 x_TD, routing = without_unused(x_TD, routing)
             ids_TK, weights_TK = routing.expert_ids_TK.contiguous(), routing.weights_TK.contiguous()
             if scale == "output":
@@ -159,4 +168,4 @@ def without_unused(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
     another_T1 = ids_TK.amax(-1, keepdim=True)
     x_TD = x_TD.masked_fill(another_T1 < 0, 0)
     ids_TK = ids_TK.where(used_TK, another_T1.clamp(min=0))
-    return x_TD, Routing(ids_TK, routing.weights_TK.masked_fill(~used_TK, 0), is_full=True)
+    return x_TD, Routing(ids_TK, routing.weights_TK.masked_fill(~used_TK, 0))
