@@ -346,8 +346,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   // `up` reads the routing from here on. `down` may begin only then: it reads the routing and does not wait for it.
   if constexpr (UP) wait_for_results_before();
   let_next_begin();
-  tables.fill<Shape::kThreads>(a);
-  const int* const perm = a.ids != nullptr ? tables.perm : a.perm;
+  constexpr bool kSorts = GATHERS || Shape::kGroups == 1;  // else the slots are sorted already
+  static_assert(kFewSlots * 4 <= Shape::store_bytes(16));
+  tables.fill<Shape::kThreads, kSorts>(a, reinterpret_cast<int*>(staging));
+  const int* const perm = kSorts && a.ids != nullptr ? tables.perm : a.perm;
   Schedule schedule{tables.offsets, tables.tiles_before, a.row_tiles * a.pieces};
   const int tiles = tables.tiles_before[a.E] * schedule.per_token_tile;
 

@@ -62,7 +62,8 @@ cudaError_t launch_product(const ExpertsArguments& e, const Device& device) {
   const int64_t room = (device.shared_bytes + kOfBlock) / Shape::kBlocksPerSm - kOfBlock;
   const int beside = Shape::bytes_beside_stages(a.tokens, a.E, a.ids != nullptr ? a.slots : 0);
   a.stages = static_cast<int>(std::min<int64_t>(kMostStages, (room - beside) / Shape::stage_bytes(a.tokens)));
-  if (a.stages < 2) return cudaErrorInvalidConfiguration;
+  // Gathered rows are announced a step late, and a stage is free when the step after it is multiplied.
+  if (a.stages < (GATHERS ? 3 : 2)) return cudaErrorInvalidConfiguration;
   // Where weights are read once, memory bounds the kernel. With four stages two at once would leave too few under way
   // (315 us in place of 236 at OLMoE's shape, T = 512, on an H200).
   const bool reads_once = a.slots <= static_cast<int64_t>(e.E) * a.tokens;

@@ -71,22 +71,20 @@ struct Tables {
   int* warp_sums;     // [32]
   int* offsets;       // [E + 1]
   int* tiles_before;  // [E + 1]
-  int* ids;           // [slots], where the block sorts
   int* perm;          // [slots], where the block sorts
 
-  static constexpr int bytes(int E, int64_t few_slots) {
-    return (32 + 2 * (E + 1) + 2 * static_cast<int>(few_slots)) * 4;
-  }
+  static constexpr int bytes(int E, int64_t few_slots) { return (32 + 2 * (E + 1) + static_cast<int>(few_slots)) * 4; }
 
   __device__ Tables(int* at, const MatmulArguments& a)
-      : warp_sums(at), offsets(at + 32), tiles_before(offsets + a.E + 1), ids(tiles_before + a.E + 1),
-        perm(ids + (a.ids == nullptr ? 0 : static_cast<int>(a.slots))) {}
+      : warp_sums(at), offsets(at + 32), tiles_before(offsets + a.E + 1), perm(tiles_before + a.E + 1) {}
 
-  // By all THREADS of the block, which are in step after it.
-  template <int THREADS>
-  __device__ __forceinline__ void fill(const MatmulArguments& a) {
+  // By all THREADS of the block, which are in step after it. SORTS: the block may sort, with room in `ids` for the
+  // slots meanwhile.
+  template <int THREADS, bool SORTS>
+  __device__ __forceinline__ void fill(const MatmulArguments& a, int* ids) {
+    const bool sorts = SORTS && a.ids != nullptr;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slots = static_cast<int>(a.slots);
-    if (a.ids != nullptr) {
+    if (sorts) {
       for (int e = threadIdx.x; e <= a.E; e += THREADS) tiles_before[e] = 0;  // first the counts
       __syncthreads();
       for (int i = threadIdx.x; i < slots; i += THREADS) {
@@ -99,7 +97,7 @@ struct Tables {
     int tiles_carry = 0, slots_carry = 0;
     for (int start = 0; start <= a.E; start += THREADS) {
       const int e = start + threadIdx.x;
-      const int count = e >= a.E ? 0 : a.ids != nullptr ? tiles_before[e] : a.offsets[e + 1] - a.offsets[e];
+      const int count = e >= a.E ? 0 : sorts ? tiles_before[e] : a.offsets[e + 1] - a.offsets[e];
       const int its = (count + a.tokens - 1) / a.tokens;
       int tiles_up_to = its, slots_up_to = count;
 #pragma unroll
@@ -119,7 +117,7 @@ struct Tables {
       if (e <= a.E) offsets[e] = before, tiles_before[e] = tiles;
       __syncthreads();
     }
-    if (a.ids != nullptr) {
+    if (sorts) {
       for (int i = threadIdx.x; i < slots; i += THREADS) {
         const int expert = ids[i];
         int earlier = 0;

@@ -17,6 +17,7 @@ ALL_TILES = [
     pytest.param((256, 32, 256, 32, 1), id="wide-32"),
     pytest.param((256, 192, 256, 160, 1), id="wide"),
     pytest.param((256, 96, 128, 48, 2), id="wide-up"),
+    pytest.param((256, 192, 128, 64, 1), id="wide-up-192"),
     pytest.param((128, 32, 256, 128, 1), id="wide-down"),
 ]
 SIZES = [  # T, K, E, D, F
@@ -30,6 +31,8 @@ ON_THE_DEVICE = [
     pytest.param((199, 1, 1, 128, 64), id="one-expert"),
     pytest.param((1000, 2, 7, 512, 336), id="T1000-E7"),
     pytest.param((64, 8, 256, 256, 128), id="E256"),
+    pytest.param((64, 8, 1024, 256, 48), id="512-slots-E1024"),  # leaves the least memory to the stages
+    pytest.param((171, 3, 8, 256, 48), id="513-slots"),
     pytest.param((700, 8, 1000, 64, 48), id="E1000"),
 ]
 # Of the roundings of h and o to 8 bits of bf16, or 11 of fp16; float64 has none.
