@@ -343,13 +343,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     }
     fence_barriers();
   }
-  // `up` reads the routing from here on. `down` may begin only then: it reads the routing and does not wait for it.
+  // `up` reads the routing from here on. `down` may begin only then: it reads the routing and does not wait for it, so
+  // past the L1 cache, which may hold what stood there before.
   if constexpr (UP) wait_for_results_before();
   let_next_begin();
   constexpr bool kSorts = GATHERS || Shape::kGroups == 1;  // else the slots are sorted already
   static_assert(kFewSlots * 4 <= Shape::store_bytes(16));
   tables.fill<Shape::kThreads, kSorts>(a, reinterpret_cast<int*>(staging));
-  const int* const perm = kSorts && a.ids != nullptr ? tables.perm : a.perm;
+  const bool sorts = kSorts && a.ids != nullptr;
   Schedule schedule{tables.offsets, tables.tiles_before, a.row_tiles * a.pieces};
   const int tiles = tables.tiles_before[a.E] * schedule.per_token_tile;
 
@@ -358,7 +359,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     give_registers<56>();
     ring.parity = 1;
     if constexpr (GATHERS) {
-      fill_by_gathering<Shape>(ring, schedule, tiles, &weights, perm, a);
+      fill_by_gathering<Shape>(ring, schedule, tiles, &weights, sorts ? tables.perm : a.perm, a);
     } else if (threadIdx.x == 0) {
       fill_by_tiles<Shape, UP>(ring, schedule, tiles, &weights, &tokens, a);
     }
@@ -374,7 +375,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
       if constexpr (!UP && Shape::kGroups == 1) {  // early, for they come from afar
 #pragma unroll
         for (int i = 0; i < Shape::kTokens / 32; ++i) {
-          slots[i] = lane + 32 * i < tile.tokens ? perm[tile.first + lane + 32 * i] : 0;
+          const int at = tile.first + lane + 32 * i;
+          slots[i] = lane + 32 * i >= tile.tokens ? 0 : sorts ? tables.perm[at] : __ldcg(a.perm + at);
         }
       }
       int adds = 0, before = -1;

@@ -88,7 +88,7 @@ struct Tables {
       for (int e = threadIdx.x; e <= a.E; e += THREADS) tiles_before[e] = 0;  // first the counts
       __syncthreads();
       for (int i = threadIdx.x; i < slots; i += THREADS) {
-        const int expert = a.ids[i];
+        const int expert = __ldcg(a.ids + i);
         ids[i] = expert;
         if (0 <= expert && expert < a.E) atomicAdd(&tiles_before[expert], 1);
       }
@@ -97,7 +97,7 @@ struct Tables {
     int tiles_carry = 0, slots_carry = 0;
     for (int start = 0; start <= a.E; start += THREADS) {
       const int e = start + threadIdx.x;
-      const int count = e >= a.E ? 0 : sorts ? tiles_before[e] : a.offsets[e + 1] - a.offsets[e];
+      const int count = e >= a.E ? 0 : sorts ? tiles_before[e] : __ldcg(a.offsets + e + 1) - __ldcg(a.offsets + e);
       const int its = (count + a.tokens - 1) / a.tokens;
       int tiles_up_to = its, slots_up_to = count;
 #pragma unroll
