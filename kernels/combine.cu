@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(256) combine_kernel(const __grid_constant__ Co
     int its_row = -1;
     float its_weight = 1.0f;
     if (lane < slots) {
-      const bool used = a.ids != nullptr ? a.ids[slot] >= 0 : a.used[slot];
+      const bool used = a.ids != nullptr ? static_cast<uint32_t>(a.ids[slot]) < a.E : a.used[slot];
       const int sorted = a.inverse != nullptr ? a.inverse[slot] : static_cast<int>(slot);
       if (a.weights != nullptr) its_weight = a.weights[slot];
       if (used) its_row = sorted;

@@ -12,13 +12,14 @@ namespace moe_lab {
 struct CombineArguments {
   const void* o;           // [pieces, rows, D]
   const int32_t* inverse;  // [T * K], or null: the row of a slot is the slot's flat index
-  const int32_t* ids;      // [T, K], negative for an unused slot, whose row and weight are not read; or null
+  const int32_t* ids;      // [T, K], outside [0, E) for an unused slot, whose row and weight are not read; or null
   const bool* used;        // [T, K], where ids are null
   const float* weights;    // [T, K], or null: all are 1
   void* y;                 // [T, D]
   int64_t T, rows;
   int K, D, pieces;
-  Dtype dtype, y_dtype;  // of o and of y
+  uint32_t E = uint32_t{1} << 31;  // all that are not negative, where nobody says how many experts there are
+  Dtype dtype, y_dtype;            // of o and of y
 };
 
 void combine_cpu(const CombineArguments& a);

@@ -55,7 +55,7 @@ void combine_cpu(const CombineArguments& a) {
     for (int64_t t = begin; t < end; ++t) {
       std::fill(sum.begin(), sum.end(), 0.0f);
       for (int64_t slot = t * a.K; slot < (t + 1) * a.K; ++slot) {
-        if (a.ids != nullptr ? a.ids[slot] < 0 : !a.used[slot]) continue;
+        if (!(a.ids != nullptr ? static_cast<uint32_t>(a.ids[slot]) < a.E : a.used[slot])) continue;
         const int64_t from = a.inverse != nullptr ? a.inverse[slot] : slot;
         load(a, 0, from, row.data());
         for (int p = 1; p < a.pieces; ++p) load(a, p, from, piece.data()), add(row, piece);

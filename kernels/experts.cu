@@ -55,7 +55,7 @@ cudaError_t experts(const ExpertsArguments& a, const Device& device) {
   c.o = a.o, c.y = a.y, c.ids = a.ids;
   c.inverse = a.tiles.in_slot_order() ? nullptr : a.inverse;
   c.weights = a.scales_input ? nullptr : a.weights;
-  c.T = a.T, c.rows = a.slots(), c.K = a.K, c.D = a.D, c.pieces = a.tiles.pieces;
+  c.T = a.T, c.rows = a.slots(), c.K = a.K, c.D = a.D, c.E = a.E, c.pieces = a.tiles.pieces;
   c.dtype = a.tiles.pieces > 1 ? Dtype::kFloat32 : a.dtype, c.y_dtype = a.dtype;
   return combine(c, device);
 }

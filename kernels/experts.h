@@ -25,7 +25,7 @@ struct Tiles {
 // s]; the weight multiplies x[t] instead where `scales_input`. h and o are rounded to the dtype, sums are float32.
 struct ExpertsArguments {
   const void* x;              // [T, D]
-  const int32_t* ids;         // [T, K], negative for an unused slot
+  const int32_t* ids;         // [T, K], outside [0, E) for an unused slot
   const float* weights;       // [T, K]
   const void* w_gate_up;      // [E, 2F, D]
   const void* w_down;         // [E, D, F]

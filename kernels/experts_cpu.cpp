@@ -34,7 +34,7 @@ void experts_of(const ExpertsArguments& a) {
     sum.assign(D, 0.0f);
     for (int64_t slot = t * a.K; slot < (t + 1) * a.K; ++slot) {
       const int64_t e = a.ids[slot];
-      if (e < 0) continue;
+      if (e < 0 || e >= a.E) continue;
       const T* const from = static_cast<const T*>(a.x) + t * D;
       for (int64_t d = 0; d < D; ++d) {
         x[d] = a.scales_input ? static_cast<T>(static_cast<float>(from[d]) * a.weights[slot]) : from[d];

@@ -76,7 +76,7 @@ def fused_experts(
 
     Args:
         x_TD: bf16 or fp16.
-        ids_TK: int32, -1 for an unused slot.
+        ids_TK: int32, -1 (or another that is no expert's) for an unused slot.
         weights_TK: float32; they multiply the expert's input where `scales_input`, else its output.
         w_gate_up_E2FD, w_down_EDF: contiguous, of x's dtype; neither changed nor copied.
         tiles: up_rows, up_tokens, down_rows, down_tokens, pieces, as `moe_lab.experts.tiles.Tiles` describes them.
