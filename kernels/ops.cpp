@@ -343,8 +343,8 @@ void run_experts_cuda(ExpertsArguments a, const Tensor& x, const Sorted& sorted)
   const DeviceGuard guard(index);
   const Device device = device_of(index);
   STD_TORCH_CHECK(device.is_sm_90, "x: the kernels need compute capability 9.0");
-  if (a.T == 0 || a.K == 0) {
-    check(cudaMemsetAsync(a.y, 0, a.T * a.D * 2, device.stream));
+  if (a.slots() == 0) {
+    if (a.T > 0) check(cudaMemsetAsync(a.y, 0, a.T * a.D * 2, device.stream));
     return;
   }
   // All of it lives on the stream's order of allocations, so it may go when this returns.
