@@ -31,8 +31,8 @@ class Choice(NamedTuple):
     tiles: tuple[int, ...] | None
 
 
-FUSED_DTYPES, FUSED_STEP = ("bf16", "fp16"), 16
-"""Of the kernels of `fused`: their dtypes, and what D and F must be a multiple of."""
+FUSED_DTYPES, FUSED_STEP, FUSED_EXPERTS = ("bf16", "fp16"), 16, 1024
+"""Of the kernels of `fused`: their dtypes, what D and F must be a multiple of, and how many experts at most."""
 
 
 def file_name(device_name: str) -> str:
@@ -52,7 +52,7 @@ def neighbours(device_name: str, dtype: str, shape: Shape, T: int) -> list[Choic
 @lru_cache(maxsize=4096)
 def fastest(device_name: str, dtype: str, shape: Shape, T: int) -> str:
     """`fused` or `grouped` where both can run: what was measured at the nearest T; `fused` if nobody measured."""
-    if dtype not in FUSED_DTYPES or shape.D % FUSED_STEP or shape.F % FUSED_STEP:
+    if dtype not in FUSED_DTYPES or shape.D % FUSED_STEP or shape.F % FUSED_STEP or shape.E > FUSED_EXPERTS:
         return "grouped"
     measured = neighbours(device_name, dtype, shape, T)
     return min(measured, key=lambda choice: abs(log(choice.T / T))).implementation if measured else "fused"

@@ -44,7 +44,7 @@ def require_computable(dtype: torch.dtype, n_experts: int, *widths: int) -> None
     if dtype not in DTYPES:
         raise UnavailableError(f"needs dtype=bf16 or fp16, not {dtype}; use experts=auto")
     if n_experts > extension.MOST_EXPERTS:
-        raise UnavailableError(f"supports at most {extension.MOST_EXPERTS} experts, not {n_experts}")
+        raise UnavailableError(f"supports at most {extension.MOST_EXPERTS} experts, not {n_experts}; use experts=auto")
     if odd := [width for width in widths if width % STEP]:
         raise UnavailableError(
             f"needs model.shape.d_model and mlp_hidden_dim to be multiples of {STEP}, not {odd[0]}; use experts=auto"

@@ -82,6 +82,7 @@ def test_the_fastest_is_that_of_the_nearest_measured_number_of_tokens(write: Cal
     ("dtype", "shape"),
     [
         pytest.param("fp32", SHAPE, id="fp32"),
+        pytest.param("bf16", SHAPE._replace(E=1025), id="E"),
         pytest.param("", SHAPE, id="no-dtype-of-ours"),
         pytest.param("bf16", SHAPE._replace(D=520), id="D"),
         pytest.param("bf16", SHAPE._replace(F=2056), id="F"),
