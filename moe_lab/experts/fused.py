@@ -65,7 +65,6 @@ class Fused(Experts):
         check_scale(scale)
         top_k = routing.expert_ids_TK.shape[1]
         layer = self if self.shape is not None else self.for_layer(weights, top_k)
-        layer._require(x_TD)
         with phase("dispatch+experts+combine"):
             return fused_experts.fused_experts(
                 x_TD, routing.expert_ids_TK, routing.weights_TK, weights.w_gate_up_E2FD, weights.w_down_EDF,
@@ -82,18 +81,18 @@ class Fused(Experts):
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
         """See `Experts`: `fused` and its tiles."""
         assert self.shape is not None, "for_layer tells the shape"
-        self._require(x_TD)
         tiles = self._tiles(x_TD, self.shape.K)
         return {"experts": "fused", "tiles": "-".join(map(str, tiles))}
 
-    def _require(self, x_TD: Tensor) -> None:
+    def _tiles(self, x_TD: Tensor, top_k: int) -> Tiles:
+        """The number of slots decides, so K may differ from the layer's (in a layer of other rows).
+
+        Raises:
+            UnavailableError: there are no kernels for such an input.
+        """
         assert self.shape is not None
         fused_experts.require_computable(x_TD.dtype, self.shape.E, self.shape.D, self.shape.F)
-
-    def _tiles(self, x_TD: Tensor, top_k: int) -> Tiles:
-        """The number of slots decides, so K may differ from the layer's (in a layer of other rows)."""
         if self.tiles is not None:
             return self.tiles
-        assert self.shape is not None
         shape = self.shape._replace(K=top_k)
         return _tiles_for(self.device_name, self.multiprocessors, _NAMES[x_TD.dtype], len(x_TD), shape)

@@ -35,6 +35,7 @@ def test_a_cpu_has_none() -> None:
         Fused().compute_on(CPU)
 
 
+@pytest.mark.parametrize("tiles", [pytest.param(NARROW, id="tiles"), pytest.param(None, id="by-shape")])
 @pytest.mark.parametrize(
     ("sizes", "dtype", "message"),
     [
@@ -45,11 +46,13 @@ def test_a_cpu_has_none() -> None:
     ],
 )
 def test_what_it_does_not_compute_is_said_beforehand(
-    sizes: tuple[int, int, int], dtype: torch.dtype, message: str
+    sizes: tuple[int, int, int], dtype: torch.dtype, message: str, tiles: Tiles | None
 ) -> None:
     weights = ExpertWeights(*sizes).to(dtype)
-    experts = Fused(NARROW).for_layer(weights, 2)
+    experts = Fused(tiles).for_layer(weights, 2)
     x_TD = torch.zeros(3, sizes[1], dtype=dtype)
+    with pytest.raises(UnavailableError, match=message):  # the first that a layer asks
+        experts.reads_dispatch(x_TD)
     with pytest.raises(UnavailableError, match=message):
         experts.implementation(x_TD, weights)
     with pytest.raises(UnavailableError, match=message):
