@@ -9,6 +9,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.ops import extension, fused_experts
 from moe_lab.ops.dispatch import dispatch
 
+pytestmark = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
 ON = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu, id="cuda")]
 ALL_TILES = [
     pytest.param((128, 16, 128, 16, 1), id="narrow-16"),
@@ -193,6 +194,23 @@ def test_what_it_refuses(device: str, change: dict[str, object], message: str) -
     tiles = change.pop("tiles", (128, 16, 128, 16, 1))
     with pytest.raises(RuntimeError, match=message):
         case.run(tiles, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("T", [pytest.param(0, id="T0"), pytest.param(37, id="T37")])
+def test_the_op_has_a_fake_form_and_writes_where_it_is_told(device: str, T: int) -> None:
+    case, op = Case((T, 3, 5, 48, 80), device, torch.bfloat16), torch.ops.moe_lab.experts
+    inputs = (case.x_TD, case.ids_TK, case.weights_TK, case.w_up, case.w_down, case.b_up, case.b_down)
+    order = dispatch(case.ids_TK, case.E)[1:]
+    keys = ("silu", False, 256, 96, 256, 128, 1)
+    torch.library.opcheck(op.default, (*inputs, *order, *keys), test_utils=("test_schema", "test_faketensor"))
+    y_TD = torch.full_like(case.x_TD, float("nan"))
+    op.out(*inputs, None, None, None, *keys, y=y_TD)
+    assert torch.equal(y_TD, op(*inputs, *order, *keys))
+    with pytest.raises(RuntimeError, match="offsets, perm and inverse: give all of them, or none"):
+        op(*inputs, order[0], None, None, *keys)
+    with pytest.raises(RuntimeError, match="y: must be as x, contiguous"):
+        op.out(*inputs, None, None, None, *keys, y=y_TD.float())
 
 
 def test_who_has_no_such_kernels() -> None:
