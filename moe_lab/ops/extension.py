@@ -261,7 +261,8 @@ def _run(command: list[str], log_file: Path) -> None:
         file.write(f"{' '.join(command)}\n{output}\n")
     if "wgmma.mma_async instructions are serialized" in output:  # a warning of ptxas: a fifth of the speed
         raise BuildError(
-            f"the extension is slow as this nvcc compiles it: products wait for each other (see {log_file})"
+            "the extension would be slow as this nvcc compiles it: products wait for each other "
+            f"(full output: {log_file}); install another CUDA toolkit, then run `moe-lab build`"
         )
     if process.returncode:
         last = " / ".join(output.splitlines()[-3:])

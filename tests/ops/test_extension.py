@@ -96,6 +96,19 @@ def test_a_compiler_that_fails_is_named_with_its_last_lines(
     assert log.exists()
 
 
+def test_products_that_wait_for_each_other_are_no_build(
+    empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which the compiler, here a script, only warns."""
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho '(C7510) wgmma.mma_async instructions are serialized due to sorrow' >&2\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(extension.BuildError, match=r"would be slow .* install another CUDA toolkit"):
+        extension.build(())
+    assert extension.built(()) is None
+
+
 @needs_cxx
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here: a file stands where the folder should be."""
