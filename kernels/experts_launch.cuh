@@ -92,10 +92,8 @@ cudaError_t launch_product(const ExpertsArguments& e, const Device& device) {
 template <class T, Activation ACTIVATION>
 cudaError_t launch_up(const ExpertsArguments& e, const Device& device) {
   if (e.tiles.up_rows == 128) return launch_product<T, NarrowTile, true, true, false, ACTIVATION>(e, device);
-  if (e.rows == nullptr || !e.rows_are_sorted()) {
-    return launch_product<T, WideTile, true, true, false, ACTIVATION>(e, device);
-  }
-  return launch_product<T, WideTile, true, false, false, ACTIVATION>(e, device);
+  if (e.rows_are_sorted()) return launch_product<T, WideTile, true, false, false, ACTIVATION>(e, device);
+  return launch_product<T, WideTile, true, true, false, ACTIVATION>(e, device);
 }
 
 template <class T>
