@@ -244,6 +244,27 @@ def test_a_thousand_replays_give_the_same_bits(tiles: tuple[int, ...]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tiles", ALL_TILES)
+@pytest.mark.parametrize("T", [pytest.param(60, id="few"), pytest.param(150, id="many")])
+def test_each_replay_reads_the_ids_of_its_time(tiles: tuple[int, ...], T: int) -> None:
+    """`down` reads them before the kernels before it have ended."""
+    case, expected = Case((T, 8, 60, 512, 336), "cuda", torch.bfloat16), []
+    routings = [case.ids_TK.clone(), case.ids_TK.flip(0)]
+    for ids_TK in routings:
+        case.ids_TK.copy_(ids_TK)
+        expected.append(case.run(tiles))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y_TD = case.run(tiles)
+    differs = torch.zeros((), device="cuda")
+    for turn in range(200):
+        case.ids_TK.copy_(routings[turn % 2])
+        graph.replay()
+        differs += (y_TD != expected[turn % 2]).any()
+    assert not differs
+
+
+@pytest.mark.gpu
 def test_torch_compile_takes_it() -> None:
     case = Case((37, 3, 5, 48, 80), "cuda", torch.bfloat16)
     compiled = torch.compile(lambda: case.run((128, 16, 128, 16, 1)) * 2, fullgraph=True)
