@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import check, pack_peers
+from benchmarks import add_rms_norm, check, pack_peers, sort_and_combine, tune_experts
 from tests import tiny
 
 FOLDER = tiny.ROOT / "benchmarks"
@@ -134,6 +135,23 @@ def test_a_benchmark_that_is_not_checked_cannot_be_asked_for(monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["check", "--only", "agregate"])
     with pytest.raises(SystemExit, match="2"):
         check.main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+@pytest.mark.parametrize(
+    "benchmark",
+    [
+        pytest.param(each, id=each.__name__.rpartition(".")[2])
+        for each in (add_rms_norm, sort_and_combine, tune_experts)
+    ],
+)
+def test_what_needs_a_gpu_says_so_in_one_line(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main()
+    assert capsys.readouterr().err.endswith("benchmark: error: a CUDA device is needed\n")
 
 
 def fat_binary(*entries: tuple[int, int, bytes]) -> bytes:
