@@ -174,6 +174,13 @@ def test_a_packed_library_keeps_the_code_of_one_gpu() -> None:
     assert packed == expected != library
 
 
+def test_a_wheel_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind pip's own words."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(SystemExit, match=rf"^pack_peers: pip cannot download nothing==1; .* the wheel in {tmp_path}$"):
+        pack_peers.fetch(["nothing==1"], tmp_path)
+
+
 def test_what_only_looks_like_a_fat_binary_is_left_alone() -> None:
     """Code that compares with the magic number has it too; or the lengths do not fit."""
     magic = struct.pack("<I", 0xBA55ED50)
