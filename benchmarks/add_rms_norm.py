@@ -51,6 +51,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA device is needed")
     rate, rows = copy_rate(), []
     for shape in SHAPES:
         model, x = AddRMSNorm(*shape), torch.randn(shape, device="cuda", dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
 """Fits the model of the experts' tiles to what `benchmarks.tune_experts` measured; says how far its choices are off.
 
-    python -m benchmarks.fit_tiles outputs/tune_experts/nvidia_h200.csv
+    python -m benchmarks.fit_tiles docs/results/h200/expert_tiles.csv
 
 Needs no GPU. The figures of `moe_lab.experts.tiles.Gpu` are changed one after the other, as long as the model's choices
 get faster or its times truer. `as it is` is the regret of the model in the package, `fitted` that of one fitted to all
@@ -104,10 +104,14 @@ def fit(gpu: Gpu, cells: Sequence[Cell]) -> Gpu:
 def main() -> int:
     """Print the regret of each cell and the figures that fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", type=Path)
+    parser.add_argument("csv", type=Path, help="the timings that tune_experts wrote")
     parser.add_argument("--multiprocessors", type=int, default=132, help="of the GPU (default: 132)")
     args = parser.parse_args()
+    if not args.csv.is_file():
+        parser.error(f"{args.csv}: file not found; python -m benchmarks.tune_experts writes one")
     frame = pd.read_csv(args.csv)
+    if not {*CELL, *Tiles._fields, "implementation", "us", "of_model", "device"} <= {*frame.columns}:
+        parser.error(f"{args.csv}: not the timings of python -m benchmarks.tune_experts")
     cells = cells_of(frame)
     as_it_is = gpu_of(str(frame.device.iloc[0]), args.multiprocessors)
     fitted = fit(as_it_is, cells)

@@ -140,7 +140,9 @@ def fetch(wheels: Iterable[str], folder: Path) -> list[Path]:
         name, version = wheel.split("==")
         pattern = f"{name.replace('-', '_')}-{version}-*.whl"
         if not list(folder.glob(pattern)):
-            subprocess.run([sys.executable, "-m", "pip", "download", *options, "-d", folder, wheel], check=True)
+            command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), wheel]
+            if subprocess.run(command, check=False).returncode:
+                sys.exit(f"pack_peers: pip cannot download {wheel}; a network is needed, or the wheel in {folder}")
         found += folder.glob(pattern)
     return found
 

@@ -94,10 +94,14 @@ def rows_of(shape: str, T: int, rate: float) -> list[dict[str, object]]:
 def main() -> None:
     """Print a row for each op, size and state of the cache."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--out", type=Path, help="a CSV file (default: none is written)")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=SHAPES, help="options of model/shape (default: all)"
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, help="in place of 1 to 16384")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA device is needed")
     extension.load()
     rate = copy_rate()
     with torch.inference_mode():

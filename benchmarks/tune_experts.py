@@ -289,12 +289,19 @@ def main() -> int:
     numbers = lambda text: [int(word) for word in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=words, default=SHAPES, help="options of model/shape, or E48-K6-D1024-F512")
-    parser.add_argument("--tokens", type=numbers, default=TOKENS)
-    parser.add_argument("--dtypes", type=words, default=["bf16"])
+    parser.add_argument("--tokens", type=numbers, default=TOKENS, help="numbers of tokens, such as 1,64")
+    parser.add_argument("--dtypes", type=words, default=["bf16"], help="bf16,fp16 (default: bf16)")
     parser.add_argument("--seconds", type=float, default=300, help="for all cells (default: 300)")
     parser.add_argument("--keep", type=int, default=6, help="most tiles of up, and of down, in a cell (default: 6)")
-    parser.add_argument("--slack", type=float, default=1.5, help="none that the model takes for so much slower")
-    parser.add_argument("--out", type=Path, default=Path("outputs/tune_experts"), help="a folder")
+    parser.add_argument(
+        "--slack",
+        type=float,
+        default=1.5,
+        help="leave out what the model takes for slower by this factor (default: 1.5)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/tune_experts"), help="a folder (default: %(default)s)"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import check, pack_peers
+from benchmarks import add_rms_norm, check, pack_peers, sort_and_combine, tune_experts
 from tests import tiny
 
 FOLDER = tiny.ROOT / "benchmarks"
@@ -136,6 +137,23 @@ def test_a_benchmark_that_is_not_checked_cannot_be_asked_for(monkeypatch: pytest
         check.main()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+@pytest.mark.parametrize(
+    "benchmark",
+    [
+        pytest.param(each, id=each.__name__.rpartition(".")[2])
+        for each in (add_rms_norm, sort_and_combine, tune_experts)
+    ],
+)
+def test_what_needs_a_gpu_says_so_in_one_line(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main()
+    assert capsys.readouterr().err.endswith("benchmark: error: a CUDA device is needed\n")
+
+
 def fat_binary(*entries: tuple[int, int, bytes]) -> bytes:
     """Of (kind, architecture, code), as nvcc lays them out."""
     body = b"".join(
@@ -154,6 +172,13 @@ def test_a_packed_library_keeps_the_code_of_one_gpu() -> None:
     for code in (b"a80", b"ptx", b"b120"):
         expected = expected.replace(code, bytes(len(code)))
     assert packed == expected != library
+
+
+def test_a_wheel_that_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind pip's own words."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(SystemExit, match=rf"^pack_peers: pip cannot download nothing==1; .* the wheel in {tmp_path}$"):
+        pack_peers.fetch(["nothing==1"], tmp_path)
 
 
 def test_what_only_looks_like_a_fat_binary_is_left_alone() -> None:

@@ -73,3 +73,24 @@ def test_the_exit_code_tells_whether_the_model_is_good_enough(
     assert fit_tiles.main() == code
     text = capsys.readouterr().out
     assert all(f"{name} bf16" in text for name in SHAPES) and "left out: " in text and "store_up_s: 1e-06 -> " in text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        pytest.param(None, "file not found; python -m benchmarks.tune_experts writes one", id="missing"),
+        pytest.param(
+            "shape,tokens,ms\ndemo,1,0.02\n", "not the timings of python -m benchmarks.tune_experts", id="other"
+        ),
+    ],
+)
+def test_another_file_is_refused_in_one_line(
+    text: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.csv"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["fit_tiles", str(path)])
+    with pytest.raises(SystemExit, match="2"):
+        fit_tiles.main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {path}: {reason}")

@@ -55,6 +55,9 @@ def usual_name(group: str, option: str) -> str:
 
 _OPTIONAL = ("experiment", "debug")
 
+_NO_TEXT = r"-?(\d[\d.]*(e[-+]?\d+)?|inf|nan)|true|false"
+"""What Hydra reads as a number or a truth value."""
+
 
 def _none_of(group: str) -> str:
     return f"leave {group}= out for none" if group in _OPTIONAL else f"a run needs one option of {group}"
@@ -71,7 +74,7 @@ def refuse_removal(overrides: Iterable[str], options_of: Callable[[str], Sequenc
     groups = ("model/shape", *GROUPS, *_OPTIONAL)
     for override in overrides:
         key, is_set, value = override.lstrip("~+").partition("=")
-        if key.startswith("router@") and re.fullmatch(r"-?\d[\d.]*", value):
+        if key.startswith("router@") and re.fullmatch(_NO_TEXT, value, re.IGNORECASE):
             raise ValueError(unknown_option(key.removeprefix("router@"), value, options_of("router")))
         if "???" in value.split(","):
             raise ValueError(f"{override}: ??? stands for a value that is missing; write {key}=VALUE.")
@@ -82,9 +85,7 @@ def refuse_removal(overrides: Iterable[str], options_of: Callable[[str], Sequenc
                 f"{override}: is a group; write model/shape={value}, beside model=moe_layer or model=router."
             )
         for option in value.split(",") if key in groups else ():
-            if re.fullmatch(
-                r"-?\d[\d.]*|true|false", option, re.IGNORECASE
-            ):  # Hydra asks for a string and names no key
+            if re.fullmatch(_NO_TEXT, option, re.IGNORECASE):  # Hydra asks for a string and names no key
                 raise ValueError(unknown_option(key, option, options_of(key)))
             if option.endswith((".yaml", ".yml")) or option.startswith(("./", "../")):  # Hydra finds the file
                 raise ValueError(unknown_option(key, option, options_of(key)))

@@ -61,6 +61,9 @@ IMPLEMENTATION = (
     Field("experts", str, "", "implementation of the experts"),
     Field("add_rms_norm", str, "", "implementation of the norms"),
     Field("segment_mm", str, "", "implementation of the matrix products of `experts=grouped`"),
+    Field("tiles", str, "", "of `experts=fused`: up_rows-up_tokens-down_rows-down_tokens-pieces"),
+    Field("dispatch", str, "", "who sorts the slots by expert, if the extension does"),
+    Field("combine", str, "", "who sums a token's slots, if the extension does"),
     Field("*", None, "", "implementation of another operation, under its name"),
 )
 

@@ -217,9 +217,12 @@ def _alone(runs: pd.DataFrame, column: str) -> str:
 
 
 def _experts(runs: pd.DataFrame) -> str:
-    """As `_alone`; behind `auto` in brackets what it chose."""
-    name, ran = _alone(runs, "experts"), _texts(runs, "implementation.experts")
-    return f"{name} ({_few(ran)})" if name == "auto" and ran else name
+    """As `_alone`; with what `auto` chose, also where it is compared with others."""
+    name = _alone(runs, "experts")
+    ran = _texts(runs[runs["experts"] == "auto"], "implementation.experts") if "experts" in runs else []
+    if not ran:
+        return name
+    return f"auto ({_few(ran)})" if name else f"auto is {_few(ran)}"
 
 
 def _few(words: Iterable[str], most: int = _MOST) -> str:

@@ -50,8 +50,14 @@ TORCHS = pytest.mark.parametrize("impl", [pytest.param(name, id=name) for name i
 @pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in ON_A_GPU])
 def test_a_cpu_is_refused(name: str) -> None:
     """With the device that is needed; the package is not asked for first."""
-    with pytest.raises(UnavailableError, match=r"^needs device=cuda \(this run is on cpu\)$"):
+    of_impl = f"experts.impl={name.removeprefix('hub_')}: " if name.startswith("hub_") else ""
+    with pytest.raises(UnavailableError, match=rf"^{of_impl}needs device=cuda \(this run is on cpu\)$"):
         PEERS[name]().compute_on(CPU, load=False)
+
+
+def test_what_one_implementation_of_transformers_does_not_compute_is_said_of_it_alone() -> None:
+    with pytest.raises(UnavailableError, match=r"^experts\.impl=deepgemm: transformers computes bfloat16 only, not fl"):
+        Transformers(impl="deepgemm").require(torch.float32, 64, 64)
 
 
 class Absent(Peer):

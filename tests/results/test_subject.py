@@ -87,6 +87,13 @@ def test_what_auto_chose_is_named(tmp_path: Path) -> None:
     assert of(tmp_path)["Experts"] == "auto (fused, grouped:few_tokens)"
 
 
+def test_what_auto_chose_is_named_beside_others(tmp_path: Path) -> None:
+    """The others are named among the variants."""
+    for n, folder in enumerate(synthetic.sweep(tmp_path, 8)):
+        edit(folder, config__experts__name=("auto", "loop")[n % 2], implementation__experts=("fused", "loop")[n % 2])
+    assert of(tmp_path)["Experts"] == "auto is fused"
+
+
 def test_a_checkpoint_shows_its_shape_by_its_routing(tmp_path: Path) -> None:
     """Its configuration does not tell; of a texts' workload the path is named."""
     for folder in synthetic.sweep(tmp_path, 4):

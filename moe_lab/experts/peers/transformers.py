@@ -6,6 +6,8 @@ deepgemm, sonicmoe  kernels that transformers fetches from the Hugging Face hub
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +45,21 @@ class Transformers(Peer):
     def require_device(self, device: torch.device) -> None:
         """See `Peer`: torch's products run on every device."""
         if self._is_fetched:
-            super().require_device(device)
+            with self._named():
+                super().require_device(device)
+
+    def require(self, dtype: torch.dtype, D: int, F: int) -> None:
+        """See `Peer`."""
+        with self._named():
+            super().require(dtype, D, F)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """What one implementation needs is not said of all."""
+        try:
+            yield
+        except UnavailableError as error:
+            raise UnavailableError(f"experts.impl={self.impl}: {error}") from error
 
     def compute_on(self, device: torch.device, *, load: bool = True) -> None:
         """See `Experts`."""
