@@ -117,6 +117,7 @@ LEFT_OUT = {
     "checkpoint_load": "needs a GPU",
     "pack_peers": "measures nothing",
     "router_verdicts": "needs a GPU",
+    "expert_verdicts": "reads what a GPU measured",
     "routing_metrics": "its quotes are of a GPU",
     "sort_and_combine": "needs a GPU",
     "tune_experts": "needs a GPU",

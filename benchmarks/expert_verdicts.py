@@ -1,0 +1,134 @@
+"""Compares experts=auto with the fastest peer of each cell, from folders of sweeps and a table of peers.
+
+    python -m benchmarks.expert_verdicts outputs/experts_1 outputs/experts_2 outputs/experts_3 --out outputs/verdicts
+
+Each folder is one process of the same sweep (`experiment=expert_kernels`, whose anchor is `auto`). The medians are
+taken over the folders, and the intervals cover all of theirs.
+
+A peer that ran in the sweep itself is compared in its interleaved rounds. The other peers of the table were measured on
+another day. Those that are in both and are called in the same way (`WITNESSES`) show how much the days differ: the
+table is scaled by the geometric mean of their ratios. moe-lab is ahead in a cell if the upper end of its ratio to the
+fastest peer is below 1, level if it is below 1.01, else behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+CELL = ["shape", "load", "tokens"]
+OURS = ("auto", "fused", "grouped", "loop")
+LEVEL = 1.01
+WITNESSES = ("vllm", "transformers")
+COLUMNS = {
+    "config.model.shape.name": "shape",
+    "config.workload.load": "load",
+    "seq_len": "tokens",
+    "experts": "experts",
+    "implementation.experts": "computed_by",
+    "implementation.tiles": "tiles",
+    "latency_ms.p50": "ms",
+    "latency_ms.ci95_low": "ms_low",
+    "latency_ms.ci95_high": "ms_high",
+    "ratio_to_anchor.p50": "ratio",
+    "ratio_to_anchor.ci95_low": "ratio_low",
+    "ratio_to_anchor.ci95_high": "ratio_high",
+    "roofline.floor_ms": "floor_ms",
+    "check.rel_error": "rel_error",
+    "environment.device_name": "device",
+    "environment.torch": "torch",
+    "environment.driver": "driver",
+    "code_id": "code_id",
+}
+"""Of runs.csv, and what they are called here."""
+
+
+def cells(folder: Path) -> pd.DataFrame:
+    """A row for each ok run of a sweep.
+
+    Raises:
+        ValueError: the folder has no runs.csv.
+    """
+    if not (folder / "runs.csv").is_file():
+        raise ValueError(f"{folder}: has no runs.csv; give the folder of a finished sweep.")
+    runs = pd.read_csv(folder / "runs.csv", low_memory=False)
+    return runs[runs.status == "ok"].reindex(columns=list(COLUMNS)).rename(columns=COLUMNS).fillna({"load": "native"})
+
+
+def joined(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row for each cell and implementation: over the processes the median, and the widest interval."""
+    how = {"ms": "median", "ratio": "median", "rel_error": "max"}
+    how |= dict.fromkeys(("ms_low", "ratio_low"), "min") | dict.fromkeys(("ms_high", "ratio_high"), "max")
+    rest = [name for name in runs if name not in (*CELL, "experts", *how)]
+    groups = runs.groupby([*CELL, "experts"], as_index=False)
+    return groups.agg(how | dict.fromkeys(rest, "first")).merge(groups.size().rename(columns={"size": "processes"}))
+
+
+def witness(ran: pd.DataFrame, peers: pd.DataFrame) -> float:
+    """The geometric mean of what the witnesses took now over what the table says; 1 if there is none."""
+    now = ran[(ran.load == "native") & ran.experts.isin(WITNESSES)].rename(columns={"experts": "peer"})
+    both = now.merge(peers, on=["shape", "tokens", "peer"])
+    return float(np.exp(np.log(both.ms_x / both.ms_y).mean())) if len(both) else 1.0
+
+
+def verdicts(ran: pd.DataFrame, peers: pd.DataFrame, scale: float) -> pd.DataFrame:
+    """A row for each cell of `auto`: the best peer that ran beside it, and the best of the table that did not."""
+    kept = ["ms", "ms_low", "ms_high", "computed_by", "tiles", "floor_ms", "processes"]
+    found = ran.loc[ran.experts == "auto", [*CELL, *kept]]
+    beside = ran[~ran.experts.isin(OURS)]
+    best = beside.loc[beside.groupby(CELL).ratio.idxmin(), [*CELL, "experts", "ms", "ratio", "ratio_low"]]
+    found = found.merge(best.rename(columns={"experts": "beside", "ms": "beside_ms"}), on=CELL, how="left")
+    found["over_beside"], found["over_beside_high"] = 1 / found.pop("ratio"), 1 / found.pop("ratio_low")
+
+    known = peers.merge(beside[["shape", "tokens", "experts"]].drop_duplicates(), how="left", indicator=True,
+                        left_on=["shape", "tokens", "peer"], right_on=["shape", "tokens", "experts"])  # fmt: skip
+    absent = known[known._merge == "left_only"]
+    absent = absent.loc[absent.groupby(["shape", "tokens"]).ms.idxmin(), ["shape", "tokens", "peer", "ms"]]
+    absent = absent.assign(load="native").rename(columns={"peer": "absent", "ms": "absent_ms"})
+    found = found.merge(absent, on=CELL, how="left")
+    found["over_absent"] = found.ms / (found.absent_ms * scale)
+
+    high = found[["over_beside_high", "over_absent"]].max(axis=1)
+    names = np.where(high < 1, "ahead", np.where(high <= LEVEL, "level", "behind"))
+    found["verdict"] = np.where(high.isna(), "no peer", names)
+    found["over_floor"] = found.ms / found.floor_ms
+    return found.sort_values(CELL)
+
+
+def mean_of(found: pd.DataFrame) -> float:
+    """The geometric mean of the faster peer's time over ours."""
+    worst = found[["over_beside", "over_absent"]].max(axis=1).dropna()
+    return float(np.exp(-np.log(worst).mean()))
+
+
+def main() -> None:
+    """Print the scale, the cells and what they come to; `--out` gets two files of rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="+", type=Path, help="folders, one for each process")
+    parser.add_argument("--peers", type=Path, default=Path("docs/results/h200/expert_peers.csv"))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    try:
+        ran = joined(pd.concat([cells(folder) for folder in args.sweeps]))
+    except ValueError as error:
+        parser.error(str(error))
+    peers = pd.read_csv(args.peers)
+    scale = witness(ran, peers)
+    found = verdicts(ran, peers, scale)
+    print(f"witnesses over the table: {scale:.3f}")
+    print(found.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in found.verdict.value_counts().items())
+    real = found[(found["shape"] != "demo") & (found.load == "native")]
+    print(f"{counts}; geometric mean of the faster peer's time over ours {mean_of(found):.3f},")
+    print(f"of the real shapes {mean_of(real):.3f}")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        ran.sort_values([*CELL, "experts"]).to_csv(args.out / "experts.csv", index=False, float_format="%.5g")
+        found.to_csv(args.out / "expert_verdicts.csv", index=False, float_format="%.4g")
+
+
+if __name__ == "__main__":
+    main()
