@@ -22,13 +22,11 @@ from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.table import Shape, fastest
 from moe_lab.experts.weights import ExpertWeights, Scale
 from moe_lab.ops.extension import BuildError
-from moe_lab.ops.library import DTYPES
+from moe_lab.ops.library import DTYPE_NAMES
 from moe_lab.routers.base import Routing
 
 FASTEST_FIRST: Mapping[str, Callable[[], Experts]] = {"fused": Fused, "grouped": Grouped}
 """Who may be chosen. The last can always compute."""
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def _look_up(device_name: str, dtype: str, shape: Shape, n_tokens: int) -> str:
@@ -52,7 +50,8 @@ class Auto(Experts):
     graph_safe = True  # as all of `FASTEST_FIRST` are
 
     def __init__(self) -> None:
-        self.usable: dict[str, Experts] = {"grouped": Grouped()}
+        self.candidates: dict[str, Experts] = {name: make() for name, make in FASTEST_FIRST.items()}
+        self.usable: dict[str, Experts] = {"grouped": self.candidates["grouped"]}
         """Who can compute on the device, by name; until that is known, who can everywhere."""
         self.fallback: str | None = None
         """Why `fused` cannot be used though the device could: its kernels do not compile."""
@@ -65,16 +64,16 @@ class Auto(Experts):
         mine = copy.copy(self)
         E, D, F = weights.w_down_EDF.shape
         mine.shape = Shape(E, top_k, D, F)
-        mine.usable = {
-            name: experts.for_layer(weights, top_k, static_k=static_k) for name, experts in self.usable.items()
+        mine.candidates = {
+            name: experts.for_layer(weights, top_k, static_k=static_k) for name, experts in self.candidates.items()
         }
+        mine.usable = {name: mine.candidates[name] for name in self.usable}
         return mine
 
     def compute_on(self, device: torch.device, *, load: bool = True) -> None:
         """See `Experts`: notes who can."""
         self.usable, self.fallback = {}, None
-        for name, make in FASTEST_FIRST.items():
-            experts = make()
+        for name, experts in self.candidates.items():
             try:
                 experts.compute_on(device, load=load)
             except BuildError as error:
@@ -82,8 +81,6 @@ class Auto(Experts):
             except UnavailableError:
                 pass
             else:
-                if isinstance(experts, Fused):
-                    experts.shape = self.shape
                 self.usable[name] = experts
         self.device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
@@ -106,11 +103,11 @@ class Auto(Experts):
         return self.usable[self._fastest(x_TD) if "fused" in self.usable else "grouped"]
 
     def warning(self, x_TD: Tensor) -> str | None:
-        """Why such an input is not computed by what would be faster."""
+        """See `Experts`: the kernels of `fused`, which would be faster, do not compile."""
         if self.fallback is None or self._fastest(x_TD) != "fused":
             return None
         return f"experts=auto uses grouped: {self.fallback}."
 
     def _fastest(self, x_TD: Tensor) -> str:
         assert self.shape is not None, "for_layer tells the shape"
-        return _fastest(self.device_name, _NAMES.get(x_TD.dtype, ""), self.shape, len(x_TD))
+        return _fastest(self.device_name, DTYPE_NAMES.get(x_TD.dtype, ""), self.shape, len(x_TD))

@@ -60,6 +60,10 @@ class Experts:
         """
         return False
 
+    def warning(self, x_TD: Tensor) -> str | None:
+        """What the record should say of such an input, for example that something else would be faster; or None."""
+        return None
+
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
         """Which kernels compute such an input, for the record: `experts`, and a key for each op with a choice.
 

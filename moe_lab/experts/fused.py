@@ -15,10 +15,8 @@ from moe_lab.experts.tiles import Tiles, tiles_for
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale
 from moe_lab.marks import phase
 from moe_lab.ops import extension, fused_experts
-from moe_lab.ops.library import DTYPES
+from moe_lab.ops.library import DTYPE_NAMES
 from moe_lab.routers.base import Routing
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def _look_up(device_name: str, multiprocessors: int, dtype: str, T: int, shape: Shape) -> Tiles:
@@ -88,11 +86,11 @@ class Fused(Experts):
         """The number of slots decides, so K may differ from the layer's (in a layer of other rows).
 
         Raises:
-            UnavailableError: there are no kernels for such an input.
+            UnavailableError: the kernels do not compute such an input.
         """
         assert self.shape is not None
         fused_experts.require_computable(x_TD.dtype, self.shape.E, self.shape.D, self.shape.F)
         if self.tiles is not None:
             return self.tiles
         shape = self.shape._replace(K=top_k)
-        return _tiles_for(self.device_name, self.multiprocessors, _NAMES[x_TD.dtype], len(x_TD), shape)
+        return _tiles_for(self.device_name, self.multiprocessors, DTYPE_NAMES[x_TD.dtype], len(x_TD), shape)

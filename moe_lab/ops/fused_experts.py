@@ -40,7 +40,7 @@ def require(device: torch.device) -> None:
 
 
 def require_computable(dtype: torch.dtype, n_experts: int, *widths: int) -> None:
-    """Raise `UnavailableError` if there are no kernels for this dtype, so many experts, or these widths (D and F)."""
+    """Raise `UnavailableError` if the kernels do not compute this dtype, so many experts or these widths (D and F)."""
     if dtype not in DTYPES:
         raise UnavailableError(f"needs dtype=bf16 or fp16, not {dtype}; use experts=auto")
     if n_experts > extension.MOST_EXPERTS:
@@ -76,7 +76,7 @@ def fused_experts(
 
     Args:
         x_TD: bf16 or fp16.
-        ids_TK: int32, -1 (or another that is no expert's) for an unused slot.
+        ids_TK: int32; an id outside [0, E), such as -1, is an unused slot.
         weights_TK: float32; they multiply the expert's input where `scales_input`, else its output.
         w_gate_up_E2FD, w_down_EDF: contiguous, of x's dtype; neither changed nor copied.
         tiles: up_rows, up_tokens, down_rows, down_tokens, pieces, as `moe_lab.experts.tiles.Tiles` describes them.

@@ -72,6 +72,8 @@ def call(name: str, *arguments: Any) -> Any:
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """By their names in a configuration."""
 
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 # A constant, so that torch.compile can trace what depends on it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

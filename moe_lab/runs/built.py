@@ -19,7 +19,6 @@ from moe_lab.models.serving import Decode
 from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import PROPERTIES, Routing
 from moe_lab.runs import build
-from moe_lab.runs.build import n_tokens as n_tokens
 from moe_lab.workloads.forced import force_load
 
 

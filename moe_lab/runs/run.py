@@ -24,7 +24,6 @@ from moe_lab.config import targets
 from moe_lab.config.checks import validate
 from moe_lab.config.unread import unread
 from moe_lab.errors import MismatchError, UnavailableError
-from moe_lab.experts.auto import Auto
 from moe_lab.measure import contention, environment, memory, statistics
 from moe_lab.measure.device_lock import DeviceLock
 from moe_lab.measure.tolerances import exact_products
@@ -133,7 +132,7 @@ class Run:
             for router in layer.router.modules():  # a router may wrap another
                 if isinstance(router, Router) and router.fallback is not None:
                     texts.append(f"router.impl=auto uses {router.implementation()}: {router.fallback}.")
-            if isinstance(layer.experts, Auto) and (text := layer.experts.warning(built.tokens())) is not None:
+            if (text := layer.experts.warning(built.tokens())) is not None:
                 texts.append(text)
             self.warnings += [text for text in texts if text not in self.warnings]
         if not isinstance(built.model, Checkpoint):

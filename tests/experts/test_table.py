@@ -11,8 +11,19 @@ from typing import Any
 import pytest
 
 from moe_lab.experts import table
-from moe_lab.experts.table import FUSED_DTYPES, Choice, Shape, fastest, file_name, neighbours
-from moe_lab.experts.tiles import Tiles, candidates
+from moe_lab.experts.table import (
+    FUSED_DTYPES,
+    FUSED_EXPERTS,
+    FUSED_STEP,
+    Choice,
+    Shape,
+    fastest,
+    file_name,
+    neighbours,
+)
+from moe_lab.experts.tiles import FEW_SLOTS, Tiles, candidates
+from moe_lab.ops import extension, fused_experts
+from moe_lab.ops.library import DTYPES
 from tests import tiny
 
 SHAPE = Shape(8, 2, 512, 2048)
@@ -134,3 +145,12 @@ def test_the_tables_that_are_shipped_can_be_read() -> None:
             assert found["tiles"] is None or Tiles(*found["tiles"]) in candidates(found["F"])
             assert found["tiles"] is not None or found["implementation"] != "fused"
         assert len(cells) == len(content["choices"])
+
+
+def test_the_limits_of_fused_stand_alike_where_torch_is_not_read_and_in_the_kernels() -> None:
+    """Four files name them: two without torch, one beside the op, and the C++ header."""
+    assert {DTYPES[name] for name in FUSED_DTYPES} == set(fused_experts.DTYPES)
+    assert (FUSED_STEP, FUSED_EXPERTS) == (fused_experts.STEP, extension.MOST_EXPERTS)
+    header = (extension.sources() / "experts.h").read_text()
+    assert f"kFewSlots = {FEW_SLOTS};" in header and FEW_SLOTS == fused_experts._FEW_SLOTS
+    assert f"int64_t{{{fused_experts._MANY_TOKENS}}} * E" in header

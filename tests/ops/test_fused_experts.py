@@ -94,7 +94,7 @@ class Case:
             y_TD.index_add_(0, t, o_ND if scales_input else o_ND * weight_N1)
         return y_TD
 
-    def agrees(self, y_TD: Tensor, **formula: object) -> None:
+    def assert_agrees(self, y_TD: Tensor, **formula: object) -> None:
         expected_TD = self.expected(**formula)  # type: ignore[arg-type]
         assert y_TD.dtype == self.x_TD.dtype
         assert y_TD.shape == self.x_TD.shape
@@ -115,7 +115,7 @@ def test_it_computes_the_formula(
     device: str, dtype: torch.dtype, sizes: tuple[int, ...], tiles: tuple[int, ...]
 ) -> None:
     case = Case(sizes, device, dtype)
-    case.agrees(case.run(tiles))
+    case.assert_agrees(case.run(tiles))
 
 
 @pytest.mark.gpu
@@ -124,7 +124,7 @@ def test_it_computes_the_formula(
 @pytest.mark.parametrize("tiles", ALL_TILES)
 def test_it_computes_larger_layers(dtype: torch.dtype, sizes: tuple[int, ...], tiles: tuple[int, ...]) -> None:
     case = Case(sizes, "cuda", dtype)
-    case.agrees(case.run(tiles))
+    case.assert_agrees(case.run(tiles))
 
 
 @pytest.mark.parametrize("device", ON)
@@ -133,8 +133,8 @@ def test_it_computes_larger_layers(dtype: torch.dtype, sizes: tuple[int, ...], t
 def test_unused_slots_and_input_scaling(device: str, tiles: tuple[int, ...], T: int) -> None:
     case = Case((T, 3, 5, 48, 80), device, torch.bfloat16, unused=True)
     case.weights_TK[case.ids_TK < 0] = float("nan")
-    case.agrees(case.run(tiles))
-    case.agrees(case.run(tiles, scales_input=True), scales_input=True)
+    case.assert_agrees(case.run(tiles))
+    case.assert_agrees(case.run(tiles, scales_input=True), scales_input=True)
     y_TD = case.run(tiles)
     assert not y_TD[::5].any()  # a token without an expert
     case.ids_TK[case.ids_TK < 0] = case.E  # as `sort` says, this is none either
@@ -148,7 +148,7 @@ def test_biases_and_activations(device: str, tiles: tuple[int, ...], activation:
     case = Case((70, 2, 5, 48, 80), device, torch.bfloat16)
     case.x_TD *= 4  # so that both clamps are reached
     y_TD = case.run(tiles, activation=activation, gate_up_bias_E2F=case.b_up, down_bias_ED=case.b_down)
-    case.agrees(y_TD, activation=activation, bias=True)
+    case.assert_agrees(y_TD, activation=activation, bias=True)
 
 
 @pytest.mark.parametrize("device", ON)
@@ -157,7 +157,7 @@ def test_one_expert_takes_all_and_a_dispatch_may_be_given(device: str, tiles: tu
     case = Case((300, 2, 5, 48, 80), device, torch.bfloat16)
     case.ids_TK[:] = torch.tensor([3, 1], dtype=torch.int32)
     y_TD = case.run(tiles)
-    case.agrees(y_TD)
+    case.assert_agrees(y_TD)
     assert torch.equal(y_TD, case.run(tiles, dispatch=dispatch(case.ids_TK, case.E)))
 
 
