@@ -82,13 +82,13 @@ __global__ void __launch_bounds__(256) combine_kernel(const __grid_constant__ Co
     // Each lane reads what is known of one slot, and all of them hear of it.
     const int slots = min(a.K - first_slot, 32);
     int64_t slot = static_cast<int64_t>(token) * a.K + first_slot + lane;
-    int its_row = -1;
+    int its_row = -1;  // where it is known at once, loads of it do not wait for what tells whether it is used
     float its_weight = 1.0f;
+    bool its_used = false;
     if (lane < slots) {
-      const bool used = a.ids != nullptr ? static_cast<uint32_t>(a.ids[slot]) < a.E : a.used[slot];
-      const int sorted = a.inverse != nullptr ? a.inverse[slot] : static_cast<int>(slot);
+      its_used = a.ids != nullptr ? static_cast<uint32_t>(a.ids[slot]) < a.E : a.used[slot];
+      its_row = a.inverse == nullptr ? static_cast<int>(slot) : its_used ? a.inverse[slot] : -1;
       if (a.weights != nullptr) its_weight = a.weights[slot];
-      if (used) its_row = sorted;
     }
     for (int first = 0; first < slots * pieces; first += kInFlight) {
       uint4 loaded[kInFlight];
@@ -98,13 +98,14 @@ __global__ void __launch_bounds__(256) combine_kernel(const __grid_constant__ Co
         const int from = __shfl_sync(kAll, its_row, at % 32);
         if (at < slots && from >= 0 && d < a.D) loaded[i] = load<DTYPE, WIDE>(a.o, (piece * a.rows + from) * a.D + d);
       }
-      __syncwarp();  // no load moves below it to where its value is used, which would make the loads wait in turn
+      const uint32_t used = __ballot_sync(
+          kAll,
+          its_used);  // no load moves below it to where its value is used, which would make the loads wait in turn
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const int at = (first + i) / pieces, piece = (first + i) % pieces;
-        const int from = __shfl_sync(kAll, its_row, at % 32);
         const float weight = __shfl_sync(kAll, its_weight, at % 32);
-        if (at >= slots || from < 0) continue;
+        if (at >= slots || (used >> at % 32 & 1) == 0) continue;
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {
           const float value = element<DTYPE>(loaded[i], j);

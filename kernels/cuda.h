@@ -16,6 +16,7 @@ struct Device {
   bool is_sm_90;         // 9.0 and no other: the instructions of sm_90a
   int cluster;           // blocks of one, at most
   int64_t shared_bytes;  // that a block may have
+  int64_t l2_bytes;      // of the cache of all multiprocessors
 };
 
 struct Launch {

@@ -3,6 +3,7 @@
 
 #include "cuda.h"
 #include "experts_products.h"
+#include "experts_rows.cuh"
 #include "route.cuh"
 
 namespace moe_lab {
@@ -10,36 +11,24 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Copies of the rows of x for each slot, in sorted order or that of the slots; scaled where there are weights.
+// For each slot its token's row of x, scaled.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    rows_kernel(const uint4* x, const int32_t* ids, const float* weights, const int32_t* inverse, uint4* rows,
-                int64_t pieces, int K, int pieces_of_row) {
+    scale_kernel(const uint4* x, const float* weights, uint4* rows, int64_t eights, int K, int of_row) {
   wait_for_kernels_before();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= pieces) return;
-  const int64_t t = i / pieces_of_row, column = i - t * pieces_of_row;
-  const uint4 eight = x[i];
-  const T* const values = reinterpret_cast<const T*>(&eight);
+  if (i >= eights) return;
+  const int64_t t = i / of_row, column = i - t * of_row;
 #pragma unroll 8
-  for (int64_t slot = t * K; slot < (t + 1) * K; ++slot) {
-    uint4 scaled = eight;
-    if (weights != nullptr) {
-      T* const to = reinterpret_cast<T*>(&scaled);
-#pragma unroll
-      for (int v = 0; v < 8; ++v) to[v] = static_cast<T>(static_cast<float>(values[v]) * weights[slot]);
-    }
-    if (ids[slot] >= 0) rows[(inverse == nullptr ? slot : inverse[slot]) * pieces_of_row + column] = scaled;
-  }
+  for (int64_t slot = t * K; slot < (t + 1) * K; ++slot) rows[slot * of_row + column] = scaled<T>(x[i], weights[slot]);
 }
 
 template <class T>
-cudaError_t copy_rows(const ExpertsArguments& a, const Device& device) {
+cudaError_t scale_rows(const ExpertsArguments& a, const Device& device) {
   const int of_row = a.D / 8;
-  const int64_t pieces = a.T * of_row;
-  return launch(rows_kernel<T>, {ceil_div(pieces, kThreads), kThreads}, device, static_cast<const uint4*>(a.x), a.ids,
-                a.scales_input ? a.weights : nullptr, a.rows_are_sorted() ? a.inverse : nullptr,
-                static_cast<uint4*>(a.rows), pieces, a.K, of_row);
+  const int64_t eights = a.T * of_row;
+  return launch(scale_kernel<T>, {ceil_div(eights, kThreads), kThreads}, device, static_cast<const uint4*>(a.x),
+                a.weights, static_cast<uint4*>(a.rows), eights, a.K, of_row);
 }
 
 }  // namespace
@@ -47,7 +36,11 @@ cudaError_t copy_rows(const ExpertsArguments& a, const Device& device) {
 cudaError_t experts(const ExpertsArguments& a, const Device& device) {
   const bool bf16 = a.dtype == Dtype::kBFloat16;
   cudaError_t error = cudaSuccess;
-  if (a.rows != nullptr) error = (bf16 ? copy_rows<__nv_bfloat16> : copy_rows<__half>)(a, device);
+  if (a.rows_are_sorted()) {
+    error = cudaMemsetAsync(a.rows_copied, 0, counts_of_rows(a.slots()) * sizeof(int32_t), device.stream);
+  } else if (a.scales_input) {
+    error = (bf16 ? scale_rows<__nv_bfloat16> : scale_rows<__half>)(a, device);
+  }
   if (error == cudaSuccess) error = (bf16 ? experts_up_bf16 : experts_up_fp16)(a, device);
   if (error == cudaSuccess) error = (bf16 ? experts_down_bf16 : experts_down_fp16)(a, device);
   if (error != cudaSuccess) return error;

@@ -12,6 +12,10 @@ enum class Activation : int { kSilu, kClamped };  // silu(g) u; or gpt-oss's, bo
 constexpr float kClamp = 7.0f, kClampedSlope = 1.702f;
 constexpr int kFewSlots = 512;  // that the blocks of the kernels sort for themselves
 
+// Of `rows_copied`: rows are counted by 256. The last element counts those that some warp has taken.
+constexpr int kRowsOfCount = 256;
+constexpr int64_t counts_of_rows(int64_t slots) { return (slots + kRowsOfCount - 1) / kRowsOfCount + 1; }
+
 // Rows of the weights in a tile (128 or 256), its tokens at most (a multiple of 16 up to 64, or of 32 up to 192), and
 // the pieces of the sum over F (of 128 rows).
 struct Tiles {
@@ -41,6 +45,7 @@ struct ExpertsArguments {
   // of the CUDA half
   const int32_t *offsets, *perm, *inverse;  // the sorted slots; null where the blocks sort
   void* rows;                               // scratch [slots, D], null where rows of x are gathered as they are read
+  int32_t* rows_copied;                     // scratch [counts_of_rows(slots)], where they are sorted
   void* h;                                  // scratch [slots, F]
   void* o;                                  // scratch [slots, D], or float [pieces, slots, D]
 

@@ -7,7 +7,10 @@
 namespace moe_lab {
 
 struct MatmulArguments {
-  const void* x;           // the rows that are gathered
+  const void* x;           // the rows of tokens
+  void* rows_of_slots;     // or null; see experts_rows.cuh
+  int* rows_copied;        // of it
+  const float* scales;     // of it, [slots], or null
   const int32_t* ids;      // few slots, not sorted yet; or null
   const int32_t* offsets;  // [E + 1]
   const int32_t* perm;     // [slots]
@@ -20,6 +23,7 @@ struct MatmulArguments {
   int pieces, piece_depth;   // of the sum, in elements
   int tokens, stages, box;   // tokens of a tile at most; rows that one copy of tokens brings
   int together;              // steps whose weights are asked for at once, at most `stages`
+  uint64_t policy;           // of the L2 cache for the weights
 };
 
 struct Tile {
@@ -78,12 +82,36 @@ struct Tables {
   __device__ Tables(int* at, const MatmulArguments& a)
       : warp_sums(at), offsets(at + 32), tiles_before(offsets + a.E + 1), perm(tiles_before + a.E + 1) {}
 
+  // The same as `fill`, of slots that the lanes of a warp hold.
+  template <int THREADS>
+  __device__ __forceinline__ void fill_from_a_warp(const MatmulArguments& a) {
+    const int lane = threadIdx.x % 32, slots = static_cast<int>(a.slots);
+    const int id = lane < slots ? __ldcg(a.ids + lane) : -1;
+    const bool used = 0 <= id && id < a.E;
+    const uint32_t same = __match_any_sync(kAll, id), before = (1u << lane) - 1;
+    const bool leads = used && (same & before) == 0;
+    const int its = leads ? (__popc(same) + a.tokens - 1) / a.tokens : 0;
+    for (int start = 0; start <= a.E; start += THREADS) {
+      const int e = start + threadIdx.x;
+      int slots_before = 0, token_tiles = 0;
+      for (int i = 0; i < slots; ++i) {
+        const int other = __shfl_sync(kAll, used ? id : a.E, i), other_tiles = __shfl_sync(kAll, its, i);
+        slots_before += other < e, token_tiles += other < e ? other_tiles : 0;
+      }
+      if (e <= a.E) offsets[e] = slots_before, tiles_before[e] = token_tiles;
+    }
+    __syncthreads();
+    if (threadIdx.x < 32 && used) perm[offsets[id] + __popc(same & before)] = lane;
+    __syncthreads();
+  }
+
   // By all THREADS of the block, which are in step after it. SORTS: the block may sort, with room in `ids` for the
   // slots meanwhile.
   template <int THREADS, bool SORTS>
   __device__ __forceinline__ void fill(const MatmulArguments& a, int* ids) {
     const bool sorts = SORTS && a.ids != nullptr;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slots = static_cast<int>(a.slots);
+    if (sorts && slots <= 32) return fill_from_a_warp<THREADS>(a);
     if (sorts) {
       for (int e = threadIdx.x; e <= a.E; e += THREADS) tiles_before[e] = 0;  // first the counts
       __syncthreads();

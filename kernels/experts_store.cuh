@@ -28,34 +28,48 @@ struct WarpStore {
   }
 };
 
-// A warpgroup's tokens by 64 features, which leave by copies of tiles while the next products begin.
+// A warpgroup's tokens by 64 features, which leave by copies of tiles while the next products begin; in halves of HALF
+// sixteens, so that one is written while the other is read.
+template <int HALF>
 struct TileStore {
   uint8_t* staging;  // rows of 128 bytes, swizzled
+  uint32_t write;    // where this lane's row of a matrix goes
   int barrier;       // of the warpgroup
+  int last = -1;     // the half that was written last
 
-  // What was there has left.
-  __device__ __forceinline__ void begin() const {
-    wait_stores_read();
+  __device__ __forceinline__ TileStore(uint8_t* staging, int barrier) : staging(staging), barrier(barrier) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    const int token = lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
+    write = shared_address(staging) + token * kRowBytes + ((chunk ^ (token & 7)) << 4);
+  }
+  // What was in this half has left.
+  __device__ __forceinline__ void begin(int half) {
+    if (half == last) {
+      wait_stores_read<0>();
+    } else {
+      wait_stores_read<1>();
+    }
+    last = half;
     sync_threads_of<128>(barrier);
+    asm volatile("" : "+r"(write));  // else the address is computed again for each matrix
   }
   __device__ __forceinline__ void put(int j, const uint32_t (&four)[4]) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-    const int token = 16 * j + lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
-    store_transposed(shared_address(staging) + token * kRowBytes + ((chunk ^ (token & 7)) << 4), four[0], four[1],
-                     four[2], four[3]);
+    store_transposed(write + j * 16 * kRowBytes, four[0], four[1], four[2], four[3]);
   }
-  // To rows `first` ... of out [., width]. Whole sixteens go by tiles, a quarter of them from each warp; the rest row
-  // by row, for behind it stand the rows of the next expert.
+  // To rows `first` ... of out [., width]. Whole sixteens go by tiles, some from each warp; the rest row by row, for
+  // behind it stand the rows of the next expert.
   template <class T>
-  __device__ __forceinline__ void leave(const CUtensorMap* map, T* out, int width, int column, int first,
+  __device__ __forceinline__ void leave(int half, const CUtensorMap* map, T* out, int width, int column, int first,
                                         int tokens) const {
     fence_for_async();
     sync_threads_of<128>(barrier);
-    const int thread = threadIdx.x % 128, whole = tokens / 16, which = thread / 32 + 4 * (thread % 32);
-    if (which < whole) store_tile(map, shared_address(staging) + which * 16 * kRowBytes, column, first + 16 * which);
+    const int thread = threadIdx.x % 128, whole = tokens / 16, which = half * HALF + thread / 32 + 4 * (thread % 32);
+    if (which < min(whole, (half + 1) * HALF)) {
+      store_tile(map, shared_address(staging) + which * 16 * kRowBytes, column, first + 16 * which);
+    }
     commit_stores();
     const int row = 16 * whole + thread / 8, chunk = thread % 8;
-    if (row < tokens && column + chunk * 8 < width) {
+    if (whole / HALF == half && row < tokens && column + chunk * 8 < width) {
       *reinterpret_cast<uint4*>(out + static_cast<int64_t>(first + row) * width + column + chunk * 8) =
           *reinterpret_cast<const uint4*>(staging + row * kRowBytes + ((chunk ^ (row & 7)) << 4));
     }

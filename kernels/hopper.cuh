@@ -55,23 +55,22 @@ __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, B
       "l"(map), "r"(barrier.at), "r"(c0), "r"(c1)
       : "memory");
 }
-__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, Barrier barrier, int c0, int c1,
-                                          int c2) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
-          "r"(to),
-      "l"(map), "r"(barrier.at), "r"(c0), "r"(c1), "r"(c2)
-      : "memory");
+// What the L2 cache does with lines that a copy brings: nothing special, or it gives them up before any other.
+constexpr uint64_t kStay = 0x1000000000000000, kGoFirst = 0x12F0000000000000;
+__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, Barrier barrier, uint64_t policy, int c0,
+                                          int c1, int c2) {
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(to),
+               "l"(map), "r"(barrier.at), "l"(policy), "r"(c0), "r"(c1), "r"(c2)
+               : "memory");
 }
-__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, Barrier barrier, int c0, int c1, int c2,
-                                          int c3) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
-      "[%2];" ::"r"(to),
-      "l"(map), "r"(barrier.at), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-      : "memory");
+__device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, Barrier barrier, uint64_t policy, int c0,
+                                          int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+               "[%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(to),
+               "l"(map), "r"(barrier.at), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
 }
-
 // The other way, in the thread's group of stores.
 __device__ __forceinline__ void store_tile(const CUtensorMap* map, uint32_t from, int c0, int c1) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
@@ -79,7 +78,10 @@ __device__ __forceinline__ void store_tile(const CUtensorMap* map, uint32_t from
                : "memory");
 }
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void wait_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+template <int MOST>  // groups whose source may still be read
+__device__ __forceinline__ void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(MOST) : "memory");
+}
 __device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // 16 bytes by the thread's own copy, of which `bytes` (0 or 16) are read and the rest are zeros.
@@ -93,6 +95,18 @@ __device__ __forceinline__ void wait_copies() {
 }
 // What this thread wrote is seen by the products and the copies of tiles.
 __device__ __forceinline__ void fence_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// What was written to global memory, by this thread or by one it has synchronised with, is seen by the copies of tiles.
+__device__ __forceinline__ void fence_global_for_async() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+__device__ __forceinline__ int load_acquire(const int* from) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+__device__ __forceinline__ void add_release(int* to, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
 
 template <int THREADS>
 __device__ __forceinline__ void sync_threads_of(int barrier) {

@@ -281,13 +281,14 @@ Device device_of(int index) {
   std::lock_guard<std::mutex> lock(mutex);
   while (known.size() <= static_cast<size_t>(index)) {
     const int next = static_cast<int>(known.size());
-    int multiprocessors = 0, major = 0, minor = 0, shared_bytes = 0;
+    int multiprocessors = 0, major = 0, minor = 0, shared_bytes = 0, l2_bytes = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, next));
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, next));
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, next));
     check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, next));
+    check(cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, next));
     const int cluster = major < 9 ? 1 : major <= 10 ? 16 : 8;  // 8 is what every GPU with clusters allows
-    known.push_back({nullptr, multiprocessors, major >= 9, major == 9 && minor == 0, cluster, shared_bytes});
+    known.push_back({nullptr, multiprocessors, major >= 9, major == 9 && minor == 0, cluster, shared_bytes, l2_bytes});
   }
   Device device = known[index];
   device.stream = current_stream(index);
@@ -365,10 +366,14 @@ void run_experts_cuda(ExpertsArguments a, const Tensor& x, const Sorted& sorted)
     run_sort_cuda(a.ids, s, a.E, a.slots(), x);
     take(own->offsets, own->perm, own->inverse);
   }
-  std::optional<Tensor> rows;
+  std::optional<Tensor> rows, rows_copied;
   if (a.copies_rows()) {
     rows = torch::stable::new_empty(x, {a.slots(), a.D});
     a.rows = rows->mutable_data_ptr();
+  }
+  if (a.rows_are_sorted()) {
+    rows_copied = new_int32(x, counts_of_rows(a.slots()));
+    a.rows_copied = static_cast<int32_t*>(rows_copied->mutable_data_ptr());
   }
   Tensor h = torch::stable::new_empty(x, {a.slots(), a.F});
   Tensor o = a.tiles.pieces > 1 ? torch::stable::new_empty(x, {a.tiles.pieces, a.slots(), a.D}, ScalarType::Float)
