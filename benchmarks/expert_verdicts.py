@@ -55,7 +55,8 @@ def cells(folder: Path) -> pd.DataFrame:
     if not (folder / "runs.csv").is_file():
         raise ValueError(f"{folder}: has no runs.csv; give the folder of a finished sweep.")
     runs = pd.read_csv(folder / "runs.csv", low_memory=False)
-    return runs[runs.status == "ok"].reindex(columns=list(COLUMNS)).rename(columns=COLUMNS).fillna({"load": "native"})
+    found = runs[runs.status == "ok"].reindex(columns=list(COLUMNS)).rename(columns=COLUMNS)
+    return found.assign(load=found.load.astype(object).fillna("native"))
 
 
 def joined(runs: pd.DataFrame) -> pd.DataFrame:

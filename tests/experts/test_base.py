@@ -63,9 +63,9 @@ EXTENSION = dict.fromkeys(("dispatch", "combine"), "extension")
 @pytest.mark.parametrize(
     ("tokens", "dtype", "expected"),
     [
-        pytest.param(16, torch.bfloat16, {"experts": "grouped:few_tokens"}, id="few"),
-        pytest.param(17, torch.bfloat16, {"experts": "grouped", "segment_mm": "grouped_mm", **EXTENSION}, id="bf16"),
-        pytest.param(17, torch.float16, {"experts": "grouped", "segment_mm": "triton", **EXTENSION}, id="fp16"),
+        pytest.param(64, torch.bfloat16, {"experts": "grouped:few_tokens"}, id="few"),
+        pytest.param(65, torch.bfloat16, {"experts": "grouped", "segment_mm": "grouped_mm", **EXTENSION}, id="bf16"),
+        pytest.param(65, torch.float16, {"experts": "grouped", "segment_mm": "triton", **EXTENSION}, id="fp16"),
     ],
 )
 def test_grouped_says_what_runs_on_cuda(
@@ -76,7 +76,7 @@ def test_grouped_says_what_runs_on_cuda(
     expected = {op: extension.label(device) if name == "extension" else name for op, name in expected.items()}
     weights, x_T0 = make_weights(5, 16, 8, dtype, device), torch.empty(tokens, 0, dtype=dtype, device=device)
     assert Grouped().implementation(x_T0, weights) == expected
-    assert Grouped().reads_dispatch(x_T0) == (tokens > 16)
+    assert Grouped().reads_dispatch(x_T0) == (tokens > 64)
 
 
 def scaled(x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale, by: float, plus: int = 0) -> Tensor:

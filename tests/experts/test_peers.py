@@ -299,6 +299,8 @@ def test_a_peer_that_is_installed_computes_the_formula(
     name: str, T: int, E: int, K: int, D: int, F: int, load: str, scale: Any, device: torch.device
 ) -> None:
     """In bf16, on odd numbers of tokens, with unused slots and skewed loads."""
+    if name == "batched_mm" and T > 1000:
+        pytest.skip("copies the weights of every slot: 34 GB")
     experts = PEERS[name]()
     weights, x_TD = make_weights(E, D, F, torch.bfloat16, device), make_x(T, D, torch.bfloat16, device)
     try:

@@ -31,6 +31,7 @@ ON_THE_DEVICE = [
     pytest.param((199, 8, 60, 208, 176), id="T199-E60"),
     pytest.param((199, 1, 1, 128, 64), id="one-expert"),
     pytest.param((1000, 2, 7, 512, 336), id="T1000-E7"),
+    pytest.param((4, 8, 300, 64, 48), id="32-slots-E300"),  # of a warp's lanes, more experts than threads
     pytest.param((64, 8, 256, 256, 128), id="E256"),
     pytest.param((64, 8, 1024, 256, 48), id="512-slots-E1024"),  # leaves the least memory to the stages
     pytest.param((171, 3, 8, 256, 48), id="513-slots"),
