@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_lab.models.checkpoint_forms import Fp8Blocks
 from moe_lab.models.checkpoint_keys import parse_object, read_object, shown, some
 from moe_lab.models.checkpoint_names import WHOLE, Source, sources
 from moe_lab.records.files import require_plain
@@ -28,7 +28,6 @@ from moe_lab.terminal import Console
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
-_OF_NO_USE = re.compile(r".*rotary_emb\.inv_freq$")  # computed anew
 _THREADS = min(8, os.cpu_count() or 1)
 _SHOWN = 6  # keys that a message names
 _LONGEST_NAME = 255  # bytes
@@ -106,20 +105,31 @@ def _require_same(key: str, tensor: Found, other: Found) -> None:
 
 
 class Copy(NamedTuple):
-    """A tensor of a file and the place it is copied to."""
+    """A tensor of a file and the place it is copied to; of fp8, with the scales of its blocks."""
 
     key: str
     found: Found
     target: Tensor
+    scale: Found | None = None
+    form: Fp8Blocks | None = None
 
 
-def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: bool) -> list[Copy]:
+def plan(
+    parameters: Mapping[str, Tensor],
+    found: Mapping[str, Found],
+    tied: bool,
+    *,
+    unused: Callable[[str], bool] | None = None,
+    form: Fp8Blocks | None = None,
+) -> list[Copy]:
     """What to copy, in the order of the files.
 
     Args:
         parameters: all those of the model that a checkpoint has, by our names.
         found: all tensors of the checkpoint.
         tied: whether the head is the embedding, which some files hold twice.
+        unused: whether a tensor that no parameter takes may be in the files; None: none may.
+        form: how some matrices are quantised; None: none is.
 
     Raises:
         ValueError: keys that are missing or unexpected, shapes that differ, or a tied head that is another matrix, in
@@ -136,14 +146,14 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
             if (there := found.get(source.key)) is None:
                 missing.append(shown(source.key))
                 continue
-            target = parameters[name].data[source.place]
-            if tuple(target.shape) != there.shape:
-                wrong.append(f"{shown(source.key)} has shape {list(there.shape)} instead of {list(target.shape)}")
-            elif there.dtype not in _DTYPES:
-                wrong.append(f"{shown(source.key)} has dtype {shown(there.dtype)}; supported: {', '.join(_DTYPES)}")
+            copy = _copy(source, parameters[name].data[source.place], found, form)
+            if isinstance(copy, Copy):
+                copies.append(copy)
             else:
-                copies.append(Copy(source.key, there, target))
-    unexpected = [shown(key) for key in found if key not in expected and not _OF_NO_USE.match(key)]
+                wrong.append(copy)
+            if form is not None and there.dtype == form.dtype:
+                expected.add(f"{source.key}{form.scale}")
+    unexpected = [shown(key) for key in found if key not in expected and not (unused and unused(key))]
     complaints = [
         f"{len(keys)} {what}: {some(keys, _SHOWN)}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape or dtype", wrong))
@@ -161,6 +171,25 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
     return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))
 
 
+def _copy(source: Source, target: Tensor, found: Mapping[str, Found], form: Fp8Blocks | None) -> Copy | str:
+    """How to fill `target`, or what is wrong with the tensor that should."""
+    key, there, dtypes = source.key, found[source.key], ", ".join(_DTYPES)
+    if tuple(target.shape) != there.shape:
+        return f"{shown(key)} has shape {list(there.shape)} instead of {list(target.shape)}"
+    if there.dtype in _DTYPES:
+        return Copy(key, there, target)
+    if form is None or there.dtype != form.dtype or len(there.shape) != 2:
+        return f"{shown(key)} has dtype {shown(there.dtype)}; supported: {dtypes}"
+    scale_key = f"{key}{form.scale}"
+    if (scale := found.get(scale_key)) is None:
+        return f"{shown(key)} has no {shown(scale_key)}"
+    if scale.shape != (wanted := form.scale_shape(there.shape)):
+        return f"{shown(scale_key)} has shape {list(scale.shape)} instead of {list(wanted)}"
+    if scale.dtype not in _DTYPES:
+        return f"{shown(scale_key)} has dtype {shown(scale.dtype)}; supported: {dtypes}"
+    return Copy(key, there, target, scale, form)
+
+
 def _same_bytes(tensor: Found, other: Found, at_once: int = 1 << 20) -> bool:
     if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
         return False
@@ -176,16 +205,23 @@ def _same_bytes(tensor: Found, other: Found, at_once: int = 1 << 20) -> bool:
 def _layouts(parameters: Mapping[str, Tensor], tensors: Mapping[str, Found]) -> dict[str, list[Source]]:
     """For each parameter the layout that the checkpoint uses; if it has none of its tensors, the most frequent one."""
     possible = {name: sources(name, parameter.shape) for name, parameter in parameters.items()}
-    hits: Counter[int] = Counter()
-    for layouts in possible.values():
+    hits: Counter[tuple[str, int]] = Counter()
+    for name, layouts in possible.items():
+        kind = _kind(name)
         if len(layouts) > 1:
-            hits.update(number for number, layout in enumerate(layouts) for source in layout if source.key in tensors)
+            hits.update((kind, n) for n, layout in enumerate(layouts) for source in layout if source.key in tensors)
     chosen = {}
     for name, layouts in possible.items():
         assert layouts, f"no layout for {name}"
-        ranks = [(sum(source.key in tensors for source in layout), hits[n], -n) for n, layout in enumerate(layouts)]
-        chosen[name] = layouts[-max(ranks)[2]]
+        there = [sum(source.key in tensors for source in layout) for layout in layouts]
+        best = max(range(len(layouts)), key=lambda n: (there[n], hits[_kind(name), n], -n))
+        chosen[name] = layouts[best]
     return chosen
+
+
+def _kind(name: str) -> str:
+    """Parameters of one kind have the same layouts in the same order."""
+    return "shared" if ".shared." in name else "router" if ".router." in name else "experts"
 
 
 def execute(copies: Sequence[Copy]) -> None:
@@ -213,8 +249,20 @@ def _execute(path: Path, copies: Sequence[Copy], advance: Callable[[int], None])
     def one(copy: Copy) -> int:
         with torch.inference_mode(mode):
             tensor = handle.get_tensor(copy.key)
-            copy.target.copy_(tensor)
-            _require_finite(copy, tensor)
+            if copy.scale is None:
+                copy.target.copy_(tensor)
+                _require_finite(copy, tensor)
+                return copy.found.n_bytes
+            assert copy.form is not None
+            with safe_open(copy.scale.file, framework="pt") as other:  # a scale may be in another file
+                scale = other.get_tensor(f"{copy.key}{copy.form.scale}")
+            copy.form.put(copy.target, tensor, scale)
+            if not _is_finite(copy.target):
+                raise ValueError(
+                    f"model.path: {copy.found.file}: {shown(copy.key)} times its scales has values that are NaN, "
+                    f"infinite or too large for {_name(copy.target.dtype)}; download the file again or use another "
+                    "dtype."
+                )
         return copy.found.n_bytes
 
     with safe_open(path, framework="pt") as handle, ThreadPoolExecutor(_THREADS) as pool:
@@ -227,16 +275,19 @@ def _require_finite(copy: Copy, tensor: Tensor) -> None:
     if _is_finite(copy.target):
         return
     if _is_finite(tensor):
-        dtype = str(copy.target.dtype).removeprefix("torch.")
         raise ValueError(
-            f"model.path: {copy.found.file}: {shown(copy.key)} has values that are too large for {dtype}; use another "
-            "dtype."
+            f"model.path: {copy.found.file}: {shown(copy.key)} has values that are too large for "
+            f"{_name(copy.target.dtype)}; use another dtype."
         )
     n_bad = int(tensor.isfinite().logical_not().sum())
     raise ValueError(
         f"model.path: {copy.found.file}: {shown(copy.key)} has {n_bad} values that are NaN or infinite; download the "
         "file again."
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_finite(tensor: Tensor) -> bool:
