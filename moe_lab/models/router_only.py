@@ -44,6 +44,7 @@ class _NoExperts(Experts):
     """The output is the routing weights [T, E]: a router computes nothing else."""
 
     graph_safe = True
+    only_plain = False  # it reads no matrices at all
 
     def __init__(self, sort: bool):
         self.sort = sort
