@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_lab.experts.base import Experts
 from moe_lab.experts.loop import Loop
-from moe_lab.experts.weights import Clamped, ExpertWeights, Scale, check_scale
+from moe_lab.experts.weights import Clamped, ExpertWeights, Scale, activated, check_scale
 from moe_lab.ops.library import register
 from moe_lab.routers.base import Routing
 
