@@ -15,24 +15,31 @@ from moe_lab.ops.rotate import rotate
 
 
 def attend(
-    q_BHSd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, position_S: Tensor | None = None, window: int | None = None
+    q_BHSd: Tensor,
+    k_BHNd: Tensor,
+    v_BHNd: Tensor,
+    position_S: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over the keys at most as late as the query, and of those the last `window`.
+    """softmax(scale q k^T) v over the keys at most as late as the query, and of those the last `window`.
 
     Args:
         position_S: where in 0 .. N-1 the queries stand; None: they are all N, in order.
+        scale: None: 1/sqrt(d).
 
     Returns:
-        [B, H, S, d]; k and v may have fewer heads, each for as many neighbouring ones of q.
+        [B, H, S, width of v]; k and v may have fewer heads, each for as many neighbouring ones of q.
     """
     S, N, shares = q_BHSd.shape[2], k_BHNd.shape[2], q_BHSd.shape[1] != k_BHNd.shape[1]
     # An exported graph is one for every length, so there a window is a mask.
     if position_S is None and (window is None or (not is_exporting() and window >= N)):
-        return F.scaled_dot_product_attention(q_BHSd, k_BHNd, v_BHNd, is_causal=True, enable_gqa=shares)
+        return F.scaled_dot_product_attention(q_BHSd, k_BHNd, v_BHNd, is_causal=True, scale=scale, enable_gqa=shares)
     if position_S is not None and S == 1 and q_BHSd.device.type == "cpu" and not torch.compiler.is_compiling():
         stop = int(position_S) + 1  # a CPU's tensor is at hand: no mask, and nothing read of what is not yet there
         seen = slice(0 if window is None else max(stop - window, 0), stop)
-        return F.scaled_dot_product_attention(q_BHSd, k_BHNd[:, :, seen], v_BHNd[:, :, seen], enable_gqa=shares)
+        k_BHnd, v_BHnd = k_BHNd[:, :, seen], v_BHNd[:, :, seen]
+        return F.scaled_dot_product_attention(q_BHSd, k_BHnd, v_BHnd, scale=scale, enable_gqa=shares)
     key_N = torch.arange(N, device=q_BHSd.device)
     query_S1 = (key_N if position_S is None else position_S).unsqueeze(1)
     seen_SN = key_N <= query_S1
@@ -41,8 +48,9 @@ def attend(
     if shares and S == 1:  # heads that share a key are queries of one head: no copy of the keys, in no backend
         B, H, _, d = q_BHSd.shape
         grouped = q_BHSd.reshape(B, k_BHNd.shape[1], -1, d)
-        return F.scaled_dot_product_attention(grouped, k_BHNd, v_BHNd, attn_mask=seen_SN).reshape(B, H, 1, d)
-    return F.scaled_dot_product_attention(q_BHSd, k_BHNd, v_BHNd, attn_mask=seen_SN, enable_gqa=shares)
+        y = F.scaled_dot_product_attention(grouped, k_BHNd, v_BHNd, attn_mask=seen_SN, scale=scale)
+        return y.reshape(B, H, 1, v_BHNd.shape[3])
+    return F.scaled_dot_product_attention(q_BHSd, k_BHNd, v_BHNd, attn_mask=seen_SN, scale=scale, enable_gqa=shares)
 
 
 class Attention(nn.Module):
@@ -81,6 +89,11 @@ class Attention(nn.Module):
         if qk_norm != "none":
             self.q_norm = RMSNorm(head_dim if qk_norm == "head" else n_heads * head_dim, norm_eps)
             self.k_norm = RMSNorm(head_dim if qk_norm == "head" else n_kv_heads * head_dim, norm_eps)
+
+    def make_cache(self, batch: int, length: int) -> LayerCache:
+        """Room for `length` positions of `batch` sequences, in the dtype of the parameters."""
+        shape = (batch, self.k.weight.shape[0] // self.head_dim, length, self.head_dim)
+        return LayerCache(self.k.weight.new_zeros(shape), self.k.weight.new_zeros(shape))
 
     def compute_on(self, device: torch.device, *, load: bool = True) -> None:
         """Decide whether kernels attend to one new token on `device`."""

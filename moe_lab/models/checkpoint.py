@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -15,9 +16,12 @@ from torch import Tensor
 from moe_lab.experts.base import Experts
 from moe_lab.models import MakeRouter, checkpoint_config, checkpoint_weights
 from moe_lab.models.checkpoint_keys import some
+from moe_lab.models.checkpoint_names import is_unused, sources
+from moe_lab.models.checkpoint_order import order_of, reorder
 from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import shareable
+from moe_lab.routers.scored_topk import ScoredTopK
 
 TOKENIZER = "tokenizer.json"
 
@@ -32,9 +36,10 @@ class Checkpoint(DecoderMoE):
     max_positions: int
 
     def __init__(self, *, path: str, make_router: MakeRouter, experts: Experts, implementation: str):
-        settings = checkpoint_config.read(path)
-        self.folder, self._dense_layers = Path(path), settings.dense_layers
+        settings = self._settings = checkpoint_config.read(path)
+        self.folder = Path(path)
         self.max_positions, self.ends, self.unread = settings.max_positions, settings.ends, settings.unread
+        self.form = settings.form
         keys = {**settings.decoder, "n_dense_layers": 0}  # `is_dense` says which layers are
         super().__init__(make_router=make_router, experts=experts, implementation=implementation, **keys)
         file = self.folder / TOKENIZER
@@ -42,7 +47,7 @@ class Checkpoint(DecoderMoE):
 
     def is_dense(self, layer: int) -> bool:
         """See `DecoderMoE.is_dense`."""
-        return layer in self._dense_layers
+        return layer in self._settings.dense_layers
 
     def load_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Fill these parameters, by name: all that the files hold, and with 0 what a swapped router has of its own.
@@ -50,26 +55,57 @@ class Checkpoint(DecoderMoE):
         Raises:
             ValueError: keys that are missing or unexpected, other shapes, files that are missing or damaged.
         """
-        trained = shareable(self).keys()
+        shared, settings = shareable(self).keys(), self._settings
+        trained = shared | self._trained_biases()
         for name in parameters.keys() - trained:
             parameters[name].data.zero_()
         wanted = {name: parameter for name, parameter in parameters.items() if name in trained}
         if not wanted:
             return
-        assert wanted.keys() == trained
         tensors = checkpoint_weights.headers(checkpoint_weights.files(self.folder))
-        checkpoint_weights.execute(checkpoint_weights.plan(wanted, tensors, self.head.weight is self.embed.weight))
+        if wanted.keys() & shared:
+            assert wanted.keys() >= shared
+        else:  # a router's own, beside weights that are shared with another model
+            keys = {source.key for name in wanted for layout in sources(name, ()) for source in layout}
+            tensors = {key: tensor for key, tensor in tensors.items() if key in keys}
+        n_layers, has_bias = settings.decoder["n_layers"], bool(settings.router.get("bias"))
+        unused = partial(is_unused, n_layers=n_layers, extra_layers=settings.extra_layers, has_bias=has_bias)
+        tied = self.head.weight is self.embed.weight
+        copies = checkpoint_weights.plan(wanted, tensors, tied, unused=unused, form=settings.form)
+        checkpoint_weights.execute(copies)
+        latent, rotary_dim = settings.decoder.get("latent"), settings.decoder.get("rotary_dim")
+        order = order_of(self.head_dim, rotary_dim or self.head_dim, settings.interleaved)
+        head_dim = latent["nope_dim"] + latent["rope_dim"] if latent else self.head_dim
+        reorder(wanted, order, head_dim, latent["kv_rank"] + latent["rope_dim"] if latent else 0)
+
+    def _trained_biases(self) -> set[str]:
+        """The names of the routers' biases that the files have: those of routers with the trained one's score."""
+        trained = self._settings.router
+        return {
+            f"{name}.bias_E"
+            for name, router in self.named_modules()
+            if isinstance(router, ScoredTopK) and router.bias_E is not None
+            if trained.get("bias") and router.score == trained["score"]
+        }
 
     def warnings(self) -> list[str]:
         """What a person should know of its config.json."""
-        if not self.unread:
-            return []
-        return [
-            f"model.path: {self.folder / checkpoint_config.CONFIG} has keys that moe-lab does not use: "
-            f"{some(self.unread)}; if one changes what the model computes, the results are not the model's."
-        ]
+        file, found = self.folder / checkpoint_config.CONFIG, []
+        if self.unread:
+            found.append(
+                f"model.path: {file} has keys that moe-lab does not use: {some(self.unread)}; if one changes what the "
+                "model computes, the results are not the model's."
+            )
+        if self.form is not None:
+            found.append(
+                f"model.path: the weights are {self.form}; they were dequantised as they were loaded, so their memory "
+                "and speed are those of dtype."
+            )
+        return found
 
     def untrained(self) -> list[str]:
         """What its routers have that neither the checkpoint holds nor calibration fits, as `bias_E`."""
+        trained = {id(self.get_parameter(name)) for name in self._trained_biases()}
         layers = [layer for layer in moe_layers(self) if not layer.router.calibrates]
-        return sorted({name for layer in layers for name, _ in layer.router.named_parameters()})
+        own = [each for layer in layers for each in layer.router.named_parameters()]
+        return sorted({name for name, parameter in own if id(parameter) not in trained})

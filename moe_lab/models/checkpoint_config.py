@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.config.checks import MOST_LAYERS, head_mistake
+from moe_lab.models import checkpoint_router as routers
+from moe_lab.models.checkpoint_forms import Fp8Blocks, read_quantization
 from moe_lab.models.checkpoint_keys import Keys, read_object, shown
+from moe_lab.models.checkpoint_latent import read_latent
 from moe_lab.models.checkpoint_rope import read_rope
 
 CONFIG = "config.json"
@@ -23,7 +26,7 @@ _NO_EFFECT = {
     *("bos_token_id", "pad_token_id", "decoder_start_token_id", "id2label", "label2id", "problem_type"),
     *("chunk_size_feed_forward", "output_attentions", "output_hidden_states", "pretraining_tp", "return_dict"),
     *("use_cache", "attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef"),
-    *("router_jitter_noise", "router_z_loss_coef"),
+    *("router_jitter_noise", "router_z_loss_coef", "aux_loss_alpha", "seq_aux", "ep_size"),
     # Of every model in files of transformers 4, for `generate` and for other kinds of models.
     *("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size"),
     *("diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size"),
@@ -71,6 +74,9 @@ class Settings:
     router: the node of the router that it was trained with, without `name` and `impl`.
     max_positions: the longest sequence that it is made for.
     ends: the ids that end a text.
+    interleaved: whether the files have the two dimensions that RoPE turns together side by side.
+    extra_layers: how many layers the files have after the last, which predict further tokens and are not loaded.
+    form: how the files' matrices are quantised.
     unread: the keys that nobody reads and that may have an effect.
     """
 
@@ -80,6 +86,9 @@ class Settings:
     max_positions: int
     dense_layers: frozenset[int] = field(default_factory=frozenset)
     ends: frozenset[int] = field(default_factory=frozenset)
+    interleaved: bool = False
+    extra_layers: int = 0
+    form: Fp8Blocks | None = None
     unread: tuple[str, ...] = ()
 
     @property
@@ -117,16 +126,14 @@ def read(folder: str | Path) -> Settings:
     config = Keys(path, content)
     if (activation := config.get("hidden_act", default="silu")) not in ("silu", "swish"):
         raise config.refuse(f"hidden_act={shown(activation)} is not supported; experts are SwiGLU (silu).")
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise config.refuse(f"{key}: quantised checkpoints are not supported; use the bf16 weights.")
+    form = read_quantization(config)
     if config.get("per_layer_config"):
         raise config.refuse("per_layer_config is not supported: all layers must have the same settings.")
     settings = _ARCHITECTURES[model_type](config)
     ends = ids_of(config, settings.decoder["vocab_size"])
     without = {**_WITHOUT, "use_qk_norm": settings.decoder["qk_norm"] != "none"}
     unread = [key for key in config.unread(_NO_EFFECT) if key not in without or content[key] != without[key]]
-    return replace(settings, ends=ends, unread=tuple(map(shown, unread)))
+    return replace(settings, ends=ends, form=form, unread=tuple(map(shown, unread)))
 
 
 def ids_of(keys: Keys, vocab_size: int) -> frozenset[int]:
@@ -137,10 +144,25 @@ def ids_of(keys: Keys, vocab_size: int) -> frozenset[int]:
     return ends
 
 
-def _decoder(config: Keys, *, rope_theta: float, n_kv_heads: int | None) -> dict[str, Any]:
-    """What every decoder has; `rope_theta` and `n_kv_heads` are the architecture's defaults."""
+def _trunk(config: Keys, rope_theta: float) -> dict[str, Any]:
+    """What every decoder has, whatever its attention; `rope_theta` is the architecture's default."""
     theta, scaling = read_rope(config, rope_theta)
-    d_model, n_heads = config.size("hidden_size"), config.size("num_attention_heads")
+    return {
+        "vocab_size": config.size("vocab_size"),
+        "d_model": config.size("hidden_size"),
+        "n_heads": config.size("num_attention_heads"),
+        "n_layers": config.size("num_hidden_layers", most=MOST_LAYERS),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "norm_eps": config.number("rms_norm_eps", least=1e-20, most=1) or config.need("rms_norm_eps"),
+        "tie_embeddings": config.flag("tie_word_embeddings", default=False),
+    }
+
+
+def _decoder(config: Keys, *, rope_theta: float, n_kv_heads: int | None) -> dict[str, Any]:
+    """A decoder with grouped-query attention; `rope_theta` and `n_kv_heads` are the architecture's defaults."""
+    trunk = _trunk(config, rope_theta)
+    d_model, n_heads = trunk["d_model"], trunk["n_heads"]
     if n_kv_heads is None or "num_key_value_heads" in config.content:  # null: as many as there are heads
         n_kv_heads = n_heads
     head_dim = None if config.get("head_dim") is None else config.size("head_dim")
@@ -148,18 +170,7 @@ def _decoder(config: Keys, *, rope_theta: float, n_kv_heads: int | None) -> dict
     names = {"d_model": "hidden_size", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
     if mistake := head_mistake(d_model, n_heads, n_kv_heads, head_dim, lambda key: names.get(key, key)):
         raise config.refuse(mistake)
-    return {
-        "vocab_size": config.size("vocab_size"),
-        "d_model": d_model,
-        "n_heads": n_heads,
-        "n_kv_heads": n_kv_heads,
-        "head_dim": head_dim or d_model // n_heads,
-        "n_layers": config.size("num_hidden_layers", most=MOST_LAYERS),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "norm_eps": config.number("rms_norm_eps", least=1e-20, most=1) or config.need("rms_norm_eps"),
-        "tie_embeddings": config.flag("tie_word_embeddings", default=False),
-    }
+    return {**trunk, "n_kv_heads": n_kv_heads, "head_dim": head_dim or d_model // n_heads}
 
 
 def _moe(config: Keys, hidden_dim: int) -> dict[str, Any]:
@@ -276,9 +287,46 @@ def _qwen2_moe(config: Keys) -> Settings:
     )
 
 
+def _deepseek(config: Keys, model_type: str, router: Callable[[Keys, int, int], dict[str, Any]]) -> Settings:
+    """Latent attention, first dense layers, then experts beside shared ones without a gate."""
+    trunk, width = _trunk(config, 1e4), config.size("moe_intermediate_size")
+    latent, moe = read_latent(config, trunk["n_heads"], trunk["rope_scaling"]), _moe(config, width)
+    config.need("first_k_dense_replace")
+    first = config.size("first_k_dense_replace", default=0, least=0)
+    routers.require(config, "moe_layer_freq", 1)
+    return Settings(
+        model_type,
+        {
+            **trunk,
+            **latent,
+            **moe,
+            "dense_hidden_dim": config.size("intermediate_size"),
+            "shared_expert_hidden_dim": config.size("n_shared_experts") * width,
+        },
+        router(config, moe["n_experts"], moe["top_k"]),
+        config.size("max_position_embeddings"),
+        frozenset(range(min(first, trunk["n_layers"]))),
+        interleaved=config.flag("rope_interleave", default=True),
+        extra_layers=config.size("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0),
+    )
+
+
+def _deepseek_v2(config: Keys) -> Settings:
+    routers.require(config, "mlp_bias", False)
+    routers.require(config, "rope_interleave", True)
+    return _deepseek(config, "deepseek_v2", routers.softmax_in_groups)
+
+
+def _deepseek_v3(config: Keys) -> Settings:
+    return _deepseek(config, "deepseek_v3", routers.sigmoid_with_bias)
+
+
 _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "olmoe": _olmoe,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "qwen2_moe": _qwen2_moe,
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3,
+    "kimi_k2": _deepseek_v3,
 }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_lab.models.checkpoint_forms import Fp8Blocks
 from moe_lab.models.checkpoint_keys import parse_object, read_object, shown, some
 from moe_lab.models.checkpoint_names import WHOLE, Source, sources
 from moe_lab.records.files import require_plain
@@ -28,7 +28,6 @@ from moe_lab.terminal import Console
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "F16", "BF16")
-_OF_NO_USE = re.compile(r".*rotary_emb\.inv_freq$")  # computed anew
 _THREADS = min(8, os.cpu_count() or 1)
 _SHOWN = 6  # keys that a message names
 _LONGEST_NAME = 255  # bytes
@@ -106,20 +105,31 @@ def _require_same(key: str, tensor: Found, other: Found) -> None:
 
 
 class Copy(NamedTuple):
-    """A tensor of a file and the place it is copied to."""
+    """A tensor of a file and the place it is copied to; of fp8, with the scales of its blocks."""
 
     key: str
     found: Found
     target: Tensor
+    scale: Found | None = None
+    form: Fp8Blocks | None = None
 
 
-def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: bool) -> list[Copy]:
+def plan(
+    parameters: Mapping[str, Tensor],
+    found: Mapping[str, Found],
+    tied: bool,
+    *,
+    unused: Callable[[str], bool] | None = None,
+    form: Fp8Blocks | None = None,
+) -> list[Copy]:
     """What to copy, in the order of the files.
 
     Args:
         parameters: all those of the model that a checkpoint has, by our names.
         found: all tensors of the checkpoint.
         tied: whether the head is the embedding, which some files hold twice.
+        unused: whether a tensor that no parameter takes may be in the files; None: none may.
+        form: how some matrices are quantised; None: none is.
 
     Raises:
         ValueError: keys that are missing or unexpected, shapes that differ, or a tied head that is another matrix, in
@@ -139,11 +149,19 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
             target = parameters[name].data[source.place]
             if tuple(target.shape) != there.shape:
                 wrong.append(f"{shown(source.key)} has shape {list(there.shape)} instead of {list(target.shape)}")
+            elif form is not None and there.dtype == form.dtype and len(there.shape) == 2:
+                expected.add(key := f"{source.key}{form.scale}")
+                if (scale := found.get(key)) is None:
+                    missing.append(shown(key))
+                elif mistake := _scale_mistake(scale, form.scale_shape(there.shape)):
+                    wrong.append(f"{shown(key)} {mistake}")
+                else:
+                    copies.append(Copy(source.key, there, target, scale, form))
             elif there.dtype not in _DTYPES:
                 wrong.append(f"{shown(source.key)} has dtype {shown(there.dtype)}; supported: {', '.join(_DTYPES)}")
             else:
                 copies.append(Copy(source.key, there, target))
-    unexpected = [shown(key) for key in found if key not in expected and not _OF_NO_USE.match(key)]
+    unexpected = [shown(key) for key in found if key not in expected and not (unused and unused(key))]
     complaints = [
         f"{len(keys)} {what}: {some(keys, _SHOWN)}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape or dtype", wrong))
@@ -159,6 +177,13 @@ def plan(parameters: Mapping[str, Tensor], found: Mapping[str, Found], tied: boo
             "tie_word_embeddings; set it to false."
         )
     return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))
+
+
+def _scale_mistake(scale: Found, wanted: tuple[int, ...]) -> str:
+    """What is wrong with the scales of a matrix; empty if nothing is."""
+    if scale.shape != wanted:
+        return f"has shape {list(scale.shape)} instead of {list(wanted)}"
+    return "" if scale.dtype in _DTYPES else f"has dtype {shown(scale.dtype)}; supported: {', '.join(_DTYPES)}"
 
 
 def _same_bytes(tensor: Found, other: Found, at_once: int = 1 << 20) -> bool:
@@ -213,8 +238,20 @@ def _execute(path: Path, copies: Sequence[Copy], advance: Callable[[int], None])
     def one(copy: Copy) -> int:
         with torch.inference_mode(mode):
             tensor = handle.get_tensor(copy.key)
-            copy.target.copy_(tensor)
-            _require_finite(copy, tensor)
+            if copy.scale is None:
+                copy.target.copy_(tensor)
+                _require_finite(copy, tensor)
+                return copy.found.n_bytes
+            assert copy.form is not None
+            with safe_open(copy.scale.file, framework="pt") as other:  # a scale may be in another file
+                scale = other.get_tensor(f"{copy.key}{copy.form.scale}")
+            copy.form.put(copy.target, tensor, scale)
+            if not _is_finite(copy.target):
+                raise ValueError(
+                    f"model.path: {copy.found.file}: {shown(copy.key)} times its scales has values that are NaN, "
+                    f"infinite or too large for {_name(copy.target.dtype)}; download the file again or use another "
+                    "dtype."
+                )
         return copy.found.n_bytes
 
     with safe_open(path, framework="pt") as handle, ThreadPoolExecutor(_THREADS) as pool:
@@ -227,16 +264,19 @@ def _require_finite(copy: Copy, tensor: Tensor) -> None:
     if _is_finite(copy.target):
         return
     if _is_finite(tensor):
-        dtype = str(copy.target.dtype).removeprefix("torch.")
         raise ValueError(
-            f"model.path: {copy.found.file}: {shown(copy.key)} has values that are too large for {dtype}; use another "
-            "dtype."
+            f"model.path: {copy.found.file}: {shown(copy.key)} has values that are too large for "
+            f"{_name(copy.target.dtype)}; use another dtype."
         )
     n_bad = int(tensor.isfinite().logical_not().sum())
     raise ValueError(
         f"model.path: {copy.found.file}: {shown(copy.key)} has {n_bad} values that are NaN or infinite; download the "
         "file again."
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -34,6 +34,40 @@ class LayerCache(nn.Module):
         self.v_BHNd.index_copy_(2, position_S, v_BHSd.to(self.v_BHNd.dtype))
         return self.k_BHNd.to(k_BHSd.dtype), self.v_BHNd.to(v_BHSd.dtype)
 
+    def rows(self, start: int, stop: int) -> LayerCache:
+        """See `KVCache.rows`."""
+        return LayerCache(self.k_BHNd[start:stop], self.v_BHNd[start:stop])
+
+
+class LatentCache(LayerCache):
+    """Of multi-head latent attention: one key [B, 1, N, rank + rope] for all heads, whose first `rank` are the value.
+
+    So a position takes the latent and its turned key, and neither keys nor values of heads.
+    """
+
+    def __init__(self, k_BHNd: Tensor, rank: int):
+        nn.Module.__init__(self)
+        self.rank = rank
+        self.register_buffer("k_BHNd", k_BHNd, persistent=False)
+
+    @property
+    def v_BHNd(self) -> Tensor:  # type: ignore[override]  # noqa: N802 -- as the buffer of the base class
+        return self.k_BHNd[..., : self.rank]
+
+    def begin(self, k_BHSd: Tensor, v_BHSd: Tensor) -> None:
+        """See `LayerCache.begin`; the value is part of the key."""
+        self.k_BHNd[:, :, : k_BHSd.shape[2]] = k_BHSd
+
+    def put(self, k_BHSd: Tensor, v_BHSd: Tensor, position_S: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LayerCache.put`."""
+        self.k_BHNd.index_copy_(2, position_S, k_BHSd.to(self.k_BHNd.dtype))
+        k_BHNd = self.k_BHNd.to(k_BHSd.dtype)
+        return k_BHNd, k_BHNd[..., : self.rank]
+
+    def rows(self, start: int, stop: int) -> LatentCache:
+        """See `KVCache.rows`."""
+        return LatentCache(self.k_BHNd[start:stop], self.rank)
+
 
 class KVCache(nn.Module):
     """One `LayerCache` per layer."""
@@ -54,7 +88,7 @@ class KVCache(nn.Module):
 
     def rows(self, start: int, stop: int) -> KVCache:
         """The part that belongs to some of the sequences; it shares the memory."""
-        return KVCache(LayerCache(layer.k_BHNd[start:stop], layer.v_BHNd[start:stop]) for layer in self._layers)
+        return KVCache(layer.rows(start, stop) for layer in self._layers)
 
     @property
     def _layers(self) -> list[LayerCache]:

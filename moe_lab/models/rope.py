@@ -1,7 +1,8 @@
 """Rotary positions (RoPE: Su et al., 2104.09864) and how their frequencies are stretched for longer contexts.
 
-Dimension i is turned together with i + head_dim/2, by the angle position * f_i, f_i = theta^(-2i / head_dim). `scaling`
-changes the frequencies; its keys are those that checkpoints have:
+Dimension i is turned together with i + head_dim/2, by the angle position * f_i, f_i = theta^(-2i / rotary_dim), i <
+rotary_dim/2; the other dimensions of a head stay as they are (partial RoPE), by an angle of 0. `scaling` changes the
+frequencies; its keys are those that checkpoints have:
 
     linear  f_i / factor                                                             (Chen et al., 2306.15595)
     llama3  slow dimensions are divided by `factor`, fast ones kept, between them a ramp over the number of turns in the
@@ -16,12 +17,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> tuple[Tensor, float]:
-    """(f [head_dim / 2] fp32 on the CPU, what cos and sin are multiplied by)."""
-    f = theta ** (-torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim)
+def frequencies(rotary_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> tuple[Tensor, float]:
+    """(f [rotary_dim / 2] fp32 on the CPU, what cos and sin are multiplied by)."""
+    f = theta ** (-torch.arange(0, rotary_dim, 2, device="cpu", dtype=torch.float32) / rotary_dim)
     kind = "default" if scaling is None else scaling["rope_type"]
     if scaling is None or kind == "default":
         return f, 1.0
@@ -30,7 +32,7 @@ def frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None =
     if kind == "llama3":
         return _llama3(f, scaling), 1.0
     assert kind == "yarn", kind
-    return _yarn(f, head_dim, theta, scaling)
+    return _yarn(f, rotary_dim, theta, scaling)
 
 
 def _llama3(f: Tensor, scaling: Mapping[str, Any]) -> Tensor:
@@ -41,41 +43,50 @@ def _llama3(f: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     return kept * f + (1 - kept) * slowed
 
 
-def _yarn(f: Tensor, head_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
+def _yarn(f: Tensor, rotary_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
     original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
 
     def dimension_of(turns: float) -> float:
         """The dimension that makes so many turns in the original context."""
-        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return rotary_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension_of(scaling.get("beta_fast") or 32), dimension_of(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, device="cpu", dtype=torch.float32) - low) / (high - low or 1e-3)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    ramp = (torch.arange(rotary_dim // 2, device="cpu", dtype=torch.float32) - low) / (high - low or 1e-3)
     kept = 1 - ramp.clamp(0, 1)
     return kept * f + (1 - kept) * f / factor, _yarn_attention_factor(factor, scaling)
 
 
-def _yarn_attention_factor(factor: float, scaling: Mapping[str, Any]) -> float:
-    def grown(by: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
+def yarn_growth(factor: float, by: float) -> float:
+    """What YaRN makes attention stronger by; DeepSeek's scale of the softmax has the square of it, too."""
+    return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
 
+
+def _yarn_attention_factor(factor: float, scaling: Mapping[str, Any]) -> float:
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return grown(scaling["mscale"]) / grown(scaling["mscale_all_dim"])
-    return grown(1.0)
+        return yarn_growth(factor, scaling["mscale"]) / yarn_growth(factor, scaling["mscale_all_dim"])
+    return yarn_growth(factor, 1.0)
 
 
 def rope_tables(
-    length: int, head_dim: int, theta: float, device: torch.device, scaling: Mapping[str, Any] | None = None
+    length: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    scaling: Mapping[str, Any] | None = None,
+    rotary_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(cos, sin) [length, head_dim] in fp32 for positions 0 .. length-1."""
-    f, grown = frequencies(head_dim, theta, scaling)
+    """(cos, sin) [length, head_dim] in fp32 for positions 0 .. length-1; without `rotary_dim` all dimensions turn."""
+    f, grown = frequencies(rotary_dim or head_dim, theta, scaling)
     positions = torch.arange(length, device=device, dtype=torch.float32)
-    angle = torch.outer(positions, f.to(device)).repeat(1, 2)
-    return angle.cos() * grown, angle.sin() * grown
+    angle = torch.outer(positions, f.to(device))
+    still = (0, head_dim // 2 - len(f))
+    cos, sin = F.pad(angle.cos() * grown, still, value=1.0), F.pad(angle.sin() * grown, still)
+    return cos.repeat(1, 2), sin.repeat(1, 2)
 
 
 class Rope(nn.Module):
@@ -84,23 +95,32 @@ class Rope(nn.Module):
     cos_Nd: Tensor | None
     sin_Nd: Tensor | None
 
-    def __init__(self, head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float,
+        scaling: Mapping[str, Any] | None = None,
+        rotary_dim: int | None = None,
+    ):
         super().__init__()
-        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
+        self.head_dim, self.theta, self.scaling, self.rotary_dim = head_dim, theta, scaling, rotary_dim
         self.register_buffer("cos_Nd", None, persistent=False)
         self.register_buffer("sin_Nd", None, persistent=False)
 
     def reserve(self, length: int, device: torch.device) -> None:
         """Keep the tables of the first `length` positions."""
-        self.cos_Nd, self.sin_Nd = rope_tables(length, self.head_dim, self.theta, device, self.scaling)
+        self.cos_Nd, self.sin_Nd = self._tables(length, device)
 
     def forward(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(cos, sin) [length, head_dim]; what was not reserved is computed."""
         if self.cos_Nd is None or self.sin_Nd is None or len(self.cos_Nd) < length:
-            return rope_tables(length, self.head_dim, self.theta, device, self.scaling)
+            return self._tables(length, device)
         return self.cos_Nd[:length], self.sin_Nd[:length]
 
     def at(self, position_S: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin) [S, head_dim] of these positions, which must be reserved."""
         assert self.cos_Nd is not None and self.sin_Nd is not None
         return self.cos_Nd.index_select(0, position_S), self.sin_Nd.index_select(0, position_S)
+
+    def _tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        return rope_tables(length, self.head_dim, self.theta, device, self.scaling, self.rotary_dim)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moe_lab.models import ForcedRouting, Output
 from moe_lab.models.attention import Attention
 from moe_lab.models.kv_cache import KVCache, LayerCache
+from moe_lab.models.latent_attention import LatentAttention
 from moe_lab.models.layers import AddRMSNorm, Embedding, Linear, SwiGLU
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.rope import Rope
@@ -25,7 +26,9 @@ from moe_lab.routers.base import RouteContext, Routing
 class Block(nn.Module):
     """Attention, then the MLP: a dense one, or an MoELayer."""
 
-    def __init__(self, attention: Attention, mlp: nn.Module, d_model: int, norm_eps: float, implementation: str):
+    def __init__(
+        self, attention: Attention | LatentAttention, mlp: nn.Module, d_model: int, norm_eps: float, implementation: str
+    ):
         super().__init__()
         self.attention_norm = AddRMSNorm(d_model, norm_eps, implementation)
         self.attention = attention
@@ -53,8 +56,9 @@ class Block(nn.Module):
 class TransformerDecoder(nn.Module):
     """Decoder-only Transformer; the keys are those of conf/_base/model/decoder.yaml.
 
-    A checkpoint may ask for more: `rope_scaling` (see `rope`), the options of `Attention`, and `windows`, the attention
-    window of each layer. `max_positions` is how long a sequence the model is made for, None for any.
+    A checkpoint may ask for more: `rope_scaling` and `rotary_dim` (see `rope`), the options of `Attention`, `windows`,
+    the attention window of each layer, and `latent`, the options of `LatentAttention`, which is then every layer's.
+    `max_positions` is how long a sequence the model is made for, None for any.
     """
 
     max_positions: int | None = None
@@ -75,31 +79,26 @@ class TransformerDecoder(nn.Module):
         tie_embeddings: bool,
         implementation: str,
         rope_scaling: Mapping[str, Any] | None = None,
+        rotary_dim: int | None = None,
         windows: Sequence[int | None] | None = None,
+        latent: Mapping[str, Any] | None = None,
         **attention: Any,
     ):
         super().__init__()
         self.vocab_size, self.d_model, self.mlp_hidden_dim = vocab_size, d_model, mlp_hidden_dim
         self.head_dim, self.n_kv_heads = head_dim or d_model // n_heads, n_kv_heads or n_heads
         self.embed = Embedding(vocab_size, d_model)
-        self.rope = Rope(self.head_dim, rope_theta, rope_scaling)
+        self.rope = Rope(self.head_dim, rope_theta, rope_scaling, rotary_dim)
+
+        def make_attention(layer: int) -> Attention | LatentAttention:
+            if latent is not None:
+                return LatentAttention(d_model, n_heads, **latent)
+            window = windows[layer] if windows is not None else None
+            sizes = (d_model, n_heads, self.n_kv_heads, self.head_dim)
+            return Attention(*sizes, qk_norm, norm_eps, window=window, **attention)
+
         self.layers = nn.ModuleList(
-            Block(
-                Attention(
-                    d_model,
-                    n_heads,
-                    self.n_kv_heads,
-                    self.head_dim,
-                    qk_norm,
-                    norm_eps,
-                    window=windows[layer] if windows is not None else None,
-                    **attention,
-                ),
-                self.make_mlp(layer),
-                d_model,
-                norm_eps,
-                implementation,
-            )
+            Block(make_attention(layer), self.make_mlp(layer), d_model, norm_eps, implementation)
             for layer in range(n_layers)
         )
         self.norm = AddRMSNorm(d_model, norm_eps, implementation)
@@ -117,10 +116,9 @@ class TransformerDecoder(nn.Module):
 
     def make_cache(self, batch: int, length: int) -> KVCache:
         """Room for `length` positions of `batch` sequences, in the dtype of the parameters; tables are reserved too."""
-        weight = self.embed.weight
-        self.rope.reserve(length, weight.device)
-        shape = (batch, self.n_kv_heads, length, self.head_dim)
-        return KVCache(LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.layers)
+        self.rope.reserve(length, self.embed.weight.device)
+        blocks = [block for block in self.layers if isinstance(block, Block)]
+        return KVCache(block.attention.make_cache(batch, length) for block in blocks)
 
     def forward(
         self,

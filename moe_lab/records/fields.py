@@ -62,6 +62,7 @@ IMPLEMENTATION = (
     Field("add_rms_norm", str, "", "implementation of the norms"),
     Field("segment_mm", str, "", "implementation of the matrix products of `experts=grouped`"),
     Field("tiles", str, "", "of `experts=fused`: up_rows-up_tokens-down_rows-down_tokens-pieces"),
+    Field("weights", str, "", "how a checkpoint's files are quantised; the run computes with dequantised weights"),
     Field("dispatch", str, "", "who sorts the slots by expert, if the extension does"),
     Field("combine", str, "", "who sums a token's slots, if the extension does"),
     Field("*", None, "", "implementation of another operation, under its name"),
@@ -108,6 +109,7 @@ PHASE_SHARES = (
 MEMORY = (
     Field("peak_mb", float, "MB", "peak of one iteration (CUDA: allocator; CPU: resident memory of the process)"),
     Field("parameters_mb", float, "MB", "size of the model's parameters"),
+    Field("cache_bytes_per_token", float, "B", "prefill and decoding only: what a token keeps in the KV cache"),
 )
 
 DEGREES = (2, 4, 8, 16, 32, 64)

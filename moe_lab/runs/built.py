@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from moe_lab.measure.clocks import Step, make_step
 from moe_lab.models import Output
 from moe_lab.models.attention import Attention
+from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.latent_attention import LatentAttention
 from moe_lab.models.layers import AddRMSNorm
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import reference_twin
@@ -99,12 +101,16 @@ class Built:
     def implementation(self) -> dict[str, str]:
         """Who computes what."""
         ran: dict[str, str] = {}
+        if isinstance(self.model, Checkpoint) and self.model.form is not None:
+            ran["weights"] = str(self.model.form)
         x_T0 = self.tokens()
         for module in self.model.modules():
             if isinstance(module, AddRMSNorm):
                 ran["add_rms_norm"] = module.implementation
             elif isinstance(module, Attention) and self.decodes:
                 ran["attention"] = "triton" if module.fuses else "torch"
+            elif isinstance(module, LatentAttention) and self.decodes:
+                ran["attention"] = "torch"
         for layer in moe_layers(self.model):
             ran["router"] = (
                 layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"

@@ -158,7 +158,10 @@ def _decoder(config: Config, size: int) -> Parts:
     H = model["n_heads"]
     kv, d = model.get("n_kv_heads") or H, model.get("head_dim") or D // H
     dense_F = model.get("dense_hidden_dim") or F
-    attention, mlp, moe = D * d * (2 * H + 2 * kv), 3 * D * dense_F, E * (D + 3 * D * F) + 3 * D * shared
+    attention, cached, turned = D * d * (2 * H + 2 * kv), 2 * kv * d, (H + kv) * d
+    if latent := model.get("latent"):
+        attention, cached, turned = _latent_attention(D, H, **latent)
+    mlp, moe = 3 * D * dense_F, E * (D + 3 * D * F) + 3 * D * shared
     parameters = V * D * (1 if model["tie_embeddings"] else 2) + L * attention + dense * mlp + (L - dense) * moe
     B, S, phase = config["batch"], config["seq_len"], config["workload"].get("phase", "forward")
     N = S + (config["workload"]["context_len"] if phase == "decode" else 0)
@@ -166,18 +169,28 @@ def _decoder(config: Config, size: int) -> Parts:
     rows = min(B, max(1, TOKENS_AT_ONCE // N)) if phase == "decode" else B
     T, last = rows * N, 1 if phase == "prefill" else S
     head = rows * last * (3 * D + V) + (V * D if size != _FP32 else 0)  # the weight is cast
-    attend = T * (2 * D + 2 * (H + kv) * d + kv * d)  # before and after the rotation
+    attend = T * (2 * D + 2 * turned + kv * d)  # before and after the rotation
     feed = T * (2 * D + max(4 * dense_F if dense else 0, E))
     return {
         "parameters": parameters * size,
         "modules": L * _LAYER_OBJECTS,
         "input": B * N * _ID + 2 * N * d * _FP32,  # and the tables of the rotation
-        "cache": 0 if phase == "forward" else 2 * L * B * N * kv * d * size,
+        "cache": 0 if phase == "forward" else L * B * N * cached * size,
         "output": B * last * V * size * (2 if phase == "decode" else 1),  # of each step, and of all together
         "activations": max(head, attend, feed) * _FP32,
         "calibration": _calibration_tokens(config["router"]) * (_ID + E * _FP32) if E else 0,
         "text": _text_bytes(config),
     }
+
+
+def _latent_attention(
+    D: int, H: int, *, nope_dim: int, rope_dim: int, v_dim: int, kv_rank: int, q_rank: int | None, **_: Any
+) -> tuple[int, int, int]:
+    """Of latent attention: (parameters, values cached of a token, values turned of a token)."""
+    d, latent = nope_dim + rope_dim, kv_rank + rope_dim
+    queries = D * H * d if q_rank is None else D * q_rank + q_rank * H * d
+    keys = D * latent + kv_rank * H * (nope_dim + v_dim)
+    return queries + keys + H * v_dim * D, latent, (H + 1) * rope_dim
 
 
 def _calibration_tokens(router: Config) -> int:

@@ -31,7 +31,7 @@ from moe_lab.models import Output
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import parameter_bytes
-from moe_lab.models.serving import Decode, Prefill
+from moe_lab.models.serving import Decode, Prefill, Serving
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import identity
 from moe_lab.records.schema import UNFINISHED, Latency, Ratio, Record
@@ -334,9 +334,13 @@ class Run:
     def _memory(self) -> dict[str, float | None] | None:
         if self.built is None:
             return None
+        task, per_token = self.built.task, None
+        if isinstance(task, Serving):
+            per_token = task.cache.bytes_per_position / self.cfg.batch
         return {
             "peak_mb": self.peak_bytes / 1e6 if self.peak_bytes is not None else None,
             "parameters_mb": parameter_bytes(self.built.model) / 1e6,
+            "cache_bytes_per_token": per_token,
         }
 
     def write(self, record: Record) -> None:

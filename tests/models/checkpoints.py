@@ -20,7 +20,7 @@ from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.parameters import initialize, without_storage
 from tests.models.peers import peer_model
 
-KINDS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe")
+KINDS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 VOCAB, D, HEADS, LAYERS, E, K, F = 97, 32, 4, 2, 5, 2, 24
 _COMMON = {
     "vocab_size": VOCAB,
@@ -35,6 +35,18 @@ _COMMON = {
     "eos_token_id": None,
     "attn_implementation": "eager",
 }
+_LATENT = {
+    "num_key_value_heads": HEADS,
+    "moe_intermediate_size": F,
+    "intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "num_hidden_layers": 3,
+}
 _OWN = {
     "olmoe": {"num_experts": E, "intermediate_size": F},
     "mixtral": {"num_local_experts": E, "intermediate_size": F},
@@ -45,6 +57,15 @@ _OWN = {
         "shared_expert_intermediate_size": 12,
     },
     "qwen3_moe": {"num_experts": E, "moe_intermediate_size": F, "intermediate_size": 40, "head_dim": 12},
+    "deepseek_v2": {**_LATENT, "n_routed_experts": E, "n_shared_experts": 2},
+    "deepseek_v3": {
+        **_LATENT,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "n_group": 3,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+    },
 }
 
 kinds = pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in KINDS])
@@ -60,6 +81,9 @@ def trained(kind: str, seed: int = 0, **settings: Any) -> Any:
             parameter.copy_(0.3 * noise + float("norm" in name))
         else:
             parameter.copy_(noise * (0.5 if "embed" in name else parameter.shape[-1] ** -0.5))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

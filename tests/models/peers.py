@@ -18,6 +18,8 @@ _PREFIXES = {
     "olmoe": "Olmoe",
     "qwen2_moe": "Qwen2Moe",
     "qwen3_moe": "Qwen3Moe",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
 }
 
 

@@ -8,7 +8,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -29,7 +29,6 @@ from tests.models.checkpoints import (
     LAYERS,
     VOCAB,
     E,
-    K,
     as_written_by_4,
     build,
     checkpoint,
@@ -51,6 +50,8 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "original_m
 LLAMA3 |= {"low_freq_factor": 0.5, "high_freq_factor": 6.0}
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
 YARN |= {"beta_fast": 4.0}
+MSCALE = {"mscale": 0.8, "mscale_all_dim": 0.8}
+GROUPS = {"n_routed_experts": 6, "n_group": 3, "topk_group": 2}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -126,29 +127,66 @@ CHANGED = [
     case("qwen3_moe", "one_key_head", num_key_value_heads=1),
     case("qwen3_moe", "tied", tie_word_embeddings=True),
     case("qwen3_moe", "yarn", rope_parameters=YARN),
+    case("deepseek_v2", "plain_queries", q_lora_rank=None),
+    case("deepseek_v2", "biases", attention_bias=True),
+    case("deepseek_v2", "groups", **GROUPS, topk_method="group_limited_greedy"),
+    case("deepseek_v2", "scaled_groups", **GROUPS, topk_method="group_limited_greedy", routed_scaling_factor=2.5),
+    case("deepseek_v2", "more_dense_layers", first_k_dense_replace=2),
+    case("deepseek_v2", "no_dense_layer", first_k_dense_replace=0),
+    case("deepseek_v2", "one_shared_expert", n_shared_experts=1),
+    case("deepseek_v2", "tied", tie_word_embeddings=True),
+    case("deepseek_v2", "eps", rms_norm_eps=0.3),
+    case("deepseek_v2", "yarn", rope_parameters={**YARN, **MSCALE}),
+    case("deepseek_v2", "yarn_other_mscales", rope_parameters={**YARN, "mscale": 0.7, "mscale_all_dim": 2.5}),
+    case("deepseek_v2", "yarn_without_mscale", rope_parameters=YARN),
+    case("deepseek_v3", "plain_queries", q_lora_rank=None),
+    case("deepseek_v3", "plain_queries_biases", q_lora_rank=None, attention_bias=True),
+    case("deepseek_v3", "biases", attention_bias=True),
+    case("deepseek_v3", "one_group", n_group=1, topk_group=1),
+    case("deepseek_v3", "best_group", topk_group=1, num_experts_per_tok=2),
+    case("deepseek_v3", "two_groups", n_group=2, topk_group=1, num_experts_per_tok=3),
+    case("deepseek_v3", "not_renormalized", norm_topk_prob=False),
+    case("deepseek_v3", "scale", routed_scaling_factor=2.5),
+    case("deepseek_v3", "no_dense_layer", first_k_dense_replace=0),
+    case("deepseek_v3", "wide_shared_experts", n_shared_experts=3),
+    case("deepseek_v3", "halves", rope_interleave=False),
+    case("deepseek_v3", "halves_plain_queries", rope_interleave=False, q_lora_rank=None),
+    case("deepseek_v3", "tied", tie_word_embeddings=True),
+    case("deepseek_v3", "eps", rms_norm_eps=0.3),
+    case("deepseek_v3", "theta", rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
+    case("deepseek_v3", "yarn", rope_parameters={**YARN, **MSCALE}),
+    case("deepseek_v3", "yarn_halves", rope_interleave=False, rope_parameters={**YARN, "mscale_all_dim": 0.7}),
+    case("deepseek_v3", "equal_head_dims", qk_nope_head_dim=8, v_head_dim=16),
 ]
 """The settings that change what an architecture computes."""
 
 cases = pytest.mark.parametrize(("kind", "settings"), PLAIN + CHANGED)
 
 
+class Computed(NamedTuple):
+    """What a model of transformers gives: the logits [B, S, V], and the experts [T, K] of each MoE layer."""
+
+    logits: Tensor
+    experts: tuple[Tensor, ...]
+
+
 @torch.inference_mode()
-def computed(model: Any, ids_BS: Tensor) -> Any:
-    """What a model of transformers gives for these tokens: .logits and .router_logits, one [T, E] per MoE layer."""
-    return model(ids_BS, output_router_logits=True)
+def computed(model: Any, ids_BS: Tensor) -> Computed:
+    """What a model of transformers gives for these tokens; the experts are those that its own routers return."""
+    chosen: list[Tensor] = []
+    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    handles = [router.register_forward_hook(lambda _, __, given: chosen.append(given[2])) for router in routers]
+    logits = model(ids_BS).logits
+    for handle in handles:
+        handle.remove()
+    return Computed(logits, tuple(chosen))
 
 
-def assert_same_experts(routings: tuple[Routing, ...], router_logits: tuple[Tensor, ...], top_k: int = K) -> None:
-    """The same set of experts for each token and layer, where rounding cannot have decided."""
-    assert len(routings) == len(router_logits)
-    for routing, logits_TE in zip(routings, router_logits, strict=True):
-        want_TK = logits_TE.topk(top_k).indices.sort().values
-        ranked_TE = logits_TE.sort(descending=True).values
-        clear_T = torch.ones(len(logits_TE), dtype=torch.bool)
-        if top_k < logits_TE.shape[1]:
-            clear_T = ranked_TE[:, top_k - 1] - ranked_TE[:, top_k] > 1e-5
-        assert clear_T.float().mean() > 0.9
-        assert torch.equal(routing.expert_ids_TK.sort().values[clear_T], want_TK[clear_T].int())
+def assert_same_experts(routings: tuple[Routing, ...], experts: tuple[Tensor, ...]) -> None:
+    """The same set of experts for each token and layer."""
+    assert len(routings) == len(experts) > 0
+    for routing, want_TK in zip(routings, experts, strict=True):
+        assert torch.equal(routing.expert_ids_TK.sort().values, want_TK.sort().values.int())
 
 
 def assert_logits(got: Tensor, want: Tensor) -> None:
@@ -182,7 +220,7 @@ def test_logits_and_routes_are_those_of_transformers(
     want, got = computed(peer, ids_BS), model(ids_BS)
     assert float(want.logits.std()) > 0.3
     assert_logits(got.y, want.logits)
-    assert_same_experts(got.routings, want.router_logits, model.top_k)
+    assert_same_experts(got.routings, want.experts)
 
 
 @cases
@@ -195,10 +233,10 @@ def test_prefill_and_decode_give_the_logits_of_transformers(
     want = computed(peer, ids_BN)
     prefilled = Prefill(model, model.make_cache(2, 14))(ids_BN)
     assert_logits(prefilled.y, want.logits[:, -1:])
-    assert_same_experts(prefilled.routings, want.router_logits, model.top_k)
+    assert_same_experts(prefilled.routings, want.experts)
     logits, routings = decoded(model, ids_BN, context_len=3)
     assert_logits(logits, want.logits[:, 3:])
-    assert_same_experts(routings, want.router_logits, model.top_k)
+    assert_same_experts(routings, want.experts)
 
 
 @pytest.mark.parametrize(("kind", "settings"), CHANGED)
@@ -271,8 +309,9 @@ def test_fp32_on_disk_is_rounded_to_a_bf16_model(kind: str, tmp_path: Path) -> N
     folder = checkpoint(kind, tmp_path)
     narrow, wide = load(folder, torch.bfloat16), dict(load(folder).named_parameters())
     for name, parameter in narrow.named_parameters():
-        assert parameter.dtype == torch.bfloat16
-        assert torch.equal(parameter, wide[name].bfloat16())
+        dtype = torch.float32 if name.endswith("bias_E") else torch.bfloat16  # a router's bias is always fp32
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, wide[name].to(dtype))
 
 
 def test_a_file_may_mix_dtypes(tmp_path: Path) -> None:
@@ -453,11 +492,11 @@ def test_the_small_checkpoint_in_the_repository_gives_the_logits_of_transformers
         got = model(ids_BN)
         prefilled = Prefill(model, model.make_cache(2, 200))(ids_BN)
     assert_logits(got.y, want.logits)
-    assert_same_experts(got.routings, want.router_logits)
+    assert_same_experts(got.routings, want.experts)
     assert_logits(prefilled.y, want.logits[:, -1:])
     logits, routings = decoded(model, ids_BN, context_len=120)
     assert_logits(logits, want.logits[:, 120:])
-    assert_same_experts(routings, want.router_logits)
+    assert_same_experts(routings, want.experts)
 
 
 MEMORY = """
