@@ -20,7 +20,7 @@ class Clamped(NamedTuple):
 class ExpertWeights(nn.Module):
     """The gate and the expert matrices: gate_ED [E, D], w_gate_up_E2FD [E, 2F, D] (gate first), w_down_EDF [E, D, F].
 
-    With `bias` also what is added to each product: up_bias_E2F and down_bias_ED, in float32 whatever the dtype of the
+    With `gate_bias` also gate_bias_E, which is added to the router's logits, whichever router ranks them. With `bias` also what is added to each product: up_bias_E2F and down_bias_ED, in float32 whatever the dtype of the
     matrices. `activation` is SwiGLU (None), or `Clamped`.
 
     Built once; every implementation reads these very tensors, so none may reorder or copy them.
@@ -34,11 +34,13 @@ class ExpertWeights(nn.Module):
         *,
         bias: bool = False,
         activation: Clamped | None = None,
+        gate_bias: bool = False,
     ):
         super().__init__()
         E, D, F = n_experts, d_model, hidden_dim
         self.activation = activation
         self.gate_ED = nn.Parameter(torch.empty(E, D), requires_grad=False)
+        self.gate_bias_E = nn.Parameter(torch.empty(E), requires_grad=False) if gate_bias else None
         self.w_gate_up_E2FD = nn.Parameter(torch.empty(E, 2 * F, D), requires_grad=False)
         self.w_down_EDF = nn.Parameter(torch.empty(E, D, F), requires_grad=False)
         self.up_bias_E2F = _bias(E, 2 * F) if bias else None

@@ -71,7 +71,9 @@ class Checkpoint(DecoderMoE):
         n_layers, has_bias = settings.decoder["n_layers"], bool(settings.router.get("bias"))
         unused = partial(is_unused, n_layers=n_layers, extra_layers=settings.extra_layers, has_bias=has_bias)
         tied = self.head.weight is self.embed.weight
-        copies = checkpoint_weights.plan(wanted, tensors, tied, unused=unused, form=settings.form)
+        copies = checkpoint_weights.plan(
+            wanted, tensors, tied, unused=unused, form=settings.form, model_type=settings.model_type
+        )
         checkpoint_weights.execute(copies)
         latent, rotary_dim = settings.decoder.get("latent"), settings.decoder.get("rotary_dim")
         order = order_of(self.head_dim, rotary_dim or self.head_dim, settings.interleaved)

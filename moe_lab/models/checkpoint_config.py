@@ -287,6 +287,31 @@ def _qwen2_moe(config: Keys) -> Settings:
     )
 
 
+def _granitemoe(config: Keys) -> Settings:
+    decoder = _decoder(config, rope_theta=1e4, n_kv_heads=None)
+    bias = config.flag("attention_bias", default=False)
+    return Settings(
+        "granitemoe",
+        {
+            **decoder,
+            **_moe(config, config.size("intermediate_size")),
+            "qkv_bias": bias,
+            "o_bias": bias,
+            "embedding_scale": _multiplier(config, "embedding_multiplier"),
+            "residual_scale": _multiplier(config, "residual_multiplier"),
+            "logits_scale": 1 / _multiplier(config, "logits_scaling"),
+            "scale": _multiplier(config, "attention_multiplier"),
+        },
+        _softmax_topk(renormalize=True),
+        config.size("max_position_embeddings"),
+    )
+
+
+def _multiplier(config: Keys, key: str) -> float:
+    """A factor, 1 if the file does not have it."""
+    return float(config.number(key) or 1)
+
+
 def _deepseek(config: Keys, model_type: str, router: Callable[[Keys, int, int], dict[str, Any]]) -> Settings:
     """Latent attention, first dense layers, then experts beside shared ones without a gate."""
     trunk, width = _trunk(config, 1e4), config.size("moe_intermediate_size")
@@ -329,4 +354,5 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
     "kimi_k2": _deepseek_v3,
+    "granitemoe": _granitemoe,
 }

@@ -28,10 +28,50 @@ _SHARED = ("mlp.shared_expert", "mlp.shared_experts")
 _GATE_UP = {"mlp.gate_up.weight": ("mlp",), "mlp.shared.mlp.gate_up.weight": _SHARED}
 _BIAS = ("mlp.gate", "block_sparse_moe", "mlp", "mlp.moe_statics")
 """What has the `e_score_correction_bias` of a router."""
-_EXPERTS = (  # the MoE block, and how it calls gate, up and down of one expert
-    ("mlp", ("gate_proj", "up_proj", "down_proj")),
-    ("block_sparse_moe", ("w1", "w3", "w2")),
+
+
+class Layout(NamedTuple):
+    """What a layer's gate and experts are called, in one of the layouts that checkpoints have.
+
+    gate: the router's matrix.
+    up: gate and up of expert {}, or of all stacked.
+    down: of expert {}, or of all stacked.
+    """
+
+    gate: str
+    up: tuple[str, ...]
+    down: str
+
+
+_IN_ONE = ("mlp.experts.gate_up_proj",)
+_COMMON = (
+    Layout(
+        "mlp.gate.weight",
+        ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        "mlp.experts.{}.down_proj.weight",
+    ),
+    Layout(
+        "block_sparse_moe.gate.weight",
+        ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+        "block_sparse_moe.experts.{}.w2.weight",
+    ),
+    Layout("mlp.gate.weight", _IN_ONE, "mlp.experts.down_proj"),
 )
+_LAYOUTS = {
+    "granitemoe": (
+        Layout(
+            "block_sparse_moe.router.layer.weight",
+            ("block_sparse_moe.input_linear.weight",),
+            "block_sparse_moe.output_linear.weight",
+        ),
+        Layout(
+            "block_sparse_moe.router.weight",
+            ("block_sparse_moe.experts.gate_up_proj",),
+            "block_sparse_moe.experts.down_proj",
+        ),
+    ),
+}
+"""Of model types whose files have other names than `_COMMON`."""
 
 
 BIAS = "e_score_correction_bias"
@@ -44,8 +84,8 @@ class Source(NamedTuple):
     place: tuple[Any, ...] = ()
 
 
-def sources(name: str, shape: Sequence[int]) -> list[list[Source]]:
-    """For each known layout, the checkpoint tensors that make up our parameter `name`."""
+def sources(name: str, shape: Sequence[int], model_type: str = "") -> list[list[Source]]:
+    """For each layout of this type of model, the checkpoint tensors that make up our parameter `name`."""
     if name in WHOLE:
         return [[Source(WHOLE[name])]]
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
@@ -68,35 +108,31 @@ def sources(name: str, shape: Sequence[int]) -> list[list[Source]]:
         return [[Source(f"{prefix}.{block}.down_proj.weight")] for block in _SHARED]
     if rest in ("mlp.router.bias_E", "mlp.router.inner.bias_E"):
         return [[Source(f"{prefix}.{block}.{BIAS}")] for block in _BIAS]
-    return _expert_sources(rest, prefix, shape)
+    return _expert_sources(rest, prefix, shape, model_type)
 
 
-def _expert_sources(rest: str, prefix: str, shape: Sequence[int]) -> list[list[Source]]:
+def _expert_sources(rest: str, prefix: str, shape: Sequence[int], model_type: str) -> list[list[Source]]:
+    layouts = _LAYOUTS.get(model_type, _COMMON)
     if rest == "mlp.weights.gate_ED":
-        return [[Source(f"{prefix}.{block}.gate.weight")] for block, _ in _EXPERTS]
-    experts = range(shape[0])
+        return [[Source(f"{prefix}.{layout.gate}")] for layout in layouts]
     if rest == "mlp.weights.w_gate_up_E2FD":
-        gate, up = slice(0, shape[1] // 2), slice(shape[1] // 2, None)
-        return [
-            *(
-                [
-                    Source(f"{prefix}.{block}.experts.{expert}.{name}.weight", (expert, half))
-                    for expert in experts
-                    for name, half in ((names[0], gate), (names[1], up))
-                ]
-                for block, names in _EXPERTS
-            ),
-            [Source(f"{prefix}.mlp.experts.gate_up_proj")],
-        ]
+        half = shape[1] // 2
+        return [_of_experts(prefix, layout.up, shape[0], (slice(0, half), slice(half, None))) for layout in layouts]
     if rest == "mlp.weights.w_down_EDF":
-        return [
-            *(
-                [Source(f"{prefix}.{block}.experts.{expert}.{names[2]}.weight", (expert,)) for expert in experts]
-                for block, names in _EXPERTS
-            ),
-            [Source(f"{prefix}.mlp.experts.down_proj")],
-        ]
+        return [_of_experts(prefix, (layout.down,), shape[0], ()) for layout in layouts]
     return []
+
+
+def _of_experts(prefix: str, names: Sequence[str], n_experts: int, halves: Sequence[slice]) -> list[Source]:
+    """All experts in one tensor, or one after the other; `halves`: the rows of each of two names."""
+    if "{}" not in names[0]:
+        return [Source(f"{prefix}.{names[0]}")]
+    parts = [(half,) for half in halves] or [()]
+    return [
+        Source(f"{prefix}.{name.format(expert)}", (expert, *part))
+        for expert in range(n_experts)
+        for name, part in zip(names, parts, strict=True)
+    ]
 
 
 def is_unused(key: str, n_layers: int, extra_layers: int, has_bias: bool) -> bool:

@@ -121,6 +121,7 @@ def plan(
     *,
     unused: Callable[[str], bool] | None = None,
     form: Fp8Blocks | None = None,
+    model_type: str = "",
 ) -> list[Copy]:
     """What to copy, in the order of the files.
 
@@ -130,6 +131,7 @@ def plan(
         tied: whether the head is the embedding, which some files hold twice.
         unused: whether a tensor that no parameter takes may be in the files; None: none may.
         form: how some matrices are quantised; None: none is.
+        model_type: whose names the tensors have.
 
     Raises:
         ValueError: keys that are missing or unexpected, shapes that differ, or a tied head that is another matrix, in
@@ -138,7 +140,7 @@ def plan(
     copies, missing, wrong = [], [], []
     expected = {WHOLE["head.weight"]} if tied else set()
     only_head = tied and WHOLE["embed.weight"] not in found and WHOLE["head.weight"] in found
-    for name, layout in _layouts(parameters, found).items():
+    for name, layout in _layouts(parameters, found, model_type).items():
         for source in layout:
             if only_head and name == "embed.weight":  # of two names for a matrix some files keep this one
                 source = Source(WHOLE["head.weight"])
@@ -198,9 +200,11 @@ def _same_bytes(tensor: Found, other: Found, at_once: int = 1 << 20) -> bool:
         )
 
 
-def _layouts(parameters: Mapping[str, Tensor], tensors: Mapping[str, Found]) -> dict[str, list[Source]]:
+def _layouts(
+    parameters: Mapping[str, Tensor], tensors: Mapping[str, Found], model_type: str
+) -> dict[str, list[Source]]:
     """For each parameter the layout that the checkpoint uses; if it has none of its tensors, the most frequent one."""
-    possible = {name: sources(name, parameter.shape) for name, parameter in parameters.items()}
+    possible = {name: sources(name, parameter.shape, model_type) for name, parameter in parameters.items()}
     hits: Counter[int] = Counter()
     for layouts in possible.values():
         if len(layouts) > 1:

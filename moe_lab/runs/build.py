@@ -263,7 +263,7 @@ def _calibrate(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
 
     def fit(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
         assert isinstance(layer, MoELayer)
-        layer.router.fit(gate_logits(arguments[0], layer.weights.gate_ED))
+        layer.router.fit(gate_logits(arguments[0], layer.weights.gate_ED, layer.weights.gate_bias_E))
 
     with hooked(layers, fit, before=True):
         tokens_per_sequence = 1 if "seq_len" in cfg.model.get("ignores", ()) else cfg.seq_len

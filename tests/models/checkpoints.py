@@ -20,7 +20,7 @@ from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.parameters import initialize, without_storage
 from tests.models.peers import peer_model
 
-KINDS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+KINDS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "granitemoe")
 VOCAB, D, HEADS, LAYERS, E, K, F = 97, 32, 4, 2, 5, 2, 24
 _COMMON = {
     "vocab_size": VOCAB,
@@ -65,6 +65,14 @@ _OWN = {
         "n_group": 3,
         "topk_group": 2,
         "routed_scaling_factor": 1.5,
+    },
+    "granitemoe": {
+        "num_local_experts": E,
+        "intermediate_size": F,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 1.6,
+        "attention_multiplier": 0.2,
     },
 }
 

@@ -157,6 +157,16 @@ CHANGED = [
     case("deepseek_v3", "yarn", rope_parameters={**YARN, **MSCALE}),
     case("deepseek_v3", "yarn_halves", rope_interleave=False, rope_parameters={**YARN, "mscale_all_dim": 0.7}),
     case("deepseek_v3", "equal_head_dims", qk_nope_head_dim=8, v_head_dim=16),
+    case("granitemoe", "embedding_multiplier", embedding_multiplier=1.0),
+    case("granitemoe", "residual_multiplier", residual_multiplier=1.0),
+    case("granitemoe", "logits_scaling", logits_scaling=0.5),
+    case("granitemoe", "attention_multiplier", attention_multiplier=1.0),
+    case("granitemoe", "biases", attention_bias=True),
+    case("granitemoe", "all_experts", num_experts_per_tok=E),
+    case("granitemoe", "one_key_head", num_key_value_heads=1),
+    case("granitemoe", "tied", tie_word_embeddings=True),
+    case("granitemoe", "eps", rms_norm_eps=0.3),
+    case("granitemoe", "theta", rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
 ]
 """The settings that change what an architecture computes."""
 
