@@ -21,7 +21,7 @@ class ExpertWeights(nn.Module):
     """The gate and the expert matrices: gate_ED [E, D], w_gate_up_E2FD [E, 2F, D] (gate first), w_down_EDF [E, D, F].
 
     With `gate_bias` also gate_bias_E, which is added to the router's logits, whichever router ranks them. With `bias` also what is added to each product: up_bias_E2F and down_bias_ED, in float32 whatever the dtype of the
-    matrices. `activation` is SwiGLU (None), or `Clamped`.
+    matrices. `activation` is SwiGLU (None), or alpha and limit of `Clamped`.
 
     Built once; every implementation reads these very tensors, so none may reorder or copy them.
     """
@@ -33,12 +33,12 @@ class ExpertWeights(nn.Module):
         hidden_dim: int,
         *,
         bias: bool = False,
-        activation: Clamped | None = None,
+        activation: tuple[float, float] | None = None,
         gate_bias: bool = False,
     ):
         super().__init__()
         E, D, F = n_experts, d_model, hidden_dim
-        self.activation = activation
+        self.activation = None if activation is None else Clamped(*activation)
         self.gate_ED = nn.Parameter(torch.empty(E, D), requires_grad=False)
         self.gate_bias_E = nn.Parameter(torch.empty(E), requires_grad=False) if gate_bias else None
         self.w_gate_up_E2FD = nn.Parameter(torch.empty(E, 2 * F, D), requires_grad=False)

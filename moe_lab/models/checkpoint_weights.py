@@ -20,14 +20,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_lab.models.checkpoint_forms import Fp8Blocks
+from moe_lab.models.checkpoint_forms import AS_IT_IS, Form, Fp8Blocks
 from moe_lab.models.checkpoint_keys import parse_object, read_object, shown, some
 from moe_lab.models.checkpoint_names import WHOLE, Source, sources
 from moe_lab.records.files import require_plain
 from moe_lab.terminal import Console
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16")
 _THREADS = min(8, os.cpu_count() or 1)
 _SHOWN = 6  # keys that a message names
 _LONGEST_NAME = 255  # bytes
@@ -105,13 +104,14 @@ def _require_same(key: str, tensor: Found, other: Found) -> None:
 
 
 class Copy(NamedTuple):
-    """A tensor of a file and the place it is copied to; of fp8, with the scales of its blocks."""
+    """A tensor of a file, with its scales if it is quantised, and the place it is copied to."""
 
     key: str
     found: Found
     target: Tensor
+    form: Form = AS_IT_IS
+    scale_key: str | None = None
     scale: Found | None = None
-    form: Fp8Blocks | None = None
 
 
 def plan(
@@ -120,8 +120,8 @@ def plan(
     tied: bool,
     *,
     unused: Callable[[str], bool] | None = None,
-    form: Fp8Blocks | None = None,
-    model_type: str = "",
+    blocks: Fp8Blocks | None = None,
+    model: str = "",
 ) -> list[Copy]:
     """What to copy, in the order of the files.
 
@@ -130,8 +130,8 @@ def plan(
         found: all tensors of the checkpoint.
         tied: whether the head is the embedding, which some files hold twice.
         unused: whether a tensor that no parameter takes may be in the files; None: none may.
-        form: how some matrices are quantised; None: none is.
-        model_type: whose names the tensors have.
+        blocks: the form of matrices in fp8; None: there are none.
+        model: whose names the tensors have (`Settings.layout`).
 
     Raises:
         ValueError: keys that are missing or unexpected, shapes that differ, or a tied head that is another matrix, in
@@ -140,7 +140,7 @@ def plan(
     copies, missing, wrong = [], [], []
     expected = {WHOLE["head.weight"]} if tied else set()
     only_head = tied and WHOLE["embed.weight"] not in found and WHOLE["head.weight"] in found
-    for name, layout in _layouts(parameters, found, model_type).items():
+    for name, layout in _layouts(parameters, found, model).items():
         for source in layout:
             if only_head and name == "embed.weight":  # of two names for a matrix some files keep this one
                 source = Source(WHOLE["head.weight"])
@@ -149,20 +149,20 @@ def plan(
                 missing.append(shown(source.key))
                 continue
             target = parameters[name].data[source.place]
-            if tuple(target.shape) != there.shape:
-                wrong.append(f"{shown(source.key)} has shape {list(there.shape)} instead of {list(target.shape)}")
-            elif form is not None and there.dtype == form.dtype and len(there.shape) == 2:
-                expected.add(key := f"{source.key}{form.scale}")
-                if (scale := found.get(key)) is None:
-                    missing.append(shown(key))
-                elif mistake := _scale_mistake(scale, form.scale_shape(there.shape)):
-                    wrong.append(f"{shown(key)} {mistake}")
-                else:
-                    copies.append(Copy(source.key, there, target, scale, form))
-            elif there.dtype not in _DTYPES:
-                wrong.append(f"{shown(source.key)} has dtype {shown(there.dtype)}; supported: {', '.join(_DTYPES)}")
+            form = blocks if blocks is not None and there.dtype in blocks.dtypes and target.dim() == 2 else source.form
+            if mistake := _mistake(there, form.shape(target.shape), form.dtypes):
+                wrong.append(f"{shown(source.key)} {mistake}")
+                continue
+            copies.append(copy := Copy(source.key, there, target, form, form.scale_key(source.key)))
+            if copy.scale_key is None:
+                continue
+            expected.add(copy.scale_key)
+            if (scale := found.get(copy.scale_key)) is None:
+                missing.append(shown(copy.scale_key))
+            elif mistake := _mistake(scale, form.scale_shape(there.shape), form.scale_dtypes):
+                wrong.append(f"{shown(copy.scale_key)} {mistake}")
             else:
-                copies.append(Copy(source.key, there, target))
+                copies[-1] = copy._replace(scale=scale)
     unexpected = [shown(key) for key in found if key not in expected and not (unused and unused(key))]
     complaints = [
         f"{len(keys)} {what}: {some(keys, _SHOWN)}"
@@ -181,11 +181,11 @@ def plan(
     return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))
 
 
-def _scale_mistake(scale: Found, wanted: tuple[int, ...]) -> str:
-    """What is wrong with the scales of a matrix; empty if nothing is."""
-    if scale.shape != wanted:
-        return f"has shape {list(scale.shape)} instead of {list(wanted)}"
-    return "" if scale.dtype in _DTYPES else f"has dtype {shown(scale.dtype)}; supported: {', '.join(_DTYPES)}"
+def _mistake(there: Found, shape: tuple[int, ...], dtypes: Sequence[str]) -> str:
+    """What is wrong with a tensor; empty if nothing is."""
+    if there.shape != shape:
+        return f"has shape {list(there.shape)} instead of {list(shape)}"
+    return "" if there.dtype in dtypes else f"has dtype {shown(there.dtype)}; supported: {', '.join(dtypes)}"
 
 
 def _same_bytes(tensor: Found, other: Found, at_once: int = 1 << 20) -> bool:
@@ -201,10 +201,10 @@ def _same_bytes(tensor: Found, other: Found, at_once: int = 1 << 20) -> bool:
 
 
 def _layouts(
-    parameters: Mapping[str, Tensor], tensors: Mapping[str, Found], model_type: str
+    parameters: Mapping[str, Tensor], tensors: Mapping[str, Found], model: str
 ) -> dict[str, list[Source]]:
     """For each parameter the layout that the checkpoint uses; if it has none of its tensors, the most frequent one."""
-    possible = {name: sources(name, parameter.shape, model_type) for name, parameter in parameters.items()}
+    possible = {name: sources(name, parameter.shape, model) for name, parameter in parameters.items()}
     hits: Counter[int] = Counter()
     for layouts in possible.values():
         if len(layouts) > 1:
@@ -242,14 +242,12 @@ def _execute(path: Path, copies: Sequence[Copy], advance: Callable[[int], None])
     def one(copy: Copy) -> int:
         with torch.inference_mode(mode):
             tensor = handle.get_tensor(copy.key)
-            if copy.scale is None:
-                copy.target.copy_(tensor)
+            if copy.scale is None or copy.scale_key is None:
+                copy.form.put(copy.target, tensor)
                 _require_finite(copy, tensor)
                 return copy.found.n_bytes
-            assert copy.form is not None
             with safe_open(copy.scale.file, framework="pt") as other:  # a scale may be in another file
-                scale = other.get_tensor(f"{copy.key}{copy.form.scale}")
-            copy.form.put(copy.target, tensor, scale)
+                copy.form.put(copy.target, tensor, other.get_tensor(copy.scale_key))
             if not _is_finite(copy.target):
                 raise ValueError(
                     f"model.path: {copy.found.file}: {shown(copy.key)} times its scales has values that are NaN, "

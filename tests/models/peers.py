@@ -21,6 +21,7 @@ _PREFIXES = {
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
     "granitemoe": "GraniteMoe",
+    "gpt_oss": "GptOss",
 }
 
 
