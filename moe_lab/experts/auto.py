@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts
-from moe_lab.experts.fused import Fused
+from moe_lab.experts.fused import Fused, kernels_activation
 from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.table import Shape, fastest
 from moe_lab.experts.weights import ExpertWeights, Scale
@@ -44,10 +44,20 @@ def preferred(device: torch.device) -> str:
     return next(iter(experts.usable))
 
 
+def _has_activation(weights: ExpertWeights) -> bool:
+    """Whether `fused` computes the activation of these experts."""
+    try:
+        kernels_activation(weights)
+    except UnavailableError:
+        return False
+    return True
+
+
 class Auto(Experts):
     """Each call goes to one of `usable`; which one depends on nothing but its shape."""
 
     graph_safe = True  # as all of `FASTEST_FIRST` are
+    only_plain = False
 
     def __init__(self) -> None:
         self.candidates: dict[str, Experts] = {name: make() for name, make in FASTEST_FIRST.items()}
@@ -65,9 +75,11 @@ class Auto(Experts):
         E, D, F = weights.w_down_EDF.shape
         mine.shape = Shape(E, top_k, D, F)
         mine.candidates = {
-            name: experts.for_layer(weights, top_k, static_k=static_k) for name, experts in self.candidates.items()
+            name: experts.for_layer(weights, top_k, static_k=static_k)
+            for name, experts in self.candidates.items()
+            if name != "fused" or _has_activation(weights)
         }
-        mine.usable = {name: mine.candidates[name] for name in self.usable}
+        mine.usable = {name: mine.candidates[name] for name in self.usable if name in mine.candidates}
         return mine
 
     def compute_on(self, device: torch.device, *, load: bool = True) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.config.targets import require_keys
+from moe_lab.errors import UnavailableError
 from moe_lab.experts.weights import ExpertWeights, Scale
 from moe_lab.routers.base import Routing
 
@@ -23,6 +24,10 @@ class Experts:
 
     graph_safe = False
     """No host synchronisation and fixed shapes: a class must declare this to be captured in a graph."""
+
+    only_plain = True
+    """Of `ExpertWeights` only the matrices are read. A class that reads biases and activation too sets this to False;
+    no other is given experts that have them."""
 
     def for_layer(self, weights: ExpertWeights, top_k: int, *, static_k: bool = False) -> Self:
         """What computes a layer with such weights, `top_k` experts a token: itself, unless it chooses by that.
@@ -73,6 +78,15 @@ class Experts:
         return {"experts": type(self).__name__.lower()}
 
 
+def require_plain(weights: ExpertWeights) -> None:
+    """Raise `UnavailableError` if the experts are more than SwiGLU: for an implementation that reads only matrices."""
+    if weights.is_plain:
+        return
+    has = ["biases"] if weights.up_bias_E2F is not None else []
+    has += ["a clamped activation"] if weights.activation is not None else []
+    raise UnavailableError(f"computes SwiGLU experts only, and these have {' and '.join(has)}; use experts=auto")
+
+
 class FunctionExperts(Experts):
     """A function `f(x_TD, routing, weights, *, scale, ...)`. It declares nothing: not graph safe, no sorted slots."""
 
@@ -87,6 +101,7 @@ class FunctionExperts(Experts):
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
         """See `Experts`."""
+        require_plain(weights)
         return self.function(x_TD, routing, weights, scale=scale)
 
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:

@@ -9,38 +9,70 @@ from torch import Tensor
 
 from moe_lab.experts.base import Experts
 from moe_lab.experts.loop import Loop
-from moe_lab.experts.weights import ExpertWeights, Scale, check_scale
+from moe_lab.experts.weights import Clamped, ExpertWeights, Scale, activated, check_scale
 from moe_lab.ops.library import register
 from moe_lab.routers.base import Routing
 
 
 class Exported(Experts):
-    """The op `experts_mlp`, whose body in ONNX is exported_onnx.py."""
+    """The op `experts_mlp`, or for experts that are not plain `experts_mlp_biased`; the bodies in ONNX lie beside."""
 
     graph_safe = True
+    only_plain = False
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
         """See `Experts`."""
         check_scale(scale)
-        ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
-        matrices = (weights.w_gate_up_E2FD, weights.w_down_EDF)
-        result: Tensor = torch.ops.moe_lab.experts_mlp(x_TD, ids_TK, weights_TK, *matrices, scale == "input")
-        return result
+        up_E2FD, down_EDF = weights.w_gate_up_E2FD, weights.w_down_EDF
+        operands = (x_TD, routing.expert_ids_TK, routing.weights_TK, up_E2FD, down_EDF)
+        if weights.is_plain:
+            result: Tensor = torch.ops.moe_lab.experts_mlp(*operands, scale == "input")
+            return result
+        biases: list[Tensor] = [
+            matrix.new_zeros(matrix.shape[:2]) if bias is None else bias
+            for matrix, bias in ((up_E2FD, weights.up_bias_E2F), (down_EDF, weights.down_bias_ED))
+        ]
+        alpha, limit = weights.activation or (0.0, 0.0)
+        biased: Tensor = torch.ops.moe_lab.experts_mlp_biased(*operands, *biases, scale == "input", alpha, limit)
+        return biased
 
 
-class _Matrices(NamedTuple):
+class _Experts(NamedTuple):
     """What `Loop` reads of `ExpertWeights`."""
 
     w_gate_up_E2FD: Tensor
     w_down_EDF: Tensor
+    up_bias_E2F: Tensor | None = None
+    down_bias_ED: Tensor | None = None
+    activation: Clamped | None = None
+
+    def activate(self, gate_up: Tensor) -> Tensor:
+        """As `ExpertWeights.activate`."""
+        return activated(gate_up, self.activation)
 
 
 def _compute(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool) -> Tensor:
-    matrices: Any = _Matrices(w_gate_up, w_down)
-    return Loop()(x, Routing(ids, weights), matrices, scale="input" if scales_input else "output")
+    experts: Any = _Experts(w_gate_up, w_down)
+    return Loop()(x, Routing(ids, weights), experts, scale="input" if scales_input else "output")
 
 
 def _fake(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _compute_biased(
+    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, up_bias: Tensor, down_bias: Tensor,
+    scales_input: bool, alpha: float, limit: float,
+) -> Tensor:  # fmt: skip
+    activation = Clamped(alpha, limit) if limit else None
+    experts: Any = _Experts(w_gate_up, w_down, up_bias, down_bias, activation)
+    return Loop()(x, Routing(ids, weights), experts, scale="input" if scales_input else "output")
+
+
+def _fake_biased(
+    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, up_bias: Tensor, down_bias: Tensor,
+    scales_input: bool, alpha: float, limit: float,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(x)
 
 
@@ -49,4 +81,11 @@ register(
     _compute,
     _fake,
     onnx="moe_lab.experts.exported_onnx",
+)
+register(
+    "experts_mlp_biased(Tensor x, Tensor ids, Tensor weights, Tensor w_gate_up, Tensor w_down, Tensor up_bias, "
+    "Tensor down_bias, bool scales_input, float alpha, float limit) -> Tensor",
+    _compute_biased,
+    _fake_biased,
+    onnx="moe_lab.experts.exported_biased_onnx",
 )

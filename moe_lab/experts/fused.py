@@ -9,10 +9,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts
 from moe_lab.experts.table import Shape
 from moe_lab.experts.tiles import Tiles, tiles_for
-from moe_lab.experts.weights import ExpertWeights, Scale, check_scale
+from moe_lab.experts.weights import Clamped, ExpertWeights, Scale, check_scale
 from moe_lab.marks import phase
 from moe_lab.ops import extension, fused_experts
 from moe_lab.ops.library import DTYPE_NAMES
@@ -27,10 +28,28 @@ _tiles_for: Callable[[str, int, str, int, Shape], Tiles] = torch.compiler.assume
 """Which torch.compile does not look into: there the shape is fixed."""
 
 
+def kernels_activation(weights: ExpertWeights) -> str:
+    """What the kernels call the activation of these experts.
+
+    Raises:
+        UnavailableError: they do not have it.
+    """
+    if weights.activation is None:
+        return "silu"
+    if weights.activation == Clamped():
+        return "clamped"
+    alpha, limit = weights.activation
+    raise UnavailableError(
+        f"its kernels clamp with alpha={Clamped().alpha} and limit={Clamped().limit} only, not {alpha:g} and "
+        f"{limit:g}; use experts=auto"
+    )
+
+
 class Fused(Experts):
     """Nothing is read on the host, and the weights are read as they are."""
 
     graph_safe = True
+    only_plain = False
 
     def __init__(self, tiles: Tiles | None = None) -> None:
         """`tiles` are taken for every input; None: by its shape, from what was measured (tiles.py)."""
@@ -58,15 +77,19 @@ class Fused(Experts):
         """See `Experts`.
 
         Raises:
-            UnavailableError: another dtype, or widths that the kernels do not take.
+            UnavailableError: another dtype or activation, or widths that the kernels do not take.
         """
         check_scale(scale)
+        up_bias_E2F, down_bias_ED = weights.up_bias_E2F, weights.down_bias_ED
         top_k = routing.expert_ids_TK.shape[1]
         layer = self if self.shape is not None else self.for_layer(weights, top_k)
         with phase("dispatch+experts+combine"):
             return fused_experts.fused_experts(
                 x_TD, routing.expert_ids_TK, routing.weights_TK, weights.w_gate_up_E2FD, weights.w_down_EDF,
                 layer._tiles(x_TD, top_k), dispatch=routing.dispatch, scales_input=scale == "input",
+                activation=kernels_activation(weights),
+                gate_up_bias_E2F=None if up_bias_E2F is None else up_bias_E2F.float(),
+                down_bias_ED=None if down_bias_ED is None else down_bias_ED.float(),
             )  # fmt: skip
 
     def reads_dispatch(self, x_TD: Tensor) -> bool:
@@ -79,6 +102,7 @@ class Fused(Experts):
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
         """See `Experts`: `fused` and its tiles."""
         assert self.shape is not None, "for_layer tells the shape"
+        kernels_activation(weights)
         tiles = self._tiles(x_TD, self.shape.K)
         return {"experts": "fused", "tiles": "-".join(map(str, tiles))}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.experts.base import Experts
-from moe_lab.experts.weights import ExpertWeights, Scale, check_scale, swiglu
+from moe_lab.experts.weights import ExpertWeights, Scale, check_scale
 from moe_lab.marks import phase
 from moe_lab.ops import extension
 from moe_lab.ops.combine import combine
@@ -24,6 +24,7 @@ class Grouped(Experts):
     """On CUDA nothing is read on the host; on a CPU only the experts in use are touched."""
 
     graph_safe = True
+    only_plain = False
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
         """See `Experts`.
@@ -34,9 +35,10 @@ class Grouped(Experts):
         check_scale(scale)
         if _takes_few_tokens(x_TD):
             with phase("dispatch+experts+combine"):
-                ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
-                matrices = (weights.w_gate_up_E2FD, weights.w_down_EDF)
-                return few_tokens_mlp(x_TD, ids_TK, weights_TK, *matrices, scale == "input")
+                return few_tokens_mlp(
+                    x_TD, routing.expert_ids_TK, routing.weights_TK, weights.w_gate_up_E2FD, weights.w_down_EDF,
+                    scale == "input", weights.up_bias_E2F, weights.down_bias_ED, weights.activation,
+                )  # fmt: skip
         if _is_one_token(x_TD):
             return _one_token(x_TD, routing, weights, scale)
         return _sorted(x_TD, routing, weights, scale)
@@ -82,11 +84,19 @@ def _sorted(x_TD: Tensor, routing: Routing, weights: ExpertWeights, scale: Scale
             x_ND = (x_ND * routing.weights_TK.reshape(-1)[perm_N, None]).to(x_TD.dtype)
     with phase("experts"):
         implementation = _segment_mm_for(x_TD, weights)
-        h_NF = swiglu(segment_mm(x_ND, weights.w_gate_up_E2FD, order.offsets_E1, implementation))
+        expert_N = None if weights.up_bias_E2F is None else routing.expert_ids_TK.reshape(-1)[perm_N].clamp(min=0)
+        u_N2F = segment_mm(x_ND, weights.w_gate_up_E2FD, order.offsets_E1, implementation)
+        h_NF = weights.activate(_biased(u_N2F, weights.up_bias_E2F, expert_N))
         o_ND = segment_mm(h_NF, weights.w_down_EDF, order.offsets_E1, implementation)
+        o_ND = _biased(o_ND, weights.down_bias_ED, expert_N)
     with phase("combine"):
         weights_TK = routing.weights_TK if scale == "output" else None
         return combine(o_ND, order.inverse_N, weights_TK, routing.expert_ids_TK)
+
+
+def _biased(y_NO: Tensor, bias_EO: Tensor | None, expert_N: Tensor | None) -> Tensor:
+    """Each row plus its expert's bias."""
+    return y_NO if bias_EO is None or expert_N is None else y_NO + bias_EO[expert_N].to(y_NO.dtype)
 
 
 def _is_one_token(x_TD: Tensor) -> bool:
@@ -100,11 +110,17 @@ def _one_token(x_1D: Tensor, routing: Routing, weights: ExpertWeights, scale: Sc
         ids_1K, weights_1K = routing.expert_ids_TK.tolist(), routing.weights_TK.tolist()
         used = [(expert, weight) for expert, weight in zip(ids_1K[0], weights_1K[0], strict=True) if expert >= 0]
         w_up_E2FD, w_down_EDF = weights.w_gate_up_E2FD, weights.w_down_EDF
+        up_bias_E2F, down_bias_ED = weights.up_bias_E2F, weights.down_bias_ED
         h_K2F = x_1D.new_empty(len(used), w_up_E2FD.shape[1])
         for slot, (expert, weight) in enumerate(used):
             x_D = x_1D[0] * weight if scale == "input" else x_1D[0]
             torch.mv(w_up_E2FD[expert], x_D, out=h_K2F[slot])
-        y_1D, h_KF = torch.zeros_like(x_1D), swiglu(h_K2F)
+            if up_bias_E2F is not None:
+                h_K2F[slot] += up_bias_E2F[expert]
+        y_1D, h_KF = torch.zeros_like(x_1D), weights.activate(h_K2F)
         for slot, (expert, weight) in enumerate(used):
-            y_1D[0].addmv_(w_down_EDF[expert], h_KF[slot], alpha=weight if scale == "output" else 1.0)
+            alpha = weight if scale == "output" else 1.0
+            y_1D[0].addmv_(w_down_EDF[expert], h_KF[slot], alpha=alpha)
+            if down_bias_ED is not None:
+                y_1D[0].add_(down_bias_ED[expert], alpha=alpha)
         return y_1D

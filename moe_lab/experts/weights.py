@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +10,41 @@ from torch import Tensor, nn
 Scale = Literal["output", "input"]
 
 
+class Clamped(NamedTuple):
+    """The activation of gpt-oss (2508.10925): g sigmoid(alpha g) (u + 1), g at most `limit` and u within +- `limit`."""
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
 class ExpertWeights(nn.Module):
     """The gate and the expert matrices: gate_ED [E, D], w_gate_up_E2FD [E, 2F, D] (gate first), w_down_EDF [E, D, F].
+
+    With `gate_bias` also gate_bias_E, which is added to the router's logits, whichever router ranks them. With `bias` also what is added to each product: up_bias_E2F and down_bias_ED, in float32 whatever the dtype of the
+    matrices. `activation` is SwiGLU (None), or alpha and limit of `Clamped`.
 
     Built once; every implementation reads these very tensors, so none may reorder or copy them.
     """
 
-    def __init__(self, n_experts: int, d_model: int, hidden_dim: int):
+    def __init__(
+        self,
+        n_experts: int,
+        d_model: int,
+        hidden_dim: int,
+        *,
+        bias: bool = False,
+        activation: tuple[float, float] | None = None,
+        gate_bias: bool = False,
+    ):
         super().__init__()
         E, D, F = n_experts, d_model, hidden_dim
+        self.activation = None if activation is None else Clamped(*activation)
         self.gate_ED = nn.Parameter(torch.empty(E, D), requires_grad=False)
+        self.gate_bias_E = nn.Parameter(torch.empty(E), requires_grad=False) if gate_bias else None
         self.w_gate_up_E2FD = nn.Parameter(torch.empty(E, 2 * F, D), requires_grad=False)
         self.w_down_EDF = nn.Parameter(torch.empty(E, D, F), requires_grad=False)
+        self.up_bias_E2F = _bias(E, 2 * F) if bias else None
+        self.down_bias_ED = _bias(E, D) if bias else None
 
     @property
     def n_experts(self) -> int:
@@ -29,8 +52,22 @@ class ExpertWeights(nn.Module):
 
     @property
     def bytes_per_expert(self) -> int:
-        """Of the matrices of one expert."""
-        return sum(w[0].numel() * w.element_size() for w in (self.w_gate_up_E2FD, self.w_down_EDF))
+        """Of the matrices and biases of one expert."""
+        own = (self.w_gate_up_E2FD, self.w_down_EDF, self.up_bias_E2F, self.down_bias_ED)
+        return sum(w[0].numel() * w.element_size() for w in own if w is not None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the experts are SwiGLU without biases, which every implementation computes."""
+        return self.up_bias_E2F is None and self.activation is None
+
+    def activate(self, gate_up: Tensor) -> Tensor:
+        """The activation of [..., 2F] whose first half is the gate."""
+        return activated(gate_up, self.activation)
+
+
+def _bias(n_experts: int, width: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(n_experts, width, dtype=torch.float32), requires_grad=False)
 
 
 def check_scale(scale: str) -> None:
@@ -39,7 +76,19 @@ def check_scale(scale: str) -> None:
         raise ValueError(f"scale={scale}: must be output or input.")
 
 
+def activated(gate_up: Tensor, activation: Clamped | None) -> Tensor:
+    """SwiGLU, or `clamped`, of [..., 2F] whose first half is the gate."""
+    return swiglu(gate_up) if activation is None else clamped(gate_up, *activation)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., 2F] whose first half is the gate; computed in the tensor's dtype."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
+
+
+def clamped(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """See `Clamped`, of [..., 2F] whose first half is the gate; computed in the tensor's dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)

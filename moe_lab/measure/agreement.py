@@ -93,17 +93,23 @@ def _first_choice(weights_TE: Tensor, members_TE: Tensor) -> Tensor:
 def _in_float64(layers: Sequence[MoELayer]) -> Iterator[None]:
     """The layers' routers select from logits computed in float64."""
 
-    def route(router: Router, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
-        return router.select(gate_logits(x_TD.double(), gate_ED), ctx)
+    def forward(
+        router: Router,
+        x_TD: Tensor,
+        gate_ED: Tensor,
+        ctx: RouteContext = NO_CONTEXT,
+        gate_bias_E: Tensor | None = None,
+    ) -> Routing:
+        return router.select(gate_logits(x_TD.double(), gate_ED, gate_bias_E), ctx)
 
     routers = list({id(layer.router): layer.router for layer in layers}.values())
     try:
         for router in routers:
-            router.route = partial(route, router)  # type: ignore[method-assign]
+            router.forward = partial(forward, router)  # type: ignore[method-assign]
         yield
     finally:
         for router in routers:
-            del router.route
+            del router.forward
 
 
 @torch.inference_mode()

@@ -21,36 +21,67 @@ def attend(
     position_S: Tensor | None = None,
     window: int | None = None,
     scale: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v over the keys at most as late as the query, and of those the last `window`.
 
     Args:
         position_S: where in 0 .. N-1 the queries stand; None: they are all N, in order.
         scale: None: 1/sqrt(d).
+        sinks_H: a logit of each head that takes its share of the softmax and adds nothing (gpt-oss).
 
     Returns:
         [B, H, S, width of v]; k and v may have fewer heads, each for as many neighbouring ones of q.
     """
-    S, N, shares = q_BHSd.shape[2], k_BHNd.shape[2], q_BHSd.shape[1] != k_BHNd.shape[1]
+    S, N = q_BHSd.shape[2], k_BHNd.shape[2]
     # An exported graph is one for every length, so there a window is a mask.
     if position_S is None and (window is None or (not is_exporting() and window >= N)):
-        return F.scaled_dot_product_attention(q_BHSd, k_BHNd, v_BHNd, is_causal=True, scale=scale, enable_gqa=shares)
+        return _softmax_product(q_BHSd, k_BHNd, v_BHNd, scale, sinks_H, causal=True)
     if position_S is not None and S == 1 and q_BHSd.device.type == "cpu" and not torch.compiler.is_compiling():
         stop = int(position_S) + 1  # a CPU's tensor is at hand: no mask, and nothing read of what is not yet there
         seen = slice(0 if window is None else max(stop - window, 0), stop)
-        k_BHnd, v_BHnd = k_BHNd[:, :, seen], v_BHNd[:, :, seen]
-        return F.scaled_dot_product_attention(q_BHSd, k_BHnd, v_BHnd, scale=scale, enable_gqa=shares)
+        return _softmax_product(q_BHSd, k_BHNd[:, :, seen], v_BHNd[:, :, seen], scale, sinks_H)
     key_N = torch.arange(N, device=q_BHSd.device)
     query_S1 = (key_N if position_S is None else position_S).unsqueeze(1)
     seen_SN = key_N <= query_S1
     if window is not None:
         seen_SN &= key_N > query_S1 - window
-    if shares and S == 1:  # heads that share a key are queries of one head: no copy of the keys, in no backend
-        B, H, _, d = q_BHSd.shape
-        grouped = q_BHSd.reshape(B, k_BHNd.shape[1], -1, d)
-        y = F.scaled_dot_product_attention(grouped, k_BHNd, v_BHNd, attn_mask=seen_SN, scale=scale)
-        return y.reshape(B, H, 1, v_BHNd.shape[3])
-    return F.scaled_dot_product_attention(q_BHSd, k_BHNd, v_BHNd, attn_mask=seen_SN, scale=scale, enable_gqa=shares)
+    return _softmax_product(q_BHSd, k_BHNd, v_BHNd, scale, sinks_H, seen_SN)
+
+
+def _softmax_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    sinks_H: Tensor | None,
+    seen_SN: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> Tensor:
+    """As `attend`, over the keys that are seen. Torch's kernels know no sinks: each is a key of its own, the first."""
+    B, H, S, width = *q.shape[:3], v.shape[3]
+    if sinks_H is not None:
+        scale = scale or q.shape[3] ** -0.5
+        q, k, v = _with_sink(q, k, v, sinks_H / scale)
+        seen_SN = None if seen_SN is None else F.pad(seen_SN, (1, 0), value=True)
+        q = F.pad(q, (0, 0, 1, 0)) if causal else q  # a query beside the sink: the others stay beside their keys
+    shares, d = q.shape[1] != k.shape[1], q.shape[3]
+    if shares and S == 1 and seen_SN is not None:  # heads that share a key are queries of one head: no copy of the keys
+        grouped = q.reshape(B, k.shape[1], -1, d)
+        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen_SN, scale=scale).reshape(B, H, 1, v.shape[3])
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_SN, is_causal=causal, scale=scale, enable_gqa=shares)
+    return y if sinks_H is None else y[:, :, -S:, :width]
+
+
+def _with_sink(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With eight dimensions more (kernels want multiples): one is a query's sink, and 1 in the key that is the sink."""
+    B, H, S, d = q.shape
+    of_queries = F.pad(sinks_H.to(q.dtype).view(1, H, 1, 1), (0, 7)).expand(B, H, S, 8)
+    sink_8 = F.pad(q.new_ones(1), (d, 7)).expand(B, k.shape[1], 1, d + 8)
+    keys = torch.cat([sink_8, F.pad(k, (0, 8))], dim=2)
+    return torch.cat([q, of_queries], dim=3), keys, F.pad(v, (0, 8 + d - v.shape[3], 1, 0))
 
 
 class Attention(nn.Module):
@@ -61,6 +92,8 @@ class Attention(nn.Module):
         qkv_bias, o_bias: whether these projections have one.
         clip_qkv: queries, keys and values are clamped to +- this, after the norm (DBRX, OLMoE).
         window: a token sees this many tokens, itself included; None: all before it.
+        scale: of the logits; None: 1/sqrt(head_dim).
+        sinks: each head has a logit that takes its share of the softmax.
     """
 
     def __init__(
@@ -76,9 +109,13 @@ class Attention(nn.Module):
         o_bias: bool = False,
         clip_qkv: float | None = None,
         window: int | None = None,
+        scale: float | None = None,
+        sinks: bool = False,
     ):
         super().__init__()
         self.head_dim, self.qk_norm, self.clip_qkv, self.window = head_dim, qk_norm, clip_qkv, window
+        self.scale = scale
+        self.sinks_H = nn.Parameter(torch.empty(n_heads), requires_grad=False) if sinks else None
         self.fuses = False
         self.q = Linear(d_model, n_heads * head_dim, bias=qkv_bias)
         self.k = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
@@ -127,7 +164,7 @@ class Attention(nn.Module):
             elif cache is not None:
                 assert position_S is not None
                 k, v = cache.put(k, v, position_S)
-            y = attend(q, k, v, position_S, self.window)
+            y = attend(q, k, v, position_S, self.window, self.scale, self.sinks_H)
             return self.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _one_token(
@@ -139,7 +176,7 @@ class Attention(nn.Module):
         q, k, v = q.squeeze(1), k.squeeze(1), v.squeeze(1)
         kept = (cache.k_BHNd, cache.v_BHNd)
         q_BHd = rope_append(q, k, v, norms[0], norms[1], eps, self.clip_qkv, (cos, sin), position_1, *kept)
-        y_BHd = cached_attention(q_BHd, *kept, position_1, self.window)
+        y_BHd = cached_attention(q_BHd, *kept, position_1, self.window, self.scale, self.sinks_H)
         return self.o(y_BHd.flatten(1).unsqueeze(1))  # type: ignore[no-any-return]
 
     def use_reference(self) -> None:

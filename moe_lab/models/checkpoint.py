@@ -66,12 +66,14 @@ class Checkpoint(DecoderMoE):
         if wanted.keys() & shared:
             assert wanted.keys() >= shared
         else:  # a router's own, beside weights that are shared with another model
-            keys = {source.key for name in wanted for layout in sources(name, ()) for source in layout}
+            keys = {source.key for name in wanted for layout in sources(name, (), settings.layout) for source in layout}
             tensors = {key: tensor for key, tensor in tensors.items() if key in keys}
         n_layers, has_bias = settings.decoder["n_layers"], bool(settings.router.get("bias"))
         unused = partial(is_unused, n_layers=n_layers, extra_layers=settings.extra_layers, has_bias=has_bias)
         tied = self.head.weight is self.embed.weight
-        copies = checkpoint_weights.plan(wanted, tensors, tied, unused=unused, form=settings.form)
+        copies = checkpoint_weights.plan(
+            wanted, tensors, tied, unused=unused, blocks=settings.blocks, model=settings.layout
+        )
         checkpoint_weights.execute(copies)
         latent, rotary_dim = settings.decoder.get("latent"), settings.decoder.get("rotary_dim")
         order = order_of(self.head_dim, rotary_dim or self.head_dim, settings.interleaved)

@@ -14,7 +14,7 @@ from typing import Any
 
 from moe_lab.config.checks import MOST_LAYERS, head_mistake
 from moe_lab.models import checkpoint_router as routers
-from moe_lab.models.checkpoint_forms import Fp8Blocks, read_quantization
+from moe_lab.models.checkpoint_forms import Fp8Blocks, Mxfp4, read_quantization
 from moe_lab.models.checkpoint_keys import Keys, read_object, shown
 from moe_lab.models.checkpoint_latent import read_latent
 from moe_lab.models.checkpoint_rope import read_rope
@@ -27,6 +27,7 @@ _NO_EFFECT = {
     *("chunk_size_feed_forward", "output_attentions", "output_hidden_states", "pretraining_tp", "return_dict"),
     *("use_cache", "attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef"),
     *("router_jitter_noise", "router_z_loss_coef", "aux_loss_alpha", "seq_aux", "ep_size"),
+    "initial_context_length",  # of gpt_oss: original_max_position_embeddings under another name
     # Of every model in files of transformers 4, for `generate` and for other kinds of models.
     *("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size"),
     *("diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size"),
@@ -88,8 +89,18 @@ class Settings:
     ends: frozenset[int] = field(default_factory=frozenset)
     interleaved: bool = False
     extra_layers: int = 0
-    form: Fp8Blocks | None = None
+    form: Fp8Blocks | Mxfp4 | None = None
     unread: tuple[str, ...] = ()
+
+    @property
+    def layout(self) -> str:
+        """What tells the names of the files' tensors."""
+        return f"{self.model_type} mxfp4" if isinstance(self.form, Mxfp4) else self.model_type
+
+    @property
+    def blocks(self) -> Fp8Blocks | None:
+        """The form of matrices in fp8."""
+        return self.form if isinstance(self.form, Fp8Blocks) else None
 
     @property
     def n_experts(self) -> int:
@@ -212,6 +223,19 @@ def _switched_window(config: Keys) -> int | None:
     return None
 
 
+def _windows(config: Keys, n_layers: int, window: int | None, below: int | None = None) -> list[int | None]:
+    """Layer by layer, as `layer_types` says; without it of every other layer, the first one included, `below` one."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        slides = [i % 2 == 0 and (below is None or i < below) for i in range(n_layers)]
+        kinds = ["sliding_attention" if each else "full_attention" for each in slides]
+    if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= _LAYER_TYPES:
+        raise config.refuse(
+            f"layer_types={shown(kinds)} must have one of {sorted(_LAYER_TYPES)} per layer ({n_layers})."
+        )
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
 def _mixtral(config: Keys) -> Settings:
     decoder, window = _decoder(config, rope_theta=1e6, n_kv_heads=8), _window(config)
     return Settings(
@@ -263,13 +287,7 @@ def _qwen3_moe(config: Keys) -> Settings:
 def _qwen2_moe(config: Keys) -> Settings:
     decoder = _decoder(config, rope_theta=1e4, n_kv_heads=16)
     n_layers, window = decoder["n_layers"], _switched_window(config)
-    kinds, widest = config.get("layer_types"), config.size("max_window_layers", default=28, least=0)
-    if kinds is None:  # as transformers reads it: every other layer, below max_window_layers
-        kinds = ["sliding_attention" if i % 2 == 0 and i < widest else "full_attention" for i in range(n_layers)]
-    if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= _LAYER_TYPES:
-        raise config.refuse(
-            f"layer_types={shown(kinds)} must have one of {sorted(_LAYER_TYPES)} per layer ({n_layers})."
-        )
+    widest = config.size("max_window_layers", default=28, least=0)
     return Settings(
         "qwen2_moe",
         {
@@ -279,12 +297,65 @@ def _qwen2_moe(config: Keys) -> Settings:
             "shared_expert_hidden_dim": config.size("shared_expert_intermediate_size"),
             "shared_expert_gate": True,
             "qkv_bias": config.flag("qkv_bias", default=True),
-            "windows": [window if kind == "sliding_attention" else None for kind in kinds],
+            "windows": _windows(config, n_layers, window, below=widest),
         },
         _softmax_topk(config.flag("norm_topk_prob", default=False)),
         config.size("max_position_embeddings"),
         _dense_layers(config, n_layers),
     )
+
+
+def _granitemoe(config: Keys) -> Settings:
+    decoder = _decoder(config, rope_theta=1e4, n_kv_heads=None)
+    bias = config.flag("attention_bias", default=False)
+    return Settings(
+        "granitemoe",
+        {
+            **decoder,
+            **_moe(config, config.size("intermediate_size")),
+            "qkv_bias": bias,
+            "o_bias": bias,
+            "embedding_scale": _multiplier(config, "embedding_multiplier"),
+            "residual_scale": _multiplier(config, "residual_multiplier"),
+            "logits_scale": 1 / _multiplier(config, "logits_scaling"),
+            "scale": _multiplier(config, "attention_multiplier"),
+        },
+        _softmax_topk(renormalize=True),
+        config.size("max_position_embeddings"),
+    )
+
+
+def _gpt_oss(config: Keys) -> Settings:
+    config.need("head_dim")
+    if not config.get("rope_scaling"):
+        config.need("rope_parameters")  # without them transformers makes up a YaRN
+    decoder = _decoder(config, rope_theta=150_000, n_kv_heads=8)
+    moe, bias = _moe(config, config.size("intermediate_size")), config.flag("attention_bias", default=True)
+    if (named := config.get("experts_per_token", default=moe["top_k"])) != moe["top_k"]:
+        raise config.refuse(
+            f"num_experts_per_tok={moe['top_k']} and experts_per_token={shown(named)} contradict each other; remove "
+            "one of the two."
+        )
+    activation = (config.number("swiglu_alpha") or 1.702, config.number("swiglu_limit") or 7.0)
+    return Settings(
+        "gpt_oss",
+        {
+            **decoder,
+            **moe,
+            "qkv_bias": bias,
+            "o_bias": bias,
+            "sinks": True,
+            "windows": _windows(config, decoder["n_layers"], _window(config, default=128)),
+            "expert_settings": {"bias": True, "activation": activation, "gate_bias": True},
+        },
+        _softmax_topk(renormalize=True),
+        config.size("max_position_embeddings"),
+    )
+
+
+def _multiplier(config: Keys, key: str) -> float:
+    """A factor, 1 if the file does not have it."""
+    return float(config.number(key) or 1)
 
 
 def _deepseek(config: Keys, model_type: str, router: Callable[[Keys, int, int], dict[str, Any]]) -> Settings:
@@ -329,4 +400,6 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
     "kimi_k2": _deepseek_v3,
+    "granitemoe": _granitemoe,
+    "gpt_oss": _gpt_oss,
 }

@@ -12,29 +12,151 @@ if TYPE_CHECKING:  # a checkpoint's config.json is read without torch
 
     from torch import Tensor
 
+PLAIN = ("F32", "F16", "BF16")
 _VALUES_AT_ONCE = 1 << 22  # in fp32 16 MiB, for each thread that loads
 
 
+class Form:
+    """How a file holds a tensor: here as it is. What else there is derives from it."""
+
+    dtypes: ClassVar[tuple[str, ...]] = PLAIN
+    """In the header of a safetensors file."""
+
+    def shape(self, target: Sequence[int]) -> tuple[int, ...]:
+        """Of the tensor in the file that belongs into a target of this shape."""
+        return tuple(target)
+
+    def scale_key(self, key: str) -> str | None:
+        """The key of the scales that belong to the tensor `key`; None: it has none."""
+        return None
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of the scales of a tensor of this shape in the file."""
+        raise NotImplementedError
+
+    @property
+    def scale_dtypes(self) -> tuple[str, ...]:
+        """Of the scales, in the header of a safetensors file."""
+        return PLAIN
+
+    def put(self, target: Tensor, values: Tensor, scale: Tensor | None = None) -> None:
+        """Fill the target. What has to be computed is computed on its device, a piece at a time."""
+        target.copy_(values)
+
+
+AS_IT_IS = Form()
+
+
 @dataclass(frozen=True)
-class Fp8Blocks:
+class Arranged(Form):
+    """All experts in one tensor whose rows and columns are exchanged, or whose rows are of gate and up in turns.
+
+    Ours has rows of outputs, those of the gate first.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+
+    def shape(self, target: Sequence[int]) -> tuple[int, ...]:
+        """See `Form`."""
+        return (*target[:-2], target[-1], target[-2]) if self.transposed else tuple(target)
+
+    def put(self, target: Tensor, values: Tensor, scale: Tensor | None = None) -> None:
+        """See `Form`; expert by expert, for torch would copy the whole to exchange its rows and columns."""
+        for mine, of_file in zip(target, values, strict=True):
+            there = of_file.to(target.device)
+            there = there.mT if self.transposed else there
+            if self.interleaved:
+                mine, there = in_turns(mine), there.unflatten(0, (-1, 2))
+            mine.copy_(there)
+
+
+def in_turns(rows: Tensor) -> Tensor:
+    """Of rows [2F, ...], the gate's first, a view [F, 2, ...] that has gate and up in turns."""
+    return rows.unflatten(0, (2, -1)).transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Mxfp4(Form):
+    """4-bit floats (e2m1), 32 of a row with one power of two (e8m0) as their scale: OCP MX, as gpt-oss has its experts.
+
+    A byte holds two values, the first in its lower half. `interleaved`: as `Arranged`.
+    """
+
+    interleaved: bool = False
+    dtypes: ClassVar = ("U8",)
+
+    def __str__(self) -> str:
+        return "mxfp4 (of the experts)"
+
+    def shape(self, target: Sequence[int]) -> tuple[int, ...]:
+        """See `Form`."""
+        return (*target[:-1], target[-1] // 32, 16)
+
+    def scale_key(self, key: str) -> str:
+        """See `Form`."""
+        return f"{key.removesuffix('_blocks')}_scales"
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """See `Form`."""
+        return tuple(shape[:-1])
+
+    @property
+    def scale_dtypes(self) -> tuple[str, ...]:
+        """See `Form`."""
+        return self.dtypes
+
+    def put(self, target: Tensor, values: Tensor, scale: Tensor | None = None) -> None:
+        """See `Form`; some rows of an expert at a time. A scale of 255 is NaN."""
+        assert scale is not None
+        at_once = max(1, _VALUES_AT_ONCE // target.shape[2] // 2) * 2
+        for mine, blocks, powers in zip(target, values, scale, strict=True):
+            rows = in_turns(mine) if self.interleaved else mine
+            for start in range(0, len(blocks), at_once):
+                piece = slice(start, start + at_once)
+                wide = _wide(blocks[piece].to(target.device), powers[piece].to(target.device))
+                if self.interleaved:
+                    rows[start // 2 : (start + at_once) // 2].copy_(wide.unflatten(0, (-1, 2)))
+                else:
+                    rows[piece].copy_(wide)
+
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def _wide(blocks_RGb: Tensor, powers_RG: Tensor) -> Tensor:
+    """fp32 [R, G * 32] of bytes [R, G, 16] and exponents [R, G]."""
+    table = blocks_RGb.new_tensor([*_E2M1, *(-value for value in _E2M1)], dtype=powers_RG.float().dtype)
+    pairs = table[blocks_RGb.bitwise_and(15).int()], table[blocks_RGb.bitwise_right_shift(4).int()]
+    exponents = powers_RG.float() - 127
+    scale_RG = exponents.exp2().masked_fill(powers_RG == 255, float("nan"))
+    values = pairs[0].new_empty(*blocks_RGb.shape, 2)
+    values[..., 0], values[..., 1] = pairs
+    return (values.flatten(2) * scale_RG.unsqueeze(-1)).flatten(1)
+
+
+@dataclass(frozen=True)
+class Fp8Blocks(Form):
     """fp8 (e4m3) matrices with a scale for each block of `rows` x `columns`, as DeepSeek-V3 has them."""
 
     rows: int
     columns: int
-    dtype: ClassVar = "F8_E4M3"
-    """In the header of a safetensors file."""
-    scale: ClassVar = "_scale_inv"
-    """What the key of a matrix's scales has at its end. Values are multiplied by them."""
+    dtypes: ClassVar = ("F8_E4M3",)
 
     def __str__(self) -> str:
         return f"fp8 with a scale per {self.rows}x{self.columns} block"
 
+    def scale_key(self, key: str) -> str:
+        """See `Form`; values are multiplied by the scales."""
+        return f"{key}_scale_inv"
+
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of the scales of a matrix of this shape; the last blocks may be cut."""
+        """See `Form`; the last blocks may be cut."""
         return -(-shape[0] // self.rows), -(-shape[1] // self.columns)
 
-    def put(self, target: Tensor, values: Tensor, scale: Tensor) -> None:
-        """target = values * scale of their block, in fp32 on the target's device, some rows at a time."""
+    def put(self, target: Tensor, values: Tensor, scale: Tensor | None = None) -> None:
+        """See `Form`: values * scale of their block, in fp32."""
+        assert scale is not None
         n_rows, n_columns = values.shape
         scale = scale.to(target.device).float().repeat_interleave(self.columns, 1)[:, :n_columns]
         at_once = max(1, _VALUES_AT_ONCE // (self.rows * n_columns)) * self.rows
@@ -45,7 +167,7 @@ class Fp8Blocks:
             target[rows].copy_(wide.mul_(of_rows[: len(wide)]))
 
 
-def read_quantization(config: Keys) -> Fp8Blocks | None:
+def read_quantization(config: Keys) -> Fp8Blocks | Mxfp4 | None:
     """None for weights that are not quantised. Raises `ValueError` for a format that is not supported, by its name."""
     if config.get("compression_config"):
         raise config.refuse("compression_config: quantised checkpoints of its kind are not supported; use bf16.")
@@ -53,10 +175,13 @@ def read_quantization(config: Keys) -> Fp8Blocks | None:
         return None
     quantization = config.part("quantization_config")
     method, form = quantization.get("quant_method"), quantization.get("fmt", default="e4m3")
+    if method == "mxfp4" and config.get("model_type") == "gpt_oss":
+        quantization.get("modules_to_not_convert")  # all but the experts' matrices, as their keys say
+        return Mxfp4(interleaved=True)
     if method != "fp8" or form not in ("e4m3", "float8_e4m3fn"):
         raise quantization.refuse(
             f"quantization_config.quant_method={shown(method)} (fmt={shown(form)}): of quantised checkpoints only fp8 "
-            "(e4m3) in blocks is supported; use the bf16 weights."
+            "(e4m3) in blocks and mxfp4 of gpt_oss are supported; use the bf16 weights."
         )
     block = quantization.get("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or not all(is_integer(n) and 0 < n < 1 << 20 for n in block):

@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from moe_lab.models.checkpoint_forms import AS_IT_IS, Arranged, Form, Mxfp4
+
 _ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
 _ATTENTION |= {"q_down": "q_a_proj", "q_down_norm": "q_a_layernorm", "q_up": "q_b_proj"}
 _ATTENTION |= {"kv_down": "kv_a_proj_with_mqa", "kv_down_norm": "kv_a_layernorm", "kv_up": "kv_b_proj"}
@@ -17,6 +19,7 @@ _LAYER = {
     "attention_norm.weight": "input_layernorm.weight",
     "mlp_norm.weight": "post_attention_layernorm.weight",
     "mlp.down.weight": "mlp.down_proj.weight",
+    "attention.sinks_H": "self_attn.sinks",
     "mlp.shared.gate.weight": "mlp.shared_expert_gate.weight",
 }
 WHOLE = {
@@ -28,24 +31,93 @@ _SHARED = ("mlp.shared_expert", "mlp.shared_experts")
 _GATE_UP = {"mlp.gate_up.weight": ("mlp",), "mlp.shared.mlp.gate_up.weight": _SHARED}
 _BIAS = ("mlp.gate", "block_sparse_moe", "mlp", "mlp.moe_statics")
 """What has the `e_score_correction_bias` of a router."""
-_EXPERTS = (  # the MoE block, and how it calls gate, up and down of one expert
-    ("mlp", ("gate_proj", "up_proj", "down_proj")),
-    ("block_sparse_moe", ("w1", "w3", "w2")),
+
+
+class Source(NamedTuple):
+    """The tensor `key` of the checkpoint belongs into `parameter[place]`; the file holds it in this form."""
+
+    key: str
+    place: tuple[Any, ...] = ()
+    form: Form = AS_IT_IS
+
+
+class Layout(NamedTuple):
+    """What a layer's gate and experts are called, in one of the layouts that checkpoints have.
+
+    gate: the router's matrix.
+    up: gate and up of expert {}, or of all stacked.
+    down: of expert {}, or of all stacked.
+    up_form, down_form: of stacked ones.
+    """
+
+    gate: str
+    up: tuple[str, ...]
+    down: str
+    up_form: Form = AS_IT_IS
+    down_form: Form = AS_IT_IS
+
+
+_IN_ONE = ("mlp.experts.gate_up_proj",)
+_COMMON = (
+    Layout(
+        "mlp.gate.weight",
+        ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        "mlp.experts.{}.down_proj.weight",
+    ),
+    Layout(
+        "block_sparse_moe.gate.weight",
+        ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+        "block_sparse_moe.experts.{}.w2.weight",
+    ),
+    Layout("mlp.gate.weight", _IN_ONE, "mlp.experts.down_proj"),
 )
+_LAYOUTS = {
+    "granitemoe": (
+        Layout(
+            "block_sparse_moe.router.layer.weight",
+            ("block_sparse_moe.input_linear.weight",),
+            "block_sparse_moe.output_linear.weight",
+        ),
+        Layout(
+            "block_sparse_moe.router.weight",
+            ("block_sparse_moe.experts.gate_up_proj",),
+            "block_sparse_moe.experts.down_proj",
+        ),
+    ),
+    "gpt_oss": (
+        Layout(
+            "mlp.router.weight",
+            _IN_ONE,
+            "mlp.experts.down_proj",
+            Arranged(transposed=True, interleaved=True),
+            Arranged(transposed=True),
+        ),
+    ),
+    "gpt_oss mxfp4": (
+        Layout(
+            "mlp.router.weight",
+            ("mlp.experts.gate_up_proj_blocks",),
+            "mlp.experts.down_proj_blocks",
+            Mxfp4(interleaved=True),
+            Mxfp4(),
+        ),
+    ),
+}
+"""Of models whose files have other names than `_COMMON`."""
+
+_BIASES = {
+    "mlp.weights.gate_bias_E": Source("mlp.router.bias"),
+    "mlp.weights.up_bias_E2F": Source("mlp.experts.gate_up_proj_bias", form=Arranged(interleaved=True)),
+    "mlp.weights.down_bias_ED": Source("mlp.experts.down_proj_bias"),
+}
+"""Of gate and experts, in gpt-oss's files of either layout."""
 
 
 BIAS = "e_score_correction_bias"
 
 
-class Source(NamedTuple):
-    """The tensor `key` of the checkpoint belongs into `parameter[place]`."""
-
-    key: str
-    place: tuple[Any, ...] = ()
-
-
-def sources(name: str, shape: Sequence[int]) -> list[list[Source]]:
-    """For each known layout, the checkpoint tensors that make up our parameter `name`."""
+def sources(name: str, shape: Sequence[int], model: str = "") -> list[list[Source]]:
+    """For each layout of a `model` (`Settings.layout`), the checkpoint tensors that make up our parameter `name`."""
     if name in WHOLE:
         return [[Source(WHOLE[name])]]
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
@@ -68,35 +140,35 @@ def sources(name: str, shape: Sequence[int]) -> list[list[Source]]:
         return [[Source(f"{prefix}.{block}.down_proj.weight")] for block in _SHARED]
     if rest in ("mlp.router.bias_E", "mlp.router.inner.bias_E"):
         return [[Source(f"{prefix}.{block}.{BIAS}")] for block in _BIAS]
-    return _expert_sources(rest, prefix, shape)
+    return _expert_sources(rest, prefix, shape, model)
 
 
-def _expert_sources(rest: str, prefix: str, shape: Sequence[int]) -> list[list[Source]]:
+def _expert_sources(rest: str, prefix: str, shape: Sequence[int], model: str) -> list[list[Source]]:
+    layouts = _LAYOUTS.get(model, _COMMON)
+    if rest in _BIASES:
+        bias = _BIASES[rest]
+        return [[bias._replace(key=f"{prefix}.{bias.key}")]]
     if rest == "mlp.weights.gate_ED":
-        return [[Source(f"{prefix}.{block}.gate.weight")] for block, _ in _EXPERTS]
-    experts = range(shape[0])
+        return [[Source(f"{prefix}.{layout.gate}")] for layout in layouts]
     if rest == "mlp.weights.w_gate_up_E2FD":
-        gate, up = slice(0, shape[1] // 2), slice(shape[1] // 2, None)
-        return [
-            *(
-                [
-                    Source(f"{prefix}.{block}.experts.{expert}.{name}.weight", (expert, half))
-                    for expert in experts
-                    for name, half in ((names[0], gate), (names[1], up))
-                ]
-                for block, names in _EXPERTS
-            ),
-            [Source(f"{prefix}.mlp.experts.gate_up_proj")],
-        ]
+        half = shape[1] // 2
+        halves = (slice(0, half), slice(half, None))
+        return [_of_experts(prefix, layout.up, shape[0], halves, layout.up_form) for layout in layouts]
     if rest == "mlp.weights.w_down_EDF":
-        return [
-            *(
-                [Source(f"{prefix}.{block}.experts.{expert}.{names[2]}.weight", (expert,)) for expert in experts]
-                for block, names in _EXPERTS
-            ),
-            [Source(f"{prefix}.mlp.experts.down_proj")],
-        ]
+        return [_of_experts(prefix, (layout.down,), shape[0], (), layout.down_form) for layout in layouts]
     return []
+
+
+def _of_experts(prefix: str, names: Sequence[str], n_experts: int, halves: Sequence[slice], form: Form) -> list[Source]:
+    """All experts in one tensor, or one after the other; `halves`: the rows of each of two names."""
+    if "{}" not in names[0]:
+        return [Source(f"{prefix}.{names[0]}", form=form)]
+    parts = [(half,) for half in halves] or [()]
+    return [
+        Source(f"{prefix}.{name.format(expert)}", (expert, *part))
+        for expert in range(n_experts)
+        for name, part in zip(names, parts, strict=True)
+    ]
 
 
 def is_unused(key: str, n_layers: int, extra_layers: int, has_bias: bool) -> bool:

@@ -20,14 +20,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_lab.models.checkpoint_forms import Fp8Blocks
+from moe_lab.models.checkpoint_forms import AS_IT_IS, Form, Fp8Blocks
 from moe_lab.models.checkpoint_keys import parse_object, read_object, shown, some
 from moe_lab.models.checkpoint_names import WHOLE, Source, sources
 from moe_lab.records.files import require_plain
 from moe_lab.terminal import Console
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16")
 _THREADS = min(8, os.cpu_count() or 1)
 _SHOWN = 6  # keys that a message names
 _LONGEST_NAME = 255  # bytes
@@ -105,13 +104,14 @@ def _require_same(key: str, tensor: Found, other: Found) -> None:
 
 
 class Copy(NamedTuple):
-    """A tensor of a file and the place it is copied to; of fp8, with the scales of its blocks."""
+    """A tensor of a file, with its scales if it is quantised, and the place it is copied to."""
 
     key: str
     found: Found
     target: Tensor
+    form: Form = AS_IT_IS
+    scale_key: str | None = None
     scale: Found | None = None
-    form: Fp8Blocks | None = None
 
 
 def plan(
@@ -120,7 +120,8 @@ def plan(
     tied: bool,
     *,
     unused: Callable[[str], bool] | None = None,
-    form: Fp8Blocks | None = None,
+    blocks: Fp8Blocks | None = None,
+    model: str = "",
 ) -> list[Copy]:
     """What to copy, in the order of the files.
 
@@ -129,7 +130,8 @@ def plan(
         found: all tensors of the checkpoint.
         tied: whether the head is the embedding, which some files hold twice.
         unused: whether a tensor that no parameter takes may be in the files; None: none may.
-        form: how some matrices are quantised; None: none is.
+        blocks: the form of matrices in fp8; None: there are none.
+        model: whose names the tensors have (`Settings.layout`).
 
     Raises:
         ValueError: keys that are missing or unexpected, shapes that differ, or a tied head that is another matrix, in
@@ -138,7 +140,7 @@ def plan(
     copies, missing, wrong = [], [], []
     expected = {WHOLE["head.weight"]} if tied else set()
     only_head = tied and WHOLE["embed.weight"] not in found and WHOLE["head.weight"] in found
-    for name, layout in _layouts(parameters, found).items():
+    for name, layout in _layouts(parameters, found, model).items():
         for source in layout:
             if only_head and name == "embed.weight":  # of two names for a matrix some files keep this one
                 source = Source(WHOLE["head.weight"])
@@ -146,13 +148,21 @@ def plan(
             if (there := found.get(source.key)) is None:
                 missing.append(shown(source.key))
                 continue
-            copy = _copy(source, parameters[name].data[source.place], found, form)
-            if isinstance(copy, Copy):
-                copies.append(copy)
+            target = parameters[name].data[source.place]
+            form = blocks if blocks is not None and there.dtype in blocks.dtypes and target.dim() == 2 else source.form
+            if mistake := _mistake(there, form.shape(target.shape), form.dtypes):
+                wrong.append(f"{shown(source.key)} {mistake}")
+                continue
+            copies.append(copy := Copy(source.key, there, target, form, form.scale_key(source.key)))
+            if copy.scale_key is None:
+                continue
+            expected.add(copy.scale_key)
+            if (scale := found.get(copy.scale_key)) is None:
+                missing.append(shown(copy.scale_key))
+            elif mistake := _mistake(scale, form.scale_shape(there.shape), form.scale_dtypes):
+                wrong.append(f"{shown(copy.scale_key)} {mistake}")
             else:
-                wrong.append(copy)
-            if form is not None and there.dtype == form.dtype:
-                expected.add(f"{source.key}{form.scale}")
+                copies[-1] = copy._replace(scale=scale)
     unexpected = [shown(key) for key in found if key not in expected and not (unused and unused(key))]
     complaints = [
         f"{len(keys)} {what}: {some(keys, _SHOWN)}"
@@ -171,23 +181,11 @@ def plan(
     return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))
 
 
-def _copy(source: Source, target: Tensor, found: Mapping[str, Found], form: Fp8Blocks | None) -> Copy | str:
-    """How to fill `target`, or what is wrong with the tensor that should."""
-    key, there, dtypes = source.key, found[source.key], ", ".join(_DTYPES)
-    if tuple(target.shape) != there.shape:
-        return f"{shown(key)} has shape {list(there.shape)} instead of {list(target.shape)}"
-    if there.dtype in _DTYPES:
-        return Copy(key, there, target)
-    if form is None or there.dtype != form.dtype or len(there.shape) != 2:
-        return f"{shown(key)} has dtype {shown(there.dtype)}; supported: {dtypes}"
-    scale_key = f"{key}{form.scale}"
-    if (scale := found.get(scale_key)) is None:
-        return f"{shown(key)} has no {shown(scale_key)}"
-    if scale.shape != (wanted := form.scale_shape(there.shape)):
-        return f"{shown(scale_key)} has shape {list(scale.shape)} instead of {list(wanted)}"
-    if scale.dtype not in _DTYPES:
-        return f"{shown(scale_key)} has dtype {shown(scale.dtype)}; supported: {dtypes}"
-    return Copy(key, there, target, scale, form)
+def _mistake(there: Found, shape: tuple[int, ...], dtypes: Sequence[str]) -> str:
+    """What is wrong with a tensor; empty if nothing is."""
+    if there.shape != shape:
+        return f"has shape {list(there.shape)} instead of {list(shape)}"
+    return "" if there.dtype in dtypes else f"has dtype {shown(there.dtype)}; supported: {', '.join(dtypes)}"
 
 
 def _same_bytes(tensor: Found, other: Found, at_once: int = 1 << 20) -> bool:
@@ -202,26 +200,27 @@ def _same_bytes(tensor: Found, other: Found, at_once: int = 1 << 20) -> bool:
         )
 
 
-def _layouts(parameters: Mapping[str, Tensor], tensors: Mapping[str, Found]) -> dict[str, list[Source]]:
+def _layouts(parameters: Mapping[str, Tensor], tensors: Mapping[str, Found], model: str) -> dict[str, list[Source]]:
     """For each parameter the layout that the checkpoint uses; if it has none of its tensors, the most frequent one."""
-    possible = {name: sources(name, parameter.shape) for name, parameter in parameters.items()}
+    possible = {name: sources(name, parameter.shape, model) for name, parameter in parameters.items()}
     hits: Counter[tuple[str, int]] = Counter()
     for name, layouts in possible.items():
-        kind = _kind(name)
-        if len(layouts) > 1:
-            hits.update((kind, n) for n, layout in enumerate(layouts) for source in layout if source.key in tensors)
+        for number, layout in enumerate(layouts):
+            hits[_block(name), number] += sum(source.key in tensors for source in layout)
     chosen = {}
     for name, layouts in possible.items():
         assert layouts, f"no layout for {name}"
-        there = [sum(source.key in tensors for source in layout) for layout in layouts]
-        best = max(range(len(layouts)), key=lambda n: (there[n], hits[_kind(name), n], -n))
-        chosen[name] = layouts[best]
+        ranks = [
+            (sum(source.key in tensors for source in layout), hits[_block(name), n], -n)
+            for n, layout in enumerate(layouts)
+        ]
+        chosen[name] = layouts[-max(ranks)[2]]
     return chosen
 
 
-def _kind(name: str) -> str:
-    """Parameters of one kind have the same layouts in the same order."""
-    return "shared" if ".shared." in name else "router" if ".router." in name else "experts"
+def _block(name: str) -> str:
+    """The part of a layer whose parameters have the same layouts, as `mlp.weights`."""
+    return ".".join(name.split(".")[2:4])
 
 
 def execute(copies: Sequence[Copy]) -> None:
@@ -249,14 +248,12 @@ def _execute(path: Path, copies: Sequence[Copy], advance: Callable[[int], None])
     def one(copy: Copy) -> int:
         with torch.inference_mode(mode):
             tensor = handle.get_tensor(copy.key)
-            if copy.scale is None:
-                copy.target.copy_(tensor)
+            if copy.scale is None or copy.scale_key is None:
+                copy.form.put(copy.target, tensor)
                 _require_finite(copy, tensor)
                 return copy.found.n_bytes
-            assert copy.form is not None
             with safe_open(copy.scale.file, framework="pt") as other:  # a scale may be in another file
-                scale = other.get_tensor(f"{copy.key}{copy.form.scale}")
-            copy.form.put(copy.target, tensor, scale)
+                copy.form.put(copy.target, tensor, other.get_tensor(copy.scale_key))
             if not _is_finite(copy.target):
                 raise ValueError(
                     f"model.path: {copy.found.file}: {shown(copy.key)} times its scales has values that are NaN, "

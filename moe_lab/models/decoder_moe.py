@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,10 @@ from moe_lab.models.transformer_decoder import TransformerDecoder
 
 
 class DecoderMoE(TransformerDecoder):
-    """The keys are those of conf/model/decoder_moe.yaml; `mlp_hidden_dim` is the width of one expert."""
+    """The keys are those of conf/model/decoder_moe.yaml; `mlp_hidden_dim` is the width of one expert.
+
+    A checkpoint may ask for more: `expert_settings`, the options of `ExpertWeights`.
+    """
 
     def __init__(
         self,
@@ -29,11 +33,13 @@ class DecoderMoE(TransformerDecoder):
         shared_expert_gate: bool,
         n_dense_layers: int,
         dense_hidden_dim: int | None,
+        expert_settings: Mapping[str, Any] | None = None,
         **decoder: Any,
     ):
         self.make_router, self.experts, self.n_experts, self.top_k = make_router, experts, n_experts, top_k
         self.shared_hidden_dim, self.shared_gate = shared_expert_hidden_dim, shared_expert_gate
         self.n_dense_layers, self.dense_hidden_dim = n_dense_layers, dense_hidden_dim
+        self.expert_settings = expert_settings or {}
         super().__init__(**decoder)
 
     def is_dense(self, layer: int) -> bool:
@@ -47,7 +53,7 @@ class DecoderMoE(TransformerDecoder):
         if self.shared_hidden_dim:
             shared = SharedExpert(self.d_model, self.shared_hidden_dim, gated=self.shared_gate)
         return make_moe_layer(
-            ExpertWeights(self.n_experts, self.d_model, self.mlp_hidden_dim),
+            ExpertWeights(self.n_experts, self.d_model, self.mlp_hidden_dim, **self.expert_settings),
             self.make_router(self.n_experts, self.top_k),
             self.experts,
             shared,

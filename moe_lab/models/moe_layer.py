@@ -47,19 +47,19 @@ class MoELayer(nn.Module):
             with phase("router"):
                 if self.experts.reads_dispatch(x_TD):
                     ctx = ctx._replace(want_dispatch=True)
-                routing = self.router(x_TD, self.weights.gate_ED, ctx)
+                routing = self.router(x_TD, self.weights.gate_ED, ctx, self.weights.gate_bias_E)
         y_TD = self.routed(x_TD, routing, ctx)
         return (y_TD if self.shared is None else y_TD + self.shared(x_TD)), routing
 
     def multiplies_gate(self, x_TD: Tensor) -> bool:
         """Whether the router's own kernels do the gate's product for so many tokens, in this dtype."""
-        if self.experts.reads_dispatch(x_TD):  # then the router sorts, which takes logits
+        if self.weights.gate_bias_E is not None or self.experts.reads_dispatch(x_TD):  # sorting takes logits, too
             return False
         return self.router.multiplies_gate(len(x_TD), self.weights.gate_ED, x_TD.dtype)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """The router's logits [T, E]."""
-        return gate_logits(x_TD, self.weights.gate_ED)
+        return gate_logits(x_TD, self.weights.gate_ED, self.weights.gate_bias_E)
 
     def routed(self, x_TD: Tensor, routing: Routing, ctx: RouteContext) -> Tensor:
         """The output less the shared expert's."""

@@ -25,6 +25,8 @@ from moe_lab.routers.base import RouteContext, Router, Routing
 class _NoWeights(ExpertWeights):
     """Experts without matrices; a gate [E, D] where a width is given."""
 
+    gate_bias_E = None
+
     def __init__(self, n_experts: int, d_model: int | None):
         nn.Module.__init__(self)
         self._n_experts = n_experts
@@ -44,6 +46,7 @@ class _NoExperts(Experts):
     """The output is the routing weights [T, E]: a router computes nothing else."""
 
     graph_safe = True
+    only_plain = False  # it reads no matrices at all
 
     def __init__(self, sort: bool):
         self.sort = sort

@@ -64,7 +64,8 @@ class SoftMoELayer(MoELayer):
         assert B * S == T, f"{T} tokens cannot be split into {B} sequences of equal length"
         with phase("router"):
             # The router's scores are its logits, of which D is made, too.
-            scored = self.router(x_TD.float(), self.weights.gate_ED, ctx._replace(want_scores=True))
+            weights, wanted = self.weights, ctx._replace(want_scores=True)
+            scored = self.router(x_TD.float(), weights.gate_ED, wanted, weights.gate_bias_E)
             ids_TK, weights_TK, order, scores_TE = scored
             assert scores_TE is not None
             # Not `scored._replace`: what that makes a pass compiled by torch 2.11 cannot return.

@@ -27,9 +27,16 @@ class Block(nn.Module):
     """Attention, then the MLP: a dense one, or an MoELayer."""
 
     def __init__(
-        self, attention: Attention | LatentAttention, mlp: nn.Module, d_model: int, norm_eps: float, implementation: str
+        self,
+        attention: Attention | LatentAttention,
+        mlp: nn.Module,
+        d_model: int,
+        norm_eps: float,
+        implementation: str,
+        residual_scale: float = 1.0,
     ):
         super().__init__()
+        self.residual_scale = residual_scale
         self.attention_norm = AddRMSNorm(d_model, norm_eps, implementation)
         self.attention = attention
         self.mlp_norm = AddRMSNorm(d_model, norm_eps, implementation)
@@ -46,11 +53,15 @@ class Block(nn.Module):
         position_S: Tensor | None,
     ) -> tuple[Tensor, Tensor, Routing | None]:
         normed, residual = self.attention_norm(x_BSD, residual_BSD)
-        normed, residual = self.mlp_norm(self.attention(normed, *rope, cache, position_S), residual)
+        attended = self._scaled(self.attention(normed, *rope, cache, position_S))
+        normed, residual = self.mlp_norm(attended, residual)
         if not isinstance(self.mlp, MoELayer):
-            return self.mlp(normed), residual, None
+            return self._scaled(self.mlp(normed)), residual, None
         y_TD, routing = self.mlp(normed.flatten(0, 1), ctx, next(forced) if forced is not None else None)
-        return y_TD.view_as(normed), residual, routing
+        return self._scaled(y_TD.view_as(normed)), residual, routing
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.residual_scale == 1 else x * self.residual_scale
 
 
 class TransformerDecoder(nn.Module):
@@ -58,7 +69,8 @@ class TransformerDecoder(nn.Module):
 
     A checkpoint may ask for more: `rope_scaling` and `rotary_dim` (see `rope`), the options of `Attention`, `windows`,
     the attention window of each layer, and `latent`, the options of `LatentAttention`, which is then every layer's.
-    `max_positions` is how long a sequence the model is made for, None for any.
+    `embedding_scale`, `residual_scale` and `logits_scale` multiply the embedding, what each sublayer adds, and the
+    logits (Granite). `max_positions` is how long a sequence the model is made for, None for any.
     """
 
     max_positions: int | None = None
@@ -82,12 +94,15 @@ class TransformerDecoder(nn.Module):
         rotary_dim: int | None = None,
         windows: Sequence[int | None] | None = None,
         latent: Mapping[str, Any] | None = None,
+        embedding_scale: float = 1.0,
+        residual_scale: float = 1.0,
+        logits_scale: float = 1.0,
         **attention: Any,
     ):
         super().__init__()
         self.vocab_size, self.d_model, self.mlp_hidden_dim = vocab_size, d_model, mlp_hidden_dim
         self.head_dim, self.n_kv_heads = head_dim or d_model // n_heads, n_kv_heads or n_heads
-        self.embed = Embedding(vocab_size, d_model)
+        self.embed, self.embedding_scale = Embedding(vocab_size, d_model), embedding_scale
         self.rope = Rope(self.head_dim, rope_theta, rope_scaling, rotary_dim)
 
         def make_attention(layer: int) -> Attention | LatentAttention:
@@ -98,11 +113,11 @@ class TransformerDecoder(nn.Module):
             return Attention(*sizes, qk_norm, norm_eps, window=window, **attention)
 
         self.layers = nn.ModuleList(
-            Block(make_attention(layer), self.make_mlp(layer), d_model, norm_eps, implementation)
+            Block(make_attention(layer), self.make_mlp(layer), d_model, norm_eps, implementation, residual_scale)
             for layer in range(n_layers)
         )
         self.norm = AddRMSNorm(d_model, norm_eps, implementation)
-        self.head = Linear(d_model, vocab_size)
+        self.head, self.logits_scale = Linear(d_model, vocab_size), logits_scale
         if tie_embeddings:
             self.head.weight = self.embed.weight
 
@@ -144,6 +159,8 @@ class TransformerDecoder(nn.Module):
         forced = iter(forced_routing) if forced_routing is not None else None
         caches = [None] * len(self.layers) if cache is None else cache.layers
         x: Tensor = self.embed(ids_BS)
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
         residual: Tensor | None = None
         routings: list[Routing] = []
         for layer, (block, kept) in enumerate(zip(self.layers, caches, strict=True)):
@@ -153,4 +170,5 @@ class TransformerDecoder(nn.Module):
         if last is not None:
             x, residual = x[:, S - last :], residual if residual is None else residual[:, S - last :]
         normed, _ = self.norm(x, residual)
-        return Output(self.head(normed), tuple(routings))
+        logits: Tensor = self.head(normed)
+        return Output(logits if self.logits_scale == 1 else logits * self.logits_scale, tuple(routings))

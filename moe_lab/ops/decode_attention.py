@@ -1,7 +1,7 @@
 """Attention of one new token per sequence on a cache, in two ops: what goes into the cache, and what is read from it.
 
     rope_append       queries and keys are normed and turned, keys and values written into the cache at the position
-    cached_attention  softmax(q k^T / sqrt(d)) v over the positions up to it
+    cached_attention  softmax(scale q k^T) v over the positions up to it, and a sink if there is one
 
 The Triton kernels read the position on the device and touch only what is cached up to it, the keys of a sequence in
 pieces side by side (split-K: FlashDecoding, Dao et al. 2023), so that a batch of one fills a GPU. `models/attention.py`
@@ -55,14 +55,25 @@ def rope_append(
     return result
 
 
-def cached_attention(q_BHd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, position_1: Tensor, window: int | None) -> Tensor:
+def cached_attention(
+    q_BHd: Tensor,
+    k_BHNd: Tensor,
+    v_BHNd: Tensor,
+    position_1: Tensor,
+    window: int | None,
+    scale: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """[B, H, d]: attention of each query on the cached positions 0 .. position, of those the last `window`.
 
     Args:
         k_BHNd, v_BHNd: as many heads as q, or fewer, each for as many neighbouring ones of q.
         position_1: int64 [1].
+        scale: None: 1/sqrt(d).
+        sinks_H: a logit of each head of q that takes its share of the softmax; None: there are none.
     """
-    result: Tensor = call("cached_attention", q_BHd, k_BHNd, v_BHNd, position_1, window or k_BHNd.shape[2])
+    window = window or k_BHNd.shape[2]
+    result: Tensor = call("cached_attention", q_BHd, k_BHNd, v_BHNd, position_1, window, scale, sinks_H)
     return result
 
 
@@ -83,13 +94,19 @@ def _append_fake(
     return q.new_empty(q.shape[0], q.shape[1] // d, d)
 
 
-def _attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, window: int) -> Tensor:
+def _attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, window: int, scale: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     from moe_lab.ops.decode_attention_triton import launch_attention
 
-    return launch_attention(q, k_cache, v_cache, position, window)
+    return launch_attention(q, k_cache, v_cache, position, window, scale or q.shape[2] ** -0.5, sinks)
 
 
-def _attention_fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, window: int) -> Tensor:
+def _attention_fake(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, window: int, scale: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -100,7 +117,8 @@ register(
     _append_fake,
 )
 register(
-    "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor position, int window) -> Tensor",
+    "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor position, int window, float? scale=None, "
+    "Tensor? sinks=None) -> Tensor",
     _attention,
     _attention_fake,
 )

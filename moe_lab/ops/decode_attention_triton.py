@@ -129,21 +129,33 @@ def _piece_kernel(
 
 
 @triton.jit
-def _join_kernel(acc_ptr, max_ptr, sum_ptr, y_ptr, d, n_pieces, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def _join_kernel(
+    acc_ptr, max_ptr, sum_ptr, sinks_ptr, y_ptr, H, d, n_pieces,
+    SINKS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """The pieces of one query head, put together."""
     query = tl.program_id(0).to(tl.int64)
     p = tl.arange(0, BLOCK_P)
     i = tl.arange(0, BLOCK_D)
     best = tl.load(max_ptr + query * n_pieces + p, mask=p < n_pieces, other=float("-inf"))
     total = tl.load(sum_ptr + query * n_pieces + p, mask=p < n_pieces, other=0.0)
-    share = tl.exp(best - tl.max(best, axis=0))
+    largest = tl.max(best, axis=0)
+    if SINKS:
+        sink = tl.load(sinks_ptr + query % H).to(tl.float32)
+        largest = tl.maximum(largest, sink)
+    share = tl.exp(best - largest)
     inside = (p[:, None] < n_pieces) & (i[None, :] < d)
     acc = tl.load(acc_ptr + (query * n_pieces + p[:, None]) * d + i[None, :], mask=inside, other=0.0)
-    y = tl.sum(acc * share[:, None], axis=0) / tl.sum(total * share, axis=0)
+    whole = tl.sum(total * share, axis=0)
+    if SINKS:
+        whole += tl.exp(sink - largest)
+    y = tl.sum(acc * share[:, None], axis=0) / whole
     tl.store(y_ptr + query * d + i, y.to(y_ptr.dtype.element_ty), mask=i < d)
 
 
-def launch_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, window: int) -> Tensor:
+def launch_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, window: int, scale: float, sinks: Tensor | None
+) -> Tensor:
     """Run the kernels; arguments and result as `cached_attention`."""
     (B, H, d), (_, H_KV, N, _) = q.shape, k_cache.shape
     G, n_pieces = H // H_KV, triton.cdiv(N, _KEYS)
@@ -153,11 +165,12 @@ def launch_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tens
     total = torch.empty_like(best)
     block_d = max(triton.next_power_of_2(d), 16)
     _piece_kernel[(B * H_KV, n_pieces)](
-        q, k_cache, v_cache, position, acc, best, total, H_KV, N, d, window, k_cache.stride(0), d**-0.5, n_pieces,
+        q, k_cache, v_cache, position, acc, best, total, H_KV, N, d, window, k_cache.stride(0), scale, n_pieces,
         G=G, BLOCK_G=max(triton.next_power_of_2(G), 16), BLOCK_D=block_d, KEYS=_KEYS, BLOCK_N=64, num_warps=4,
     )  # fmt: skip
     y = torch.empty_like(q)
     _join_kernel[(B * H,)](
-        acc, best, total, y, d, n_pieces, BLOCK_P=triton.next_power_of_2(n_pieces), BLOCK_D=block_d, num_warps=4
-    )
+        acc, best, total, q if sinks is None else sinks, y, H, d, n_pieces, SINKS=sinks is not None,
+        BLOCK_P=triton.next_power_of_2(n_pieces), BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
     return y

@@ -2,6 +2,8 @@
 
     h[t, k] = silu(g) * u,  (g, u) = x[t] W_gate_up[e]^T;   o[t, k] = h[t, k] W_down[e]^T     where ids[t, k] = e
 
+Each product plus a bias of the expert's, and the clamped activation of gpt-oss instead of silu(g) * u, if asked for.
+
 A matrix unit takes 16 rows at the least, and no token has an expert twice. So with at most 16 tokens there is nothing
 to gain from gathering an expert's own: the weights are read once, which is what decoding costs, and rows that are not
 its own are dropped. In 16 bits 64 rows are still few: 64 operations for each byte of the weights, of which a GPU does
@@ -22,7 +24,15 @@ def most_tokens(dtype: torch.dtype) -> int:
 
 
 def few_tokens_mlp(
-    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, scales_input: bool
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    w_gate_up_E2FD: Tensor,
+    w_down_EDF: Tensor,
+    scales_input: bool,
+    up_bias_E2F: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+    clamped: tuple[float, float] | None = None,
 ) -> Tensor:
     """[T, D], the weighted sum of each token's experts; by Triton kernels, fp32 accumulation.
 
@@ -31,11 +41,15 @@ def few_tokens_mlp(
         ids_TK: int32, -1 for an unused slot; no token has an expert twice.
         weights_TK: float32; they multiply the expert's input where `scales_input`, else its output.
         w_gate_up_E2FD, w_down_EDF: contiguous, of x's dtype.
+        up_bias_E2F, down_bias_ED: both or none; contiguous.
+        clamped: alpha and limit of `experts.weights.Clamped`; None: SwiGLU.
 
     Raises:
         ValueError: the matrices have another dtype.
     """
-    result: Tensor = call("few_tokens_mlp", x_TD, ids_TK, weights_TK, w_gate_up_E2FD, w_down_EDF, scales_input)
+    alpha, limit = clamped or (0.0, 0.0)
+    operands = (x_TD, ids_TK, weights_TK, w_gate_up_E2FD, w_down_EDF)
+    result: Tensor = call("few_tokens_mlp", *operands, scales_input, up_bias_E2F, down_bias_ED, alpha, limit)
     return result
 
 
@@ -47,22 +61,28 @@ def _check(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> None:
         )
 
 
-def _compute(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool) -> Tensor:
+def _compute(
+    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool,
+    up_bias: Tensor | None = None, down_bias: Tensor | None = None, alpha: float = 0.0, limit: float = 0.0,
+) -> Tensor:  # fmt: skip
     from moe_lab.ops.few_tokens_triton import launch
 
     _check(x, w_gate_up, w_down)
     assert x.shape[0] <= most_tokens(x.dtype) and w_gate_up.is_contiguous() and w_down.is_contiguous()
-    return launch(x, ids, weights, w_gate_up, w_down, scales_input)
+    return launch(x, ids, weights, w_gate_up, w_down, scales_input, up_bias, down_bias, alpha, limit)
 
 
-def _fake(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool) -> Tensor:
+def _fake(
+    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool,
+    up_bias: Tensor | None = None, down_bias: Tensor | None = None, alpha: float = 0.0, limit: float = 0.0,
+) -> Tensor:  # fmt: skip
     _check(x, w_gate_up, w_down)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 register(
-    "few_tokens_mlp(Tensor x, Tensor ids, Tensor weights, Tensor w_gate_up, Tensor w_down, bool scales_input) "
-    "-> Tensor",
+    "few_tokens_mlp(Tensor x, Tensor ids, Tensor weights, Tensor w_gate_up, Tensor w_down, bool scales_input, "
+    "Tensor? up_bias=None, Tensor? down_bias=None, float alpha=0.0, float limit=0.0) -> Tensor",
     _compute,
     _fake,
 )

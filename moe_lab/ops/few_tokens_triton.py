@@ -30,7 +30,8 @@ def _own_slot(ids_ptr, expert, T, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _up_kernel(
-    x_ptr, ids_ptr, weights_ptr, w_ptr, h_ptr, T, K, D, F, SCALES: tl.constexpr,
+    x_ptr, ids_ptr, weights_ptr, w_ptr, bias_ptr, h_ptr, T, K, D, F, alpha, limit,
+    SCALES: tl.constexpr, BIAS: tl.constexpr, CLAMPED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
@@ -59,15 +60,24 @@ def _up_kernel(
         up += tl.dot(
             x, tl.load(gate_at + tl.cast(F, tl.int64) * D + start, mask=inside, other=0.0), input_precision="ieee"
         )
+    if BIAS:
+        bias_at = bias_ptr + expert.to(tl.int64) * 2 * F + f
+        gate += tl.load(bias_at, mask=f < F, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(bias_at + F, mask=f < F, other=0.0).to(tl.float32)[None, :]
     gate, up = gate.to(h_ptr.dtype.element_ty).to(tl.float32), up.to(h_ptr.dtype.element_ty).to(tl.float32)
-    h = gate / (1.0 + tl.exp(-gate)) * up
+    if CLAMPED:
+        gate = tl.minimum(gate, limit, tl.PropagateNan.ALL)
+        up = tl.minimum(tl.maximum(up, -limit, tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
+        h = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+    else:
+        h = gate / (1.0 + tl.exp(-gate)) * up
     where = h_ptr + (t * K + own)[:, None] * F + f[None, :]
     tl.store(where, h.to(h_ptr.dtype.element_ty), mask=(own[:, None] >= 0) & (f[None, :] < F))
 
 
 @triton.jit
 def _down_kernel(
-    h_ptr, ids_ptr, w_ptr, o_ptr, T, K, D, F,
+    h_ptr, ids_ptr, w_ptr, bias_ptr, o_ptr, T, K, D, F, BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
@@ -89,6 +99,8 @@ def _down_kernel(
         )  # fmt: skip
         w = tl.load(w_at + start, mask=(d[None, :] < D) & (f[:, None] + start < F), other=0.0)
         o += tl.dot(h, w, input_precision="ieee")
+    if BIAS:
+        o += tl.load(bias_ptr + expert.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
     where = o_ptr + (t * K + own)[:, None] * D + d[None, :]
     tl.store(where, o.to(o_ptr.dtype.element_ty), mask=(own[:, None] >= 0) & (d[None, :] < D))
 
@@ -108,7 +120,10 @@ def _sum_kernel(
     tl.store(y_ptr + t * D + d, tl.sum(o, axis=0).to(y_ptr.dtype.element_ty), mask=d < D)
 
 
-def launch(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool) -> Tensor:
+def launch(
+    x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool,
+    up_bias: Tensor | None, down_bias: Tensor | None, alpha: float, limit: float,
+) -> Tensor:  # fmt: skip
     """Run the kernels; arguments and result as `few_tokens_mlp`."""
     (T, D), K, F = x.shape, ids.shape[1], w_down.shape[2]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -121,12 +136,14 @@ def launch(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: T
     blocks = {"ROWS": rows, "BLOCK_N": triton.next_power_of_2(T * K), "BLOCK_K": triton.next_power_of_2(K)}
     depth, width = 64 if wide else 128, 32
     _up_kernel[(T * K, triton.cdiv(F, width))](
-        x, ids, weights, w_gate_up, h, T, K, D, F, SCALES=scales_input, **blocks, BLOCK_F=width, BLOCK_D=depth,
+        x, ids, weights, w_gate_up, w_gate_up if up_bias is None else up_bias, h, T, K, D, F, alpha, limit,
+        SCALES=scales_input, BIAS=up_bias is not None, CLAMPED=limit > 0, **blocks, BLOCK_F=width, BLOCK_D=depth,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     _down_kernel[(T * K, triton.cdiv(D, width))](
-        h, ids, w_down, o, T, K, D, F, **blocks, BLOCK_F=depth, BLOCK_D=width, num_warps=4, num_stages=3
-    )
+        h, ids, w_down, w_down if down_bias is None else down_bias, o, T, K, D, F, BIAS=down_bias is not None,
+        **blocks, BLOCK_F=depth, BLOCK_D=width, num_warps=4, num_stages=3,
+    )  # fmt: skip
     _sum_kernel[(T, triton.cdiv(D, 512))](
         o, ids, weights, y, K, D, SCALES=scales_input, BLOCK_K=blocks["BLOCK_K"], BLOCK_D=512, num_warps=4
     )

@@ -161,8 +161,12 @@ class Router(nn.Module):
         """The routing of hidden states [T, D] by the gate [E, D]."""
         return self.select(gate_logits(x_TD, gate_ED), ctx)
 
-    def forward(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
-        """`route`; an exported graph has a node for each call of a module."""
+    def forward(
+        self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext = NO_CONTEXT, gate_bias_E: Tensor | None = None
+    ) -> Routing:
+        """`route`, or `select` where the gate has a bias; an exported graph has a node for each call of a module."""
+        if gate_bias_E is not None:
+            return self.select(gate_logits(x_TD, gate_ED, gate_bias_E), ctx)
         return self.route(x_TD, gate_ED, ctx)
 
     def multiplies_gate(self, n_tokens: int, gate_ED: Tensor, dtype: torch.dtype) -> bool:
@@ -208,9 +212,9 @@ def unchecked() -> Iterator[None]:
         _looks = before
 
 
-def gate_logits(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
+def gate_logits(x_TD: Tensor, gate_ED: Tensor, gate_bias_E: Tensor | None = None) -> Tensor:
     """Router logits [T, E] in x's dtype."""
-    return F.linear(x_TD, gate_ED.to(x_TD.dtype))
+    return F.linear(x_TD, gate_ED.to(x_TD.dtype), None if gate_bias_E is None else gate_bias_E.to(x_TD.dtype))
 
 
 def require_finite(logits_TE: Tensor, ctx: RouteContext, *, every_entry: bool = False) -> None:

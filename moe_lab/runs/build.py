@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_lab.config.schemas import Workload
 from moe_lab.config.targets import instantiate, keys_of, locate, require_keys
 from moe_lab.errors import UnavailableError
-from moe_lab.experts.base import Experts, FunctionExperts
+from moe_lab.experts.base import Experts, FunctionExperts, require_plain
 from moe_lab.models import checkpoint_config
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.moe_layer import MoELayer, hooked, moe_layers
@@ -279,7 +279,7 @@ def _calibrate(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
 
     def fit(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
         assert isinstance(layer, MoELayer)
-        layer.router.fit(gate_logits(arguments[0], layer.weights.gate_ED))
+        layer.router.fit(gate_logits(arguments[0], layer.weights.gate_ED, layer.weights.gate_bias_E))
 
     with hooked(layers, fit, before=True):
         tokens_per_sequence = 1 if "seq_len" in cfg.model.get("ignores", ()) else cfg.seq_len
@@ -389,10 +389,12 @@ def require_runnable(cfg: DictConfig, model: nn.Module, device: torch.device) ->
 
 
 def _require_computable(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
-    """Raise `UnavailableError` if the experts do not compute the dtype or the sizes."""
+    """Raise `UnavailableError` if the experts do not compute the dtype, the sizes, biases or the activation."""
     x_T0 = torch.empty(n_tokens(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
     for layer in moe_layers(model)[:1]:  # they are the same everywhere
         try:
+            if layer.experts.only_plain:
+                require_plain(layer.weights)
             layer.experts.implementation(x_T0, layer.weights)
         except UnavailableError as error:
             raise UnavailableError(f"experts={option_name(cfg.experts)}: {error}") from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from moe_lab.experts.weights import ExpertWeights
+from moe_lab.experts.weights import Clamped, ExpertWeights
 from moe_lab.routers.base import Routing
 
 CPU = torch.device("cpu")
@@ -29,17 +31,29 @@ UNUSED = pytest.mark.parametrize(
     [pytest.param(0.0, id="all used"), pytest.param(0.4, id="some unused"), pytest.param(1.1, id="none used")],
 )
 
+KINDS = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param({"bias": True}, id="biases"),
+        pytest.param({"activation": Clamped(1.702, 0.8)}, id="clamped"),
+        pytest.param({"bias": True, "activation": Clamped(2.5, 0.5)}, id="biases, clamped"),
+        pytest.param({"bias": True, "activation": Clamped()}, id="as gpt-oss"),
+    ],
+)
+"""Experts that are not plain; limits that are often reached."""
+
 SCALES = pytest.mark.parametrize("scale", [pytest.param("output", id="output"), pytest.param("input", id="input")])
 
 
 def make_weights(
-    E: int, D: int, F: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+    E: int, D: int, F: int, dtype: torch.dtype = torch.float32, device: torch.device = CPU, **kind: Any
 ) -> ExpertWeights:
-    """Seeded normal weights, scaled so that outputs are of order one."""
+    """Seeded normal weights, scaled so that outputs are of order one; biases are too. `kind`: bias and activation."""
     generator = torch.Generator().manual_seed(E + D + F)
-    weights = ExpertWeights(E, D, F)
-    for parameter in weights.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    weights = ExpertWeights(E, D, F, **kind)
+    for name, parameter in weights.named_parameters():
+        spread = 0.5 if "bias" in name else parameter.shape[-1] ** -0.5
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
     return weights.to(device, dtype)
 
 
@@ -63,10 +77,18 @@ def formula(x_TD: Tensor, routing: Routing, weights: ExpertWeights, scale: str =
     weight_TK1 = routing.weights_TK.double().unsqueeze(-1)
     x_TKD = x_TD.double().unsqueeze(1) * (weight_TK1 if scale == "input" else torch.ones_like(weight_TK1))
     h_TKG = torch.einsum("tkd,tkgd->tkg", x_TKD, weights.w_gate_up_E2FD.double()[ids_TK])
+    if weights.up_bias_E2F is not None:
+        h_TKG = h_TKG + weights.up_bias_E2F.double()[ids_TK]
     gate_TKF, up_TKF = h_TKG.tensor_split(2, dim=-1)
+    slope = 1.0
+    if weights.activation is not None:
+        slope, limit = weights.activation
+        gate_TKF, up_TKF = gate_TKF.clamp(max=limit), up_TKF.clamp(-limit, limit) + 1
     o_TKD = torch.einsum(
-        "tkf,tkdf->tkd", gate_TKF / (1 + (-gate_TKF).exp()) * up_TKF, weights.w_down_EDF.double()[ids_TK]
+        "tkf,tkdf->tkd", gate_TKF / (1 + (-slope * gate_TKF).exp()) * up_TKF, weights.w_down_EDF.double()[ids_TK]
     )
+    if weights.down_bias_ED is not None:
+        o_TKD = o_TKD + weights.down_bias_ED.double()[ids_TK]
     return torch.einsum("tkd,tk->td", o_TKD if scale == "input" else o_TKD * weight_TK1, used_TK.double())
 
 

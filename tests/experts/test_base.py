@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lab.experts.base import Experts, FunctionExperts
+from moe_lab.errors import UnavailableError
+from moe_lab.experts.base import Experts, FunctionExperts, require_plain
 from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.loop import Loop
-from moe_lab.experts.weights import ExpertWeights, Scale
+from moe_lab.experts.weights import Clamped, ExpertWeights, Scale
 from moe_lab.ops import extension
 from moe_lab.routers.base import Routing
 from tests.experts.cases import make_routing, make_weights, make_x
@@ -129,3 +130,22 @@ def test_a_key_that_a_function_does_not_take_is_a_mistake(
     """One line that names the key and the function."""
     with pytest.raises(ValueError, match=message):
         FunctionExperts(function, **keys)
+
+
+@pytest.mark.parametrize(
+    ("kind", "has"),
+    [
+        pytest.param({"bias": True}, "biases", id="biases"),
+        pytest.param({"activation": Clamped()}, "a clamped activation", id="clamped"),
+        pytest.param({"bias": True, "activation": Clamped()}, "biases and a clamped activation", id="both"),
+    ],
+)
+def test_who_reads_matrices_only_is_given_no_other_experts(kind: dict[str, Any], has: str) -> None:
+    """Nothing is computed without them in silence; plain experts pass."""
+    require_plain(ExpertWeights(2, 3, 4))
+    with pytest.raises(UnavailableError, match=f"SwiGLU experts only, and these have {has}; use experts=auto"):
+        require_plain(ExpertWeights(2, 3, 4, **kind))
+    function = FunctionExperts(no_keys)
+    assert function.only_plain
+    with pytest.raises(UnavailableError, match="SwiGLU experts only"):
+        function(torch.zeros(1, 3), Routing(torch.zeros(1, 1).int(), torch.ones(1, 1)), ExpertWeights(2, 3, 4, **kind))

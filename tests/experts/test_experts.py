@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ import torch
 from moe_lab import marks as phases
 from moe_lab.experts.auto import Auto
 from moe_lab.experts.base import Experts
+from moe_lab.experts.exported import Exported
 from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.loop import Loop
-from moe_lab.experts.weights import ExpertWeights, Scale
+from moe_lab.experts.weights import Clamped, ExpertWeights, Scale
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.routers.base import Routing
-from tests.experts.cases import SCALES, SIZES, UNUSED, assert_near, formula, make_routing, make_weights, make_x
+from tests.experts.cases import KINDS, SCALES, SIZES, UNUSED, assert_near, formula, make_routing, make_weights, make_x
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "experts",
@@ -48,6 +50,44 @@ def test_the_output_is_the_weighted_sum_of_the_chosen_experts(
     assert y_TD.dtype == dtype
     assert_near(y_TD, formula(x_TD, routing, weights, scale))
     assert torch.equal(x_TD, before_TD)
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        pytest.param(Loop(), id="loop"),
+        pytest.param(Grouped(), id="grouped"),
+        pytest.param(Auto(), id="auto"),
+        pytest.param(Exported(), id="exported"),
+    ],
+)
+@KINDS
+@UNUSED
+@SCALES
+@pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (0, 1, 37)])
+def test_biases_and_the_clamped_activation_are_computed(
+    experts: Experts, kind: dict[str, Any], unused: float, scale: Scale, T: int, device: torch.device
+) -> None:
+    """Equal to the formula in float64; the routing weight scales the output with its bias, or the input alone."""
+    weights, routing = make_weights(5, 9, 7, device=device, **kind), make_routing(T, 5, 3, unused, device)
+    x_TD = make_x(T, 9, device=device)
+    assert_near(experts(x_TD, routing, weights, scale=scale), formula(x_TD, routing, weights, scale))
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in ("up_bias_E2F", "down_bias_ED")])
+def test_each_bias_and_each_setting_of_the_activation_changes_the_output(name: str) -> None:
+    """So that an implementation which dropped one is found out above."""
+    weights, routing, x_TD = (
+        make_weights(5, 9, 7, bias=True, activation=Clamped(2.5, 0.5)),
+        make_routing(37, 5, 3),
+        (make_x(37, 9)),
+    )
+    whole_TD = formula(x_TD, routing, weights)
+    for activation in (None, Clamped(1.0, 0.5), Clamped(2.5, 5.0)):
+        other = make_weights(5, 9, 7, bias=True, activation=activation)
+        assert float((formula(x_TD, routing, other) - whole_TD).abs().max()) > 0.05
+    weights.get_parameter(name).zero_()
+    assert float((formula(x_TD, routing, weights) - whole_TD).abs().max()) > 0.05
 
 
 @IMPLEMENTATIONS

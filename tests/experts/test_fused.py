@@ -1,13 +1,16 @@
 """experts=fused: who it is for, and on the device the whole layer beside the loop."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from moe_lab.errors import UnavailableError
+from moe_lab.experts.auto import Auto
 from moe_lab.experts.fused import Fused
 from moe_lab.experts.loop import Loop
 from moe_lab.experts.tiles import Tiles
-from moe_lab.experts.weights import ExpertWeights
+from moe_lab.experts.weights import Clamped, ExpertWeights
 from moe_lab.ops import fused_experts
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.routers.base import Routing
@@ -16,8 +19,8 @@ CPU = torch.device("cpu")
 NARROW, WIDE = Tiles(128, 16, 128, 16, 1), Tiles(256, 192, 256, 160, 1)
 
 
-def layer(E: int = 8, D: int = 64, F: int = 96, dtype: torch.dtype = torch.bfloat16) -> ExpertWeights:
-    weights = ExpertWeights(E, D, F).to(dtype)
+def layer(E: int = 8, D: int = 64, F: int = 96, dtype: torch.dtype = torch.bfloat16, **kind: Any) -> ExpertWeights:
+    weights = ExpertWeights(E, D, F, **kind).to(dtype)
     generator = torch.Generator().manual_seed(0)
     for matrix in weights.parameters():
         matrix.copy_(torch.randn(matrix.shape, generator=generator) * matrix.shape[-1] ** -0.5)
@@ -59,6 +62,22 @@ def test_what_it_does_not_compute_is_said_beforehand(
         experts(x_TD, routing(3, 2, 8), weights)
 
 
+@pytest.mark.parametrize("activation", [pytest.param((1.702, 6.0), id="limit"), pytest.param((1.6, 7.0), id="alpha")])
+def test_another_clamp_than_that_of_the_kernels_is_refused_and_auto_takes_grouped(
+    activation: tuple[float, float],
+) -> None:
+    weights = layer(activation=Clamped(*activation))
+    x_TD = torch.zeros(3, 64, dtype=torch.bfloat16)
+    for act in (
+        lambda experts: experts.implementation(x_TD, weights),
+        lambda experts: experts(x_TD, routing(3, 2, 8), weights),
+    ):
+        with pytest.raises(UnavailableError, match=r"alpha=1\.702 and limit=7\.0 only, not .*; use experts=auto"):
+            act(Fused(NARROW).for_layer(weights, 2))
+    assert list(Auto().for_layer(weights, 2).candidates) == ["grouped"]
+    assert list(Auto().for_layer(layer(activation=Clamped()), 2).candidates) == ["fused", "grouped"]
+
+
 def test_the_record_has_the_tiles() -> None:
     weights = layer()
     experts = Fused(WIDE).for_layer(weights, 2)
@@ -92,8 +111,16 @@ def test_rows_that_are_copied_need_sorted_slots() -> None:
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16")])
 @pytest.mark.parametrize("T", [0, 1, 37, 199, 3000])
 @pytest.mark.parametrize("scale", ["output", "input"])
-def test_it_agrees_with_the_loop(dtype: torch.dtype, T: int, scale: str) -> None:
-    weights, chosen = layer(dtype=dtype).cuda(), routing(T, 2, 8)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"bias": True}, id="biases"),
+        pytest.param({"bias": True, "activation": Clamped()}, id="as gpt-oss"),
+    ],
+)
+def test_it_agrees_with_the_loop(kind: dict[str, Any], dtype: torch.dtype, T: int, scale: str) -> None:
+    weights, chosen = layer(dtype=dtype, **kind).cuda(), routing(T, 2, 8)
     on_gpu = Routing(chosen.expert_ids_TK.cuda(), chosen.weights_TK.cuda())
     x_TD = torch.randn(T, 64, device="cuda").to(dtype)
     experts = Fused()

@@ -20,7 +20,7 @@ from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.parameters import initialize, without_storage
 from tests.models.peers import peer_model
 
-KINDS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+KINDS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "granitemoe", "gpt_oss")
 VOCAB, D, HEADS, LAYERS, E, K, F = 97, 32, 4, 2, 5, 2, 24
 _COMMON = {
     "vocab_size": VOCAB,
@@ -65,6 +65,30 @@ _OWN = {
         "n_group": 3,
         "topk_group": 2,
         "routed_scaling_factor": 1.5,
+    },
+    "granitemoe": {
+        "num_local_experts": E,
+        "intermediate_size": F,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 1.6,
+        "attention_multiplier": 0.2,
+    },
+    "gpt_oss": {
+        "num_local_experts": E,
+        "intermediate_size": F,
+        "head_dim": 12,
+        "sliding_window": 4,
+        "swiglu_limit": 1.5,
+        "num_hidden_layers": 3,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 4.0,
+            "truncate": False,
+        },
     },
 }
 

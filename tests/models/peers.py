@@ -20,6 +20,8 @@ _PREFIXES = {
     "qwen3_moe": "Qwen3Moe",
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+    "granitemoe": "GraniteMoe",
+    "gpt_oss": "GptOss",
 }
 
 

@@ -157,6 +157,28 @@ CHANGED = [
     case("deepseek_v3", "yarn", rope_parameters={**YARN, **MSCALE}),
     case("deepseek_v3", "yarn_halves", rope_interleave=False, rope_parameters={**YARN, "mscale_all_dim": 0.7}),
     case("deepseek_v3", "equal_head_dims", qk_nope_head_dim=8, v_head_dim=16),
+    case("granitemoe", "embedding_multiplier", embedding_multiplier=1.0),
+    case("granitemoe", "residual_multiplier", residual_multiplier=1.0),
+    case("granitemoe", "logits_scaling", logits_scaling=0.5),
+    case("granitemoe", "attention_multiplier", attention_multiplier=1.0),
+    case("granitemoe", "biases", attention_bias=True),
+    case("granitemoe", "all_experts", num_experts_per_tok=E),
+    case("granitemoe", "one_key_head", num_key_value_heads=1),
+    case("granitemoe", "tied", tie_word_embeddings=True),
+    case("granitemoe", "eps", rms_norm_eps=0.3),
+    case("granitemoe", "theta", rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
+    case("gpt_oss", "no_attention_biases", attention_bias=False),
+    case("gpt_oss", "wide_window", sliding_window=9),
+    case("gpt_oss", "windows_by_layer_types", layer_types=[FULL, SLIDING, SLIDING]),
+    case("gpt_oss", "limit", swiglu_limit=0.4),
+    case("gpt_oss", "alpha", swiglu_alpha=3.0),
+    case("gpt_oss", "all_experts", num_experts_per_tok=E),
+    case("gpt_oss", "one_key_head", num_key_value_heads=1),
+    case("gpt_oss", "a_key_head_per_head", num_key_value_heads=4),
+    case("gpt_oss", "theta", rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
+    case("gpt_oss", "truncated_yarn", rope_parameters=YARN | {"truncate": True}),
+    case("gpt_oss", "tied", tie_word_embeddings=True),
+    case("gpt_oss", "eps", rms_norm_eps=0.3),
 ]
 """The settings that change what an architecture computes."""
 
@@ -311,7 +333,8 @@ def test_fp32_on_disk_is_rounded_to_a_bf16_model(kind: str, tmp_path: Path) -> N
     folder = checkpoint(kind, tmp_path)
     narrow, wide = load(folder, torch.bfloat16), dict(load(folder).named_parameters())
     for name, parameter in narrow.named_parameters():
-        dtype = torch.float32 if name.endswith("bias_E") else torch.bfloat16  # a router's bias is always fp32
+        is_wide = name.endswith(("router.bias_E", "up_bias_E2F", "down_bias_ED"))  # always fp32
+        dtype = torch.float32 if is_wide else torch.bfloat16
         assert parameter.dtype == dtype
         assert torch.equal(parameter, wide[name].to(dtype))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def operands(
     )
 
 
-def rederived(inputs: Operands, scales_input: bool) -> Tensor:
+def rederived(inputs: Operands, scales_input: bool, biases: Any = None, clamped: Any = None) -> Tensor:
     """One slot at a time, in float64."""
     x_TD, ids_TK, weights_TK, w_gate_up_E2FD, w_down_EDF = (part.cpu() for part in inputs)
     y_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
@@ -74,18 +75,23 @@ def rederived(inputs: Operands, scales_input: bool) -> Tensor:
                 continue
             weight = weights_TK[t, k].double()
             x_D = x_TD[t].double() * (weight if scales_input else 1.0)
-            gate_F, up_F = (w_gate_up_E2FD[expert].double() @ x_D).tensor_split(2)
-            o_D = w_down_EDF[expert].double() @ (gate_F / (1 + (-gate_F).exp()) * up_F)
+            up_bias_2F, down_bias_D = (0.0, 0.0) if biases is None else (bias[expert].cpu().double() for bias in biases)
+            gate_F, up_F = (w_gate_up_E2FD[expert].double() @ x_D + up_bias_2F).tensor_split(2)
+            alpha, limit = clamped or (1.0, math.inf)
+            gate_F, up_F = gate_F.clamp(max=limit), up_F.clamp(-limit, limit) + (clamped is not None)
+            o_D = w_down_EDF[expert].double() @ (gate_F / (1 + (-alpha * gate_F).exp()) * up_F) + down_bias_D
             y_TD[t] += o_D if scales_input else weight * o_D
     return y_TD
 
 
-def assert_is_the_sum(y_TD: Tensor, inputs: Operands, scales_input: bool) -> None:
+def assert_is_the_sum(y_TD: Tensor, inputs: Operands, scales_input: bool, *kind: Any) -> None:
     """The float64 sum, up to the rounding of x's dtype in each of the three products and of each slot."""
     dtype = inputs[0].dtype
     tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     assert y_TD.dtype == dtype and y_TD.shape == inputs[0].shape and y_TD.is_contiguous()
-    torch.testing.assert_close(y_TD.double().cpu(), rederived(inputs, scales_input), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        y_TD.double().cpu(), rederived(inputs, scales_input, *kind), rtol=tolerance, atol=tolerance
+    )
 
 
 @SIZES
@@ -97,6 +103,24 @@ def test_it_is_the_weighted_sum_of_each_tokens_experts(
     """For widths that are multiples of no block, any number of experts, all of them chosen or one."""
     inputs = operands(T, E, K, D, F, dtype, device)
     assert_is_the_sum(few_tokens_mlp(*inputs, scales_input), inputs, scales_input)
+
+
+@SCALES
+@DTYPES
+@pytest.mark.parametrize("clamped", [pytest.param(None, id="swiglu"), pytest.param((1.702, 0.7), id="clamped")])
+@pytest.mark.parametrize("bias_dtype", [pytest.param(None, id="no bias"), pytest.param(torch.float32, id="bias")])
+def test_biases_and_the_clamped_activation(
+    clamped: Any, bias_dtype: torch.dtype | None, scales_input: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Biases are of fp32 beside matrices of any dtype."""
+    E, D, F = 5, 33, 40
+    inputs, biases = operands(7, E, 3, D, F, dtype, device), None
+    inputs[1][2, 1] = -1
+    if bias_dtype is not None:
+        generator = torch.Generator().manual_seed(5)
+        biases = [torch.randn(E, n, generator=generator).to(device, bias_dtype) for n in (2 * F, D)]
+    y_TD = few_tokens_mlp(*inputs, scales_input, *(biases or (None, None)), clamped)
+    assert_is_the_sum(y_TD, inputs, scales_input, biases, clamped)
 
 
 @SCALES

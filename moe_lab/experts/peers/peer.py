@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.errors import UnavailableError
-from moe_lab.experts.base import Experts
+from moe_lab.experts.base import Experts, require_plain
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale
 from moe_lab.marks import phase
 from moe_lab.ops.library import register
@@ -117,9 +117,10 @@ class Peer(Experts):
         """See `Experts`.
 
         Raises:
-            UnavailableError: it does not compute this dtype or these widths.
+            UnavailableError: it does not compute this dtype, these widths or such experts.
         """
         check_scale(scale)
+        require_plain(weights)
         self.require(x_TD.dtype, *weights.w_down_EDF.shape[1:])
         (T, K), matrices = routing.expert_ids_TK.shape, (weights.w_gate_up_E2FD, weights.w_down_EDF)
         if T == 0 or K == 0:
