@@ -59,7 +59,7 @@ def _softmax_product(
     *,
     causal: bool = False,
 ) -> Tensor:
-    """As `attend`, over the keys that are seen; torch's kernels know no sinks, so one is a key of its own, the first."""
+    """As `attend`, over the keys that are seen. Torch's kernels know no sinks: each is a key of its own, the first."""
     B, H, S, width = *q.shape[:3], v.shape[3]
     if sinks_H is not None:
         scale = scale or q.shape[3] ** -0.5
@@ -76,7 +76,7 @@ def _softmax_product(
 
 
 def _with_sink(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Eight dimensions more (kernels want multiples): the first is a query's sink, and 1 in the key that is the sink."""
+    """With eight dimensions more (kernels want multiples): one is a query's sink, and 1 in the key that is the sink."""
     B, H, S, d = q.shape
     of_queries = F.pad(sinks_H.to(q.dtype).view(1, H, 1, 1), (0, 7)).expand(B, H, S, 8)
     sink_8 = F.pad(q.new_ones(1), (d, 7)).expand(B, k.shape[1], 1, d + 8)

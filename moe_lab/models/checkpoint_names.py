@@ -117,7 +117,7 @@ BIAS = "e_score_correction_bias"
 
 
 def sources(name: str, shape: Sequence[int], model: str = "") -> list[list[Source]]:
-    """For each layout of such a `model` (`Settings.layout`), the checkpoint tensors that make up our parameter `name`."""
+    """For each layout of a `model` (`Settings.layout`), the checkpoint tensors that make up our parameter `name`."""
     if name in WHOLE:
         return [[Source(WHOLE[name])]]
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
@@ -159,9 +159,7 @@ def _expert_sources(rest: str, prefix: str, shape: Sequence[int], model: str) ->
     return []
 
 
-def _of_experts(
-    prefix: str, names: Sequence[str], n_experts: int, halves: Sequence[slice], form: Form
-) -> list[Source]:
+def _of_experts(prefix: str, names: Sequence[str], n_experts: int, halves: Sequence[slice], form: Form) -> list[Source]:
     """All experts in one tensor, or one after the other; `halves`: the rows of each of two names."""
     if "{}" not in names[0]:
         return [Source(f"{prefix}.{names[0]}", form=form)]

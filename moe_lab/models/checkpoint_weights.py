@@ -200,21 +200,27 @@ def _same_bytes(tensor: Found, other: Found, at_once: int = 1 << 20) -> bool:
         )
 
 
-def _layouts(
-    parameters: Mapping[str, Tensor], tensors: Mapping[str, Found], model: str
-) -> dict[str, list[Source]]:
+def _layouts(parameters: Mapping[str, Tensor], tensors: Mapping[str, Found], model: str) -> dict[str, list[Source]]:
     """For each parameter the layout that the checkpoint uses; if it has none of its tensors, the most frequent one."""
     possible = {name: sources(name, parameter.shape, model) for name, parameter in parameters.items()}
-    hits: Counter[int] = Counter()
-    for layouts in possible.values():
-        if len(layouts) > 1:
-            hits.update(number for number, layout in enumerate(layouts) for source in layout if source.key in tensors)
+    hits: Counter[tuple[str, int]] = Counter()
+    for name, layouts in possible.items():
+        for number, layout in enumerate(layouts):
+            hits[_block(name), number] += sum(source.key in tensors for source in layout)
     chosen = {}
     for name, layouts in possible.items():
         assert layouts, f"no layout for {name}"
-        ranks = [(sum(source.key in tensors for source in layout), hits[n], -n) for n, layout in enumerate(layouts)]
+        ranks = [
+            (sum(source.key in tensors for source in layout), hits[_block(name), n], -n)
+            for n, layout in enumerate(layouts)
+        ]
         chosen[name] = layouts[-max(ranks)[2]]
     return chosen
+
+
+def _block(name: str) -> str:
+    """The part of a layer whose parameters have the same layouts, as `mlp.weights`."""
+    return ".".join(name.split(".")[2:4])
 
 
 def execute(copies: Sequence[Copy]) -> None:

@@ -43,9 +43,7 @@ def quantized(folder: Path, seed: int = 0) -> Any:
             scales = torch.randint(121, 126, (E, rows, columns // 32), dtype=torch.uint8, generator=generator)
             content |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
             del content[key]
-            getattr(block.mlp.experts, name).copy_(
-                convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-            )
+            getattr(block.mlp.experts, name).copy_(convert_moe_packed_tensors(blocks, scales, dtype=torch.float32))
     write_tensors(folder, content)
     edit_config(folder, quantization_config=CONFIG)
     return peer
