@@ -20,8 +20,9 @@ class Clamped(NamedTuple):
 class ExpertWeights(nn.Module):
     """The gate and the expert matrices: gate_ED [E, D], w_gate_up_E2FD [E, 2F, D] (gate first), w_down_EDF [E, D, F].
 
-    With `gate_bias` also gate_bias_E, which is added to the router's logits, whichever router ranks them. With `bias` also what is added to each product: up_bias_E2F and down_bias_ED, in float32 whatever the dtype of the
-    matrices. `activation` is SwiGLU (None), or alpha and limit of `Clamped`.
+    With `gate_bias` also gate_bias_E, which is added to the logits, whichever router ranks them. With `bias` also what
+    is added to each product: up_bias_E2F and down_bias_ED, in float32 whatever the dtype of the matrices. `activation`
+    is SwiGLU (None), or alpha and limit of `Clamped`.
 
     Built once; every implementation reads these very tensors, so none may reorder or copy them.
     """

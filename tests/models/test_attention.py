@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lab.models.attention import Attention
+from moe_lab.models.attention import Attention, attend
 from moe_lab.models.parameters import initialize
 from moe_lab.models.rope import rope_tables
 from moe_lab.ops.rotate import rotate
@@ -78,6 +78,31 @@ def test_attention_is_its_definition_in_float64(qk_norm: str, n_kv_heads: int) -
     attention, x_BSD = attention_of(n_kv_heads=n_kv_heads, qk_norm=qk_norm), random(2, 5, 24)
     y_BSD = attention(x_BSD, *rope_tables(5, 6, THETA, CPU))
     torch.testing.assert_close(y_BSD.double(), rederived(attention, x_BSD), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")])
+@pytest.mark.parametrize("window", [pytest.param(w, id=f"window={w}") for w in (None, 1, 3, 50)])
+@pytest.mark.parametrize("n_kv_heads", [pytest.param(n, id=f"kv{n}") for n in (1, 2, 4)])
+@pytest.mark.parametrize("scale", [pytest.param(None, id="plain"), pytest.param(0.7, id="scaled")])
+def test_sinks_take_their_share_of_every_softmax(
+    scale: float | None, n_kv_heads: int, window: int | None, dtype: torch.dtype
+) -> None:
+    """A column more for each head, which is dropped: of all tokens at once, and of some that go on from a cache."""
+    d, S = 6, 9
+    q, k, v = (random(2, n, S, d, seed=n).to(dtype) for n in (4, n_kv_heads, n_kv_heads))
+    v, sinks_H = v + 1, random(4, seed=9).to(dtype)
+    scores = q.double() @ k.double().repeat_interleave(4 // n_kv_heads, 1).mT * (scale or d**-0.5)
+    at_S1, key_S = torch.arange(S).view(-1, 1), torch.arange(S)
+    seen_SS = (key_S <= at_S1) & (key_S > at_S1 - (window or S))
+    columns = torch.cat(
+        [scores.masked_fill(~seen_SS, -torch.inf), sinks_H.double().view(1, 4, 1, 1).expand(2, 4, S, 1)], -1
+    )
+    want = columns.softmax(-1)[..., :-1] @ v.double().repeat_interleave(4 // n_kv_heads, 1)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(attend(q, k, v, None, window, scale, sinks_H).double(), want, **close)
+    for positions in ([4], [0], [8], [2, 3, 4]):
+        y = attend(q[:, :, positions], k, v, torch.tensor(positions), window, scale, sinks_H)
+        torch.testing.assert_close(y.double(), want[:, :, positions], **close)
 
 
 def test_head_width_need_not_divide_the_model_width() -> None:

@@ -369,7 +369,7 @@ def test_a_configuration_that_is_no_text_is_to_be_fetched_again(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(value, id=str(value)) for value in ("llama", "dbrx", "gpt_oss", "", None, ..., ["olmoe"], 3)],
+    [pytest.param(value, id=str(value)) for value in ("llama", "dbrx", "gpt2", "", None, ..., ["olmoe"], 3)],
 )
 def test_of_an_unknown_architecture_the_supported_ones_are_listed(model_type: Any, tmp_path: Path) -> None:
     """The message has the name that was found."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -247,7 +247,15 @@ def kept(
     return q_BHd, k_BHNd, v_BHNd
 
 
-def attended(q_BHd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, position: int, window: int | None) -> Tensor:
+def attended(
+    q_BHd: Tensor,
+    k_BHNd: Tensor,
+    v_BHNd: Tensor,
+    position: int,
+    window: int | None,
+    scale: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """One head at a time, in float64."""
     q_BHd, k_BHNd, v_BHNd = (part.double().cpu() for part in (q_BHd, k_BHNd, v_BHNd))
     B, H, d = q_BHd.shape
@@ -256,9 +264,12 @@ def attended(q_BHd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, position: int, windo
     for b in range(B):
         for h in range(H):
             kv = h * k_BHNd.shape[1] // H
-            scores_n = k_BHNd[b, kv, seen] @ q_BHd[b, h] / math.sqrt(d)
-            share_n = (scores_n - scores_n.max()).exp()
-            y_BHd[b, h] = share_n @ v_BHNd[b, kv, seen] / share_n.sum()
+            scores_n = k_BHNd[b, kv, seen] @ q_BHd[b, h] * (scale or 1 / math.sqrt(d))
+            largest, sink = scores_n.max(), 0.0
+            share_n = (scores_n - largest).exp()
+            if sinks_H is not None:
+                sink = float((sinks_H[h].double().cpu() - largest).exp())
+            y_BHd[b, h] = share_n @ v_BHNd[b, kv, seen] / (share_n.sum() + sink)
     return y_BHd
 
 
@@ -281,6 +292,34 @@ def test_attention_is_its_definition_in_float64(
     y_BHd = cached_attention(q_BHd, *caches, at(position, device), window)
     assert y_BHd.shape == (B, H, d) and y_BHd.dtype == torch.float32 and y_BHd.is_contiguous()
     assert_near(y_BHd, attended(q_BHd, *caches, position, window))
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "H_KV", "d"), [pytest.param(3, 4, 2, 8, id="two heads a key"), pytest.param(1, 9, 3, 10, id="three")]
+)
+@DTYPES
+@pytest.mark.parametrize("window", [pytest.param(None, id="all"), pytest.param(70, id="window=70")])
+@pytest.mark.parametrize(
+    ("scale", "sink"),
+    [
+        pytest.param(0.3, None, id="scale"),
+        pytest.param(None, 0.0, id="sinks"),
+        pytest.param(0.3, 30.0, id="scale, large sinks"),
+        pytest.param(None, -30.0, id="small sinks"),
+    ],
+)
+def test_a_scale_and_sinks(
+    B: int, H: int, H_KV: int, d: int, dtype: torch.dtype, window: int | None, scale: float | None, sink: float | None,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Of each head its own sink, of the query's dtype or of fp32; over several pieces of keys."""
+    q_BHd, *caches = kept(B, H, H_KV, d, dtype, device)
+    hide_the_unseen(*caches, 150, window)
+    sinks_H = None
+    if sink is not None:
+        sinks_H = (sink + torch.randn(H, generator=torch.Generator().manual_seed(9))).to(device, dtype)
+    y_BHd = cached_attention(q_BHd, *caches, at(150, device), window, scale, sinks_H)
+    assert_near(y_BHd, attended(q_BHd, *caches, 150, window, scale, sinks_H), roundings=2)
 
 
 @DTYPES
@@ -383,9 +422,10 @@ def one_token(
     H_KV: int = 2,
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
+    **more: Any,
 ) -> Attention:
     """An attention layer whose outputs are of order one, with kernels or without (`fuses`)."""
-    attention = Attention(24, H, H_KV, 8, norm, EPS, qkv_bias=True, o_bias=True, clip_qkv=clip, window=window)
+    attention = Attention(24, H, H_KV, 8, norm, EPS, qkv_bias=True, o_bias=True, clip_qkv=clip, window=window, **more)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in attention.named_parameters():
         values = torch.randn(parameter.shape, generator=generator)
@@ -415,14 +455,18 @@ def assert_same(y: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    "more", [pytest.param({}, id="plain"), pytest.param({"scale": 0.6, "sinks": True}, id="sinks")]
+)
 @LAYERS
 @DTYPES
 @pytest.mark.slow
 def test_the_layer_is_the_same_with_the_kernels(
-    norm: str, clip: float | None, window: int | None, H: int, H_KV: int, dtype: torch.dtype, device: torch.device
-) -> None:
+    norm: str, clip: float | None, window: int | None, H: int, H_KV: int, dtype: torch.dtype, more: dict[str, Any],
+    device: torch.device,
+) -> None:  # fmt: skip
     """Token after token on a cache of its own: outputs and caches agree with plain torch."""
-    attention = one_token(norm, clip, window, H, H_KV, dtype, device)
+    attention = one_token(norm, clip, window, H, H_KV, dtype, device, **more)
     caches = [empty_cache(2, H_KV, dtype, device) for _ in range(2)]
     x_SB1D = torch.randn(4, 2, 1, 24, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     for step, x_B1D in enumerate(x_SB1D):

@@ -1,0 +1,209 @@
+"""A single mistake of the loader, planted: the logits are then not those of transformers, so a test sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_lab.models import checkpoint_config, checkpoint_weights
+from moe_lab.models.checkpoint_names import Source
+from moe_lab.models.rope import Rope
+from tests.models.checkpoints import ids, load, save, trained
+from tests.models.test_checkpoint import ATOL, computed
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def setting(**keys: Any) -> Plant:
+    """The decoder has another setting."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        read = checkpoint_config.read
+        patch.setattr(
+            checkpoint_config, "read", lambda folder: replace(s := read(folder), decoder={**s.decoder, **keys})
+        )
+
+    return plant
+
+
+def expert_setting(**keys: Any) -> Plant:
+    """The experts have another setting."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        read = checkpoint_config.read
+
+        def changed(folder: Any) -> Any:
+            settings = read(folder)
+            experts = {**settings.decoder["expert_settings"], **keys}
+            return replace(settings, decoder={**settings.decoder, "expert_settings": experts})
+
+        patch.setattr(checkpoint_config, "read", changed)
+
+    return plant
+
+
+def router(**keys: Any) -> Plant:
+    """The native router has another setting."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        read = checkpoint_config.read
+        patch.setattr(checkpoint_config, "read", lambda folder: replace(s := read(folder), router={**s.router, **keys}))
+
+    return plant
+
+
+def mapped(change: Callable[[str, list[Source]], list[Source]]) -> Plant:
+    """The tensors of each parameter are changed."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        sources = checkpoint_weights.sources
+
+        def changed(name: str, shape: Sequence[int], model: str) -> list[list[Source]]:
+            return [change(name, layout) for layout in sources(name, shape, model)]
+
+        patch.setattr(checkpoint_weights, "sources", changed)
+
+    return plant
+
+
+def exchanged(one: str, other: str) -> Plant:
+    """Two parameters of each layer have each other's tensors."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        sources = checkpoint_weights.sources
+
+        def changed(name: str, shape: Sequence[int], model: str) -> list[list[Source]]:
+            swapped = name.replace(one, "\0").replace(other, one).replace("\0", other)
+            return sources(swapped, shape, model)
+
+        patch.setattr(checkpoint_weights, "sources", changed)
+
+    return plant
+
+
+def form(parameter: str, **keys: Any) -> Plant:
+    """One parameter is read in another form."""
+
+    def change(name: str, layout: list[Source]) -> list[Source]:
+        if not name.endswith(parameter):
+            return layout
+        return [source._replace(form=replace(source.form, **keys)) for source in layout]  # type: ignore[type-var]
+
+    return mapped(change)
+
+
+def zeroed(parameter: str) -> Plant:
+    """One parameter of every layer is dropped."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        execute = checkpoint_weights.execute
+        plan = checkpoint_weights.plan
+
+        def dropped(parameters: Any, *arguments: Any, **keys: Any) -> Any:
+            dropped.names = [tensor for name, tensor in parameters.items() if name.endswith(parameter)]  # type: ignore[attr-defined]
+            assert dropped.names  # type: ignore[attr-defined]
+            return plan(parameters, *arguments, **keys)
+
+        def executed(copies: Any) -> None:
+            execute(copies)
+            for tensor in dropped.names:  # type: ignore[attr-defined]
+                tensor.data.zero_()
+
+        patch.setattr(checkpoint_weights, "plan", dropped)
+        patch.setattr(checkpoint_weights, "execute", executed)
+
+    return plant
+
+
+def gate_and_up_exchanged(patch: pytest.MonkeyPatch) -> None:
+    """After loading: whatever the layout."""
+    execute, plan = checkpoint_weights.execute, checkpoint_weights.plan
+    found: list[torch.Tensor] = []
+
+    def planned(parameters: Any, *arguments: Any, **keys: Any) -> Any:
+        found.extend(tensor for name, tensor in parameters.items() if name.endswith("w_gate_up_E2FD"))
+        return plan(parameters, *arguments, **keys)
+
+    def executed(copies: Any) -> None:
+        execute(copies)
+        for tensor in found:
+            tensor.data.copy_(torch.cat([*reversed(tensor.data.chunk(2, 1))], 1))
+
+    patch.setattr(checkpoint_weights, "plan", planned)
+    patch.setattr(checkpoint_weights, "execute", executed)
+
+
+def turned_side_by_side(patch: pytest.MonkeyPatch) -> None:
+    """Tables for dimensions that are turned with their neighbours."""
+    forward = Rope.forward
+
+    def tables(rope: Rope, length: int, device: torch.device) -> Any:
+        half = rope.head_dim // 2
+        return tuple(table[:, :half].repeat_interleave(2, 1) for table in forward(rope, length, device))
+
+    patch.setattr(Rope, "forward", tables)
+
+
+_OF_ALL = [
+    ("gate_and_up_exchanged", gate_and_up_exchanged),
+    ("norms_exchanged", exchanged("attention_norm", "mlp_norm")),
+    ("keys_and_values_exchanged", exchanged("attention.k.", "attention.v.")),
+    ("rotation_order", turned_side_by_side),
+    ("weights_not_renormalised", router(renormalize=False)),
+]
+MISTAKES: dict[str, list[tuple[str, Plant]]] = {
+    "granitemoe": [
+        *_OF_ALL,
+        ("no_embedding_multiplier", setting(embedding_scale=1.0)),
+        ("no_residual_multiplier", setting(residual_scale=1.0)),
+        ("logits_multiplied", setting(logits_scale=1.6)),
+        ("usual_attention_scale", setting(scale=None)),
+    ],
+    "gpt_oss": [
+        *_OF_ALL,
+        ("no_sinks", setting(sinks=False)),
+        ("sinks_of_zero", zeroed("sinks_H")),
+        ("no_windows", setting(windows=None)),
+        ("windows_the_other_way_round", setting(windows=[None, 4, None])),
+        ("plain_activation", expert_setting(activation=None)),
+        ("usual_limit", expert_setting(activation=(1.702, 7.0))),
+        ("usual_slope", expert_setting(activation=(1.0, 1.5))),
+        ("up_bias_dropped", zeroed("up_bias_E2F")),
+        ("down_bias_dropped", zeroed("down_bias_ED")),
+        ("gate_bias_dropped", zeroed("gate_bias_E")),
+        ("output_bias_dropped", zeroed("attention.o.bias")),
+        ("query_bias_dropped", zeroed("attention.q.bias")),
+        ("rows_of_gate_and_up_as_halves", form("w_gate_up_E2FD", interleaved=False)),
+        ("biases_of_gate_and_up_as_halves", form("up_bias_E2F", interleaved=False)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "plant"),
+    [pytest.param(kind, plant, id=f"{kind}-{name}") for kind, planted in MISTAKES.items() for name, plant in planted],
+)
+def test_one_mistake_is_seen(kind: str, plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by a key that does not fit, or in the logits by far more than the tolerance."""
+    peer, ids_BS = trained(kind), ids(2, 14)
+    folder, want = save(peer, tmp_path), computed(peer, ids_BS).logits
+    torch.testing.assert_close(load(folder)(ids_BS).y, want, rtol=0, atol=ATOL)
+    plant(monkeypatch)
+    got = outcome(folder, ids_BS)
+    assert isinstance(got, str) or float((got - want).abs().max()) > 20 * ATOL
+    if isinstance(got, str):
+        assert "the tensors do not match config.json" in got
+
+
+def outcome(folder: Path, ids_BS: torch.Tensor) -> torch.Tensor | str:
+    """The logits, or why the checkpoint is refused."""
+    try:
+        y: torch.Tensor = load(folder)(ids_BS).y
+        return y
+    except ValueError as error:
+        return str(error)
