@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moe_lab.models.checkpoint_config import Settings, read
 from moe_lab.models.checkpoint_forms import Fp8Blocks
+from moe_lab.models.parameters import adopt, shareable
 from moe_lab.models.rope import softmax_scale
-from tests.models.checkpoints import complaint
+from moe_lab.runs.run import run
+from tests import tiny
+from tests.models.checkpoints import (
+    build,
+    checkpoint,
+    complaint,
+    edit_config,
+    ids,
+    load,
+    tensors,
+    write_tensors,
+)
 from tests.models.released import LATENT
+from tests.routers.cases import make
 
 kinds = pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in LATENT])
 V2, V3 = "deepseek_v2_lite", "deepseek_v3"
@@ -148,3 +163,76 @@ def test_what_would_be_another_model_is_refused(kind: str, keys: dict[str, Any],
 def test_a_key_that_nobody_knows_is_named(tmp_path: Path) -> None:
     """As of every architecture; those of an indexer would change what is attended to."""
     assert settings(tmp_path, V3, index_topk=2048).unread == ("index_topk",)
+
+
+# --- what is loaded -------------------------------------------------------------------------------------------------
+
+BIAS = "mlp.gate.e_score_correction_bias"
+
+
+def biases(folder: Path) -> list[Any]:
+    """Those of the files, in the order of the layers."""
+    return [value for key, value in sorted(tensors(folder).items()) if key.endswith(BIAS)]
+
+
+def test_a_router_has_the_bias_that_was_trained(tmp_path: Path) -> None:
+    """So has the same one under its own name, or inside another; a router without one leaves it in the file."""
+    folder = checkpoint("deepseek_v3", tmp_path)
+    model, same = (
+        load(folder),
+        load(folder, make_router=partial(make, "deepseek_v3", n_groups=3, top_groups=2, scale=1.5)),
+    )
+    for each in (model, same):
+        loaded = [layer.mlp.router.bias_E for layer in each.layers[1:]]
+        assert all(map(torch.equal, loaded, biases(folder))) and len(loaded) == 2
+        assert each.untrained() == []
+    assert torch.equal(same(ids(2, 9)).y, model(ids(2, 9)).y)
+    assert load(folder, make_router=partial(make, "mixtral")).untrained() == []
+
+
+def test_a_bias_of_another_score_is_zero_and_said(tmp_path: Path) -> None:
+    """What was trained beside a sigmoid means nothing beside a softmax."""
+    model = load(checkpoint("deepseek_v3", tmp_path), make_router=partial(make, "ernie4_5"))
+    assert model.untrained() == ["bias_E"]
+    assert not any(layer.mlp.router.bias_E.any() for layer in model.layers[1:])
+
+
+def test_beside_shared_weights_only_the_bias_is_read(tmp_path: Path) -> None:
+    """As where the cells of a sweep share a checkpoint; it is looked for as in a whole load."""
+    folder = checkpoint("deepseek_v3", tmp_path)
+    donor, model = load(folder), build(folder, empty=True)
+    only = {key: value for key, value in tensors(folder).items() if key.endswith(BIAS)}
+    write_tensors(folder, only)
+    adopt(model, shareable(donor), torch.device("cpu"), 0)
+    assert torch.equal(model(ids(2, 9)).y, donor(ids(2, 9)).y)
+    write_tensors(folder, dict(list(only.items())[:1]))
+    assert "1 missing: model.layers.2." + BIAS in complaint(
+        lambda: adopt(build(folder, empty=True), shareable(donor), torch.device("cpu"), 0)
+    )
+
+
+def test_layers_of_further_tokens_stay_in_the_files(tmp_path: Path) -> None:
+    """As many as config.json tells of; of another one it is said that nobody expects it."""
+    folder = checkpoint("deepseek_v3", tmp_path)
+    want, content = load(folder)(ids(1, 5)).y, tensors(folder)
+    last = {key: value for key, value in content.items() if key.startswith("model.layers.2.")}
+    further = {key.replace("layers.2.", "layers.3."): 2 * value for key, value in last.items()}
+    write_tensors(folder, {**content, **further, "model.layers.3.eh_proj.weight": torch.ones(32, 64)})
+    edit_config(folder, num_nextn_predict_layers=1)
+    assert torch.equal(load(folder)(ids(1, 5)).y, want)
+    edit_config(folder, num_nextn_predict_layers=0)
+    assert "unexpected: model.layers.3." in complaint(lambda: load(folder))
+
+
+@pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("prefill", "decode")])
+@pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in ("deepseek_v2", "deepseek_v3")])
+def test_a_run_is_verified_and_says_what_a_token_keeps(kind: str, phase: str, tmp_path: Path) -> None:
+    """rank + rope values in each of three layers; each step against the reference, which makes keys and values."""
+    folder = checkpoint(kind, tmp_path / "c")
+    keys = [f"model.path={folder}", "router=native", "workload=random", f"workload.phase={phase}", "dtype=bf16"]
+    keys += ["workload.context_len=9"] if phase == "decode" else []
+    record = run(tiny.compose("checkpoint", *keys, "seq_len=3"), tmp_path / "run")
+    assert record.status == "ok" and record.check is not None and record.memory is not None
+    assert record.memory["cache_bytes_per_token"] == 3 * (14 + 8) * 2
+    assert 0 < (record.check.cache_rel_error or 0) < 0.06
+    assert record.implementation.get("attention") == ("torch" if phase == "decode" else None)

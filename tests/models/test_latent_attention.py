@@ -11,6 +11,7 @@ from moe_lab.models.latent_attention import LatentAttention
 from moe_lab.models.parameters import initialize
 from moe_lab.models.rope import rope_tables
 from moe_lab.ops.rotate import rotate
+from moe_lab.runs.compared_cache import ComparedCache
 
 D, H, NOPE, ROPE, V, RANK = 20, 3, 5, 6, 7, 9
 
@@ -122,3 +123,13 @@ def test_a_latent_cache_keeps_its_dtype() -> None:
     k, v = cache.put(key, key[..., :3], torch.tensor([1]))
     assert cache.k_BHNd.dtype == torch.bfloat16 and k.dtype == v.dtype == torch.float32
     assert torch.equal(k[:, :, 1:2], key.bfloat16().float()) and torch.equal(v, k[..., :3])
+
+
+@pytest.mark.parametrize("index", [pytest.param(2, id="latent"), pytest.param(RANK + 1, id="turned_key")])
+def test_a_wrong_value_in_a_latent_cache_is_seen(index: int) -> None:
+    """By what compares a run's cache with the reference's."""
+    kept, wanted = (LatentCache(random(2, 1, 4, RANK + ROPE), RANK) for _ in range(2))
+    kept.k_BHNd[1, 0, 3, index] += 1
+    compared = ComparedCache(KVCache([kept]))
+    compared.layers[0].begin(wanted.k_BHNd, wanted.v_BHNd)
+    assert compared.error() > 0.1
