@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.config.checks import MOST_LAYERS, head_mistake
-from moe_lab.models import checkpoint_router as routers
+from moe_lab.models import checkpoint_deepseek as deepseek
 from moe_lab.models.checkpoint_forms import Fp8Blocks, Mxfp4, read_quantization
 from moe_lab.models.checkpoint_keys import Keys, read_object, shown
 from moe_lab.models.checkpoint_latent import read_latent
-from moe_lab.models.checkpoint_rope import read_rope
+from moe_lab.models.checkpoint_rope import read_partial_rope, read_rope
 
 CONFIG = "config.json"
 _NO_EFFECT = {
@@ -155,9 +155,8 @@ def ids_of(keys: Keys, vocab_size: int) -> frozenset[int]:
     return ends
 
 
-def _trunk(config: Keys, rope_theta: float) -> dict[str, Any]:
-    """What every decoder has, whatever its attention; `rope_theta` is the architecture's default."""
-    theta, scaling = read_rope(config, rope_theta)
+def _trunk(config: Keys, theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """What every decoder has, whatever its attention."""
     return {
         "vocab_size": config.size("vocab_size"),
         "d_model": config.size("hidden_size"),
@@ -170,9 +169,25 @@ def _trunk(config: Keys, rope_theta: float) -> dict[str, Any]:
     }
 
 
+def _partial_decoder(config: Keys, *, rope_theta: float, n_kv_heads: int, share: float) -> dict[str, Any]:
+    """As `_decoder`, where RoPE turns a part of each head; `share` is the architecture's default."""
+    theta, scaling, share = read_partial_rope(config, rope_theta, share)
+    decoder = _grouped_decoder(config, _trunk(config, theta, scaling), n_kv_heads)
+    rotary_dim = int(decoder["head_dim"] * share)
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise config.refuse(
+            f"partial_rotary_factor={share:g} turns {rotary_dim} of the {decoder['head_dim']} dimensions of a head; it "
+            "must be an even number."
+        )
+    return {**decoder, "rotary_dim": rotary_dim}
+
+
 def _decoder(config: Keys, *, rope_theta: float, n_kv_heads: int | None) -> dict[str, Any]:
     """A decoder with grouped-query attention; `rope_theta` and `n_kv_heads` are the architecture's defaults."""
-    trunk = _trunk(config, rope_theta)
+    return _grouped_decoder(config, _trunk(config, *read_rope(config, rope_theta)), n_kv_heads)
+
+
+def _grouped_decoder(config: Keys, trunk: dict[str, Any], n_kv_heads: int | None) -> dict[str, Any]:
     d_model, n_heads = trunk["d_model"], trunk["n_heads"]
     if n_kv_heads is None or "num_key_value_heads" in config.content:  # null: as many as there are heads
         n_kv_heads = n_heads
@@ -358,38 +373,49 @@ def _multiplier(config: Keys, key: str) -> float:
     return float(config.number(key) or 1)
 
 
-def _deepseek(config: Keys, model_type: str, router: Callable[[Keys, int, int], dict[str, Any]]) -> Settings:
-    """Latent attention, first dense layers, then experts beside shared ones without a gate."""
-    trunk, width = _trunk(config, 1e4), config.size("moe_intermediate_size")
-    latent, moe = read_latent(config, trunk["n_heads"]), _moe(config, width)
-    config.need("first_k_dense_replace")
-    first = config.size("first_k_dense_replace", default=0, least=0)
-    routers.require(config, "moe_layer_freq", 1)
+def _latent(
+    model_type: str, theta: float, settings: Callable[[Keys, dict[str, Any], dict[str, Any]], dict[str, Any]]
+) -> Callable[[Keys], Settings]:
+    """An architecture with latent attention, of which `settings` reads the rest."""
+
+    def architecture(config: Keys) -> Settings:
+        trunk = _trunk(config, *read_rope(config, theta))
+        decoder = {**trunk, **read_latent(config, trunk["n_heads"])}
+        return Settings(model_type, **settings(config, decoder, _moe(config, config.size("moe_intermediate_size"))))
+
+    return architecture
+
+
+def _glm4_moe(config: Keys) -> Settings:
+    decoder = _partial_decoder(config, rope_theta=1e4, n_kv_heads=8, share=0.5)
+    moe = _moe(config, config.size("moe_intermediate_size"))
+    return Settings("glm4_moe", **deepseek.glm4_moe(config, decoder, moe))
+
+
+def _solar_open(config: Keys) -> Settings:
+    config.need("head_dim")
+    decoder = _decoder(config, rope_theta=1e6, n_kv_heads=8)
+    moe = _moe(config, config.size("moe_intermediate_size"))
+    return Settings("solar_open", **deepseek.solar_open(config, decoder, moe))
+
+
+def _minimax_m2(config: Keys) -> Settings:
+    config.need("head_dim")
+    share = config.size("rotary_dim") / config.size("head_dim") if config.get("rotary_dim") is not None else 1.0
+    decoder = _partial_decoder(config, rope_theta=5e6, n_kv_heads=8, share=share)
     return Settings(
-        model_type,
-        {
-            **trunk,
-            **latent,
-            **moe,
-            "dense_hidden_dim": config.size("intermediate_size"),
-            "shared_expert_hidden_dim": config.size("n_shared_experts") * width,
-        },
-        router(config, moe["n_experts"], moe["top_k"]),
-        config.size("max_position_embeddings"),
-        frozenset(range(min(first, trunk["n_layers"]))),
-        interleaved=config.flag("rope_interleave", default=True),
-        extra_layers=config.size("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0, most=MOST_LAYERS),
+        "minimax_m2", **deepseek.minimax_m2(config, decoder, _moe(config, config.size("intermediate_size")))
     )
 
 
-def _deepseek_v2(config: Keys) -> Settings:
-    routers.require(config, "mlp_bias", False)
-    routers.require(config, "rope_interleave", True)
-    return _deepseek(config, "deepseek_v2", routers.softmax_in_groups)
-
-
-def _deepseek_v3(config: Keys) -> Settings:
-    return _deepseek(config, "deepseek_v3", routers.sigmoid_with_bias)
+def _dots1(config: Keys) -> Settings:
+    decoder, moe = _decoder(config, rope_theta=1e4, n_kv_heads=32), _moe(config, config.size("moe_intermediate_size"))
+    n_layers, window = decoder["n_layers"], _window(config, default=4096)
+    first = config.size("max_window_layers", default=62, least=0)
+    windows = [window if layer >= first else None for layer in range(n_layers)]
+    if config.get("layer_types") is not None:
+        windows = _windows(config, n_layers, window)
+    return Settings("dots1", **deepseek.dots1(config, decoder, moe, windows))
 
 
 _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
@@ -397,9 +423,14 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "qwen2_moe": _qwen2_moe,
-    "deepseek_v2": _deepseek_v2,
-    "deepseek_v3": _deepseek_v3,
-    "kimi_k2": _deepseek_v3,
+    "deepseek_v2": _latent("deepseek_v2", 1e4, deepseek.deepseek_v2),
+    "deepseek_v3": _latent("deepseek_v3", 1e4, deepseek.deepseek_v3),
+    "kimi_k2": _latent("deepseek_v3", 1e4, deepseek.deepseek_v3),
+    "glm4_moe_lite": _latent("glm4_moe_lite", 1e4, deepseek.glm4_moe_lite),
+    "glm4_moe": _glm4_moe,
+    "solar_open": _solar_open,
+    "dots1": _dots1,
+    "minimax_m2": _minimax_m2,
     "granitemoe": _granitemoe,
     "gpt_oss": _gpt_oss,
 }

@@ -34,7 +34,8 @@ def scored(
 
 def sigmoid_with_bias(config: Keys, n_experts: int, top_k: int) -> dict[str, Any]:
     """Of DeepSeek-V3 and those that took its router over."""
-    require(config, "scoring_func", "sigmoid")
+    if config.get("scoring_func") != "noaux_tc":  # so dots.llm1 calls it
+        require(config, "scoring_func", "sigmoid")
     require(config, "topk_method", "noaux_tc")
     config.need("norm_topk_prob")
     return scored(

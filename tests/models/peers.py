@@ -20,6 +20,11 @@ _PREFIXES = {
     "qwen3_moe": "Qwen3Moe",
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+    "glm4_moe": "Glm4Moe",
+    "glm4_moe_lite": "Glm4MoeLite",
+    "dots1": "Dots1",
+    "solar_open": "SolarOpen",
+    "minimax_m2": "MiniMaxM2",
     "granitemoe": "GraniteMoe",
     "gpt_oss": "GptOss",
 }
