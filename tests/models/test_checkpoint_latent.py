@@ -1,4 +1,4 @@
-"""models/checkpoint_latent.py, models/checkpoint_deepseek.py, models/checkpoint_router.py: DeepSeek's config.json."""
+"""models/checkpoint_latent.py, models/checkpoint_router.py: what the config.json of a DeepSeek model says."""
 
 from __future__ import annotations
 
