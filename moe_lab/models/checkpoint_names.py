@@ -163,7 +163,7 @@ def _of_experts(prefix: str, names: Sequence[str], n_experts: int, halves: Seque
     """All experts in one tensor, or one after the other; `halves`: the rows of each of two names."""
     if "{}" not in names[0]:
         return [Source(f"{prefix}.{names[0]}", form=form)]
-    parts = [(half,) for half in halves] or [()]
+    parts: list[tuple[slice, ...]] = [(half,) for half in halves] or [()]
     return [
         Source(f"{prefix}.{name.format(expert)}", (expert, *part))
         for expert in range(n_experts)
