@@ -361,7 +361,7 @@ def _multiplier(config: Keys, key: str) -> float:
 def _deepseek(config: Keys, model_type: str, router: Callable[[Keys, int, int], dict[str, Any]]) -> Settings:
     """Latent attention, first dense layers, then experts beside shared ones without a gate."""
     trunk, width = _trunk(config, 1e4), config.size("moe_intermediate_size")
-    latent, moe = read_latent(config, trunk["n_heads"], trunk["rope_scaling"]), _moe(config, width)
+    latent, moe = read_latent(config, trunk["n_heads"]), _moe(config, width)
     config.need("first_k_dense_replace")
     first = config.size("first_k_dense_replace", default=0, least=0)
     routers.require(config, "moe_layer_freq", 1)
@@ -378,7 +378,7 @@ def _deepseek(config: Keys, model_type: str, router: Callable[[Keys, int, int], 
         config.size("max_position_embeddings"),
         frozenset(range(min(first, trunk["n_layers"]))),
         interleaved=config.flag("rope_interleave", default=True),
-        extra_layers=config.size("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0),
+        extra_layers=config.size("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0, most=MOST_LAYERS),
     )
 
 

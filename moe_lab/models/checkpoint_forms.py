@@ -171,7 +171,7 @@ class Fp8Blocks(Form):
 def read_quantization(config: Keys) -> Fp8Blocks | Mxfp4 | None:
     """None for weights that are not quantised. Raises `ValueError` for a format that is not supported, by its name."""
     if config.get("compression_config"):
-        raise config.refuse("compression_config is not supported; use the bf16 weights.")
+        raise config.refuse("compression_config: quantised checkpoints of its kind are not supported; use bf16.")
     if not config.get("quantization_config"):
         return None
     quantization = config.part("quantization_config")
@@ -181,14 +181,14 @@ def read_quantization(config: Keys) -> Fp8Blocks | Mxfp4 | None:
         return Mxfp4(interleaved=True)
     if method != "fp8" or form not in ("e4m3", "float8_e4m3fn"):
         raise quantization.refuse(
-            f"quantization_config.quant_method={shown(method)} (fmt={shown(form)}) is not supported; supported: fp8 "
-            "(e4m3) in blocks, and mxfp4 of gpt_oss; use the bf16 weights."
+            f"quantization_config.quant_method={shown(method)} (fmt={shown(form)}): of quantised checkpoints only fp8 "
+            "(e4m3) in blocks and mxfp4 of gpt_oss are supported; use the bf16 weights."
         )
     block = quantization.get("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or not all(is_integer(n) and 0 < n < 1 << 20 for n in block):
         raise quantization.refuse(
-            f"quantization_config.weight_block_size={shown(block)} is not supported; it must be two sizes, as "
-            "[128, 128]; use the bf16 weights."
+            f"quantization_config.weight_block_size={shown(block)}: quantised matrices must have blocks of two "
+            "sizes, as [128, 128]; use the bf16 weights."
         )
     # What activations are rounded to and which matrices are not quantised: the files' own dtypes say the latter.
     for key in ("activation_scheme", "modules_to_not_convert", "ignored_layers", "scale_fmt"):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moe_lab.models.checkpoint_keys import Keys, shown
-from moe_lab.models.rope import yarn_growth
 
 
-def read_latent(config: Keys, n_heads: int, rope_scaling: dict[str, Any] | None) -> dict[str, Any]:
+def read_latent(config: Keys, n_heads: int) -> dict[str, Any]:
     """`head_dim`, `n_kv_heads` and `latent`. Raises `ValueError` for what is missing or contradicts itself."""
     nope, rope = config.size("qk_nope_head_dim"), config.size("qk_rope_head_dim")
     if rope % 2:
@@ -19,15 +18,12 @@ def read_latent(config: Keys, n_heads: int, rope_scaling: dict[str, Any] | None)
     if "q_lora_rank" not in config.content:
         raise config.refuse("there is no q_lora_rank; the configuration is incomplete. Download the file again.")
     q_rank = None if config.get("q_lora_rank") is None else config.size("q_lora_rank")
-    scaling = rope_scaling or {}
-    grown = yarn_growth(scaling["factor"], scaling["mscale_all_dim"]) if scaling.get("mscale_all_dim") else 1.0
     latent = {
         "nope_dim": nope,
         "rope_dim": rope,
         "v_dim": config.size("v_head_dim"),
         "kv_rank": config.size("kv_lora_rank"),
         "q_rank": q_rank,
-        "scale": grown**2,
         "bias": config.flag("attention_bias", default=False),
     }
     return {"head_dim": rope, "n_kv_heads": n_heads, "latent": latent}

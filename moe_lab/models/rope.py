@@ -59,8 +59,13 @@ def _yarn(f: Tensor, rotary_dim: int, theta: float, scaling: Mapping[str, Any]) 
     return kept * f + (1 - kept) * f / factor, _yarn_attention_factor(factor, scaling)
 
 
-def yarn_growth(factor: float, by: float) -> float:
-    """What YaRN makes attention stronger by; DeepSeek's scale of the softmax has the square of it, too."""
+def softmax_scale(scaling: Mapping[str, Any] | None) -> float:
+    """What latent attention scales the softmax by, beside 1/sqrt(d): the square of YaRN's growth by mscale_all_dim."""
+    by = scaling.get("mscale_all_dim") if scaling is not None else None
+    return _yarn_growth(scaling["factor"], by) ** 2 if scaling is not None and by else 1.0
+
+
+def _yarn_growth(factor: float, by: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
 
 
@@ -68,8 +73,8 @@ def _yarn_attention_factor(factor: float, scaling: Mapping[str, Any]) -> float:
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return yarn_growth(factor, scaling["mscale"]) / yarn_growth(factor, scaling["mscale_all_dim"])
-    return yarn_growth(factor, 1.0)
+        return _yarn_growth(factor, scaling["mscale"]) / _yarn_growth(factor, scaling["mscale_all_dim"])
+    return _yarn_growth(factor, 1.0)
 
 
 def rope_tables(

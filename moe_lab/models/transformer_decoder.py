@@ -19,7 +19,7 @@ from moe_lab.models.kv_cache import KVCache, LayerCache
 from moe_lab.models.latent_attention import LatentAttention
 from moe_lab.models.layers import AddRMSNorm, Embedding, Linear, SwiGLU
 from moe_lab.models.moe_layer import MoELayer
-from moe_lab.models.rope import Rope
+from moe_lab.models.rope import Rope, softmax_scale
 from moe_lab.routers.base import RouteContext, Routing
 
 
@@ -107,7 +107,7 @@ class TransformerDecoder(nn.Module):
 
         def make_attention(layer: int) -> Attention | LatentAttention:
             if latent is not None:
-                return LatentAttention(d_model, n_heads, **latent)
+                return LatentAttention(d_model, n_heads, scale=softmax_scale(rope_scaling), **latent)
             window = windows[layer] if windows is not None else None
             sizes = (d_model, n_heads, self.n_kv_heads, self.head_dim)
             return Attention(*sizes, qk_norm, norm_eps, window=window, **attention)

@@ -143,18 +143,34 @@ def checkpoint_warnings(cfg: DictConfig, model: Checkpoint) -> list[str]:
     if untrained := model.untrained():
         names = ", ".join(untrained)
         found.append(f"router={router}: the checkpoint has no {names} for this router; it is 0 in every layer.")
-    return found + ([] if (weights := _weights_warning(cfg)) is None else [weights])
+    key, node = "router", cfg.router
+    while isinstance(node.get("inner"), DictConfig):
+        key, node = f"{key}.inner", node.inner
+    if is_native(node):
+        return found
+    trained = checkpoint_config.read(cfg.model.path).router
+    warnings = (_sum_warning(router, key, node, trained), _scale_warning(router, key, node, trained))
+    return found + [text for text in warnings if text is not None]
 
 
-def _weights_warning(cfg: DictConfig) -> str | None:
+def _scale_warning(router: str, key: str, node: DictConfig, trained: Mapping[str, Any]) -> str | None:
+    """Where a router multiplies its weights by another number than the trained one."""
+    scale, wanted = node.get("scale", 1.0), trained.get("scale", 1.0)
+    if scale == wanted:
+        return None
+    remedy = f" {key}.scale={wanted:g} keeps the checkpoint's rule." if "scale" in node else ""
+    return (
+        f"router={router}: a token's weights are multiplied by {scale:g}, and those of the checkpoint's router by "
+        f"{wanted:g}; this alone changes the predictions.{remedy}"
+    )
+
+
+def _sum_warning(router: str, key: str, node: DictConfig, trained_router: Mapping[str, Any]) -> str | None:
     """Where a router's softmax weights sum to 1 and the trained ones do not, or the other way round.
 
     Their size alone changes the predictions, which would be taken for the price of the router's choice.
     """
-    trained = checkpoint_config.read(cfg.model.path).router.get("renormalize")
-    key, node = "router", cfg.router
-    while isinstance(node.get("inner"), DictConfig):
-        key, node = f"{key}.inner", node.inner
+    trained = trained_router.get("renormalize")
     is_softmax = node.get("score", "softmax") == "softmax"
     if trained is None or not is_softmax or node.get("renormalize", trained) == trained:
         return None
@@ -162,7 +178,7 @@ def _weights_warning(cfg: DictConfig) -> str | None:
     if trained:
         sums = "do not sum to 1, and those of the checkpoint's router do"
     return (
-        f"router={option_name(cfg.router)}: a token's weights {sums}; this alone changes the predictions. "
+        f"router={router}: a token's weights {sums}; this alone changes the predictions. "
         f"{key}.renormalize={str(trained).lower()} keeps the checkpoint's rule."
     )
 

@@ -17,10 +17,9 @@ from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.checkpoint_config import Settings, read
 from moe_lab.models.parameters import parameter_bytes
 from tests.models.checkpoints import complaint
+from tests.models.released import COMMON, LATENT
 from tests.routers.cases import make
 
-COMMON = {"hidden_act": "silu", "attention_dropout": 0.0, "output_router_logits": False, "tie_word_embeddings": False}
-COMMON |= {"torch_dtype": "bfloat16", "initializer_range": 0.02, "use_cache": True}
 RELEASED: dict[str, dict[str, Any]] = {
     "olmoe": {  # OLMoE-1B-7B-0924
         **COMMON,
@@ -121,7 +120,8 @@ def write(folder: Path, content: Any) -> Path:
 
 def settings(folder: Path, kind: str, **keys: Any) -> Settings:
     """Of the released model with some keys changed; ... removes one."""
-    content = {key: value for key, value in {**RELEASED[kind], **keys}.items() if value is not ...}
+    released = (RELEASED | LATENT)[kind]
+    content = {key: value for key, value in {**released, **keys}.items() if value is not ...}
     return read(write(folder, content))
 
 
@@ -139,13 +139,17 @@ def refusal(folder: Path, kind: str, **keys: Any) -> str:
         pytest.param("mixtral", 46_702_792_704, id="mixtral"),
         pytest.param("qwen2_moe", 14_315_784_192, id="qwen2_moe"),
         pytest.param("qwen3_moe", 30_532_122_624, id="qwen3_moe"),
+        pytest.param("deepseek_v2_lite", 15_706_484_224, id="deepseek_v2_lite"),
+        pytest.param("moonlight", 15_960_110_208 - 26 * 64, id="moonlight"),
+        pytest.param("deepseek_v3", 671_026_419_200 - 58 * 256, id="deepseek_v3"),
+        pytest.param("kimi_k2", 1_026_408_232_448 - 60 * 384, id="kimi_k2"),
     ],
 )
 def test_released_models_have_the_number_of_parameters_that_is_published(
     kind: str, n_parameters: int, tmp_path: Path
 ) -> None:
-    """From config.json alone, without storage."""
-    write(tmp_path, RELEASED[kind])
+    """From config.json alone, without storage; less the routers' biases, for the router here is another."""
+    write(tmp_path, (RELEASED | LATENT)[kind])
     with torch.device("meta"):
         model = Checkpoint(
             path=str(tmp_path), make_router=partial(make, "mixtral"), experts=Grouped(), implementation="auto"

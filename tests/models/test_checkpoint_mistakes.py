@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lab.models import checkpoint_config, checkpoint_weights
+from moe_lab.models import checkpoint_config, checkpoint_weights, transformer_decoder
+from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.checkpoint_names import Source
 from moe_lab.models.rope import Rope
 from tests.models.checkpoints import ids, load, save, trained
@@ -120,6 +121,39 @@ def zeroed(parameter: str) -> Plant:
     return plant
 
 
+def loaded(parameter: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Plant:
+    """One parameter of every layer is changed once it is loaded and in our order."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        load_parameters = Checkpoint.load_parameters
+
+        def changed(model: Checkpoint, parameters: Any) -> None:
+            load_parameters(model, parameters)
+            found = [tensor for name, tensor in parameters.items() if name.endswith(parameter)]
+            assert found
+            for tensor in found:
+                tensor.data.copy_(change(tensor.data.clone()))
+
+        patch.setattr(Checkpoint, "load_parameters", changed)
+
+    return plant
+
+
+def said(**keys: Any) -> Plant:
+    """The configuration is taken to say something else."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        read = checkpoint_config.read
+        patch.setattr(checkpoint_config, "read", lambda folder: replace(read(folder), **keys))
+
+    return plant
+
+
+def without_softmax_scale(patch: pytest.MonkeyPatch) -> None:
+    """mscale_all_dim is forgotten."""
+    patch.setattr(transformer_decoder, "softmax_scale", lambda scaling: 1.0)
+
+
 def gate_and_up_exchanged(patch: pytest.MonkeyPatch) -> None:
     """After loading: whatever the layout."""
     execute, plan = checkpoint_weights.execute, checkpoint_weights.plan
@@ -156,7 +190,53 @@ _OF_ALL = [
     ("rotation_order", turned_side_by_side),
     ("weights_not_renormalised", router(renormalize=False)),
 ]
+_OF_LATENT = [
+    ("gate_and_up_exchanged", gate_and_up_exchanged),
+    ("norms_exchanged", exchanged("attention_norm", "mlp_norm")),
+    ("rotation_order", said(interleaved=False)),
+    ("no_growth_of_the_softmax", without_softmax_scale),
+    ("plain_rope", setting(rope_scaling=None)),
+    ("query_norm_dropped", loaded("q_down_norm.weight", torch.ones_like)),
+    ("latent_norm_dropped", loaded("kv_down_norm.weight", torch.ones_like)),
+    ("key_before_the_latent", loaded("kv_down.weight", lambda w: w.roll(8, 0))),
+    ("values_before_keys", loaded("kv_up.weight", lambda w: w.unflatten(0, (4, 16)).roll(6, 1).flatten(0, 1))),
+    ("heads_turned_first", loaded("q_up.weight", lambda w: w.unflatten(0, (4, 14)).roll(8, 1).flatten(0, 1))),
+    ("latent_bias_dropped", loaded("kv_down.bias", torch.zeros_like)),
+    ("output_bias_dropped", loaded("attention.o.bias", torch.zeros_like)),
+    ("shared_experts_dropped", loaded("shared.mlp.down.weight", torch.zeros_like)),
+    ("shared_gate_and_up_exchanged", loaded("shared.mlp.gate_up.weight", lambda w: w.roll(len(w) // 2, 0))),
+    ("all_layers_sparse", said(dense_layers=frozenset())),
+    ("no_groups", router(n_groups=1, top_groups=1)),
+    ("weights_not_scaled", router(scale=1.0)),
+]
+_YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_OF_DEEPSEEK = {
+    "attention_bias": True,
+    "n_routed_experts": 6,
+    "n_group": 3,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "rope_parameters": {**_YARN, "mscale": 0.8, "mscale_all_dim": 0.8},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**_OF_DEEPSEEK, "topk_method": "group_limited_greedy", "topk_group": 1},
+    "deepseek_v3": _OF_DEEPSEEK,
+}
+"""With which a mistake has an effect, where that is not the plain model."""
 MISTAKES: dict[str, list[tuple[str, Plant]]] = {
+    "deepseek_v2": [
+        *_OF_LATENT,
+        ("weights_renormalised", router(renormalize=True)),
+        ("two_best_of_a_group", router(group_score="top2")),
+    ],
+    "deepseek_v3": [
+        *_OF_LATENT,
+        ("weights_not_renormalised", router(renormalize=False)),
+        ("best_of_a_group", router(group_score="max")),
+        ("weights_by_a_softmax", router(score="softmax")),
+        ("router_bias_dropped", loaded("router.bias_E", torch.zeros_like)),
+        ("router_bias_negated", loaded("router.bias_E", torch.neg)),
+    ],
     "granitemoe": [
         *_OF_ALL,
         ("no_embedding_multiplier", setting(embedding_scale=1.0)),
@@ -190,7 +270,7 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
 )
 def test_one_mistake_is_seen(kind: str, plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused by a key that does not fit, or in the logits by far more than the tolerance."""
-    peer, ids_BS = trained(kind), ids(2, 14)
+    peer, ids_BS = trained(kind, **SETTINGS.get(kind, {})), ids(2, 14)
     folder, want = save(peer, tmp_path), computed(peer, ids_BS).logits
     torch.testing.assert_close(load(folder)(ids_BS).y, want, rtol=0, atol=ATOL)
     plant(monkeypatch)

@@ -370,7 +370,8 @@ def test_what_is_not_trained_is_0_and_named(native: Checkpoint) -> None:
     assert native.untrained() == []
 
 
-WEIGHTS = "a token's weights sum to 1, and those of the checkpoint's router do not"
+WEIGHTS = "this alone changes the predictions"
+V3 = ["router=deepseek_v3", "router.n_groups=1", "router.top_groups=1"]
 
 
 @pytest.mark.parametrize(
@@ -383,7 +384,9 @@ WEIGHTS = "a token's weights sum to 1, and those of the checkpoint's router do n
         pytest.param(["router=top_p", "router.renormalize=false"], None, id="top_p-plain"),
         pytest.param(["router=capacity"], "router.inner.renormalize=false", id="inside"),
         pytest.param(["router=capacity", "router@router.inner=native"], None, id="native-inside"),
-        pytest.param(["router=deepseek_v3", "router.n_groups=1", "router.top_groups=1"], None, id="no-softmax"),
+        pytest.param(["router=minimax_m2"], None, id="no-softmax"),
+        pytest.param([*V3, "router.scale=2.5"], "router.scale=1 keeps", id="scale"),
+        pytest.param([*V3, "router.scale=1"], None, id="scale-of-1"),
         pytest.param(["router=expert_choice"], None, id="without-the-key"),
     ],
 )
