@@ -22,6 +22,7 @@ _PREFIXES = {
     "deepseek_v3": "DeepseekV3",
     "granitemoe": "GraniteMoe",
     "gpt_oss": "GptOss",
+    "phimoe": "Phimoe",
 }
 
 
