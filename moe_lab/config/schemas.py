@@ -172,6 +172,13 @@ class Sinkhorn(RouterOption):
 
 
 @dataclass
+class SparseMixer(RouterOption):
+    """Top-k one after the other, each weighted among its near rivals."""
+
+    jitter_eps: float
+
+
+@dataclass
 class ExpertChoice(RouterOption):
     """Every expert takes its best tokens."""
 
@@ -402,6 +409,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "softmax_topk": SoftmaxTopK,
         "scored_topk": ScoredTopK,
         "sinkhorn": Sinkhorn,
+        "sparse_mixer": SparseMixer,
         "expert_choice": ExpertChoice,
         "random": UniformRandom,
         "balancing_bias": BalancingBias,

@@ -15,7 +15,7 @@ from typing import Any
 from moe_lab.config.checks import MOST_LAYERS, head_mistake
 from moe_lab.models import checkpoint_deepseek as deepseek
 from moe_lab.models.checkpoint_forms import Fp8Blocks, Mxfp4, read_quantization
-from moe_lab.models.checkpoint_keys import Keys, read_object, shown
+from moe_lab.models.checkpoint_keys import Keys, is_number, read_object, shown
 from moe_lab.models.checkpoint_latent import read_latent
 from moe_lab.models.checkpoint_rope import read_partial_rope, read_rope
 
@@ -368,6 +368,40 @@ def _gpt_oss(config: Keys) -> Settings:
     )
 
 
+def _phimoe(config: Keys) -> Settings:
+    decoder, bias = _decoder(config, rope_theta=1e6, n_kv_heads=8), config.flag("attention_bias", default=False)
+    moe, window = _moe(config, config.size("intermediate_size")), _window(config)
+    routers.require(config, "num_experts_per_tok", 2)
+    rivals = config.get("router_jitter_noise", default=0.01)
+    if not is_number(rivals) or not 0 <= rivals <= 1:
+        raise config.refuse(
+            f"router_jitter_noise={shown(rivals)} must be a number from 0 to 1; download the file again."
+        )
+    config.get("input_jitter_noise")  # of training
+    longest, scaling = config.size("max_position_embeddings"), decoder["rope_scaling"]
+    if scaling is not None and scaling["rope_type"] == "longrope":
+        if len(scaling["short_factor"]) != decoder["head_dim"] // 2:
+            raise config.refuse(
+                f"short_factor has {len(scaling['short_factor'])} numbers instead of {decoder['head_dim'] // 2}, one "
+                "per pair of dimensions of a head; download the file again."
+            )
+        longest = min(longest, scaling["original_max_position_embeddings"])
+    return Settings(
+        "phimoe",
+        {
+            **decoder,
+            **moe,
+            "qkv_bias": bias,
+            "o_bias": bias,
+            "norm": "layer",
+            "head_bias": config.flag("lm_head_bias", default=False),
+            "windows": [window] * decoder["n_layers"],
+        },
+        {"_target_": "moe_lab.routers.sparse_mixer.SparseMixer", "jitter_eps": float(rivals)},
+        longest,
+    )
+
+
 def _multiplier(config: Keys, key: str) -> float:
     """A factor, 1 if the file does not have it."""
     return float(config.number(key) or 1)
@@ -433,4 +467,5 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "minimax_m2": _minimax_m2,
     "granitemoe": _granitemoe,
     "gpt_oss": _gpt_oss,
+    "phimoe": _phimoe,
 }

@@ -73,7 +73,8 @@ class Arranged(Form):
 
 def in_turns(rows: Tensor) -> Tensor:
     """Of rows [2F, ...], the gate's first, a view [F, 2, ...] that has gate and up in turns."""
-    return rows.unflatten(0, (2, -1)).transpose(0, 1)
+    turns: Tensor = rows.unflatten(0, (2, -1)).transpose(0, 1)
+    return turns
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ _ATTENTION |= {"kv_down": "kv_a_proj_with_mqa", "kv_down_norm": "kv_a_layernorm"
 _LAYER = {
     "attention_norm.weight": "input_layernorm.weight",
     "mlp_norm.weight": "post_attention_layernorm.weight",
+    "attention_norm.bias": "input_layernorm.bias",
+    "mlp_norm.bias": "post_attention_layernorm.bias",
     "mlp.down.weight": "mlp.down_proj.weight",
     "attention.sinks_H": "self_attn.sinks",
     "mlp.shared.gate.weight": "mlp.shared_expert_gate.weight",
@@ -26,6 +28,8 @@ WHOLE = {
     "embed.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
+    "norm.bias": "model.norm.bias",
+    "head.bias": "lm_head.bias",
 }
 _SHARED = ("mlp.shared_expert", "mlp.shared_experts")
 _GATE_UP = {"mlp.gate_up.weight": ("mlp",), "mlp.shared.mlp.gate_up.weight": _SHARED}
@@ -84,6 +88,7 @@ _LAYOUTS = {
             "block_sparse_moe.experts.down_proj",
         ),
     ),
+    "phimoe": (_COMMON[1], Layout("mlp.router.weight", _IN_ONE, "mlp.experts.down_proj")),
     "gpt_oss": (
         Layout(
             "mlp.router.weight",
@@ -163,7 +168,7 @@ def _of_experts(prefix: str, names: Sequence[str], n_experts: int, halves: Seque
     """All experts in one tensor, or one after the other; `halves`: the rows of each of two names."""
     if "{}" not in names[0]:
         return [Source(f"{prefix}.{names[0]}", form=form)]
-    parts = [(half,) for half in halves] or [()]
+    parts: list[tuple[slice, ...]] = [(half,) for half in halves] or [()]
     return [
         Source(f"{prefix}.{name.format(expert)}", (expert, *part))
         for expert in range(n_experts)

@@ -20,8 +20,11 @@ _READ: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
     "yarn": ("factor", _LENGTH),
+    "longrope": (_LENGTH, "short_mscale"),
 }
 """The keys that each kind cannot do without."""
+_LONG = ("short_factor", "long_factor", "long_mscale")
+"""More of longrope; the last two are of sequences that are longer than the original ones, which are not computed."""
 _OF_SOME_KIND = {*(key for keys in _READ.values() for key in keys), *_OPTIONAL, "truncate"}
 _OF_SOME_KIND |= {"attn_factor", "extrapolation_factor", "long_factor", "long_mscale", "mrope_interleaved"}
 _OF_SOME_KIND |= {"mrope_section", "short_factor", "short_mscale"}
@@ -44,7 +47,7 @@ def read_partial_rope(
     """As `read_rope`, and the share of a head's dimensions that is turned."""
     newer, older = config.part("rope_parameters"), config.part("rope_scaling")
     rope = older if older.content else newer
-    kind, theta = _kind(rope), _theta(rope, config, default_theta)
+    kind, theta = _kind(rope, config.get("model_type")), _theta(rope, config, default_theta)
     if older.content and newer.content:
         _require_agreement(newer, {**older.content, "rope_type": kind, "type": kind, "rope_theta": theta})
     share = rope.get("partial_rotary_factor", default=config.get("partial_rotary_factor", default=default_share))
@@ -64,13 +67,13 @@ def _theta(rope: Keys, config: Keys, default: float) -> float:
     return float(rope.number("rope_theta", least=1) or beside or default)
 
 
-def _kind(rope: Keys) -> str:
+def _kind(rope: Keys, model_type: Any) -> str:
     for key, value in rope.content.items():
         if isinstance(value, dict):
             raise rope.refuse(f"{rope.where}.{shown(key)}: RoPE by layer type is not supported.")
     old, new = rope.get("type"), rope.get("rope_type")
     kind = shown(new or old or "default")
-    if kind not in _READ:
+    if kind not in _READ or (kind == "longrope" and model_type != "phimoe"):
         raise rope.refuse(f"rope_type={kind} is not supported; supported: {', '.join(_READ)}.")
     if new is not None and old not in (None, "default", new):
         raise rope.refuse(f"rope_type={kind} and type={shown(old)} contradict each other; remove one of the two.")
@@ -96,6 +99,10 @@ def _scaling(rope: Keys, kind: str, longest: int, length_beside: float | None) -
     for key in [key for key in _READ[kind] if key != _LENGTH]:
         implied = longest / scaling[_LENGTH] if key == "factor" and kind == "yarn" else None
         scaling[key] = _number(rope, kind, key, default=implied)
+    if kind == "longrope":
+        scaling["short_factor"] = rope.get("short_factor")
+        for key in _LONG:
+            _require_factors(rope, key)
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise rope.refuse("rope_type=llama3: high_freq_factor must be more than low_freq_factor.")
     if kind == "yarn":
@@ -104,6 +111,16 @@ def _scaling(rope: Keys, kind: str, longest: int, length_beside: float | None) -
         if rope.get("truncate") is not None:
             scaling["truncate"] = rope.flag("truncate", default=True)
     return scaling
+
+
+def _require_factors(rope: Keys, key: str) -> None:
+    """Of longrope: a number for each pair of dimensions; `frequencies` needs as many as there are."""
+    values = rope.get(key)
+    numbers = values if isinstance(values, list) and key != "long_mscale" else [values]
+    if not all(is_number(each) and _LEAST <= each <= LARGEST_NUMBER for each in numbers):
+        raise rope.refuse(
+            f"rope_type=longrope: {key}={shown(values)} must be a number >= {_LEAST:g}, or a list of them."
+        )
 
 
 def _number(rope: Keys, kind: str, key: str, *, default: float | None = None, may_be_0: bool = False) -> float:

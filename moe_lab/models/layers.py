@@ -72,6 +72,27 @@ class AddRMSNorm(RMSNorm):
         self.implementation = "torch"
 
 
+class AddLayerNorm(nn.Module):
+    """As `AddRMSNorm`, of a LayerNorm with weight and bias, in plain torch."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        whole = x if residual is None else x + residual
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(whole, self.weight.shape, weight, bias, self.eps), whole
+
+
+def add_norm(kind: str, width: int, eps: float, implementation: str) -> AddRMSNorm | AddLayerNorm:
+    """The norm of this kind, rms or layer. Only the first has several implementations."""
+    assert kind in ("rms", "layer"), kind
+    return AddRMSNorm(width, eps, implementation) if kind == "rms" else AddLayerNorm(width, eps)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)); Shazeer, 2002.05202."""
 

@@ -17,7 +17,7 @@ from moe_lab.models import ForcedRouting, Output
 from moe_lab.models.attention import Attention
 from moe_lab.models.kv_cache import KVCache, LayerCache
 from moe_lab.models.latent_attention import LatentAttention
-from moe_lab.models.layers import AddRMSNorm, Embedding, Linear, SwiGLU
+from moe_lab.models.layers import Embedding, Linear, SwiGLU, add_norm
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.rope import Rope, softmax_scale
 from moe_lab.routers.base import RouteContext, Routing
@@ -34,12 +34,13 @@ class Block(nn.Module):
         norm_eps: float,
         implementation: str,
         residual_scale: float = 1.0,
+        norm: str = "rms",
     ):
         super().__init__()
         self.residual_scale = residual_scale
-        self.attention_norm = AddRMSNorm(d_model, norm_eps, implementation)
+        self.attention_norm = add_norm(norm, d_model, norm_eps, implementation)
         self.attention = attention
-        self.mlp_norm = AddRMSNorm(d_model, norm_eps, implementation)
+        self.mlp_norm = add_norm(norm, d_model, norm_eps, implementation)
         self.mlp = mlp
 
     def forward(
@@ -70,7 +71,8 @@ class TransformerDecoder(nn.Module):
     A checkpoint may ask for more: `rope_scaling` and `rotary_dim` (see `rope`), the options of `Attention`, `windows`,
     the attention window of each layer, and `latent`, the options of `LatentAttention`, which is then every layer's.
     `embedding_scale`, `residual_scale` and `logits_scale` multiply the embedding, what each sublayer adds, and the
-    logits (Granite). `max_positions` is how long a sequence the model is made for, None for any.
+    logits (Granite). `norm` is rms or layer, and `head_bias` a bias of the head (Phi). `max_positions` is how long a
+    sequence the model is made for, None for any.
     """
 
     max_positions: int | None = None
@@ -97,6 +99,8 @@ class TransformerDecoder(nn.Module):
         embedding_scale: float = 1.0,
         residual_scale: float = 1.0,
         logits_scale: float = 1.0,
+        norm: str = "rms",
+        head_bias: bool = False,
         **attention: Any,
     ):
         super().__init__()
@@ -113,11 +117,11 @@ class TransformerDecoder(nn.Module):
             return Attention(*sizes, qk_norm, norm_eps, window=window, **attention)
 
         self.layers = nn.ModuleList(
-            Block(make_attention(layer), self.make_mlp(layer), d_model, norm_eps, implementation, residual_scale)
+            Block(make_attention(layer), self.make_mlp(layer), d_model, norm_eps, implementation, residual_scale, norm)
             for layer in range(n_layers)
         )
-        self.norm = AddRMSNorm(d_model, norm_eps, implementation)
-        self.head, self.logits_scale = Linear(d_model, vocab_size), logits_scale
+        self.norm = add_norm(norm, d_model, norm_eps, implementation)
+        self.head, self.logits_scale = Linear(d_model, vocab_size, bias=head_bias), logits_scale
         if tie_embeddings:
             self.head.weight = self.embed.weight
 

@@ -14,7 +14,7 @@ from moe_lab.models import Output
 from moe_lab.models.attention import Attention
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.latent_attention import LatentAttention
-from moe_lab.models.layers import AddRMSNorm
+from moe_lab.models.layers import AddLayerNorm, AddRMSNorm
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import reference_twin
 from moe_lab.models.serving import Decode
@@ -107,6 +107,8 @@ class Built:
         for module in self.model.modules():
             if isinstance(module, AddRMSNorm):
                 ran["add_rms_norm"] = module.implementation
+            elif isinstance(module, AddLayerNorm):
+                ran["add_layer_norm"] = "torch"
             elif isinstance(module, Attention) and self.decodes:
                 ran["attention"] = "triton" if module.fuses else "torch"
             elif isinstance(module, LatentAttention) and self.decodes:

@@ -20,7 +20,7 @@ from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.parameters import initialize, without_storage
 from tests.models.peers import peer_model
 
-KINDS: tuple[str, ...] = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss")
+KINDS: tuple[str, ...] = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "phimoe")
 KINDS += ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "solar_open", "minimax_m2")
 VOCAB, D, HEADS, LAYERS, E, K, F = 97, 32, 4, 2, 5, 2, 24
 _COMMON = {
@@ -90,6 +90,22 @@ _OWN = {
         "residual_multiplier": 0.6,
         "logits_scaling": 1.6,
         "attention_multiplier": 0.2,
+    },
+    "phimoe": {
+        "num_local_experts": E,
+        "intermediate_size": F,
+        "router_jitter_noise": 0.3,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0, 1.5, 2.0, 3.0],
+            "long_factor": [2.0, 3.0, 4.0, 9.0],
+            "short_mscale": 1.3,
+            "long_mscale": 1.7,
+        },
     },
     "gpt_oss": {
         "num_local_experts": E,

@@ -27,6 +27,7 @@ _PREFIXES = {
     "minimax_m2": "MiniMaxM2",
     "granitemoe": "GraniteMoe",
     "gpt_oss": "GptOss",
+    "phimoe": "Phimoe",
 }
 
 

@@ -212,6 +212,14 @@ CHANGED = [
     case("gpt_oss", "truncated_yarn", rope_parameters=YARN | {"truncate": True}),
     case("gpt_oss", "tied", tie_word_embeddings=True),
     case("gpt_oss", "eps", rms_norm_eps=0.3),
+    case("phimoe", "no_attention_biases", attention_bias=False),
+    case("phimoe", "no_head_bias", lm_head_bias=False),
+    case("phimoe", "more_rivals", router_jitter_noise=1.0),
+    case("phimoe", "no_rivals", router_jitter_noise=0.0),
+    case("phimoe", "window", sliding_window=4),
+    case("phimoe", "eps", rms_norm_eps=0.3),
+    case("phimoe", "one_key_head", num_key_value_heads=1),
+    case("phimoe", "no_scaling", rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
 ]
 """The settings that change what an architecture computes."""
 

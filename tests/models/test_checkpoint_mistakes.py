@@ -287,6 +287,15 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("logits_multiplied", setting(logits_scale=1.6)),
         ("usual_attention_scale", setting(scale=None)),
     ],
+    "phimoe": [
+        *_OF_ALL[:-1],
+        ("root_mean_square_norm", setting(norm="rms")),
+        ("norm_bias_dropped", zeroed("mlp_norm.bias")),
+        ("last_norm_bias_dropped", zeroed("norm.bias")),
+        ("head_bias_dropped", zeroed("head.bias")),
+        ("no_scaling_of_rope", setting(rope_scaling=None)),
+        ("other_rivals", router(jitter_eps=0.01)),
+    ],
     "gpt_oss": [
         *_OF_ALL,
         ("no_sinks", setting(sinks=False)),

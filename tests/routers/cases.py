@@ -60,6 +60,7 @@ CASES: dict[str, NewRouter] = {
     "gate-bias": partial(ready, partial(make, "gpt_oss")),
     "sinkhorn": partial(make, "sinkhorn"),
     "sinkhorn-plain": partial(make, "sinkhorn", renormalize=False),
+    "sparse-mixer": partial(make, "sparse_mixer", jitter_eps=0.2),
     "sigmoid-bias": partial(ready, partial(SCORED, bias=True, scale=2.5)),
     "softmax-bias": partial(ready, partial(SCORED, score="softmax", bias=True, renormalize=False)),
     "sqrt-softplus": partial(ready, partial(SCORED, score="sqrt_softplus")),
