@@ -14,6 +14,7 @@ from typing import Any
 
 from moe_lab.config.checks import MOST_LAYERS, head_mistake
 from moe_lab.models import checkpoint_deepseek as deepseek
+from moe_lab.models import checkpoint_router as routers
 from moe_lab.models.checkpoint_forms import Fp8Blocks, Mxfp4, read_quantization
 from moe_lab.models.checkpoint_keys import Keys, is_number, read_object, shown
 from moe_lab.models.checkpoint_latent import read_latent
