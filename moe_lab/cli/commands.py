@@ -48,13 +48,18 @@ def _compare(arguments: list[str]) -> int:
 
 
 def _list(arguments: list[str]) -> int:
-    from moe_lab.cli import implementations, listing
+    from moe_lab.cli import architectures, implementations, listing
 
     parser = Parser(prog="moe-lab list", description="List the options of each group.")
-    parser.add_argument("group", nargs="*", help="router, model, experts, ... (default: all groups)")
+    parser.add_argument("group", nargs="*", help="router, model, experts, ..., architectures (default: all groups)")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     parser.add_argument("--json", action="store_true", help=_JSON)
     given = parser.parse_args(arguments)
+    if len(given.group) == 1 and given.group[0] in architectures.NAMES:
+        if given.config_dir:
+            raise ValueError("list architectures: --config-dir: has no effect; remove it.")
+        architectures.show(json=given.json)
+        return OK
     described = implementations.GROUPS.get(given.group[0]) if len(given.group) == 1 else None
     if described is not None:
         if given.config_dir:
@@ -63,6 +68,12 @@ def _list(arguments: list[str]) -> int:
     else:
         listing.show(given.group, given.config_dir, json=given.json)
     return OK
+
+
+def _inspect(arguments: list[str]) -> int:
+    from moe_lab.cli import inspect
+
+    return inspect.main(arguments)
 
 
 def _generate(arguments: list[str]) -> int:
@@ -129,6 +140,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plot": _plot,
     "compare": _compare,
     "generate": _generate,
+    "inspect": _inspect,
     "export": _export,
     "list": _list,
     "doctor": _doctor,

@@ -460,7 +460,7 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "qwen2_moe": _qwen2_moe,
     "deepseek_v2": _latent("deepseek_v2", 1e4, deepseek.deepseek_v2),
     "deepseek_v3": _latent("deepseek_v3", 1e4, deepseek.deepseek_v3),
-    "kimi_k2": _latent("deepseek_v3", 1e4, deepseek.deepseek_v3),
+    "kimi_k2": _latent("kimi_k2", 1e4, deepseek.deepseek_v3),
     "glm4_moe_lite": _latent("glm4_moe_lite", 1e4, deepseek.glm4_moe_lite),
     "glm4_moe": _glm4_moe,
     "solar_open": _solar_open,

@@ -1,0 +1,62 @@
+"""The architectures of checkpoints that can be read, for people: what each covers, and what of it is tested.
+
+Imports no torch. `checkpoint_config` reads them; a test holds the two, and the tests' checkpoints, to each other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_LIKE_TRANSFORMERS = "logits, experts chosen, prefill, decode and greedy tokens, against transformers"
+_PUBLISHED = "logits as deepseek_v3; its own config.json is read in a test"
+
+
+class Architecture(NamedTuple):
+    """A `model_type` of config.json, the released models that have it, what is unusual, and what is tested.
+
+    Tested are tiny models with random weights; no released weights are part of the tests.
+    """
+
+    model_type: str
+    models: str
+    unusual: str
+    tested: str = _LIKE_TRANSFORMERS
+
+
+ARCHITECTURES = (
+    Architecture(
+        "olmoe",
+        "OLMoE-1B-7B",
+        "one norm of all queries and one of all keys",
+        f"{_LIKE_TRANSFORMERS}; also trained weights (assets/tiny-olmoe)",
+    ),
+    Architecture("mixtral", "Mixtral-8x7B, 8x22B", "may have a window"),
+    Architecture("qwen2_moe", "Qwen1.5-MoE, Qwen2-57B-A14B", "shared expert with a gate, windows, biases"),
+    Architecture("qwen3_moe", "Qwen3-30B-A3B, 235B-A22B", "norm of each head, dense layers"),
+    Architecture(
+        "deepseek_v2", "DeepSeek-V2, V2-Lite", "latent attention, dense layers, shared experts, groups of experts"
+    ),
+    Architecture(
+        "deepseek_v3",
+        "DeepSeek-V3, R1, Moonlight",
+        "latent attention, dense layers, shared experts, sigmoid router with a bias and groups, fp8 blocks",
+    ),
+    Architecture("kimi_k2", "Kimi-K2", "as deepseek_v3", _PUBLISHED),
+    Architecture("glm4_moe", "GLM-4.5, 4.5-Air, 4.6, 4.7", "half of each head turned, router as deepseek_v3"),
+    Architecture("glm4_moe_lite", "GLM-4.7-Flash", "as deepseek_v3"),
+    Architecture("dots1", "dots.llm1", "norm of each head, router as deepseek_v3"),
+    Architecture("solar_open", "Solar-Open-100B", "router as deepseek_v3"),
+    Architecture("minimax_m2", "MiniMax-M2", "half of each head turned, sigmoid router with a bias, fp8 blocks"),
+    Architecture("granitemoe", "Granite-3.x MoE", "multipliers of embedding, attention, residual and logits"),
+    Architecture(
+        "gpt_oss", "gpt-oss-20b, 120b", "attention sinks, windows, experts with biases and a clamped gate, MXFP4"
+    ),
+    Architecture("phimoe", "Phi-3.5-MoE", "LayerNorm with a bias, LongRoPE, sparse mixer as the router"),
+)
+
+_BY_TYPE = {each.model_type: each for each in ARCHITECTURES}
+
+
+def of_type(model_type: str) -> Architecture | None:
+    """The architecture of this `model_type`; None for one that cannot be read."""
+    return _BY_TYPE.get(model_type)
