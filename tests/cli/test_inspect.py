@@ -67,8 +67,8 @@ def test_the_lines_of_the_small_checkpoint(capsys: pytest.CaptureFixture[str]) -
         pytest.param(
             LATENT["deepseek_v3"],
             {
-                "attention": "latent of rank 512 with 64 turned, queries of rank 1536; 128 heads of 128 + 64, values of "
-                "128",
+                "attention": "latent of rank 512 with 64 turned, queries of rank 1536; 128 heads of 128 + 64, "
+                "values of 128",
                 "weights": "fp8 with a scale per 128x128 block; dequantised as they are loaded",
                 "not_loaded": "1 layer that predict further tokens, if the files have them",
                 "parameters": "671 billion",
