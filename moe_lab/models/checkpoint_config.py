@@ -15,7 +15,7 @@ from typing import Any
 from moe_lab.config.checks import MOST_LAYERS, head_mistake
 from moe_lab.models import checkpoint_router as routers
 from moe_lab.models.checkpoint_forms import Fp8Blocks, Mxfp4, read_quantization
-from moe_lab.models.checkpoint_keys import Keys, is_number, read_object, shown
+from moe_lab.models.checkpoint_keys import Keys, is_integer, is_number, read_object, shown
 from moe_lab.models.checkpoint_latent import read_latent
 from moe_lab.models.checkpoint_rope import read_rope
 
@@ -186,8 +186,10 @@ def _decoder(config: Keys, *, rope_theta: float, n_kv_heads: int | None) -> dict
 
 def _moe(config: Keys, hidden_dim: int) -> dict[str, Any]:
     """The routed experts, of which each is `hidden_dim` wide; what only some architectures have is `_PLAIN`."""
-    n_experts = config.size("num_experts", "num_local_experts", "n_routed_experts", most=_MOST_EXPERTS)
-    top_k = config.size("num_experts_per_tok")
+    n_experts = config.size(
+        "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", most=_MOST_EXPERTS
+    )
+    top_k = config.size("num_experts_per_tok", "moe_k")
     if top_k > n_experts:
         raise config.refuse(
             f"num_experts_per_tok={top_k} is more than the {n_experts} experts; download the file again."
@@ -387,6 +389,41 @@ def _phimoe(config: Keys) -> Settings:
     )
 
 
+def _ernie4_5_moe(config: Keys) -> Settings:
+    decoder, width = _decoder(config, rope_theta=5e5, n_kv_heads=4), config.size("moe_intermediate_size")
+    for key, value in (("use_bias", False), ("moe_gate", "topk"), ("moe_use_aux_free", True)):
+        routers.require(config, key, value)
+    config.get("moe_capacity")  # of training: no token is dropped
+    if (least := config.number("moe_norm_min") or 1e-12) > 1e-9:
+        raise config.refuse(
+            f"moe_norm_min={least:g} is not supported; weights are divided by their sum, whatever it is."
+        )
+    first, interval = (config.size(f"moe_layer_{key}", default=1, least=0) for key in ("start_index", "interval"))
+    last = config.get("moe_layer_end_index", default=-1)
+    if not is_integer(last) or last < -1 or interval < 1:
+        raise config.refuse(
+            f"moe_layer_end_index={shown(last)} must be the number of a layer or -1, and moe_layer_interval={interval} "
+            "at least 1; download the file again."
+        )
+    layers = range(decoder["n_layers"])
+    sparse = {i for i in layers if (i + 1) % interval == 0 and i >= first and (last == -1 or i <= last)}
+    return Settings(
+        "ernie4_5_moe",
+        {
+            **decoder,
+            **_moe(config, width),
+            "tie_embeddings": config.flag("tie_word_embeddings", default=True),
+            "dense_hidden_dim": config.size("intermediate_size"),
+            "shared_expert_hidden_dim": config.size("moe_num_shared_experts", default=2, least=0) * width,
+        },
+        routers.scored(score="softmax", bias=True, renormalize=True),
+        config.size("max_position_embeddings"),
+        frozenset(layers) - sparse,
+        interleaved=True,
+        extra_layers=config.size("num_nextn_predict_layers", default=0, least=0, most=MOST_LAYERS),
+    )
+
+
 def _multiplier(config: Keys, key: str) -> float:
     """A factor, 1 if the file does not have it."""
     return float(config.number(key) or 1)
@@ -437,4 +474,5 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "granitemoe": _granitemoe,
     "gpt_oss": _gpt_oss,
     "phimoe": _phimoe,
+    "ernie4_5_moe": _ernie4_5_moe,
 }

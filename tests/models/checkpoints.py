@@ -20,7 +20,18 @@ from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.parameters import initialize, without_storage
 from tests.models.peers import peer_model
 
-KINDS = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "granitemoe", "gpt_oss", "phimoe")
+KINDS = (
+    "olmoe",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "granitemoe",
+    "gpt_oss",
+    "phimoe",
+    "ernie4_5_moe",
+)
 VOCAB, D, HEADS, LAYERS, E, K, F = 97, 32, 4, 2, 5, 2, 24
 _COMMON = {
     "vocab_size": VOCAB,
@@ -89,6 +100,15 @@ _OWN = {
             "short_mscale": 1.3,
             "long_mscale": 1.7,
         },
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": E,
+        "moe_k": K,
+        "moe_intermediate_size": F,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": False,
+        "num_experts_per_tok": K,
     },
     "gpt_oss": {
         "num_local_experts": E,

@@ -23,6 +23,7 @@ _PREFIXES = {
     "granitemoe": "GraniteMoe",
     "gpt_oss": "GptOss",
     "phimoe": "Phimoe",
+    "ernie4_5_moe": "Ernie4_5_Moe",
 }
 
 
