@@ -184,12 +184,12 @@ def _decoder(config: Keys, *, rope_theta: float, n_kv_heads: int | None) -> dict
     return {**trunk, "n_kv_heads": n_kv_heads, "head_dim": head_dim or d_model // n_heads}
 
 
-def _moe(config: Keys, hidden_dim: int) -> dict[str, Any]:
+def _moe(config: Keys, hidden_dim: int, top_k: int | None = None) -> dict[str, Any]:
     """The routed experts, of which each is `hidden_dim` wide; what only some architectures have is `_PLAIN`."""
     n_experts = config.size(
         "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", most=_MOST_EXPERTS
     )
-    top_k = config.size("num_experts_per_tok", "moe_k")
+    top_k = top_k or config.size("num_experts_per_tok", "moe_k")
     if top_k > n_experts:
         raise config.refuse(
             f"num_experts_per_tok={top_k} is more than the {n_experts} experts; download the file again."
@@ -424,6 +424,41 @@ def _ernie4_5_moe(config: Keys) -> Settings:
     )
 
 
+def _hunyuan_v1_moe(config: Keys) -> Settings:
+    decoder, width = _decoder(config, rope_theta=1e4, n_kv_heads=None), config.size("intermediate_size")
+    bias = config.flag("attention_bias", default=False)
+    # What may be said layer by layer has to be the same in all; the widths that transformers does not read agree.
+    top_k = _of_all_layers(config, "moe_topk", "num_experts_per_tok")
+    for key, value in (("moe_intermediate_size", width), ("num_shared_expert", 1)):
+        if config.get(key) is not None and _of_all_layers(config, key) != value:
+            raise config.refuse(f"{key} is not supported with another value than {value}.")
+    for key, value in (("use_qk_norm", True), ("use_cla", False), ("moe_layer_num_skipped", 0), ("norm_type", "rms")):
+        routers.require(config, key, value)
+    return Settings(
+        "hunyuan_v1_moe",
+        {
+            **decoder,
+            **_moe(config, width, top_k),
+            "shared_expert_hidden_dim": width,
+            "qk_norm": "head",
+            "turn_first": True,
+            "qkv_bias": bias,
+            "o_bias": bias,
+        },
+        _softmax_topk(renormalize=True),
+        config.size("max_position_embeddings"),
+    )
+
+
+def _of_all_layers(config: Keys, *names: str) -> int:
+    """A size, once or once for each layer, which must be the same."""
+    value = config.need(*names)
+    sizes = set(value) if isinstance(value, list) and all(map(is_integer, value)) else {value}
+    if len(sizes) != 1 or not is_integer(only := sizes.pop()) or only < 1:
+        raise config.refuse(f"{names[0]}={shown(value)} must be one integer >= 1, the same in all layers.")
+    return int(only)
+
+
 def _multiplier(config: Keys, key: str) -> float:
     """A factor, 1 if the file does not have it."""
     return float(config.number(key) or 1)
@@ -475,4 +510,5 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "gpt_oss": _gpt_oss,
     "phimoe": _phimoe,
     "ernie4_5_moe": _ernie4_5_moe,
+    "hunyuan_v1_moe": _hunyuan_v1_moe,
 }

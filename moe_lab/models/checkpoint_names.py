@@ -31,7 +31,7 @@ WHOLE = {
     "norm.bias": "model.norm.bias",
     "head.bias": "lm_head.bias",
 }
-_SHARED = ("mlp.shared_expert", "mlp.shared_experts")
+_SHARED = ("mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp")
 _GATE_UP = {"mlp.gate_up.weight": ("mlp",), "mlp.shared.mlp.gate_up.weight": _SHARED}
 _BIAS = ("mlp.gate", "block_sparse_moe", "mlp")
 """What has the `e_score_correction_bias` of a router."""
@@ -88,6 +88,7 @@ _LAYOUTS = {
             "block_sparse_moe.experts.down_proj",
         ),
     ),
+    "hunyuan_v1_moe": tuple(layout._replace(gate="mlp.gate.wg.weight") for layout in (_COMMON[0], _COMMON[2])),
     "phimoe": (_COMMON[1], Layout("mlp.router.weight", _IN_ONE, "mlp.experts.down_proj")),
     "gpt_oss": (
         Layout(
@@ -133,6 +134,8 @@ def sources(name: str, shape: Sequence[int], model: str = "") -> list[list[Sourc
         return [[Source(f"{prefix}.{_LAYER[rest]}")]]
     if rest.startswith("attention."):
         _, part, kind = rest.split(".")
+        if model == "hunyuan_v1_moe" and part in ("q_norm", "k_norm"):
+            return [[Source(f"{prefix}.self_attn.{'query' if part == 'q_norm' else 'key'}_layernorm.{kind}")]]
         return [[Source(f"{prefix}.self_attn.{_ATTENTION[part]}.{kind}")]]
     if rest in _GATE_UP:
         half = shape[0] // 2

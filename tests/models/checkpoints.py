@@ -110,6 +110,13 @@ _OWN = {
         "tie_word_embeddings": False,
         "num_experts_per_tok": K,
     },
+    "hunyuan_v1_moe": {
+        "num_experts": E,
+        "moe_topk": K,
+        "num_experts_per_tok": K,
+        "intermediate_size": F,
+        "head_dim": 8,
+    },
     "gpt_oss": {
         "num_local_experts": E,
         "intermediate_size": F,

@@ -257,6 +257,12 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("no_shared_experts", setting(shared_expert_hidden_dim=0)),
         ("rotation_of_halves", not_interleaved),
     ],
+    "hunyuan_v1_moe": [
+        *_OF_ALL,
+        ("norms_before_the_rotation", setting(turn_first=False)),
+        ("no_shared_expert", setting(shared_expert_hidden_dim=0)),
+        ("query_norm_dropped", zeroed("q_norm.weight")),
+    ],
     "phimoe": [
         *_OF_ALL[:-1],
         ("root_mean_square_norm", setting(norm="rms")),
