@@ -68,17 +68,27 @@ class Checkpoint(DecoderMoE):
         else:  # a router's own, beside weights that are shared with another model
             keys = {source.key for name in wanted for layout in sources(name, (), settings.layout) for source in layout}
             tensors = {key: tensor for key, tensor in tensors.items() if key in keys}
-        n_layers, has_bias = settings.decoder["n_layers"], bool(settings.router.get("bias"))
-        unused = partial(is_unused, n_layers=n_layers, extra_layers=settings.extra_layers, has_bias=has_bias)
-        tied = self.head.weight is self.embed.weight
-        copies = checkpoint_weights.plan(
-            wanted, tensors, tied, unused=unused, blocks=settings.blocks, model=settings.layout
-        )
-        checkpoint_weights.execute(copies)
+        checkpoint_weights.execute(self.plan(wanted, tensors))
         latent, rotary_dim = settings.decoder.get("latent"), settings.decoder.get("rotary_dim")
         order = order_of(self.head_dim, rotary_dim or self.head_dim, settings.interleaved)
         head_dim = latent["nope_dim"] + latent["rope_dim"] if latent else self.head_dim
         reorder(wanted, order, head_dim, latent["kv_rank"] + latent["rope_dim"] if latent else 0)
+
+    def plan(
+        self, parameters: Mapping[str, Tensor], tensors: Mapping[str, checkpoint_weights.Found]
+    ) -> list[checkpoint_weights.Copy]:
+        """Which of the files' tensors goes where. Raises `ValueError` as `checkpoint_weights.plan`."""
+        settings = self._settings
+        unused = partial(
+            is_unused,
+            n_layers=settings.decoder["n_layers"],
+            extra_layers=settings.extra_layers,
+            has_bias=bool(settings.router.get("bias")),
+        )
+        tied = self.head.weight is self.embed.weight
+        return checkpoint_weights.plan(
+            parameters, tensors, tied, unused=unused, blocks=settings.blocks, model=settings.layout
+        )
 
     def _trained_biases(self) -> set[str]:
         """The names of the routers' biases that the files have: those of routers with the trained one's score."""

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.config.checks import MOST_LAYERS, head_mistake
+from moe_lab.models import checkpoint_deepseek as deepseek
 from moe_lab.models import checkpoint_router as routers
+from moe_lab.models import checkpoint_variants as variants
+from moe_lab.models import checkpoint_windows as windows
 from moe_lab.models.checkpoint_forms import Fp8Blocks, Mxfp4, read_quantization
-from moe_lab.models.checkpoint_keys import Keys, is_integer, is_number, read_object, shown
+from moe_lab.models.checkpoint_keys import Keys, read_object, shown
 from moe_lab.models.checkpoint_latent import read_latent
-from moe_lab.models.checkpoint_rope import read_rope
+from moe_lab.models.checkpoint_rope import read_partial_rope, read_rope
 
 CONFIG = "config.json"
 _NO_EFFECT = {
@@ -61,7 +64,6 @@ _WITHOUT = {
 }
 """Keys of other architectures, each with the value that means that a model does not have what it is about."""
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PLAIN = {"qk_norm": "none", "shared_expert_hidden_dim": 0, "shared_expert_gate": False, "dense_hidden_dim": None}
 _MOST_EXPERTS = 100_000
 
@@ -155,9 +157,8 @@ def ids_of(keys: Keys, vocab_size: int) -> frozenset[int]:
     return ends
 
 
-def _trunk(config: Keys, rope_theta: float) -> dict[str, Any]:
-    """What every decoder has, whatever its attention; `rope_theta` is the architecture's default."""
-    theta, scaling = read_rope(config, rope_theta)
+def _trunk(config: Keys, theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """What every decoder has, whatever its attention."""
     return {
         "vocab_size": config.size("vocab_size"),
         "d_model": config.size("hidden_size"),
@@ -170,9 +171,25 @@ def _trunk(config: Keys, rope_theta: float) -> dict[str, Any]:
     }
 
 
+def _partial_decoder(config: Keys, *, rope_theta: float, n_kv_heads: int, share: float) -> dict[str, Any]:
+    """As `_decoder`, where RoPE turns a part of each head; `share` is the architecture's default."""
+    theta, scaling, share = read_partial_rope(config, rope_theta, share)
+    decoder = _grouped_decoder(config, _trunk(config, theta, scaling), n_kv_heads)
+    rotary_dim = int(decoder["head_dim"] * share)
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise config.refuse(
+            f"partial_rotary_factor={share:g} turns {rotary_dim} of the {decoder['head_dim']} dimensions of a head; it "
+            "must be an even number."
+        )
+    return {**decoder, "rotary_dim": rotary_dim}
+
+
 def _decoder(config: Keys, *, rope_theta: float, n_kv_heads: int | None) -> dict[str, Any]:
     """A decoder with grouped-query attention; `rope_theta` and `n_kv_heads` are the architecture's defaults."""
-    trunk = _trunk(config, rope_theta)
+    return _grouped_decoder(config, _trunk(config, *read_rope(config, rope_theta)), n_kv_heads)
+
+
+def _grouped_decoder(config: Keys, trunk: dict[str, Any], n_kv_heads: int | None) -> dict[str, Any]:
     d_model, n_heads = trunk["d_model"], trunk["n_heads"]
     if n_kv_heads is None or "num_key_value_heads" in config.content:  # null: as many as there are heads
         n_kv_heads = n_heads
@@ -197,10 +214,6 @@ def _moe(config: Keys, hidden_dim: int, top_k: int | None = None) -> dict[str, A
     return {"mlp_hidden_dim": hidden_dim, "n_experts": n_experts, "top_k": top_k, **_PLAIN}
 
 
-def _softmax_topk(renormalize: bool) -> dict[str, Any]:
-    return {"_target_": "moe_lab.routers.softmax_topk.SoftmaxTopK", "renormalize": renormalize, "gate_bias": False}
-
-
 def _dense_layers(config: Keys, n_layers: int) -> frozenset[int]:
     """Of the Qwen models: those named, and those between every `decoder_sparse_step`-th."""
     if not isinstance(named := config.get("mlp_only_layers", default=[]), list):
@@ -209,41 +222,12 @@ def _dense_layers(config: Keys, n_layers: int) -> frozenset[int]:
     return frozenset(layer for layer in range(n_layers) if layer in named or (layer + 1) % step)
 
 
-def _window(config: Keys, default: int | None = None) -> int | None:
-    """How many tokens a token of a sliding layer sees; None: all before it."""
-    if "sliding_window" not in config.content:
-        return default
-    return None if config.get("sliding_window") is None else config.size("sliding_window")
-
-
-def _switched_window(config: Keys) -> int | None:
-    """Of the Qwen models: as `_window`, if `use_sliding_window`."""
-    config.get("max_window_layers")  # of Qwen3 it changes nothing
-    if config.flag("use_sliding_window", default=False):
-        return _window(config, default=4096)
-    config.get("sliding_window")  # how it would be
-    return None
-
-
-def _windows(config: Keys, n_layers: int, window: int | None, below: int | None = None) -> list[int | None]:
-    """Layer by layer, as `layer_types` says; without it of every other layer, the first one included, `below` one."""
-    kinds = config.get("layer_types")
-    if kinds is None:
-        slides = [i % 2 == 0 and (below is None or i < below) for i in range(n_layers)]
-        kinds = ["sliding_attention" if each else "full_attention" for each in slides]
-    if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= _LAYER_TYPES:
-        raise config.refuse(
-            f"layer_types={shown(kinds)} must have one of {sorted(_LAYER_TYPES)} per layer ({n_layers})."
-        )
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
 def _mixtral(config: Keys) -> Settings:
-    decoder, window = _decoder(config, rope_theta=1e6, n_kv_heads=8), _window(config)
+    decoder, window = _decoder(config, rope_theta=1e6, n_kv_heads=8), windows.window(config)
     return Settings(
         "mixtral",
         {**decoder, **_moe(config, config.size("intermediate_size")), "windows": [window] * decoder["n_layers"]},
-        _softmax_topk(renormalize=True),
+        routers.softmax_topk(renormalize=True),
         config.size("max_position_embeddings"),
     )
 
@@ -260,7 +244,7 @@ def _olmoe(config: Keys) -> Settings:
             "qkv_bias": bias,
             "o_bias": bias,
         },
-        _softmax_topk(config.flag("norm_topk_prob", default=False)),
+        routers.softmax_topk(config.flag("norm_topk_prob", default=False)),
         config.size("max_position_embeddings"),
     )
 
@@ -268,7 +252,7 @@ def _olmoe(config: Keys) -> Settings:
 def _qwen3_moe(config: Keys) -> Settings:
     decoder = _decoder(config, rope_theta=1e4, n_kv_heads=4)
     bias = config.flag("attention_bias", default=False)
-    window = _switched_window(config)
+    window = windows.switched_window(config)
     return Settings(
         "qwen3_moe",
         {
@@ -280,7 +264,7 @@ def _qwen3_moe(config: Keys) -> Settings:
             "o_bias": bias,
             "windows": [window] * decoder["n_layers"],
         },
-        _softmax_topk(config.flag("norm_topk_prob", default=False)),
+        routers.softmax_topk(config.flag("norm_topk_prob", default=False)),
         config.size("max_position_embeddings"),
         _dense_layers(config, decoder["n_layers"]),
     )
@@ -288,7 +272,7 @@ def _qwen3_moe(config: Keys) -> Settings:
 
 def _qwen2_moe(config: Keys) -> Settings:
     decoder = _decoder(config, rope_theta=1e4, n_kv_heads=16)
-    n_layers, window = decoder["n_layers"], _switched_window(config)
+    n_layers, window = decoder["n_layers"], windows.switched_window(config)
     widest = config.size("max_window_layers", default=28, least=0)
     return Settings(
         "qwen2_moe",
@@ -299,203 +283,76 @@ def _qwen2_moe(config: Keys) -> Settings:
             "shared_expert_hidden_dim": config.size("shared_expert_intermediate_size"),
             "shared_expert_gate": True,
             "qkv_bias": config.flag("qkv_bias", default=True),
-            "windows": _windows(config, n_layers, window, below=widest),
+            "windows": windows.windows(config, n_layers, window, below=widest),
         },
-        _softmax_topk(config.flag("norm_topk_prob", default=False)),
+        routers.softmax_topk(config.flag("norm_topk_prob", default=False)),
         config.size("max_position_embeddings"),
         _dense_layers(config, n_layers),
     )
 
 
-def _granitemoe(config: Keys) -> Settings:
-    decoder = _decoder(config, rope_theta=1e4, n_kv_heads=None)
-    bias = config.flag("attention_bias", default=False)
-    return Settings(
-        "granitemoe",
-        {
-            **decoder,
-            **_moe(config, config.size("intermediate_size")),
-            "qkv_bias": bias,
-            "o_bias": bias,
-            "embedding_scale": _multiplier(config, "embedding_multiplier"),
-            "residual_scale": _multiplier(config, "residual_multiplier"),
-            "logits_scale": 1 / _multiplier(config, "logits_scaling"),
-            "scale": _multiplier(config, "attention_multiplier"),
-        },
-        _softmax_topk(renormalize=True),
-        config.size("max_position_embeddings"),
-    )
+def _variant(
+    model_type: str,
+    *,
+    rope_theta: float,
+    n_kv_heads: int | None,
+    width: str = "intermediate_size",
+    top_k: Callable[[Keys], int] | None = None,
+) -> Callable[[Keys], Settings]:
+    """An architecture of `checkpoint_variants`, with its defaults and the key of an expert's width."""
+
+    def settings(config: Keys) -> Settings:
+        decoder = _decoder(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads)
+        moe = _moe(config, config.size(width), top_k(config) if top_k else None)
+        parts = getattr(variants, model_type)(config, decoder, moe)
+        return Settings(model_type, **{"max_positions": config.size("max_position_embeddings"), **parts})
+
+    return settings
 
 
-def _gpt_oss(config: Keys) -> Settings:
+def _latent(
+    model_type: str, theta: float, settings: Callable[[Keys, dict[str, Any], dict[str, Any]], dict[str, Any]]
+) -> Callable[[Keys], Settings]:
+    """An architecture with latent attention, of which `settings` reads the rest."""
+
+    def architecture(config: Keys) -> Settings:
+        trunk = _trunk(config, *read_rope(config, theta))
+        decoder = {**trunk, **read_latent(config, trunk["n_heads"])}
+        return Settings(model_type, **settings(config, decoder, _moe(config, config.size("moe_intermediate_size"))))
+
+    return architecture
+
+
+def _glm4_moe(config: Keys) -> Settings:
+    decoder = _partial_decoder(config, rope_theta=1e4, n_kv_heads=8, share=0.5)
+    moe = _moe(config, config.size("moe_intermediate_size"))
+    return Settings("glm4_moe", **deepseek.glm4_moe(config, decoder, moe))
+
+
+def _solar_open(config: Keys) -> Settings:
     config.need("head_dim")
-    if not config.get("rope_scaling"):
-        config.need("rope_parameters")  # without them transformers makes up a YaRN
-    decoder = _decoder(config, rope_theta=150_000, n_kv_heads=8)
-    moe, bias = _moe(config, config.size("intermediate_size")), config.flag("attention_bias", default=True)
-    if (named := config.get("experts_per_token", default=moe["top_k"])) != moe["top_k"]:
-        raise config.refuse(
-            f"num_experts_per_tok={moe['top_k']} and experts_per_token={shown(named)} contradict each other; remove "
-            "one of the two."
-        )
-    activation = (config.number("swiglu_alpha") or 1.702, config.number("swiglu_limit") or 7.0)
+    decoder = _decoder(config, rope_theta=1e6, n_kv_heads=8)
+    moe = _moe(config, config.size("moe_intermediate_size"))
+    return Settings("solar_open", **deepseek.solar_open(config, decoder, moe))
+
+
+def _minimax_m2(config: Keys) -> Settings:
+    config.need("head_dim")
+    share = config.size("rotary_dim") / config.size("head_dim") if config.get("rotary_dim") is not None else 1.0
+    decoder = _partial_decoder(config, rope_theta=5e6, n_kv_heads=8, share=share)
     return Settings(
-        "gpt_oss",
-        {
-            **decoder,
-            **moe,
-            "qkv_bias": bias,
-            "o_bias": bias,
-            "sinks": True,
-            "windows": _windows(config, decoder["n_layers"], _window(config, default=128)),
-            "expert_settings": {"bias": True, "activation": activation, "gate_bias": True},
-        },
-        _softmax_topk(renormalize=True),
-        config.size("max_position_embeddings"),
+        "minimax_m2", **deepseek.minimax_m2(config, decoder, _moe(config, config.size("intermediate_size")))
     )
 
 
-def _phimoe(config: Keys) -> Settings:
-    decoder, bias = _decoder(config, rope_theta=1e6, n_kv_heads=8), config.flag("attention_bias", default=False)
-    moe, window = _moe(config, config.size("intermediate_size")), _window(config)
-    routers.require(config, "num_experts_per_tok", 2)
-    rivals = config.get("router_jitter_noise", default=0.01)
-    if not is_number(rivals) or not 0 <= rivals <= 1:
-        raise config.refuse(
-            f"router_jitter_noise={shown(rivals)} must be a number from 0 to 1; download the file again."
-        )
-    config.get("input_jitter_noise")  # of training
-    longest, scaling = config.size("max_position_embeddings"), decoder["rope_scaling"]
-    if scaling is not None and scaling["rope_type"] == "longrope":
-        if len(scaling["short_factor"]) != decoder["head_dim"] // 2:
-            raise config.refuse(
-                f"short_factor has {len(scaling['short_factor'])} numbers instead of {decoder['head_dim'] // 2}, one "
-                "per pair of dimensions of a head; download the file again."
-            )
-        longest = min(longest, scaling["original_max_position_embeddings"])
-    return Settings(
-        "phimoe",
-        {
-            **decoder,
-            **moe,
-            "qkv_bias": bias,
-            "o_bias": bias,
-            "norm": "layer",
-            "head_bias": config.flag("lm_head_bias", default=False),
-            "windows": [window] * decoder["n_layers"],
-        },
-        {"_target_": "moe_lab.routers.sparse_mixer.SparseMixer", "jitter_eps": float(rivals)},
-        longest,
-    )
-
-
-def _ernie4_5_moe(config: Keys) -> Settings:
-    decoder, width = _decoder(config, rope_theta=5e5, n_kv_heads=4), config.size("moe_intermediate_size")
-    for key, value in (("use_bias", False), ("moe_gate", "topk"), ("moe_use_aux_free", True)):
-        routers.require(config, key, value)
-    config.get("moe_capacity")  # of training: no token is dropped
-    if (least := config.number("moe_norm_min") or 1e-12) > 1e-9:
-        raise config.refuse(
-            f"moe_norm_min={least:g} is not supported; weights are divided by their sum, whatever it is."
-        )
-    first, interval = (config.size(f"moe_layer_{key}", default=1, least=0) for key in ("start_index", "interval"))
-    last = config.get("moe_layer_end_index", default=-1)
-    if not is_integer(last) or last < -1 or interval < 1:
-        raise config.refuse(
-            f"moe_layer_end_index={shown(last)} must be the number of a layer or -1, and moe_layer_interval={interval} "
-            "at least 1; download the file again."
-        )
-    layers = range(decoder["n_layers"])
-    sparse = {i for i in layers if (i + 1) % interval == 0 and i >= first and (last == -1 or i <= last)}
-    return Settings(
-        "ernie4_5_moe",
-        {
-            **decoder,
-            **_moe(config, width),
-            "tie_embeddings": config.flag("tie_word_embeddings", default=True),
-            "dense_hidden_dim": config.size("intermediate_size"),
-            "shared_expert_hidden_dim": config.size("moe_num_shared_experts", default=2, least=0) * width,
-        },
-        routers.scored(score="softmax", bias=True, renormalize=True),
-        config.size("max_position_embeddings"),
-        frozenset(layers) - sparse,
-        interleaved=True,
-        extra_layers=config.size("num_nextn_predict_layers", default=0, least=0, most=MOST_LAYERS),
-    )
-
-
-def _hunyuan_v1_moe(config: Keys) -> Settings:
-    decoder, width = _decoder(config, rope_theta=1e4, n_kv_heads=None), config.size("intermediate_size")
-    bias = config.flag("attention_bias", default=False)
-    # What may be said layer by layer has to be the same in all; the widths that transformers does not read agree.
-    top_k = _of_all_layers(config, "moe_topk", "num_experts_per_tok")
-    for key, value in (("moe_intermediate_size", width), ("num_shared_expert", 1)):
-        if config.get(key) is not None and _of_all_layers(config, key) != value:
-            raise config.refuse(f"{key} is not supported with another value than {value}.")
-    for key, value in (("use_qk_norm", True), ("use_cla", False), ("moe_layer_num_skipped", 0), ("norm_type", "rms")):
-        routers.require(config, key, value)
-    return Settings(
-        "hunyuan_v1_moe",
-        {
-            **decoder,
-            **_moe(config, width, top_k),
-            "shared_expert_hidden_dim": width,
-            "qk_norm": "head",
-            "turn_first": True,
-            "qkv_bias": bias,
-            "o_bias": bias,
-        },
-        _softmax_topk(renormalize=True),
-        config.size("max_position_embeddings"),
-    )
-
-
-def _of_all_layers(config: Keys, *names: str) -> int:
-    """A size, once or once for each layer, which must be the same."""
-    value = config.need(*names)
-    sizes = set(value) if isinstance(value, list) and all(map(is_integer, value)) else {value}
-    if len(sizes) != 1 or not is_integer(only := sizes.pop()) or only < 1:
-        raise config.refuse(f"{names[0]}={shown(value)} must be one integer >= 1, the same in all layers.")
-    return int(only)
-
-
-def _multiplier(config: Keys, key: str) -> float:
-    """A factor, 1 if the file does not have it."""
-    return float(config.number(key) or 1)
-
-
-def _deepseek(config: Keys, model_type: str, router: Callable[[Keys, int, int], dict[str, Any]]) -> Settings:
-    """Latent attention, first dense layers, then experts beside shared ones without a gate."""
-    trunk, width = _trunk(config, 1e4), config.size("moe_intermediate_size")
-    latent, moe = read_latent(config, trunk["n_heads"]), _moe(config, width)
-    config.need("first_k_dense_replace")
-    first = config.size("first_k_dense_replace", default=0, least=0)
-    routers.require(config, "moe_layer_freq", 1)
-    return Settings(
-        model_type,
-        {
-            **trunk,
-            **latent,
-            **moe,
-            "dense_hidden_dim": config.size("intermediate_size"),
-            "shared_expert_hidden_dim": config.size("n_shared_experts") * width,
-        },
-        router(config, moe["n_experts"], moe["top_k"]),
-        config.size("max_position_embeddings"),
-        frozenset(range(min(first, trunk["n_layers"]))),
-        interleaved=config.flag("rope_interleave", default=True),
-        extra_layers=config.size("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0, most=MOST_LAYERS),
-    )
-
-
-def _deepseek_v2(config: Keys) -> Settings:
-    routers.require(config, "mlp_bias", False)
-    routers.require(config, "rope_interleave", True)
-    return _deepseek(config, "deepseek_v2", routers.softmax_in_groups)
-
-
-def _deepseek_v3(config: Keys) -> Settings:
-    return _deepseek(config, "deepseek_v3", routers.sigmoid_with_bias)
+def _dots1(config: Keys) -> Settings:
+    decoder, moe = _decoder(config, rope_theta=1e4, n_kv_heads=32), _moe(config, config.size("moe_intermediate_size"))
+    n_layers, window = decoder["n_layers"], windows.window(config, default=4096)
+    first = config.size("max_window_layers", default=62, least=0)
+    windows = [window if layer >= first else None for layer in range(n_layers)]
+    if config.get("layer_types") is not None:
+        windows = windows.windows(config, n_layers, window)
+    return Settings("dots1", **deepseek.dots1(config, decoder, moe, windows))
 
 
 _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
@@ -503,12 +360,17 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "qwen2_moe": _qwen2_moe,
-    "deepseek_v2": _deepseek_v2,
-    "deepseek_v3": _deepseek_v3,
-    "kimi_k2": _deepseek_v3,
-    "granitemoe": _granitemoe,
-    "gpt_oss": _gpt_oss,
-    "phimoe": _phimoe,
-    "ernie4_5_moe": _ernie4_5_moe,
-    "hunyuan_v1_moe": _hunyuan_v1_moe,
+    "deepseek_v2": _latent("deepseek_v2", 1e4, deepseek.deepseek_v2),
+    "deepseek_v3": _latent("deepseek_v3", 1e4, deepseek.deepseek_v3),
+    "kimi_k2": _latent("deepseek_v3", 1e4, deepseek.deepseek_v3),
+    "glm4_moe_lite": _latent("glm4_moe_lite", 1e4, deepseek.glm4_moe_lite),
+    "glm4_moe": _glm4_moe,
+    "solar_open": _solar_open,
+    "dots1": _dots1,
+    "minimax_m2": _minimax_m2,
+    "granitemoe": _variant("granitemoe", rope_theta=1e4, n_kv_heads=None),
+    "gpt_oss": _variant("gpt_oss", rope_theta=150_000, n_kv_heads=8),
+    "phimoe": _variant("phimoe", rope_theta=1e6, n_kv_heads=8),
+    "ernie4_5_moe": _variant("ernie4_5_moe", rope_theta=5e5, n_kv_heads=4, width="moe_intermediate_size"),
+    "hunyuan_v1_moe": _variant("hunyuan_v1_moe", rope_theta=1e4, n_kv_heads=None, top_k=variants.hunyuan_top_k),
 }

@@ -36,23 +36,33 @@ _OF_SOME_KIND |= {"mrope_section", "short_factor", "short_mscale"}
 
 def read_rope(config: Keys, default_theta: float) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling or None). Raises `ValueError` for what is not supported or contradicts itself."""
+    theta, scaling, share = read_partial_rope(config, default_theta, 1.0)
+    if share != 1.0:
+        raise config.refuse(
+            f"partial_rotary_factor={shown(share)} is not supported: RoPE must rotate all dimensions of a head."
+        )
+    return theta, scaling
+
+
+def read_partial_rope(
+    config: Keys, default_theta: float, default_share: float
+) -> tuple[float, dict[str, Any] | None, float]:
+    """As `read_rope`, and the share of a head's dimensions that is turned."""
     newer, older = config.part("rope_parameters"), config.part("rope_scaling")
     rope = older if older.content else newer
     kind, theta = _kind(rope, config.get("model_type")), _theta(rope, config, default_theta)
     if older.content and newer.content:
         _require_agreement(newer, {**older.content, "rope_type": kind, "type": kind, "rope_theta": theta})
-    share = rope.get("partial_rotary_factor", default=config.get("partial_rotary_factor", default=1.0))
-    if share != 1.0 or isinstance(share, bool):
-        raise config.refuse(
-            f"partial_rotary_factor={shown(share)} is not supported: RoPE must rotate all dimensions of a head."
-        )
+    share = rope.get("partial_rotary_factor", default=config.get("partial_rotary_factor", default=default_share))
+    if not is_number(share) or not 0 < share <= 1:
+        raise config.refuse(f"partial_rotary_factor={shown(share)} must be a number > 0 and <= 1.")
     length_beside = config.size(_LENGTH) if config.get(_LENGTH) is not None else None
     scaling = _scaling(rope, kind, config.size("max_position_embeddings"), length_beside)
     rope.get(_LENGTH)  # how long the texts of the training were; many write it beside any kind
     not_used = [key for key in rope.unread() if key.rpartition(".")[2] in _OF_SOME_KIND]
     if not_used:
         raise config.refuse(f"rope_type={kind} does not use {', '.join(not_used)}; set the rope_type that does.")
-    return theta, None if kind == "default" else scaling
+    return theta, None if kind == "default" else scaling, float(share)
 
 
 def _theta(rope: Keys, config: Keys, default: float) -> float:

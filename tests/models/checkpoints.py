@@ -20,18 +20,9 @@ from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.parameters import initialize, without_storage
 from tests.models.peers import peer_model
 
-KINDS = (
-    "olmoe",
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "granitemoe",
-    "gpt_oss",
-    "phimoe",
-    "ernie4_5_moe",
-)
+KINDS: tuple[str, ...] = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "phimoe")
+KINDS += ("ernie4_5_moe", "hunyuan_v1_moe")
+KINDS += ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "solar_open", "minimax_m2")
 VOCAB, D, HEADS, LAYERS, E, K, F = 97, 32, 4, 2, 5, 2, 24
 _COMMON = {
     "vocab_size": VOCAB,
@@ -58,6 +49,17 @@ _LATENT = {
     "v_head_dim": 10,
     "num_hidden_layers": 3,
 }
+_DEEPSEEK = {
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": F,
+    "intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "n_group": 3,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "num_hidden_layers": 3,
+}
 _OWN = {
     "olmoe": {"num_experts": E, "intermediate_size": F},
     "mixtral": {"num_local_experts": E, "intermediate_size": F},
@@ -68,6 +70,11 @@ _OWN = {
         "shared_expert_intermediate_size": 12,
     },
     "qwen3_moe": {"num_experts": E, "moe_intermediate_size": F, "intermediate_size": 40, "head_dim": 12},
+    "glm4_moe": {**_DEEPSEEK, "head_dim": 12},
+    "glm4_moe_lite": {**_LATENT, **_DEEPSEEK, "first_k_dense_replace": ...},
+    "dots1": {**_DEEPSEEK, "head_dim": 12, "norm_topk_prob": True},
+    "solar_open": {**_DEEPSEEK, "head_dim": 12, "intermediate_size": ..., "first_k_dense_replace": ...},
+    "minimax_m2": {"num_local_experts": E, "intermediate_size": F, "head_dim": 12},
     "deepseek_v2": {**_LATENT, "n_routed_experts": E, "n_shared_experts": 2},
     "deepseek_v3": {
         **_LATENT,
@@ -140,7 +147,8 @@ kinds = pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in
 
 def trained(kind: str, seed: int = 0, **settings: Any) -> Any:
     """A model of transformers that stands for a trained one: norms are not 1, biases not 0, logits of size 1."""
-    model: Any = peer_model(kind, **{**_COMMON, **_OWN[kind], **settings})
+    keys = {**_COMMON, **_OWN[kind], **settings}
+    model: Any = peer_model(kind, **{key: value for key, value in keys.items() if value is not ...})
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)

@@ -196,6 +196,7 @@ _OF_ALL = [
     ("rotation_order", turned_side_by_side),
     ("weights_not_renormalised", router(renormalize=False)),
 ]
+_ALL_SPARSE = said(dense_layers=frozenset())
 _OF_LATENT = [
     ("gate_and_up_exchanged", gate_and_up_exchanged),
     ("norms_exchanged", exchanged("attention_norm", "mlp_norm")),
@@ -211,9 +212,18 @@ _OF_LATENT = [
     ("output_bias_dropped", loaded("attention.o.bias", torch.zeros_like)),
     ("shared_experts_dropped", loaded("shared.mlp.down.weight", torch.zeros_like)),
     ("shared_gate_and_up_exchanged", loaded("shared.mlp.gate_up.weight", lambda w: w.roll(len(w) // 2, 0))),
-    ("all_layers_sparse", said(dense_layers=frozenset())),
+    ("all_layers_sparse", _ALL_SPARSE),
     ("no_groups", router(n_groups=1, top_groups=1)),
     ("weights_not_scaled", router(scale=1.0)),
+]
+_OF_GLM = [
+    ("gate_and_up_exchanged", gate_and_up_exchanged),
+    ("norms_exchanged", exchanged("attention_norm", "mlp_norm")),
+    ("shared_experts_dropped", loaded("shared.mlp.down.weight", torch.zeros_like)),
+    ("router_bias_dropped", loaded("router.bias_E", torch.zeros_like)),
+    ("best_of_a_group", router(group_score="max")),
+    ("weights_not_scaled", router(scale=1.0)),
+    ("weights_not_renormalised", router(renormalize=False)),
 ]
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
 _OF_DEEPSEEK = {
@@ -227,6 +237,10 @@ _OF_DEEPSEEK = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_OF_DEEPSEEK, "topk_method": "group_limited_greedy", "topk_group": 1},
     "deepseek_v3": _OF_DEEPSEEK,
+    "glm4_moe": {"use_qk_norm": True, "attention_bias": True},
+    "dots1": {"attention_bias": True, "sliding_window": 4, "max_window_layers": 1},
+    "solar_open": {"attention_bias": True},
+    "minimax_m2": {"rotary_dim": 8},
 }
 """With which a mistake has an effect, where that is not the plain model."""
 MISTAKES: dict[str, list[tuple[str, Plant]]] = {
@@ -242,6 +256,35 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("weights_by_a_softmax", router(score="softmax")),
         ("router_bias_dropped", loaded("router.bias_E", torch.zeros_like)),
         ("router_bias_negated", loaded("router.bias_E", torch.neg)),
+    ],
+    "glm4_moe": [
+        *_OF_GLM,
+        ("all_turned", setting(rotary_dim=12)),
+        ("turned_side_by_side_in_the_files", said(interleaved=True)),
+        ("query_norm_dropped", loaded("q_norm.weight", torch.ones_like)),
+        ("query_bias_dropped", loaded("attention.q.bias", torch.zeros_like)),
+        ("key_norm_in_the_files_order", loaded("k_norm.weight", lambda w: w.roll(3))),
+    ],
+    "glm4_moe_lite": [*_OF_GLM, ("rotation_order", said(interleaved=False)), ("all_layers_sparse", _ALL_SPARSE)],
+    "dots1": [
+        *_OF_GLM,
+        ("no_windows", setting(windows=None)),
+        ("windows_on_other_layers", setting(windows=[4, None, None])),
+        ("norm_of_all_heads", setting(qk_norm="full")),
+        ("output_bias_dropped", loaded("attention.o.bias", torch.zeros_like)),
+    ],
+    "solar_open": [
+        *_OF_GLM,
+        ("rotation_order", said(interleaved=True)),
+        ("value_bias_dropped", loaded("attention.v.bias", torch.zeros_like)),
+    ],
+    "minimax_m2": [
+        *_OF_ALL,
+        ("all_turned", setting(rotary_dim=12)),
+        ("norm_of_each_head", setting(qk_norm="head")),
+        ("no_norm", setting(qk_norm="none")),
+        ("router_bias_dropped", loaded("router.bias_E", torch.zeros_like)),
+        ("weights_by_a_softmax", router(score="softmax")),
     ],
     "granitemoe": [
         *_OF_ALL,
