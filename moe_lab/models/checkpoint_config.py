@@ -349,10 +349,10 @@ def _dots1(config: Keys) -> Settings:
     decoder, moe = _decoder(config, rope_theta=1e4, n_kv_heads=32), _moe(config, config.size("moe_intermediate_size"))
     n_layers, window = decoder["n_layers"], windows.window(config, default=4096)
     first = config.size("max_window_layers", default=62, least=0)
-    windows = [window if layer >= first else None for layer in range(n_layers)]
+    of_layers = [window if layer >= first else None for layer in range(n_layers)]
     if config.get("layer_types") is not None:
-        windows = windows.windows(config, n_layers, window)
-    return Settings("dots1", **deepseek.dots1(config, decoder, moe, windows))
+        of_layers = windows.windows(config, n_layers, window)
+    return Settings("dots1", **deepseek.dots1(config, decoder, moe, of_layers))
 
 
 _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
