@@ -94,6 +94,7 @@ class Attention(nn.Module):
         window: a token sees this many tokens, itself included; None: all before it.
         scale: of the logits; None: 1/sqrt(head_dim).
         sinks: each head has a logit that takes its share of the softmax.
+        turn_first: the norms of heads come after the rotation (HunYuan), else before it.
     """
 
     def __init__(
@@ -111,10 +112,11 @@ class Attention(nn.Module):
         window: int | None = None,
         scale: float | None = None,
         sinks: bool = False,
+        turn_first: bool = False,
     ):
         super().__init__()
         self.head_dim, self.qk_norm, self.clip_qkv, self.window = head_dim, qk_norm, clip_qkv, window
-        self.scale = scale
+        self.scale, self.turn_first = scale, turn_first
         self.sinks_H = nn.Parameter(torch.empty(n_heads), requires_grad=False) if sinks else None
         self.fuses = False
         self.q = Linear(d_model, n_heads * head_dim, bias=qkv_bias)
@@ -155,10 +157,13 @@ class Attention(nn.Module):
             if self.clip_qkv is not None:
                 q, k, v = (part.clamp(-self.clip_qkv, self.clip_qkv) for part in (q, k, v))
             q, k, v = self._heads(q), self._heads(k), self._heads(v)
+            if self.turn_first:
+                q, k = rotate(q, cos_Sd, sin_Sd), rotate(k, cos_Sd, sin_Sd)
             if self.qk_norm == "head":
                 assert self.q_norm is not None and self.k_norm is not None
                 q, k = self.q_norm(q), self.k_norm(k)
-            q, k = rotate(q, cos_Sd, sin_Sd), rotate(k, cos_Sd, sin_Sd)
+            if not self.turn_first:
+                q, k = rotate(q, cos_Sd, sin_Sd), rotate(k, cos_Sd, sin_Sd)
             if cache is not None and position_S is None:
                 cache.begin(k, v)
             elif cache is not None:
@@ -175,7 +180,8 @@ class Attention(nn.Module):
         eps = self.q_norm.eps if self.q_norm is not None else 0.0
         q, k, v = q.squeeze(1), k.squeeze(1), v.squeeze(1)
         kept = (cache.k_BHNd, cache.v_BHNd)
-        q_BHd = rope_append(q, k, v, norms[0], norms[1], eps, self.clip_qkv, (cos, sin), position_1, *kept)
+        turns = ((cos, sin), position_1, *kept, self.turn_first)
+        q_BHd = rope_append(q, k, v, norms[0], norms[1], eps, self.clip_qkv, *turns)
         y_BHd = cached_attention(q_BHd, *kept, position_1, self.window, self.scale, self.sinks_H)
         return self.o(y_BHd.flatten(1).unsqueeze(1))  # type: ignore[no-any-return]
 

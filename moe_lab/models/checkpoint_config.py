@@ -15,8 +15,10 @@ from typing import Any
 from moe_lab.config.checks import MOST_LAYERS, head_mistake
 from moe_lab.models import checkpoint_deepseek as deepseek
 from moe_lab.models import checkpoint_router as routers
+from moe_lab.models import checkpoint_variants as variants
+from moe_lab.models import checkpoint_windows as windows
 from moe_lab.models.checkpoint_forms import Fp8Blocks, Mxfp4, read_quantization
-from moe_lab.models.checkpoint_keys import Keys, is_number, read_object, shown
+from moe_lab.models.checkpoint_keys import Keys, read_object, shown
 from moe_lab.models.checkpoint_latent import read_latent
 from moe_lab.models.checkpoint_rope import read_partial_rope, read_rope
 
@@ -62,7 +64,6 @@ _WITHOUT = {
 }
 """Keys of other architectures, each with the value that means that a model does not have what it is about."""
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PLAIN = {"qk_norm": "none", "shared_expert_hidden_dim": 0, "shared_expert_gate": False, "dense_hidden_dim": None}
 _MOST_EXPERTS = 100_000
 
@@ -200,19 +201,17 @@ def _grouped_decoder(config: Keys, trunk: dict[str, Any], n_kv_heads: int | None
     return {**trunk, "n_kv_heads": n_kv_heads, "head_dim": head_dim or d_model // n_heads}
 
 
-def _moe(config: Keys, hidden_dim: int) -> dict[str, Any]:
+def _moe(config: Keys, hidden_dim: int, top_k: int | None = None) -> dict[str, Any]:
     """The routed experts, of which each is `hidden_dim` wide; what only some architectures have is `_PLAIN`."""
-    n_experts = config.size("num_experts", "num_local_experts", "n_routed_experts", most=_MOST_EXPERTS)
-    top_k = config.size("num_experts_per_tok")
+    n_experts = config.size(
+        "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", most=_MOST_EXPERTS
+    )
+    top_k = top_k or config.size("num_experts_per_tok", "moe_k")
     if top_k > n_experts:
         raise config.refuse(
             f"num_experts_per_tok={top_k} is more than the {n_experts} experts; download the file again."
         )
     return {"mlp_hidden_dim": hidden_dim, "n_experts": n_experts, "top_k": top_k, **_PLAIN}
-
-
-def _softmax_topk(renormalize: bool) -> dict[str, Any]:
-    return {"_target_": "moe_lab.routers.softmax_topk.SoftmaxTopK", "renormalize": renormalize, "gate_bias": False}
 
 
 def _dense_layers(config: Keys, n_layers: int) -> frozenset[int]:
@@ -223,41 +222,12 @@ def _dense_layers(config: Keys, n_layers: int) -> frozenset[int]:
     return frozenset(layer for layer in range(n_layers) if layer in named or (layer + 1) % step)
 
 
-def _window(config: Keys, default: int | None = None) -> int | None:
-    """How many tokens a token of a sliding layer sees; None: all before it."""
-    if "sliding_window" not in config.content:
-        return default
-    return None if config.get("sliding_window") is None else config.size("sliding_window")
-
-
-def _switched_window(config: Keys) -> int | None:
-    """Of the Qwen models: as `_window`, if `use_sliding_window`."""
-    config.get("max_window_layers")  # of Qwen3 it changes nothing
-    if config.flag("use_sliding_window", default=False):
-        return _window(config, default=4096)
-    config.get("sliding_window")  # how it would be
-    return None
-
-
-def _windows(config: Keys, n_layers: int, window: int | None, below: int | None = None) -> list[int | None]:
-    """Layer by layer, as `layer_types` says; without it of every other layer, the first one included, `below` one."""
-    kinds = config.get("layer_types")
-    if kinds is None:
-        slides = [i % 2 == 0 and (below is None or i < below) for i in range(n_layers)]
-        kinds = ["sliding_attention" if each else "full_attention" for each in slides]
-    if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= _LAYER_TYPES:
-        raise config.refuse(
-            f"layer_types={shown(kinds)} must have one of {sorted(_LAYER_TYPES)} per layer ({n_layers})."
-        )
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
 def _mixtral(config: Keys) -> Settings:
-    decoder, window = _decoder(config, rope_theta=1e6, n_kv_heads=8), _window(config)
+    decoder, window = _decoder(config, rope_theta=1e6, n_kv_heads=8), windows.window(config)
     return Settings(
         "mixtral",
         {**decoder, **_moe(config, config.size("intermediate_size")), "windows": [window] * decoder["n_layers"]},
-        _softmax_topk(renormalize=True),
+        routers.softmax_topk(renormalize=True),
         config.size("max_position_embeddings"),
     )
 
@@ -274,7 +244,7 @@ def _olmoe(config: Keys) -> Settings:
             "qkv_bias": bias,
             "o_bias": bias,
         },
-        _softmax_topk(config.flag("norm_topk_prob", default=False)),
+        routers.softmax_topk(config.flag("norm_topk_prob", default=False)),
         config.size("max_position_embeddings"),
     )
 
@@ -282,7 +252,7 @@ def _olmoe(config: Keys) -> Settings:
 def _qwen3_moe(config: Keys) -> Settings:
     decoder = _decoder(config, rope_theta=1e4, n_kv_heads=4)
     bias = config.flag("attention_bias", default=False)
-    window = _switched_window(config)
+    window = windows.switched_window(config)
     return Settings(
         "qwen3_moe",
         {
@@ -294,7 +264,7 @@ def _qwen3_moe(config: Keys) -> Settings:
             "o_bias": bias,
             "windows": [window] * decoder["n_layers"],
         },
-        _softmax_topk(config.flag("norm_topk_prob", default=False)),
+        routers.softmax_topk(config.flag("norm_topk_prob", default=False)),
         config.size("max_position_embeddings"),
         _dense_layers(config, decoder["n_layers"]),
     )
@@ -302,7 +272,7 @@ def _qwen3_moe(config: Keys) -> Settings:
 
 def _qwen2_moe(config: Keys) -> Settings:
     decoder = _decoder(config, rope_theta=1e4, n_kv_heads=16)
-    n_layers, window = decoder["n_layers"], _switched_window(config)
+    n_layers, window = decoder["n_layers"], windows.switched_window(config)
     widest = config.size("max_window_layers", default=28, least=0)
     return Settings(
         "qwen2_moe",
@@ -313,99 +283,31 @@ def _qwen2_moe(config: Keys) -> Settings:
             "shared_expert_hidden_dim": config.size("shared_expert_intermediate_size"),
             "shared_expert_gate": True,
             "qkv_bias": config.flag("qkv_bias", default=True),
-            "windows": _windows(config, n_layers, window, below=widest),
+            "windows": windows.windows(config, n_layers, window, below=widest),
         },
-        _softmax_topk(config.flag("norm_topk_prob", default=False)),
+        routers.softmax_topk(config.flag("norm_topk_prob", default=False)),
         config.size("max_position_embeddings"),
         _dense_layers(config, n_layers),
     )
 
 
-def _granitemoe(config: Keys) -> Settings:
-    decoder = _decoder(config, rope_theta=1e4, n_kv_heads=None)
-    bias = config.flag("attention_bias", default=False)
-    return Settings(
-        "granitemoe",
-        {
-            **decoder,
-            **_moe(config, config.size("intermediate_size")),
-            "qkv_bias": bias,
-            "o_bias": bias,
-            "embedding_scale": _multiplier(config, "embedding_multiplier"),
-            "residual_scale": _multiplier(config, "residual_multiplier"),
-            "logits_scale": 1 / _multiplier(config, "logits_scaling"),
-            "scale": _multiplier(config, "attention_multiplier"),
-        },
-        _softmax_topk(renormalize=True),
-        config.size("max_position_embeddings"),
-    )
+def _variant(
+    model_type: str,
+    *,
+    rope_theta: float,
+    n_kv_heads: int | None,
+    width: str = "intermediate_size",
+    top_k: Callable[[Keys], int] | None = None,
+) -> Callable[[Keys], Settings]:
+    """An architecture of `checkpoint_variants`, with its defaults and the key of an expert's width."""
 
+    def settings(config: Keys) -> Settings:
+        decoder = _decoder(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads)
+        moe = _moe(config, config.size(width), top_k(config) if top_k else None)
+        parts = getattr(variants, model_type)(config, decoder, moe)
+        return Settings(model_type, **{"max_positions": config.size("max_position_embeddings"), **parts})
 
-def _gpt_oss(config: Keys) -> Settings:
-    config.need("head_dim")
-    if not config.get("rope_scaling"):
-        config.need("rope_parameters")  # without them transformers makes up a YaRN
-    decoder = _decoder(config, rope_theta=150_000, n_kv_heads=8)
-    moe, bias = _moe(config, config.size("intermediate_size")), config.flag("attention_bias", default=True)
-    if (named := config.get("experts_per_token", default=moe["top_k"])) != moe["top_k"]:
-        raise config.refuse(
-            f"num_experts_per_tok={moe['top_k']} and experts_per_token={shown(named)} contradict each other; remove "
-            "one of the two."
-        )
-    activation = (config.number("swiglu_alpha") or 1.702, config.number("swiglu_limit") or 7.0)
-    return Settings(
-        "gpt_oss",
-        {
-            **decoder,
-            **moe,
-            "qkv_bias": bias,
-            "o_bias": bias,
-            "sinks": True,
-            "windows": _windows(config, decoder["n_layers"], _window(config, default=128)),
-            "expert_settings": {"bias": True, "activation": activation, "gate_bias": True},
-        },
-        _softmax_topk(renormalize=True),
-        config.size("max_position_embeddings"),
-    )
-
-
-def _phimoe(config: Keys) -> Settings:
-    decoder, bias = _decoder(config, rope_theta=1e6, n_kv_heads=8), config.flag("attention_bias", default=False)
-    moe, window = _moe(config, config.size("intermediate_size")), _window(config)
-    routers.require(config, "num_experts_per_tok", 2)
-    rivals = config.get("router_jitter_noise", default=0.01)
-    if not is_number(rivals) or not 0 <= rivals <= 1:
-        raise config.refuse(
-            f"router_jitter_noise={shown(rivals)} must be a number from 0 to 1; download the file again."
-        )
-    config.get("input_jitter_noise")  # of training
-    longest, scaling = config.size("max_position_embeddings"), decoder["rope_scaling"]
-    if scaling is not None and scaling["rope_type"] == "longrope":
-        if len(scaling["short_factor"]) != decoder["head_dim"] // 2:
-            raise config.refuse(
-                f"short_factor has {len(scaling['short_factor'])} numbers instead of {decoder['head_dim'] // 2}, one "
-                "per pair of dimensions of a head; download the file again."
-            )
-        longest = min(longest, scaling["original_max_position_embeddings"])
-    return Settings(
-        "phimoe",
-        {
-            **decoder,
-            **moe,
-            "qkv_bias": bias,
-            "o_bias": bias,
-            "norm": "layer",
-            "head_bias": config.flag("lm_head_bias", default=False),
-            "windows": [window] * decoder["n_layers"],
-        },
-        {"_target_": "moe_lab.routers.sparse_mixer.SparseMixer", "jitter_eps": float(rivals)},
-        longest,
-    )
-
-
-def _multiplier(config: Keys, key: str) -> float:
-    """A factor, 1 if the file does not have it."""
-    return float(config.number(key) or 1)
+    return settings
 
 
 def _latent(
@@ -445,12 +347,12 @@ def _minimax_m2(config: Keys) -> Settings:
 
 def _dots1(config: Keys) -> Settings:
     decoder, moe = _decoder(config, rope_theta=1e4, n_kv_heads=32), _moe(config, config.size("moe_intermediate_size"))
-    n_layers, window = decoder["n_layers"], _window(config, default=4096)
+    n_layers, window = decoder["n_layers"], windows.window(config, default=4096)
     first = config.size("max_window_layers", default=62, least=0)
-    windows = [window if layer >= first else None for layer in range(n_layers)]
+    of_layers = [window if layer >= first else None for layer in range(n_layers)]
     if config.get("layer_types") is not None:
-        windows = _windows(config, n_layers, window)
-    return Settings("dots1", **deepseek.dots1(config, decoder, moe, windows))
+        of_layers = windows.windows(config, n_layers, window)
+    return Settings("dots1", **deepseek.dots1(config, decoder, moe, of_layers))
 
 
 _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
@@ -466,7 +368,9 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "solar_open": _solar_open,
     "dots1": _dots1,
     "minimax_m2": _minimax_m2,
-    "granitemoe": _granitemoe,
-    "gpt_oss": _gpt_oss,
-    "phimoe": _phimoe,
+    "granitemoe": _variant("granitemoe", rope_theta=1e4, n_kv_heads=None),
+    "gpt_oss": _variant("gpt_oss", rope_theta=150_000, n_kv_heads=8),
+    "phimoe": _variant("phimoe", rope_theta=1e6, n_kv_heads=8),
+    "ernie4_5_moe": _variant("ernie4_5_moe", rope_theta=5e5, n_kv_heads=4, width="moe_intermediate_size"),
+    "hunyuan_v1_moe": _variant("hunyuan_v1_moe", rope_theta=1e4, n_kv_heads=None, top_k=variants.hunyuan_top_k),
 }

@@ -71,6 +71,18 @@ class Arranged(Form):
             mine.copy_(there)
 
 
+class OneRow(Form):
+    """A vector that the file has as a matrix of one row."""
+
+    def shape(self, target: Sequence[int]) -> tuple[int, ...]:
+        """See `Form`."""
+        return (1, *target)
+
+    def put(self, target: Tensor, values: Tensor, scale: Tensor | None = None) -> None:
+        """See `Form`."""
+        target.copy_(values[0])
+
+
 def in_turns(rows: Tensor) -> Tensor:
     """Of rows [2F, ...], the gate's first, a view [F, 2, ...] that has gate and up in turns."""
     turns: Tensor = rows.unflatten(0, (2, -1)).transpose(0, 1)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from moe_lab.models.checkpoint_forms import AS_IT_IS, Arranged, Form, Mxfp4
+from moe_lab.models.checkpoint_forms import AS_IT_IS, Arranged, Form, Mxfp4, OneRow
 
 _ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
 _ATTENTION |= {"q_down": "q_a_proj", "q_down_norm": "q_a_layernorm", "q_up": "q_b_proj"}
@@ -31,9 +31,9 @@ WHOLE = {
     "norm.bias": "model.norm.bias",
     "head.bias": "lm_head.bias",
 }
-_SHARED = ("mlp.shared_expert", "mlp.shared_experts")
+_SHARED = ("mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp")
 _GATE_UP = {"mlp.gate_up.weight": ("mlp",), "mlp.shared.mlp.gate_up.weight": _SHARED}
-_BIAS = ("mlp.gate", "block_sparse_moe", "mlp", "mlp.moe_statics")
+_BIAS = ("mlp.gate", "block_sparse_moe", "mlp")
 """What has the `e_score_correction_bias` of a router."""
 
 
@@ -88,6 +88,7 @@ _LAYOUTS = {
             "block_sparse_moe.experts.down_proj",
         ),
     ),
+    "hunyuan_v1_moe": tuple(layout._replace(gate="mlp.gate.wg.weight") for layout in (_COMMON[0], _COMMON[2])),
     "phimoe": (_COMMON[1], Layout("mlp.router.weight", _IN_ONE, "mlp.experts.down_proj")),
     "gpt_oss": (
         Layout(
@@ -133,6 +134,8 @@ def sources(name: str, shape: Sequence[int], model: str = "") -> list[list[Sourc
         return [[Source(f"{prefix}.{_LAYER[rest]}")]]
     if rest.startswith("attention."):
         _, part, kind = rest.split(".")
+        if model == "hunyuan_v1_moe" and part in ("q_norm", "k_norm"):
+            return [[Source(f"{prefix}.self_attn.{'query' if part == 'q_norm' else 'key'}_layernorm.{kind}")]]
         return [[Source(f"{prefix}.self_attn.{_ATTENTION[part]}.{kind}")]]
     if rest in _GATE_UP:
         half = shape[0] // 2
@@ -144,6 +147,8 @@ def sources(name: str, shape: Sequence[int], model: str = "") -> list[list[Sourc
     if rest == "mlp.shared.mlp.down.weight":
         return [[Source(f"{prefix}.{block}.down_proj.weight")] for block in _SHARED]
     if rest in ("mlp.router.bias_E", "mlp.router.inner.bias_E"):
+        if model == "ernie4_5_moe":
+            return [[Source(f"{prefix}.{block}.moe_statics.{BIAS}", form=OneRow())] for block in ("mlp", "mlp.gate")]
         return [[Source(f"{prefix}.{block}.{BIAS}")] for block in _BIAS]
     return _expert_sources(rest, prefix, shape, model)
 
@@ -184,6 +189,8 @@ def is_unused(key: str, n_layers: int, extra_layers: int, has_bias: bool) -> boo
         has_bias: whether routers have a bias, which one that was swapped in does not read.
     """
     if key.endswith("rotary_emb.inv_freq"):  # computed anew
+        return True
+    if extra_layers and key.startswith("model.mtp_"):  # ERNIE's further layers
         return True
     match = re.match(r"model\.layers\.(\d{1,9})\.", key)
     if match is None:

@@ -21,8 +21,11 @@ _READ: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", _LENGTH),
     "yarn": ("factor", _LENGTH),
     "longrope": (_LENGTH, "short_mscale"),
+    "dynamic": ("alpha",),
 }
 """The keys that each kind cannot do without."""
+_ONLY_OF = {"longrope": "phimoe", "dynamic": "hunyuan_v1_moe"}
+"""Kinds that transformers computes in this way for one architecture only."""
 _LONG = ("short_factor", "long_factor", "long_mscale")
 """More of longrope; the last two are of sequences that are longer than the original ones, which are not computed."""
 _OF_SOME_KIND = {*(key for keys in _READ.values() for key in keys), *_OPTIONAL, "truncate"}
@@ -73,7 +76,7 @@ def _kind(rope: Keys, model_type: Any) -> str:
             raise rope.refuse(f"{rope.where}.{shown(key)}: RoPE by layer type is not supported.")
     old, new = rope.get("type"), rope.get("rope_type")
     kind = shown(new or old or "default")
-    if kind not in _READ or (kind == "longrope" and model_type != "phimoe"):
+    if kind not in _READ or _ONLY_OF.get(kind, model_type) != model_type:
         raise rope.refuse(f"rope_type={kind} is not supported; supported: {', '.join(_READ)}.")
     if new is not None and old not in (None, "default", new):
         raise rope.refuse(f"rope_type={kind} and type={shown(old)} contradict each other; remove one of the two.")
@@ -103,6 +106,9 @@ def _scaling(rope: Keys, kind: str, longest: int, length_beside: float | None) -
         scaling["short_factor"] = rope.get("short_factor")
         for key in _LONG:
             _require_factors(rope, key)
+    if kind == "dynamic":  # with an alpha it computes nothing of these
+        for key in ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            rope.get(key)
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise rope.refuse("rope_type=llama3: high_freq_factor must be more than low_freq_factor.")
     if kind == "yarn":

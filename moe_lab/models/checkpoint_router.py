@@ -1,4 +1,4 @@
-"""What a config.json says of a router that ranks a score with a bias in limited groups, as a node of `ScoredTopK`."""
+"""What a config.json says of its router, as a node of `SoftmaxTopK` or `ScoredTopK`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any
 from moe_lab.models.checkpoint_keys import Keys, shown
 
 _TARGET = "moe_lab.routers.scored_topk.ScoredTopK"
+
+
+def softmax_topk(renormalize: bool) -> dict[str, Any]:
+    """The node of `SoftmaxTopK`."""
+    return {"_target_": "moe_lab.routers.softmax_topk.SoftmaxTopK", "renormalize": renormalize, "gate_bias": False}
 
 
 def scored(

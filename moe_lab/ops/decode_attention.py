@@ -28,6 +28,7 @@ def rope_append(
     position_1: Tensor,
     k_BHNd: Tensor,
     v_BHNd: Tensor,
+    turn_first: bool = False,
 ) -> Tensor:
     """Queries [B, H, d] normed, clamped and turned; keys and values go into the cache at `position_1` in the same way.
 
@@ -37,6 +38,7 @@ def rope_append(
             of q counts as; None: no norm.
         clip: all three are clamped to +- this, after a norm of the whole projection and before one of each head.
         tables: cos and sin [1, d] fp32 of the position.
+        turn_first: the norm of each head comes after the rotation.
     """
     result: Tensor = call(
         "rope_append",
@@ -51,6 +53,7 @@ def rope_append(
         position_1,
         k_BHNd,
         v_BHNd,
+        turn_first,
     )
     return result
 
@@ -79,16 +82,16 @@ def cached_attention(
 
 def _append(
     q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, clip: float,
-    cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor,
+    cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, turn_first: bool = False,
 ) -> Tensor:  # fmt: skip
     from moe_lab.ops.decode_attention_triton import launch_append
 
-    return launch_append(q, k, v, q_norm, k_norm, eps, clip, cos, sin, position, k_cache, v_cache)
+    return launch_append(q, k, v, q_norm, k_norm, eps, clip, cos, sin, position, k_cache, v_cache, turn_first)
 
 
 def _append_fake(
     q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, clip: float,
-    cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor,
+    cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, turn_first: bool = False,
 ) -> Tensor:  # fmt: skip
     d = k_cache.shape[3]
     return q.new_empty(q.shape[0], q.shape[1] // d, d)
@@ -112,7 +115,7 @@ def _attention_fake(
 
 register(
     "rope_append(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, float clip, Tensor cos, "
-    "Tensor sin, Tensor position, Tensor(a!) k_cache, Tensor(b!) v_cache) -> Tensor",
+    "Tensor sin, Tensor position, Tensor(a!) k_cache, Tensor(b!) v_cache, bool turn_first=False) -> Tensor",
     _append,
     _append_fake,
 )

@@ -21,7 +21,10 @@ def _turned(
     x_ptr, norm_ptr, cos_ptr, sin_ptr, heads, d, eps, clip,
     NORM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row of heads * d values, normed, clamped and turned: [BLOCK_H, BLOCK_D] fp32. NORM: 0 none, 1 head, 2 all."""
+    """One row of heads * d values, normed, clamped and turned: [BLOCK_H, BLOCK_D] fp32.
+
+    NORM: 0 none, 1 of each head, 2 of all, 3 of each head after it was turned.
+    """
     h = tl.arange(0, BLOCK_H)[:, None]
     i = tl.arange(0, BLOCK_D)[None, :]
     partner = (i + d // 2) % d  # with which dimension i is turned
@@ -39,7 +42,11 @@ def _turned(
         other *= scale * tl.load(norm_ptr + partner, mask=i < d, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + i, mask=i < d, other=0.0)
     sin = tl.load(sin_ptr + i, mask=i < d, other=0.0)
-    return x * cos + tl.where(i < d // 2, -other, other) * sin
+    y = x * cos + tl.where(i < d // 2, -other, other) * sin
+    if NORM == 3:
+        weight = tl.load(norm_ptr + i, mask=i < d, other=0.0).to(tl.float32)
+        y *= weight / tl.sqrt(tl.sum(y * y, axis=1) / d + eps)[:, None]
+    return y
 
 
 @triton.jit
@@ -69,7 +76,7 @@ def _append_kernel(
 
 def launch_append(
     q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, clip: float,
-    cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor,
+    cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, turn_first: bool,
 ) -> Tensor:  # fmt: skip
     """Run the kernel; arguments and result as `rope_append`."""
     B, H_KV, N, d = k_cache.shape
@@ -77,6 +84,7 @@ def launch_append(
     q, k, v = (part if part.stride(1) == 1 else part.contiguous() for part in (q, k, v))
     y = q.new_empty(B, H, d)
     norm = 0 if q_norm is None else 1 if q_norm.shape[0] == d and H > 1 else 2
+    norm = 3 if turn_first and norm else norm
     block_h, block_kv = triton.next_power_of_2(H), triton.next_power_of_2(H_KV)
     _append_kernel[(B, 3)](
         q, k, v, q if q_norm is None else q_norm, k if k_norm is None else k_norm, cos, sin, position, y, k_cache,

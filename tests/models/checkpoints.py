@@ -21,6 +21,7 @@ from moe_lab.models.parameters import initialize, without_storage
 from tests.models.peers import peer_model
 
 KINDS: tuple[str, ...] = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "phimoe")
+KINDS += ("ernie4_5_moe", "hunyuan_v1_moe")
 KINDS += ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "solar_open", "minimax_m2")
 VOCAB, D, HEADS, LAYERS, E, K, F = 97, 32, 4, 2, 5, 2, 24
 _COMMON = {
@@ -106,6 +107,22 @@ _OWN = {
             "short_mscale": 1.3,
             "long_mscale": 1.7,
         },
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": E,
+        "moe_k": K,
+        "moe_intermediate_size": F,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": False,
+        "num_experts_per_tok": K,
+    },
+    "hunyuan_v1_moe": {
+        "num_experts": E,
+        "moe_topk": K,
+        "num_experts_per_tok": K,
+        "intermediate_size": F,
+        "head_dim": 8,
     },
     "gpt_oss": {
         "num_local_experts": E,

@@ -28,6 +28,8 @@ _PREFIXES = {
     "granitemoe": "GraniteMoe",
     "gpt_oss": "GptOss",
     "phimoe": "Phimoe",
+    "hunyuan_v1_moe": "HunYuanMoEV1",
+    "ernie4_5_moe": "Ernie4_5_Moe",
 }
 
 

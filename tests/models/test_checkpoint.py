@@ -212,6 +212,28 @@ CHANGED = [
     case("gpt_oss", "truncated_yarn", rope_parameters=YARN | {"truncate": True}),
     case("gpt_oss", "tied", tie_word_embeddings=True),
     case("gpt_oss", "eps", rms_norm_eps=0.3),
+    case("ernie4_5_moe", "all_layers_sparse", moe_layer_start_index=0),
+    case("ernie4_5_moe", "every_other_layer_sparse", moe_layer_start_index=0, moe_layer_interval=2),
+    case("ernie4_5_moe", "last_layer_dense", moe_layer_start_index=0, moe_layer_end_index=1),
+    case("ernie4_5_moe", "no_shared_experts", moe_num_shared_experts=0),
+    case("ernie4_5_moe", "three_shared_experts", moe_num_shared_experts=3),
+    case("ernie4_5_moe", "one_key_head", num_key_value_heads=1),
+    case("ernie4_5_moe", "head_dim", head_dim=12),
+    case("ernie4_5_moe", "tied", tie_word_embeddings=True),
+    case("ernie4_5_moe", "eps", rms_norm_eps=0.3),
+    case("ernie4_5_moe", "theta", rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
+    case("hunyuan_v1_moe", "biases", attention_bias=True),
+    case(
+        "hunyuan_v1_moe",
+        "alpha",
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 20.0, "factor": 1.0},
+    ),
+    case("hunyuan_v1_moe", "theta", rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
+    case("hunyuan_v1_moe", "head_dim", head_dim=12),
+    case("hunyuan_v1_moe", "all_experts", moe_topk=E, num_experts_per_tok=E),
+    case("hunyuan_v1_moe", "one_key_head", num_key_value_heads=1),
+    case("hunyuan_v1_moe", "tied", tie_word_embeddings=True),
+    case("hunyuan_v1_moe", "eps", rms_norm_eps=0.3),
     case("phimoe", "no_attention_biases", attention_bias=False),
     case("phimoe", "no_head_bias", lm_head_bias=False),
     case("phimoe", "more_rivals", router_jitter_noise=1.0),
@@ -237,7 +259,7 @@ class Computed(NamedTuple):
 def computed(model: Any, ids_BS: Tensor) -> Computed:
     """What a model of transformers gives for these tokens; the experts are those that its own routers return."""
     chosen: list[Tensor] = []
-    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    routers = [module for module in model.modules() if type(module).__name__.lower().endswith(("topkrouter", "v1gate"))]
     handles = [router.register_forward_hook(lambda _, __, given: chosen.append(given[2])) for router in routers]
     logits = model(ids_BS).logits
     for handle in handles:

@@ -183,6 +183,12 @@ def turned_side_by_side(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Rope, "forward", tables)
 
 
+def not_interleaved(patch: pytest.MonkeyPatch) -> None:
+    """The rows of queries and keys stay in the file's order."""
+    read = checkpoint_config.read
+    patch.setattr(checkpoint_config, "read", lambda folder: replace(read(folder), interleaved=False))
+
+
 _OF_ALL = [
     ("gate_and_up_exchanged", gate_and_up_exchanged),
     ("norms_exchanged", exchanged("attention_norm", "mlp_norm")),
@@ -286,6 +292,19 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("no_residual_multiplier", setting(residual_scale=1.0)),
         ("logits_multiplied", setting(logits_scale=1.6)),
         ("usual_attention_scale", setting(scale=None)),
+    ],
+    "ernie4_5_moe": [
+        *_OF_ALL,
+        ("selection_bias_dropped", zeroed("router.bias_E")),
+        ("sigmoid_scores", router(score="sigmoid")),
+        ("no_shared_experts", setting(shared_expert_hidden_dim=0)),
+        ("rotation_of_halves", not_interleaved),
+    ],
+    "hunyuan_v1_moe": [
+        *_OF_ALL,
+        ("norms_before_the_rotation", setting(turn_first=False)),
+        ("no_shared_expert", setting(shared_expert_hidden_dim=0)),
+        ("query_norm_dropped", zeroed("q_norm.weight")),
     ],
     "phimoe": [
         *_OF_ALL[:-1],

@@ -70,10 +70,11 @@ class New(NamedTuple):
     k_BHNd: Tensor
     v_BHNd: Tensor
 
-    def append(self, clip: float | None, position: int) -> Tensor:
+    def append(self, clip: float | None, position: int, *, turn_first: bool = False) -> Tensor:
         q_Bn, k_Bm, v_Bm, q_norm, k_norm, *caches = self
         turns = tables(position, self.k_BHNd.shape[3], q_Bn.device)
-        return rope_append(q_Bn, k_Bm, v_Bm, q_norm, k_norm, EPS, clip, turns, at(position, q_Bn.device), *caches)
+        place = (turns, at(position, q_Bn.device), *caches, turn_first)
+        return rope_append(q_Bn, k_Bm, v_Bm, q_norm, k_norm, EPS, clip, *place)
 
 
 def new_token(
@@ -412,6 +413,22 @@ def test_attention_writes_nothing_into_its_operands(device: torch.device) -> Non
     y_BHd = cached_attention(*operands, 50)
     torch.testing.assert_close(list(operands), before, rtol=0, atol=0)
     assert y_BHd.untyped_storage().data_ptr() not in {part.untyped_storage().data_ptr() for part in operands}
+
+
+@pytest.mark.parametrize("position", [pytest.param(p, id=f"at {p}") for p in (0, 5)])
+@pytest.mark.parametrize("H", [pytest.param(1, id="one head"), pytest.param(4, id="four heads")])
+def test_a_norm_may_come_after_the_rotation(H: int, position: int, device: torch.device) -> None:
+    """Of queries and keys, each head alone: as turned without a norm, and normed then."""
+    new = new_token(2, H, 1, 8, "head", device=device)
+    plain = New(*new[:3], None, None, new.k_BHNd.clone(), new.v_BHNd.clone())
+    want_q, got_q = plain.append(None, position), new.append(None, position, turn_first=True)
+    for got, want, weight in (
+        (got_q, want_q, new.q_norm),
+        (new.k_BHNd[:, :, position], plain.k_BHNd[:, :, position], new.k_norm),
+    ):
+        assert weight is not None
+        assert_near(got, want / (want.square().mean(-1, keepdim=True) + EPS).sqrt() * weight)
+    assert torch.equal(new.v_BHNd, plain.v_BHNd)
 
 
 def one_token(
