@@ -52,6 +52,8 @@ ARCHITECTURES = (
         "gpt_oss", "gpt-oss-20b, 120b", "attention sinks, windows, experts with biases and a clamped gate, MXFP4"
     ),
     Architecture("phimoe", "Phi-3.5-MoE", "LayerNorm with a bias, LongRoPE, sparse mixer as the router"),
+    Architecture("ernie4_5_moe", "ERNIE-4.5-21B-A3B", "softmax router with a bias, shared experts, dense layers"),
+    Architecture("hunyuan_v1_moe", "Hunyuan-A13B", "norm of each head after RoPE, a shared expert"),
 )
 
 _BY_TYPE = {each.model_type: each for each in ARCHITECTURES}

@@ -206,7 +206,7 @@ def _moe(config: Keys, hidden_dim: int, top_k: int | None = None) -> dict[str, A
     n_experts = config.size(
         "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", most=_MOST_EXPERTS
     )
-    top_k = top_k or config.size("num_experts_per_tok", "moe_k")
+    top_k = top_k or config.size("num_experts_per_tok")
     if top_k > n_experts:
         raise config.refuse(
             f"num_experts_per_tok={top_k} is more than the {n_experts} experts; download the file again."
@@ -298,10 +298,13 @@ def _variant(
     n_kv_heads: int | None,
     width: str = "intermediate_size",
     top_k: Callable[[Keys], int] | None = None,
+    needs: tuple[str, ...] = (),
 ) -> Callable[[Keys], Settings]:
-    """An architecture of `checkpoint_variants`, with its defaults and the key of an expert's width."""
+    """An architecture of `checkpoint_variants`, with its defaults, the key of an expert's width, and keys it needs."""
 
     def settings(config: Keys) -> Settings:
+        for key in needs:
+            config.need(key)
         decoder = _decoder(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads)
         moe = _moe(config, config.size(width), top_k(config) if top_k else None)
         parts = getattr(variants, model_type)(config, decoder, moe)
@@ -369,8 +372,10 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "dots1": _dots1,
     "minimax_m2": _minimax_m2,
     "granitemoe": _variant("granitemoe", rope_theta=1e4, n_kv_heads=None),
-    "gpt_oss": _variant("gpt_oss", rope_theta=150_000, n_kv_heads=8),
+    "gpt_oss": _variant("gpt_oss", rope_theta=150_000, n_kv_heads=8, needs=("head_dim",)),
     "phimoe": _variant("phimoe", rope_theta=1e6, n_kv_heads=8),
-    "ernie4_5_moe": _variant("ernie4_5_moe", rope_theta=5e5, n_kv_heads=4, width="moe_intermediate_size"),
+    "ernie4_5_moe": _variant(
+        "ernie4_5_moe", rope_theta=5e5, n_kv_heads=4, width="moe_intermediate_size", top_k=variants.ernie_top_k
+    ),
     "hunyuan_v1_moe": _variant("hunyuan_v1_moe", rope_theta=1e4, n_kv_heads=None, top_k=variants.hunyuan_top_k),
 }

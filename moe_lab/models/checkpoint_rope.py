@@ -122,8 +122,10 @@ def _scaling(rope: Keys, kind: str, longest: int, length_beside: float | None) -
 def _require_factors(rope: Keys, key: str) -> None:
     """Of longrope: a number for each pair of dimensions; `frequencies` needs as many as there are."""
     values = rope.get(key)
-    numbers = values if isinstance(values, list) and key != "long_mscale" else [values]
-    if not all(is_number(each) and _LEAST <= each <= LARGEST_NUMBER for each in numbers):
+    numbers = [values] if key == "long_mscale" else values
+    if not isinstance(numbers, list) or not all(
+        is_number(each) and _LEAST <= each <= LARGEST_NUMBER for each in numbers
+    ):
         raise rope.refuse(
             f"rope_type=longrope: {key}={shown(values)} must be a number >= {_LEAST:g}, or a list of them."
         )

@@ -37,7 +37,6 @@ def _multiplier(config: Keys, key: str) -> float:
 
 def gpt_oss(config: Keys, decoder: _Part, moe: _Part) -> _Part:
     """Sinks, a window in every other layer, biases of gate and experts, and a clamped activation."""
-    config.need("head_dim")
     if not config.get("rope_scaling"):
         config.need("rope_parameters")  # without them transformers makes up a YaRN
     bias = config.flag("attention_bias", default=True)
@@ -121,6 +120,11 @@ def ernie4_5_moe(config: Keys, decoder: _Part, moe: _Part) -> _Part:
         "interleaved": True,
         "extra_layers": config.size("num_nextn_predict_layers", default=0, least=0, most=MOST_LAYERS),
     }
+
+
+def ernie_top_k(config: Keys) -> int:
+    """How many experts a token has."""
+    return config.size("moe_k", "num_experts_per_tok")
 
 
 def hunyuan_v1_moe(config: Keys, decoder: _Part, moe: _Part) -> _Part:

@@ -153,16 +153,14 @@ def plan(
             if mistake := _mistake(there, form.shape(target.shape), form.dtypes):
                 wrong.append(f"{shown(source.key)} {mistake}")
                 continue
-            copies.append(copy := Copy(source.key, there, target, form, form.scale_key(source.key)))
-            if copy.scale_key is None:
-                continue
-            expected.add(copy.scale_key)
-            if (scale := found.get(copy.scale_key)) is None:
-                missing.append(shown(copy.scale_key))
-            elif mistake := _mistake(scale, form.scale_shape(there.shape), form.scale_dtypes):
-                wrong.append(f"{shown(copy.scale_key)} {mistake}")
-            else:
-                copies[-1] = copy._replace(scale=scale)
+            scale_key, scale = form.scale_key(source.key), None
+            if scale_key is not None:
+                expected.add(scale_key)
+                if (scale := found.get(scale_key)) is None:
+                    missing.append(shown(scale_key))
+                elif mistake := _mistake(scale, form.scale_shape(there.shape), form.scale_dtypes):
+                    wrong.append(f"{shown(scale_key)} {mistake}")
+            copies.append(Copy(source.key, there, target, form, scale_key, scale))
     unexpected = [shown(key) for key in found if key not in expected and not (unused and unused(key))]
     complaints = [
         f"{len(keys)} {what}: {some(keys, _SHOWN)}"
