@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from moe_lab.cli.arguments import Parser
 from moe_lab.cli.json_output import print_json
 from moe_lab.config.targets import locate
-from moe_lab.experts.loop import Loop
-from moe_lab.models import architectures, checkpoint_config, checkpoint_weights
-from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models import architectures, checkpoint_config
 from moe_lab.models.checkpoint_config import Settings
 from moe_lab.models.checkpoint_keys import read_object, shown, some
-from moe_lab.routers.base import Router
 from moe_lab.terminal import Console
+
+if TYPE_CHECKING:  # torch is imported once there is a model to make
+    from moe_lab.models.checkpoint import Checkpoint
+    from moe_lab.routers.base import Router
 
 OK, UNSUPPORTED = 0, 1
 _GB = 1e9
@@ -50,13 +49,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
         settings = checkpoint_config.read(folder)
     except ValueError as error:
         return {**_of_another(folder, error), **_on_disk(folder)}
-    try:
-        model = _without_weights(folder, settings)
-        tensors = checkpoint_weights.headers(checkpoint_weights.files(folder))
-        model.plan(dict(model.named_parameters()), tensors)
-        supported = "yes"
-    except ValueError as error:
-        supported = f"no: {error}"
+    model = _without_weights(folder, settings)
     architecture = architectures.of_type(settings.model_type)
     assert architecture is not None, settings.model_type
     return {
@@ -72,7 +65,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
         **_on_disk(folder),
         **_in_memory(model),
         "keys_not_used": some(settings.unread) if settings.unread else None,
-        "supported": supported,
+        "supported": _supported(folder, model),
         "tested": architecture.tested,
     }
 
@@ -94,6 +87,11 @@ def _of_another(folder: Path, error: ValueError) -> dict[str, Any]:
 
 def _without_weights(folder: Path, settings: Settings) -> Checkpoint:
     """The model with its native router, on no device."""
+    import torch
+
+    from moe_lab.experts.loop import Loop
+    from moe_lab.models.checkpoint import Checkpoint
+
     node = dict(settings.router)
     target = locate(node.pop("_target_"))
 
@@ -103,6 +101,18 @@ def _without_weights(folder: Path, settings: Settings) -> Checkpoint:
 
     with torch.device("meta"):
         return Checkpoint(path=str(folder), make_router=make_router, experts=Loop(), implementation="torch")
+
+
+def _supported(folder: Path, model: Checkpoint) -> str:
+    """Whether every tensor has its place."""
+    from moe_lab.models import checkpoint_weights
+
+    try:
+        tensors = checkpoint_weights.headers(checkpoint_weights.files(folder))
+        model.plan(dict(model.named_parameters()), tensors)
+    except ValueError as error:
+        return f"no: {error}"
+    return "yes"
 
 
 def _layers(settings: Settings) -> str:

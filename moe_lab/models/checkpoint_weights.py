@@ -170,15 +170,14 @@ def plan(
     if complaints:
         folder = next((there.file.parent for there in found.values()), "")
         raise ValueError(f"model.path={folder}: the tensors do not match config.json: {'; '.join(complaints)}.")
-    if tied:
-        _require_one_matrix(found)
+    _require_one_matrix(found, tied)
     return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))
 
 
-def _require_one_matrix(found: Mapping[str, Found]) -> None:
-    """Raise `ValueError` for a head that is not the embedding, though it is tied."""
+def _require_one_matrix(found: Mapping[str, Found], tied: bool) -> None:
+    """Raise `ValueError` for a tied head that is not the embedding."""
     head, embedding = (found.get(WHOLE[name]) for name in ("head.weight", "embed.weight"))
-    if head is not None and embedding is not None and not _same_bytes(head, embedding):
+    if tied and head is not None and embedding is not None and not _same_bytes(head, embedding):
         raise ValueError(
             f"model.path: {head.file} has a separate {WHOLE['head.weight']}, but config.json says "
             "tie_word_embeddings; set it to false."
