@@ -51,10 +51,8 @@ ARCHITECTURES = (
     Architecture(
         "gpt_oss", "gpt-oss-20b, 120b", "attention sinks, windows, experts with biases and a clamped gate, MXFP4"
     ),
-    Architecture("ernie4_5_moe", "ERNIE-4.5-21B-A3B, 300B-A47B", "interleaved RoPE, a softmax with a selection bias"),
-    Architecture("hunyuan_v1_moe", "Hunyuan-A13B", "norm of each head after the rotation, shared expert"),
     Architecture("phimoe", "Phi-3.5-MoE", "LayerNorm with a bias, LongRoPE, sparse mixer as the router"),
-    Architecture("ernie4_5_moe", "ERNIE-4.5-21B-A3B", "softmax router with a bias, shared experts, dense layers"),
+    Architecture("ernie4_5_moe", "ERNIE-4.5-21B-A3B", "interleaved RoPE, softmax router with a bias, shared experts"),
     Architecture("hunyuan_v1_moe", "Hunyuan-A13B", "norm of each head after RoPE, a shared expert"),
 )
 

@@ -255,8 +255,12 @@ def _execute(path: Path, copies: Sequence[Copy], advance: Callable[[int], None])
                 copy.form.put(copy.target, tensor)
                 _require_finite(copy, tensor)
                 return copy.found.n_bytes
-            with safe_open(copy.scale.file, framework="pt") as other:  # a scale may be in another file
-                copy.form.put(copy.target, tensor, other.get_tensor(copy.scale_key))
+            if copy.scale.file == path:
+                scale = handle.get_tensor(copy.scale_key)
+            else:  # a shard may end between a matrix and its scales
+                with safe_open(copy.scale.file, framework="pt") as other:
+                    scale = other.get_tensor(copy.scale_key)
+            copy.form.put(copy.target, tensor, scale)
             if not _is_finite(copy.target):
                 raise ValueError(
                     f"model.path: {copy.found.file}: {shown(copy.key)} times its scales has values that are NaN, "
