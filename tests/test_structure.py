@@ -42,6 +42,8 @@ TESTED_IN = {
     "export/trace.py": "export/test_export.py",
     "models/checkpoint_names.py": "models/test_checkpoint_weights.py",
     "models/checkpoint_router.py": "models/test_checkpoint_latent.py",
+    "models/checkpoint_effect.py": "models/test_checkpoint_config.py",
+    "models/checkpoint_sizes.py": "models/test_checkpoint_config.py",
     "models/checkpoint_windows.py": "models/test_checkpoint_variants.py",
     "models/layer_kinds.py": "models/test_soft_moe.py",
     "ops/capacity.py": "ops/test_onnx_bodies.py",

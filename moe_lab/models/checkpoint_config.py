@@ -12,60 +12,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moe_lab.config.checks import MOST_LAYERS, head_mistake
 from moe_lab.models import checkpoint_deepseek as deepseek
 from moe_lab.models import checkpoint_router as routers
+from moe_lab.models import checkpoint_sizes as sizes
 from moe_lab.models import checkpoint_variants as variants
 from moe_lab.models import checkpoint_windows as windows
+from moe_lab.models.checkpoint_effect import NO_EFFECT, WITHOUT
 from moe_lab.models.checkpoint_forms import Fp8Blocks, Mxfp4, read_quantization
 from moe_lab.models.checkpoint_keys import Keys, read_object, shown
 from moe_lab.models.checkpoint_latent import read_latent
-from moe_lab.models.checkpoint_rope import read_partial_rope, read_rope
+from moe_lab.models.checkpoint_rope import read_rope
 
 CONFIG = "config.json"
-_NO_EFFECT = {
-    *("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version", "unsloth_version"),
-    *("_name_or_path", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset"),
-    *("bos_token_id", "pad_token_id", "decoder_start_token_id", "id2label", "label2id", "problem_type"),
-    *("chunk_size_feed_forward", "output_attentions", "output_hidden_states", "pretraining_tp", "return_dict"),
-    *("use_cache", "attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef"),
-    *("router_jitter_noise", "router_z_loss_coef", "aux_loss_alpha", "seq_aux", "ep_size"),
-    "initial_context_length",  # of gpt_oss: original_max_position_embeddings under another name
-    # Of every model in files of transformers 4, for `generate` and for other kinds of models.
-    *("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size"),
-    *("diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size"),
-    *("exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id"),
-    *("is_decoder", "is_encoder_decoder", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size"),
-    *("num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix", "pruned_heads"),
-    *("remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens"),
-    *("task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k"),
-    *("top_p", "torchscript", "typical_p", "use_bfloat16"),
-}
-"""Keys of a config.json that change no logits: names, data types, ids for padding, and what only training reads."""
-
-_WITHOUT = {
-    "attention_bias": False,
-    "attn_logit_softcapping": 0,
-    "clip_qkv": 0,
-    "final_logit_softcapping": 0,
-    "logit_scale": 1,
-    "mlp_bias": False,
-    "n_group": 1,
-    "n_shared_experts": 0,
-    "qkv_bias": False,
-    "rope_interleaved": False,
-    "rope_type": "default",
-    "rotary_pct": 1,
-    "routed_scaling_factor": 1,
-    "scoring_func": "softmax",
-    "shared_expert_intermediate_size": 0,
-    "topk_group": 1,
-    "use_qk_norm": False,
-}
-"""Keys of other architectures, each with the value that means that a model does not have what it is about."""
-
-_PLAIN = {"qk_norm": "none", "shared_expert_hidden_dim": 0, "shared_expert_gate": False, "dense_hidden_dim": None}
-_MOST_EXPERTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -144,8 +102,8 @@ def read(folder: str | Path) -> Settings:
         raise config.refuse("per_layer_config is not supported: all layers must have the same settings.")
     settings = _ARCHITECTURES[model_type](config)
     ends = ids_of(config, settings.decoder["vocab_size"])
-    without = {**_WITHOUT, "use_qk_norm": settings.decoder["qk_norm"] != "none"}
-    unread = [key for key in config.unread(_NO_EFFECT) if key not in without or content[key] != without[key]]
+    without = {**WITHOUT, "use_qk_norm": settings.decoder["qk_norm"] != "none"}
+    unread = [key for key in config.unread(NO_EFFECT) if key not in without or content[key] != without[key]]
     return replace(settings, ends=ends, form=form, unread=tuple(map(shown, unread)))
 
 
@@ -157,63 +115,6 @@ def ids_of(keys: Keys, vocab_size: int) -> frozenset[int]:
     return ends
 
 
-def _trunk(config: Keys, theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """What every decoder has, whatever its attention."""
-    return {
-        "vocab_size": config.size("vocab_size"),
-        "d_model": config.size("hidden_size"),
-        "n_heads": config.size("num_attention_heads"),
-        "n_layers": config.size("num_hidden_layers", most=MOST_LAYERS),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "norm_eps": config.number("rms_norm_eps", least=1e-20, most=1) or config.need("rms_norm_eps"),
-        "tie_embeddings": config.flag("tie_word_embeddings", default=False),
-    }
-
-
-def _partial_decoder(config: Keys, *, rope_theta: float, n_kv_heads: int, share: float) -> dict[str, Any]:
-    """As `_decoder`, where RoPE turns a part of each head; `share` is the architecture's default."""
-    theta, scaling, share = read_partial_rope(config, rope_theta, share)
-    decoder = _grouped_decoder(config, _trunk(config, theta, scaling), n_kv_heads)
-    rotary_dim = int(decoder["head_dim"] * share)
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise config.refuse(
-            f"partial_rotary_factor={share:g} turns {rotary_dim} of the {decoder['head_dim']} dimensions of a head; it "
-            "must be an even number."
-        )
-    return {**decoder, "rotary_dim": rotary_dim}
-
-
-def _decoder(config: Keys, *, rope_theta: float, n_kv_heads: int | None) -> dict[str, Any]:
-    """A decoder with grouped-query attention; `rope_theta` and `n_kv_heads` are the architecture's defaults."""
-    return _grouped_decoder(config, _trunk(config, *read_rope(config, rope_theta)), n_kv_heads)
-
-
-def _grouped_decoder(config: Keys, trunk: dict[str, Any], n_kv_heads: int | None) -> dict[str, Any]:
-    d_model, n_heads = trunk["d_model"], trunk["n_heads"]
-    if n_kv_heads is None or "num_key_value_heads" in config.content:  # null: as many as there are heads
-        n_kv_heads = n_heads
-    head_dim = None if config.get("head_dim") is None else config.size("head_dim")
-    n_kv_heads = config.size("num_key_value_heads", default=n_kv_heads)
-    names = {"d_model": "hidden_size", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
-    if mistake := head_mistake(d_model, n_heads, n_kv_heads, head_dim, lambda key: names.get(key, key)):
-        raise config.refuse(mistake)
-    return {**trunk, "n_kv_heads": n_kv_heads, "head_dim": head_dim or d_model // n_heads}
-
-
-def _moe(config: Keys, hidden_dim: int, top_k: int | None = None) -> dict[str, Any]:
-    """The routed experts, of which each is `hidden_dim` wide; what only some architectures have is `_PLAIN`."""
-    n_experts = config.size(
-        "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", most=_MOST_EXPERTS
-    )
-    top_k = top_k or config.size("num_experts_per_tok")
-    if top_k > n_experts:
-        raise config.refuse(
-            f"num_experts_per_tok={top_k} is more than the {n_experts} experts; download the file again."
-        )
-    return {"mlp_hidden_dim": hidden_dim, "n_experts": n_experts, "top_k": top_k, **_PLAIN}
-
-
 def _dense_layers(config: Keys, n_layers: int) -> frozenset[int]:
     """Of the Qwen models: those named, and those between every `decoder_sparse_step`-th."""
     if not isinstance(named := config.get("mlp_only_layers", default=[]), list):
@@ -223,10 +124,14 @@ def _dense_layers(config: Keys, n_layers: int) -> frozenset[int]:
 
 
 def _mixtral(config: Keys) -> Settings:
-    decoder, window = _decoder(config, rope_theta=1e6, n_kv_heads=8), windows.window(config)
+    decoder, window = sizes.decoder_of(config, rope_theta=1e6, n_kv_heads=8), windows.window(config)
     return Settings(
         "mixtral",
-        {**decoder, **_moe(config, config.size("intermediate_size")), "windows": [window] * decoder["n_layers"]},
+        {
+            **decoder,
+            **sizes.experts_of(config, config.size("intermediate_size")),
+            "windows": [window] * decoder["n_layers"],
+        },
         routers.softmax_topk(renormalize=True),
         config.size("max_position_embeddings"),
     )
@@ -237,8 +142,8 @@ def _olmoe(config: Keys) -> Settings:
     return Settings(
         "olmoe",
         {
-            **_decoder(config, rope_theta=1e4, n_kv_heads=None),
-            **_moe(config, config.size("intermediate_size")),
+            **sizes.decoder_of(config, rope_theta=1e4, n_kv_heads=None),
+            **sizes.experts_of(config, config.size("intermediate_size")),
             "qk_norm": "full",
             "clip_qkv": config.number("clip_qkv"),
             "qkv_bias": bias,
@@ -250,14 +155,14 @@ def _olmoe(config: Keys) -> Settings:
 
 
 def _qwen3_moe(config: Keys) -> Settings:
-    decoder = _decoder(config, rope_theta=1e4, n_kv_heads=4)
+    decoder = sizes.decoder_of(config, rope_theta=1e4, n_kv_heads=4)
     bias = config.flag("attention_bias", default=False)
     window = windows.switched_window(config)
     return Settings(
         "qwen3_moe",
         {
             **decoder,
-            **_moe(config, config.size("moe_intermediate_size")),
+            **sizes.experts_of(config, config.size("moe_intermediate_size")),
             "dense_hidden_dim": config.size("intermediate_size"),
             "qk_norm": "head",
             "qkv_bias": bias,
@@ -271,14 +176,14 @@ def _qwen3_moe(config: Keys) -> Settings:
 
 
 def _qwen2_moe(config: Keys) -> Settings:
-    decoder = _decoder(config, rope_theta=1e4, n_kv_heads=16)
+    decoder = sizes.decoder_of(config, rope_theta=1e4, n_kv_heads=16)
     n_layers, window = decoder["n_layers"], windows.switched_window(config)
     widest = config.size("max_window_layers", default=28, least=0)
     return Settings(
         "qwen2_moe",
         {
             **decoder,
-            **_moe(config, config.size("moe_intermediate_size")),
+            **sizes.experts_of(config, config.size("moe_intermediate_size")),
             "dense_hidden_dim": config.size("intermediate_size"),
             "shared_expert_hidden_dim": config.size("shared_expert_intermediate_size"),
             "shared_expert_gate": True,
@@ -305,8 +210,8 @@ def _variant(
     def settings(config: Keys) -> Settings:
         for key in needs:
             config.need(key)
-        decoder = _decoder(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads)
-        moe = _moe(config, config.size(width), top_k(config) if top_k else None)
+        decoder = sizes.decoder_of(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads)
+        moe = sizes.experts_of(config, config.size(width), top_k(config) if top_k else None)
         parts = getattr(variants, model_type)(config, decoder, moe)
         return Settings(model_type, **{"max_positions": config.size("max_position_embeddings"), **parts})
 
@@ -319,37 +224,42 @@ def _latent(
     """An architecture with latent attention, of which `settings` reads the rest."""
 
     def architecture(config: Keys) -> Settings:
-        trunk = _trunk(config, *read_rope(config, theta))
+        trunk = sizes.trunk(config, *read_rope(config, theta))
         decoder = {**trunk, **read_latent(config, trunk["n_heads"])}
-        return Settings(model_type, **settings(config, decoder, _moe(config, config.size("moe_intermediate_size"))))
+        return Settings(
+            model_type, **settings(config, decoder, sizes.experts_of(config, config.size("moe_intermediate_size")))
+        )
 
     return architecture
 
 
 def _glm4_moe(config: Keys) -> Settings:
-    decoder = _partial_decoder(config, rope_theta=1e4, n_kv_heads=8, share=0.5)
-    moe = _moe(config, config.size("moe_intermediate_size"))
+    decoder = sizes.partial_decoder(config, rope_theta=1e4, n_kv_heads=8, share=0.5)
+    moe = sizes.experts_of(config, config.size("moe_intermediate_size"))
     return Settings("glm4_moe", **deepseek.glm4_moe(config, decoder, moe))
 
 
 def _solar_open(config: Keys) -> Settings:
     config.need("head_dim")
-    decoder = _decoder(config, rope_theta=1e6, n_kv_heads=8)
-    moe = _moe(config, config.size("moe_intermediate_size"))
+    decoder = sizes.decoder_of(config, rope_theta=1e6, n_kv_heads=8)
+    moe = sizes.experts_of(config, config.size("moe_intermediate_size"))
     return Settings("solar_open", **deepseek.solar_open(config, decoder, moe))
 
 
 def _minimax_m2(config: Keys) -> Settings:
     config.need("head_dim")
     share = config.size("rotary_dim") / config.size("head_dim") if config.get("rotary_dim") is not None else 1.0
-    decoder = _partial_decoder(config, rope_theta=5e6, n_kv_heads=8, share=share)
+    decoder = sizes.partial_decoder(config, rope_theta=5e6, n_kv_heads=8, share=share)
     return Settings(
-        "minimax_m2", **deepseek.minimax_m2(config, decoder, _moe(config, config.size("intermediate_size")))
+        "minimax_m2", **deepseek.minimax_m2(config, decoder, sizes.experts_of(config, config.size("intermediate_size")))
     )
 
 
 def _dots1(config: Keys) -> Settings:
-    decoder, moe = _decoder(config, rope_theta=1e4, n_kv_heads=32), _moe(config, config.size("moe_intermediate_size"))
+    decoder, moe = (
+        sizes.decoder_of(config, rope_theta=1e4, n_kv_heads=32),
+        sizes.experts_of(config, config.size("moe_intermediate_size")),
+    )
     n_layers, window = decoder["n_layers"], windows.window(config, default=4096)
     first = config.size("max_window_layers", default=62, least=0)
     of_layers = [window if layer >= first else None for layer in range(n_layers)]

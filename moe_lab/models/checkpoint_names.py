@@ -7,7 +7,8 @@ stacked.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from moe_lab.models.checkpoint_forms import AS_IT_IS, Arranged, Form, Mxfp4, OneRow
@@ -179,6 +180,28 @@ def _of_experts(prefix: str, names: Sequence[str], n_experts: int, halves: Seque
         for expert in range(n_experts)
         for name, part in zip(names, parts, strict=True)
     ]
+
+
+def layouts(shapes: Mapping[str, Sequence[int]], keys: Container[str], model: str) -> dict[str, list[Source]]:
+    """For each parameter the layout that the checkpoint uses; if it has none of its tensors, the most frequent one."""
+    possible = {name: sources(name, shape, model) for name, shape in shapes.items()}
+    hits: Counter[tuple[str, int]] = Counter()
+    for name, of_one in possible.items():
+        for number, layout in enumerate(of_one):
+            hits[_block(name), number] += sum(source.key in keys for source in layout)
+    chosen = {}
+    for name, of_one in possible.items():
+        assert of_one, f"no layout for {name}"
+        ranks = [
+            (sum(source.key in keys for source in layout), hits[_block(name), n], -n) for n, layout in enumerate(of_one)
+        ]
+        chosen[name] = of_one[-max(ranks)[2]]
+    return chosen
+
+
+def _block(name: str) -> str:
+    """The part of a layer whose parameters have the same layouts, as `mlp.weights`."""
+    return ".".join(name.split(".")[2:4])
 
 
 def is_unused(key: str, n_layers: int, extra_layers: int, has_bias: bool) -> bool:

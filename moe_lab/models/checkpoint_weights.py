@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from moe_lab.models.checkpoint_forms import AS_IT_IS, Form, Fp8Blocks
 from moe_lab.models.checkpoint_keys import parse_object, read_object, shown, some
-from moe_lab.models.checkpoint_names import WHOLE, Source, sources
+from moe_lab.models.checkpoint_names import WHOLE, Source, layouts
 from moe_lab.records.files import require_plain
 from moe_lab.terminal import Console
 
@@ -140,7 +139,8 @@ def plan(
     copies, missing, wrong = [], [], []
     expected = {WHOLE["head.weight"]} if tied else set()
     only_head = tied and WHOLE["embed.weight"] not in found and WHOLE["head.weight"] in found
-    for name, layout in _layouts(parameters, found, model).items():
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    for name, layout in layouts(shapes, found, model).items():
         for source in layout:
             if only_head and name == "embed.weight":  # of two names for a matrix some files keep this one
                 source = Source(WHOLE["head.weight"])
@@ -201,29 +201,6 @@ def _same_bytes(tensor: Found, other: Found, at_once: int = 1 << 20) -> bool:
             a.read(n) == b.read(n)
             for n in (min(at_once, tensor.n_bytes - done) for done in range(0, tensor.n_bytes, at_once))
         )
-
-
-def _layouts(parameters: Mapping[str, Tensor], tensors: Mapping[str, Found], model: str) -> dict[str, list[Source]]:
-    """For each parameter the layout that the checkpoint uses; if it has none of its tensors, the most frequent one."""
-    possible = {name: sources(name, parameter.shape, model) for name, parameter in parameters.items()}
-    hits: Counter[tuple[str, int]] = Counter()
-    for name, layouts in possible.items():
-        for number, layout in enumerate(layouts):
-            hits[_block(name), number] += sum(source.key in tensors for source in layout)
-    chosen = {}
-    for name, layouts in possible.items():
-        assert layouts, f"no layout for {name}"
-        ranks = [
-            (sum(source.key in tensors for source in layout), hits[_block(name), n], -n)
-            for n, layout in enumerate(layouts)
-        ]
-        chosen[name] = layouts[-max(ranks)[2]]
-    return chosen
-
-
-def _block(name: str) -> str:
-    """The part of a layer whose parameters have the same layouts, as `mlp.weights`."""
-    return ".".join(name.split(".")[2:4])
 
 
 def execute(copies: Sequence[Copy]) -> None:

@@ -1,4 +1,4 @@
-"""models/checkpoint_config.py: what a config.json says of a decoder, and what is said of one that will not do."""
+"""models/checkpoint_config.py, with models/checkpoint_sizes.py and models/checkpoint_effect.py: what is read, and refused."""
 
 from __future__ import annotations
 

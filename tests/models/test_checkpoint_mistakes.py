@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lab.models import checkpoint_config, checkpoint_weights, transformer_decoder
+from moe_lab.models import checkpoint_config, checkpoint_names, checkpoint_weights, transformer_decoder
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.checkpoint_names import Source
 from moe_lab.models.rope import Rope
@@ -62,12 +62,12 @@ def mapped(change: Callable[[str, list[Source]], list[Source]]) -> Plant:
     """The tensors of each parameter are changed."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        sources = checkpoint_weights.sources
+        sources = checkpoint_names.sources
 
         def changed(name: str, shape: Sequence[int], model: str) -> list[list[Source]]:
             return [change(name, layout) for layout in sources(name, shape, model)]
 
-        patch.setattr(checkpoint_weights, "sources", changed)
+        patch.setattr(checkpoint_names, "sources", changed)
 
     return plant
 
@@ -76,13 +76,13 @@ def exchanged(one: str, other: str) -> Plant:
     """Two parameters of each layer have each other's tensors."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        sources = checkpoint_weights.sources
+        sources = checkpoint_names.sources
 
         def changed(name: str, shape: Sequence[int], model: str) -> list[list[Source]]:
             swapped = name.replace(one, "\0").replace(other, one).replace("\0", other)
             return sources(swapped, shape, model)
 
-        patch.setattr(checkpoint_weights, "sources", changed)
+        patch.setattr(checkpoint_names, "sources", changed)
 
     return plant
 

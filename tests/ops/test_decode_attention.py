@@ -586,6 +586,8 @@ def launches() -> None:
         new = new_token(B, H, H_KV, 8, norm, torch.bfloat16)
         q_BHd = new.append(0.7, 3)
         cached_attention(q_BHd, *new[5:], at(3, CPU), 1)
+        sinks_H = torch.zeros(H, dtype=torch.bfloat16)
+        cached_attention(new.append(None, 3, turn_first=True), *new[5:], at(3, CPU), None, 0.5, sinks_H)
 
 
 def more_launches() -> None:

@@ -316,6 +316,9 @@ def launches() -> None:
     """Sizes of 1, which Triton takes for constants of the kernel, and larger ones."""
     few_tokens_mlp(*operands(16, 9, 3, 40, 24, torch.bfloat16), True)
     few_tokens_mlp(*operands(1, 2, 1, 1, 1, torch.bfloat16), True)
+    for F, D in ((24, 40), (1, 1)):  # biases of fp32, and the clamped activation
+        biases = torch.zeros(9, 2 * F), torch.zeros(9, D)
+        few_tokens_mlp(*operands(16, 9, 3, D, F, torch.bfloat16), False, *biases, (1.702, 7.0))
 
 
 def more_launches() -> None:
