@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from moe_lab.cli.arguments import Parser
 from moe_lab.cli.json_output import print_json
-from moe_lab.config.targets import locate
 from moe_lab.models import architectures, checkpoint_config
 from moe_lab.models.checkpoint_config import Settings
 from moe_lab.models.checkpoint_keys import read_object, shown, some
 from moe_lab.terminal import Console
 
-if TYPE_CHECKING:  # torch is imported once there is a model to make
+if TYPE_CHECKING:
     from moe_lab.models.checkpoint import Checkpoint
-    from moe_lab.routers.base import Router
 
 OK, UNSUPPORTED = 0, 1
 _GB = 1e9
@@ -49,7 +47,9 @@ def facts_of(folder: Path) -> dict[str, Any]:
         settings = checkpoint_config.read(folder)
     except ValueError as error:
         return {**_of_another(folder, error), **_on_disk(folder)}
-    model = _without_weights(folder, settings)
+    from moe_lab.models.checkpoint import without_weights  # here: torch is imported once there is a model to make
+
+    model = without_weights(folder)
     architecture = architectures.of_type(settings.model_type)
     assert architecture is not None, settings.model_type
     return {
@@ -83,24 +83,6 @@ def _of_another(folder: Path, error: ValueError) -> dict[str, Any]:
         "config": ", ".join(f"{key}={value}" for key, value in numbers.items()) or None,
         "supported": f"no: {error}",
     }
-
-
-def _without_weights(folder: Path, settings: Settings) -> Checkpoint:
-    """The model with its native router, on no device."""
-    import torch
-
-    from moe_lab.experts.loop import Loop
-    from moe_lab.models.checkpoint import Checkpoint
-
-    node = dict(settings.router)
-    target = locate(node.pop("_target_"))
-
-    def make_router(n_experts: int, top_k: int) -> Router:
-        router: Router = target(n_experts, top_k, impl="torch", **node)
-        return router
-
-    with torch.device("meta"):
-        return Checkpoint(path=str(folder), make_router=make_router, experts=Loop(), implementation="torch")
 
 
 def _supported(folder: Path, model: Checkpoint) -> str:

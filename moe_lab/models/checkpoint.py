@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from moe_lab.config.targets import locate
 from moe_lab.experts.base import Experts
+from moe_lab.experts.loop import Loop
 from moe_lab.models import MakeRouter, checkpoint_config, checkpoint_weights
 from moe_lab.models.checkpoint_keys import some
 from moe_lab.models.checkpoint_names import is_unused, sources
@@ -21,6 +24,7 @@ from moe_lab.models.checkpoint_order import order_of, reorder
 from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import shareable
+from moe_lab.routers.base import Router
 from moe_lab.routers.scored_topk import ScoredTopK
 
 TOKENIZER = "tokenizer.json"
@@ -121,3 +125,16 @@ class Checkpoint(DecoderMoE):
         layers = [layer for layer in moe_layers(self) if not layer.router.calibrates]
         own = [each for layer in layers for each in layer.router.named_parameters()]
         return sorted({name for name, parameter in own if id(parameter) not in trained})
+
+
+def without_weights(folder: Path) -> Checkpoint:
+    """The model of the checkpoint in `folder` with its native router, on no device: nothing is read but config.json."""
+    node = dict(checkpoint_config.read(folder).router)
+    target = locate(node.pop("_target_"))
+
+    def make_router(n_experts: int, top_k: int) -> Router:
+        router: Router = target(n_experts, top_k, impl="torch", **node)
+        return router
+
+    with torch.device("meta"):
+        return Checkpoint(path=str(folder), make_router=make_router, experts=Loop(), implementation="torch")

@@ -142,7 +142,12 @@ _OWN = {
     },
 }
 
-kinds = pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in KINDS])
+_EACH_LAYOUT = {"olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"}
+"""What the others' files are like: their tests of the loader alone are slow ones."""
+
+kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, id=kind, marks=[pytest.mark.slow] * (kind not in _EACH_LAYOUT)) for kind in KINDS]
+)
 
 
 def trained(kind: str, seed: int = 0, **settings: Any) -> Any:
