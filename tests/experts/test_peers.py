@@ -81,6 +81,13 @@ def test_a_package_that_is_not_installed_is_named_for_pip() -> None:
         Absent().kernels()
 
 
+def test_the_reason_is_one_line(install: Callable[[str, str], None]) -> None:
+    """Whatever a package raises when it is imported."""
+    install("no_such_kernels", "raise RuntimeError('needs\\n  a driver')")
+    with pytest.raises(UnavailableError, match=r"^cannot import no_such_kernels \(needs a driver\); pip install"):
+        Absent().kernels()
+
+
 @pytest.mark.parametrize(
     ("dtype", "D", "F", "message"),
     [
@@ -380,5 +387,96 @@ def test_the_fastest_is_what_took_the_least_time_and_was_not_refused(monkeypatch
         return torch.tensor(candidate)
 
     monkeypatch.setattr(tuning, "_milliseconds", lambda timed: took[tuple(timed().tolist())].pop())
-    assert tuning.fastest(call, [(8, 8), *took]) == ((2, 2), 1.0)
-    assert tuning.fastest(call, [(8, 8)]) == (None, math.inf)
+    assert tuning.fastest(call, [(8, 8), *took], "tiles") == ((2, 2), 1.0)
+
+
+FLASHINFER = """
+from torch.nn.functional import silu
+
+REFUSED = ()
+
+def interleave_up_gate_sm90(w):
+    return w.clone()
+
+def refuse(shape):
+    if shape[0] in REFUSED:
+        raise ValueError(f"cannot implement\\n  tile_shape_mn={shape}")
+
+def tiles(maps, rows, topk):
+    expert, limit, slot, n = (part.tolist() for part in maps)
+    for tile in range(n[0]):
+        valid = range(tile * rows, limit[tile])
+        yield expert[tile], list(valid), [slot[row] // topk for row in valid], [slot[row] for row in valid]
+
+def sm90_contiguous_gather_grouped_gemm_act_fusion(x, w, *maps, topk, permuted_m, tile_shape_mn, swizzle_size):
+    refuse(tile_shape_mn)
+    h = x.new_empty(permuted_m, w.shape[1] // 2)
+    for expert, rows, tokens, _ in tiles(maps, tile_shape_mn[0], topk):
+        gate, up = (x[tokens].double() @ w[expert].double().T).chunk(2, -1)
+        h[rows] = (silu(gate) * up).to(x.dtype)
+    return h
+"""
+
+FINALIZE = """
+from flashinfer.fused_moe.cute_dsl.sm90_contiguous_gather_grouped_gemm_act_fusion import tiles
+
+def sm90_contiguous_grouped_gemm_finalize_fusion(
+    h, w, *others, topk, tile_shape_mn, cluster_shape_mn, raster_along_m
+):
+    *maps, weights, y = others
+    for expert, rows, tokens, slots in tiles(maps, tile_shape_mn[0], topk):
+        o = h[rows].double() @ w[expert].double().T * weights.flatten()[slots].double().unsqueeze(1)
+        y.index_add_(0, y.new_tensor(tokens).long(), o.to(y.dtype))
+"""
+
+
+def install_flashinfer(install: Callable[[str, str], None], refused: tuple[int, ...] = ()) -> None:
+    folder = "flashinfer.fused_moe.cute_dsl"
+    kernels = FLASHINFER.replace("REFUSED = ()", f"REFUSED = {refused}")
+    install(f"{folder}.sm90_contiguous_gather_grouped_gemm_act_fusion", kernels)
+    install(f"{folder}.sm90_contiguous_grouped_gemm_finalize_fusion", FINALIZE)
+
+
+@UNUSED
+@pytest.mark.parametrize(
+    ("tune", "refused"),
+    [pytest.param(False, (), id="default"), pytest.param(True, (64,), id="tuned, 64 rows are refused")],
+)
+def test_what_is_around_flashinfer(
+    install: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    unused: float,
+    tune: bool,
+    refused: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    """The index maps and the sum make the formula, also where the kernels refuse some of the tiles."""
+    install_flashinfer(install, refused)
+    monkeypatch.setattr(tuning, "_milliseconds", lambda call: 1.0)
+    weights, routing = make_weights(5, 64, 32, device=device), make_routing(150, 5, 2, unused, device)
+    x_TD = make_x(150, 64, device=device)
+    experts = FlashInfer(tune=tune)
+    experts.dtypes = (torch.float32,)
+    assert_near(experts(x_TD, routing, weights), formula(x_TD, routing, weights))
+
+
+def test_kernels_that_refuse_every_tile_are_unavailable(install: Callable[[str, str], None]) -> None:
+    """With the last reason, in one line, and what to set."""
+    install_flashinfer(install, refused=(64, 128))
+    weights, x_TD = make_weights(3, 64, 32, torch.bfloat16), make_x(5, 64, torch.bfloat16)
+    message = (
+        r"^flashinfer-python, tiles of 128 rows for gate and up: all 8 that experts\.tune=true tries are refused, "
+        r"the last one because cannot implement tile_shape_mn=\(128, 64\); experts\.tune=false takes the default$"
+    )
+    with pytest.raises(UnavailableError, match=message):
+        FlashInfer(tune=True)(x_TD, make_routing(5, 3, 2), weights)
+
+
+def test_columns_that_are_all_refused_are_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> torch.Tensor:
+        raise ValueError("no such columns")
+
+    monkeypatch.setattr(FlashInferLow, "_launch", refuse)
+    weights, x_TD = make_weights(3, 128, 128, torch.bfloat16), make_x(5, 128, torch.bfloat16)
+    with pytest.raises(UnavailableError, match=r"columns of a warp: all 5 .* because no such columns; experts\.tune=f"):
+        FlashInferLow(tune=True)(x_TD, make_routing(5, 3, 2), weights)

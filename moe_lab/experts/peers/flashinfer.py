@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from moe_lab.errors import UnavailableError
 from moe_lab.experts.peers.peer import Peer
 from moe_lab.experts.peers.tuning import fastest
 from moe_lab.experts.weights import ExpertWeights
@@ -113,14 +114,22 @@ class FlashInfer(Peer):
         return y_TD
 
     def _choose(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_E2FD: Tensor, w_EDF: Tensor) -> Tactic:
-        """The rows, and for them the fastest of each product."""
-        found, y_TD = [], torch.zeros_like(x_TD)
+        """The rows, and for them the fastest of each product; rows with which one of both is refused are left out."""
+        found, refusals, y_TD = [], [], torch.zeros_like(x_TD)
         for rows in ROWS:
             maps, K = _index_maps(ids_TK, len(w_EDF), rows), ids_TK.shape[1]
-            up, up_ms = fastest(partial(self._up, x_TD, w_E2FD, maps, K, rows), UP)
-            h_MF = self._up(x_TD, w_E2FD, maps, K, rows, *up)
-            down, down_ms = fastest(partial(self._down, h_MF, w_EDF, maps, weights_TK, y_TD, rows), DOWN)
-            found.append((up_ms + down_ms, Tactic(rows, up, down)))
+            of_rows = f"{self.distribution}, tiles of {rows} rows"
+            try:
+                up, up_ms = fastest(partial(self._up, x_TD, w_E2FD, maps, K, rows), UP, f"{of_rows} for gate and up")
+                h_MF = self._up(x_TD, w_E2FD, maps, K, rows, *up)
+                down = partial(self._down, h_MF, w_EDF, maps, weights_TK, y_TD, rows)
+                down_tile, down_ms = fastest(down, DOWN, f"{of_rows} for down")
+            except UnavailableError as error:
+                refusals.append(error)
+            else:
+                found.append((up_ms + down_ms, Tactic(rows, up, down_tile)))
+        if not found:
+            raise refusals[-1]
         return min(found)[1]
 
 

@@ -55,7 +55,8 @@ class FlashInferLow(Peer):
         if self.tune:
             size = (x_TD.dtype, *ids_TK.shape, *down_EDF.shape)
             if size not in self._chosen:
-                self._chosen[size] = fastest(lambda *columns: self._launch(columns, operands), COLUMNS)[0]
+                what = f"{self.distribution}, columns of a warp"
+                self._chosen[size], _ = fastest(lambda *columns: self._launch(columns, operands), COLUMNS, what)
             columns = self._chosen[size]
         return self._launch(columns, operands)
 

@@ -88,8 +88,9 @@ class Peer(Experts):
                 return module
             except Exception as error:  # what a package raises where its own needs are not met is its own affair
                 errors.append(error)
+        why = " ".join(str(errors[0]).split())
         raise UnavailableError(
-            f"cannot import {self.modules[0]} ({errors[0]}); pip install {self.pip or self.distribution}"
+            f"cannot import {self.modules[0]} ({why}); pip install {self.pip or self.distribution}"
         ) from errors[0]
 
     def require(self, dtype: torch.dtype, D: int, F: int) -> None:
