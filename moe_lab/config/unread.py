@@ -48,6 +48,12 @@ _RULES = (
         "workload.context_len", lambda c: c.workload.get("phase") == "decode", "only used with workload.phase=decode"
     ),
     _Rule("workload.load", _has_experts, "the model has no layer of experts"),
+    _Rule(
+        "model.timed",
+        lambda c: c.workload.get("load", "native") == "native",
+        "with workload.load other than native no router runs, so the experts alone are timed",
+        is_refused=False,
+    ),
     _Rule("workload.zipf_exponent", lambda c: c.workload.get("load") == "zipf", "only used with workload.load=zipf"),
     _Rule(
         "workload.hot_experts workload.hot_share",

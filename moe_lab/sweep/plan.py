@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,9 @@ from moe_lab.sweep.engine import Engine, WorkerLostError
 
 Status = Literal["to do", "done", "stale", "skipped", "excluded"]
 _IMPOSSIBLE = "impossible: "
+_SAID = ("model.timed",)
+"""Of what is not read and no mistake: where all variants of a setting do not read it. Sizes that one router does not
+read stay, so that this router stands beside the others."""
 
 
 @dataclass
@@ -212,28 +216,45 @@ def _cells(
                 raise
         container = plain(cfg)
         content = identity.content(container)
-        cell_id = identity.digest(content)
-        jobs.append(cell_id)
-        if cell_id in cells:
-            if _reference(cells[cell_id].config) != _reference(container):
+        said = unread(cfg, overrides, in_a_sweep=True, only_refused=False)
+        not_read = {*here, *(key for key in _SAID if key in said)}
+        # What a cell with a mistake computes nobody knows.
+        computes = identity.digest(_without(content, not_read) if mistake is None else content)
+        if computes in cells:
+            if _reference(cells[computes].config) != _reference(container):
                 raise ValueError(
                     "measure.reference_router: a sweep can have only one reference router; use another sweep.name for "
                     "the other one."
                 )
+            jobs.append(cells[computes].cell_id)
             continue
         sweep = sweep or container["sweep"]
-        cells[cell_id] = Cell(
-            cell_id=cell_id,
+        cells[computes] = Cell(
+            cell_id=identity.digest(content),
             directory=directory,
             config=container,
             content=content,
             code_id=identity.code_id(targets.folders_of(cfg)),
             setting_id=variants.setting_id(content, container["sweep"]["compare"]),
         )
+        jobs.append(cells[computes].cell_id)
         if mistake is not None:
-            cells[cell_id].status, cells[cell_id].reason = "skipped", f"{_IMPOSSIBLE}{mistake}"
+            cells[computes].status, cells[computes].reason = "skipped", f"{_IMPOSSIBLE}{mistake}"
     unread_everywhere = {key: line for key, line in unread_somewhere.items() if key not in read}
     return list(cells.values()), len(jobs) - len(cells), jobs, sweep, unread_everywhere
+
+
+def _without(content: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A content without keys that the cell does not read: what tells two cells apart."""
+    found = copy.deepcopy(dict(content))
+    for key in keys:
+        node: Any = found
+        *above, name = key.split(".")
+        for group in above:
+            node = node.get(group) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.pop(name, None)
+    return found
 
 
 def _refuse_impossible(cells: Sequence[Cell]) -> None:

@@ -126,6 +126,28 @@ def test_cells_that_the_model_makes_equal_are_one(tmp_path: Path) -> None:
     assert set(made.jobs) == {cell.cell_id for cell in made.cells}
 
 
+@pytest.mark.parametrize(
+    ("axes", "n_cells", "n_equal"),
+    [
+        pytest.param(["model.timed=layer,experts", "workload.load=zipf"], 1, 1, id="no router runs"),
+        pytest.param(["model.timed=layer,experts", "workload.load=native,zipf"], 3, 1, id="one of both runs"),
+        pytest.param(["workload.load=balanced,zipf", "workload.zipf_exponent=1,2"], 3, 1, id="not zipf"),
+        pytest.param(["workload.load=native,hot", "workload.hot_share=0.3,0.5"], 3, 1, id="not hot"),
+        pytest.param(["router=torch,switch", "model.shape.top_k=1,2"], 4, 0, id="a variant of both settings"),
+        pytest.param(["router=capacity", "router.policy=weight,dropless", "router.factor=1,2"], 3, 1, id="dropless"),
+    ],
+)
+def test_cells_that_differ_in_what_they_do_not_read_are_one(
+    tmp_path: Path, axes: list[str], n_cells: int, n_equal: int
+) -> None:
+    """The first of them stays, with the cell_id that it has alone; every job still finds its cell."""
+    made = make(tmp_path, *axes)
+    assert (len(made.cells), made.n_equal) == (n_cells, n_equal)
+    assert len(made.jobs) == n_cells + n_equal
+    assert set(made.jobs) == {cell.cell_id for cell in made.cells}
+    assert all(cell.cell_id == identity.cell_id(cell.config) for cell in made.cells)
+
+
 @pytest.mark.usefixtures("no_compiler")
 def test_what_cannot_be_is_skipped_with_its_reason(tmp_path: Path) -> None:
     """top_k > n_experts, a router that is not there, an exclusion; the rest is to do."""
