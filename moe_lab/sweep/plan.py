@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from moe_lab.config import targets
 from moe_lab.config.checks import check_overrides, is_whole, validate
 from moe_lab.config.unread import key_of, unread
+from moe_lab.errors import nearest
 from moe_lab.records import files, identity, inputs, store, variants
 from moe_lab.records.schema import NOT_ENDED, Record
 from moe_lab.sweep import folders
@@ -37,6 +38,8 @@ class Cell:
     """Resolved, as it will stand in the record."""
     content: dict[str, Any]
     """What of it changes the result."""
+    described: dict[str, Any]
+    """The same with the keys that old cell_ids lack: what `sweep.exclude` and `sweep.anchor` are compared with."""
     code_id: str
     setting_id: str
     variant: str = ""
@@ -93,7 +96,7 @@ class Plan:
     def matching(self, partial: Mapping[str, Any], or_excluded: bool = False) -> list[Cell]:
         """The cells that a partial configuration matches."""
         cells = (cell for cell in self.cells if or_excluded or cell.status != "excluded")
-        return [cell for cell in cells if variants.matches(cell.content, partial)]
+        return [cell for cell in cells if variants.matches(cell.described, partial)]
 
     def to_run(self) -> list[Cell]:
         """The cells that the sweep is to run."""
@@ -104,7 +107,7 @@ class Plan:
         partial = self.sweep["anchor"] or {}
         members = (cell for cell in self.cells if cell.setting_id == setting_id)
         possible = [cell for cell in members if cell.runs or cell.is_ok]
-        return next((cell for cell in possible if variants.matches(cell.content, partial)), None)
+        return next((cell for cell in possible if variants.matches(cell.described, partial)), None)
 
     def write(self) -> None:
         """Write `plan.json`, before the first cell runs."""
@@ -155,7 +158,7 @@ def make(
     for cell, label in zip(cells, variants.labels([cell.content for cell in cells], sweep["compare"]), strict=True):
         cell.variant = label
         mappings = [partial for partial in sweep["exclude"] if isinstance(partial, Mapping)]  # another is a mistake
-        if any(variants.matches(cell.content, partial) for partial in mappings):
+        if any(variants.matches(cell.described, partial) for partial in mappings):
             cell.status, cell.reason = "excluded", "excluded"
     _refuse_impossible(cells)  # before anybody is asked
     _skip_too_large(cells, engine)  # before a part of one is made
@@ -182,14 +185,28 @@ def _without_effect(plan: Plan, unread_everywhere: Mapping[str, str], typed: Col
     lines = dict(unread_everywhere)
     if (anchor := plan.sweep.get("anchor")) and plan.matching(anchor) == []:
         lines["sweep.anchor"] = (
-            f"sweep.anchor={json.dumps(anchor)}: no cell of the sweep is like this; name one, or set "
-            "sweep.anchor=null (then the first variant is the anchor)."
+            f"sweep.anchor={json.dumps(anchor)}: {_why_none(plan, anchor)}; name one, or set sweep.anchor=null (then "
+            "the first variant is the anchor)."
         )
     for key, line in lines.items():
         if any(one == key or one.startswith(f"{key}.") for one in typed):
             raise ValueError(line)
     excluded = [partial for partial in plan.sweep["exclude"] if plan.matching(partial, or_excluded=True) == []]
-    return [*lines.values(), *(f"sweep.exclude={json.dumps(p)}: no cell of the sweep is like this." for p in excluded)]
+    return [*lines.values(), *(f"sweep.exclude={json.dumps(p)}: {_why_none(plan, p)}." for p in excluded)]
+
+
+def _why_none(plan: Plan, partial: Mapping[str, Any]) -> str:
+    """Why no cell matches."""
+    missing = variants.missing_key([cell.described for cell in plan.cells], partial)
+    if missing is None:
+        return "no cell of the sweep is like this"
+    key, beside = missing
+    where, _, word = key.rpartition(".")
+    if near := nearest(word, beside).removeprefix(" Did you mean ").removesuffix("?"):
+        known = f"nearest: {key.removesuffix(word)}{near}"
+    else:
+        known = f"{where or 'a cell'}: {', '.join(name for name in beside if name != '_target_') or 'none'}"
+    return f"no cell of the sweep has a key {key} that changes its result ({known})"
 
 
 def _cells(
@@ -234,6 +251,7 @@ def _cells(
             directory=directory,
             config=container,
             content=content,
+            described=identity.content(container, with_later=True),
             code_id=identity.code_id(targets.folders_of(cfg)),
             setting_id=variants.setting_id(content, container["sweep"]["compare"]),
         )

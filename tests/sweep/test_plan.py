@@ -380,6 +380,46 @@ def test_an_exclusion_of_no_cell_is_said(tmp_path: Path) -> None:
     assert [cell.status for cell in made.cells].count("excluded") == 1
 
 
+@pytest.mark.parametrize(
+    ("partial", "why"),
+    [
+        pytest.param(
+            "{router.tempratur: 1}",
+            "router.tempratur that changes its result (nearest: router.temperature)",
+            id="dotted",
+        ),
+        pytest.param(
+            "{router: {tempratur: 1}}", "router.tempratur that changes its result (nearest: router.temp", id="nested"
+        ),
+        pytest.param(
+            "{router: torch, model/shape.d_modl: 3}",
+            "model.shape.d_modl that changes its result (nearest: model.shape.d_model)",
+            id="deep",
+        ),
+        pytest.param(
+            "{router.zzzz: 1}", "router.zzzz that changes its result (router: gate_bias, impl, ", id="none-near"
+        ),
+        pytest.param("{router.name.x: 1}", "router.name.x that changes its result", id="below-a-value"),
+        pytest.param(
+            "{measure.max_time_s: 1}", "measure.max_time_s that changes its result (measure: cache)", id="how-long"
+        ),
+    ],
+)
+def test_a_key_that_no_cell_has_is_named(tmp_path: Path, partial: str, why: str) -> None:
+    """Of `exclude` in a line; of an `anchor` that was typed it is a mistake."""
+    (line,) = make(tmp_path, "router=torch,sinkhorn", f"sweep.exclude=[{partial}]").without_effect
+    assert f"no cell of the sweep has a key {why}" in line
+    with pytest.raises(ValueError, match=r"^sweep\.anchor=.*; name one, or set sweep\.anchor=null") as raised:
+        make(tmp_path, "router=torch,sinkhorn", f"sweep.anchor={partial}")
+    assert f"no cell of the sweep has a key {why}" in str(raised.value)
+
+
+def test_a_key_that_came_later_is_excluded_by_its_default(tmp_path: Path) -> None:
+    """Which the cell_id of such a cell does not hold."""
+    made = make(tmp_path, "model.timed=layer,experts", "sweep.exclude=[{model.timed: layer}]")
+    assert [cell.status for cell in made.cells] == ["excluded", "to do"]
+
+
 def test_a_key_without_effect_in_any_cell_is_refused_and_in_some_is_not(tmp_path: Path) -> None:
     """Another cell may use it."""
     with pytest.raises(
