@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from moe_lab.experts.peers.peer import Peer
 from moe_lab.experts.peers.sonic import Sonic
 from moe_lab.experts.peers.transformers import Transformers
 from moe_lab.experts.peers.vllm import Vllm
+from moe_lab.ops import extension
 from moe_lab.routers.base import Routing
 from tests.experts.cases import CPU, SCALES, UNUSED, assert_near, formula, make_routing, make_weights, make_x
 from tests.ops.compiling import assert_compiles
@@ -233,6 +235,17 @@ def test_what_is_around_deepgemm(
     assert_near(y_TD, formula(x_TD, routing, weights))
 
 
+def test_a_peer_that_torch_sorts_for_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sort counts with its time. Where the extension is loaded the record names that."""
+    monkeypatch.setattr(extension, "_most_sorted", 0)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    warning = "torch sorts the slots for deep-gemm, which takes about ten launches; run moe-lab build first."
+    assert DeepGemm(layout="ends").warning(on_gpu) == warning
+    assert DeepGemm(layout="ends").warning(make_x(1, 64)) is None and Vllm().warning(on_gpu) is None
+    monkeypatch.setattr(extension, "_most_sorted", 1024)
+    assert DeepGemm(layout="ends").warning(on_gpu) is None
+
+
 def test_deepgemm_says_which_copy_it_is(install: Callable[[str, str], None]) -> None:
     """Its own version."""
     install("deep_gemm", DEEP_GEMM)
@@ -345,7 +358,7 @@ def test_the_index_maps_of_flashinfer(T: int, E: int, K: int, unused: float, row
     ids_N, found = ids_TK.flatten().tolist(), []
     for tile in range(n_tiles[0]):
         mine = slot_M[tile * rows : tile_limit[tile]]
-        assert 0 < len(mine) <= rows and all(ids_N[slot] == tile_expert[tile] for slot in mine)
+        assert 0 < len(mine) <= rows and mine == sorted(mine) and all(ids_N[slot] == tile_expert[tile] for slot in mine)
         found += mine
     assert sorted(found) == [slot for slot, expert in enumerate(ids_N) if expert >= 0]
     assert tile_expert[: n_tiles[0]] == sorted(tile_expert[: n_tiles[0]])

@@ -1,6 +1,6 @@
 """experts=flashinfer: FlashInfer's two grouped products for Hopper in the CuTe DSL, with gather, SwiGLU and sum inside.
 
-Its own sort compiles sources that it downloads; here ours (flashinfer_triton.py) makes the same index maps. The second
+Its own sort compiles sources that it downloads; here ours makes the same index maps (flashinfer_triton.py). The second
 product adds the slots of a token in x's dtype and in any order, which is FlashInfer's default, so the last bits differ
 from call to call.
 
@@ -55,6 +55,7 @@ class FlashInfer(Peer):
     newer = False
     multiple = 32
     reads_unused = True
+    sorts = True
 
     def __init__(self, *, tune: bool):
         self.tune = tune
@@ -64,7 +65,8 @@ class FlashInfer(Peer):
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
         """See `Experts`: as `flashinfer-python 0.7.4 tuned, gate and up laid out anew`."""
         tiles = "tuned" if self.tune else "default tactic"
-        return {"experts": f"{super().implementation(x_TD, weights)['experts']} {tiles}, gate and up laid out anew"}
+        ran = super().implementation(x_TD, weights)
+        return {**ran, "experts": f"{ran['experts']} {tiles}, gate and up laid out anew"}
 
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
         """See `Peer`."""
