@@ -18,6 +18,7 @@ import moe_lab
 from moe_lab.cli import generate as generate_module
 from moe_lab.cli.commands import COMMANDS
 from moe_lab.cli.generate import choose, generate
+from moe_lab.config.compose import compose
 from moe_lab.errors import UnavailableError
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.layers import Linear
@@ -32,7 +33,7 @@ PROMPT = ".SH NAMÉ\n"
 
 def composed(*more: str, path: Path = quick.TINY_OLMOE) -> DictConfig:
     """As the command composes it."""
-    return moe_lab.compose(["model=checkpoint", "router=native", f"model.path={path}", "device=cpu", *more])
+    return compose(["model=checkpoint", "router=native", f"model.path={path}", "device=cpu", *more])
 
 
 def by_whole_passes(cfg: DictConfig, ids: list[int], n: int) -> list[int]:
