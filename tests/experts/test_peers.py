@@ -493,3 +493,10 @@ def test_columns_that_are_all_refused_are_unavailable(monkeypatch: pytest.Monkey
     weights, x_TD = make_weights(3, 128, 128, torch.bfloat16), make_x(5, 128, torch.bfloat16)
     with pytest.raises(UnavailableError, match=r"columns of a warp: all 5 .* because no such columns; experts\.tune=f"):
         FlashInferLow(tune=True)(x_TD, make_routing(5, 3, 2), weights)
+
+
+def test_more_experts_per_token_than_a_block_has_warps_are_unavailable() -> None:
+    """A kernel of 33 warps does not start."""
+    weights, x_TD = make_weights(33, 128, 128, torch.bfloat16), make_x(1, 128, torch.bfloat16)
+    with pytest.raises(UnavailableError, match="few tokens: at most 32 experts per token, not 33"):
+        FlashInferLow(tune=False)(x_TD, make_routing(1, 33, 33), weights)
