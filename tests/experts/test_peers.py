@@ -222,7 +222,9 @@ def test_what_is_around_deepgemm(
     unused: float,
     device: torch.device,
 ) -> None:
-    """Its rows are padded, of one expert in each 128, and the sum is the formula's."""
+    """Its rows are padded, of one expert in each 128, and the sum is the formula's. On a GPU the extension sorts."""
+    if device.type == "cuda":
+        extension.load()
     install("deep_gemm", DEEP_GEMM)
     dtype = torch.bfloat16
     weights, routing, x_TD = (
@@ -349,7 +351,12 @@ def test_a_peer_that_is_installed_computes_the_formula(
     ],
 )
 def test_the_index_maps_of_flashinfer(T: int, E: int, K: int, unused: float, rows: int, device: torch.device) -> None:
-    """Every used slot stands once, in the valid rows of a tile of its expert, and these come first."""
+    """Every used slot stands once, in the valid rows of a tile of its expert, and these come first.
+
+    On a GPU the extension sorts.
+    """
+    if device.type == "cuda":
+        extension.load()
     from moe_lab.experts.peers.flashinfer_triton import index_maps
 
     ids_TK = make_routing(T, E, K, unused, device).expert_ids_TK
