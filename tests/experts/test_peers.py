@@ -348,6 +348,7 @@ def test_a_peer_that_is_installed_computes_the_formula(
         pytest.param(37, 12, 3, 0.4, id="some unused"),
         pytest.param(9, 5, 2, 1.1, id="none used"),
         pytest.param(300, 2, 1, 0.1, id="several tiles"),
+        pytest.param(9, 1, 1, 0.1, id="E=1"),
     ],
 )
 def test_the_index_maps_of_flashinfer(T: int, E: int, K: int, unused: float, rows: int, device: torch.device) -> None:
@@ -380,6 +381,7 @@ def launches() -> None:
         (1, 8, 2, 4096, 14336),
         (300, 256, 8, 7168, 2048),
         (5, 7, 1, 64, 64),
+        (5, 1, 1, 64, 64),
     ):
         ids_TK, weights_TK = torch.zeros(T, K, dtype=torch.int32), torch.zeros(T, K)
         x_TD = torch.zeros(T, D, dtype=torch.bfloat16)
