@@ -52,8 +52,8 @@ def test_what_has_no_effect_is_refused_and_what_has_is_taken(
 
 def decoder(*overrides: str) -> list[str]:
     """Without its usual sizes, so that only what is given was asked for."""
-    usual = quick.overrides("decoder_moe")
-    return [*(text for text in usual if not text.startswith(("model.n_experts", "model.top_k"))), *overrides]
+    usual = (text for text in quick.overrides("decoder_moe") if not text.startswith(("model.n_experts", "model.top_k")))
+    return list({text.split("=", 1)[0]: text for text in (*usual, *overrides)}.values())
 
 
 @pytest.mark.parametrize(
