@@ -74,8 +74,10 @@ def _generate(arguments: list[str]) -> int:
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_intermixed_args(arguments)
     from moe_lab.config.compose import compose
+    from moe_lab.config.unread import refuse_twice
     from moe_lab.records import inputs
 
+    refuse_twice(given.overrides, sweeps=False)
     cfg = compose(["model=checkpoint", "router=native", *given.overrides], config_dir=given.config_dir)
     inputs.require(cfg)  # before torch is loaded
 

@@ -61,7 +61,7 @@ def show(overrides: list[str], config_dir: str | None, *, json: bool = False) ->
     n_to_run = len(plan.to_run())
     line = f"{plan.directory}: {len(plan.cells)} cells, {n_to_run} to run"
     if plan.n_equal:
-        line += f" ({plan.n_equal} duplicates left out)"
+        line += f" ({plan.n_equal} {'duplicate' if plan.n_equal == 1 else 'duplicates'} left out)"
     if n_to_run:
         seconds, is_known = planning.expected_seconds(plan)
         line += f", about {clock(seconds)}" + ("" if is_known else " of timing at most, without building and verifying")

@@ -45,7 +45,7 @@ def _first_line(plan: Plan, suffix: str | None) -> str:
     groups = planning.groups(plan)
     counts = [f"{len(plan.cells)} cells"]
     if plan.n_equal:
-        counts.append(f"{plan.n_equal} duplicates left out")
+        counts.append(f"{plan.n_equal} {'duplicate' if plan.n_equal == 1 else 'duplicates'} left out")
     for status in ("done", "stale", "skipped", "excluded"):
         if number := sum(cell.status == status for cell in plan.cells):
             counts.append(f"{number} {status}")

@@ -57,10 +57,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(_as_json(value).encode()).hexdigest()[:12]
 
 
-def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+def content(config: DictConfig | Mapping[str, Any], *, with_later: bool = False) -> dict[str, Any]:
     """Everything in a configuration (composed, or a record's `config`) that changes the result.
 
-    What the model does not read is left out.
+    What the model does not read is left out, and so is, unless `with_later`, what would change old cell_ids.
     """
     plain: Any = config
     if isinstance(config, DictConfig):
@@ -87,6 +87,8 @@ def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
             workload["path"] = inputs.text_id(workload["path"])
         if workload.get("phase") != "decode":
             workload.pop("context_len", None)
+    if with_later:
+        return found
     for dotted in sorted(_LATER, key=lambda dotted: -dotted.count(".")):  # the keys of a group before the group
         found = _without(found, dotted, _LATER[dotted])
     return {key: _router_without_later(value) if key == "router" else value for key, value in found.items()}

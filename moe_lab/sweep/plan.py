@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from moe_lab.config import targets
 from moe_lab.config.checks import check_overrides, is_whole, validate
 from moe_lab.config.unread import key_of, unread
+from moe_lab.errors import nearest
 from moe_lab.records import files, identity, inputs, store, variants
 from moe_lab.records.schema import NOT_ENDED, Record
 from moe_lab.sweep import folders
@@ -21,6 +23,9 @@ from moe_lab.sweep.engine import Engine, WorkerLostError
 
 Status = Literal["to do", "done", "stale", "skipped", "excluded"]
 _IMPOSSIBLE = "impossible: "
+_SAID = ("model.timed",)
+"""Of what is not read and no mistake: where all variants of a setting do not read it. Sizes that one router does not
+read stay, so that this router stands beside the others."""
 
 
 @dataclass
@@ -33,6 +38,8 @@ class Cell:
     """Resolved, as it will stand in the record."""
     content: dict[str, Any]
     """What of it changes the result."""
+    described: dict[str, Any]
+    """The same with the keys that old cell_ids lack: what `sweep.exclude` and `sweep.anchor` are compared with."""
     code_id: str
     setting_id: str
     variant: str = ""
@@ -89,7 +96,7 @@ class Plan:
     def matching(self, partial: Mapping[str, Any], or_excluded: bool = False) -> list[Cell]:
         """The cells that a partial configuration matches."""
         cells = (cell for cell in self.cells if or_excluded or cell.status != "excluded")
-        return [cell for cell in cells if variants.matches(cell.content, partial)]
+        return [cell for cell in cells if variants.matches(cell.described, partial)]
 
     def to_run(self) -> list[Cell]:
         """The cells that the sweep is to run."""
@@ -100,7 +107,7 @@ class Plan:
         partial = self.sweep["anchor"] or {}
         members = (cell for cell in self.cells if cell.setting_id == setting_id)
         possible = [cell for cell in members if cell.runs or cell.is_ok]
-        return next((cell for cell in possible if variants.matches(cell.content, partial)), None)
+        return next((cell for cell in possible if variants.matches(cell.described, partial)), None)
 
     def write(self) -> None:
         """Write `plan.json`, before the first cell runs."""
@@ -151,7 +158,7 @@ def make(
     for cell, label in zip(cells, variants.labels([cell.content for cell in cells], sweep["compare"]), strict=True):
         cell.variant = label
         mappings = [partial for partial in sweep["exclude"] if isinstance(partial, Mapping)]  # another is a mistake
-        if any(variants.matches(cell.content, partial) for partial in mappings):
+        if any(variants.matches(cell.described, partial) for partial in mappings):
             cell.status, cell.reason = "excluded", "excluded"
     _refuse_impossible(cells)  # before anybody is asked
     _skip_too_large(cells, engine)  # before a part of one is made
@@ -178,14 +185,28 @@ def _without_effect(plan: Plan, unread_everywhere: Mapping[str, str], typed: Col
     lines = dict(unread_everywhere)
     if (anchor := plan.sweep.get("anchor")) and plan.matching(anchor) == []:
         lines["sweep.anchor"] = (
-            f"sweep.anchor={json.dumps(anchor)}: no cell of the sweep is like this; name one, or set "
-            "sweep.anchor=null (then the first variant is the anchor)."
+            f"sweep.anchor={json.dumps(anchor)}: {_why_none(plan, anchor)}; name one, or set sweep.anchor=null (then "
+            "the first variant is the anchor)."
         )
     for key, line in lines.items():
         if any(one == key or one.startswith(f"{key}.") for one in typed):
             raise ValueError(line)
     excluded = [partial for partial in plan.sweep["exclude"] if plan.matching(partial, or_excluded=True) == []]
-    return [*lines.values(), *(f"sweep.exclude={json.dumps(p)}: no cell of the sweep is like this." for p in excluded)]
+    return [*lines.values(), *(f"sweep.exclude={json.dumps(p)}: {_why_none(plan, p)}." for p in excluded)]
+
+
+def _why_none(plan: Plan, partial: Mapping[str, Any]) -> str:
+    """Why no cell matches."""
+    missing = variants.missing_key([cell.described for cell in plan.cells], partial)
+    if missing is None:
+        return "no cell of the sweep is like this"
+    key, beside = missing
+    where, _, word = key.rpartition(".")
+    if near := nearest(word, beside).removeprefix(" Did you mean ").removesuffix("?"):
+        known = f"nearest: {key.removesuffix(word)}{near}"
+    else:
+        known = f"{where or 'a cell'}: {', '.join(name for name in beside if name != '_target_') or 'none'}"
+    return f"no cell of the sweep has a key {key} that changes its result ({known})"
 
 
 def _cells(
@@ -212,28 +233,46 @@ def _cells(
                 raise
         container = plain(cfg)
         content = identity.content(container)
-        cell_id = identity.digest(content)
-        jobs.append(cell_id)
-        if cell_id in cells:
-            if _reference(cells[cell_id].config) != _reference(container):
+        said = unread(cfg, overrides, in_a_sweep=True, only_refused=False)
+        not_read = {*here, *(key for key in _SAID if key in said)}
+        # What a cell with a mistake computes nobody knows.
+        computes = identity.digest(_without(content, not_read) if mistake is None else content)
+        if computes in cells:
+            if _reference(cells[computes].config) != _reference(container):
                 raise ValueError(
                     "measure.reference_router: a sweep can have only one reference router; use another sweep.name for "
                     "the other one."
                 )
+            jobs.append(cells[computes].cell_id)
             continue
         sweep = sweep or container["sweep"]
-        cells[cell_id] = Cell(
-            cell_id=cell_id,
+        cells[computes] = Cell(
+            cell_id=identity.digest(content),
             directory=directory,
             config=container,
             content=content,
+            described=identity.content(container, with_later=True),
             code_id=identity.code_id(targets.folders_of(cfg)),
             setting_id=variants.setting_id(content, container["sweep"]["compare"]),
         )
+        jobs.append(cells[computes].cell_id)
         if mistake is not None:
-            cells[cell_id].status, cells[cell_id].reason = "skipped", f"{_IMPOSSIBLE}{mistake}"
+            cells[computes].status, cells[computes].reason = "skipped", f"{_IMPOSSIBLE}{mistake}"
     unread_everywhere = {key: line for key, line in unread_somewhere.items() if key not in read}
     return list(cells.values()), len(jobs) - len(cells), jobs, sweep, unread_everywhere
+
+
+def _without(content: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A content without keys that the cell does not read: what tells two cells apart."""
+    found = copy.deepcopy(dict(content))
+    for key in keys:
+        node: Any = found
+        *above, name = key.split(".")
+        for group in above:
+            node = node.get(group) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.pop(name, None)
+    return found
 
 
 def _refuse_impossible(cells: Sequence[Cell]) -> None:

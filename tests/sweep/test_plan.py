@@ -126,6 +126,28 @@ def test_cells_that_the_model_makes_equal_are_one(tmp_path: Path) -> None:
     assert set(made.jobs) == {cell.cell_id for cell in made.cells}
 
 
+@pytest.mark.parametrize(
+    ("axes", "n_cells", "n_equal"),
+    [
+        pytest.param(["model.timed=layer,experts", "workload.load=zipf"], 1, 1, id="no router runs"),
+        pytest.param(["model.timed=layer,experts", "workload.load=native,zipf"], 3, 1, id="one of both runs"),
+        pytest.param(["workload.load=balanced,zipf", "workload.zipf_exponent=1,2"], 3, 1, id="not zipf"),
+        pytest.param(["workload.load=native,hot", "workload.hot_share=0.3,0.5"], 3, 1, id="not hot"),
+        pytest.param(["router=torch,switch", "model.shape.top_k=1,2"], 4, 0, id="a variant of both settings"),
+        pytest.param(["router=capacity", "router.policy=weight,dropless", "router.factor=1,2"], 3, 1, id="dropless"),
+    ],
+)
+def test_cells_that_differ_in_what_they_do_not_read_are_one(
+    tmp_path: Path, axes: list[str], n_cells: int, n_equal: int
+) -> None:
+    """The first of them stays, with the cell_id that it has alone; every job still finds its cell."""
+    made = make(tmp_path, *axes)
+    assert (len(made.cells), made.n_equal) == (n_cells, n_equal)
+    assert len(made.jobs) == n_cells + n_equal
+    assert set(made.jobs) == {cell.cell_id for cell in made.cells}
+    assert all(cell.cell_id == identity.cell_id(cell.config) for cell in made.cells)
+
+
 @pytest.mark.usefixtures("no_compiler")
 def test_what_cannot_be_is_skipped_with_its_reason(tmp_path: Path) -> None:
     """top_k > n_experts, a router that is not there, an exclusion; the rest is to do."""
@@ -356,6 +378,46 @@ def test_an_exclusion_of_no_cell_is_said(tmp_path: Path) -> None:
     made = make(tmp_path, "router=torch,sinkhorn", "sweep.exclude=[{router: hash}, {router: torch}]")
     assert made.without_effect == ['sweep.exclude={"router": "hash"}: no cell of the sweep is like this.']
     assert [cell.status for cell in made.cells].count("excluded") == 1
+
+
+@pytest.mark.parametrize(
+    ("partial", "why"),
+    [
+        pytest.param(
+            "{router.tempratur: 1}",
+            "router.tempratur that changes its result (nearest: router.temperature)",
+            id="dotted",
+        ),
+        pytest.param(
+            "{router: {tempratur: 1}}", "router.tempratur that changes its result (nearest: router.temp", id="nested"
+        ),
+        pytest.param(
+            "{router: torch, model/shape.d_modl: 3}",
+            "model.shape.d_modl that changes its result (nearest: model.shape.d_model)",
+            id="deep",
+        ),
+        pytest.param(
+            "{router.zzzz: 1}", "router.zzzz that changes its result (router: gate_bias, impl, ", id="none-near"
+        ),
+        pytest.param("{router.name.x: 1}", "router.name.x that changes its result", id="below-a-value"),
+        pytest.param(
+            "{measure.max_time_s: 1}", "measure.max_time_s that changes its result (measure: cache)", id="how-long"
+        ),
+    ],
+)
+def test_a_key_that_no_cell_has_is_named(tmp_path: Path, partial: str, why: str) -> None:
+    """Of `exclude` in a line; of an `anchor` that was typed it is a mistake."""
+    (line,) = make(tmp_path, "router=torch,sinkhorn", f"sweep.exclude=[{partial}]").without_effect
+    assert f"no cell of the sweep has a key {why}" in line
+    with pytest.raises(ValueError, match=r"^sweep\.anchor=.*; name one, or set sweep\.anchor=null") as raised:
+        make(tmp_path, "router=torch,sinkhorn", f"sweep.anchor={partial}")
+    assert f"no cell of the sweep has a key {why}" in str(raised.value)
+
+
+def test_a_key_that_came_later_is_excluded_by_its_default(tmp_path: Path) -> None:
+    """Which the cell_id of such a cell does not hold."""
+    made = make(tmp_path, "model.timed=layer,experts", "sweep.exclude=[{model.timed: layer}]")
+    assert [cell.status for cell in made.cells] == ["excluded", "to do"]
 
 
 def test_a_key_without_effect_in_any_cell_is_refused_and_in_some_is_not(tmp_path: Path) -> None:
