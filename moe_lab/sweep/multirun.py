@@ -55,7 +55,11 @@ class Multirun:
         self.pool: Pool | None = None
         self.engine: Engine = InProcess()
         if places.has_slots(config.sweep):
-            self.pool = places.open_pool(config.sweep, self.directory)
+            try:
+                self.pool = places.open_pool(config.sweep, self.directory, progress.say)
+            except BaseException:
+                self.close()
+                raise
         elif config.sweep.worker:
             worker = Worker(self.directory / LOG)
             worker.start()
