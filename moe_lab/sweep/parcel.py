@@ -40,6 +40,8 @@ def _left_out(_: str, names: Iterable[str]) -> set[str]:
 
 def plugins_here(n: int) -> tuple[str, ...]:
     """Where the plug-in folders are on a node."""
+    if not n:
+        return ()
     root = Path(importlib.import_module(PLUGINS).__path__[0])
     return tuple(str(root / str(number)) for number in range(n))
 
