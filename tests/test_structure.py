@@ -55,8 +55,12 @@ TESTED_IN = {
     "results/summary.py": "results/test_aggregate.py",
     "routers/native.py": "runs/test_build.py",
     "runs/export.py": "export/test_export.py",
+    "sweep/expected.py": "sweep/test_plan.py",
     "sweep/in_process.py": "sweep/test_engine.py",
     "sweep/multirun.py": "sweep/test_plan.py",
+    "sweep/places.py": "sweep/test_ray_pool.py",
+    "sweep/ray_cluster.py": "sweep/test_ray_pool.py",
+    "sweep/tasks.py": "sweep/test_host.py",
     "sweep/worker.py": "sweep/test_engine.py",
 }
 """Where a module is tested, if not in tests/ROOM/test_NAME.py."""
