@@ -19,6 +19,7 @@ MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 60
 TESTED_IN = {
     "api/html_table.py": "api/test_shown.py",
     "cli/foreign.py": "sweep/test_session.py",
+    "cli/reporter.py": "cli/test_progress.py",
     "config/checks.py": "config/test_compose.py",
     "config/hydra_patches.py": "config/test_compose.py",
     "config/mistakes.py": "config/test_compose.py",
