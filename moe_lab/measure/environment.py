@@ -39,6 +39,7 @@ def capture(device: torch.device) -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_set": _cpu_set(),
         "node": platform.node() or None,
+        "nice": os.getpriority(os.PRIO_PROCESS, 0) if hasattr(os, "getpriority") else None,
         "threads": torch.get_num_threads(),
         "router_auto": fastest(device) if on_cuda else None,
         "experts_auto": preferred(device) if on_cuda else None,
