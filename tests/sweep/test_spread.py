@@ -173,6 +173,29 @@ def test_what_is_missing_on_a_node_runs_on_another_or_is_a_row(tmp_path: Path) -
     assert pool.names() == ["a1", "a2", "b1"]
 
 
+def test_a_record_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over a network file system; one that never comes is an error that names it and the remedy."""
+    plan = planned(tmp_path, "batch=1")
+    monkeypatch.setattr(spread, "_LOOK_S", 0.01)
+
+    def late(slot: Slot, task: Task) -> list[Event]:
+        threading.Timer(0.2, lambda: list(cells_of(slot, task))).start()
+        return [
+            *(Event("cell", slot.name, slot.node, task.number, cell.cell_id) for cell in task.cells),
+            end(slot, task),
+        ]
+
+    assert len(executed(plan, ActedPool(["a1"], late))) == 2
+    monkeypatch.setattr(spread, "_VISIBLE_S", 0.05)
+    never = planned(tmp_path / "never", "batch=2")
+
+    def unseen(slot: Slot, task: Task) -> list[Event]:
+        return [Event("cell", slot.name, slot.node, task.number, task.cells[0].cell_id)]
+
+    with pytest.raises(OSError, match=r"result.json: a host wrote it, .*; set sweep.shared=false"):
+        spread.execute(never, ActedPool(["a1"], unseen), Terminal())
+
+
 def test_fail_fast_starts_nothing_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What runs is finished; the rest is not run, and that is said."""
     plan = planned(tmp_path, "sweep.fail_fast=true")
