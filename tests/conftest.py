@@ -67,7 +67,7 @@ def _ray() -> Iterator[cluster.Cluster]:
 
 
 @pytest.fixture
-def slurm(_slurm: cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> cluster.Cluster:
+def slurm_cluster(_slurm: cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> cluster.Cluster:
     """A Slurm cluster of two nodes with one CPU each, which this process and what it starts find."""
     for key, value in _slurm.environment().items():
         monkeypatch.setenv(key, value)

@@ -31,18 +31,18 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def test_slurm_has_two_nodes_and_what_runs_on_one_ends_with_it(slurm: cluster.Cluster, tmp_path: Path) -> None:
+def test_slurm_has_two_nodes_and_what_runs_on_one_ends_with_it(slurm_cluster: cluster.Cluster, tmp_path: Path) -> None:
     """A job, and what it started in a session of its own; the other node's goes on. The node comes back."""
-    started = {node: tmp_path / node for node in slurm.nodes}
+    started = {node: tmp_path / node for node in slurm_cluster.nodes}
     for node, file in started.items():
         script = f"setsid sleep 600 & echo $! > {file}.new; mv {file}.new {file}; wait"
         run("sbatch", "--no-requeue", f"--nodelist={node}", "--output=/dev/null", f"--wrap={script}")
     becomes_true(lambda: all(file.exists() for file in started.values()))
     first, second = (int(file.read_text()) for file in started.values())
-    slurm.kill("node1")
+    slurm_cluster.kill("node1")
     assert not is_alive(first) and is_alive(second)
     run("scontrol", "update", "nodename=node1", "state=down", "reason=killed")  # or wait for SlurmdTimeout
-    slurm.start("node1")
+    slurm_cluster.start("node1")
     run("scancel", "--user", run("id", "-un").strip())
     becomes_true(lambda: run("sinfo", "--noheader", "--Node", "--format=%T").split() == ["idle", "idle"])
     assert not is_alive(second)
