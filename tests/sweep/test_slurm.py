@@ -12,7 +12,8 @@ import pytest
 from moe_lab.errors import UnavailableError
 from moe_lab.sweep import slurm
 from scripts import cluster
-from tests.tiny import ROOT
+
+ROOT = Path(__file__).resolve().parent.parent.parent  # tests.tiny has it too, and imports torch, as each job would
 
 OPTIONS = {
     "partition": None,
@@ -102,7 +103,9 @@ def test_what_slurm_refuses_is_one_line(
 def test_without_slurm_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """No sbatch here."""
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UnavailableError, match=r"^sweep\.engine=slurm: sbatch is not on the PATH; start the sweep on a"):
+    with pytest.raises(
+        UnavailableError, match=r"^sweep\.engine=slurm: sbatch is not on the PATH; start the sweep on a"
+    ):
         slurm.require_commands()
 
 
@@ -130,7 +133,10 @@ def test_times(time: str, seconds: int) -> None:
 
 @pytest.mark.parametrize(
     "time",
-    [pytest.param(time, id=time or "empty") for time in ("", "60", "36000", "10:00", "00:00:00", "1:60:00", "-1:00:00")],
+    [
+        pytest.param(time, id=time or "empty")
+        for time in ("", "60", "36000", "10:00", "00:00:00", "1:60:00", "-1:00:00")
+    ],
 )
 def test_times_that_are_refused(time: str) -> None:
     """Also those that YAML or people read in two ways: 10:00:00 without quotes is 36000 in YAML."""
