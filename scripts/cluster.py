@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -105,9 +105,13 @@ class Cluster:
                 start_new_session=True,  # Ctrl-C is not for it
             )
 
+    def processes(self, name: str) -> list[int]:
+        """A daemon and all that it started."""
+        return list(_marked(f"{self.folder}:{name}"))
+
     def kill(self, name: str) -> None:
         """End a daemon and all that it started by SIGKILL, as a node that loses its power."""
-        while processes := [*_marked(f"{self.folder}:{name}")]:
+        while processes := self.processes(name):
             for process in processes:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
@@ -235,7 +239,7 @@ def _free_ports(n: int) -> list[int]:
     return ports
 
 
-def _marked(mark: str) -> Iterator[int]:
+def _marked(mark: str) -> set[int]:
     """The processes of a daemon and their descendants, whatever session or parent they have by now."""
     marked: list[int] = []
     children: dict[int, list[int]] = {}
@@ -253,7 +257,7 @@ def _marked(mark: str) -> Iterator[int]:
         if process not in seen:
             seen.add(process)
             marked += children.get(process, [])
-    return iter(seen)
+    return seen
 
 
 def main() -> int:
