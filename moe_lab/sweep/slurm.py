@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_lab.config.slurm_options import seconds_of
 from moe_lab.errors import UnavailableError
 from moe_lab.records import identity
 
@@ -137,18 +138,6 @@ def signal(jobs: Iterable[str], name: str) -> None:
 def requeue(job: str) -> None:
     """Put a running job back into the queue. It is ended, so this may be the last thing that it does."""
     _run("scontrol", "requeue", job)
-
-
-def seconds_of(time: str) -> int:
-    """Of HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS. Raises `ValueError`."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", str(time))
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
-    if not (total := 86400 * days + 3600 * hours + 60 * minutes + seconds):
-        raise ValueError(
-            f"sweep.slurm.time={time}: must be HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, such as 01:30:00; "
-            "in a YAML file in quotes."
-        )
-    return total
 
 
 def warning_s(limit_s: int) -> int:

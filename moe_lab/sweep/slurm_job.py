@@ -78,6 +78,11 @@ class GroupJob:
     stood: Mapping[str, Any]
     """The mark of each cell's record when the job was submitted."""
 
+    @classmethod
+    def of(cls, task: Task, setup: Setup, limit_s: int) -> GroupJob:
+        """Of a task that is submitted now."""
+        return cls(task, setup, limit_s, {cell.cell_id: mark(cell) for cell in task.cells})
+
     def left(self) -> tuple[Cell, ...]:
         """The cells that did not end since then; one that was interrupted did not."""
         return tuple(cell for cell in self.task.cells if not self._has_ended(cell))
@@ -118,14 +123,16 @@ def run_group(job: GroupJob) -> None:
         if event.kind in ("end", "stopped", "refused", "broken", "lost"):
             last.append(event)
             over.set()
-        elif event.kind != "cell" or signals.first != signal.SIGUSR2 or job.cell_has_ended(event.cell_id):
-            mailbox.put(Line(event.kind, event.cell_id, number if event.kind == "begun" else event.text))
+        elif event.kind == "cell" and event.cell_id in {cell.cell_id for cell in job.left()}:
+            pass  # it was interrupted, and is timed again when the job goes on
+        else:
+            mailbox.put(Line(event.kind, event.cell_id, event.text, event.node))
 
     host = Host(slot_here(number), job.setup, tell)
     signals = _Signals(host.stop)
     try:
         if (reason := _other_kind(host, left)) is not None:
-            mailbox.put(Line("refused", None, reason, host.slot.node))
+            mailbox.put(Line("refused", text=reason, content=host.slot.node))
             return
         host.start(replace(job.task, cells=left))
         while not over.wait(_TICK_S):
@@ -137,7 +144,7 @@ def run_group(job: GroupJob) -> None:
         early = slurm.warning_s(job.limit_s) + _EARLY_S
         _go_on_later(mailbox, job, has_met_limit=time.monotonic() - started > job.limit_s - early)
     else:
-        mailbox.put(Line(event.kind, None, event.text, host.slot.node))
+        mailbox.put(Line(event.kind, text=event.text, content=event.node))
 
 
 def _go_on_later(mailbox: Mailbox, job: GroupJob, *, has_met_limit: bool) -> None:

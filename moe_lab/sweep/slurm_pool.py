@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from moe_lab.config.slurm_options import seconds_of
 from moe_lab.errors import UnavailableError
 from moe_lab.records import identity, store
-from moe_lab.sweep import slurm, slurm_job
+from moe_lab.sweep import slurm, slurm_job, standing
 from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.kinds import Kind
 from moe_lab.sweep.plan import Cell
@@ -21,50 +23,64 @@ from moe_lab.sweep.tasks import Event, Setup, Task
 _TICK_S = 0.2
 _BUSY_LOOK_S, _CALM_LOOK_S = 1.0, 5.0  # between two looks into the queue
 _CALM_AFTER_S = 10.0  # since something changed there
-_N_LOOKS = 2  # after which a job that is over and has not said so is lost: a shared disk may be late
+_N_LOOKS = 3  # after which a job that is over and has not said so is lost: a shared disk may be late
+_SAY_S = 5.0  # a wait that is longer is told
+_ASKING_S = 600  # the time limit of the job that answers the plan's questions
+_LAST = ("end", "stopped", "refused", "broken", "lost")
+_GONE = slurm.State("GONE", "", "Slurm does not know it any more")
 
 
 @dataclass
 class _Job:
+    """A group that was submitted."""
+
+    number: str
     task: Task
     mailbox: Mailbox
-    told: set[str | None]
-    """The cells that the driver knows to be over; those of an earlier driver are no news."""
+    slot: str = "slurm"
+    """What it is called while it runs: its node, and which of our jobs there."""
+    node: str = ""
     state: slurm.State = slurm.State("PENDING", "", "")
     n_looks_over: int = 0
     is_cancelled: bool = False
     """By this driver."""
+    told: set[str | None] = field(default_factory=set)
+    """The cells that the driver knows to be over."""
 
 
 class SlurmPool:
     """See `pool.Pool`. All groups are submitted at once, and Slurm starts them as it has place."""
 
-    def __init__(
-        self, setup: Setup, options: Mapping[str, Any], wanted: Mapping[str, Any], say: Callable[[str], None]
-    ):
-        """`options` are `sweep.slurm`, `wanted` is `sweep.slots`. Raises `UnavailableError` if nothing can be submitted."""
+    def __init__(self, setup: Setup, options: Mapping[str, Any], wanted: Mapping[str, Any], say: Callable[[str], None]):
+        """`options` are `sweep.slurm`, `wanted` is `sweep.slots`; `say` shows a line.
+
+        Raises:
+            UnavailableError: nothing can be submitted from here.
+        """
         slurm.require_commands()
-        self._setup, self._options, self._say = setup, options, say
+        self.setup, self.options, self.say = setup, options, say
         self._at_once = (wanted["cpu"] or 0) + (wanted["cuda"] or 0) or None
         self._cpus: int | None = wanted["cpus_each"]
-        self._directory = Path(setup.directory)
-        self._name = slurm.job_name(self._directory)
+        self.directory = Path(setup.directory)
+        self.name = slurm.job_name(self.directory)
         self._asker: _Asker | None = None
         self._jobs: dict[str, _Job] = {}
         self._looked_at = self._changed_at = 0.0
         self._has_adopted = False
 
     def names(self) -> list[str]:
-        """See `Pool.names`: there is no slot before a job has begun."""
-        return [_slot(number) for number, job in self._jobs.items() if job.state.name in slurm.RUNS]
+        """See `Pool.names`: there is no slot before a job begins."""
+        return sorted({job.slot for job in self._jobs.values() if job.node})
 
     def kinds(self, configs: Sequence[Mapping[str, Any]]) -> list[Kind]:
-        """See `HasKinds`. One node is asked, in a job; jobs that come to a node of another kind go to another."""
-        self._asker = _Asker(self._submit, self._setup, self._name, self._say)
+        """See `HasKinds`. One node is asked, in a job; one of another kind refuses its jobs."""
+        options = {**self.options, "time": min(self.options["time"], "00:10:00", key=seconds_of)}
+        (number,) = self._submit(slurm_job.answer, [self.setup], options)
+        self._asker = _Asker(self, number)
         seen = self._asker.ask("look", configs, False)
         names = [config["device"]["name"] for config in configs]
         env_ids = dict(zip(names, (one["env_id"] for one in seen), strict=True))
-        return [Kind(env_ids, ["slurm"], self._asker.ask)]
+        return [Kind(env_ids, [self._asker.node], self._asker.ask)]
 
     def start(self, waiting: Sequence[Task]) -> list[Task]:
         """See `Pool.start`."""
@@ -77,44 +93,41 @@ class SlurmPool:
             left = self._adopt(left)
         by_nodes: dict[tuple[str, ...], list[Task]] = {}
         for task in left:
-            by_nodes.setdefault(tuple(task.not_on), []).append(task)
-        limit_s = slurm.seconds_of(self._options["time"])
+            by_nodes.setdefault(tuple(sorted(task.not_on)), []).append(task)
         for nodes, tasks in by_nodes.items():
-            calls = [
-                GroupJob(task, self._setup, limit_s, {cell.cell_id: slurm_job.mark(cell) for cell in task.cells})
-                for task in tasks
-            ]
-            for number, task in zip(self._submit(slurm_job.run_group, calls, nodes), tasks, strict=True):
-                self._jobs[number] = _Job(task, Mailbox(self._directory, number), set())
-                self._jobs[number].mailbox.put(Line("submitted", content=_digests(task.cells)))
-        self._changed_at = time.monotonic()
+            others = {"exclude": ",".join(nodes)} if nodes else {}
+            options = {**self.options, "options": {**self.options["options"], **others}}
+            calls = [GroupJob.of(task, self.setup, seconds_of(options["time"])) for task in tasks]
+            for number, task in zip(self._submit(slurm_job.run_group, calls, options), tasks, strict=True):
+                self._add(_Job(number, task, Mailbox(self.directory, number)))
+                Mailbox(self.directory, number).put(Line("submitted", content=_digests(task.cells)))
         return list(waiting)
 
     def may_start(self, task: Task) -> bool:
         """See `Pool.may_start`."""
-        return bool(set(slurm.nodes(self._options["partition"])) - set(task.not_on))
+        return bool(set(slurm.nodes(self.options["partition"])) - set(task.not_on))
 
     def events(self, timeout_s: float) -> list[Event]:
         """See `Pool.events`."""
         deadline = time.monotonic() + timeout_s
         while True:
             self._look()
-            found = [event for number in list(self._jobs) for event in self._told_by(number)]
+            found = [event for job in list(self._jobs.values()) for event in self._news_of(job)]
             if found or time.monotonic() > deadline:
                 return found
             time.sleep(_TICK_S)
 
     def drain(self) -> None:
         """See `Pool.drain`."""
-        waiting = [number for number, job in self._jobs.items() if job.state.name in slurm.WAITS]
-        slurm.cancel(waiting, only_waiting=True)
-        for number in waiting:
-            self._jobs[number].is_cancelled = True
+        waiting = [job for job in self._jobs.values() if job.state.name in slurm.WAITS]
+        for job in waiting:
+            job.is_cancelled = True
+        slurm.cancel([job.number for job in waiting], only_waiting=True)
 
     def stop(self) -> None:
         """See `Pool.stop`."""
         self.drain()
-        slurm.signal((number for number, job in self._jobs.items() if job.state.name in slurm.RUNS), slurm.STOP)
+        slurm.signal([job.number for job in self._jobs.values() if job.state.name in slurm.RUNS], slurm.STOP)
 
     def close(self) -> None:
         """See `Pool.close`: what has not ended is cancelled."""
@@ -122,12 +135,13 @@ class SlurmPool:
         slurm.cancel(self._jobs)
         self._jobs = {}
 
-    def _submit(self, function: Callable[..., Any], calls: Sequence[Any], not_on: Iterable[str] = ()) -> list[str]:
-        options = dict(self._options)
-        if excluded := ",".join(not_on):
-            options["options"] = {**options["options"], "exclude": excluded}
-        folder = store.own_folder(self._directory / FOLDER)
-        return slurm.submit(folder, self._name, options, function, calls, at_once=self._at_once, cpus=self._cpus)
+    def _submit(self, function: Callable[..., Any], calls: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
+        folder = store.own_folder(self.directory / FOLDER)
+        return slurm.submit(folder, self.name, options, function, calls, at_once=self._at_once, cpus=self._cpus)
+
+    def _add(self, job: _Job) -> None:
+        self._jobs[job.number] = job
+        self._changed_at = time.monotonic()
 
     def _end_asking(self) -> None:
         if self._asker is not None:
@@ -138,23 +152,29 @@ class SlurmPool:
 
     def _adopt(self, tasks: list[Task]) -> list[Task]:
         """Go on with jobs that have the same cells, cancel the others, and return what no job has."""
-        alive = {number: state for number, state in (slurm.states(self._name) or {}).items() if not state.is_over}
-        left, adopted = list(tasks), set()
-        for number, state in alive.items():
-            mailbox = Mailbox(self._directory, number)
-            lines = mailbox.new()
+        left, others = list(tasks), set()
+        for number, state in self._alive().items():
+            lines = Mailbox(self.directory, number).new()
             has = next((line.content for line in lines if line.kind == "submitted"), {})
             task = next((task for task in left if _digests(task.cells).items() <= has.items()), None)
-            if task is not None:
-                left.remove(task)
-                adopted.add(number)
-                known = {line.cell_id for line in lines if line.kind == "cell"}
-                self._jobs[number] = _Job(task, Mailbox(self._directory, number), known, state)
-        others = set(alive) - adopted
+            if task is None:
+                others.add(number)
+                continue
+            left.remove(task)
+            self._add(_Job(number, task, Mailbox(self.directory, number), state=state))
         slurm.cancel(others)
-        while any(not state.is_over for number, state in (slurm.states(self._name) or {}).items() if number in others):
+        while others & self._alive().keys():
             time.sleep(_TICK_S)
+        if self._jobs:
+            self.say(f"{len(self._jobs)} groups are in jobs of an earlier start; these go on")
         return left
+
+    def _alive(self) -> dict[str, slurm.State]:
+        states = slurm.states(self.name)
+        while states is None:  # or two jobs would have the same cells
+            time.sleep(_BUSY_LOOK_S)
+            states = slurm.states(self.name)
+        return {number: state for number, state in states.items() if not state.is_over}
 
     # ---- what happens to the jobs
 
@@ -162,78 +182,95 @@ class SlurmPool:
         """Ask Slurm now and then: often while something happens."""
         now = time.monotonic()
         pause = _BUSY_LOOK_S if now - self._changed_at < _CALM_AFTER_S else _CALM_LOOK_S
-        if now - self._looked_at < pause or (states := slurm.states(self._name)) is None:
+        if now - self._looked_at < pause:
             return
         self._looked_at = now
+        if (states := slurm.states(self.name)) is None:
+            return
         for number, job in self._jobs.items():
-            state = states.get(number, slurm.State("GONE", "", "Slurm does not know it any more"))
+            state = states.get(number, _GONE)
             if state.name != job.state.name:
                 self._changed_at = now
             job.state = state
-            job.n_looks_over += state.is_over
+            job.n_looks_over = job.n_looks_over + 1 if state.is_over else 0
 
-    def _told_by(self, number: str) -> list[Event]:
-        """The news of a job; the last one when it is over."""
-        job = self._jobs[number]
-        if job.state.name in slurm.WAITS:
-            return []
-        slot, found = _slot(number), []
-        known = {cell.cell_id for cell in job.task.cells} | ({job.task.anchor.cell_id} if job.task.anchor else set())
-        for line in job.mailbox.new():
-            if line.kind == "cell" and (line.cell_id in job.told or line.cell_id not in known):
-                continue
-            if line.kind == "step" and line.cell_id not in known:
-                continue
-            if line.kind == "cell":
-                job.told.add(line.cell_id)
-            if line.kind in ("begun", "step", "cell", "end", "stopped", "refused", "broken", "lost"):
-                node = line.content if line.kind in ("refused", "broken") else ""
-                found.append(Event(line.kind, slot, job.task.number, line.cell_id, line.text))  # type: ignore[arg-type]
-        if any(event.kind in ("end", "stopped", "refused", "broken", "lost") for event in found):
-            del self._jobs[number]
-        elif job.n_looks_over >= _N_LOOKS:
-            del self._jobs[number]
-            found.append(self._over(number, job))
+    def _news_of(self, job: _Job) -> list[Event]:
+        """The events of a job; the last one ends it."""
+        found: list[Event] = []
+        for line in job.mailbox.new() if job.state.name not in slurm.WAITS else ():
+            if (event := self._event(job, line)) is not None:
+                found.append(event)
+                if event.kind in _LAST:
+                    break
+        else:
+            if job.n_looks_over < _N_LOOKS:
+                return found
+            found.append(self._over(job))
+        del self._jobs[job.number]
         return found
 
-    def _over(self, number: str, job: _Job) -> Event:
+    def _event(self, job: _Job, line: Line) -> Event | None:
+        """What a line means to the driver; None if nothing."""
+        if line.kind == "begun":
+            job.node, job.slot = line.content, self._free_slot(line.content)
+            line = line._replace(text=f"job {job.number}")
+        elif line.kind in ("cell", "step"):
+            known = {cell.cell_id for cell in (*job.task.cells, *([job.task.anchor] if job.task.anchor else []))}
+            if line.cell_id not in known or (line.kind == "cell" and line.cell_id in job.told):
+                return None  # of an earlier driver's plan, or told before the job was put back
+            if line.kind == "cell":
+                job.told.add(line.cell_id)
+        elif line.kind not in _LAST:
+            return None
+        return Event(line.kind, job.slot, job.node, job.task.number, line.cell_id, line.text)  # type: ignore[arg-type]
+
+    def _free_slot(self, node: str) -> str:
+        used = {job.slot for job in self._jobs.values()}
+        return next(slot for number in count() if (slot := f"{node}-{number}") not in used)
+
+    def _over(self, job: _Job) -> Event:
         """The end of a job that did not say so itself."""
         if job.state.name == "CANCELLED":
-            text = "" if job.is_cancelled else f"job {number} was cancelled"
-            return Event("stopped", _slot(number), job.task.number, None, text)
-        return Event("lost", _slot(number), job.task.number, None, self.described(number, job.state))
+            kind, text = "stopped", "" if job.is_cancelled else f"job {job.number} was cancelled"
+        else:
+            kind, text = "lost", self.described(job.number, job.state)
+        return Event(kind, job.slot, job.node or job.state.node, job.task.number, None, text)  # type: ignore[arg-type]
 
     def described(self, number: str, state: slurm.State) -> str:
         """How a job ended, and where its log is."""
-        log = Path(FOLDER) / slurm.LOG.format(job=number)
-        where = f" on {state.node}" if state.node else ""
-        if not (self._directory / log).exists() and state.node:
+        log = self.directory / FOLDER / slurm.LOG.format(job=number)
+        what = f"job {number}" + (f" on {state.node}" if state.node else "")
+        if state.node and not log.exists():
             return (
-                f"job {number}{where}: {state.name}, and it wrote no log, so that node does not see {self._directory}; "
-                "set hydra.sweep.dir to a folder that all nodes share"
+                f"{what}: {state.name}, and there is no log, so it does not see {self.directory}; set hydra.sweep.dir "
+                "to a folder that all nodes share"
             )
-        return f"job {number}{where}: {state.name} ({state.reason}); see {log}"
+        return f"{what}: {state.name} ({state.reason}; {_last_line(log)}); see {log}"
 
 
 class _Asker:
     """A job on one node that answers the questions of the plan."""
 
-    def __init__(self, pool: SlurmPool, number: str, setup: Setup):
-        self._pool, self._number, self._setup = pool, number, setup
-        directory = Path(setup.directory)
+    def __init__(self, pool: SlurmPool, number: str):
+        self._pool, self._number, self.node = pool, number, ""
+        directory = pool.directory
         self._questions, self._answers = Mailbox(directory, f"{number}_questions"), Mailbox(directory, number)
         self._lines: list[Line] = []
-        self._node: str | None = None
 
     def ask(self, step: str, *arguments: Any) -> Any:
-        """The answer of the node's worker. Raises `UnavailableError`; `WorkerLostError` if it was the question's fault."""
-        is_first = self._node is None
+        """The answer of the node's worker.
+
+        Raises:
+            UnavailableError: there is no such node, or none on which moe-lab runs.
+            WorkerLostError: the question ended the worker.
+        """
+        is_first = not self.node
         if is_first:
             begun = self._next()
-            self._node = begun.text
-            if begun.content != identity.code_id(self._setup.trusted):
+            self.node = begun.text
+            if begun.content != identity.code_id(self._pool.setup.trusted):
                 raise UnavailableError(
-                    f"sweep.engine=slurm: {self._node} has another version of moe-lab, or of the plug-ins, than this "
+                    f"sweep.engine=slurm: {self.node} has another version of moe-lab, or of the plug-ins, than this "
                     "machine; install the same, or set sweep.slurm.python."
                 )
         self._questions.put(Line("ask", content=[step, *arguments]))
@@ -242,34 +279,36 @@ class _Asker:
             return line.content
         if line.kind == "lost" and not is_first:
             raise WorkerLostError(line.text)
-        log = Path(self._setup.directory) / STANDING / f"{_slot(self._number)}.log"
-        raise UnavailableError(
-            f"sweep.engine=slurm: the worker on {self._node} could not start: {line.text}; {_last_line(log)}; see {log}"
-        )
+        log = self._pool.directory / standing.FOLDER / f"slurm-{self._number}.log"
+        why = f"{line.text}; {_last_line(log)}; see {log}" if line.kind == "lost" else line.text
+        raise UnavailableError(f"sweep.engine=slurm: no worker could start on {self.node}: {why}")
 
     def _next(self) -> Line:
-        """The next line of the job; while it waits in the queue that is said."""
-        started, said = time.monotonic(), False
-        n_over = 0
+        """The next line of the job; if it waits in the queue, that is said."""
+        started = looked_at = time.monotonic()
+        is_said, n_looks_over = False, 0
         while not self._lines:
+            time.sleep(_TICK_S)
             self._lines = self._answers.new()
-            state = self._pool.state_of(self._number)
-            if state is not None and state.is_over and not self._lines and (n_over := n_over + 1) > _N_LOOKS:
+            if self._lines or time.monotonic() - looked_at < _BUSY_LOOK_S:
+                continue
+            looked_at = time.monotonic()
+            if (states := slurm.states(self._pool.name)) is None:
+                continue
+            state = states.get(self._number, _GONE)
+            n_looks_over += state.is_over
+            if n_looks_over >= _N_LOOKS:
                 raise UnavailableError(f"sweep.engine=slurm: {self._pool.described(self._number, state)}")
-            if state is not None and state.name in slurm.WAITS and not said and time.monotonic() - started > _SAY_S:
-                self._pool.say(f"job {self._number} asks what kind of node there is; it waits in the queue ({state.reason})")
-                said = True
-            if not self._lines:
-                time.sleep(_TICK_S if n_over == 0 else _BUSY_LOOK_S)
+            if state.name in slurm.WAITS and not is_said and looked_at - started > _SAY_S:
+                self._pool.say(f"job {self._number}, which asks what kind of node there is, waits ({state.reason})")
+                is_said = True
         return self._lines.pop(0)
 
     def close(self) -> None:
-        """End the job."""
+        """End the job, whether or not it has begun."""
         self._questions.put(Line("close"))
-
-
-def _slot(number: str) -> str:
-    return f"slurm-{number}"
+        if not self.node:
+            slurm.cancel([self._number])
 
 
 def _digests(cells: Iterable[Cell]) -> dict[str, str]:
@@ -279,6 +318,6 @@ def _digests(cells: Iterable[Cell]) -> dict[str, str]:
 
 def _last_line(log: Path) -> str:
     with suppress(OSError):
-        lines = log.read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else "it printed nothing"
     return "it wrote no log"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from pathlib import Path
 
@@ -115,33 +114,6 @@ def test_a_scheduler_that_does_not_answer_is_no_news(monkeypatch: pytest.MonkeyP
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm.states("any") is None
-
-
-@pytest.mark.parametrize(
-    ("time", "seconds"),
-    [
-        pytest.param("00:01:00", 60, id="minute"),
-        pytest.param("01:30:05", 5405, id="hours"),
-        pytest.param("2-01:00:00", 176400, id="days"),
-        pytest.param("100:00:00", 360000, id="many_hours"),
-    ],
-)
-def test_times(time: str, seconds: int) -> None:
-    """As Slurm reads them."""
-    assert slurm.seconds_of(time) == seconds
-
-
-@pytest.mark.parametrize(
-    "time",
-    [
-        pytest.param(time, id=time or "empty")
-        for time in ("", "60", "36000", "10:00", "00:00:00", "1:60:00", "-1:00:00")
-    ],
-)
-def test_times_that_are_refused(time: str) -> None:
-    """Also those that YAML or people read in two ways: 10:00:00 without quotes is 36000 in YAML."""
-    with pytest.raises(ValueError, match=rf"^sweep\.slurm\.time={re.escape(time)}: must be HOURS:MINUTES:SECONDS"):
-        slurm.seconds_of(time)
 
 
 def test_a_sweep_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
