@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from types import TracebackType
+from typing import Any, Self
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -36,9 +38,13 @@ class Terminal:
         for reason, number in reasons.items():
             console.print(escape(f"skipped ({number} cells): {reason}"), style="yellow", highlight=False)
 
-    def reporter(self, n_cells: int) -> Reporter:
-        """A bar, or lines, for this many cells."""
-        return Reporter(n_cells)
+    def reporter(self, n_cells: int, slots: Sequence[str] = ()) -> Reporter:
+        """A bar, or lines, for this many cells; with several slots a line for each."""
+        if not slots:
+            return Reporter(n_cells)
+        from moe_lab.cli.slots_display import SlotsReporter
+
+        return SlotsReporter(n_cells, slots)
 
 
 def _first_line(plan: Plan, suffix: str | None) -> str:
@@ -62,8 +68,8 @@ class Reporter:
     def __init__(self, n_cells: int, console: Console | None = None):
         self.n_cells, self.n_done, self.n_failed = n_cells, 0, 0
         self.console = console or Console(stderr=True, soft_wrap=True)
-        self._begun, self._drawn = time.monotonic(), 0.0
-        self._bar = Progress(
+        self.begun, self._drawn = time.monotonic(), 0.0
+        self._bar = self.make_bar(
             BarColumn(bar_width=20, table_column=Column(min_width=20)),
             MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=len(f"{n_cells}/{n_cells}"))),
             TextColumn("{task.fields[state]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
@@ -75,7 +81,11 @@ class Reporter:
         )
         self._task = self._bar.add_task("cells", total=n_cells, state="")
 
-    def __enter__(self) -> Reporter:
+    def make_bar(self, *columns: Any, **options: Any) -> Progress:
+        """What is drawn."""
+        return Progress(*columns, **options)
+
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
@@ -88,15 +98,25 @@ class Reporter:
         """A line above the bar."""
         self.console.print(escape(text), style=style, highlight=False)
 
-    def step(self, name: str, step: str) -> None:
+    def step(self, name: str, step: str, slot: str | None = None, group: int | None = None) -> None:
         """A cell comes to a step."""
         now = time.monotonic()
         if now - self._drawn < _STEP_S and step == "time":
             return
         self._drawn = now
-        self._bar.update(self._task, completed=self.n_done, state=f"{self._times()}  {step} {name}", refresh=True)
+        self.draw(f"{step} {name}")
 
-    def end(self, name: str, record: Record) -> None:
+    def draw(self, state: str) -> None:
+        """Draw the bar anew."""
+        self._bar.update(self._task, completed=self.n_done, state=f"{self._times()}  {state}", refresh=True)
+
+    def idle(self, slot: str) -> None:
+        """A slot has nothing to do."""
+
+    def gone(self, slot: str) -> None:
+        """A slot is out of service."""
+
+    def end(self, name: str, record: Record, slot: str | None = None) -> None:
         """A cell ended, one way or another."""
         self.n_done += 1
         self.n_failed += record.status == "failed"
@@ -105,10 +125,10 @@ class Reporter:
         if record.status == "failed":
             self.say(f"{line}: {record.reason} ({record.directory})", "red")
         elif not self.console.is_terminal:
-            self.say(f"{line} {result} ({self._times()})")
+            self.say(f"{line} {result} ({self._times()})" + (f" on {slot}" if slot else ""))
 
     def _times(self) -> str:
-        elapsed = time.monotonic() - self._begun
+        elapsed = time.monotonic() - self.begun
         failed = f"{self.n_failed} failed, " if self.n_failed else ""
         left = f", about {clock(elapsed / self.n_done * (self.n_cells - self.n_done))} left" if self.n_done else ""
         return f"{failed}{clock(elapsed)}{left}"

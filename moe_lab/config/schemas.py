@@ -26,6 +26,7 @@ EXECUTIONS = ("eager", "compile", "cuda_graph")
 EXPORTS, VIEWS, OPSETS, AXES = ("none", "netron"), ("modules", "flat"), (18, 23), ("batch", "seq_len")
 STALE = ("rerun", "keep", "refuse")
 PLOTLY = ("inline", "directory", "none")
+ENGINES = ("worker", "ray")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "workload.load": LOADS,
     "workload.phase": PHASES,
@@ -34,6 +35,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "export.opset": OPSETS,
     "sweep.stale": STALE,
     "sweep.plotly": PLOTLY,
+    "sweep.engine": ENGINES,
     "router.impl": ROUTER_IMPLEMENTATIONS,
     "experts.impl": TRANSFORMERS_EXPERTS,
     "model.implementation": IMPLEMENTATIONS,
@@ -344,6 +346,15 @@ class Export:
 
 
 @dataclass
+class Slots:
+    """How many groups run at once; see conf/config.yaml."""
+
+    cpu: int | None
+    cuda: int | None
+    cpus_each: int | None
+
+
+@dataclass
 class Sweep:
     """How a multirun goes about its cells; see conf/config.yaml."""
 
@@ -357,6 +368,10 @@ class Sweep:
     timeout_s: float
     stale: str
     retry_failed: bool
+    engine: str
+    slots: Slots
+    require: Any
+    shared: bool
     wait: bool
     fail_fast: bool
     max_cells: int
