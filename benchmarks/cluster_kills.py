@@ -2,8 +2,8 @@
 
     python -m benchmarks.cluster_kills --engine slurm --times 10
 
-It starts the test cluster of `make cluster-up` for itself. A trial is a sweep of 24 cells in 6 groups on two nodes. At
-a random moment one thing is killed with SIGKILL: the worker of a group, what holds that worker (a job of Slurm, an actor
+It starts the test cluster of `make cluster-up` for itself. A trial is a sweep of 24 cells in 6 groups on two nodes. One
+thing is killed with SIGKILL at a random moment: the worker of a group, what holds that worker (a job of Slurm, an actor
 of Ray), a whole node, or the driver; or `scancel` ends a job. A node comes back two seconds later. If the command did
 not end with 0, it is typed again. Then each cell must have one result, equal to that of a sweep without a cluster: the
 same cell_id, verified, the same routes.

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_OURS = ("array", "job-name", "output", "error", "open-mode", "requeue", "no-requeue", "signal", "time", "wrap", "export")
-"""Options of sbatch that a sweep sets itself, or cannot do without."""
+_OURS = ("array", "error", "job-name", "no-requeue", "open-mode", "output", "requeue", "signal", "time", "wrap")
+"""Options of sbatch that a sweep sets itself."""
 
 
 def check(sweep: Mapping[str, Any]) -> None:

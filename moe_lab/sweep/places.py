@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
 
 from moe_lab.config import targets
 from moe_lab.sweep.engine import Engine
@@ -23,10 +25,15 @@ def has_slots(sweep: Mapping[str, Any]) -> bool:
     return sweep["engine"] != "worker" or any(sweep["slots"][kind] is not None for kind in ("cpu", "cuda"))
 
 
-def open_pool(sweep: Mapping[str, Any], directory: Path) -> Pool:
+def open_pool(sweep: Mapping[str, Any], directory: Path, say: Callable[[str], None]) -> Pool:
     """The slots of a sweep. Raises `UnavailableError` or `ValueError` where they are not to be had."""
     variables = {name: os.environ[name] for name in THREADS if name in os.environ}
     setup = Setup(str(directory.absolute()), sweep["shared"], os.getcwd(), tuple(targets.trusted()), variables)
+    if sweep["engine"] == "slurm":
+        from moe_lab.sweep.slurm_pool import SlurmPool
+
+        options: Any = OmegaConf.to_container(sweep["slurm"], resolve=True)
+        return SlurmPool(setup, options, sweep["slots"], say)
     from moe_lab.sweep.pool import LocalPool  # imports numpy, for which nobody waits who has one worker
 
     return LocalPool(slots_here(sweep["slots"], platform.node()), setup)

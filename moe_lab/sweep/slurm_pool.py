@@ -27,6 +27,7 @@ _N_LOOKS = 3  # after which a job that is over and has not said so is lost: a sh
 _SAY_S = 5.0  # a wait that is longer is told
 _ASKING_S = 600  # the time limit of the job that answers the plan's questions
 _LAST = ("end", "stopped", "refused", "broken", "lost")
+_SUBMITTED = slurm.State("PENDING", "", "")
 _GONE = slurm.State("GONE", "", "Slurm does not know it any more")
 
 
@@ -40,7 +41,7 @@ class _Job:
     slot: str = "slurm"
     """What it is called while it runs: its node, and which of our jobs there."""
     node: str = ""
-    state: slurm.State = slurm.State("PENDING", "", "")
+    state: slurm.State = _SUBMITTED
     n_looks_over: int = 0
     is_cancelled: bool = False
     """By this driver."""
@@ -64,6 +65,7 @@ class SlurmPool:
         self.directory = Path(setup.directory)
         self.name = slurm.job_name(self.directory)
         self._asker: _Asker | None = None
+        self._askers: set[str] = set()
         self._jobs: dict[str, _Job] = {}
         self._looked_at = self._changed_at = 0.0
         self._has_adopted = False
@@ -76,6 +78,7 @@ class SlurmPool:
         """See `HasKinds`. One node is asked, in a job; one of another kind refuses its jobs."""
         options = {**self.options, "time": min(self.options["time"], "00:10:00", key=seconds_of)}
         (number,) = self._submit(slurm_job.answer, [self.setup], options)
+        self._askers.add(number)
         self._asker = _Asker(self, number)
         seen = self._asker.ask("look", configs, False)
         names = [config["device"]["name"] for config in configs]
@@ -146,7 +149,7 @@ class SlurmPool:
     def _end_asking(self) -> None:
         if self._asker is not None:
             self._asker.close()
-            self._asker = None
+            self._asker = None  # it ends soon
 
     # ---- jobs of a driver that was killed
 
@@ -155,7 +158,7 @@ class SlurmPool:
         left, others = list(tasks), set()
         for number, state in self._alive().items():
             lines = Mailbox(self.directory, number).new()
-            has = next((line.content for line in lines if line.kind == "submitted"), {})
+            has: dict[str, str] = next((line.content for line in lines if line.kind == "submitted"), {})
             task = next((task for task in left if _digests(task.cells).items() <= has.items()), None)
             if task is None:
                 others.add(number)
@@ -170,11 +173,9 @@ class SlurmPool:
         return left
 
     def _alive(self) -> dict[str, slurm.State]:
-        states = slurm.states(self.name)
-        while states is None:  # or two jobs would have the same cells
+        while (states := slurm.states(self.name)) is None:  # or two jobs would have the same cells
             time.sleep(_BUSY_LOOK_S)
-            states = slurm.states(self.name)
-        return {number: state for number, state in states.items() if not state.is_over}
+        return {n: state for n, state in states.items() if not state.is_over and n not in self._askers}
 
     # ---- what happens to the jobs
 
@@ -268,10 +269,10 @@ class _Asker:
         if is_first:
             begun = self._next()
             self.node = begun.text
-            if begun.content != identity.code_id(self._pool.setup.trusted):
+            if begun.content != identity.code_id(()):
                 raise UnavailableError(
-                    f"sweep.engine=slurm: {self.node} has another version of moe-lab, or of the plug-ins, than this "
-                    "machine; install the same, or set sweep.slurm.python."
+                    f"sweep.engine=slurm: {self.node} has another version of moe-lab than this machine; "
+                    " install the same, or set sweep.slurm.python."
                 )
         self._questions.put(Line("ask", content=[step, *arguments]))
         line = self._next()

@@ -68,12 +68,16 @@ class _Spread:
     def run(self, interrupts: list[int]) -> None:
         """Until all is done, or nothing can go on."""
         ends_at = None
+        is_drained = False
         while self.waiting or self.running:
             fails = self.plan.sweep["fail_fast"] and self.reporter.n_failed
             if not interrupts and not fails:
                 for task in self.pool.start(self.waiting):
                     self.waiting.remove(task)
                     self.running[task.number] = task
+            elif not is_drained:
+                self.pool.drain()
+                is_drained = True
             if not self.running and (interrupts or fails or not self._can_go_on()):
                 break
             for event in self.pool.events(_LOOK_S):
@@ -151,6 +155,9 @@ class _Spread:
             del self.running[task.number]
             self.board.at(event.slot, None, None, None)
             self.reporter.idle(event.slot)
+            if event.kind == "stopped" and event.text:  # from outside
+                self._last_loss = event.text
+                self.reporter.say(f"group {task.number}: {event.text}", "yellow")
             if event.kind == "refused":
                 self.waiting.insert(0, replace(task, not_on={**task.not_on, event.node: event.text}))
 
