@@ -15,7 +15,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.records import identity, store
 from moe_lab.sweep import slurm, slurm_job, standing
 from moe_lab.sweep.engine import WorkerLostError
-from moe_lab.sweep.kinds import Kind
+from moe_lab.sweep.kinds import Kind, kept
 from moe_lab.sweep.plan import Cell
 from moe_lab.sweep.slurm_job import FOLDER, GroupJob, Line, Mailbox
 from moe_lab.sweep.tasks import Event, Setup, Task
@@ -25,7 +25,7 @@ _BUSY_LOOK_S, _CALM_LOOK_S = 1.0, 5.0  # between two looks into the queue
 _CALM_AFTER_S = 10.0  # since something changed there
 _N_LOOKS = 3  # after which a job that is over and has not said so is lost: a shared disk may be late
 _SAY_S = 5.0  # a wait that is longer is told
-_ASKING_S = 600  # the time limit of the job that answers the plan's questions
+_ASKING = "00:10:00"  # the time limit of the job that answers the plan's questions
 _LAST = ("end", "stopped", "refused", "broken", "lost")
 _SUBMITTED = slurm.State("PENDING", "", "")
 _GONE = slurm.State("GONE", "", "Slurm does not know it any more")
@@ -60,6 +60,7 @@ class SlurmPool:
         """
         slurm.require_commands()
         self.setup, self.options, self.say = setup, options, say
+        self._wanted = wanted
         self._at_once = (wanted["cpu"] or 0) + (wanted["cuda"] or 0) or None
         self._cpus: int | None = wanted["cpus_each"]
         self.directory = Path(setup.directory)
@@ -75,15 +76,24 @@ class SlurmPool:
         return sorted({job.slot for job in self._jobs.values() if job.node})
 
     def kinds(self, configs: Sequence[Mapping[str, Any]]) -> list[Kind]:
-        """See `HasKinds`. One node is asked, in a job; one of another kind refuses its jobs."""
-        options = {**self.options, "time": min(self.options["time"], "00:10:00", key=seconds_of)}
-        (number,) = self._submit(slurm_job.answer, [self.setup], options)
-        self._askers.add(number)
-        self._asker = _Asker(self, number)
-        seen = self._asker.ask("look", configs, False)
+        """See `HasKinds`. One node is asked, in a job; one of another kind refuses its jobs.
+
+        While jobs of an earlier start go on, what it was told holds: another would wait for them.
+        """
         names = [config["device"]["name"] for config in configs]
-        env_ids = dict(zip(names, (one["env_id"] for one in seen), strict=True))
-        return [Kind(env_ids, [self._asker.node], self._asker.ask)]
+        for kind in kept(self.directory, "slurm", self._wanted) if self._alive() else []:
+            if kind.env_ids.keys() >= set(names):
+                return [Kind(kind.env_ids, kind.slots, self._ask, kind.answers)]
+        seen = self._ask("look", configs, False)
+        return [Kind(dict(zip(names, (one["env_id"] for one in seen), strict=True)), ["slurm"], self._ask)]
+
+    def _ask(self, step: str, *arguments: Any) -> Any:
+        if self._asker is None:
+            options = {**self.options, "time": min(self.options["time"], _ASKING, key=seconds_of)}
+            (number,) = self._submit(slurm_job.answer, [self.setup], options)
+            self._asker = _Asker(self, number)
+            self._askers.add(number)
+        return self._asker.ask(step, *arguments)
 
     def start(self, waiting: Sequence[Task]) -> list[Task]:
         """See `Pool.start`."""
