@@ -38,6 +38,10 @@ class Terminal:
         for reason, number in reasons.items():
             console.print(escape(f"skipped ({number} cells): {reason}"), style="yellow", highlight=False)
 
+    def say(self, text: str) -> None:
+        """A line."""
+        Console(stderr=True, soft_wrap=True).print(escape(text), style="yellow", highlight=False)
+
     def reporter(self, n_cells: int, slots: Sequence[str] = ()) -> Reporter:
         """A bar, or lines, for this many cells; with several slots a line for each."""
         if not slots:

@@ -19,10 +19,10 @@ def check(sweep: Mapping[str, Any]) -> None:
             "sweep.shared=false: jobs of Slurm write to the sweep's folder; set hydra.sweep.dir to one that all nodes "
             "share."
         )
-    gpus = re.search(r"(?:^|,)gpu(?::[^:,]+)?(?::(\d+))?(?:,|$)", slurm["gres"] or "")
-    if gpus and int(gpus[1] or 1) != 1:
+    gpus = [entry.split(":") for entry in (slurm["gres"] or "").split(",") if entry.split(":")[0] == "gpu"]
+    if any(parts[-1].isdecimal() and int(parts[-1]) != 1 for parts in gpus):
         raise ValueError(f"sweep.slurm.gres={slurm['gres']}: a job times one group on one GPU; use gpu:1.")
-    for kind, has in (("cuda", gpus is not None), ("cpu", gpus is None)):
+    for kind, has in (("cuda", bool(gpus)), ("cpu", not gpus)):
         if slots[kind] is not None and not has:
             remedy = "set sweep.slurm.gres=gpu:1 too" if kind == "cuda" else "use sweep.slots.cuda beside a GPU in gres"
             raise ValueError(f"sweep.slots.{kind}={slots[kind]}: the most jobs at once; {remedy}.")

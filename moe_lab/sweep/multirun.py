@@ -55,15 +55,16 @@ class Multirun:
         self.pool: Pool | None = None
         self.engine: Engine = InProcess()
         if places.has_slots(config.sweep):
-            self.pool = places.open_pool(config.sweep, self.directory, self._say)
+            try:
+                self.pool = places.open_pool(config.sweep, self.directory, progress.say)
+            except BaseException:
+                self.close()
+                raise
         elif config.sweep.worker:
             worker = Worker(self.directory / LOG)
             worker.start()
             self.engine = worker
         self.asked = Kinds(self.pool or places.OnlyOne(self.engine), config.sweep.require)
-
-    def _say(self, text: str) -> None:
-        self.progress.reporter(0).say(text, "yellow")
 
     def run(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[float]:
         """Plan and run the jobs; the median latency of each (ms), NaN where there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from moe_lab.config import targets
+from moe_lab.errors import UnavailableError
 from moe_lab.sweep.engine import Engine
 from moe_lab.sweep.kinds import Kind
 from moe_lab.sweep.slots import slots_here
@@ -26,9 +28,20 @@ def has_slots(sweep: Mapping[str, Any]) -> bool:
 
 
 def open_pool(sweep: Mapping[str, Any], directory: Path, say: Callable[[str], None]) -> Pool:
-    """The slots of a sweep. Raises `UnavailableError` or `ValueError` where they are not to be had."""
+    """The slots of a sweep; `say` shows a line.
+
+    Raises:
+        UnavailableError: they are not to be had.
+        ValueError: they do not see the sweep's folder.
+    """
     variables = {name: os.environ[name] for name in THREADS if name in os.environ}
     setup = Setup(str(directory.absolute()), sweep["shared"], os.getcwd(), tuple(targets.trusted()), variables)
+    if sweep["engine"] == "ray":
+        if importlib.util.find_spec("ray") is None:
+            raise UnavailableError("sweep.engine=ray: ray is not installed; run pip install 'moe-lab[ray]'.")
+        from moe_lab.sweep.ray_pool import RayPool
+
+        return RayPool(sweep["slots"], setup, say)
     if sweep["engine"] == "slurm":
         from moe_lab.sweep.slurm_pool import SlurmPool
 

@@ -47,6 +47,9 @@ class Progress(Protocol):
     def announce(self, plan: Plan, how: str | None = None) -> None:
         """Say what is going to happen; `how` of another launcher."""
 
+    def say(self, text: str) -> None:
+        """Show a line."""
+
     def reporter(self, n_cells: int, slots: Sequence[str] = ()) -> Reporter:
         """Who is told of this many cells, and of these slots where there are several."""
         ...

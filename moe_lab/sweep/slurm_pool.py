@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.records import identity, store
 from moe_lab.sweep import slurm, slurm_job, standing
 from moe_lab.sweep.engine import WorkerLostError
-from moe_lab.sweep.kinds import Kind, kept
+from moe_lab.sweep.kinds import Kind, Unkept, kept
 from moe_lab.sweep.plan import Cell
 from moe_lab.sweep.slurm_job import FOLDER, GroupJob, Line, Mailbox
 from moe_lab.sweep.tasks import Event, Setup, Task
@@ -83,9 +84,15 @@ class SlurmPool:
         names = [config["device"]["name"] for config in configs]
         for kind in kept(self.directory, "slurm", self._wanted) if self._alive() else []:
             if kind.env_ids.keys() >= set(names):
-                return [Kind(kind.env_ids, kind.slots, self._ask, kind.answers)]
+                return [Kind(kind.env_ids, kind.slots, partial(self._ask_if, kind.ask), kind.answers)]
         seen = self._ask("look", configs, False)
         return [Kind(dict(zip(names, (one["env_id"] for one in seen), strict=True)), ["slurm"], self._ask)]
+
+    def _ask_if(self, kept_ask: Callable[..., Any], step: str, *arguments: Any) -> Any:
+        try:
+            return kept_ask(step, *arguments)
+        except Unkept:
+            return self._ask(step, *arguments)
 
     def _ask(self, step: str, *arguments: Any) -> Any:
         if self._asker is None:
