@@ -135,6 +135,13 @@ def signal(jobs: Iterable[str], name: str) -> None:
         _run("scancel", "--quiet", f"--signal={name}", *jobs)
 
 
+def exclude(jobs: Iterable[str], excluded: Iterable[str]) -> None:
+    """Keep jobs that wait from these nodes."""
+    for array in {job.partition("_")[0] for job in jobs}:
+        with contextlib.suppress(UnavailableError):  # they have begun meanwhile
+            _run("scontrol", "update", f"JobId={array}", f"ExcNodeList={','.join(sorted(excluded))}")
+
+
 def requeue(job: str) -> None:
     """Put a running job back into the queue. It is ended, so this may be the last thing that it does."""
     _run("scontrol", "requeue", job)

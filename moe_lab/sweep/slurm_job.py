@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_lab.errors import UnavailableError
 from moe_lab.records import files, identity, store
 from moe_lab.records.schema import NOT_ENDED
 from moe_lab.sweep import slurm, timing
@@ -32,6 +33,7 @@ FOLDER = ".slurm"
 _TICK_S = 0.2
 _IDLE_S = 300.0  # how long a job that answers waits for a question, if nobody ends it
 _EARLY_S = 65.0  # Slurm may warn of the limit a minute too early
+_CLAIM_S = 60.0
 _TRIES = 2  # of a group of which no cell ends in the time of a job
 
 
@@ -128,7 +130,12 @@ def run_group(job: GroupJob) -> None:
         else:
             mailbox.put(Line(event.kind, event.cell_id, event.text, event.node))
 
-    host = Host(slot_here(number), job.setup, tell)
+    slot = slot_here(number)
+    try:
+        host = _open(slot, job.setup, tell)
+    except (OSError, UnavailableError, ValueError) as error:
+        mailbox.put(Line("broken", text=str(error), content=slot.node))
+        return
     signals = _Signals(host.stop)
     try:
         if (reason := _other_kind(host, left)) is not None:
@@ -145,6 +152,18 @@ def run_group(job: GroupJob) -> None:
         _go_on_later(mailbox, job, has_met_limit=time.monotonic() - started > job.limit_s - early)
     else:
         mailbox.put(Line(event.kind, text=event.text, content=event.node))
+
+
+def _open(slot: Slot, setup: Setup, tell: Callable[[Event], None]) -> Host:
+    """The host of this job; its CPUs may be taken for a moment by what runs here without Slurm."""
+    deadline = time.monotonic() + _CLAIM_S
+    while True:
+        try:
+            return Host(slot, setup, tell)
+        except UnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_TICK_S)
 
 
 def _go_on_later(mailbox: Mailbox, job: GroupJob, *, has_met_limit: bool) -> None:
@@ -193,7 +212,7 @@ def answer(setup: Setup) -> None:
     """The whole life of a job that answers the plan's questions, each a line of the driver's mailbox."""
     number, directory = job_number(), Path(setup.directory)
     questions, answers = Mailbox(directory, f"{number}_questions"), Mailbox(directory, number)
-    host = Host(slot_here(number), setup, lambda event: None)
+    host = _open(slot_here(number), setup, lambda event: None)
     try:
         answers.put(Line("begun", None, host.slot.node, identity.code_id(())))
         last = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ _TICK_S = 0.2
 _BUSY_LOOK_S, _CALM_LOOK_S = 1.0, 5.0  # between two looks into the queue
 _CALM_AFTER_S = 10.0  # since something changed there
 _N_LOOKS = 3  # after which a job that is over and has not said so is lost: a shared disk may be late
+_MOST_FAILED = 2
 _SAY_S = 5.0  # a wait that is longer is told
 _ASKING = "00:10:00"  # the time limit of the job that answers the plan's questions
 _LAST = ("end", "stopped", "refused", "broken", "lost")
@@ -39,7 +41,7 @@ class _Job:
     number: str
     task: Task
     mailbox: Mailbox
-    slot: str = "slurm"
+    slot: str = ""
     """What it is called while it runs: its node, and which of our jobs there."""
     node: str = ""
     state: slurm.State = _SUBMITTED
@@ -71,6 +73,9 @@ class SlurmPool:
         self._jobs: dict[str, _Job] = {}
         self._looked_at = self._changed_at = 0.0
         self._has_adopted = False
+        self._n_failed: Counter[str] = Counter()  # jobs in a row that did not even begin, by node
+        self._out: set[str] = set()  # the nodes that get no more jobs
+        self._is_out = False  # no node takes a job
 
     def names(self) -> list[str]:
         """See `Pool.names`: there is no slot before a job begins."""
@@ -113,7 +118,7 @@ class SlurmPool:
             left = self._adopt(left)
         by_nodes: dict[tuple[str, ...], list[Task]] = {}
         for task in left:
-            by_nodes.setdefault(tuple(sorted(task.not_on)), []).append(task)
+            by_nodes.setdefault(tuple(sorted(self._out | task.not_on.keys())), []).append(task)
         for nodes, tasks in by_nodes.items():
             others = {"exclude": ",".join(nodes)} if nodes else {}
             options = {**self.options, "options": {**self.options["options"], **others}}
@@ -125,7 +130,7 @@ class SlurmPool:
 
     def may_start(self, task: Task) -> bool:
         """See `Pool.may_start`."""
-        return bool(set(slurm.nodes(self.options["partition"])) - set(task.not_on))
+        return not self._is_out and not self._out.union(task.not_on).issuperset(slurm.nodes(self.options["partition"]))
 
     def events(self, timeout_s: float) -> list[Event]:
         """See `Pool.events`."""
@@ -218,6 +223,8 @@ class SlurmPool:
         for line in job.mailbox.new() if job.state.name not in slurm.WAITS else ():
             if (event := self._event(job, line)) is not None:
                 found.append(event)
+                if event.kind == "broken":
+                    self._leave_out(job.node)
                 if event.kind in _LAST:
                     break
         else:
@@ -231,6 +238,7 @@ class SlurmPool:
         """What a line means to the driver; None if nothing."""
         if line.kind == "begun":
             job.node, job.slot = line.content, self._free_slot(line.content)
+            self._n_failed[job.node] = 0
             line = line._replace(text=f"job {job.number}")
         elif line.kind in ("cell", "step"):
             known = {cell.cell_id for cell in (*job.task.cells, *([job.task.anchor] if job.task.anchor else []))}
@@ -240,6 +248,8 @@ class SlurmPool:
                 job.told.add(line.cell_id)
         elif line.kind not in _LAST:
             return None
+        elif line.kind in ("refused", "broken"):
+            job.node = line.content
         return Event(line.kind, job.slot, job.node, job.task.number, line.cell_id, line.text)  # type: ignore[arg-type]
 
     def _free_slot(self, node: str) -> str:
@@ -252,7 +262,18 @@ class SlurmPool:
             kind, text = "stopped", "" if job.is_cancelled else f"job {job.number} was cancelled"
         else:
             kind, text = "lost", self.described(job.number, job.state)
-        return Event(kind, job.slot, job.node or job.state.node, job.task.number, None, text)  # type: ignore[arg-type]
+            self._is_out = self._is_out or not job.state.node
+            if not job.node:
+                self._n_failed[job.state.node] += 1
+                if self._n_failed[job.state.node] == _MOST_FAILED:
+                    self._leave_out(job.state.node)
+        node = job.node or job.state.node
+        return Event(kind, job.slot or node, node, job.task.number, None, text)  # type: ignore[arg-type]
+
+    def _leave_out(self, node: str) -> None:
+        """Give a node no more jobs: it would end one after the other, faster than others run theirs."""
+        self._out.add(node)
+        slurm.exclude((n for n, job in self._jobs.items() if job.state.name in slurm.WAITS), self._out)
 
     def described(self, number: str, state: slurm.State) -> str:
         """How a job ended, and where its log is."""

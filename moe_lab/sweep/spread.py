@@ -135,7 +135,8 @@ class _Spread:
         task = self.running.get(event.task) if event.task is not None else None
         if event.kind in ("broken", "lost"):
             self._last_loss = f"{event.slot}: {event.text}"
-            self.reporter.say(f"{event.slot} is out of service: {event.text}", "yellow")
+            what = "is out of service" if event.kind == "broken" else "was lost"
+            self.reporter.say(f"{event.slot} {what}: {event.text}", "yellow")
             self.board.gone(event.slot)
             self.reporter.gone(event.slot)
             if task is not None:
