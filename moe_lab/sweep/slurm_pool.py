@@ -258,7 +258,8 @@ class SlurmPool:
 
     def _over(self, job: _Job) -> Event:
         """The end of a job that did not say so itself."""
-        if job.state.name == "CANCELLED":
+        never_began = not job.node and job.state == _GONE  # of a part of an array that waited no trace is left
+        if job.state.name == "CANCELLED" or never_began:
             kind, text = "stopped", "" if job.is_cancelled else f"job {job.number} was cancelled"
         else:
             kind, text = "lost", self.described(job.number, job.state)
@@ -268,7 +269,7 @@ class SlurmPool:
                 if self._n_failed[job.state.node] == _MOST_FAILED:
                     self._leave_out(job.state.node)
         node = job.node or job.state.node
-        return Event(kind, job.slot or node, node, job.task.number, None, text)  # type: ignore[arg-type]
+        return Event(kind, job.slot or node or "slurm", node, job.task.number, None, text)  # type: ignore[arg-type]
 
     def _leave_out(self, node: str) -> None:
         """Give a node no more jobs: it would end one after the other, faster than others run theirs."""
