@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -92,9 +92,9 @@ class Cluster:
             self.kill(name)
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, name: str) -> None:
-        """Start a daemon again, as it was started before."""
-        command = self._commands()[name]
+    def start(self, name: str, before: Sequence[str] = ()) -> None:
+        """Start a daemon again, as it was started before; `before` are words before its command."""
+        command = [*before, *self._commands()[name]]
         with open(self.folder / f"{name}.log", "ab") as log:
             subprocess.Popen(
                 command,

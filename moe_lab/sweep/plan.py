@@ -387,23 +387,3 @@ def groups(plan: Plan) -> list[list[Cell]]:
         return models.setdefault(identity.digest(parts), len(models))
 
     return sorted(together.values(), key=model_of)
-
-
-def expected_seconds(plan: Plan) -> tuple[float, bool]:
-    """(seconds that the cells to run will take, whether that is from earlier records or the bound of `measure`)."""
-    known: dict[str, list[float]] = {}
-    for cell in plan.cells:
-        try:
-            record = store.read_record(cell.directory)
-        except (FileNotFoundError, ValueError):
-            continue
-        if record.status == "ok" and record.elapsed_s is not None:
-            known.setdefault(identity.digest(cell.content["model"]), []).append(record.elapsed_s)
-    seconds, all_known = 0.0, True
-    for cell in plan.to_run():
-        of_model = known.get(identity.digest(cell.content["model"]))
-        measure = cell.config["measure"]
-        all_known = all_known and of_model is not None
-        each = sum(of_model) / len(of_model) if of_model else measure["warmup_s"] + measure["max_time_s"]
-        seconds += each * measure["replicates"]
-    return seconds, all_known

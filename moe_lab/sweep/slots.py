@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from moe_lab.measure.device_lock import folder_of
 _CPUS = Path("/sys/devices/system/cpu")
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+_SOON_S = 10.0  # of a driver that was killed the slots end in about a second
 
 
 @dataclass(frozen=True)
@@ -41,29 +43,38 @@ class Claim:
     """The CPUs and the GPU of a slot, until `release` or the end of the process."""
 
     def __init__(self, slot: Slot):
-        """Take them. Raises `UnavailableError` if there are not enough that are free."""
+        """Take them. Raises `UnavailableError` if there are not enough that are free, or get free soon."""
+        self.cpus: tuple[int, ...] = ()
         self._descriptors: list[int] = []
         folder = folder_of("claims")
         if folder is None:
             raise UnavailableError(
                 f"sweep.slots: {slot.name} cannot claim its CPUs; set XDG_RUNTIME_DIR to a folder of your own."
             )
+        ends_at = time.monotonic() + _SOON_S
+        while missing := self._try(slot, folder):
+            self.release()
+            if time.monotonic() > ends_at:
+                raise UnavailableError(
+                    f"sweep.slots: {slot.name} needs {missing}, and other slots on {slot.node} have them; wait for "
+                    "their sweep, or use fewer slots or a smaller sweep.slots.cpus_each."
+                )
+            time.sleep(0.2)
+
+    def _try(self, slot: Slot, folder: Path) -> str:
+        """Take what the slot needs, as far as it is free; what is not."""
         turn = os.open(folder / "turn", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(turn, fcntl.LOCK_EX)  # one after the other: else two slots take each half of what both need
             free = (cpu for cpu in by_core(usable_cpus()) if self._take(folder / f"cpu-{cpu}"))
             self.cpus = tuple(sorted(islice(free, slot.n_cpus)))
-            missing = f"{slot.n_cpus} free CPUs" if len(self.cpus) < slot.n_cpus else ""
-            if slot.gpu and not missing and not self._take(folder / f"gpu-{slot.gpu}"):
-                missing = f"GPU {slot.gpu}"
+            if len(self.cpus) < slot.n_cpus:
+                return f"{slot.n_cpus} free CPUs"
+            if slot.gpu and not self._take(folder / f"gpu-{slot.gpu}"):
+                return f"GPU {slot.gpu}"
+            return ""
         finally:
             os.close(turn)
-        if missing:
-            self.release()
-            raise UnavailableError(
-                f"sweep.slots: {slot.name} needs {missing}, and other slots on {slot.node} have them; wait for their "
-                "sweep, or use fewer slots or a smaller sweep.slots.cpus_each."
-            )
 
     def _take(self, path: Path) -> bool:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -42,7 +43,7 @@ class _Job:
     task: Task
     mailbox: Mailbox
     slot: str = ""
-    """What it is called while it runs: its node, and which of our jobs there."""
+    """What it is called while it runs: its node, and if others of ours are there, which."""
     node: str = ""
     state: slurm.State = _SUBMITTED
     n_looks_over: int = 0
@@ -62,7 +63,8 @@ class SlurmPool:
             UnavailableError: nothing can be submitted from here.
         """
         slurm.require_commands()
-        self.setup, self.options, self.say = setup, options, say
+        self._only_asks = not setup.shared  # `moe-lab plan`, which leaves nothing behind
+        self.setup, self.options, self.say = replace(setup, shared=True), options, say
         self._wanted = wanted
         self._at_once = (wanted["cpu"] or 0) + (wanted["cuda"] or 0) or None
         self._cpus: int | None = wanted["cpus_each"]
@@ -78,8 +80,8 @@ class SlurmPool:
         self._is_out = False  # no node takes a job
 
     def names(self) -> list[str]:
-        """See `Pool.names`: there is no slot before a job begins."""
-        return sorted({job.slot for job in self._jobs.values() if job.node})
+        """See `Pool.names`: those of the jobs that run; before the first, the nodes."""
+        return sorted({job.slot for job in self._jobs.values() if job.slot}) or self._nodes()
 
     def kinds(self, configs: Sequence[Mapping[str, Any]]) -> list[Kind]:
         """See `HasKinds`. One node is asked, in a job; one of another kind refuses its jobs.
@@ -87,11 +89,12 @@ class SlurmPool:
         While jobs of an earlier start go on, what it was told holds: another would wait for them.
         """
         names = [config["device"]["name"] for config in configs]
-        for kind in kept(self.directory, "slurm", self._wanted) if self._alive() else []:
+        for kind in kept(self.directory, "slurm", self._wanted) if self._alive() else ():
             if kind.env_ids.keys() >= set(names):
                 return [Kind(kind.env_ids, kind.slots, partial(self._ask_if, kind.ask), kind.answers)]
         seen = self._ask("look", configs, False)
-        return [Kind(dict(zip(names, (one["env_id"] for one in seen), strict=True)), ["slurm"], self._ask)]
+        slots = [f"slurm-{number}" for number in range(self._at_once or len(self._nodes()))]
+        return [Kind(dict(zip(names, (one["env_id"] for one in seen), strict=True)), slots, self._ask)]
 
     def _ask_if(self, kept_ask: Callable[..., Any], step: str, *arguments: Any) -> Any:
         try:
@@ -109,28 +112,40 @@ class SlurmPool:
 
     def start(self, waiting: Sequence[Task]) -> list[Task]:
         """See `Pool.start`."""
-        if not waiting:
+        nodes = self._nodes() if waiting else []
+        can = [task for task in waiting if any(node not in task.not_on for node in nodes)]
+        if not can:
             return []
         self._end_asking()
-        left = list(waiting)
+        left = list(can)
         if not self._has_adopted:
             self._has_adopted = True
             left = self._adopt(left)
-        by_nodes: dict[tuple[str, ...], list[Task]] = {}
+        not_on: dict[frozenset[str], list[Task]] = {}
         for task in left:
-            by_nodes.setdefault(tuple(sorted(self._out | task.not_on.keys())), []).append(task)
-        for nodes, tasks in by_nodes.items():
-            others = {"exclude": ",".join(nodes)} if nodes else {}
-            options = {**self.options, "options": {**self.options["options"], **others}}
-            calls = [GroupJob.of(task, self.setup, seconds_of(options["time"])) for task in tasks]
-            for number, task in zip(self._submit(slurm_job.run_group, calls, options), tasks, strict=True):
-                self._add(_Job(number, task, Mailbox(self.directory, number)))
-                Mailbox(self.directory, number).put(Line("submitted", content=_digests(task.cells)))
-        return list(waiting)
+            not_on.setdefault(frozenset(self._out | task.not_on.keys()), []).append(task)
+        for excluded, tasks in not_on.items():
+            self._submit_groups(tasks, excluded)
+        return can
+
+    def _submit_groups(self, tasks: Sequence[Task], excluded: Iterable[str]) -> None:
+        options = dict(self.options["options"])
+        if nodes := ",".join(sorted(excluded)):
+            options["exclude"] = f"{options['exclude']},{nodes}" if "exclude" in options else nodes
+        calls = [GroupJob.of(task, self.setup, seconds_of(self.options["time"])) for task in tasks]
+        numbers = self._submit(slurm_job.run_group, calls, {**self.options, "options": options})
+        for number, task in zip(numbers, tasks, strict=True):
+            self._add(_Job(number, task, Mailbox(self.directory, number)))
+            Mailbox(self.directory, number).put(Line("submitted", content=_digests(task.cells)))
 
     def may_start(self, task: Task) -> bool:
         """See `Pool.may_start`."""
-        return not self._is_out and not self._out.union(task.not_on).issuperset(slurm.nodes(self.options["partition"]))
+        return any(node not in task.not_on for node in self._nodes())
+
+    def _nodes(self) -> list[str]:
+        """Those on which jobs may begin."""
+        nodes = () if self._is_out else slurm.nodes(self.options["partition"])
+        return [node for node in nodes if node not in self._out]
 
     def events(self, timeout_s: float) -> list[Event]:
         """See `Pool.events`."""
@@ -159,6 +174,10 @@ class SlurmPool:
         self._end_asking()
         slurm.cancel(self._jobs)
         self._jobs = {}
+        if self._only_asks:
+            while self._askers & self._alive().keys():
+                time.sleep(_TICK_S)
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def _submit(self, function: Callable[..., Any], calls: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
         folder = store.own_folder(self.directory / FOLDER)
@@ -179,6 +198,8 @@ class SlurmPool:
         """Go on with jobs that have the same cells, cancel the others, and return what no job has."""
         left, others = list(tasks), set()
         for number, state in self._alive().items():
+            if number in self._askers:
+                continue  # it ends by itself
             lines = Mailbox(self.directory, number).new()
             has: dict[str, str] = next((line.content for line in lines if line.kind == "submitted"), {})
             task = next((task for task in left if _digests(task.cells).items() <= has.items()), None)
@@ -197,7 +218,7 @@ class SlurmPool:
     def _alive(self) -> dict[str, slurm.State]:
         while (states := slurm.states(self.name)) is None:  # or two jobs would have the same cells
             time.sleep(_BUSY_LOOK_S)
-        return {n: state for n, state in states.items() if not state.is_over and n not in self._askers}
+        return {number: state for number, state in states.items() if not state.is_over}
 
     # ---- what happens to the jobs
 
@@ -254,7 +275,7 @@ class SlurmPool:
 
     def _free_slot(self, node: str) -> str:
         used = {job.slot for job in self._jobs.values()}
-        return next(slot for number in count() if (slot := f"{node}-{number}") not in used)
+        return next(slot for n in count(1) if (slot := node if n == 1 else f"{node}-{n}") not in used)
 
     def _over(self, job: _Job) -> Event:
         """The end of a job that did not say so itself."""

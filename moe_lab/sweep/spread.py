@@ -67,8 +67,7 @@ class _Spread:
 
     def run(self, interrupts: list[int]) -> None:
         """Until all is done, or nothing can go on."""
-        ends_at = None
-        is_drained = False
+        ends_at, said, is_drained = None, False, False
         while self.waiting or self.running:
             fails = self.plan.sweep["fail_fast"] and self.reporter.n_failed
             if not interrupts and not fails:
@@ -82,6 +81,9 @@ class _Spread:
                 break
             for event in self.pool.events(_LOOK_S):
                 self._take(event)
+            if interrupts and not said:
+                said = True
+                self.reporter.say("interrupted: groups that run end first; Ctrl-C again stops them", "yellow")
             if len(interrupts) > 1 and ends_at is None:
                 self.pool.stop()
                 ends_at = time.monotonic() + _GRACE_S

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks import cluster_kills
-from moe_lab.sweep import slurm_job
+from moe_lab.sweep import slurm, slurm_job
 from moe_lab.sweep.slurm_job import Line, Mailbox
 from scripts import cluster
 from tests.tiny import ROOT
@@ -180,20 +180,155 @@ def test_ctrl_c_lets_groups_end_that_run_and_cancels_those_that_wait(tmp_path: P
     assert jobs("RUNNING") == jobs("PENDING") == []
 
 
-_SLOW = """
-import time
-from moe_lab.models.minimal import Minimal
-"""
+@pytest.mark.slow
+def test_a_job_that_makes_place_for_another_goes_on_later(tmp_path: Path) -> None:
+    """The signal of a preemption while a cell is timed: the job is put back, with its number, and its cell ends once."""
+    long = ["measure.max_time_s=12", "measure.target_ci=0.000001"]
+    process = moe_lab(tmp_path, "-m", *SMALL, *long, "batch=1", "sweep.name=s")
+    mailboxes = tmp_path / "outputs/s/.slurm"
+    becomes_true(lambda: '"time"' in "".join(path.read_text() for path in mailboxes.glob("*.jsonl")))
+    (job,) = jobs("RUNNING")
+    subprocess.run(["scancel", f"--signal={slurm.LIMIT}", job], check=True)
+    code, said = ended(process)
+    assert code == 0, said
+    lines = Mailbox(tmp_path / "outputs/s", job).new()
+    kinds = [line.kind for line in lines if line.kind != "step"]
+    assert kinds == ["submitted", "begun", "preempted", "begun", "cell", "end"]
+    (record,) = records(tmp_path, "s")
+    assert record["status"] == "ok" and record["environment"]["job"] == job
 
 
 @pytest.mark.slow
-def test_a_group_that_meets_its_limit_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    """With a limit of a minute and cells that are timed for half of one each, alone: the job is put back, and no cell is timed twice."""
-    words = ["-m", *SMALL, "batch=1,2,3", "sweep.compare=[batch]", "sweep.interleave=true", "sweep.name=s"]
-    code, said = run(
-        tmp_path, *words, "measure.max_time_s=30", "measure.target_ci=0.000001", "sweep.slurm.time=00:01:00"
+def test_a_limit_that_is_too_short_is_a_row(tmp_path: Path) -> None:
+    """A minute for a cell that is timed for five: two jobs, and then it failed, with the key that says how long."""
+    long = ["measure.max_time_s=300", "measure.target_ci=0.000001", "sweep.slurm.time=00:01:00"]
+    code, said = run(tmp_path, "-m", *SMALL, *long, "batch=1", "sweep.name=s")
+    assert code == 1
+    (record,) = records(tmp_path, "s")
+    assert record["status"] == "failed"
+    assert record["reason"] == "timeout: 2 jobs met sweep.slurm.time and no cell ended; set a longer one"
+
+
+# ---- what is wrong is one line
+
+
+@pytest.mark.slow
+def test_the_login_node_needs_no_torch(tmp_path: Path) -> None:
+    """The driver cannot import it; plan, sweep, tables and status do their work."""
+    script = "import sys; sys.modules['torch'] = None; from moe_lab.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    for words, expected in (
+        (["plan", "-m", *SMALL, "batch=1,2", "sweep.name=s"], "2 to run"),
+        (["-m", *SMALL, "batch=1,2", "sweep.name=s"], None),
+        (["plan", "-m", *SMALL, "batch=1,2", "sweep.name=s"], "0 to run"),
+        (["status", "outputs/s"], "2 ok"),
+    ):
+        done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert expected is None or expected in done.stdout, done.stdout
+        assert [path.name for path in tmp_path.iterdir()] in ([], ["outputs"])
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["s"]
+
+
+def python_that_finds(folder: Path, name: str, source: str) -> str:
+    """A command for `sweep.slurm.python` that imports a module of the folder before any other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.py").write_text(source)
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={folder}:$PYTHONPATH exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.slow
+def test_a_node_without_torch_is_one_line(tmp_path: Path) -> None:
+    """It names the node and what is missing there."""
+    python = python_that_finds(tmp_path / "broken", "torch", "raise ImportError('planted: no torch here')")
+    code, said = run(tmp_path, "-m", *SMALL, "batch=1,2", "sweep.name=s", f"sweep.slurm.python={python}")
+    assert code == 2
+    (line,) = said.splitlines()
+    assert "no worker could start on node" in line and "planted: no torch here" in line
+
+
+@pytest.mark.slow
+def test_a_node_with_another_version_is_one_line(tmp_path: Path) -> None:
+    """Its results would be stale at once."""
+    source = "from moe_lab.records import identity\nidentity.code_id = lambda folders: 'other'\n"
+    python = python_that_finds(tmp_path / "other", "sitecustomize", source)
+    code, said = run(tmp_path, "-m", *SMALL, "batch=1,2", "sweep.name=s", f"sweep.slurm.python={python}")
+    assert code == 2
+    (line,) = said.splitlines()
+    assert "has another version of moe-lab than this machine" in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide a folder from a process")
+def test_a_folder_that_nodes_do_not_share_is_one_line(slurm_cluster: cluster.Cluster, tmp_path: Path) -> None:
+    """Each node has a disk of its own in its place."""
+    for node in slurm_cluster.nodes:
+        slurm_cluster.kill(node)
+        slurm_cluster.start(
+            node, before=["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {tmp_path}; "$@"', "sh"]
+        )
+    try:
+        code, said = run(tmp_path, "-m", *SMALL, "batch=1,2", "sweep.name=s")
+    finally:
+        for node in slurm_cluster.nodes:
+            slurm_cluster.kill(node)
+            slurm_cluster.start(node)
+    assert code == 2
+    (line,) = said.splitlines()
+    assert f"does not see {tmp_path}/outputs/s; set hydra.sweep.dir to a folder that all nodes share" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        pytest.param(["sweep.slurm.partition=nowhere"], "invalid partition specified: nowhere", id="no_partition"),
+        pytest.param(["sweep.slurm.gres=gpu:1"], "Invalid generic resource", id="no_gpus"),
+        pytest.param(["sweep.slurm.time=60"], "sweep.slurm.time=60: must be HOURS:MINUTES:SECONDS", id="time"),
+        pytest.param(["sweep.shared=false"], "sweep.shared=false: jobs of Slurm write to the sweep's", id="not_shared"),
+    ],
+)
+def test_what_cannot_be_submitted_is_one_line(words: list[str], complaint: str, tmp_path: Path) -> None:
+    """Exit code 2."""
+    code, said = run(tmp_path, "-m", *SMALL, "batch=1,2", "sweep.name=s", *words)
+    assert code == 2
+    (line,) = said.splitlines()
+    assert complaint in line
+
+
+def test_without_slurm_a_line_says_so(tmp_path: Path) -> None:
+    """No sbatch on the PATH."""
+    code, said = run(tmp_path, "-m", *SMALL, "batch=1,2", "sweep.name=s", PATH="")
+    assert code == 2
+    assert said == (
+        "moe-lab: sweep.engine=slurm: sbatch is not on the PATH; start the sweep on a login node of the cluster.\n"
     )
-    assert code == 0, said
+
+
+# ---- parts
+
+
+@pytest.mark.parametrize(
+    ("environment", "slot"),
+    [
+        pytest.param({}, ("cpu", 1, ""), id="one_cpu"),
+        pytest.param({"SLURM_CPUS_ON_NODE": "1000"}, ("cpu", len(os.sched_getaffinity(0)), ""), id="all_cpus"),
+        pytest.param({"SLURM_JOB_GPUS": "3", "CUDA_VISIBLE_DEVICES": "3"}, ("cuda", 1, "3"), id="a_gpu"),
+        pytest.param({"CUDA_VISIBLE_DEVICES": "0,1"}, ("cpu", 1, ""), id="gpus_that_slurm_did_not_give"),
+    ],
+)
+def test_the_slot_is_what_slurm_gave(
+    environment: dict[str, str], slot: tuple[str, int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job without a GPU sees none, even where the node has some."""
+    for name in ("SLURM_CPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = slurm_job.slot_here("7_1")
+    assert (found.device, found.n_cpus, found.gpu) == slot
+    assert found.name == "slurm-7_1"
 
 
 def test_lines_of_a_mailbox_come_once_and_whole(tmp_path: Path) -> None:
