@@ -45,7 +45,7 @@ def open_pool(sweep: Mapping[str, Any], directory: Path, say: Callable[[str], No
     if sweep["engine"] == "slurm":
         from moe_lab.sweep.slurm_pool import SlurmPool
 
-        options: Any = OmegaConf.to_container(sweep["slurm"], resolve=True)
+        options: Any = OmegaConf.to_container(OmegaConf.create(sweep["slurm"]), resolve=True)
         return SlurmPool(setup, options, sweep["slots"], say)
     from moe_lab.sweep.pool import LocalPool  # imports numpy, for which nobody waits who has one worker
 

@@ -20,8 +20,11 @@ WAITS = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "R
 RUNS = {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED", "RESIZING"}
 LOG = "{job}_0_log.out"
 """What submitit calls the log of a job."""
-LIMIT, STOP = "USR2", "USR1"
-"""Signals to a job: its time is nearly over, or it is to make place for another; the driver stops it."""
+LIMIT, STOP = "USR2", "HUP"
+"""Signals to a job: its time is nearly over, or it is to make place for another; the driver stops it.
+
+All its processes get them. SIGUSR1 has a meaning in workers.
+"""
 _COMMAND_S = 60.0
 _SQUEUE = ("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r")
 

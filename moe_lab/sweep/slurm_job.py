@@ -13,7 +13,8 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,8 @@ def mark(cell: Cell) -> list[int] | None:
 
 def run_group(job: GroupJob) -> None:
     """The whole life of a job that times a group."""
-    number, started = job_number(), time.monotonic()
+    signals, started = _Signals(), time.monotonic()
+    number = job_number()
     mailbox = Mailbox(Path(job.setup.directory), number)
     left = job.left()
     for cell in job.task.cells:
@@ -132,11 +134,12 @@ def run_group(job: GroupJob) -> None:
 
     slot = slot_here(number)
     try:
-        host = _open(slot, job.setup, tell)
+        with signals.blocked():
+            host = _open(slot, job.setup, tell)
     except (OSError, UnavailableError, ValueError) as error:
         mailbox.put(Line("broken", text=str(error), content=slot.node))
         return
-    signals = _Signals(host.stop)
+    signals.stop(host)
     try:
         if (reason := _other_kind(host, left)) is not None:
             mailbox.put(Line("refused", text=reason, content=host.slot.node))
@@ -195,24 +198,46 @@ def _other_kind(host: Host, cells: Sequence[Cell]) -> str | None:
 
 
 class _Signals:
-    """The driver's, the one before the time limit, and that of `scancel`: each stops the host at the end of a step."""
+    """The driver's, the one before the time limit, and that of `scancel`: each stops the host at the end of a step.
 
-    def __init__(self, stop: Callable[[], None]):
+    Slurm sends them to all processes of a job, so the host's thread and the worker are started with them blocked.
+    """
+
+    _NUMBERS = (signal.SIGHUP, signal.SIGUSR2, signal.SIGTERM)
+
+    def __init__(self) -> None:
         self.first: int | None = None
-        self._stop = stop
-        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        self._host: Host | None = None
+        for number in self._NUMBERS:
             signal.signal(number, self._on_signal)
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """While the host is made."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._NUMBERS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._NUMBERS)
+
+    def stop(self, host: Host) -> None:
+        """Stop this host when one comes, or now if one came."""
+        self._host = host
+        if self.first is not None:
+            host.stop()
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.first = self.first or number
-        self._stop()
+        if self._host is not None:
+            self._host.stop()
 
 
 def answer(setup: Setup) -> None:
     """The whole life of a job that answers the plan's questions, each a line of the driver's mailbox."""
     number, directory = job_number(), Path(setup.directory)
     questions, answers = Mailbox(directory, f"{number}_questions"), Mailbox(directory, number)
-    host = _open(slot_here(number), setup, lambda event: None)
+    with _Signals().blocked():  # a signal before a limit is of no interest
+        host = _open(slot_here(number), setup, lambda event: None)
     try:
         answers.put(Line("begun", None, host.slot.node, identity.code_id(())))
         last = time.monotonic()
