@@ -57,6 +57,7 @@ TESTED_IN = {
     "runs/export.py": "export/test_export.py",
     "sweep/in_process.py": "sweep/test_engine.py",
     "sweep/multirun.py": "sweep/test_plan.py",
+    "sweep/slurm_job.py": "sweep/test_slurm_pool.py",
     "sweep/worker.py": "sweep/test_engine.py",
 }
 """Where a module is tested, if not in tests/ROOM/test_NAME.py."""

@@ -110,12 +110,13 @@ def submit(
     return [str(job.job_id) for job in jobs]
 
 
-def states(name: str) -> dict[str, State] | None:
-    """Of each job of this name that Slurm remembers (minutes after its end, MinJobAge); None if it does not answer."""
-    try:
-        answer = _run(*_SQUEUE, f"--user={getpass.getuser()}", f"--name={name}")
-    except UnavailableError:
-        return None
+def states(name: str) -> dict[str, State]:
+    """Of each job of this name that Slurm remembers (minutes after its end: MinJobAge).
+
+    Raises:
+        UnavailableError: it does not answer.
+    """
+    answer = _run(*_SQUEUE, f"--user={getpass.getuser()}", f"--name={name}")
     rows = (line.split("|", 3) for line in answer.splitlines() if line.count("|") >= 3)
     return {job: State(state, node, reason) for job, state, node, reason in rows}
 

@@ -31,6 +31,7 @@ from moe_lab.sweep.tasks import Event, Setup, Task
 
 FOLDER = ".slurm"
 """In the sweep's folder: what submitit writes, and the mailboxes."""
+SUFFIX = ".jsonl"
 _TICK_S = 0.2
 _IDLE_S = 300.0  # how long a job that answers waits for a question, if nobody ends it
 _EARLY_S = 65.0  # Slurm may warn of the limit a minute too early
@@ -51,7 +52,7 @@ class Mailbox:
     """Lines in one file, from a job to the driver or back. Other machines see each at once, as the file is closed."""
 
     def __init__(self, directory: Path, name: str):
-        self.path = directory / FOLDER / f"{name}.jsonl"
+        self.path = directory / FOLDER / f"{name}{SUFFIX}"
         self._lock = threading.Lock()
         self._n_read = 0
 
@@ -63,12 +64,15 @@ class Mailbox:
     def new(self) -> list[Line]:
         """The lines that came since the last call."""
         try:
-            content = files.read_bytes(self.path)
+            files.require_plain(self.path, None)
+            with open(self.path, "rb") as file:
+                file.seek(self._n_read)
+                content = file.read()
         except OSError:
             return []  # nothing was said yet
-        end = content.rfind(b"\n") + 1
-        lines, self._n_read = content[self._n_read : end].splitlines(), end
-        return [Line(*json.loads(line)) for line in lines]
+        whole = content[: content.rfind(b"\n") + 1]
+        self._n_read += len(whole)
+        return [Line(*json.loads(line)) for line in whole.splitlines()]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from moe_lab.sweep import slurm, slurm_job, standing
 from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.kinds import Kind, Unkept, kept
 from moe_lab.sweep.plan import Cell
-from moe_lab.sweep.slurm_job import FOLDER, GroupJob, Line, Mailbox
+from moe_lab.sweep.slurm_job import FOLDER, SUFFIX, GroupJob, Line, Mailbox
 from moe_lab.sweep.tasks import Event, Setup, Task
 
 _TICK_S = 0.2
@@ -78,6 +78,14 @@ class SlurmPool:
         self._n_failed: Counter[str] = Counter()  # jobs in a row that did not even begin, by node
         self._out: set[str] = set()  # the nodes that get no more jobs
         self._is_out = False  # no node takes a job
+        self._remove_old_mailboxes()
+
+    def _remove_old_mailboxes(self) -> None:
+        """Of jobs that are over: when a cluster is made anew, the numbers of its jobs begin anew."""
+        numbers = self._alive().keys()
+        for path in (self.directory / FOLDER).glob(f"*{SUFFIX}"):
+            if path.name.removesuffix(SUFFIX) not in numbers:
+                path.unlink()
 
     def names(self) -> list[str]:
         """See `Pool.names`: those of the jobs that run; before the first, the nodes."""
@@ -171,12 +179,15 @@ class SlurmPool:
 
     def close(self) -> None:
         """See `Pool.close`: what has not ended is cancelled."""
-        self._end_asking()
-        slurm.cancel(self._jobs)
+        try:
+            self._end_asking()
+            slurm.cancel(self._jobs)
+            while self._only_asks and self._askers & self._alive().keys():
+                time.sleep(_TICK_S)
+        except UnavailableError as error:  # what went before is of more interest
+            self.say(str(error))
         self._jobs = {}
         if self._only_asks:
-            while self._askers & self._alive().keys():
-                time.sleep(_TICK_S)
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _submit(self, function: Callable[..., Any], calls: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
@@ -216,9 +227,7 @@ class SlurmPool:
         return left
 
     def _alive(self) -> dict[str, slurm.State]:
-        while (states := slurm.states(self.name)) is None:  # or two jobs would have the same cells
-            time.sleep(_BUSY_LOOK_S)
-        return {number: state for number, state in states.items() if not state.is_over}
+        return {number: state for number, state in slurm.states(self.name).items() if not state.is_over}
 
     # ---- what happens to the jobs
 
@@ -229,7 +238,9 @@ class SlurmPool:
         if now - self._looked_at < pause:
             return
         self._looked_at = now
-        if (states := slurm.states(self.name)) is None:
+        try:
+            states = slurm.states(self.name)
+        except UnavailableError:  # it may be started again just now
             return
         for number, job in self._jobs.items():
             state = states.get(number, _GONE)
@@ -271,7 +282,7 @@ class SlurmPool:
             return None
         elif line.kind in ("refused", "broken"):
             job.node = line.content
-        return Event(line.kind, job.slot, job.node, job.task.number, line.cell_id, line.text)  # type: ignore[arg-type]
+        return Event(line.kind, job.slot or job.node, job.node, job.task.number, line.cell_id, line.text)  # type: ignore[arg-type]
 
     def _free_slot(self, node: str) -> str:
         used = {job.slot for job in self._jobs.values()}
@@ -354,9 +365,7 @@ class _Asker:
             if self._lines or time.monotonic() - looked_at < _BUSY_LOOK_S:
                 continue
             looked_at = time.monotonic()
-            if (states := slurm.states(self._pool.name)) is None:
-                continue
-            state = states.get(self._number, _GONE)
+            state = slurm.states(self._pool.name).get(self._number, _GONE)
             n_looks_over += state.is_over
             if n_looks_over >= _N_LOOKS:
                 raise UnavailableError(f"sweep.engine=slurm: {self._pool.described(self._number, state)}")

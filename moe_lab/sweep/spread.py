@@ -182,13 +182,18 @@ class _Spread:
             if cell.cell_id in self._left and _mark(cell.directory) != self._stood[cell.cell_id] and _has_record(cell):
                 self._has_ended(self._left[cell.cell_id], None)
         n_lost = task.n_lost + 1
-        guilty = self._at_work.get(task.number)
-        if n_lost == _MOST_LOST and guilty in self._left:
-            self._write(self._left[guilty], "failed", f"crash: {n_lost} slots were lost with it ({event.text})")
+        if n_lost == _MOST_LOST:
+            for cell in self._guilty(task):
+                self._write(cell, "failed", f"crash: {n_lost} slots were lost with it ({event.text})")
             n_lost = 0
         left = [self._left[cell.cell_id] for cell in task.cells if cell.cell_id in self._left]
         if left:
             self.waiting[:0] = self._tasks_of(left, n_lost=n_lost, not_on=task.not_on)
+
+    def _guilty(self, task: Task) -> list[Cell]:
+        """The cell at work; if none had begun, or one that is done and ran along, all of them."""
+        left = [self._left[cell.cell_id] for cell in task.cells if cell.cell_id in self._left]
+        return [cell for cell in left if cell.cell_id == self._at_work.get(task.number)] or left
 
     def _write(self, cell: Cell, status: Any, reason: str) -> None:
         from moe_lab.sweep import timing

@@ -266,6 +266,37 @@ def test_a_node_with_another_version_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_nodes_of_another_kind_than_was_asked_run_nothing(tmp_path: Path) -> None:
+    """If no node is of the kind that the plan asked, each cell has a row that says which key chooses one."""
+    source = "import os\nfrom moe_lab.records import identity\n"
+    source += "if os.path.exists('outputs/s/plan.json'):\n    identity.env_id = lambda environment: 'other'\n"
+    python = python_that_finds(tmp_path / "other", "sitecustomize", source)
+    code, said = run(tmp_path, "-m", *SMALL, "batch=1,2", f"sweep.slurm.python={python}")
+    assert code == 2, said
+    found = records(tmp_path, "s")
+    assert [record["status"] for record in found] == ["skipped"] * 2
+    for record in found:
+        for node in ("node1", "node2"):
+            assert f"unavailable: {node} is of another kind than the node that the plan asked" in record["reason"]
+        assert "sweep.slurm.constraint" in record["reason"]
+
+
+@pytest.mark.slow
+def test_a_node_with_a_full_disk_gets_no_more_jobs(tmp_path: Path) -> None:
+    """One line; the other node runs all."""
+    source = "import os\nfrom moe_lab.sweep import slots\n"
+    source += "def full(*arguments):\n    raise OSError(28, 'No space left on device')\n"
+    source += "if 'SLURM_ARRAY_JOB_ID' in os.environ and os.environ['SLURMD_NODENAME'] == 'node1':\n"
+    source += "    slots.Claim.__init__ = full\n"
+    python = python_that_finds(tmp_path / "full", "sitecustomize", source)
+    code, said = run(tmp_path, "-m", *SMALL, "batch=1,2,3,4,5", f"sweep.slurm.python={python}")
+    assert code == 0, said
+    assert [record["status"] for record in records(tmp_path, "s")] == ["ok"] * 5
+    told = [line for line in said.splitlines() if "No space left on device" in line]
+    assert told and all(line.startswith("node1 is out of service: ") for line in told)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can hide a folder from a process")
 def test_a_folder_that_nodes_do_not_share_is_one_line(slurm_cluster: cluster.Cluster, tmp_path: Path) -> None:
     """Each node has a disk of its own in its place."""
