@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import secrets
 import shutil
 import signal
 import socket
@@ -209,13 +210,17 @@ class Ray(Cluster):
         ray += ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
         (port,) = _free_ports(1)
         (self.folder / "port").write_text(str(port))
+        token = self.folder / "token"  # of this cluster alone: else `ray start` makes one in the person's home
+        token.touch(0o600)
+        token.write_text(secrets.token_hex(32))
         head = [*ray, "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self.folder}"]
         self._start_all({"head": head, "node": [*ray, f"--address=127.0.0.1:{port}"]})
         self._wait(lambda: all("Ray runtime started" in self._log(name) for name in self.nodes))
 
     def environment(self) -> dict[str, str]:
         """See `Cluster.environment`."""
-        return {"RAY_ADDRESS": f"127.0.0.1:{(self.folder / 'port').read_text()}"}
+        address, token = f"127.0.0.1:{(self.folder / 'port').read_text()}", (self.folder / "token").read_text()
+        return {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
     def _log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")

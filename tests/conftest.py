@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shutil
@@ -20,6 +21,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on CPU tensors
     torch.set_num_threads(1)  # xdist runs a process per core
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so for the processes that tests start
+
+# Slots of sweeps claim CPUs for themselves (sweep/slots.py); tests that run at the same time are not to wait for them.
+os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="moe-lab-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_RUNTIME_DIR"], ignore_errors=True)
 
 # Hundreds of processes are started here: what they import is compiled once, whatever the environment says.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

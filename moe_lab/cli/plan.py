@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.cli.json_output import print_json
-from moe_lab.cli.progress import Terminal, clock
+from moe_lab.cli.progress import Terminal
+from moe_lab.cli.reporter import clock
 from moe_lab.cli.table import print_table
 from moe_lab.config.compose import composing_multirun
 from moe_lab.records import variants

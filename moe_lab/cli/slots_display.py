@@ -1,6 +1,6 @@
 """How a sweep on several slots tells where it is: a line for each slot below the bar, or plain lines.
 
-As for one worker (`cli.progress`) it draws when it is told something.
+As for one worker (`cli.reporter`) it draws when it is told something.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 from rich.text import Text
 
-from moe_lab.cli.progress import Reporter
+from moe_lab.cli.reporter import Reporter
 from moe_lab.records.schema import Record
 from moe_lab.terminal import Console
 

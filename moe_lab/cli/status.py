@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from moe_lab.cli.arguments import Parser
-from moe_lab.cli.progress import clock
+from moe_lab.cli.reporter import clock
 from moe_lab.cli.table import print_table
 from moe_lab.records import store
 from moe_lab.sweep import status

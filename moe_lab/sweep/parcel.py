@@ -19,10 +19,8 @@ _MAPPED = ("assets", "conf", "kernels")  # in a checkout they lie beside the pac
 
 def pack(folder: Path, plugins: Sequence[str]) -> list[Path]:
     """Lay it out below `folder`; returns the modules to send. Raises `OSError` if a file cannot be copied."""
-    import moe_lab
-
     package = folder / "moe_lab"
-    shutil.copytree(Path(moe_lab.__file__).parent, package, ignore=_left_out)
+    shutil.copytree(Path(__file__).parents[1], package, ignore=_left_out)
     for name in _MAPPED:
         (place, *_) = importlib.import_module(f"moe_lab.{name}").__path__
         shutil.copytree(place, package / name, ignore=_left_out, dirs_exist_ok=True)
@@ -40,6 +38,8 @@ def _left_out(_: str, names: Iterable[str]) -> set[str]:
 
 def plugins_here(n: int) -> tuple[str, ...]:
     """Where the plug-in folders are on a node."""
+    if not n:
+        return ()
     root = Path(importlib.import_module(PLUGINS).__path__[0])
     return tuple(str(root / str(number)) for number in range(n))
 

@@ -41,7 +41,7 @@ def connect(modules: list[str], say: Callable[[str], None]) -> None:
     remedy = "start one with ray start --head, or unset RAY_ADDRESS to start one here"
     if address != "auto":
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or "/" in host or not port.isdigit():
             raise UnavailableError(f"RAY_ADDRESS={address}: must be HOST:PORT of the cluster's head; {remedy}.")
         try:
             socket.create_connection((host, int(port)), _CONNECT_S).close()

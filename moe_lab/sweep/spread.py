@@ -47,6 +47,8 @@ def execute(plan: Plan, pool: Pool, progress: Progress) -> list[Record]:
             Board(plan.directory) as board,
             _counted_interrupts() as interrupts,
         ):
+            for name in pool.names():
+                board.at(name, None, None, None)
             _Spread(plan, pool, reporter, board).run(interrupts)
     return session.records(plan.cells)
 

@@ -58,8 +58,8 @@ class Board:
 
     def at(self, slot: str, group: int | None, cell: str | None, step: str | None, note: str = "") -> None:
         """A slot comes to a step of a cell, or has nothing to do."""
-        standing = self._of(slot)
-        if (group, cell, step) == (standing.group, standing.cell, standing.step) and not note:
+        is_new, standing = slot not in self._slots, self._of(slot)
+        if (group, cell, step) == (standing.group, standing.cell, standing.step) and not (note or is_new):
             return
         standing.group, standing.cell, standing.step = group, cell, step
         standing.note = note or standing.note
