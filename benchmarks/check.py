@@ -114,7 +114,7 @@ CHECKS: Mapping[str, Sequence[Quote]] = {
 """The arguments of each benchmark, and what is quoted of it."""
 LEFT_OUT = {
     "cluster_kills": "counts what is lost, and starts a cluster",
-    "cluster_overhead": "starts a cluster",
+    "slurm_overhead": "starts a cluster",
     "add_rms_norm": "needs a GPU",
     "checkpoint_load": "needs a GPU",
     "pack_peers": "measures nothing",

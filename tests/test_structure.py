@@ -59,7 +59,6 @@ TESTED_IN = {
     "sweep/expected.py": "sweep/test_plan.py",
     "sweep/in_process.py": "sweep/test_engine.py",
     "sweep/multirun.py": "sweep/test_plan.py",
-    "sweep/places.py": "sweep/test_ray_pool.py",
     "sweep/ray_cluster.py": "sweep/test_ray_pool.py",
     "sweep/slurm_job.py": "sweep/test_slurm_pool.py",
     "sweep/tasks.py": "sweep/test_host.py",

@@ -49,5 +49,7 @@ def _first_line(plan: Plan, suffix: str | None) -> str:
     if suffix is None:
         together = sum(len(group) > 1 for group in groups)
         suffix = f" in {len(groups)} groups" + (f", {together} of them interleaved" if together else "")
+        if n_slots := sum(len(kind["slots"]) for kind in plan.kinds):
+            suffix += f", on {n_slots} slot{'' if n_slots == 1 else 's'}"
     n_to_run = len(plan.to_run())
     return f"{plan.directory}: {', '.join(counts)}; {n_to_run} to run{suffix if n_to_run else ''}"

@@ -40,6 +40,7 @@ def capture(device: torch.device) -> dict[str, Any]:
         "cpu_set": _cpu_set(),
         "node": platform.node() or None,
         "job": _slurm_job(),
+        "nice": os.getpriority(os.PRIO_PROCESS, 0) if hasattr(os, "getpriority") else None,
         "threads": torch.get_num_threads(),
         "router_auto": fastest(device) if on_cuda else None,
         "experts_auto": preferred(device) if on_cuda else None,

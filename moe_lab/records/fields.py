@@ -328,6 +328,7 @@ ENVIRONMENT = (
     Field(
         "job", str, "", "number of the Slurm job in which the run was; its log is `.slurm/JOB_0_log.out` of the sweep"
     ),
+    Field("nice", int, "", "niceness of the process; above 0 others on its CPUs go before it"),
     Field("threads", int, "threads", "number of torch threads"),
     Field("router_auto", str, "", "implementation that `router.impl=auto` prefers on this GPU; missing on a CPU"),
     Field("experts_auto", str, "", "implementation that `experts=auto` prefers on this GPU; missing on a CPU"),

@@ -169,8 +169,8 @@ def _by_group(summary: pd.DataFrame) -> dict[str, list[Verdict]]:
 def _table(runs: pd.DataFrame, compare: Sequence[str]) -> Table:
     """By setting, in each the anchor first; what is compared stands in the variant's name."""
     runs = runs.assign(machine=machines(runs))
-    others = ~runs["cell_id"].isin(runs["ratio_to_anchor.anchor"])
-    beside = runs.assign(setting=describe(runs), other=others, unknown=runs["machine"] == "")
+    followers = ~runs["cell_id"].isin(runs["ratio_to_anchor.anchor"])
+    beside = runs.assign(setting=describe(runs), other=followers, unknown=runs["machine"] == "")
     order = [
         "unknown",
         "machine",

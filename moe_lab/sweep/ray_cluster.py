@@ -34,6 +34,7 @@ def connect(modules: list[str], say: Callable[[str], None]) -> None:
     }
     if address in ("", "local"):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets others go before what is timed
         n_cpus = len(usable_cpus())
         say(f"sweep.engine=ray: RAY_ADDRESS is not set, so a cluster of this machine is started ({n_cpus} CPUs)")
         ray.init(address="local", num_cpus=n_cpus, include_dashboard=False, **common)

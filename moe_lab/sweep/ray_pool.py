@@ -47,6 +47,8 @@ class SlotActor:
         """Start the host; why that cannot be."""
         from moe_lab.sweep.host import Host
 
+        with suppress(OSError):  # Ray starts it at 15, so that others go first; only some users may change that
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
         with suppress(OSError):  # a folder that is not there: what has a relative path is missing, and said to be
             os.chdir(setup.cwd)
         trusted = parcel.plugins_here(len(setup.trusted))

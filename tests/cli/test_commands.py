@@ -29,6 +29,7 @@ _IN_ONE_PROCESS = (
 )
 
 HELP = {
+    "status": ("directory", "outputs/NAME"),
     "plan": ["moe-lab plan [-m] [--json] OVERRIDES", "nothing is run or written"],
     "report": ["moe-lab report", "directory", "a sweep's folder", "--tables"],
     "plot": ["moe-lab plot", "directory X Y", "--by", "--log", "--output", "--format", "--size", "--font", "examples:"],

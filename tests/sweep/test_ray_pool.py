@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from moe_lab.errors import UnavailableError
-from moe_lab.sweep import places
 from moe_lab.sweep.slots import Slot
 from moe_lab.sweep.tasks import Setup
 from tests.sweep import faulty
@@ -94,14 +93,6 @@ def test_a_cluster_that_is_not_there_is_one_line(
         ray_cluster.connect([], print)
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
     assert str(raised.value).endswith("start one with ray start --head, or unset RAY_ADDRESS to start one here.")
-
-
-def test_without_ray_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What to install; nothing is left behind."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    sweep = {"engine": "ray", "shared": True, "slots": {}}
-    with pytest.raises(UnavailableError, match=r"ray is not installed; run pip install 'moe-lab\[ray\]'"):
-        places.open_pool(sweep, tmp_path, print)
 
 
 @needs_ray
