@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGKILL
 from typing import Any
@@ -30,7 +30,8 @@ from typing import Any
 from scripts import cluster
 
 _MOST_COMMANDS = 5
-_LONGEST_S = 300.0
+_LONGEST_S = 600.0
+_LOOK_S = 0.3
 _SWEEP = [
     "model=moe_layer",
     *(f"model.shape.{size}" for size in ("n_experts=8", "top_k=2", "d_model=32", "mlp_hidden_dim=24")),
@@ -53,6 +54,10 @@ class Sweep:
     cluster: cluster.Cluster
     folder: Path
     driver: subprocess.Popen[bytes] | None = None
+    seen: dict[str, str] = field(default_factory=dict)
+    """When each cell that is ok was started."""
+    n_run_twice: int = 0
+    """Cells that were run again although they were ok."""
 
     def start(self) -> None:
         """Type the command."""
@@ -62,18 +67,28 @@ class Sweep:
             self.driver = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
 
     def ends(self) -> int:
-        """The exit code of the driver."""
+        """The exit code of the driver; meanwhile no result that is ok may be replaced."""
         assert self.driver is not None
-        return self.driver.wait(timeout=_LONGEST_S)
+        deadline = time.monotonic() + _LONGEST_S
+        while (code := self.driver.poll()) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the sweep in {self.folder} does not end")
+            self.look()
+            time.sleep(_LOOK_S)
+        self.look()
+        return code
+
+    def look(self) -> None:
+        """Compare the results with those of the last look."""
+        for cell_id, result in self.results().items():
+            if result["status"] == "ok" and self.seen.setdefault(cell_id, result["started"]) != result["started"]:
+                self.n_run_twice += 1
+                self.seen[cell_id] = result["started"]
 
     def results(self) -> dict[str, dict[str, Any]]:
         """By cell_id."""
         found = [json.loads(path.read_text()) for path in self.folder.glob("outputs/s/*/result.json")]
         return {result["cell_id"]: result for result in found}
-
-    def n_run_twice(self) -> int:
-        """Results that were set aside for a second one of the same cell."""
-        return len([*self.folder.glob("outputs/s/*/result.*.json")])
 
     # ---- what is killed
 
@@ -204,7 +219,7 @@ def main() -> int:
                     n_commands.append(trial(sweep, kill, dice.uniform(0, whole_s), dice))
                     seconds.append(time.monotonic() - begun)
                     found = complaints(sweep.results(), expected)
-                    n_twice += sweep.n_run_twice()
+                    n_twice += sweep.n_run_twice
                     wrong += found
                     if found:
                         print((sweep.folder / "log").read_text()[-4000:], *found, sep="\n", file=sys.stderr)

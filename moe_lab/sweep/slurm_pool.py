@@ -73,6 +73,7 @@ class SlurmPool:
         self._asker: _Asker | None = None
         self._askers: set[str] = set()
         self._jobs: dict[str, _Job] = {}
+        self._news: list[Event] = []
         self._looked_at = self._changed_at = 0.0
         self._has_adopted = False
         self._n_failed: Counter[str] = Counter()  # jobs in a row that did not even begin, by node
@@ -128,7 +129,7 @@ class SlurmPool:
         left = list(can)
         if not self._has_adopted:
             self._has_adopted = True
-            left = self._adopt(left)
+            left = self._without_done(self._adopt(left))
         not_on: dict[frozenset[str], list[Task]] = {}
         for task in left:
             not_on.setdefault(frozenset(self._out | task.not_on.keys()), []).append(task)
@@ -160,7 +161,8 @@ class SlurmPool:
         deadline = time.monotonic() + timeout_s
         while True:
             self._look()
-            found = [event for job in list(self._jobs.values()) for event in self._news_of(job)]
+            found, self._news = self._news, []
+            found += [event for job in list(self._jobs.values()) for event in self._news_of(job)]
             if found or time.monotonic() > deadline:
                 return found
             time.sleep(_TICK_S)
@@ -228,6 +230,18 @@ class SlurmPool:
 
     def _alive(self) -> dict[str, slurm.State]:
         return {number: state for number, state in slurm.states(self.name).items() if not state.is_over}
+
+    def _without_done(self, tasks: list[Task]) -> list[Task]:
+        """What is left of tasks after jobs ended since the plan was made."""
+        left = []
+        for task in tasks:
+            done = [cell for cell in task.cells if _is_done(cell)]
+            self._news += [Event("cell", "slurm", "", task.number, cell.cell_id) for cell in done]
+            if len(done) == len(task.cells):
+                self._news.append(Event("end", "slurm", "", task.number))
+            else:
+                left.append(replace(task, cells=tuple(cell for cell in task.cells if cell not in done)))
+        return left
 
     # ---- what happens to the jobs
 
@@ -384,6 +398,15 @@ class _Asker:
 def _digests(cells: Iterable[Cell]) -> dict[str, str]:
     """Of each cell all that its job does."""
     return {cell.cell_id: identity.digest([cell.config, cell.code_id]) for cell in cells}
+
+
+def _is_done(cell: Cell) -> bool:
+    try:
+        record = store.read_record(cell.directory)
+    except (FileNotFoundError, ValueError):
+        return False
+    ids = (record.cell_id, record.code_id) == (cell.cell_id, cell.code_id)
+    return ids and record.env_id in cell.env_ids and record.status == "ok"
 
 
 def _last_line(log: Path) -> str:

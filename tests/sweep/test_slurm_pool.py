@@ -111,7 +111,7 @@ def test_a_sweep_equals_the_local_one(
     assert sweep.ends() == 0, (tmp_path / "log").read_text()
     assert len(expected) == cluster_kills.N_CELLS
     assert cluster_kills.complaints(sweep.results(), expected) == []
-    assert sweep.n_run_twice() == 0
+    assert sweep.n_run_twice == 0
 
 
 @pytest.mark.slow
@@ -131,7 +131,7 @@ def test_a_disturbed_sweep_is_resumed(
         assert n_commands < 4, (tmp_path / "log").read_text()
         sweep.start()
     assert cluster_kills.complaints(sweep.results(), expected) == [], (tmp_path / "log").read_text()
-    assert sweep.n_run_twice() == 0
+    assert sweep.n_run_twice == 0
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_jobs_of_a_killed_driver_go_on(slurm_cluster: cluster.Cluster, tmp_path:
     said = (tmp_path / "log").read_text()
     assert "groups are in jobs of an earlier start; these go on" in said
     assert {*jobs("COMPLETED")} >= before
-    assert sweep.n_run_twice() == 0
+    assert sweep.n_run_twice == 0
 
 
 @pytest.mark.slow
