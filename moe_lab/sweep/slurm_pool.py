@@ -75,6 +75,7 @@ class SlurmPool:
         self._jobs: dict[str, _Job] = {}
         self._news: list[Event] = []
         self._looked_at = self._changed_at = 0.0
+        self._is_silent = False  # Slurm does not answer
         self._has_adopted = False
         self._n_failed: Counter[str] = Counter()  # jobs in a row that did not even begin, by node
         self._out: set[str] = set()  # the nodes that get no more jobs
@@ -254,8 +255,12 @@ class SlurmPool:
         self._looked_at = now
         try:
             states = slurm.states(self.name)
-        except UnavailableError:  # it may be started again just now
+        except UnavailableError as error:  # it may be started again just now; the jobs go on
+            if not self._is_silent:
+                self.say(f"{error}; waiting")
+            self._is_silent = True
             return
+        self._is_silent = False
         for number, job in self._jobs.items():
             state = states.get(number, _GONE)
             if state.name != job.state.name:
