@@ -51,13 +51,14 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
+GresTypes=gpu
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=1,bf_interval=1
 SlurmdTimeout=10
 ReturnToService=2
 KillWait=5
 NodeName=node1 NodeHostname={host} Port={ports[1]} CPUs=1 RealMemory=1000
-NodeName=node2 NodeHostname={host} Port={ports[2]} CPUs=1 RealMemory=1000
+NodeName=node2 NodeHostname={host} Port={ports[2]} CPUs=1 RealMemory=1000 Gres=gpu:1
 PartitionName=debug Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -170,6 +171,7 @@ class Slurm(Cluster):
         key.write_bytes(os.urandom(128))
         names = {"host": platform.node(), "user": getpass.getuser(), "folder": self.folder, "ports": _free_ports(3)}
         (self.folder / "slurm.conf").write_text(_SLURM_CONF.format(**names).lstrip())
+        (self.folder / "gres.conf").write_text("NodeName=node2 Name=gpu File=/dev/null\n")  # a GPU in name only
         files = ("key-file=munge.key", "socket=munge.socket", "pid-file=munged.pid", "seed-file=munged.seed")
         places = ["--" + file.replace("=", f"={self.folder}/") for file in files]
         self._start_all(

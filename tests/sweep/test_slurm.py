@@ -81,7 +81,7 @@ def test_a_limit_of_jobs_at_once_and_cancelling(slurm_cluster: cluster.Cluster, 
     ("options", "complaint"),
     [
         pytest.param({"partition": "nowhere"}, "invalid partition specified: nowhere", id="partition"),
-        pytest.param({"gres": "gpu:1"}, "Invalid generic resource", id="gres"),
+        pytest.param({"gres": "tpu:1"}, "Invalid generic resource", id="gres"),
         pytest.param({"options": {"no-such-option": 1}}, "unrecognized option", id="option"),
     ],
 )
@@ -108,6 +108,7 @@ def test_without_slurm_a_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         slurm.require_commands()
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_does_not_answer_is_one_line(slurm_cluster: cluster.Cluster) -> None:
     """slurmctld is gone for a while; it knows the jobs again when it is back."""
     slurm_cluster.kill("slurmctld")
