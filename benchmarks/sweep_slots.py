@@ -1,8 +1,8 @@
 """Measures what slots cost and gain: two slots against one, the overhead of a group, and a sweep of many groups.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.sweep_slots two --engines worker ray
-    OMP_NUM_THREADS=1 python -m benchmarks.sweep_slots overhead --engines worker ray
-    OMP_NUM_THREADS=1 python -m benchmarks.sweep_slots many --groups 2000
+    python -m benchmarks.sweep_slots two --engines worker ray           # with OMP_NUM_THREADS=1
+    python -m benchmarks.sweep_slots overhead --engines worker ray      # the same
+    python -m benchmarks.sweep_slots many --groups 2000                 # the same
 
 two: wall time of 24 groups whose cells take a second of one core each, on two slots and on one, in alternating rounds.
 overhead: seconds that each further group of a trivial cell takes, by the slope between two sizes of a sweep; of a slot

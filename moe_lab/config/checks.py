@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from moe_lab.config import entries, remedies
+from moe_lab.config import entries, remedies, slurm_options
 from moe_lab.config.schemas import (
     AXES,
     CHOICES,
@@ -207,6 +207,8 @@ def _validate_places(sweep: DictConfig) -> None:
                 f"sweep.slots.cpus_each={sweep.slots.cpus_each}: has no effect; set sweep.slots.cpu or "
                 "sweep.slots.cuda too."
             )
+    if sweep.engine == "slurm":
+        slurm_options.check(sweep)
     if not sweep.worker and (has_slots or sweep.engine != "worker"):
         key = "sweep.slots" if has_slots else f"sweep.engine={sweep.engine}"
         raise ValueError(f"{key}: a slot has a worker process; remove sweep.worker=false.")

@@ -26,7 +26,7 @@ EXECUTIONS = ("eager", "compile", "cuda_graph")
 EXPORTS, VIEWS, OPSETS, AXES = ("none", "netron"), ("modules", "flat"), (18, 23), ("batch", "seq_len")
 STALE = ("rerun", "keep", "refuse")
 PLOTLY = ("inline", "directory", "none")
-ENGINES = ("worker", "ray")
+ENGINES = ("worker", "ray", "slurm")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "workload.load": LOADS,
     "workload.phase": PHASES,
@@ -355,6 +355,22 @@ class Slots:
 
 
 @dataclass
+class Slurm:
+    """The jobs of `sweep.engine=slurm`; see conf/config.yaml."""
+
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    gres: str | None
+    mem: str | None
+    time: str
+    options: dict[str, Any]
+    setup: list[str]
+    python: str | None
+
+
+@dataclass
 class Sweep:
     """How a multirun goes about its cells; see conf/config.yaml."""
 
@@ -370,6 +386,7 @@ class Sweep:
     retry_failed: bool
     engine: str
     slots: Slots
+    slurm: Slurm
     require: Any
     shared: bool
     wait: bool

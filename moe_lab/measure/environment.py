@@ -39,6 +39,7 @@ def capture(device: torch.device) -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_set": _cpu_set(),
         "node": platform.node() or None,
+        "job": _slurm_job(),
         "nice": os.getpriority(os.PRIO_PROCESS, 0) if hasattr(os, "getpriority") else None,
         "threads": torch.get_num_threads(),
         "router_auto": fastest(device) if on_cuda else None,
@@ -63,6 +64,12 @@ def _cpu_set() -> str:
     starts = [cpu for cpu in cpus if cpu - 1 not in cpus]
     ends = [cpu for cpu in cpus if cpu + 1 not in cpus]
     return "_".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+
+
+def _slurm_job() -> str | None:
+    """As `squeue --array` calls the job that this process is in."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def _version(package: str) -> str | None:

@@ -325,6 +325,9 @@ ENVIRONMENT = (
     Field("cpus", int, "CPUs", "CPUs that the process may use"),
     Field("cpu_set", str, "", "which CPUs these are, for example `0-3_8-8`; a slot of a sweep has its own"),
     Field("node", str, "", "name of the host"),
+    Field(
+        "job", str, "", "number of the Slurm job in which the run was; its log is `.slurm/JOB_0_log.out` of the sweep"
+    ),
     Field("nice", int, "", "niceness of the process; above 0 others on its CPUs go before it"),
     Field("threads", int, "threads", "number of torch threads"),
     Field("router_auto", str, "", "implementation that `router.impl=auto` prefers on this GPU; missing on a CPU"),

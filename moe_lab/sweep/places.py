@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import OmegaConf
+
 from moe_lab.config import targets
 from moe_lab.errors import UnavailableError
 from moe_lab.sweep import ray_variables
@@ -42,6 +44,11 @@ def open_pool(sweep: Mapping[str, Any], directory: Path, say: Callable[[str], No
         from moe_lab.sweep.ray_pool import RayPool
 
         return RayPool(sweep["slots"], setup, say)
+    if sweep["engine"] == "slurm":
+        from moe_lab.sweep.slurm_pool import SlurmPool
+
+        options: Any = OmegaConf.to_container(OmegaConf.create(sweep["slurm"]), resolve=True)
+        return SlurmPool(setup, options, sweep["slots"], say)
     from moe_lab.sweep.pool import LocalPool  # imports numpy, for which nobody waits who has one worker
 
     return LocalPool(slots_here(sweep["slots"], platform.node()), setup)

@@ -42,6 +42,10 @@ class Pool(Protocol):
         """What happened; waits for something until the time is over."""
         ...
 
+    def drain(self) -> None:
+        """Start nothing more of what was given; each task that did not begin is told of as `stopped`."""
+        ...
+
     def stop(self) -> None:
         """End all tasks at the end of their present step; each is told of as `stopped`."""
         ...
@@ -147,6 +151,9 @@ class HostPool:
                     seat.host.close()
             found.append(event)
         return found
+
+    def drain(self) -> None:
+        """See `Pool.drain`: a host begins at once."""
 
     def stop(self) -> None:
         """See `Pool.stop`."""

@@ -70,13 +70,16 @@ class _Spread:
 
     def run(self, interrupts: list[int]) -> None:
         """Until all is done, or nothing can go on."""
-        ends_at, said = None, False
+        ends_at, said, is_drained = None, False, False
         while self.waiting or self.running:
             fails = self.plan.sweep["fail_fast"] and self.reporter.n_failed
             if not interrupts and not fails:
                 for task in self.pool.start(self.waiting):
                     self.waiting.remove(task)
                     self.running[task.number] = task
+            elif not is_drained:
+                self.pool.drain()
+                is_drained = True
             if not self.running and (interrupts or fails or not self._can_go_on()):
                 break
             for event in self.pool.events(_LOOK_S):
@@ -137,7 +140,8 @@ class _Spread:
         task = self.running.get(event.task) if event.task is not None else None
         if event.kind in ("broken", "lost"):
             self._last_loss = f"{event.slot}: {event.text}"
-            self.reporter.say(f"{event.slot} is out of service: {event.text}", "yellow")
+            what = "is out of service" if event.kind == "broken" else "was lost"
+            self.reporter.say(f"{event.slot} {what}: {event.text}", "yellow")
             self.board.gone(event.slot)
             self.reporter.gone(event.slot)
             if task is not None:
@@ -157,6 +161,9 @@ class _Spread:
             del self.running[task.number]
             self.board.at(event.slot, None, None, None)
             self.reporter.idle(event.slot)
+            if event.kind == "stopped" and event.text:  # from outside
+                self._last_loss = event.text
+                self.reporter.say(f"group {task.number}: {event.text}", "yellow")
             if event.kind == "refused":
                 self.waiting.insert(0, replace(task, not_on={**task.not_on, event.node: event.text}))
 
@@ -178,13 +185,18 @@ class _Spread:
             if cell.cell_id in self._left and _mark(cell.directory) != self._stood[cell.cell_id] and _has_record(cell):
                 self._has_ended(self._left[cell.cell_id], None)
         n_lost = task.n_lost + 1
-        guilty = self._at_work.get(task.number)
-        if n_lost == _MOST_LOST and guilty in self._left:
-            self._write(self._left[guilty], "failed", f"crash: {n_lost} slots were lost with it ({event.text})")
+        if n_lost == _MOST_LOST:
+            for cell in self._guilty(task):
+                self._write(cell, "failed", f"crash: {n_lost} slots were lost with it ({event.text})")
             n_lost = 0
         left = [self._left[cell.cell_id] for cell in task.cells if cell.cell_id in self._left]
         if left:
             self.waiting[:0] = self._tasks_of(left, n_lost=n_lost, not_on=task.not_on)
+
+    def _guilty(self, task: Task) -> list[Cell]:
+        """The cell at work; if none had begun, or one that is done and ran along, all of them."""
+        left = [self._left[cell.cell_id] for cell in task.cells if cell.cell_id in self._left]
+        return [cell for cell in left if cell.cell_id == self._at_work.get(task.number)] or left
 
     def _write(self, cell: Cell, status: Any, reason: str) -> None:
         from moe_lab.sweep import timing
