@@ -35,6 +35,12 @@ def _report(arguments: list[str]) -> int:
     return report.main(arguments)
 
 
+def _status(arguments: list[str]) -> int:
+    from moe_lab.cli import status
+
+    return status.main(arguments)
+
+
 def _plot(arguments: list[str]) -> int:
     from moe_lab.cli import plot
 
@@ -127,6 +133,7 @@ def _build(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
+    "status": _status,
     "report": _report,
     "plot": _plot,
     "compare": _compare,

@@ -120,6 +120,7 @@ _RULES = (
         "only used with export=netron",
         is_refused=False,
     ),
+    _Rule("sweep.slurm", lambda c: c.sweep.engine == "slurm", "only used with sweep.engine=slurm"),
     _Rule("sweep.timeout_s", lambda c: c.sweep.worker, "only used with sweep.worker=true"),
 )
 _ONLY_IN_A_SWEEP = _Rule(

@@ -18,7 +18,7 @@ _STALE = "stale-"
 _OF_A_SWEEP = (
     *(store.PLAN, "multirun.yaml", "worker.log", ".lock", "plots", "report.html", "plotly.min.js", "runs.csv"),
     *("runs.parquet", "summary.csv", "summary.parquet", "samples.parquet", "coactivation.parquet", "unreadable.csv"),
-    ".aggregate.parquet",
+    *(".aggregate.parquet", ".slots", ".slurm"),
 )
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,7 +19,16 @@ from moe_lab.errors import nearest
 from moe_lab.records import files, identity, inputs, store, variants
 from moe_lab.records.schema import NOT_ENDED, Record
 from moe_lab.sweep import folders
-from moe_lab.sweep.engine import Engine, WorkerLostError
+from moe_lab.sweep.engine import WorkerLostError
+
+
+class Asked(Protocol):
+    """Who answers for the machines: an engine, or `kinds.Kinds`."""
+
+    def call(self, step: str, *arguments: Any) -> Any:
+        """See `Engine.call`."""
+        ...
+
 
 Status = Literal["to do", "done", "stale", "skipped", "excluded"]
 _IMPOSSIBLE = "impossible: "
@@ -45,6 +54,8 @@ class Cell:
     variant: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     env_id: str | None = None
+    env_ids: list[str | None] = field(default_factory=list)
+    """Of all kinds of slots that can run it; a result of one of them is current."""
     device_id: str | None = None
     """What it has for itself while it is timed (`measure.device_lock`)."""
     available_bytes: int | None = None
@@ -88,6 +99,8 @@ class Plan:
     """Cells of the command left out because another one is the same."""
     jobs: list[str] = field(default_factory=list)
     """The cell_id of each job of the command."""
+    kinds: list[dict[str, Any]] = field(default_factory=list)
+    """The kinds of slots, and what they answered; see `kinds.Kinds.content`."""
     builds_extension: bool = False
     """Whether a cell compiles the extension first."""
     without_effect: list[str] = field(default_factory=list)
@@ -119,6 +132,9 @@ class Plan:
             "plotly": self.sweep["plotly"],
             "anchor": self.sweep["anchor"],
             "cells_equal_to_another": self.n_equal,
+            "engine": self.sweep["engine"],
+            "n_slots": dict(self.sweep["slots"]),
+            "kinds": self.kinds,
             "cells": [
                 {
                     "cell_id": cell.cell_id,
@@ -127,7 +143,9 @@ class Plan:
                     "reason": cell.reason,
                     "variant": cell.variant,
                     "setting_id": cell.setting_id,
+                    "code_id": cell.code_id,
                     "env_id": cell.env_id,
+                    "env_ids": cell.env_ids,
                     "implementation": cell.implementation,
                 }
                 for cell in self.cells
@@ -139,7 +157,7 @@ class Plan:
 def make(
     composed: Iterable[tuple[DictConfig, Sequence[str], Path]],
     directory: Path,
-    engine: Engine,
+    engine: Asked,
     command: list[str],
     typed: Collection[str] | None = None,
 ) -> Plan:
@@ -165,6 +183,7 @@ def make(
     builds = False
     for cell, seen in _look([cell for cell in cells if cell.runs], engine):
         cell.environment, cell.env_id = seen["env"], seen["env_id"]
+        cell.env_ids = seen["env_ids"] if "env_ids" in seen else [seen["env_id"]]
         cell.device_id, cell.available_bytes = seen["device_id"], seen["available_bytes"]
         cell.implementation = seen["implementation"]
         builds = builds or (seen["builds"] and seen["skip"] is None)
@@ -173,7 +192,7 @@ def make(
         else:
             judge(cell, sweep)
     _refuse_impossible(cells)
-    plan = Plan(directory, cells, sweep, command, n_equal, jobs, builds)
+    plan = Plan(directory, cells, sweep, command, n_equal, jobs, builds_extension=builds)
     if typed is not None:
         plan.without_effect = _without_effect(plan, unread_everywhere, typed)
     _refuse_stale(plan)
@@ -282,7 +301,7 @@ def _refuse_impossible(cells: Sequence[Cell]) -> None:
         raise ValueError(reasons[0].removeprefix(_IMPOSSIBLE))
 
 
-def _skip_too_large(cells: Sequence[Cell], engine: Engine) -> None:
+def _skip_too_large(cells: Sequence[Cell], engine: Asked) -> None:
     """Skip what does not fit into the memory. What has run before is not refused: it may be done."""
     asked = [cell for cell in cells if cell.runs]
     for cell, reason in zip(asked, engine.call("refusals", [cell.config for cell in asked]), strict=True):
@@ -297,7 +316,7 @@ def _has_run(cell: Cell) -> bool:
         return False
 
 
-def _look(cells: Sequence[Cell], engine: Engine) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def _look(cells: Sequence[Cell], engine: Asked) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Each cell with what the engine says of it; sizes of the input change nothing there, so it is asked once."""
     keys = []
     for cell in cells:
@@ -308,7 +327,7 @@ def _look(cells: Sequence[Cell], engine: Engine) -> Iterator[tuple[Cell, dict[st
     return ((cell, seen[key]) for cell, key in zip(cells, keys, strict=True))
 
 
-def _seen(configs: Sequence[Mapping[str, Any]], engine: Engine) -> list[dict[str, Any]]:
+def _seen(configs: Sequence[Mapping[str, Any]], engine: Asked) -> list[dict[str, Any]]:
     """What the engine says of each; of one whose parts end its process only the device, for building it will tell."""
     try:
         return list(engine.call("look", configs))
@@ -339,9 +358,12 @@ def judge(cell: Cell, sweep: Mapping[str, Any]) -> None:
         cell.reason = "the record cannot be read"
         return
     named = ("configuration", "code", "machine")
-    there = (record.cell_id, record.code_id, record.env_id or cell.env_id)  # null: it failed before it looked
-    here = (cell.cell_id, cell.code_id, cell.env_id)
-    different = [name for name, old, new in zip(named, there, here, strict=True) if old != new]
+    is_current = (
+        record.cell_id == cell.cell_id,
+        record.code_id == cell.code_id,
+        record.env_id is None or record.env_id in cell.env_ids,  # null: it failed before it looked
+    )
+    different = [name for name, same in zip(named, is_current, strict=True) if not same]
     if record.status == "skipped" or (record.reason or "").startswith(NOT_ENDED):
         cell.reason = f"previous run: {record.reason}"
     elif different and sweep["stale"] != "keep":
@@ -404,23 +426,3 @@ def groups(plan: Plan) -> list[list[Cell]]:
         return models.setdefault(identity.digest(parts), len(models))
 
     return sorted(together.values(), key=model_of)
-
-
-def expected_seconds(plan: Plan) -> tuple[float, bool]:
-    """(seconds that the cells to run will take, whether that is from earlier records or the bound of `measure`)."""
-    known: dict[str, list[float]] = {}
-    for cell in plan.cells:
-        try:
-            record = store.read_record(cell.directory)
-        except (FileNotFoundError, ValueError):
-            continue
-        if record.status == "ok" and record.elapsed_s is not None:
-            known.setdefault(identity.digest(cell.content["model"]), []).append(record.elapsed_s)
-    seconds, all_known = 0.0, True
-    for cell in plan.to_run():
-        of_model = known.get(identity.digest(cell.content["model"]))
-        measure = cell.config["measure"]
-        all_known = all_known and of_model is not None
-        each = sum(of_model) / len(of_model) if of_model else measure["warmup_s"] + measure["max_time_s"]
-        seconds += each * measure["replicates"]
-    return seconds, all_known

@@ -17,6 +17,7 @@ from moe_lab.records import identity, variants
 from moe_lab.records.schema import Record
 from moe_lab.records.store import write_record
 from moe_lab.sweep import multirun, plan
+from moe_lab.sweep.expected import expected_seconds
 from moe_lab.sweep.in_process import InProcess
 from moe_lab.sweep.plan import Cell, Plan
 from tests import quick
@@ -457,12 +458,12 @@ def test_plan_json_states_every_cell(tmp_path: Path) -> None:
 def test_the_expected_time_is_that_of_earlier_records(tmp_path: Path) -> None:
     """Without any it is the bound of `measure`, and said to be."""
     made = make(tmp_path, "batch=1,2")
-    seconds, is_known = plan.expected_seconds(made)
+    seconds, is_known = expected_seconds(made)
     assert not is_known
     assert seconds == pytest.approx(2 * 0.02)
     leave(made.cells[0], elapsed_s=7.0)
-    assert plan.expected_seconds(make(tmp_path, "batch=1,2")) == (7.0, True)
-    assert plan.expected_seconds(make(tmp_path, "batch=1,2", "measure.replicates=3"))[0] == 21.0  # each as long again
+    assert expected_seconds(make(tmp_path, "batch=1,2")) == (7.0, True)
+    assert expected_seconds(make(tmp_path, "batch=1,2", "measure.replicates=3"))[0] == 21.0  # each as long again
 
 
 def test_a_failed_cell_tells_nothing_of_the_time(tmp_path: Path) -> None:
@@ -470,7 +471,7 @@ def test_a_failed_cell_tells_nothing_of_the_time(tmp_path: Path) -> None:
     made = make(tmp_path, "batch=1,2", "measure.max_time_s=5", "measure.warmup_s=1")
     leave(made.cells[0], status="failed", reason="out_of_memory", elapsed_s=0.1)
     again = make(tmp_path, "batch=1,2", "measure.max_time_s=5", "measure.warmup_s=1")
-    assert len(again.to_run()) == 1 and plan.expected_seconds(again) == (6.0, False)
+    assert len(again.to_run()) == 1 and expected_seconds(again) == (6.0, False)
 
 
 class Asked:

@@ -1,0 +1,236 @@
+"""Kills a part of a cluster at a random moment of a sweep, again and again, and counts what is lost.
+
+    python -m benchmarks.cluster_kills --engine slurm --times 10
+
+It starts the test cluster of `make cluster-up` for itself. A trial is a sweep of 24 cells in 6 groups on two nodes. One
+thing is killed with SIGKILL at a random moment: the worker of a group, what holds that worker (a job of Slurm, an actor
+of Ray), a whole node, or the driver; or `scancel` ends a job. A node comes back two seconds later. If the command did
+not end with 0, it is typed again. Then each cell must have one result, equal to that of a sweep without a cluster: the
+same cell_id, verified, the same routes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any
+
+from scripts import cluster
+
+_MOST_COMMANDS = 5
+_LONGEST_S = 600.0
+_LOOK_S = 0.3
+_SWEEP = [
+    "model=moe_layer",
+    *(f"model.shape.{size}" for size in ("n_experts=8", "top_k=2", "d_model=32", "mlp_hidden_dim=24")),
+    "router=torch,switch,sinkhorn,expert_choice",
+    "seed=0,1,2,3,4,5",
+    "device=cpu",
+    "measure.max_time_s=0.1",
+    "measure.warmup_s=0",
+    "sweep.report=false",
+]
+N_CELLS = 24
+_HOLDERS = {"slurm": b"submitit.core._submit", "ray": b"ray::"}
+
+
+@dataclass
+class Sweep:
+    """One sweep on a cluster."""
+
+    engine: str
+    cluster: cluster.Cluster
+    folder: Path
+    driver: subprocess.Popen[bytes] | None = None
+    seen: dict[str, str] = field(default_factory=dict)
+    """When each cell that is ok was started."""
+    n_run_twice: int = 0
+    """Cells that were run again although they were ok."""
+
+    def start(self) -> None:
+        """Type the command."""
+        command = [sys.executable, "-m", "moe_lab", "-m", *_SWEEP, "sweep.name=s", f"sweep.engine={self.engine}"]
+        environment = {**os.environ, **self.cluster.environment(), "OMP_NUM_THREADS": "1"}
+        with open(self.folder / "log", "ab") as log:
+            self.driver = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log)
+
+    def ends(self) -> int:
+        """The exit code of the driver; meanwhile no result that is ok may be replaced."""
+        assert self.driver is not None
+        deadline = time.monotonic() + _LONGEST_S
+        while (code := self.driver.poll()) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the sweep in {self.folder} does not end")
+            self.look()
+            time.sleep(_LOOK_S)
+        self.look()
+        return code
+
+    def look(self) -> None:
+        """Compare the results with those of the last look."""
+        for cell_id, result in self.results().items():
+            if result["status"] == "ok" and self.seen.setdefault(cell_id, result["started"]) != result["started"]:
+                self.n_run_twice += 1
+                self.seen[cell_id] = result["started"]
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """By cell_id."""
+        found = [json.loads(path.read_text()) for path in self.folder.glob("outputs/s/*/result.json")]
+        return {result["cell_id"]: result for result in found}
+
+    # ---- what is killed
+
+    def driver_alone(self, dice: random.Random) -> str:
+        """SIGKILL."""
+        assert self.driver is not None
+        self.driver.kill()
+        return "driver"
+
+    def worker(self, dice: random.Random) -> str:
+        """One of those that run."""
+        return self._one_with(b"moe_lab.sweep.worker", dice)
+
+    def holder(self, dice: random.Random) -> str:
+        """What holds a worker."""
+        return self._one_with(_HOLDERS[self.engine], dice)
+
+    def node(self, dice: random.Random) -> str:
+        """All its processes, and it comes back; the head of a Ray cluster stays."""
+        name = dice.choice(self.cluster.nodes if self.engine == "slurm" else self.cluster.nodes[1:])
+        self.cluster.kill(name)
+        time.sleep(2)
+        self.cluster.start(name)
+        return name
+
+    def scancel(self, dice: random.Random) -> str:
+        """One of the jobs that run."""
+        environment = {**os.environ, **self.cluster.environment()}
+        command = ["squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i"]
+        jobs = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        if not jobs:
+            return "nothing ran"
+        job = dice.choice(jobs)
+        subprocess.run(["scancel", job], env=environment, check=True)
+        return job
+
+    def _one_with(self, words: bytes, dice: random.Random) -> str:
+        found = []
+        for process in (process for node in self.cluster.nodes for process in self.cluster.processes(node)):
+            with suppress(OSError):
+                if words in Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" "):
+                    found.append(process)
+        if not found:
+            return "nothing ran"
+        with suppress(ProcessLookupError):
+            os.kill(dice.choice(found), SIGKILL)
+        return "killed"
+
+
+KILLS: dict[str, dict[str, Callable[[Sweep, random.Random], str]]] = {
+    "slurm": {
+        "worker": Sweep.worker,
+        "job": Sweep.holder,
+        "scancel": Sweep.scancel,
+        "node": Sweep.node,
+        "driver": Sweep.driver_alone,
+    },
+    "ray": {"worker": Sweep.worker, "actor": Sweep.holder, "node": Sweep.node, "driver": Sweep.driver_alone},
+}
+
+
+def without_a_cluster(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results to compare with."""
+    command = [sys.executable, "-m", "moe_lab", "-m", *_SWEEP, "sweep.name=s"]
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found = [json.loads(path.read_text()) for path in folder.glob("outputs/s/*/result.json")]
+    return {result["cell_id"]: result for result in found}
+
+
+def complaints(results: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]]) -> list[str]:
+    """What is missing or other than it was without a cluster."""
+    found = [f"missing: {cell_id}" for cell_id in expected.keys() - results.keys()]
+    found += [f"not in the sweep: {cell_id}" for cell_id in results.keys() - expected.keys()]
+    for cell_id in expected.keys() & results.keys():
+        result = results[cell_id]
+        if result["status"] != "ok":
+            found.append(f"{result['status']}: {result['reason']}")
+        elif not result["check"]["passed"] or result["routing"] != expected[cell_id]["routing"]:
+            found.append(f"another result: {cell_id}")
+    return found
+
+
+def trial(sweep: Sweep, kill: Callable[[Sweep, random.Random], str] | None, at_s: float, dice: random.Random) -> int:
+    """How often the command was typed until it ended well."""
+    sweep.start()
+    if kill is not None:
+        time.sleep(at_s)
+        kill(sweep, dice)
+    for n_commands in range(1, _MOST_COMMANDS + 1):
+        if sweep.ends() == 0:
+            return n_commands
+        sweep.start()
+    return _MOST_COMMANDS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=[*KILLS], required=True)
+    parser.add_argument("--times", type=int, default=10, help="trials of each kind of kill")
+    parser.add_argument("--only", help="one kind of kill")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    dice = random.Random(given.seed)
+    make = cluster.CLUSTERS[given.engine]
+    if (reason := make.lacking()) is not None:
+        parser.error(reason)
+    kills = {name: kill for name, kill in KILLS[given.engine].items() if given.only in (None, name)}
+    n_wrong = 0
+    started = make(Path(tempfile.mkdtemp(prefix="cluster-")))
+    started.up()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            expected = without_a_cluster(Path(folder))
+        assert len(expected) == N_CELLS
+        with tempfile.TemporaryDirectory() as folder:
+            sweep, begun = Sweep(given.engine, started, Path(folder)), time.monotonic()
+            assert trial(sweep, None, 0, dice) == 1 and not complaints(sweep.results(), expected)
+            whole_s = time.monotonic() - begun
+        print(f"without a kill: {whole_s:.0f} s\n")
+        print("| killed | trials | cells lost or other | cells run twice | commands typed | seconds, median |")
+        print("|---|---|---|---|---|---|")
+        for name, kill in kills.items():
+            wrong: list[str] = []
+            n_twice, n_commands, seconds = 0, [], []
+            for _ in range(given.times):
+                with tempfile.TemporaryDirectory() as folder:
+                    sweep, begun = Sweep(given.engine, started, Path(folder)), time.monotonic()
+                    n_commands.append(trial(sweep, kill, dice.uniform(0, whole_s), dice))
+                    seconds.append(time.monotonic() - begun)
+                    found = complaints(sweep.results(), expected)
+                    n_twice += sweep.n_run_twice
+                    wrong += found
+                    if found:
+                        print((sweep.folder / "log").read_text()[-4000:], *found, sep="\n", file=sys.stderr)
+            typed = f"{min(n_commands)} to {max(n_commands)}"
+            row = (name, given.times, len(wrong), n_twice, typed, f"{statistics.median(seconds):.0f}")
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+            n_wrong += len(wrong)
+    finally:
+        started.down()
+    return 1 if n_wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
