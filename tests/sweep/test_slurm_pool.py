@@ -44,7 +44,7 @@ def moe_lab(folder: Path, *words: str, **environment: str) -> subprocess.Popen[s
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Its exit code and what it said."""
-    _, said = process.communicate(timeout=200)
+    _, said = process.communicate(timeout=500)
     return process.returncode, said
 
 
@@ -57,7 +57,7 @@ def records(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def becomes_true(question: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not question():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -67,6 +67,16 @@ def jobs(state: str) -> list[str]:
     """The numbers of those in a state."""
     command = ["squeue", "--noheader", "--array", f"--states={state}", "--format=%i"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+def told_by(folder: Path, job: str) -> list[Line]:
+    """What a job of the sweep has told."""
+    return Mailbox(folder / "outputs/s", job).new()
+
+
+def timed_in(folder: Path) -> list[str]:
+    """The jobs of the sweep that time a cell now."""
+    return [job for job in jobs("RUNNING") if "time" in {line.text for line in told_by(folder, job)}]
 
 
 @pytest.fixture(autouse=True)
@@ -183,22 +193,33 @@ def test_ctrl_c_lets_groups_end_that_run_and_cancels_those_that_wait(tmp_path: P
 
 
 @pytest.mark.slow
+def test_ctrl_c_twice_stops_the_groups_that_run(tmp_path: Path) -> None:
+    """What was timed until then is in the record; nothing is left in the queue, and the cell will run again."""
+    words = [*LONG, "measure.max_time_s=100", "batch=1"]
+    process = moe_lab(tmp_path, "-m", *words)
+    becomes_true(lambda: timed_in(tmp_path))
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+    code, said = ended(process)
+    assert code == 130 and "to continue, run: " in said
+    (record,) = records(tmp_path, "s")
+    assert record["reason"] == "interrupted"
+    assert jobs("RUNNING") == jobs("PENDING") == []
+    done = subprocess.run([*MOE_LAB, "plan", "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert "1 to run" in done.stdout
+
+
+@pytest.mark.slow
 def test_a_job_that_makes_place_for_another_goes_on_later(tmp_path: Path) -> None:
     """The signal of a preemption while a cell is timed: the job is put back into the queue, and its cell ends once."""
     process = moe_lab(tmp_path, "-m", *LONG, "measure.max_time_s=5", "batch=1")
-
-    def timed() -> list[str]:
-        return [job for job in jobs("RUNNING") if "time" in {line.text for line in lines(job) if line.kind == "step"}]
-
-    def lines(job: str) -> list[Line]:
-        return Mailbox(tmp_path / "outputs/s", job).new()
-
-    becomes_true(timed)
-    (job,) = timed()
+    becomes_true(lambda: timed_in(tmp_path))
+    (job,) = timed_in(tmp_path)
     subprocess.run(["scancel", f"--signal={slurm.LIMIT}", job], check=True)
     code, said = ended(process)
     assert code == 0, said
-    kinds = [line.kind for line in lines(job) if line.kind != "step"]
+    kinds = [line.kind for line in told_by(tmp_path, job) if line.kind != "step"]
     assert kinds == ["submitted", "begun", "preempted", "begun", "cell", "end"]
     (record,) = records(tmp_path, "s")
     assert record["status"] == "ok" and record["environment"]["job"] == job
