@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from moe_lab.config import targets
 from moe_lab.errors import UnavailableError
+from moe_lab.sweep import ray_variables
 from moe_lab.sweep.engine import Engine
 from moe_lab.sweep.kinds import Kind
 from moe_lab.sweep.slots import slots_here
@@ -39,6 +40,7 @@ def open_pool(sweep: Mapping[str, Any], directory: Path, say: Callable[[str], No
     if sweep["engine"] == "ray":
         if importlib.util.find_spec("ray") is None:
             raise UnavailableError("sweep.engine=ray: ray is not installed; run pip install 'moe-lab[ray]'.")
+        ray_variables.prepare()
         from moe_lab.sweep.ray_pool import RayPool
 
         return RayPool(sweep["slots"], setup, say)

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.host import Host
 from moe_lab.sweep.kinds import Kind
 from moe_lab.sweep.slots import Slot
@@ -100,9 +101,20 @@ class HostPool:
         for seat, seen in zip(self.seats.values(), answers, strict=True):
             env_ids = tuple(one["env_id"] for one in seen)
             seat.env_ids = set(env_ids)
-            kind = found.setdefault(env_ids, Kind(dict(zip(names, env_ids, strict=True)), [], seat.host.ask))
+            kind = found.setdefault(env_ids, Kind(dict(zip(names, env_ids, strict=True)), [], self._ask(set(env_ids))))
             kind.slots.append(seat.slot.name)
         return list(found.values())
+
+    def _ask(self, env_ids: set[str | None]) -> Callable[..., Any]:
+        """The answer of a slot of a kind, whichever is there."""
+
+        def ask(step: str, *arguments: Any) -> Any:
+            seat = next((seat for seat in self.seats.values() if seat.env_ids == env_ids), None)
+            if seat is None:
+                raise WorkerLostError("no slot of its kind is left")
+            return seat.host.ask(step, *arguments)
+
+        return ask
 
     def start(self, waiting: Sequence[Task]) -> list[Task]:
         """See `Pool.start`. In the order given, but a task waits for a slot like that of the rest of its setting."""
@@ -127,7 +139,8 @@ class HostPool:
         """See `Pool.events`."""
         found = []
         for event in self.receive(timeout_s):
-            seat = self.seats[event.slot]
+            if (seat := self.seats.get(event.slot)) is None:
+                continue  # of one that was given up
             if event.kind == "lost" and event.task is None and seat.task is not None:
                 event = event._replace(task=seat.task.number)
             if event.kind in ("end", "stopped", "refused"):

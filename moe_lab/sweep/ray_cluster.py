@@ -17,6 +17,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.sweep import parcel
 from moe_lab.sweep.engine import START_S
 from moe_lab.sweep.nodes import Node
+from moe_lab.sweep.ray_variables import STARTED_HERE
 from moe_lab.sweep.slots import usable_cpus
 
 NAMESPACE = "moe-lab"
@@ -32,12 +33,13 @@ def connect(modules: list[str], say: Callable[[str], None]) -> None:
         "log_to_driver": False,
         "logging_level": logging.ERROR,
     }
-    if address in ("", "local"):
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets others go before what is timed
+    if address in STARTED_HERE:
         n_cpus = len(usable_cpus())
         say(f"sweep.engine=ray: RAY_ADDRESS is not set, so a cluster of this machine is started ({n_cpus} CPUs)")
-        ray.init(address="local", num_cpus=n_cpus, include_dashboard=False, **common)
+        try:
+            ray.init(address="local", num_cpus=n_cpus, include_dashboard=False, **common)
+        except Exception as error:  # of many kinds, as below
+            raise UnavailableError(f"sweep.engine=ray: a cluster cannot be started here: {line_of(error)}") from error
         return
     remedy = "start one with ray start --head, or unset RAY_ADDRESS to start one here"
     if address != "auto":

@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 import ray.util
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 
 from moe_lab.errors import UnavailableError
 from moe_lab.sweep import parcel
@@ -99,6 +99,8 @@ class _RayHost:
             is_answer, answer = ray.get(self.actor.ask.remote(step, arguments), timeout=START_S)
         except RayActorError as error:
             raise WorkerLostError(f"the slot is gone: {line_of(error)}") from error
+        except GetTimeoutError as error:
+            raise WorkerLostError(f"timeout: {step}") from error
         if not is_answer:
             raise WorkerLostError(answer)
         return answer

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _LOOK_S = 0.5  # how long a Ctrl-C may go unnoticed
 _GRACE_S = 10.0  # how long a step may take to end after the second one
+_VISIBLE_S = 90.0  # NFS remembers for up to a minute that a file is not there
 _MOST_LOST = 3  # slots that one cell may take with it
 
 
@@ -169,7 +170,7 @@ class _Spread:
     def _has_ended(self, cell: Cell, event: Event | None) -> None:
         if event is not None and event.files is not None:
             _keep(cell, event.files)
-        record = store.read_record(cell.directory)
+        record = _read_soon(cell.directory)
         self._env_ids[cell.setting_id] = record.env_id
         del self._left[cell.cell_id]
         slot = event.slot if event is not None else None
@@ -227,6 +228,22 @@ def _keep(cell: Cell, files: dict[str, bytes]) -> None:
         store.own_folder(path.parent)
         store.write_atomic(path, content)
     store.write_atomic(folder / store.RESULT, record)
+
+
+def _read_soon(directory: Path) -> Record:
+    """The record that a host has just written; another machine's file system may show it late."""
+    ends_at = time.monotonic() + _VISIBLE_S
+    while True:
+        try:
+            return store.read_record(directory)
+        except FileNotFoundError:
+            if time.monotonic() > ends_at:
+                raise OSError(
+                    f"{directory / store.RESULT}: a host wrote it, but it cannot be seen here after {_VISIBLE_S:.0f} "
+                    "s; set sweep.shared=false."
+                ) from None
+            list(directory.parent.iterdir())  # what a network file system remembers of a folder is asked for anew
+            time.sleep(_LOOK_S)
 
 
 def _mark(directory: Path) -> tuple[int, int] | None:

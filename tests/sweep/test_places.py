@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moe_lab.errors import UnavailableError
-from moe_lab.sweep import places
+from moe_lab.sweep import places, ray_variables
 from tests.sweep import faulty, test_plan
 
 
@@ -64,3 +66,19 @@ def test_slots_that_cannot_be_had_leave_nothing_behind(tmp_path: Path) -> None:
     done = faulty.sweep("sweep.slots.cpu=10000", cwd=tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "too few for 10000 slots; use fewer slots" in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_a_ray_cluster_that_is_started_here_wants_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new one each time; what the person set stays, and another cluster's variables are left alone."""
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    monkeypatch.setattr(os, "environ", {"RAY_ADDRESS": "head:6379"})
+    ray_variables.prepare()
+    assert os.environ == {"RAY_ADDRESS": "head:6379"}
+    monkeypatch.setattr(os, "environ", {})
+    ray_variables.prepare()
+    first = dict(os.environ)
+    assert (first["RAY_AUTH_MODE"], len(first["RAY_AUTH_TOKEN"])) == ("token", 64)
+    monkeypatch.setattr(os, "environ", {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "3"})
+    ray_variables.prepare()
+    assert [os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_worker_niceness")] == ["disabled", "3"]
+    assert "RAY_AUTH_TOKEN" not in os.environ

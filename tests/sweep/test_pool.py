@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.plan import Cell
 from moe_lab.sweep.pool import HostPool, Seat
 from moe_lab.sweep.slots import Slot
@@ -101,6 +102,18 @@ def test_slots_are_told_apart_by_what_they_measure_as() -> None:
 def test_a_free_slot_takes_the_first_that_it_can_run(waiting: list[Task], expected: dict[str, int]) -> None:
     """In the order of the sweep."""
     assert started(ActedPool(["a1", "a2", "b1"], nothing), waiting) == expected
+
+
+def test_another_slot_of_a_kind_answers_when_one_is_lost() -> None:
+    """Until there is none."""
+    pool = ActedPool(["a1", "a2"], nothing)
+    (kind,) = pool.kinds([{"device": {"name": "auto"}}])
+    for name in ("a1", "a2"):
+        assert kind.ask("look", [{}]) == [{"env_id": "a"}]
+        pool.told.append(Event("lost", name, "a", text="gone"))
+        pool.events(0)
+    with pytest.raises(WorkerLostError, match="no slot of its kind is left"):
+        kind.ask("look", [{}])
 
 
 def test_a_slot_has_one_group_at_a_time() -> None:

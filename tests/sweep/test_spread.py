@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from moe_lab.sweep.plan import Plan
 from moe_lab.sweep.slots import Slot, usable_cpus
 from moe_lab.sweep.tasks import Event, Task
 from tests import quick
-from tests.sweep import test_plan
+from tests.sweep import faulty, test_plan
 from tests.sweep.test_pool import ActedPool
 
 
@@ -173,6 +174,29 @@ def test_what_is_missing_on_a_node_runs_on_another_or_is_a_row(tmp_path: Path) -
     assert pool.names() == ["a1", "a2", "b1"]
 
 
+def test_a_record_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over a network file system; one that never comes is an error that names it and the remedy."""
+    plan = planned(tmp_path, "batch=1")
+    monkeypatch.setattr(spread, "_LOOK_S", 0.01)
+
+    def late(slot: Slot, task: Task) -> list[Event]:
+        threading.Timer(0.2, lambda: list(cells_of(slot, task))).start()
+        return [
+            *(Event("cell", slot.name, slot.node, task.number, cell.cell_id) for cell in task.cells),
+            end(slot, task),
+        ]
+
+    assert len(executed(plan, ActedPool(["a1"], late))) == 2
+    monkeypatch.setattr(spread, "_VISIBLE_S", 0.05)
+    never = planned(tmp_path / "never", "batch=2")
+
+    def unseen(slot: Slot, task: Task) -> list[Event]:
+        return [Event("cell", slot.name, slot.node, task.number, task.cells[0].cell_id)]
+
+    with pytest.raises(OSError, match=r"result.json: a host wrote it, .*; set sweep.shared=false"):
+        spread.execute(never, ActedPool(["a1"], unseen), Terminal())
+
+
 def test_fail_fast_starts_nothing_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What runs is finished; the rest is not run, and that is said."""
     plan = planned(tmp_path, "sweep.fail_fast=true")
@@ -278,3 +302,39 @@ def test_two_slots_of_this_machine_measure_what_one_worker_does(
     again = moe_lab.multirun([*overrides, "sweep.slots.cpu=2", "sweep.slots.cpus_each=1"], directory="slots")
     assert [record.started for record in again] == [record.started for record in done], "nothing was run again"
     assert read_record(Path(str(done[0].directory))).cell_id == done[0].cell_id
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(usable_cpus()) < 2, reason="one CPU")
+def test_a_driver_that_is_killed_takes_its_slots_with_it_and_is_resumed(tmp_path: Path) -> None:
+    """No worker is left; the same command at once gets the same CPUs and runs what is missing, each cell once."""
+    slow = ("measure.max_time_s=0.3", "measure.target_ci=1e-9", "sweep.slots.cpu=2")
+    words = ("router=torch,sinkhorn", "batch=1,2,3,4,5,6", *slow)
+    process = subprocess.Popen(faulty.command_of(*words), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("[3/12]"):
+            break
+    workers = [one for one in children_of(process.pid) if "moe_lab.sweep.worker" in command_line(one)]
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate()
+    n_done = len(faulty.records_list(tmp_path))
+    assert 3 <= n_done < 12
+    again = faulty.sweep(*words, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"12 cells, {n_done} done; " in again.stderr
+    assert not any(command_line(one) for one in workers)
+    assert [record.status for record in faulty.records_list(tmp_path)] == ["ok"] * 12
+    assert not list(tmp_path.rglob("stale-*"))
+
+
+def children_of(process: int) -> list[int]:
+    return [int(one) for file in Path(f"/proc/{process}/task").glob("*/children") for one in file.read_text().split()]
+
+
+def command_line(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
