@@ -80,13 +80,22 @@ class SlurmPool:
         self._n_failed: Counter[str] = Counter()  # jobs in a row that did not even begin, by node
         self._out: set[str] = set()  # the nodes that get no more jobs
         self._is_out = False  # no node takes a job
-        self._remove_old_mailboxes()
+        self._folder = store.own_folder(self.directory / FOLDER)
+        self._remove_what_is_over()
 
-    def _remove_old_mailboxes(self) -> None:
-        """Of jobs that are over: when a cluster is made anew, the numbers of its jobs begin anew."""
-        numbers = self._alive().keys()
-        for path in (self.directory / FOLDER).glob(f"*{SUFFIX}"):
-            if path.name.removesuffix(SUFFIX) not in numbers:
+    def _remove_what_is_over(self) -> None:
+        """All but the logs of jobs that are over: when a cluster is made anew, the numbers of its jobs begin anew.
+
+        Nor may a job find a pickle that came with the folder.
+        """
+        alive = self._alive()
+        for path in self._folder.iterdir():
+            number = path.name.removesuffix(SUFFIX).removesuffix("_submitted.pkl")
+            if path.name.endswith(slurm.LOG.format(job="")) or number in alive:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
 
     def names(self) -> list[str]:
@@ -194,8 +203,7 @@ class SlurmPool:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _submit(self, function: Callable[..., Any], calls: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
-        folder = store.own_folder(self.directory / FOLDER)
-        return slurm.submit(folder, self.name, options, function, calls, at_once=self._at_once, cpus=self._cpus)
+        return slurm.submit(self._folder, self.name, options, function, calls, at_once=self._at_once, cpus=self._cpus)
 
     def _add(self, job: _Job) -> None:
         self._jobs[job.number] = job
