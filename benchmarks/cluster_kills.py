@@ -43,6 +43,7 @@ _SWEEP = [
     "sweep.report=false",
 ]
 N_CELLS = 24
+NOTHING = "nothing ran"
 _HOLDERS = {"slurm": b"submitit.core._submit", "ray": b"ray::"}
 
 
@@ -120,19 +121,21 @@ class Sweep:
         command = ["squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i"]
         jobs = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
         if not jobs:
-            return "nothing ran"
+            return NOTHING
         job = dice.choice(jobs)
         subprocess.run(["scancel", job], env=environment, check=True)
         return job
 
     def _one_with(self, words: bytes, dice: random.Random) -> str:
-        found = []
+        """A process with these words, and not one that it started: beside a worker one waits for its end."""
+        parents = {}
         for process in (process for node in self.cluster.nodes for process in self.cluster.processes(node)):
             with suppress(OSError):
                 if words in Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" "):
-                    found.append(process)
+                    parents[process] = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        found = [process for process, parent in parents.items() if parent not in parents]
         if not found:
-            return "nothing ran"
+            return NOTHING
         with suppress(ProcessLookupError):
             os.kill(dice.choice(found), SIGKILL)
         return "killed"
@@ -198,7 +201,8 @@ def trial(sweep: Sweep, kill: Callable[[Sweep, random.Random], str] | None, at_s
     sweep.start()
     if kill is not None:
         time.sleep(at_s)
-        kill(sweep, dice)
+        while kill(sweep, dice) == NOTHING and sweep.driver is not None and sweep.driver.poll() is None:
+            time.sleep(_LOOK_S)
     for n_commands in range(1, _MOST_COMMANDS + 1):
         if sweep.ends() == 0:
             return n_commands

@@ -134,14 +134,16 @@ def test_a_disturbed_sweep_is_resumed(
     sweep.start()
     becomes_true(lambda: len(sweep.results()) >= 4)
     becomes_true(lambda: jobs("RUNNING"))
-    assert cluster_kills.KILLS["slurm"][kill](sweep, random.Random(0)) != "nothing ran"
+    assert cluster_kills.KILLS["slurm"][kill](sweep, random.Random(0)) != cluster_kills.NOTHING
     n_commands = 1
     while sweep.ends() != 0:
         n_commands += 1
         assert n_commands < 4, (tmp_path / "log").read_text()
         sweep.start()
-    assert cluster_kills.complaints(sweep.results(), expected) == [], (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert cluster_kills.complaints(sweep.results(), expected) == [], said
     assert sweep.n_run_twice == 0
+    assert kill != "scancel" or n_commands == 1 or "was cancelled" in said
 
 
 @pytest.mark.slow
@@ -178,6 +180,31 @@ def test_a_cancelled_job_is_told_from_a_failed_one(tmp_path: Path) -> None:
     assert [record["status"] for record in records(tmp_path, "s")] == ["ok"] * 3
     code, said = run(tmp_path, *words)
     assert code == 0 and "3 done; 1 to run" in said
+
+
+@pytest.mark.slow
+def test_a_job_that_is_cancelled_while_it_runs(tmp_path: Path) -> None:
+    """Its cell was not run: it is not called failed, and a job in which it was timed is not started again."""
+    process = moe_lab(tmp_path, "-m", *LONG, "measure.max_time_s=100", "batch=1")
+    becomes_true(lambda: timed_in(tmp_path))
+    (job,) = timed_in(tmp_path)
+    subprocess.run(["scancel", job], check=True)
+    code, said = ended(process)
+    assert code == 2 and f"job {job} was cancelled" in said and "1 cells were not run" in said
+    assert all(record["reason"] == "interrupted" for record in records(tmp_path, "s"))  # if there was time to write it
+    assert jobs("RUNNING") == jobs("PENDING") == []
+
+
+@pytest.mark.slow
+def test_a_crash_is_a_row_as_on_one_machine(slurm_cluster: cluster.Cluster, tmp_path: Path) -> None:
+    """A worker that is killed while it times: exit code 1, and nothing says that a cell was not run."""
+    process = moe_lab(tmp_path, "-m", *LONG, "measure.max_time_s=100", "batch=1")
+    becomes_true(lambda: timed_in(tmp_path))
+    assert cluster_kills.Sweep("slurm", slurm_cluster, tmp_path).worker(random.Random(0)) == "killed"
+    code, said = ended(process)
+    assert code == 1, said
+    (record,) = records(tmp_path, "s")
+    assert record["reason"].startswith("crash: SIGKILL") and "not run" not in said
 
 
 @pytest.mark.slow
@@ -220,7 +247,7 @@ def test_a_job_that_makes_place_for_another_goes_on_later(tmp_path: Path) -> Non
     code, said = ended(process)
     assert code == 0, said
     kinds = [line.kind for line in told_by(tmp_path, job) if line.kind != "step"]
-    assert kinds == ["submitted", "begun", "preempted", "begun", "cell", "end"]
+    assert kinds == ["begun", "preempted", "begun", "cell", "end"]
     (record,) = records(tmp_path, "s")
     assert record["status"] == "ok" and record["environment"]["job"] == job
 
