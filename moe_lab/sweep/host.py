@@ -153,12 +153,15 @@ class Host:
         if name not in self._seen:
             (self._seen[name],) = self._worker.call("look", [cell.config], False)
         seen = self._seen[name]
+        available = seen["available_bytes"]
+        if available is not None and seen["env"].get("device") == "cpu":
+            available //= self.slot.n_on_node  # a group is not to take what the others' need
         return replace(
             cell,
             environment=seen["env"],
             env_id=seen["env_id"],
             device_id=seen["device_id"],
-            available_bytes=seen["available_bytes"],
+            available_bytes=available,
             directory=cell.directory if self.setup.shared else self._scratch / cell.cell_id,
         )
 

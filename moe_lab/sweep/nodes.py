@@ -47,9 +47,11 @@ def slots_of(nodes: Sequence[Node], wanted: Mapping[str, Any]) -> dict[Slot, Nod
     for node in nodes:
         if not (n_here := gpus[node] + cpus[node]):
             continue
-        n_cpus = cpus_each(wanted["cpus_each"], node.n_cpus, n_here, node.name)
-        slots |= {Slot(f"{node.name}-gpu{number}", node.name, "cuda", n_cpus): node for number in range(gpus[node])}
-        slots |= {Slot(f"{node.name}-cpu{number}", node.name, "cpu", n_cpus, ""): node for number in range(cpus[node])}
+        each = cpus_each(wanted["cpus_each"], node.n_cpus, n_here, node.name)
+        names: list[tuple[str, str, str | None]]
+        names = [(f"{node.name}-gpu{number}", "cuda", None) for number in range(gpus[node])]
+        names += [(f"{node.name}-cpu{number}", "cpu", "") for number in range(cpus[node])]
+        slots |= {Slot(name, node.name, device, each, gpu, n_here): node for name, device, gpu in names}
     return slots
 
 

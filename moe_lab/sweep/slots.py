@@ -37,6 +37,8 @@ class Slot:
     n_cpus: int
     gpu: str | None = None
     """What `CUDA_VISIBLE_DEVICES` is to be there: nothing for a slot without a GPU; None: as the node sets it."""
+    n_on_node: int = 1
+    """How many slots of the sweep share the memory of the node."""
 
 
 class Claim:
@@ -144,6 +146,7 @@ def slots_here(wanted: Mapping[str, Any], node: str) -> list[Slot]:
         raise UnavailableError(
             f"sweep.slots.cuda={n_cuda}: {node} has {len(gpus)} GPUs that moe-lab may use ({VISIBLE}); use fewer slots."
         )
-    each = cpus_each(wanted["cpus_each"], len(usable_cpus()), n_cpu + n_cuda, node)
-    of_gpus = [Slot(f"{node}-gpu{number}", node, "cuda", each, gpus[number]) for number in range(n_cuda)]
-    return [*of_gpus, *(Slot(f"{node}-cpu{number}", node, "cpu", each, "") for number in range(n_cpu))]
+    n = n_cpu + n_cuda
+    each = cpus_each(wanted["cpus_each"], len(usable_cpus()), n, node)
+    of_gpus = [Slot(f"{node}-gpu{number}", node, "cuda", each, gpus[number], n) for number in range(n_cuda)]
+    return [*of_gpus, *(Slot(f"{node}-cpu{number}", node, "cpu", each, "", n) for number in range(n_cpu))]

@@ -156,7 +156,8 @@ class _Spread:
             self.board.at(event.slot, task.number, cell.directory.name, event.text)
             self.reporter.step(session.short_name(cell), event.text, event.slot, task.number)
         elif event.kind == "cell":
-            self._has_ended(self._left[event.cell_id or ""], event)
+            if (left := self._left.get(event.cell_id or "")) is not None:
+                self._has_ended(left, event)
         else:
             del self.running[task.number]
             self.board.at(event.slot, None, None, None)
@@ -184,7 +185,7 @@ class _Spread:
         for cell in task.cells:  # the host may have written a record and not have lived to tell
             if cell.cell_id in self._left and _mark(cell.directory) != self._stood[cell.cell_id] and _has_record(cell):
                 self._has_ended(self._left[cell.cell_id], None)
-        n_lost = task.n_lost + 1
+        n_lost = task.n_lost + (event.kind == "lost")  # a disk that is full is no cell's fault
         if n_lost == _MOST_LOST:
             for cell in self._guilty(task):
                 self._write(cell, "failed", f"crash: {n_lost} slots were lost with it ({event.text})")

@@ -85,11 +85,12 @@ class Board:
 
     def _write(self, standing: Standing) -> None:
         standing.updated = time.time()
-        store.own_folder(self._folder)
         path = self._file(standing.slot)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(standing)))
-        os.replace(temporary, path)
+        with suppress(OSError):  # a full disk: the record of the cell will tell
+            store.own_folder(self._folder)
+            temporary.write_text(json.dumps(dataclasses.asdict(standing)))
+            os.replace(temporary, path)
 
 
 def read(directory: Path) -> list[Standing]:

@@ -27,11 +27,13 @@ AXIS = "router=torch,sinkhorn"
 class Slotted:
     """A host and what it told."""
 
-    def __init__(self, directory: Path, *, shared: bool = True, variables: dict[str, str] | None = None):
+    def __init__(
+        self, directory: Path, *, shared: bool = True, variables: dict[str, str] | None = None, n_on_node: int = 1
+    ):
         self.told: queue.SimpleQueue[Event] = queue.SimpleQueue()
         directory.mkdir(parents=True, exist_ok=True)
         setup = Setup(str(directory), shared, os.getcwd(), (), variables or {})
-        self.host = Host(SLOT, setup, self.told.put)
+        self.host = Host(replace(SLOT, n_on_node=n_on_node), setup, self.told.put)
 
     def until(self, *kinds: str) -> list[Event]:
         """What it tells until one of these."""
@@ -89,6 +91,17 @@ def test_without_a_shared_folder_the_files_are_told(tmp_path: Path) -> None:
     assert list(scratch.iterdir()) == [] and not (tmp_path / "driver").exists()
     one.host.close()
     assert not scratch.exists()
+
+
+@pytest.mark.slow
+def test_slots_of_a_node_share_its_memory(tmp_path: Path) -> None:
+    """A third each: what fits into that is timed together."""
+    cell = test_plan.make(tmp_path, AXIS).cells[0]
+    whole, third = (Slotted(tmp_path / "s", n_on_node=n) for n in (1, 3))
+    bytes_of = [one.host._thread.submit(one.host._here, cell).result().available_bytes for one in (whole, third)]
+    assert bytes_of[1] == pytest.approx(bytes_of[0] / 3, rel=0.2)
+    whole.host.close()
+    third.host.close()
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ def test_slots_are_dealt_out(nodes: list[Node], asked: dict[str, Any], expected:
     assert {slot.name: slot.n_cpus for slot in found} == expected
     for slot, node in found.items():
         assert slot.node == node.name
+        assert slot.n_on_node == sum(other.node == slot.node for other in found)
         assert (slot.device, slot.gpu) == (("cuda", None) if "gpu" in slot.name else ("cpu", ""))
 
 

@@ -207,3 +207,34 @@ def test_more_slots_than_the_cluster_has_is_one_line(tmp_path: Path, ray_cluster
         ["moe-lab: sweep.slots: 2 nodes with 2 CPUs are too few for 3 slots of 1 CPUs each; use fewer slots."],
     )
     assert not (tmp_path / "outputs").exists()
+
+
+_TELLS = """
+import os
+from moe_lab.routers.softmax_topk import SoftmaxTopK
+
+class Tells(SoftmaxTopK):
+    def __init__(self, n_experts, top_k):
+        super().__init__(n_experts, top_k, impl="auto", renormalize=True, gate_bias=False)
+
+    def select(self, logits_TE, ctx=None):
+        raise RuntimeError("sees GPU " + os.environ["CUDA_VISIBLE_DEVICES"])
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_every_gpu_of_the_cluster_is_a_slot_that_sees_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs in name only, as Ray is told by hand; the cells themselves need none. Both slots had work."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 2}')
+    plugin = tmp_path / "mine"
+    (plugin / "router").mkdir(parents=True)
+    (plugin / "tells.py").write_text(_TELLS)
+    (plugin / "router" / "tells.yaml").write_text("_target_: tells.Tells\nname: tells\n")
+    done = faulty.sweep("router=tells", "batch=1,2,3,4", "sweep.engine=ray", cwd=tmp_path, plugin=plugin)
+    assert done.returncode == 1, done.stderr
+    (kind,) = faulty.plan(tmp_path)["kinds"]
+    assert [slot.rpartition("-")[2] for slot in kind["slots"]] == ["gpu0", "gpu1"]
+    reasons = {str(record.reason).partition(" (")[0] for record in faulty.records_list(tmp_path)}
+    assert reasons == {"error: RuntimeError: sees GPU 0", "error: RuntimeError: sees GPU 1"}

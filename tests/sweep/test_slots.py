@@ -145,4 +145,4 @@ def test_a_list_of_gpus_by_hand_is_dealt_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,5")
     assert gpus_here() == ["GPU-a", "5"]
     found = slots_here({"cpu": 1, "cuda": 1, "cpus_each": 1}, "n")
-    assert found == [Slot("n-gpu0", "n", "cuda", 1, "GPU-a"), Slot("n-cpu0", "n", "cpu", 1, "")]
+    assert found == [Slot("n-gpu0", "n", "cuda", 1, "GPU-a", 2), Slot("n-cpu0", "n", "cpu", 1, "", 2)]

@@ -138,6 +138,20 @@ def test_a_cell_that_takes_slots_with_it_is_given_up(tmp_path: Path) -> None:
     assert [name for name, record in records.items() if record.status != "ok"] == ["torch-2"]
 
 
+def test_full_disks_are_no_cells_fault(tmp_path: Path) -> None:
+    """Three slots that cannot write are out of service; the fourth measures everything."""
+    plan = planned(tmp_path, "batch=1")
+
+    def act(slot: Slot, task: Task) -> list[Event]:
+        if slot.name == "a4":
+            return works(slot, task)
+        return [Event("broken", slot.name, slot.node, task.number, text="No space left on device")]
+
+    pool = ActedPool(["a1", "a2", "a3", "a4"], act)
+    assert {record.status for record in executed(plan, pool).values()} == {"ok"}
+    assert pool.names() == ["a4"]
+
+
 def test_without_a_slot_the_sweep_ends_with_a_line(tmp_path: Path) -> None:
     """How many cells were not run, why, and how to continue."""
     plan = planned(tmp_path)
