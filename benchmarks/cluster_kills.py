@@ -43,6 +43,7 @@ _SWEEP = [
     "sweep.report=false",
 ]
 N_CELLS = 24
+NOTHING = "nothing ran"
 _HOLDERS = {"slurm": b"submitit.core._submit", "ray": b"ray::"}
 
 
@@ -120,19 +121,21 @@ class Sweep:
         command = ["squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i"]
         jobs = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
         if not jobs:
-            return "nothing ran"
+            return NOTHING
         job = dice.choice(jobs)
         subprocess.run(["scancel", job], env=environment, check=True)
         return job
 
     def _one_with(self, words: bytes, dice: random.Random) -> str:
-        found = []
+        """A process with these words, and not one that it started: beside a worker one waits for its end."""
+        parents = {}
         for process in (process for node in self.cluster.nodes for process in self.cluster.processes(node)):
             with suppress(OSError):
                 if words in Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" "):
-                    found.append(process)
+                    parents[process] = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        found = [process for process, parent in parents.items() if parent not in parents]
         if not found:
-            return "nothing ran"
+            return NOTHING
         with suppress(ProcessLookupError):
             os.kill(dice.choice(found), SIGKILL)
         return "killed"
@@ -171,17 +174,64 @@ def complaints(results: dict[str, dict[str, Any]], expected: dict[str, dict[str,
     return found
 
 
+@dataclass
+class Row:
+    """What came of the trials of one kind of kill."""
+
+    wrong: list[str] = field(default_factory=list)
+    n_run_twice: int = 0
+    n_commands: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def add(self, sweep: Sweep, n_commands: int, seconds: float, wrong: list[str]) -> None:
+        """Of one trial."""
+        self.wrong += wrong
+        self.n_run_twice += sweep.n_run_twice
+        self.n_commands.append(n_commands)
+        self.seconds.append(seconds)
+
+    def __str__(self) -> str:
+        typed = f"{min(self.n_commands)} to {max(self.n_commands)}"
+        seconds = f"{statistics.median(self.seconds):.0f}"
+        return f"{len(self.seconds)} | {len(self.wrong)} | {self.n_run_twice} | {typed} | {seconds}"
+
+
 def trial(sweep: Sweep, kill: Callable[[Sweep, random.Random], str] | None, at_s: float, dice: random.Random) -> int:
     """How often the command was typed until it ended well."""
     sweep.start()
     if kill is not None:
         time.sleep(at_s)
-        kill(sweep, dice)
+        while kill(sweep, dice) == NOTHING and sweep.driver is not None and sweep.driver.poll() is None:
+            time.sleep(_LOOK_S)
     for n_commands in range(1, _MOST_COMMANDS + 1):
         if sweep.ends() == 0:
             return n_commands
         sweep.start()
     return _MOST_COMMANDS
+
+
+def run_trials(given: argparse.Namespace, started: cluster.Cluster, rows: dict[str, Row]) -> None:
+    """Fill the rows, one trial of each kind after the other."""
+    dice = random.Random(given.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        expected = without_a_cluster(Path(folder))
+    assert len(expected) == N_CELLS
+    with tempfile.TemporaryDirectory() as folder:
+        sweep, begun = Sweep(given.engine, started, Path(folder)), time.monotonic()
+        assert trial(sweep, None, 0, dice) == 1 and not complaints(sweep.results(), expected)
+        whole_s = time.monotonic() - begun
+    print(f"without a kill: {whole_s:.0f} s\n", flush=True)
+    for _ in range(given.times):
+        for name, row in rows.items():
+            with tempfile.TemporaryDirectory() as folder:
+                sweep, begun = Sweep(given.engine, started, Path(folder)), time.monotonic()
+                at_s = dice.uniform(0, whole_s)
+                n_commands = trial(sweep, KILLS[given.engine][name], at_s, dice)
+                wrong = complaints(sweep.results(), expected)
+                row.add(sweep, n_commands, time.monotonic() - begun, wrong)
+                print(f"{name} after {at_s:.0f} s: {row}", file=sys.stderr)
+                if wrong or sweep.n_run_twice:
+                    print((sweep.folder / "log").read_text()[-4000:], *wrong, sep="\n", file=sys.stderr)
 
 
 def main() -> int:
@@ -191,45 +241,24 @@ def main() -> int:
     parser.add_argument("--only", help="one kind of kill")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    dice = random.Random(given.seed)
     make = cluster.CLUSTERS[given.engine]
     if (reason := make.lacking()) is not None:
         parser.error(reason)
-    kills = {name: kill for name, kill in KILLS[given.engine].items() if given.only in (None, name)}
-    n_wrong = 0
+    rows = {name: Row() for name in KILLS[given.engine] if given.only in (None, name)}
     started = make(Path(tempfile.mkdtemp(prefix="cluster-")))
     started.up()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            expected = without_a_cluster(Path(folder))
-        assert len(expected) == N_CELLS
-        with tempfile.TemporaryDirectory() as folder:
-            sweep, begun = Sweep(given.engine, started, Path(folder)), time.monotonic()
-            assert trial(sweep, None, 0, dice) == 1 and not complaints(sweep.results(), expected)
-            whole_s = time.monotonic() - begun
-        print(f"without a kill: {whole_s:.0f} s\n")
-        print("| killed | trials | cells lost or other | cells run twice | commands typed | seconds, median |")
-        print("|---|---|---|---|---|---|")
-        for name, kill in kills.items():
-            wrong: list[str] = []
-            n_twice, n_commands, seconds = 0, [], []
-            for _ in range(given.times):
-                with tempfile.TemporaryDirectory() as folder:
-                    sweep, begun = Sweep(given.engine, started, Path(folder)), time.monotonic()
-                    n_commands.append(trial(sweep, kill, dice.uniform(0, whole_s), dice))
-                    seconds.append(time.monotonic() - begun)
-                    found = complaints(sweep.results(), expected)
-                    n_twice += sweep.n_run_twice
-                    wrong += found
-                    if found:
-                        print((sweep.folder / "log").read_text()[-4000:], *found, sep="\n", file=sys.stderr)
-            typed = f"{min(n_commands)} to {max(n_commands)}"
-            row = (name, given.times, len(wrong), n_twice, typed, f"{statistics.median(seconds):.0f}")
-            print("| " + " | ".join(map(str, row)) + " |", flush=True)
-            n_wrong += len(wrong)
+        run_trials(given, started, rows)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # what was seen until then is printed
     finally:
         started.down()
-    return 1 if n_wrong else 0
+    print("| killed | trials | cells lost or other | cells run twice | commands typed | seconds, median |")
+    print("|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        if row.seconds:
+            print(f"| {name} | {row} |")
+    return 1 if any(row.wrong or row.n_run_twice for row in rows.values()) else 0
 
 
 if __name__ == "__main__":

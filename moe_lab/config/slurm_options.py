@@ -14,6 +14,10 @@ def check(sweep: Mapping[str, Any]) -> None:
     """Raise `ValueError` for what a sweep with `sweep.engine=slurm` cannot have."""
     slurm, slots = sweep["slurm"], sweep["slots"]
     seconds_of(slurm["time"])
+    texts = {key: slurm[key] for key in ("partition", "account", "qos", "constraint", "gres", "mem")}
+    for key, value in {**texts, **{f"options.{key}": value for key, value in slurm["options"].items()}}.items():
+        if not re.fullmatch(r"[a-zA-Z0-9_.-]+", key) or not str(value).isprintable():
+            raise ValueError(f"sweep.slurm.{key!s}={value!r}: must be one line of text; it stands in a script.")
     if not sweep["shared"]:
         raise ValueError(
             "sweep.shared=false: jobs of Slurm write to the sweep's folder; set hydra.sweep.dir to one that all nodes "

@@ -57,7 +57,8 @@ def require_commands() -> None:
 
 def job_name(directory: Path) -> str:
     """What the jobs of a sweep are called; by its folder, so that a driver finds those of one that was killed."""
-    return f"moe-lab:{directory.name}:{identity.digest(str(directory.resolve()))[:8]}".replace(",", "_")
+    name = re.sub(r"[^\w.-]", "_", directory.name)  # it stands in a script, and in a list for squeue
+    return f"moe-lab:{name}:{identity.digest(str(directory.resolve()))[:8]}"
 
 
 def submit(

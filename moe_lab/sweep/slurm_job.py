@@ -10,18 +10,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_lab.errors import UnavailableError
 from moe_lab.records import files, identity, store
-from moe_lab.records.schema import NOT_ENDED
 from moe_lab.sweep import slurm, timing
 from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.host import Host
@@ -32,6 +32,8 @@ from moe_lab.sweep.tasks import Event, Setup, Task
 FOLDER = ".slurm"
 """In the sweep's folder: what submitit writes, and the mailboxes."""
 SUFFIX = ".jsonl"
+ENDS = ("end", "stopped", "refused", "broken", "lost")
+"""The kinds of events after which a job has nothing more to tell."""
 _TICK_S = 0.2
 _IDLE_S = 300.0  # how long a job that answers waits for a question, if nobody ends it
 _EARLY_S = 65.0  # Slurm may warn of the limit a minute too early
@@ -100,7 +102,7 @@ class GroupJob:
         except (FileNotFoundError, ValueError):
             return False
         is_new = mark(cell) != self.stood[cell.cell_id]
-        return is_new and record.cell_id == cell.cell_id and not (record.reason or "").startswith(NOT_ENDED)
+        return is_new and record.cell_id == cell.cell_id and record.reason != "interrupted"
 
 
 def mark(cell: Cell) -> list[int] | None:
@@ -124,16 +126,12 @@ def run_group(job: GroupJob) -> None:
     if not left:
         mailbox.put(Line("end"))
         return
-    over = threading.Event()
-    last: list[Event] = []
+    ends: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def tell(event: Event) -> None:
-        if event.kind in ("end", "stopped", "refused", "broken", "lost"):
-            last.append(event)
-            over.set()
-        elif event.kind == "cell" and event.cell_id in {cell.cell_id for cell in job.left()}:
-            pass  # it was interrupted, and is timed again when the job goes on
-        else:
+        if event.kind in ENDS:
+            ends.put(event)
+        elif event.kind != "cell" or signals.are_from_driver or event.cell_id not in {c.cell_id for c in job.left()}:
             mailbox.put(Line(event.kind, event.cell_id, event.text, event.node))
 
     slot = slot_here(number)
@@ -145,20 +143,33 @@ def run_group(job: GroupJob) -> None:
         return
     signals.stop(host)
     try:
-        if (reason := _other_kind(host, left)) is not None:
-            mailbox.put(Line("refused", text=reason, content=host.slot.node))
-            return
-        host.start(replace(job.task, cells=left))
-        while not over.wait(_TICK_S):
-            pass
+        event = _run(host, replace(job.task, cells=left), ends)
     finally:
         host.close()
-    (event,) = last
+    if event.kind == "stopped" and signals.first == signal.SIGTERM:
+        return  # Slurm knows why: cancelled, or it makes place for another and is put back
     if event.kind == "stopped" and signals.first == signal.SIGUSR2:
         early = slurm.warning_s(job.limit_s) + _EARLY_S
         _go_on_later(mailbox, job, has_met_limit=time.monotonic() - started > job.limit_s - early)
     else:
         mailbox.put(Line(event.kind, text=event.text, content=event.node))
+
+
+def _run(host: Host, task: Task, ends: queue.SimpleQueue[Event]) -> Event:
+    """The event with which the task ends."""
+    slot = host.slot
+    try:
+        reason = _other_kind(host, task.cells)
+    except KeyboardInterrupt:  # it was stopped before it began
+        return Event("stopped", slot.name, slot.node)
+    except WorkerLostError as lost:
+        return Event("broken", slot.name, slot.node, text=f"no worker could start: {lost}")
+    if reason is not None:
+        return Event("refused", slot.name, slot.node, text=reason)
+    host.start(task)
+    while True:
+        with suppress(queue.Empty):
+            return ends.get(timeout=_TICK_S)  # signals are seen between two waits
 
 
 def _open(slot: Slot, setup: Setup, tell: Callable[[Event], None]) -> Host:
@@ -214,6 +225,11 @@ class _Signals:
         self._host: Host | None = None
         for number in self._NUMBERS:
             signal.signal(number, self._on_signal)
+
+    @property
+    def are_from_driver(self) -> bool:
+        """Whether it stops the sweep: cells that are interrupted are not timed again in this job."""
+        return self.first == signal.SIGHUP
 
     @contextmanager
     def blocked(self) -> Iterator[None]:

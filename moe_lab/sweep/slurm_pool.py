@@ -20,7 +20,7 @@ from moe_lab.sweep import slurm, slurm_job, standing
 from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.kinds import Kind, Unkept, kept
 from moe_lab.sweep.plan import Cell
-from moe_lab.sweep.slurm_job import FOLDER, SUFFIX, GroupJob, Line, Mailbox
+from moe_lab.sweep.slurm_job import ENDS, FOLDER, SUFFIX, GroupJob, Line, Mailbox
 from moe_lab.sweep.tasks import Event, Setup, Task
 
 _TICK_S = 0.2
@@ -30,7 +30,7 @@ _N_LOOKS = 3  # after which a job that is over and has not said so is lost: a sh
 _MOST_FAILED = 2
 _SAY_S = 5.0  # a wait that is longer is told
 _ASKING = "00:10:00"  # the time limit of the job that answers the plan's questions
-_LAST = ("end", "stopped", "refused", "broken", "lost")
+_CELLS = "_cells"  # of a job, in a file that the driver writes
 _SUBMITTED = slurm.State("PENDING", "", "")
 _GONE = slurm.State("GONE", "", "Slurm does not know it any more")
 
@@ -80,13 +80,22 @@ class SlurmPool:
         self._n_failed: Counter[str] = Counter()  # jobs in a row that did not even begin, by node
         self._out: set[str] = set()  # the nodes that get no more jobs
         self._is_out = False  # no node takes a job
-        self._remove_old_mailboxes()
+        self._folder = store.own_folder(self.directory / FOLDER)
+        self._remove_what_is_over()
 
-    def _remove_old_mailboxes(self) -> None:
-        """Of jobs that are over: when a cluster is made anew, the numbers of its jobs begin anew."""
-        numbers = self._alive().keys()
-        for path in (self.directory / FOLDER).glob(f"*{SUFFIX}"):
-            if path.name.removesuffix(SUFFIX) not in numbers:
+    def _remove_what_is_over(self) -> None:
+        """All but the logs of jobs that are over: when a cluster is made anew, the numbers of its jobs begin anew.
+
+        Nor may a job find a pickle that came with the folder.
+        """
+        alive = self._alive()
+        for path in self._folder.iterdir():
+            number = path.name.removesuffix(SUFFIX).removesuffix(_CELLS).removesuffix("_submitted.pkl")
+            if path.name.endswith(slurm.LOG.format(job="")) or number in alive:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
 
     def names(self) -> list[str]:
@@ -146,7 +155,7 @@ class SlurmPool:
         numbers = self._submit(slurm_job.run_group, calls, {**self.options, "options": options})
         for number, task in zip(numbers, tasks, strict=True):
             self._add(_Job(number, task, Mailbox(self.directory, number)))
-            Mailbox(self.directory, number).put(Line("submitted", content=_digests(task.cells)))
+            Mailbox(self.directory, number + _CELLS).put(Line("cells", content=_digests(task.cells)))
 
     def may_start(self, task: Task) -> bool:
         """See `Pool.may_start`."""
@@ -194,8 +203,7 @@ class SlurmPool:
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def _submit(self, function: Callable[..., Any], calls: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
-        folder = store.own_folder(self.directory / FOLDER)
-        return slurm.submit(folder, self.name, options, function, calls, at_once=self._at_once, cpus=self._cpus)
+        return slurm.submit(self._folder, self.name, options, function, calls, at_once=self._at_once, cpus=self._cpus)
 
     def _add(self, job: _Job) -> None:
         self._jobs[job.number] = job
@@ -214,8 +222,8 @@ class SlurmPool:
         for number, state in self._alive().items():
             if number in self._askers:
                 continue  # it ends by itself
-            lines = Mailbox(self.directory, number).new()
-            has: dict[str, str] = next((line.content for line in lines if line.kind == "submitted"), {})
+            lines = Mailbox(self.directory, number + _CELLS).new()
+            has: dict[str, str] = lines[0].content if lines else {}
             task = next((task for task in left if _digests(task.cells).items() <= has.items()), None)
             if task is None:
                 others.add(number)
@@ -276,7 +284,7 @@ class SlurmPool:
                 found.append(event)
                 if event.kind == "broken":
                     self._leave_out(job.node)
-                if event.kind in _LAST:
+                if event.kind in ENDS:
                     break
         else:
             if job.n_looks_over < _N_LOOKS:
@@ -297,7 +305,7 @@ class SlurmPool:
                 return None  # of an earlier driver's plan, or told before the job was put back
             if line.kind == "cell":
                 job.told.add(line.cell_id)
-        elif line.kind not in _LAST:
+        elif line.kind not in ENDS:
             return None
         elif line.kind in ("refused", "broken"):
             job.node = line.content

@@ -76,6 +76,10 @@ def test_what_is_allowed(changes: dict[str, Any]) -> None:
         pytest.param(
             {"slots.cpu": 2, "slurm.gres": "gpu:1"}, r"^sweep\.slots\.cpu=2: .*use sweep\.slots\.c", id="gres"
         ),
+        pytest.param(
+            {"slurm.partition": "a\nrm -rf b"}, r"^sweep\.slurm\.partition='a\\nrm -rf b': must be", id="line"
+        ),
+        pytest.param({"slurm.options": {"x\ny": "z"}}, r"^sweep\.slurm\.options\.x", id="line_in_an_option"),
         pytest.param({"slurm.options": {"array": "0-7"}}, r"^sweep\.slurm\.options: array is set by", id="ours"),
         pytest.param({"slurm.options": {"job_name": "a"}}, r"^sweep\.slurm\.options: job_name is", id="our_name"),
     ],

@@ -127,4 +127,4 @@ def test_a_sweep_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path / "a")
     assert slurm.job_name(Path("swap")) == slurm.job_name(tmp_path / "a" / "swap") != slurm.job_name(tmp_path / "swap")
     assert slurm.job_name(Path("swap")).startswith("moe-lab:swap:")
-    assert "," not in slurm.job_name(Path("a,b"))  # a list of names for squeue
+    assert slurm.job_name(Path("a,b\nc")).startswith("moe-lab:a_b_c:")  # a list for squeue, a line of a script

@@ -44,7 +44,7 @@ def moe_lab(folder: Path, *words: str, **environment: str) -> subprocess.Popen[s
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Its exit code and what it said."""
-    _, said = process.communicate(timeout=200)
+    _, said = process.communicate(timeout=500)
     return process.returncode, said
 
 
@@ -57,7 +57,7 @@ def records(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def becomes_true(question: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not question():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -67,6 +67,16 @@ def jobs(state: str) -> list[str]:
     """The numbers of those in a state."""
     command = ["squeue", "--noheader", "--array", f"--states={state}", "--format=%i"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+def told_by(folder: Path, job: str) -> list[Line]:
+    """What a job of the sweep has told."""
+    return Mailbox(folder / "outputs/s", job).new()
+
+
+def timed_in(folder: Path) -> list[str]:
+    """The jobs of the sweep that time a cell now."""
+    return [job for job in jobs("RUNNING") if "time" in {line.text for line in told_by(folder, job)}]
 
 
 @pytest.fixture(autouse=True)
@@ -124,14 +134,16 @@ def test_a_disturbed_sweep_is_resumed(
     sweep.start()
     becomes_true(lambda: len(sweep.results()) >= 4)
     becomes_true(lambda: jobs("RUNNING"))
-    assert cluster_kills.KILLS["slurm"][kill](sweep, random.Random(0)) != "nothing ran"
+    assert cluster_kills.KILLS["slurm"][kill](sweep, random.Random(0)) != cluster_kills.NOTHING
     n_commands = 1
     while sweep.ends() != 0:
         n_commands += 1
         assert n_commands < 4, (tmp_path / "log").read_text()
         sweep.start()
-    assert cluster_kills.complaints(sweep.results(), expected) == [], (tmp_path / "log").read_text()
+    said = (tmp_path / "log").read_text()
+    assert cluster_kills.complaints(sweep.results(), expected) == [], said
     assert sweep.n_run_twice == 0
+    assert kill != "scancel" or n_commands == 1 or "was cancelled" in said
 
 
 @pytest.mark.slow
@@ -171,6 +183,31 @@ def test_a_cancelled_job_is_told_from_a_failed_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_job_that_is_cancelled_while_it_runs(tmp_path: Path) -> None:
+    """Its cell was not run: it is not called failed, and a job in which it was timed is not started again."""
+    process = moe_lab(tmp_path, "-m", *LONG, "measure.max_time_s=100", "batch=1")
+    becomes_true(lambda: timed_in(tmp_path))
+    (job,) = timed_in(tmp_path)
+    subprocess.run(["scancel", job], check=True)
+    code, said = ended(process)
+    assert code == 2 and f"job {job} was cancelled" in said and "1 cells were not run" in said
+    assert all(record["reason"] == "interrupted" for record in records(tmp_path, "s"))  # if there was time to write it
+    assert jobs("RUNNING") == jobs("PENDING") == []
+
+
+@pytest.mark.slow
+def test_a_crash_is_a_row_as_on_one_machine(slurm_cluster: cluster.Cluster, tmp_path: Path) -> None:
+    """A worker that is killed while it times: exit code 1, and nothing says that a cell was not run."""
+    process = moe_lab(tmp_path, "-m", *LONG, "measure.max_time_s=100", "batch=1")
+    becomes_true(lambda: timed_in(tmp_path))
+    assert cluster_kills.Sweep("slurm", slurm_cluster, tmp_path).worker(random.Random(0)) == "killed"
+    code, said = ended(process)
+    assert code == 1, said
+    (record,) = records(tmp_path, "s")
+    assert record["reason"].startswith("crash: SIGKILL") and "not run" not in said
+
+
+@pytest.mark.slow
 def test_ctrl_c_lets_groups_end_that_run_and_cancels_those_that_wait(tmp_path: Path) -> None:
     """Exit code 130, and no job is left."""
     process = moe_lab(tmp_path, "-m", *SMALL, "batch=1,2,3,4", "sweep.slots.cpu=1")
@@ -183,23 +220,34 @@ def test_ctrl_c_lets_groups_end_that_run_and_cancels_those_that_wait(tmp_path: P
 
 
 @pytest.mark.slow
+def test_ctrl_c_twice_stops_the_groups_that_run(tmp_path: Path) -> None:
+    """What was timed until then is in the record; nothing is left in the queue, and the cell will run again."""
+    words = [*LONG, "measure.max_time_s=100", "batch=1"]
+    process = moe_lab(tmp_path, "-m", *words)
+    becomes_true(lambda: timed_in(tmp_path))
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+    code, said = ended(process)
+    assert code == 130 and "to continue, run: " in said
+    (record,) = records(tmp_path, "s")
+    assert record["reason"] == "interrupted"
+    assert jobs("RUNNING") == jobs("PENDING") == []
+    done = subprocess.run([*MOE_LAB, "plan", "-m", *words], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert "1 to run" in done.stdout
+
+
+@pytest.mark.slow
 def test_a_job_that_makes_place_for_another_goes_on_later(tmp_path: Path) -> None:
     """The signal of a preemption while a cell is timed: the job is put back into the queue, and its cell ends once."""
     process = moe_lab(tmp_path, "-m", *LONG, "measure.max_time_s=5", "batch=1")
-
-    def timed() -> list[str]:
-        return [job for job in jobs("RUNNING") if "time" in {line.text for line in lines(job) if line.kind == "step"}]
-
-    def lines(job: str) -> list[Line]:
-        return Mailbox(tmp_path / "outputs/s", job).new()
-
-    becomes_true(timed)
-    (job,) = timed()
+    becomes_true(lambda: timed_in(tmp_path))
+    (job,) = timed_in(tmp_path)
     subprocess.run(["scancel", f"--signal={slurm.LIMIT}", job], check=True)
     code, said = ended(process)
     assert code == 0, said
-    kinds = [line.kind for line in lines(job) if line.kind != "step"]
-    assert kinds == ["submitted", "begun", "preempted", "begun", "cell", "end"]
+    kinds = [line.kind for line in told_by(tmp_path, job) if line.kind != "step"]
+    assert kinds == ["begun", "preempted", "begun", "cell", "end"]
     (record,) = records(tmp_path, "s")
     assert record["status"] == "ok" and record["environment"]["job"] == job
 
