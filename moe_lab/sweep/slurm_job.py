@@ -63,6 +63,10 @@ class Mailbox:
         with self._lock, open(store.open_to_append(self.path), "ab", buffering=0) as file:
             file.write(json.dumps(line).encode() + b"\n")
 
+    def make(self) -> None:
+        """Make the empty file: a network file system may remember for a minute that there was none."""
+        os.close(store.open_to_append(self.path))
+
     def new(self) -> list[Line]:
         """The lines that came since the last call."""
         try:
@@ -159,7 +163,10 @@ def _run(host: Host, task: Task, ends: queue.SimpleQueue[Event]) -> Event:
     """The event with which the task ends."""
     slot = host.slot
     try:
-        reason = _other_kind(host, task.cells)
+        try:
+            reason = _other_kind(host, task.cells)
+        except WorkerLostError:  # somebody may have killed it; another is started
+            reason = _other_kind(host, task.cells)
     except KeyboardInterrupt:  # it was stopped before it began
         return Event("stopped", slot.name, slot.node)
     except WorkerLostError as lost:

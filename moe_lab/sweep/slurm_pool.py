@@ -155,6 +155,7 @@ class SlurmPool:
         numbers = self._submit(slurm_job.run_group, calls, {**self.options, "options": options})
         for number, task in zip(numbers, tasks, strict=True):
             self._add(_Job(number, task, Mailbox(self.directory, number)))
+            self._jobs[number].mailbox.make()
             Mailbox(self.directory, number + _CELLS).put(Line("cells", content=_digests(task.cells)))
 
     def may_start(self, task: Task) -> bool:
@@ -296,7 +297,8 @@ class SlurmPool:
     def _event(self, job: _Job, line: Line) -> Event | None:
         """What a line means to the driver; None if nothing."""
         if line.kind == "begun":
-            job.node, job.slot = line.content, self._free_slot(line.content)
+            job.node, job.slot = line.content, ""
+            job.slot = self._free_slot(job.node)
             self._n_failed[job.node] = 0
             line = line._replace(text=f"job {job.number}")
         elif line.kind in ("cell", "step"):
@@ -333,7 +335,9 @@ class SlurmPool:
     def _leave_out(self, node: str) -> None:
         """Give a node no more jobs: it would end one after the other, faster than others run theirs."""
         self._out.add(node)
-        slurm.exclude((n for n, job in self._jobs.items() if job.state.name in slurm.WAITS), self._out)
+        given = str(self.options["options"].get("exclude", "")).split(",")
+        waiting = [number for number, job in self._jobs.items() if job.state.name in slurm.WAITS]
+        slurm.exclude(waiting, {*self._out, *filter(None, given)})
 
     def described(self, number: str, state: slurm.State) -> str:
         """How a job ended, and where its log is."""
@@ -354,6 +358,8 @@ class _Asker:
         self._pool, self._number, self.node = pool, number, ""
         directory = pool.directory
         self._questions, self._answers = Mailbox(directory, f"{number}_questions"), Mailbox(directory, number)
+        self._questions.make()
+        self._answers.make()
         self._lines: list[Line] = []
 
     def ask(self, step: str, *arguments: Any) -> Any:
