@@ -34,6 +34,7 @@ _CLOSE_S = 10.0
 _LEFT_S = 60.0  # how long the actors of a driver that was killed may take to end
 _AGAIN_S = 0.5
 _MOST_RESTARTS = 3  # of one slot whose node is there
+_OPEN_S = 120.0  # how long a slot that starts again may take: its node may go meanwhile, or be taken by other work
 
 
 class SlotActor:
@@ -128,7 +129,8 @@ class RayPool(HostPool):
             ValueError: the sweep's folder cannot be seen by a node.
         """
         super().__init__()
-        self._setup, self._polls, self._opening = setup, {}, {}  # type: ignore[var-annotated]
+        self._setup, self._polls = setup, {}  # type: ignore[var-annotated]
+        self._opening: dict[Any, tuple[Seat, float]] = {}  # and until when
         self._n_restarts: dict[str, int] = {}
         self._parcel = Path(tempfile.mkdtemp(prefix="moe-lab-parcel-"))
         try:
@@ -177,7 +179,7 @@ class RayPool(HostPool):
 
     def may_start(self, task: Task) -> bool:
         """See `Pool.may_start`; a slot that starts again counts."""
-        return super().may_start(task) or any(seat.can_run(task) for seat in self._opening.values())
+        return super().may_start(task) or any(seat.can_run(task) for seat, _ in self._opening.values())
 
     def receive(self, timeout_s: float) -> list[Event]:
         """See `HostPool.receive`."""
@@ -191,6 +193,10 @@ class RayPool(HostPool):
                 self._is_open(ref)
             elif (name := self._polls.pop(ref)) in self.seats:
                 found += self._told(ref, self.seats[name])
+        for ref, (seat, ends_at) in list(self._opening.items()):
+            if time.monotonic() > ends_at:
+                del self._opening[ref]
+                ray.kill(seat.host.actor)  # type: ignore[attr-defined]
         return found
 
     def _told(self, ref: Any, seat: Seat) -> list[Event]:
@@ -215,10 +221,10 @@ class RayPool(HostPool):
         if self._n_restarts[name] <= _MOST_RESTARTS:
             actor = self._actor(seat.slot)
             again = Seat(seat.slot, _RayHost(actor), seat.env_ids)
-            self._opening[actor.open.remote(seat.slot, self._setup)] = again
+            self._opening[actor.open.remote(seat.slot, self._setup)] = again, time.monotonic() + _OPEN_S
 
     def _is_open(self, ref: Any) -> None:
-        seat = self._opening.pop(ref)
+        seat, _ = self._opening.pop(ref)
         assert isinstance(seat.host, _RayHost)
         with suppress(RayError):  # the node went in the meantime
             if ray.get(ref) is None:

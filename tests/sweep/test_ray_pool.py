@@ -209,6 +209,39 @@ def test_more_slots_than_the_cluster_has_is_one_line(tmp_path: Path, ray_cluster
     assert not (tmp_path / "outputs").exists()
 
 
+_TAKEN = """
+import os, sys, time, ray
+from moe_lab.sweep import ray_pool
+from moe_lab.sweep.tasks import Setup
+
+ray_pool._OPEN_S = 2.0
+pool = ray_pool.RayPool({"cpu": 2, "cuda": None, "cpus_each": None}, Setup(sys.argv[1], True, "/", (), {}), print)
+first = next(iter(pool.seats.values()))
+ray.kill(first.host.actor)
+other = ray.remote(num_cpus=1)(type("Other", (), {"is_there": lambda self: True})).remote()
+ray.get(other.is_there.remote())
+found = []
+while not found:
+    found = [event.kind for event in pool.events(0.2)]
+assert found == ["lost"] and pool._opening, found
+ends_at = time.monotonic() + 20
+while pool._opening and time.monotonic() < ends_at:
+    pool.events(0.2)
+print("given up" if not pool._opening and len(pool.names()) == 1 else "still waits", flush=True)
+os._exit(0)
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_slot_whose_place_was_taken_is_given_up(tmp_path: Path, ray_cluster: Any) -> None:
+    """Its process was killed, and other work got its CPU before it could start again: nobody waits for ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TAKEN, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.stdout.splitlines()[-1:] == ["given up"], done.stdout + done.stderr
+
+
 _TELLS = """
 import os
 from moe_lab.routers.softmax_topk import SoftmaxTopK
