@@ -5,12 +5,13 @@ SHELL := /bin/sh
 
 BIN := .venv/bin
 READY := .venv/.ready
+CLUSTER := .venv/.cluster
 BUNDLE := dist/device
 # Each worker has one half of the files, so that what the tests of a file share is made once; who is done first helps.
 PYTEST := $(BIN)/python -m pytest -c pyproject.toml -n 2 --dist worksteal
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
 # What the routers are and what runs here is asked once (moe_lab/sweep/remembered.py): then `list` and `plan` are quick.
 # The first Python that will do. A name may exist and not run (a version manager's shim), so each is tried.
@@ -27,7 +28,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/moe-lab plan -m experiment=router_swap > /dev/null; \
 	touch $(READY)
 
+$(CLUSTER): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
+	touch $(CLUSTER)
+
 .PHONY: help demo test test-quick test-all lint bench-check bench-experts bench-sweep device-bundle clean
+.PHONY: cluster-packages cluster-up cluster-down
 
 demo: $(READY) ## Other routers in a trained model on this machine: a table, and a report page
 	$(BIN)/moe-lab -m experiment=router_swap
@@ -45,7 +51,7 @@ test: $(READY) ## Lint and the tests that CI runs (under 8 minutes on two cores)
 test-quick: $(READY)
 	$(PYTEST) -m "not slow"
 
-test-all: lint ## Lint and every test
+test-all: lint $(CLUSTER) ## Lint and every test
 	$(PYTEST)
 
 bench-check: $(READY) ## Every quoted ratio that needs no GPU beside today's; fails if one no longer holds (idle machine)
@@ -69,6 +75,16 @@ device-bundle: $(READY) ## Wheels of moe-lab and what a GPU machine without netw
 	rm -rf build
 	@echo 'There, in the folder that holds $(BUNDLE):'
 	@echo 'python3 -m pip install --no-index --no-deps --force-reinstall $(BUNDLE)/*.whl'
+
+cluster-packages: $(CLUSTER) ## What cluster-up needs: the Python packages, and Debian's (root)
+	apt-get update --quiet --quiet
+	apt-get install --quiet --quiet --yes --no-install-recommends munge slurmctld slurmd slurm-client
+
+cluster-up: $(READY) ## Start a Slurm and a Ray cluster of two nodes on this machine (KIND=ray: only that)
+	@$(BIN)/python scripts/cluster.py up $(KIND)
+
+cluster-down: $(READY) ## End them
+	@$(BIN)/python scripts/cluster.py down $(KIND)
 
 clean: ## Remove the virtual environment and everything built
 	rm -rf .venv build dist *.egg-info

@@ -113,6 +113,9 @@ CHECKS: Mapping[str, Sequence[Quote]] = {
 }
 """The arguments of each benchmark, and what is quoted of it."""
 LEFT_OUT = {
+    "cluster_kills": "counts what is lost, and starts a cluster",
+    "slurm_overhead": "starts a cluster",
+    "sweep_slots": "needs two CPUs for itself",
     "add_rms_norm": "needs a GPU",
     "checkpoint_load": "needs a GPU",
     "pack_peers": "measures nothing",

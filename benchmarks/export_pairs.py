@@ -39,7 +39,7 @@ import torch, moe_lab
 from moe_lab.measure.memory import resident_peak_bytes
 from moe_lab.models.parameters import parameter_bytes
 from moe_lab.runs import build, export
-cfg = moe_lab.compose(["export=netron", "device=cpu", "dtype=fp32", "batch=2", *sys.argv[2:]])
+cfg = moe_lab.compose(["export=netron", "device=cpu", "batch=2", *sys.argv[2:]])
 model = build.build_model(cfg, torch.device("cpu"))
 record = export.exporter().export(cfg, model, Path(sys.argv[1]), export.make_inputs)
 record["weights_bytes"], record["peak_bytes"] = parameter_bytes(model), resident_peak_bytes()

@@ -46,14 +46,14 @@ const float* bias_of(const std::optional<Tensor>& bias, const Tensor& logits, co
   if (!bias.has_value()) return nullptr;
   STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == logits.size(1) && bias->scalar_type() == ScalarType::Float &&
                       bias->is_contiguous() && bias->device() == logits.device(),
-                  name, ": must be float32 [E], contiguous, on the device of the logits");
+                  name, ": must be float32 [E], contiguous, on the device of the input");
   return static_cast<const float*>(bias->data_ptr());
 }
 
-void check_output(const Tensor& output, const Tensor& logits, ScalarType dtype, int64_t elements, const char* name) {
+void check_output(const Tensor& output, const Tensor& input, ScalarType dtype, int64_t elements, const char* name) {
   STD_TORCH_CHECK(output.scalar_type() == dtype && output.numel() == elements && output.is_contiguous() &&
-                      output.device() == logits.device(),
-                  name, ": must be contiguous, on the device of the logits, ",
+                      output.device() == input.device(),
+                  name, ": must be contiguous, on the device of the input, ",
                   dtype == ScalarType::Int ? "int32" : "float32", ", with ", elements, " elements");
 }
 

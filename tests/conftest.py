@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from scripts import cluster
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on CPU tensors
     torch.set_num_threads(1)  # xdist runs a process per core
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so for the processes that tests start
+
+# Slots of sweeps claim CPUs for themselves (sweep/slots.py); tests that run at the same time are not to wait for them.
+os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="moe-lab-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_RUNTIME_DIR"], ignore_errors=True)
 
 # Hundreds of processes are started here: what they import is compiled once, whatever the environment says.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -37,6 +46,45 @@ def device() -> torch.device:
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """The extension cannot be built, so router=cuda_ext is unavailable."""
     monkeypatch.setenv("CXX", "no-such-compiler")
+
+
+def _started(kind: type[cluster.Cluster]) -> Iterator[cluster.Cluster]:
+    """A cluster of the tests' own. Not in pytest's folder: the path of a socket has to be short."""
+    if (reason := kind.lacking()) is not None:
+        pytest.skip(reason)
+    started = kind(Path(tempfile.mkdtemp(prefix="cluster-")))
+    try:
+        started.up()
+    except cluster.ClusterError as error:
+        pytest.skip(str(error))
+    yield started
+    started.down()
+
+
+@pytest.fixture(scope="session")
+def _slurm() -> Iterator[cluster.Cluster]:
+    yield from _started(cluster.Slurm)
+
+
+@pytest.fixture(scope="session")
+def _ray() -> Iterator[cluster.Cluster]:
+    yield from _started(cluster.Ray)
+
+
+@pytest.fixture
+def slurm_cluster(_slurm: cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> cluster.Cluster:
+    """A Slurm cluster of two nodes with one CPU each, which this process and what it starts find."""
+    for key, value in _slurm.environment().items():
+        monkeypatch.setenv(key, value)
+    return _slurm
+
+
+@pytest.fixture
+def ray_cluster(_ray: cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> cluster.Cluster:
+    """A Ray cluster of two nodes with one CPU each, which this process and what it starts find."""
+    for key, value in _ray.environment().items():
+        monkeypatch.setenv(key, value)
+    return _ray
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

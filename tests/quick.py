@@ -55,14 +55,14 @@ RELATED = {
 
 
 def overrides(model: str, *more: str, device: str = "cpu") -> list[str]:
-    """The overrides of a quick run of `model`; what `more` gives replaces what stands here.
+    """The overrides of a quick run of `model`; what `more` gives replaces what stands here, and before it in `more`.
 
     With another option of a group go the keys of the one that stands here.
     """
-    given = {text.split("=", 1)[0] for text in more}
+    given = {text.split("=", 1)[0]: text for text in more}
     keys = {text: text.split("=", 1)[0] for text in (*MODELS[model], f"device={device}", *_SHORT)}
-    start = [text for text, key in keys.items() if not {key, key.split(".")[0]} & given]
-    return [*start, *more]
+    start = [text for text, key in keys.items() if not {key, key.split(".")[0]} & given.keys()]
+    return [*start, *given.values()]
 
 
 def compose(model: str, *more: str, device: str = "cpu") -> DictConfig:

@@ -19,6 +19,7 @@ MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 60
 TESTED_IN = {
     "api/html_table.py": "api/test_shown.py",
     "cli/foreign.py": "sweep/test_session.py",
+    "cli/reporter.py": "cli/test_progress.py",
     "config/checks.py": "config/test_compose.py",
     "config/hydra_patches.py": "config/test_compose.py",
     "config/mistakes.py": "config/test_compose.py",
@@ -59,8 +60,13 @@ TESTED_IN = {
     "results/summary.py": "results/test_aggregate.py",
     "routers/native.py": "runs/test_build.py",
     "runs/export.py": "export/test_export.py",
+    "sweep/expected.py": "sweep/test_plan.py",
     "sweep/in_process.py": "sweep/test_engine.py",
     "sweep/multirun.py": "sweep/test_plan.py",
+    "sweep/ray_cluster.py": "sweep/test_ray_pool.py",
+    "sweep/ray_variables.py": "sweep/test_places.py",
+    "sweep/slurm_job.py": "sweep/test_slurm_pool.py",
+    "sweep/tasks.py": "sweep/test_host.py",
     "sweep/worker.py": "sweep/test_engine.py",
 }
 """Where a module is tested, if not in tests/ROOM/test_NAME.py."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from moe_lab.config import compose as composition
+from moe_lab.config.unread import refuse_twice
 
 _IN_PYTHON = {
     "add -m.": "call moe_lab.multirun.",
@@ -34,7 +35,7 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
 
 
 def overrides_of(words: Sequence[str]) -> list[str]:
-    """A list of overrides. Raises `ValueError` for something else."""
+    """A list of overrides. Raises `ValueError` for something else, and for a key that stands twice."""
     if isinstance(words, str):
         raise ValueError(f"{words!r}: must be a list of overrides, such as {[words]!r}.")
     if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
@@ -44,6 +45,7 @@ def overrides_of(words: Sequence[str]) -> list[str]:
             raise ValueError(
                 f"{word}: an option of the command line; in Python -m is moe_lab.multirun, --config-dir config_dir."
             )
+    refuse_twice(words)
     return list(words)
 
 

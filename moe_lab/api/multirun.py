@@ -15,6 +15,7 @@ from moe_lab.api.shown import Results
 from moe_lab.cli.progress import Terminal
 from moe_lab.config.compose import composing_multirun, name_sweep
 from moe_lab.config.hydra_patches import LAUNCHER, SWEEP_NAME
+from moe_lab.config.unread import refuse_twice
 from moe_lab.records.store import write_atomic
 from moe_lab.results import outputs
 from moe_lab.sweep import multirun as sweeps
@@ -44,9 +45,11 @@ def multirun(
         OSError: the directory cannot be written.
         KeyboardInterrupt: Ctrl-C; what was measured is written first, and the same call continues.
     """
-    typed = overrides_of(overrides)
+    with in_python():
+        typed = overrides_of(overrides)
     if directory is not None:
         typed.append("hydra.sweep.dir='" + str(directory).replace("\\", "\\\\").replace("'", "\\'") + "'")
+        refuse_twice(typed, sweeps=False)
     words = ["moe-lab", "-m", *(["--config-dir", str(config_dir)] if config_dir is not None else []), *typed]
     if sweeps.current is not None:
         raise ValueError(f"{sweeps.current.directory}: this process is running this sweep; wait for it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,6 +34,8 @@ examples:
   moe-lab clean --remove                      remove it
   moe-lab clean outputs/nightly --older-than 30 --remove
 """
+
+_MOST_NAMED = 10  # folders that cannot be read
 
 
 def _days(text: str) -> float:
@@ -65,28 +68,43 @@ def main(arguments: list[str]) -> int:
     if not given.directory.is_dir():
         raise ValueError(f"{given.directory}: folder not found.")
     everything = not given.failed and not given.stale and days is None
+    unreadable: list[OSError] = []
     found = leftovers.find(
         given.directory,
         failed=given.failed or everything,
         stale=given.stale or everything,
         before=None if days is None else datetime.now(UTC) - timedelta(days=days),
+        unreadable=unreadable.append,
     )
     _go(list(found), given.directory, remove=given.remove)
+    _say_unreadable(unreadable)
     return 0
+
+
+def _say_unreadable(errors: list[OSError]) -> None:
+    """The folders in which nobody looked, each in a line, or of many some and how many others there are."""
+    for error in errors[:_MOST_NAMED]:
+        print(f"moe-lab clean: {error.filename}: not looked into ({error.strerror})", file=sys.stderr)
+    if len(errors) > _MOST_NAMED:
+        print(f"moe-lab clean: {len(errors) - _MOST_NAMED} more folders not looked into", file=sys.stderr)
 
 
 def _go(found: list[Leftover], root: Path, *, remove: bool) -> None:
     console = Console(soft_wrap=True, highlight=False)
-    n_bytes = n_removed = 0
+    n_bytes = n_found = n_removed = 0
     sweeps: set[Path] = set()
     for leftover in found:
-        line = f"{leftover.kind:6}  {leftover.when:%Y-%m-%d}  {size(leftover.n_bytes):>8}  {leftover.folder}: "
+        try:
+            here = leftover.n_bytes
+        except OSError as error:
+            console.print(f"{leftover.folder}: left out ({_why(error)})", style="yellow", markup=False)
+            continue
+        line = f"{leftover.kind:6}  {leftover.when:%Y-%m-%d}  {size(here):>8}  {leftover.folder}: "
         if not remove:
-            n_bytes += leftover.n_bytes
+            n_found, n_bytes = n_found + 1, n_bytes + here
             console.print(line + leftover.why, markup=False)
             continue
         sweep = next((above for above in leftover.folder.parents if (above / store.PLAN).is_file()), None)
-        here = leftover.n_bytes
         try:
             with ExitStack() as locks:
                 if sweep is not None:
@@ -96,13 +114,16 @@ def _go(found: list[Leftover], root: Path, *, remove: bool) -> None:
         except ValueError:
             console.print(f"{line}kept: it is in use", style="yellow", markup=False)
             continue
+        except OSError as error:
+            console.print(f"{line}not removed ({_why(error)})", style="yellow", markup=False)
+            continue
         n_removed, n_bytes = n_removed + 1, n_bytes + here
         sweeps |= {sweep} if sweep is not None else set()
         others = [name for name in stays if name != store.RESULT] if leftover.kind != "stale" else []
         console.print(line + "removed" + (f"; left there: {', '.join(others)}" if others else ""), markup=False)
     if not remove:
-        how = "; --remove removes them" if found else ""
-        console.print(f"{root}: {len(found)} could go, {size(n_bytes)}{how}", markup=False)
+        how = "; --remove removes them" if n_found else ""
+        console.print(f"{root}: {n_found} could go, {size(n_bytes)}{how}", markup=False)
         return
     console.print(f"{root}: {n_removed} of {len(found)} removed, {size(n_bytes)}", markup=False)
     for sweep in sorted(sweeps):
@@ -110,6 +131,10 @@ def _go(found: list[Leftover], root: Path, *, remove: bool) -> None:
             console.print(f"{sweep}: no run is left, so its tables and page went too", markup=False)
         else:
             console.print(f"moe-lab report {sweep} makes its tables and page again", markup=False)
+
+
+def _why(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}"
 
 
 def size(n_bytes: float) -> str:

@@ -35,6 +35,12 @@ def _report(arguments: list[str]) -> int:
     return report.main(arguments)
 
 
+def _status(arguments: list[str]) -> int:
+    from moe_lab.cli import status
+
+    return status.main(arguments)
+
+
 def _plot(arguments: list[str]) -> int:
     from moe_lab.cli import plot
 
@@ -85,8 +91,10 @@ def _generate(arguments: list[str]) -> int:
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_intermixed_args(arguments)
     from moe_lab.config.compose import compose
+    from moe_lab.config.unread import refuse_twice
     from moe_lab.records import inputs
 
+    refuse_twice(given.overrides, sweeps=False)
     cfg = compose(["model=checkpoint", "router=native", *given.overrides], config_dir=given.config_dir)
     inputs.require(cfg)  # before torch is loaded
 
@@ -136,6 +144,7 @@ def _build(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
+    "status": _status,
     "report": _report,
     "plot": _plot,
     "compare": _compare,

@@ -17,6 +17,7 @@ from moe_lab.cli.arguments import Parser
 from moe_lab.config import targets
 from moe_lab.config.checks import validate
 from moe_lab.config.compose import compose
+from moe_lab.config.unread import refuse_twice
 from moe_lab.errors import ExportError, MismatchError
 from moe_lab.records import files
 
@@ -56,6 +57,7 @@ def configuration(run: Path, overrides: list[str]) -> DictConfig:
         raise ValueError(f"{run}: not the folder of a run ({error}).") from error
     if other := [word for word in overrides if not word.startswith("export.")]:
         raise ValueError(f"{other[0]}: only keys of export can be changed; all others come from the run.")
+    refuse_twice(overrides, sweeps=False)
     cfg.export = compose(["export=netron", *overrides]).export
     validate(cfg)
     return cfg

@@ -1,24 +1,17 @@
-"""How a sweep tells where it is: a bar on a terminal, plain lines elsewhere.
-
-It draws when it is told something, between the steps of the worker: no thread of it runs while a block is timed.
-"""
+"""How a sweep tells the person at the terminal what it is going to do, and where it is."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from types import TracebackType
+from collections.abc import Sequence
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Column
 
-from moe_lab.records.schema import Record
+from moe_lab.cli.reporter import Reporter
+from moe_lab.cli.slots_display import SlotsReporter
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep.plan import Plan
 from moe_lab.terminal import Console
-
-_STEP_S = 0.2  # the bar is drawn again no more often
 
 
 class Terminal:
@@ -36,85 +29,27 @@ class Terminal:
         for reason, number in reasons.items():
             console.print(escape(f"skipped ({number} cells): {reason}"), style="yellow", highlight=False)
 
-    def reporter(self, n_cells: int) -> Reporter:
-        """A bar, or lines, for this many cells."""
-        return Reporter(n_cells)
+    def say(self, text: str) -> None:
+        """A line."""
+        Console(stderr=True, soft_wrap=True).print(escape(text), style="yellow", highlight=False)
+
+    def reporter(self, n_cells: int, slots: Sequence[str] = ()) -> Reporter:
+        """A bar, or lines, for this many cells; with several slots a line for each."""
+        return SlotsReporter(n_cells, slots) if slots else Reporter(n_cells)
 
 
 def _first_line(plan: Plan, suffix: str | None) -> str:
     groups = planning.groups(plan)
     counts = [f"{len(plan.cells)} cells"]
     if plan.n_equal:
-        counts.append(f"{plan.n_equal} duplicates left out")
+        counts.append(f"{plan.n_equal} {'duplicate' if plan.n_equal == 1 else 'duplicates'} left out")
     for status in ("done", "stale", "skipped", "excluded"):
         if number := sum(cell.status == status for cell in plan.cells):
             counts.append(f"{number} {status}")
     if suffix is None:
         together = sum(len(group) > 1 for group in groups)
         suffix = f" in {len(groups)} groups" + (f", {together} of them interleaved" if together else "")
+        if n_slots := sum(len(kind["slots"]) for kind in plan.kinds):
+            suffix += f", on {n_slots} slot{'' if n_slots == 1 else 's'}"
     n_to_run = len(plan.to_run())
     return f"{plan.directory}: {', '.join(counts)}; {n_to_run} to run{suffix if n_to_run else ''}"
-
-
-class Reporter:
-    """Counts cells done and failed; a context manager."""
-
-    def __init__(self, n_cells: int, console: Console | None = None):
-        self.n_cells, self.n_done, self.n_failed = n_cells, 0, 0
-        self.console = console or Console(stderr=True, soft_wrap=True)
-        self._begun, self._drawn = time.monotonic(), 0.0
-        self._bar = Progress(
-            BarColumn(bar_width=20, table_column=Column(min_width=20)),
-            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=len(f"{n_cells}/{n_cells}"))),
-            TextColumn("{task.fields[state]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
-            expand=True,
-            console=self.console,
-            auto_refresh=False,
-            transient=True,
-            disable=not self.console.is_terminal or not n_cells,
-        )
-        self._task = self._bar.add_task("cells", total=n_cells, state="")
-
-    def __enter__(self) -> Reporter:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def say(self, text: str, style: str | None = None) -> None:
-        """A line above the bar."""
-        self.console.print(escape(text), style=style, highlight=False)
-
-    def step(self, name: str, step: str) -> None:
-        """A cell comes to a step."""
-        now = time.monotonic()
-        if now - self._drawn < _STEP_S and step == "time":
-            return
-        self._drawn = now
-        self._bar.update(self._task, completed=self.n_done, state=f"{self._times()}  {step} {name}", refresh=True)
-
-    def end(self, name: str, record: Record) -> None:
-        """A cell ended, one way or another."""
-        self.n_done += 1
-        self.n_failed += record.status == "failed"
-        result = f"{record.latency_ms.p50:.4g} ms" if record.latency_ms else ""
-        line = f"[{self.n_done}/{self.n_cells}] {name}: {record.status}"
-        if record.status == "failed":
-            self.say(f"{line}: {record.reason} ({record.directory})", "red")
-        elif not self.console.is_terminal:
-            self.say(f"{line} {result} ({self._times()})")
-
-    def _times(self) -> str:
-        elapsed = time.monotonic() - self._begun
-        failed = f"{self.n_failed} failed, " if self.n_failed else ""
-        left = f", about {clock(elapsed / self.n_done * (self.n_cells - self.n_done))} left" if self.n_done else ""
-        return f"{failed}{clock(elapsed)}{left}"
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, 0:07."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

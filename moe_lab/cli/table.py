@@ -280,8 +280,11 @@ def print_sweep(
     """
     skipped = Counter(record.reason for record in records if record.status == "skipped")
     shown = lines([record for record in records if record.reason != "excluded"], compare, anchor)
-    console = print_columns(columns(shown), where, file)
-    _say_what_all_share(console, shown)
+    for machine, of_machine in _by_machine(shown).items():
+        if machine:
+            print(f"on {machine}:", file=file)
+        console = print_columns(columns(of_machine), where, file)
+        _say_what_all_share(console, of_machine)
     records = [line.record for line in shown]
     _say_time_of_agreement(console, records)
     _say_warnings(console, records)
@@ -290,6 +293,19 @@ def print_sweep(
     for record in records:
         if record.status == "failed":
             _say(console, f"failed: {record.reason} (", "red", path=f"{record.directory}/run.log)")
+
+
+def _by_machine(shown: Sequence[Line]) -> dict[str, list[Line]]:
+    """A table for each machine, named where there are several; what did not reach a device is in the first."""
+    names = {line.record.env_id: line.record.environment.get("device_name") for line in shown if line.record.env_id}
+    if len(names) < 2:
+        return {"": list(shown)}
+    first = next(iter(names))
+    tables: dict[str, list[Line]] = {}
+    for line in shown:
+        env_id = line.record.env_id or first
+        tables.setdefault(f"{names[env_id]} ({env_id[:6]})", []).append(line)
+    return tables
 
 
 def _say_warnings(console: Console, records: Sequence[Record]) -> None:

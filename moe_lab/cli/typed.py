@@ -15,7 +15,7 @@ from hydra._internal.utils import get_args_parser
 
 from moe_lab.cli import listing
 from moe_lab.config.schemas import Config
-from moe_lab.config.unread import key_of
+from moe_lab.config.unread import refuse_twice
 from moe_lab.errors import nearest
 
 _DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"  # a web page or a word processor makes them of -
@@ -70,7 +70,7 @@ def read(words: Sequence[str], commands: Mapping[str, object]) -> Typed:
         raise ValueError("--resolve: has no effect; only used with --cfg.")
     overrides = [str(word) for word in given.overrides]
     _refuse_no_override(overrides, commands)
-    _refuse_twice(overrides)
+    refuse_twice(overrides)
     options = list(words)
     for word in overrides:
         options.remove(word)
@@ -162,18 +162,3 @@ def _no_override(word: str, behind: str, then: str, commands: Mapping[str, objec
         return f"{start}; {_ELSEWHERE[word]}."
     near = nearest(word, [*commands, *(f"{group}=" for group in groups)])
     return f"{start} (moe-lab --help lists them).{near}"
-
-
-def _refuse_twice(overrides: Sequence[str]) -> None:
-    """Hydra keeps the last of two values of a key; a word that is not read is a mistake here."""
-    seen: dict[str, str] = {}
-    for word in overrides:
-        if word.startswith("~"):  # ~KEY and +KEY=VALUE replace a node
-            continue
-        key, value = key_of(word), word.partition("=")[2]
-        if key in seen:
-            both = f"{seen[key].partition('=')[2]},{value}"
-            raise ValueError(
-                f"{word}: {key} is given twice ({seen[key]}); remove one, or write {key}={both} with -m for both."
-            )
-        seen[key] = word

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from moe_lab.config import entries, remedies
+from moe_lab.config import entries, remedies, slurm_options
 from moe_lab.config.schemas import (
     AXES,
     CHOICES,
@@ -31,6 +31,7 @@ from moe_lab.config.schemas import (
 )
 from moe_lab.config.unread import key_of, unread
 from moe_lab.errors import nearest
+from moe_lab.records.fields import ENVIRONMENT
 
 MOST_LAYERS = 10_000
 """Far more than any model has: so many modules take minutes to make."""
@@ -167,8 +168,10 @@ def _require_keys(cfg: DictConfig) -> None:
 def _validate_sweep(cfg: DictConfig) -> None:
     sweep = cfg.sweep
     _one_of(cfg, "sweep.stale", CHOICES["sweep.stale"])
-    _one_of(cfg, "sweep.plotly", CHOICES["sweep.plotly"])
-    _at_least(cfg, "sweep.max_cells", 1)
+    for choice in ("sweep.plotly", "sweep.engine"):
+        _one_of(cfg, choice, CHOICES[choice])
+    _at_least(cfg, "sweep.max_cells sweep.slots.cpu sweep.slots.cuda sweep.slots.cpus_each", 1)
+    _validate_places(sweep)
     for key in sweep.compare:
         if key not in GROUPS:
             raise ValueError(
@@ -191,6 +194,34 @@ def _validate_sweep(cfg: DictConfig) -> None:
         raise ValueError(
             f"measure.replicates={cfg.measure.replicates}: replicates need a worker process; remove sweep.worker=false."
         )
+
+
+def _validate_places(sweep: DictConfig) -> None:
+    """Where groups run: what has no effect without the rest."""
+    has_slots = sweep.slots.cpu is not None or sweep.slots.cuda is not None
+    if sweep.engine == "worker":
+        if not sweep.shared:
+            raise ValueError("sweep.shared=false: has no effect; only used with another sweep.engine than worker.")
+        if sweep.slots.cpus_each is not None and not has_slots:
+            raise ValueError(
+                f"sweep.slots.cpus_each={sweep.slots.cpus_each}: has no effect; set sweep.slots.cpu or "
+                "sweep.slots.cuda too."
+            )
+    if sweep.engine == "slurm":
+        slurm_options.check(sweep)
+    if not sweep.worker and (has_slots or sweep.engine != "worker"):
+        key = "sweep.slots" if has_slots else f"sweep.engine={sweep.engine}"
+        raise ValueError(f"{key}: a slot has a worker process; remove sweep.worker=false.")
+    if sweep.require is not None:
+        known = [field.name for field in ENVIRONMENT if field.name != "*"]
+        if not isinstance(sweep.require, DictConfig) or not sweep.require:
+            raise ValueError(
+                f"sweep.require={sweep.require}: must be fields of a record's environment, such as "
+                "{device_name: H200}."
+            )
+        for name in map(str, sweep.require):
+            if name not in known:
+                raise ValueError(f"sweep.require: unknown key {name}; use {', '.join(known)}.{nearest(name, known)}")
 
 
 def _validate_model(cfg: DictConfig) -> None:

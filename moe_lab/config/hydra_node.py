@@ -23,6 +23,8 @@ from moe_lab.config import targets
 
 _CALLBACKS = ("moe_lab.cli.foreign.ForeignLauncher", "hydra.experimental.callbacks.LogJobReturnCallback")
 _PLACES = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "export.dir", "sweep.name")
+_RUN_CODE = ("sweep.slurm.setup", "sweep.slurm.python", "sweep.slurm.options")
+"""Lines of shell, a command, and options of sbatch, of which some name scripts."""
 _PACKAGES = ("hydra.conf", "moe_lab.conf")
 _OF_ANY_SWEEPER = ("params", "max_batch_size")  # these are data
 
@@ -37,6 +39,7 @@ def check(cfg: DictConfig, overrides: Sequence[str]) -> None:
         if node.job.get(key):
             raise ValueError(f"hydra.job.{key}={node.job[key]}: not allowed; set environment variables in the shell.")
     _check_places(cfg, typed)
+    _check_code(cfg, typed)
     _check_callbacks(node)
     for kind in ("launcher", "sweeper"):
         _check_plugin(node, kind, typed)
@@ -102,6 +105,15 @@ def _check_places(cfg: DictConfig, typed: set[str]) -> None:
         for entry in variants:
             for key in entry if isinstance(entry, dict) else ():
                 _check_param(str(key), "sweep.variants")
+
+
+def _check_code(cfg: DictConfig, typed: set[str]) -> None:
+    content = {"sweep": OmegaConf.to_container(cfg.sweep)} if cfg.get("sweep") is not None else {}
+    for key in _RUN_CODE:
+        value = _raw(content, key)
+        parts = [f"{key}.{part}" for part in value] if isinstance(value, dict) else [key] if value else []
+        if untyped := [part for part in parts if not _is_typed(part, typed)]:
+            raise ValueError(f"{untyped[0]}: a YAML must not say what runs in a job; type {key}=... instead.")
 
 
 def _no_place(key: str, value: str) -> str | None:

@@ -130,7 +130,9 @@ def _check_launcher(cfg: DictConfig, overrides: Iterable[str]) -> None:
             f"hydra.launcher.n_jobs={n_jobs}: cells that run at once disturb each other's timing; set "
             "hydra.launcher.n_jobs=1, or leave out hydra/launcher."
         )
-    does = {"sweep.worker": True, "sweep.interleave": False, "sweep.fail_fast": False}
+    does: dict[str, Any] = {"sweep.worker": True, "sweep.interleave": False, "sweep.fail_fast": False}
+    does |= {"sweep.engine": "worker", "sweep.require": None, "sweep.shared": True}
+    does |= dict.fromkeys(("sweep.slots.cpu", "sweep.slots.cuda", "sweep.slots.cpus_each"))
     for override in overrides if launcher._target_ != LAUNCHER else ():
         key = key_of(override)
         if key in does and OmegaConf.select(cfg, key) != does[key]:

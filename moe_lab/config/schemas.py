@@ -26,6 +26,7 @@ EXECUTIONS = ("eager", "compile", "cuda_graph")
 EXPORTS, VIEWS, OPSETS, AXES = ("none", "netron"), ("modules", "flat"), (18, 23), ("batch", "seq_len")
 STALE = ("rerun", "keep", "refuse")
 PLOTLY = ("inline", "directory", "none")
+ENGINES = ("worker", "ray", "slurm")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "workload.load": LOADS,
     "workload.phase": PHASES,
@@ -34,6 +35,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "export.opset": OPSETS,
     "sweep.stale": STALE,
     "sweep.plotly": PLOTLY,
+    "sweep.engine": ENGINES,
     "router.impl": ROUTER_IMPLEMENTATIONS,
     "experts.impl": TRANSFORMERS_EXPERTS,
     "model.implementation": IMPLEMENTATIONS,
@@ -351,6 +353,31 @@ class Export:
 
 
 @dataclass
+class Slots:
+    """How many groups run at once; see conf/config.yaml."""
+
+    cpu: int | None
+    cuda: int | None
+    cpus_each: int | None
+
+
+@dataclass
+class Slurm:
+    """The jobs of `sweep.engine=slurm`; see conf/config.yaml."""
+
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    gres: str | None
+    mem: str | None
+    time: str
+    options: dict[str, Any]
+    setup: list[str]
+    python: str | None
+
+
+@dataclass
 class Sweep:
     """How a multirun goes about its cells; see conf/config.yaml."""
 
@@ -364,6 +391,11 @@ class Sweep:
     timeout_s: float
     stale: str
     retry_failed: bool
+    engine: str
+    slots: Slots
+    slurm: Slurm
+    require: Any
+    shared: bool
     wait: bool
     fail_fast: bool
     max_cells: int

@@ -48,6 +48,12 @@ _RULES = (
         "workload.context_len", lambda c: c.workload.get("phase") == "decode", "only used with workload.phase=decode"
     ),
     _Rule("workload.load", _has_experts, "the model has no layer of experts"),
+    _Rule(
+        "model.timed",
+        lambda c: c.workload.get("load", "native") == "native",
+        "with workload.load other than native no router runs, so the experts alone are timed",
+        is_refused=False,
+    ),
     _Rule("workload.zipf_exponent", lambda c: c.workload.get("load") == "zipf", "only used with workload.load=zipf"),
     _Rule(
         "workload.hot_experts workload.hot_share",
@@ -114,6 +120,7 @@ _RULES = (
         "only used with export=netron",
         is_refused=False,
     ),
+    _Rule("sweep.slurm", lambda c: c.sweep.engine == "slurm", "only used with sweep.engine=slurm"),
     _Rule("sweep.timeout_s", lambda c: c.sweep.worker, "only used with sweep.worker=true"),
 )
 _ONLY_IN_A_SWEEP = _Rule(
@@ -155,3 +162,20 @@ def key_of(override: str) -> str:
     """Where it stands: `router.inner` of `+router@router.inner=soft`, `model.shape` of `model/shape=x`."""
     key = override.lstrip("+~").split("=", 1)[0]
     return key.rpartition("@")[2].replace("/", ".")
+
+
+def refuse_twice(overrides: Iterable[str], *, sweeps: bool = True) -> None:
+    """Raise `ValueError` for a key with two values: Hydra keeps the last, and a word that is not read is a mistake.
+
+    `sweeps`: several values of a key are possible, in a sweep.
+    """
+    seen: dict[str, str] = {}
+    for word in overrides:
+        if word.startswith("~"):  # ~KEY and +KEY=VALUE replace a node
+            continue
+        key = key_of(word)
+        if key in seen:
+            first, second = (text.partition("=")[2] for text in (seen[key], word))
+            for_both = f", or write {key}={first},{second} with -m for both" if sweeps and first != second else ""
+            raise ValueError(f"{word}: {key} is given twice ({seen[key]}); remove one{for_both}.")
+        seen[key] = word

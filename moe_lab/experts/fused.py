@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Self
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts
 from moe_lab.experts.table import Shape
-from moe_lab.experts.tiles import Tiles, tiles_for
+from moe_lab.experts.tiles import Tiles, offered, require_no_empty_piece, tiles_for
 from moe_lab.experts.weights import Clamped, ExpertWeights, Scale, check_scale
 from moe_lab.marks import phase
 from moe_lab.ops import extension, fused_experts
@@ -51,17 +51,23 @@ class Fused(Experts):
     graph_safe = True
     only_plain = False
 
-    def __init__(self, tiles: Tiles | None = None) -> None:
-        """`tiles` are taken for every input; None: by its shape, from what was measured (tiles.py)."""
-        self.tiles = tiles
+    def __init__(self, tiles: Iterable[int] | None = None) -> None:
+        """`tiles` (see `Tiles`) are taken for every input; None: by its shape, from what was measured (tiles.py).
+
+        Raises:
+            ValueError: tiles that the kernels do not offer.
+        """
+        self.tiles = None if tiles is None else offered(tiles)
         self.device_name, self.multiprocessors = "", 0
         self.shape: Shape | None = None
         """Of the layer; None as long as this is of no layer."""
 
     def for_layer(self, weights: ExpertWeights, top_k: int, *, static_k: bool = False) -> Self:
-        """See `Experts`."""
+        """See `Experts`. Raises `ValueError` for chosen tiles that the kernels would change for such a layer."""
         mine = copy.copy(self)
         E, D, F = weights.w_down_EDF.shape
+        if self.tiles is not None:
+            require_no_empty_piece(self.tiles, F)
         mine.shape = Shape(E, top_k, D, F)
         return mine
 

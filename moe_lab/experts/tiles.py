@@ -41,7 +41,7 @@ KINDS = {
 }
 """What the kernels offer, by rows. The first of equally fast choices is taken."""
 
-PIECES = (1, 2, 4, 8)
+PIECES, MOST_PIECES = (1, 2, 4, 8), 64  # that are tried, and at most
 FEW_SLOTS = 512  # that each block sorts for itself, where its kind can; else a kernel sorts them before
 DEPTH = 64  # of the sum, in one step of the kernels' loop; a piece of it has at least one
 
@@ -126,12 +126,42 @@ def gpu_of(device_name: str, multiprocessors: int) -> Gpu:
 
 def candidates(F: int) -> list[Tiles]:
     """All tiles that the kernels offer where no piece of the sum over F is empty."""
-    steps = ceil(F / DEPTH)
-    pieces = [n for n in PIECES if (n - 1) * ceil(steps / n) < steps]
+    pieces = [n for n in PIECES if n == not_empty(n, F)]
     products = [(rows, tokens) for rows, kind in KINDS.items() for tokens in kind.tokens]
     return [
         Tiles(*up, *down, n) for up, down, n in product(products, products, pieces) if n == 1 or KINDS[down[0]].splits
     ]
+
+
+def not_empty(pieces: int, F: int) -> int:
+    """Into how many pieces the kernels split the sum over F if they are asked for so many: all have the same depth."""
+    steps = ceil(F / DEPTH)
+    return ceil(steps / ceil(steps / pieces))
+
+
+def offered(given: Iterable[int]) -> Tiles:
+    """What a person chose. Raises `ValueError` for what the kernels do not offer for any F."""
+    values = tuple(given)
+    what = f"experts.tiles={'-'.join(map(str, values))}"
+    if len(values) != len(Tiles._fields):
+        raise ValueError(f"{what}: must be {', '.join(Tiles._fields)}.")
+    tiles = Tiles(*values)
+    for rows, tokens in (values[:2], values[2:4]):
+        if rows not in KINDS or tokens not in KINDS[rows].tokens:
+            known = [f"{rows} rows by {', '.join(map(str, kind.tokens))} tokens" for rows, kind in KINDS.items()]
+            raise ValueError(f"{what}: must be {', or '.join(known)}.")
+    if not 1 <= tiles.pieces <= MOST_PIECES or (tiles.pieces > 1 and not KINDS[tiles.down_rows].splits):
+        raise ValueError(f"{what}: pieces must be between 1 and {MOST_PIECES}, and 1 where down_rows is 256.")
+    return tiles
+
+
+def require_no_empty_piece(tiles: Tiles, F: int) -> None:
+    """Raise `ValueError` if the kernels would split the sum over F into fewer pieces than were chosen."""
+    if (most := not_empty(tiles.pieces, F)) < tiles.pieces:
+        raise ValueError(
+            f"experts.tiles={'-'.join(map(str, tiles))}: of {tiles.pieces} pieces some would be empty, because "
+            f"mlp_hidden_dim={F} has {ceil(F / DEPTH)} steps of {DEPTH}; use {most}."
+        )
 
 
 def ranked(gpu: Gpu, shape: Shape, T: int, tiles: Iterable[Tiles]) -> list[Tiles]:

@@ -118,10 +118,9 @@ def warnings(contention: dict[str, Any] | None) -> list[str]:
 
 
 def _load_average() -> float | None:
-    """Of the last minute, over the CPUs that this process may use."""
+    """Of the last minute, over the CPUs of the machine: its load is that of all of them."""
     try:
-        n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return os.getloadavg()[0] / n_cpus
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
     except OSError:
         return None
 

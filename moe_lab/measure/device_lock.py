@@ -38,7 +38,7 @@ class DeviceLock:
         self._descriptors: list[int] = []
 
     def __enter__(self) -> DeviceLock:
-        self._folder = _folder(self.device_id)
+        self._folder = folder_of(self.device_id)
         try:
             if self._folder is None:
                 raise OSError("no folder of one's own")
@@ -114,7 +114,7 @@ class DeviceLock:
         self._descriptors, self._own = [], None
 
 
-def _folder(device_id: str) -> Path | None:
+def folder_of(device_id: str) -> Path | None:
     """The folder of a GPU or of all CPUs, the same for all processes of this user; None if it cannot be made.
 
     In a folder of the user's own, so that nobody else can plant a link or hold a lock.

@@ -37,6 +37,10 @@ def capture(device: torch.device) -> dict[str, Any]:
         "compute_capability": f"{properties.major}.{properties.minor}" if properties else None,
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_set": _cpu_set(),
+        "node": platform.node() or None,
+        "job": _slurm_job(),
+        "nice": os.getpriority(os.PRIO_PROCESS, 0) if hasattr(os, "getpriority") else None,
         "threads": torch.get_num_threads(),
         "router_auto": fastest(device) if on_cuda else None,
         "experts_auto": preferred(device) if on_cuda else None,
@@ -51,10 +55,21 @@ def device_id(device: torch.device) -> str:
     """Names what a run has for itself: a GPU by its UUID, or a set of CPUs."""
     if device.type == "cuda":
         return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    return f"{CPUS}_{_cpu_set()}"
+
+
+def _cpu_set() -> str:
+    """The CPUs that this process may use, `0-3_8-8`."""
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     starts = [cpu for cpu in cpus if cpu - 1 not in cpus]
     ends = [cpu for cpu in cpus if cpu + 1 not in cpus]
-    return f"{CPUS}_" + "_".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+    return "_".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+
+
+def _slurm_job() -> str | None:
+    """As `squeue --array` calls the job that this process is in."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def _version(package: str) -> str | None:

@@ -104,7 +104,8 @@ def require(name: str, device: torch.device) -> None:
     try:
         importlib.import_module(_MODULES[name])
     except ImportError as error:
-        raise UnavailableError(f"router.impl={name}: cannot import {name} ({error}); pip install {name}") from error
+        why = " ".join(str(error).split())
+        raise UnavailableError(f"router.impl={name}: cannot import {name} ({why}); pip install {name}") from error
 
 
 def require_computes(name: str, how: Selection, *, bias: bool, gate_bias: bool) -> None:

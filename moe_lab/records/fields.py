@@ -307,9 +307,7 @@ ROOFLINE = (
 )
 
 CONTENTION = (
-    Field(
-        "load_average", float, "1", "load average of the last minute at the start, over the CPUs that the run may use"
-    ),
+    Field("load_average", float, "1", "load average of the last minute at the start, over the CPUs of the host"),
     Field("other_cpu", float, "1", "share of these CPUs that other processes used during the timing"),
     Field("steal", float, "1", "share of these CPUs that the hypervisor gave to others during the timing"),
     Field("other_runs", int, "runs", "other runs of moe-lab on the same device during the timing, at most at once"),
@@ -327,6 +325,12 @@ ENVIRONMENT = (
     Field("device_memory_mb", float, "MB", "of the GPU"),
     Field("cpu", str, "", "name of the processor"),
     Field("cpus", int, "CPUs", "CPUs that the process may use"),
+    Field("cpu_set", str, "", "which CPUs these are, for example `0-3_8-8`; a slot of a sweep has its own"),
+    Field("node", str, "", "name of the host"),
+    Field(
+        "job", str, "", "number of the Slurm job in which the run was; its log is `.slurm/JOB_0_log.out` of the sweep"
+    ),
+    Field("nice", int, "", "niceness of the process; above 0 others on its CPUs go before it"),
     Field("threads", int, "threads", "number of torch threads"),
     Field("router_auto", str, "", "implementation that `router.impl=auto` prefers on this GPU; missing on a CPU"),
     Field("experts_auto", str, "", "implementation that `experts=auto` prefers on this GPU; missing on a CPU"),

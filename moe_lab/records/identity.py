@@ -44,6 +44,8 @@ _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 _TABLES = ("choices/*.json",)  # of the package alone: by what experts=auto chooses
 # Rooms of the package that only talk to people or read results: no run executes them.
 _NOT_RUN = ("api", "cli", "results")
+# Folders that lie in the package once it is installed and beside it in a checkout; so the place changes no code_id.
+_MAPPED = ("assets", "conf", "kernels")
 ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")
 # What `auto` means there; a result made by another choice is stale.
 _ENV_FIELDS_OF_A_GPU = ("router_auto", "experts_auto")
@@ -57,10 +59,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(_as_json(value).encode()).hexdigest()[:12]
 
 
-def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+def content(config: DictConfig | Mapping[str, Any], *, with_later: bool = False) -> dict[str, Any]:
     """Everything in a configuration (composed, or a record's `config`) that changes the result.
 
-    What the model does not read is left out.
+    What the model does not read is left out, and so is, unless `with_later`, what would change old cell_ids.
     """
     plain: Any = config
     if isinstance(config, DictConfig):
@@ -87,6 +89,8 @@ def content(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
             workload["path"] = inputs.text_id(workload["path"])
         if workload.get("phase") != "decode":
             workload.pop("context_len", None)
+    if with_later:
+        return found
     for dotted in sorted(_LATER, key=lambda dotted: -dotted.count(".")):  # the keys of a group before the group
         found = _without(found, dotted, _LATER[dotted])
     return {key: _router_without_later(value) if key == "router" else value for key, value in found.items()}
@@ -202,8 +206,7 @@ def _package_code_id() -> str:
     import moe_lab.kernels  # installed, it lies in the package; in a checkout, beside it
 
     kernels = Path(next(iter(moe_lab.kernels.__path__)))
-    roots = [PACKAGE] if PACKAGE in kernels.parents else [PACKAGE, kernels]
-    return _hash_files(roots, _NOT_RUN, (*_SOURCES, *_TABLES))
+    return _hash_files([PACKAGE, kernels], (*_NOT_RUN, *_MAPPED), (*_SOURCES, *_TABLES))
 
 
 def code_id(plugin_dirs: Iterable[Path] = ()) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ _STALE = "stale-"
 _OF_A_SWEEP = (
     *(store.PLAN, "multirun.yaml", "worker.log", ".lock", "plots", "report.html", "plotly.min.js", "runs.csv"),
     *("runs.parquet", "summary.csv", "summary.parquet", "samples.parquet", "coactivation.parquet", "unreadable.csv"),
-    ".aggregate.parquet",
+    *(".aggregate.parquet", ".slots", ".slurm"),
 )
 
 
@@ -39,21 +39,20 @@ class Leftover(NamedTuple):
         return sum(_size(path) for path in self.paths)
 
 
-def find(root: Path, *, failed: bool, stale: bool, before: datetime | None) -> Iterator[Leftover]:
+def find(
+    root: Path, *, failed: bool, stale: bool, before: datetime | None, unreadable: Callable[[OSError], object]
+) -> Iterator[Leftover]:
     """What could go below `root`, by path.
 
     Args:
         failed: runs without a result: failed, interrupted, killed.
         stale: earlier results that were set aside (`stale-*`) and files that could not be read, beside one that is ok.
         before: runs that began before this, whatever came of them.
+        unreadable: is told of each folder that cannot be listed.
 
-    Links are not followed. Raises `OSError` if a folder cannot be listed.
+    Links are not followed.
     """
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    for name, folders, names in os.walk(root, onerror=stop):
+    for name, folders, names in os.walk(root, onerror=unreadable):
         folders.sort()
         folder = Path(name)
         record = None
@@ -96,8 +95,12 @@ def remove(leftover: Leftover) -> list[str]:
 
 
 def remove_empty_sweep(folder: Path) -> bool:
-    """Remove a sweep's own files if no record is left in it, and its folder if nothing else is. Whether that was so."""
-    if next(folder.rglob(store.RESULT), None) is not None:
+    """Remove a sweep's own files if no record is left in it, and its folder if nothing else is. Whether that was so.
+
+    What lies in a folder that cannot be listed nobody knows, so it counts as a record.
+    """
+    unreadable: list[OSError] = []
+    if any(store.RESULT in names for _, _, names in os.walk(folder, onerror=unreadable.append)) or unreadable:
         return False
     _remove(folder, [folder / name for name in _OF_A_SWEEP])
     return True

@@ -99,6 +99,23 @@ def matches(content: Mapping[str, Any], partial: Mapping[str, Any]) -> bool:
     return all(_has(content, str(key), wanted) for key, wanted in partial.items())
 
 
+def missing_key(
+    contents: Sequence[Mapping[str, Any]], partial: Mapping[str, Any], above: tuple[str, ...] = ()
+) -> tuple[str, list[str]] | None:
+    """The first key of a partial configuration that no content has, and those that stand at its place."""
+    for key, wanted in partial.items():
+        path = (*above, *str(key).replace("/", ".").split("."))
+        nodes: list[Any] = list(contents)
+        for depth, name in enumerate(path):
+            beside = [node for node in nodes if isinstance(node, Mapping)]
+            nodes = [node[name] for node in beside if name in node]
+            if not nodes:
+                return ".".join(path[: depth + 1]), sorted({str(known) for node in beside for known in node})
+        if isinstance(wanted, Mapping) and (found := missing_key(contents, wanted, path)):
+            return found
+    return None
+
+
 def _has(content: Any, key: str, wanted: Any) -> bool:
     if not isinstance(content, Mapping):
         return False

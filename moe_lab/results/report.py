@@ -27,7 +27,7 @@ from moe_lab.results.figures import figures
 from moe_lab.results.load import UNREADABLE_BECAUSE, Plan, one_line, read_plan
 from moe_lab.results.numbers import bits_per_byte, error, four, interval, ratio, short
 from moe_lab.results.panels import FILE_PANELS
-from moe_lab.results.settings import describe
+from moe_lab.results.settings import describe, machines
 from moe_lab.results.subject import facts
 from moe_lab.results.verdicts import Verdict, verdicts
 
@@ -35,7 +35,7 @@ REPORT, PLOTLY_FILE = "report.html", "plotly.min.js"
 TABLES = ("runs.csv", "runs.parquet", "summary.csv", "samples.parquet", "coactivation.parquet", "unreadable.csv")
 
 # Columns of `runs` that stand in the table only where they differ between its rows.
-_WHAT = ("model", "workload", "device", "dtype", "router", "experts", "execution", "seed", "environment.device_name")
+_WHAT = ("model", "workload", "device", "dtype", "router", "experts", "execution", "seed")
 # Heading and column of what was measured beside latency and quality, and how it is written; left out where no cell
 # has it.
 _MEASURED = (
@@ -168,14 +168,24 @@ def _by_group(summary: pd.DataFrame) -> dict[str, list[Verdict]]:
 
 def _table(runs: pd.DataFrame, compare: Sequence[str]) -> Table:
     """By setting, in each the anchor first; what is compared stands in the variant's name."""
-    beside = runs.assign(setting=describe(runs), other=~runs["cell_id"].isin(runs["ratio_to_anchor.anchor"]))
-    runs = runs.loc[
-        beside.sort_values(["model", "batch", "seq_len", "setting", "other", "variant"], kind="stable").index
-    ]
+    runs = runs.assign(machine=machines(runs))
+    followers = ~runs["cell_id"].isin(runs["ratio_to_anchor.anchor"])
+    beside = runs.assign(setting=describe(runs), other=followers, unknown=runs["machine"] == "")
+    order = [
+        "unknown",
+        "machine",
+        "model",
+        "batch",
+        "seq_len",
+        "setting",
+        "other",
+        "variant",
+    ]  # one machine after the other
+    runs = runs.loc[beside.sort_values(order, kind="stable").index]
     config = [str(name) for name in runs if str(name).startswith("config.")]
     others = [name for name in (*_WHAT, *config) if name.removeprefix("config.").split(".")[0] not in compare]
     differ = [name for name in others if runs[name].astype(str).nunique() > 1]
-    columns = [(name, name) for name in ("status", "variant", "batch", "seq_len")]
+    columns = [(name, name) for name in ("machine", "status", "variant", "batch", "seq_len")]
     columns += [(name.removesuffix(".name").rsplit(".", 1)[-1], name) for name in differ]
     fields = {head: [_field(value) for value in runs[name].astype(object)] for head, name in columns}
     rows = runs[[str(name) for name in runs if str(name).startswith(_OF_FIRST)]].to_dict("records")

@@ -27,7 +27,7 @@ def parts(frame: pd.DataFrame, without: Collection[str] = ()) -> list[dict[str, 
     for key, text in _differing(frame):
         if key not in without:
             columns[key] = (text if key in OPTIONS else (_last(key) + "=" + text).where(text != "", "")).tolist()
-    columns["machine"] = _machines(frame).str.removeprefix(", ").tolist()
+    columns["machine"] = machines(frame).tolist()
     rows = zip(*columns.values(), strict=True)
     return [{key: text for key, text in zip(columns, row, strict=True) if text} for row in rows]
 
@@ -50,7 +50,7 @@ def _differing(frame: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
 def places(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """For each row the values of the keys in which the settings differ, and of the machine: see `regions`."""
     columns = {key: frame[key].astype(object).tolist() for key, _ in _differing(frame)}
-    columns["machine"] = _machines(frame).str.removeprefix(", ").tolist()
+    columns["machine"] = machines(frame).tolist()
     rows = zip(*columns.values(), strict=True)
     return [{key: _value(value) for key, value in zip(columns, row, strict=True)} for row in rows]
 
@@ -61,7 +61,7 @@ def _value(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _machines(frame: pd.DataFrame) -> pd.Series:
+def machines(frame: pd.DataFrame) -> pd.Series:
     """Where the records are of several machines, which; with the start of `env_id` where the device does not tell."""
     device, env_id = (_texts(frame[key]) for key in ("environment.device_name", "env_id"))
     known = env_id != ""
@@ -69,7 +69,7 @@ def _machines(frame: pd.DataFrame) -> pd.Series:
         return pd.Series("", index=frame.index, dtype=object)
     if device[known].nunique() < env_id[known].nunique():
         device = (device + " " + env_id.str[:6]).str.strip()
-    return (", " + device).where(known, "")
+    return device.where(known, "")
 
 
 def sizes(frame: pd.DataFrame) -> list[str]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
@@ -20,13 +20,18 @@ from moe_lab.config.unread import key_of
 from moe_lab.errors import UnavailableError
 from moe_lab.records import files, store
 from moe_lab.records.schema import Record
+from moe_lab.sweep import places, session
 from moe_lab.sweep import plan as planning
-from moe_lab.sweep import session
 from moe_lab.sweep.engine import Engine, Worker, WorkerLostError
 from moe_lab.sweep.in_process import InProcess
+from moe_lab.sweep.kinds import Kinds
 from moe_lab.sweep.lock import LOCK, OWNER, Lock
 from moe_lab.sweep.plan import Plan
 from moe_lab.sweep.session import Progress
+from moe_lab.sweep.standing import FOLDER
+
+if TYPE_CHECKING:
+    from moe_lab.sweep.pool import Pool
 
 LOG = "worker.log"
 current: Multirun | None = None
@@ -47,11 +52,19 @@ class Multirun:
             left.unlink()
         elif left.exists() and not left.is_file():
             files.set_aside(left)
+        self.pool: Pool | None = None
         self.engine: Engine = InProcess()
-        if config.sweep.worker:
+        if places.has_slots(config.sweep):
+            try:
+                self.pool = places.open_pool(config.sweep, self.directory, progress.say)
+            except BaseException:
+                self.close()
+                raise
+        elif config.sweep.worker:
             worker = Worker(self.directory / LOG)
             worker.start()
             self.engine = worker
+        self.asked = Kinds(self.pool or places.OnlyOne(self.engine), config.sweep.require)
 
     def run(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[float]:
         """Plan and run the jobs; the median latency of each (ms), NaN where there is none."""
@@ -59,7 +72,13 @@ class Multirun:
         self.plan = added if self.plan is None else _joined(self.plan, added)
         session.write_plan(self.plan)
         self.progress.announce(self.plan)
-        records = {record.cell_id: record for record in session.execute(added, self.engine, self.progress)}
+        if self.pool is not None:
+            from moe_lab.sweep import spread
+
+            done = spread.execute(added, self.pool, self.progress)
+        else:
+            done = session.execute(added, self.engine, self.progress)
+        records = {record.cell_id: record for record in done}
         return [_p50(records.get(cell_id)) for cell_id in added.jobs]
 
     def announce(self, how: str) -> None:
@@ -72,9 +91,11 @@ class Multirun:
     def _make(self, jobs: Iterator[tuple[DictConfig, list[str], Path]], *, is_first: bool = True) -> Plan:
         try:
             typed = self.composer.typed if is_first else None
-            return planning.make(jobs, self.directory, self.engine, self.words, typed)
+            plan = planning.make(jobs, self.directory, self.asked, self.words, typed)
         except WorkerLostError as lost:
             raise UnavailableError(f"the worker process could not start ({lost}); see {self.directory / LOG}") from lost
+        plan.kinds = self.asked.content() if self.pool is not None else []
+        return plan
 
     def records(self) -> list[Record]:
         """What is known of every cell."""
@@ -83,9 +104,14 @@ class Multirun:
     def close(self) -> None:
         """End the worker and give the folder free. Without a plan nothing happened, and nothing is left behind."""
         self.engine.close()
+        if self.pool is not None:
+            self.pool.close()
         self._lock.release()
         if self.plan is None:
             with suppress(OSError):  # there is more in it: results of an earlier sweep; or it became read-only
+                for log in (self.directory / FOLDER).glob("*.log"):
+                    log.unlink()
+                store.remove_empty([self.directory / FOLDER])
                 for name in (LOCK, OWNER, "multirun.yaml"):
                     (self.directory / name).unlink(missing_ok=True)
                 log = self.directory / LOG

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.config import targets
 from moe_lab.config.checks import check_overrides, is_whole, validate
 from moe_lab.config.unread import key_of, unread
+from moe_lab.errors import nearest
 from moe_lab.records import files, identity, inputs, store, variants
 from moe_lab.records.schema import NOT_ENDED, Record
 from moe_lab.sweep import folders
-from moe_lab.sweep.engine import Engine, WorkerLostError
+from moe_lab.sweep.engine import WorkerLostError
+
+
+class Asked(Protocol):
+    """Who answers for the machines: an engine, or `kinds.Kinds`."""
+
+    def call(self, step: str, *arguments: Any) -> Any:
+        """See `Engine.call`."""
+        ...
+
 
 Status = Literal["to do", "done", "stale", "skipped", "excluded"]
 _IMPOSSIBLE = "impossible: "
+_SAID = ("model.timed",)
+"""Of what is not read and no mistake: where all variants of a setting do not read it. Sizes that one router does not
+read stay, so that this router stands beside the others."""
 
 
 @dataclass
@@ -33,11 +47,15 @@ class Cell:
     """Resolved, as it will stand in the record."""
     content: dict[str, Any]
     """What of it changes the result."""
+    described: dict[str, Any]
+    """The same with the keys that old cell_ids lack: what `sweep.exclude` and `sweep.anchor` are compared with."""
     code_id: str
     setting_id: str
     variant: str = ""
     environment: dict[str, Any] = field(default_factory=dict)
     env_id: str | None = None
+    env_ids: list[str | None] = field(default_factory=list)
+    """Of all kinds of slots that can run it; a result of one of them is current."""
     device_id: str | None = None
     """What it has for itself while it is timed (`measure.device_lock`)."""
     available_bytes: int | None = None
@@ -81,6 +99,8 @@ class Plan:
     """Cells of the command left out because another one is the same."""
     jobs: list[str] = field(default_factory=list)
     """The cell_id of each job of the command."""
+    kinds: list[dict[str, Any]] = field(default_factory=list)
+    """The kinds of slots, and what they answered; see `kinds.Kinds.content`."""
     builds_extension: bool = False
     """Whether a cell compiles the extension first."""
     without_effect: list[str] = field(default_factory=list)
@@ -89,7 +109,7 @@ class Plan:
     def matching(self, partial: Mapping[str, Any], or_excluded: bool = False) -> list[Cell]:
         """The cells that a partial configuration matches."""
         cells = (cell for cell in self.cells if or_excluded or cell.status != "excluded")
-        return [cell for cell in cells if variants.matches(cell.content, partial)]
+        return [cell for cell in cells if variants.matches(cell.described, partial)]
 
     def to_run(self) -> list[Cell]:
         """The cells that the sweep is to run."""
@@ -100,7 +120,7 @@ class Plan:
         partial = self.sweep["anchor"] or {}
         members = (cell for cell in self.cells if cell.setting_id == setting_id)
         possible = [cell for cell in members if cell.runs or cell.is_ok]
-        return next((cell for cell in possible if variants.matches(cell.content, partial)), None)
+        return next((cell for cell in possible if variants.matches(cell.described, partial)), None)
 
     def write(self) -> None:
         """Write `plan.json`, before the first cell runs."""
@@ -112,6 +132,9 @@ class Plan:
             "plotly": self.sweep["plotly"],
             "anchor": self.sweep["anchor"],
             "cells_equal_to_another": self.n_equal,
+            "engine": self.sweep["engine"],
+            "n_slots": dict(self.sweep["slots"]),
+            "kinds": self.kinds,
             "cells": [
                 {
                     "cell_id": cell.cell_id,
@@ -120,7 +143,9 @@ class Plan:
                     "reason": cell.reason,
                     "variant": cell.variant,
                     "setting_id": cell.setting_id,
+                    "code_id": cell.code_id,
                     "env_id": cell.env_id,
+                    "env_ids": cell.env_ids,
                     "implementation": cell.implementation,
                 }
                 for cell in self.cells
@@ -132,7 +157,7 @@ class Plan:
 def make(
     composed: Iterable[tuple[DictConfig, Sequence[str], Path]],
     directory: Path,
-    engine: Engine,
+    engine: Asked,
     command: list[str],
     typed: Collection[str] | None = None,
 ) -> Plan:
@@ -151,13 +176,14 @@ def make(
     for cell, label in zip(cells, variants.labels([cell.content for cell in cells], sweep["compare"]), strict=True):
         cell.variant = label
         mappings = [partial for partial in sweep["exclude"] if isinstance(partial, Mapping)]  # another is a mistake
-        if any(variants.matches(cell.content, partial) for partial in mappings):
+        if any(variants.matches(cell.described, partial) for partial in mappings):
             cell.status, cell.reason = "excluded", "excluded"
     _refuse_impossible(cells)  # before anybody is asked
     _skip_too_large(cells, engine)  # before a part of one is made
     builds = False
     for cell, seen in _look([cell for cell in cells if cell.runs], engine):
         cell.environment, cell.env_id = seen["env"], seen["env_id"]
+        cell.env_ids = seen["env_ids"] if "env_ids" in seen else [seen["env_id"]]
         cell.device_id, cell.available_bytes = seen["device_id"], seen["available_bytes"]
         cell.implementation = seen["implementation"]
         builds = builds or (seen["builds"] and seen["skip"] is None)
@@ -166,7 +192,7 @@ def make(
         else:
             judge(cell, sweep)
     _refuse_impossible(cells)
-    plan = Plan(directory, cells, sweep, command, n_equal, jobs, builds)
+    plan = Plan(directory, cells, sweep, command, n_equal, jobs, builds_extension=builds)
     if typed is not None:
         plan.without_effect = _without_effect(plan, unread_everywhere, typed)
     _refuse_stale(plan)
@@ -178,14 +204,28 @@ def _without_effect(plan: Plan, unread_everywhere: Mapping[str, str], typed: Col
     lines = dict(unread_everywhere)
     if (anchor := plan.sweep.get("anchor")) and plan.matching(anchor) == []:
         lines["sweep.anchor"] = (
-            f"sweep.anchor={json.dumps(anchor)}: no cell of the sweep is like this; name one, or set "
-            "sweep.anchor=null (then the first variant is the anchor)."
+            f"sweep.anchor={json.dumps(anchor)}: {_why_none(plan, anchor)}; name one, or set sweep.anchor=null (then "
+            "the first variant is the anchor)."
         )
     for key, line in lines.items():
         if any(one == key or one.startswith(f"{key}.") for one in typed):
             raise ValueError(line)
     excluded = [partial for partial in plan.sweep["exclude"] if plan.matching(partial, or_excluded=True) == []]
-    return [*lines.values(), *(f"sweep.exclude={json.dumps(p)}: no cell of the sweep is like this." for p in excluded)]
+    return [*lines.values(), *(f"sweep.exclude={json.dumps(p)}: {_why_none(plan, p)}." for p in excluded)]
+
+
+def _why_none(plan: Plan, partial: Mapping[str, Any]) -> str:
+    """Why no cell matches."""
+    missing = variants.missing_key([cell.described for cell in plan.cells], partial)
+    if missing is None:
+        return "no cell of the sweep is like this"
+    key, beside = missing
+    where, _, word = key.rpartition(".")
+    if near := nearest(word, beside).removeprefix(" Did you mean ").removesuffix("?"):
+        known = f"nearest: {key.removesuffix(word)}{near}"
+    else:
+        known = f"{where or 'a cell'}: {', '.join(name for name in beside if name != '_target_') or 'none'}"
+    return f"no cell of the sweep has a key {key} that changes its result ({known})"
 
 
 def _cells(
@@ -212,28 +252,46 @@ def _cells(
                 raise
         container = plain(cfg)
         content = identity.content(container)
-        cell_id = identity.digest(content)
-        jobs.append(cell_id)
-        if cell_id in cells:
-            if _reference(cells[cell_id].config) != _reference(container):
+        said = unread(cfg, overrides, in_a_sweep=True, only_refused=False)
+        not_read = {*here, *(key for key in _SAID if key in said)}
+        # What a cell with a mistake computes nobody knows.
+        computes = identity.digest(_without(content, not_read) if mistake is None else content)
+        if computes in cells:
+            if _reference(cells[computes].config) != _reference(container):
                 raise ValueError(
                     "measure.reference_router: a sweep can have only one reference router; use another sweep.name for "
                     "the other one."
                 )
+            jobs.append(cells[computes].cell_id)
             continue
         sweep = sweep or container["sweep"]
-        cells[cell_id] = Cell(
-            cell_id=cell_id,
+        cells[computes] = Cell(
+            cell_id=identity.digest(content),
             directory=directory,
             config=container,
             content=content,
+            described=identity.content(container, with_later=True),
             code_id=identity.code_id(targets.folders_of(cfg)),
             setting_id=variants.setting_id(content, container["sweep"]["compare"]),
         )
+        jobs.append(cells[computes].cell_id)
         if mistake is not None:
-            cells[cell_id].status, cells[cell_id].reason = "skipped", f"{_IMPOSSIBLE}{mistake}"
+            cells[computes].status, cells[computes].reason = "skipped", f"{_IMPOSSIBLE}{mistake}"
     unread_everywhere = {key: line for key, line in unread_somewhere.items() if key not in read}
     return list(cells.values()), len(jobs) - len(cells), jobs, sweep, unread_everywhere
+
+
+def _without(content: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A content without keys that the cell does not read: what tells two cells apart."""
+    found = copy.deepcopy(dict(content))
+    for key in keys:
+        node: Any = found
+        *above, name = key.split(".")
+        for group in above:
+            node = node.get(group) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.pop(name, None)
+    return found
 
 
 def _refuse_impossible(cells: Sequence[Cell]) -> None:
@@ -243,7 +301,7 @@ def _refuse_impossible(cells: Sequence[Cell]) -> None:
         raise ValueError(reasons[0].removeprefix(_IMPOSSIBLE))
 
 
-def _skip_too_large(cells: Sequence[Cell], engine: Engine) -> None:
+def _skip_too_large(cells: Sequence[Cell], engine: Asked) -> None:
     """Skip what does not fit into the memory. What has run before is not refused: it may be done."""
     asked = [cell for cell in cells if cell.runs]
     for cell, reason in zip(asked, engine.call("refusals", [cell.config for cell in asked]), strict=True):
@@ -258,7 +316,7 @@ def _has_run(cell: Cell) -> bool:
         return False
 
 
-def _look(cells: Sequence[Cell], engine: Engine) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def _look(cells: Sequence[Cell], engine: Asked) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Each cell with what the engine says of it; sizes of the input change nothing there, so it is asked once."""
     keys = []
     for cell in cells:
@@ -269,7 +327,7 @@ def _look(cells: Sequence[Cell], engine: Engine) -> Iterator[tuple[Cell, dict[st
     return ((cell, seen[key]) for cell, key in zip(cells, keys, strict=True))
 
 
-def _seen(configs: Sequence[Mapping[str, Any]], engine: Engine) -> list[dict[str, Any]]:
+def _seen(configs: Sequence[Mapping[str, Any]], engine: Asked) -> list[dict[str, Any]]:
     """What the engine says of each; of one whose parts end its process only the device, for building it will tell."""
     try:
         return list(engine.call("look", configs))
@@ -300,9 +358,12 @@ def judge(cell: Cell, sweep: Mapping[str, Any]) -> None:
         cell.reason = "the record cannot be read"
         return
     named = ("configuration", "code", "machine")
-    there = (record.cell_id, record.code_id, record.env_id or cell.env_id)  # null: it failed before it looked
-    here = (cell.cell_id, cell.code_id, cell.env_id)
-    different = [name for name, old, new in zip(named, there, here, strict=True) if old != new]
+    is_current = (
+        record.cell_id == cell.cell_id,
+        record.code_id == cell.code_id,
+        record.env_id is None or record.env_id in cell.env_ids,  # null: it failed before it looked
+    )
+    different = [name for name, same in zip(named, is_current, strict=True) if not same]
     if record.status == "skipped" or (record.reason or "").startswith(NOT_ENDED):
         cell.reason = f"previous run: {record.reason}"
     elif different and sweep["stale"] != "keep":
@@ -365,23 +426,3 @@ def groups(plan: Plan) -> list[list[Cell]]:
         return models.setdefault(identity.digest(parts), len(models))
 
     return sorted(together.values(), key=model_of)
-
-
-def expected_seconds(plan: Plan) -> tuple[float, bool]:
-    """(seconds that the cells to run will take, whether that is from earlier records or the bound of `measure`)."""
-    known: dict[str, list[float]] = {}
-    for cell in plan.cells:
-        try:
-            record = store.read_record(cell.directory)
-        except (FileNotFoundError, ValueError):
-            continue
-        if record.status == "ok" and record.elapsed_s is not None:
-            known.setdefault(identity.digest(cell.content["model"]), []).append(record.elapsed_s)
-    seconds, all_known = 0.0, True
-    for cell in plan.to_run():
-        of_model = known.get(identity.digest(cell.content["model"]))
-        measure = cell.config["measure"]
-        all_known = all_known and of_model is not None
-        each = sum(of_model) / len(of_model) if of_model else measure["warmup_s"] + measure["max_time_s"]
-        seconds += each * measure["replicates"]
-    return seconds, all_known

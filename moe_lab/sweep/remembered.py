@@ -55,7 +55,7 @@ class Remembered(Worker):
                 return [refusal(config, Host()) for config in configs]  # by arithmetic, from what is free now
             return super().call(step, *arguments, timeout_s=timeout_s)
         assert step == "look", step
-        files_of = [_file([step, rest, *_parts(config)]) if _is_of_a_cpu(config) else None for config in configs]
+        files_of = [_file([step, rest, *parts_of(config)]) if _is_of_a_cpu(config) else None for config in configs]
         answers = [_known(file) for file in files_of]
         unknown = [number for number, answer in enumerate(answers) if answer is None]
         if unknown:
@@ -76,7 +76,7 @@ def kept(parts: Sequence[Any], ask: Callable[[], Any]) -> Any:
     return answer
 
 
-def _parts(config: Mapping[str, Any]) -> list[Any]:
+def parts_of(config: Mapping[str, Any]) -> list[Any]:
     """What of a configuration decides whether it can run, and its code."""
     plugins = targets.folders_of(OmegaConf.create(dict(config)))
     same = ("seed",) if plugins else ("seed", "batch", "seq_len")  # a plug-in may choose its kernels by their size

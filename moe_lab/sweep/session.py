@@ -11,6 +11,9 @@ from moe_lab.records.schema import Record
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep.engine import Engine
 from moe_lab.sweep.plan import Cell, Plan
+from moe_lab.sweep.standing import Board
+
+_SLOT = "worker"
 
 
 class Reporter(Protocol):
@@ -25,10 +28,16 @@ class Reporter(Protocol):
     def say(self, text: str, style: str | None = None) -> None:
         """Show a line."""
 
-    def step(self, name: str, step: str) -> None:
-        """A cell comes to a step."""
+    def step(self, name: str, step: str, slot: str | None = None, group: int | None = None) -> None:
+        """A cell of a group comes to a step; the slot, where there are several."""
 
-    def end(self, name: str, record: Record) -> None:
+    def idle(self, slot: str) -> None:
+        """A slot has nothing to do."""
+
+    def gone(self, slot: str) -> None:
+        """A slot is out of service."""
+
+    def end(self, name: str, record: Record, slot: str | None = None) -> None:
         """A cell ended, one way or another."""
 
 
@@ -38,8 +47,11 @@ class Progress(Protocol):
     def announce(self, plan: Plan, how: str | None = None) -> None:
         """Say what is going to happen; `how` of another launcher."""
 
-    def reporter(self, n_cells: int) -> Reporter:
-        """Who is told of this many cells."""
+    def say(self, text: str) -> None:
+        """Show a line."""
+
+    def reporter(self, n_cells: int, slots: Sequence[str] = ()) -> Reporter:
+        """Who is told of this many cells, and of these slots where there are several."""
         ...
 
 
@@ -72,9 +84,9 @@ def execute(plan: Plan, engine: Engine, progress: Progress) -> list[Record]:
         OSError: a record cannot be written.
         KeyboardInterrupt: Ctrl-C, after what was there was written.
     """
-    with progress.reporter(len(plan.to_run())) as reporter:
-        for group in planning.groups(plan):
-            _run_group(plan, group, engine, reporter)
+    with progress.reporter(len(plan.to_run())) as reporter, Board(plan.directory) as board:
+        for number, group in enumerate(planning.groups(plan), start=1):
+            _run_group(plan, number, group, engine, reporter, board)
             if plan.sweep["fail_fast"] and reporter.n_failed:
                 left = reporter.n_cells - reporter.n_done
                 reporter.say(f"sweep.fail_fast=true: {left} cells were not run", "red")
@@ -82,8 +94,19 @@ def execute(plan: Plan, engine: Engine, progress: Progress) -> list[Record]:
     return records(plan.cells)
 
 
-def _run_group(plan: Plan, cells: Sequence[Cell], engine: Engine, reporter: Reporter) -> None:
+def _run_group(
+    plan: Plan, number: int, cells: Sequence[Cell], engine: Engine, reporter: Reporter, board: Board
+) -> None:
     from moe_lab.sweep import timing  # imports numpy, for which `moe-lab plan` does not wait
+
+    def on_step(cell: Cell, step: str) -> None:
+        board.at(_SLOT, number, cell.directory.name, step)
+        reporter.step(short_name(cell), step)
+
+    def on_end(cell: Cell) -> None:
+        record = store.read_record(cell.directory)
+        board.ended(_SLOT, is_failed=record.status == "failed")
+        reporter.end(cell.directory.name, record)
 
     anchor = plan.anchor_of(cells[0].setting_id) if plan.sweep["interleave"] else None
     group = timing.Group(
@@ -92,8 +115,8 @@ def _run_group(plan: Plan, cells: Sequence[Cell], engine: Engine, reporter: Repo
         engine,
         timeout_s=plan.sweep["timeout_s"],
         wait=plan.sweep["wait"],
-        on_step=lambda cell, step: reporter.step(_short_name(cell), step),
-        on_end=lambda cell: reporter.end(cell.directory.name, store.read_record(cell.directory)),
+        on_step=on_step,
+        on_end=on_end,
     )
     try:
         group.run()
@@ -103,7 +126,8 @@ def _run_group(plan: Plan, cells: Sequence[Cell], engine: Engine, reporter: Repo
         raise
 
 
-def _short_name(cell: Cell) -> str:
+def short_name(cell: Cell) -> str:
+    """What tells a cell from others at a glance."""
     sizes = [f"{key}={cell.content[key]}" for key in ("batch", "seq_len") if key in cell.content]
     return " ".join([cell.variant, *sizes])
 

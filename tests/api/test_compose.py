@@ -14,6 +14,15 @@ CASES = [
     pytest.param(["batch=[1,8]"], "write batch=1,8 with moe_lab.multirun.", id="a-list"),
     pytest.param(["sweep.name=x"], "only used in a sweep (moe_lab.multirun).", id="a-key-of-a-sweep"),
     pytest.param(["-m", "batch=1"], "-m: an option of the command line; in Python -m is moe_lab.multirun", id="option"),
+    pytest.param(
+        ["batch=1", "router=sinkhorn", "batch=2"],
+        "batch=2: batch is given twice (batch=1); remove one, or write batch=1,2 with moe_lab.multirun for both.",
+        id="twice",
+    ),
+    pytest.param(
+        ["model/shape=demo", "model.shape=x"], "model.shape is given twice (model/shape=demo); rem", id="node"
+    ),
+    pytest.param(["dtype=fp32", "+dtype=fp32"], "dtype is given twice (dtype=fp32); remove one.", id="the-same-twice"),
     pytest.param("batch=1", "must be a list of overrides, such as ['batch=1'].", id="a-text"),
 ]
 

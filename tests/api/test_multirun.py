@@ -187,3 +187,9 @@ def test_in_a_thread(tmp_path: Path) -> None:
         refused is not None
         and [read_record(path).status for path in map(Path, (str(o.directory) for o in found[0]))] == ["ok"] * 4
     )
+
+
+def test_a_folder_that_is_given_twice_is_a_mistake(tmp_path: Path) -> None:
+    """As an argument and in the command line's language."""
+    with pytest.raises(ValueError, match=r"hydra\.sweep\.dir is given twice \(hydra\.sweep\.dir=x\); remove one\.$"):
+        moe_lab.multirun(["hydra.sweep.dir=x", "batch=1,2"], directory=tmp_path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from moe_lab.cli.clean import size
 from moe_lab.cli.main import main
 from moe_lab.records.held import held
+from moe_lab.records.leftovers import remove_empty_sweep
 from moe_lab.sweep.lock import Lock
 from tests.records.test_leftovers import put
 
@@ -76,6 +80,68 @@ def test_what_is_in_use_is_kept(root: Path, capsys: pytest.CaptureFixture[str]) 
     sweep.release()
     assert text.count("kept: it is in use") == 3 and "0 of 3 removed" in text
     assert (root / "s" / "bad" / "result.json").exists() and (root / "runs" / "lost" / "result.json").exists()
+
+
+@pytest.fixture
+def nobody(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In `root`, as somebody who is not root and has these files: root reads everything."""
+    monkeypatch.chdir(root)
+    main(["clean", "."])  # all is imported
+    is_root = os.geteuid() == 0
+    if is_root:
+        for path in (root, *root.rglob("*")):
+            os.chown(path, 65534, -1)
+        os.seteuid(65534)
+    yield
+    if is_root:
+        os.seteuid(0)
+
+
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize("words", [pytest.param((), id="lists"), pytest.param(("--remove",), id="removes")])
+def test_a_folder_that_cannot_be_read_is_said(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """And the others are looked into; a sweep with such a folder keeps its own files."""
+    closed = [Path("a"), Path("s/good"), *(Path(f"many/{n}") for n in range(12)), Path("s/bad/.hydra")]
+    for path in closed:
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0)
+    try:
+        capsys.readouterr()
+        assert main(["clean", ".", *words]) == 0
+        out, err = capsys.readouterr()
+    finally:
+        for path in closed:
+            path.chmod(0o755)
+    lines = err.splitlines()
+    assert lines[0] == "moe-lab clean: ./a: not looked into (Permission denied)" and len(lines) == 11
+    assert lines[-1] == f"moe-lab clean: {len(closed) - 10} more folders not looked into"
+    assert "s/bad: left out (s/bad/.hydra: Permission denied)" in out
+    assert ("1 could go" if not words else "1 of 2 removed") in out
+    assert Path("s/plan.json").exists() and Path("s/bad/result.json").exists()
+    assert Path("runs/lost").exists() == (not words)
+
+
+@pytest.mark.usefixtures("nobody")
+def test_what_cannot_be_removed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """And stays."""
+    Path("runs/lost").chmod(0o555)
+    capsys.readouterr()
+    assert main(["clean", "runs", "--remove"]) == 0
+    Path("runs/lost").chmod(0o755)
+    out = capsys.readouterr().out
+    assert "runs/lost: not removed (runs/lost/result.json: Permission denied)" in out and "0 of 1 removed" in out
+    assert Path("runs/lost/result.json").exists()
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_sweep_is_not_empty_as_long_as_a_folder_cannot_be_read() -> None:
+    """A run may be in it."""
+    shutil.rmtree("s/bad")
+    Path("s/good").chmod(0)
+    assert not remove_empty_sweep(Path("s")) and Path("s/plan.json").exists()
+    Path("s/good").chmod(0o755)
+    shutil.rmtree("s/good")
+    assert remove_empty_sweep(Path("s")) and not Path("s").exists()
 
 
 @pytest.mark.parametrize(

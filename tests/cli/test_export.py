@@ -108,6 +108,7 @@ def test_damage_has_a_message_of_its_own(
         pytest.param(("export.opsets=18",), "Did you mean opset?", id="typo"),
         pytest.param(("export.opset=19",), "export.opset=19: must be one of 18, 23", id="opset"),
         pytest.param(("export.dynamic=[time]",), "export.dynamic=time: must be one of batch, seq_len", id="axis"),
+        pytest.param(("export.opset=18", "export.opset=23"), "(export.opset=18); remove one.", id="twice"),
         pytest.param(("batch=3",), "only keys of export can be changed", id="the run's own key"),
     ],
 )

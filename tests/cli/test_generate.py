@@ -16,7 +16,9 @@ from torch import Tensor
 
 import moe_lab
 from moe_lab.cli import generate as generate_module
+from moe_lab.cli.commands import COMMANDS
 from moe_lab.cli.generate import choose, generate
+from moe_lab.config.compose import compose
 from moe_lab.errors import UnavailableError
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.layers import Linear
@@ -31,7 +33,7 @@ PROMPT = ".SH NAMÉ\n"
 
 def composed(*more: str, path: Path = quick.TINY_OLMOE) -> DictConfig:
     """As the command composes it."""
-    return moe_lab.compose(["model=checkpoint", "router=native", f"model.path={path}", "device=cpu", *more])
+    return compose(["model=checkpoint", "router=native", f"model.path={path}", "device=cpu", *more])
 
 
 def by_whole_passes(cfg: DictConfig, ids: list[int], n: int) -> list[int]:
@@ -345,3 +347,9 @@ def test_a_low_temperature_and_none_choose_the_likeliest() -> None:
     for temperature in (1e-4, 1e-40, 1e-320):
         assert {int(choose(logits_V, temperature, generator(seed))) for seed in range(20)} == {likeliest}
     assert len({int(choose(logits_V, 1e300, generator(seed))) for seed in range(20)}) > 5
+
+
+def test_a_key_that_is_given_twice_is_a_mistake() -> None:
+    """The last of both would hold, and the first be ignored; the command's own router may be replaced."""
+    with pytest.raises(ValueError, match=r"^dtype=bf16: dtype is given twice \(dtype=fp32\); remove one\.$"):
+        COMMANDS["generate"](["x", f"model.path={quick.TINY_OLMOE}", "dtype=fp32", "dtype=bf16"])

@@ -71,7 +71,7 @@ def test_what_is_done_is_not_done_again_and_its_time_is_expected_of_the_rest(tmp
     statuses = {line.split()[6]: line.split(maxsplit=7)[7].rstrip() for line in done.stdout.splitlines()[1:-1]}
     expected = ("done", "stale: different code", "to do")
     assert statuses == {cell.cell_id: status for cell, status in zip(made.cells, expected, strict=True)}
-    assert done.stdout.splitlines()[-1] == ("outputs/s: 3 cells, 2 to run (1 duplicates left out), about 3:00")
+    assert done.stdout.splitlines()[-1] == ("outputs/s: 3 cells, 2 to run (1 duplicate left out), about 3:00")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -84,7 +84,7 @@ def test_checkpoints_and_phases_are_told_apart(tmp_path: Path) -> None:
     head, *rows, last = done.stdout.splitlines()
     assert " ".join(head.split()) == "variant model workload batch seq_len router impl experts impl cell_id status"
     shown = ("prefill)", "decode, context_len=3)", "decode, context_len=5)")
-    assert len(rows) == len(shown) and "3 to run (1 duplicates left out)" in last
+    assert len(rows) == len(shown) and "3 to run (1 duplicate left out)" in last
     for row, text in zip(rows, shown, strict=True):
         assert row.startswith(f"native  tiny-olmoe text(phase={text}")
 

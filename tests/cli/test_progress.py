@@ -1,4 +1,4 @@
-"""sweep/progress.py: what is drawn on a terminal, and the plain lines elsewhere."""
+"""cli/progress.py and cli/reporter.py: what is drawn on a terminal, and the plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from moe_lab.cli import progress
-from moe_lab.cli.progress import Reporter, clock
+from moe_lab.cli import reporter as drawing
+from moe_lab.cli.reporter import Reporter, clock
 from moe_lab.records.schema import Record
 from tests import tiny
 from tests.results.compared import record as timed
@@ -68,7 +68,7 @@ def test_between_blocks_the_bar_is_drawn_no_more_often_than_allowed() -> None:
         begun = time.monotonic()
         for _ in range(1000):
             reporter_.step("cell", "time")
-        intervals = (time.monotonic() - begun) / progress._STEP_S
+        intervals = (time.monotonic() - begun) / drawing._STEP_S
         drawn = file.getvalue().count("time cell")
         assert 1 <= drawn <= intervals + 1
         for number in range(5):

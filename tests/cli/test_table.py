@@ -247,3 +247,20 @@ def test_warnings_that_differ_in_numbers_alone_are_one(capsys: pytest.CaptureFix
         "warning (6 cells, for example): replays the same 2 tokens of 2,048",
         "warning (1 cell): alone: 1.5",
     ]
+
+
+def test_each_machine_has_a_table_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """With its name; a cell that reached none stands in the first; with one machine no name is needed."""
+    cells = [*sweep(1), *sweep(8)]
+    lost = cell("native", batch=16)
+    lost.env_id, lost.environment, lost.status, lost.reason = None, {}, "skipped", "unavailable: x"
+    for number, one in enumerate(cells):
+        one.env_id, name = ("a" * 12, "A100") if number < 3 else ("b" * 12, "H200")
+        one.environment = {**one.environment, "device_name": name}
+    print_sweep([*cells, lost], ["router"])
+    lines = printed(capsys)
+    first, second = lines.index("on A100 (aaaaaa):"), lines.index("on H200 (bbbbbb):")
+    assert first == 0 and second == 2 + 4 + 1, "a line of headings, four rows, and what all of them share"
+    assert sum(line.startswith(tuple(ROUTERS)) for line in lines[second:]) == 3
+    print_sweep(cells[:3], ["router"])
+    assert not any(line.startswith("on ") for line in printed(capsys))

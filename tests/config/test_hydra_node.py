@@ -35,6 +35,11 @@ def log(template: str, **parts: str) -> str:
 
 
 HOSTILE = {
+    # what runs in a job of Slurm
+    "slurm-setup": "sweep: {engine: slurm, slurm: {setup: ['touch {mark}']}}",
+    "slurm-python": "sweep: {engine: slurm, slurm: {python: 'touch {mark};'}}",
+    "slurm-options": "sweep: {engine: slurm, slurm: {options: {bcast: '{victim}'}}}",
+    "slurm-options-interpolated": "x: {prolog: '{victim}'}\nsweep: {slurm: {options: '${x}'}}",
     # hydra.callbacks
     "callback-system": "hydra: {callbacks: {e: {_target_: os.system, command: 'touch {mark}'}}}",
     "callback-popen": "hydra: {callbacks: {e: {_target_: subprocess.Popen, args: [touch, '{mark}']}}}",
@@ -266,6 +271,7 @@ TYPED = {
     "run": ["hydra.run.dir={place}/typed"],
     "output": ["hydra.output_subdir=mine"],
     "launcher": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1"],
+    "slurm": ["sweep.slurm.setup=[module load cuda]", "+sweep.slurm.options.reservation=lab"],
 }
 
 

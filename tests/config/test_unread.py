@@ -52,8 +52,8 @@ def test_what_has_no_effect_is_refused_and_what_has_is_taken(
 
 def decoder(*overrides: str) -> list[str]:
     """Without its usual sizes, so that only what is given was asked for."""
-    usual = quick.overrides("decoder_moe")
-    return [*(text for text in usual if not text.startswith(("model.n_experts", "model.top_k"))), *overrides]
+    usual = (text for text in quick.overrides("decoder_moe") if not text.startswith(("model.n_experts", "model.top_k")))
+    return list({text.split("=", 1)[0]: text for text in (*usual, *overrides)}.values())
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,14 @@ def test_what_asks_for_something_beside_the_result_is_said_in_the_record(
         assert not [text for text in record.warnings if text.startswith(expected)]
 
 
+def test_a_layer_whose_router_does_not_run_is_said_to_be_its_experts() -> None:
+    """With a forced load both values of `model.timed` are the same."""
+    for load, says in (("native", False), ("zipf", True)):
+        cfg = moe_lab.compose(quick.overrides("moe_layer", "model.timed=layer", f"workload.load={load}"))
+        said = "model.timed=layer: has no effect; with workload.load other than native no router runs, so the experts "
+        assert any(text.startswith(said) for text in Run(cfg).warnings) == says
+
+
 def test_in_a_sweep_it_is_named_and_not_refused() -> None:
     """Another cell may use it; the keys of a sweep are used."""
     cfg = moe_lab.compose(quick.overrides("moe_layer"))
@@ -215,7 +223,7 @@ def test_every_rule_names_keys_that_exist() -> None:
     composed = [
         moe_lab.compose(["model=decoder_moe", f"router={router}", "device=cpu"])
         for router in ("min_p", "deepseek_v2", "capacity")
-    ] + [moe_lab.compose(["model=router", "device=cpu"])]
+    ] + [moe_lab.compose([f"model={model}", "device=cpu"]) for model in ("router", "moe_layer")]
     for rule in _RULES:
         for key in rule.keys.split():
             assert any(part_of(cfg, key) for cfg in composed), key

@@ -88,6 +88,47 @@ def test_the_record_has_the_tiles() -> None:
 
 
 @pytest.mark.parametrize(
+    ("tiles", "message"),
+    [
+        pytest.param((128, 16, 128, 16), "128-16-128-16: must be up_rows, up_tokens, down_rows, down_tok", id="four"),
+        pytest.param((64, 16, 128, 16, 1), "must be 128 rows by 16, 32, 48, 64 tokens, or 256 rows by 32,", id="rows"),
+        pytest.param((128, 80, 128, 16, 1), "must be 128 rows by 16", id="tokens-of-up"),
+        pytest.param((128, 64, 256, 16, 1), "must be 128 rows by 16", id="tokens-of-down"),
+        pytest.param((128, 16, 256, 32, 2), "pieces must be between 1 and 64, and 1 where down_rows is 256", id="wide"),
+        pytest.param((128, 16, 128, 16, 65), "pieces must be between 1 and 64", id="most-pieces"),
+        pytest.param((128, 16, 128, 16, 0), "pieces must be between 1 and 64", id="no-piece"),
+    ],
+)
+def test_tiles_that_the_kernels_do_not_offer_are_a_mistake(tiles: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^experts\.tiles=.*{message}"):
+        Fused(tiles)
+
+
+@pytest.mark.parametrize(
+    ("F", "pieces", "most"),
+    [
+        pytest.param(64, 2, 1, id="one-step"),
+        pytest.param(96, 3, 2, id="three-of-two"),
+        pytest.param(576, 8, 5, id="eight-of-nine"),  # two steps each
+        pytest.param(768, 7, 6, id="seven-of-twelve"),
+        pytest.param(128, 2, None, id="full"),
+        pytest.param(336, 3, None, id="last-one-short"),
+    ],
+)
+def test_more_pieces_than_the_kernels_make_are_a_mistake(F: int, pieces: int, most: int | None) -> None:
+    """The record would have what was asked for. As kernels/ops.cpp lowers them."""
+    steps = -(-F // 64)
+    each = -(-steps // pieces)
+    assert -(-steps // each) == (most or pieces)
+    experts = Fused((128, 16, 128, 16, pieces))
+    if most is None:
+        assert experts.for_layer(layer(F=F), 2).tiles == (128, 16, 128, 16, pieces)
+    else:
+        with pytest.raises(ValueError, match=rf"^experts\.tiles=128-16-128-16-{pieces}: .*dim={F} .*; use {most}\.$"):
+            experts.for_layer(layer(F=F), 2)
+
+
+@pytest.mark.parametrize(
     ("tiles", "T", "reads"),
     [
         pytest.param(NARROW, 256, False, id="512-slots"),

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from moe_lab.experts.peers.peer import Peer
 from moe_lab.experts.peers.sonic import Sonic
 from moe_lab.experts.peers.transformers import Transformers
 from moe_lab.experts.peers.vllm import Vllm
+from moe_lab.ops import extension
 from moe_lab.routers.base import Routing
 from tests.experts.cases import CPU, SCALES, UNUSED, assert_near, formula, make_routing, make_weights, make_x
 from tests.ops.compiling import assert_compiles
@@ -78,6 +80,13 @@ def test_a_package_that_is_not_installed_is_named_for_pip() -> None:
         TooOld().kernels()
     message = r"^cannot import no_such_kernels \(No module named 'no_such_kernels'\); pip install no-such-kernels$"
     with pytest.raises(UnavailableError, match=message):
+        Absent().kernels()
+
+
+def test_the_reason_is_one_line(install: Callable[[str, str], None]) -> None:
+    """Whatever a package raises when it is imported."""
+    install("no_such_kernels", "raise RuntimeError('needs\\n  a driver')")
+    with pytest.raises(UnavailableError, match=r"^cannot import no_such_kernels \(needs a driver\); pip install"):
         Absent().kernels()
 
 
@@ -213,7 +222,9 @@ def test_what_is_around_deepgemm(
     unused: float,
     device: torch.device,
 ) -> None:
-    """Its rows are padded, of one expert in each 128, and the sum is the formula's."""
+    """Its rows are padded, of one expert in each 128, and the sum is the formula's. On a GPU the extension sorts."""
+    if device.type == "cuda":
+        extension.load()
     install("deep_gemm", DEEP_GEMM)
     dtype = torch.bfloat16
     weights, routing, x_TD = (
@@ -224,6 +235,17 @@ def test_what_is_around_deepgemm(
     odd_TK = routing.weights_TK.masked_fill(routing.expert_ids_TK < 0, math.nan)
     y_TD = DeepGemm(layout=layout)(x_TD, routing._replace(weights_TK=odd_TK), weights)
     assert_near(y_TD, formula(x_TD, routing, weights))
+
+
+def test_a_peer_that_torch_sorts_for_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sort counts with its time. Where the extension is loaded the record names that."""
+    monkeypatch.setattr(extension, "_most_sorted", 0)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+    warning = "torch sorts the slots for deep-gemm, which takes about ten launches; run moe-lab build first."
+    assert DeepGemm(layout="ends").warning(on_gpu) == warning
+    assert DeepGemm(layout="ends").warning(make_x(1, 64)) is None and Vllm().warning(on_gpu) is None
+    monkeypatch.setattr(extension, "_most_sorted", 1024)
+    assert DeepGemm(layout="ends").warning(on_gpu) is None
 
 
 def test_deepgemm_says_which_copy_it_is(install: Callable[[str, str], None]) -> None:
@@ -328,10 +350,16 @@ def test_a_peer_that_is_installed_computes_the_formula(
         pytest.param(37, 12, 3, 0.4, id="some unused"),
         pytest.param(9, 5, 2, 1.1, id="none used"),
         pytest.param(300, 2, 1, 0.1, id="several tiles"),
+        pytest.param(9, 1, 1, 0.1, id="E=1"),
     ],
 )
 def test_the_index_maps_of_flashinfer(T: int, E: int, K: int, unused: float, rows: int, device: torch.device) -> None:
-    """Every used slot stands once, in the valid rows of a tile of its expert, and these come first."""
+    """Every used slot stands once, in the valid rows of a tile of its expert, and these come first.
+
+    On a GPU the extension sorts.
+    """
+    if device.type == "cuda":
+        extension.load()
     from moe_lab.experts.peers.flashinfer_triton import index_maps
 
     ids_TK = make_routing(T, E, K, unused, device).expert_ids_TK
@@ -340,7 +368,7 @@ def test_the_index_maps_of_flashinfer(T: int, E: int, K: int, unused: float, row
     ids_N, found = ids_TK.flatten().tolist(), []
     for tile in range(n_tiles[0]):
         mine = slot_M[tile * rows : tile_limit[tile]]
-        assert 0 < len(mine) <= rows and all(ids_N[slot] == tile_expert[tile] for slot in mine)
+        assert 0 < len(mine) <= rows and mine == sorted(mine) and all(ids_N[slot] == tile_expert[tile] for slot in mine)
         found += mine
     assert sorted(found) == [slot for slot, expert in enumerate(ids_N) if expert >= 0]
     assert tile_expert[: n_tiles[0]] == sorted(tile_expert[: n_tiles[0]])
@@ -355,6 +383,7 @@ def launches() -> None:
         (1, 8, 2, 4096, 14336),
         (300, 256, 8, 7168, 2048),
         (5, 7, 1, 64, 64),
+        (5, 1, 1, 64, 64),
     ):
         ids_TK, weights_TK = torch.zeros(T, K, dtype=torch.int32), torch.zeros(T, K)
         x_TD = torch.zeros(T, D, dtype=torch.bfloat16)
@@ -382,5 +411,103 @@ def test_the_fastest_is_what_took_the_least_time_and_was_not_refused(monkeypatch
         return torch.tensor(candidate)
 
     monkeypatch.setattr(tuning, "_milliseconds", lambda timed: took[tuple(timed().tolist())].pop())
-    assert tuning.fastest(call, [(8, 8), *took]) == ((2, 2), 1.0)
-    assert tuning.fastest(call, [(8, 8)]) == (None, math.inf)
+    assert tuning.fastest(call, [(8, 8), *took], "tiles") == ((2, 2), 1.0)
+
+
+FLASHINFER = """
+from torch.nn.functional import silu
+
+REFUSED = ()
+
+def interleave_up_gate_sm90(w):
+    return w.clone()
+
+def refuse(shape):
+    if shape[0] in REFUSED:
+        raise ValueError(f"cannot implement\\n  tile_shape_mn={shape}")
+
+def tiles(maps, rows, topk):
+    expert, limit, slot, n = (part.tolist() for part in maps)
+    for tile in range(n[0]):
+        valid = range(tile * rows, limit[tile])
+        yield expert[tile], list(valid), [slot[row] // topk for row in valid], [slot[row] for row in valid]
+
+def sm90_contiguous_gather_grouped_gemm_act_fusion(x, w, *maps, topk, permuted_m, tile_shape_mn, swizzle_size):
+    refuse(tile_shape_mn)
+    h = x.new_empty(permuted_m, w.shape[1] // 2)
+    for expert, rows, tokens, _ in tiles(maps, tile_shape_mn[0], topk):
+        gate, up = (x[tokens].double() @ w[expert].double().T).chunk(2, -1)
+        h[rows] = (silu(gate) * up).to(x.dtype)
+    return h
+"""
+
+FINALIZE = """
+from flashinfer.fused_moe.cute_dsl.sm90_contiguous_gather_grouped_gemm_act_fusion import tiles
+
+def sm90_contiguous_grouped_gemm_finalize_fusion(
+    h, w, *others, topk, tile_shape_mn, cluster_shape_mn, raster_along_m
+):
+    *maps, weights, y = others
+    for expert, rows, tokens, slots in tiles(maps, tile_shape_mn[0], topk):
+        o = h[rows].double() @ w[expert].double().T * weights.flatten()[slots].double().unsqueeze(1)
+        y.index_add_(0, y.new_tensor(tokens).long(), o.to(y.dtype))
+"""
+
+
+def install_flashinfer(install: Callable[[str, str], None], refused: tuple[int, ...] = ()) -> None:
+    folder = "flashinfer.fused_moe.cute_dsl"
+    kernels = FLASHINFER.replace("REFUSED = ()", f"REFUSED = {refused}")
+    install(f"{folder}.sm90_contiguous_gather_grouped_gemm_act_fusion", kernels)
+    install(f"{folder}.sm90_contiguous_grouped_gemm_finalize_fusion", FINALIZE)
+
+
+@UNUSED
+@pytest.mark.parametrize(
+    ("tune", "refused"),
+    [pytest.param(False, (), id="default"), pytest.param(True, (64,), id="tuned, 64 rows are refused")],
+)
+def test_what_is_around_flashinfer(
+    install: Callable[[str, str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    unused: float,
+    tune: bool,
+    refused: tuple[int, ...],
+    device: torch.device,
+) -> None:
+    """The index maps and the sum make the formula, also where the kernels refuse some of the tiles."""
+    install_flashinfer(install, refused)
+    monkeypatch.setattr(tuning, "_milliseconds", lambda call: 1.0)
+    weights, routing = make_weights(5, 64, 32, device=device), make_routing(150, 5, 2, unused, device)
+    x_TD = make_x(150, 64, device=device)
+    experts = FlashInfer(tune=tune)
+    experts.dtypes = (torch.float32,)
+    assert_near(experts(x_TD, routing, weights), formula(x_TD, routing, weights))
+
+
+def test_kernels_that_refuse_every_tile_are_unavailable(install: Callable[[str, str], None]) -> None:
+    """With the last reason, in one line, and what to set."""
+    install_flashinfer(install, refused=(64, 128))
+    weights, x_TD = make_weights(3, 64, 32, torch.bfloat16), make_x(5, 64, torch.bfloat16)
+    message = (
+        r"^flashinfer-python, tiles of 128 rows for gate and up: all 8 that experts\.tune=true tries are refused, "
+        r"the last one because cannot implement tile_shape_mn=\(128, 64\); experts\.tune=false takes the default$"
+    )
+    with pytest.raises(UnavailableError, match=message):
+        FlashInfer(tune=True)(x_TD, make_routing(5, 3, 2), weights)
+
+
+def test_columns_that_are_all_refused_are_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> torch.Tensor:
+        raise ValueError("no such columns")
+
+    monkeypatch.setattr(FlashInferLow, "_launch", refuse)
+    weights, x_TD = make_weights(3, 128, 128, torch.bfloat16), make_x(5, 128, torch.bfloat16)
+    with pytest.raises(UnavailableError, match=r"columns of a warp: all 5 .* because no such columns; experts\.tune=f"):
+        FlashInferLow(tune=True)(x_TD, make_routing(5, 3, 2), weights)
+
+
+def test_more_experts_per_token_than_a_block_has_warps_are_unavailable() -> None:
+    """A kernel of 33 warps does not start."""
+    weights, x_TD = make_weights(33, 128, 128, torch.bfloat16), make_x(1, 128, torch.bfloat16)
+    with pytest.raises(UnavailableError, match="few tokens: at most 32 experts per token, not 33"):
+        FlashInferLow(tune=False)(x_TD, make_routing(1, 33, 33), weights)

@@ -197,6 +197,8 @@ def test_the_out_variant_writes_every_element_and_nothing_else(T: int, device: t
     for whole, part, wanted in zip(padded, inner, expected, strict=True):
         assert torch.equal(part, wanted)
         assert bool((whole[:32] == -7).all()) and bool((whole[len(whole) - 32 :] == -7).all())
+    with pytest.raises(RuntimeError, match=r"counts: must be contiguous, on the device of the input, int32, with 60"):
+        torch.ops.moe_lab.sort.out(ids_TK, 60, counts=inner[1], offsets=inner[1], perm=inner[2], inverse=inner[3])
 
 
 @needs_cxx

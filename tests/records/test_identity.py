@@ -118,7 +118,6 @@ def test_cell_id_ignores_what_the_model_does_not_read(key: str, value: Any) -> N
         pytest.param(["experiment=demo"], ["router=sinkhorn", "batch=2", "seq_len=128"], id="experiment_spelt_out"),
         pytest.param(["model.rope_theta=10000"], ["model.rope_theta=1e4"], id="whole_and_exponent"),
         pytest.param(["batch=3", "seed=5"], ["seed=5", "batch=3"], id="order"),
-        pytest.param(["batch=9", "batch=3"], ["batch=3"], id="overridden_twice"),
         pytest.param(["model.n_kv_heads=null"], [], id="null_written_out"),
         pytest.param(["debug=fast"], ["batch=1", "seq_len=8"], id="debug_spelt_out"),
         pytest.param(["name=a"], ["name=b", "measure.max_time_s=1"], id="labels"),

@@ -43,7 +43,7 @@ def root(tmp_path: Path) -> Path:
 def found(root: Path, *, failed: bool = False, stale: bool = False, days: float | None = None) -> list[Leftover]:
     """See `leftovers.find`."""
     before = None if days is None else NOW - timedelta(days=days)
-    return list(leftovers.find(root, failed=failed, stale=stale, before=before))
+    return list(leftovers.find(root, failed=failed, stale=stale, before=before, unreadable=pytest.fail))
 
 
 def names(some: list[Leftover]) -> list[tuple[str, str]]:
@@ -105,5 +105,6 @@ def test_a_record_that_cannot_be_read_is_left_alone(root: Path) -> None:
 def test_without_a_start_the_file_tells_the_age(root: Path) -> None:
     """Records of runs that never began have none."""
     store.write_record(root / "runs" / "good", Record(status="ok", cell_id="c" * 12, code_id="d" * 12, env_id=None))
-    assert names(list(leftovers.find(root, failed=False, stale=False, before=datetime.now(UTC)))) != []
+    there = leftovers.find(root, failed=False, stale=False, before=datetime.now(UTC), unreadable=pytest.fail)
+    assert names(list(there)) != []
     assert "good" not in [one.folder.name for one in found(root, days=0)]  # written after NOW

@@ -267,6 +267,12 @@ def test_several_machines_stand_side_by_side(tmp_path: Path) -> None:
         change(folder, other)
     words = shown(written(tmp_path))
     assert "Another CPU, Synthetic CPU" in words and "feedfeedfeed (3 cells)" in words
+    table = report._table(aggregate(tmp_path).runs, ["router"])
+    place = table.heads.index("machine")
+    machines = [fields[place].text for _, _, fields in table.rows]
+    known = [machine for machine in machines if machine]
+    assert known == sorted(known) and set(known) == {"Another CPU", "Synthetic CPU"}, "one after the other"
+    assert machines[: len(known)] == known, "what reached no device is last"
 
 
 def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from moe_lab.records import identity, variants
 from moe_lab.records.schema import Record
 from moe_lab.records.store import write_record
 from moe_lab.sweep import multirun, plan
+from moe_lab.sweep.expected import expected_seconds
 from moe_lab.sweep.in_process import InProcess
 from moe_lab.sweep.plan import Cell, Plan
 from tests import quick
@@ -124,6 +125,28 @@ def test_cells_that_the_model_makes_equal_are_one(tmp_path: Path) -> None:
     assert made.n_equal == 6
     assert len(made.jobs) == 8
     assert set(made.jobs) == {cell.cell_id for cell in made.cells}
+
+
+@pytest.mark.parametrize(
+    ("axes", "n_cells", "n_equal"),
+    [
+        pytest.param(["model.timed=layer,experts", "workload.load=zipf"], 1, 1, id="no router runs"),
+        pytest.param(["model.timed=layer,experts", "workload.load=native,zipf"], 3, 1, id="one of both runs"),
+        pytest.param(["workload.load=balanced,zipf", "workload.zipf_exponent=1,2"], 3, 1, id="not zipf"),
+        pytest.param(["workload.load=native,hot", "workload.hot_share=0.3,0.5"], 3, 1, id="not hot"),
+        pytest.param(["router=torch,switch", "model.shape.top_k=1,2"], 4, 0, id="a variant of both settings"),
+        pytest.param(["router=capacity", "router.policy=weight,dropless", "router.factor=1,2"], 3, 1, id="dropless"),
+    ],
+)
+def test_cells_that_differ_in_what_they_do_not_read_are_one(
+    tmp_path: Path, axes: list[str], n_cells: int, n_equal: int
+) -> None:
+    """The first of them stays, with the cell_id that it has alone; every job still finds its cell."""
+    made = make(tmp_path, *axes)
+    assert (len(made.cells), made.n_equal) == (n_cells, n_equal)
+    assert len(made.jobs) == n_cells + n_equal
+    assert set(made.jobs) == {cell.cell_id for cell in made.cells}
+    assert all(cell.cell_id == identity.cell_id(cell.config) for cell in made.cells)
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -358,6 +381,46 @@ def test_an_exclusion_of_no_cell_is_said(tmp_path: Path) -> None:
     assert [cell.status for cell in made.cells].count("excluded") == 1
 
 
+@pytest.mark.parametrize(
+    ("partial", "why"),
+    [
+        pytest.param(
+            "{router.tempratur: 1}",
+            "router.tempratur that changes its result (nearest: router.temperature)",
+            id="dotted",
+        ),
+        pytest.param(
+            "{router: {tempratur: 1}}", "router.tempratur that changes its result (nearest: router.temp", id="nested"
+        ),
+        pytest.param(
+            "{router: torch, model/shape.d_modl: 3}",
+            "model.shape.d_modl that changes its result (nearest: model.shape.d_model)",
+            id="deep",
+        ),
+        pytest.param(
+            "{router.zzzz: 1}", "router.zzzz that changes its result (router: gate_bias, impl, ", id="none-near"
+        ),
+        pytest.param("{router.name.x: 1}", "router.name.x that changes its result", id="below-a-value"),
+        pytest.param(
+            "{measure.max_time_s: 1}", "measure.max_time_s that changes its result (measure: cache)", id="how-long"
+        ),
+    ],
+)
+def test_a_key_that_no_cell_has_is_named(tmp_path: Path, partial: str, why: str) -> None:
+    """Of `exclude` in a line; of an `anchor` that was typed it is a mistake."""
+    (line,) = make(tmp_path, "router=torch,sinkhorn", f"sweep.exclude=[{partial}]").without_effect
+    assert f"no cell of the sweep has a key {why}" in line
+    with pytest.raises(ValueError, match=r"^sweep\.anchor=.*; name one, or set sweep\.anchor=null") as raised:
+        make(tmp_path, "router=torch,sinkhorn", f"sweep.anchor={partial}")
+    assert f"no cell of the sweep has a key {why}" in str(raised.value)
+
+
+def test_a_key_that_came_later_is_excluded_by_its_default(tmp_path: Path) -> None:
+    """Which the cell_id of such a cell does not hold."""
+    made = make(tmp_path, "model.timed=layer,experts", "sweep.exclude=[{model.timed: layer}]")
+    assert [cell.status for cell in made.cells] == ["excluded", "to do"]
+
+
 def test_a_key_without_effect_in_any_cell_is_refused_and_in_some_is_not(tmp_path: Path) -> None:
     """Another cell may use it."""
     with pytest.raises(
@@ -395,12 +458,12 @@ def test_plan_json_states_every_cell(tmp_path: Path) -> None:
 def test_the_expected_time_is_that_of_earlier_records(tmp_path: Path) -> None:
     """Without any it is the bound of `measure`, and said to be."""
     made = make(tmp_path, "batch=1,2")
-    seconds, is_known = plan.expected_seconds(made)
+    seconds, is_known = expected_seconds(made)
     assert not is_known
     assert seconds == pytest.approx(2 * 0.02)
     leave(made.cells[0], elapsed_s=7.0)
-    assert plan.expected_seconds(make(tmp_path, "batch=1,2")) == (7.0, True)
-    assert plan.expected_seconds(make(tmp_path, "batch=1,2", "measure.replicates=3"))[0] == 21.0  # each as long again
+    assert expected_seconds(make(tmp_path, "batch=1,2")) == (7.0, True)
+    assert expected_seconds(make(tmp_path, "batch=1,2", "measure.replicates=3"))[0] == 21.0  # each as long again
 
 
 def test_a_failed_cell_tells_nothing_of_the_time(tmp_path: Path) -> None:
@@ -408,7 +471,7 @@ def test_a_failed_cell_tells_nothing_of_the_time(tmp_path: Path) -> None:
     made = make(tmp_path, "batch=1,2", "measure.max_time_s=5", "measure.warmup_s=1")
     leave(made.cells[0], status="failed", reason="out_of_memory", elapsed_s=0.1)
     again = make(tmp_path, "batch=1,2", "measure.max_time_s=5", "measure.warmup_s=1")
-    assert len(again.to_run()) == 1 and plan.expected_seconds(again) == (6.0, False)
+    assert len(again.to_run()) == 1 and expected_seconds(again) == (6.0, False)
 
 
 class Asked:

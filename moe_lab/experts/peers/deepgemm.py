@@ -1,7 +1,8 @@
 """experts=deepgemm: DeepGEMM's grouped product of bf16 matrices; what is around it is ours (deepgemm_triton.py).
 
-Its rows are sorted by expert, and each expert's begin at a multiple of 128. So a sort, a gather, SwiGLU and the sum of
-a token's slots are needed beside the two products; vLLM and SGLang have kernels of the same kind there.
+Its rows are sorted by expert, and each expert's begin at a multiple of 128. So a sort (ops/dispatch.py), a gather,
+SwiGLU and the sum of a token's slots are needed beside the two products; vLLM and SGLang have kernels of the same kind
+there.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class DeepGemm(Peer):
     dtypes = (torch.bfloat16,)
     multiple = 64
     reads_unused = True
+    sorts = True
 
     def __init__(self, *, layout: str):
         if layout not in LAYOUTS:

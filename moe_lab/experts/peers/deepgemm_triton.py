@@ -1,51 +1,37 @@
-"""The Triton kernels around DeepGEMM's products: sort and gather into padded rows, SwiGLU, and the sum of the slots.
-
-The place of a slot among those of its expert is drawn by an atomic counter, so it changes from call to call. The result
-does not: a row is computed alone, and the slots of a token are summed in an order of their own.
-"""
+"""What is around DeepGEMM's products: the gather into padded rows, SwiGLU, and the sum of the slots, in Triton."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from moe_lab.ops.dispatch import dispatch
 
 ALIGNMENT = 128  # of the rows of an expert, for DeepGEMM on Hopper
 
 
 @triton.jit
-def _count_kernel(ids_ptr, counts_ptr, N, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Add the slots of a block to the counts, which begin at -1; the last bin takes unused slots."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ids = tl.load(ids_ptr + n, mask=n < N, other=-1)
-    bins = tl.histogram(tl.where(ids < 0, BLOCK_E - 1, ids), BLOCK_E)
-    e = tl.arange(0, BLOCK_E)
-    tl.atomic_add(counts_ptr + e, bins, mask=(e < BLOCK_E - 1) & (bins > 0), sem="relaxed")
-
-
-@triton.jit
 def _gather_kernel(
-    x_ptr, ids_ptr, counts_ptr, taken_ptr, out_ptr, layout_ptr, row_ptr, N, K, E, D,
+    x_ptr, ids_ptr, counts_ptr, offsets_ptr, inverse_ptr, out_ptr, layout_ptr, row_ptr, N, K, E, D,
     ENDS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One slot: draw its row, note it, and copy the token there. The first programs note the ends of the experts."""
+    """One slot: find and note its row, and copy the token there. The first programs note the ends of the experts."""
     slot = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
+    padded_E = (tl.load(counts_ptr + e, mask=e < E, other=0) + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     if ENDS:
         if slot < E:
-            before = tl.load(counts_ptr + e, mask=e < slot, other=-1) + 1
-            begin = tl.sum((before + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT, axis=0)
-            tl.store(layout_ptr + slot, begin + tl.load(counts_ptr + slot) + 1)
+            begin = tl.sum(tl.where(e < slot, padded_E, 0), axis=0)
+            tl.store(layout_ptr + slot, begin + tl.load(counts_ptr + slot))
         if slot >= N:
             return
     expert = tl.load(ids_ptr + slot)
     if expert < 0:
         tl.store(row_ptr + slot, -1)
         return
-    counts = tl.load(counts_ptr + e, mask=e < expert, other=-1) + 1
-    padded = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    row = tl.sum(padded, axis=0) + tl.atomic_add(taken_ptr + expert, 1, sem="relaxed") + 1
+    begin = tl.sum(tl.where(e < expert, padded_E, 0), axis=0)
+    row = begin + tl.load(inverse_ptr + slot) - tl.load(offsets_ptr + expert)
     tl.store(row_ptr + slot, row)
     if not ENDS:
         tl.store(layout_ptr + row, expert)
@@ -91,14 +77,12 @@ def gather(x_TD: Tensor, ids_TK: Tensor, E: int, *, ends: bool) -> tuple[Tensor,
     (T, K), D = ids_TK.shape, x_TD.shape[1]
     N = T * K
     M = (N + min(E, N) * (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
-    noted = torch.full(((E if ends else M) + 2 * E,), -1, dtype=torch.int32, device=x_TD.device)
-    layout, counts_E, taken_E = noted.split([E if ends else M, E, E])
+    order = dispatch(ids_TK, E)
+    layout = ids_TK.new_empty(E) if ends else ids_TK.new_full((M,), -1)
     x_MD, row_N = x_TD.new_empty(M, D), ids_TK.new_empty(N)
-    blocks = {"BLOCK_E": triton.next_power_of_2(E + 1)}
-    _count_kernel[(triton.cdiv(N, 1024),)](ids_TK, counts_E, N, BLOCK_N=1024, **blocks)
     _gather_kernel[(max(N, E) if ends else N,)](
-        x_TD, ids_TK, counts_E, taken_E, x_MD, layout, row_N, N, K, E, D, ENDS=ends,
-        ALIGNMENT=ALIGNMENT, BLOCK_D=1024, **blocks,
+        x_TD, ids_TK, order.counts_E, order.offsets_E1, order.inverse_N, x_MD, layout, row_N, N, K, E, D, ENDS=ends,
+        ALIGNMENT=ALIGNMENT, BLOCK_E=triton.next_power_of_2(E), BLOCK_D=1024,
     )  # fmt: skip
     return x_MD, layout, row_N
 

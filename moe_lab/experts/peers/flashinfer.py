@@ -1,6 +1,6 @@
 """experts=flashinfer: FlashInfer's two grouped products for Hopper in the CuTe DSL, with gather, SwiGLU and sum inside.
 
-Its own sort compiles sources that it downloads; here ours (flashinfer_triton.py) makes the same index maps. The second
+Its own sort compiles sources that it downloads; here ours makes the same index maps (flashinfer_triton.py). The second
 product adds the slots of a token in x's dtype and in any order, which is FlashInfer's default, so the last bits differ
 from call to call.
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from moe_lab.errors import UnavailableError
 from moe_lab.experts.peers.peer import Peer
 from moe_lab.experts.peers.tuning import fastest
 from moe_lab.experts.weights import ExpertWeights
@@ -54,6 +55,7 @@ class FlashInfer(Peer):
     newer = False
     multiple = 32
     reads_unused = True
+    sorts = True
 
     def __init__(self, *, tune: bool):
         self.tune = tune
@@ -63,7 +65,8 @@ class FlashInfer(Peer):
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
         """See `Experts`: as `flashinfer-python 0.7.4 tuned, gate and up laid out anew`."""
         tiles = "tuned" if self.tune else "default tactic"
-        return {"experts": f"{super().implementation(x_TD, weights)['experts']} {tiles}, gate and up laid out anew"}
+        ran = super().implementation(x_TD, weights)
+        return {**ran, "experts": f"{ran['experts']} {tiles}, gate and up laid out anew"}
 
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
         """See `Peer`."""
@@ -113,14 +116,22 @@ class FlashInfer(Peer):
         return y_TD
 
     def _choose(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_E2FD: Tensor, w_EDF: Tensor) -> Tactic:
-        """The rows, and for them the fastest of each product."""
-        found, y_TD = [], torch.zeros_like(x_TD)
+        """The rows, and for them the fastest of each product; rows with which one of both is refused are left out."""
+        found, refusals, y_TD = [], [], torch.zeros_like(x_TD)
         for rows in ROWS:
             maps, K = _index_maps(ids_TK, len(w_EDF), rows), ids_TK.shape[1]
-            up, up_ms = fastest(partial(self._up, x_TD, w_E2FD, maps, K, rows), UP)
-            h_MF = self._up(x_TD, w_E2FD, maps, K, rows, *up)
-            down, down_ms = fastest(partial(self._down, h_MF, w_EDF, maps, weights_TK, y_TD, rows), DOWN)
-            found.append((up_ms + down_ms, Tactic(rows, up, down)))
+            of_rows = f"{self.distribution}, tiles of {rows} rows"
+            try:
+                up, up_ms = fastest(partial(self._up, x_TD, w_E2FD, maps, K, rows), UP, f"{of_rows} for gate and up")
+                h_MF = self._up(x_TD, w_E2FD, maps, K, rows, *up)
+                down = partial(self._down, h_MF, w_EDF, maps, weights_TK, y_TD, rows)
+                down_tile, down_ms = fastest(down, DOWN, f"{of_rows} for down")
+            except UnavailableError as error:
+                refusals.append(error)
+            else:
+                found.append((up_ms + down_ms, Tactic(rows, up, down_tile)))
+        if not found:
+            raise refusals[-1]
         return min(found)[1]
 
 

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from moe_lab.errors import UnavailableError
 from moe_lab.experts.peers.peer import Peer
 from moe_lab.experts.peers.tuning import fastest
 from moe_lab.experts.weights import ExpertWeights
 
+MOST_K = 32  # its second kernel has a warp for each slot of a token
 COLUMNS = ((1, 1), (2, 2), (2, 4), (4, 4), (8, 8))
 """Of a warp in the first and in the second kernel: what is tried."""
 
@@ -46,7 +48,9 @@ class FlashInferLow(Peer):
 
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
         """See `Peer`."""
-        F = down_EDF.shape[2]
+        F, K = down_EDF.shape[2], ids_TK.shape[1]
+        if K > MOST_K:
+            raise UnavailableError(f"{self.distribution}, few tokens: at most {MOST_K} experts per token, not {K}")
         if up_E2FD not in self._laid_out:
             self._laid_out[up_E2FD] = up_E2FD.roll(F, 1)
         h_NF = x_TD.new_empty(ids_TK.numel(), F)
@@ -55,7 +59,8 @@ class FlashInferLow(Peer):
         if self.tune:
             size = (x_TD.dtype, *ids_TK.shape, *down_EDF.shape)
             if size not in self._chosen:
-                self._chosen[size] = fastest(lambda *columns: self._launch(columns, operands), COLUMNS)[0]
+                what = f"{self.distribution}, columns of a warp"
+                self._chosen[size], _ = fastest(lambda *columns: self._launch(columns, operands), COLUMNS, what)
             columns = self._chosen[size]
         return self._launch(columns, operands)
 

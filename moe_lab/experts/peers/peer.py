@@ -17,6 +17,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts, require_plain
 from moe_lab.experts.weights import ExpertWeights, Scale, check_scale
 from moe_lab.marks import phase
+from moe_lab.ops import extension
 from moe_lab.ops.library import register
 from moe_lab.routers.base import Routing
 
@@ -30,6 +31,7 @@ class Peer(Experts):
     capability: of the GPU, at least (with `newer` false, exactly its major number).
     dtypes: what it computes. multiple: what D and F must be multiples of.
     reads_unused: whether `compute` takes ids of -1 as they are.
+    sorts: `compute` sorts the slots by `ops.dispatch`.
     is_full: no slot of its layer is ever unused.
     """
 
@@ -44,6 +46,7 @@ class Peer(Experts):
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
     multiple = 16
     reads_unused = False
+    sorts = False
     is_full = False
 
     def compute(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -88,8 +91,9 @@ class Peer(Experts):
                 return module
             except Exception as error:  # what a package raises where its own needs are not met is its own affair
                 errors.append(error)
+        why = " ".join(str(errors[0]).split())
         raise UnavailableError(
-            f"cannot import {self.modules[0]} ({errors[0]}); pip install {self.pip or self.distribution}"
+            f"cannot import {self.modules[0]} ({why}); pip install {self.pip or self.distribution}"
         ) from errors[0]
 
     def require(self, dtype: torch.dtype, D: int, F: int) -> None:
@@ -109,9 +113,20 @@ class Peer(Experts):
         return metadata.version(self.distribution)
 
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
-        """See `Experts`: the project and its version, as `vllm 0.26.0`."""
+        """See `Experts`: the project and its version, as `vllm 0.26.0`; `dispatch` as `Grouped` has it."""
         self.require(x_TD.dtype, *weights.w_down_EDF.shape[1:])
-        return {"experts": f"{self.distribution} {self.version()}"}
+        ran = {"experts": f"{self.distribution} {self.version()}"}
+        if self.sorts and extension.sorts(x_TD.device, weights.n_experts):
+            ran["dispatch"] = extension.label(x_TD.device)
+        return ran
+
+    def warning(self, x_TD: Tensor) -> str | None:
+        """See `Experts`: its time would be shorter with our sort."""
+        if not self.sorts or x_TD.device.type != "cuda" or extension.computes(x_TD.device):
+            return None
+        return (
+            f"torch sorts the slots for {self.distribution}, which takes about ten launches; run moe-lab build first."
+        )
 
     def __call__(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights, *, scale: Scale = "output") -> Tensor:
         """See `Experts`.

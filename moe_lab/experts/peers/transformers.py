@@ -72,7 +72,8 @@ class Transformers(Peer):
             if load:
                 getattr(integration, f"load_{self.impl}_kernel")()
         except Exception as error:  # the hub cannot be reached, say
-            raise UnavailableError(f"experts.impl={self.impl}: {error}; pip install kernels") from error
+            why = " ".join(str(error).split())
+            raise UnavailableError(f"experts.impl={self.impl}: {why}; pip install kernels") from error
 
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
         """See `Experts`: as `transformers 5.17.0 grouped_mm`."""

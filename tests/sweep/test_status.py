@@ -1,0 +1,79 @@
+"""sweep/status.py: where a sweep is, from its folder."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_lab.sweep import status
+from moe_lab.sweep.lock import Lock
+from moe_lab.sweep.plan import Plan
+from moe_lab.sweep.standing import Board
+from tests.sweep import test_plan
+
+
+def planned(folder: Path) -> Plan:
+    """Six cells, of which one is excluded."""
+    words = ("router=torch,sinkhorn", "batch=1,2,3", "sweep.exclude=[{router: torch, batch: 3}]")
+    plan = test_plan.make(folder, *words)
+    folder.mkdir(exist_ok=True)
+    plan.write()
+    return plan
+
+
+def test_cells_are_counted_as_their_records_say(tmp_path: Path) -> None:
+    """What has no record, or that of other code, another machine or an interrupted run, is to run."""
+    plan = planned(tmp_path / "s")
+    assert status.read(tmp_path / "s").counts == {"excluded": 1, "to run": 5}
+    first, second, third, fourth, _ = plan.to_run()
+    test_plan.leave(first)
+    test_plan.leave(second, status="failed", reason="out_of_memory")
+    test_plan.leave(third, env_id="0" * 12)
+    test_plan.leave(fourth, status="failed", reason="interrupted")
+    found = status.read(tmp_path / "s")
+    assert (found.n_cells, found.counts) == (6, {"ok": 1, "failed": 1, "excluded": 1, "to run": 3})
+    assert [record.cell_id for record in found.failed] == [second.cell_id]
+    assert (found.owner, found.slots, found.left_s) == (None, [], None)
+    assert found.command[:2] == ["moe-lab", "-m"]
+
+
+def test_a_result_that_was_kept_is_done(tmp_path: Path) -> None:
+    """`sweep.stale=keep`: the plan says so, whatever the record's machine."""
+    plan = planned(tmp_path / "s")
+    for cell in plan.to_run():
+        test_plan.leave(cell, env_id="0" * 12)
+    kept = test_plan.make(tmp_path / "s", "router=torch,sinkhorn", "batch=1", "sweep.stale=keep")
+    kept.write()
+    assert status.read(tmp_path / "s").counts == {"ok": 2}
+
+
+def test_while_it_runs_slots_and_the_rest_of_the_time_are_known(tmp_path: Path) -> None:
+    """Two of five cells in ten seconds: fifteen are left."""
+    plan = planned(tmp_path / "s")
+    lock = Lock(tmp_path / "s")
+    with Board(tmp_path / "s") as board:
+        board._begun -= 10
+        board.at("a", 1, "x", "time")
+        for cell in plan.to_run()[:2]:
+            test_plan.leave(cell)
+            board.ended("a", is_failed=False)
+        found = status.read(tmp_path / "s")
+    lock.release()
+    assert found.owner is not None and re.fullmatch(r" \(process \d+ on .* since .*\)", found.owner)
+    assert found.left_s == pytest.approx(15, abs=3)
+    assert [(slot.slot, slot.n_done) for slot in found.slots] == [("a", 2)]
+    assert found.slots[0].updated <= time.time()
+
+
+@pytest.mark.parametrize("content", [pytest.param(None, id="none"), pytest.param('{"cells": 3}', id="of-another-kind")])
+def test_another_folder_is_one_line(content: str | None, tmp_path: Path) -> None:
+    """With what to give."""
+    if content is not None:
+        (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"not the folder of a sweep \(plan.json cannot be read: .*; give outputs/NAME"
+    ):
+        status.read(tmp_path)
