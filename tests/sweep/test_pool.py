@@ -62,7 +62,7 @@ class ActedPool(HostPool):
 
 
 def cell(cell_id: str, env_ids: list[str | None]) -> Cell:
-    return Cell(cell_id, Path(cell_id), {}, {}, "code", "setting", env_ids=env_ids)
+    return Cell(cell_id, Path(cell_id), {}, {}, {}, "code", "setting", env_ids=env_ids)
 
 
 def task(number: int, env_ids: str = "ab", **more: Any) -> Task:
