@@ -222,7 +222,7 @@ def test_a_router_that_is_not_causal_is_named(router: str, tmp_path: Path) -> No
 def test_what_a_router_lacks_and_keys_that_nobody_reads_are_named(tmp_path: Path) -> None:
     """As a run records them."""
     path = checkpoints.writes(tmp_path / "m", LETTERS, logit_bias=0.5)
-    _, said = written(path, "router=deepseek_v3", "router.n_groups=1", "router.top_groups=1")
+    _, said = written(path, "router=deepseek_v3", "router.n_groups=1", "router.top_groups=1", "router.scale=1")
     assert len(said) == 2 and "config.json has keys that moe-lab does not use: logit_bias;" in said[0]
     assert "the checkpoint has no bias_E for this router" in said[1]
 

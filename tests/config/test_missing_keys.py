@@ -105,7 +105,9 @@ SWEPT = [
     pytest.param(
         ["router=oea,torch", "router.iters=5"], "router=oea, torch have no such key; router=sinkhorn", id="none"
     ),
-    pytest.param(["router=glob(s*)", "router.iters=5"], "router=soft, switch have no such key", id="glob"),
+    pytest.param(
+        ["router=glob(s*)", "router.iters=5"], "router=soft, sparse_mixer, switch have no such key", id="glob"
+    ),
     pytest.param(
         ["sweep.variants=[{router: torch}, {router: sinkhorn, router.temperature: 0.25}]", "router.iters=5"],
         "Write it in the entries of router=sinkhorn in place of router.iters=5.",

@@ -562,7 +562,7 @@ def test_loading_says_nothing_where_nobody_looks(tmp_path: Path, capfd: pytest.C
         pytest.param(torch.nan, 0, id="nan_first"),
         pytest.param(torch.nan, -1, id="nan_last", marks=pytest.mark.slow),
         pytest.param(torch.inf, 3, id="inf", marks=pytest.mark.slow),
-        pytest.param(-torch.inf, -3, id="minus_inf"),
+        pytest.param(-torch.inf, -3, id="minus_inf", marks=pytest.mark.slow),
     ],
 )
 def test_a_value_that_is_not_finite_is_found_in_every_tensor(kind: str, bad: float, place: int, tmp_path: Path) -> None:

@@ -252,6 +252,7 @@ def test_a_parent_that_is_stopped_takes_the_reply_that_came(tmp_path: Path) -> N
     assert process.returncode == 0, errors
 
 
+@pytest.mark.slow
 def test_what_a_step_started_ends_with_it(worker: Worker, talker: Path, tmp_path: Path) -> None:
     """A child of the worker, after a time-out and after a crash."""
     for how in ("timeout", "crash"):

@@ -22,6 +22,7 @@ def sweep(cwd: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_through_no_link(tmp_path: Path) -> None:
     """Files are replaced; a log, a folder of plots and a cell's folder that are links are refused in a line."""
     folder, victim = tmp_path / "outputs" / "s", tmp_path / "victim"

@@ -105,6 +105,7 @@ def test_a_folder_that_becomes_read_only_is_one_line(tmp_path: Path) -> None:
     assert "2 cells, 1 done; 1 to run" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_hang_is_ended_and_its_log_says_where(tmp_path: Path) -> None:
     """The step's time-out; the stack in run.log; the next cell runs in a new worker."""
     plugin = faulty.plugin(tmp_path / "mine")

@@ -12,6 +12,8 @@ from moe_lab.errors import UnavailableError
 from moe_lab.sweep import slurm
 from scripts import cluster
 
+pytest.importorskip("submitit", reason="submitit is not installed (pip install '.[slurm]')")
+
 ROOT = Path(__file__).resolve().parent.parent.parent  # tests.tiny has it too, and imports torch, as each job would
 
 OPTIONS = {
