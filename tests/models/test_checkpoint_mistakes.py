@@ -344,7 +344,7 @@ def _cases() -> Iterator[Any]:
             yield pytest.param(kind, plant, id=f"{kind}-{name}", marks=slow)
 
 
-@pytest.mark.parametrize(("kind", "plant"), _cases())
+@pytest.mark.parametrize(("kind", "plant"), list(_cases()))
 def test_one_mistake_is_seen(kind: str, plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused by a key that does not fit, or in the logits by far more than the tolerance."""
     peer, ids_BS = trained(kind, **SETTINGS.get(kind, {})), ids(2, 14)
