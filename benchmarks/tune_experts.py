@@ -225,6 +225,18 @@ def make_weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> Expe
     return weights
 
 
+def command_of(words: Sequence[str]) -> str:
+    """As it was typed, without the folder that it wrote to, which only its machine has."""
+    kept, left = ["python -m benchmarks.tune_experts"], list(words)
+    while left:
+        word = left.pop(0)
+        if word == "--out":
+            del left[:1]
+        elif not word.startswith("--out="):
+            kept.append(word)
+    return " ".join(kept)
+
+
 class Files:
     """The table and every timing, in a folder; written anew after each cell, should the next one not end."""
 
@@ -239,7 +251,7 @@ class Files:
         """Of these timings; gives their summary."""
         frame = pd.DataFrame(rows)
         cells = summary(frame[frame.groupby(CELL).implementation.transform(lambda column: "fused" in set(column))])
-        made_with = {"command": " ".join(["python -m benchmarks.tune_experts", *sys.argv[1:]])}
+        made_with = {"command": command_of(sys.argv[1:])}
         made_with |= {key: self.where[key] for key in ("moe_lab", "git_sha", "torch", "cuda", "driver")}
         self.table.write_text(written(merged(self.before, cells, made_with, self.device_name)))
         frame = frame.assign(device=self.device_name, torch=self.where["torch"], driver=self.where["driver"])

@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 
 from benchmarks import tune_experts as module
-from benchmarks.tune_experts import CELL, Cell, kept, make_weights, merged, shape_of, summary, timed, tune, written
+from benchmarks.tune_experts import (
+    CELL,
+    Cell,
+    command_of,
+    kept,
+    make_weights,
+    merged,
+    shape_of,
+    summary,
+    timed,
+    tune,
+    written,
+)
 from moe_lab.experts.base import Experts
 from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.table import Shape
@@ -148,6 +160,19 @@ def test_the_table_keeps_what_was_not_measured_again() -> None:
         ],
     }
     assert CELL[0] == "shape" and len(written(table).splitlines()) == 11
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["--out", "/a/b", "--seconds", "9"], id="first"),
+        pytest.param(["--seconds", "9", "--out", "/a/b"], id="last"),
+        pytest.param(["--out=/a/b", "--seconds", "9"], id="in one word"),
+        pytest.param(["--seconds", "9"], id="not given"),
+    ],
+)
+def test_a_table_names_no_folder_of_its_machine(words: list[str]) -> None:
+    assert command_of(words) == "python -m benchmarks.tune_experts --seconds 9"
 
 
 def test_what_was_measured_so_far_is_on_the_disk(tmp_path: Path) -> None:
