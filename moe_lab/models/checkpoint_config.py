@@ -1,6 +1,6 @@
 """The config.json of a Hugging Face checkpoint, as the settings of our decoder.
 
-An architecture is a function from the file's keys to settings; what most share stands in `_decoder` and `_moe`. Files
+An architecture is a function from the file's keys to settings; what most share stands in `checkpoint_sizes`. Files
 written by transformers 4 and 5 differ in some names (`rope_theta` and `rope_scaling` against `rope_parameters`,
 `num_experts` against `num_local_experts`), and both are read.
 """
@@ -24,6 +24,10 @@ from moe_lab.models.checkpoint_latent import read_latent
 from moe_lab.models.checkpoint_rope import read_rope
 
 CONFIG = "config.json"
+
+_Part = dict[str, Any]
+_Read = Callable[[Keys, _Part, _Part], _Part]
+"""What an architecture has of its own, beside what the file says of the attention and of the routed experts."""
 
 
 @dataclass(frozen=True)
@@ -196,96 +200,91 @@ def _qwen2_moe(config: Keys) -> Settings:
     )
 
 
-def _variant(
+def _grouped(
     model_type: str,
+    read_rest: _Read,
     *,
     rope_theta: float,
     n_kv_heads: int | None,
     width: str = "intermediate_size",
+    share: float | None = None,
     top_k: Callable[[Keys], int] | None = None,
     needs: tuple[str, ...] = (),
 ) -> Callable[[Keys], Settings]:
-    """An architecture of `checkpoint_variants`, with its defaults, the key of an expert's width, and keys it needs."""
+    """An architecture with grouped-query attention, of which `read_rest` reads what is its own.
+
+    Args:
+        rope_theta, n_kv_heads: its defaults.
+        width: the key of an expert's width.
+        share: how much of a head RoPE turns by default; None: all, and no file may say anything else.
+        needs: keys that it cannot do without.
+    """
 
     def settings(config: Keys) -> Settings:
         for key in needs:
             config.need(key)
-        decoder = sizes.decoder_of(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads)
+        if share is None:
+            decoder = sizes.decoder_of(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads)
+        else:
+            decoder = sizes.partial_decoder(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads, share=share)
         moe = sizes.experts_of(config, config.size(width), top_k(config) if top_k else None)
-        parts = getattr(variants, model_type)(config, decoder, moe)
-        return Settings(model_type, **{"max_positions": config.size("max_position_embeddings"), **parts})
+        return _settings(model_type, config, read_rest(config, decoder, moe))
 
     return settings
 
 
-def _latent(
-    model_type: str, theta: float, settings: Callable[[Keys, dict[str, Any], dict[str, Any]], dict[str, Any]]
-) -> Callable[[Keys], Settings]:
-    """An architecture with latent attention, of which `settings` reads the rest."""
+def _latent(model_type: str, read_rest: _Read) -> Callable[[Keys], Settings]:
+    """An architecture with latent attention, of which `read_rest` reads what is its own."""
 
-    def architecture(config: Keys) -> Settings:
-        trunk = sizes.trunk(config, *read_rope(config, theta))
+    def settings(config: Keys) -> Settings:
+        trunk = sizes.trunk(config, *read_rope(config, 1e4))
         decoder = {**trunk, **read_latent(config, trunk["n_heads"])}
-        return Settings(
-            model_type, **settings(config, decoder, sizes.experts_of(config, config.size("moe_intermediate_size")))
-        )
+        moe = sizes.experts_of(config, config.size("moe_intermediate_size"))
+        return _settings(model_type, config, read_rest(config, decoder, moe))
 
-    return architecture
-
-
-def _glm4_moe(config: Keys) -> Settings:
-    decoder = sizes.partial_decoder(config, rope_theta=1e4, n_kv_heads=8, share=0.5)
-    moe = sizes.experts_of(config, config.size("moe_intermediate_size"))
-    return Settings("glm4_moe", **deepseek.glm4_moe(config, decoder, moe))
+    return settings
 
 
-def _solar_open(config: Keys) -> Settings:
-    config.need("head_dim")
-    decoder = sizes.decoder_of(config, rope_theta=1e6, n_kv_heads=8)
-    moe = sizes.experts_of(config, config.size("moe_intermediate_size"))
-    return Settings("solar_open", **deepseek.solar_open(config, decoder, moe))
+def _settings(model_type: str, config: Keys, parts: _Part) -> Settings:
+    return Settings(model_type, **{"max_positions": config.size("max_position_embeddings"), **parts})
 
 
 def _minimax_m2(config: Keys) -> Settings:
-    config.need("head_dim")
     share = config.size("rotary_dim") / config.size("head_dim") if config.get("rotary_dim") is not None else 1.0
-    decoder = sizes.partial_decoder(config, rope_theta=5e6, n_kv_heads=8, share=share)
-    return Settings(
-        "minimax_m2", **deepseek.minimax_m2(config, decoder, sizes.experts_of(config, config.size("intermediate_size")))
+    architecture = _grouped(
+        "minimax_m2", deepseek.minimax_m2, rope_theta=5e6, n_kv_heads=8, share=share, needs=("head_dim",)
     )
+    return architecture(config)
 
 
-def _dots1(config: Keys) -> Settings:
-    decoder, moe = (
-        sizes.decoder_of(config, rope_theta=1e4, n_kv_heads=32),
-        sizes.experts_of(config, config.size("moe_intermediate_size")),
-    )
-    n_layers, window = decoder["n_layers"], windows.window(config, default=4096)
-    first = config.size("max_window_layers", default=62, least=0)
-    of_layers = [window if layer >= first else None for layer in range(n_layers)]
-    if config.get("layer_types") is not None:
-        of_layers = windows.windows(config, n_layers, window)
-    return Settings("dots1", **deepseek.dots1(config, decoder, moe, of_layers))
-
-
+_MOE_WIDTH = "moe_intermediate_size"
 _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "olmoe": _olmoe,
     "mixtral": _mixtral,
     "qwen3_moe": _qwen3_moe,
     "qwen2_moe": _qwen2_moe,
-    "deepseek_v2": _latent("deepseek_v2", 1e4, deepseek.deepseek_v2),
-    "deepseek_v3": _latent("deepseek_v3", 1e4, deepseek.deepseek_v3),
-    "kimi_k2": _latent("kimi_k2", 1e4, deepseek.deepseek_v3),
-    "glm4_moe_lite": _latent("glm4_moe_lite", 1e4, deepseek.glm4_moe_lite),
-    "glm4_moe": _glm4_moe,
-    "solar_open": _solar_open,
-    "dots1": _dots1,
-    "minimax_m2": _minimax_m2,
-    "granitemoe": _variant("granitemoe", rope_theta=1e4, n_kv_heads=None),
-    "gpt_oss": _variant("gpt_oss", rope_theta=150_000, n_kv_heads=8, needs=("head_dim",)),
-    "phimoe": _variant("phimoe", rope_theta=1e6, n_kv_heads=8),
-    "ernie4_5_moe": _variant(
-        "ernie4_5_moe", rope_theta=5e5, n_kv_heads=4, width="moe_intermediate_size", top_k=variants.ernie_top_k
+    "deepseek_v2": _latent("deepseek_v2", deepseek.deepseek_v2),
+    "deepseek_v3": _latent("deepseek_v3", deepseek.deepseek_v3),
+    "kimi_k2": _latent("kimi_k2", deepseek.deepseek_v3),
+    "glm4_moe_lite": _latent("glm4_moe_lite", deepseek.glm4_moe_lite),
+    "glm4_moe": _grouped("glm4_moe", deepseek.glm4_moe, rope_theta=1e4, n_kv_heads=8, width=_MOE_WIDTH, share=0.5),
+    "solar_open": _grouped(
+        "solar_open", deepseek.solar_open, rope_theta=1e6, n_kv_heads=8, width=_MOE_WIDTH, needs=("head_dim",)
     ),
-    "hunyuan_v1_moe": _variant("hunyuan_v1_moe", rope_theta=1e4, n_kv_heads=None, top_k=variants.hunyuan_top_k),
+    "dots1": _grouped("dots1", deepseek.dots1, rope_theta=1e4, n_kv_heads=32, width=_MOE_WIDTH),
+    "minimax_m2": _minimax_m2,
+    "granitemoe": _grouped("granitemoe", variants.granitemoe, rope_theta=1e4, n_kv_heads=None),
+    "gpt_oss": _grouped("gpt_oss", variants.gpt_oss, rope_theta=150_000, n_kv_heads=8, needs=("head_dim",)),
+    "phimoe": _grouped("phimoe", variants.phimoe, rope_theta=1e6, n_kv_heads=8),
+    "ernie4_5_moe": _grouped(
+        "ernie4_5_moe",
+        variants.ernie4_5_moe,
+        rope_theta=5e5,
+        n_kv_heads=4,
+        width=_MOE_WIDTH,
+        top_k=variants.ernie_top_k,
+    ),
+    "hunyuan_v1_moe": _grouped(
+        "hunyuan_v1_moe", variants.hunyuan_v1_moe, rope_theta=1e4, n_kv_heads=None, top_k=variants.hunyuan_top_k
+    ),
 }

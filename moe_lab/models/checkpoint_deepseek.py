@@ -1,7 +1,7 @@
 """Architectures with the experts of DeepSeek: first dense layers, then routed experts beside ungated shared ones.
 
 Each function takes what the file says of the attention (`decoder`) and of the routed experts (`moe`), and returns the
-arguments of `Settings`, but for the model's type.
+arguments of `Settings`, but for the model's type and what all have.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from moe_lab.config.checks import MOST_LAYERS
 from moe_lab.models import checkpoint_router as routers
 from moe_lab.models.checkpoint_keys import Keys, shown
+from moe_lab.models.checkpoint_windows import window, windows
 
 _Part = dict[str, Any]
 
@@ -70,11 +71,15 @@ def solar_open(config: Keys, decoder: _Part, moe: _Part) -> _Part:
     return parts
 
 
-def dots1(config: Keys, decoder: _Part, moe: _Part, windows: list[int | None]) -> _Part:
-    """dots.llm1: every head of queries and keys has a norm."""
-    bias = config.flag("attention_bias", default=False)
+def dots1(config: Keys, decoder: _Part, moe: _Part) -> _Part:
+    """dots.llm1: every head of queries and keys has a norm, and the last layers may have a window."""
+    bias, n_layers, seen = config.flag("attention_bias", default=False), decoder["n_layers"], window(config, 4096)
+    first = config.size("max_window_layers", default=62, least=0)
+    of_layers = [seen if layer >= first else None for layer in range(n_layers)]
+    if config.get("layer_types") is not None:
+        of_layers = windows(config, n_layers, seen)
     parts = _with_shared_experts(config, decoder, moe, routers.sigmoid_with_bias)
-    parts["decoder"] |= {"qk_norm": "head", "qkv_bias": bias, "o_bias": bias, "windows": windows}
+    parts["decoder"] |= {"qk_norm": "head", "qkv_bias": bias, "o_bias": bias, "windows": of_layers}
     return parts
 
 
@@ -91,7 +96,6 @@ def minimax_m2(config: Keys, decoder: _Part, moe: _Part) -> _Part:
     return {
         "decoder": {**decoder, **moe, "qk_norm": "full"},
         "router": routers.scored(score="sigmoid", bias=True, renormalize=True),
-        "max_positions": config.size("max_position_embeddings"),
         "extra_layers": config.size("num_mtp_modules", default=0, least=0, most=MOST_LAYERS),
     }
 
@@ -100,18 +104,17 @@ def _extra_layers(config: Keys) -> int:
     return config.size("num_nextn_predict_layers", "num_mtp_layers", default=0, least=0, most=MOST_LAYERS)
 
 
-Router = Callable[[Keys, int, int], _Part]
+_Router = Callable[[Keys, int, int], _Part]
 
 
-def _with_shared_experts(config: Keys, decoder: _Part, moe: _Part, router: Router) -> _Part:
+def _with_shared_experts(config: Keys, decoder: _Part, moe: _Part, router: _Router) -> _Part:
     """The first layers, as many as `first_k_dense_replace` says, are dense."""
-    config.need("first_k_dense_replace")
-    first = config.size("first_k_dense_replace", default=0, least=0)
+    first = config.size("first_k_dense_replace", least=0)
     dense = frozenset(range(min(first, decoder["n_layers"])))
     return _shared_and_routed(config, decoder, moe, router, dense)
 
 
-def _shared_and_routed(config: Keys, decoder: _Part, moe: _Part, router: Router, dense: frozenset[int]) -> _Part:
+def _shared_and_routed(config: Keys, decoder: _Part, moe: _Part, router: _Router, dense: frozenset[int]) -> _Part:
     shared = config.size("n_shared_experts") * moe["mlp_hidden_dim"]
     if not dense:
         config.get("intermediate_size")  # of dense layers
@@ -119,6 +122,5 @@ def _shared_and_routed(config: Keys, decoder: _Part, moe: _Part, router: Router,
     return {
         "decoder": {**decoder, **moe, "dense_hidden_dim": width, "shared_expert_hidden_dim": shared},
         "router": router(config, moe["n_experts"], moe["top_k"]),
-        "max_positions": config.size("max_position_embeddings"),
         "dense_layers": dense,
     }

@@ -41,4 +41,4 @@ WITHOUT = {
     "topk_group": 1,
     "use_qk_norm": False,
 }
-"""Keys of other architectures, each with the value that means that a model does not have what it is about."""
+"""Keys of other architectures, each with the value that switches off what it is about."""

@@ -1,4 +1,7 @@
-"""What a config.json says of quantised weights. Those that are supported are dequantised as they are loaded."""
+"""How the files of a checkpoint hold a tensor: as it is, arranged in another way, or quantised.
+
+What is quantised is dequantised as it is loaded; `read_quantization` reads off a config.json in which form it is.
+"""
 
 from __future__ import annotations
 
@@ -139,9 +142,9 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 def _wide(blocks_RGb: Tensor, powers_RG: Tensor) -> Tensor:
     """fp32 [R, G * 32] of bytes [R, G, 16] and exponents [R, G]."""
-    table = blocks_RGb.new_tensor([*_E2M1, *(-value for value in _E2M1)], dtype=powers_RG.float().dtype)
-    pairs = table[blocks_RGb.bitwise_and(15).int()], table[blocks_RGb.bitwise_right_shift(4).int()]
     exponents = powers_RG.float() - 127
+    table = exponents.new_tensor([*_E2M1, *(-value for value in _E2M1)])
+    pairs = table[blocks_RGb.bitwise_and(15).int()], table[blocks_RGb.bitwise_right_shift(4).int()]
     scale_RG = exponents.exp2().masked_fill(powers_RG == 255, float("nan"))
     values = pairs[0].new_empty(*blocks_RGb.shape, 2)
     values[..., 0], values[..., 1] = pairs
@@ -190,7 +193,10 @@ def read_quantization(config: Keys) -> Fp8Blocks | Mxfp4 | None:
     method, form = quantization.get("quant_method"), quantization.get("fmt", default="e4m3")
     if method == "mxfp4" and config.get("model_type") == "gpt_oss":
         quantization.get("modules_to_not_convert")  # all but the experts' matrices, as their keys say
-        return Mxfp4(interleaved=True)
+        for key in ("hidden_size", "intermediate_size"):
+            if (width := config.size(key)) % 32:
+                raise config.refuse(f"{key}={width} must be a multiple of 32 in mxfp4; use the bf16 weights.")
+        return Mxfp4()
     if method != "fp8" or form not in ("e4m3", "float8_e4m3fn"):
         raise quantization.refuse(
             f"quantization_config.quant_method={shown(method)} (fmt={shown(form)}): of quantised checkpoints only fp8 "

@@ -16,7 +16,7 @@ def read_latent(config: Keys, n_heads: int) -> dict[str, Any]:
         if (value := config.get(key, default=meant)) != meant:
             raise config.refuse(f"{key}={shown(value)} must be {meant} in latent attention; remove it.")
     if "q_lora_rank" not in config.content:
-        raise config.refuse("there is no q_lora_rank; the configuration is incomplete. Download the file again.")
+        config.need("q_lora_rank")  # null says that queries have no latent, and no key says nothing
     q_rank = None if config.get("q_lora_rank") is None else config.size("q_lora_rank")
     latent = {
         "nope_dim": nope,

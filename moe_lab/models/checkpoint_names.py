@@ -34,8 +34,8 @@ WHOLE = {
 }
 _SHARED = ("mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp")
 _GATE_UP = {"mlp.gate_up.weight": ("mlp",), "mlp.shared.mlp.gate_up.weight": _SHARED}
-_BIAS = ("mlp.gate", "block_sparse_moe", "mlp")
-"""What has the `e_score_correction_bias` of a router."""
+BIAS, _HAS_BIAS = "e_score_correction_bias", ("mlp.gate", "block_sparse_moe", "mlp")
+"""A router's selection bias, and the modules that may have it."""
 
 
 class Source(NamedTuple):
@@ -120,9 +120,6 @@ _BIASES = {
 """Of gate and experts, in gpt-oss's files of either layout."""
 
 
-BIAS = "e_score_correction_bias"
-
-
 def sources(name: str, shape: Sequence[int], model: str = "") -> list[list[Source]]:
     """For each layout of a `model` (`Settings.layout`), the checkpoint tensors that make up our parameter `name`."""
     if name in WHOLE:
@@ -150,7 +147,7 @@ def sources(name: str, shape: Sequence[int], model: str = "") -> list[list[Sourc
     if rest in ("mlp.router.bias_E", "mlp.router.inner.bias_E"):
         if model == "ernie4_5_moe":
             return [[Source(f"{prefix}.{block}.moe_statics.{BIAS}", form=OneRow())] for block in ("mlp", "mlp.gate")]
-        return [[Source(f"{prefix}.{block}.{BIAS}")] for block in _BIAS]
+        return [[Source(f"{prefix}.{block}.{BIAS}")] for block in _HAS_BIAS]
     return _expert_sources(rest, prefix, shape, model)
 
 
@@ -209,7 +206,7 @@ def is_unused(key: str, n_layers: int, extra_layers: int, has_bias: bool) -> boo
 
     Args:
         extra_layers: after the `n_layers`: they predict further tokens (MTP), and the logits do not depend on them.
-        has_bias: whether routers have a bias, which one that was swapped in does not read.
+        has_bias: whether the trained routers have a bias. A router in their place may not read it.
     """
     if key.endswith("rotary_emb.inv_freq"):  # computed anew
         return True

@@ -53,14 +53,14 @@ def sigmoid_with_bias(config: Keys, n_experts: int, top_k: int) -> dict[str, Any
 
 
 def softmax_in_groups(config: Keys, n_experts: int, top_k: int) -> dict[str, Any]:
-    """Of DeepSeek-V2: `greedy` has groups of no effect."""
+    """Of DeepSeek-V2; under `greedy` the keys of groups have no effect."""
     require(config, "scoring_func", "softmax")
     require(config, "norm_topk_prob", False)  # which transformers does not read here, and the published code does
     method = config.get("topk_method", default="greedy")
     if method not in ("greedy", "group_limited_greedy"):
         raise config.refuse(f"topk_method={shown(method)} is not supported; supported: greedy, group_limited_greedy.")
-    if method == "greedy":
-        config.get("n_group"), config.get("topk_group")
+    for key in ("n_group", "topk_group"):
+        config.get(key)
     groups = (1, 1) if method == "greedy" else _groups(config, n_experts, top_k)
     return scored(
         score="softmax", bias=False, renormalize=False, groups=groups, group_score="max", scale=_scale(config)

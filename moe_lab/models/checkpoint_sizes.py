@@ -26,10 +26,10 @@ def trunk(config: Keys, theta: float, scaling: dict[str, Any] | None) -> dict[st
     }
 
 
-def partial_decoder(config: Keys, *, rope_theta: float, n_kv_heads: int, share: float) -> dict[str, Any]:
-    """As `_decoder`, where RoPE turns a part of each head; `share` is the architecture's default."""
+def partial_decoder(config: Keys, *, rope_theta: float, n_kv_heads: int | None, share: float) -> dict[str, Any]:
+    """As `decoder_of`, where RoPE turns a part of each head; `share` is the architecture's default."""
     theta, scaling, share = read_partial_rope(config, rope_theta, share)
-    decoder = grouped_decoder(config, trunk(config, theta, scaling), n_kv_heads)
+    decoder = _grouped(config, trunk(config, theta, scaling), n_kv_heads)
     rotary_dim = int(decoder["head_dim"] * share)
     if rotary_dim < 2 or rotary_dim % 2:
         raise config.refuse(
@@ -41,10 +41,10 @@ def partial_decoder(config: Keys, *, rope_theta: float, n_kv_heads: int, share: 
 
 def decoder_of(config: Keys, *, rope_theta: float, n_kv_heads: int | None) -> dict[str, Any]:
     """A decoder with grouped-query attention; `rope_theta` and `n_kv_heads` are the architecture's defaults."""
-    return grouped_decoder(config, trunk(config, *read_rope(config, rope_theta)), n_kv_heads)
+    return _grouped(config, trunk(config, *read_rope(config, rope_theta)), n_kv_heads)
 
 
-def grouped_decoder(config: Keys, trunk: dict[str, Any], n_kv_heads: int | None) -> dict[str, Any]:
+def _grouped(config: Keys, trunk: dict[str, Any], n_kv_heads: int | None) -> dict[str, Any]:
     d_model, n_heads = trunk["d_model"], trunk["n_heads"]
     if n_kv_heads is None or "num_key_value_heads" in config.content:  # null: as many as there are heads
         n_kv_heads = n_heads
@@ -63,7 +63,8 @@ def experts_of(config: Keys, hidden_dim: int, top_k: int | None = None) -> dict[
     )
     top_k = top_k or config.size("num_experts_per_tok")
     if top_k > n_experts:
-        raise config.refuse(
-            f"num_experts_per_tok={top_k} is more than the {n_experts} experts; download the file again."
+        key = next(
+            name for name in ("num_experts_per_tok", "moe_k", "moe_topk") if config.content.get(name) is not None
         )
+        raise config.refuse(f"{key}={top_k} is more than the {n_experts} experts; download the file again.")
     return {"mlp_hidden_dim": hidden_dim, "n_experts": n_experts, "top_k": top_k, **_PLAIN}

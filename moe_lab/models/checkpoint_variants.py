@@ -1,7 +1,7 @@
 """Architectures with a part or two of their own: Granite, gpt-oss, Phi-3.5-MoE, ERNIE 4.5 and HunYuan-A13B.
 
 Each function takes what the file says of the attention (`decoder`) and of the routed experts (`moe`), and returns the
-arguments of `Settings`, but for the model's type.
+arguments of `Settings`, but for the model's type and what all have.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def window(config: Keys, default: int | None = None) -> int | None:
 
 
 def switched_window(config: Keys) -> int | None:
-    """Of the Qwen models: as `_window`, if `use_sliding_window`."""
+    """Of the Qwen models: as `window`, if `use_sliding_window`."""
     config.get("max_window_layers")  # of Qwen3 it changes nothing
     if config.flag("use_sliding_window", default=False):
         return window(config, default=4096)

@@ -7,10 +7,10 @@ frequencies; its keys are those that checkpoints have:
     linear  f_i / factor                                                             (Chen et al., 2306.15595)
     llama3  slow dimensions are divided by `factor`, fast ones kept, between them a ramp over the number of turns in the
             original context                                                         (Llama 3, 2407.21783)
+    yarn    the same with a ramp over i, and cos and sin grow by 0.1 ln(factor) + 1  (Peng et al., 2309.00071)
     dynamic with a fixed alpha: theta * alpha^(d / (d - 2)) in place of theta        (NTK-aware; HunYuan)
     longrope  f_i / short_factor_i, and cos and sin grow by short_mscale: up to the original length of the context, and
             no longer sequence is computed                                           (LongRoPE, 2402.13753; Phi-3.5)
-    yarn    the same with a ramp over i, and cos and sin grow by 0.1 ln(factor) + 1  (Peng et al., 2309.00071)
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ class TransformerDecoder(nn.Module):
 
         def make_attention(layer: int) -> Attention | LatentAttention:
             if latent is not None:
+                assert qk_norm == "none" and windows is None and not attention, "latent attention has no such options"
                 return LatentAttention(d_model, n_heads, scale=softmax_scale(rope_scaling), **latent)
             window = windows[layer] if windows is not None else None
             sizes = (d_model, n_heads, self.n_kv_heads, self.head_dim)

@@ -6,8 +6,8 @@ Each product plus a bias of the expert's, and the clamped activation of gpt-oss 
 
 A matrix unit takes 16 rows at the least, and no token has an expert twice. So with at most 16 tokens there is nothing
 to gain from gathering an expert's own: the weights are read once, which is what decoding costs, and rows that are not
-its own are dropped. In 16 bits 64 rows are still few: 64 operations for each byte of the weights, of which a GPU does
-more in the time that the byte takes to come. Nothing is read on the host.
+its own are dropped. In 16 bits 64 rows are still few: they make 64 operations for each byte of the weights, and a GPU
+does more than that while it reads the byte. Nothing is read on the host.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     m_j = max of R_j,  K_j = {e in R_j: (m_j - l_e) / max(|l_e|, m_j) <= 2 jitter_eps}
     w_j = exp(l_j) / sum over K_j of exp(l_e)
 
-So an expert weighs 1 unless others are about as good, and the weights of a token add up to as much as k.
+So an expert weighs 1 unless others are about as good, and the weights of a token add up to k at most.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SparseMixer(Router):
     def __init__(self, n_experts: int, top_k: int, *, impl: str, jitter_eps: float):
         super().__init__(n_experts, top_k, impl)
         if not 0 <= jitter_eps < float("inf"):
-            raise ValueError(f"router.jitter_eps={jitter_eps}: must be at least 0.")
+            raise ValueError(f"router.jitter_eps={jitter_eps}: must be at least 0, and finite.")
         self.jitter_eps = jitter_eps
 
     def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:

@@ -77,11 +77,8 @@ def test_biases_and_the_clamped_activation_are_computed(
 @pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in ("up_bias_E2F", "down_bias_ED")])
 def test_each_bias_and_each_setting_of_the_activation_changes_the_output(name: str) -> None:
     """So that an implementation which dropped one is found out above."""
-    weights, routing, x_TD = (
-        make_weights(5, 9, 7, bias=True, activation=Clamped(2.5, 0.5)),
-        make_routing(37, 5, 3),
-        (make_x(37, 9)),
-    )
+    weights = make_weights(5, 9, 7, bias=True, activation=Clamped(2.5, 0.5))
+    routing, x_TD = make_routing(37, 5, 3), make_x(37, 9)
     whole_TD = formula(x_TD, routing, weights)
     for activation in (None, Clamped(1.0, 0.5), Clamped(2.5, 5.0)):
         other = make_weights(5, 9, 7, bias=True, activation=activation)

@@ -76,14 +76,7 @@ _OWN = {
     "solar_open": {**_DEEPSEEK, "head_dim": 12, "intermediate_size": ..., "first_k_dense_replace": ...},
     "minimax_m2": {"num_local_experts": E, "intermediate_size": F, "head_dim": 12},
     "deepseek_v2": {**_LATENT, "n_routed_experts": E, "n_shared_experts": 2},
-    "deepseek_v3": {
-        **_LATENT,
-        "n_routed_experts": 6,
-        "n_shared_experts": 1,
-        "n_group": 3,
-        "topk_group": 2,
-        "routed_scaling_factor": 1.5,
-    },
+    "deepseek_v3": {**_LATENT, **_DEEPSEEK},
     "granitemoe": {
         "num_local_experts": E,
         "intermediate_size": F,
@@ -143,7 +136,7 @@ _OWN = {
 }
 
 _EACH_LAYOUT = {"olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"}
-"""What the others' files are like: their tests of the loader alone are slow ones."""
+"""Together they have every layout of files. For the other kinds the tests of the loader alone are slow ones."""
 
 kinds = pytest.mark.parametrize(
     "kind", [pytest.param(kind, id=kind, marks=[pytest.mark.slow] * (kind not in _EACH_LAYOUT)) for kind in KINDS]

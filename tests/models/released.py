@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from moe_lab.models.checkpoint_config import Settings, read
 
 COMMON = {"hidden_act": "silu", "attention_dropout": 0.0, "output_router_logits": False, "tie_word_embeddings": False}
 COMMON |= {"torch_dtype": "bfloat16", "initializer_range": 0.02, "use_cache": True}
@@ -305,3 +310,10 @@ SHARED: dict[str, dict[str, Any]] = {  # by name of the release
     },
 }
 """Models with DeepSeek's router or shared experts, as far as is known: the values that matter here."""
+
+
+def settings_of(released: Mapping[str, dict[str, Any]], folder: Path, kind: str, **keys: Any) -> Settings:
+    """Of a released model with some keys changed; ... removes one."""
+    content = {key: value for key, value in {**released[kind], **keys}.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(content))
+    return read(folder)

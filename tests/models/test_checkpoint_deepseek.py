@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moe_lab.models.checkpoint_config import Settings, read
 from moe_lab.models.checkpoint_forms import Fp8Blocks
 from tests.models.checkpoints import complaint
-from tests.models.released import SHARED
+from tests.models.released import SHARED, settings_of
 
 kinds = pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in SHARED])
 AIR, FLASH, DOTS, M2, SOLAR = SHARED
-
-
-def settings(folder: Path, kind: str, **keys: Any) -> Settings:
-    """Of the released model with some keys changed; ... removes one."""
-    content = {key: value for key, value in {**SHARED[kind], **keys}.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(content))
-    return read(folder)
+settings = partial(settings_of, SHARED)
 
 
 @kinds

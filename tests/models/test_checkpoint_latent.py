@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,34 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lab.models.checkpoint_config import Settings, read
 from moe_lab.models.checkpoint_forms import Fp8Blocks
 from moe_lab.models.parameters import adopt, shareable
 from moe_lab.models.rope import softmax_scale
 from moe_lab.runs.run import run
 from tests import tiny
-from tests.models.checkpoints import (
-    build,
-    checkpoint,
-    complaint,
-    edit_config,
-    ids,
-    load,
-    tensors,
-    write_tensors,
-)
-from tests.models.released import LATENT
+from tests.models.checkpoints import build, checkpoint, complaint, edit_config, ids, load, tensors, write_tensors
+from tests.models.released import LATENT, settings_of
 from tests.routers.cases import make
 
 kinds = pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in LATENT])
 V2, V3 = "deepseek_v2_lite", "deepseek_v3"
-
-
-def settings(folder: Path, kind: str, **keys: Any) -> Settings:
-    """Of the released model with some keys changed; ... removes one."""
-    content = {key: value for key, value in {**LATENT[kind], **keys}.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(content))
-    return read(folder)
+settings = partial(settings_of, LATENT)
 
 
 @kinds
@@ -178,10 +161,8 @@ def biases(folder: Path) -> list[Any]:
 def test_a_router_has_the_bias_that_was_trained(tmp_path: Path) -> None:
     """So has the same one under its own name, or inside another; a router without one leaves it in the file."""
     folder = checkpoint("deepseek_v3", tmp_path)
-    model, same = (
-        load(folder),
-        load(folder, make_router=partial(make, "deepseek_v3", n_groups=3, top_groups=2, scale=1.5)),
-    )
+    model = load(folder)
+    same = load(folder, make_router=partial(make, "deepseek_v3", n_groups=3, top_groups=2, scale=1.5))
     for each in (model, same):
         loaded = [layer.mlp.router.bias_E for layer in each.layers[1:]]
         assert all(map(torch.equal, loaded, biases(folder))) and len(loaded) == 2

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_lab.models import checkpoint_config, checkpoint_names, checkpoint_weights, transformer_decoder
+from moe_lab.models import checkpoint_config, checkpoint_names, transformer_decoder
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.checkpoint_config import Settings
 from moe_lab.models.checkpoint_names import Source
 from moe_lab.models.rope import Rope
 from tests.models.checkpoints import ids, load, save, trained
@@ -20,42 +21,38 @@ from tests.models.test_checkpoint import ATOL, computed
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-def setting(**keys: Any) -> Plant:
-    """The decoder has another setting."""
+def reads(change: Callable[[Settings], dict[str, Any]]) -> Plant:
+    """The configuration is read with other settings."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         read = checkpoint_config.read
-        patch.setattr(
-            checkpoint_config, "read", lambda folder: replace(s := read(folder), decoder={**s.decoder, **keys})
-        )
+        patch.setattr(checkpoint_config, "read", lambda folder: replace(s := read(folder), **change(s)))
 
     return plant
+
+
+def said(**keys: Any) -> Plant:
+    """The configuration is taken to say something else."""
+    return reads(lambda settings: keys)
+
+
+def setting(**keys: Any) -> Plant:
+    """The decoder has another setting."""
+    return reads(lambda settings: {"decoder": {**settings.decoder, **keys}})
 
 
 def expert_setting(**keys: Any) -> Plant:
     """The experts have another setting."""
-
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        read = checkpoint_config.read
-
-        def changed(folder: Any) -> Any:
-            settings = read(folder)
-            experts = {**settings.decoder["expert_settings"], **keys}
-            return replace(settings, decoder={**settings.decoder, "expert_settings": experts})
-
-        patch.setattr(checkpoint_config, "read", changed)
-
-    return plant
+    return reads(
+        lambda settings: {
+            "decoder": {**settings.decoder, "expert_settings": {**settings.decoder["expert_settings"], **keys}}
+        }
+    )
 
 
 def router(**keys: Any) -> Plant:
     """The native router has another setting."""
-
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        read = checkpoint_config.read
-        patch.setattr(checkpoint_config, "read", lambda folder: replace(s := read(folder), router={**s.router, **keys}))
-
-    return plant
+    return reads(lambda settings: {"router": {**settings.router, **keys}})
 
 
 def mapped(change: Callable[[str, list[Source]], list[Source]]) -> Plant:
@@ -98,29 +95,6 @@ def form(parameter: str, **keys: Any) -> Plant:
     return mapped(change)
 
 
-def zeroed(parameter: str) -> Plant:
-    """One parameter of every layer is dropped."""
-
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        execute = checkpoint_weights.execute
-        plan = checkpoint_weights.plan
-
-        def dropped(parameters: Any, *arguments: Any, **keys: Any) -> Any:
-            dropped.names = [tensor for name, tensor in parameters.items() if name.endswith(parameter)]  # type: ignore[attr-defined]
-            assert dropped.names  # type: ignore[attr-defined]
-            return plan(parameters, *arguments, **keys)
-
-        def executed(copies: Any) -> None:
-            execute(copies)
-            for tensor in dropped.names:  # type: ignore[attr-defined]
-                tensor.data.zero_()
-
-        patch.setattr(checkpoint_weights, "plan", dropped)
-        patch.setattr(checkpoint_weights, "execute", executed)
-
-    return plant
-
-
 def loaded(parameter: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Plant:
     """One parameter of every layer is changed once it is loaded and in our order."""
 
@@ -139,37 +113,14 @@ def loaded(parameter: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Pl
     return plant
 
 
-def said(**keys: Any) -> Plant:
-    """The configuration is taken to say something else."""
-
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        read = checkpoint_config.read
-        patch.setattr(checkpoint_config, "read", lambda folder: replace(read(folder), **keys))
-
-    return plant
+def zeroed(parameter: str) -> Plant:
+    """One parameter of every layer is dropped."""
+    return loaded(parameter, torch.zeros_like)
 
 
 def without_softmax_scale(patch: pytest.MonkeyPatch) -> None:
     """mscale_all_dim is forgotten."""
     patch.setattr(transformer_decoder, "softmax_scale", lambda scaling: 1.0)
-
-
-def gate_and_up_exchanged(patch: pytest.MonkeyPatch) -> None:
-    """After loading: whatever the layout."""
-    execute, plan = checkpoint_weights.execute, checkpoint_weights.plan
-    found: list[torch.Tensor] = []
-
-    def planned(parameters: Any, *arguments: Any, **keys: Any) -> Any:
-        found.extend(tensor for name, tensor in parameters.items() if name.endswith("w_gate_up_E2FD"))
-        return plan(parameters, *arguments, **keys)
-
-    def executed(copies: Any) -> None:
-        execute(copies)
-        for tensor in found:
-            tensor.data.copy_(torch.cat([*reversed(tensor.data.chunk(2, 1))], 1))
-
-    patch.setattr(checkpoint_weights, "plan", planned)
-    patch.setattr(checkpoint_weights, "execute", executed)
 
 
 def turned_side_by_side(patch: pytest.MonkeyPatch) -> None:
@@ -183,23 +134,19 @@ def turned_side_by_side(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Rope, "forward", tables)
 
 
-def not_interleaved(patch: pytest.MonkeyPatch) -> None:
-    """The rows of queries and keys stay in the file's order."""
-    read = checkpoint_config.read
-    patch.setattr(checkpoint_config, "read", lambda folder: replace(read(folder), interleaved=False))
-
-
-_OF_ALL = [
-    ("gate_and_up_exchanged", gate_and_up_exchanged),
+_ANYWHERE = [
+    ("gate_and_up_exchanged", loaded("w_gate_up_E2FD", lambda w: torch.cat([*reversed(w.chunk(2, 1))], 1))),
     ("norms_exchanged", exchanged("attention_norm", "mlp_norm")),
+]
+_OF_ALL = [
+    *_ANYWHERE,
     ("keys_and_values_exchanged", exchanged("attention.k.", "attention.v.")),
     ("rotation_order", turned_side_by_side),
     ("weights_not_renormalised", router(renormalize=False)),
 ]
 _ALL_SPARSE = said(dense_layers=frozenset())
 _OF_LATENT = [
-    ("gate_and_up_exchanged", gate_and_up_exchanged),
-    ("norms_exchanged", exchanged("attention_norm", "mlp_norm")),
+    *_ANYWHERE,
     ("rotation_order", said(interleaved=False)),
     ("no_growth_of_the_softmax", without_softmax_scale),
     ("plain_rope", setting(rope_scaling=None)),
@@ -208,19 +155,18 @@ _OF_LATENT = [
     ("key_before_the_latent", loaded("kv_down.weight", lambda w: w.roll(8, 0))),
     ("values_before_keys", loaded("kv_up.weight", lambda w: w.unflatten(0, (4, 16)).roll(6, 1).flatten(0, 1))),
     ("heads_turned_first", loaded("q_up.weight", lambda w: w.unflatten(0, (4, 14)).roll(8, 1).flatten(0, 1))),
-    ("latent_bias_dropped", loaded("kv_down.bias", torch.zeros_like)),
-    ("output_bias_dropped", loaded("attention.o.bias", torch.zeros_like)),
-    ("shared_experts_dropped", loaded("shared.mlp.down.weight", torch.zeros_like)),
+    ("latent_bias_dropped", zeroed("kv_down.bias")),
+    ("output_bias_dropped", zeroed("attention.o.bias")),
+    ("shared_experts_dropped", zeroed("shared.mlp.down.weight")),
     ("shared_gate_and_up_exchanged", loaded("shared.mlp.gate_up.weight", lambda w: w.roll(len(w) // 2, 0))),
     ("all_layers_sparse", _ALL_SPARSE),
     ("no_groups", router(n_groups=1, top_groups=1)),
     ("weights_not_scaled", router(scale=1.0)),
 ]
 _OF_GLM = [
-    ("gate_and_up_exchanged", gate_and_up_exchanged),
-    ("norms_exchanged", exchanged("attention_norm", "mlp_norm")),
-    ("shared_experts_dropped", loaded("shared.mlp.down.weight", torch.zeros_like)),
-    ("router_bias_dropped", loaded("router.bias_E", torch.zeros_like)),
+    *_ANYWHERE,
+    ("shared_experts_dropped", zeroed("shared.mlp.down.weight")),
+    ("router_bias_dropped", zeroed("router.bias_E")),
     ("best_of_a_group", router(group_score="max")),
     ("weights_not_scaled", router(scale=1.0)),
     ("weights_not_renormalised", router(renormalize=False)),
@@ -254,7 +200,7 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("weights_not_renormalised", router(renormalize=False)),
         ("best_of_a_group", router(group_score="max")),
         ("weights_by_a_softmax", router(score="softmax")),
-        ("router_bias_dropped", loaded("router.bias_E", torch.zeros_like)),
+        ("router_bias_dropped", zeroed("router.bias_E")),
         ("router_bias_negated", loaded("router.bias_E", torch.neg)),
     ],
     "glm4_moe": [
@@ -262,7 +208,7 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("all_turned", setting(rotary_dim=12)),
         ("turned_side_by_side_in_the_files", said(interleaved=True)),
         ("query_norm_dropped", loaded("q_norm.weight", torch.ones_like)),
-        ("query_bias_dropped", loaded("attention.q.bias", torch.zeros_like)),
+        ("query_bias_dropped", zeroed("attention.q.bias")),
         ("key_norm_in_the_files_order", loaded("k_norm.weight", lambda w: w.roll(3))),
     ],
     "glm4_moe_lite": [*_OF_GLM, ("rotation_order", said(interleaved=False)), ("all_layers_sparse", _ALL_SPARSE)],
@@ -271,19 +217,19 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("no_windows", setting(windows=None)),
         ("windows_on_other_layers", setting(windows=[4, None, None])),
         ("norm_of_all_heads", setting(qk_norm="full")),
-        ("output_bias_dropped", loaded("attention.o.bias", torch.zeros_like)),
+        ("output_bias_dropped", zeroed("attention.o.bias")),
     ],
     "solar_open": [
         *_OF_GLM,
         ("rotation_order", said(interleaved=True)),
-        ("value_bias_dropped", loaded("attention.v.bias", torch.zeros_like)),
+        ("value_bias_dropped", zeroed("attention.v.bias")),
     ],
     "minimax_m2": [
         *_OF_ALL,
         ("all_turned", setting(rotary_dim=12)),
         ("norm_of_each_head", setting(qk_norm="head")),
         ("no_norm", setting(qk_norm="none")),
-        ("router_bias_dropped", loaded("router.bias_E", torch.zeros_like)),
+        ("router_bias_dropped", zeroed("router.bias_E")),
         ("weights_by_a_softmax", router(score="softmax")),
     ],
     "granitemoe": [
@@ -298,7 +244,7 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("selection_bias_dropped", zeroed("router.bias_E")),
         ("sigmoid_scores", router(score="sigmoid")),
         ("no_shared_experts", setting(shared_expert_hidden_dim=0)),
-        ("rotation_of_halves", not_interleaved),
+        ("rotation_of_halves", said(interleaved=False)),
     ],
     "hunyuan_v1_moe": [
         *_OF_ALL,

@@ -12,17 +12,7 @@ from torch import Tensor
 from moe_lab.models import checkpoint_forms
 from moe_lab.models.checkpoint_forms import Arranged, Mxfp4
 from tests import tiny
-from tests.models.checkpoints import (
-    E,
-    complaint,
-    edit_config,
-    ids,
-    load,
-    save,
-    tensors,
-    trained,
-    write_tensors,
-)
+from tests.models.checkpoints import E, complaint, edit_config, ids, load, save, tensors, trained, write_tensors
 from tests.models.test_checkpoint import assert_logits, computed, decoded
 
 CONFIG = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
@@ -131,6 +121,14 @@ def test_of_other_models_mxfp4_is_refused_by_name(tmp_path: Path) -> None:
     folder = save(trained("mixtral"), tmp_path)
     edit_config(folder, quantization_config=CONFIG)
     assert "quantization_config.quant_method=mxfp4" in complaint(lambda: load(folder))
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, id=key) for key in ("hidden_size", "intermediate_size")])
+def test_a_width_that_no_block_fits_is_refused(key: str, tmp_path: Path) -> None:
+    """A row has whole blocks."""
+    folder = save(trained("gpt_oss", intermediate_size=WIDTH), tmp_path)
+    edit_config(folder, quantization_config=CONFIG, **{key: 40})
+    assert f"{key}=40 must be a multiple of 32 in mxfp4" in complaint(lambda: load(folder))
 
 
 def test_the_record_says_what_the_weights_were(tmp_path: Path) -> None:

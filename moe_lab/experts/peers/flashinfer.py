@@ -116,7 +116,7 @@ class FlashInfer(Peer):
         return y_TD
 
     def _choose(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, w_E2FD: Tensor, w_EDF: Tensor) -> Tactic:
-        """The rows, and for them the fastest of each product; rows with which one of both is refused are left out."""
+        """The rows, and for them the fastest of each product. Rows with which a product is refused are left out."""
         found, refusals, y_TD = [], [], torch.zeros_like(x_TD)
         for rows in ROWS:
             maps, K = _index_maps(ids_TK, len(w_EDF), rows), ids_TK.shape[1]
