@@ -20,9 +20,9 @@ moe-lab report DIR [--tables] [--plotly MODE]   write the tables, plots and repo
 moe-lab plot DIR X Y                            plot column Y of these tables against column X
 moe-lab compare A B                             compare two folders of results: faster, slower or the same
 moe-lab generate TEXT model.path=DIR            generate text with a checkpoint
-moe-lab inspect DIR                             show what a checkpoint is and what of it is supported
+moe-lab inspect DIR                             show what a checkpoint is and whether it is supported
 moe-lab export RUN_DIR [export.KEY=VALUE ...]   export the model of an earlier run as ONNX; --verify DIR, --open
-moe-lab list [GROUP] [--json]                   list the options of each group; GROUP=architectures: of checkpoints
+moe-lab list [GROUP | architectures] [--json]   list the options of each group, or which checkpoints can be read
 moe-lab doctor [--noise]                        show what runs on this machine, and how noisy it is
 moe-lab clean [DIR] [--remove]                  list, or remove, failed runs and results set aside; --older-than DAYS
 moe-lab build [--arch 80,90]                    compile the C++/CUDA extension before its first use
