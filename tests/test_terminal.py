@@ -89,6 +89,7 @@ def test_data_for_a_program_is_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     assert file.getvalue() == "a\x1bba\\x1bb"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -173,6 +173,7 @@ def test_a_mistake_of_generate_prints_no_text(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_text_begins_with_its_prompt_and_is_the_same_again(tmp_path: Path) -> None:
     """The likeliest, and one drawn by a seed; how many tokens and how long each took stand on standard error."""
     command = ["generate", "def read(path):\n", f"model.path={quick.TINY_OLMOE}", "device=cpu", "--max-tokens", "12"]

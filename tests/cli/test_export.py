@@ -68,6 +68,7 @@ def pair(run: Path) -> Path:
     return run / "netron"
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_once_and_verifies(
     run: Path, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

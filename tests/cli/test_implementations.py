@@ -41,6 +41,7 @@ def test_every_router_with_its_properties(capsys: pytest.CaptureFixture[str]) ->
     assert "2401.04088" in shown["mixtral"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels of a CPU")
 def test_all_experts_with_what_they_declare(capsys: pytest.CaptureFixture[str]) -> None:
     """`moe-lab list experts`: what is declared, and each kernel that would run here."""

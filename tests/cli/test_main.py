@@ -77,6 +77,7 @@ def test_a_run_prints_its_row_and_where_it_lies(tmp_path: Path) -> None:
     assert Path(lines[-1]).parent.parent == tmp_path / "outputs" / "runs"
 
 
+@pytest.mark.slow
 def test_a_multirun_writes_a_row_per_cell(tmp_path: Path) -> None:
     """Four cells, four folders named by their cells under one sweep, one table."""
     axes = ("router=torch,sinkhorn", "batch=1,3", "sweep.report=false")
@@ -185,6 +186,7 @@ def test_hydra_full_error_shows_the_traceback(tmp_path: Path) -> None:
         assert "Traceback" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     """CUDA_VISIBLE_DEVICES hides the device where there is one; no folder is left."""
     done = moe_lab("device=cuda", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")

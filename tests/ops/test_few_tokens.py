@@ -135,6 +135,7 @@ def test_more_tokens_are_few_in_16_bits(T: int, scales_input: bool, dtype: torch
     assert_is_the_sum(few_tokens_mlp(*inputs, scales_input), inputs, scales_input)
 
 
+@pytest.mark.slow
 @SCALES
 @settings(max_examples=15, deadline=None, database=None)
 @given(data=st.data(), T=st.integers(0, 16), E=st.integers(1, 9), K=st.integers(1, 4))

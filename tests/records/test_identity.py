@@ -501,6 +501,7 @@ def test_a_key_that_nobody_named_changes_the_id() -> None:
     assert cell_id(changed(before, "quantization", {"name": "none"})) != cell_id(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["sinkhorn", "top_p", "min_p", "expert_skip", "oea", "xshare", "quantile"])
 def test_renormalize_came_later_to_some_routers(router: str) -> None:
     """Its default changes no cell_id, inside another router neither; another value does."""

@@ -81,6 +81,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(memory.resident_peak_bytes() is None, reason="this system does not tell the resident peak")
 @pytest.mark.parametrize("overrides", CASES)
 def test_the_estimate_against_the_measured_peak(overrides: list[str], tmp_path: Path) -> None:

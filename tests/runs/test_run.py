@@ -206,6 +206,7 @@ def test_a_failure_while_running_is_a_record(
     assert type(raised).__name__ in (tmp_path / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_is_a_record(tmp_path: Path) -> None:
     """What the estimate let pass and no memory is left for is a failed row, not a dead process."""
     program = (

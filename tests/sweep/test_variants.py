@@ -311,6 +311,7 @@ def test_other_variants_are_another_sweep() -> None:
     assert len(set(names)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [pytest.param("moe_lab", id="moe_lab"), pytest.param("basic", id="basic", marks=pytest.mark.slow)],
