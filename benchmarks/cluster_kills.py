@@ -44,7 +44,7 @@ _SWEEP = [
 ]
 N_CELLS = 24
 NOTHING = "nothing ran"
-_HOLDERS = {"slurm": b"submitit.core._submit", "ray": b"ray::"}
+_HOLDERS = {"slurm": "submitit.core._submit", "ray": "ray::"}
 
 
 @dataclass
@@ -88,8 +88,7 @@ class Sweep:
 
     def results(self) -> dict[str, dict[str, Any]]:
         """By cell_id."""
-        found = [json.loads(path.read_text()) for path in self.folder.glob("outputs/s/*/result.json")]
-        return {result["cell_id"]: result for result in found}
+        return results_in(self.folder)
 
     # ---- what is killed
 
@@ -101,7 +100,7 @@ class Sweep:
 
     def worker(self, dice: random.Random) -> str:
         """One of those that run."""
-        return self._one_with(b"moe_lab.sweep.worker", dice)
+        return self._one_with("moe_lab.sweep.worker", dice)
 
     def holder(self, dice: random.Random) -> str:
         """What holds a worker."""
@@ -126,13 +125,12 @@ class Sweep:
         subprocess.run(["scancel", job], env=environment, check=True)
         return job
 
-    def _one_with(self, words: bytes, dice: random.Random) -> str:
+    def _one_with(self, words: str, dice: random.Random) -> str:
         """A process with these words, and not one that it started: beside a worker one waits for its end."""
         parents = {}
-        for process in (process for node in self.cluster.nodes for process in self.cluster.processes(node)):
+        for process in self.cluster.running(words):
             with suppress(OSError):
-                if words in Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" "):
-                    parents[process] = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+                parents[process] = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
         found = [process for process, parent in parents.items() if parent not in parents]
         if not found:
             return NOTHING
@@ -157,6 +155,11 @@ def without_a_cluster(folder: Path) -> dict[str, dict[str, Any]]:
     """The results to compare with."""
     command = [sys.executable, "-m", "moe_lab", "-m", *_SWEEP, "sweep.name=s"]
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return results_in(folder)
+
+
+def results_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """By cell_id, those of the sweep that was started in a folder."""
     found = [json.loads(path.read_text()) for path in folder.glob("outputs/s/*/result.json")]
     return {result["cell_id"]: result for result in found}
 

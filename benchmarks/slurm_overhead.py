@@ -28,13 +28,14 @@ _TINY = ["model=minimal", "model.hidden=64", "device=cpu", "measure.warmup_s=0",
 _TINY += ["sweep.report=false", "sweep.engine=slurm"]
 _NO_OP = """
 import sys
+import time
 from pathlib import Path
 from moe_lab.sweep import slurm
 options = dict.fromkeys(("partition", "account", "qos", "constraint", "gres", "mem", "python"))
 options |= {"time": "00:05:00", "setup": [], "options": {}}
 jobs = slurm.submit(Path(sys.argv[1]), "no-op", options, print, [0] * int(sys.argv[2]))
 while any(not state.is_over for state in slurm.states("no-op").values()):
-    pass
+    time.sleep(0.1)
 """
 
 

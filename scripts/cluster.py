@@ -111,6 +111,16 @@ class Cluster:
         """A daemon and all that it started."""
         return list(_marked(f"{self.folder}:{name}"))
 
+    def running(self, words: str) -> list[int]:
+        """The processes of all nodes that have these words in their command line."""
+        found = []
+        for process in (process for node in self.nodes for process in self.processes(node)):
+            with suppress(OSError):  # it has ended
+                line = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ")
+                if words in line.decode(errors="replace"):
+                    found.append(process)
+        return found
+
     def kill(self, name: str) -> None:
         """End a daemon and all that it started by SIGKILL, as a node that loses its power."""
         while processes := self.processes(name):

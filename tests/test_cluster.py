@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from scripts import cluster
+from tests.waiting import becomes_true
 
 
 def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-
-
-def becomes_true(question: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not question():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def is_alive(process: int) -> bool:

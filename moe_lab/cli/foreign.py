@@ -76,7 +76,4 @@ def run_job(cfg: DictConfig, overrides: list[str], directory: Path, environment:
                 session.execute(job_plan, engine, Terminal())
             finally:
                 engine.close()
-    try:
-        return store.read_record(directory)
-    except (FileNotFoundError, ValueError):
-        return None
+    return store.find_record(directory)

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 OK, UNSUPPORTED = 0, 1
 _GB = 1e9
+_USUAL = (
+    *("num_hidden_layers", "hidden_size", "num_attention_heads"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"),
+)
+"""Numbers that most configurations have."""
 
 
 def main(arguments: list[str]) -> int:
@@ -76,8 +81,7 @@ def _of_another(folder: Path, error: ValueError) -> dict[str, Any]:
         content = read_object(folder / checkpoint_config.CONFIG)
     except (OSError, ValueError):
         raise error from None
-    keys = "num_hidden_layers hidden_size num_attention_heads num_experts num_local_experts n_routed_experts"
-    numbers = {key: shown(content[key]) for key in f"{keys} num_experts_per_tok".split() if key in content}
+    numbers = {key: shown(content[key]) for key in _USUAL if key in content}
     return {
         "family": shown(content.get("model_type")),
         "config": ", ".join(f"{key}={value}" for key, value in numbers.items()) or None,

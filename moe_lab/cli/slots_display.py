@@ -6,6 +6,7 @@ As for one worker (`cli.reporter`) it draws when it is told something.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class SlotsReporter(Reporter):
     """Counts cells done and failed, by slot too; a context manager."""
 
     def __init__(self, n_cells: int, slots: Sequence[str], console: Console | None = None):
-        self.rows = {slot: _Row() for slot in slots}
+        self.rows = defaultdict(_Row, {slot: _Row() for slot in slots})
         super().__init__(n_cells, console)
 
     def make_bar(self, *columns: object, **options: object) -> Progress:
@@ -50,25 +51,25 @@ class SlotsReporter(Reporter):
     def step(self, name: str, step: str, slot: str | None = None, group: int | None = None) -> None:
         """A cell comes to a step."""
         if slot is not None:
-            row = self.rows.setdefault(slot, _Row())
+            row = self.rows[slot]
             row.doing, row.group = f"{step} {name}", f"group {group}" if group is not None else ""
         self.draw("")
 
     def end(self, name: str, record: Record, slot: str | None = None) -> None:
         """A cell ended, one way or another."""
         if slot is not None:
-            row = self.rows.setdefault(slot, _Row())
+            row = self.rows[slot]
             row.n_done += 1
             row.n_failed += record.status == "failed"
         super().end(name, record, slot)
 
     def idle(self, slot: str) -> None:
         """A slot has nothing to do."""
-        self.rows.setdefault(slot, _Row()).doing = "waits"
+        self.rows[slot].doing, self.rows[slot].group = "waits", ""
 
     def gone(self, slot: str) -> None:
         """A slot is out of service."""
-        self.rows.setdefault(slot, _Row()).doing = "out of service"
+        self.rows[slot].doing, self.rows[slot].group = "out of service", ""
 
     def table(self) -> Table:
         """A line for each slot, as many as the terminal has room for."""

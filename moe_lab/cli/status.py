@@ -43,8 +43,7 @@ def main(arguments: list[str]) -> int:
         for slot in found.slots
     ]
     columns = ("slot", "group", "cell", "step", "since", "done", "failed", "job")
-    has_notes = any(slot.note for slot in found.slots)
-    n_columns = len(columns) if has_notes else -1
+    n_columns = len(columns) - (not any(slot.note for slot in found.slots))  # only schedulers have jobs
     if rows:
         print_table(columns[:n_columns], [row[:n_columns] for row in rows])
     for record in found.failed:

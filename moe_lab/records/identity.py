@@ -45,7 +45,7 @@ _TABLES = ("choices/*.json",)  # of the package alone: by what experts=auto choo
 # Rooms of the package that only talk to people or read results: no run executes them.
 _NOT_RUN = ("api", "cli", "results")
 # Folders that lie in the package once it is installed and beside it in a checkout; so the place changes no code_id.
-_MAPPED = ("assets", "conf", "kernels")
+MAPPED = ("assets", "conf", "kernels")
 ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")
 # What `auto` means there; a result made by another choice is stale.
 _ENV_FIELDS_OF_A_GPU = ("router_auto", "experts_auto")
@@ -206,7 +206,7 @@ def _package_code_id() -> str:
     import moe_lab.kernels  # installed, it lies in the package; in a checkout, beside it
 
     kernels = Path(next(iter(moe_lab.kernels.__path__)))
-    return _hash_files([PACKAGE, kernels], (*_NOT_RUN, *_MAPPED), (*_SOURCES, *_TABLES))
+    return _hash_files([PACKAGE, kernels], (*_NOT_RUN, *MAPPED), (*_SOURCES, *_TABLES))
 
 
 def code_id(plugin_dirs: Iterable[Path] = ()) -> str:

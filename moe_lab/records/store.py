@@ -124,6 +124,23 @@ def set_aside_unreadable(directory: Path) -> Path | None:
     return None
 
 
+def find_record(directory: Path) -> Record | None:
+    """The record in a run's folder; None if it is missing or cannot be read."""
+    try:
+        return read_record(directory)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def mark(directory: Path) -> tuple[int, int] | None:
+    """Tells the record in a folder from the one that is written after it; None if there is none."""
+    try:
+        status = (directory / RESULT).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
 def is_unreadable(name: str) -> bool:
     """Whether a file of this name is a record that was set aside because it could not be read."""
     return name.startswith(UNREADABLE.removesuffix(".json")) and name.endswith(".json")
@@ -131,9 +148,8 @@ def is_unreadable(name: str) -> bool:
 
 def set_aside_stale(directory: Path, cell_id: str, code_id: str, env_id: str | None) -> None:
     """Keep a result of another configuration, code or machine, or one that is ok, beside the one to come."""
-    try:
-        record = read_record(directory)
-    except (FileNotFoundError, ValueError):
+    record = find_record(directory)
+    if record is None:
         return
     if (record.cell_id, record.code_id, record.env_id) != (cell_id, code_id, env_id) or record.status == "ok":
         set_aside(directory, record)

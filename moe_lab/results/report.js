@@ -5,9 +5,9 @@ addEventListener("DOMContentLoaded", () => plots(nonce));
 table();
 
 function table() {
-  const body = document.querySelector("#table tbody");
-  const rows = [...body.rows];
-  const texts = rows.map(row => row.textContent.toLowerCase());
+  const bodies = [...document.querySelectorAll("#table tbody")];  // one for each machine
+  const rows = [...document.querySelectorAll("#table tr[data-status]")];
+  const texts = rows.map(row => `${row.textContent} ${row.parentNode.dataset.machine}`.toLowerCase());
   const filter = document.getElementById("filter"), status = document.getElementById("status");
 
   function show() {
@@ -17,6 +17,7 @@ function table() {
       row.hidden = !(texts[i].includes(wanted) && (!status.value || row.dataset.status === status.value));
       shown += !row.hidden;
     });
+    bodies.forEach(body => body.hidden = !body.querySelector("tr[data-status]:not([hidden])"));
     document.getElementById("shown").textContent = `${shown} of ${rows.length} cells`;
   }
   filter.addEventListener("input", show);
@@ -38,7 +39,7 @@ function table() {
       if (typeof x === "number" && typeof y === "number") return sign * (x - y);
       return sign * String(x).localeCompare(String(y), "en", {numeric: true});
     });
-    body.append(...sorted);
+    bodies.forEach(body => body.append(...sorted.filter(row => row.parentNode === body)));
   }));
   performance.mark("table");
 }

@@ -59,7 +59,8 @@ class Table(NamedTuple):
     """All cells of the sweep; a row is (status, link to its folder, fields)."""
 
     heads: list[str]
-    rows: list[tuple[str, str, list[Field]]]
+    parts: list[tuple[str, list[tuple[str, str, list[Field]]]]]
+    """The rows of each machine, with its name where there are several: they are not sorted among each other."""
 
 
 def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> Path:
@@ -167,25 +168,17 @@ def _by_group(summary: pd.DataFrame) -> dict[str, list[Verdict]]:
 
 
 def _table(runs: pd.DataFrame, compare: Sequence[str]) -> Table:
-    """By setting, in each the anchor first; what is compared stands in the variant's name."""
+    """By machine and setting, in each the anchor first; what is compared stands in the variant's name."""
     runs = runs.assign(machine=machines(runs))
     followers = ~runs["cell_id"].isin(runs["ratio_to_anchor.anchor"])
     beside = runs.assign(setting=describe(runs), other=followers, unknown=runs["machine"] == "")
-    order = [
-        "unknown",
-        "machine",
-        "model",
-        "batch",
-        "seq_len",
-        "setting",
-        "other",
-        "variant",
-    ]  # one machine after the other
+    # One machine after the other, the rows without one last.
+    order = ["unknown", "machine", "model", "batch", "seq_len", "setting", "other", "variant"]
     runs = runs.loc[beside.sort_values(order, kind="stable").index]
     config = [str(name) for name in runs if str(name).startswith("config.")]
     others = [name for name in (*_WHAT, *config) if name.removeprefix("config.").split(".")[0] not in compare]
     differ = [name for name in others if runs[name].astype(str).nunique() > 1]
-    columns = [(name, name) for name in ("machine", "status", "variant", "batch", "seq_len")]
+    columns = [(name, name) for name in ("status", "variant", "batch", "seq_len")]
     columns += [(name.removesuffix(".name").rsplit(".", 1)[-1], name) for name in differ]
     fields = {head: [_field(value) for value in runs[name].astype(object)] for head, name in columns}
     rows = runs[[str(name) for name in runs if str(name).startswith(_OF_FIRST)]].to_dict("records")
@@ -200,7 +193,12 @@ def _table(runs: pd.DataFrame, compare: Sequence[str]) -> Table:
     links = [_link(folder, "") for folder in runs["directory"]]
     heads = [*kept, "cell"]
     cells = [list(row) for row in zip(*(fields[head] for head in heads), strict=True)]
-    return Table(heads, list(zip(runs["status"].astype(str), links, cells, strict=True)))
+    parts: dict[str, list[tuple[str, str, list[Field]]]] = {}
+    for machine, row in zip(runs["machine"], zip(runs["status"].astype(str), links, cells, strict=True), strict=True):
+        parts.setdefault(machine, []).append(row)
+    if len(parts) > 1 and "" in parts:
+        parts["reached no device"] = parts.pop("")
+    return Table(heads, list(parts.items()))
 
 
 def _with_interval(name: str, row: Mapping[Any, Any]) -> Field:

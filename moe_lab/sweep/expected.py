@@ -36,11 +36,8 @@ def _known(plan: Plan) -> dict[str, list[float]]:
     """What cells of each model took."""
     known: dict[str, list[float]] = {}
     for cell in plan.cells:
-        try:
-            record = store.read_record(cell.directory)
-        except (FileNotFoundError, ValueError):
-            continue
-        if record.status == "ok" and record.elapsed_s is not None:
+        record = store.find_record(cell.directory)
+        if record is not None and record.status == "ok" and record.elapsed_s is not None:
             known.setdefault(_model(cell), []).append(record.elapsed_s)
     return known
 

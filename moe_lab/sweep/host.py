@@ -202,7 +202,7 @@ class _Stoppable(Worker):
             raise
 
     def end(self) -> None:
-        """Kill the process; who waits for its reply is told that it is lost, and no other is started."""
+        """Kill the process and start no other. A call that waits for its reply raises `KeyboardInterrupt`."""
         self.is_ended = True
         if (pid := self.pid) is not None:
             with suppress(ProcessLookupError):
@@ -210,10 +210,8 @@ class _Stoppable(Worker):
 
 
 def _is_interrupted(directory: Path) -> bool:
-    try:
-        return store.read_record(directory).reason == "interrupted"
-    except (FileNotFoundError, ValueError):
-        return False
+    record = store.find_record(directory)
+    return record is not None and record.reason == "interrupted"
 
 
 def _files(directory: Path) -> dict[str, bytes]:

@@ -14,14 +14,15 @@ from pathlib import Path
 
 PLUGINS = "moe_lab_plugins"
 """The module beside the package whose folders 0, 1, ... are the plug-in folders."""
-_MAPPED = ("assets", "conf", "kernels")  # in a checkout they lie beside the package
 
 
 def pack(folder: Path, plugins: Sequence[str]) -> list[Path]:
     """Lay it out below `folder`; returns the modules to send. Raises `OSError` if a file cannot be copied."""
+    from moe_lab.records.identity import MAPPED  # here: nodes may lack what it imports
+
     package = folder / "moe_lab"
     shutil.copytree(Path(__file__).parents[1], package, ignore=_left_out)
-    for name in _MAPPED:
+    for name in MAPPED:
         (place, *_) = importlib.import_module(f"moe_lab.{name}").__path__
         shutil.copytree(place, package / name, ignore=_left_out, dirs_exist_ok=True)
     sent = folder / PLUGINS

@@ -33,7 +33,6 @@ def open_pool(sweep: Mapping[str, Any], directory: Path, say: Callable[[str], No
 
     Raises:
         UnavailableError: they are not to be had.
-        ValueError: they do not see the sweep's folder.
     """
     variables = {name: os.environ[name] for name in THREADS if name in os.environ}
     setup = Setup(str(directory.absolute()), sweep["shared"], os.getcwd(), tuple(targets.trusted()), variables)

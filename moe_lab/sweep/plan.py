@@ -32,9 +32,11 @@ class Asked(Protocol):
 
 Status = Literal["to do", "done", "stale", "skipped", "excluded"]
 _IMPOSSIBLE = "impossible: "
-_SAID = ("model.timed",)
-"""Of what is not read and no mistake: where all variants of a setting do not read it. Sizes that one router does not
-read stay, so that this router stands beside the others."""
+_JOINS = ("model.timed",)
+"""Cells that differ only in these keys, and do not read them, are one cell.
+
+A size that one router does not read is not among them, so that this router stands beside the others.
+"""
 
 
 @dataclass
@@ -253,7 +255,7 @@ def _cells(
         container = plain(cfg)
         content = identity.content(container)
         said = unread(cfg, overrides, in_a_sweep=True, only_refused=False)
-        not_read = {*here, *(key for key in _SAID if key in said)}
+        not_read = {*here, *(key for key in _JOINS if key in said)}
         # What a cell with a mistake computes nobody knows.
         computes = identity.digest(_without(content, not_read) if mistake is None else content)
         if computes in cells:
@@ -310,10 +312,8 @@ def _skip_too_large(cells: Sequence[Cell], engine: Asked) -> None:
 
 
 def _has_run(cell: Cell) -> bool:
-    try:
-        return store.read_record(cell.directory).status == "ok"
-    except (FileNotFoundError, ValueError):
-        return False
+    record = store.find_record(cell.directory)
+    return record is not None and record.status == "ok"
 
 
 def _look(cells: Sequence[Cell], engine: Asked) -> Iterator[tuple[Cell, dict[str, Any]]]:

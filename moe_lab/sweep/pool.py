@@ -184,9 +184,14 @@ class LocalPool(HostPool):
 
     def receive(self, timeout_s: float) -> list[Event]:
         """See `HostPool.receive`."""
-        found = []
-        with suppress(queue.Empty):
-            found.append(self._told.get(timeout=timeout_s))
-            while True:
-                found.append(self._told.get_nowait())
-        return found
+        return taken(self._told, timeout_s)
+
+
+def taken(told: queue.SimpleQueue[Event], timeout_s: float) -> list[Event]:
+    """What is in the queue; waits for something until the time is over."""
+    found = []
+    with suppress(queue.Empty):
+        found.append(told.get(timeout=timeout_s))
+        while True:
+            found.append(told.get_nowait())
+    return found

@@ -74,24 +74,25 @@ def fit_nodes(nodes: Sequence[Node], say: Callable[[str], None]) -> list[Node]:
     Raises:
         UnavailableError: no node will do.
     """
-    lacking = {node: _asked_of(node, parcel.requirements()) for node in nodes}
-    mistakes = []
-    for node, ref in lacking.items():
-        if lacks := _lacks(node, ref):
+    needed = parcel.requirements()
+    fit, mistakes = [], []
+    for node, ref in {node: _asked_of(node, needed) for node in nodes}.items():  # all at once
+        if lacks := _lacks(node, needed, ref):
             mistakes.append(f"{node.name} lacks what moe-lab needs: {', '.join(lacks)}; install it there")
-            lacking[node] = None
-    if not any(lacking.values()):
+        else:
+            fit.append(node)
+    if not fit:
         raise UnavailableError(f"sweep.engine=ray: {'; '.join(mistakes) or 'the cluster has no node'}.")
     for line in mistakes:
         say(f"{line}; the sweep goes on without this node")
-    return [node for node, ref in lacking.items() if ref is not None]
+    return fit
 
 
 def _asked_of(node: Node, needed: Sequence[str]) -> Any:
     return ray.remote(num_cpus=0)(parcel.lacking).options(scheduling_strategy=on(node)).remote(needed)
 
 
-def _lacks(node: Node, ref: Any) -> list[str]:
+def _lacks(node: Node, needed: Sequence[str], ref: Any) -> list[str]:
     ends_at = time.monotonic() + _NEW_S
     while True:
         try:
@@ -100,7 +101,7 @@ def _lacks(node: Node, ref: Any) -> list[str]:
             if time.monotonic() > ends_at:
                 return [line_of(error)]
             time.sleep(1)
-            ref = _asked_of(node, parcel.requirements())
+            ref = _asked_of(node, needed)
         except (RayError, GetTimeoutError) as error:
             return [line_of(error)]
 

@@ -23,8 +23,9 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from moe_lab.errors import UnavailableError
 from moe_lab.sweep import parcel
 from moe_lab.sweep.engine import START_S, WorkerLostError
+from moe_lab.sweep.host import Host
 from moe_lab.sweep.nodes import slots_of
-from moe_lab.sweep.pool import HostPool, Seat
+from moe_lab.sweep.pool import HostPool, Seat, taken
 from moe_lab.sweep.ray_cluster import NAMESPACE, connect, fit_nodes, line_of, nodes_of_cluster, on
 from moe_lab.sweep.slots import Slot
 from moe_lab.sweep.tasks import Event, Setup, Task
@@ -45,9 +46,7 @@ class SlotActor:
         self._host: Any = None
 
     def open(self, slot: Slot, setup: Setup) -> str | None:
-        """Start the host; why that cannot be."""
-        from moe_lab.sweep.host import Host
-
+        """Start the host. Returns None, or why the slot cannot be opened."""
         with suppress(OSError):  # Ray starts it at 15, so that others go first; only some users may change that
             os.setpriority(os.PRIO_PROCESS, 0, 0)
         with suppress(OSError):  # a folder that is not there: what has a relative path is missing, and said to be
@@ -61,12 +60,7 @@ class SlotActor:
 
     def events(self, timeout_s: float) -> list[Event]:
         """What was told since; waits for something until the time is over."""
-        found = []
-        with suppress(queue.Empty):
-            found.append(self._told.get(timeout=timeout_s))
-            while True:
-                found.append(self._told.get_nowait())
-        return found
+        return taken(self._told, timeout_s)
 
     def ask(self, step: str, arguments: tuple[Any, ...]) -> tuple[bool, Any]:
         """See `Host.ask`; (whether it is the answer, or else why the worker was lost)."""
@@ -125,11 +119,11 @@ class RayPool(HostPool):
         """Connect to the cluster of `RAY_ADDRESS`, or start one here, and open the slots.
 
         Raises:
-            UnavailableError: there is no such cluster, or it has not what is asked for.
-            ValueError: the sweep's folder cannot be seen by a node.
+            UnavailableError: no cluster answers, it has too few CPUs or GPUs, or a node cannot open a slot.
         """
         super().__init__()
-        self._setup, self._polls = setup, {}  # type: ignore[var-annotated]
+        self._setup = setup
+        self._polls: dict[Any, str] = {}
         self._opening: dict[Any, tuple[Seat, float]] = {}  # and until when
         self._n_restarts: dict[str, int] = {}
         self._parcel = Path(tempfile.mkdtemp(prefix="moe-lab-parcel-"))

@@ -71,10 +71,8 @@ def write_plan(plan: Plan) -> None:
 
 def _is_finished(cell: Cell) -> bool:
     """Whether its folder has the result of an earlier run, which stays until the cell is run again."""
-    try:
-        return store.read_record(cell.directory).status != "skipped"
-    except (FileNotFoundError, ValueError):
-        return False
+    record = store.find_record(cell.directory)
+    return record is not None and record.status != "skipped"
 
 
 def execute(plan: Plan, engine: Engine, progress: Progress) -> list[Record]:
@@ -134,10 +132,5 @@ def short_name(cell: Cell) -> str:
 
 def records(cells: Sequence[Cell]) -> list[Record]:
     """The records of those cells that have one."""
-    result = []
-    for cell in cells:
-        try:
-            result.append(store.read_record(cell.directory))
-        except (FileNotFoundError, ValueError):
-            continue  # not run: fail_fast, or what an earlier reader set aside
-    return result
+    found = (store.find_record(cell.directory) for cell in cells)
+    return [record for record in found if record is not None]  # not run: fail_fast, or what a reader set aside

@@ -88,34 +88,22 @@ class GroupJob:
     task: Task
     setup: Setup
     limit_s: int
-    stood: Mapping[str, Any]
-    """The mark of each cell's record when the job was submitted."""
+    stood: Mapping[str, tuple[int, int] | None]
+    """The `store.mark` of each cell's record when the job was submitted."""
 
     @classmethod
     def of(cls, task: Task, setup: Setup, limit_s: int) -> GroupJob:
         """Of a task that is submitted now."""
-        return cls(task, setup, limit_s, {cell.cell_id: mark(cell) for cell in task.cells})
+        return cls(task, setup, limit_s, {cell.cell_id: store.mark(cell.directory) for cell in task.cells})
 
     def left(self) -> tuple[Cell, ...]:
         """The cells that did not end since then; one that was interrupted did not."""
         return tuple(cell for cell in self.task.cells if not self._has_ended(cell))
 
     def _has_ended(self, cell: Cell) -> bool:
-        try:
-            record = store.read_record(cell.directory)
-        except (FileNotFoundError, ValueError):
-            return False
-        is_new = mark(cell) != self.stood[cell.cell_id]
-        return is_new and record.cell_id == cell.cell_id and record.reason != "interrupted"
-
-
-def mark(cell: Cell) -> list[int] | None:
-    """Tells a cell's record from the one before it."""
-    try:
-        status = (cell.directory / store.RESULT).stat()
-    except OSError:
-        return None
-    return [status.st_ino, status.st_mtime_ns]
+        record = store.find_record(cell.directory)
+        is_new = store.mark(cell.directory) != self.stood[cell.cell_id]
+        return record is not None and is_new and record.cell_id == cell.cell_id and record.reason != "interrupted"
 
 
 def run_group(job: GroupJob) -> None:

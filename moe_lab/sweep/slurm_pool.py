@@ -302,7 +302,7 @@ class SlurmPool:
             self._n_failed[job.node] = 0
             line = line._replace(text=f"job {job.number}")
         elif line.kind in ("cell", "step"):
-            known = {cell.cell_id for cell in (*job.task.cells, *([job.task.anchor] if job.task.anchor else []))}
+            known = {cell.cell_id for cell in job.task.all_cells}
             if line.cell_id not in known or (line.kind == "cell" and line.cell_id in job.told):
                 return None  # of an earlier driver's plan, or told before the job was put back
             if line.kind == "cell":
@@ -345,8 +345,8 @@ class SlurmPool:
         what = f"job {number}" + (f" on {state.node}" if state.node else "")
         if state.node and not log.exists():
             return (
-                f"{what}: {state.name}, and there is no log, so it does not see {self.directory}; set hydra.sweep.dir "
-                "to a folder that all nodes share"
+                f"{what}: {state.name}; it wrote no log, so {state.node} does not see {self.directory}; set "
+                "hydra.sweep.dir to a folder that all nodes share"
             )
         return f"{what}: {state.name} ({state.reason}; {_last_line(log)}); see {log}"
 
@@ -366,7 +366,7 @@ class _Asker:
         """The answer of the node's worker.
 
         Raises:
-            UnavailableError: there is no such node, or none on which moe-lab runs.
+            UnavailableError: the job ended, or moe-lab does not run on its node.
             WorkerLostError: the question ended the worker.
         """
         is_first = not self.node
@@ -376,7 +376,7 @@ class _Asker:
             if begun.content != identity.code_id(()):
                 raise UnavailableError(
                     f"sweep.engine=slurm: {self.node} has another version of moe-lab than this machine; "
-                    " install the same, or set sweep.slurm.python."
+                    "install the same, or set sweep.slurm.python."
                 )
         self._questions.put(Line("ask", content=[step, *arguments]))
         line = self._next()
@@ -420,9 +420,8 @@ def _digests(cells: Iterable[Cell]) -> dict[str, str]:
 
 
 def _is_done(cell: Cell) -> bool:
-    try:
-        record = store.read_record(cell.directory)
-    except (FileNotFoundError, ValueError):
+    record = store.find_record(cell.directory)
+    if record is None:
         return False
     ids = (record.cell_id, record.code_id) == (cell.cell_id, cell.code_id)
     return ids and record.env_id in cell.env_ids and record.status == "ok"

@@ -63,7 +63,7 @@ class _Spread:
         self.running: dict[int, Task] = {}
         self._left: dict[str, Cell] = {cell.cell_id: cell for cell in plan.to_run()}
         self._at_work: dict[int, str] = {}  # the cell of a task that came to a step last
-        self._stood = {cell_id: _mark(cell.directory) for cell_id, cell in self._left.items()}
+        self._stood = {cell_id: store.mark(cell.directory) for cell_id, cell in self._left.items()}
         self._env_ids = _env_ids_of_done(plan)  # of a setting's cells
         self._last_loss = "no slot can run them"
         self.waiting = [task for cells in planning.groups(plan) for task in self._tasks_of(cells)]
@@ -183,7 +183,11 @@ class _Spread:
         """Give what is left of a task to another slot; a cell that takes slot after slot with it is given up."""
         del self.running[task.number]
         for cell in task.cells:  # the host may have written a record and not have lived to tell
-            if cell.cell_id in self._left and _mark(cell.directory) != self._stood[cell.cell_id] and _has_record(cell):
+            if (
+                cell.cell_id in self._left
+                and store.mark(cell.directory) != self._stood[cell.cell_id]
+                and _has_record(cell)
+            ):
                 self._has_ended(self._left[cell.cell_id], None)
         n_lost = task.n_lost + (event.kind == "lost")  # a disk that is full is no cell's fault
         if n_lost == _MOST_LOST:
@@ -207,8 +211,7 @@ class _Spread:
 
 
 def _cell_of(task: Task, event: Event) -> Cell:
-    cells = [*task.cells, *([task.anchor] if task.anchor is not None else [])]
-    return next(cell for cell in cells if cell.cell_id == event.cell_id)
+    return next(cell for cell in task.all_cells if cell.cell_id == event.cell_id)
 
 
 def _absolute(cell: Cell) -> Cell:
@@ -247,21 +250,9 @@ def _read_soon(directory: Path) -> Record:
             time.sleep(_LOOK_S)
 
 
-def _mark(directory: Path) -> tuple[int, int] | None:
-    """Which record lies in a folder: another after it was written again."""
-    try:
-        status = (directory / store.RESULT).stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
-
-
 def _has_record(cell: Cell) -> bool:
-    try:
-        record = store.read_record(cell.directory)
-    except (FileNotFoundError, ValueError):
-        return False
-    return record.cell_id == cell.cell_id and not (record.reason or "").startswith(NOT_ENDED)
+    record = store.find_record(cell.directory)
+    return record is not None and record.cell_id == cell.cell_id and not (record.reason or "").startswith(NOT_ENDED)
 
 
 def _env_ids_of_done(plan: Plan) -> dict[str, str | None]:
@@ -276,7 +267,7 @@ def _env_ids_of_done(plan: Plan) -> dict[str, str | None]:
 
 @contextmanager
 def _counted_interrupts() -> Iterator[list[int]]:
-    """Ctrl-C raises nothing inside, so that no record is written by half: each is one more in the list."""
+    """Ctrl-C raises nothing inside, so that no record is half written: each is one more in the list."""
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # where Ctrl-C does not come
         yield seen

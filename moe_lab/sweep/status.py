@@ -6,6 +6,7 @@ So it is known on any machine that sees the folder, whether the sweep runs or no
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def read(directory: Path) -> Status:
         raise ValueError(
             f"{directory}: not the folder of a sweep ({store.PLAN} cannot be read: {why}); give outputs/NAME."
         ) from error
-    counts = {name: number for name in ("ok", "failed", "skipped", "excluded", "to run") if (number := _n(found, name))}
+    numbers = Counter(name for name, _ in found)
+    counts = {name: numbers[name] for name in ("ok", "failed", "skipped", "excluded", "to run") if numbers[name]}
     slots = standing.read(directory)
     owner = lock.owner(directory)
     elapsed_s = time.time() - min(slot.begun for slot in slots) if slots and owner is not None else None
@@ -63,17 +65,12 @@ def read(directory: Path) -> Status:
     )
 
 
-def _n(found: list[tuple[str, Record | None]], name: str) -> int:
-    return sum(one == name for one, _ in found)
-
-
 def _status(directory: Path, cell: dict[str, Any]) -> tuple[str, Record | None]:
     """What is known of a cell of the plan now, and its record if that is current."""
     if cell["status"] in ("skipped", "excluded"):
         return cell["status"], None
-    try:
-        record = store.read_record(directory / cell["directory"])
-    except (FileNotFoundError, ValueError):
+    record = store.find_record(directory / cell["directory"])
+    if record is None:
         return "to run", None
     is_current = (
         record.cell_id == cell["cell_id"]

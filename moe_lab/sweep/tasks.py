@@ -44,6 +44,11 @@ class Task:
     not_on: Mapping[str, str] = field(default_factory=dict)
     """The nodes that cannot run it, and why."""
 
+    @property
+    def all_cells(self) -> tuple[Cell, ...]:
+        """The cells, and the anchor that runs along."""
+        return self.cells if self.anchor is None else (*self.cells, self.anchor)
+
     def runs_on(self, env_ids: set[str | None]) -> bool:
         """Whether a slot with these `env_id`s can run all of it."""
         return all(env_ids & set(cell.env_ids) for cell in self.cells)

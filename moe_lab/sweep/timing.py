@@ -120,12 +120,8 @@ class Group:
 
     def _is_recorded_ok(self, member: Member) -> bool:
         """Whether this run's record is there and ok: from then on nothing touches it, however the worker ends."""
-        if not member.is_finished:
-            return False
-        try:
-            return store.read_record(member.folder).status == "ok"  # an earlier one was set aside before the run
-        except (FileNotFoundError, ValueError):
-            return False
+        record = store.find_record(member.folder) if member.is_finished else None
+        return record is not None and record.status == "ok"  # an earlier one was set aside before the run
 
     def _alone(self, member: Member) -> bool:
         """Build and verify one member with none beside it. False if that failed."""

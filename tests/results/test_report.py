@@ -256,23 +256,25 @@ def test_without_a_plan_the_command_is_not_known(tmp_path: Path, plan: str | Non
     assert "Unknown" in words and "plan.json" in words and tmp_path.name in words
 
 
-def test_several_machines_stand_side_by_side(tmp_path: Path) -> None:
-    """What differs between them, and how many cells are of each."""
+def of_two_machines(directory: Path) -> Path:
+    """The report of 8 cells."""
 
     def other(record: Record) -> None:
         record.env_id = "feedfeedfeed"
         record.environment = {**record.environment, "device_name": "Another CPU"}
 
-    for folder in synthetic.sweep(tmp_path, 8)[:3]:
+    for folder in synthetic.sweep(directory, 8)[:3]:
         change(folder, other)
-    words = shown(written(tmp_path))
+    return written(directory)
+
+
+def test_several_machines_stand_side_by_side(tmp_path: Path) -> None:
+    """What differs between them, and how many cells are of each; the table has a part for each."""
+    words = shown(of_two_machines(tmp_path))
     assert "Another CPU, Synthetic CPU" in words and "feedfeedfeed (3 cells)" in words
     table = report._table(aggregate(tmp_path).runs, ["router"])
-    place = table.heads.index("machine")
-    machines = [fields[place].text for _, _, fields in table.rows]
-    known = [machine for machine in machines if machine]
-    assert known == sorted(known) and set(known) == {"Another CPU", "Synthetic CPU"}, "one after the other"
-    assert machines[: len(known)] == known, "what reached no device is last"
+    assert [machine for machine, _ in table.parts] == ["Another CPU", "Synthetic CPU", "reached no device"]
+    assert len(table.parts[0][1]) == 3 and sum(len(rows) for _, rows in table.parts) == 8
 
 
 def test_an_empty_folder_has_a_report(tmp_path: Path) -> None:
@@ -500,6 +502,27 @@ def test_the_table_sorts_by_number_and_filters(chromium: Any, sweep: Path) -> No
         driver.find_element("id", "filter").send_keys(" ")
         driver.find_element("id", "status").send_keys("failed")
         assert driver.execute_script(visible) == (runs["status"] == "failed").sum() > 0
+
+
+@pytest.mark.browser
+def test_the_cells_of_a_machine_stay_together(chromium: Any, tmp_path: Path) -> None:
+    """However the table is sorted; a machine whose cells are filtered out is not named, and its name is a filter."""
+    page = of_two_machines(tmp_path)
+    with opened(chromium, page) as driver:
+        column = heads_of(page).index("median ms")
+        numbers = f"""
+          return [...document.querySelectorAll("#table tbody")].map(body =>
+            [...body.rows].map(row => row.className || row.cells[{column}].dataset.n).filter(n => n !== undefined))
+        """
+        before = driver.execute_script(numbers)
+        driver.find_elements("css selector", "#table th .sort")[column].click()
+        after = driver.execute_script(numbers)
+        for old, new in zip(before, after, strict=True):
+            assert new[0] == "machine" and new[1:] == sorted(old[1:], key=float)
+        driver.find_element("id", "filter").send_keys("another cpu")
+        names = [name.text for name in driver.find_elements("css selector", "#table .machine")]
+        assert [name for name in names if name] == ["Another CPU"]
+        assert driver.find_element("id", "shown").text == "3 of 8 cells"
 
 
 @pytest.mark.browser

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +46,6 @@ def compared(cwd: Path) -> dict[str, Any]:
     records = faulty.records_list(cwd)
     assert len({record.cell_id for record in records}) == len(records)
     return {record.cell_id: (record.status, record.check.passed, record.routing) for record in records if record.check}
-
-
-def processes(cluster: Any, word: str) -> list[int]:
-    """Those of the cluster whose command line has this word."""
-    found = []
-    for process in (one for node in cluster.nodes for one in cluster.processes(node)):
-        with suppress(OSError):
-            if word in Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode():
-                found.append(process)
-    return found
 
 
 @needs_ray
@@ -115,7 +104,7 @@ def test_two_nodes_measure_what_one_worker_does(tmp_path: Path, ray_cluster: Any
 
 def kill_worker(cluster: Any, process: subprocess.Popen[str]) -> None:
     """A process that measures: beside each is a small one of the same name, which waits for its end."""
-    workers = processes(cluster, "moe_lab.sweep.worker")
+    workers = cluster.running("moe_lab.sweep.worker")
     os.kill(max(workers, key=memory_of), signal.SIGKILL)
 
 
@@ -124,7 +113,7 @@ def memory_of(process: int) -> int:
 
 
 def kill_actor(cluster: Any, process: subprocess.Popen[str]) -> None:
-    os.kill(processes(cluster, "ray::SlotActor")[0], signal.SIGKILL)
+    os.kill(cluster.running("ray::SlotActor")[0], signal.SIGKILL)
 
 
 def kill_node(cluster: Any, process: subprocess.Popen[str]) -> None:

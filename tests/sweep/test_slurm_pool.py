@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from moe_lab.sweep import slurm, slurm_job
 from moe_lab.sweep.slurm_job import Line, Mailbox
 from scripts import cluster
 from tests.tiny import ROOT
+from tests.waiting import becomes_true
 
 pytest.importorskip("submitit", reason="submitit is not installed (pip install '.[slurm]')")
 
@@ -54,13 +55,6 @@ def run(folder: Path, *words: str, **environment: str) -> tuple[int, str]:
 
 def records(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"outputs/{name}/*/result.json"))]
-
-
-def becomes_true(question: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 300
-    while not question():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def jobs(state: str) -> list[str]:
