@@ -23,7 +23,7 @@ import pandas as pd
 
 from benchmarks.tune_experts import CELL, LIMIT, Key
 from moe_lab.experts.table import Shape
-from moe_lab.experts.tiles import Gpu, Tiles, gpu_of, predicted_s, ranked
+from moe_lab.experts.tiles import ONE_TOKEN, Gpu, Tiles, gpu_of, predicted_s, ranked
 
 FITTED = [name for name in Gpu._fields if name != "multiprocessors"]
 FACTORS = (0.7, 0.85, 0.95, 1 / 0.95, 1 / 0.85, 1 / 0.7)
@@ -52,12 +52,13 @@ def cells_of(frame: pd.DataFrame) -> list[Cell]:
     """Of the timings of `benchmarks.tune_experts`."""
     found = []
     fused = frame[frame.implementation == "fused"].astype(dict.fromkeys(Tiles._fields, int))
+    fused = fused[fused.up_rows != ONE_TOKEN.up_rows]  # which no model chooses
     for cell, group in fused.groupby(CELL, sort=False):
         us = {
             Tiles(*map(int, key)): float(value) for key, value in group.groupby(list(Tiles._fields)).us.median().items()
         }
         chosen = group[group.of_model.astype(bool)]
-        if chosen.empty:  # its output was wrong
+        if chosen.empty:  # its output was wrong, or it is of one token
             continue
         first = Tiles(*(int(chosen[name].iloc[0]) for name in Tiles._fields))
         ups = {tiles[:2]: value for tiles, value in us.items() if tiles[2:] == first[2:]}

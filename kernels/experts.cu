@@ -34,6 +34,7 @@ cudaError_t scale_rows(const ExpertsArguments& a, const Device& device) {
 }  // namespace
 
 cudaError_t experts(const ExpertsArguments& a, const Device& device) {
+  if (a.tiles.of_one_token()) return experts_one_token(a, device);
   const bool bf16 = a.dtype == Dtype::kBFloat16;
   cudaError_t error = cudaSuccess;
   if (a.rows_are_sorted()) {

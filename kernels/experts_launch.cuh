@@ -74,12 +74,7 @@ cudaError_t launch_product(const ExpertsArguments& e, const Device& device) {
   // (315 us in place of 236 at OLMoE's shape, T = 512, on an H200).
   const bool reads_once = a.slots <= static_cast<int64_t>(e.E) * a.tokens;
   a.together = reads_once && a.stages >= 5 ? 2 : 1;
-  // Weights that are read once need no place in the L2 cache. If they take it, memory writes what stood there
-  // meanwhile: OLMoE's shape at T = 1 takes 46 us in place of 41 on an H200. Between 2 and 128 times as many bytes as
-  // the cache has are slower so, by 1 to 5 % (139 us in place of 137 at T = 8); more, faster by 1 %.
-  const int64_t weights = std::min<int64_t>(a.slots, e.E) * 6 * e.D * e.F;
-  const bool few = weights <= 2 * device.l2_bytes, many = weights >= 128 * device.l2_bytes;
-  a.policy = reads_once && (few || many) ? kGoFirst : kStay;
+  a.policy = reads_once ? policy_of_weights(e, device) : kStay;
 
   Maps maps(e.dtype);
   const cuuint64_t E = size(e.E), D = size(e.D), F = size(e.F), slots = size(a.slots), depth = size(a.depth);

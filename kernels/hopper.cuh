@@ -71,6 +71,13 @@ __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, B
                "l"(map), "r"(barrier.at), "l"(policy), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
                : "memory");
 }
+// Neighbouring bytes, a multiple of 16.
+__device__ __forceinline__ void load_bytes(uint32_t to, const void* from, int bytes, Barrier barrier, uint64_t policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+               "%4;" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier.at), "l"(policy)
+               : "memory");
+}
 // The other way, in the thread's group of stores.
 __device__ __forceinline__ void store_tile(const CUtensorMap* map, uint32_t from, int c0, int c1) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),

@@ -213,8 +213,14 @@ ExpertsArguments experts_arguments(const ExpertsTensors& in, const std::string& 
            : rows == 256 ? tokens % 32 == 0 && 0 < tokens && tokens <= 192
                          : false;
   };
-  STD_TORCH_CHECK(known(tiles.up_rows, tiles.up_tokens) && known(tiles.down_rows, tiles.down_tokens),
-                  "tiles: must have 128 rows and 16, 32, 48 or 64 tokens, or 256 rows and 32, 64, ... or 192 tokens");
+  const bool one = tiles.up_rows == 1 && tiles.up_tokens == 1 && tiles.down_rows == 1 && tiles.down_tokens == 1;
+  STD_TORCH_CHECK(
+      one || (known(tiles.up_rows, tiles.up_tokens) && known(tiles.down_rows, tiles.down_tokens)),
+      "tiles: must have 128 rows and 16, 32, 48 or 64 tokens, or 256 rows and 32, 64, ... or 192 tokens, or "
+      "be 1, 1, 1, 1");
+  STD_TORCH_CHECK(!one || (T <= 1 && K <= kMostSlotsOfOne && D <= kMostVectorsOfOne && K * F <= kMostVectorsOfOne),
+                  "tiles=1, 1, 1, 1: must have one token, at most ", kMostSlotsOfOne, " slots, and at most ",
+                  kMostVectorsOfOne, " for D and K * F");
   STD_TORCH_CHECK(1 <= tiles.pieces && tiles.pieces <= 64 && (tiles.pieces == 1 || tiles.down_rows == 128),
                   "pieces: must be between 1 and 64, and 1 where down_rows is 256");
   a.x = in.x.data_ptr(), a.w_gate_up = in.w_gate_up.data_ptr(), a.w_down = in.w_down.data_ptr();
@@ -376,9 +382,13 @@ void run_experts_cuda(ExpertsArguments a, const Tensor& x, const Sorted& sorted)
     a.rows_copied = static_cast<int32_t*>(rows_copied->mutable_data_ptr());
   }
   Tensor h = torch::stable::new_empty(x, {a.slots(), a.F});
-  Tensor o = a.tiles.pieces > 1 ? torch::stable::new_empty(x, {a.tiles.pieces, a.slots(), a.D}, ScalarType::Float)
-                                : torch::stable::new_empty(x, {a.slots(), a.D});
-  a.h = h.mutable_data_ptr(), a.o = o.mutable_data_ptr();
+  a.h = h.mutable_data_ptr();
+  std::optional<Tensor> o;
+  if (!a.tiles.of_one_token()) {
+    o = a.tiles.pieces > 1 ? torch::stable::new_empty(x, {a.tiles.pieces, a.slots(), a.D}, ScalarType::Float)
+                           : torch::stable::new_empty(x, {a.slots(), a.D});
+    a.o = o->mutable_data_ptr();
+  }
   check(experts(a, device));
 #else
   STD_TORCH_CHECK(false, "x: the kernels of the experts need compute capability 9.0");

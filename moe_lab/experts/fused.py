@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts
 from moe_lab.experts.table import Shape
-from moe_lab.experts.tiles import Tiles, offered, require_no_empty_piece, tiles_for
+from moe_lab.experts.tiles import Tiles, offered, require_no_empty_piece, require_offered_for, tiles_for
 from moe_lab.experts.weights import Clamped, ExpertWeights, Scale, check_scale
 from moe_lab.marks import phase
 from moe_lab.ops import extension, fused_experts
@@ -120,7 +120,8 @@ class Fused(Experts):
         """
         assert self.shape is not None
         fused_experts.require_computable(x_TD.dtype, self.shape.E, self.shape.D, self.shape.F)
-        if self.tiles is not None:
-            return self.tiles
         shape = self.shape._replace(K=top_k)
+        if self.tiles is not None:
+            require_offered_for(self.tiles, shape, len(x_TD))
+            return self.tiles
         return _tiles_for(self.device_name, self.multiprocessors, DTYPE_NAMES[x_TD.dtype], len(x_TD), shape)

@@ -18,6 +18,7 @@ from itertools import product
 from math import ceil, exp, lgamma, log, log1p, sqrt
 from typing import NamedTuple
 
+from moe_lab.errors import UnavailableError
 from moe_lab.experts.table import Shape, neighbours
 
 
@@ -60,6 +61,11 @@ class Tiles(NamedTuple):
     down_rows: int
     down_tokens: int
     pieces: int
+
+
+ONE_TOKEN = Tiles(1, 1, 1, 1, 1)
+"""Of a single token: both products in one launch, by a row of the weights at a time."""
+_MOST_K, _MOST_VECTORS = 32, 50_000  # of it; the latter of D and of K F (kernels/experts.h)
 
 
 class Gpu(NamedTuple):
@@ -106,6 +112,8 @@ _REACHED = (4.4 / 4.8, 695 / 989)  # of both, by kernels of this kind on an H200
 def tiles_for(device_name: str, multiprocessors: int, dtype: str, T: int, E: int, K: int, D: int, F: int) -> Tiles:
     """The tiles for T tokens: as measured; between two T's the better of both by the model; elsewhere the model's.
 
+    One token that nobody measured has `ONE_TOKEN`, if it may.
+
     Args:
         device_name: as CUDA gives it.
         multiprocessors: of the device.
@@ -114,7 +122,23 @@ def tiles_for(device_name: str, multiprocessors: int, dtype: str, T: int, E: int
     assert dtype in ("bf16", "fp16"), dtype
     shape, gpu = Shape(E, K, D, F), gpu_of(device_name, multiprocessors)
     known = [Tiles(*choice.tiles) for choice in neighbours(device_name, dtype, shape, T) if choice.tiles is not None]
-    return ranked(gpu, shape, T, known or candidates(F))[0]
+    if known == [ONE_TOKEN] or (not known and T == 1 and takes_one_token(shape)):
+        return ONE_TOKEN
+    return ranked(gpu, shape, T, [tiles for tiles in known if tiles != ONE_TOKEN] or candidates(F))[0]
+
+
+def takes_one_token(shape: Shape) -> bool:
+    """Whether the kernel of `ONE_TOKEN` computes such a layer."""
+    return shape.K <= _MOST_K and max(shape.D, shape.K * shape.F) <= _MOST_VECTORS
+
+
+def require_offered_for(tiles: Tiles, shape: Shape, T: int) -> None:
+    """Raise `UnavailableError` if tiles that were chosen are of one token, and this input or layer is not."""
+    if tiles == ONE_TOKEN and not (T <= 1 and takes_one_token(shape)):
+        raise UnavailableError(
+            f"experts.tiles={'-'.join(map(str, tiles))}: is for one token, at most {_MOST_K} slots, and at most "
+            f"{_MOST_VECTORS} for D and K * F, not T={T}, K={shape.K}, D={shape.D}, F={shape.F}; leave it out"
+        )
 
 
 def gpu_of(device_name: str, multiprocessors: int) -> Gpu:
@@ -146,10 +170,12 @@ def offered(given: Iterable[int]) -> Tiles:
     if len(values) != len(Tiles._fields):
         raise ValueError(f"{what}: must be {', '.join(Tiles._fields)}.")
     tiles = Tiles(*values)
+    if tiles == ONE_TOKEN:
+        return tiles
     for rows, tokens in (values[:2], values[2:4]):
         if rows not in KINDS or tokens not in KINDS[rows].tokens:
             known = [f"{rows} rows by {', '.join(map(str, kind.tokens))} tokens" for rows, kind in KINDS.items()]
-            raise ValueError(f"{what}: must be {', or '.join(known)}.")
+            raise ValueError(f"{what}: must be {', or '.join(known)}; or {'-'.join(map(str, ONE_TOKEN))}.")
     if not 1 <= tiles.pieces <= MOST_PIECES or (tiles.pieces > 1 and not KINDS[tiles.down_rows].splits):
         raise ValueError(f"{what}: pieces must be between 1 and {MOST_PIECES}, and 1 where down_rows is 256.")
     return tiles

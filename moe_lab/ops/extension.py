@@ -49,7 +49,14 @@ _CUDA = (
 )
 HOPPER = "90"
 """The architecture whose own instructions the kernels of the experts use; they are built for it alone (as 90a)."""
-_HOPPER = ("experts.cu", "experts_up_bf16.cu", "experts_up_fp16.cu", "experts_down_bf16.cu", "experts_down_fp16.cu")
+_HOPPER = (
+    "experts.cu",
+    "experts_one_token.cu",
+    "experts_up_bf16.cu",
+    "experts_up_fp16.cu",
+    "experts_down_bf16.cu",
+    "experts_down_fp16.cu",
+)
 # The functions of torch 2.11 and no newer ones: what is built under one version loads under the others.
 _DEFINES = ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
 _CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC")

@@ -79,7 +79,8 @@ def fused_experts(
         ids_TK: int32; an id outside [0, E), such as -1, is an unused slot.
         weights_TK: float32; they multiply the expert's input where `scales_input`, else its output.
         w_gate_up_E2FD, w_down_EDF: contiguous, of x's dtype; neither changed nor copied.
-        tiles: up_rows, up_tokens, down_rows, down_tokens, pieces, as `moe_lab.experts.tiles.Tiles` describes them.
+        tiles: up_rows, up_tokens, down_rows, down_tokens, pieces, as `moe_lab.experts.tiles.Tiles` describes them; all
+            1 for the kernel of one token.
             Pieces that would be empty are not made (`moe_lab.experts.tiles.not_empty`).
         dispatch: the sorted slots, if they are there already.
         activation: `silu`: silu(g) u. `clamped`: that of gpt-oss, g sigmoid(1.702 g) (u + 1) with g at most 7 and u

@@ -10,17 +10,21 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from moe_lab.errors import UnavailableError
 from moe_lab.experts import tiles as module
 from moe_lab.experts.table import Choice, Shape
 from moe_lab.experts.tiles import (
     DEPTH,
     KINDS,
+    ONE_TOKEN,
     PIECES,
     Tiles,
     candidates,
     gpu_of,
     predicted_s,
     ranked,
+    require_offered_for,
+    takes_one_token,
     tiles_for,
 )
 from tests import tiny
@@ -54,6 +58,9 @@ def shapes(draw: st.DrawFn) -> Shape:
 def test_tiles_are_valid_for_any_shape(shape: Shape, T: int, multiprocessors: int, name: str, dtype: str) -> None:
     """Sizes that the kernels have; no piece of the sum over F is empty."""
     found = tiles_for(name, multiprocessors, dtype, T, *shape)
+    if found == ONE_TOKEN:
+        assert T == 1 and takes_one_token(shape)
+        return
     assert found.up_tokens in KINDS[found.up_rows].tokens and found.down_tokens in KINDS[found.down_rows].tokens
     assert found.pieces == 1 or (found.pieces in PIECES and KINDS[found.down_rows].splits)
     steps = ceil(shape.F / DEPTH)
@@ -233,3 +240,23 @@ def test_a_block_beside_others_draws_its_part_alone() -> None:
     narrow = [module._up_s(H200, Shape(1, 1, 16384, 64 * number), 1, 128, 16) for number in (66, 132)]
     wide = [module._up_s(H200, Shape(1, 1, 16384, 128 * number), 1, 256, 64) for number in (66, 132)]
     assert narrow[1] < 1.1 * narrow[0] and wide[1] > 1.5 * wide[0]
+
+
+def test_one_token_has_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As measured; where nobody measured, if it may; never for two tokens, whatever was measured for one."""
+    shape = SHAPES["olmoe"]
+    assert tiles_for("unknown", 132, "bf16", 1, *shape) == ONE_TOKEN
+    for large in (shape._replace(K=33), shape._replace(D=50_016), shape._replace(K=8, F=6256)):
+        assert tiles_for("unknown", 132, "bf16", 1, *large) != ONE_TOKEN
+        with pytest.raises(UnavailableError, match="tiles=1-1-1-1-1: is for one token"):
+            require_offered_for(ONE_TOKEN, large, 1)
+    with pytest.raises(UnavailableError, match="not T=2, K=8"):
+        require_offered_for(ONE_TOKEN, shape, 2)
+    require_offered_for(ONE_TOKEN, shape, 1)
+    wide = Tiles(256, 64, 256, 64, 1)
+    tables = {"of one": [Choice(1, "fused", ONE_TOKEN), Choice(8, "fused", wide)], "wide": [Choice(1, "fused", wide)]}
+    monkeypatch.setattr(module, "neighbours", lambda name, dtype, shape, T: tables[name][: 1 if T == 1 else 2])
+    tiles_for.cache_clear()
+    found = [tiles_for(name, 132, "bf16", T, *shape) for name, T in (("of one", 1), ("of one", 4), ("wide", 1))]
+    tiles_for.cache_clear()
+    assert found == [ONE_TOKEN, wide, wide]

@@ -40,6 +40,19 @@ ON_THE_DEVICE = [
 # Of the roundings of h and o to 8 bits of bf16, or 11 of fp16; float64 has none.
 MOST = {torch.bfloat16: 5e-3, torch.float16: 8e-4}
 
+ONE_TOKEN = (1, 1, 1, 1, 1)
+OF_ONE_TOKEN = [
+    pytest.param((0, 2, 5, 32, 48), id="T0"),
+    pytest.param((1, 1, 1, 16, 16), id="least"),
+    pytest.param((1, 3, 5, 48, 80), id="K3"),
+    pytest.param((1, 5, 5, 144, 208), id="K-is-E"),
+    pytest.param((1, 32, 40, 256, 128), id="K32"),
+    pytest.param((1, 4, 6, 1040, 1072), id="two-parts"),
+    pytest.param((1, 8, 64, 2048, 1024), id="olmoe", marks=pytest.mark.gpu),
+    pytest.param((1, 4, 32, 2880, 2880), id="gpt-oss", marks=pytest.mark.gpu),
+    pytest.param((1, 3, 4, 7168, 16640), id="most-vectors", marks=pytest.mark.gpu),
+]
+
 
 class Case:
     """Inputs of one layer."""
@@ -160,6 +173,68 @@ def test_one_expert_takes_all_and_a_dispatch_may_be_given(device: str, tiles: tu
     y_TD = case.run(tiles)
     case.assert_agrees(y_TD)
     assert torch.equal(y_TD, case.run(tiles, dispatch=dispatch(case.ids_TK, case.E)))
+
+
+@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16")])
+@pytest.mark.parametrize("sizes", OF_ONE_TOKEN)
+def test_one_token(device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    """All experts, some, the same one twice, none."""
+    case = Case(sizes, device, dtype)
+    case.assert_agrees(case.run(ONE_TOKEN))
+    biases = {"gate_up_bias_E2F": case.b_up, "down_bias_ED": case.b_down}
+    case.assert_agrees(case.run(ONE_TOKEN, **biases, activation="clamped"), bias=True, activation="clamped")
+    case.assert_agrees(case.run(ONE_TOKEN, **biases, scales_input=True), bias=True, scales_input=True)
+    case.ids_TK[:, 1:] = case.ids_TK[:, :1]
+    case.ids_TK[:, 2:3] = case.E
+    case.weights_TK[:, 2:3] = float("nan")
+    case.assert_agrees(case.run(ONE_TOKEN))
+    case.ids_TK[:] = -1
+    assert not case.run(ONE_TOKEN, **biases).any()
+
+
+@pytest.mark.gpu
+def test_replays_of_one_token() -> None:
+    """Each reads the ids of its time, and gives the same bits on two streams at once, whatever stood in the scratch."""
+    case, poison = (Case((1, 8, 60, 2048, 768), "cuda", torch.bfloat16, seed=seed) for seed in (0, 1))
+    poison.x_TD.fill_(float("nan"))
+    routings, expected = [case.ids_TK.clone(), case.ids_TK.flip(1)], []
+    for ids_TK in routings:
+        case.ids_TK.copy_(ids_TK)
+        expected.append(case.run(ONE_TOKEN))
+    assert not torch.equal(*expected)
+    graphs, results = [torch.cuda.CUDAGraph() for _ in range(2)], []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            poison.run(ONE_TOKEN)
+            results.append(case.run(ONE_TOKEN))
+    streams, differs = [torch.cuda.Stream() for _ in range(2)], torch.zeros((), device="cuda")
+    for turn in range(500):
+        case.ids_TK.copy_(routings[turn % 2])
+        for y_TD, graph, stream in zip(results, graphs, streams, strict=True):
+            y_TD.fill_(float("nan"))
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                graph.replay()
+        for y_TD, stream in zip(results, streams, strict=True):
+            torch.cuda.current_stream().wait_stream(stream)
+            differs += (y_TD != expected[turn % 2]).any()
+    assert not differs
+
+
+@pytest.mark.parametrize("device", ON)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((2, 2, 5, 48, 80), id="T2"),
+        pytest.param((1, 33, 40, 48, 80), id="K33"),
+        pytest.param((1, 1, 1, 50_016, 16), id="D"),
+        pytest.param((1, 4, 4, 16, 12_512), id="K-F"),
+    ],
+)
+def test_the_kernel_of_one_token_refuses(device: str, sizes: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match="must have one token, at most 32 slots, and at most 50000"):
+        Case(sizes, device, torch.bfloat16).run(ONE_TOKEN)
 
 
 @pytest.mark.parametrize("device", ON)
