@@ -62,7 +62,7 @@ def sorts_and_sums() -> None:
 
 
 def expert_mlps() -> None:
-    """Tiles of both kinds, rows that are gathered, copied and scaled, few slots and many, some unused."""
+    """Tiles of both kinds and none, rows that are gathered, copied and scaled, few slots and many, some unused."""
     if torch.cuda.get_device_capability() != CAPABILITY:
         return
     tiles = ((128, 16, 128, 32, 1), (128, 64, 128, 16, 3), (256, 32, 256, 96, 1), (256, 192, 256, 160, 1))
@@ -72,7 +72,7 @@ def expert_mlps() -> None:
         for dtype in (torch.float16, torch.bfloat16):
             matrices = normal(E, 2 * F, D).to(dtype), normal(E, D, F).to(dtype)
             inputs = normal(T, D).to(dtype), ids.cuda(), normal(T, K), *matrices
-            for one in tiles:
+            for one in (*tiles, (1, 1, 1, 1, 1)) if T == 1 else tiles:
                 fused_experts(*inputs, one)
                 fused_experts(*inputs, one, scales_input=True, activation="clamped", down_bias_ED=normal(E, D))
 
