@@ -119,6 +119,7 @@ LEFT_OUT = {
     "add_rms_norm": "needs a GPU",
     "checkpoint_load": "needs a GPU",
     "pack_peers": "measures nothing",
+    "random_checkpoint": "measures nothing",
     "router_verdicts": "needs a GPU",
     "expert_verdicts": "reads what a GPU measured",
     "routing_metrics": "its quotes are of a GPU",

@@ -5,7 +5,7 @@
         --cells decode:1:2048 decode:8:2048
 
 Both load the same folder. Every experts implementation of transformers that runs is timed (eager, batched_mm,
-grouped_mm), with SDPA and, for decode, a StaticCache of the same length. On CUDA it is compiled (mode reduce-overhead,
+grouped_mm), with `--attention` and, for decode, a StaticCache of the same length. On CUDA it is compiled (mode reduce-overhead,
 which uses CUDA graphs); prefill stays eager. A round times every implementation once in shuffled order; a decode round
 times some consecutive tokens. The ratio ours / peer is computed within the round; the interval is that of the median
 ratio. The logits are compared with those of transformers before the timing.
@@ -69,7 +69,7 @@ def ours(options: argparse.Namespace, phase: str, batch: int, length: int) -> Bu
 
 def peer_model(options: argparse.Namespace) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        options.path, dtype=DTYPES[options.dtype], attn_implementation="sdpa"
+        options.path, dtype=DTYPES[options.dtype], attn_implementation=options.attention
     )
     return model.to(options.device).eval()
 
@@ -133,6 +133,7 @@ def main() -> int:
     parser.add_argument("--execution", default="eager")
     parser.add_argument("--cells", nargs="+", default=["prefill:8:512", "decode:1:256", "decode:8:256"])
     parser.add_argument("--peers", nargs="+", default=list(PEERS))
+    parser.add_argument("--attention", default="sdpa", help="of transformers; gpt-oss has no sdpa: eager")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, help="output folder of checkpoint_peers.csv (every round)")
     options = parser.parse_args()

@@ -55,7 +55,7 @@ class Wrong(Grouped):
 
 def planted(tiles: Tiles) -> Experts:
     """As if few rows were slow, those of one token quick, and two pieces wrong."""
-    return Wrong() if tiles.pieces == 2 else Delayed({SLOW: 0.004, 1: 0.0}.get(tiles.up_rows, 0.001))
+    return Wrong() if tiles.pieces == 2 else Delayed({SLOW: 0.02, 1: 0.0}.get(tiles.up_rows, 0.005))
 
 
 def cell_of(T: int = 16) -> Cell:
