@@ -5,10 +5,10 @@
         --cells decode:1:2048 decode:8:2048
 
 Both load the same folder. Every experts implementation of transformers that runs is timed (eager, batched_mm,
-grouped_mm), with `--attention` and, for decode, a StaticCache of the same length. On CUDA it is compiled (mode reduce-overhead,
-which uses CUDA graphs); prefill stays eager. A round times every implementation once in shuffled order; a decode round
-times some consecutive tokens. The ratio ours / peer is computed within the round; the interval is that of the median
-ratio. The logits are compared with those of transformers before the timing.
+grouped_mm), with `--attention` and, for decode, a StaticCache of the same length. On CUDA it is compiled (mode
+reduce-overhead, which uses CUDA graphs); prefill stays eager. A round times every implementation once in shuffled
+order; a decode round times some consecutive tokens. The ratio ours / peer is computed within the round; the interval is
+that of the median ratio. The logits are compared with those of transformers before the timing.
 
 The exit code is 1 if the interval of the ratio to the fastest peer is above 1.03 in any cell.
 """
