@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_lab.models import ForcedRouting, Output
 from moe_lab.models.attention import Attention
-from moe_lab.models.kv_cache import KVCache, LayerCache
+from moe_lab.models.kv_cache import KVCache, LayerMemory
 from moe_lab.models.latent_attention import LatentAttention
 from moe_lab.models.layers import Embedding, Linear, SwiGLU, add_norm
 from moe_lab.models.moe_layer import MoELayer
@@ -50,7 +50,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         ctx: RouteContext,
         forced: Iterator[Routing] | None,
-        cache: LayerCache | None,
+        cache: LayerMemory | None,
         position_S: Tensor | None,
     ) -> tuple[Tensor, Tensor, Routing | None]:
         normed, residual = self.attention_norm(x_BSD, residual_BSD)
@@ -138,7 +138,7 @@ class TransformerDecoder(nn.Module):
         """Room for `length` positions of `batch` sequences, in the dtype of the parameters; tables are reserved too."""
         self.rope.reserve(length, self.embed.weight.device)
         blocks = [block for block in self.layers if isinstance(block, Block)]
-        return KVCache(block.attention.make_cache(batch, length) for block in blocks)
+        return KVCache((block.attention.make_cache(batch, length) for block in blocks), length)
 
     def forward(
         self,
