@@ -10,7 +10,7 @@ solve a triangular system (the WY form: 2406.06484):
     Y = diag(exp(c)) Q S + (Q K^T * D) U,  S <- exp(c_last) S + (diag(exp(c_last - c)) K)^T U
 
 Both take q, k [B, H, S, d_k], v [B, H, S, d_v], g and beta [B, H, S] and the state before [B, H, d_k, d_v], in fp32
-(or more), and return y [B, H, S, d_v] and the state after.
+(or more), and return y [B, H, S, d_v] and the state after. In an exported graph `outputs` is one node.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moe_lab.ops.library import register
 
 CHUNK = 64
 
@@ -67,3 +69,24 @@ def chunked(
         y[:, :, i] = from_state[:, :, i] @ state + within[:, :, i] @ u
         state = kept[:, :, i] * state + into_state[:, :, i].mT @ u
     return y.flatten(2, 3)[:, :, :S], state
+
+
+def outputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """y of whole sequences, before which the state is 0, as one node of an exported graph."""
+    return torch.ops.moe_lab.gated_delta_rule(q, k, v, g, beta)  # type: ignore[no-any-return]
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    return recurrent(q, k, v, g, beta, v.new_zeros(*v.shape[:2], k.shape[3], v.shape[3]))[0]
+
+
+def _outputs_fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+register(
+    "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta) -> Tensor",
+    _outputs,
+    _outputs_fake,
+    onnx="moe_lab.ops.delta_rule_onnx",
+)
