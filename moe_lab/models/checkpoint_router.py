@@ -34,6 +34,7 @@ def scored(
         "renormalize": renormalize,
         "scale": scale,
         "scales_input": False,
+        "hash_layers": 0,
     }
 
 
