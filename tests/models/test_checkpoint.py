@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import sys
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lab.models import Output
@@ -602,70 +600,6 @@ def test_the_small_checkpoint_in_the_repository_gives_the_logits_of_transformers
     logits, routings = decoded(model, ids_BN, context_len=120)
     assert_logits(logits, want.logits[:, 120:])
     assert_same_experts(routings, want.experts)
-
-
-MEMORY = """
-import sys, threading, time
-from functools import partial
-import torch
-torch.set_num_threads(1)
-from moe_lab.experts.grouped import Grouped
-from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.parameters import initialize
-from tests.routers.cases import make
-
-def status(key):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
-
-model = Checkpoint(path=sys.argv[1], make_router=partial(make, "mixtral"), experts=Grouped(), implementation="auto")
-for parameter in model.parameters():
-    parameter.fill_(1)  # its pages are there
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak starts anew
-before = status("VmRSS")
-initialize(model, 0)
-assert float(model.layers[-1].mlp.weights.w_down_EDF.double().mean()) == 0.5
-print(status("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_loading_holds_no_more_than_one_file_beside_the_parameters(tmp_path: Path) -> None:
-    """Peak memory of a fresh process, mapped pages of files included, over four files of 20 MB."""
-    folder = _shards(tmp_path, n_shards=4)
-    largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
-    assert int(tiny.python(MEMORY, folder)) < 1.2 * largest
-
-
-def _shards(folder: Path, n_shards: int) -> Path:
-    """A checkpoint with a file per layer and the rest in the last; every value is 0.5."""
-    D, F, experts = 256, 512, 13
-    config = trained("olmoe").config.to_dict()
-    config |= {"hidden_size": D, "intermediate_size": F, "num_experts": experts, "num_hidden_layers": n_shards}
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": None, "dtype": "float32"}))
-    layer = {
-        **{f"self_attn.{name}_proj": (D if name in "qo" else D // 2, D) for name in "qkvo"},
-        "self_attn.q_norm": (D,),
-        "self_attn.k_norm": (D // 2,),
-        "mlp.gate": (experts, D),
-        "input_layernorm": (D,),
-        "post_attention_layernorm": (D,),
-        **{f"mlp.experts.{e}.{name}_proj": (F, D) for e in range(experts) for name in ("gate", "up")},
-        **{f"mlp.experts.{e}.down_proj": (D, F) for e in range(experts)},
-    }
-    whole = {"model.embed_tokens": (VOCAB, D), "model.norm": (D,), "lm_head": (VOCAB, D)}
-    weight_map = {}
-    for index in range(n_shards):
-        shapes = {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-        shapes |= whole if index == n_shards - 1 else {}
-        name = f"model-{index + 1:05}-of-{n_shards:05}.safetensors"
-        content = {f"{key}.weight": torch.full(shape, 0.5) for key, shape in shapes.items()}
-        save_file(content, folder / name)
-        weight_map |= dict.fromkeys(content, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
 
 
 def test_no_pickle_is_opened(tmp_path: Path) -> None:
