@@ -135,6 +135,9 @@ def hunyuan_v1_moe(config: Keys, decoder: _Part, moe: _Part) -> _Part:
             raise config.refuse(f"{name}={shown(config.get(name))} is not supported; supported: {only}.")
     for key, value in (("use_qk_norm", True), ("use_cla", False), ("moe_layer_num_skipped", 0), ("norm_type", "rms")):
         routers.require(config, key, value)
+    scaling = decoder["rope_scaling"]
+    if scaling is not None and scaling["rope_type"] == "dynamic" and decoder["head_dim"] < 4:
+        raise config.refuse(f"head_dim={decoder['head_dim']} must be at least 4 with rope_type=dynamic.")
     own = {"shared_expert_hidden_dim": width, "qk_norm": "head", "turn_first": True, "qkv_bias": bias, "o_bias": bias}
     return {"decoder": {**decoder, **moe, **own}, "router": routers.softmax_topk(renormalize=True)}
 

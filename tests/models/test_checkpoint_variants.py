@@ -265,6 +265,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ernie4_5_moe", {"moe_k": 65}, "moe_k=65 is more than the 64 experts"),
     ("hunyuan_v1_moe", {"moe_topk": 65}, "moe_topk=65 is more than the 64 experts"),
     ("hunyuan_v1_moe", {"moe_topk": [8] * 31 + [4]}, "moe_topk="),
+    ("hunyuan_v1_moe", {"head_dim": 2}, "head_dim=2 must be at least 4 with rope_type=dynamic"),
     ("hunyuan_v1_moe", {"use_cla": True}, "use_cla=True is not supported"),
     ("hunyuan_v1_moe", {"moe_intermediate_size": 1}, "moe_intermediate_size=1 is not supported"),
     ("hunyuan_v1_moe", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "alpha=None must be a number"),
