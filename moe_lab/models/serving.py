@@ -45,7 +45,7 @@ class Prefill(Serving):
 
     def cached_bytes(self) -> int:
         """See `Serving.cached_bytes`: all is written."""
-        return self.cache.bytes_per_position * self.cache.length
+        return self.cache.bytes_per_position * self.cache.length + self.cache.state_bytes
 
     def forward(self, ids_BS: Tensor, forced_routing: ForcedRouting = None) -> Output:
         """ids [B, S] -> logits [B, 1, V]."""
@@ -78,8 +78,11 @@ class Decode(Serving):
         return Decode(decoder, self.cache, self.context_len, self.position_1)
 
     def cached_bytes(self) -> int:
-        """See `Serving.cached_bytes`: what came before is read, one position written. Looks at the host."""
-        return self.cache.bytes_per_position * (int(self.position_1) + 1)
+        """See `Serving.cached_bytes`: what came before is read, one position and the states written.
+
+        Looks at the host.
+        """
+        return self.cache.bytes_per_position * (int(self.position_1) + 1) + 2 * self.cache.state_bytes
 
     @torch.inference_mode()
     def fill(self, ids_BN: Tensor) -> tuple[Routing, ...]:
@@ -93,7 +96,7 @@ class Decode(Serving):
         return tuple(joined(of_layer) for of_layer in zip(*passes, strict=True))
 
     def seek(self, step: int) -> None:
-        """Go to a step, counted from 0."""
+        """Go to a step, counted from 0; where `cache.in_order`, to the first one or to the next."""
         self.position_1.fill_(self.context_len + step)
 
     def advance(self) -> None:

@@ -94,9 +94,12 @@ class Built:
             yield step()
             return
         n = self.task.n_steps
-        for index in sorted({i * n // (most or n) for i in range(most or n)}):
+        wanted = {i * n // (most or n) for i in range(most or n)}
+        for index in range(max(wanted) + 1) if self.task.cache.in_order else sorted(wanted):
             self.task.seek(index)
-            yield step()
+            output = step()
+            if index in wanted:
+                yield output
 
     def implementation(self) -> dict[str, str]:
         """Who computes what."""

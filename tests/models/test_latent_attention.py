@@ -99,7 +99,7 @@ def test_a_cache_keeps_the_latent_and_its_turned_key() -> None:
     cache = attention.make_cache(2, 6)
     attention(x, cos, sin, cache)
     assert isinstance(cache, LatentCache) and cache.k_BHNd.shape == (2, 1, 6, RANK + ROPE)
-    assert KVCache([cache]).bytes_per_position == 2 * (RANK + ROPE) * 4
+    assert KVCache([cache], 6).bytes_per_position == 2 * (RANK + ROPE) * 4
     assert cache.v_BHNd.data_ptr() == cache.k_BHNd.data_ptr()
     down = attention.kv_down(x)
     torch.testing.assert_close(cache.v_BHNd[:, 0, :4], attention.kv_down_norm(down[..., :RANK]))
@@ -109,7 +109,7 @@ def test_a_cache_keeps_the_latent_and_its_turned_key() -> None:
 
 def test_rows_of_a_latent_cache_share_its_memory() -> None:
     """As of any cache."""
-    whole = KVCache([attention_of().make_cache(5, 4)])
+    whole = KVCache([attention_of().make_cache(5, 4)], 4)
     part = whole.rows(1, 3)
     part.layers[0].begin(torch.ones(2, 1, 4, RANK + ROPE), torch.ones(2, 1, 4, RANK))
     assert whole.length == part.length == 4
@@ -130,6 +130,6 @@ def test_a_wrong_value_in_a_latent_cache_is_seen(index: int) -> None:
     """By what compares a run's cache with the reference's."""
     kept, wanted = (LatentCache(random(2, 1, 4, RANK + ROPE), RANK) for _ in range(2))
     kept.k_BHNd[1, 0, 3, index] += 1
-    compared = ComparedCache(KVCache([kept]))
+    compared = ComparedCache(KVCache([kept], 4))
     compared.layers[0].begin(wanted.k_BHNd, wanted.v_BHNd)
     assert compared.error() > 0.1
