@@ -145,8 +145,10 @@ def _scaling(decoder: Mapping[str, Any]) -> str:
 
 
 def _not_loaded(settings: Settings) -> str | None:
-    n = settings.extra_layers
-    return f"{n} layer{'s' if n > 1 else ''} that predict further tokens, if the files have them" if n else None
+    n, parts = settings.extra_layers, list(settings.others.values())
+    if n:
+        parts = [f"{n} layer{'s' if n > 1 else ''} that predict further tokens", *parts]
+    return f"{' and '.join(parts)}, if the files have them" if parts else None
 
 
 def _on_disk(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 _LIKE_TRANSFORMERS = "logits, experts chosen, prefill, decode and greedy tokens, against transformers"
+_GATED = "gated delta nets in three layers of four, attention with an output gate, a quarter of each head turned"
 _PUBLISHED = "logits as deepseek_v3; its own config.json is read in a test"
 
 
@@ -33,6 +34,13 @@ ARCHITECTURES = (
     Architecture("mixtral", "Mixtral-8x7B, 8x22B", "may have a window"),
     Architecture("qwen2_moe", "Qwen1.5-MoE, Qwen2-57B-A14B", "shared expert with a gate, windows, biases"),
     Architecture("qwen3_moe", "Qwen3-30B-A3B, 235B-A22B", "norm of each head, dense layers"),
+    Architecture("qwen3_next", "Qwen3-Next-80B-A3B", f"{_GATED}, shared expert with a gate"),
+    Architecture(
+        "qwen3_5_moe",
+        "Qwen3.5-35B-A3B, 122B-A10B, 397B-A17B",
+        "the text part only; as qwen3_next, without dense layers",
+    ),
+    Architecture("qwen3_5_moe_text", "Qwen3.5's text part by itself", "as qwen3_5_moe"),
     Architecture(
         "deepseek_v2", "DeepSeek-V2, V2-Lite", "latent attention, dense layers, shared experts, groups of experts"
     ),

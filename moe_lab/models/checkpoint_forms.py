@@ -5,7 +5,7 @@ What is quantised is dequantised as it is loaded; `read_quantization` reads off 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from moe_lab.models.checkpoint_keys import Keys, is_integer, shown
@@ -48,6 +48,10 @@ class Form:
         """Fill the target. What has to be computed is computed on its device, a piece at a time."""
         target.copy_(values)
 
+    def in_blocks(self, blocks: Fp8Blocks) -> Form:
+        """The form of a matrix that would have this one, were it not fp8."""
+        return blocks
+
 
 AS_IT_IS = Form()
 
@@ -74,6 +78,52 @@ class Arranged(Form):
             if self.interleaved:
                 mine, there = in_turns(mine), there.unflatten(0, (-1, 2))
             mine.copy_(there)
+
+
+class OnePlus(Form):
+    """The weight of a zero-centred norm: the file holds it less 1."""
+
+    def put(self, target: Tensor, values: Tensor, scale: Tensor | None = None) -> None:
+        """See `Form`."""
+        target.copy_(values.to(target.dtype) + 1)
+
+
+@dataclass(frozen=True)
+class Regrouped(Form):
+    """Rows that the file has in groups, as a query and a gate for each head: `sizes` are those of a group's parts.
+
+    Ours has the first part of every group, then the second of every group, and so on. `inner`: what it is but for that.
+    """
+
+    sizes: tuple[int, ...]
+    inner: Form = AS_IT_IS
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.dtypes
+
+    def scale_key(self, key: str) -> str | None:
+        """See `Form`."""
+        return self.inner.scale_key(key)
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """See `Form`."""
+        return self.inner.scale_shape(shape)
+
+    def put(self, target: Tensor, values: Tensor, scale: Tensor | None = None) -> None:
+        """See `Form`."""
+        if scale is not None:
+            there = target.new_empty(values.shape)
+            self.inner.put(there, values, scale)
+            values = there
+        n_groups, first = len(values) // sum(self.sizes), 0
+        for size, of_file in zip(self.sizes, values.unflatten(0, (n_groups, -1)).split(self.sizes, 1), strict=True):
+            target[first : first + n_groups * size].unflatten(0, (n_groups, size)).copy_(of_file)
+            first += n_groups * size
+
+    def in_blocks(self, blocks: Fp8Blocks) -> Form:
+        """See `Form`."""
+        return replace(self, inner=blocks)
 
 
 class OneRow(Form):

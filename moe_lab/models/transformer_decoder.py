@@ -73,8 +73,8 @@ class TransformerDecoder(nn.Module):
     the attention window of each layer, and `latent`, the options of `LatentAttention`, which is then every layer's.
     `mixers` has for each layer None, or what takes the place of attention there (see `mixers.make_mixer`).
     `embedding_scale`, `residual_scale` and `logits_scale` multiply the embedding, what each sublayer adds, and the
-    logits (Granite). `norm` is the kind of `add_norm`, and `head_bias` a bias of the head (Phi). `max_positions` is how long a
-    sequence the model is made for, None for any.
+    logits (Granite). `norm` is the kind of `add_norm`, and `head_bias` a bias of the head (Phi). `max_positions` is how
+    long a sequence the model is made for, None for any.
     """
 
     max_positions: int | None = None

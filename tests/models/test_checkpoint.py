@@ -188,6 +188,35 @@ CHANGED = [
     case("minimax_m2", "one_key_head", num_key_value_heads=1),
     case("minimax_m2", "eps", rms_norm_eps=0.3),
     case("minimax_m2", "three_experts", num_experts_per_tok=3),
+    case("qwen3_next", "biases", attention_bias=True),
+    case("qwen3_next", "every_fourth_layer_attention", layer_types=..., num_hidden_layers=4),
+    case("qwen3_next", "only_attention", layer_types=["full_attention"] * 3),
+    case("qwen3_next", "not_renormalized", norm_topk_prob=False),
+    case("qwen3_next", "named_dense_layers", mlp_only_layers=[0, 1]),
+    case("qwen3_next", "every_other_layer_sparse", decoder_sparse_step=2),
+    case("qwen3_next", "a_value_head_per_head", linear_num_value_heads=2),
+    case("qwen3_next", "one_head_of_four_value_heads", linear_num_key_heads=1),
+    case("qwen3_next", "equal_widths_of_keys_and_values", linear_value_head_dim=6),
+    case("qwen3_next", "convolution_of_one_token", linear_conv_kernel_dim=1),
+    case("qwen3_next", "wide_convolution", linear_conv_kernel_dim=8),
+    case("qwen3_next", "all_turned", rope_parameters={**PLAIN_ROPE, "partial_rotary_factor": 1.0}),
+    case("qwen3_next", "theta", rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
+    case("qwen3_next", "yarn", rope_parameters={**YARN, "partial_rotary_factor": 0.5}),
+    case("qwen3_next", "one_key_head", num_key_value_heads=1),
+    case("qwen3_next", "all_experts", num_experts_per_tok=E),
+    case("qwen3_next", "wide_shared_expert", shared_expert_intermediate_size=40),
+    case("qwen3_next", "eps", rms_norm_eps=0.3),
+    case("qwen3_next", "tied", tie_word_embeddings=True),
+    case("qwen3_5_moe_text", "biases", attention_bias=True),
+    case("qwen3_5_moe_text", "other_layers", layer_types=["full_attention", "linear_attention", "linear_attention"]),
+    case("qwen3_5_moe_text", "a_value_head_per_head", linear_num_value_heads=2),
+    case("qwen3_5_moe_text", "wide_convolution", linear_conv_kernel_dim=5),
+    case("qwen3_5_moe_text", "a_quarter_turned", rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
+    case("qwen3_5_moe_text", "one_key_head", num_key_value_heads=1),
+    case("qwen3_5_moe_text", "eps", rms_norm_eps=0.3),
+    case("qwen3_5_moe", "tied", tie_word_embeddings=True),
+    case("qwen3_5_moe", "biases", attention_bias=True),
+    case("qwen3_5_moe", "every_fourth_layer_attention", layer_types=..., num_hidden_layers=4),
     case("granitemoe", "embedding_multiplier", embedding_multiplier=1.0),
     case("granitemoe", "residual_multiplier", residual_multiplier=1.0),
     case("granitemoe", "logits_scaling", logits_scaling=0.5),
@@ -399,9 +428,9 @@ def test_half_precision_on_disk_is_loaded_exactly_as_fp32(kind: str, dtype: torc
     for tensor in (*peer.parameters(), *biases):
         tensor.copy_(tensor.to(dtype))
     model = load(save(copy.deepcopy(peer).to(dtype), tmp_path))
-    assert tensors(tmp_path)["model.norm.weight"].dtype == dtype
+    assert {tensor.dtype for tensor in tensors(tmp_path).values()} == {dtype}
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    assert torch.equal(model.embed.weight, peer.model.embed_tokens.weight)
+    assert torch.equal(model.embed.weight, peer.get_input_embeddings().weight)
     assert_logits(model(ids(2, 9)).y, computed(peer, ids(2, 9)).logits)
 
 
@@ -411,7 +440,8 @@ def test_fp32_on_disk_is_rounded_to_a_bf16_model(kind: str, tmp_path: Path) -> N
     folder = checkpoint(kind, tmp_path)
     narrow, wide = load(folder, torch.bfloat16), dict(load(folder).named_parameters())
     for name, parameter in narrow.named_parameters():
-        is_wide = name.endswith(("router.bias_E", "up_bias_E2F", "down_bias_ED"))  # always fp32
+        is_wide = name.endswith(("router.bias_E", "up_bias_E2F", "down_bias_ED", "a_log_H", "dt_bias_H"))  # always fp32
+        is_wide |= kind.startswith(("qwen3_next", "qwen3_5")) and "norm." in name and "attention.norm" not in name
         dtype = torch.float32 if is_wide else torch.bfloat16
         assert parameter.dtype == dtype
         assert torch.equal(parameter, wide[name].to(dtype))
@@ -444,7 +474,7 @@ def test_a_tied_head_is_the_embedding(kind: str, in_file: bool, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        *PLAIN,
+        *(plain for plain in PLAIN if not plain.values[0].startswith("qwen3_5")),
         case("olmoe", "clipped", clip_qkv=0.6, attention_bias=True),
         case("olmoe", "linear", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
         case("mixtral", "llama3", rope_parameters=LLAMA3),

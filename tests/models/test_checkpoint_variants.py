@@ -206,10 +206,10 @@ def test_gpt_oss_is_read_off_its_configuration(tmp_path: Path) -> None:
     found = settings(tmp_path, "gpt_oss")
     assert found.decoder["windows"] == [128, None] * 12 and found.decoder["sinks"]
     assert found.decoder["expert_settings"] == {"bias": True, "activation": (1.702, 7.0), "gate_bias": True}
-    assert found.layout == "gpt_oss mxfp4" and str(found.form) == "mxfp4 (of the experts)"
+    assert found.naming.model == "gpt_oss mxfp4" and str(found.form) == "mxfp4 (of the experts)"
     assert settings(tmp_path, "gpt_oss", layer_types=...).decoder["windows"] == [128, None] * 12
     assert settings(tmp_path, "gpt_oss", sliding_window=None).decoder["windows"] == [None] * 24
-    assert settings(tmp_path, "gpt_oss", quantization_config=...).layout == "gpt_oss"
+    assert settings(tmp_path, "gpt_oss", quantization_config=...).naming.model == "gpt_oss"
 
 
 def test_phimoe_computes_no_sequence_beyond_the_original_length(tmp_path: Path) -> None:

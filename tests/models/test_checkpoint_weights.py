@@ -82,7 +82,7 @@ def test_in_each_layout_the_sources_of_a_parameter_fill_each_element_once(kind: 
     settings: dict[str, Any] = {"mlp_only_layers": [1]} if kind.startswith("qwen") else {}
     model, seen = build(checkpoint(kind, tmp_path, **settings)), set()
     for name, parameter in shareable(model).items():
-        layouts = sources(name, parameter.shape, kind)
+        layouts = sources(name, parameter.shape, model._settings.naming)
         assert layouts
         for layout in layouts:
             count = torch.zeros(parameter.shape)
