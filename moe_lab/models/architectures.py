@@ -61,6 +61,11 @@ ARCHITECTURES = (
     ),
     Architecture("phimoe", "Phi-3.5-MoE", "LayerNorm with a bias, LongRoPE, sparse mixer as the router"),
     Architecture("ernie4_5_moe", "ERNIE-4.5-21B-A3B", "interleaved RoPE, softmax router with a bias, shared experts"),
+    Architecture(
+        "lfm2_moe",
+        "LFM2-8B-A1B",
+        "short convolutions in most layers, dense layers, sigmoid router with a bias",
+    ),
     Architecture("hunyuan_v1_moe", "Hunyuan-A13B", "norm of each head after RoPE, a shared expert"),
 )
 

@@ -140,6 +140,7 @@ def _grouped(
     share: float | None = None,
     top_k: Callable[[Keys], int] | None = None,
     needs: tuple[str, ...] = (),
+    eps: str = "rms_norm_eps",
 ) -> Callable[[Keys], Settings]:
     """An architecture with grouped-query attention, of which `read_rest` reads what is its own.
 
@@ -148,13 +149,14 @@ def _grouped(
         width: the key of an expert's width.
         share: how much of a head RoPE turns by default; None: all, and no file may say anything else.
         needs: keys that it cannot do without.
+        eps: the key of the norms' epsilon, where RoPE turns all of a head.
     """
 
     def settings(config: Keys) -> Settings:
         for key in needs:
             config.need(key)
         if share is None:
-            decoder = sizes.decoder_of(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads)
+            decoder = sizes.decoder_of(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads, eps=eps)
         else:
             decoder = sizes.partial_decoder(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads, share=share)
         moe = sizes.experts_of(config, config.size(width), top_k(config) if top_k else None)
@@ -227,6 +229,7 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
         width=_MOE_WIDTH,
         top_k=variants.ernie_top_k,
     ),
+    "lfm2_moe": _grouped("lfm2_moe", variants.lfm2_moe, rope_theta=1e6, n_kv_heads=8, width=_MOE_WIDTH, eps="norm_eps"),
     "hunyuan_v1_moe": _grouped(
         "hunyuan_v1_moe", variants.hunyuan_v1_moe, rope_theta=1e4, n_kv_heads=None, top_k=variants.hunyuan_top_k
     ),

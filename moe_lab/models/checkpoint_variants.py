@@ -1,4 +1,4 @@
-"""Architectures with a part or two of their own: Granite, gpt-oss, Phi-3.5-MoE, ERNIE 4.5 and HunYuan-A13B.
+"""Architectures with a part or two of their own: Granite, gpt-oss, Phi-3.5-MoE, ERNIE 4.5, HunYuan-A13B and LFM2-MoE.
 
 Each function takes what the file says of the attention (`decoder`) and of the routed experts (`moe`), and returns the
 arguments of `Settings`, but for the model's type and what all have.
@@ -154,3 +154,27 @@ def _of_all_layers(config: Keys, *names: str) -> int:
     if not values or any(not is_integer(each) or each != values[0] or each < 1 for each in values):
         raise config.refuse(f"{names[0]}={shown(value)} must be one integer >= 1, the same in all layers.")
     return int(values[0])
+
+
+def lfm2_moe(config: Keys, decoder: _Part, moe: _Part) -> _Part:
+    """Short convolutions in place of attention in most layers. Its router adds 1e-6 to the sum of weights, ours not."""
+    n_layers, kinds = decoder["n_layers"], config.need("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= {"conv", "full_attention"}:
+        raise config.refuse(f"layer_types={shown(kinds)} must have conv or full_attention per layer ({n_layers}).")
+    conv = {"kind": "short_conv", "width": config.size("conv_L_cache", default=3)}
+    conv["bias"] = config.flag("conv_bias", default=False)
+    n_dense = config.size("num_dense_layers", default=2, least=0)
+    own = {
+        "qk_norm": "head",
+        "mixers": [conv if kind == "conv" else None for kind in kinds],
+        "dense_hidden_dim": config.size("intermediate_size"),
+        "tie_embeddings": config.flag("tie_embedding", default=config.flag("tie_word_embeddings", default=True)),
+    }
+    router = routers.scored(
+        score="sigmoid",
+        bias=config.flag("use_expert_bias", default=True),
+        renormalize=config.flag("norm_topk_prob", default=True),
+        scale=float(config.number("routed_scaling_factor") or 1.0),
+    )
+    dense = frozenset(range(min(n_dense, n_layers)))
+    return {"decoder": {**decoder, **moe, **own}, "router": router, "dense_layers": dense}

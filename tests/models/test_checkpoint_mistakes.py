@@ -243,6 +243,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dots1": {"attention_bias": True, "sliding_window": 4, "max_window_layers": 1},
     "solar_open": {"attention_bias": True},
     "minimax_m2": {"rotary_dim": 8},
+    "lfm2_moe": {"conv_bias": True, "routed_scaling_factor": 2.5},
     "qwen3_next": {"attention_bias": True},
 }
 """With which a mistake has an effect, where that is not the plain model."""
@@ -312,6 +313,18 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("sigmoid_scores", router(score="sigmoid")),
         ("no_shared_experts", setting(shared_expert_hidden_dim=0)),
         ("rotation_of_halves", said(interleaved=False)),
+    ],
+    "lfm2_moe": [
+        *_OF_ALL,
+        ("convolution_backwards", loaded("attention.conv.weight", lambda w: w.flip(2))),
+        ("gates_of_the_convolution_exchanged", loaded("attention.into.weight", lambda w: w.roll(32, 0))),
+        ("convolution_bias_dropped", zeroed("attention.conv.bias")),
+        ("bias_into_the_convolution_dropped", zeroed("attention.into.bias")),
+        ("selection_bias_dropped", zeroed("router.bias_E")),
+        ("softmax_scores", router(score="softmax")),
+        ("weights_not_scaled", router(scale=1.0)),
+        ("key_norm_dropped", loaded("k_norm.weight", torch.ones_like)),
+        ("one_dense_layer_more", said(dense_layers=frozenset({0, 1}))),
     ],
     "hunyuan_v1_moe": [
         *_OF_ALL,
