@@ -20,9 +20,8 @@ from moe_lab.models import checkpoint_variants as variants
 from moe_lab.models.checkpoint_effect import NO_EFFECT, WITHOUT
 from moe_lab.models.checkpoint_forms import Fp8Blocks, Mxfp4, read_quantization
 from moe_lab.models.checkpoint_keys import Keys, read_object, shown
-from moe_lab.models.checkpoint_latent import read_latent
+from moe_lab.models.checkpoint_latent import read_latent, read_turned
 from moe_lab.models.checkpoint_names import Naming
-from moe_lab.models.checkpoint_rope import read_rope
 
 CONFIG = "config.json"
 
@@ -165,12 +164,12 @@ def _grouped(
     return settings
 
 
-def _latent(model_type: str, read_rest: _Read) -> Callable[[Keys], Settings]:
-    """An architecture with latent attention, of which `read_rest` reads what is its own."""
+def _latent(model_type: str, read_rest: _Read, *, whole_head: bool = False) -> Callable[[Keys], Settings]:
+    """An architecture with latent attention, of which `read_rest` reads what is its own; `whole_head`: see there."""
 
     def settings(config: Keys) -> Settings:
-        trunk = sizes.trunk(config, *read_rope(config, 1e4))
-        decoder = {**trunk, **read_latent(config, trunk["n_heads"])}
+        trunk = sizes.trunk(config, *read_turned(config, whole_head=whole_head))
+        decoder = {**trunk, **read_latent(config, trunk["n_heads"], whole_head=whole_head)}
         moe = sizes.experts_of(config, config.size("moe_intermediate_size"))
         return _settings(model_type, config, read_rest(config, decoder, moe))
 
@@ -211,6 +210,7 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "deepseek_v2": _latent("deepseek_v2", deepseek.deepseek_v2),
     "deepseek_v3": _latent("deepseek_v3", deepseek.deepseek_v3),
     "kimi_k2": _latent("kimi_k2", deepseek.deepseek_v3),
+    "mistral4": _latent("mistral4", deepseek.mistral4, whole_head=True),
     "glm4_moe_lite": _latent("glm4_moe_lite", deepseek.glm4_moe_lite),
     "glm4_moe": _grouped("glm4_moe", deepseek.glm4_moe, rope_theta=1e4, n_kv_heads=8, width=_MOE_WIDTH, share=0.5),
     "solar_open": _grouped(

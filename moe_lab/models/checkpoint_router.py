@@ -68,6 +68,17 @@ def softmax_in_groups(config: Keys, n_experts: int, top_k: int) -> dict[str, Any
     )
 
 
+def softmax_in_summed_groups(config: Keys, n_experts: int, top_k: int) -> dict[str, Any]:
+    """Of Mistral 4."""
+    return scored(
+        score="softmax",
+        bias=False,
+        renormalize=config.flag("norm_topk_prob", default=True),
+        groups=_groups(config, n_experts, top_k),
+        scale=_scale(config),
+    )
+
+
 def require(config: Keys, key: str, value: Any) -> None:
     """Raise `ValueError` if the file has this key with another value."""
     if (found := config.get(key, default=value)) != value or type(found) is not type(value):

@@ -23,7 +23,7 @@ from tests.models.peers import peer_model
 KINDS: tuple[str, ...] = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "phimoe")
 KINDS += ("ernie4_5_moe", "hunyuan_v1_moe", "lfm2_moe")
 KINDS += ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
-KINDS += ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "solar_open", "minimax_m2")
+KINDS += ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "solar_open", "minimax_m2", "mistral4")
 VOCAB, D, HEADS, LAYERS, E, K, F = 97, 32, 4, 2, 5, 2, 24
 _COMMON = {
     "vocab_size": VOCAB,
@@ -105,6 +105,20 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": E, "moe_intermediate_size": F, "intermediate_size": 40, "head_dim": 12},
     "glm4_moe": {**_DEEPSEEK, "head_dim": 12},
     "glm4_moe_lite": {**_LATENT, **_DEEPSEEK, "first_k_dense_replace": ...},
+    "mistral4": {
+        **_LATENT,
+        **_DEEPSEEK,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 8,
+            "beta_fast": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.7,
+        },
+    },
     "dots1": {**_DEEPSEEK, "head_dim": 12, "norm_topk_prob": True},
     "solar_open": {**_DEEPSEEK, "head_dim": 12, "intermediate_size": ..., "first_k_dense_replace": ...},
     "minimax_m2": {"num_local_experts": E, "intermediate_size": F, "head_dim": 12},
