@@ -54,9 +54,10 @@ def qwen3_5_moe(config: Keys, decoder: _Part, moe: _Part) -> _Part:
 
 def text_part(config: Keys) -> Keys:
     """Of the config.json of a model that also reads images: what is said of its text part."""
-    if not config.get("text_config"):
-        config.need("text_config")
+    if config.get("text_config") in (None, {}):
+        raise config.refuse("text_config is missing or empty; download the file again.")
     text = config.part("text_config")
+    text.need("model_type")
     routers.require(text, "model_type", f"{config.get('model_type')}_text")
     tied = config.flag("tie_word_embeddings", default=False)
     if text.flag("tie_word_embeddings", default=False) != tied:

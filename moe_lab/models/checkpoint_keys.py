@@ -18,7 +18,7 @@ from moe_lab.terminal import printable
 _LARGEST_SIZE = 1 << 27  # more than any width, vocabulary or context
 LARGEST_NUMBER = 1e11  # more than any base or factor of RoPE
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-_SHOWN = 60  # characters of a value in a message
+_SHOWN = 100  # characters of a value, or of a tensor's key, in a message
 
 
 def read_object(path: Path) -> dict[str, Any]:

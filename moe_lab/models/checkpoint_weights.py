@@ -133,8 +133,7 @@ def plan(
         naming: how the tensors are called.
 
     Raises:
-        ValueError: keys that are missing or unexpected, shapes that differ, or a tied head that is another matrix, in
-            one line.
+        ValueError: keys that are missing or unexpected, shapes that differ, or a tied head that is another matrix.
     """
     copies, missing, wrong = [], [], []
     head, embedding = whole("head.weight", naming), whole("embed.weight", naming)
@@ -150,9 +149,8 @@ def plan(
                 missing.append(shown(source.key))
                 continue
             target = parameters[name].data[source.place]
-            form = source.form
-            if blocks is not None and there.dtype in blocks.dtypes and target.dim() == 2:
-                form = form.in_blocks(blocks)
+            fp8 = blocks if blocks is not None and there.dtype in blocks.dtypes and target.dim() == 2 else None
+            form = source.form if fp8 is None else source.form.in_blocks(fp8)
             if mistake := _mistake(there, form.shape(target.shape), form.dtypes):
                 wrong.append(f"{shown(source.key)} {mistake}")
                 continue
@@ -173,16 +171,16 @@ def plan(
     if complaints:
         folder = next((there.file.parent for there in found.values()), "")
         raise ValueError(f"model.path={folder}: the tensors do not match config.json: {'; '.join(complaints)}.")
-    if tied:
-        _require_one_matrix(found.get(head), found.get(embedding), head)
+    _require_one_matrix(found, tied, head, embedding)
     return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))
 
 
-def _require_one_matrix(head: Found | None, embedding: Found | None, key: str) -> None:
-    """Raise `ValueError` for a tied head that is not the embedding."""
-    if head is not None and embedding is not None and not _same_bytes(head, embedding):
+def _require_one_matrix(found: Mapping[str, Found], tied: bool, head: str, embedding: str) -> None:
+    """Raise `ValueError` for a tied head that is not the embedding; both by their keys."""
+    if tied and {head, embedding} <= found.keys() and not _same_bytes(found[head], found[embedding]):
         raise ValueError(
-            f"model.path: {head.file} has a separate {key}, but config.json says tie_word_embeddings; set it to false."
+            f"model.path: {found[head].file} has a separate {head}, but config.json says tie_word_embeddings; set it "
+            "to false."
         )
 
 

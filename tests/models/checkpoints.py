@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,8 @@ _OWN: dict[str, dict[str, Any]] = {
 
 _ZERO_CENTRED = {"Qwen3NextRMSNorm", "Qwen3_5MoeRMSNorm"}
 
-_EACH_LAYOUT = {"olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"}
+_EACH_LAYOUT = {"olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "qwen3_next"}
+_EACH_LAYOUT |= {"qwen3_5_moe"}
 """Together they have every layout of files. For the other kinds the tests of the loader alone are slow ones."""
 
 kinds = pytest.mark.parametrize(
@@ -301,6 +302,11 @@ def as_written_by_4(content: dict[str, Any]) -> None:
 def tensors(folder: Path) -> dict[str, Tensor]:
     """All that model.safetensors holds."""
     return load_file(folder / "model.safetensors")
+
+
+def loaded_keys(keys: Iterable[str]) -> list[str]:
+    """Those of the text part."""
+    return [key for key in keys if not key.startswith("model.visual.")]
 
 
 def write_tensors(folder: Path, content: Mapping[str, Tensor]) -> None:
