@@ -49,6 +49,7 @@ LLAMA3 |= {"low_freq_factor": 0.5, "high_freq_factor": 6.0}
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
 YARN |= {"beta_fast": 4.0}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+GROWING = {**YARN, "llama_4_scaling_beta": 0.7, "mscale": 1.0, "mscale_all_dim": 1.0}
 MSCALE = {"mscale": 0.8, "mscale_all_dim": 0.8}
 GROUPS = {"n_routed_experts": 6, "n_group": 3, "topk_group": 1}
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -156,6 +157,19 @@ CHANGED = [
     case("deepseek_v3", "yarn", rope_parameters={**YARN, **MSCALE}),
     case("deepseek_v3", "yarn_halves", rope_interleave=False, rope_parameters={**YARN, "mscale_all_dim": 0.7}),
     case("deepseek_v3", "equal_head_dims", qk_nope_head_dim=8, v_head_dim=16),
+    case("mistral4", "plain_queries", q_lora_rank=None),
+    case("mistral4", "biases", attention_bias=True),
+    case("mistral4", "one_group", n_group=1, topk_group=1),
+    case("mistral4", "two_groups", n_group=2, topk_group=1, num_experts_per_tok=3),
+    case("mistral4", "not_renormalized", norm_topk_prob=False),
+    case("mistral4", "scale", routed_scaling_factor=2.5),
+    case("mistral4", "no_dense_layer", first_k_dense_replace=0),
+    case("mistral4", "halves", rope_interleave=False),
+    case("mistral4", "no_growth", rope_parameters={**YARN, **MSCALE, "llama_4_scaling_beta": 0.0}),
+    case("mistral4", "growth_in_steps_of_two", rope_parameters={**GROWING, "original_max_position_embeddings": 2}),
+    case("mistral4", "without_mscale", rope_parameters={**YARN, "llama_4_scaling_beta": 0.1}),
+    case("mistral4", "tied", tie_word_embeddings=True),
+    case("mistral4", "eps", rms_norm_eps=0.3),
     case("glm4_moe", "normed", use_qk_norm=True),
     case("glm4_moe", "normed_biases", use_qk_norm=True, attention_bias=True),
     case("glm4_moe", "biases", attention_bias=True),
