@@ -3,8 +3,9 @@
     q, k, v = silu(conv(W_qkv x)),  z = W_z x,  b, a = W_ba x;  q and k of each head have length 1, q times 1/sqrt(d_k)
     beta = sigmoid(b),  g = -exp(A) softplus(a + dt);  y = the gated delta rule;  W_out (norm(y) silu(z))
 
-A query and a key serve `n_value_heads / n_heads` neighbouring heads of values. The rule is computed in fp32, and so is
-its state; a single token by the recurrence, many by chunks, and in the reference every one by the recurrence.
+A query and a key serve `n_value_heads / n_heads` neighbouring heads of values. All between the projections is fp32, and
+so is the rule's state: where q and k are nearly orthogonal y is small, and its norm enlarges what was rounded. A single
+token is computed by the recurrence, many by chunks, and in the reference every one by the recurrence.
 """
 
 from __future__ import annotations
@@ -77,25 +78,25 @@ class GatedDeltaNet(nn.Module):
                 assert cache is not None
                 before_BCk, before = cache.before(position_S)
             qkv, z = self.qkvz(x_BSD).split([2 * self.keys + self.values, self.values], dim=2)
-            mixed, after_BCk = self.conv(qkv, before_BCk)
-            y_BHSv, after = self._rule(F.silu(mixed), self.ba(x_BSD), before)
+            mixed, after_BCk = self.conv(qkv.float(), before_BCk)
+            y_BHSv, after = self._rule(F.silu(mixed), self.ba(x_BSD).float(), before)
             if cache is not None and position_S is None:
                 cache.begin(x_BSD.shape[1], after_BCk, after)
             elif cache is not None:
                 assert position_S is not None
                 cache.put(position_S, after_BCk, after)
-            normed = self.norm(y_BHSv.transpose(1, 2).to(x_BSD.dtype))
             gate = F.silu(z.unflatten(2, (-1, self.value_dim)).float())
-            return self.out((normed * gate).to(x_BSD.dtype).flatten(2))  # type: ignore[no-any-return]
+            y_BSHv = self.norm(y_BHSv.transpose(1, 2)) * gate
+            return self.out(y_BSHv.to(x_BSD.dtype).flatten(2))  # type: ignore[no-any-return]
 
     def _rule(self, qkv_BSn: Tensor, ba_BSn: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(y [B, H, S, value_dim], the state after the last token) of the rule, in fp32."""
-        q, k, v = qkv_BSn.float().split([self.keys, self.keys, self.values], dim=2)
+        """(y [B, H, S, value_dim], the state after the last token) of the rule."""
+        q, k, v = qkv_BSn.split([self.keys, self.keys, self.values], dim=2)
         q, k = (_of_length_1(x.unflatten(2, (self.n_heads, -1))) for x in (q, k))
         shared = self.n_value_heads // self.n_heads
         q, k = (x.repeat_interleave(shared, dim=2).transpose(1, 2) for x in (q * self.head_dim**-0.5, k))
         v = v.unflatten(2, (self.n_value_heads, -1)).transpose(1, 2)
-        b, a = ba_BSn.float().transpose(1, 2).chunk(2, dim=1)
+        b, a = ba_BSn.transpose(1, 2).chunk(2, dim=1)
         g = -self.a_log_H.exp()[:, None] * F.softplus(a + self.dt_bias_H[:, None])
         if before is None:
             before = v.new_zeros(len(v), self.n_value_heads, self.head_dim, self.value_dim)
