@@ -131,6 +131,8 @@ def _attention(decoder: Mapping[str, Any]) -> str:
 
 def _mixer(*, kind: str, **sizes: Any) -> str:
     """What a layer has in place of attention."""
+    if kind == "short_conv":
+        return f"short convolutions of {sizes['width']} tokens"
     assert kind == "delta_net", kind
     return (
         f"gated delta nets ({sizes['n_value_heads']} states of {sizes['head_dim']} x {sizes['value_dim']}, "

@@ -52,6 +52,11 @@ ARCHITECTURES = (
     Architecture("kimi_k2", "Kimi-K2", "as deepseek_v3", _PUBLISHED),
     Architecture("glm4_moe", "GLM-4.5, 4.5-Air, 4.6, 4.7", "half of each head turned, router as deepseek_v3"),
     Architecture("glm4_moe_lite", "GLM-4.7-Flash", "as deepseek_v3"),
+    Architecture(
+        "mistral4",
+        "the text part of Mistral-Small-4, in files of its own",
+        "latent attention whose queries grow with their position, softmax router",
+    ),
     Architecture("dots1", "dots.llm1", "norm of each head, router as deepseek_v3"),
     Architecture("solar_open", "Solar-Open-100B", "router as deepseek_v3"),
     Architecture("minimax_m2", "MiniMax-M2", "half of each head turned, sigmoid router with a bias, fp8 blocks"),
@@ -61,6 +66,11 @@ ARCHITECTURES = (
     ),
     Architecture("phimoe", "Phi-3.5-MoE", "LayerNorm with a bias, LongRoPE, sparse mixer as the router"),
     Architecture("ernie4_5_moe", "ERNIE-4.5-21B-A3B", "interleaved RoPE, softmax router with a bias, shared experts"),
+    Architecture(
+        "lfm2_moe",
+        "LFM2-8B-A1B",
+        "short convolutions in most layers, dense layers, sigmoid router with a bias",
+    ),
     Architecture("hunyuan_v1_moe", "Hunyuan-A13B", "norm of each head after RoPE, a shared expert"),
 )
 

@@ -20,9 +20,8 @@ from moe_lab.models import checkpoint_variants as variants
 from moe_lab.models.checkpoint_effect import NO_EFFECT, WITHOUT
 from moe_lab.models.checkpoint_forms import Fp8Blocks, Mxfp4, read_quantization
 from moe_lab.models.checkpoint_keys import Keys, read_object, shown
-from moe_lab.models.checkpoint_latent import read_latent
+from moe_lab.models.checkpoint_latent import read_latent, read_turned
 from moe_lab.models.checkpoint_names import Naming
-from moe_lab.models.checkpoint_rope import read_rope
 
 CONFIG = "config.json"
 
@@ -140,6 +139,7 @@ def _grouped(
     share: float | None = None,
     top_k: Callable[[Keys], int] | None = None,
     needs: tuple[str, ...] = (),
+    eps: str = "rms_norm_eps",
 ) -> Callable[[Keys], Settings]:
     """An architecture with grouped-query attention, of which `read_rest` reads what is its own.
 
@@ -148,13 +148,14 @@ def _grouped(
         width: the key of an expert's width.
         share: how much of a head RoPE turns by default; None: all, and no file may say anything else.
         needs: keys that it cannot do without.
+        eps: the key of the norms' epsilon, where RoPE turns all of a head.
     """
 
     def settings(config: Keys) -> Settings:
         for key in needs:
             config.need(key)
         if share is None:
-            decoder = sizes.decoder_of(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads)
+            decoder = sizes.decoder_of(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads, eps=eps)
         else:
             decoder = sizes.partial_decoder(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads, share=share)
         moe = sizes.experts_of(config, config.size(width), top_k(config) if top_k else None)
@@ -163,12 +164,12 @@ def _grouped(
     return settings
 
 
-def _latent(model_type: str, read_rest: _Read) -> Callable[[Keys], Settings]:
-    """An architecture with latent attention, of which `read_rest` reads what is its own."""
+def _latent(model_type: str, read_rest: _Read, *, whole_head: bool = False) -> Callable[[Keys], Settings]:
+    """An architecture with latent attention, of which `read_rest` reads what is its own; `whole_head`: see there."""
 
     def settings(config: Keys) -> Settings:
-        trunk = sizes.trunk(config, *read_rope(config, 1e4))
-        decoder = {**trunk, **read_latent(config, trunk["n_heads"])}
+        trunk = sizes.trunk(config, *read_turned(config, whole_head=whole_head))
+        decoder = {**trunk, **read_latent(config, trunk["n_heads"], whole_head=whole_head)}
         moe = sizes.experts_of(config, config.size("moe_intermediate_size"))
         return _settings(model_type, config, read_rest(config, decoder, moe))
 
@@ -209,6 +210,7 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "deepseek_v2": _latent("deepseek_v2", deepseek.deepseek_v2),
     "deepseek_v3": _latent("deepseek_v3", deepseek.deepseek_v3),
     "kimi_k2": _latent("kimi_k2", deepseek.deepseek_v3),
+    "mistral4": _latent("mistral4", deepseek.mistral4, whole_head=True),
     "glm4_moe_lite": _latent("glm4_moe_lite", deepseek.glm4_moe_lite),
     "glm4_moe": _grouped("glm4_moe", deepseek.glm4_moe, rope_theta=1e4, n_kv_heads=8, width=_MOE_WIDTH, share=0.5),
     "solar_open": _grouped(
@@ -227,6 +229,7 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
         width=_MOE_WIDTH,
         top_k=variants.ernie_top_k,
     ),
+    "lfm2_moe": _grouped("lfm2_moe", variants.lfm2_moe, rope_theta=1e6, n_kv_heads=8, width=_MOE_WIDTH, eps="norm_eps"),
     "hunyuan_v1_moe": _grouped(
         "hunyuan_v1_moe", variants.hunyuan_v1_moe, rope_theta=1e4, n_kv_heads=None, top_k=variants.hunyuan_top_k
     ),

@@ -16,7 +16,9 @@ if TYPE_CHECKING:  # a checkpoint's config.json is read without torch
     from torch import Tensor
 
 PLAIN = ("F32", "F16", "BF16")
-_VALUES_AT_ONCE = 1 << 22  # in fp32 16 MiB, for each thread that loads
+_VALUES_AT_ONCE = 1 << 16
+"""How many are dequantised at a time on a CPU, by each thread that loads: they stay in its cache, and the host's memory
+has room for all threads. A GPU, which waits longer for its kernels, is given 64 times as many."""
 
 
 class Form:
@@ -175,7 +177,7 @@ class Mxfp4(Form):
     def put(self, target: Tensor, values: Tensor, scale: Tensor | None = None) -> None:
         """See `Form`; some rows of an expert at a time. A scale of 255 is NaN."""
         assert scale is not None
-        at_once = max(1, _VALUES_AT_ONCE // target.shape[2] // 2) * 2
+        at_once = max(1, _at_once(target) // target.shape[2] // 2) * 2
         for mine, blocks, powers in zip(target, values, scale, strict=True):
             rows = in_turns(mine) if self.interleaved else mine
             for start in range(0, len(blocks), at_once):
@@ -185,6 +187,10 @@ class Mxfp4(Form):
                     rows[start // 2 : (start + at_once) // 2].copy_(wide.unflatten(0, (-1, 2)))
                 else:
                     rows[piece].copy_(wide)
+
+
+def _at_once(target: Tensor) -> int:
+    return _VALUES_AT_ONCE if target.device.type == "cpu" else 64 * _VALUES_AT_ONCE
 
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -225,7 +231,7 @@ class Fp8Blocks(Form):
         assert scale is not None
         n_rows, n_columns = values.shape
         scale = scale.to(target.device).float().repeat_interleave(self.columns, 1)[:, :n_columns]
-        at_once = max(1, _VALUES_AT_ONCE // (self.rows * n_columns)) * self.rows
+        at_once = max(1, _at_once(target) // (self.rows * n_columns)) * self.rows
         for start in range(0, n_rows, at_once):
             rows = slice(start, min(start + at_once, n_rows))
             wide = values[rows].to(target.device).float()

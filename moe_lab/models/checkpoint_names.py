@@ -40,6 +40,23 @@ _DELTA_NET = {
     "a_log_H": "A_log",
     "dt_bias_H": "dt_bias",
 }
+_CONV = {"into": "in_proj", "conv": "conv", "out": "out_proj"}
+_RENAMED: dict[str, dict[str, str]] = {
+    "hunyuan_v1_moe": {".q_norm.": ".query_layernorm.", ".k_norm.": ".key_layernorm."},
+    "lfm2_moe": {
+        ".q_norm.": ".q_layernorm.",
+        ".k_norm.": ".k_layernorm.",
+        ".o_proj.": ".out_proj.",
+        ".input_layernorm.": ".operator_norm.",
+        ".post_attention_layernorm.": ".ffn_norm.",
+        ".mlp.": ".feed_forward.",
+        ".gate_proj.": ".w1.",
+        ".up_proj.": ".w3.",
+        ".down_proj.": ".w2.",
+        "model.norm.": "model.embedding_norm.",
+    },
+}
+"""What models whose parts have other names call them."""
 _APART = {"qkvz": ("qkv", "z"), "ba": ("b", "a")}
 _ZERO_CENTRED = {"qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"}
 """Models whose norms multiply by 1 plus the weight; not so the delta net's own."""
@@ -47,6 +64,7 @@ _SHARED = ("mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp")
 _GATE_UP = {"mlp.gate_up.weight": ("mlp",), "mlp.shared.mlp.gate_up.weight": _SHARED}
 BIAS, _HAS_BIAS = "e_score_correction_bias", ("mlp.gate", "block_sparse_moe", "mlp")
 """A router's selection bias, and the modules that may have it."""
+_LFM2_BIAS = "expert_bias"
 
 
 class Naming(NamedTuple):
@@ -155,6 +173,13 @@ def whole(name: str, naming: Naming) -> str:
 
 def sources(name: str, shape: Sequence[int], naming: Naming = USUAL) -> list[list[Source]]:
     """For each layout of such a model, the checkpoint tensors that make up our parameter `name`."""
+    found = _sources(name, shape, naming)
+    for usual, own in _RENAMED.get(naming.model, {}).items():
+        found = [[source._replace(key=source.key.replace(usual, own)) for source in layout] for layout in found]
+    return found
+
+
+def _sources(name: str, shape: Sequence[int], naming: Naming) -> list[list[Source]]:
     model = naming.model
     norm = OnePlus() if model in _ZERO_CENTRED else AS_IT_IS
     if name in WHOLE:
@@ -167,13 +192,14 @@ def sources(name: str, shape: Sequence[int], naming: Naming = USUAL) -> list[lis
         return [[Source(f"{prefix}.{_LAYER[rest]}", form=norm if "norm" in rest else AS_IT_IS)]]
     if rest.startswith("attention."):
         part = rest.removeprefix("attention.")
+        if model == "lfm2_moe" and part.split(".")[0] in _CONV:
+            part, kind = part.split(".")
+            return [[Source(f"{prefix}.conv.{_CONV[part]}.{kind}")]]
         if part in _DELTA_NET:
             return [[Source(f"{prefix}.linear_attn.{_DELTA_NET[part]}")]]
         if part in ("qkvz.weight", "ba.weight"):
             return _delta_net_sources(part.removesuffix(".weight"), f"{prefix}.linear_attn", shape, naming)
         part, kind = part.split(".")
-        if model == "hunyuan_v1_moe" and part in ("q_norm", "k_norm"):
-            return [[Source(f"{prefix}.self_attn.{'query' if part == 'q_norm' else 'key'}_layernorm.{kind}")]]
         form = Regrouped(naming.groups[part]) if part in naming.groups else norm if "norm" in part else AS_IT_IS
         return [[Source(f"{prefix}.self_attn.{_ATTENTION[part]}.{kind}", form=form)]]
     if rest in _GATE_UP:
@@ -188,6 +214,8 @@ def sources(name: str, shape: Sequence[int], naming: Naming = USUAL) -> list[lis
     if rest in ("mlp.router.bias_E", "mlp.router.inner.bias_E"):
         if model == "ernie4_5_moe":
             return [[Source(f"{prefix}.{block}.moe_statics.{BIAS}", form=OneRow())] for block in ("mlp", "mlp.gate")]
+        if model == "lfm2_moe":
+            return [[Source(f"{prefix}.mlp.{_LFM2_BIAS}")]]
         return [[Source(f"{prefix}.{block}.{BIAS}")] for block in _HAS_BIAS]
     return _expert_sources(rest, prefix, shape, model)
 
@@ -271,4 +299,5 @@ def is_unused(key: str, n_layers: int, extra_layers: int, has_bias: bool, others
     match = re.match(r"model\.layers\.(\d{1,9})\.", key)
     if match is None:
         return False
-    return n_layers <= int(match[1]) < n_layers + extra_layers or (has_bias and key.endswith(f".{BIAS}"))
+    is_bias = key.endswith((f".{BIAS}", f".{_LFM2_BIAS}"))
+    return n_layers <= int(match[1]) < n_layers + extra_layers or (has_bias and is_bias)

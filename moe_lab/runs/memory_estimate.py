@@ -207,7 +207,12 @@ class _Mixer(NamedTuple):
 
 
 def _mixer(D: int, size: int, *, kind: str, **sizes: Any) -> _Mixer:
-    return {"delta_net": _delta_net}[kind](D, size, **sizes)
+    return {"delta_net": _delta_net, "short_conv": _short_conv}[kind](D, size, **sizes)
+
+
+def _short_conv(D: int, size: int, *, width: int, bias: bool) -> _Mixer:
+    """Three places of the state, and before the convolution three values of each channel."""
+    return _Mixer(D * (4 * D + width + 5 * bias), 3 * D * (width - 1) * size, 5 * D)
 
 
 def _delta_net(

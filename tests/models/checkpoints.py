@@ -21,9 +21,9 @@ from moe_lab.models.parameters import initialize, without_storage
 from tests.models.peers import peer_model
 
 KINDS: tuple[str, ...] = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "phimoe")
-KINDS += ("ernie4_5_moe", "hunyuan_v1_moe")
+KINDS += ("ernie4_5_moe", "hunyuan_v1_moe", "lfm2_moe")
 KINDS += ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
-KINDS += ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "solar_open", "minimax_m2")
+KINDS += ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "solar_open", "minimax_m2", "mistral4")
 VOCAB, D, HEADS, LAYERS, E, K, F = 97, 32, 4, 2, 5, 2, 24
 _COMMON = {
     "vocab_size": VOCAB,
@@ -105,6 +105,20 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": E, "moe_intermediate_size": F, "intermediate_size": 40, "head_dim": 12},
     "glm4_moe": {**_DEEPSEEK, "head_dim": 12},
     "glm4_moe_lite": {**_LATENT, **_DEEPSEEK, "first_k_dense_replace": ...},
+    "mistral4": {
+        **_LATENT,
+        **_DEEPSEEK,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 8,
+            "beta_fast": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.7,
+        },
+    },
     "dots1": {**_DEEPSEEK, "head_dim": 12, "norm_topk_prob": True},
     "solar_open": {**_DEEPSEEK, "head_dim": 12, "intermediate_size": ..., "first_k_dense_replace": ...},
     "minimax_m2": {"num_local_experts": E, "intermediate_size": F, "head_dim": 12},
@@ -142,6 +156,15 @@ _OWN: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "tie_word_embeddings": False,
         "num_experts_per_tok": K,
+    },
+    "lfm2_moe": {
+        "num_experts": E,
+        "moe_intermediate_size": F,
+        "intermediate_size": 40,
+        "num_dense_layers": 1,
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention", "conv", "conv"],
+        "tie_word_embeddings": False,
     },
     "hunyuan_v1_moe": {
         "num_experts": E,
@@ -196,7 +219,7 @@ def trained(kind: str, seed: int = 0, **settings: Any) -> Any:
         else:
             parameter.copy_(noise * (0.5 if "embed" in name else parameter.shape[-1] ** -0.5))
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
             buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
@@ -270,7 +293,7 @@ def as_written_by_4(content: dict[str, Any]) -> None:
     content["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
     content["torch_dtype"] = content.pop("dtype")
     content["transformers_version"] = "4.40.0"
-    if "linear_attention" not in content.get("layer_types", []):
+    if not {"linear_attention", "conv"} & {*content.get("layer_types", [])}:
         content.pop("layer_types", None)
     if content["model_type"] == "qwen3_moe" and "num_local_experts" in content:
         content["num_experts"] = content.pop("num_local_experts")

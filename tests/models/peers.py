@@ -30,6 +30,8 @@ _PREFIXES = {
     "phimoe": "Phimoe",
     "hunyuan_v1_moe": "HunYuanMoEV1",
     "ernie4_5_moe": "Ernie4_5_Moe",
+    "lfm2_moe": "Lfm2Moe",
+    "mistral4": "Mistral4",
     "qwen3_next": "Qwen3Next",
     "qwen3_5_moe_text": "Qwen3_5Moe",
     "qwen3_5_moe": "Qwen3_5Moe",

@@ -51,6 +51,11 @@ def expert_setting(**keys: Any) -> Plant:
     )
 
 
+def growing(beta: float, length: int) -> Plant:
+    """Queries grow in another way with their position."""
+    return reads(lambda s: {"decoder": {**s.decoder, "latent": {**s.decoder["latent"], "growth": (beta, length)}}})
+
+
 def router(**keys: Any) -> Plant:
     """The native router has another setting."""
     return reads(lambda settings: {"router": {**settings.router, **keys}})
@@ -240,9 +245,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_OF_DEEPSEEK, "topk_method": "group_limited_greedy", "topk_group": 1},
     "deepseek_v3": _OF_DEEPSEEK,
     "glm4_moe": {"use_qk_norm": True, "attention_bias": True},
+    "mistral4": {"attention_bias": True},
     "dots1": {"attention_bias": True, "sliding_window": 4, "max_window_layers": 1},
     "solar_open": {"attention_bias": True},
     "minimax_m2": {"rotary_dim": 8},
+    "lfm2_moe": {"conv_bias": True, "routed_scaling_factor": 2.5},
     "qwen3_next": {"attention_bias": True},
 }
 """With which a mistake has an effect, where that is not the plain model."""
@@ -269,6 +276,14 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("weights_by_a_softmax", router(score="softmax")),
         ("router_bias_dropped", zeroed("router.bias_E")),
         ("router_bias_negated", loaded("router.bias_E", torch.neg)),
+    ],
+    "mistral4": [
+        *(each for each in _OF_LATENT if each[0] != "plain_rope"),
+        ("queries_do_not_grow", growing(0.0, 8)),
+        ("queries_grow_in_longer_steps", growing(0.7, 12)),
+        ("weights_not_renormalised", router(renormalize=False)),
+        ("best_of_a_group", router(group_score="max")),
+        ("weights_by_a_sigmoid", router(score="sigmoid")),
     ],
     "glm4_moe": [
         *_OF_GLM,
@@ -312,6 +327,18 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("sigmoid_scores", router(score="sigmoid")),
         ("no_shared_experts", setting(shared_expert_hidden_dim=0)),
         ("rotation_of_halves", said(interleaved=False)),
+    ],
+    "lfm2_moe": [
+        *_OF_ALL,
+        ("convolution_backwards", loaded("attention.conv.weight", lambda w: w.flip(2))),
+        ("gates_of_the_convolution_exchanged", loaded("attention.into.weight", lambda w: w.roll(32, 0))),
+        ("convolution_bias_dropped", zeroed("attention.conv.bias")),
+        ("bias_into_the_convolution_dropped", zeroed("attention.into.bias")),
+        ("selection_bias_dropped", zeroed("router.bias_E")),
+        ("softmax_scores", router(score="softmax")),
+        ("weights_not_scaled", router(scale=1.0)),
+        ("key_norm_dropped", loaded("k_norm.weight", torch.ones_like)),
+        ("one_dense_layer_more", said(dense_layers=frozenset({0, 1}))),
     ],
     "hunyuan_v1_moe": [
         *_OF_ALL,
