@@ -1,4 +1,4 @@
-"""models/checkpoint_weights.py, models/checkpoint_layouts.py: every tensor in its place, or what is wrong with the files."""
+"""models/checkpoint_weights.py, models/checkpoint_layouts.py: each tensor in its place, or what is wrong with a file."""
 
 from __future__ import annotations
 
