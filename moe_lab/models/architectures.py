@@ -37,7 +37,7 @@ ARCHITECTURES = (
     Architecture("qwen3_next", "Qwen3-Next-80B-A3B", f"{_GATED}, shared expert with a gate"),
     Architecture(
         "qwen3_5_moe",
-        "Qwen3.5-35B-A3B, 122B-A10B, 397B-A17B",
+        "Qwen3.5-35B-A3B, 122B-A10B, 397B-A17B, Qwen3.6-35B-A3B",
         "the text part only; as qwen3_next, without dense layers",
     ),
     Architecture("qwen3_5_moe_text", "Qwen3.5's text part by itself", "as qwen3_5_moe"),

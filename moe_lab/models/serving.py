@@ -64,7 +64,7 @@ class Decode(Serving):
 
     def __init__(self, decoder: TransformerDecoder, cache: KVCache, context_len: int, position_1: Tensor | None = None):
         super().__init__(decoder, cache)
-        self.context_len = context_len
+        self.context_len, self._step = context_len, 0
         if position_1 is None:
             position_1 = torch.tensor([context_len], device=decoder.embed.weight.device)
         self.register_buffer("position_1", position_1, persistent=False)
@@ -97,10 +97,13 @@ class Decode(Serving):
 
     def seek(self, step: int) -> None:
         """Go to a step, counted from 0; where `cache.in_order`, to the first one or to the next."""
+        assert not self.cache.in_order or step in (0, self._step, self._step + 1), "the state before it is not there"
+        self._step = step
         self.position_1.fill_(self.context_len + step)
 
     def advance(self) -> None:
         """Go to the next step, without a look at the host."""
+        self._step = (self._step + 1) % self.n_steps
         self.position_1.sub_(self.context_len - 1).remainder_(self.n_steps).add_(self.context_len)
 
     def forward(self, ids_BN: Tensor, forced_routing: ForcedRouting = None) -> Output:

@@ -13,8 +13,20 @@ from moe_lab.models.checkpoint_config import Settings, read
 from moe_lab.models.checkpoint_forms import Fp8Blocks
 from moe_lab.runs.run import run
 from tests import tiny
-from tests.models.checkpoints import build, checkpoint, complaint, edit_config, ids, load, tensors, write_tensors
+from tests.models.checkpoints import (
+    build,
+    checkpoint,
+    complaint,
+    edit_config,
+    ids,
+    load,
+    save,
+    tensors,
+    trained,
+    write_tensors,
+)
 from tests.models.released import COMMON
+from tests.models.test_checkpoint import assert_logits, assert_same_experts, computed, decoded
 
 _BOTH: dict[str, Any] = {
     "attention_bias": False,
@@ -259,6 +271,20 @@ def test_the_text_part_by_itself_has_no_prefix(tmp_path: Path) -> None:
     assert load(folder)(ids(1, 5)).y.equal(want)
 
 
+@pytest.mark.parametrize("length", [pytest.param(n, id=f"s{n}") for n in (1, 63, 64, 65, 128)])
+@pytest.mark.parametrize("kind", ["qwen3_next", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)])
+def test_sequences_of_one_chunk_and_more_are_those_of_transformers(kind: str, length: int, tmp_path: Path) -> None:
+    """All at once, and the last tokens by the cache."""
+    peer = trained(kind, 3)
+    model, ids_BN = load(save(peer, tmp_path)), ids(2, length, 3)
+    want = computed(peer, ids_BN)
+    assert_logits(model(ids_BN).y, want.logits)
+    for context in {max(length - 2, 1), max(length - 1, 1)} - {length}:
+        logits, routings = decoded(model, ids_BN, context)
+        assert_logits(logits, want.logits[:, context:])
+        assert_same_experts(routings, want.experts)
+
+
 WIDE = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
 
 
@@ -267,7 +293,7 @@ WIDE = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
     ("kind", "dtype"),
     [
         pytest.param("qwen3_next", "bf16", id="next-bf16"),
-        pytest.param("qwen3_5_moe", "fp32", id="whole-fp32"),
+        pytest.param("qwen3_5_moe", "fp32", id="whole-fp32", marks=pytest.mark.slow),
         pytest.param("qwen3_5_moe", "bf16", id="whole-bf16", marks=pytest.mark.slow),
     ],
 )

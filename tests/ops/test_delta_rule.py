@@ -58,7 +58,7 @@ def test_the_recurrence_is_the_formula(S: int) -> None:
 
 @lengths
 @pytest.mark.parametrize("forgets", [pytest.param(f, id=f"forgets_{f:g}") for f in (0.0, 0.05, 1.0, 30.0)])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_chunks_give_what_the_recurrence_gives(S: int, forgets: float, seed: int) -> None:
     """In double precision, so that only the mathematics counts; a state that keeps all and one that keeps nothing."""
     parts = drawn(S, seed, forgets=forgets)
