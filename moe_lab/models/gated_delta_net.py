@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lab.marks import phase
-from moe_lab.models.delta_rule import chunked, recurrent
 from moe_lab.models.kv_cache import StateCache
 from moe_lab.models.layers import Linear, RMSNorm
 from moe_lab.models.short_conv import ShortConv
+from moe_lab.ops.delta_rule import chunked, outputs, recurrent
+from moe_lab.ops.library import is_exporting
 
 _SMALLEST = 1e-6  # of a squared length, of the published code
 
@@ -98,6 +99,8 @@ class GatedDeltaNet(nn.Module):
         v = v.unflatten(2, (self.n_value_heads, -1)).transpose(1, 2)
         b, a = ba_BSn.transpose(1, 2).chunk(2, dim=1)
         g = -self.a_log_H.exp()[:, None] * F.softplus(a + self.dt_bias_H[:, None])
+        if is_exporting():
+            return outputs(q, k, v, g, b.sigmoid()), v.new_empty(0)
         if before is None:
             before = v.new_zeros(len(v), self.n_value_heads, self.head_dim, self.value_dim)
         rule = recurrent if self.is_reference or v.shape[2] == 1 else chunked

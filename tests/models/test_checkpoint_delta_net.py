@@ -11,6 +11,8 @@ import pytest
 from moe_lab.models.checkpoint import without_weights
 from moe_lab.models.checkpoint_config import Settings, read
 from moe_lab.models.checkpoint_forms import Fp8Blocks
+from moe_lab.runs.run import run
+from tests import tiny
 from tests.models.checkpoints import build, checkpoint, complaint, edit_config, ids, load, tensors, write_tensors
 from tests.models.released import COMMON
 
@@ -255,3 +257,57 @@ def test_the_text_part_by_itself_has_no_prefix(tmp_path: Path) -> None:
     edit_config(folder, only_text)
     write_tensors(folder, {key: value for key, value in plain.items() if "visual" not in key})
     assert load(folder)(ids(1, 5)).y.equal(want)
+
+
+WIDE = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+
+
+@pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("forward", "prefill", "decode")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param("qwen3_next", "bf16", id="next-bf16"),
+        pytest.param("qwen3_5_moe", "fp32", id="whole-fp32"),
+        pytest.param("qwen3_5_moe", "bf16", id="whole-bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_is_verified_and_says_what_it_keeps(kind: str, dtype: str, phase: str, tmp_path: Path) -> None:
+    """A layer of attention with keys and values, two with states; each step against the reference."""
+    folder = checkpoint(kind, tmp_path / "c", **WIDE)
+    keys = [f"model.path={folder}", "router=native", "workload=random", f"workload.phase={phase}", f"dtype={dtype}"]
+    keys += ["workload.context_len=70"] if phase == "decode" else []
+    record = run(tiny.compose("checkpoint", *keys, "seq_len=5"), tmp_path / "run")
+    assert record.status == "ok" and record.check is not None and record.memory is not None, record.reason
+    size = 2 if dtype == "bf16" else 4
+    kept = {
+        "cache_bytes_per_token": 2 * 2 * 16 * size,
+        "state_bytes_per_sequence": 2 * (256 * 2 * size + 4 * 32 * 32 * 4),
+    }
+    expected = dict.fromkeys(kept) if phase == "forward" else kept
+    assert {key: record.memory[key] for key in kept} == expected
+    assert record.implementation["delta_net"] == f"torch: {'recurrent' if phase == 'decode' else 'chunked'}"
+    if phase != "forward":
+        assert 0 < (record.check.cache_rel_error or 0) < (0.1 if dtype == "bf16" else 1e-4)
+    said = [text for text in record.warnings if "only its text part is loaded" in text]
+    assert len(said) == (kind == "qwen3_5_moe")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_decodes(tmp_path: Path) -> None:
+    """Without a graph break."""
+    folder = checkpoint("qwen3_next", tmp_path / "c", **WIDE)
+    keys = [f"model.path={folder}", "router=native", "workload=random", "workload.phase=decode", "execution=compile"]
+    record = run(tiny.compose("checkpoint", *keys, "workload.context_len=9", "seq_len=3"), tmp_path / "run")
+    assert record.status == "ok", record.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_moe"])
+def test_gated_delta_nets_are_exported(kind: str, tmp_path: Path) -> None:
+    """As an ONNX pair, which ONNX Runtime computes as the run did."""
+    pytest.importorskip("onnxruntime")
+    folder = checkpoint(kind, tmp_path / "c")
+    keys = [f"model.path={folder}", "router=native", "workload=random", "export=netron"]
+    record = run(tiny.compose("checkpoint", *keys), tmp_path / "run")
+    assert record.status == "ok" and record.export is not None
+    assert record.export["parity"]["status"] == "passed"

@@ -1,4 +1,4 @@
-"""models/delta_rule.py: token by token by the formula, and the same chunk by chunk."""
+"""ops/delta_rule.py: token by token by the formula, the same chunk by chunk, and the op of an exported graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lab.models.delta_rule import CHUNK, chunked, recurrent
+from moe_lab.ops.delta_rule import CHUNK, chunked, outputs, recurrent
 
 B, H, DK, DV = 2, 3, 5, 7
 LENGTHS = (0, 1, 37, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 199)
@@ -105,3 +105,12 @@ def test_what_is_forgotten_at_once_overflows_nothing() -> None:
     y, after = chunked(q, k, v, g * 0 - 40, beta, state)
     assert bool(y.isfinite().all()) and bool(after.isfinite().all())
     torch.testing.assert_close(y, recurrent(q, k, v, g * 0 - 40, beta, state)[0])
+
+
+@pytest.mark.parametrize("S", [pytest.param(s, id=f"s{s}") for s in (1, 5)])
+def test_the_op_is_the_recurrence_from_nothing(S: int) -> None:
+    """And passes opcheck."""
+    *parts, state = drawn(S, dtype=torch.float32)
+    assert torch.equal(outputs(*parts), recurrent(*parts, torch.zeros_like(state))[0])
+    results = torch.library.opcheck(torch.ops.moe_lab.gated_delta_rule.default, tuple(parts))
+    assert set(results.values()) == {"SUCCESS"}

@@ -10,7 +10,7 @@ solve a triangular system (the WY form: 2406.06484):
     Y = diag(exp(c)) Q S + (Q K^T * D) U,  S <- exp(c_last) S + (diag(exp(c_last - c)) K)^T U
 
 Both take q, k [B, H, S, d_k], v [B, H, S, d_v], g and beta [B, H, S] and the state before [B, H, d_k, d_v], in fp32
-(or more), and return y [B, H, S, d_v] and the state after.
+(or more), and return y [B, H, S, d_v] and the state after. In an exported graph `outputs` is one node.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moe_lab.ops.library import register
 
 CHUNK = 64
 
@@ -54,11 +56,8 @@ def chunked(
     decay = (c.unsqueeze(4) - c.unsqueeze(3)).masked_fill(later, -torch.inf).exp()
     grown = c.exp().unsqueeze(4)
     scaled_k = k * beta.unsqueeze(4)
-    system = (scaled_k @ k.mT) * decay
-    right = torch.cat((v * beta.unsqueeze(4), scaled_k * grown), dim=4)
-    of_values, of_state = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
-        [v.shape[4], k.shape[4]], dim=4
-    )
+    solved = _inverse((scaled_k @ k.mT) * decay)
+    of_values, of_state = solved @ (v * beta.unsqueeze(4)), solved @ (scaled_k * grown)
     within, from_state = (q @ k.mT) * decay, q * grown
     into_state, kept = k * (c[..., -1:] - c).exp().unsqueeze(4), grown[..., -1:, :]
     y = torch.empty_like(v)
@@ -67,3 +66,42 @@ def chunked(
         y[:, :, i] = from_state[:, :, i] @ state + within[:, :, i] @ u
         state = kept[:, :, i] * state + into_state[:, :, i].mT @ u
     return y.flatten(2, 3)[:, :, :S], state
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """Of I + the strictly lower part of [..., C, C], by matrix products alone, so that a CUDA graph can hold it.
+
+    From the inverses A, B of two neighbouring blocks on the diagonal, and M below the first, that of both follows: the
+    block below is -B M A. So the blocks grow from 1 to C.
+    """
+    C = matrix.shape[-1]
+    place_C = torch.arange(C, device=matrix.device)
+    inverse = torch.eye(C, dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    size = 1
+    while size < C:
+        block_C = place_C // size
+        below = (block_C[:, None] == block_C + 1) & (block_C % 2 == 0)
+        inverse = inverse - inverse @ (matrix * below) @ inverse
+        size *= 2
+    return inverse
+
+
+def outputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    """y of whole sequences, before which the state is 0, as one node of an exported graph."""
+    return torch.ops.moe_lab.gated_delta_rule(q, k, v, g, beta)  # type: ignore[no-any-return]
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    return recurrent(q, k, v, g, beta, v.new_zeros(*v.shape[:2], k.shape[3], v.shape[3]))[0]
+
+
+def _outputs_fake(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+register(
+    "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta) -> Tensor",
+    _outputs,
+    _outputs_fake,
+    onnx="moe_lab.ops.delta_rule_onnx",
+)
