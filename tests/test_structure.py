@@ -26,6 +26,7 @@ TESTED_IN = {
     "config/remedies.py": "cli/test_mistakes.py",
     "config/schemas.py": "config/test_compose.py",
     "experts/exported.py": "ops/test_onnx_bodies.py",
+    "models/checkpoint_layouts.py": "models/test_checkpoint_weights.py",
     "models/checkpoint_plain.py": "models/test_checkpoint_config.py",
     "models/mixers.py": "models/test_gated_delta_net.py",
     "experts/peers/deepgemm.py": "experts/test_peers.py",

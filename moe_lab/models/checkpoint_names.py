@@ -12,7 +12,8 @@ from collections.abc import Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from moe_lab.models.checkpoint_forms import AS_IT_IS, Arranged, Form, Mxfp4, OnePlus, OneRow, Regrouped
+from moe_lab.models.checkpoint_forms import AS_IT_IS, Arranged, Form, OnePlus, OneRow, Regrouped
+from moe_lab.models.checkpoint_layouts import COMMON, LAYOUTS
 
 _ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
 _ATTENTION |= {"q_down": "q_a_proj", "q_down_norm": "q_a_layernorm", "q_up": "q_b_proj"}
@@ -91,72 +92,6 @@ class Source(NamedTuple):
     form: Form = AS_IT_IS
 
 
-class Layout(NamedTuple):
-    """What a layer's gate and experts are called, in one of the layouts that checkpoints have.
-
-    gate: the router's matrix.
-    up: gate and up of expert {}, or of all stacked.
-    down: of expert {}, or of all stacked.
-    up_form, down_form: of stacked ones.
-    """
-
-    gate: str
-    up: tuple[str, ...]
-    down: str
-    up_form: Form = AS_IT_IS
-    down_form: Form = AS_IT_IS
-
-
-_IN_ONE = ("mlp.experts.gate_up_proj",)
-_COMMON = (
-    Layout(
-        "mlp.gate.weight",
-        ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
-        "mlp.experts.{}.down_proj.weight",
-    ),
-    Layout(
-        "block_sparse_moe.gate.weight",
-        ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
-        "block_sparse_moe.experts.{}.w2.weight",
-    ),
-    Layout("mlp.gate.weight", _IN_ONE, "mlp.experts.down_proj"),
-)
-_LAYOUTS = {
-    "granitemoe": (
-        Layout(
-            "block_sparse_moe.router.layer.weight",
-            ("block_sparse_moe.input_linear.weight",),
-            "block_sparse_moe.output_linear.weight",
-        ),
-        Layout(
-            "block_sparse_moe.router.weight",
-            ("block_sparse_moe.experts.gate_up_proj",),
-            "block_sparse_moe.experts.down_proj",
-        ),
-    ),
-    "hunyuan_v1_moe": tuple(layout._replace(gate="mlp.gate.wg.weight") for layout in (_COMMON[0], _COMMON[2])),
-    "phimoe": (_COMMON[1], Layout("mlp.router.weight", _IN_ONE, "mlp.experts.down_proj")),
-    "gpt_oss": (
-        Layout(
-            "mlp.router.weight",
-            _IN_ONE,
-            "mlp.experts.down_proj",
-            Arranged(transposed=True, interleaved=True),
-            Arranged(transposed=True),
-        ),
-    ),
-    "gpt_oss mxfp4": (
-        Layout(
-            "mlp.router.weight",
-            ("mlp.experts.gate_up_proj_blocks",),
-            "mlp.experts.down_proj_blocks",
-            Mxfp4(interleaved=True),
-            Mxfp4(),
-        ),
-    ),
-}
-"""Of models whose files have other names than `_COMMON`."""
-
 _BIASES = {
     "mlp.weights.gate_bias_E": Source("mlp.router.bias"),
     "mlp.weights.up_bias_E2F": Source("mlp.experts.gate_up_proj_bias", form=Arranged(interleaved=True)),
@@ -233,7 +168,7 @@ def _delta_net_sources(part: str, prefix: str, shape: Sequence[int], naming: Nam
 
 
 def _expert_sources(rest: str, prefix: str, shape: Sequence[int], model: str) -> list[list[Source]]:
-    layouts = _LAYOUTS.get(model, _COMMON)
+    layouts = LAYOUTS.get(model, COMMON)
     if rest in _BIASES:
         bias = _BIASES[rest]
         return [[bias._replace(key=f"{prefix}.{bias.key}")]]

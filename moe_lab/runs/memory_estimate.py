@@ -207,7 +207,7 @@ class _Mixer(NamedTuple):
 
 
 def _mixer(D: int, size: int, *, kind: str, **sizes: Any) -> _Mixer:
-    return _short_conv(D, size, **sizes) if kind == "short_conv" else _delta_net(D, size, **sizes)
+    return (_delta_net if kind == "delta_net" else _short_conv)(D, size, **sizes)
 
 
 def _short_conv(D: int, size: int, *, width: int, bias: bool) -> _Mixer:

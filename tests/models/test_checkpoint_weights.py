@@ -1,4 +1,4 @@
-"""models/checkpoint_weights.py: every tensor in its place, and what is said of files that are damaged or do not fit."""
+"""models/checkpoint_weights.py, models/checkpoint_layouts.py: each tensor in its place, or what is wrong with it."""
 
 from __future__ import annotations
 
