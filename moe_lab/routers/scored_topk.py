@@ -88,6 +88,7 @@ class ScoredTopK(SelectionRouter):
         self.n_groups, self.top_groups, self.group_score = n_groups, top_groups, group_score
         self.scales_input, self.hash_layers = scales_input, hash_layers
         self.needs_token_ids = hash_layers > 0
+        self.has_table = False  # in the layer that it is in
         self.describe(Selection(top_k, score, n_groups, top_groups, group_score, renormalize, scale))
         empty_E = torch.empty(n_experts, dtype=torch.float32)
         self.bias_E = nn.Parameter(empty_E, requires_grad=False) if bias else None
@@ -98,7 +99,8 @@ class ScoredTopK(SelectionRouter):
 
     def at_layer(self, layer: int) -> Self:
         """See `Router.at_layer`."""
-        if layer < self.hash_layers:
+        self.has_table = layer < self.hash_layers
+        if self.has_table:
             self.bias_E = None
         return self
 
@@ -116,6 +118,10 @@ class ScoredTopK(SelectionRouter):
         if ctx.layer >= self.hash_layers:
             return super().route(x_TD, gate_ED, ctx)
         return self.select(gate_logits(x_TD, gate_ED), ctx)
+
+    def multiplies_gate(self, n_tokens: int, gate_ED: Tensor, dtype: torch.dtype) -> bool:
+        """See `Router.multiplies_gate`."""
+        return not self.has_table and super().multiplies_gate(n_tokens, gate_ED, dtype)
 
     def implementation(self) -> str:
         """See `Router.implementation`; no kernel reads a table."""
