@@ -325,15 +325,3 @@ def test_a_compiled_run_decodes(tmp_path: Path) -> None:
     keys = [f"model.path={folder}", "router=native", "workload=random", "workload.phase=decode", "execution=compile"]
     record = run(tiny.compose("checkpoint", *keys, "workload.context_len=9", "seq_len=3"), tmp_path / "run")
     assert record.status == "ok", record.reason
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_moe"])
-def test_gated_delta_nets_are_exported(kind: str, tmp_path: Path) -> None:
-    """As an ONNX pair, which ONNX Runtime computes as the run did."""
-    pytest.importorskip("onnxruntime")
-    folder = checkpoint(kind, tmp_path / "c")
-    keys = [f"model.path={folder}", "router=native", "workload=random", "export=netron"]
-    record = run(tiny.compose("checkpoint", *keys), tmp_path / "run")
-    assert record.status == "ok" and record.export is not None
-    assert record.export["parity"]["status"] == "passed"
