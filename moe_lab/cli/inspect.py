@@ -121,8 +121,23 @@ def _attention(decoder: Mapping[str, Any]) -> str:
         text += f", {decoder['rotary_dim']} of a head turned"
     if decoder["qk_norm"] != "none":
         text += f", norm of {'each head' if decoder['qk_norm'] == 'head' else 'all heads'}"
+    if decoder.get("output_gate"):
+        text += ", a gate of its output"
     windows = [window for window in decoder.get("windows") or () if window is not None]
-    return text + (f", a window of {windows[0]} in {len(windows)} layers" if windows else "")
+    text += f", a window of {windows[0]} in {len(windows)} layers" if windows else ""
+    nets = [mixer for mixer in decoder.get("mixers") or () if mixer is not None]
+    return f"{text}; in {len(nets)} layers {_mixer(**nets[0])} take its place" if nets else text
+
+
+def _mixer(*, kind: str, **sizes: Any) -> str:
+    """What a layer has in place of attention."""
+    if kind == "short_conv":
+        return f"short convolutions of {sizes['width']} tokens"
+    assert kind == "delta_net", kind
+    return (
+        f"gated delta nets ({sizes['n_value_heads']} states of {sizes['head_dim']} x {sizes['value_dim']}, "
+        f"{sizes['n_heads']} heads of keys, a convolution of {sizes['conv_width']} tokens)"
+    )
 
 
 def _experts(decoder: Mapping[str, Any]) -> str:
@@ -145,8 +160,10 @@ def _scaling(decoder: Mapping[str, Any]) -> str:
 
 
 def _not_loaded(settings: Settings) -> str | None:
-    n = settings.extra_layers
-    return f"{n} layer{'s' if n > 1 else ''} that predict further tokens, if the files have them" if n else None
+    n, parts = settings.extra_layers, list(settings.others.values())
+    if n:
+        parts = [f"{n} layer{'s' if n > 1 else ''} that predict further tokens", *parts]
+    return f"{' and '.join(parts)}, if the files have them" if parts else None
 
 
 def _on_disk(folder: Path) -> dict[str, Any]:
@@ -157,9 +174,10 @@ def _on_disk(folder: Path) -> dict[str, Any]:
 
 def _in_memory(model: Checkpoint) -> dict[str, Any]:
     n = sum(parameter.numel() for parameter in model.parameters())
-    cached = model.make_cache(1, 1).bytes_per_position // model.embed.weight.element_size()
+    cache = model.bfloat16().make_cache(1, 1)
+    state = f", and {cache.state_bytes:,} for each sequence" if cache.state_bytes else ""
     return {
         "parameters": f"{n / 1e9:.4g} billion",
         "in_memory": f"{2 * n / _GB:.3g} GB in bf16, {4 * n / _GB:.3g} GB in fp32",
-        "cache": f"{2 * cached:,} bytes for each token in bf16",
+        "cache": f"{cache.bytes_per_position:,} bytes for each token in bf16{state}",
     }

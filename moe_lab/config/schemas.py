@@ -161,6 +161,7 @@ class ScoredTopK(RouterOption):
     renormalize: bool
     scale: float
     scales_input: bool
+    hash_layers: int
 
 
 @dataclass

@@ -131,6 +131,8 @@ class LayerProbe:
     def __init__(self, model: nn.Module, twin: nn.Module, tolerance: Tolerance, *, routes: bool = True):
         self.tolerance, self.near_ties, self.routes = tolerance, 0, routes
         self.expert_error, self.token_error = 0.0, 0.0
+        self.looks = True
+        """Whether a pass is looked at."""
         self._handles = []
         self.n_layers = len(moe_layers(model))
         for (index, layer), reference in zip(indexed_moe_layers(model), moe_layers(twin), strict=True):
@@ -142,6 +144,8 @@ class LayerProbe:
 
     def _hook(self, index: int, reference: MoELayer) -> Any:
         def look(layer: MoELayer, arguments: tuple[Any, ...], result: tuple[Tensor, Routing]) -> None:
+            if not self.looks:
+                return
             x_TD, ctx = arguments[0], arguments[1]
             routing = result[1]
             if self.routes:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from moe_lab.models.gated_delta_net import GatedDeltaNet
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -37,11 +39,21 @@ def tolerance_of(model: nn.Module, dtype: torch.dtype, *, fuses: bool = False) -
     """The tolerances for `model` in `dtype`; `fuses` as in `verify`."""
     allowed = TOLERANCES[dtype]
     walk = max(len(getattr(model, "layers", ())), 1) ** 0.5
+    walk *= _enlargement(model)
     allowed = replace(allowed, model=allowed.model * walk, cache=allowed.token * walk)
     if not fuses:
         return allowed
     # Rounding on the way to the logits is that of the model's output so far; the median is 2/3 of a standard deviation.
     return replace(allowed, logit=3 * allowed.model, weight=allowed.weight + allowed.model)
+
+
+def _enlargement(model: nn.Module) -> float:
+    """By how much a gated delta net enlarges rounding: the more, the narrower its heads.
+
+    Where the output of a head happens to be small its norm enlarges what was rounded; wide heads are hardly ever small.
+    """
+    widths = [module.value_dim for module in model.modules() if isinstance(module, GatedDeltaNet)]
+    return 1 + 32 / min(widths) if widths else 1.0
 
 
 @contextmanager

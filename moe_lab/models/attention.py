@@ -95,6 +95,8 @@ class Attention(nn.Module):
         scale: of the logits; None: 1/sqrt(head_dim).
         sinks: each head has a logit that takes its share of the softmax.
         turn_first: the norms of heads come after the rotation (HunYuan), else before it.
+        wide_norms: see `RMSNorm`.
+        output_gate: what the heads give is multiplied by a sigmoid, from further rows of `q` (2505.06708).
     """
 
     def __init__(
@@ -113,21 +115,25 @@ class Attention(nn.Module):
         scale: float | None = None,
         sinks: bool = False,
         turn_first: bool = False,
+        wide_norms: bool = False,
+        output_gate: bool = False,
     ):
         super().__init__()
         self.head_dim, self.qk_norm, self.clip_qkv, self.window = head_dim, qk_norm, clip_qkv, window
-        self.scale, self.turn_first = scale, turn_first
+        self.scale, self.turn_first, self.output_gate = scale, turn_first, output_gate
         self.sinks_H = nn.Parameter(torch.empty(n_heads), requires_grad=False) if sinks else None
         self.fuses = False
-        self.q = Linear(d_model, n_heads * head_dim, bias=qkv_bias)
+        self.q = Linear(d_model, n_heads * head_dim * (2 if output_gate else 1), bias=qkv_bias)
         self.k = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
         self.v = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
         self.o = Linear(n_heads * head_dim, d_model, bias=o_bias)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if qk_norm != "none":
-            self.q_norm = RMSNorm(head_dim if qk_norm == "head" else n_heads * head_dim, norm_eps)
-            self.k_norm = RMSNorm(head_dim if qk_norm == "head" else n_kv_heads * head_dim, norm_eps)
+            self.q_norm, self.k_norm = (
+                RMSNorm(head_dim if qk_norm == "head" else heads * head_dim, norm_eps, wide=wide_norms)
+                for heads in (n_heads, n_kv_heads)
+            )
 
     def make_cache(self, batch: int, length: int) -> LayerCache:
         """Room for `length` positions of `batch` sequences, in the dtype of the parameters."""
@@ -149,8 +155,10 @@ class Attention(nn.Module):
         """Without `position_S` the tokens are the first of their sequences; with it they go on from the cache."""
         with phase("attention"):
             q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
+            q, gate = q.chunk(2, dim=2) if self.output_gate else (q, None)
             if self.fuses and cache is not None and position_S is not None and x_BSD.shape[1] == 1:
-                return self._one_token(q, k, v, cos_Sd, sin_Sd, cache, position_S)
+                y_B1n = self._one_token(q, k, v, cos_Sd, sin_Sd, cache, position_S)
+                return self._out(y_B1n, gate)
             if self.qk_norm == "full":
                 assert self.q_norm is not None and self.k_norm is not None
                 q, k = self.q_norm(q), self.k_norm(k)
@@ -170,12 +178,15 @@ class Attention(nn.Module):
                 assert position_S is not None
                 k, v = cache.put(k, v, position_S)
             y = attend(q, k, v, position_S, self.window, self.scale, self.sinks_H)
-            return self.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+            return self._out(y.transpose(1, 2).flatten(2), gate)
+
+    def _out(self, y_BSn: Tensor, gate_BSn: Tensor | None) -> Tensor:
+        return self.o(y_BSn if gate_BSn is None else y_BSn * gate_BSn.sigmoid())  # type: ignore[no-any-return]
 
     def _one_token(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, position_1: Tensor
     ) -> Tensor:
-        """The same for one new token per sequence, by kernels."""
+        """What the heads give, for one new token per sequence, by kernels."""
         norms = [None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm)]
         eps = self.q_norm.eps if self.q_norm is not None else 0.0
         q, k, v = q.squeeze(1), k.squeeze(1), v.squeeze(1)
@@ -183,7 +194,7 @@ class Attention(nn.Module):
         turns = ((cos, sin), position_1, *kept, self.turn_first)
         q_BHd = rope_append(q, k, v, norms[0], norms[1], eps, self.clip_qkv, *turns)
         y_BHd = cached_attention(q_BHd, *kept, position_1, self.window, self.scale, self.sinks_H)
-        return self.o(y_BHd.flatten(1).unsqueeze(1))  # type: ignore[no-any-return]
+        return y_BHd.flatten(1).unsqueeze(1)
 
     def use_reference(self) -> None:
         """From now on compute in plain torch."""

@@ -70,13 +70,14 @@ class Checkpoint(DecoderMoE):
         if wanted.keys() & shared:
             assert wanted.keys() >= shared
         else:  # a router's own, beside weights that are shared with another model
-            keys = {source.key for name in wanted for layout in sources(name, (), settings.layout) for source in layout}
+            keys = {source.key for name in wanted for layout in sources(name, (), settings.naming) for source in layout}
             tensors = {key: tensor for key, tensor in tensors.items() if key in keys}
         checkpoint_weights.execute(self.plan(wanted, tensors))
         latent, rotary_dim = settings.decoder.get("latent"), settings.decoder.get("rotary_dim")
         order = order_of(self.head_dim, rotary_dim or self.head_dim, settings.interleaved)
         head_dim = latent["nope_dim"] + latent["rope_dim"] if latent else self.head_dim
-        reorder(wanted, order, head_dim, latent["kv_rank"] + latent["rope_dim"] if latent else 0)
+        kv_down_dim = latent["kv_rank"] + latent["rope_dim"] if latent else 0
+        reorder(wanted, order, head_dim, kv_down_dim, gated=settings.decoder.get("output_gate", False))
 
     def plan(
         self, parameters: Mapping[str, Tensor], tensors: Mapping[str, checkpoint_weights.Found]
@@ -88,10 +89,11 @@ class Checkpoint(DecoderMoE):
             n_layers=settings.decoder["n_layers"],
             extra_layers=settings.extra_layers,
             has_bias=bool(settings.router.get("bias")),
+            others=tuple(settings.others),
         )
         tied = self.head.weight is self.embed.weight
         return checkpoint_weights.plan(
-            parameters, tensors, tied, unused=unused, blocks=settings.blocks, model=settings.layout
+            parameters, tensors, tied, unused=unused, blocks=settings.blocks, naming=settings.naming
         )
 
     def _trained_biases(self) -> set[str]:
@@ -111,6 +113,10 @@ class Checkpoint(DecoderMoE):
             found.append(
                 f"model.path: {file} has keys that moe-lab does not use: {some(self.unread)}; if one changes what the "
                 "model computes, the results are not the model's."
+            )
+        if self._settings.only_text:
+            found.append(
+                f"model.path: {self.folder} holds a model that reads images too; only its text part is loaded."
             )
         if self.form is not None:
             found.append(

@@ -7,21 +7,21 @@ written by transformers 4 and 5 differ in some names (`rope_theta` and `rope_sca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from moe_lab.models import checkpoint_deepseek as deepseek
-from moe_lab.models import checkpoint_router as routers
+from moe_lab.models import checkpoint_delta_net as delta_net
+from moe_lab.models import checkpoint_plain as plain
 from moe_lab.models import checkpoint_sizes as sizes
 from moe_lab.models import checkpoint_variants as variants
-from moe_lab.models import checkpoint_windows as windows
 from moe_lab.models.checkpoint_effect import NO_EFFECT, WITHOUT
 from moe_lab.models.checkpoint_forms import Fp8Blocks, Mxfp4, read_quantization
 from moe_lab.models.checkpoint_keys import Keys, read_object, shown
-from moe_lab.models.checkpoint_latent import read_latent
-from moe_lab.models.checkpoint_rope import read_rope
+from moe_lab.models.checkpoint_latent import read_latent, read_turned
+from moe_lab.models.checkpoint_names import Naming
 
 CONFIG = "config.json"
 
@@ -41,6 +41,9 @@ class Settings:
     ends: the ids that end a text.
     interleaved: whether the files have the two dimensions that RoPE turns together side by side.
     extra_layers: how many layers the files have after the last, which predict further tokens and are not loaded.
+    others: parts that are not loaded: what their tensors' keys begin with, and what each is.
+    prefix, groups: see `Naming`.
+    only_text: whether the model reads images too, and only its text part is loaded.
     form: how the files' matrices are quantised.
     unread: the keys that nobody reads and that may have an effect.
     """
@@ -53,13 +56,18 @@ class Settings:
     ends: frozenset[int] = field(default_factory=frozenset)
     interleaved: bool = False
     extra_layers: int = 0
+    others: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = "model"
+    only_text: bool = False
+    groups: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     form: Fp8Blocks | Mxfp4 | None = None
     unread: tuple[str, ...] = ()
 
     @property
-    def layout(self) -> str:
+    def naming(self) -> Naming:
         """What tells the names of the files' tensors."""
-        return f"{self.model_type} mxfp4" if isinstance(self.form, Mxfp4) else self.model_type
+        model = f"{self.model_type} mxfp4" if isinstance(self.form, Mxfp4) else self.model_type
+        return Naming(model, self.prefix, self.groups)
 
     @property
     def blocks(self) -> Fp8Blocks | None:
@@ -98,16 +106,18 @@ def read(folder: str | Path) -> Settings:
         raise ValueError(
             f"model.path={folder}: model_type={model_type} is not supported; supported: {', '.join(_ARCHITECTURES)}."
         )
-    config = Keys(path, content)
+    whole = config = Keys(path, content)
+    form = read_quantization(config)
+    if model_type in _WITH_TEXT_PART:
+        config = delta_net.text_part(whole)
     if (activation := config.get("hidden_act", default="silu")) not in ("silu", "swish"):
         raise config.refuse(f"hidden_act={shown(activation)} is not supported; experts are SwiGLU (silu).")
-    form = read_quantization(config)
     if config.get("per_layer_config"):
         raise config.refuse("per_layer_config is not supported: all layers must have the same settings.")
     settings = _ARCHITECTURES[model_type](config)
     ends = ids_of(config, settings.decoder["vocab_size"])
     without = {**WITHOUT, "use_qk_norm": settings.decoder["qk_norm"] != "none"}
-    unread = [key for key in config.unread(NO_EFFECT) if key not in without or content[key] != without[key]]
+    unread = whole.unread(NO_EFFECT, without)
     return replace(settings, ends=ends, form=form, unread=tuple(map(shown, unread)))
 
 
@@ -117,87 +127,6 @@ def ids_of(keys: Keys, vocab_size: int) -> frozenset[int]:
     if ends and max(ends) >= vocab_size:
         raise keys.refuse(f"eos_token_id={shown(max(ends))}: the model has {vocab_size} ids; download the file again.")
     return ends
-
-
-def _dense_layers(config: Keys, n_layers: int) -> frozenset[int]:
-    """Of the Qwen models: those named, and those between every `decoder_sparse_step`-th."""
-    if not isinstance(named := config.get("mlp_only_layers", default=[]), list):
-        raise config.refuse(f"mlp_only_layers={shown(named)} must be a list of layers; download the file again.")
-    named, step = config.integers("mlp_only_layers"), config.size("decoder_sparse_step", default=1)
-    return frozenset(layer for layer in range(n_layers) if layer in named or (layer + 1) % step)
-
-
-def _mixtral(config: Keys) -> Settings:
-    decoder, window = sizes.decoder_of(config, rope_theta=1e6, n_kv_heads=8), windows.window(config)
-    return Settings(
-        "mixtral",
-        {
-            **decoder,
-            **sizes.experts_of(config, config.size("intermediate_size")),
-            "windows": [window] * decoder["n_layers"],
-        },
-        routers.softmax_topk(renormalize=True),
-        config.size("max_position_embeddings"),
-    )
-
-
-def _olmoe(config: Keys) -> Settings:
-    bias = config.flag("attention_bias", default=False)
-    return Settings(
-        "olmoe",
-        {
-            **sizes.decoder_of(config, rope_theta=1e4, n_kv_heads=None),
-            **sizes.experts_of(config, config.size("intermediate_size")),
-            "qk_norm": "full",
-            "clip_qkv": config.number("clip_qkv"),
-            "qkv_bias": bias,
-            "o_bias": bias,
-        },
-        routers.softmax_topk(config.flag("norm_topk_prob", default=False)),
-        config.size("max_position_embeddings"),
-    )
-
-
-def _qwen3_moe(config: Keys) -> Settings:
-    decoder = sizes.decoder_of(config, rope_theta=1e4, n_kv_heads=4)
-    bias = config.flag("attention_bias", default=False)
-    window = windows.switched_window(config)
-    return Settings(
-        "qwen3_moe",
-        {
-            **decoder,
-            **sizes.experts_of(config, config.size("moe_intermediate_size")),
-            "dense_hidden_dim": config.size("intermediate_size"),
-            "qk_norm": "head",
-            "qkv_bias": bias,
-            "o_bias": bias,
-            "windows": [window] * decoder["n_layers"],
-        },
-        routers.softmax_topk(config.flag("norm_topk_prob", default=False)),
-        config.size("max_position_embeddings"),
-        _dense_layers(config, decoder["n_layers"]),
-    )
-
-
-def _qwen2_moe(config: Keys) -> Settings:
-    decoder = sizes.decoder_of(config, rope_theta=1e4, n_kv_heads=16)
-    n_layers, window = decoder["n_layers"], windows.switched_window(config)
-    widest = config.size("max_window_layers", default=28, least=0)
-    return Settings(
-        "qwen2_moe",
-        {
-            **decoder,
-            **sizes.experts_of(config, config.size("moe_intermediate_size")),
-            "dense_hidden_dim": config.size("intermediate_size"),
-            "shared_expert_hidden_dim": config.size("shared_expert_intermediate_size"),
-            "shared_expert_gate": True,
-            "qkv_bias": config.flag("qkv_bias", default=True),
-            "windows": windows.windows(config, n_layers, window, below=widest),
-        },
-        routers.softmax_topk(config.flag("norm_topk_prob", default=False)),
-        config.size("max_position_embeddings"),
-        _dense_layers(config, n_layers),
-    )
 
 
 def _grouped(
@@ -210,6 +139,7 @@ def _grouped(
     share: float | None = None,
     top_k: Callable[[Keys], int] | None = None,
     needs: tuple[str, ...] = (),
+    eps: str = "rms_norm_eps",
 ) -> Callable[[Keys], Settings]:
     """An architecture with grouped-query attention, of which `read_rest` reads what is its own.
 
@@ -218,13 +148,14 @@ def _grouped(
         width: the key of an expert's width.
         share: how much of a head RoPE turns by default; None: all, and no file may say anything else.
         needs: keys that it cannot do without.
+        eps: the key of the norms' epsilon, where RoPE turns all of a head.
     """
 
     def settings(config: Keys) -> Settings:
         for key in needs:
             config.need(key)
         if share is None:
-            decoder = sizes.decoder_of(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads)
+            decoder = sizes.decoder_of(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads, eps=eps)
         else:
             decoder = sizes.partial_decoder(config, rope_theta=rope_theta, n_kv_heads=n_kv_heads, share=share)
         moe = sizes.experts_of(config, config.size(width), top_k(config) if top_k else None)
@@ -233,12 +164,12 @@ def _grouped(
     return settings
 
 
-def _latent(model_type: str, read_rest: _Read) -> Callable[[Keys], Settings]:
-    """An architecture with latent attention, of which `read_rest` reads what is its own."""
+def _latent(model_type: str, read_rest: _Read, *, whole_head: bool = False) -> Callable[[Keys], Settings]:
+    """An architecture with latent attention, of which `read_rest` reads what is its own; `whole_head`: see there."""
 
     def settings(config: Keys) -> Settings:
-        trunk = sizes.trunk(config, *read_rope(config, 1e4))
-        decoder = {**trunk, **read_latent(config, trunk["n_heads"])}
+        trunk = sizes.trunk(config, *read_turned(config, whole_head=whole_head))
+        decoder = {**trunk, **read_latent(config, trunk["n_heads"], whole_head=whole_head)}
         moe = sizes.experts_of(config, config.size("moe_intermediate_size"))
         return _settings(model_type, config, read_rest(config, decoder, moe))
 
@@ -257,15 +188,29 @@ def _minimax_m2(config: Keys) -> Settings:
     return architecture(config)
 
 
+def _gated(model_type: str, read_rest: _Read, *, n_kv_heads: int = 2) -> Callable[[Keys], Settings]:
+    """One of Qwen's with gated delta nets."""
+    needs = ("head_dim",)
+    return _grouped(
+        model_type, read_rest, rope_theta=1e4, n_kv_heads=n_kv_heads, width=_MOE_WIDTH, share=0.25, needs=needs
+    )
+
+
 _MOE_WIDTH = "moe_intermediate_size"
+_WITH_TEXT_PART = {"qwen3_5_moe"}
+"""Models that read images too; what is said of their text has a part of its own."""
 _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
-    "olmoe": _olmoe,
-    "mixtral": _mixtral,
-    "qwen3_moe": _qwen3_moe,
-    "qwen2_moe": _qwen2_moe,
+    "olmoe": _grouped("olmoe", plain.olmoe, rope_theta=1e4, n_kv_heads=None),
+    "mixtral": _grouped("mixtral", plain.mixtral, rope_theta=1e6, n_kv_heads=8),
+    "qwen3_moe": _grouped("qwen3_moe", plain.qwen3_moe, rope_theta=1e4, n_kv_heads=4, width=_MOE_WIDTH),
+    "qwen2_moe": _grouped("qwen2_moe", plain.qwen2_moe, rope_theta=1e4, n_kv_heads=16, width=_MOE_WIDTH),
+    "qwen3_next": _gated("qwen3_next", delta_net.qwen3_next),
+    "qwen3_5_moe": _gated("qwen3_5_moe", delta_net.qwen3_5_moe),
+    "qwen3_5_moe_text": _gated("qwen3_5_moe_text", delta_net.qwen3_5_moe_text),
     "deepseek_v2": _latent("deepseek_v2", deepseek.deepseek_v2),
     "deepseek_v3": _latent("deepseek_v3", deepseek.deepseek_v3),
     "kimi_k2": _latent("kimi_k2", deepseek.deepseek_v3),
+    "mistral4": _latent("mistral4", deepseek.mistral4, whole_head=True),
     "glm4_moe_lite": _latent("glm4_moe_lite", deepseek.glm4_moe_lite),
     "glm4_moe": _grouped("glm4_moe", deepseek.glm4_moe, rope_theta=1e4, n_kv_heads=8, width=_MOE_WIDTH, share=0.5),
     "solar_open": _grouped(
@@ -284,6 +229,7 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
         width=_MOE_WIDTH,
         top_k=variants.ernie_top_k,
     ),
+    "lfm2_moe": _grouped("lfm2_moe", variants.lfm2_moe, rope_theta=1e6, n_kv_heads=8, width=_MOE_WIDTH, eps="norm_eps"),
     "hunyuan_v1_moe": _grouped(
         "hunyuan_v1_moe", variants.hunyuan_v1_moe, rope_theta=1e4, n_kv_heads=None, top_k=variants.hunyuan_top_k
     ),

@@ -12,6 +12,7 @@ from typing import Any
 from moe_lab.config.checks import MOST_LAYERS
 from moe_lab.models import checkpoint_router as routers
 from moe_lab.models.checkpoint_keys import Keys, shown
+from moe_lab.models.checkpoint_rope import GROWTH
 from moe_lab.models.checkpoint_windows import window, windows
 
 _Part = dict[str, Any]
@@ -33,6 +34,17 @@ def deepseek_v3(config: Keys, decoder: _Part, moe: _Part) -> _Part:
         "interleaved": config.flag("rope_interleave", default=True),
         "extra_layers": _extra_layers(config),
     }
+
+
+def mistral4(config: Keys, decoder: _Part, moe: _Part) -> _Part:
+    """Its queries grow with their position, and its router is a softmax."""
+    scaling = decoder["rope_scaling"]
+    if scaling is None or scaling["rope_type"] != "yarn":
+        raise config.refuse("rope_parameters must have rope_type=yarn in mistral4; download the file again.")
+    growth = (float(scaling[GROWTH]), scaling["original_max_position_embeddings"])
+    parts = _with_shared_experts(config, decoder, moe, routers.softmax_in_summed_groups)
+    parts["decoder"]["latent"] = {**decoder["latent"], "growth": growth}
+    return {**parts, "interleaved": config.flag("rope_interleave", default=True)}
 
 
 def glm4_moe_lite(config: Keys, decoder: _Part, moe: _Part) -> _Part:

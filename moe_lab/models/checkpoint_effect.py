@@ -6,6 +6,7 @@ NO_EFFECT = {
     *("architectures", "auto_map", "dtype", "model_type", "torch_dtype", "transformers_version", "unsloth_version"),
     *("_name_or_path", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset"),
     *("bos_token_id", "pad_token_id", "decoder_start_token_id", "id2label", "label2id", "problem_type"),
+    "eod_token_id",  # of hunyuan_v1_moe: where a document ends
     *("chunk_size_feed_forward", "output_attentions", "output_hidden_states", "pretraining_tp", "return_dict"),
     *("use_cache", "attention_dropout", "initializer_range", "output_router_logits", "router_aux_loss_coef"),
     *("router_jitter_noise", "router_z_loss_coef", "aux_loss_alpha", "seq_aux", "ep_size"),

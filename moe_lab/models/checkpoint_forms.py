@@ -5,7 +5,7 @@ What is quantised is dequantised as it is loaded; `read_quantization` reads off 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from moe_lab.models.checkpoint_keys import Keys, is_integer, shown
@@ -16,7 +16,9 @@ if TYPE_CHECKING:  # a checkpoint's config.json is read without torch
     from torch import Tensor
 
 PLAIN = ("F32", "F16", "BF16")
-_VALUES_AT_ONCE = 1 << 22  # in fp32 16 MiB, for each thread that loads
+_VALUES_AT_ONCE = 1 << 16
+"""How many are dequantised at a time on a CPU, by each thread that loads: they stay in its cache, and the host's memory
+has room for all threads. A GPU, which waits longer for its kernels, is given 64 times as many."""
 
 
 class Form:
@@ -46,6 +48,10 @@ class Form:
         """Fill the target. What has to be computed is computed on its device, a piece at a time."""
         target.copy_(values)
 
+    def in_blocks(self, blocks: Fp8Blocks) -> Form:
+        """The form of a matrix that would have this one, were it not fp8."""
+        return blocks
+
 
 AS_IT_IS = Form()
 
@@ -72,6 +78,52 @@ class Arranged(Form):
             if self.interleaved:
                 mine, there = in_turns(mine), there.unflatten(0, (-1, 2))
             mine.copy_(there)
+
+
+class OnePlus(Form):
+    """The weight of a zero-centred norm: the file holds it less 1."""
+
+    def put(self, target: Tensor, values: Tensor, scale: Tensor | None = None) -> None:
+        """See `Form`."""
+        target.copy_(values.to(target.dtype) + 1)
+
+
+@dataclass(frozen=True)
+class Regrouped(Form):
+    """Rows that the file has in groups, as a query and a gate for each head: `sizes` are those of a group's parts.
+
+    Ours has the first part of every group, then the second of every group, and so on. `inner`: what it is but for that.
+    """
+
+    sizes: tuple[int, ...]
+    inner: Form = AS_IT_IS
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.dtypes
+
+    def scale_key(self, key: str) -> str | None:
+        """See `Form`."""
+        return self.inner.scale_key(key)
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """See `Form`."""
+        return self.inner.scale_shape(shape)
+
+    def put(self, target: Tensor, values: Tensor, scale: Tensor | None = None) -> None:
+        """See `Form`."""
+        if scale is not None:
+            there = target.new_empty(values.shape)
+            self.inner.put(there, values, scale)
+            values = there
+        n_groups, first = len(values) // sum(self.sizes), 0
+        for size, of_file in zip(self.sizes, values.unflatten(0, (n_groups, -1)).split(self.sizes, 1), strict=True):
+            target[first : first + n_groups * size].unflatten(0, (n_groups, size)).copy_(of_file)
+            first += n_groups * size
+
+    def in_blocks(self, blocks: Fp8Blocks) -> Form:
+        """See `Form`."""
+        return replace(self, inner=blocks)
 
 
 class OneRow(Form):
@@ -125,7 +177,7 @@ class Mxfp4(Form):
     def put(self, target: Tensor, values: Tensor, scale: Tensor | None = None) -> None:
         """See `Form`; some rows of an expert at a time. A scale of 255 is NaN."""
         assert scale is not None
-        at_once = max(1, _VALUES_AT_ONCE // target.shape[2] // 2) * 2
+        at_once = max(1, _at_once(target) // target.shape[2] // 2) * 2
         for mine, blocks, powers in zip(target, values, scale, strict=True):
             rows = in_turns(mine) if self.interleaved else mine
             for start in range(0, len(blocks), at_once):
@@ -135,6 +187,10 @@ class Mxfp4(Form):
                     rows[start // 2 : (start + at_once) // 2].copy_(wide.unflatten(0, (-1, 2)))
                 else:
                     rows[piece].copy_(wide)
+
+
+def _at_once(target: Tensor) -> int:
+    return _VALUES_AT_ONCE if target.device.type == "cpu" else 64 * _VALUES_AT_ONCE
 
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -175,7 +231,7 @@ class Fp8Blocks(Form):
         assert scale is not None
         n_rows, n_columns = values.shape
         scale = scale.to(target.device).float().repeat_interleave(self.columns, 1)[:, :n_columns]
-        at_once = max(1, _VALUES_AT_ONCE // (self.rows * n_columns)) * self.rows
+        at_once = max(1, _at_once(target) // (self.rows * n_columns)) * self.rows
         for start in range(0, n_rows, at_once):
             rows = slice(start, min(start + at_once, n_rows))
             wide = values[rows].to(target.device).float()

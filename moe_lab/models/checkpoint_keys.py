@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from moe_lab.records import files
@@ -16,7 +17,8 @@ from moe_lab.terminal import printable
 
 _LARGEST_SIZE = 1 << 27  # more than any width, vocabulary or context
 LARGEST_NUMBER = 1e11  # more than any base or factor of RoPE
-_SHOWN = 60  # characters of a value in a message
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_SHOWN = 100  # characters of a value, or of a tensor's key, in a message
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -146,11 +148,16 @@ class Keys:
         self._parts.append(Keys(self.path, value, self._full(name)))
         return self._parts[-1]
 
-    def unread(self, silent: Iterable[str] = ()) -> list[str]:
-        """The keys that nobody has asked for and that are not null; `silent`: those that need no mention."""
-        there = {key for key, value in self.content.items() if value is not None}
+    def unread(self, silent: Iterable[str] = (), without: Mapping[str, Any] = _NOTHING) -> list[str]:
+        """The keys that nobody has asked for and that are not null.
+
+        Args:
+            silent: those that need no mention.
+            without: those that need none if they have this value.
+        """
+        there = {key for key, value in self.content.items() if value is not None and without.get(key) != value}
         names = [self._full(key) for key in sorted(there - self._read - set(silent))]
-        return names + [name for part in self._parts for name in part.unread(silent)]
+        return names + [name for part in self._parts for name in part.unread(silent, without)]
 
     def refuse(self, what: str) -> ValueError:
         return ValueError(f"model.path: {self.path}: {what}")

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from moe_lab.models.checkpoint_forms import AS_IT_IS, Arranged, Form, Mxfp4, OneRow
+from moe_lab.models.checkpoint_forms import AS_IT_IS, Arranged, Form, OnePlus, OneRow, Regrouped
+from moe_lab.models.checkpoint_layouts import COMMON, LAYOUTS
 
 _ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
 _ATTENTION |= {"q_down": "q_a_proj", "q_down_norm": "q_a_layernorm", "q_up": "q_b_proj"}
@@ -32,10 +34,54 @@ WHOLE = {
     "norm.bias": "model.norm.bias",
     "head.bias": "lm_head.bias",
 }
+_DELTA_NET = {
+    "conv.weight": "conv1d.weight",
+    "norm.weight": "norm.weight",
+    "out.weight": "out_proj.weight",
+    "a_log_H": "A_log",
+    "dt_bias_H": "dt_bias",
+}
+_CONV = {"into": "in_proj", "conv": "conv", "out": "out_proj"}
+_RENAMED: dict[str, dict[str, str]] = {
+    "hunyuan_v1_moe": {".q_norm.": ".query_layernorm.", ".k_norm.": ".key_layernorm."},
+    "lfm2_moe": {
+        ".q_norm.": ".q_layernorm.",
+        ".k_norm.": ".k_layernorm.",
+        ".o_proj.": ".out_proj.",
+        ".input_layernorm.": ".operator_norm.",
+        ".post_attention_layernorm.": ".ffn_norm.",
+        ".mlp.": ".feed_forward.",
+        ".gate_proj.": ".w1.",
+        ".up_proj.": ".w3.",
+        ".down_proj.": ".w2.",
+        "model.norm.": "model.embedding_norm.",
+    },
+}
+"""What models whose parts have other names call them."""
+_APART = {"qkvz": ("qkv", "z"), "ba": ("b", "a")}
+_ZERO_CENTRED = {"qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"}
+"""Models whose norms multiply by 1 plus the weight; not so the delta net's own."""
 _SHARED = ("mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp")
 _GATE_UP = {"mlp.gate_up.weight": ("mlp",), "mlp.shared.mlp.gate_up.weight": _SHARED}
 BIAS, _HAS_BIAS = "e_score_correction_bias", ("mlp.gate", "block_sparse_moe", "mlp")
 """A router's selection bias, and the modules that may have it."""
+_LFM2_BIAS = "expert_bias"
+
+
+class Naming(NamedTuple):
+    """What of a checkpoint decides how its tensors are called.
+
+    model: its type, with what its experts are quantised in if that changes the names.
+    prefix: of all keys but the head's.
+    groups: of the rows that the files have in groups: the parameter's part and the sizes of a group's parts.
+    """
+
+    model: str = ""
+    prefix: str = "model"
+    groups: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+
+
+USUAL = Naming()
 
 
 class Source(NamedTuple):
@@ -46,72 +92,6 @@ class Source(NamedTuple):
     form: Form = AS_IT_IS
 
 
-class Layout(NamedTuple):
-    """What a layer's gate and experts are called, in one of the layouts that checkpoints have.
-
-    gate: the router's matrix.
-    up: gate and up of expert {}, or of all stacked.
-    down: of expert {}, or of all stacked.
-    up_form, down_form: of stacked ones.
-    """
-
-    gate: str
-    up: tuple[str, ...]
-    down: str
-    up_form: Form = AS_IT_IS
-    down_form: Form = AS_IT_IS
-
-
-_IN_ONE = ("mlp.experts.gate_up_proj",)
-_COMMON = (
-    Layout(
-        "mlp.gate.weight",
-        ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
-        "mlp.experts.{}.down_proj.weight",
-    ),
-    Layout(
-        "block_sparse_moe.gate.weight",
-        ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
-        "block_sparse_moe.experts.{}.w2.weight",
-    ),
-    Layout("mlp.gate.weight", _IN_ONE, "mlp.experts.down_proj"),
-)
-_LAYOUTS = {
-    "granitemoe": (
-        Layout(
-            "block_sparse_moe.router.layer.weight",
-            ("block_sparse_moe.input_linear.weight",),
-            "block_sparse_moe.output_linear.weight",
-        ),
-        Layout(
-            "block_sparse_moe.router.weight",
-            ("block_sparse_moe.experts.gate_up_proj",),
-            "block_sparse_moe.experts.down_proj",
-        ),
-    ),
-    "hunyuan_v1_moe": tuple(layout._replace(gate="mlp.gate.wg.weight") for layout in (_COMMON[0], _COMMON[2])),
-    "phimoe": (_COMMON[1], Layout("mlp.router.weight", _IN_ONE, "mlp.experts.down_proj")),
-    "gpt_oss": (
-        Layout(
-            "mlp.router.weight",
-            _IN_ONE,
-            "mlp.experts.down_proj",
-            Arranged(transposed=True, interleaved=True),
-            Arranged(transposed=True),
-        ),
-    ),
-    "gpt_oss mxfp4": (
-        Layout(
-            "mlp.router.weight",
-            ("mlp.experts.gate_up_proj_blocks",),
-            "mlp.experts.down_proj_blocks",
-            Mxfp4(interleaved=True),
-            Mxfp4(),
-        ),
-    ),
-}
-"""Of models whose files have other names than `_COMMON`."""
-
 _BIASES = {
     "mlp.weights.gate_bias_E": Source("mlp.router.bias"),
     "mlp.weights.up_bias_E2F": Source("mlp.experts.gate_up_proj_bias", form=Arranged(interleaved=True)),
@@ -120,21 +100,43 @@ _BIASES = {
 """Of gate and experts, in gpt-oss's files of either layout."""
 
 
-def sources(name: str, shape: Sequence[int], model: str = "") -> list[list[Source]]:
-    """For each layout of a `model` (`Settings.layout`), the checkpoint tensors that make up our parameter `name`."""
+def whole(name: str, naming: Naming) -> str:
+    """The key of one of `WHOLE`."""
+    key = WHOLE[name]
+    return naming.prefix + key.removeprefix("model") if key.startswith("model.") else key
+
+
+def sources(name: str, shape: Sequence[int], naming: Naming = USUAL) -> list[list[Source]]:
+    """For each layout of such a model, the checkpoint tensors that make up our parameter `name`."""
+    found = _sources(name, shape, naming)
+    for usual, own in _RENAMED.get(naming.model, {}).items():
+        found = [[source._replace(key=source.key.replace(usual, own)) for source in layout] for layout in found]
+    return found
+
+
+def _sources(name: str, shape: Sequence[int], naming: Naming) -> list[list[Source]]:
+    model = naming.model
+    norm = OnePlus() if model in _ZERO_CENTRED else AS_IT_IS
     if name in WHOLE:
-        return [[Source(WHOLE[name])]]
+        return [[Source(whole(name, naming), form=norm if name == "norm.weight" else AS_IT_IS)]]
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
     if match is None:
         return []
-    prefix, rest = f"model.layers.{match[1]}", match[2]
+    prefix, rest = f"{naming.prefix}.layers.{match[1]}", match[2]
     if rest in _LAYER:
-        return [[Source(f"{prefix}.{_LAYER[rest]}")]]
+        return [[Source(f"{prefix}.{_LAYER[rest]}", form=norm if "norm" in rest else AS_IT_IS)]]
     if rest.startswith("attention."):
-        _, part, kind = rest.split(".")
-        if model == "hunyuan_v1_moe" and part in ("q_norm", "k_norm"):
-            return [[Source(f"{prefix}.self_attn.{'query' if part == 'q_norm' else 'key'}_layernorm.{kind}")]]
-        return [[Source(f"{prefix}.self_attn.{_ATTENTION[part]}.{kind}")]]
+        part = rest.removeprefix("attention.")
+        if model == "lfm2_moe" and part.split(".")[0] in _CONV:
+            part, kind = part.split(".")
+            return [[Source(f"{prefix}.conv.{_CONV[part]}.{kind}")]]
+        if part in _DELTA_NET:
+            return [[Source(f"{prefix}.linear_attn.{_DELTA_NET[part]}")]]
+        if part in ("qkvz.weight", "ba.weight"):
+            return _delta_net_sources(part.removesuffix(".weight"), f"{prefix}.linear_attn", shape, naming)
+        part, kind = part.split(".")
+        form = Regrouped(naming.groups[part]) if part in naming.groups else norm if "norm" in part else AS_IT_IS
+        return [[Source(f"{prefix}.self_attn.{_ATTENTION[part]}.{kind}", form=form)]]
     if rest in _GATE_UP:
         half = shape[0] // 2
         gate, up = slice(0, half), slice(half, None)
@@ -147,12 +149,26 @@ def sources(name: str, shape: Sequence[int], model: str = "") -> list[list[Sourc
     if rest in ("mlp.router.bias_E", "mlp.router.inner.bias_E"):
         if model == "ernie4_5_moe":
             return [[Source(f"{prefix}.{block}.moe_statics.{BIAS}", form=OneRow())] for block in ("mlp", "mlp.gate")]
+        if model == "lfm2_moe":
+            return [[Source(f"{prefix}.mlp.{_LFM2_BIAS}")]]
         return [[Source(f"{prefix}.{block}.{BIAS}")] for block in _HAS_BIAS]
     return _expert_sources(rest, prefix, shape, model)
 
 
+def _delta_net_sources(part: str, prefix: str, shape: Sequence[int], naming: Naming) -> list[list[Source]]:
+    """Of Qwen3-Next one matrix, in groups by the heads of queries; of Qwen3.5 two, the last part by itself."""
+    sizes = naming.groups[part]
+    first = shape[0] // sum(sizes) * sum(sizes[:-1])
+    names = _APART[part]
+    apart = [
+        Source(f"{prefix}.in_proj_{name}.weight", (rows,))
+        for name, rows in zip(names, (slice(0, first), slice(first, None)), strict=True)
+    ]
+    return [[Source(f"{prefix}.in_proj_{part}.weight", form=Regrouped(sizes))], apart]
+
+
 def _expert_sources(rest: str, prefix: str, shape: Sequence[int], model: str) -> list[list[Source]]:
-    layouts = _LAYOUTS.get(model, _COMMON)
+    layouts = LAYOUTS.get(model, COMMON)
     if rest in _BIASES:
         bias = _BIASES[rest]
         return [[bias._replace(key=f"{prefix}.{bias.key}")]]
@@ -179,9 +195,9 @@ def _of_experts(prefix: str, names: Sequence[str], n_experts: int, halves: Seque
     ]
 
 
-def layouts(shapes: Mapping[str, Sequence[int]], keys: Container[str], model: str) -> dict[str, list[Source]]:
+def layouts(shapes: Mapping[str, Sequence[int]], keys: Container[str], naming: Naming) -> dict[str, list[Source]]:
     """For each parameter the layout that the checkpoint uses; if it has none of its tensors, the most frequent one."""
-    possible = {name: sources(name, shape, model) for name, shape in shapes.items()}
+    possible = {name: sources(name, shape, naming) for name, shape in shapes.items()}
     hits: Counter[tuple[str, int]] = Counter()
     for name, of_one in possible.items():
         for number, layout in enumerate(of_one):
@@ -201,10 +217,11 @@ def _block(name: str) -> str:
     return ".".join(name.split(".")[2:4])
 
 
-def is_unused(key: str, n_layers: int, extra_layers: int, has_bias: bool) -> bool:
+def is_unused(key: str, n_layers: int, extra_layers: int, has_bias: bool, others: tuple[str, ...] = ()) -> bool:
     """Whether a model may leave this tensor in the file.
 
     Args:
+        others: what the keys of other parts begin with, as of one that sees images.
         extra_layers: after the `n_layers`: they predict further tokens (MTP), and the logits do not depend on them.
         has_bias: whether the trained routers have a bias. A router in their place may not read it.
     """
@@ -212,7 +229,10 @@ def is_unused(key: str, n_layers: int, extra_layers: int, has_bias: bool) -> boo
         return True
     if extra_layers and key.startswith("model.mtp_"):  # ERNIE's further layers
         return True
+    if others and key.startswith(others):
+        return True
     match = re.match(r"model\.layers\.(\d{1,9})\.", key)
     if match is None:
         return False
-    return n_layers <= int(match[1]) < n_layers + extra_layers or (has_bias and key.endswith(f".{BIAS}"))
+    is_bias = key.endswith((f".{BIAS}", f".{_LFM2_BIAS}"))
+    return n_layers <= int(match[1]) < n_layers + extra_layers or (has_bias and is_bias)

@@ -27,13 +27,16 @@ def order_of(width: int, rotary_dim: int, interleaved: bool) -> list[int]:
     return [*first, *still[:half], *second, *still[half:]]
 
 
-def reorder(parameters: Mapping[str, Tensor], order: Sequence[int], head_dim: int, kv_down_dim: int) -> None:
+def reorder(
+    parameters: Mapping[str, Tensor], order: Sequence[int], head_dim: int, kv_down_dim: int, *, gated: bool = False
+) -> None:
     """Put the rows of queries and keys, just loaded, into our order.
 
     Args:
         order: see `order_of`; of a head's last dimensions, which in latent attention are fewer than `head_dim`.
         head_dim: of a query or a key.
         kv_down_dim: rows of `kv_down`, where the key that all heads share comes last.
+        gated: the second half of `q` are not queries but a gate, which keeps its order.
     """
     if list(order) == sorted(order):
         return
@@ -43,5 +46,6 @@ def reorder(parameters: Mapping[str, Tensor], order: Sequence[int], head_dim: in
         width = kv_down_dim if match[1] == "kv_down" else head_dim
         first = width - len(order)
         rows = torch.tensor([*range(first), *(first + i for i in order)], device=parameter.device)
-        heads = parameter.data.unflatten(0, (-1, width))
+        turned = parameter.data[: len(parameter) // 2] if gated and match[1] == "q" else parameter.data
+        heads = turned.unflatten(0, (-1, width))
         heads.copy_(heads.index_select(1, rows))

@@ -26,6 +26,11 @@ _READ: dict[str, tuple[str, ...]] = {
 """The keys that each kind cannot do without."""
 _ONLY_OF = {"longrope": "phimoe", "dynamic": "hunyuan_v1_moe"}
 """Kinds that transformers computes in this way for one architecture only."""
+_OF_IMAGES = ("mrope_interleaved", "mrope_section")
+"""Which dimensions of a picture's patch turn by its place in time, height and width; of a text all three are one."""
+_READ_AS_TEXT = {"qwen3_5_moe_text"}
+GROWTH = "llama_4_scaling_beta"
+"""How fast queries grow with their position, in Mistral's files a key of RoPE."""
 _LONG = ("short_factor", "long_factor", "long_mscale")
 """More of longrope; the last two are of sequences that are longer than the original ones, which are not computed."""
 _OF_SOME_KIND = {*(key for keys in _READ.values() for key in keys), *_OPTIONAL, "truncate"}
@@ -58,6 +63,12 @@ def read_partial_rope(
         raise config.refuse(f"partial_rotary_factor={shown(share)} must be a number > 0 and <= 1.")
     length_beside = config.size(_LENGTH) if config.get(_LENGTH) is not None else None
     scaling = _scaling(rope, kind, config.size("max_position_embeddings"), length_beside)
+    if config.get("model_type") in _READ_AS_TEXT:
+        for key in _OF_IMAGES:
+            rope.get(key)
+    if config.get("model_type") == "mistral4" and kind == "yarn":
+        scaling[GROWTH] = _number(rope, kind, GROWTH, may_be_0=True)
+        rope.get("max_position_embeddings")  # again
     rope.get(_LENGTH)  # how long the texts of the training were; many write it beside any kind
     not_used = [key for key in rope.unread() if key.rpartition(".")[2] in _OF_SOME_KIND]
     if not_used:

@@ -34,6 +34,7 @@ def scored(
         "renormalize": renormalize,
         "scale": scale,
         "scales_input": False,
+        "hash_layers": 0,
     }
 
 
@@ -64,6 +65,17 @@ def softmax_in_groups(config: Keys, n_experts: int, top_k: int) -> dict[str, Any
     groups = (1, 1) if method == "greedy" else _groups(config, n_experts, top_k)
     return scored(
         score="softmax", bias=False, renormalize=False, groups=groups, group_score="max", scale=_scale(config)
+    )
+
+
+def softmax_in_summed_groups(config: Keys, n_experts: int, top_k: int) -> dict[str, Any]:
+    """Of Mistral 4."""
+    return scored(
+        score="softmax",
+        bias=False,
+        renormalize=config.flag("norm_topk_prob", default=True),
+        groups=_groups(config, n_experts, top_k),
+        scale=_scale(config),
     )
 
 

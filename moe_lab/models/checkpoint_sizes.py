@@ -12,8 +12,8 @@ _PLAIN = {"qk_norm": "none", "shared_expert_hidden_dim": 0, "shared_expert_gate"
 _MOST_EXPERTS = 100_000
 
 
-def trunk(config: Keys, theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """What every decoder has, whatever its attention."""
+def trunk(config: Keys, theta: float, scaling: dict[str, Any] | None, eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """What every decoder has, whatever its attention; `eps`: the key of the norms' epsilon."""
     return {
         "vocab_size": config.size("vocab_size"),
         "d_model": config.size("hidden_size"),
@@ -21,7 +21,7 @@ def trunk(config: Keys, theta: float, scaling: dict[str, Any] | None) -> dict[st
         "n_layers": config.size("num_hidden_layers", most=MOST_LAYERS),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "norm_eps": config.number("rms_norm_eps", least=1e-20, most=1) or config.need("rms_norm_eps"),
+        "norm_eps": config.number(eps, least=1e-20, most=1) or config.need(eps),
         "tie_embeddings": config.flag("tie_word_embeddings", default=False),
     }
 
@@ -39,9 +39,9 @@ def partial_decoder(config: Keys, *, rope_theta: float, n_kv_heads: int | None, 
     return {**decoder, "rotary_dim": rotary_dim}
 
 
-def decoder_of(config: Keys, *, rope_theta: float, n_kv_heads: int | None) -> dict[str, Any]:
+def decoder_of(config: Keys, *, rope_theta: float, n_kv_heads: int | None, eps: str = "rms_norm_eps") -> dict[str, Any]:
     """A decoder with grouped-query attention; `rope_theta` and `n_kv_heads` are the architecture's defaults."""
-    return _grouped(config, trunk(config, *read_rope(config, rope_theta)), n_kv_heads)
+    return _grouped(config, trunk(config, *read_rope(config, rope_theta), eps), n_kv_heads)
 
 
 def _grouped(config: Keys, trunk: dict[str, Any], n_kv_heads: int | None) -> dict[str, Any]:

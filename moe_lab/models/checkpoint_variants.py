@@ -1,4 +1,4 @@
-"""Architectures with a part or two of their own: Granite, gpt-oss, Phi-3.5-MoE, ERNIE 4.5 and HunYuan-A13B.
+"""Architectures with a part or two of their own: Granite, gpt-oss, Phi-3.5-MoE, ERNIE 4.5, HunYuan-A13B and LFM2-MoE.
 
 Each function takes what the file says of the attention (`decoder`) and of the routed experts (`moe`), and returns the
 arguments of `Settings`, but for the model's type and what all have.
@@ -135,6 +135,9 @@ def hunyuan_v1_moe(config: Keys, decoder: _Part, moe: _Part) -> _Part:
             raise config.refuse(f"{name}={shown(config.get(name))} is not supported; supported: {only}.")
     for key, value in (("use_qk_norm", True), ("use_cla", False), ("moe_layer_num_skipped", 0), ("norm_type", "rms")):
         routers.require(config, key, value)
+    scaling = decoder["rope_scaling"]
+    if scaling is not None and scaling["rope_type"] == "dynamic" and decoder["head_dim"] < 4:
+        raise config.refuse(f"head_dim={decoder['head_dim']} must be at least 4 with rope_type=dynamic.")
     own = {"shared_expert_hidden_dim": width, "qk_norm": "head", "turn_first": True, "qkv_bias": bias, "o_bias": bias}
     return {"decoder": {**decoder, **moe, **own}, "router": routers.softmax_topk(renormalize=True)}
 
@@ -151,3 +154,27 @@ def _of_all_layers(config: Keys, *names: str) -> int:
     if not values or any(not is_integer(each) or each != values[0] or each < 1 for each in values):
         raise config.refuse(f"{names[0]}={shown(value)} must be one integer >= 1, the same in all layers.")
     return int(values[0])
+
+
+def lfm2_moe(config: Keys, decoder: _Part, moe: _Part) -> _Part:
+    """Short convolutions in place of attention in most layers. Its router adds 1e-6 to the sum of weights, ours not."""
+    n_layers, kinds = decoder["n_layers"], config.need("layer_types")
+    if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= {"conv", "full_attention"}:
+        raise config.refuse(f"layer_types={shown(kinds)} must have conv or full_attention per layer ({n_layers}).")
+    conv = {"kind": "short_conv", "width": config.size("conv_L_cache", default=3)}
+    conv["bias"] = config.flag("conv_bias", default=False)
+    n_dense = config.size("num_dense_layers", default=2, least=0)
+    own = {
+        "qk_norm": "head",
+        "mixers": [conv if kind == "conv" else None for kind in kinds],
+        "dense_hidden_dim": config.size("intermediate_size"),
+        "tie_embeddings": config.flag("tie_embedding", default=config.flag("tie_word_embeddings", default=True)),
+    }
+    router = routers.scored(
+        score="sigmoid",
+        bias=config.flag("use_expert_bias", default=True),
+        renormalize=config.flag("norm_topk_prob", default=True),
+        scale=float(config.number("routed_scaling_factor") or 1.0),
+    )
+    dense = frozenset(range(min(n_dense, n_layers)))
+    return {"decoder": {**decoder, **moe, **own}, "router": router, "dense_layers": dense}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_lab.models.checkpoint_forms import AS_IT_IS, Form, Fp8Blocks
 from moe_lab.models.checkpoint_keys import parse_object, read_object, shown, some
-from moe_lab.models.checkpoint_names import WHOLE, Source, layouts
+from moe_lab.models.checkpoint_names import USUAL, Naming, Source, layouts, whole
 from moe_lab.records.files import require_plain
 from moe_lab.terminal import Console
 
@@ -120,7 +120,7 @@ def plan(
     *,
     unused: Callable[[str], bool] | None = None,
     blocks: Fp8Blocks | None = None,
-    model: str = "",
+    naming: Naming = USUAL,
 ) -> list[Copy]:
     """What to copy, in the order of the files.
 
@@ -130,26 +130,27 @@ def plan(
         tied: whether the head is the embedding, which some files hold twice.
         unused: whether a tensor that no parameter takes may be in the files; None: none may.
         blocks: the form of matrices in fp8; None: there are none.
-        model: whose names the tensors have (`Settings.layout`).
+        naming: how the tensors are called.
 
     Raises:
-        ValueError: keys that are missing or unexpected, shapes that differ, or a tied head that is another matrix, in
-            one line.
+        ValueError: keys that are missing or unexpected, shapes that differ, or a tied head that is another matrix.
     """
     copies, missing, wrong = [], [], []
-    expected = {WHOLE["head.weight"]} if tied else set()
-    only_head = tied and WHOLE["embed.weight"] not in found and WHOLE["head.weight"] in found
+    head, embedding = whole("head.weight", naming), whole("embed.weight", naming)
+    expected = {head} if tied else set()
+    only_head = tied and embedding not in found and head in found
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    for name, layout in layouts(shapes, found, model).items():
+    for name, layout in layouts(shapes, found, naming).items():
         for source in layout:
             if only_head and name == "embed.weight":  # of two names for a matrix some files keep this one
-                source = Source(WHOLE["head.weight"])
+                source = Source(head)
             expected.add(source.key)
             if (there := found.get(source.key)) is None:
                 missing.append(shown(source.key))
                 continue
             target = parameters[name].data[source.place]
-            form = blocks if blocks is not None and there.dtype in blocks.dtypes and target.dim() == 2 else source.form
+            fp8 = blocks if blocks is not None and there.dtype in blocks.dtypes and target.dim() == 2 else None
+            form = source.form if fp8 is None else source.form.in_blocks(fp8)
             if mistake := _mistake(there, form.shape(target.shape), form.dtypes):
                 wrong.append(f"{shown(source.key)} {mistake}")
                 continue
@@ -170,17 +171,16 @@ def plan(
     if complaints:
         folder = next((there.file.parent for there in found.values()), "")
         raise ValueError(f"model.path={folder}: the tensors do not match config.json: {'; '.join(complaints)}.")
-    _require_one_matrix(found, tied)
+    _require_one_matrix(found, tied, head, embedding)
     return sorted(copies, key=lambda copy: (copy.found.file, copy.found.start))
 
 
-def _require_one_matrix(found: Mapping[str, Found], tied: bool) -> None:
-    """Raise `ValueError` for a tied head that is not the embedding."""
-    head, embedding = (found.get(WHOLE[name]) for name in ("head.weight", "embed.weight"))
-    if tied and head is not None and embedding is not None and not _same_bytes(head, embedding):
+def _require_one_matrix(found: Mapping[str, Found], tied: bool, head: str, embedding: str) -> None:
+    """Raise `ValueError` for a tied head that is not the embedding; both by their keys."""
+    if tied and {head, embedding} <= found.keys() and not _same_bytes(found[head], found[embedding]):
         raise ValueError(
-            f"model.path: {head.file} has a separate {WHOLE['head.weight']}, but config.json says "
-            "tie_word_embeddings; set it to false."
+            f"model.path: {found[head].file} has a separate {head}, but config.json says tie_word_embeddings; set it "
+            "to false."
         )
 
 

@@ -54,7 +54,7 @@ class DecoderMoE(TransformerDecoder):
             shared = SharedExpert(self.d_model, self.shared_hidden_dim, gated=self.shared_gate)
         return make_moe_layer(
             ExpertWeights(self.n_experts, self.d_model, self.mlp_hidden_dim, **self.expert_settings),
-            self.make_router(self.n_experts, self.top_k),
+            self.make_router(self.n_experts, self.top_k).at_layer(layer),
             self.experts,
             shared,
         )

@@ -1,14 +1,35 @@
-"""Keys and values of the tokens so far, in memory that is allocated once."""
+"""What the layers keep of the tokens so far, in memory that is allocated once.
+
+Attention keeps something of each position: keys and values (`LayerCache`), or latents (`LatentCache`). A convolution
+and a recurrence keep a state of fixed size (`StateCache`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 
-class LayerCache(nn.Module):
-    """Of one layer: keys and values [B, Hkv, N, head_dim] for N positions."""
+class LayerMemory(nn.Module):
+    """What one layer keeps."""
+
+    def rows(self, start: int, stop: int) -> LayerMemory:
+        """See `KVCache.rows`."""
+        raise NotImplementedError
+
+    def position_bytes(self) -> int:
+        """What is kept of each position, for all positions together."""
+        return 0
+
+    def state_bytes(self) -> int:
+        """What is kept of all positions together."""
+        return 0
+
+
+class LayerCache(LayerMemory):
+    """Of attention: keys and values [B, Hkv, N, head_dim] for N positions."""
 
     k_BHNd: Tensor
     v_BHNd: Tensor
@@ -38,6 +59,10 @@ class LayerCache(nn.Module):
         """See `KVCache.rows`."""
         return LayerCache(self.k_BHNd[start:stop], self.v_BHNd[start:stop])
 
+    def position_bytes(self) -> int:
+        """See `LayerMemory`."""
+        return _bytes(self.buffers())
+
 
 class LatentCache(LayerCache):
     """Of multi-head latent attention: one key [B, 1, N, rank + rope] for all heads, whose first `rank` are the value.
@@ -46,7 +71,7 @@ class LatentCache(LayerCache):
     """
 
     def __init__(self, k_BHNd: Tensor, rank: int):
-        nn.Module.__init__(self)
+        LayerMemory.__init__(self)
         self.rank = rank
         self.register_buffer("k_BHNd", k_BHNd, persistent=False)
 
@@ -69,27 +94,96 @@ class LatentCache(LayerCache):
         return LatentCache(self.k_BHNd[start:stop], self.rank)
 
 
-class KVCache(nn.Module):
-    """One `LayerCache` per layer."""
+class StateCache(LayerMemory):
+    """Of a convolution or a recurrence: states [B, ...] of fixed size, each as it is after a position.
 
-    def __init__(self, layers: Iterable[LayerCache]):
+    A step at position p reads the state after p - 1 and writes the one after p, each in a place of its own, so that it
+    may be repeated: the states after p and p - 1 have the places p % 2 and (p - 1) % 2. What follows the first
+    positions (`begin`) is also kept in a third place, which the step behind them reads, so that one can go back there.
+    Other than that, steps must be taken in the order of their positions.
+    """
+
+    first_1: Tensor
+
+    def __init__(self, *states: Tensor, first_1: Tensor | None = None):
+        """`states`: [3, B, ...], zeros; `first_1`: see `rows`."""
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.n_states = len(states)
+        for i, state in enumerate(states):
+            self.register_buffer(f"state_{i}", state, persistent=False)
+        if first_1 is None:
+            first_1 = torch.zeros(1, dtype=torch.int64, device=states[0].device)
+        self.register_buffer("first_1", first_1, persistent=False)  # the position behind those of `begin`
+
+    @classmethod
+    def zeros(
+        cls, batch: int, shapes: Iterable[tuple[tuple[int, ...], torch.dtype]], device: torch.device
+    ) -> StateCache:
+        """Of states with these shapes and dtypes, of each sequence."""
+        return cls(*(torch.zeros(3, batch, *shape, dtype=dtype, device=device) for shape, dtype in shapes))
 
     @property
-    def length(self) -> int:
-        """N, for how many positions there is room."""
-        return int(self._layers[0].k_BHNd.shape[2])
+    def states(self) -> list[Tensor]:
+        return [self.get_buffer(f"state_{i}") for i in range(self.n_states)]
+
+    def begin(self, n_positions: int, *after: Tensor) -> None:
+        """Keep the states after the first `n_positions`."""
+        for kept, new in zip(self.states, after, strict=True):
+            kept[(n_positions - 1) % 2] = new
+            kept[2] = new
+        self.first_1.fill_(n_positions)
+
+    def before(self, position_S: Tensor) -> list[Tensor]:
+        """The states before the first of these positions, by a tensor on the device: nothing is read on the host."""
+        position_1 = position_S[:1]
+        place_1 = torch.where(position_1 == self.first_1, 2, (position_1 - 1) % 2)
+        return [kept.index_select(0, place_1).squeeze(0) for kept in self.states]
+
+    def put(self, position_S: Tensor, *after: Tensor) -> None:
+        """Keep the states after the last of these positions."""
+        place_1 = position_S[-1:] % 2
+        for kept, new in zip(self.states, after, strict=True):
+            kept.index_copy_(0, place_1, new.to(kept.dtype).unsqueeze(0))
+
+    def rows(self, start: int, stop: int) -> StateCache:
+        """See `KVCache.rows`."""
+        return StateCache(*(kept[:, start:stop] for kept in self.states), first_1=self.first_1)
+
+    def state_bytes(self) -> int:
+        """See `LayerMemory`; of one of the three places."""
+        return _bytes(self.states) // 3
+
+
+class KVCache(nn.Module):
+    """One `LayerMemory` per layer, with room for `length` positions."""
+
+    def __init__(self, layers: Iterable[LayerMemory], length: int):
+        super().__init__()
+        self.layers, self.length = nn.ModuleList(layers), length
 
     @property
     def bytes_per_position(self) -> int:
         """Of one position of every sequence, in all layers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers()) // self.length
+        return sum(layer.position_bytes() for layer in self._layers) // self.length
+
+    @property
+    def state_bytes(self) -> int:
+        """Of every sequence, in all layers: what does not grow with the number of positions."""
+        return sum(layer.state_bytes() for layer in self._layers)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether steps must be taken one after the other, from the first one on (`StateCache`)."""
+        return any(isinstance(layer, StateCache) for layer in self.layers)
 
     def rows(self, start: int, stop: int) -> KVCache:
         """The part that belongs to some of the sequences; it shares the memory."""
-        return KVCache(layer.rows(start, stop) for layer in self._layers)
+        return KVCache((layer.rows(start, stop) for layer in self._layers), self.length)
 
     @property
-    def _layers(self) -> list[LayerCache]:
-        return [layer for layer in self.layers if isinstance(layer, LayerCache)]
+    def _layers(self) -> list[LayerMemory]:
+        return [layer for layer in self.layers if isinstance(layer, LayerMemory)]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -31,6 +31,7 @@ class LatentAttention(nn.Module):
         kv_rank, q_rank: of the latent; None: queries have none.
         scale: of the softmax, on top of 1/sqrt(nope_dim + rope_dim).
         bias: whether the projections of x, and the last one, have a bias.
+        growth: (beta, N): a query at position p is multiplied by 1 + beta ln(1 + floor(p / N)), as in Llama 4.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class LatentAttention(nn.Module):
         q_rank: int | None,
         scale: float,
         bias: bool,
+        growth: tuple[float, int] | None = None,
     ):
         super().__init__()
         self.n_heads, self.nope_dim, self.rope_dim = n_heads, nope_dim, rope_dim
+        self.growth = growth
         self.kv_rank, self.scale = kv_rank, scale * (nope_dim + rope_dim) ** -0.5
         width = n_heads * (nope_dim + rope_dim)
         if q_rank is None:
@@ -79,6 +82,8 @@ class LatentAttention(nn.Module):
         with phase("attention"):
             q = self.q_up(self.q_down_norm(self.q_down(x_BSD))) if self.has_q_rank else self.q(x_BSD)
             q_BHSd = q.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+            if self.growth is not None:
+                q_BHSd = q_BHSd * self._grown(x_BSD, position_S)
             q_nope, q_rope = q_BHSd.split([self.nope_dim, self.rope_dim], dim=-1)
             c, r = self.kv_down(x_BSD).unsqueeze(1).split([self.kv_rank, self.rope_dim], dim=-1)
             c, q_rope, r = self.kv_down_norm(c), rotate(q_rope, cos_Sd, sin_Sd), rotate(r, cos_Sd, sin_Sd)
@@ -98,3 +103,12 @@ class LatentAttention(nn.Module):
                 y = attend(q_latent, *cache.put(latent_B1Sm, c, position_S), position_S, scale=self.scale)
                 y = torch.einsum("bhsr,hdr->bhsd", y, v_up)
             return self.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _grown(self, x_BSD: Tensor, position_S: Tensor | None) -> Tensor:
+        """[S, 1], what queries are multiplied by."""
+        assert self.growth is not None
+        beta, length = self.growth
+        if position_S is None:
+            position_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+        rounds_S = torch.div(position_S, length, rounding_mode="floor").float()
+        return (1 + beta * rounds_S.log1p()).to(x_BSD.dtype).unsqueeze(1)

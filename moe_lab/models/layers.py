@@ -40,22 +40,28 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
-    def __init__(self, width: int, eps: float):
+    `wide`: the weight is fp32 whatever the dtype of the others. Of a zero-centred norm (Qwen3-Next) it is 1 plus what
+    the files hold, which bf16 would round away.
+    """
+
+    def __init__(self, width: int, eps: float, *, wide: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        dtype = torch.float32 if wide else None
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype), requires_grad=False)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
 
 
 class AddRMSNorm(RMSNorm):
     """(norm(x + residual), x + residual) by the custom op; without a residual, (norm(x), x)."""
 
-    def __init__(self, width: int, eps: float, implementation: str):
-        super().__init__(width, eps)
+    def __init__(self, width: int, eps: float, implementation: str, *, wide: bool = False):
+        super().__init__(width, eps, wide=wide)
         self.asked = implementation
         self.implementation = "torch"
 
@@ -88,9 +94,9 @@ class AddLayerNorm(nn.Module):
 
 
 def add_norm(kind: str, width: int, eps: float, implementation: str) -> AddRMSNorm | AddLayerNorm:
-    """The norm of this kind, rms or layer. Only the first has several implementations."""
-    assert kind in ("rms", "layer"), kind
-    return AddRMSNorm(width, eps, implementation) if kind == "rms" else AddLayerNorm(width, eps)
+    """The norm of this kind: rms, wide (of a `RMSNorm` that is wide) or layer, which has one implementation only."""
+    assert kind in ("rms", "wide", "layer"), kind
+    return AddLayerNorm(width, eps) if kind == "layer" else AddRMSNorm(width, eps, implementation, wide=kind == "wide")
 
 
 class SwiGLU(nn.Module):

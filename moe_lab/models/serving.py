@@ -45,7 +45,7 @@ class Prefill(Serving):
 
     def cached_bytes(self) -> int:
         """See `Serving.cached_bytes`: all is written."""
-        return self.cache.bytes_per_position * self.cache.length
+        return self.cache.bytes_per_position * self.cache.length + self.cache.state_bytes
 
     def forward(self, ids_BS: Tensor, forced_routing: ForcedRouting = None) -> Output:
         """ids [B, S] -> logits [B, 1, V]."""
@@ -64,7 +64,7 @@ class Decode(Serving):
 
     def __init__(self, decoder: TransformerDecoder, cache: KVCache, context_len: int, position_1: Tensor | None = None):
         super().__init__(decoder, cache)
-        self.context_len = context_len
+        self.context_len, self._step = context_len, 0
         if position_1 is None:
             position_1 = torch.tensor([context_len], device=decoder.embed.weight.device)
         self.register_buffer("position_1", position_1, persistent=False)
@@ -78,8 +78,11 @@ class Decode(Serving):
         return Decode(decoder, self.cache, self.context_len, self.position_1)
 
     def cached_bytes(self) -> int:
-        """See `Serving.cached_bytes`: what came before is read, one position written. Looks at the host."""
-        return self.cache.bytes_per_position * (int(self.position_1) + 1)
+        """See `Serving.cached_bytes`: what came before is read, one position and the states written.
+
+        Looks at the host.
+        """
+        return self.cache.bytes_per_position * (int(self.position_1) + 1) + 2 * self.cache.state_bytes
 
     @torch.inference_mode()
     def fill(self, ids_BN: Tensor) -> tuple[Routing, ...]:
@@ -93,11 +96,14 @@ class Decode(Serving):
         return tuple(joined(of_layer) for of_layer in zip(*passes, strict=True))
 
     def seek(self, step: int) -> None:
-        """Go to a step, counted from 0."""
+        """Go to a step, counted from 0; where `cache.in_order`, to the first one or to the next."""
+        assert not self.cache.in_order or step in (0, self._step, self._step + 1), "the state before it is not there"
+        self._step = step
         self.position_1.fill_(self.context_len + step)
 
     def advance(self) -> None:
         """Go to the next step, without a look at the host."""
+        self._step = (self._step + 1) % self.n_steps
         self.position_1.sub_(self.context_len - 1).remainder_(self.n_steps).add_(self.context_len)
 
     def forward(self, ids_BN: Tensor, forced_routing: ForcedRouting = None) -> Output:

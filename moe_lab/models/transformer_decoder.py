@@ -15,20 +15,21 @@ from torch import Tensor, nn
 
 from moe_lab.models import ForcedRouting, Output
 from moe_lab.models.attention import Attention
-from moe_lab.models.kv_cache import KVCache, LayerCache
+from moe_lab.models.kv_cache import KVCache, LayerMemory
 from moe_lab.models.latent_attention import LatentAttention
 from moe_lab.models.layers import Embedding, Linear, SwiGLU, add_norm
+from moe_lab.models.mixers import make_mixer
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.rope import Rope, softmax_scale
 from moe_lab.routers.base import RouteContext, Routing
 
 
 class Block(nn.Module):
-    """Attention, then the MLP: a dense one, or an MoELayer."""
+    """Attention, or another mixer of tokens in its place, then the MLP: a dense one, or an MoELayer."""
 
     def __init__(
         self,
-        attention: Attention | LatentAttention,
+        attention: nn.Module,
         mlp: nn.Module,
         d_model: int,
         norm_eps: float,
@@ -50,7 +51,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         ctx: RouteContext,
         forced: Iterator[Routing] | None,
-        cache: LayerCache | None,
+        cache: LayerMemory | None,
         position_S: Tensor | None,
     ) -> tuple[Tensor, Tensor, Routing | None]:
         normed, residual = self.attention_norm(x_BSD, residual_BSD)
@@ -70,9 +71,10 @@ class TransformerDecoder(nn.Module):
 
     A checkpoint may ask for more: `rope_scaling` and `rotary_dim` (see `rope`), the options of `Attention`, `windows`,
     the attention window of each layer, and `latent`, the options of `LatentAttention`, which is then every layer's.
+    `mixers` has for each layer None, or what takes the place of attention there (see `mixers.make_mixer`).
     `embedding_scale`, `residual_scale` and `logits_scale` multiply the embedding, what each sublayer adds, and the
-    logits (Granite). `norm` is rms or layer, and `head_bias` a bias of the head (Phi). `max_positions` is how long a
-    sequence the model is made for, None for any.
+    logits (Granite). `norm` is the kind of `add_norm`, and `head_bias` a bias of the head (Phi). `max_positions` is how
+    long a sequence the model is made for, None for any.
     """
 
     max_positions: int | None = None
@@ -96,6 +98,7 @@ class TransformerDecoder(nn.Module):
         rotary_dim: int | None = None,
         windows: Sequence[int | None] | None = None,
         latent: Mapping[str, Any] | None = None,
+        mixers: Sequence[Mapping[str, Any] | None] | None = None,
         embedding_scale: float = 1.0,
         residual_scale: float = 1.0,
         logits_scale: float = 1.0,
@@ -109,13 +112,15 @@ class TransformerDecoder(nn.Module):
         self.embed, self.embedding_scale = Embedding(vocab_size, d_model), embedding_scale
         self.rope = Rope(self.head_dim, rope_theta, rope_scaling, rotary_dim)
 
-        def make_attention(layer: int) -> Attention | LatentAttention:
+        def make_attention(layer: int) -> nn.Module:
+            if mixers is not None and (mixer := mixers[layer]) is not None:
+                return make_mixer(d_model, norm_eps, **mixer)
             if latent is not None:
                 assert qk_norm == "none" and windows is None and not attention, "latent attention has no such options"
                 return LatentAttention(d_model, n_heads, scale=softmax_scale(rope_scaling), **latent)
             window = windows[layer] if windows is not None else None
             sizes = (d_model, n_heads, self.n_kv_heads, self.head_dim)
-            return Attention(*sizes, qk_norm, norm_eps, window=window, **attention)
+            return Attention(*sizes, qk_norm, norm_eps, window=window, wide_norms=norm == "wide", **attention)
 
         self.layers = nn.ModuleList(
             Block(make_attention(layer), self.make_mlp(layer), d_model, norm_eps, implementation, residual_scale, norm)
@@ -137,8 +142,8 @@ class TransformerDecoder(nn.Module):
     def make_cache(self, batch: int, length: int) -> KVCache:
         """Room for `length` positions of `batch` sequences, in the dtype of the parameters; tables are reserved too."""
         self.rope.reserve(length, self.embed.weight.device)
-        blocks = [block for block in self.layers if isinstance(block, Block)]
-        return KVCache(block.attention.make_cache(batch, length) for block in blocks)
+        mixers: list[Any] = [block.attention for block in self.layers if isinstance(block, Block)]
+        return KVCache((mixer.make_cache(batch, length) for mixer in mixers), length)
 
     def forward(
         self,

@@ -110,6 +110,12 @@ MEMORY = (
     Field("peak_mb", float, "MB", "peak of one iteration (CUDA: allocator; CPU: resident memory of the process)"),
     Field("parameters_mb", float, "MB", "size of the model's parameters"),
     Field("cache_bytes_per_token", float, "B", "prefill and decoding only: what a token keeps in the KV cache"),
+    Field(
+        "state_bytes_per_sequence",
+        float,
+        "B",
+        "prefill and decoding only: the states of convolutions and recurrences, which do not grow with the tokens",
+    ),
 )
 
 DEGREES = (2, 4, 8, 16, 32, 64)

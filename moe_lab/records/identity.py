@@ -39,7 +39,7 @@ _LATER_OF_ROUTER: dict[str, dict[str, Any]] = {
         "batch_aware.SharedBudget",
         "balancing_bias.QuantileBias",
     )
-}
+} | {"moe_lab.routers.scored_topk.ScoredTopK": {"hash_layers": 0}}
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 _TABLES = ("choices/*.json",)  # of the package alone: by what experts=auto chooses
 # Rooms of the package that only talk to people or read results: no run executes them.

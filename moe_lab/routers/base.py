@@ -182,6 +182,10 @@ class Router(nn.Module):
         """
         return None
 
+    def at_layer(self, layer: int) -> Self:
+        """Told once which layer of a model it is in; what it has no use for there it need not have."""
+        return self
+
     def fit(self, logits_TE: Tensor) -> None:
         """Fit to the logits of a calibration pass, once; for routers that declare `calibrates`."""
 

@@ -16,6 +16,7 @@ router gives to the experts that it came to be.
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -104,6 +105,11 @@ class Capacity(Router):
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
         """See `Router.weigh`; a row that lost a slot does not say what the others weighed before."""
         return self.inner.weigh(logits_TE, expert_ids_TK) if self.policy in ("next_best", "dropless") else None
+
+    def at_layer(self, layer: int) -> Self:
+        """See `Router.at_layer`."""
+        self.inner.at_layer(layer)
+        return self
 
     def fit(self, logits_TE: Tensor) -> None:
         """See `Router.fit`."""

@@ -7,16 +7,23 @@ The bias b chooses and never weighs. A group's score is its largest s + b (DeepS
 two largest (DeepSeek-V3, 2412.19437); groups that are not among the best are out, whatever the sign of s + b. Llama 4
 (top-k of the logits, sigmoid of the chosen) multiplies the expert's input, not its output, by the weight. Where nothing
 is added to s the ranking is done on the logits, whose small differences s would lose.
+
+In the first `hash_layers` layers of a model the token's id chooses, by the table of router=hash, and the formula of w_e
+stays (DeepSeek-V4, 2606.19348).
 """
 
 from __future__ import annotations
+
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from moe_lab.ops.selection import Selection
 from moe_lab.ops.softmax_topk import chosen, top_k
+from moe_lab.routers.base import NO_CONTEXT, RouteContext, Routing, gate_logits, require_finite
 from moe_lab.routers.selection import SelectionRouter
+from moe_lab.routers.token_hash import table_scores
 
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("max", "top2")
@@ -64,6 +71,7 @@ class ScoredTopK(SelectionRouter):
         renormalize: bool,
         scale: float,
         scales_input: bool,
+        hash_layers: int,
     ):
         super().__init__(n_experts, top_k, impl)
         for key, value, allowed in (("score", score, SCORES), ("group_score", group_score, GROUP_SCORES)):
@@ -78,7 +86,9 @@ class ScoredTopK(SelectionRouter):
             )
         self.score, self.renormalize, self.scale = score, renormalize, scale
         self.n_groups, self.top_groups, self.group_score = n_groups, top_groups, group_score
-        self.scales_input = scales_input
+        self.scales_input, self.hash_layers = scales_input, hash_layers
+        self.needs_token_ids = hash_layers > 0
+        self.has_table = False  # in the layer that it is in
         self.describe(Selection(top_k, score, n_groups, top_groups, group_score, renormalize, scale))
         empty_E = torch.empty(n_experts, dtype=torch.float32)
         self.bias_E = nn.Parameter(empty_E, requires_grad=False) if bias else None
@@ -86,6 +96,36 @@ class ScoredTopK(SelectionRouter):
     def biases(self) -> dict[str, Tensor | None]:
         """See `SelectionRouter.biases`."""
         return {"bias_E": self.bias_E}
+
+    def at_layer(self, layer: int) -> Self:
+        """See `Router.at_layer`."""
+        self.has_table = layer < self.hash_layers
+        if self.has_table:
+            self.bias_E = None
+        return self
+
+    def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
+        """See `Router.select`."""
+        if ctx.layer >= self.hash_layers:
+            return super().select(logits_TE, ctx)
+        require_finite(logits_TE, ctx)
+        scores_TE = table_scores(ctx, self.n_experts, f"router.hash_layers={self.hash_layers}")
+        ids_TK = top_k(scores_TE, self.top_k)
+        return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if ctx.want_scores else None)
+
+    def route(self, x_TD: Tensor, gate_ED: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
+        """See `Router.route`."""
+        if ctx.layer >= self.hash_layers:
+            return super().route(x_TD, gate_ED, ctx)
+        return self.select(gate_logits(x_TD, gate_ED), ctx)
+
+    def multiplies_gate(self, n_tokens: int, gate_ED: Tensor, dtype: torch.dtype) -> bool:
+        """See `Router.multiplies_gate`."""
+        return not self.has_table and super().multiplies_gate(n_tokens, gate_ED, dtype)
+
+    def implementation(self) -> str:
+        """See `Router.implementation`; no kernel reads a table."""
+        return self.label if self.label == "torch" or not self.hash_layers else f"{self.label}, tables: torch"
 
     def ranked(self, logits_TE: Tensor) -> Tensor:
         """The logits, or where something is added to scores those; -inf outside of the best groups."""

@@ -74,4 +74,4 @@ class SelectionRouter(Router):
     def multiplies_gate(self, n_tokens: int, gate_ED: Tensor, dtype: torch.dtype) -> bool:
         """See `Router.multiplies_gate`."""
         E, D = gate_ED.shape
-        return multiplies_gate(self.implementation(), n_tokens, D, E, dtype)
+        return multiplies_gate(self.label, n_tokens, D, E, dtype)

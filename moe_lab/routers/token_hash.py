@@ -3,7 +3,7 @@
     S = the k experts with the largest hash of (id, expert);  w_e = softmax over the chosen logits
 
 The hash stands for the random table of the paper, one for each layer. DeepSeek-V4 (2606.19348) uses such tables in its
-first layers, with weights from the logits.
+first layers, with the weights of its other layers (router.hash_layers of routers/scored_topk.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ from moe_lab.ops.softmax_topk import top_k, weights_of
 from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing, require_finite
 
 _TABLES = stream_of("router=hash")
+
+
+def table_scores(ctx: RouteContext, n_experts: int, asked: str) -> Tensor:
+    """[T, E]: a token's experts in its layer's table have the largest. Raises `ValueError` without token ids."""
+    if ctx.token_ids_T is None:
+        raise ValueError(f"{asked}: needs token ids (ctx.token_ids_T).")
+    return hash_scores(ctx.token_ids_T, n_experts, of_layer(_TABLES, ctx.layer))
 
 
 class TokenHash(Router):
@@ -33,9 +40,7 @@ class TokenHash(Router):
     def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
         """See `Router.select`. Raises `ValueError` without token ids."""
         require_finite(logits_TE, ctx)
-        if ctx.token_ids_T is None:
-            raise ValueError("router=hash: needs token ids (ctx.token_ids_T).")
-        scores_TE = hash_scores(ctx.token_ids_T, self.n_experts, of_layer(_TABLES, ctx.layer))
+        scores_TE = table_scores(ctx, self.n_experts, "router=hash")
         ids_TK = top_k(scores_TE, self.top_k)
         return Routing(ids_TK, self.weigh(logits_TE, ids_TK), scores_TE=scores_TE if ctx.want_scores else None)
 

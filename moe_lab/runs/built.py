@@ -13,6 +13,7 @@ from moe_lab.measure.clocks import Step, make_step
 from moe_lab.models import Output
 from moe_lab.models.attention import Attention
 from moe_lab.models.checkpoint import Checkpoint
+from moe_lab.models.gated_delta_net import GatedDeltaNet
 from moe_lab.models.latent_attention import LatentAttention
 from moe_lab.models.layers import AddLayerNorm, AddRMSNorm
 from moe_lab.models.moe_layer import moe_layers
@@ -94,9 +95,12 @@ class Built:
             yield step()
             return
         n = self.task.n_steps
-        for index in sorted({i * n // (most or n) for i in range(most or n)}):
+        wanted = {i * n // (most or n) for i in range(most or n)}
+        for index in range(max(wanted) + 1) if self.task.cache.in_order else sorted(wanted):
             self.task.seek(index)
-            yield step()
+            output = step()
+            if index in wanted:
+                yield output
 
     def implementation(self) -> dict[str, str]:
         """Who computes what."""
@@ -113,6 +117,8 @@ class Built:
                 ran["attention"] = "triton" if module.fuses else "torch"
             elif isinstance(module, LatentAttention) and self.decodes:
                 ran["attention"] = "torch"
+            elif isinstance(module, GatedDeltaNet):
+                ran["delta_net"] = f"torch: {'recurrent' if self.decodes else 'chunked'}"
         for layer in moe_layers(self.model):
             ran["router"] = (
                 layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"

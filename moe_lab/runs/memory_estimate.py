@@ -158,26 +158,31 @@ def _decoder(config: Config, size: int) -> Parts:
     H = model["n_heads"]
     kv, d = model.get("n_kv_heads") or H, model.get("head_dim") or D // H
     dense_F = model.get("dense_hidden_dim") or F
-    attention, cached, turned = D * d * (2 * H + 2 * kv), 2 * kv * d, (H + kv) * d
+    gate = D * d * H if model.get("output_gate") else 0
+    attention, cached, turned = D * d * (2 * H + 2 * kv) + gate, 2 * kv * d, (H + kv) * d
     if latent := model.get("latent"):
         attention, cached, turned = _latent_attention(D, H, **latent)
+    mixers = [_mixer(D, size, **mixer) for mixer in model.get("mixers") or () if mixer is not None]
+    attends = L - len(mixers)
     mlp, moe = 3 * D * dense_F, E * (D + 3 * D * F) + 3 * D * shared
-    parameters = V * D * (1 if model["tie_embeddings"] else 2) + L * attention + dense * mlp + (L - dense) * moe
+    parameters = V * D * (1 if model["tie_embeddings"] else 2) + attends * attention + dense * mlp + (L - dense) * moe
     B, S, phase = config["batch"], config["seq_len"], config["workload"].get("phase", "forward")
     N = S + (config["workload"]["context_len"] if phase == "decode" else 0)
     # The reference passes over whole sequences: all at once, or while decoding as many as make a pass.
     rows = min(B, max(1, TOKENS_AT_ONCE // N)) if phase == "decode" else B
     T, last = rows * N, 1 if phase == "prefill" else S
     head = rows * last * (3 * D + V) + (V * D if size != _FP32 else 0)  # the weight is cast
-    attend = T * (2 * D + 2 * turned + kv * d)  # before and after the rotation
+    parameters += sum(mixer.parameters for mixer in mixers)
+    attend = T * (2 * D + 2 * turned + kv * d) if attends else 0  # before and after the rotation
+    mix = max((T * (2 * D + mixer.values) for mixer in mixers), default=0)
     feed = T * (2 * D + max(4 * dense_F if dense else 0, E))
     return {
         "parameters": parameters * size,
         "modules": L * _LAYER_OBJECTS,
         "input": B * N * _ID + 2 * N * d * _FP32,  # and the tables of the rotation
-        "cache": 0 if phase == "forward" else L * B * N * cached * size,
+        "cache": 0 if phase == "forward" else B * (attends * N * cached * size + sum(mixer.state for mixer in mixers)),
         "output": B * last * V * size * (2 if phase == "decode" else 1),  # of each step, and of all together
-        "activations": max(head, attend, feed) * _FP32,
+        "activations": max(head, attend, mix, feed) * _FP32,
         "calibration": _calibration_tokens(config["router"]) * (_ID + E * _FP32) if E else 0,
         "text": _text_bytes(config),
     }
@@ -191,6 +196,36 @@ def _latent_attention(
     queries = D * H * d if q_rank is None else D * q_rank + q_rank * H * d
     keys = D * latent + kv_rank * H * (nope_dim + v_dim)
     return queries + keys + H * v_dim * D, latent, (H + 1) * rope_dim
+
+
+class _Mixer(NamedTuple):
+    """Of a layer with something else in place of attention: bytes of state of a sequence, values of a token."""
+
+    parameters: int
+    state: int
+    values: int
+
+
+def _mixer(D: int, size: int, *, kind: str, **sizes: Any) -> _Mixer:
+    return (_delta_net if kind == "delta_net" else _short_conv)(D, size, **sizes)
+
+
+def _short_conv(D: int, size: int, *, width: int, bias: bool) -> _Mixer:
+    """Three places of the state, and before the convolution three values of each channel."""
+    return _Mixer(D * (4 * D + width + 5 * bias), 3 * D * (width - 1) * size, 5 * D)
+
+
+def _delta_net(
+    D: int, size: int, *, n_heads: int, head_dim: int, n_value_heads: int, value_dim: int, conv_width: int
+) -> _Mixer:
+    """Each state has three places (`kv_cache.StateCache`); the recurrent one is fp32."""
+    keys, values = n_heads * head_dim, n_value_heads * value_dim
+    mixed = 2 * keys + values
+    return _Mixer(
+        D * (mixed + 2 * values + 2 * n_value_heads) + mixed * conv_width,
+        3 * (mixed * (conv_width - 1) * size + n_value_heads * head_dim * value_dim * _FP32),
+        2 * mixed + values,  # before and after the convolution, and the gate
+    )
 
 
 def _calibration_tokens(router: Config) -> int:

@@ -334,13 +334,15 @@ class Run:
     def _memory(self) -> dict[str, float | None] | None:
         if self.built is None:
             return None
-        task, per_token = self.built.task, None
+        task, per_token, per_sequence = self.built.task, None, None
         if isinstance(task, Serving):
             per_token = task.cache.bytes_per_position / self.cfg.batch
+            per_sequence = task.cache.state_bytes / self.cfg.batch
         return {
             "peak_mb": self.peak_bytes / 1e6 if self.peak_bytes is not None else None,
             "parameters_mb": parameter_bytes(self.built.model) / 1e6,
             "cache_bytes_per_token": per_token,
+            "state_bytes_per_sequence": per_sequence,
         }
 
     def write(self, record: Record) -> None:

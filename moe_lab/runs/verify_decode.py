@@ -64,12 +64,15 @@ def verify_decode(
     with declared_properties(task, twin, forced=forced) as properties:
         _compare_whole(result.check, task, twin, ids_BN, steps, whole, is_free=is_free)
 
+    probe = LayerProbe(task, twin, tolerance, routes=not forced)
+
     def some_steps() -> None:  # they write into the cache again, so it was compared before
-        for index in probed:
+        for index in range(n) if task.cache.in_order else probed:
+            probe.looks = index in probed
             task.seek(index)
             task(ids_BN, steps[index].routings)
 
-    probe_layers(result, LayerProbe(task, twin, tolerance, routes=not forced), some_steps)
+    probe_layers(result, probe, some_steps)
     task.seek(n - 1)
     _, result.flops = count_flops(lambda: task.on(twin)(ids_BN, steps[-1].routings if forced else None))
     keep_properties(result, properties)

@@ -32,6 +32,7 @@ def test_a_tiny_checkpoint_of_each_architecture_is_supported(kind: str, tmp_path
     assert architecture is not None
     assert facts["supported"] == "yes" and facts["unusual"] == architecture.unusual
     assert facts["family"] == f"{kind} ({architecture.models})" and facts["tested"] == architecture.tested
+    assert facts["keys_not_used"] is None  # of all that transformers writes
 
 
 def test_the_lines_of_the_small_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moe_lab.measure.tolerances import TOLERANCES, exact_products, tolerance_of
+from moe_lab.models.gated_delta_net import GatedDeltaNet
 
 
 @pytest.fixture
@@ -45,6 +46,17 @@ def test_rounding_adds_up_with_the_root_of_the_depth(dtype: torch.dtype) -> None
         allowed.score,
         allowed.weight,
     )
+
+
+def test_narrow_heads_of_delta_nets_enlarge_rounding() -> None:
+    """By the narrowest; not what is looked at layer by layer."""
+    sizes = {"n_heads": 1, "head_dim": 4, "n_value_heads": 1, "conv_width": 2}
+    model = nn.Module()
+    plain = tolerance_of(model, torch.bfloat16)
+    model.nets = nn.ModuleList(GatedDeltaNet(4, 1e-6, value_dim=width, **sizes) for width in (64, 16))
+    found = tolerance_of(model, torch.bfloat16)
+    assert (found.model, found.cache) == pytest.approx((3 * plain.model, 3 * plain.cache))
+    assert (found.expert, found.token, found.score) == (plain.expert, plain.token, plain.score)
 
 
 def test_an_execution_that_fuses_may_differ_in_its_logits_and_weights() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from moe_lab.models.parameters import initialize, without_storage
 from tests.models.peers import peer_model
 
 KINDS: tuple[str, ...] = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "phimoe")
-KINDS += ("ernie4_5_moe", "hunyuan_v1_moe")
-KINDS += ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "solar_open", "minimax_m2")
+KINDS += ("ernie4_5_moe", "hunyuan_v1_moe", "lfm2_moe")
+KINDS += ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
+KINDS += ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "solar_open", "minimax_m2", "mistral4")
 VOCAB, D, HEADS, LAYERS, E, K, F = 97, 32, 4, 2, 5, 2, 24
 _COMMON = {
     "vocab_size": VOCAB,
@@ -60,7 +61,36 @@ _DEEPSEEK = {
     "routed_scaling_factor": 1.5,
     "num_hidden_layers": 3,
 }
-_OWN = {
+_MROPE = {
+    "rope_type": "default",
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_interleaved": True,
+    "mrope_section": [2, 1, 1],
+}
+_GATED = {
+    "num_experts": E,
+    "moe_intermediate_size": F,
+    "shared_expert_intermediate_size": 12,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 6,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+}
+_OF_IMAGES = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": D,
+    "num_position_embeddings": 16,
+}
+_OWN: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": E, "intermediate_size": F},
     "mixtral": {"num_local_experts": E, "intermediate_size": F},
     "qwen2_moe": {
@@ -69,9 +99,26 @@ _OWN = {
         "intermediate_size": 40,
         "shared_expert_intermediate_size": 12,
     },
+    "qwen3_next": {**_GATED, "intermediate_size": 40},
+    "qwen3_5_moe_text": {**_GATED, "rope_parameters": _MROPE},
+    "qwen3_5_moe": {**_GATED, "rope_parameters": _MROPE},
     "qwen3_moe": {"num_experts": E, "moe_intermediate_size": F, "intermediate_size": 40, "head_dim": 12},
     "glm4_moe": {**_DEEPSEEK, "head_dim": 12},
     "glm4_moe_lite": {**_LATENT, **_DEEPSEEK, "first_k_dense_replace": ...},
+    "mistral4": {
+        **_LATENT,
+        **_DEEPSEEK,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 8,
+            "beta_fast": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.7,
+        },
+    },
     "dots1": {**_DEEPSEEK, "head_dim": 12, "norm_topk_prob": True},
     "solar_open": {**_DEEPSEEK, "head_dim": 12, "intermediate_size": ..., "first_k_dense_replace": ...},
     "minimax_m2": {"num_local_experts": E, "intermediate_size": F, "head_dim": 12},
@@ -110,6 +157,15 @@ _OWN = {
         "tie_word_embeddings": False,
         "num_experts_per_tok": K,
     },
+    "lfm2_moe": {
+        "num_experts": E,
+        "moe_intermediate_size": F,
+        "intermediate_size": 40,
+        "num_dense_layers": 1,
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention", "conv", "conv"],
+        "tie_word_embeddings": False,
+    },
     "hunyuan_v1_moe": {
         "num_experts": E,
         "moe_topk": K,
@@ -135,7 +191,10 @@ _OWN = {
     },
 }
 
-_EACH_LAYOUT = {"olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"}
+_ZERO_CENTRED = {"Qwen3NextRMSNorm", "Qwen3_5MoeRMSNorm"}
+
+_EACH_LAYOUT = {"olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "qwen3_next"}
+_EACH_LAYOUT |= {"qwen3_5_moe"}
 """Together they have every layout of files. For the other kinds the tests of the loader alone are slow ones."""
 
 kinds = pytest.mark.parametrize(
@@ -145,17 +204,22 @@ kinds = pytest.mark.parametrize(
 
 def trained(kind: str, seed: int = 0, **settings: Any) -> Any:
     """A model of transformers that stands for a trained one: norms are not 1, biases not 0, logits of size 1."""
-    keys = {**_COMMON, **_OWN[kind], **settings}
-    model: Any = peer_model(kind, **{key: value for key, value in keys.items() if value is not ...})
+    given = {**_COMMON, **_OWN[kind], **settings}
+    keys: dict[str, Any] = {key: value for key, value in given.items() if value is not ...}
+    if kind == "qwen3_5_moe":
+        tied = {"tie_word_embeddings": keys.get("tie_word_embeddings", False)}
+        keys = {"text_config": keys, "vision_config": _OF_IMAGES, "attn_implementation": "eager", **tied}
+    model: Any = peer_model(kind, **keys)
+    centred = {f"{name}.weight" for name, part in model.named_modules() if type(part).__name__ in _ZERO_CENTRED}
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
-            parameter.copy_(0.3 * noise + float("norm" in name))
+            parameter.copy_(0.3 * noise + float("norm" in name and name not in centred))
         else:
             parameter.copy_(noise * (0.5 if "embed" in name else parameter.shape[-1] ** -0.5))
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "expert_bias")):
             buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
@@ -229,7 +293,8 @@ def as_written_by_4(content: dict[str, Any]) -> None:
     content["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
     content["torch_dtype"] = content.pop("dtype")
     content["transformers_version"] = "4.40.0"
-    content.pop("layer_types", None)
+    if not {"linear_attention", "conv"} & {*content.get("layer_types", [])}:
+        content.pop("layer_types", None)
     if content["model_type"] == "qwen3_moe" and "num_local_experts" in content:
         content["num_experts"] = content.pop("num_local_experts")
 
@@ -237,6 +302,11 @@ def as_written_by_4(content: dict[str, Any]) -> None:
 def tensors(folder: Path) -> dict[str, Tensor]:
     """All that model.safetensors holds."""
     return load_file(folder / "model.safetensors")
+
+
+def loaded_keys(keys: Iterable[str]) -> list[str]:
+    """Those of the text part."""
+    return [key for key in keys if not key.startswith("model.visual.")]
 
 
 def write_tensors(folder: Path, content: Mapping[str, Tensor]) -> None:

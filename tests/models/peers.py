@@ -30,6 +30,11 @@ _PREFIXES = {
     "phimoe": "Phimoe",
     "hunyuan_v1_moe": "HunYuanMoEV1",
     "ernie4_5_moe": "Ernie4_5_Moe",
+    "lfm2_moe": "Lfm2Moe",
+    "mistral4": "Mistral4",
+    "qwen3_next": "Qwen3Next",
+    "qwen3_5_moe_text": "Qwen3_5Moe",
+    "qwen3_5_moe": "Qwen3_5Moe",
 }
 
 
@@ -56,11 +61,12 @@ def decoder_settings(model: TransformerDecoder) -> dict[str, Any]:
 def peer_model(kind: str, **settings: Any) -> nn.Module:
     """A model of transformers in evaluation mode; skips the test where transformers is not installed."""
     pytest.importorskip("transformers")
-    prefix = _PREFIXES[kind]
-    configuration = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
-    modeling = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-    config = getattr(configuration, f"{prefix}Config")(**settings)
-    model: nn.Module = getattr(modeling, f"{prefix}ForCausalLM")(config)
+    prefix, module = _PREFIXES[kind], kind.removesuffix("_text")
+    configuration = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
+    modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    config = getattr(configuration, f"{prefix}{'TextConfig' if kind != module else 'Config'}")(**settings)
+    of_images = hasattr(config, "vision_config")
+    model: nn.Module = getattr(modeling, f"{prefix}For{'ConditionalGeneration' if of_images else 'CausalLM'}")(config)
     return model.eval().requires_grad_(False)
 
 

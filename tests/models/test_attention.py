@@ -218,3 +218,21 @@ def test_a_larger_base_turns_slower() -> None:
     slow, fast = (rope_tables(2, 8, theta, CPU)[1][1, :4] for theta in (1e6, 1e2))
     assert slow[0] == fast[0]
     assert (slow[1:] < fast[1:]).all()
+
+
+@pytest.mark.parametrize("n_kv_heads", [pytest.param(n, id=f"kv{n}") for n in (1, 4)])
+def test_the_gate_of_the_output_is_a_sigmoid_of_further_rows(n_kv_heads: int) -> None:
+    """Of each dimension of each head, before the last projection."""
+    plain = attention_of(n_kv_heads=n_kv_heads)
+    gated = Attention(24, 4, n_kv_heads, 6, "none", 1e-6, output_gate=True)
+    initialize(gated, seed=2)
+    for name in ("k", "v", "o"):
+        getattr(gated, name).weight.copy_(getattr(plain, name).weight)
+    gated.q.weight[:24].copy_(plain.q.weight)
+    x, tables = random(2, 5, 24), rope_tables(5, 6, THETA, CPU)
+    heads: list[Tensor] = []
+    handle = plain.o.register_forward_pre_hook(lambda _, given: heads.append(given[0]))
+    plain(x, *tables)
+    handle.remove()
+    want = (heads[0] * (x @ gated.q.weight[24:].T).sigmoid()) @ plain.o.weight.T
+    torch.testing.assert_close(gated(x, *tables), want)

@@ -1,4 +1,7 @@
-"""models/checkpoint_config.py, models/checkpoint_sizes.py, models/checkpoint_effect.py: what is read and refused."""
+"""models/checkpoint_config.py, models/checkpoint_sizes.py, models/checkpoint_effect.py, models/checkpoint_plain.py.
+
+What is read and what is refused.
+"""
 
 from __future__ import annotations
 

@@ -10,11 +10,58 @@ import pytest
 
 from moe_lab.models.checkpoint_forms import Fp8Blocks
 from tests.models.checkpoints import complaint
-from tests.models.released import SHARED, settings_of
+from tests.models.released import COMMON, SHARED, settings_of
 
 kinds = pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in SHARED])
 AIR, FLASH, DOTS, M2, SOLAR = SHARED
 settings = partial(settings_of, SHARED)
+GROWING = {
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "factor": 128.0,
+    "llama_4_scaling_beta": 0.1,
+    "max_position_embeddings": 1048576,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 8192,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 10000.0,
+    "rope_type": "yarn",
+}
+MISTRAL_4 = {
+    **COMMON,
+    "model_type": "mistral4",
+    "attention_bias": False,
+    "eos_token_id": 2,
+    "first_k_dense_replace": 0,
+    "head_dim": 128,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "kv_lora_rank": 256,
+    "max_position_embeddings": 1048576,
+    "moe_intermediate_size": 2048,
+    "n_group": 1,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 32,
+    "q_lora_rank": 1024,
+    "qk_head_dim": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_interleave": True,
+    "rope_parameters": GROWING,
+    "routed_scaling_factor": 1.0,
+    "topk_group": 1,
+    "v_head_dim": 128,
+    "vocab_size": 131072,
+}
+"""As transformers 5 writes it by default."""
+of_mistral = partial(settings_of, {"mistral4": MISTRAL_4}, kind="mistral4")
 
 
 @kinds
@@ -58,6 +105,45 @@ def test_released_models_are_read_off_their_configuration(kind: str, tmp_path: P
 def test_how_much_of_a_head_is_turned(kind: str, keys: dict[str, Any], rotary_dim: int, tmp_path: Path) -> None:
     """Inside the parameters of RoPE, beside them, or by the architecture's own key or default."""
     assert settings(tmp_path, kind, **keys).decoder["rotary_dim"] == rotary_dim
+
+
+def test_mistral_4_is_read_off_its_configuration(tmp_path: Path) -> None:
+    """Its head is what is turned and what is not, and its queries grow with their position."""
+    found = of_mistral(tmp_path)
+    assert found.unread == () and found.interleaved and found.dense_layers == frozenset()
+    assert found.decoder["head_dim"] == 64 and found.decoder["latent"]["growth"] == (0.1, 8192)
+    assert found.decoder["shared_expert_hidden_dim"] == 2048
+    router = found.router
+    assert (router["score"], router["bias"], router["group_score"], router["scale"]) == ("softmax", False, "top2", 1.0)
+    without = {key: value for key, value in GROWING.items() if key != "partial_rotary_factor"}
+    assert of_mistral(tmp_path, rope_parameters=without) == found == of_mistral(tmp_path, head_dim=..., qk_head_dim=...)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        pytest.param({"rope_parameters": ...}, "rope_parameters must have rope_type=yarn", id="no_rope"),
+        pytest.param({"rope_parameters": {"rope_type": "default"}}, "must have rope_type=yarn", id="plain_rope"),
+        pytest.param(
+            {"rope_parameters": {**GROWING, "llama_4_scaling_beta": ...}}, "llama_4_scaling_beta", id="no_beta"
+        ),
+        pytest.param(
+            {"rope_parameters": {**GROWING, "llama_4_scaling_beta": -1}}, "llama_4_scaling_beta=-1", id="negative_beta"
+        ),
+        pytest.param(
+            {"rope_parameters": {**GROWING, "partial_rotary_factor": 0.25}}, "partial_rotary_factor=0.25", id="share"
+        ),
+        pytest.param({"head_dim": 64}, "head_dim=64 must be 128", id="head_dim"),
+        pytest.param({"n_group": 3}, "n_group=3", id="groups"),
+        pytest.param({"first_k_dense_replace": ...}, "first_k_dense_replace", id="no_dense_key"),
+        pytest.param({"rope_interleave": "no"}, "rope_interleave=no", id="interleave_as_text"),
+    ],
+)
+def test_what_would_be_another_mistral_4_is_refused(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """By the key."""
+    if isinstance(rope := keys.get("rope_parameters"), dict):
+        keys = {"rope_parameters": {key: value for key, value in rope.items() if value is not ...}}
+    assert said in complaint(lambda: of_mistral(tmp_path, **keys))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lab.models import checkpoint_forms
-from moe_lab.models.checkpoint_forms import Fp8Blocks
+from moe_lab.models.checkpoint_forms import Fp8Blocks, OnePlus, Regrouped
 from moe_lab.runs.run import run
 from tests import tiny
 from tests.models.checkpoints import (
@@ -232,3 +232,49 @@ def test_the_record_says_what_the_files_were(tmp_path: Path) -> None:
         record = run(cfg, tmp_path / "run" / kind)
         assert record.implementation.get("weights") == said
         assert any("dequantised" in text for text in record.warnings) is (said is not None)
+
+
+def test_the_weight_of_a_zero_centred_norm_is_one_more_than_in_the_file() -> None:
+    """In fp32 what bf16 would round away stays."""
+    target, values = torch.empty(3), torch.tensor([0.0, -0.5, 2**-9]).bfloat16()
+    OnePlus().put(target, values)
+    assert target.tolist() == [1.0, 0.5, 1 + 2**-9]
+
+
+def test_rows_in_groups_are_put_part_by_part() -> None:
+    """Two groups with parts of 1, 2 and 3 rows."""
+    target, values = torch.empty(12, 2), torch.arange(12.0).unsqueeze(1).repeat(1, 2)
+    Regrouped((1, 2, 3)).put(target, values)
+    assert target[:, 0].tolist() == [0, 6, 1, 2, 7, 8, 3, 4, 5, 9, 10, 11]
+    bias = torch.empty(4)
+    Regrouped((1, 1)).put(bias, torch.arange(4.0))
+    assert bias.tolist() == [0, 2, 1, 3]
+
+
+def test_rows_in_groups_may_be_fp8() -> None:
+    """Blocks of scales lie over the rows as they are in the file."""
+    weight = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    values, scale = quantized(weight, 5, 3)
+    form = Regrouped((1, 2)).in_blocks(Fp8Blocks(5, 3))
+    assert (form.dtypes, form.scale_key("x"), form.scale_shape((12, 8))) == (("F8_E4M3",), "x_scale_inv", (3, 3))
+    got, want = torch.empty(12, 8), torch.empty(12, 8)
+    form.put(got, values, scale)
+    Regrouped((1, 2)).put(want, values.float() * expanded(scale, weight.shape, 5, 3))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_moe"])
+def test_gated_delta_nets_in_fp8_give_the_values_that_the_file_means(kind: str, tmp_path: Path) -> None:
+    """Also where a matrix has its rows in groups."""
+    folder = checkpoint(kind, tmp_path)
+    content, meant = {}, {}
+    for key, weight in tensors(folder).items():
+        content[key] = meant[key] = weight
+        if key.endswith(("in_proj_qkvz.weight", "in_proj_qkv.weight", "q_proj.weight", "out_proj.weight")):
+            content[key], content[key + SCALE] = quantized(weight, 16, 8)
+            meant[key] = content[key].float() * expanded(content[key + SCALE], weight.shape, 16, 8)
+    write_tensors(folder, meant)
+    want = load(folder)(ids(2, 9)).y
+    write_tensors(folder, content)
+    edit_config(folder, quantization_config=CONFIG)
+    assert torch.equal(load(folder)(ids(2, 9)).y, want)

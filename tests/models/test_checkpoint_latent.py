@@ -57,6 +57,7 @@ def test_released_models_are_read_off_their_configuration(kind: str, tmp_path: P
         "renormalize": kind != V2,
         "scale": content["routed_scaling_factor"],
         "scales_input": False,
+        "hash_layers": 0,
     }
 
 

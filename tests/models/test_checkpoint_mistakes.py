@@ -13,7 +13,8 @@ import torch
 from moe_lab.models import checkpoint_config, checkpoint_names, transformer_decoder
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.checkpoint_config import Settings
-from moe_lab.models.checkpoint_names import Source
+from moe_lab.models.checkpoint_forms import AS_IT_IS
+from moe_lab.models.checkpoint_names import Naming, Source
 from moe_lab.models.rope import Rope
 from tests.models.checkpoints import ids, load, save, trained
 from tests.models.test_checkpoint import ATOL, computed
@@ -50,6 +51,11 @@ def expert_setting(**keys: Any) -> Plant:
     )
 
 
+def growing(beta: float, length: int) -> Plant:
+    """Queries grow in another way with their position."""
+    return reads(lambda s: {"decoder": {**s.decoder, "latent": {**s.decoder["latent"], "growth": (beta, length)}}})
+
+
 def router(**keys: Any) -> Plant:
     """The native router has another setting."""
     return reads(lambda settings: {"router": {**settings.router, **keys}})
@@ -61,8 +67,8 @@ def mapped(change: Callable[[str, list[Source]], list[Source]]) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
         sources = checkpoint_names.sources
 
-        def changed(name: str, shape: Sequence[int], model: str) -> list[list[Source]]:
-            return [change(name, layout) for layout in sources(name, shape, model)]
+        def changed(name: str, shape: Sequence[int], naming: Naming) -> list[list[Source]]:
+            return [change(name, layout) for layout in sources(name, shape, naming)]
 
         patch.setattr(checkpoint_names, "sources", changed)
 
@@ -75,9 +81,9 @@ def exchanged(one: str, other: str) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
         sources = checkpoint_names.sources
 
-        def changed(name: str, shape: Sequence[int], model: str) -> list[list[Source]]:
+        def changed(name: str, shape: Sequence[int], naming: Naming) -> list[list[Source]]:
             swapped = name.replace(one, "\0").replace(other, one).replace("\0", other)
-            return sources(swapped, shape, model)
+            return sources(swapped, shape, naming)
 
         patch.setattr(checkpoint_names, "sources", changed)
 
@@ -172,6 +178,61 @@ _OF_GLM = [
     ("weights_not_renormalised", router(renormalize=False)),
 ]
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def not_regrouped(part: str) -> Plant:
+    """The rows of a matrix are taken as they are in the file."""
+
+    def change(name: str, layout: list[Source]) -> list[Source]:
+        return (
+            [source._replace(form=AS_IT_IS) for source in layout]
+            if name.endswith(f"attention.{part}.weight")
+            else layout
+        )
+
+    return mapped(change)
+
+
+def not_centred(patch: pytest.MonkeyPatch) -> None:
+    """The weights of zero-centred norms are taken for those of usual ones."""
+    patch.setattr(checkpoint_names, "_ZERO_CENTRED", frozenset())
+
+
+_KEYS, _VALUES = 2 * 6, 4 * 10
+
+
+def _values_by_the_other_order(w: torch.Tensor) -> torch.Tensor:
+    """A query's heads of values are not neighbours."""
+    values = w[2 * _KEYS : 2 * _KEYS + _VALUES].unflatten(0, (2, 2, 10)).transpose(0, 1).flatten(0, 2)
+    return torch.cat([w[: 2 * _KEYS], values, w[2 * _KEYS + _VALUES :]])
+
+
+_OF_GATED = [
+    *_ANYWHERE,
+    ("rotation_order", said(interleaved=True)),
+    ("usual_norms", not_centred),
+    ("all_turned", setting(rotary_dim=16)),
+    ("no_norm_of_heads", setting(qk_norm="none")),
+    ("queries_and_gate_not_by_heads", not_regrouped("q")),
+    ("queries_and_gate_exchanged", loaded("attention.q.weight", lambda w: w.roll(len(w) // 2, 0))),
+    ("keys_and_values_exchanged", exchanged("attention.k.", "attention.v.")),
+    (
+        "queries_and_keys_of_the_net_exchanged",
+        loaded("qkvz.weight", lambda w: torch.cat([w[_KEYS : 2 * _KEYS], w[:_KEYS], w[2 * _KEYS :]])),
+    ),
+    (
+        "values_and_gate_of_the_net_exchanged",
+        loaded("qkvz.weight", lambda w: torch.cat([w[: 2 * _KEYS], w[2 * _KEYS :].roll(_VALUES, 0)])),
+    ),
+    ("beta_and_decay_exchanged", loaded("ba.weight", lambda w: w.roll(len(w) // 2, 0))),
+    ("convolution_backwards", loaded("conv.weight", lambda w: w.flip(2))),
+    ("decay_dropped", zeroed("a_log_H")),
+    ("decay_bias_dropped", zeroed("dt_bias_H")),
+    ("norm_of_the_net_dropped", loaded("attention.norm.weight", torch.ones_like)),
+    ("shared_expert_without_its_gate", setting(shared_expert_gate=False)),
+    ("shared_expert_dropped", setting(shared_expert_hidden_dim=0)),
+    ("weights_not_renormalised", router(renormalize=False)),
+]
 _OF_DEEPSEEK = {
     "attention_bias": True,
     "n_routed_experts": 6,
@@ -184,12 +245,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**_OF_DEEPSEEK, "topk_method": "group_limited_greedy", "topk_group": 1},
     "deepseek_v3": _OF_DEEPSEEK,
     "glm4_moe": {"use_qk_norm": True, "attention_bias": True},
+    "mistral4": {"attention_bias": True},
     "dots1": {"attention_bias": True, "sliding_window": 4, "max_window_layers": 1},
     "solar_open": {"attention_bias": True},
     "minimax_m2": {"rotary_dim": 8},
+    "lfm2_moe": {"conv_bias": True, "routed_scaling_factor": 2.5},
+    "qwen3_next": {"attention_bias": True},
 }
 """With which a mistake has an effect, where that is not the plain model."""
 MISTAKES: dict[str, list[tuple[str, Plant]]] = {
+    "qwen3_next": [
+        *_OF_GATED,
+        ("rows_of_the_net_not_by_heads", not_regrouped("qkvz")),
+        ("beta_and_decay_not_by_heads", not_regrouped("ba")),
+        ("heads_of_values_in_the_other_order", loaded("qkvz.weight", _values_by_the_other_order)),
+        ("query_bias_dropped", zeroed("attention.q.bias")),
+        ("output_bias_dropped", zeroed("attention.o.bias")),
+    ],
+    "qwen3_5_moe": _OF_GATED,
+    "qwen3_5_moe_text": _OF_GATED,
     "deepseek_v2": [
         *_OF_LATENT,
         ("weights_renormalised", router(renormalize=True)),
@@ -202,6 +276,14 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("weights_by_a_softmax", router(score="softmax")),
         ("router_bias_dropped", zeroed("router.bias_E")),
         ("router_bias_negated", loaded("router.bias_E", torch.neg)),
+    ],
+    "mistral4": [
+        *(each for each in _OF_LATENT if each[0] != "plain_rope"),
+        ("queries_do_not_grow", growing(0.0, 8)),
+        ("queries_grow_in_longer_steps", growing(0.7, 12)),
+        ("weights_not_renormalised", router(renormalize=False)),
+        ("best_of_a_group", router(group_score="max")),
+        ("weights_by_a_sigmoid", router(score="sigmoid")),
     ],
     "glm4_moe": [
         *_OF_GLM,
@@ -245,6 +327,18 @@ MISTAKES: dict[str, list[tuple[str, Plant]]] = {
         ("sigmoid_scores", router(score="sigmoid")),
         ("no_shared_experts", setting(shared_expert_hidden_dim=0)),
         ("rotation_of_halves", said(interleaved=False)),
+    ],
+    "lfm2_moe": [
+        *_OF_ALL,
+        ("convolution_backwards", loaded("attention.conv.weight", lambda w: w.flip(2))),
+        ("gates_of_the_convolution_exchanged", loaded("attention.into.weight", lambda w: w.roll(32, 0))),
+        ("convolution_bias_dropped", zeroed("attention.conv.bias")),
+        ("bias_into_the_convolution_dropped", zeroed("attention.into.bias")),
+        ("selection_bias_dropped", zeroed("router.bias_E")),
+        ("softmax_scores", router(score="softmax")),
+        ("weights_not_scaled", router(scale=1.0)),
+        ("key_norm_dropped", loaded("k_norm.weight", torch.ones_like)),
+        ("one_dense_layer_more", said(dense_layers=frozenset({0, 1}))),
     ],
     "hunyuan_v1_moe": [
         *_OF_ALL,

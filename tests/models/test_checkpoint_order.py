@@ -81,3 +81,13 @@ def test_of_latent_attention_only_the_last_dimensions_are_turned() -> None:
         rows = parameters[f"layers.0.attention.kv_down.{name}"].reshape(9, -1)[:, 0]
         assert rows.tolist() == [0, 1, 2, 3, 4, 5, 7, 6, 8]
     assert torch.equal(parameters["layers.0.attention.q_down.weight"], numbered(12, 2))
+
+
+def test_the_gate_behind_the_queries_keeps_its_order() -> None:
+    """It meets the values, which are not turned."""
+    names = ("q.weight", "q.bias", "k.weight")
+    parameters = {f"layers.0.attention.{name}": numbered(8) for name in names}
+    reorder(parameters, [0, 2, 1, 3], head_dim=4, kv_down_dim=0, gated=True)
+    assert parameters["layers.0.attention.q.weight"].tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
+    assert parameters["layers.0.attention.q.bias"].tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
+    assert parameters["layers.0.attention.k.weight"].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

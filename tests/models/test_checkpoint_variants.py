@@ -135,6 +135,33 @@ RELEASED: dict[str, dict[str, Any]] = {
         "use_bias": False,
         "vocab_size": 103424,
     },
+    "lfm2_moe": {  # LFM2-8B-A1B
+        **COMMON,
+        "model_type": "lfm2_moe",
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "eos_token_id": 7,
+        "hidden_act": ...,
+        "hidden_size": 2048,
+        "intermediate_size": 7168,
+        "layer_types": ["full_attention" if layer in (2, 6, 10, 14, 18, 21) else "conv" for layer in range(24)],
+        "max_position_embeddings": 128000,
+        "moe_intermediate_size": 1792,
+        "norm_eps": 1e-05,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_dense_layers": 2,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "pad_token_id": 0,
+        "rope_theta": 1000000.0,
+        "routed_scaling_factor": 1.0,
+        "tie_word_embeddings": ...,
+        "use_expert_bias": True,
+        "vocab_size": 65536,
+    },
     "hunyuan_v1_moe": {  # Hunyuan-A13B, without the keys that only its training reads
         **COMMON,
         "model_type": "hunyuan_v1_moe",
@@ -190,6 +217,7 @@ def test_of_a_released_model_every_key_is_read_or_known_to_have_no_effect(kind: 
         pytest.param("gpt_oss", 20.9, id="gpt_oss"),
         pytest.param("phimoe", 41.9, id="phimoe"),
         pytest.param("ernie4_5_moe", 21.8, id="ernie4_5_moe"),
+        pytest.param("lfm2_moe", 8.3, id="lfm2_moe"),
         pytest.param("hunyuan_v1_moe", 80.4, id="hunyuan_v1_moe"),
     ],
 )
@@ -206,10 +234,10 @@ def test_gpt_oss_is_read_off_its_configuration(tmp_path: Path) -> None:
     found = settings(tmp_path, "gpt_oss")
     assert found.decoder["windows"] == [128, None] * 12 and found.decoder["sinks"]
     assert found.decoder["expert_settings"] == {"bias": True, "activation": (1.702, 7.0), "gate_bias": True}
-    assert found.layout == "gpt_oss mxfp4" and str(found.form) == "mxfp4 (of the experts)"
+    assert found.naming.model == "gpt_oss mxfp4" and str(found.form) == "mxfp4 (of the experts)"
     assert settings(tmp_path, "gpt_oss", layer_types=...).decoder["windows"] == [128, None] * 12
     assert settings(tmp_path, "gpt_oss", sliding_window=None).decoder["windows"] == [None] * 24
-    assert settings(tmp_path, "gpt_oss", quantization_config=...).layout == "gpt_oss"
+    assert settings(tmp_path, "gpt_oss", quantization_config=...).naming.model == "gpt_oss"
 
 
 def test_phimoe_computes_no_sequence_beyond_the_original_length(tmp_path: Path) -> None:
@@ -217,6 +245,19 @@ def test_phimoe_computes_no_sequence_beyond_the_original_length(tmp_path: Path) 
     assert settings(tmp_path, "phimoe").max_positions == 4096
     assert settings(tmp_path, "phimoe", rope_scaling=None).max_positions == 131072
     assert settings(tmp_path, "phimoe", router_jitter_noise=0).router["jitter_eps"] == 0
+
+
+def test_lfm2_has_convolutions_in_most_layers(tmp_path: Path) -> None:
+    """Its head is tied where nothing is said, under either name of the key."""
+    found = settings(tmp_path, "lfm2_moe")
+    conv = {"kind": "short_conv", "width": 3, "bias": False}
+    assert [layer for layer, mixer in enumerate(found.decoder["mixers"]) if mixer is None] == [2, 6, 10, 14, 18, 21]
+    assert found.decoder["mixers"][0] == conv and found.dense_layers == {0, 1} and found.decoder["qk_norm"] == "head"
+    assert found.router["score"] == "sigmoid" and found.router["bias"] and found.router["renormalize"]
+    assert found.decoder["tie_embeddings"]
+    for keys in ({"tie_embedding": False}, {"tie_word_embeddings": False}):
+        assert not settings(tmp_path, "lfm2_moe", **keys).decoder["tie_embeddings"]
+    assert not settings(tmp_path, "lfm2_moe", use_expert_bias=False).router["bias"]
 
 
 def test_ernie_has_experts_from_one_layer_to_another(tmp_path: Path) -> None:
@@ -263,8 +304,22 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("ernie4_5_moe", {"moe_norm_min": 0.1}, "moe_norm_min=0.1 is not supported"),
     ("ernie4_5_moe", {"moe_layer_interval": 0}, "moe_layer_interval=0"),
     ("ernie4_5_moe", {"moe_k": 65}, "moe_k=65 is more than the 64 experts"),
+    ("lfm2_moe", {"layer_types": ...}, "no layer_types"),
+    ("lfm2_moe", {"layer_types": ["conv"] * 23}, "layer_types="),
+    ("lfm2_moe", {"layer_types": ["conv"] * 23 + ["sliding_attention"]}, "layer_types="),
+    ("lfm2_moe", {"layer_types": "conv"}, "layer_types=conv must have conv or full_attention per layer (24)"),
+    ("lfm2_moe", {"norm_eps": ...}, "no norm_eps"),
+    ("lfm2_moe", {"norm_eps": ..., "rms_norm_eps": 1e-5}, "no norm_eps"),
+    ("lfm2_moe", {"conv_L_cache": 0}, "conv_L_cache=0 must be an integer >= 1"),
+    ("lfm2_moe", {"conv_bias": 1}, "conv_bias=1 must be true or false"),
+    ("lfm2_moe", {"use_expert_bias": "yes"}, "use_expert_bias=yes must be true or false"),
+    ("lfm2_moe", {"num_dense_layers": -1}, "num_dense_layers=-1 must be an integer >= 0"),
+    ("lfm2_moe", {"num_experts_per_tok": 33}, "num_experts_per_tok=33 is more than the 32 experts"),
+    ("lfm2_moe", {"routed_scaling_factor": 0}, "routed_scaling_factor=0 must be a number > 0"),
+    ("lfm2_moe", {"head_dim": 63}, "head_dim"),
     ("hunyuan_v1_moe", {"moe_topk": 65}, "moe_topk=65 is more than the 64 experts"),
     ("hunyuan_v1_moe", {"moe_topk": [8] * 31 + [4]}, "moe_topk="),
+    ("hunyuan_v1_moe", {"head_dim": 2}, "head_dim=2 must be at least 4 with rope_type=dynamic"),
     ("hunyuan_v1_moe", {"use_cla": True}, "use_cla=True is not supported"),
     ("hunyuan_v1_moe", {"moe_intermediate_size": 1}, "moe_intermediate_size=1 is not supported"),
     ("hunyuan_v1_moe", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "alpha=None must be a number"),

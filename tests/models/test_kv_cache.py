@@ -1,4 +1,4 @@
-"""models/kv_cache.py: keys and values in memory that is allocated once."""
+"""models/kv_cache.py: keys, values and states in memory that is allocated once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lab.models.kv_cache import KVCache, LayerCache
+from moe_lab.models.kv_cache import KVCache, LayerCache, StateCache
 
 B, H, N, d = 3, 2, 7, 4
 
@@ -20,7 +20,7 @@ def layer(dtype: torch.dtype = torch.float32) -> LayerCache:
 
 
 def cache(layers: int = 2, dtype: torch.dtype = torch.float32) -> KVCache:
-    return KVCache(layer(dtype) for _ in range(layers))
+    return KVCache((layer(dtype) for _ in range(layers)), N)
 
 
 @pytest.mark.parametrize("S", [pytest.param(s, id=f"s{s}") for s in (1, 4, N)])
@@ -103,3 +103,76 @@ def test_bytes_per_position_are_of_all_sequences_layers_keys_and_values(dtype: t
 def test_a_cache_is_part_of_no_state() -> None:
     """It is not saved and has no parameters, and so changes no model that holds it."""
     assert not cache().state_dict() and not list(cache().parameters())
+
+
+def states(batch: int = B) -> StateCache:
+    """One of width d in bf16, one of 2 x d in fp32."""
+    shapes = (((d,), torch.bfloat16), ((2, d), torch.float32))
+    return StateCache.zeros(batch, shapes, torch.device("cpu"))
+
+
+def after(position: int, batch: int = B) -> list[Tensor]:
+    """The states after a position: its number plus 1 everywhere."""
+    return [torch.full((batch, *shape), position + 1.0) for shape in ((d,), (2, d))]
+
+
+def number(found: list[Tensor]) -> float:
+    """What fills all of these states."""
+    (value,) = {value for state in found for value in state.float().unique().tolist()}
+    return float(value)
+
+
+def test_before_anything_is_kept_a_state_is_zero() -> None:
+    """A sequence without a context begins at position 0."""
+    kept = states()
+    assert number(kept.before(torch.tensor([0]))) == 0
+    kept.put(torch.tensor([0]), *after(0))
+    assert number(kept.before(torch.tensor([1]))) == 1 and number(kept.before(torch.tensor([0]))) == 0
+
+
+@pytest.mark.parametrize("context", [pytest.param(c, id=f"context{c}") for c in (0, 1, 2, 5)])
+def test_a_step_finds_the_state_before_it_as_often_as_it_is_taken(context: int) -> None:
+    """In order, each step three times, and from the last one back to the first."""
+    kept = states()
+    if context:
+        kept.begin(context, *after(context - 1))
+    for _ in range(2):
+        for position in range(context, context + 5):
+            at = torch.tensor([position])
+            for _ in range(3):
+                assert number(kept.before(at)) == position
+                kept.put(at, *after(position))
+
+
+def test_several_positions_read_before_the_first_and_keep_after_the_last() -> None:
+    """As a pass over some tokens does that goes on from the cache."""
+    kept = states()
+    kept.begin(4, *after(3))
+    assert number(kept.before(torch.tensor([4, 5, 6]))) == 4
+    kept.put(torch.tensor([4, 5, 6]), *after(6))
+    assert number(kept.before(torch.tensor([7]))) == 7
+
+
+def test_states_keep_their_dtypes() -> None:
+    """Whatever the reference puts into them."""
+    kept = states()
+    kept.begin(1, *after(0))
+    kept.put(torch.tensor([1]), *after(1))
+    assert [state.dtype for state in kept.before(torch.tensor([2]))] == [torch.bfloat16, torch.float32]
+
+
+def test_rows_of_states_are_some_sequences_in_the_same_memory() -> None:
+    """Also of where the context ends."""
+    whole = KVCache([layer(), states()], N)
+    part = whole.rows(1, 3).layers[1]
+    part.begin(3, *after(2, batch=2))
+    first, second = whole.layers[1].before(torch.tensor([3]))
+    assert first[:, 0].tolist() == [0, 3, 3] and second[:, 0, 0].tolist() == [0, 3, 3]
+
+
+def test_states_do_not_grow_with_the_number_of_positions() -> None:
+    """So they stand apart from the bytes of a position, and of three places one counts."""
+    kept, plain = KVCache([layer(), states()], N), KVCache([layer()], N)
+    assert kept.bytes_per_position == plain.bytes_per_position > 0
+    assert (kept.state_bytes, plain.state_bytes) == (B * d * 2 + B * 2 * d * 4, 0)
+    assert (kept.in_order, plain.in_order) == (True, False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,10 +22,11 @@ with_queries = pytest.mark.parametrize(
 )
 
 
-def attention_of(q_rank: int | None = 8, *, bias: bool = True, scale: float = 1.3) -> LatentAttention:
-    attention = LatentAttention(
-        D, H, nope_dim=NOPE, rope_dim=ROPE, v_dim=V, kv_rank=RANK, q_rank=q_rank, scale=scale, bias=bias
-    )
+def attention_of(
+    q_rank: int | None = 8, *, bias: bool = True, scale: float = 1.3, growth: tuple[float, int] | None = None
+) -> LatentAttention:
+    sizes = {"nope_dim": NOPE, "rope_dim": ROPE, "v_dim": V, "kv_rank": RANK, "q_rank": q_rank}
+    attention = LatentAttention(D, H, **sizes, scale=scale, bias=bias, growth=growth)
     initialize(attention, 3)
     return attention
 
@@ -54,6 +57,9 @@ def defined(attention: LatentAttention, x_SD: Tensor) -> Tensor:
         return x_Sd * cos.double() + torch.cat((-x_Sd[:, half:], x_Sd[:, :half]), 1) * sin.double()
 
     q = linear("q_up", norm("q_down_norm", linear("q_down", x))) if attention.has_q_rank else linear("q", x)
+    if attention.growth is not None:
+        beta, length = attention.growth
+        q = q * torch.tensor([[1 + beta * math.log(1 + p // length)] for p in range(S)])
     down = linear("kv_down", x)
     c, r = norm("kv_down_norm", down[:, :RANK]), turned(down[:, RANK:])
     up_SHd, q_SHd = linear("kv_up", c).view(S, H, NOPE + V), q.view(S, H, NOPE + ROPE)
@@ -92,6 +98,21 @@ def test_tokens_behind_a_cache_are_those_of_a_whole_pass(q_rank: int | None, con
     torch.testing.assert_close(torch.cat(got, 1), want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("beta", [pytest.param(beta, id=f"beta={beta}") for beta in (0.0, 0.7)])
+def test_queries_may_grow_with_their_position(beta: float) -> None:
+    """At every third position, at once and behind a cache."""
+    attention, x = attention_of(growth=(beta, 3)), random(1, 10, D)
+    cos, sin = tables(10)
+    want = attention(x, cos, sin)
+    torch.testing.assert_close(want[0].double(), defined(attention, x[0]), rtol=0, atol=1e-5)
+    cache = attention.make_cache(1, 10)
+    attention(x[:, :2], cos[:2], sin[:2], cache)
+    for p in range(2, 10):
+        got = attention(x[:, p : p + 1], cos[p : p + 1], sin[p : p + 1], cache, torch.tensor([p]))
+        torch.testing.assert_close(got, want[:, p : p + 1], rtol=0, atol=1e-5)
+    assert bool(beta) != torch.allclose(want, attention_of()(x, cos, sin))
+
+
 def test_a_cache_keeps_the_latent_and_its_turned_key() -> None:
     """rank + rope values of a token, whatever the number of heads; the value is a view of the key."""
     attention, x = attention_of(), random(2, 4, D)
@@ -99,7 +120,7 @@ def test_a_cache_keeps_the_latent_and_its_turned_key() -> None:
     cache = attention.make_cache(2, 6)
     attention(x, cos, sin, cache)
     assert isinstance(cache, LatentCache) and cache.k_BHNd.shape == (2, 1, 6, RANK + ROPE)
-    assert KVCache([cache]).bytes_per_position == 2 * (RANK + ROPE) * 4
+    assert KVCache([cache], 6).bytes_per_position == 2 * (RANK + ROPE) * 4
     assert cache.v_BHNd.data_ptr() == cache.k_BHNd.data_ptr()
     down = attention.kv_down(x)
     torch.testing.assert_close(cache.v_BHNd[:, 0, :4], attention.kv_down_norm(down[..., :RANK]))
@@ -109,7 +130,7 @@ def test_a_cache_keeps_the_latent_and_its_turned_key() -> None:
 
 def test_rows_of_a_latent_cache_share_its_memory() -> None:
     """As of any cache."""
-    whole = KVCache([attention_of().make_cache(5, 4)])
+    whole = KVCache([attention_of().make_cache(5, 4)], 4)
     part = whole.rows(1, 3)
     part.layers[0].begin(torch.ones(2, 1, 4, RANK + ROPE), torch.ones(2, 1, 4, RANK))
     assert whole.length == part.length == 4
@@ -130,6 +151,6 @@ def test_a_wrong_value_in_a_latent_cache_is_seen(index: int) -> None:
     """By what compares a run's cache with the reference's."""
     kept, wanted = (LatentCache(random(2, 1, 4, RANK + ROPE), RANK) for _ in range(2))
     kept.k_BHNd[1, 0, 3, index] += 1
-    compared = ComparedCache(KVCache([kept]))
+    compared = ComparedCache(KVCache([kept], 4))
     compared.layers[0].begin(wanted.k_BHNd, wanted.v_BHNd)
     assert compared.error() > 0.1

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.models.layers import AddRMSNorm, Embedding, Linear, RMSNorm, SwiGLU
+from moe_lab.models.layers import AddRMSNorm, Embedding, Linear, RMSNorm, SwiGLU, add_norm
 from moe_lab.models.parameters import initialize
 
 
@@ -93,3 +93,22 @@ def test_swiglu_takes_the_gate_first() -> None:
     gate, up = mlp.gate_up.weight.double().split(5)
     want = (F.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ mlp.down.weight.double().T
     torch.testing.assert_close(mlp(x).double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_weight_of_a_wide_norm_is_not_rounded() -> None:
+    """fp32 in a bf16 model, and computed in fp32: alone, and behind a residual."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        norms = [RMSNorm(6, 1e-6, wide=True), add_norm("wide", 6, 1e-6, "torch")]
+    finally:
+        torch.set_default_dtype(before)
+    x = random(3, 6).bfloat16()
+    for norm in norms:
+        assert norm.weight.dtype == torch.float32
+        norm.weight.fill_(1 + 2**-9)
+    alone, (behind, _) = norms[0](x), norms[1](x, torch.zeros_like(x))
+    want = rms_norm(x.double(), norms[0].weight.double(), 1e-6).bfloat16()
+    assert torch.equal(alone, want) and torch.equal(behind, want)
+    narrow = rms_norm(x.double(), torch.ones(6).double(), 1e-6).bfloat16()
+    assert not torch.equal(want, narrow)

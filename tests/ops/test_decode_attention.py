@@ -473,7 +473,12 @@ def assert_same(y: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [pytest.param({}, id="plain"), pytest.param({"scale": 0.6, "sinks": True}, id="sinks")]
+    "more",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"scale": 0.6, "sinks": True}, id="sinks"),
+        pytest.param({"output_gate": True}, id="output_gate"),
+    ],
 )
 @LAYERS
 @DTYPES

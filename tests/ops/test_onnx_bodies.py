@@ -17,6 +17,7 @@ from torch import Tensor
 import moe_lab.experts.exported
 import moe_lab.ops.add_rms_norm
 import moe_lab.ops.capacity
+import moe_lab.ops.delta_rule
 import moe_lab.ops.rotate
 import moe_lab.ops.sinkhorn  # noqa: F401
 from moe_lab.ops.library import OPS
@@ -90,6 +91,7 @@ def test_every_body_is_tested_here() -> None:
         "fill_up",
         "experts_mlp",
         "experts_mlp_biased",
+        "gated_delta_rule",
     }
 
 
@@ -163,6 +165,15 @@ def test_experts_mlp_biased(alpha: float, limit: float, scales_input: bool, opse
     biases = [randn(E, 2 * F, seed=6), randn(E, D, seed=7)]
     settings = {"scales_input": scales_input, "alpha": float(alpha), "limit": float(limit)}
     compare("experts_mlp_biased", opset, [randn(T, D), ids_TK, weights_TK, *matrices, *biases], **settings)
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("S", [pytest.param(S, id=f"S={S}") for S in (0, 1, 37, 199)])
+def test_gated_delta_rule(S: int, opset: int) -> None:
+    """Token by token, of two sequences and three heads."""
+    k = randn(2, 3, S, 5, seed=1)
+    gates = [-randn(2, 3, S, seed=3).abs(), randn(2, 3, S, seed=4).sigmoid()]
+    compare("gated_delta_rule", opset, [randn(2, 3, S, 5), k / k.norm(dim=3, keepdim=True), randn(2, 3, S, 7), *gates])
 
 
 @pytest.mark.parametrize(

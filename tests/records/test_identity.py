@@ -502,8 +502,17 @@ def test_a_key_that_nobody_named_changes_the_id() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("router", ["sinkhorn", "top_p", "min_p", "expert_skip", "oea", "xshare", "quantile"])
-def test_renormalize_came_later_to_some_routers(router: str) -> None:
+@pytest.mark.parametrize(
+    ("router", "key", "other"),
+    [
+        *[
+            pytest.param(router, "renormalize", False, id=f"renormalize-{router}")
+            for router in ("sinkhorn", "top_p", "min_p", "expert_skip", "oea", "xshare", "quantile")
+        ],
+        pytest.param("deepseek_v4", "hash_layers", 1, id="hash_layers"),
+    ],
+)
+def test_a_key_came_later_to_some_routers(router: str, key: str, other: Any) -> None:
     """Its default changes no cell_id, inside another router neither; another value does."""
     for words in ([f"router={router}"], ["router=capacity", f"router@router.inner={router}"]):
         ids = []
@@ -511,9 +520,9 @@ def test_renormalize_came_later_to_some_routers(router: str) -> None:
             plain: Any = OmegaConf.to_container(tiny.decoder_moe(*words), resolve=True)
             node = plain["router"].get("inner") or plain["router"]
             if change == "pop":
-                del node["renormalize"]
+                del node[key]
             elif change == "set":
-                node["renormalize"] = False
+                node[key] = other
             ids.append(identity.digest(content(plain)))
         assert ids[0] == ids[1] != ids[2]
     assert "renormalize" in content(tiny.decoder_moe("router=mixtral"))["router"]  # which had it from the start

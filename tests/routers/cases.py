@@ -64,6 +64,7 @@ CASES: dict[str, NewRouter] = {
     "sigmoid-bias": partial(ready, partial(SCORED, bias=True, scale=2.5)),
     "softmax-bias": partial(ready, partial(SCORED, score="softmax", bias=True, renormalize=False)),
     "sqrt-softplus": partial(ready, partial(SCORED, score="sqrt_softplus")),
+    "sqrt-softplus-table": partial(ready, partial(make, "deepseek_v4", hash_layers=1)),
     "input-scale": partial(ready, partial(SCORED, renormalize=False, scales_input=True)),
     "expert-choice": partial(make, "expert_choice"),
     "base": partial(ready, partial(make, "base")),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lab.routers.base import RouteContext
 from moe_lab.routers.scored_topk import SCORES, ScoredTopK, score, within_groups
-from tests.routers.cases import SCORED, ready
+from tests.routers.cases import SCORED, make, ready
 from tests.routers.peers import dense, peer_router
 
 SIZES = pytest.mark.parametrize(
@@ -142,6 +142,44 @@ def test_the_route_is_that_of_minimax_ernie_and_llama_4() -> None:
     torch.testing.assert_close(
         dense(routing.expert_ids_TK, routing.weights_TK, E), llama_TE.double(), rtol=1e-5, atol=1e-7
     )
+
+
+def test_the_tables_of_the_first_layers_route_as_in_transformers() -> None:
+    """Its module with the table that ours stands for; the layers behind choose by the logits."""
+    E, K, logits_TE, ids_T = 24, 3, random_logits(199, 24), torch.arange(199) * 7 % 101
+    r = make("deepseek_v4", E, K, hash_layers=2)
+    torch.nn.init.normal_(r.bias_E)
+    peer = peer_router(
+        "deepseek_v4",
+        "DeepseekV4HashRouter",
+        E,
+        K,
+        scoring_func="sqrtsoftplus",
+        routed_scaling_factor=1.5,
+        vocab_size=101,
+    )
+    for layer in range(2):
+        ctx = RouteContext(token_ids_T=ids_T, layer=layer)
+        peer.tid2eid.copy_(
+            make("hash", E, K).select(random_logits(101, E), ctx._replace(token_ids_T=torch.arange(101)))[0]
+        )
+        _, weights_TK, ids_TK = peer(logits_TE, ids_T)
+        routing = r.select(logits_TE, ctx)
+        torch.testing.assert_close(
+            dense(routing.expert_ids_TK, routing.weights_TK, E), dense(ids_TK, weights_TK, E), rtol=1e-5, atol=1e-7
+        )
+        routing_of_gate = r(logits_TE, torch.eye(E), ctx)
+        assert torch.equal(routing_of_gate.expert_ids_TK, routing.expert_ids_TK)
+    plain = make("deepseek_v4", E, K)
+    plain.bias_E.copy_(r.bias_E)
+    behind, without = (each.select(logits_TE, ctx._replace(layer=2)) for each in (r, plain))
+    assert torch.equal(behind.expert_ids_TK, without.expert_ids_TK) and torch.equal(
+        behind.weights_TK, without.weights_TK
+    )
+    assert r.at_layer(2).bias_E is not None and r.at_layer(1).bias_E is None  # a table has no use for it
+    assert r.needs_token_ids and not plain.needs_token_ids
+    with pytest.raises(ValueError, match=r"router\.hash_layers=2: needs token ids"):
+        r.select(logits_TE)
 
 
 def test_the_bias_chooses_and_never_weighs() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moe_lab.models.kv_cache import KVCache, LayerCache
+from moe_lab.models.kv_cache import KVCache, LayerCache, StateCache
 from moe_lab.runs.compared_cache import ComparedCache
 
 
@@ -15,7 +15,7 @@ def filled(n_layers: int = 2) -> KVCache:
     """B = 2 sequences, 3 heads of width 4, 5 positions."""
     generator = torch.Generator().manual_seed(0)
     tensors = torch.randn(n_layers, 2, 2, 3, 5, 4, generator=generator)
-    return KVCache(LayerCache(keys, values) for keys, values in tensors)
+    return KVCache((LayerCache(keys, values) for keys, values in tensors), 5)
 
 
 def compared(kept: KVCache, wanted: KVCache, positions: int = 5) -> ComparedCache:
@@ -55,3 +55,22 @@ def test_what_was_kept_is_not_changed() -> None:
         layer.k_BHNd.mul_(2)
     assert compared(kept, other).error() == pytest.approx(0.5)
     assert all(torch.equal(layer.k_BHNd, same.k_BHNd) for layer, same in zip(kept.layers, filled().layers, strict=True))
+
+
+@pytest.mark.parametrize("steps", [pytest.param(s, id=f"{s}_steps") for s in (0, 1, 2)])
+@pytest.mark.parametrize("wrong", [pytest.param(0, id="first_state"), pytest.param(1, id="second_state")])
+def test_the_last_state_is_compared_by_sequence(wrong: int, steps: int) -> None:
+    """After a context of 3 positions, or after steps behind it; one wrong sequence is not averaged in."""
+    generator = torch.Generator().manual_seed(1)
+    wanted = [torch.randn(2, 3, generator=generator), torch.randn(2, 2, 3, generator=generator)]
+    found = [state.clone() for state in wanted]
+    found[wrong][1] *= 1.25
+    kept = StateCache.zeros(2, (((3,), torch.float32), ((2, 3), torch.float32)), torch.device("cpu"))
+    kept.begin(3, *(wanted if steps else found))
+    for position in range(3, 3 + steps):
+        kept.put(torch.tensor([position]), *found)
+    cache = ComparedCache(KVCache([kept], 3 + steps))
+    cache.layers[0].begin(3 + steps, *wanted)
+    assert cache.error() == pytest.approx(0.25, rel=1e-5)
+    cache.layers[0].begin(3 + steps, wanted[0] * math.nan, wanted[1])
+    assert cache.error() == math.inf

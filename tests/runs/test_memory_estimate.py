@@ -14,10 +14,15 @@ import torch
 import moe_lab
 from moe_lab.errors import UnavailableError
 from moe_lab.measure import memory
+from moe_lab.models.checkpoint import without_weights
 from moe_lab.models.parameters import parameter_bytes
+from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.runs import build, memory_estimate
 from moe_lab.runs.run import Run
 from tests import tiny
+from tests.models.released import LATENT, SHARED, settings_of
+from tests.models.test_checkpoint_deepseek import MISTRAL_4
+from tests.models.test_checkpoint_variants import RELEASED as VARIANTS
 
 CPU = torch.device("cpu")
 FACTOR, MORE = 4, 100e6
@@ -201,6 +206,56 @@ def test_of_a_checkpoint(tmp_path: Path) -> None:
     cfg.model.path = str(tmp_path)
     with pytest.raises(ValueError, match="cannot be read"):
         memory_estimate.estimate(cfg)
+
+
+GATED = {
+    **OLMOE,
+    "model_type": "qwen3_next",
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 40,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 24,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 20,
+    "linear_conv_kernel_dim": 4,
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_of_layers_with_states(dtype: str, tmp_path: Path) -> None:
+    """Three gated delta nets and a layer of attention with a gate: parameters, and the cache as it is allocated."""
+    (tmp_path / "config.json").write_text(json.dumps({**GATED, "norm_topk_prob": True}))
+    keys = ["workload=random", "workload.phase=decode", "workload.context_len=9", "seq_len=3", "batch=5"]
+    cfg = moe_lab.compose(
+        ["model=checkpoint", f"model.path={tmp_path}", "router=native", "device=cpu", f"dtype={dtype}", *keys]
+    )
+    parts = memory_estimate.estimate(cfg)
+    assert parts is not None
+    model = build._make_model(cfg, torch.device("meta"))
+    real = parameter_bytes(model)
+    assert 0.98 * real <= parts["parameters"] <= real
+    assert isinstance(model, TransformerDecoder)
+    allocated = sum(buffer.numel() * buffer.element_size() for buffer in model.make_cache(5, 12).buffers())
+    assert allocated - 3 * 8 == parts["cache"]  # less where the context ends
+
+
+RELEASED = {**LATENT, **SHARED, **VARIANTS, "mistral4": MISTRAL_4}
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in RELEASED])
+def test_of_released_checkpoints(kind: str, tmp_path: Path) -> None:
+    """The parameters but for norms and biases, and a cache of what each layer keeps."""
+    settings_of(RELEASED, tmp_path, kind)
+    words = ["model=checkpoint", f"model.path={tmp_path}", "router=native", "device=cpu", "dtype=bf16", "batch=2"]
+    cfg = moe_lab.compose([*words, "workload.phase=decode", "workload.context_len=100", "seq_len=28"])
+    parts, model = memory_estimate.estimate(cfg), without_weights(tmp_path)
+    assert parts is not None
+    assert 0.998 * parameter_bytes(model) / 2 <= parts["parameters"] <= parameter_bytes(model) / 2
+    with torch.device("meta"):
+        cache = model.to(torch.bfloat16).make_cache(2, 128)
+    assert parts["cache"] == cache.bytes_per_position * 128 + 3 * cache.state_bytes
 
 
 def test_a_text_is_in_memory_whole(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from moe_lab.errors import MismatchError
 from moe_lab.measure.tolerances import TOLERANCES
 from moe_lab.models import Output
-from moe_lab.models.kv_cache import LayerCache
+from moe_lab.models.kv_cache import LayerCache, StateCache
 from moe_lab.models.rope import Rope
 from moe_lab.models.serving import Decode
 from moe_lab.models.transformer_decoder import TransformerDecoder
@@ -21,6 +22,7 @@ from moe_lab.runs.run import Run, _kept
 from moe_lab.runs.verify import Verification
 from moe_lab.runs.verify_decode import verify_decode
 from tests import tiny
+from tests.models.checkpoints import checkpoint
 from tests.runs.test_verify import (
     DTYPES,
     ROUTERS,
@@ -478,3 +480,108 @@ def test_a_correct_run_passes_on_cuda_and_a_faulty_one_fails(execution: str, mod
         faulty = tiny.built(cfg)
         plant(faulty)
         assert fault_found(faulty).where == "layers"
+
+
+# --- states of fixed size ---------------------------------------------------------------------------------------------
+
+
+def state_of(run: Run, layer: int = 0) -> StateCache:
+    assert isinstance(run.built.task, Decode)
+    found = list(run.built.task.cache.layers)[layer]
+    assert isinstance(found, StateCache)
+    return found
+
+
+def state_not_kept(run: Run) -> None:
+    """Each step finds the state that the context left, or none."""
+    state_of(run).put = lambda position, *after: None  # type: ignore[method-assign]
+
+
+def state_of_another_sequence(run: Run) -> None:
+    """From the first step on."""
+    kept = state_of(run)
+    before = kept.before
+    kept.before = lambda position: [state.roll(1, 0) for state in before(position)]  # type: ignore[method-assign]
+
+
+def convolution_forgotten(run: Run) -> None:
+    """Its last tokens are 0."""
+    kept = state_of(run, 2)
+    before = kept.before
+    kept.before = lambda position: [0 * before(position)[0], before(position)[1]]  # type: ignore[method-assign]
+
+
+def last_state_wrong(run: Run) -> None:
+    """What no later step reads, and what is in the cache."""
+    kept = state_of(run, 2)
+    put, last = kept.put, CONTEXT + STEPS - 1
+    kept.put = lambda position, conv, state: put(  # type: ignore[method-assign]
+        position, conv, state * (1.5 if int(position) == last else 1)
+    )
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with gated delta nets in two of three layers."""
+    wide = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    return checkpoint("qwen3_next", tmp_path_factory.mktemp("gated"), **wide)
+
+
+def gated_run(folder: Path, *more: str, context: int = CONTEXT) -> Run:
+    keys = (f"model.path={folder}", "router=native", "workload=random", "batch=3", *more)
+    return tiny.built(config(*keys, model="checkpoint", context=context))
+
+
+@pytest.mark.parametrize(
+    ("context", "dtype"),
+    [
+        pytest.param(2, "bf16", id="context2-bf16"),
+        pytest.param(70, "fp32", id="context70-fp32"),
+        pytest.param(1, "fp32", id="context1-fp32", marks=pytest.mark.slow),
+        pytest.param(70, "bf16", id="context70-bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_steps_that_go_on_from_states_pass(context: int, dtype: str, gated: Path) -> None:
+    """As often as they are verified, and from any step."""
+    run = gated_run(gated, f"dtype={dtype}", context=context)
+    passed(run)
+    assert isinstance(run.built.task, Decode)
+    run.built.task.advance()
+    run.built.task(run.built.x)
+    passed(run)
+
+
+def test_some_of_the_steps_are_those_of_all(gated: Path) -> None:
+    """Between them no step is left out."""
+    run = gated_run(gated)
+    every = [output.y.clone() for output in run.built.outputs()]
+    chosen = [output.y.clone() for output in run.built.outputs(2)]
+    assert torch.equal(chosen[0], every[0]) and torch.equal(chosen[1], every[STEPS // 2])
+
+
+def test_no_step_is_jumped_over(gated: Path) -> None:
+    """The state before it would be another step's."""
+    run = gated_run(gated)
+    assert isinstance(run.built.task, Decode)
+    for step in (0, 1, 1, 2, 0, 1):
+        run.built.task.seek(step)
+    with pytest.raises(AssertionError, match="the state before it is not there"):
+        run.built.task.seek(3)
+    for _ in range(STEPS):
+        run.built.task.advance()
+    run.built.task.seek(2)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        pytest.param(plant, id=plant.__name__)
+        for plant in (state_not_kept, state_of_another_sequence, convolution_forgotten, last_state_wrong)
+    ],
+)
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_fault_in_a_state_fails(plant: Callable[[Run], None], dtype: str, gated: Path) -> None:
+    """In the outputs, or in what the cache holds at the end."""
+    run = gated_run(gated, f"dtype={dtype}")
+    plant(run)
+    assert verified(run).mismatch is not None

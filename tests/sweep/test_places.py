@@ -53,6 +53,12 @@ def test_another_launcher_has_no_slots(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("result.json"))
 
 
+def test_a_mistake_is_said_before_slots_are_opened(tmp_path: Path) -> None:
+    """On the command line, where they are opened while Hydra composes."""
+    done = subprocess.run(faulty.command_of("sweep.engine=spark"), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "sweep.engine=spark: must be one of worker, ray" in done.stderr
+
+
 def test_without_ray_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What to install."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
