@@ -206,17 +206,6 @@ def test_layers_of_further_tokens_stay_in_the_files(tmp_path: Path) -> None:
     assert "unexpected: model.layers.3." in complaint(lambda: load(folder))
 
 
-@pytest.mark.slow
-def test_latent_attention_is_exported(tmp_path: Path) -> None:
-    """As an ONNX pair, which ONNX Runtime computes as the run did."""
-    pytest.importorskip("onnxruntime")
-    folder = checkpoint("deepseek_v3", tmp_path / "c")
-    keys = [f"model.path={folder}", "router=native", "workload=random", "export=netron"]
-    record = run(tiny.compose("checkpoint", *keys), tmp_path / "run")
-    assert record.status == "ok" and record.export is not None
-    assert record.export["parity"]["status"] == "passed"
-
-
 @pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("prefill", "decode")])
 @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in ("deepseek_v2", "deepseek_v3")])
 def test_a_run_is_verified_and_says_what_a_token_keeps(kind: str, phase: str, tmp_path: Path) -> None:
