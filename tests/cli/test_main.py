@@ -162,7 +162,10 @@ def test_a_callback_found_through_a_search_path_is_not_trusted(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "names", "multirun"),
     [
-        *(pytest.param(*mistake, [], id=f"{name}-single") for name, mistake in MISTAKES.items()),
+        *(  # test_mistakes.py has more of them, in one process
+            pytest.param(*mistake, [], id=f"{name}-single", marks=() if name == "type" else pytest.mark.slow)
+            for name, mistake in MISTAKES.items()
+        ),
         *(
             pytest.param(*mistake, ["-m"], id=f"{name}-multirun", marks=() if name == "top-k" else pytest.mark.slow)
             for name, mistake in MISTAKES.items()
