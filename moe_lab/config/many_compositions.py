@@ -89,11 +89,16 @@ class _Repository(ConfigRepository):
     def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
         super().initialize_sources(config_search_path)
         self.places = tuple(f"{source.scheme()}://{source.path}" for source in self.sources)
+        self._choose_known()
+
+    def _choose_known(self) -> None:
         only_packages = all(place in _PACKAGES for place in self.places)
         self.known = known_of_packages() if only_packages else self.of_sweep
 
     def __deepcopy__(self, memo: Any) -> _Repository:
-        return copy.copy(self)  # a job with a search path of its own sets new `sources`
+        other = copy.copy(self)  # a job with a search path of its own sets new `sources`
+        other._choose_known()
+        return other
 
     def load_config(self, config_path: str) -> ConfigResult | None:
         if self.known is None:

@@ -9,6 +9,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import moe_lab
@@ -138,3 +139,7 @@ def test_what_is_stored_in_a_program_counts_from_then_on(monkeypatch: pytest.Mon
     for batch in (3, 4):
         ConfigStore.instance().store(group="debug", name="mine", node={"batch": batch}, package="_global_")
         assert moe_lab.compose(["debug=mine"]).batch == batch
+    with composing_multirun([], None) as (loader, _):
+        for batch in (5, 6):
+            ConfigStore.instance().store(group="debug", name="mine", node={"batch": batch}, package="_global_")
+            assert loader.load_configuration("config", ["debug=mine"], RunMode.RUN).batch == batch
