@@ -56,7 +56,10 @@ def test_the_functions_stay_when_every_module_was_imported() -> None:
         "assert not {'torch', 'pandas', 'rich', 'hydra'} & set(sys.modules)\n"
         "for found in pkgutil.walk_packages(moe_lab.__path__, 'moe_lab.'):\n"
         "    if not found.name.endswith(('_onnx', '__main__')) and '.export' not in found.name:\n"
-        "        importlib.import_module(found.name)\n"
+        "        try:\n"
+        "            importlib.import_module(found.name)\n"
+        "        except ModuleNotFoundError as lacking:\n"
+        "            assert lacking.name in ('ray', 'submitit'), lacking\n"  # extras
         "print(all(callable(getattr(moe_lab, name)) for name in moe_lab.__all__))\n"
         "print(len(moe_lab.list_routers()), moe_lab.compose(['batch=3']).batch)"
     )

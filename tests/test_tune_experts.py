@@ -37,6 +37,19 @@ SMALL = Shape(8, 2, 64, 512)
 SLOW = 128  # tiles with so many rows of up are planted to be slow
 
 
+class Clock:
+    """Stands but for what is planted and a microsecond at each look, so that nothing depends on the machine's load."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+
+CLOCK = Clock()
+
+
 class Delayed(Grouped):
     """Computes what grouped does, later."""
 
@@ -44,7 +57,7 @@ class Delayed(Grouped):
         self.seconds = seconds
 
     def __call__(self, *arguments: Any, **keys: Any) -> Tensor:
-        time.sleep(self.seconds)
+        CLOCK.now += self.seconds
         return super().__call__(*arguments, **keys)
 
 
@@ -55,7 +68,7 @@ class Wrong(Grouped):
 
 def planted(tiles: Tiles) -> Experts:
     """As if few rows were slow, those of one token quick, and two pieces wrong."""
-    return Wrong() if tiles.pieces == 2 else Delayed({SLOW: 0.02, 1: 0.0}.get(tiles.up_rows, 0.005))
+    return Wrong() if tiles.pieces == 2 else Delayed({SLOW: 0.004, 1: 0.0005}.get(tiles.up_rows, 0.001))
 
 
 def cell_of(T: int = 16) -> Cell:
@@ -68,12 +81,13 @@ def of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is timed, in short blocks."""
     monkeypatch.setattr(module, "STEP", ("eager", "natural"))
     monkeypatch.setattr(module, "BLOCK_MS", 1.0)
+    monkeypatch.setattr(time, "perf_counter", CLOCK)
 
 
 @torch.inference_mode()
 def tuned() -> tuple[Cell, pd.DataFrame]:
     cell = cell_of()
-    tune(cell, H200, planted, 6, 3.0, time.perf_counter() + 0.5)
+    tune(cell, H200, planted, 6, 3.0, time.perf_counter() + 0.05)
     return cell, pd.DataFrame(cell.rows)
 
 
@@ -121,7 +135,7 @@ def test_rounds_go_on_until_the_time_is_over() -> None:
 
 
 def _layer(cell: Cell) -> Any:
-    return module.Layer(Grouped(), cell.weights, cell.routing)
+    return module.Layer(Delayed(0.004), cell.weights, cell.routing)
 
 
 def row(implementation: str, us: float, tiles: tuple[int, ...] | None = None, **more: Any) -> dict[str, Any]:
@@ -205,7 +219,7 @@ def test_cells_follow_each_other(
     files = module.Files(tmp_path, "NVIDIA Test", dict.fromkeys(("moe_lab", "git_sha", "torch", "cuda", "driver"), "1"))
     cells, troubles = module.measured(args, H200, torch.device("cpu"), files)
     assert list(cells["T"]) == [1, 5] and list(cells["tiles"]) == [[1] * 5, [256, 16, 128, 16, 1]]
-    assert cells.regret[0] == 0 and cells.regret[1] > 0.5
+    assert list(cells.regret) == pytest.approx([0.0, 3.0], rel=0.01)  # of one token its own; 4 ms, and 1 ms
     wrong = "the output with tiles (256, 16, 128, 16, 2) is wrong"
     assert troubles == [
         *(f"{names[0]} bf16 T={T}: {wrong}" for T in (1, 5)),

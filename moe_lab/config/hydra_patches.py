@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.resolvers.oc import env as _oc_env
 
-from moe_lab.config import hydra_node, missing_keys, remedies, schemas
+from moe_lab.config import hydra_node, many_compositions, missing_keys, remedies, schemas
 from moe_lab.config.checks import is_whole, refuse_hydras_keys, refuse_unknown
 from moe_lab.config.unread import key_of
 from moe_lab.records import identity, store
@@ -52,11 +52,11 @@ def register() -> None:
     add("moe_lab.sweep_name", _sweep_name, replace=True)
     add("moe_lab.asset", _asset, replace=True)
     add("oc.env", _env, replace=True)
-    ConfigStore.instance().store(
-        group="hydra/launcher", name="moe_lab", node={"_target_": LAUNCHER}, provider="moe_lab"
-    )
-    sweeper = BasicSweeperConf(_target_=SWEEPER)
-    ConfigStore.instance().store(group="hydra/sweeper", name="moe_lab", node=sweeper, provider="moe_lab")
+    stored = ConfigStore.instance()
+    if "moe_lab.yaml" not in stored.repo["hydra"].get("launcher", {}):
+        stored.store(group="hydra/launcher", name="moe_lab", node={"_target_": LAUNCHER}, provider="moe_lab")
+        sweeper = BasicSweeperConf(_target_=SWEEPER)
+        stored.store(group="hydra/sweeper", name="moe_lab", node=sweeper, provider="moe_lab")
     # Hydra's own defaults, so that an experiment's `override /hydra/launcher` has its effect: one in config.yaml would
     # win over it.
     defaults = {"launcher": "moe_lab", "sweeper": "moe_lab"}
@@ -97,6 +97,7 @@ def _load_and_check(
         for text in overrides
     ]
     in_a_sweep = RunMode.MULTIRUN in (*arguments, *options.values())  # all of it, not one of its jobs
+    many_compositions.remember(self, in_a_sweep=False)
     remedies.refuse_removal(overrides, self.repository.get_group_options)
     try:
         cfg = missing_keys.load(

@@ -1,15 +1,18 @@
-"""Many compositions by one loader of Hydra: what the jobs of a sweep have in common is worked out once.
+"""Many compositions by Hydra: what they have in common is worked out once.
 
-A job differs from the next in a few values. For each, Hydra parses all overrides, reads all files, orders the default
+One differs from the next in a few values. For each, Hydra parses all overrides, reads all files, orders the default
 list and merges the options anew: nine tenths of a composition. Here each of these is remembered under what it depends
-on. The values of the job itself are applied by Hydra to a copy, so the result is the one that Hydra makes.
+on. The values of the composition itself are applied by Hydra to a copy, so the result is the one that Hydra makes.
+
+The files of the packages are read once in a process, as its modules are. Those of a person's own folder, which he may
+edit meanwhile, are read once in a sweep.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from typing import Any
 
 from hydra._internal import config_loader_impl
@@ -19,19 +22,58 @@ from hydra._internal.defaults_list import DefaultsList, Overrides
 from hydra._internal.defaults_list import create_defaults_list as _create_defaults_list
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigNode, ConfigStore
 from hydra.core.default_element import ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig
 
-_MOST = 256  # of each kind are kept: combinations of options are many, and the next job is most like the last ones
+_MOST = 256  # of each kind are kept: combinations of options are many, and the next one is most like the last ones
+_PACKAGES = ("pkg://moe_lab.conf", "pkg://hydra.conf", "structured://")
 
 
-def remember(loader: ConfigLoader) -> None:
-    """Make the compositions of `loader` share what they have in common. Files are not read again."""
+class _Known:
+    """What compositions have in common. Each key holds the places that were searched."""
+
+    def __init__(self, stored: tuple[ConfigNode, ...] = ()):
+        self.stored = stored
+        self.loaded: dict[tuple[Any, ...], ConfigResult | None] = {}
+        self.groups: dict[tuple[Any, ...], bool] = {}
+        self.defaults: dict[tuple[Any, ...], DefaultsList] = {}
+        self.merged: dict[tuple[Any, ...], DictConfig] = {}
+
+
+_of_packages = _Known()
+
+
+def known_of_packages() -> _Known:
+    """What this process knows of the packages' files, and of what is in Hydra's ConfigStore now."""
+    global _of_packages
+    stored = tuple(_nodes(ConfigStore.instance().repo))
+    before = _of_packages.stored
+    if len(stored) != len(before) or any(node is not known for node, known in zip(stored, before, strict=True)):
+        _of_packages = _Known(stored)
+    return _of_packages
+
+
+def _nodes(group: Mapping[str, Any]) -> Iterator[ConfigNode]:
+    for item in group.values():
+        if isinstance(item, dict):
+            yield from _nodes(item)
+        else:
+            yield item
+
+
+def remember(loader: ConfigLoader, in_a_sweep: bool) -> None:
+    """Make the compositions of `loader` share what they have in common: in a sweep, files of any folder.
+
+    Again changes nothing, but that it may be in a sweep from then on.
+    """
     assert isinstance(loader, ConfigLoaderImpl)
-    loader.repository = _Repository(loader.get_search_path())
+    if isinstance(loader.repository, _Repository) and not in_a_sweep:
+        return
+    loader.repository = _Repository(loader.get_search_path(), _Known() if in_a_sweep else None)
     loader._compose_config_from_defaults_list = _merged_once(loader)  # type: ignore[method-assign]
     loader._parse_overrides_and_create_caching_repo = _parsed_once(loader)  # type: ignore[method-assign]
     config_loader_impl.create_defaults_list = _defaults_once  # type: ignore[attr-defined]
@@ -40,39 +82,50 @@ def remember(loader: ConfigLoader) -> None:
 class _Repository(ConfigRepository):
     """Reads every file once. Its copies, of which Hydra makes one for each job, share what was read."""
 
-    def __init__(self, search_path: ConfigSearchPath):
+    def __init__(self, search_path: ConfigSearchPath, of_sweep: _Known | None):
+        self.of_sweep = of_sweep
         super().__init__(search_path)
-        self.loaded: dict[tuple[str, ...], ConfigResult | None] = {}
-        self.groups: dict[tuple[str, ...], bool] = {}
-        self.defaults: dict[tuple[Any, ...], DefaultsList] = {}
+
+    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        super().initialize_sources(config_search_path)
+        self.places = tuple(f"{source.scheme()}://{source.path}" for source in self.sources)
+        self._choose_known()
+
+    def _choose_known(self) -> None:
+        only_packages = all(place in _PACKAGES for place in self.places)
+        self.known = known_of_packages() if only_packages else self.of_sweep
 
     def __deepcopy__(self, memo: Any) -> _Repository:
-        return copy.copy(self)  # a job with a search path of its own sets new `sources`
-
-    def places(self) -> tuple[str, ...]:
-        return tuple(source.path for source in self.sources)
+        other = copy.copy(self)  # a job with a search path of its own sets new `sources`
+        other._choose_known()
+        return other
 
     def load_config(self, config_path: str) -> ConfigResult | None:
-        key = config_path, *self.places()
-        if key not in self.loaded:
-            self.loaded[key] = super().load_config(config_path)
-        return copy.deepcopy(self.loaded[key])
+        if self.known is None:
+            return super().load_config(config_path)
+        key = config_path, *self.places
+        if key not in self.known.loaded:
+            self.known.loaded[key] = super().load_config(config_path)
+        return copy.deepcopy(self.known.loaded[key])
 
     def group_exists(self, config_path: str) -> bool:
-        key = config_path, *self.places()
-        if key not in self.groups:
-            self.groups[key] = super().group_exists(config_path)
-        return self.groups[key]
+        if self.known is None:
+            return super().group_exists(config_path)
+        key = config_path, *self.places
+        if key not in self.known.groups:
+            self.known.groups[key] = super().group_exists(config_path)
+        return self.known.groups[key]
+
+
+@lru_cache(maxsize=_MOST)
+def _parsed(text: str) -> Override:
+    (override,) = OverridesParser.create().parse_overrides([text])
+    return override
 
 
 def _parsed_once(loader: ConfigLoaderImpl) -> Callable[..., Any]:
-    @lru_cache(maxsize=_MOST)
-    def parsed(text: str) -> Override:
-        (override,) = OverridesParser.create().parse_overrides([text])
-        return override
-
     def parse(config_name: str | None, overrides: list[str]) -> tuple[list[Override], CachingConfigRepository]:
-        found = [parsed(text) for text in overrides]
+        found = [_parsed(text) for text in overrides]
         repository = CachingConfigRepository(loader.repository)
         loader._process_config_searchpath(config_name, found, repository)
         return found, repository
@@ -90,28 +143,31 @@ def _defaults_once(
 ) -> DefaultsList:
     """Only the choices of options decide on the default list. Other loaders have Hydra's own."""
     repository = _repository_of(repo)
-    if repository is None:
+    if repository is None or repository.known is None:
         return _create_defaults_list(repo, config_name, overrides_list, prepend_hydra, skip_missing)
     values = Overrides(repo, overrides_list).config_overrides
     choices = [override.input_line for override in overrides_list if override not in values]
-    key = (config_name, prepend_hydra, skip_missing, *choices, repository.places())
-    if key not in repository.defaults:
+    key = (config_name, prepend_hydra, skip_missing, *choices, repository.places)
+    if key not in repository.known.defaults:
         made = _create_defaults_list(repo, config_name, overrides_list, prepend_hydra, skip_missing)
-        _keep(repository.defaults, key, made)
-    known = repository.defaults[key]
+        _keep(repository.known.defaults, key, made)
+    known = repository.known.defaults[key]
     return DefaultsList(known.defaults, known.defaults_tree, values, known.overrides)
 
 
 def _merged_once(loader: ConfigLoaderImpl) -> Callable[..., DictConfig]:
-    merge = loader._compose_config_from_defaults_list
-    merged: dict[tuple[Any, ...], DictConfig] = {}
+    merge = partial(ConfigLoaderImpl._compose_config_from_defaults_list, loader)
 
     def compose(defaults: list[ResultDefault], repo: Any) -> DictConfig:
+        known: _Known | None = repo.delegate.known
+        if known is None:
+            own: DictConfig = merge(defaults=defaults, repo=repo)
+            return own
         parts = ((part.config_path, part.package, part.parent, part.is_self) for part in defaults)
-        key = (*parts, repo.delegate.places())
-        if key not in merged:
-            _keep(merged, key, merge(defaults=defaults, repo=repo))
-        return copy.deepcopy(merged[key])
+        key = (*parts, repo.delegate.places)
+        if key not in known.merged:
+            _keep(known.merged, key, merge(defaults=defaults, repo=repo))
+        return copy.deepcopy(known.merged[key])
 
     return compose
 

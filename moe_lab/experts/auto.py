@@ -22,19 +22,16 @@ from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.table import Shape, fastest
 from moe_lab.experts.weights import ExpertWeights, Scale
 from moe_lab.ops.extension import BuildError
-from moe_lab.ops.library import DTYPE_NAMES
+from moe_lab.ops.library import DTYPE_NAMES, constant_when_compiled
 from moe_lab.routers.base import Routing
 
 FASTEST_FIRST: Mapping[str, Callable[[], Experts]] = {"fused": Fused, "grouped": Grouped}
 """Who may be chosen. The last can always compute."""
 
 
-def _look_up(device_name: str, dtype: str, shape: Shape, n_tokens: int) -> str:
+@constant_when_compiled  # there the shape is fixed
+def _fastest(device_name: str, dtype: str, shape: Shape, n_tokens: int) -> str:
     return fastest(device_name, dtype, shape, n_tokens)
-
-
-_fastest: Callable[[str, str, Shape, int], str] = torch.compiler.assume_constant_result(_look_up)
-"""Which torch.compile does not look into: there the shape is fixed."""
 
 
 def preferred(device: torch.device) -> str:

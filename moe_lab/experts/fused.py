@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Self
 
 import torch
@@ -16,16 +16,13 @@ from moe_lab.experts.tiles import Tiles, offered, require_no_empty_piece, requir
 from moe_lab.experts.weights import Clamped, ExpertWeights, Scale, check_scale
 from moe_lab.marks import phase
 from moe_lab.ops import extension, fused_experts
-from moe_lab.ops.library import DTYPE_NAMES
+from moe_lab.ops.library import DTYPE_NAMES, constant_when_compiled
 from moe_lab.routers.base import Routing
 
 
-def _look_up(device_name: str, multiprocessors: int, dtype: str, T: int, shape: Shape) -> Tiles:
+@constant_when_compiled  # there the shape is fixed
+def _tiles_for(device_name: str, multiprocessors: int, dtype: str, T: int, shape: Shape) -> Tiles:
     return tiles_for(device_name, multiprocessors, dtype, T, *shape)
-
-
-_tiles_for: Callable[[str, int, str, int, Shape], Tiles] = torch.compiler.assume_constant_result(_look_up)
-"""Which torch.compile does not look into: there the shape is fixed."""
 
 
 def kernels_activation(weights: ExpertWeights) -> str:

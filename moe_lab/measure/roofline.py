@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, sdpa_flop_count
 
 from moe_lab.models import Output
 from moe_lab.models.layers import Embedding
@@ -21,6 +21,13 @@ from moe_lab.models.parameters import parameter_bytes
 
 # torch's counter knows the attention kernels of CUDA only.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+# torch hides the counter from its compiler, and imports that for it: more than a second of every process. Nothing is
+# compiled while flops are counted, so it is marked as hidden already.
+_dispatch: Any = _FlopCounterMode.__torch_dispatch__
+_dispatch = getattr(_dispatch, "__wrapped__", _dispatch)
+_dispatch.__dynamo_disable = _dispatch
 
 
 def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:

@@ -6,13 +6,22 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from moe_lab.errors import UnavailableError
 
 library = torch.library.Library("moe_lab", "FRAGMENT")
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: _Function) -> _Function:
+    """As torch.compiler.assume_constant_result, which imports the compiler: more than a second of every process."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)

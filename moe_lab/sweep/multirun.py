@@ -154,7 +154,7 @@ class JobComposer:
 
     def __init__(self, loader: ConfigLoader, config: DictConfig):
         self.loader, self.config = loader, config
-        many_compositions.remember(loader)
+        many_compositions.remember(loader, in_a_sweep=True)
         self._compose = loader.load_sweep_config
         self._validated: dict[tuple[str, ...], DictConfig] = {}
         loader.load_sweep_config = self._remember  # type: ignore[method-assign]

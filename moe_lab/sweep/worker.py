@@ -43,8 +43,6 @@ def _end_children_with_this() -> None:
 def serve(connection: Connection) -> None:
     """Execute steps until the other side is gone."""
     trusted = connection.recv()
-    import torch._dynamo  # noqa: F401 - seconds, in which the parent composes; the first cell's flop counter needs it
-
     from moe_lab.sweep.bench import Bench
 
     bench = Bench(trusted)

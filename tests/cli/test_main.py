@@ -62,9 +62,14 @@ def test_help_lists_the_groups_and_their_options(tmp_path: Path) -> None:
 
 
 def test_a_run_prints_its_row_and_where_it_lies(tmp_path: Path) -> None:
-    """Exit code 0; the table has the promised columns; the file it names is the record."""
-    done = moe_lab(*quick.overrides("decoder_moe", "router=sinkhorn"), cwd=tmp_path)
+    """Exit code 0; the table has the promised columns; the file it names is the record.
+
+    Neither pandas nor torch's compiler is imported, which take a second each.
+    """
+    done = moe_lab(*quick.overrides("decoder_moe", "router=sinkhorn"), cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE))
+    assert imported & {"torch", "torch._dynamo", "pandas"} == {"torch"}
     lines = done.stdout.splitlines()
     columns = ["router", "batch", "seq_len", "p50 [interval]", "tokens/s", "load max/mean", "error", "status"]
     positions = [lines[0].index(name) for name in columns]
@@ -157,7 +162,10 @@ def test_a_callback_found_through_a_search_path_is_not_trusted(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "names", "multirun"),
     [
-        *(pytest.param(*mistake, [], id=f"{name}-single") for name, mistake in MISTAKES.items()),
+        *(  # test_mistakes.py has more of them, in one process
+            pytest.param(*mistake, [], id=f"{name}-single", marks=() if name == "type" else pytest.mark.slow)
+            for name, mistake in MISTAKES.items()
+        ),
         *(
             pytest.param(*mistake, ["-m"], id=f"{name}-multirun", marks=() if name == "top-k" else pytest.mark.slow)
             for name, mistake in MISTAKES.items()

@@ -77,3 +77,8 @@ def test_ops_are_registered_under_moe_lab(op: str) -> None:
     schema = getattr(torch.ops.moe_lab, op).default._schema
     assert not schema.is_mutable
     assert schema.arguments[-1].name == "implementation"
+
+
+def test_a_constant_is_marked_as_torch_marks_it() -> None:
+    """For the compiler, which is not imported for that."""
+    assert vars(library.constant_when_compiled(lambda: 1)) == vars(torch.compiler.assume_constant_result(lambda: 1))
