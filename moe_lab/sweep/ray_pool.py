@@ -126,6 +126,7 @@ class RayPool(HostPool):
         self._polls: dict[Any, str] = {}
         self._opening: dict[Any, tuple[Seat, float]] = {}  # and until when
         self._n_restarts: dict[str, int] = {}
+        self._given_up: list[Event] = []  # of slots that did not start again
         self._parcel = Path(tempfile.mkdtemp(prefix="moe-lab-parcel-"))
         try:
             connect([str(path) for path in parcel.pack(self._parcel, setup.trusted)], say)
@@ -175,6 +176,13 @@ class RayPool(HostPool):
         """See `Pool.may_start`; a slot that starts again counts."""
         return super().may_start(task) or any(seat.can_run(task) for seat, _ in self._opening.values())
 
+    def events(self, timeout_s: float) -> list[Event]:
+        """See `Pool.events`; also of slots that did not start again."""
+        found = super().events(timeout_s)
+        found += self._given_up
+        self._given_up = []
+        return found
+
     def receive(self, timeout_s: float) -> list[Event]:
         """See `HostPool.receive`."""
         found: list[Event] = []
@@ -190,7 +198,7 @@ class RayPool(HostPool):
         for ref, (seat, ends_at) in list(self._opening.items()):
             if time.monotonic() > ends_at:
                 del self._opening[ref]
-                ray.kill(seat.host.actor)  # type: ignore[attr-defined]
+                self._give_up(seat, f"it did not start again within {_OPEN_S:.0f} s; is other work in its place?")
         return found
 
     def _told(self, ref: Any, seat: Seat) -> list[Event]:
@@ -203,26 +211,38 @@ class RayPool(HostPool):
         except RayActorError as error:
             is_there = self._places[seat.slot].id in {node.id for node in nodes_of_cluster()}
             text = "its process ended" if is_there else "its node is gone"
-            if is_there:
-                self._open_again(seat)
+            if is_there and not self._open_again(seat):
+                text += f", for the {_MOST_RESTARTS + 1}th time, so it is not started again"
             return [Event("lost", seat.slot.name, seat.slot.node, text=f"{text} ({line_of(error)})")]
         self._polls[seat.host.actor.events.remote(_POLL_S)] = seat.slot.name
         return events
 
-    def _open_again(self, seat: Seat) -> None:
+    def _open_again(self, seat: Seat) -> bool:
+        """Start it again, unless it was lost too often."""
         name = seat.slot.name
         self._n_restarts[name] = self._n_restarts.get(name, 0) + 1
-        if self._n_restarts[name] <= _MOST_RESTARTS:
-            actor = self._actor(seat.slot)
-            again = Seat(seat.slot, _RayHost(actor), seat.env_ids)
-            self._opening[actor.open.remote(seat.slot, self._setup)] = again, time.monotonic() + _OPEN_S
+        if self._n_restarts[name] > _MOST_RESTARTS:
+            return False
+        actor = self._actor(seat.slot)
+        again = Seat(seat.slot, _RayHost(actor), seat.env_ids)
+        self._opening[actor.open.remote(seat.slot, self._setup)] = again, time.monotonic() + _OPEN_S
+        return True
 
     def _is_open(self, ref: Any) -> None:
         seat, _ = self._opening.pop(ref)
         assert isinstance(seat.host, _RayHost)
-        with suppress(RayError):  # the node went in the meantime
-            if ray.get(ref) is None:
-                self._seat(seat.slot, seat.host.actor, seat.env_ids)
+        try:
+            mistake = ray.get(ref)
+        except RayError as error:  # its node went in the meantime
+            mistake = f"it did not start again: {line_of(error)}"
+        if mistake is None:
+            self._seat(seat.slot, seat.host.actor, seat.env_ids)
+        else:
+            self._give_up(seat, mistake)
+
+    def _give_up(self, seat: Seat, reason: str) -> None:
+        ray.kill(seat.host.actor)  # type: ignore[attr-defined]
+        self._given_up.append(Event("broken", seat.slot.name, seat.slot.node, text=reason))
 
     def close(self) -> None:
         """See `Pool.close`; a cluster that was started here ends."""
