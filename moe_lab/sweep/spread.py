@@ -160,8 +160,9 @@ class _Spread:
                 self._has_ended(left, event)
         else:
             del self.running[task.number]
-            self.board.at(event.slot, None, None, None)
-            self.reporter.idle(event.slot)
+            if event.slot:  # no slot had begun it, if none is named
+                self.board.at(event.slot, None, None, None)
+                self.reporter.idle(event.slot)
             if event.kind == "stopped" and event.text:  # from outside
                 self._last_loss = event.text
                 self.reporter.say(f"group {task.number}: {event.text}", "yellow")
