@@ -34,6 +34,8 @@ FOLDER = ".slurm"
 """In the sweep's folder: what submitit writes, and the mailboxes."""
 SUFFIX, PICKLE, TAKEN = ".jsonl", "_submitted.pkl", ".taken"
 """Of a group's mailbox, of what submitit pickled, and of the link that says which job has the group."""
+CELLS = "_cells"
+"""Of the file in which the driver says which cells a group has."""
 DRIVER = "driver"
 """Has a group that no job is to take any more."""
 ENDS = ("end", "stopped", "refused", "broken", "lost")

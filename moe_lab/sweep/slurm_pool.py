@@ -23,7 +23,7 @@ from moe_lab.sweep import slurm, slurm_job
 from moe_lab.sweep.kinds import Kind, Unkept, kept
 from moe_lab.sweep.plan import Cell
 from moe_lab.sweep.slurm_asker import GONE, N_LOOKS, Asker, described
-from moe_lab.sweep.slurm_job import DRIVER, ENDS, FOLDER, PICKLE, SUFFIX, TAKEN, GroupJob, Line, Mailbox
+from moe_lab.sweep.slurm_job import CELLS, DRIVER, ENDS, FOLDER, PICKLE, SUFFIX, TAKEN, GroupJob, Line, Mailbox
 from moe_lab.sweep.tasks import Event, Setup, Task
 
 _TICK_S = 0.2
@@ -32,7 +32,6 @@ _CALM_AFTER_S = 10.0  # since something changed there
 _MOST_FAILED = 2
 _MANY = 1_000_000
 _ASKING = "00:10:00"  # the time limit of the job that answers the plan's questions
-_CELLS = "_cells"  # of a job, in a file that the driver writes
 _SUBMITTED = slurm.State("PENDING", "", "")
 
 
@@ -102,7 +101,7 @@ class SlurmPool:
         """
         alive = {slurm.array_of(number) for number in self._alive()}
         for path in self._folder.iterdir():
-            number = path.name.removesuffix(SUFFIX).removesuffix(_CELLS).removesuffix(PICKLE).removesuffix(TAKEN)
+            number = path.name.removesuffix(SUFFIX).removesuffix(CELLS).removesuffix(PICKLE).removesuffix(TAKEN)
             if path.name.endswith(slurm.LOG.format(job="")) or slurm.array_of(number) in alive:
                 continue
             if path.is_dir() and not path.is_symlink():
@@ -185,7 +184,7 @@ class SlurmPool:
         for number, task in zip(numbers, tasks, strict=True):
             self._add(_Group(number, task, Mailbox(self.directory, number)))
             self._groups[number].mailbox.make()
-            Mailbox(self.directory, number + _CELLS).put(Line("cells", content=_digests(task.cells)))
+            Mailbox(self.directory, number + CELLS).put(Line("cells", content=_digests(task.cells)))
 
     def may_start(self, task: Task) -> bool:
         """See `Pool.may_start`."""
@@ -257,11 +256,11 @@ class SlurmPool:
         """Go on with groups of jobs that have the same cells, end the others, and return what no job has."""
         left, alive = list(tasks), self._alive()
         others: set[str | None] = set()
-        groups = [path.name.removesuffix(_CELLS + SUFFIX) for path in self._folder.glob(f"*{_CELLS}{SUFFIX}")]
+        groups = [path.name.removesuffix(CELLS + SUFFIX) for path in self._folder.glob(f"*{CELLS}{SUFFIX}")]
         for number in sorted(groups):
             if slurm_job.has_ended(self.directory, number):
                 continue
-            (line,) = Mailbox(self.directory, number + _CELLS).new() or [Line("cells", content={})]
+            (line,) = Mailbox(self.directory, number + CELLS).new() or [Line("cells", content={})]
             task = next((task for task in left if _digests(task.cells).items() <= line.content.items()), None)
             holder = slurm_job.taken_by(self.directory, number) or ""
             if task is not None and (holder or number) in alive:

@@ -150,6 +150,10 @@ def test_jobs_of_a_killed_driver_go_on(slurm_cluster: cluster.Cluster, tmp_path:
     sweep.driver.kill()
     sweep.driver.wait()
     before = {*jobs("RUNNING"), *jobs("PENDING")}
+    told = subprocess.run(
+        [*MOE_LAB, "status", "outputs/s"], cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout
+    assert "; its driver is gone, but " in told.splitlines()[-1] and " to go on with them, run: " in told
     (tmp_path / "log").unlink()
     sweep.start()
     assert sweep.ends() == 0
