@@ -69,7 +69,7 @@ def validate(cfg: DictConfig) -> None:
     _at_least(cfg, "seed measure.warmup_s workload.trace_layer", 0)
     _more_than_zero(cfg, "measure.target_ci measure.max_time_s sweep.timeout_s")
     _at_least(cfg, "measure.replicates", 1)
-    _validate_sweep(cfg)
+    validate_sweep(cfg)
     for key in ("measure.cache", "workload.phase", "workload.load", "export.view"):
         _one_of(cfg, key, CHOICES[key])
     _at_least(cfg, "workload.context_len measure.quality_tokens", 1)
@@ -165,7 +165,8 @@ def _require_keys(cfg: DictConfig) -> None:
                 )
 
 
-def _validate_sweep(cfg: DictConfig) -> None:
+def validate_sweep(cfg: DictConfig) -> None:
+    """Raise `ValueError` for a value of `sweep` that cannot be."""
     sweep = cfg.sweep
     _one_of(cfg, "sweep.stale", CHOICES["sweep.stale"])
     for choice in ("sweep.plotly", "sweep.engine"):

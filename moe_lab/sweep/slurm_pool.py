@@ -91,15 +91,16 @@ class SlurmPool:
         self._n_failed: Counter[str] = Counter()  # jobs in a row that did not even begin, by node
         self._out: set[str] = set()  # the nodes that get no more jobs
         self._is_out = False  # no node takes a job
+        alive = {slurm.array_of(number) for number in self._alive()}
+        self._is_new = not (self.directory / FOLDER).exists()
         self._folder = store.own_folder(self.directory / FOLDER)
-        self._remove_what_is_over()
+        self._remove_what_is_over(alive)
 
-    def _remove_what_is_over(self) -> None:
+    def _remove_what_is_over(self, alive: set[str]) -> None:
         """All but the logs of jobs that are over: when a cluster is made anew, the numbers of its jobs begin anew.
 
         Nor may a job find a pickle that came with the folder.
         """
-        alive = {slurm.array_of(number) for number in self._alive()}
         for path in self._folder.iterdir():
             number = path.name.removesuffix(SUFFIX).removesuffix(CELLS).removesuffix(PICKLE).removesuffix(TAKEN)
             if path.name.endswith(slurm.LOG.format(job="")) or slurm.array_of(number) in alive:
@@ -234,12 +235,16 @@ class SlurmPool:
         self._groups = {}
         if self._only_asks:
             shutil.rmtree(self.directory, ignore_errors=True)
+        elif self._is_new:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _submit(
         self, function: Callable[..., Any], calls: Sequence[Any], options: Mapping[str, Any], at_once: int = 1
     ) -> list[str]:
         most = min(at_once, len(calls))
-        return slurm.submit(self._folder, self.name, options, function, calls, at_once=most, cpus=self._cpus)
+        jobs = slurm.submit(self._folder, self.name, options, function, calls, at_once=most, cpus=self._cpus)
+        self._is_new = False
+        return jobs
 
     def _add(self, group: _Group) -> None:
         self._groups[group.number] = group
