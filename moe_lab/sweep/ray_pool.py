@@ -88,6 +88,7 @@ class _RayHost:
 
     def __init__(self, actor: Any):
         self.actor = actor
+        self.is_open = False
 
     def ask(self, step: str, *arguments: Any) -> Any:
         try:
@@ -107,8 +108,9 @@ class _RayHost:
         self.actor.stop.remote()
 
     def close(self) -> None:
-        with suppress(RayError):
-            ray.get(self.actor.close.remote(), timeout=_CLOSE_S)
+        if self.is_open:  # one that never was does not answer
+            with suppress(RayError):
+                ray.get(self.actor.close.remote(), timeout=_CLOSE_S)
         ray.kill(self.actor)
 
 
@@ -121,12 +123,11 @@ class RayPool(HostPool):
         Raises:
             UnavailableError: no cluster answers, it has too few CPUs or GPUs, or a node cannot open a slot.
         """
-        super().__init__()
+        super().__init__(Path(setup.directory))
         self._setup = setup
         self._polls: dict[Any, str] = {}
         self._opening: dict[Any, tuple[Seat, float]] = {}  # and until when
         self._n_restarts: dict[str, int] = {}
-        self._given_up: list[Event] = []  # of slots that did not start again
         self._parcel = Path(tempfile.mkdtemp(prefix="moe-lab-parcel-"))
         try:
             connect([str(path) for path in parcel.pack(self._parcel, setup.trusted)], say)
@@ -169,19 +170,14 @@ class RayPool(HostPool):
         return ray.remote(SlotActor).options(**options).remote()
 
     def _seat(self, slot: Slot, actor: Any, env_ids: set[str | None] | None = None) -> None:
-        self.seats[slot.name] = Seat(slot, _RayHost(actor), env_ids or set())
+        host = _RayHost(actor)
+        host.is_open = True
+        self.seats[slot.name] = Seat(slot, host, env_ids or set())
         self._polls[actor.events.remote(_POLL_S)] = slot.name
 
     def may_start(self, task: Task) -> bool:
         """See `Pool.may_start`; a slot that starts again counts."""
         return super().may_start(task) or any(seat.can_run(task) for seat, _ in self._opening.values())
-
-    def events(self, timeout_s: float) -> list[Event]:
-        """See `Pool.events`; also of slots that did not start again."""
-        found = super().events(timeout_s)
-        found += self._given_up
-        self._given_up = []
-        return found
 
     def receive(self, timeout_s: float) -> list[Event]:
         """See `HostPool.receive`."""
@@ -198,7 +194,7 @@ class RayPool(HostPool):
         for ref, (seat, ends_at) in list(self._opening.items()):
             if time.monotonic() > ends_at:
                 del self._opening[ref]
-                self._give_up(seat, f"it did not start again within {_OPEN_S:.0f} s; is other work in its place?")
+                self.give_up(seat, f"it did not start again within {_OPEN_S:.0f} s; is other work in its place?")
         return found
 
     def _told(self, ref: Any, seat: Seat) -> list[Event]:
@@ -238,11 +234,7 @@ class RayPool(HostPool):
         if mistake is None:
             self._seat(seat.slot, seat.host.actor, seat.env_ids)
         else:
-            self._give_up(seat, mistake)
-
-    def _give_up(self, seat: Seat, reason: str) -> None:
-        ray.kill(seat.host.actor)  # type: ignore[attr-defined]
-        self._given_up.append(Event("broken", seat.slot.name, seat.slot.node, text=reason))
+            self.give_up(seat, mistake)
 
     def close(self) -> None:
         """See `Pool.close`; a cluster that was started here ends."""

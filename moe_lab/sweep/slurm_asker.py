@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moe_lab.errors import UnavailableError
 from moe_lab.records import identity
 from moe_lab.sweep import slurm, standing
+from moe_lab.sweep.capped_log import last_line
 from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.slurm_job import FOLDER, Line, Mailbox
 
@@ -55,7 +55,7 @@ class Asker:
         if line.kind == "lost" and not is_first:
             raise WorkerLostError(line.text)
         log = self._directory / standing.FOLDER / f"slurm-{self._number}.log"
-        why = f"{line.text}; {_last_line(log)}; see {log}" if line.kind == "lost" else line.text
+        why = f"{line.text}; {last_line(log)}; see {log}" if line.kind == "lost" else line.text
         raise UnavailableError(f"sweep.engine=slurm: no worker could start on {self.node}: {why}")
 
     def _next(self) -> Line:
@@ -93,11 +93,4 @@ def described(directory: Path, number: str, state: slurm.State) -> str:
             f"{what}: {state.name}; it wrote no log, so {state.node} does not see {directory}; set "
             "hydra.sweep.dir to a folder that all nodes share"
         )
-    return f"{what}: {state.name} ({state.reason}; {_last_line(log)}); see {log}"
-
-
-def _last_line(log: Path) -> str:
-    with suppress(OSError):
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "it printed nothing"
-    return "it wrote no log"
+    return f"{what}: {state.name} ({state.reason}; {last_line(log)}); see {log}"

@@ -141,26 +141,25 @@ def test_a_disturbed_sweep_is_resumed(
 
 
 @pytest.mark.slow
-def test_jobs_of_a_killed_driver_go_on(slurm_cluster: cluster.Cluster, tmp_path: Path) -> None:
-    """The next start takes them over: nothing is cancelled, and no cell has two jobs."""
-    sweep = cluster_kills.Sweep("slurm", slurm_cluster, tmp_path)
-    sweep.start()
-    becomes_true(lambda: jobs("RUNNING") and jobs("PENDING") and len(sweep.results()) >= 4)
-    assert sweep.driver is not None
-    sweep.driver.kill()
-    sweep.driver.wait()
+def test_jobs_of_a_killed_driver_go_on(tmp_path: Path) -> None:
+    """`moe-lab status` shows them, and the next start takes them over: nothing is cancelled, no cell has two jobs."""
+    words = ["-m", *LONG, "measure.max_time_s=8", "batch=1,2,3,4,5,6"]
+    process = moe_lab(tmp_path, *words)
+    becomes_true(lambda: jobs("PENDING") and len(timed_in(tmp_path)) == 2)
+    process.kill()
+    process.communicate()
     before = {*jobs("RUNNING"), *jobs("PENDING")}
-    told = subprocess.run(
-        [*MOE_LAB, "status", "outputs/s"], cwd=tmp_path, check=True, capture_output=True, text=True
-    ).stdout
-    assert "; its driver is gone, but " in told.splitlines()[-1] and " to go on with them, run: " in told
-    (tmp_path / "log").unlink()
-    sweep.start()
-    assert sweep.ends() == 0
-    said = (tmp_path / "log").read_text()
+    status = [*MOE_LAB, "status", "outputs/s"]
+    told = subprocess.run(status, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert {line.split()[0] for line in told[1:3]} == {"node1", "node2"}
+    assert "; its driver is gone, but 2 of its jobs run and 4 wait; to go on with them, run: " in told[-1]
+    code, said = run(tmp_path, *words)
+    assert code == 0, said
     assert "groups are in jobs of an earlier start; these go on" in said
-    assert all(record["environment"]["job"] in before for record in sweep.results().values())
-    assert sweep.n_run_twice == 0
+    found = records(tmp_path, "s")
+    assert [record["status"] for record in found] == ["ok"] * 6
+    assert {record["environment"]["job"] for record in found} <= before
+    assert not list(tmp_path.rglob("stale-*"))
 
 
 @pytest.mark.slow
@@ -317,8 +316,10 @@ def test_the_login_node_needs_no_torch(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert expected is None or expected in done.stdout, done.stdout
-        assert [path.name for path in tmp_path.iterdir()] in ([], ["outputs"])
-    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["s"]
+        assert [path.name for path in tmp_path.rglob("*") if path.parent.name in (tmp_path.name, "outputs")] in (
+            [],
+            ["outputs", "s"],
+        )
 
 
 def python_that_finds(folder: Path, name: str, source: str) -> str:
