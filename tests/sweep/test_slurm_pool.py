@@ -285,11 +285,11 @@ def test_a_limit_that_is_too_short_is_a_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_at_most_so_many_jobs_run_at_once_in_the_whole_sweep(tmp_path: Path) -> None:
+def test_at_most_so_many_jobs_run_at_once_in_the_whole_sweep(slurm_cluster: cluster.Cluster, tmp_path: Path) -> None:
     """Also when a group is given to another job, because its own was killed."""
     process = moe_lab(tmp_path, "-m", *LONG, "measure.max_time_s=3", "batch=1,2,3,4", "sweep.slots.cpu=1")
     becomes_true(lambda: timed_in(tmp_path))
-    subprocess.run(["scancel", "--signal=KILL", "--full", *timed_in(tmp_path)], check=True)
+    assert cluster_kills.Sweep("slurm", slurm_cluster, tmp_path).holder(random.Random(0)) == "killed"
     most = 0
     while process.poll() is None:
         most = max(most, len(jobs("RUNNING")))
