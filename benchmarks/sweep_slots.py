@@ -2,11 +2,11 @@
 
     python -m benchmarks.sweep_slots two --engines worker ray           # with OMP_NUM_THREADS=1
     python -m benchmarks.sweep_slots overhead --engines worker ray      # the same
-    python -m benchmarks.sweep_slots many --groups 2000                 # the same
+    python -m benchmarks.sweep_slots many --engines ray --groups 2000   # the same
 
 two: wall time of 24 groups whose cells take a second of one core each, on two slots and on one, in alternating rounds.
 overhead: seconds that each further group of a trivial cell takes, by the slope between two sizes of a sweep; of a slot
-minus of one worker without slots. many: the driver's resident memory while groups of a trivial cell run through Ray,
+minus of one worker without slots. many: the driver's resident memory while groups of a trivial cell run on two slots,
 the files that the sweep leaves, and how long its tables take.
 Ray's cluster is that of RAY_ADDRESS, or one that each sweep starts here, whose start is in the wall time of `two`.
 """
@@ -74,13 +74,12 @@ def overhead(engines: list[str], rounds: int, few: int = 20, many: int = 120) ->
             print(f"| {name} | {round_} | {each:.3f} | {each - alone:+.3f} |", flush=True)
 
 
-def many(groups: int) -> None:
-    print("| groups done | driver's memory, MB | seconds |")
-    print("|---|---|---|")
+def many(engine: str, groups: int) -> None:
+    print(f"\n{engine}\n\n| groups done | driver's memory, MB | seconds |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
         sweep = subprocess.Popen(
-            command(groups, 0.02, ["sweep.engine=ray", "sweep.slots.cpu=2"]),
+            command(groups, 0.02, on(engine, 2)),
             cwd=folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -138,7 +137,8 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=2000)
     given = parser.parse_args()
     if given.what == "many":
-        many(given.groups)
+        for engine in given.engines:
+            many(engine, given.groups)
     else:
         {"two": two, "overhead": overhead}[given.what](given.engines, given.rounds)
 
