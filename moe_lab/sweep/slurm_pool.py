@@ -352,7 +352,8 @@ class SlurmPool:
             if group.n_looks_over < N_LOOKS:
                 return found
             if not group.holder and not slurm_job.take(self.directory, group.number, DRIVER):
-                group.n_looks_over = 0  # a job took it just now
+                group.holder = slurm_job.taken_by(self.directory, group.number) or ""
+                group.n_looks_over = 0  # a job took it, and the folder's list is late
                 return found
             found.append(self._over(group))
         del self._groups[group.number]
