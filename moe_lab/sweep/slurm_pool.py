@@ -10,6 +10,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -30,7 +31,7 @@ _TICK_S = 0.2
 _BUSY_LOOK_S, _CALM_LOOK_S = 1.0, 5.0  # between two looks into the queue
 _CALM_AFTER_S = 10.0  # since something changed there
 _MOST_FAILED = 2
-_MANY = 1_000_000
+_MANY = 1_000_000  # more than any array has
 _ASKING = "00:10:00"  # the time limit of the job that answers the plan's questions
 _SUBMITTED = slurm.State("PENDING", "", "")
 
@@ -336,7 +337,8 @@ class SlurmPool:
         needed = {slurm.array_of(number) for number, group in self._groups.items() if not group.holder}
         holders = {group.holder for group in self._groups.values()}
         waiting = (number for number, state in alive.items() if state.name in slurm.WAITS and number not in holders)
-        slurm.cancel((number for number in waiting if slurm.array_of(number) not in needed), only_waiting=True)
+        with suppress(UnavailableError):  # they find none, if Slurm does not answer just now
+            slurm.cancel((number for number in waiting if slurm.array_of(number) not in needed), only_waiting=True)
 
     def _news_of(self, group: _Group) -> list[Event]:
         """The events of a group; the last one ends it."""
