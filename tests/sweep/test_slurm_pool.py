@@ -17,7 +17,8 @@ import pytest
 
 from benchmarks import cluster_kills
 from moe_lab.sweep import slurm, slurm_job
-from moe_lab.sweep.slurm_job import Line, Mailbox
+from moe_lab.sweep.slurm_job import GroupJob, Line, Mailbox
+from moe_lab.sweep.tasks import Setup, Task
 from scripts import cluster
 from tests.tiny import ROOT
 from tests.waiting import becomes_true
@@ -468,3 +469,24 @@ def test_lines_of_a_mailbox_come_once_and_whole(tmp_path: Path) -> None:
         file.write('"build", null]\n')
     assert reader.new() == [Line("step", "cell", "build")]
     assert reader.new() == []
+
+
+def test_a_job_takes_its_own_group_and_then_those_that_no_other_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once; what was not submitted wholly is left. A job that was put back has the one that it did not end."""
+    from submitit.core.utils import DelayedSubmission
+
+    folder = tmp_path / slurm_job.FOLDER
+    folder.mkdir()
+    job = GroupJob(Task(1, (), None, 600, False), Setup(str(tmp_path), True, "/", (), {}), 60, 5, {})
+    for group in ("7_0", "7_1", "7_2", "7_3"):
+        DelayedSubmission(slurm_job.run_groups, job).dump(folder / f"{group}{slurm_job.PICKLE}")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert slurm_job.take(tmp_path, "7_0", "7_1") and not slurm_job.take(tmp_path, "7_0", "7_2")
+    assert [group for group, _ in slurm_job._taken(job)] == ["7_2", "7_1", "7_3"]
+    for group in ("7_2", "7_1"):
+        Mailbox(tmp_path, group).put(Line("end"))
+    assert [group for group, _ in slurm_job._taken(job)] == ["7_3"]
+    assert slurm_job.taken_by(tmp_path, "7_3") == "7_2" and slurm_job.taken_by(tmp_path, "7_4") is None
