@@ -46,7 +46,7 @@ _SWEEP = [
 N_CELLS = 24
 _COLUMNS = ["killed", "trials", "cells lost or other", "cells run twice", "commands typed", "seconds, median"]
 NOTHING = "nothing ran"
-_HOLDERS = {"slurm": "submitit.core._submit", "ray": "ray::"}
+_HOLDERS = {"slurm": "submitit.core._submit", "ray": "ray::SlotActor"}
 
 
 @dataclass

@@ -225,9 +225,7 @@ class Ray(Cluster):
         token = self.folder / "token"  # of this cluster alone: else `ray start` makes one in the person's home
         token.touch(0o600)
         token.write_text(secrets.token_hex(32))
-        # On a busy machine a node may not answer for ten seconds, and Ray would call it dead.
-        head = ["env", "RAY_health_check_timeout_ms=60000", *ray, "--head", f"--port={port}"]
-        head += ["--include-dashboard=false", f"--temp-dir={self.folder}"]
+        head = [*ray, "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={self.folder}"]
         self._start_all({"head": head, "node": [*ray, f"--address=127.0.0.1:{port}"]})
         self._wait(lambda: all("Ray runtime started" in self._log(name) for name in self.nodes))
 
