@@ -12,6 +12,7 @@ same cell_id, verified, the same routes.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import random
@@ -43,8 +44,9 @@ _SWEEP = [
     "sweep.report=false",
 ]
 N_CELLS = 24
+_COLUMNS = ["killed", "trials", "cells lost or other", "cells run twice", "commands typed", "seconds, median"]
 NOTHING = "nothing ran"
-_HOLDERS = {"slurm": "submitit.core._submit", "ray": "ray::"}
+_HOLDERS = {"slurm": "submitit.core._submit", "ray": "ray::SlotActor"}
 
 
 @dataclass
@@ -193,10 +195,14 @@ class Row:
         self.n_commands.append(n_commands)
         self.seconds.append(seconds)
 
-    def __str__(self) -> str:
+    def values(self) -> list[str]:
+        """Of the columns of `_COLUMNS`."""
         typed = f"{min(self.n_commands)} to {max(self.n_commands)}"
         seconds = f"{statistics.median(self.seconds):.0f}"
-        return f"{len(self.seconds)} | {len(self.wrong)} | {self.n_run_twice} | {typed} | {seconds}"
+        return [str(len(self.seconds)), str(len(self.wrong)), str(self.n_run_twice), typed, seconds]
+
+    def __str__(self) -> str:
+        return " | ".join(self.values())
 
 
 def trial(sweep: Sweep, kill: Callable[[Sweep, random.Random], str] | None, at_s: float, dice: random.Random) -> int:
@@ -243,6 +249,7 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=10, help="trials of each kind of kill")
     parser.add_argument("--only", help="one kind of kill")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="output folder of cluster_kills_ENGINE.csv")
     given = parser.parse_args()
     make = cluster.CLUSTERS[given.engine]
     if (reason := make.lacking()) is not None:
@@ -256,11 +263,13 @@ def main() -> int:
         print("interrupted", file=sys.stderr)  # what was seen until then is printed
     finally:
         started.down()
-    print("| killed | trials | cells lost or other | cells run twice | commands typed | seconds, median |")
-    print("|---|---|---|---|---|---|")
-    for name, row in rows.items():
-        if row.seconds:
-            print(f"| {name} | {row} |")
+    seen = {name: row for name, row in rows.items() if row.seconds}
+    print(f"| {' | '.join(_COLUMNS)} |\n{'|---' * len(_COLUMNS)}|")
+    for name, row in seen.items():
+        print(f"| {name} | {row} |")
+    if given.out is not None:
+        with open(given.out / f"cluster_kills_{given.engine}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([_COLUMNS, *([name, *row.values()] for name, row in seen.items())])
     return 1 if any(row.wrong or row.n_run_twice for row in rows.values()) else 0
 
 

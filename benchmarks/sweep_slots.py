@@ -2,11 +2,13 @@
 
     python -m benchmarks.sweep_slots two --engines worker ray           # with OMP_NUM_THREADS=1
     python -m benchmarks.sweep_slots overhead --engines worker ray      # the same
-    python -m benchmarks.sweep_slots many --groups 2000                 # the same
+    python -m benchmarks.sweep_slots many --engines ray --groups 2000   # the same
 
-two: wall time of 24 groups whose cells take a second of one core each, on two slots and on one, in alternating rounds.
+two: wall time of 24 groups whose cells take four seconds of one core each, on two slots and on one, in alternating
+rounds.
 overhead: seconds that each further group of a trivial cell takes, by the slope between two sizes of a sweep; of a slot
-minus of one worker without slots. many: the driver's resident memory while groups of a trivial cell run through Ray.
+minus of one worker without slots. many: the driver's resident memory while groups of a trivial cell run on two slots,
+the files that the sweep leaves, and how long its tables take.
 Ray's cluster is that of RAY_ADDRESS, or one that each sweep starts here, whose start is in the wall time of `two`.
 """
 
@@ -20,6 +22,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks import aggregate
+from moe_lab.results.aggregate import OUTPUTS
+from moe_lab.results.kept import CACHE
 
 _TRIVIAL = ["model=minimal", "model.hidden=64", "device=cpu", "measure.roofline=false", "measure.warmup_s=0"]
 _DONE = re.compile(r"\[(\d+)/\d+\]")
@@ -52,7 +58,7 @@ def two(engines: list[str], rounds: int) -> None:
     for engine in engines:
         ratios = []
         for round_ in range(rounds):
-            one_s, two_s = (wall(24, 1.0, on(engine, slots)) for slots in (1, 2))
+            one_s, two_s = (wall(24, 4.0, on(engine, slots)) for slots in (1, 2))
             ratios.append(two_s / one_s)
             print(f"| {engine} | {round_} | {one_s:.1f} | {two_s:.1f} | {ratios[-1]:.2f} |", flush=True)
         print(f"| {engine} | median | | | {statistics.median(ratios):.2f} |", flush=True)
@@ -69,13 +75,12 @@ def overhead(engines: list[str], rounds: int, few: int = 20, many: int = 120) ->
             print(f"| {name} | {round_} | {each:.3f} | {each - alone:+.3f} |", flush=True)
 
 
-def many(groups: int) -> None:
-    print("| groups done | driver's memory, MB | seconds |")
-    print("|---|---|---|")
+def many(engine: str, groups: int) -> None:
+    print(f"\n{engine}\n\n| groups done | driver's memory, MB | seconds |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
         sweep = subprocess.Popen(
-            command(groups, 0.02, ["sweep.engine=ray", "sweep.slots.cpu=2"]),
+            command(groups, 0.02, on(engine, 2)),
             cwd=folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -89,8 +94,40 @@ def many(groups: int) -> None:
                 (resident,) = re.findall(r"VmRSS:\s*(\d+) kB", status)
                 print(f"| {found[1]} | {int(resident) / 1e3:.0f} | {time.perf_counter() - begun:.0f} |", flush=True)
         code = sweep.wait()
-        n_bytes = sum(path.stat().st_size for path in Path(folder, "outputs", "s").glob("*") if path.is_file())
-        print(f"\nexit code {code} after {time.perf_counter() - begun:.0f} s; {n_bytes / 1e6:.1f} MB beside the cells")
+        print(f"\nexit code {code} after {time.perf_counter() - begun:.0f} s\n", flush=True)
+        root = Path(folder, "outputs", "s")
+        files_of(root)
+        tables_of(root)
+
+
+def files_of(root: Path) -> None:
+    """How many files a sweep leaves, and how large: of its cells, and beside them."""
+    print("| files | how many | MB |\n|---|---|---|")
+    sizes: dict[str, list[int]] = {}
+    for path in root.rglob("*"):
+        if path.is_file():
+            is_of_cell = path.parent != root and not path.parent.name.startswith(".")
+            name = f"a cell's {path.name}" if is_of_cell else str(path.relative_to(root))
+            sizes.setdefault(name, []).append(path.stat().st_size)
+    for name, found in sorted(sizes.items()):
+        print(f"| {name} | {len(found)} | {sum(found) / 1e6:.2f} |")
+
+
+def tables_of(root: Path) -> None:
+    """How long its tables take, against the json module, as `benchmarks.aggregate` measures it."""
+    print("\n| | the call [s] |\n|---|---|")
+    medians = {}
+    for what in ("json", "all new", "nothing changed"):
+        seconds = []
+        for _ in range(3):
+            if what == "all new":
+                for name in (*OUTPUTS, CACHE):
+                    (root / name).unlink(missing_ok=True)
+            seconds.append(aggregate.measure(root, aggregate.JSON if what == "json" else aggregate.CALL)[0])
+        medians[what] = statistics.median(seconds)
+        print(f"| {what} | {', '.join(f'{one:.2f}' for one in seconds)} |", flush=True)
+    print(f"\nall new / json: {medians['all new'] / medians['json']:.1f}")
+    print(f"nothing changed / all new: {medians['nothing changed'] / medians['all new']:.2f}")
 
 
 def main() -> None:
@@ -101,7 +138,8 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=2000)
     given = parser.parse_args()
     if given.what == "many":
-        many(given.groups)
+        for engine in given.engines:
+            many(engine, given.groups)
     else:
         {"two": two, "overhead": overhead}[given.what](given.engines, given.rounds)
 

@@ -68,7 +68,9 @@ TESTED_IN = {
     "sweep/multirun.py": "sweep/test_plan.py",
     "sweep/ray_cluster.py": "sweep/test_ray_pool.py",
     "sweep/ray_variables.py": "sweep/test_places.py",
+    "sweep/slurm_asker.py": "sweep/test_slurm_pool.py",
     "sweep/slurm_job.py": "sweep/test_slurm_pool.py",
+    "sweep/slurm_left.py": "sweep/test_status.py",
     "sweep/tasks.py": "sweep/test_host.py",
     "sweep/worker.py": "sweep/test_engine.py",
 }

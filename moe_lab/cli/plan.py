@@ -11,7 +11,7 @@ from moe_lab.cli.progress import Terminal
 from moe_lab.cli.reporter import clock
 from moe_lab.cli.table import print_table
 from moe_lab.config.compose import composing_multirun
-from moe_lab.records import variants
+from moe_lab.records import store, variants
 from moe_lab.sweep import multirun, places
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep.expected import expected_seconds
@@ -46,11 +46,16 @@ def _asked_of_slots(sweep: dict[str, Any], directory: Path, made: Callable[[HasK
     try:
         return made(Kept(kept(directory, sweep["engine"], sweep["slots"])))
     except Unkept:
-        pool = places.open_pool(sweep | {"shared": False}, Path(f"{directory}#plan"), Terminal().say)
+        folder = Path(f"{directory}#plan")
+        missing = store.missing_folders(folder)
         try:
-            return made(pool)
+            pool = places.open_pool(sweep | {"shared": False}, folder, Terminal().say)
+            try:
+                return made(pool)
+            finally:
+                pool.close()
         finally:
-            pool.close()
+            store.remove_empty(missing)
 
 
 def show(overrides: list[str], config_dir: str | None, *, json: bool = False) -> None:

@@ -62,6 +62,8 @@ def _when(found: Status, now: float) -> str:
     if found.owner is None:
         if "to run" not in found.counts:
             return ""
+        if found.jobs:
+            return f"; {found.jobs}; to go on with them, run: {shlex.join(found.command)}"
         return f"; nobody runs them; to continue, run: {shlex.join(found.command)}"
     text = f"; runs{found.owner}"
     if found.elapsed_s is not None:

@@ -166,7 +166,7 @@ def _require_keys(cfg: DictConfig) -> None:
 
 
 def validate_sweep(cfg: DictConfig) -> None:
-    """The part of `validate` that a sweep needs before its jobs are composed."""
+    """Raise `ValueError` for a value of `sweep` that cannot be."""
     sweep = cfg.sweep
     _one_of(cfg, "sweep.stale", CHOICES["sweep.stale"])
     for choice in ("sweep.plotly", "sweep.engine"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -58,3 +59,11 @@ class CappedLog:
                     file.write(chunk)
                 except OSError:  # a full disk or a read-only folder is no fault of the run
                     self._left = 0
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something."""
+    with suppress(OSError):
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else "it printed nothing"
+    return "it wrote no log"

@@ -15,8 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from moe_lab.config import entries, many_compositions
-from moe_lab.config.checks import validate_sweep
+from moe_lab.config import checks, entries, many_compositions
 from moe_lab.config.unread import key_of
 from moe_lab.errors import UnavailableError
 from moe_lab.records import files, store
@@ -42,7 +41,7 @@ class Multirun:
     """One sweep folder, locked, with an engine that starts while Hydra composes."""
 
     def __init__(self, loader: ConfigLoader, config: DictConfig, progress: Progress, words: list[str]):
-        validate_sweep(config)
+        checks.validate_sweep(config)  # slots are opened before a job is composed
         require_cells(loader, config)  # Hydra would compose all of them first
         self.composer, self.progress = JobComposer(loader, config), progress
         self.directory, self.words = Path(config.hydra.sweep.dir), words

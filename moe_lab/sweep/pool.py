@@ -10,12 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
+from moe_lab.errors import UnavailableError
+from moe_lab.sweep.capped_log import last_line
 from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.host import Host
 from moe_lab.sweep.kinds import Kind
 from moe_lab.sweep.slots import Slot
+from moe_lab.sweep.standing import FOLDER
 from moe_lab.sweep.tasks import Event, Setup, Task
 
 
@@ -81,8 +85,11 @@ class Seat:
 class HostPool:
     """A pool of hosts that stay for the whole sweep; see `Pool`. Who derives from it says how events come."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
+        """`directory` is the sweep's."""
+        self.directory = directory
         self.seats: dict[str, Seat] = {}
+        self._given_up: list[Event] = []  # of slots that nobody told of yet
 
     def receive(self, timeout_s: float) -> list[Event]:
         """What the hosts told since, and who was lost; waits for something until the time is over."""
@@ -93,17 +100,37 @@ class HostPool:
         return list(self.seats)
 
     def kinds(self, configs: Sequence[Mapping[str, Any]]) -> list[Kind]:
-        """See `kinds.HasKinds`. All slots are asked at once, as each starts a worker first."""
+        """See `kinds.HasKinds`. All slots are asked at once, as each starts a worker first; who cannot is given up."""
+
+        def look(seat: Seat) -> Any:
+            try:
+                return seat.host.ask("look", configs, False)
+            except WorkerLostError as lost:
+                return lost
+
         names = [config["device"]["name"] for config in configs]
         with ThreadPoolExecutor(len(self.seats)) as asking:
-            answers = list(asking.map(lambda seat: seat.host.ask("look", configs, False), self.seats.values()))
+            answers = list(asking.map(look, self.seats.values()))
         found: dict[tuple[str | None, ...], Kind] = {}
-        for seat, seen in zip(self.seats.values(), answers, strict=True):
+        for seat, seen in zip(list(self.seats.values()), answers, strict=True):
+            if isinstance(seen, WorkerLostError):
+                said = last_line(self.directory / FOLDER / f"{seat.slot.name}.log")
+                self.give_up(seat, f"no worker could start: {seen} ({said})")
+                continue
             env_ids = tuple(one["env_id"] for one in seen)
             seat.env_ids = set(env_ids)
             kind = found.setdefault(env_ids, Kind(dict(zip(names, env_ids, strict=True)), [], self._ask(set(env_ids))))
             kind.slots.append(seat.slot.name)
+        if not found:
+            raise UnavailableError("; ".join(f"{event.slot}: {event.text}" for event in self._given_up))
         return list(found.values())
+
+    def give_up(self, seat: Seat, reason: str) -> None:
+        """Take a slot out of service."""
+        self.seats.pop(seat.slot.name, None)
+        self._given_up.append(Event("broken", seat.slot.name, seat.slot.node, text=reason))
+        with suppress(Exception):  # it may be gone
+            seat.host.close()
 
     def _ask(self, env_ids: set[str | None]) -> Callable[..., Any]:
         """The answer of a slot of a kind, whichever is there."""
@@ -137,8 +164,8 @@ class HostPool:
 
     def events(self, timeout_s: float) -> list[Event]:
         """See `Pool.events`."""
-        found = []
-        for event in self.receive(timeout_s):
+        found, self._given_up = self._given_up, []
+        for event in self.receive(0 if found else timeout_s):
             if (seat := self.seats.get(event.slot)) is None:
                 continue  # of one that was given up
             if event.kind == "lost" and event.task is None and seat.task is not None:
@@ -173,7 +200,7 @@ class LocalPool(HostPool):
 
     def __init__(self, slots: Sequence[Slot], setup: Setup):
         """Start them, without waiting for their workers. Raises `UnavailableError` if a slot is not free."""
-        super().__init__()
+        super().__init__(Path(setup.directory))
         self._told: queue.SimpleQueue[Event] = queue.SimpleQueue()
         try:
             for slot in slots:

@@ -88,6 +88,7 @@ class _RayHost:
 
     def __init__(self, actor: Any):
         self.actor = actor
+        self.is_open = False
 
     def ask(self, step: str, *arguments: Any) -> Any:
         try:
@@ -107,8 +108,9 @@ class _RayHost:
         self.actor.stop.remote()
 
     def close(self) -> None:
-        with suppress(RayError):
-            ray.get(self.actor.close.remote(), timeout=_CLOSE_S)
+        if self.is_open:  # one that never was does not answer
+            with suppress(RayError):
+                ray.get(self.actor.close.remote(), timeout=_CLOSE_S)
         ray.kill(self.actor)
 
 
@@ -121,7 +123,7 @@ class RayPool(HostPool):
         Raises:
             UnavailableError: no cluster answers, it has too few CPUs or GPUs, or a node cannot open a slot.
         """
-        super().__init__()
+        super().__init__(Path(setup.directory))
         self._setup = setup
         self._polls: dict[Any, str] = {}
         self._opening: dict[Any, tuple[Seat, float]] = {}  # and until when
@@ -168,7 +170,9 @@ class RayPool(HostPool):
         return ray.remote(SlotActor).options(**options).remote()
 
     def _seat(self, slot: Slot, actor: Any, env_ids: set[str | None] | None = None) -> None:
-        self.seats[slot.name] = Seat(slot, _RayHost(actor), env_ids or set())
+        host = _RayHost(actor)
+        host.is_open = True
+        self.seats[slot.name] = Seat(slot, host, env_ids or set())
         self._polls[actor.events.remote(_POLL_S)] = slot.name
 
     def may_start(self, task: Task) -> bool:
@@ -190,7 +194,7 @@ class RayPool(HostPool):
         for ref, (seat, ends_at) in list(self._opening.items()):
             if time.monotonic() > ends_at:
                 del self._opening[ref]
-                ray.kill(seat.host.actor)  # type: ignore[attr-defined]
+                self.give_up(seat, f"it did not start again within {_OPEN_S:.0f} s; is other work in its place?")
         return found
 
     def _told(self, ref: Any, seat: Seat) -> list[Event]:
@@ -203,26 +207,34 @@ class RayPool(HostPool):
         except RayActorError as error:
             is_there = self._places[seat.slot].id in {node.id for node in nodes_of_cluster()}
             text = "its process ended" if is_there else "its node is gone"
-            if is_there:
-                self._open_again(seat)
+            if is_there and not self._open_again(seat):
+                text += f", for the {_MOST_RESTARTS + 1}th time, so it is not started again"
             return [Event("lost", seat.slot.name, seat.slot.node, text=f"{text} ({line_of(error)})")]
         self._polls[seat.host.actor.events.remote(_POLL_S)] = seat.slot.name
         return events
 
-    def _open_again(self, seat: Seat) -> None:
+    def _open_again(self, seat: Seat) -> bool:
+        """Start it again, unless it was lost too often."""
         name = seat.slot.name
         self._n_restarts[name] = self._n_restarts.get(name, 0) + 1
-        if self._n_restarts[name] <= _MOST_RESTARTS:
-            actor = self._actor(seat.slot)
-            again = Seat(seat.slot, _RayHost(actor), seat.env_ids)
-            self._opening[actor.open.remote(seat.slot, self._setup)] = again, time.monotonic() + _OPEN_S
+        if self._n_restarts[name] > _MOST_RESTARTS:
+            return False
+        actor = self._actor(seat.slot)
+        again = Seat(seat.slot, _RayHost(actor), seat.env_ids)
+        self._opening[actor.open.remote(seat.slot, self._setup)] = again, time.monotonic() + _OPEN_S
+        return True
 
     def _is_open(self, ref: Any) -> None:
         seat, _ = self._opening.pop(ref)
         assert isinstance(seat.host, _RayHost)
-        with suppress(RayError):  # the node went in the meantime
-            if ray.get(ref) is None:
-                self._seat(seat.slot, seat.host.actor, seat.env_ids)
+        try:
+            mistake = ray.get(ref)
+        except RayError as error:  # its node went in the meantime
+            mistake = f"it did not start again: {line_of(error)}"
+        if mistake is None:
+            self._seat(seat.slot, seat.host.actor, seat.env_ids)
+        else:
+            self.give_up(seat, mistake)
 
     def close(self) -> None:
         """See `Pool.close`; a cluster that was started here ends."""

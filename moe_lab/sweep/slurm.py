@@ -71,11 +71,12 @@ def submit(
     at_once: int | None = None,
     cpus: int | None = None,
 ) -> list[str]:
-    """Submit an array job (several, if Slurm's largest array is too small): `function(call)` of each call.
+    """Submit an array job: `function(call)` of each call.
 
     Args:
         folder: where submitit's scripts, calls and logs lie; nodes must see it.
         options: the node `sweep.slurm`.
+        calls: at most `largest_array`.
         at_once: the most jobs that run at once; None: as many as there is place for.
 
     Returns:
@@ -100,15 +101,17 @@ def submit(
         additional_parameters={"requeue": True, **dict(options["options"])},
         **{key: value for key, value in parameters.items() if value is not None},
     )
-    most = _largest_array() if len(calls) > 1 else 1
-    jobs = []
-    for start in range(0, len(calls), most):
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises, too
-            try:
-                jobs += executor.map_array(function, calls[start : start + most])
-            except submitit.core.utils.FailedJobError as error:
-                raise UnavailableError(f"sweep.slurm: {_one_line(str(error))}") from error
+    with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises, too
+        try:
+            jobs = executor.map_array(function, calls)
+        except submitit.core.utils.FailedJobError as error:
+            raise UnavailableError(f"sweep.slurm: {_one_line(str(error))}") from error
     return [str(job.job_id) for job in jobs]
+
+
+def array_of(job: str) -> str:
+    """The array job of a number."""
+    return job.partition("_")[0]
 
 
 def states(name: str) -> dict[str, State]:
@@ -134,6 +137,11 @@ def cancel(jobs: Iterable[str], only_waiting: bool = False) -> None:
         _run("scancel", "--quiet", *(["--state=PENDING"] if only_waiting else []), *jobs)
 
 
+def cancel_waiting(name: str) -> None:
+    """Cancel the jobs of this name that wait."""
+    _run("scancel", "--quiet", "--state=PENDING", f"--user={getpass.getuser()}", f"--name={name}")
+
+
 def signal(jobs: Iterable[str], name: str) -> None:
     """Send a signal to the processes of running jobs."""
     if jobs := list(jobs):
@@ -142,7 +150,7 @@ def signal(jobs: Iterable[str], name: str) -> None:
 
 def exclude(jobs: Iterable[str], excluded: Iterable[str]) -> None:
     """Keep jobs that wait from these nodes."""
-    for array in {job.partition("_")[0] for job in jobs}:
+    for array in {array_of(job) for job in jobs}:
         with contextlib.suppress(UnavailableError):  # they have begun meanwhile
             _run("scontrol", "update", f"JobId={array}", f"ExcNodeList={','.join(sorted(excluded))}")
 
@@ -157,7 +165,8 @@ def warning_s(limit_s: int) -> int:
     return min(90, max(10, limit_s // 10))
 
 
-def _largest_array() -> int:
+def largest_array() -> int:
+    """How many jobs an array may have."""
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run("scontrol", "show", "config"), re.MULTILINE)
     return int(found[1]) if found else 1000
 

@@ -1,8 +1,9 @@
-"""What runs in a job of Slurm: a host that times one group, or answers the questions of the plan. Imports no torch.
+"""What runs in a job of Slurm: a host that times groups, or answers the questions of the plan. Imports no torch.
 
-A job tells the driver by lines in a file beside submitit's (`Mailbox`), so the driver may be killed and started again.
-A job that is started again (put back into the queue after its time limit, a preemption or the loss of its node) does
-what is left of its group.
+A job times its own group, and then those of its array that no other job has taken: a worker's imports take longer than
+many a group. What happens is told to the driver by lines in a file of the group beside submitit's (`Mailbox`), so the
+driver may be killed and started again. A job that is started again (put back into the queue after its time limit, a
+preemption or the loss of its node) does what is left of the group that it had.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ from moe_lab.sweep.tasks import Event, Setup, Task
 
 FOLDER = ".slurm"
 """In the sweep's folder: what submitit writes, and the mailboxes."""
-SUFFIX = ".jsonl"
+SUFFIX, PICKLE, TAKEN = ".jsonl", "_submitted.pkl", ".taken"
+"""Of a group's mailbox, of what submitit pickled, and of the link that says which job has the group."""
+CELLS = "_cells"
+"""Of the file in which the driver says which cells a group has."""
+DRIVER = "driver"
+"""Has a group that no job is to take any more."""
 ENDS = ("end", "stopped", "refused", "broken", "lost")
 """The kinds of events after which a job has nothing more to tell."""
 _TICK_S = 0.2
@@ -81,20 +87,43 @@ class Mailbox:
         return [Line(*json.loads(line)) for line in whole.splitlines()]
 
 
+def take(directory: Path, group: str, by: str) -> bool:
+    """Take a group, unless it is taken. A link is made in one step, on a network file system too."""
+    try:
+        os.symlink(by, directory / FOLDER / f"{group}{TAKEN}")
+    except FileExistsError:
+        return False
+    return True
+
+
+def taken_by(directory: Path, group: str) -> str | None:
+    """The job that has a group; None if it waits."""
+    try:
+        return os.readlink(directory / FOLDER / f"{group}{TAKEN}")
+    except OSError:
+        return None
+
+
+def has_ended(directory: Path, group: str) -> bool:
+    """Whether nothing more will be told of a group."""
+    return any(line.kind in ENDS for line in Mailbox(directory, group).new())
+
+
 @dataclass(frozen=True)
 class GroupJob:
-    """What `run_group` is called with; pickled."""
+    """What `run_groups` is called with; pickled."""
 
     task: Task
     setup: Setup
     limit_s: int
+    n_in_array: int
     stood: Mapping[str, tuple[int, int] | None]
     """The `store.mark` of each cell's record when the job was submitted."""
 
     @classmethod
-    def of(cls, task: Task, setup: Setup, limit_s: int) -> GroupJob:
+    def of(cls, task: Task, setup: Setup, limit_s: int, n_in_array: int) -> GroupJob:
         """Of a task that is submitted now."""
-        return cls(task, setup, limit_s, {cell.cell_id: store.mark(cell.directory) for cell in task.cells})
+        return cls(task, setup, limit_s, n_in_array, {cell.cell_id: store.mark(cell.directory) for cell in task.cells})
 
     def left(self) -> tuple[Cell, ...]:
         """The cells that did not end since then; one that was interrupted did not."""
@@ -106,45 +135,96 @@ class GroupJob:
         return record is not None and is_new and record.cell_id == cell.cell_id and record.reason != "interrupted"
 
 
-def run_group(job: GroupJob) -> None:
-    """The whole life of a job that times a group."""
-    signals, started = _Signals(), time.monotonic()
-    number = job_number()
-    mailbox = Mailbox(Path(job.setup.directory), number)
-    left = job.left()
-    for cell in job.task.cells:
-        if cell not in left:  # it ended before the job was put back
-            mailbox.put(Line("cell", cell.cell_id))
-    if not left:
-        mailbox.put(Line("end"))
-        return
-    ends: queue.SimpleQueue[Event] = queue.SimpleQueue()
+def run_groups(job: GroupJob) -> None:
+    """The whole life of a job that times groups.
 
-    def tell(event: Event) -> None:
-        if event.kind in ENDS:
-            ends.put(event)
-        elif event.kind != "cell" or signals.are_from_driver or event.cell_id not in {c.cell_id for c in job.left()}:
-            mailbox.put(Line(event.kind, event.cell_id, event.text, event.node))
-
-    slot = slot_here(number)
+    It takes another while half of its time is left: so a group that needs less than half never meets the limit.
+    """
+    running = _Running(job)
     try:
-        with signals.blocked():
-            host = _open(slot, job.setup, tell)
-    except (OSError, UnavailableError, ValueError) as error:
-        mailbox.put(Line("broken", text=str(error), content=slot.node))
-        return
-    signals.stop(host)
-    try:
-        event = _run(host, replace(job.task, cells=left), ends)
+        for group, of_array in _taken(job):
+            if not running.run(group, of_array) or time.monotonic() - running.started > job.limit_s / 2:
+                return
     finally:
-        host.close()
-    if event.kind == "stopped" and signals.first == signal.SIGTERM:
-        return  # Slurm knows why: cancelled, or it makes place for another and is put back
-    if event.kind == "stopped" and signals.first == signal.SIGUSR2:
-        early = slurm.warning_s(job.limit_s) + _EARLY_S
-        _go_on_later(mailbox, job, has_met_limit=time.monotonic() - started > job.limit_s - early)
-    else:
-        mailbox.put(Line(event.kind, text=event.text, content=event.node))
+        running.close()
+
+
+def _taken(job: GroupJob) -> Iterator[tuple[str, GroupJob]]:
+    """The group that this job had when it was put back, its own, and those of its array that are not taken."""
+    number, directory = job_number(), Path(job.setup.directory)
+    array = number.partition("_")[0]
+    others = (f"{array}_{place}" for place in range(job.n_in_array if job.n_in_array > 1 else 0))
+    groups = [number, *(other for other in others if other != number)]
+    for group in groups:
+        if taken_by(directory, group) == number and not has_ended(directory, group):
+            yield group, _pickled(directory, group)
+    for group in groups:
+        if (directory / FOLDER / f"{group}{PICKLE}").exists() and take(directory, group, number):
+            yield group, _pickled(directory, group)
+
+
+def _pickled(directory: Path, group: str) -> GroupJob:
+    from submitit.core.utils import DelayedSubmission
+
+    (found,) = DelayedSubmission.load(directory / FOLDER / f"{group}{PICKLE}").args
+    assert isinstance(found, GroupJob)
+    return found
+
+
+class _Running:
+    """A job that runs: its host, and the group that it times."""
+
+    def __init__(self, job: GroupJob):
+        self.signals, self.started = _Signals(), time.monotonic()
+        self._slot = slot_here(job_number())
+        self._host: Host | None = None
+        self._ends: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._job = job
+        self._mailbox = Mailbox(Path(job.setup.directory), job_number())
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._host is not None:
+            self._host.close()
+
+    def run(self, group: str, job: GroupJob) -> bool:
+        """Time a group, or what is left of it. Returns whether this job may take another."""
+        self._job, self._mailbox = job, Mailbox(Path(job.setup.directory), group)
+        left = job.left()
+        for cell in job.task.cells:
+            if cell not in left:  # it ended before the job was put back
+                self._mailbox.put(Line("cell", cell.cell_id))
+        if not left:
+            self._mailbox.put(Line("end"))
+            return True
+        if self._host is None:
+            try:
+                with self.signals.blocked():
+                    self._host = _open(self._slot, job.setup, self._tell)
+            except (OSError, UnavailableError, ValueError) as error:
+                self._mailbox.put(Line("broken", text=str(error), content=self._slot.node))
+                return False
+            self.signals.stop(self._host)
+        event = _run(self._host, replace(job.task, cells=left), self._ends)
+        if event.kind == "stopped" and self.signals.first == signal.SIGTERM:
+            return False  # Slurm knows why: cancelled, or it makes place for another and is put back
+        if event.kind == "stopped" and self.signals.first == signal.SIGUSR2:
+            early = slurm.warning_s(job.limit_s) + _EARLY_S
+            _go_on_later(self._mailbox, job, has_met_limit=time.monotonic() - self.started > job.limit_s - early)
+            return False
+        self._mailbox.put(Line(event.kind, text=event.text, content=event.node))
+        return event.kind == "end" and self.signals.first is None
+
+    def _tell(self, event: Event) -> None:
+        if event.kind in ENDS:
+            self._ends.put(event)
+        elif event.kind == "begun":
+            self._mailbox.put(Line("begun", None, job_number(), event.node))
+        elif event.kind != "cell" or self.signals.are_from_driver or self._is_over(event.cell_id):
+            self._mailbox.put(Line(event.kind, event.cell_id, event.text, event.node))
+
+    def _is_over(self, cell_id: str | None) -> bool:
+        return cell_id not in {cell.cell_id for cell in self._job.left()}
 
 
 def _run(host: Host, task: Task, ends: queue.SimpleQueue[Event]) -> Event:
@@ -187,7 +267,10 @@ def _go_on_later(mailbox: Mailbox, job: GroupJob, *, has_met_limit: bool) -> Non
     if has_met_limit and len(n_left) >= _TRIES and len(set(n_left[-_TRIES:])) == 1:
         for cell in left:
             timing.write(
-                cell, "failed", f"timeout: {_TRIES} jobs met sweep.slurm.time and no cell ended; set a longer one"
+                cell,
+                "failed",
+                f"timeout: its group takes longer than sweep.slurm.time: {_TRIES} jobs met that limit and no cell "
+                "ended; set a longer one, or a shorter measure.max_time_s",
             )
             mailbox.put(Line("cell", cell.cell_id))
         mailbox.put(Line("end"))

@@ -1,4 +1,8 @@
-"""Slots that Slurm gives: each group is a job of an array. Imports no torch."""
+"""Slots that Slurm gives: jobs of arrays, which take the groups of the sweep. Imports no torch.
+
+An array has a job for each of its groups. A job that runs takes others' groups too (`slurm_job`); then those jobs find
+none, and are cancelled while they wait. So there are always enough jobs for the groups that nobody has taken.
+"""
 
 from __future__ import annotations
 
@@ -16,45 +20,51 @@ from typing import Any
 from moe_lab.config.slurm_options import seconds_of
 from moe_lab.errors import UnavailableError
 from moe_lab.records import identity, store
-from moe_lab.sweep import slurm, slurm_job, standing
-from moe_lab.sweep.engine import WorkerLostError
+from moe_lab.sweep import slurm, slurm_job
 from moe_lab.sweep.kinds import Kind, Unkept, kept
 from moe_lab.sweep.plan import Cell
-from moe_lab.sweep.slurm_job import ENDS, FOLDER, SUFFIX, GroupJob, Line, Mailbox
+from moe_lab.sweep.slurm_asker import GONE, N_LOOKS, Asker, described
+from moe_lab.sweep.slurm_job import CELLS, DRIVER, ENDS, FOLDER, PICKLE, SUFFIX, TAKEN, GroupJob, Line, Mailbox
 from moe_lab.sweep.tasks import Event, Setup, Task
 
 _TICK_S = 0.2
 _BUSY_LOOK_S, _CALM_LOOK_S = 1.0, 5.0  # between two looks into the queue
 _CALM_AFTER_S = 10.0  # since something changed there
-_N_LOOKS = 3  # after which a job that is over and has not said so is lost: a shared disk may be late
 _MOST_FAILED = 2
-_SAY_S = 5.0  # a wait that is longer is told
+_MANY = 1_000_000  # more than any array has
 _ASKING = "00:10:00"  # the time limit of the job that answers the plan's questions
-_CELLS = "_cells"  # of a job, in a file that the driver writes
 _SUBMITTED = slurm.State("PENDING", "", "")
-_GONE = slurm.State("GONE", "", "Slurm does not know it any more")
 
 
 @dataclass
-class _Job:
+class _Group:
     """A group that was submitted."""
 
     number: str
+    """Of the job that was submitted for it."""
     task: Task
     mailbox: Mailbox
+    holder: str = ""
+    """The job that took it."""
     slot: str = ""
     """What it is called while it runs: its node, and if others of ours are there, which."""
     node: str = ""
     state: slurm.State = _SUBMITTED
+    """Of the job that took it, or that was submitted for it."""
     n_looks_over: int = 0
     is_cancelled: bool = False
     """By this driver."""
     told: set[str | None] = field(default_factory=set)
     """The cells that the driver knows to be over."""
 
+    @property
+    def job(self) -> str:
+        """The job that will tell of it."""
+        return self.holder or self.number
+
 
 class SlurmPool:
-    """See `pool.Pool`. All groups are submitted at once, and Slurm starts them as it has place."""
+    """See `pool.Pool`. All groups are submitted at once, and Slurm starts jobs as it has place."""
 
     def __init__(self, setup: Setup, options: Mapping[str, Any], wanted: Mapping[str, Any], say: Callable[[str], None]):
         """`options` are `sweep.slurm`, `wanted` is `sweep.slots`; `say` shows a line.
@@ -70,9 +80,11 @@ class SlurmPool:
         self._cpus: int | None = wanted["cpus_each"]
         self.directory = Path(setup.directory)
         self.name = slurm.job_name(self.directory)
-        self._asker: _Asker | None = None
+        self._asker: Asker | None = None
         self._askers: set[str] = set()
-        self._jobs: dict[str, _Job] = {}
+        self._groups: dict[str, _Group] = {}
+        self._slots: dict[str, tuple[str, str]] = {}  # of each job that runs: its node and its slot
+        self._n_alive = 0  # jobs that run or wait
         self._news: list[Event] = []
         self._looked_at = self._changed_at = 0.0
         self._is_silent = False  # Slurm does not answer
@@ -80,18 +92,19 @@ class SlurmPool:
         self._n_failed: Counter[str] = Counter()  # jobs in a row that did not even begin, by node
         self._out: set[str] = set()  # the nodes that get no more jobs
         self._is_out = False  # no node takes a job
+        alive = {slurm.array_of(number) for number in self._alive()}
+        self._is_new = not (self.directory / FOLDER).exists()
         self._folder = store.own_folder(self.directory / FOLDER)
-        self._remove_what_is_over()
+        self._remove_what_is_over(alive)
 
-    def _remove_what_is_over(self) -> None:
+    def _remove_what_is_over(self, alive: set[str]) -> None:
         """All but the logs of jobs that are over: when a cluster is made anew, the numbers of its jobs begin anew.
 
         Nor may a job find a pickle that came with the folder.
         """
-        alive = self._alive()
         for path in self._folder.iterdir():
-            number = path.name.removesuffix(SUFFIX).removesuffix(_CELLS).removesuffix("_submitted.pkl")
-            if path.name.endswith(slurm.LOG.format(job="")) or number in alive:
+            number = path.name.removesuffix(SUFFIX).removesuffix(CELLS).removesuffix(PICKLE).removesuffix(TAKEN)
+            if path.name.endswith(slurm.LOG.format(job="")) or slurm.array_of(number) in alive:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -100,7 +113,7 @@ class SlurmPool:
 
     def names(self) -> list[str]:
         """See `Pool.names`: those of the jobs that run; before the first, the nodes."""
-        return sorted({job.slot for job in self._jobs.values() if job.slot}) or self._nodes()
+        return sorted({slot for _, slot in self._slots.values()}) or self._nodes()
 
     def kinds(self, configs: Sequence[Mapping[str, Any]]) -> list[Kind]:
         """See `HasKinds`. One node is asked, in a job; one of another kind refuses its jobs.
@@ -125,38 +138,55 @@ class SlurmPool:
         if self._asker is None:
             options = {**self.options, "time": min(self.options["time"], _ASKING, key=seconds_of)}
             (number,) = self._submit(slurm_job.answer, [self.setup], options)
-            self._asker = _Asker(self, number)
+            self._asker = Asker(self.directory, self.name, number, self.say)
             self._askers.add(number)
         return self._asker.ask(step, *arguments)
 
     def start(self, waiting: Sequence[Task]) -> list[Task]:
-        """See `Pool.start`."""
-        nodes = self._nodes() if waiting else []
+        """See `Pool.start`. If only so many jobs may run at once, what needs more has to wait for the end of one."""
+        if not waiting or (self._has_adopted and not self._room()):
+            return []
+        nodes = self._nodes()
         can = [task for task in waiting if any(node not in task.not_on for node in nodes)]
         if not can:
             return []
         self._end_asking()
-        left = list(can)
+        left = can
         if not self._has_adopted:
             self._has_adopted = True
-            left = self._without_done(self._adopt(left))
+            left = self._adopt(can)
         not_on: dict[frozenset[str], list[Task]] = {}
         for task in left:
             not_on.setdefault(frozenset(self._out | task.not_on.keys()), []).append(task)
+        waits = {task.number for task in left}
+        started = [task for task in can if task.number not in waits]
+        most = slurm.largest_array()
         for excluded, tasks in not_on.items():
-            self._submit_groups(tasks, excluded)
-        return can
+            for first in range(0, len(tasks), most):
+                if self._room():
+                    some = tasks[first : first + most]
+                    started += some
+                    self._submit_groups(self._without_done(some), excluded)
+        return started
+
+    def _room(self) -> int:
+        """How many more jobs may run at once."""
+        return _MANY if self._at_once is None else max(0, self._at_once - self._n_alive)
 
     def _submit_groups(self, tasks: Sequence[Task], excluded: Iterable[str]) -> None:
+        if not tasks:
+            return
         options = dict(self.options["options"])
         if nodes := ",".join(sorted(excluded)):
             options["exclude"] = f"{options['exclude']},{nodes}" if "exclude" in options else nodes
-        calls = [GroupJob.of(task, self.setup, seconds_of(self.options["time"])) for task in tasks]
-        numbers = self._submit(slurm_job.run_group, calls, {**self.options, "options": options})
+        limit_s = seconds_of(self.options["time"])
+        calls = [GroupJob.of(task, self.setup, limit_s, len(tasks)) for task in tasks]
+        numbers = self._submit(slurm_job.run_groups, calls, {**self.options, "options": options}, self._room())
+        self._n_alive += len(numbers)
         for number, task in zip(numbers, tasks, strict=True):
-            self._add(_Job(number, task, Mailbox(self.directory, number)))
-            self._jobs[number].mailbox.make()
-            Mailbox(self.directory, number + _CELLS).put(Line("cells", content=_digests(task.cells)))
+            self._add(_Group(number, task, Mailbox(self.directory, number)))
+            self._groups[number].mailbox.make()
+            Mailbox(self.directory, number + CELLS).put(Line("cells", content=_digests(task.cells)))
 
     def may_start(self, task: Task) -> bool:
         """See `Pool.may_start`."""
@@ -173,41 +203,52 @@ class SlurmPool:
         while True:
             self._look()
             found, self._news = self._news, []
-            found += [event for job in list(self._jobs.values()) for event in self._news_of(job)]
+            found += [event for group in list(self._groups.values()) for event in self._news_of(group)]
             if found or time.monotonic() > deadline:
                 return found
             time.sleep(_TICK_S)
 
     def drain(self) -> None:
-        """See `Pool.drain`."""
-        waiting = [job for job in self._jobs.values() if job.state.name in slurm.WAITS]
-        for job in waiting:
-            job.is_cancelled = True
-        slurm.cancel([job.number for job in waiting], only_waiting=True)
+        """See `Pool.drain`. What was put back into the queue ends too."""
+        for group in list(self._groups.values()):
+            if group.holder:
+                group.is_cancelled = group.state.name in slurm.WAITS
+            elif group.state.name not in slurm.RUNS and slurm_job.take(self.directory, group.number, DRIVER):
+                del self._groups[group.number]
+                self._news.append(Event("stopped", "", "", group.task.number))
+        slurm.cancel_waiting(self.name)
 
     def stop(self) -> None:
         """See `Pool.stop`."""
         self.drain()
-        slurm.signal([job.number for job in self._jobs.values() if job.state.name in slurm.RUNS], slurm.STOP)
+        slurm.signal([group.job for group in self._groups.values() if group.state.name in slurm.RUNS], slurm.STOP)
 
     def close(self) -> None:
         """See `Pool.close`: what has not ended is cancelled."""
         try:
             self._end_asking()
-            slurm.cancel(self._jobs)
+            self.drain()
+            slurm.cancel({group.job for group in self._groups.values()})
             while self._only_asks and self._askers & self._alive().keys():
                 time.sleep(_TICK_S)
         except UnavailableError as error:  # what went before is of more interest
             self.say(str(error))
-        self._jobs = {}
+        self._groups = {}
         if self._only_asks:
             shutil.rmtree(self.directory, ignore_errors=True)
+        elif self._is_new:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _submit(self, function: Callable[..., Any], calls: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
-        return slurm.submit(self._folder, self.name, options, function, calls, at_once=self._at_once, cpus=self._cpus)
+    def _submit(
+        self, function: Callable[..., Any], calls: Sequence[Any], options: Mapping[str, Any], at_once: int = 1
+    ) -> list[str]:
+        most = min(at_once, len(calls))
+        jobs = slurm.submit(self._folder, self.name, options, function, calls, at_once=most, cpus=self._cpus)
+        self._is_new = False
+        return jobs
 
-    def _add(self, job: _Job) -> None:
-        self._jobs[job.number] = job
+    def _add(self, group: _Group) -> None:
+        self._groups[group.number] = group
         self._changed_at = time.monotonic()
 
     def _end_asking(self) -> None:
@@ -218,24 +259,29 @@ class SlurmPool:
     # ---- jobs of a driver that was killed
 
     def _adopt(self, tasks: list[Task]) -> list[Task]:
-        """Go on with jobs that have the same cells, cancel the others, and return what no job has."""
-        left, others = list(tasks), set()
-        for number, state in self._alive().items():
-            if number in self._askers:
-                continue  # it ends by itself
-            lines = Mailbox(self.directory, number + _CELLS).new()
-            has: dict[str, str] = lines[0].content if lines else {}
-            task = next((task for task in left if _digests(task.cells).items() <= has.items()), None)
-            if task is None:
-                others.add(number)
+        """Go on with groups of jobs that have the same cells, end the others, and return what no job has."""
+        left, alive = list(tasks), self._alive()
+        others: set[str | None] = set()
+        groups = [path.name.removesuffix(CELLS + SUFFIX) for path in self._folder.glob(f"*{CELLS}{SUFFIX}")]
+        for number in sorted(groups):
+            if slurm_job.has_ended(self.directory, number):
                 continue
-            left.remove(task)
-            self._add(_Job(number, task, Mailbox(self.directory, number), state=state))
-        slurm.cancel(others)
+            (line,) = Mailbox(self.directory, number + CELLS).new() or [Line("cells", content={})]
+            task = next((task for task in left if _digests(task.cells).items() <= line.content.items()), None)
+            holder = slurm_job.taken_by(self.directory, number) or ""
+            if task is not None and (holder or number) in alive:
+                left.remove(task)
+                state = alive[holder or number]
+                self._add(_Group(number, task, Mailbox(self.directory, number), holder, state=state))
+            elif not slurm_job.take(self.directory, number, DRIVER):  # else no job takes it any more
+                others.add(slurm_job.taken_by(self.directory, number))
+        others |= {number for number in alive if number not in groups} - self._askers  # these end by themselves
+        slurm.cancel(alive.keys() & others)
         while others & self._alive().keys():
             time.sleep(_TICK_S)
-        if self._jobs:
-            self.say(f"{len(self._jobs)} groups are in jobs of an earlier start; these go on")
+        self._n_alive = len(self._alive().keys() - self._askers)
+        if self._groups:
+            self.say(f"{len(self._groups)} groups are in jobs of an earlier start; these go on")
         return left
 
     def _alive(self) -> dict[str, slurm.State]:
@@ -270,148 +316,103 @@ class SlurmPool:
             self._is_silent = True
             return
         self._is_silent = False
-        for number, job in self._jobs.items():
-            state = states.get(number, _GONE)
-            if state.name != job.state.name:
+        taken = {path.name for path in self._folder.iterdir() if path.name.endswith(TAKEN)}
+        alive = {number: state for number, state in states.items() if not state.is_over and number not in self._askers}
+        arrays = {slurm.array_of(number) for number in alive}
+        for number, group in self._groups.items():
+            if not group.holder and number + TAKEN in taken:
+                group.holder = slurm_job.taken_by(self.directory, number) or ""
+            state = states.get(group.job, GONE)
+            if state.name != group.state.name:
                 self._changed_at = now
-            job.state = state
-            job.n_looks_over = job.n_looks_over + 1 if state.is_over else 0
+            group.state = state
+            is_left_to_others = _was_cancelled_early(group) and slurm.array_of(number) in arrays
+            group.n_looks_over = group.n_looks_over + 1 if state.is_over and not is_left_to_others else 0
+        self._n_alive = len(alive)
+        self._slots = {number: slot for number, slot in self._slots.items() if number in alive}
+        self._cancel_idle(alive)
 
-    def _news_of(self, job: _Job) -> list[Event]:
-        """The events of a job; the last one ends it."""
+    def _cancel_idle(self, alive: Mapping[str, slurm.State]) -> None:
+        """Cancel jobs that wait and would find no group of their array."""
+        needed = {slurm.array_of(number) for number, group in self._groups.items() if not group.holder}
+        holders = {group.holder for group in self._groups.values()}
+        waiting = (number for number, state in alive.items() if state.name in slurm.WAITS and number not in holders)
+        with suppress(UnavailableError):  # they find none, if Slurm does not answer just now
+            slurm.cancel((number for number in waiting if slurm.array_of(number) not in needed), only_waiting=True)
+
+    def _news_of(self, group: _Group) -> list[Event]:
+        """The events of a group; the last one ends it."""
         found: list[Event] = []
-        for line in job.mailbox.new() if job.state.name not in slurm.WAITS else ():
-            if (event := self._event(job, line)) is not None:
+        for line in group.mailbox.new() if group.state.name not in slurm.WAITS else ():
+            if (event := self._event(group, line)) is not None:
                 found.append(event)
                 if event.kind == "broken":
-                    self._leave_out(job.node)
+                    self._leave_out(group.node)
                 if event.kind in ENDS:
                     break
         else:
-            if job.n_looks_over < _N_LOOKS:
+            if group.n_looks_over < N_LOOKS:
                 return found
-            found.append(self._over(job))
-        del self._jobs[job.number]
+            if not group.holder and not slurm_job.take(self.directory, group.number, DRIVER):
+                group.holder = slurm_job.taken_by(self.directory, group.number) or ""
+                group.n_looks_over = 0  # a job took it, and the folder's list is late
+                return found
+            found.append(self._over(group))
+        del self._groups[group.number]
         return found
 
-    def _event(self, job: _Job, line: Line) -> Event | None:
+    def _event(self, group: _Group, line: Line) -> Event | None:
         """What a line means to the driver; None if nothing."""
         if line.kind == "begun":
-            job.node, job.slot = line.content, ""
-            job.slot = self._free_slot(job.node)
-            self._n_failed[job.node] = 0
-            line = line._replace(text=f"job {job.number}")
+            group.holder, group.node = line.text, line.content
+            group.slot = self._slot_of(group.holder, group.node)
+            self._n_failed[group.node] = 0
+            line = line._replace(text=f"job {group.holder}")
         elif line.kind in ("cell", "step"):
-            known = {cell.cell_id for cell in job.task.all_cells}
-            if line.cell_id not in known or (line.kind == "cell" and line.cell_id in job.told):
+            known = {cell.cell_id for cell in group.task.all_cells}
+            if line.cell_id not in known or (line.kind == "cell" and line.cell_id in group.told):
                 return None  # of an earlier driver's plan, or told before the job was put back
             if line.kind == "cell":
-                job.told.add(line.cell_id)
+                group.told.add(line.cell_id)
         elif line.kind not in ENDS:
             return None
         elif line.kind in ("refused", "broken"):
-            job.node = line.content
-        return Event(line.kind, job.slot or job.node, job.node, job.task.number, line.cell_id, line.text)  # type: ignore[arg-type]
+            group.node = line.content
+        return Event(line.kind, group.slot or group.node, group.node, group.task.number, line.cell_id, line.text)  # type: ignore[arg-type]
 
-    def _free_slot(self, node: str) -> str:
-        used = {job.slot for job in self._jobs.values()}
-        return next(slot for n in count(1) if (slot := node if n == 1 else f"{node}-{n}") not in used)
+    def _slot_of(self, job: str, node: str) -> str:
+        if self._slots.get(job, ("", ""))[0] != node:  # it is new there
+            used = {slot for _, slot in self._slots.values()}
+            slot = next(slot for n in count(1) if (slot := node if n == 1 else f"{node}-{n}") not in used)
+            self._slots[job] = node, slot
+        return self._slots[job][1]
 
-    def _over(self, job: _Job) -> Event:
+    def _over(self, group: _Group) -> Event:
         """The end of a job that did not say so itself."""
-        never_began = not job.node and job.state == _GONE  # of a part of an array that waited no trace is left
-        if job.state.name == "CANCELLED" or never_began:
-            kind, text = "stopped", "" if job.is_cancelled else f"job {job.number} was cancelled"
+        if group.state.name == "CANCELLED" or _was_cancelled_early(group):
+            kind, text = "stopped", "" if group.is_cancelled else f"job {group.job} was cancelled"
         else:
-            kind, text = "lost", self.described(job.number, job.state)
-            self._is_out = self._is_out or not job.state.node
-            if not job.node:
-                self._n_failed[job.state.node] += 1
-                if self._n_failed[job.state.node] == _MOST_FAILED:
-                    self._leave_out(job.state.node)
-        node = job.node or job.state.node
-        return Event(kind, job.slot or node or "slurm", node, job.task.number, None, text)  # type: ignore[arg-type]
+            kind, text = "lost", described(self.directory, group.job, group.state)
+            if not group.node:
+                self._is_out = self._is_out or not (group.holder or group.state.node)
+                self._n_failed[group.state.node] += 1
+                if self._n_failed[group.state.node] == _MOST_FAILED:
+                    self._leave_out(group.state.node)
+        node = group.node or group.state.node
+        slot = group.slot or node or ("slurm" if kind == "lost" else "")
+        return Event(kind, slot, node, group.task.number, None, text)  # type: ignore[arg-type]
 
     def _leave_out(self, node: str) -> None:
         """Give a node no more jobs: it would end one after the other, faster than others run theirs."""
         self._out.add(node)
         given = str(self.options["options"].get("exclude", "")).split(",")
-        waiting = [number for number, job in self._jobs.items() if job.state.name in slurm.WAITS]
+        waiting = [group.job for group in self._groups.values() if group.state.name in slurm.WAITS]
         slurm.exclude(waiting, {*self._out, *filter(None, given)})
 
-    def described(self, number: str, state: slurm.State) -> str:
-        """How a job ended, and where its log is."""
-        log = self.directory / FOLDER / slurm.LOG.format(job=number)
-        what = f"job {number}" + (f" on {state.node}" if state.node else "")
-        if state.node and not log.exists():
-            return (
-                f"{what}: {state.name}; it wrote no log, so {state.node} does not see {self.directory}; set "
-                "hydra.sweep.dir to a folder that all nodes share"
-            )
-        return f"{what}: {state.name} ({state.reason}; {_last_line(log)}); see {log}"
 
-
-class _Asker:
-    """A job on one node that answers the questions of the plan."""
-
-    def __init__(self, pool: SlurmPool, number: str):
-        self._pool, self._number, self.node = pool, number, ""
-        directory = pool.directory
-        self._questions, self._answers = Mailbox(directory, f"{number}_questions"), Mailbox(directory, number)
-        self._questions.make()
-        self._answers.make()
-        self._lines: list[Line] = []
-
-    def ask(self, step: str, *arguments: Any) -> Any:
-        """The answer of the node's worker.
-
-        Raises:
-            UnavailableError: the job ended, or moe-lab does not run on its node.
-            WorkerLostError: the question ended the worker.
-        """
-        is_first = not self.node
-        if is_first:
-            begun = self._next()
-            self.node = begun.text
-            if begun.content != identity.code_id(()):
-                raise UnavailableError(
-                    f"sweep.engine=slurm: {self.node} has another version of moe-lab than this machine; "
-                    "install the same, or set sweep.slurm.python."
-                )
-        self._questions.put(Line("ask", content=[step, *arguments]))
-        line = self._next()
-        if line.kind == "answer":
-            return line.content
-        if line.kind == "lost" and not is_first:
-            raise WorkerLostError(line.text)
-        log = self._pool.directory / standing.FOLDER / f"slurm-{self._number}.log"
-        why = f"{line.text}; {_last_line(log)}; see {log}" if line.kind == "lost" else line.text
-        raise UnavailableError(f"sweep.engine=slurm: no worker could start on {self.node}: {why}")
-
-    def _next(self) -> Line:
-        """The next line of the job; if it waits in the queue, that is said."""
-        started = looked_at = time.monotonic()
-        is_said, n_looks_over = False, 0
-        while not self._lines:
-            time.sleep(_TICK_S)
-            self._lines = self._answers.new()
-            if self._lines or time.monotonic() - looked_at < _BUSY_LOOK_S:
-                continue
-            looked_at = time.monotonic()
-            state = slurm.states(self._pool.name).get(self._number, _GONE)
-            n_looks_over += state.is_over
-            if n_looks_over >= _N_LOOKS:
-                raise UnavailableError(f"sweep.engine=slurm: {self._pool.described(self._number, state)}")
-            if state.name in slurm.WAITS and not is_said and looked_at - started > _SAY_S:
-                self._pool.say(f"job {self._number}, which asks what kind of node there is, waits ({state.reason})")
-                is_said = True
-        return self._lines.pop(0)
-
-    def close(self) -> None:
-        """End the job, whether or not it has begun."""
-        self._questions.put(Line("close"))
-        if not self.node:
-            slurm.cancel([self._number])
+def _was_cancelled_early(group: _Group) -> bool:
+    """Whether its job was cancelled before any took it. Of a part of an array that waited no trace is left."""
+    return not group.holder and (group.state.name == "CANCELLED" or group.state == GONE)
 
 
 def _digests(cells: Iterable[Cell]) -> dict[str, str]:
@@ -425,10 +426,3 @@ def _is_done(cell: Cell) -> bool:
         return False
     ids = (record.cell_id, record.code_id) == (cell.cell_id, cell.code_id)
     return ids and record.env_id in cell.env_ids and record.status == "ok"
-
-
-def _last_line(log: Path) -> str:
-    with suppress(OSError):
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "it printed nothing"
-    return "it wrote no log"

@@ -102,8 +102,9 @@ class _Spread:
         if self._left and self.plan.sweep["fail_fast"] and self.reporter.n_failed:
             self.reporter.say(f"sweep.fail_fast=true: {len(self._left)} cells were not run", "red")
         elif self._left:
+            why = self._last_loss.rstrip(".")
             raise UnavailableError(
-                f"sweep.engine={self.plan.sweep['engine']}: {len(self._left)} cells were not run: {self._last_loss}; "
+                f"sweep.engine={self.plan.sweep['engine']}: {len(self._left)} cells were not run: {why}; "
                 f"to continue, run: {command}"
             )
 
@@ -160,8 +161,9 @@ class _Spread:
                 self._has_ended(left, event)
         else:
             del self.running[task.number]
-            self.board.at(event.slot, None, None, None)
-            self.reporter.idle(event.slot)
+            if event.slot:  # no slot had begun it, if none is named
+                self.board.at(event.slot, None, None, None)
+                self.reporter.idle(event.slot)
             if event.kind == "stopped" and event.text:  # from outside
                 self._last_loss = event.text
                 self.reporter.say(f"group {task.number}: {event.text}", "yellow")

@@ -14,6 +14,8 @@ from pathlib import Path
 from moe_lab.records import files, store
 
 FOLDER = ".slots"
+GONE = "gone"
+"""The step of a slot that is out of service."""
 
 
 @dataclass
@@ -73,9 +75,9 @@ class Board:
         self._write(standing)
 
     def gone(self, slot: str) -> None:
-        """A slot is out of service."""
-        if self._slots.pop(slot, None) is not None:
-            self._file(slot).unlink(missing_ok=True)
+        """A slot is out of service; what it did counts."""
+        if slot in self._slots:
+            self.at(slot, None, None, GONE)
 
     def _of(self, slot: str) -> Standing:
         return self._slots.setdefault(slot, Standing(slot, self._begun, self._begun))

@@ -35,12 +35,15 @@ class Status:
     """Until all has run, at the rate until now."""
     command: list[str] = field(default_factory=list)
     """The last one."""
+    jobs: str = ""
+    """Of jobs that go on without the process that runs the sweep."""
 
 
 def read(directory: Path) -> Status:
     """Where the sweep in a folder is. Raises `ValueError` if that is not the folder of a sweep."""
     try:
-        cells = files.read_json(directory / store.PLAN)["cells"]
+        plan = files.read_json(directory / store.PLAN)
+        cells = plan["cells"]
         found = [_status(directory, cell) for cell in cells]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = error.strerror if isinstance(error, OSError) else repr(error)
@@ -49,8 +52,13 @@ def read(directory: Path) -> Status:
         ) from error
     numbers = Counter(name for name, _ in found)
     counts = {name: numbers[name] for name in ("ok", "failed", "skipped", "excluded", "to run") if numbers[name]}
-    slots = standing.read(directory)
-    owner = lock.owner(directory)
+    owner, slots, jobs = lock.owner(directory), standing.read(directory), ""
+    if owner is None:  # slots of this machine and of Ray end with it, and what it wrote of them is old
+        slots = []
+        if plan.get("engine") == "slurm":
+            from moe_lab.sweep import slurm_left
+
+            slots, jobs = slurm_left.read(directory, {cell["cell_id"]: cell["directory"] for cell in cells})
     elapsed_s = time.time() - min(slot.begun for slot in slots) if slots and owner is not None else None
     n_done = sum(slot.n_done for slot in slots)
     return Status(
@@ -62,6 +70,7 @@ def read(directory: Path) -> Status:
         elapsed_s=elapsed_s,
         left_s=elapsed_s / n_done * counts.get("to run", 0) if elapsed_s is not None and n_done else None,
         command=(read_commands(directory) or [[]])[-1],
+        jobs=jobs,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from moe_lab.cli.main import main
 from moe_lab.errors import UnavailableError
 from moe_lab.sweep import places, ray_variables
 from tests.sweep import faulty, test_plan
@@ -88,3 +89,27 @@ def test_a_ray_cluster_that_is_started_here_wants_a_token(monkeypatch: pytest.Mo
     ray_variables.prepare()
     assert [os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_worker_niceness")] == ["disabled", "3"]
     assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["sweep.engine=foo"], "sweep.engine=foo: must be one of worker, ray, slurm.", id="unknown"),
+        pytest.param(["sweep.slots.cpu=0"], "sweep.slots.cpu=0: must be a number >= 1.", id="no-slot"),
+        pytest.param(["sweep.engine=slurm", "sweep.slurm.time=soon"], "sweep.slurm.time=soon: ", id="no-time"),
+        pytest.param(
+            ["sweep.engine=ray", "sweep.worker=false"], "sweep.engine=ray: a slot has a worker", id="in-process"
+        ),
+    ],
+)
+def test_a_mistake_is_told_before_slots_are_opened(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its key, in one line; nothing is left behind, and no cluster is needed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert main(["-m", "model=minimal", "device=cpu", "batch=1,2", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"moe-lab: {message}")
+    assert list(tmp_path.iterdir()) == []

@@ -214,9 +214,10 @@ while not found:
     found = [event.kind for event in pool.events(0.2)]
 assert found == ["lost"] and pool._opening, found
 ends_at = time.monotonic() + 20
-while pool._opening and time.monotonic() < ends_at:
-    pool.events(0.2)
-print("given up" if not pool._opening and len(pool.names()) == 1 else "still waits", flush=True)
+found = []
+while not found and time.monotonic() < ends_at:
+    found = pool.events(0.2)
+print(*(f"{event.kind}: {event.text}" for event in found), len(pool._opening), len(pool.names()), flush=True)
 os._exit(0)
 """
 
@@ -228,7 +229,39 @@ def test_a_slot_whose_place_was_taken_is_given_up(tmp_path: Path, ray_cluster: A
     done = subprocess.run(
         [sys.executable, "-c", _TAKEN, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, timeout=120
     )
-    assert done.stdout.splitlines()[-1:] == ["given up"], done.stdout + done.stderr
+    line = "broken: it did not start again within 2 s; is other work in its place? 0 1"
+    assert done.stdout.splitlines()[-1:] == [line], done.stdout + done.stderr
+
+
+_CANNOT_OPEN = """
+import os, sys, shutil, ray
+from moe_lab.sweep import ray_pool
+from moe_lab.sweep.tasks import Setup
+
+pool = ray_pool.RayPool({"cpu": 1, "cuda": None, "cpus_each": None}, Setup(sys.argv[1], True, "/", (), {}), print)
+(seat,) = pool.seats.values()
+shutil.rmtree(sys.argv[1])
+ray.kill(seat.host.actor)
+found = []
+while len(found) < 2:
+    found += pool.events(0.2)
+print(*(f"{event.kind}: {event.text}" for event in found), sep="\\n", flush=True)
+os._exit(0)
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_why_a_slot_cannot_start_again_is_told(tmp_path: Path, ray_cluster: Any) -> None:
+    """The node does not see the folder any more, as when its file system went with the process."""
+    folder = tmp_path / "s"
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", _CANNOT_OPEN, str(folder)], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    lost, broken = done.stdout.splitlines()[-2:]
+    assert lost.startswith("lost: its process ended"), done.stdout + done.stderr
+    assert broken.startswith("broken: sweep.shared=true: ") and f"does not see {folder}" in broken
 
 
 _TELLS = """

@@ -1,4 +1,4 @@
-"""sweep/slurm_pool.py, sweep/slurm_job.py: sweeps in jobs of a real Slurm, where it can be started."""
+"""sweep/slurm_pool.py, sweep/slurm_job.py, sweep/slurm_asker.py: jobs of a real Slurm, where it can be started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pytest
 
 from benchmarks import cluster_kills
 from moe_lab.sweep import slurm, slurm_job
-from moe_lab.sweep.slurm_job import Line, Mailbox
+from moe_lab.sweep.slurm_job import GroupJob, Line, Mailbox
+from moe_lab.sweep.tasks import Setup, Task
 from scripts import cluster
 from tests.tiny import ROOT
 from tests.waiting import becomes_true
@@ -63,14 +64,14 @@ def jobs(state: str) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
-def told_by(folder: Path, job: str) -> list[Line]:
-    """What a job of the sweep has told."""
-    return Mailbox(folder / "outputs/s", job).new()
+def told_of(folder: Path, group: str) -> list[Line]:
+    """What was told of a group of the sweep, by the number of the job that was submitted for it."""
+    return Mailbox(folder / "outputs/s", group).new()
 
 
 def timed_in(folder: Path) -> list[str]:
-    """The jobs of the sweep that time a cell now."""
-    return [job for job in jobs("RUNNING") if "time" in {line.text for line in told_by(folder, job)}]
+    """The jobs of the sweep that time their own group now."""
+    return [job for job in jobs("RUNNING") if {line.text for line in told_of(folder, job)} >= {"time", job}]
 
 
 @pytest.fixture(autouse=True)
@@ -83,17 +84,17 @@ def _no_jobs_are_left(slurm_cluster: cluster.Cluster) -> Iterator[None]:
 
 
 def test_a_sweep_runs_in_jobs(tmp_path: Path) -> None:
-    """A group a job. The record says where it ran and on which CPUs; a second start has nothing to do."""
-    code, said = run(tmp_path, "-m", *SMALL, "batch=1,2")
+    """Two at once take five groups. The record says where each ran and on which CPUs."""
+    code, said = run(tmp_path, "-m", *SMALL, "batch=1,2,3,4,5", "sweep.slots.cpu=2")
     assert code == 0, said
     found = records(tmp_path, "s")
-    assert [record["status"] for record in found] == ["ok", "ok"]
+    assert [record["status"] for record in found] == ["ok"] * 5
     for record in found:
         assert record["environment"]["cpus"] == 1
         job = record["environment"]["job"]
         assert (tmp_path / f"outputs/s/.slurm/{job}_0_log.out").is_file()
-    assert len({record["environment"]["job"] for record in found}) == 2
-    assert jobs("RUNNING") == []
+    assert len({record["environment"]["job"] for record in found}) <= 3  # a worker's imports take longer than a group
+    assert jobs("RUNNING") == jobs("PENDING") == []
 
 
 # ---- a whole sweep, undisturbed and disturbed
@@ -141,39 +142,64 @@ def test_a_disturbed_sweep_is_resumed(
 
 
 @pytest.mark.slow
-def test_jobs_of_a_killed_driver_go_on(slurm_cluster: cluster.Cluster, tmp_path: Path) -> None:
-    """The next start takes them over: nothing is cancelled, and no cell has two jobs."""
-    sweep = cluster_kills.Sweep("slurm", slurm_cluster, tmp_path)
-    sweep.start()
-    becomes_true(lambda: jobs("RUNNING") and jobs("PENDING") and len(sweep.results()) >= 4)
-    assert sweep.driver is not None
-    sweep.driver.kill()
-    sweep.driver.wait()
+def test_jobs_of_a_killed_driver_go_on(tmp_path: Path) -> None:
+    """`moe-lab status` shows them, and the next start takes them over: nothing is cancelled, no cell has two jobs."""
+    words = ["-m", *LONG, "measure.max_time_s=8", "batch=1,2,3,4,5,6"]
+    process = moe_lab(tmp_path, *words)
+    becomes_true(lambda: jobs("PENDING") and len(timed_in(tmp_path)) == 2)
+    process.kill()
+    process.communicate()
     before = {*jobs("RUNNING"), *jobs("PENDING")}
-    (tmp_path / "log").unlink()
-    sweep.start()
-    assert sweep.ends() == 0
-    said = (tmp_path / "log").read_text()
+    status = [*MOE_LAB, "status", "outputs/s"]
+    told = subprocess.run(status, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert {line.split()[0] for line in told[1:3]} == {"node1", "node2"}
+    assert "; its driver is gone, but 2 of its jobs run and 4 wait; to go on with them, run: " in told[-1]
+    code, said = run(tmp_path, *words)
+    assert code == 0, said
     assert "groups are in jobs of an earlier start; these go on" in said
-    assert {*jobs("COMPLETED")} >= before
-    assert sweep.n_run_twice == 0
+    found = records(tmp_path, "s")
+    assert [record["status"] for record in found] == ["ok"] * 6
+    assert {record["environment"]["job"] for record in found} <= before
+    assert not list(tmp_path.rglob("stale-*"))
 
 
 @pytest.mark.slow
 def test_a_cancelled_job_is_told_from_a_failed_one(tmp_path: Path) -> None:
-    """Its cells have no row that says failed, the others run, and the same command runs what is missing."""
-    words = ["-m", *SMALL, "batch=1,2,3,4", "sweep.slots.cpu=1"]
+    """Its cell has no row that says failed, the others run, and the same command runs what is missing."""
+    words = ["-m", *LONG, "measure.max_time_s=6", "batch=1,2,3", "sweep.slots.cpu=1"]
     process = moe_lab(tmp_path, *words)
-    becomes_true(lambda: len(jobs("PENDING")) >= 2 and len(jobs("RUNNING")) == 1)
-    cancelled = jobs("PENDING")[-1]
+    becomes_true(lambda: timed_in(tmp_path))
+    (cancelled,) = timed_in(tmp_path)
     subprocess.run(["scancel", cancelled], check=True)
     code, said = ended(process)
     assert code == 2
     assert f"job {cancelled} was cancelled" in said
     assert "1 cells were not run" in said.splitlines()[-1] and "to continue, run: " in said.splitlines()[-1]
-    assert [record["status"] for record in records(tmp_path, "s")] == ["ok"] * 3
+    reasons = [record["reason"] for record in records(tmp_path, "s")]
+    assert reasons.count(None) == 2 and {*reasons} <= {None, "interrupted"}
     code, said = run(tmp_path, *words)
-    assert code == 0 and "3 done; 1 to run" in said
+    assert code == 0 and "2 done; 1 to run" in said
+
+
+@pytest.mark.slow
+def test_jobs_that_run_take_the_groups_of_one_that_was_cancelled(tmp_path: Path) -> None:
+    """A job that waits is a place for groups, and not the only one for its own."""
+    process = moe_lab(tmp_path, "-m", *LONG, "measure.max_time_s=4", "batch=1,2,3", "sweep.slots.cpu=1")
+    becomes_true(lambda: timed_in(tmp_path))
+    subprocess.run(["scancel", jobs("PENDING")[-1]], check=True)
+    code, said = ended(process)
+    assert code == 0, said
+    assert [record["status"] for record in records(tmp_path, "s")] == ["ok"] * 3
+
+
+@pytest.mark.slow
+def test_all_jobs_are_cancelled(tmp_path: Path) -> None:
+    """None is left for the groups that wait: each says so, and nobody waits for ever."""
+    process = moe_lab(tmp_path, "-m", *LONG, "measure.max_time_s=100", "batch=1,2,3", "sweep.slots.cpu=1")
+    becomes_true(lambda: timed_in(tmp_path))
+    subprocess.run(["scancel", *jobs("PENDING"), *jobs("RUNNING")], check=True)
+    code, said = ended(process)
+    assert code == 2 and said.count("was cancelled") >= 3 and "3 cells were not run" in said
 
 
 @pytest.mark.slow
@@ -204,8 +230,8 @@ def test_a_crash_is_a_row_as_on_one_machine(slurm_cluster: cluster.Cluster, tmp_
 @pytest.mark.slow
 def test_ctrl_c_lets_groups_end_that_run_and_cancels_those_that_wait(tmp_path: Path) -> None:
     """Exit code 130, and no job is left."""
-    process = moe_lab(tmp_path, "-m", *SMALL, "batch=1,2,3,4", "sweep.slots.cpu=1")
-    becomes_true(lambda: len(jobs("PENDING")) >= 2 and len(jobs("RUNNING")) == 1)
+    process = moe_lab(tmp_path, "-m", *LONG, "measure.max_time_s=5", "batch=1,2,3,4", "sweep.slots.cpu=1")
+    becomes_true(lambda: timed_in(tmp_path))
     process.send_signal(signal.SIGINT)
     code, said = ended(process)
     assert code == 130 and "to continue, run: " in said
@@ -240,7 +266,7 @@ def test_a_job_that_makes_place_for_another_goes_on_later(tmp_path: Path) -> Non
     subprocess.run(["scancel", f"--signal={slurm.LIMIT}", job], check=True)
     code, said = ended(process)
     assert code == 0, said
-    kinds = [line.kind for line in told_by(tmp_path, job) if line.kind != "step"]
+    kinds = [line.kind for line in told_of(tmp_path, job) if line.kind != "step"]
     assert kinds == ["begun", "preempted", "begun", "cell", "end"]
     (record,) = records(tmp_path, "s")
     assert record["status"] == "ok" and record["environment"]["job"] == job
@@ -253,7 +279,26 @@ def test_a_limit_that_is_too_short_is_a_row(tmp_path: Path) -> None:
     assert code == 1, said
     (record,) = records(tmp_path, "s")
     assert record["status"] == "failed"
-    assert record["reason"] == "timeout: 2 jobs met sweep.slurm.time and no cell ended; set a longer one"
+    assert record["reason"] == (
+        "timeout: its group takes longer than sweep.slurm.time: 2 jobs met that limit and no cell ended; "
+        "set a longer one, or a shorter measure.max_time_s"
+    )
+
+
+@pytest.mark.slow
+def test_at_most_so_many_jobs_run_at_once_in_the_whole_sweep(slurm_cluster: cluster.Cluster, tmp_path: Path) -> None:
+    """Also when a group is given to another job, because its own was killed."""
+    process = moe_lab(tmp_path, "-m", *LONG, "measure.max_time_s=3", "batch=1,2,3,4", "sweep.slots.cpu=1")
+    becomes_true(lambda: timed_in(tmp_path))
+    assert cluster_kills.Sweep("slurm", slurm_cluster, tmp_path).holder(random.Random(0)) == "killed"
+    most = 0
+    while process.poll() is None:
+        most = max(most, len(jobs("RUNNING")))
+        time.sleep(0.2)
+    code, said = ended(process)
+    assert code == 0, said
+    assert "was lost" in said and most == 1
+    assert [record["status"] for record in records(tmp_path, "s")] == ["ok"] * 4
 
 
 # ---- what is wrong is one line
@@ -272,8 +317,10 @@ def test_the_login_node_needs_no_torch(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert expected is None or expected in done.stdout, done.stdout
-        assert [path.name for path in tmp_path.iterdir()] in ([], ["outputs"])
-    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["s"]
+        assert [path.name for path in tmp_path.rglob("*") if path.parent.name in (tmp_path.name, "outputs")] in (
+            [],
+            ["outputs", "s"],
+        )
 
 
 def python_that_finds(folder: Path, name: str, source: str) -> str:
@@ -422,3 +469,24 @@ def test_lines_of_a_mailbox_come_once_and_whole(tmp_path: Path) -> None:
         file.write('"build", null]\n')
     assert reader.new() == [Line("step", "cell", "build")]
     assert reader.new() == []
+
+
+def test_a_job_takes_its_own_group_and_then_those_that_no_other_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once; what was not submitted wholly is left. A job that was put back has the one that it did not end."""
+    from submitit.core.utils import DelayedSubmission
+
+    folder = tmp_path / slurm_job.FOLDER
+    folder.mkdir()
+    job = GroupJob(Task(1, (), None, 600, False), Setup(str(tmp_path), True, "/", (), {}), 60, 5, {})
+    for group in ("7_0", "7_1", "7_2", "7_3"):
+        DelayedSubmission(slurm_job.run_groups, job).dump(folder / f"{group}{slurm_job.PICKLE}")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert slurm_job.take(tmp_path, "7_0", "7_1") and not slurm_job.take(tmp_path, "7_0", "7_2")
+    assert [group for group, _ in slurm_job._taken(job)] == ["7_2", "7_1", "7_3"]
+    for group in ("7_2", "7_1"):
+        Mailbox(tmp_path, group).put(Line("end"))
+    assert [group for group, _ in slurm_job._taken(job)] == ["7_3"]
+    assert slurm_job.taken_by(tmp_path, "7_3") == "7_2" and slurm_job.taken_by(tmp_path, "7_4") is None

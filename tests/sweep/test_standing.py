@@ -25,7 +25,13 @@ def test_what_slots_do_is_read_until_the_end(tmp_path: Path) -> None:
         board.at("b", None, None, None)
         assert standing.read(tmp_path)[1].cell is None
         board.gone("a")
-        assert [slot.slot for slot in standing.read(tmp_path)] == ["b"]
+        a = standing.read(tmp_path)[0]
+        assert (a.group, a.cell, a.step, a.n_done, a.n_failed) == (None, None, "gone", 2, 1)
+        board.at("a", 4, "cell-z", "build")  # it is back
+        board.ended("a", is_failed=False)
+        assert standing.read(tmp_path)[0].n_done == 3
+        board.gone("never-seen")
+        assert len(standing.read(tmp_path)) == 2
     assert not (tmp_path / FOLDER).exists()
 
 

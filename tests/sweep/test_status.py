@@ -1,16 +1,18 @@
-"""sweep/status.py: where a sweep is, from its folder."""
+"""sweep/status.py, sweep/slurm_left.py: where a sweep is, from its folder."""
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
 
 import pytest
 
-from moe_lab.sweep import status
+from moe_lab.sweep import slurm_job, status
 from moe_lab.sweep.lock import Lock
 from moe_lab.sweep.plan import Plan
+from moe_lab.sweep.slurm_job import Line, Mailbox
 from moe_lab.sweep.standing import Board
 from tests.sweep import test_plan
 
@@ -66,6 +68,46 @@ def test_while_it_runs_slots_and_the_rest_of_the_time_are_known(tmp_path: Path) 
     assert found.left_s == pytest.approx(15, abs=3)
     assert [(slot.slot, slot.n_done) for slot in found.slots] == [("a", 2)]
     assert found.slots[0].updated <= time.time()
+
+
+def killed(folder: Path, engine: str) -> Plan:
+    """A sweep whose driver was killed while a slot verified the first cell."""
+    plan = planned(folder)
+    content = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps({**content, "engine": engine}))
+    Board(folder).at("node1", 1, "x", "verify")
+    return plan
+
+
+@pytest.mark.parametrize("engine", [pytest.param(engine, id=engine) for engine in ("worker", "ray", "slurm")])
+def test_slots_of_a_killed_driver_are_not_shown(engine: str, tmp_path: Path) -> None:
+    """They ended with it: what it wrote of them is old."""
+    killed(tmp_path / "s", engine)
+    found = status.read(tmp_path / "s")
+    assert (found.owner, found.slots, found.jobs) == (None, [], "")
+
+
+def test_jobs_that_go_on_without_their_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Slurm cannot be asked it is said what they told last, and not that nobody runs them."""
+    monkeypatch.setenv("PATH", "")
+    first, second, *_ = killed(tmp_path / "s", "slurm").to_run()
+    (tmp_path / "s" / slurm_job.FOLDER).mkdir()
+    for group in ("7_0", "7_1", "7_2"):
+        Mailbox(tmp_path / "s", group + slurm_job.CELLS).put(Line("cells", content={}))
+    for group, cell in (("7_0", first), ("7_1", second)):  # one job took both, and the first has ended
+        assert slurm_job.take(tmp_path / "s", group, "7_0")
+        for line in (Line("begun", None, "7_0", "node2"), Line("step", cell.cell_id, "time", "node2")):
+            Mailbox(tmp_path / "s", group).put(line)
+    Mailbox(tmp_path / "s", "7_0").put(Line("end"))
+    found = status.read(tmp_path / "s")
+    assert [(slot.slot, slot.cell, slot.step, slot.note) for slot in found.slots] == [
+        ("node2", second.directory.name, "time", "job 7_0")
+    ]
+    assert found.jobs.startswith("its driver is gone; whether its jobs go on is not known here (")
+    for group in ("7_1", "7_2"):
+        slurm_job.take(tmp_path / "s", group, slurm_job.DRIVER)
+        Mailbox(tmp_path / "s", group).put(Line("end"))
+    assert status.read(tmp_path / "s").jobs == ""
 
 
 @pytest.mark.parametrize("content", [pytest.param(None, id="none"), pytest.param('{"cells": 3}', id="of-another-kind")])
