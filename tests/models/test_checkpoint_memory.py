@@ -92,7 +92,7 @@ def _tensors(model: Checkpoint) -> dict[str, Tensor]:
     settings = model._settings
     tensors: dict[str, Tensor] = {}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for name, sources in layouts(shapes, (), settings.layout).items():
+    for name, sources in layouts(shapes, (), settings.naming).items():
         for source in sources:
             target = torch.empty(shapes[name], device="meta")[source.place]
             is_matrix = source.key.endswith("proj.weight") and target.dim() == 2
