@@ -43,6 +43,7 @@ print(peak)
 _FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 _LARGE = {"hidden_size": 512, "num_hidden_layers": 2, "n_group": 1, "topk_group": 1, "layer_types": ...}
 _WIDTH = 1024
+_WIDE_HEADS = {"linear_key_head_dim": 256, "linear_value_head_dim": 512, "full_attention_interval": 2, "head_dim": 512}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
@@ -57,6 +58,7 @@ _WIDTH = 1024
         ),
         pytest.param("deepseek_v3", 72, {"quantization_config": _FP8}, id="fp8", marks=pytest.mark.slow),
         pytest.param("glm4_moe", 13, {}, id="partial_rope", marks=pytest.mark.slow),
+        pytest.param("qwen3_next", 13, _WIDE_HEADS, id="rows_in_groups", marks=pytest.mark.slow),
     ],
 )
 def test_loading_holds_no_more_than_one_file_beside_the_parameters(
@@ -92,7 +94,7 @@ def _tensors(model: Checkpoint) -> dict[str, Tensor]:
     settings = model._settings
     tensors: dict[str, Tensor] = {}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for name, sources in layouts(shapes, (), settings.layout).items():
+    for name, sources in layouts(shapes, (), settings.naming).items():
         for source in sources:
             target = torch.empty(shapes[name], device="meta")[source.place]
             is_matrix = source.key.endswith("proj.weight") and target.dim() == 2

@@ -244,7 +244,12 @@ def test_of_layers_with_states(dtype: str, tmp_path: Path) -> None:
 RELEASED = {**LATENT, **SHARED, **VARIANTS, "mistral4": MISTRAL_4}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in RELEASED])
+_EACH_MIXER = {"deepseek_v3", "gpt_oss", "lfm2_moe"}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, id=kind, marks=[pytest.mark.slow] * (kind not in _EACH_MIXER)) for kind in RELEASED]
+)
 def test_of_released_checkpoints(kind: str, tmp_path: Path) -> None:
     """The parameters but for norms and biases, and a cache of what each layer keeps."""
     settings_of(RELEASED, tmp_path, kind)
