@@ -222,17 +222,17 @@ def trial(sweep: Sweep, kill: Callable[[Sweep, random.Random], str] | None, at_s
 def run_trials(given: argparse.Namespace, started: cluster.Cluster, rows: dict[str, Row]) -> None:
     """Fill the rows, one trial of each kind after the other."""
     dice = random.Random(given.seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         expected = without_a_cluster(Path(folder))
     assert len(expected) == N_CELLS
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         sweep, begun = Sweep(given.engine, started, Path(folder)), time.monotonic()
         assert trial(sweep, None, 0, dice) == 1 and not complaints(sweep.results(), expected)
         whole_s = time.monotonic() - begun
     print(f"without a kill: {whole_s:.0f} s\n", flush=True)
     for _ in range(given.times):
         for name, row in rows.items():
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 sweep, begun = Sweep(given.engine, started, Path(folder)), time.monotonic()
                 at_s = dice.uniform(0, whole_s)
                 n_commands = trial(sweep, KILLS[given.engine][name], at_s, dice)
