@@ -51,7 +51,7 @@ def cells(directory: Path, *more: str, plugin: Path | None = None) -> list[Cell]
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
     """Four variants; with time for ten rounds on a busy machine, after which any interval is narrow enough."""
-    enough = ("measure.max_time_s=1", "measure.target_ci=100")
+    enough = ("measure.max_time_s=30", "measure.target_ci=100")
     return cells(tmp_path_factory.mktemp("planned"), "router=torch,sinkhorn", "experts=grouped,loop", *enough)
 
 
