@@ -19,7 +19,7 @@ MOE_LAB = [sys.executable, "-m", "moe_lab"]
 
 def moe_lab(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment}
-    return subprocess.run([*MOE_LAB, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*MOE_LAB, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
 
 
 def loaded_modules(arguments: list[str], cwd: Path) -> set[str]:
