@@ -56,7 +56,7 @@ def test_help_lists_the_groups_and_their_options(tmp_path: Path) -> None:
     """Every group of conf/ with its options, no schema, and the keys."""
     text = moe_lab("--help", cwd=tmp_path).stdout
     assert re.search(r"^ *router: base, .*cuda_ext, .*sinkhorn, .*torch", text, re.MULTILINE)
-    assert "model/shape: deepseek_v3, demo" in text
+    assert "model/shape: deepseek_v2_lite, deepseek_v3, demo" in text
     assert "_schema" not in text and "_base" not in text
     assert "mlp_hidden_dim: 2048" in text
 
