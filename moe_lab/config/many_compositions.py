@@ -4,8 +4,8 @@ One differs from the next in a few values. For each, Hydra parses all overrides,
 list and merges the options anew: nine tenths of a composition. Here each of these is remembered under what it depends
 on. The values of the composition itself are applied by Hydra to a copy, so the result is the one that Hydra makes.
 
-The files of the packages are read once in a process, as its modules are. Those of a person's own folder, which he may
-edit meanwhile, are read once in a sweep.
+The files of the packages are read once in a process, as its modules are. Those of a person's own folder, which may
+change meanwhile, are read once in a sweep.
 """
 
 from __future__ import annotations
