@@ -268,6 +268,7 @@ def main() -> int:
     for name, row in seen.items():
         print(f"| {name} | {row} |")
     if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
         with open(given.out / f"cluster_kills_{given.engine}.csv", "w", newline="") as file:
             csv.writer(file).writerows([_COLUMNS, *([name, *row.values()] for name, row in seen.items())])
     return 1 if any(row.wrong or row.n_run_twice for row in rows.values()) else 0
