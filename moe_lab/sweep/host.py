@@ -191,7 +191,7 @@ class _Stoppable(Worker):
         self.is_ended = False
 
     def call(self, step: str, *arguments: Any, timeout_s: float = START_S) -> Any:
-        """See `Engine.call`. Raises `KeyboardInterrupt` once it was stopped or ended: that is no fault of a cell."""
+        """See `Engine.call`. Raises `KeyboardInterrupt` after it was stopped or ended; no cell is to blame."""
         if self.stopped.is_set() or self.is_ended:
             raise KeyboardInterrupt
         try:

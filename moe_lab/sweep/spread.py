@@ -191,7 +191,7 @@ class _Spread:
                 and _has_record(cell)
             ):
                 self._has_ended(self._left[cell.cell_id], None)
-        n_lost = task.n_lost + (event.kind == "lost")  # a disk that is full is no cell's fault
+        n_lost = task.n_lost + (event.kind == "lost")  # a cell is not to blame for a full disk
         if n_lost == _MOST_LOST:
             for cell in self._guilty(task):
                 self._write(cell, "failed", f"crash: {n_lost} slots were lost with it ({event.text})")

@@ -43,6 +43,8 @@ def _end_children_with_this() -> None:
 def serve(connection: Connection) -> None:
     """Execute steps until the other side is gone."""
     trusted = connection.recv()
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401 - the first cell needs it: here, before `freeze`
+
     from moe_lab.sweep.bench import Bench
 
     bench = Bench(trusted)
