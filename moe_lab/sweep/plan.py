@@ -35,7 +35,7 @@ _IMPOSSIBLE = "impossible: "
 _JOINS = ("model.timed",)
 """Cells that differ only in these keys, and do not read them, are one cell.
 
-A size that one router does not read is not among them, so that this router stands beside the others.
+A size that a router does not read is left out, so that the router is compared with the others.
 """
 
 
