@@ -2,7 +2,7 @@
 
     python -m benchmarks.add_rms_norm --out outputs/add_rms_norm.csv
 
-Timed as CUDA graphs: hot (20 calls in one graph, divided by 20) and cold (L2 overwritten before each call). The kernel
+Timed as CUDA graphs: hot (20 calls in one graph, divided by 20) and cold (L2 flushed before each call). The kernel
 reads two tensors and writes two. `share` is its rate divided by the rate of a 1 GiB copy (bytes read and written).
 """
 

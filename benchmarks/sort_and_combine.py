@@ -2,7 +2,7 @@
 
     python -m benchmarks.sort_and_combine --out outputs/sort_and_combine.csv
 
-Timed as CUDA graphs: hot (20 calls in one graph, divided by 20) and cold (L2 overwritten before each call). `torch_us`
+Timed as CUDA graphs: hot (20 calls in one graph, divided by 20) and cold (L2 flushed before each call). `torch_us`
 is what computes without the extension: a stable sort, or a gather and a sum. The floor is the bytes that must be read
 and written at the rate of a 1 GiB copy; `share` is the floor divided by the time. Few bytes take no less than the
 launch of an empty kernel, about 0.8 us.

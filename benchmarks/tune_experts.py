@@ -4,7 +4,7 @@
     python -m benchmarks.tune_experts --shapes qwen3_30b_a3b,E48-K6-D1024-F512 --tokens 1,64 --dtypes bf16 --seconds 60
 
 A cell is a shape, a dtype and a number of tokens T. Each choice is a CUDA graph of the experts on one random routing,
-the L2 cache overwritten before each replay; the choices of a cell are timed in interleaved rounds of shuffled order.
+the L2 cache flushed before each replay; the choices of a cell are timed in interleaved rounds of shuffled order.
 The sorting of the slots is part of it, as nothing sorted them before. First every output is compared with that of
 experts=grouped.
 

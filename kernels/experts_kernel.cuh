@@ -369,9 +369,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   // past the L1 cache, which may hold what stood there before.
   if constexpr (UP) wait_for_results_before();
   let_next_begin();
-  constexpr bool kSorts = GATHERS || Shape::kGroups == 1;  // else the slots are sorted already
-  static_assert(kFewSlots * 4 <= Shape::store_bytes(16));
-  tables.fill<Shape::kThreads, kSorts>(a, reinterpret_cast<int*>(staging));
+  constexpr bool kSorts = GATHERS || Shape::kGroups == 1;               // else the slots are sorted already
+  static_assert(Tables::kBytesOfCounts <= 3 * Shape::stage_bytes(16));  // their least number
+  tables.fill<Shape::kThreads, kSorts>(a, shared);
   const bool sorts = kSorts && a.ids != nullptr;
   Schedule schedule{tables.offsets, tables.tiles_before, a.row_tiles * a.pieces};
   const int tiles = tables.tiles_before[a.E] * schedule.per_token_tile;

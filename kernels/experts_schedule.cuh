@@ -2,6 +2,7 @@
 #pragma once
 
 #include "experts.h"
+#include "hopper.cuh"
 #include "route.cuh"
 
 namespace moe_lab {
@@ -77,6 +78,8 @@ struct Tables {
   int* tiles_before;  // [E + 1]
   int* perm;          // [slots], where the block sorts
 
+  static constexpr int kBytesOfCounts = kFewSlots / 32 * kMaxExperts;
+
   static constexpr int bytes(int E, int64_t few_slots) { return (32 + 2 * (E + 1) + static_cast<int>(few_slots)) * 4; }
 
   __device__ Tables(int* at, const MatmulArguments& a)
@@ -105,27 +108,42 @@ struct Tables {
     __syncthreads();
   }
 
-  // By all THREADS of the block, which are in step after it. SORTS: the block may sort, with room in `ids` for the
-  // slots meanwhile.
+  // By all THREADS of the block, which are in step after it. SORTS: the block may sort, by way of `counts`: for each 32
+  // slots, how many of them are each expert's.
   template <int THREADS, bool SORTS>
-  __device__ __forceinline__ void fill(const MatmulArguments& a, int* ids) {
+  __device__ __forceinline__ void fill(const MatmulArguments& a, uint8_t* counts) {
+    constexpr int kWarps = THREADS / 32, kMost = SORTS ? (kFewSlots / 32 + kWarps - 1) / kWarps : 1;
     const bool sorts = SORTS && a.ids != nullptr;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slots = static_cast<int>(a.slots);
     if (sorts && slots <= 32) return fill_from_a_warp<THREADS>(a);
+    const int chunks = (slots + 31) / 32;
+    int ids[kMost], earlier[kMost];  // of slot 32 (warp + i kWarps) + lane; -1 if it is unused
     if (sorts) {
-      for (int e = threadIdx.x; e <= a.E; e += THREADS) tiles_before[e] = 0;  // first the counts
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        const int slot = 32 * (warp + i * kWarps) + lane;
+        ids[i] = slot < slots ? __ldcg(a.ids + slot) : -1;
+      }
+      for (int i = threadIdx.x; i < (chunks * a.E + 3) / 4; i += THREADS) reinterpret_cast<uint32_t*>(counts)[i] = 0;
       __syncthreads();
-      for (int i = threadIdx.x; i < slots; i += THREADS) {
-        const int expert = __ldcg(a.ids + i);
-        ids[i] = expert;
-        if (0 <= expert && expert < a.E) atomicAdd(&tiles_before[expert], 1);
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        if (ids[i] >= a.E) ids[i] = -1;
+        const uint32_t same = __match_any_sync(kAll, ids[i]);
+        earlier[i] = __popc(same & ((1u << lane) - 1));
+        if (ids[i] >= 0 && earlier[i] == 0) counts[(warp + i * kWarps) * a.E + ids[i]] = __popc(same);
       }
       __syncthreads();
     }
     int tiles_carry = 0, slots_carry = 0;
     for (int start = 0; start <= a.E; start += THREADS) {
       const int e = start + threadIdx.x;
-      const int count = e >= a.E ? 0 : sorts ? tiles_before[e] : __ldcg(a.offsets + e + 1) - __ldcg(a.offsets + e);
+      int count = 0;
+      if (sorts && e < a.E) {
+        for (int c = 0; c < chunks; ++c) count += counts[c * a.E + e];
+      } else if (e < a.E) {
+        count = __ldcg(a.offsets + e + 1) - __ldcg(a.offsets + e);
+      }
       const int its = (count + a.tokens - 1) / a.tokens;
       int tiles_up_to = its, slots_up_to = count;
 #pragma unroll
@@ -146,12 +164,13 @@ struct Tables {
       __syncthreads();
     }
     if (sorts) {
-      for (int i = threadIdx.x; i < slots; i += THREADS) {
-        const int expert = ids[i];
-        int earlier = 0;
-        for (int j = 0; j < i; ++j) earlier += ids[j] == expert;
-        if (0 <= expert && expert < a.E) perm[offsets[expert] + earlier] = i;
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        if (ids[i] < 0) continue;
+        for (int c = 0; c < warp + i * kWarps; ++c) earlier[i] += counts[c * a.E + ids[i]];
+        perm[offsets[ids[i]] + earlier[i]] = 32 * (warp + i * kWarps) + lane;
       }
+      fence_for_async();  // tiles are copied to where the counts stood
       __syncthreads();
     }
   }

@@ -52,7 +52,6 @@ TESTED_IN = {
     "models/layer_kinds.py": "models/test_soft_moe.py",
     "ops/capacity.py": "ops/test_onnx_bodies.py",
     "ops/onnx_function.py": "ops/test_onnx_bodies.py",
-    "ops/rotate.py": "models/test_attention.py",
     "ops/selection.py": "ops/test_route.py",
     "results/columns.py": "results/test_aggregate.py",
     "results/figures.py": "results/test_plots.py",

@@ -20,9 +20,9 @@ from moe_lab.ops.library import DTYPE_NAMES, constant_when_compiled
 from moe_lab.routers.base import Routing
 
 
-@constant_when_compiled  # there the shape is fixed
-def _tiles_for(device_name: str, multiprocessors: int, dtype: str, T: int, shape: Shape) -> Tiles:
-    return tiles_for(device_name, multiprocessors, dtype, T, *shape)
+@constant_when_compiled  # there the sizes are fixed; they are single arguments, for a tuple made there is no constant
+def _tiles_for(device_name: str, multiprocessors: int, dtype: str, T: int, E: int, K: int, D: int, F: int) -> Tiles:
+    return tiles_for(device_name, multiprocessors, dtype, T, E, K, D, F)
 
 
 def kernels_activation(weights: ExpertWeights) -> str:
@@ -117,8 +117,9 @@ class Fused(Experts):
         """
         assert self.shape is not None
         fused_experts.require_computable(x_TD.dtype, self.shape.E, self.shape.D, self.shape.F)
-        shape = self.shape._replace(K=top_k)
         if self.tiles is not None:
-            require_offered_for(self.tiles, shape, len(x_TD))
+            require_offered_for(self.tiles, self.shape._replace(K=top_k), len(x_TD))
             return self.tiles
-        return _tiles_for(self.device_name, self.multiprocessors, DTYPE_NAMES[x_TD.dtype], len(x_TD), shape)
+        E, _, D, F = self.shape
+        dtype = DTYPE_NAMES[x_TD.dtype]
+        return _tiles_for(self.device_name, self.multiprocessors, dtype, len(x_TD), E, top_k, D, F)

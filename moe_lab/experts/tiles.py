@@ -43,7 +43,7 @@ KINDS = {
 """What the kernels offer, by rows. The first of equally fast choices is taken."""
 
 PIECES, MOST_PIECES = (1, 2, 4, 8), 64  # that are tried, and at most
-FEW_SLOTS = 512  # that each block sorts for itself, where its kind can; else a kernel sorts them before
+FEW_SLOTS = 1024  # that each block sorts for itself, where its kind can; else a kernel sorts them before
 DEPTH = 64  # of the sum, in one step of the kernels' loop; a piece of it has at least one
 
 

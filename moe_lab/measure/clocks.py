@@ -4,8 +4,8 @@ On a CPU `perf_counter` around each iteration; on CUDA an event before and after
 events are nodes of the graph itself, so that the replay's launch is outside the interval.
 
 What the caches hold before an iteration is what the one before left (`natural`), nothing of it (`cold`: the L2 cache is
-overwritten outside the interval), or all that fits (`hot`: 20 calls in one graph, one after the other, and their time
-over 20, in which the graph's own start counts little: for kernels of some microseconds).
+filled with other lines outside the interval), or all that fits (`hot`: 20 calls in one graph, one after the other, and
+their time over 20, in which the graph's own start counts little: for kernels of some microseconds).
 """
 
 from __future__ import annotations
@@ -213,14 +213,18 @@ class HotGraphStep(GraphStep):
 
 
 class _FlushL2:
-    """Overwrites three times the size of the device's L2 cache."""
+    """Reads three times the size of the device's L2 cache.
+
+    It writes nothing: lines that were written would go to memory within the interval, beside what is timed there.
+    """
 
     def __init__(self, device: torch.device):
         n_bytes = 3 * torch.cuda.get_device_properties(device).L2_cache_size
-        self._buffer = torch.empty(n_bytes // 4, dtype=torch.int32, device=device)
+        self._buffer = torch.zeros(n_bytes // 4, dtype=torch.int32, device=device)
+        self._sum = torch.zeros((), dtype=torch.int64, device=device)
 
     def __call__(self) -> None:
-        self._buffer.zero_()
+        torch.sum(self._buffer, dim=0, out=self._sum)
 
 
 def _nothing() -> None:

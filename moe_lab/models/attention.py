@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from moe_lab.marks import phase
 from moe_lab.models.kv_cache import LayerCache
-from moe_lab.models.layers import Linear, RMSNorm
+from moe_lab.models.layers import Linear, RMSNorm, place_together, project_together
 from moe_lab.ops.decode_attention import cached_attention, rope_append
 from moe_lab.ops.library import is_exporting, resolve_implementation
-from moe_lab.ops.rotate import rotate
+from moe_lab.ops.rotate import rotate_both
 
 
 def attend(
@@ -126,6 +126,7 @@ class Attention(nn.Module):
         self.q = Linear(d_model, n_heads * head_dim * (2 if output_gate else 1), bias=qkv_bias)
         self.k = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
         self.v = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
+        place_together(self.q, self.k, self.v)
         self.o = Linear(n_heads * head_dim, d_model, bias=o_bias)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
@@ -141,7 +142,7 @@ class Attention(nn.Module):
         return LayerCache(self.k.weight.new_zeros(shape), self.k.weight.new_zeros(shape))
 
     def compute_on(self, device: torch.device, *, load: bool = True) -> None:
-        """Decide whether kernels attend to one new token on `device`."""
+        """Decide whether kernels turn queries and keys, and attend to one new token, on `device`."""
         self.fuses = resolve_implementation("auto", device, op="attention") == "triton"
 
     def forward(
@@ -154,7 +155,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Without `position_S` the tokens are the first of their sequences; with it they go on from the cache."""
         with phase("attention"):
-            q, k, v = self.q(x_BSD), self.k(x_BSD), self.v(x_BSD)
+            parts = (self.q, self.k, self.v)
+            if self.fuses and not torch.compiler.is_compiling():  # one product is quicker than three small ones
+                q, k, v = project_together(x_BSD, *parts)
+            else:
+                q, k, v = (part(x_BSD) for part in parts)
             q, gate = q.chunk(2, dim=2) if self.output_gate else (q, None)
             if self.fuses and cache is not None and position_S is not None and x_BSD.shape[1] == 1:
                 y_B1n = self._one_token(q, k, v, cos_Sd, sin_Sd, cache, position_S)
@@ -165,13 +170,14 @@ class Attention(nn.Module):
             if self.clip_qkv is not None:
                 q, k, v = (part.clamp(-self.clip_qkv, self.clip_qkv) for part in (q, k, v))
             q, k, v = self._heads(q), self._heads(k), self._heads(v)
+            turns = (cos_Sd, sin_Sd, "triton" if self.fuses else "torch")
             if self.turn_first:
-                q, k = rotate(q, cos_Sd, sin_Sd), rotate(k, cos_Sd, sin_Sd)
+                q, k = rotate_both(q, k, *turns)
             if self.qk_norm == "head":
                 assert self.q_norm is not None and self.k_norm is not None
                 q, k = self.q_norm(q), self.k_norm(k)
             if not self.turn_first:
-                q, k = rotate(q, cos_Sd, sin_Sd), rotate(k, cos_Sd, sin_Sd)
+                q, k = rotate_both(q, k, *turns)
             if cache is not None and position_S is None:
                 cache.begin(k, v)
             elif cache is not None:

@@ -17,7 +17,8 @@ from moe_lab.marks import phase
 from moe_lab.models.attention import attend
 from moe_lab.models.kv_cache import LatentCache, LayerCache
 from moe_lab.models.layers import Linear, RMSNorm
-from moe_lab.ops.rotate import rotate
+from moe_lab.ops.library import resolve_implementation
+from moe_lab.ops.rotate import rotate_both
 
 _NORM_EPS = 1e-6  # of the published code, whatever the decoder's is
 
@@ -64,6 +65,15 @@ class LatentAttention(nn.Module):
         self.kv_down_norm = RMSNorm(kv_rank, _NORM_EPS)
         self.kv_up = Linear(kv_rank, n_heads * (nope_dim + v_dim))
         self.o = Linear(n_heads * v_dim, d_model, bias=bias)
+        self.turned_by = "torch"
+
+    def compute_on(self, device: torch.device, *, load: bool = True) -> None:
+        """Decide who turns queries and keys on `device`."""
+        self.turned_by = resolve_implementation("auto", device, op="attention")
+
+    def use_reference(self) -> None:
+        """From now on compute in plain torch."""
+        self.turned_by = "torch"
 
     def make_cache(self, batch: int, length: int) -> LayerCache:
         """Room for `length` positions of `batch` sequences, in the dtype of the parameters."""
@@ -86,7 +96,8 @@ class LatentAttention(nn.Module):
                 q_BHSd = q_BHSd * self._grown(x_BSD, position_S)
             q_nope, q_rope = q_BHSd.split([self.nope_dim, self.rope_dim], dim=-1)
             c, r = self.kv_down(x_BSD).unsqueeze(1).split([self.kv_rank, self.rope_dim], dim=-1)
-            c, q_rope, r = self.kv_down_norm(c), rotate(q_rope, cos_Sd, sin_Sd), rotate(r, cos_Sd, sin_Sd)
+            c = self.kv_down_norm(c)
+            q_rope, r = rotate_both(q_rope, r, cos_Sd, sin_Sd, self.turned_by)
             latent_B1Sm = torch.cat((c, r), dim=-1)
             if position_S is None:
                 if cache is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,44 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def place_together(*layers: Linear) -> None:
+    """Put their weights one after the other in memory, for `project_together`, and the biases that all or none have.
+
+    Whatever values they have are lost.
+    """
+    assert len({layer.bias is None for layer in layers}) == 1
+    for name in ("weight", "bias"):
+        if (first := getattr(layers[0], name)) is None:
+            continue
+        sizes = [len(getattr(layer, name)) for layer in layers]
+        whole = first.new_empty(sum(sizes), *first.shape[1:])
+        for layer, rows in zip(layers, whole.split(sizes), strict=True):
+            setattr(layer, name, nn.Parameter(rows, requires_grad=False))
+
+
+def project_together(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """What each layer gives, by one product where their weights lie together; the results are views of one tensor."""
+    weight = _joined([layer.weight for layer in layers])
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    bias = _joined(biases) if biases else None
+    if weight is None or (biases and bias is None):
+        return tuple(layer(x) for layer in layers)
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y.split([len(layer.weight) for layer in layers], dim=-1)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """The rows of all as one tensor, without a copy; None if they do not lie one after the other."""
+    first, rows = parts[0], 0
+    storage, row = first.untyped_storage().data_ptr(), first.stride(0)
+    for part in parts:
+        follows = part.is_contiguous() and part.storage_offset() == first.storage_offset() + rows * row
+        if not follows or part.untyped_storage().data_ptr() != storage:
+            return None
+        rows += len(part)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 class Embedding(nn.Module):

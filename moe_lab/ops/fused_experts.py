@@ -20,7 +20,7 @@ CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 STEP = 16
 """What both widths must be a multiple of."""
-_FEW_SLOTS, _MANY_TOKENS = 512, 96  # as kernels/experts.h says
+_FEW_SLOTS, _MANY_TOKENS = 1024, 96  # as kernels/experts.h says
 
 
 def require(device: torch.device) -> None:

@@ -135,7 +135,9 @@ class Record:
         float | None, "ms", "with `execution=cuda_graph`: median time of 20 calls in one graph, divided by 20"
     ] = None
     latency_cold_ms: Annotated[
-        float | None, "ms", "with `execution=cuda_graph`: median time of a replay after the L2 cache was overwritten"
+        float | None,
+        "ms",
+        "with `execution=cuda_graph`: median time of a replay that finds nothing of its own in the L2 cache",
     ] = None
     gpu_busy_ms: Annotated[
         float | None,

@@ -131,8 +131,8 @@ def test_more_pieces_than_the_kernels_make_are_a_mistake(F: int, pieces: int, mo
 @pytest.mark.parametrize(
     ("tiles", "T", "reads"),
     [
-        pytest.param(NARROW, 256, False, id="512-slots"),
-        pytest.param(NARROW, 257, True, id="more"),
+        pytest.param(NARROW, 512, False, id="1024-slots"),
+        pytest.param(NARROW, 513, True, id="more"),
         pytest.param(WIDE, 1, True, id="wide-down"),
         pytest.param(Tiles(256, 64, 128, 64, 1), 255, False, id="wide-up"),
     ],

@@ -230,8 +230,8 @@ def test_more_blocks_hide_the_stores_that_one_shows() -> None:
 
 
 def test_few_slots_are_sorted_by_those_who_multiply() -> None:
-    """At 512 slots tiles of 256 rows need one kernel more; at 513 all do."""
-    few, many = (times(Shape(8, 1, 64, 64), T, (128, 64, 128, 64, 1), (128, 64, 256, 64, 1)) for T in (512, 513))
+    """At 1024 slots tiles of 256 rows need one kernel more; at 1025 all do."""
+    few, many = (times(Shape(8, 1, 64, 64), T, (128, 64, 128, 64, 1), (128, 64, 256, 64, 1)) for T in (1024, 1025))
     assert few[1] - few[0] == pytest.approx(many[1] - many[0] + H200.sort_s, abs=1e-7)
 
 

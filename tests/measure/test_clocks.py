@@ -362,7 +362,7 @@ def test_a_launch_bound_run_says_so() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("execution", ["eager", "cuda_graph"])
-def test_the_l2_cache_is_overwritten_before_each_cold_iteration(execution: str) -> None:
+def test_the_l2_cache_is_flushed_before_each_cold_iteration(execution: str) -> None:
     step = make_step(execution, "cold", Walking(), torch.ones(4, device="cuda"))
     flush, calls = step.prepare, []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ THETA = 10000.0
 
 
 def attention_of(
-    d_model: int = 24, n_heads: int = 4, n_kv_heads: int = 4, head_dim: int = 6, qk_norm: str = "none"
+    d_model: int = 24, n_heads: int = 4, n_kv_heads: int = 4, head_dim: int = 6, qk_norm: str = "none", **more: Any
 ) -> Attention:
-    attention = Attention(d_model, n_heads, n_kv_heads, head_dim, qk_norm, 1e-6)
+    attention = Attention(d_model, n_heads, n_kv_heads, head_dim, qk_norm, 1e-6, **more)
     initialize(attention, seed=2)
     return attention
 
@@ -156,6 +157,27 @@ def test_positions_matter() -> None:
     swapped_BSD = x_BSD[:, [1, 0, 2, 3]]
     difference = attention(x_BSD, *rope)[:, 3] - attention(swapped_BSD, *rope)[:, 3]
     assert float(difference.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"qkv_bias": True}, id="biases"),
+        pytest.param({"qk_norm": "full"}, id="norm of all"),
+        pytest.param({"qk_norm": "head", "turn_first": True}, id="norm after the turn"),
+        pytest.param({"output_gate": True}, id="output_gate"),
+    ],
+)
+def test_one_product_and_one_turn_are_the_same(more: dict[str, Any], device: torch.device) -> None:
+    """With the kernels, and without: the projections lie together until something moves them."""
+    with torch.device(device):
+        attention = attention_of(**more)
+    x_BSD = random(2, 7, 24).to(device)
+    rope = rope_tables(7, 6, THETA, device)
+    want = attention(x_BSD, *rope)
+    attention.fuses = True
+    torch.testing.assert_close(attention(x_BSD, *rope), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("qk_norm", [pytest.param(kind, id=kind) for kind in ("head", "full")])

@@ -50,6 +50,18 @@ def test_tokens_are_decoded_in_bf16(kind: str, tmp_path: Path) -> None:
     assert record.memory is not None and record.memory["cache_bytes_per_token"] > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("execution", ["cuda_graph", "compile"])
+@pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in KINDS])
+def test_a_gpu_decodes_and_passes_forward(kind: str, execution: str, tmp_path: Path) -> None:
+    """The states in the cache, sinks, gates and biases of each family, in a captured graph and compiled."""
+    checkpoint(kind, tmp_path / "c", vocab_size=256)
+    on_gpu = ("device=cuda", "dtype=bf16", f"execution={execution}")
+    phase = ("workload.phase=decode", "workload.context_len=9", "seq_len=5")
+    ran(tmp_path, "decode", *phase, *on_gpu)
+    ran(tmp_path, "forward", *on_gpu)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in KINDS])
 def test_it_is_exported(kind: str, tmp_path: Path) -> None:

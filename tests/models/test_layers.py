@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.models.layers import AddRMSNorm, Embedding, Linear, RMSNorm, SwiGLU, add_norm
+from moe_lab.models.layers import (
+    AddRMSNorm,
+    Embedding,
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    add_norm,
+    place_together,
+    project_together,
+)
 from moe_lab.models.parameters import initialize
 
 
@@ -49,6 +58,33 @@ def test_linear_is_x_times_w_transposed() -> None:
     """No bias."""
     linear, x = filled(Linear(7, 3)), random(2, 5, 7)
     torch.testing.assert_close(linear(x).double(), x.double() @ linear.weight.double().T, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [pytest.param(False, id="plain"), pytest.param(True, id="biases")])
+def test_layers_that_lie_together_are_one_product(bias: bool) -> None:
+    """Each gives what it gives alone, as views of one tensor; apart they are products of their own."""
+    layers, x = [Linear(7, n, bias=bias) for n in (6, 1, 3)], random(2, 5, 7)
+    place_together(*layers)
+    for seed, layer in enumerate(layers):
+        initialize(layer, seed)
+    together = project_together(x, *layers)
+    assert len({y.untyped_storage().data_ptr() for y in together}) == 1
+    for y, layer in zip(together, layers, strict=True):
+        torch.testing.assert_close(y, layer(x), rtol=1e-6, atol=1e-6)
+    layers[1].weight = nn.Parameter(layers[1].weight.clone(), requires_grad=False)
+    apart = project_together(x, *layers)
+    assert len({y.untyped_storage().data_ptr() for y in apart}) == 3
+    for y, layer in zip(apart, layers, strict=True):
+        assert torch.equal(y, layer(x))
+
+
+def test_layers_in_another_order_are_not_taken_for_one_product() -> None:
+    layers, x = [Linear(7, 3) for _ in range(3)], random(2, 7)
+    place_together(*layers)
+    for seed, layer in enumerate(layers):
+        initialize(layer, seed)
+    for y, layer in zip(project_together(x, *layers[::-1]), layers[::-1], strict=True):
+        assert torch.equal(y, layer(x))
 
 
 def test_embedding_gives_rows_and_in_the_reference_fp32_rows() -> None:

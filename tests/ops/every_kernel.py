@@ -66,7 +66,7 @@ def expert_mlps() -> None:
     if torch.cuda.get_device_capability() != CAPABILITY:
         return
     tiles = ((128, 16, 128, 32, 1), (128, 64, 128, 16, 3), (256, 32, 256, 96, 1), (256, 192, 256, 160, 1))
-    for T, K, E, D, F in ((1, 2, 8, 64, 96), (37, 3, 5, 48, 80), (700, 2, 7, 144, 208)):
+    for T, K, E, D, F in ((1, 2, 8, 64, 96), (37, 3, 5, 48, 80), (128, 8, 300, 64, 48), (700, 2, 7, 144, 208)):
         ids = torch.rand(T, E).topk(K).indices.int()
         ids[::3, 0] = -1
         for dtype in (torch.float16, torch.bfloat16):
