@@ -79,17 +79,11 @@ __device__ __forceinline__ void choose(Chosen& chosen, const ExpertsArguments& a
   if (lane == 0) chosen.n = __popc(all);
 }
 
-// By all threads.
-__device__ __forceinline__ void ask_for_vectors(uint32_t vectors, const void* from, int elements) {
+// By all threads, which are in step after it.
+__device__ __forceinline__ void load_vectors(Shared& shared, const void* from, int elements) {
   for (int i = threadIdx.x; i < elements / 8; i += kThreads) {
-    copy_16(vectors + 16 * i, static_cast<const uint4*>(from) + i, 16);
+    reinterpret_cast<uint4*>(shared.vectors)[i] = __ldcg(static_cast<const uint4*>(from) + i);
   }
-  commit_copies();
-}
-
-// The threads are in step after it.
-__device__ __forceinline__ void wait_for_vectors() {
-  wait_copies<0>();
   __syncthreads();
 }
 
@@ -165,13 +159,12 @@ __global__ void __launch_bounds__(kThreads, 1) one_token_kernel(const ExpertsArg
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Chosen& chosen = shared.chosen;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t vectors = shared_address(shared.vectors);
-  ask_for_vectors(vectors, a.x, a.D);  // first: it would wait behind the weights
   if (warp == 0) choose(shared.chosen, a);
   if (lane < kStages) Barrier{shared_address(&shared.full[warp][lane])}.init(1);
   fence_barriers();
-  wait_for_vectors();
+  load_vectors(shared, a.x, a.D);  // first: it would wait behind the weights
   const uint32_t ring = shared_address(shared.ring[warp]), full = shared_address(shared.full[warp]);
+  const uint32_t vectors = shared_address(shared.vectors);
   Asks<T> asks(a, chosen, policy);
 
   bool has_h = false;
@@ -185,8 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1) one_token_kernel(const ExpertsArg
       const Place now = shared.places[warp][stage];
       if (!now.up && !has_h) {
         cooperative_groups::this_grid().sync();
-        ask_for_vectors(vectors, a.h, chosen.n * a.F);
-        wait_for_vectors();
+        load_vectors(shared, a.h, chosen.n * a.F);
         has_h = true;
       }
       if (!now.up && now.row >= a.D) break;
