@@ -6,9 +6,9 @@ Each folder is one process of the same sweep (`experiment=expert_kernels`, whose
 taken over the folders, and the intervals cover all of theirs.
 
 A peer that ran in the sweep itself is compared in its interleaved rounds. The other peers of the table were measured on
-another day. Those that are in both and are called in the same way (`WITNESSES`) show how much the days differ: the
-table is scaled by the geometric mean of their ratios. moe-lab is ahead in a cell if the upper end of its ratio to the
-fastest peer is below 1, level if it is below 1.01, else behind.
+another day. Those that are in both and are called in the same way (`WITNESSES`) show how much the days differ: at each
+number of tokens the table is scaled by the geometric mean of their ratios there. moe-lab is ahead in a cell if the
+upper end of its ratio to the fastest peer is below 1, level if it is below 1.01, else behind.
 """
 
 from __future__ import annotations
@@ -68,15 +68,18 @@ def joined(runs: pd.DataFrame) -> pd.DataFrame:
     return groups.agg(how | dict.fromkeys(rest, "first")).merge(groups.size().rename(columns={"size": "processes"}))
 
 
-def witness(ran: pd.DataFrame, peers: pd.DataFrame) -> float:
-    """The geometric mean of what the witnesses took now over what the table says; 1 if there is none."""
+def witness(ran: pd.DataFrame, peers: pd.DataFrame) -> pd.Series:
+    """By tokens: the geometric mean of what the witnesses took now over what the table says."""
     now = ran[(ran.load == "native") & ran.experts.isin(WITNESSES)].rename(columns={"experts": "peer"})
     both = now.merge(peers, on=["shape", "tokens", "peer"])
-    return float(np.exp(np.log(both.ms_x / both.ms_y).mean())) if len(both) else 1.0
+    return np.exp(np.log(both.ms_x / both.ms_y).groupby(both.tokens).mean())
 
 
-def verdicts(ran: pd.DataFrame, peers: pd.DataFrame, scale: float) -> pd.DataFrame:
-    """A row for each cell of `auto`: the best peer that ran beside it, and the best of the table that did not."""
+def verdicts(ran: pd.DataFrame, peers: pd.DataFrame, scale: pd.Series) -> pd.DataFrame:
+    """A row for each cell of `auto`: the best peer that ran beside it, and the best of the table that did not.
+
+    Where `scale` has no such number of tokens, the table stands as it is.
+    """
     kept = ["ms", "ms_low", "ms_high", "computed_by", "tiles", "floor_ms", "processes"]
     found = ran.loc[ran.experts == "auto", [*CELL, *kept]]
     beside = ran[~ran.experts.isin(OURS)]
@@ -90,7 +93,7 @@ def verdicts(ran: pd.DataFrame, peers: pd.DataFrame, scale: float) -> pd.DataFra
     absent = absent.loc[absent.groupby(["shape", "tokens"]).ms.idxmin(), ["shape", "tokens", "peer", "ms"]]
     absent = absent.assign(load="native").rename(columns={"peer": "absent", "ms": "absent_ms"})
     found = found.merge(absent, on=CELL, how="left")
-    found["over_absent"] = found.ms / (found.absent_ms * scale)
+    found["over_absent"] = found.ms / (found.absent_ms * found.tokens.map(scale).fillna(1.0))
 
     high = found[["over_beside_high", "over_absent"]].max(axis=1)
     names = np.where(high < 1, "ahead", np.where(high <= LEVEL, "level", "behind"))
@@ -119,7 +122,7 @@ def main() -> None:
     peers = pd.read_csv(args.peers)
     scale = witness(ran, peers)
     found = verdicts(ran, peers, scale)
-    print(f"witnesses over the table: {scale:.3f}")
+    print("witnesses over the table: " + ", ".join(f"{tokens} tokens {value:.3f}" for tokens, value in scale.items()))
     print(found.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
     counts = ", ".join(f"{n} {verdict}" for verdict, n in found.verdict.value_counts().items())
     real = found[(found["shape"] != "demo") & (found.load == "native")]

@@ -17,6 +17,7 @@ from moe_lab.marks import phase
 from moe_lab.models.attention import attend
 from moe_lab.models.kv_cache import LatentCache, LayerCache
 from moe_lab.models.layers import Linear, RMSNorm
+from moe_lab.ops.latent_attention import latent_attention
 from moe_lab.ops.library import resolve_implementation
 from moe_lab.ops.rotate import rotate_both
 
@@ -65,15 +66,15 @@ class LatentAttention(nn.Module):
         self.kv_down_norm = RMSNorm(kv_rank, _NORM_EPS)
         self.kv_up = Linear(kv_rank, n_heads * (nope_dim + v_dim))
         self.o = Linear(n_heads * v_dim, d_model, bias=bias)
-        self.turned_by = "torch"
+        self.computed_by = "torch"
 
     def compute_on(self, device: torch.device, *, load: bool = True) -> None:
-        """Decide who turns queries and keys on `device`."""
-        self.turned_by = resolve_implementation("auto", device, op="attention")
+        """Decide who turns queries and keys, and attends to one new token, on `device`."""
+        self.computed_by = resolve_implementation("auto", device, op="attention")
 
     def use_reference(self) -> None:
         """From now on compute in plain torch."""
-        self.turned_by = "torch"
+        self.computed_by = "torch"
 
     def make_cache(self, batch: int, length: int) -> LayerCache:
         """Room for `length` positions of `batch` sequences, in the dtype of the parameters."""
@@ -97,7 +98,7 @@ class LatentAttention(nn.Module):
             q_nope, q_rope = q_BHSd.split([self.nope_dim, self.rope_dim], dim=-1)
             c, r = self.kv_down(x_BSD).unsqueeze(1).split([self.kv_rank, self.rope_dim], dim=-1)
             c = self.kv_down_norm(c)
-            q_rope, r = rotate_both(q_rope, r, cos_Sd, sin_Sd, self.turned_by)
+            q_rope, r = rotate_both(q_rope, r, cos_Sd, sin_Sd, self.computed_by)
             latent_B1Sm = torch.cat((c, r), dim=-1)
             if position_S is None:
                 if cache is not None:
@@ -111,7 +112,12 @@ class LatentAttention(nn.Module):
                 up_Hdr = self.kv_up.weight.to(x_BSD.dtype).unflatten(0, (self.n_heads, -1))
                 k_up, v_up = up_Hdr.tensor_split([self.nope_dim], dim=1)
                 q_latent = torch.cat((torch.einsum("bhsd,hdr->bhsr", q_nope, k_up), q_rope), dim=-1)
-                y = attend(q_latent, *cache.put(latent_B1Sm, c, position_S), position_S, scale=self.scale)
+                kept = cache.put(latent_B1Sm, c, position_S)
+                if self.computed_by == "triton" and x_BSD.shape[1] == 1:
+                    one_BHm, latent_BNm = q_latent.squeeze(2), kept[0].squeeze(1)
+                    y = latent_attention(one_BHm, latent_BNm, self.kv_rank, position_S, self.scale).unsqueeze(2)
+                else:
+                    y = attend(q_latent, *kept, position_S, scale=self.scale)
                 y = torch.einsum("bhsr,hdr->bhsd", y, v_up)
             return self.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 

@@ -48,7 +48,7 @@ def project_together(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     if weight is None or (biases and bias is None):
         return tuple(layer(x) for layer in layers)
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return y.split([len(layer.weight) for layer in layers], dim=-1)
+    return y.split([len(layer.weight) for layer in layers], dim=-1)  # type: ignore[no-any-return]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor | None:

@@ -85,16 +85,27 @@ def test_it_is_its_definition_in_float64(q_rank: int | None, S: int) -> None:
 
 @with_queries
 @pytest.mark.parametrize("context", [pytest.param(n, id=f"behind_{n}") for n in (1, 4, 8)])
-@pytest.mark.parametrize("at_once", [pytest.param(n, id=f"{n}_at_once") for n in (1, 2)])
-def test_tokens_behind_a_cache_are_those_of_a_whole_pass(q_rank: int | None, context: int, at_once: int) -> None:
-    """One or some at a time: the latent form gives what keys and values of heads give."""
-    attention, x = attention_of(q_rank), random(2, 10, D)
-    cos, sin = tables(10)
+@pytest.mark.parametrize(
+    ("at_once", "by"),
+    [
+        pytest.param(1, "torch", id="1_at_once"),
+        pytest.param(2, "torch", id="2_at_once"),
+        pytest.param(1, "triton", id="1_by_triton"),
+        pytest.param(2, "triton", id="2_by_triton"),
+    ],
+)
+def test_tokens_behind_a_cache_are_those_of_a_whole_pass(
+    q_rank: int | None, context: int, at_once: int, by: str, device: torch.device
+) -> None:
+    """One or some at a time, by the kernels too: the latent form gives what keys and values of heads give."""
+    attention, x = attention_of(q_rank).to(device), random(2, 10, D).to(device)
+    cos, sin = (table.to(device) for table in tables(10))
     want, cache = attention(x, cos, sin), attention.make_cache(2, 12)
+    attention.computed_by = by
     got = [attention(x[:, :context], cos[:context], sin[:context], cache)]
     for start in range(context, 10, at_once):
         at = slice(start, min(start + at_once, 10))
-        got.append(attention(x[:, at], cos[at], sin[at], cache, torch.arange(10)[at]))
+        got.append(attention(x[:, at], cos[at], sin[at], cache, torch.arange(10, device=device)[at]))
     torch.testing.assert_close(torch.cat(got, 1), want, rtol=0, atol=1e-5)
 
 
