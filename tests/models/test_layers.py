@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.models.layers import AddRMSNorm, Embedding, Linear, RMSNorm, SwiGLU, add_norm
+from moe_lab.models.layers import AddRMSNorm, Embedding, GatedMLP, Linear, RMSNorm, add_norm
 from moe_lab.models.parameters import initialize
 
 
@@ -32,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         pytest.param(lambda: Linear(6, 5), random(3, 6), id="linear"),
         pytest.param(lambda: RMSNorm(6, 1e-6), random(3, 6), id="rms_norm"),
         pytest.param(lambda: AddRMSNorm(6, 1e-6, "torch"), random(3, 6), id="add_rms_norm"),
-        pytest.param(lambda: SwiGLU(6, 4), random(3, 6), id="swiglu"),
+        pytest.param(lambda: GatedMLP(6, 4), random(3, 6), id="swiglu"),
     ],
 )
 @pytest.mark.parametrize("dtype", [pytest.param(dtype, id=str(dtype)) for dtype in (torch.float32, torch.bfloat16)])
@@ -89,7 +89,7 @@ def test_add_rms_norm_without_a_residual_is_that_of_zero(dtype: torch.dtype) -> 
 
 def test_swiglu_takes_the_gate_first() -> None:
     """down(silu(gate) * up): the halves are not alike."""
-    mlp, x = filled(SwiGLU(7, 5)), random(3, 7)
+    mlp, x = filled(GatedMLP(7, 5)), random(3, 7)
     gate, up = mlp.gate_up.weight.double().split(5)
     want = (F.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ mlp.down.weight.double().T
     torch.testing.assert_close(mlp(x).double(), want, rtol=1e-5, atol=1e-6)
