@@ -146,7 +146,7 @@ def checkpoint_warnings(cfg: DictConfig, model: Checkpoint) -> list[str]:
     key, node = "router", cfg.router
     while isinstance(node.get("inner"), DictConfig):
         key, node = f"{key}.inner", node.inner
-    if is_native(node):
+    if is_native(node) or model.own_norms:  # a norm of what the experts give takes out what all weights have in common
         return found
     trained = checkpoint_config.read(cfg.model.path).router
     warnings = (_sum_warning(router, key, node, trained), _scale_warning(router, key, node, trained))

@@ -214,6 +214,19 @@ def test_other_routers_are_verified(router: str, tmp_path: Path) -> None:
     assert record.status == "ok" and record.check is not None and record.check.passed, record.reason
 
 
+def test_a_factor_of_all_weights_changes_nothing_and_nobody_is_warned_of_it(tmp_path: Path) -> None:
+    """The norm behind the experts takes it out."""
+    folder = checkpoint("gemma4_text", tmp_path / "c", vocab_size=256)
+    once, twice = (
+        load(folder, make_router=lambda e, k, scale=scale: make("deepseek_v4", e, k, scale=scale))(ids(2, 9)).y
+        for scale in (1.0, 2.0)
+    )
+    torch.testing.assert_close(once, twice, rtol=1e-4, atol=1e-4)
+    keys = [f"model.path={folder}", "router=deepseek_v4", "router.scale=2", "workload=random", "seq_len=5"]
+    record = run(tiny.compose("checkpoint", *keys), tmp_path / "run")
+    assert record.status == "ok" and not [text for text in record.warnings if "changes the predictions" in text]
+
+
 @pytest.mark.parametrize("execution", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
 def test_a_run_decodes_and_says_what_it_keeps(execution: str, tmp_path: Path) -> None:
     """Of two kinds of layers."""
