@@ -46,7 +46,7 @@ def gemma4_text(config: Keys) -> _Part:
         "o_bias": bias,
         "windows": [config.size("sliding_window", default=512) if each else None for each in slides],
         "by_layer": by_layer,
-        "embedding_scale": decoder["d_model"] ** 0.5,
+        "embedding_scale": decoder["d_model"] ** 0.5,  # which transformers rounds to the dtype of the weights
         "logits_cap": config.number("final_logit_softcapping"),
         "norms_after": True,
         "scaled_layers": True,
@@ -83,22 +83,25 @@ def _require_supported(config: Keys) -> None:
 
 def _heads(config: Keys, usual: _Part, slides: list[bool]) -> list[_Part]:
     """Of each layer, `head_dim` and `n_kv_heads`: as transformers 5.23 writes them, or as before, of full layers."""
+    names = ("global_head_dim", "num_global_key_value_heads")
+    own_heads = config.get(names[1]) is not None and config.flag("attention_k_eq_v", default=False)
+    full = {"head_dim": config.size(names[0], default=512), "n_kv_heads": usual["n_kv_heads"]}
+    full |= {"n_kv_heads": config.size(names[1])} if own_heads else {}
+    by_kind = [usual if each else full for each in slides]
     if config.get("per_layer_config") is None:
-        full = {**usual, "head_dim": config.size("global_head_dim", default=512)}
-        wide = config.get("attention_k_eq_v") and config.get("num_global_key_value_heads") is not None
-        full |= {"n_kv_heads": config.size("num_global_key_value_heads")} if wide else {}
-        return [usual if each else full for each in slides]
-    for key in ("global_head_dim", "num_global_key_value_heads"):
-        if config.get(key) is not None:
-            raise config.refuse(f"{key} and per_layer_config say the same in two ways; remove {key}.")
-    layers, found = config.part("per_layer_config"), []
-    for layer in range(len(slides)):
-        own = layers.part(str(layer))
-        if unknown := sorted(own.content.keys() - _OF_A_LAYER):
-            raise own.refuse(f"{own.where}.{shown(unknown[0])} is not supported; a layer may differ in heads only.")
-        head_dim = own.size("head_dim", default=usual["head_dim"])
-        found.append({"head_dim": head_dim, "n_kv_heads": own.size("num_key_value_heads", default=usual["n_kv_heads"])})
-    return found
+        return by_kind
+    layers = config.part("per_layer_config")
+    by_layer = [_heads_of_layer(layers.part(str(layer)), usual) for layer in range(len(slides))]
+    if by_layer != by_kind and any(config.get(name) is not None for name in names):
+        raise config.refuse(f"per_layer_config and {' or '.join(names)} contradict each other; remove one of the two.")
+    return by_layer
+
+
+def _heads_of_layer(own: Keys, usual: _Part) -> _Part:
+    if unknown := sorted(own.content.keys() - _OF_A_LAYER):
+        raise own.refuse(f"{own.where}.{shown(unknown[0])} is not supported; a layer may differ in heads only.")
+    head_dim = own.size("head_dim", default=usual["head_dim"])
+    return {"head_dim": head_dim, "n_kv_heads": own.size("num_key_value_heads", default=usual["n_kv_heads"])}
 
 
 def _require_fit(config: Keys, n_heads: int, head_dim: int, n_kv_heads: int) -> None:
