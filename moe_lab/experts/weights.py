@@ -48,7 +48,8 @@ class ExpertWeights(nn.Module):
     ):
         super().__init__()
         E, D, F = n_experts, d_model, hidden_dim
-        self.activation: Activation = Clamped(*activation) if isinstance(activation, tuple) else activation
+        self.activation: Activation
+        self.activation = activation if activation is None or isinstance(activation, str) else Clamped(*activation)
         self.gate_ED = nn.Parameter(torch.empty(E, D), requires_grad=False)
         self.gate_bias_E = nn.Parameter(torch.empty(E), requires_grad=False) if gate_bias else None
         self.w_gate_up_E2FD = nn.Parameter(torch.empty(E, 2 * F, D), requires_grad=False)

@@ -237,6 +237,30 @@ def test_a_run_decodes_and_says_what_it_keeps(execution: str, tmp_path: Path) ->
     assert record.memory["cache_bytes_per_token"] == 4 * 2 * (2 * 8 + 2 * 1 * 12)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("prefill", "decode")])
+@pytest.mark.parametrize("execution", [pytest.param(name, id=name) for name in ("cuda_graph", "compile")])
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, id=dtype) for dtype in ("fp32", "bf16")])
+def test_a_gpu_computes_it(dtype: str, execution: str, phase: str, tmp_path: Path) -> None:
+    """Captured or compiled, with heads as wide as the released ones and two sequences; verified against fp32."""
+    folder = checkpoint("gemma4_text", tmp_path / "c", vocab_size=256, head_dim=256, global_head_dim=512)
+    for layer in range(3):  # the softmax is not scaled, so logits of wide heads would be large
+        scale_norms(folder, f"model.layers.{layer}.self_attn.k_norm.weight")
+    keys = [f"model.path={folder}", "router=native", "workload=random", f"workload.phase={phase}", "device=cuda"]
+    keys += ["workload.context_len=110"] if phase == "decode" else []
+    record = run(
+        tiny.compose("checkpoint", *keys, "seq_len=8", f"dtype={dtype}", f"execution={execution}"), tmp_path / "run"
+    )
+    assert record.status == "ok" and record.check is not None and record.check.passed, record.reason
+    assert record.implementation["experts"].startswith("grouped")
+
+
+def scale_norms(folder: Path, key: str) -> None:
+    """Divide a norm's weight by the root of its width."""
+    content = tensors(folder)
+    write_tensors(folder, {**content, key: content[key] * len(content[key]) ** -0.5})
+
+
 def test_what_is_missing_or_has_another_shape_is_named(tmp_path: Path) -> None:
     """A key projection of a full layer, the scale of a layer, a value projection that must not be there."""
     folder = checkpoint("gemma4", tmp_path)
