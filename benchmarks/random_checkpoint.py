@@ -103,6 +103,27 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 40960,
         "rope_theta": 1000000,
     },
+    "gemma4_26b_a4b": {  # the text part
+        "model_type": "gemma4_text",
+        "vocab_size": 262144,
+        "hidden_size": 2816,
+        "intermediate_size": 2112,
+        "moe_intermediate_size": 704,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "num_global_key_value_heads": 2,
+        "global_head_dim": 512,
+        "attention_k_eq_v": True,
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "sliding_window": 1024,
+        "final_logit_softcapping": 30.0,
+        "max_position_embeddings": 262144,
+    },
     "glm_4_5_air": {
         "model_type": "glm4_moe",
         "vocab_size": 151552,
@@ -137,9 +158,12 @@ def write(shape: dict[str, Any], folder: Path, layers: int, device: str) -> None
     config = AutoConfig.for_model(**shape | {"num_hidden_layers": layers})
     with torch.device(device), torch.inference_mode():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            elif shape["model_type"] == "gemma4_text" and name.endswith(("router.scale", "k_norm.weight")):
+                # Logits of order one: it divides those of the gate by the same, and those of attention by nothing.
+                parameter.fill_(len(parameter) ** (0.5 if name.endswith("scale") else -0.5))
     model.save_pretrained(folder, max_shard_size=SHARD)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,8 +126,20 @@ def _attention(decoder: Mapping[str, Any]) -> str:
         text += ", a gate of its output"
     windows = [window for window in decoder.get("windows") or () if window is not None]
     text += f", a window of {windows[0]} in {len(windows)} layers" if windows else ""
+    text += "".join(_other_heads(decoder))
     nets = [mixer for mixer in decoder.get("mixers") or () if mixer is not None]
     return f"{text}; in {len(nets)} layers {_mixer(**nets[0])} take its place" if nets else text
+
+
+def _other_heads(decoder: Mapping[str, Any]) -> list[str]:
+    """Of layers that have other heads than the most, or values that are the keys."""
+    layers = decoder.get("by_layer") or ()
+    kinds = Counter((each["head_dim"], each["n_kv_heads"], each["values_are_keys"]) for each in layers)
+    kinds.pop((decoder["head_dim"], decoder["n_kv_heads"], False), None)
+    return [
+        f"; in {n} layers heads of {head_dim}, {n_kv_heads} of keys {'that are values too' if shared else 'and values'}"
+        for (head_dim, n_kv_heads, shared), n in kinds.items()
+    ]
 
 
 def _mixer(*, kind: str, **sizes: Any) -> str:
@@ -145,6 +158,8 @@ def _experts(decoder: Mapping[str, Any]) -> str:
     if decoder["shared_expert_hidden_dim"]:
         gate = "with" if decoder["shared_expert_gate"] else "without"
         text += f"; a shared one of width {decoder['shared_expert_hidden_dim']} {gate} a gate"
+    if decoder.get("own_norms"):
+        text += "; gate, experts and the shared one with norms of their own"
     return text
 
 
@@ -163,7 +178,7 @@ def _not_loaded(settings: Settings) -> str | None:
     n, parts = settings.extra_layers, list(settings.others.values())
     if n:
         parts = [f"{n} layer{'s' if n > 1 else ''} that predict further tokens", *parts]
-    return f"{' and '.join(parts)}, if the files have them" if parts else None
+    return f"{' and '.join(dict.fromkeys(parts))}, if the files have them" if parts else None
 
 
 def _on_disk(folder: Path) -> dict[str, Any]:

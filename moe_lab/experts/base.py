@@ -83,7 +83,7 @@ def require_plain(weights: ExpertWeights) -> None:
     if weights.is_plain:
         return
     has = ["biases"] if weights.up_bias_E2F is not None else []
-    has += ["a clamped activation"] if weights.activation is not None else []
+    has += [str(weights.activation)] if weights.activation is not None else []
     raise UnavailableError(f"computes SwiGLU experts only, and these have {' and '.join(has)}; use experts=auto")
 
 

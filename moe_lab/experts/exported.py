@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_lab.experts.base import Experts
 from moe_lab.experts.loop import Loop
-from moe_lab.experts.weights import Clamped, ExpertWeights, Scale, activated, check_scale
+from moe_lab.experts.weights import Activation, Clamped, ExpertWeights, Scale, activated, check_scale
 from moe_lab.ops.library import register
 from moe_lab.routers.base import Routing
 
@@ -32,8 +32,9 @@ class Exported(Experts):
             matrix.new_zeros(matrix.shape[:2]) if bias is None else bias
             for matrix, bias in ((up_E2FD, weights.up_bias_E2F), (down_EDF, weights.down_bias_ED))
         ]
-        alpha, limit = weights.activation or (0.0, 0.0)
-        biased: Tensor = torch.ops.moe_lab.experts_mlp_biased(*operands, *biases, scale == "input", alpha, limit)
+        alpha, limit = weights.activation if isinstance(weights.activation, Clamped) else (0.0, 0.0)
+        settings = (scale == "input", alpha, limit, weights.activation == "gelu_tanh")
+        biased: Tensor = torch.ops.moe_lab.experts_mlp_biased(*operands, *biases, *settings)
         return biased
 
 
@@ -44,7 +45,7 @@ class _Experts(NamedTuple):
     w_down_EDF: Tensor
     up_bias_E2F: Tensor | None = None
     down_bias_ED: Tensor | None = None
-    activation: Clamped | None = None
+    activation: Activation = None
 
     def activate(self, gate_up: Tensor) -> Tensor:
         """As `ExpertWeights.activate`."""
@@ -62,16 +63,16 @@ def _fake(x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Te
 
 def _compute_biased(
     x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, up_bias: Tensor, down_bias: Tensor,
-    scales_input: bool, alpha: float, limit: float,
+    scales_input: bool, alpha: float, limit: float, gelu: bool,
 ) -> Tensor:  # fmt: skip
-    activation = Clamped(alpha, limit) if limit else None
+    activation: Activation = Clamped(alpha, limit) if limit else "gelu_tanh" if gelu else None
     experts: Any = _Experts(w_gate_up, w_down, up_bias, down_bias, activation)
     return Loop()(x, Routing(ids, weights), experts, scale="input" if scales_input else "output")
 
 
 def _fake_biased(
     x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, up_bias: Tensor, down_bias: Tensor,
-    scales_input: bool, alpha: float, limit: float,
+    scales_input: bool, alpha: float, limit: float, gelu: bool,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(x)
 
@@ -84,7 +85,7 @@ register(
 )
 register(
     "experts_mlp_biased(Tensor x, Tensor ids, Tensor weights, Tensor w_gate_up, Tensor w_down, Tensor up_bias, "
-    "Tensor down_bias, bool scales_input, float alpha, float limit) -> Tensor",
+    "Tensor down_bias, bool scales_input, float alpha, float limit, bool gelu) -> Tensor",
     _compute_biased,
     _fake_biased,
     onnx="moe_lab.experts.exported_biased_onnx",

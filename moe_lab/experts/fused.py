@@ -35,6 +35,8 @@ def kernels_activation(weights: ExpertWeights) -> str:
         return "silu"
     if weights.activation == Clamped():
         return "clamped"
+    if not isinstance(weights.activation, Clamped):
+        raise UnavailableError(f"its kernels do not compute {weights.activation}; use experts=auto")
     alpha, limit = weights.activation
     raise UnavailableError(
         f"its kernels clamp with alpha={Clamped().alpha} and limit={Clamped().limit} only, not {alpha:g} and "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,10 +59,23 @@ def _enlargement(model: nn.Module) -> float:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Full fp32 matrix products inside: TF32 off."""
-    before = torch.get_float32_matmul_precision()
+    """Full fp32 matrix products and convolutions inside: TF32 off. cuDNN's is on by default."""
+    before, (switch, name, exact) = torch.get_float32_matmul_precision(), _convolutions()
+    before_of_convolutions = getattr(switch, name)
     torch.set_float32_matmul_precision("highest")
+    setattr(switch, name, exact)
     try:
         yield
     finally:
+        setattr(switch, name, before_of_convolutions)
         torch.set_float32_matmul_precision(before)
+
+
+def _convolutions() -> tuple[Any, str, Any]:
+    """(object, attribute, its value without TF32). torch has two names; the older raises once the newer is set."""
+    cudnn: Any = torch.backends.cudnn
+    try:
+        _ = cudnn.allow_tf32
+    except RuntimeError:
+        return cudnn.conv, "fp32_precision", "ieee"
+    return cudnn, "allow_tf32", False

@@ -71,6 +71,13 @@ ARCHITECTURES = (
         "LFM2-8B-A1B",
         "short convolutions in most layers, dense layers, sigmoid router with a bias",
     ),
+    Architecture(
+        "gemma4",
+        "Gemma-4-26B-A4B",
+        "the text part only; a dense MLP beside the experts, both GeGLU, norms before and after each part, two kinds "
+        "of heads, values that are the keys, a scale of each expert",
+    ),
+    Architecture("gemma4_text", "Gemma 4's text part by itself", "as gemma4"),
     Architecture("hunyuan_v1_moe", "Hunyuan-A13B", "norm of each head after RoPE, a shared expert"),
 )
 

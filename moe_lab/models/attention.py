@@ -97,6 +97,8 @@ class Attention(nn.Module):
         turn_first: the norms of heads come after the rotation (HunYuan), else before it.
         wide_norms: see `RMSNorm`.
         output_gate: what the heads give is multiplied by a sigmoid, from further rows of `q` (2505.06708).
+        values_are_keys: the projection of keys is that of values too, before norms and rotation (Gemma 4).
+        value_norm: RMSNorm of the values of each head, without weights.
     """
 
     def __init__(
@@ -117,16 +119,19 @@ class Attention(nn.Module):
         turn_first: bool = False,
         wide_norms: bool = False,
         output_gate: bool = False,
+        values_are_keys: bool = False,
+        value_norm: bool = False,
     ):
         super().__init__()
         self.head_dim, self.qk_norm, self.clip_qkv, self.window = head_dim, qk_norm, clip_qkv, window
         self.scale, self.turn_first, self.output_gate = scale, turn_first, output_gate
+        self.value_norm_eps = norm_eps if value_norm else None
         self.sinks_H = nn.Parameter(torch.empty(n_heads), requires_grad=False) if sinks else None
         self.fuses = False
         self.q = Linear(d_model, n_heads * head_dim * (2 if output_gate else 1), bias=qkv_bias)
         self.k = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
-        self.v = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
-        place_together(self.q, self.k, self.v)
+        self.v = None if values_are_keys else Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
+        place_together(*self._projections)
         self.o = Linear(n_heads * head_dim, d_model, bias=o_bias)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
@@ -155,11 +160,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Without `position_S` the tokens are the first of their sequences; with it they go on from the cache."""
         with phase("attention"):
-            parts = (self.q, self.k, self.v)
             if self.fuses and not torch.compiler.is_compiling():  # one product is quicker than three small ones
-                q, k, v = project_together(x_BSD, *parts)
+                parts = project_together(x_BSD, *self._projections)
             else:
-                q, k, v = (part(x_BSD) for part in parts)
+                parts = tuple(projection(x_BSD) for projection in self._projections)
+            q, k, v = parts[0], parts[1], self._values(parts[-1])  # of the last two one, where values are keys
             q, gate = q.chunk(2, dim=2) if self.output_gate else (q, None)
             if self.fuses and cache is not None and position_S is not None and x_BSD.shape[1] == 1:
                 y_B1n = self._one_token(q, k, v, cos_Sd, sin_Sd, cache, position_S)
@@ -205,6 +210,18 @@ class Attention(nn.Module):
     def use_reference(self) -> None:
         """From now on compute in plain torch."""
         self.fuses = False
+
+    @property
+    def _projections(self) -> list[Linear]:
+        """Of queries, keys, and values unless those are the keys."""
+        return [self.q, self.k] if self.v is None else [self.q, self.k, self.v]
+
+    def _values(self, v_BSn: Tensor) -> Tensor:
+        """Normed, if they are, head by head."""
+        if self.value_norm_eps is None:
+            return v_BSn
+        heads = v_BSn.unflatten(2, (-1, self.head_dim))
+        return F.rms_norm(heads, (self.head_dim,), None, self.value_norm_eps).flatten(2)
 
     def _heads(self, x_BSn: Tensor) -> Tensor:
         """[B, S, heads * head_dim] -> [B, heads, S, head_dim]."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from moe_lab.models import checkpoint_deepseek as deepseek
 from moe_lab.models import checkpoint_delta_net as delta_net
+from moe_lab.models import checkpoint_gemma as gemma
 from moe_lab.models import checkpoint_plain as plain
 from moe_lab.models import checkpoint_sizes as sizes
 from moe_lab.models import checkpoint_variants as variants
@@ -22,6 +23,7 @@ from moe_lab.models.checkpoint_forms import Fp8Blocks, Mxfp4, read_quantization
 from moe_lab.models.checkpoint_keys import Keys, read_object, shown
 from moe_lab.models.checkpoint_latent import read_latent, read_turned
 from moe_lab.models.checkpoint_names import Naming
+from moe_lab.models.checkpoint_text_part import HAVE_TEXT_PART, text_part
 
 CONFIG = "config.json"
 
@@ -108,11 +110,11 @@ def read(folder: str | Path) -> Settings:
         )
     whole = config = Keys(path, content)
     form = read_quantization(config)
-    if model_type in _WITH_TEXT_PART:
-        config = delta_net.text_part(whole)
+    if model_type in HAVE_TEXT_PART:
+        config = text_part(whole)
     if (activation := config.get("hidden_act", default="silu")) not in ("silu", "swish"):
         raise config.refuse(f"hidden_act={shown(activation)} is not supported; experts are SwiGLU (silu).")
-    if config.get("per_layer_config"):
+    if model_type not in _BY_LAYER and config.get("per_layer_config"):
         raise config.refuse("per_layer_config is not supported: all layers must have the same settings.")
     settings = _ARCHITECTURES[model_type](config)
     ends = ids_of(config, settings.decoder["vocab_size"])
@@ -197,8 +199,8 @@ def _gated(model_type: str, read_rest: _Read, *, n_kv_heads: int = 2) -> Callabl
 
 
 _MOE_WIDTH = "moe_intermediate_size"
-_WITH_TEXT_PART = {"qwen3_5_moe"}
-"""Models that read images too; what is said of their text has a part of its own."""
+_BY_LAYER = {"gemma4", "gemma4_text"}
+"""Models whose layers may differ in more than their kind."""
 _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
     "olmoe": _grouped("olmoe", plain.olmoe, rope_theta=1e4, n_kv_heads=None),
     "mixtral": _grouped("mixtral", plain.mixtral, rope_theta=1e6, n_kv_heads=8),
@@ -230,6 +232,8 @@ _ARCHITECTURES: dict[str, Callable[[Keys], Settings]] = {
         top_k=variants.ernie_top_k,
     ),
     "lfm2_moe": _grouped("lfm2_moe", variants.lfm2_moe, rope_theta=1e6, n_kv_heads=8, width=_MOE_WIDTH, eps="norm_eps"),
+    "gemma4": lambda config: _settings("gemma4", config, gemma.gemma4(config)),
+    "gemma4_text": lambda config: _settings("gemma4_text", config, gemma.gemma4_text(config)),
     "hunyuan_v1_moe": _grouped(
         "hunyuan_v1_moe", variants.hunyuan_v1_moe, rope_theta=1e4, n_kv_heads=None, top_k=variants.hunyuan_top_k
     ),

@@ -16,7 +16,6 @@ _Part = dict[str, Any]
 _KINDS = ["full_attention", "linear_attention"]
 _FURTHER_TOKENS = {"mtp.": "what predicts further tokens"}
 _VISION = {"model.visual.": "the part that reads images"}
-_OF_IMAGES = ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def qwen3_next(config: Keys, decoder: _Part, moe: _Part) -> _Part:
@@ -50,23 +49,6 @@ def qwen3_5_moe(config: Keys, decoder: _Part, moe: _Part) -> _Part:
         "prefix": "model.language_model",
         "only_text": True,
     }
-
-
-def text_part(config: Keys) -> Keys:
-    """Of the config.json of a model that also reads images: what is said of its text part."""
-    if config.get("text_config") in (None, {}):
-        raise config.refuse("text_config is missing or empty; download the file again.")
-    text = config.part("text_config")
-    text.need("model_type")
-    routers.require(text, "model_type", f"{config.get('model_type')}_text")
-    tied = config.flag("tie_word_embeddings", default=False)
-    if text.flag("tie_word_embeddings", default=False) != tied:
-        raise config.refuse(
-            f"tie_word_embeddings is {tied}, and text_config.tie_word_embeddings {not tied}; both must be the same."
-        )
-    for key in _OF_IMAGES:
-        config.get(key)
-    return text
 
 
 def _delta_net(config: Keys, decoder: _Part, moe: _Part) -> _Part:

@@ -89,6 +89,17 @@ class OnePlus(Form):
 
 
 @dataclass(frozen=True)
+class Times(Form):
+    """A vector that the model multiplies by a constant: ours is the product."""
+
+    factor: float
+
+    def put(self, target: Tensor, values: Tensor, scale: Tensor | None = None) -> None:
+        """See `Form`."""
+        target.copy_(values.to(target.dtype) * self.factor)
+
+
+@dataclass(frozen=True)
 class Regrouped(Form):
     """Rows that the file has in groups, as a query and a gate for each head: `sizes` are those of a group's parts.
 

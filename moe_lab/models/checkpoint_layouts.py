@@ -50,6 +50,7 @@ LAYOUTS = {
             "block_sparse_moe.experts.down_proj",
         ),
     ),
+    "gemma4_text": (Layout("router.proj.weight", ("experts.gate_up_proj",), "experts.down_proj"),),
     "hunyuan_v1_moe": tuple(layout._replace(gate="mlp.gate.wg.weight") for layout in (COMMON[0], COMMON[2])),
     "phimoe": (COMMON[1], Layout("mlp.router.weight", _IN_ONE, "mlp.experts.down_proj")),
     "gpt_oss": (
@@ -71,4 +72,5 @@ LAYOUTS = {
         ),
     ),
 }
+LAYOUTS["gemma4"] = LAYOUTS["gemma4_text"]
 """Of models whose files have other names than `COMMON`."""

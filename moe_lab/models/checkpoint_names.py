@@ -12,7 +12,7 @@ from collections.abc import Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from moe_lab.models.checkpoint_forms import AS_IT_IS, Arranged, Form, OnePlus, OneRow, Regrouped
+from moe_lab.models.checkpoint_forms import AS_IT_IS, Arranged, Form, OnePlus, OneRow, Regrouped, Times
 from moe_lab.models.checkpoint_layouts import COMMON, LAYOUTS
 
 _ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
@@ -26,6 +26,15 @@ _LAYER = {
     "mlp.down.weight": "mlp.down_proj.weight",
     "attention.sinks_H": "self_attn.sinks",
     "mlp.shared.gate.weight": "mlp.shared_expert_gate.weight",
+    # Of Gemma 4, whose shared expert is the dense MLP of other models:
+    "norm_after_attention.weight": "post_attention_layernorm.weight",
+    "mlp.shared.norm_before.weight": "pre_feedforward_layernorm.weight",
+    "mlp.shared.norm_after.weight": "post_feedforward_layernorm_1.weight",
+    "mlp.norms.norm_before.weight": "pre_feedforward_layernorm_2.weight",
+    "mlp.norms.norm_after.weight": "post_feedforward_layernorm_2.weight",
+    "norm_after_mlp.weight": "post_feedforward_layernorm.weight",
+    "mlp.weights.scale_E": "router.per_expert_scale",
+    "scale_1": "layer_scalar",
 }
 WHOLE = {
     "embed.weight": "model.embed_tokens.weight",
@@ -61,7 +70,7 @@ _RENAMED: dict[str, dict[str, str]] = {
 _APART = {"qkvz": ("qkv", "z"), "ba": ("b", "a")}
 _ZERO_CENTRED = {"qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"}
 """Models whose norms multiply by 1 plus the weight; not so the delta net's own."""
-_SHARED = ("mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp")
+_SHARED = ("mlp.shared_expert", "mlp.shared_experts", "mlp.shared_mlp", "mlp")
 _GATE_UP = {"mlp.gate_up.weight": ("mlp",), "mlp.shared.mlp.gate_up.weight": _SHARED}
 BIAS, _HAS_BIAS = "e_score_correction_bias", ("mlp.gate", "block_sparse_moe", "mlp")
 """A router's selection bias, and the modules that may have it."""
@@ -125,6 +134,8 @@ def _sources(name: str, shape: Sequence[int], naming: Naming) -> list[list[Sourc
     prefix, rest = f"{naming.prefix}.layers.{match[1]}", match[2]
     if rest in _LAYER:
         return [[Source(f"{prefix}.{_LAYER[rest]}", form=norm if "norm" in rest else AS_IT_IS)]]
+    if rest == "mlp.norms.gate_norm.weight":
+        return [[Source(f"{prefix}.router.scale", form=Times(shape[0] ** -0.5))]]
     if rest.startswith("attention."):
         part = rest.removeprefix("attention.")
         if model == "lfm2_moe" and part.split(".")[0] in _CONV:

@@ -34,7 +34,14 @@ GROWTH = "llama_4_scaling_beta"
 _LONG = ("short_factor", "long_factor", "long_mscale")
 """More of longrope; the last two are of sequences that are longer than the original ones, which are not computed."""
 _OF_SOME_KIND = {*(key for keys in _READ.values() for key in keys), *_OPTIONAL, "truncate"}
-_OF_SOME_KIND |= {"attn_factor", "extrapolation_factor", "long_factor", "long_mscale", "mrope_interleaved"}
+_OF_SOME_KIND |= {
+    "partial_rotary_factor",
+    "attn_factor",
+    "extrapolation_factor",
+    "long_factor",
+    "long_mscale",
+    "mrope_interleaved",
+}
 _OF_SOME_KIND |= {"mrope_section", "short_factor", "short_mscale"}
 """What some kind of RoPE computes with, ours or another's: none is passed over."""
 
@@ -70,10 +77,35 @@ def read_partial_rope(
         scaling[GROWTH] = _number(rope, kind, GROWTH, may_be_0=True)
         rope.get("max_position_embeddings")  # again
     rope.get(_LENGTH)  # how long the texts of the training were; many write it beside any kind
+    _require_all_used(rope, kind)
+    return theta, None if kind == "default" else scaling, float(share)
+
+
+def read_rope_of_kind(rope: Keys, head_dim: int) -> dict[str, Any]:
+    """RoPE of one kind of layers (Gemma 4), as arguments of the decoder. Raises `ValueError` as `read_rope`."""
+    if not rope.content:
+        raise rope.refuse(f"there is no {rope.where}; download the file again.")
+    kind, rotary_dim = shown(rope.get("rope_type", default="default")), head_dim
+    if kind not in ("default", "proportional"):
+        raise rope.refuse(f"{rope.where}.rope_type={kind} is not supported; supported: default, proportional.")
+    theta, scaling = rope.number("rope_theta", least=1) or rope.need("rope_theta"), None
+    if kind == "proportional":
+        share = rope.get("partial_rotary_factor", default=1.0)
+        if not is_number(share) or not 0 < share <= 1 or (rotary_dim := 2 * int(share * head_dim // 2)) == 0:
+            raise rope.refuse(
+                f"{rope.where}.partial_rotary_factor={shown(share)} must be a number > 0 and <= 1, and turn at least 2 "
+                f"of the {head_dim} dimensions of a head."
+            )
+        scaling = {"rope_type": kind, "head_dim": head_dim, "factor": _number(rope, kind, "factor", default=1.0)}
+    _require_all_used(rope, kind)
+    return {"rope_theta": float(theta), "rope_scaling": scaling, "rotary_dim": rotary_dim}
+
+
+def _require_all_used(rope: Keys, kind: str) -> None:
+    """Raise `ValueError` for keys that some other kind computes with."""
     not_used = [key for key in rope.unread() if key.rpartition(".")[2] in _OF_SOME_KIND]
     if not_used:
-        raise config.refuse(f"rope_type={kind} does not use {', '.join(not_used)}; set the rope_type that does.")
-    return theta, None if kind == "default" else scaling, float(share)
+        raise rope.refuse(f"rope_type={kind} does not use {', '.join(not_used)}; set the rope_type that does.")
 
 
 def _theta(rope: Keys, config: Keys, default: float) -> float:

@@ -63,8 +63,7 @@ def experts_of(config: Keys, hidden_dim: int, top_k: int | None = None) -> dict[
     )
     top_k = top_k or config.size("num_experts_per_tok")
     if top_k > n_experts:
-        key = next(
-            name for name in ("num_experts_per_tok", "moe_k", "moe_topk") if config.content.get(name) is not None
-        )
+        names = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
+        key = next(name for name in names if config.content.get(name) is not None)
         raise config.refuse(f"{key}={top_k} is more than the {n_experts} experts; download the file again.")
     return {"mlp_hidden_dim": hidden_dim, "n_experts": n_experts, "top_k": top_k, **_PLAIN}

@@ -25,12 +25,17 @@ def switched_window(config: Keys) -> int | None:
 
 def windows(config: Keys, n_layers: int, window: int | None, below: int | None = None) -> list[int | None]:
     """Layer by layer, as `layer_types` says; without it of every other layer, the first one included, `below` one."""
-    kinds = config.get("layer_types")
+    slides = [i % 2 == 0 and (below is None or i < below) for i in range(n_layers)]
+    return [window if each else None for each in sliding(config, slides)]
+
+
+def sliding(config: Keys, default: list[bool]) -> list[bool]:
+    """Which layers have a window, as `layer_types` says."""
+    n_layers, kinds = len(default), config.get("layer_types")
     if kinds is None:
-        slides = [i % 2 == 0 and (below is None or i < below) for i in range(n_layers)]
-        kinds = ["sliding_attention" if each else "full_attention" for each in slides]
+        return default
     if not isinstance(kinds, list) or len(kinds) != n_layers or not {*map(str, kinds)} <= _LAYER_TYPES:
         raise config.refuse(
             f"layer_types={shown(kinds)} must have one of {sorted(_LAYER_TYPES)} per layer ({n_layers})."
         )
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return [kind == "sliding_attention" for kind in kinds]

@@ -45,9 +45,6 @@ class ConvMixer(nn.Module):
                 (before,) = cache.before(position_S)
             b, c, u = self.into(x_BSD).chunk(3, dim=2)
             mixed, after = self.conv(b * u, before)
-            if cache is not None and position_S is None:
-                cache.begin(x_BSD.shape[1], after)
-            elif cache is not None:
-                assert position_S is not None
-                cache.put(position_S, after)
+            if cache is not None:
+                cache.keep(x_BSD.shape[1], position_S, after)
             return self.out(c * mixed)  # type: ignore[no-any-return]

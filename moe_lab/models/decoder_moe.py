@@ -11,15 +11,16 @@ from moe_lab.experts.base import Experts
 from moe_lab.experts.weights import ExpertWeights
 from moe_lab.models import MakeRouter
 from moe_lab.models.layer_kinds import make_moe_layer
-from moe_lab.models.layers import SwiGLU
-from moe_lab.models.moe_layer import SharedExpert
+from moe_lab.models.layers import GatedMLP
+from moe_lab.models.moe_layer import OwnNorms, SharedExpert
 from moe_lab.models.transformer_decoder import TransformerDecoder
 
 
 class DecoderMoE(TransformerDecoder):
     """The keys are those of conf/model/decoder_moe.yaml; `mlp_hidden_dim` is the width of one expert.
 
-    A checkpoint may ask for more: `expert_settings`, the options of `ExpertWeights`.
+    A checkpoint may ask for more: `expert_settings`, the options of `ExpertWeights`, and `own_norms` (`OwnNorms`), with
+    which an MoE layer is given the residual stream.
     """
 
     def __init__(
@@ -34,12 +35,13 @@ class DecoderMoE(TransformerDecoder):
         n_dense_layers: int,
         dense_hidden_dim: int | None,
         expert_settings: Mapping[str, Any] | None = None,
+        own_norms: bool = False,
         **decoder: Any,
     ):
         self.make_router, self.experts, self.n_experts, self.top_k = make_router, experts, n_experts, top_k
         self.shared_hidden_dim, self.shared_gate = shared_expert_hidden_dim, shared_expert_gate
         self.n_dense_layers, self.dense_hidden_dim = n_dense_layers, dense_hidden_dim
-        self.expert_settings = expert_settings or {}
+        self.expert_settings, self.own_norms = expert_settings or {}, own_norms
         super().__init__(**decoder)
 
     def is_dense(self, layer: int) -> bool:
@@ -48,13 +50,15 @@ class DecoderMoE(TransformerDecoder):
 
     def make_mlp(self, layer: int) -> nn.Module:
         if self.is_dense(layer):
-            return SwiGLU(self.d_model, self.dense_hidden_dim or self.mlp_hidden_dim)
-        shared = None
+            return GatedMLP(self.d_model, self.dense_hidden_dim or self.mlp_hidden_dim, self.activation)
+        shared, eps = None, self.norm_eps if self.own_norms else None
         if self.shared_hidden_dim:
-            shared = SharedExpert(self.d_model, self.shared_hidden_dim, gated=self.shared_gate)
+            sizes = (self.d_model, self.shared_hidden_dim)
+            shared = SharedExpert(*sizes, gated=self.shared_gate, activation=self.activation, norm_eps=eps)
         return make_moe_layer(
             ExpertWeights(self.n_experts, self.d_model, self.mlp_hidden_dim, **self.expert_settings),
             self.make_router(self.n_experts, self.top_k).at_layer(layer),
             self.experts,
             shared,
+            None if eps is None else OwnNorms(self.d_model, eps),
         )

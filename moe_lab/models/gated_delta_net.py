@@ -81,11 +81,8 @@ class GatedDeltaNet(nn.Module):
             qkv, z = self.qkvz(x_BSD).split([2 * self.keys + self.values, self.values], dim=2)
             mixed, after_BCk = self.conv(qkv.float(), before_BCk)
             y_BHSv, after = self._rule(F.silu(mixed), self.ba(x_BSD).float(), before)
-            if cache is not None and position_S is None:
-                cache.begin(x_BSD.shape[1], after_BCk, after)
-            elif cache is not None:
-                assert position_S is not None
-                cache.put(position_S, after_BCk, after)
+            if cache is not None:
+                cache.keep(x_BSD.shape[1], position_S, after_BCk, after)
             gate = F.silu(z.unflatten(2, (-1, self.value_dim)).float())
             y_BSHv = self.norm(y_BHSv.transpose(1, 2)) * gate
             return self.out(y_BSHv.to(x_BSD.dtype).flatten(2))  # type: ignore[no-any-return]

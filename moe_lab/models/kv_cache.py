@@ -145,6 +145,13 @@ class StateCache(LayerMemory):
         for kept, new in zip(self.states, after, strict=True):
             kept.index_copy_(0, place_1, new.to(kept.dtype).unsqueeze(0))
 
+    def keep(self, n_positions: int, position_S: Tensor | None, *after: Tensor) -> None:
+        """`put`, or without `position_S` `begin`."""
+        if position_S is None:
+            self.begin(n_positions, *after)
+        else:
+            self.put(position_S, *after)
+
     def rows(self, start: int, stop: int) -> StateCache:
         """See `KVCache.rows`."""
         return StateCache(*(kept[:, start:stop] for kept in self.states), first_1=self.first_1)

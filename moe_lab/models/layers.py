@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.experts.weights import swiglu
+from moe_lab.experts.weights import Activation, activated
 from moe_lab.ops.add_rms_norm import add_rms_norm
 from moe_lab.ops.library import resolve_implementation
 
@@ -133,19 +133,28 @@ class AddLayerNorm(nn.Module):
         return F.layer_norm(whole, self.weight.shape, weight, bias, self.eps), whole
 
 
+class Add(nn.Module):
+    """As `AddRMSNorm` without a norm: the sum, twice."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        whole = x if residual is None else x + residual
+        return whole, whole
+
+
 def add_norm(kind: str, width: int, eps: float, implementation: str) -> AddRMSNorm | AddLayerNorm:
     """The norm of this kind: rms, wide (of a `RMSNorm` that is wide) or layer, which has one implementation only."""
     assert kind in ("rms", "wide", "layer"), kind
     return AddLayerNorm(width, eps) if kind == "layer" else AddRMSNorm(width, eps, implementation, wide=kind == "wide")
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)); Shazeer, 2002.05202."""
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), or with another `Activation`; Shazeer, 2002.05202."""
 
-    def __init__(self, d_model: int, hidden_dim: int):
+    def __init__(self, d_model: int, hidden_dim: int, activation: Activation = None):
         super().__init__()
+        self.activation = activation
         self.gate_up = Linear(d_model, 2 * hidden_dim)
         self.down = Linear(hidden_dim, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))  # type: ignore[no-any-return]
+        return self.down(activated(self.gate_up(x), self.activation))  # type: ignore[no-any-return]

@@ -1,6 +1,10 @@
 """One MoE layer, and model=moe_layer: that layer alone, for work on routers and expert kernels.
 
 y = experts(x, router(x W_gate^T)) [+ shared expert(x)]
+
+With norms of its own the layer is given the residual stream, which experts, gate and shared expert each norm (Gemma 4):
+
+y = norm(experts(norm(x), router(norm(x) W_gate^T))) [+ norm(shared expert(norm(x)))]
 """
 
 from __future__ import annotations
@@ -11,33 +15,78 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts
 from moe_lab.experts.loop import Loop
-from moe_lab.experts.weights import ExpertWeights, Scale
+from moe_lab.experts.weights import Activation, ExpertWeights, Scale
 from moe_lab.marks import phase
-from moe_lab.models.layers import Linear, SwiGLU
+from moe_lab.models.layers import GatedMLP, Linear, RMSNorm
 from moe_lab.routers.base import RouteContext, Router, Routing, gate_logits
 
 
 class SharedExpert(nn.Module):
-    """An expert that every token passes (DeepSeekMoE, 2401.06066); gated by sigmoid(x w) as in Qwen2-MoE."""
+    """An expert that every token passes (DeepSeekMoE, 2401.06066); gated by sigmoid(x w) as in Qwen2-MoE.
 
-    def __init__(self, d_model: int, hidden_dim: int, *, gated: bool):
+    `norm_eps`: it has norms of what it reads and of what it gives.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        hidden_dim: int,
+        *,
+        gated: bool,
+        activation: Activation = None,
+        norm_eps: float | None = None,
+    ):
         super().__init__()
-        self.mlp = SwiGLU(d_model, hidden_dim)
+        self.mlp = GatedMLP(d_model, hidden_dim, activation)
         self.gate = Linear(d_model, 1) if gated else None
+        self.norm_before = None if norm_eps is None else RMSNorm(d_model, norm_eps)
+        self.norm_after = None if norm_eps is None else RMSNorm(d_model, norm_eps)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD: Tensor = self.mlp(x_TD)
+        x_TD = _normed(self.norm_before, x_TD)
+        y_TD = _normed(self.norm_after, self.mlp(x_TD))
         return y_TD if self.gate is None else torch.sigmoid(self.gate(x_TD)) * y_TD
+
+
+class OwnNorms(nn.Module):
+    """Norms of what the gate reads, of what the experts read, and of what they give together.
+
+    The gate's weight is fp32: of Gemma 4 it is a scale times 1/sqrt(d_model).
+    """
+
+    def __init__(self, d_model: int, norm_eps: float):
+        super().__init__()
+        self.gate_norm = RMSNorm(d_model, norm_eps, wide=True)
+        self.norm_before = RMSNorm(d_model, norm_eps)
+        self.norm_after = RMSNorm(d_model, norm_eps)
+
+
+def _normed(norm: RMSNorm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 class MoELayer(nn.Module):
     """x_TD -> (y_TD, Routing). Models make it by `make_moe_layer`, for a router may ask for a layer of another kind."""
 
-    def __init__(self, weights: ExpertWeights, router: Router, experts: Experts, shared: SharedExpert | None = None):
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        router: Router,
+        experts: Experts,
+        shared: SharedExpert | None = None,
+        norms: OwnNorms | None = None,
+    ):
+        """Raises `UnavailableError` for a router whose weights multiply inputs, if experts have scales of outputs."""
         super().__init__()
-        self.weights, self.router, self.shared = weights, router, shared
+        if router.scales_input and weights.scale_E is not None:
+            raise UnavailableError(
+                f"{type(router).__name__} multiplies the experts' inputs by its weights, and these experts have a "
+                "scale of their outputs; choose another router"
+            )
+        self.weights, self.router, self.shared, self.norms = weights, router, shared, norms
         self.experts = experts.for_layer(weights, router.top_k, static_k=bool(router.static_k))
 
     def forward(self, x_TD: Tensor, ctx: RouteContext, forced: Routing | None = None) -> tuple[Tensor, Routing]:
@@ -47,7 +96,7 @@ class MoELayer(nn.Module):
             with phase("router"):
                 if self.experts.reads_dispatch(x_TD):
                     ctx = ctx._replace(want_dispatch=True)
-                routing = self.router(x_TD, self.weights.gate_ED, ctx, self.weights.gate_bias_E)
+                routing = self.router(self.gate_input(x_TD), self.weights.gate_ED, ctx, self.weights.gate_bias_E)
         y_TD = self.routed(x_TD, routing, ctx)
         return (y_TD if self.shared is None else y_TD + self.shared(x_TD)), routing
 
@@ -57,21 +106,37 @@ class MoELayer(nn.Module):
             return False
         return self.router.multiplies_gate(len(x_TD), self.weights.gate_ED, x_TD.dtype)
 
+    def gate_input(self, x_TD: Tensor) -> Tensor:
+        """What the gate reads of the layer's input."""
+        return x_TD if self.norms is None else self.norms.gate_norm(x_TD)
+
+    def experts_input(self, x_TD: Tensor) -> Tensor:
+        """What the experts read of the layer's input."""
+        return x_TD if self.norms is None else self.norms.norm_before(x_TD)
+
     def logits(self, x_TD: Tensor) -> Tensor:
         """The router's logits [T, E]."""
-        return gate_logits(x_TD, self.weights.gate_ED, self.weights.gate_bias_E)
+        return gate_logits(self.gate_input(x_TD), self.weights.gate_ED, self.weights.gate_bias_E)
 
     def routed(self, x_TD: Tensor, routing: Routing, ctx: RouteContext) -> Tensor:
         """The output less the shared expert's."""
-        return self.compute(*self.rows(x_TD, routing, ctx))
+        return self.finished(self.compute(*self.rows(x_TD, routing, ctx)))
+
+    def finished(self, y_TD: Tensor) -> Tensor:
+        """The output less the shared expert's, of the tokens' weighted sums."""
+        return y_TD if self.norms is None else self.norms.norm_after(y_TD)
 
     def rows(self, x_TD: Tensor, routing: Routing, ctx: RouteContext) -> tuple[Tensor, Routing]:
         """(what the experts are given [N, D], which of them each row goes to): here the tokens themselves."""
-        return x_TD, routing
+        return self.experts_input(x_TD), routing
 
     def compute(self, x_ND: Tensor, routing: Routing, experts: Experts | None = None) -> Tensor:
         """The experts' outputs [N, D], weighted and summed by row; by the layer's own unless `experts` are given."""
         scale: Scale = "input" if self.router.scales_input else "output"
+        if (scale_E := self.weights.scale_E) is not None:
+            ids_TK, weights_TK, order, _ = routing
+            scale_TK = scale_E.index_select(0, ids_TK.flatten().clamp(min=0)).view_as(weights_TK)
+            routing = Routing(ids_TK, weights_TK * scale_TK, order)
         return (experts or self.experts)(x_ND, routing, self.weights, scale=scale)
 
     def use_reference(self) -> None:

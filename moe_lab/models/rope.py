@@ -9,6 +9,7 @@ frequencies; its keys are those that checkpoints have:
             original context                                                         (Llama 3, 2407.21783)
     yarn    the same with a ramp over i, and cos and sin grow by 0.1 ln(factor) + 1  (Peng et al., 2309.00071)
     dynamic with a fixed alpha: theta * alpha^(d / (d - 2)) in place of theta        (NTK-aware; HunYuan)
+    proportional  the dimensions that turn do so as if all turned, theta^(-2i / head_dim), divided by `factor` (Gemma 4)
     longrope  f_i / short_factor_i, and cos and sin grow by short_mscale: up to the original length of the context, and
             no longer sequence is computed                                           (LongRoPE, 2402.13753; Phi-3.5)
 """
@@ -16,7 +17,7 @@ frequencies; its keys are those that checkpoints have:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ from torch import Tensor, nn
 
 def frequencies(rotary_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> tuple[Tensor, float]:
     """(f [rotary_dim / 2] fp32 on the CPU, what cos and sin are multiplied by)."""
-    f = theta ** (-torch.arange(0, rotary_dim, 2, device="cpu", dtype=torch.float32) / rotary_dim)
     kind = "default" if scaling is None else scaling["rope_type"]
+    width = rotary_dim if scaling is None or kind != "proportional" else scaling["head_dim"]
+    f = theta ** (-torch.arange(0, rotary_dim, 2, device="cpu", dtype=torch.float32) / width)
     if scaling is None or kind == "default":
         return f, 1.0
-    if kind == "linear":
+    if kind in ("linear", "proportional"):
         return f / scaling["factor"], 1.0
     if kind == "llama3":
         return _llama3(f, scaling), 1.0
@@ -137,3 +139,26 @@ class Rope(nn.Module):
 
     def _tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         return rope_tables(length, self.head_dim, self.theta, device, self.scaling, self.rotary_dim)
+
+
+class Ropes(nn.ModuleList):
+    """The tables of each layer; layers that turn alike share theirs."""
+
+    def __init__(self, layers: Sequence[Sequence[Any]]):
+        """`layers`: for each the arguments of its `Rope`."""
+        different = [layer for i, layer in enumerate(layers) if layer not in layers[:i]]
+        super().__init__(Rope(*layer) for layer in different)
+        self.of_layer = [different.index(layer) for layer in layers]
+
+    def reserve(self, length: int, device: torch.device) -> None:
+        """See `Rope.reserve`."""
+        for rope in self._ropes():
+            rope.reserve(length, device)
+
+    def tables(self, length: int, device: torch.device, position_S: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """(cos, sin) [S, head_dim] for each layer: of the first `length` positions, or of these (see `Rope.at`)."""
+        tables = [rope(length, device) if position_S is None else rope.at(position_S) for rope in self._ropes()]
+        return [tables[number] for number in self.of_layer]
+
+    def _ropes(self) -> list[Rope]:
+        return [rope for rope in self if isinstance(rope, Rope)]

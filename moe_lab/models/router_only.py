@@ -26,6 +26,7 @@ class _NoWeights(ExpertWeights):
     """Experts without matrices; a gate [E, D] where a width is given."""
 
     gate_bias_E = None
+    scale_E = None
 
     def __init__(self, n_experts: int, d_model: int | None):
         nn.Module.__init__(self)

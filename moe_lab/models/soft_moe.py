@@ -45,16 +45,16 @@ class SoftMoELayer(MoELayer):
 
     def rows(self, x_TD: Tensor, routing: Routing, ctx: RouteContext) -> tuple[Tensor, Routing]:
         """See `MoELayer.rows`: the slots [B * E, D], each with its expert."""
-        return self._slots(x_TD, self._weights(x_TD, ctx)[0])
+        return self._slots(self.experts_input(x_TD), self._weights(x_TD, ctx)[0])
 
     def _mixed(self, x_TD: Tensor, ctx: RouteContext) -> tuple[Tensor, Routing]:
         """(the weighted sum of the experts' outputs [T, D], the routing that holds C)."""
         D_BSE, routing = self._weights(x_TD, ctx)
-        o_ND = self.compute(*self._slots(x_TD, D_BSE))
+        o_ND = self.compute(*self._slots(self.experts_input(x_TD), D_BSE))
         with phase("combine"):
             C_BSE = routing.weights_TK.view_as(D_BSE).to(x_TD.dtype)
             y_BSD = C_BSE @ o_ND.view(C_BSE.shape[0], C_BSE.shape[2], x_TD.shape[1])
-        return y_BSD.view_as(x_TD), routing
+        return self.finished(y_BSD.view_as(x_TD)), routing
 
     def _weights(self, x_TD: Tensor, ctx: RouteContext) -> tuple[Tensor, Routing]:
         """(D [B, S, E] in fp32, the routing that holds C [T, E])."""
@@ -65,7 +65,7 @@ class SoftMoELayer(MoELayer):
         with phase("router"):
             # The router's scores are its logits, of which D is made, too.
             weights, wanted = self.weights, ctx._replace(want_scores=True)
-            scored = self.router(x_TD.float(), weights.gate_ED, wanted, weights.gate_bias_E)
+            scored = self.router(self.gate_input(x_TD.float()), weights.gate_ED, wanted, weights.gate_bias_E)
             ids_TK, weights_TK, order, scores_TE = scored
             assert scores_TE is not None
             # Not `scored._replace`: what that makes a pass compiled by torch 2.11 cannot return.

@@ -13,19 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_lab.experts.weights import Activation
 from moe_lab.models import ForcedRouting, Output
 from moe_lab.models.attention import Attention
 from moe_lab.models.kv_cache import KVCache, LayerMemory
 from moe_lab.models.latent_attention import LatentAttention
-from moe_lab.models.layers import Embedding, Linear, SwiGLU, add_norm
+from moe_lab.models.layers import Add, Embedding, GatedMLP, Linear, RMSNorm, add_norm
 from moe_lab.models.mixers import make_mixer
 from moe_lab.models.moe_layer import MoELayer
-from moe_lab.models.rope import Rope, softmax_scale
+from moe_lab.models.rope import Ropes, softmax_scale
 from moe_lab.routers.base import RouteContext, Routing
+
+_OF_ROPE = ("rope_theta", "rope_scaling", "rotary_dim")
 
 
 class Block(nn.Module):
-    """Attention, or another mixer of tokens in its place, then the MLP: a dense one, or an MoELayer."""
+    """Attention, or another mixer of tokens in its place, then the MLP: a dense one, or an MoELayer.
+
+    `norms_after`: what both give is normed before it is added; `scaled`: the layer's output has a factor (Gemma 4).
+    """
 
     def __init__(
         self,
@@ -36,13 +42,20 @@ class Block(nn.Module):
         implementation: str,
         residual_scale: float = 1.0,
         norm: str = "rms",
+        *,
+        norms_after: bool = False,
+        scaled: bool = False,
     ):
         super().__init__()
         self.residual_scale = residual_scale
+        norms_itself = isinstance(mlp, MoELayer) and mlp.norms is not None
         self.attention_norm = add_norm(norm, d_model, norm_eps, implementation)
         self.attention = attention
-        self.mlp_norm = add_norm(norm, d_model, norm_eps, implementation)
+        self.mlp_norm = Add() if norms_itself else add_norm(norm, d_model, norm_eps, implementation)
         self.mlp = mlp
+        self.norm_after_attention = RMSNorm(d_model, norm_eps) if norms_after else None
+        self.norm_after_mlp = RMSNorm(d_model, norm_eps) if norms_after else None
+        self.scale_1 = nn.Parameter(torch.empty(1), requires_grad=False) if scaled else None
 
     def forward(
         self,
@@ -55,14 +68,23 @@ class Block(nn.Module):
         position_S: Tensor | None,
     ) -> tuple[Tensor, Tensor, Routing | None]:
         normed, residual = self.attention_norm(x_BSD, residual_BSD)
-        attended = self._scaled(self.attention(normed, *rope, cache, position_S))
+        attended = self._added(self.attention(normed, *rope, cache, position_S), self.norm_after_attention)
         normed, residual = self.mlp_norm(attended, residual)
-        if not isinstance(self.mlp, MoELayer):
-            return self._scaled(self.mlp(normed)), residual, None
-        y_TD, routing = self.mlp(normed.flatten(0, 1), ctx, next(forced) if forced is not None else None)
-        return self._scaled(y_TD.view_as(normed)), residual, routing
+        routing: Routing | None = None
+        if isinstance(self.mlp, MoELayer):
+            y_TD, routing = self.mlp(normed.flatten(0, 1), ctx, next(forced) if forced is not None else None)
+            y_BSD = y_TD.view_as(normed)
+        else:
+            y_BSD = self.mlp(normed)
+        y_BSD = self._added(y_BSD, self.norm_after_mlp)
+        if self.scale_1 is not None:
+            scale_1 = self.scale_1.to(y_BSD.dtype)
+            y_BSD, residual = y_BSD * scale_1, residual * scale_1
+        return y_BSD, residual, routing
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def _added(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """What a sublayer adds."""
+        x = x if norm is None else norm(x)
         return x if self.residual_scale == 1 else x * self.residual_scale
 
 
@@ -71,10 +93,13 @@ class TransformerDecoder(nn.Module):
 
     A checkpoint may ask for more: `rope_scaling` and `rotary_dim` (see `rope`), the options of `Attention`, `windows`,
     the attention window of each layer, and `latent`, the options of `LatentAttention`, which is then every layer's.
-    `mixers` has for each layer None, or what takes the place of attention there (see `mixers.make_mixer`).
+    `mixers` has for each layer None, or what takes the place of attention there (see `mixers.make_mixer`). `by_layer`
+    has for each layer what of its attention is not as in the others: `n_kv_heads`, `head_dim`, the options of
+    `Attention`, and those of RoPE (`rope_theta`, `rope_scaling`, `rotary_dim`).
     `embedding_scale`, `residual_scale` and `logits_scale` multiply the embedding, what each sublayer adds, and the
-    logits (Granite). `norm` is the kind of `add_norm`, and `head_bias` a bias of the head (Phi). `max_positions` is how
-    long a sequence the model is made for, None for any.
+    logits (Granite); `logits_cap` is c in c tanh(logits / c). `norm` is the kind of `add_norm`, and `head_bias` a bias
+    of the head (Phi). `norms_after` and `scaled_layers`: see `Block`. `activation` is that of dense MLPs and shared
+    experts. `max_positions` is how long a sequence the model is made for, None for any.
     """
 
     max_positions: int | None = None
@@ -99,18 +124,27 @@ class TransformerDecoder(nn.Module):
         windows: Sequence[int | None] | None = None,
         latent: Mapping[str, Any] | None = None,
         mixers: Sequence[Mapping[str, Any] | None] | None = None,
+        by_layer: Sequence[Mapping[str, Any]] | None = None,
         embedding_scale: float = 1.0,
         residual_scale: float = 1.0,
         logits_scale: float = 1.0,
+        logits_cap: float | None = None,
         norm: str = "rms",
         head_bias: bool = False,
+        norms_after: bool = False,
+        scaled_layers: bool = False,
+        activation: Activation = None,
         **attention: Any,
     ):
         super().__init__()
         self.vocab_size, self.d_model, self.mlp_hidden_dim = vocab_size, d_model, mlp_hidden_dim
+        self.norm_eps, self.activation, self.logits_cap = norm_eps, activation, logits_cap
         self.head_dim, self.n_kv_heads = head_dim or d_model // n_heads, n_kv_heads or n_heads
         self.embed, self.embedding_scale = Embedding(vocab_size, d_model), embedding_scale
-        self.rope = Rope(self.head_dim, rope_theta, rope_scaling, rotary_dim)
+        usual: dict[str, Any] = {"head_dim": self.head_dim, "n_kv_heads": self.n_kv_heads, "rope_theta": rope_theta}
+        usual |= {"rope_scaling": rope_scaling, "rotary_dim": rotary_dim}
+        own = [{**usual, **each} for each in by_layer or [{}] * n_layers]
+        self.ropes = Ropes([(each["head_dim"], *(each.pop(key) for key in _OF_ROPE)) for each in own])
 
         def make_attention(layer: int) -> nn.Module:
             if mixers is not None and (mixer := mixers[layer]) is not None:
@@ -118,13 +152,13 @@ class TransformerDecoder(nn.Module):
             if latent is not None:
                 assert qk_norm == "none" and windows is None and not attention, "latent attention has no such options"
                 return LatentAttention(d_model, n_heads, scale=softmax_scale(rope_scaling), **latent)
-            window = windows[layer] if windows is not None else None
-            sizes = (d_model, n_heads, self.n_kv_heads, self.head_dim)
-            return Attention(*sizes, qk_norm, norm_eps, window=window, wide_norms=norm == "wide", **attention)
+            options = {"window": windows[layer] if windows is not None else None, **attention, **own[layer]}
+            return Attention(d_model, n_heads, qk_norm=qk_norm, norm_eps=norm_eps, wide_norms=norm == "wide", **options)
 
+        of_all = (d_model, norm_eps, implementation, residual_scale, norm)
         self.layers = nn.ModuleList(
-            Block(make_attention(layer), self.make_mlp(layer), d_model, norm_eps, implementation, residual_scale, norm)
-            for layer in range(n_layers)
+            Block(make_attention(i), self.make_mlp(i), *of_all, norms_after=norms_after, scaled=scaled_layers)
+            for i in range(n_layers)
         )
         self.norm = add_norm(norm, d_model, norm_eps, implementation)
         self.head, self.logits_scale = Linear(d_model, vocab_size, bias=head_bias), logits_scale
@@ -133,7 +167,7 @@ class TransformerDecoder(nn.Module):
 
     def make_mlp(self, layer: int) -> nn.Module:
         """The MLP of block `layer`."""
-        return SwiGLU(self.d_model, self.mlp_hidden_dim)
+        return GatedMLP(self.d_model, self.mlp_hidden_dim, self.activation)
 
     def input_shape(self, batch: int, seq_len: int) -> tuple[int, ...]:
         """[B, S] token ids."""
@@ -141,7 +175,7 @@ class TransformerDecoder(nn.Module):
 
     def make_cache(self, batch: int, length: int) -> KVCache:
         """Room for `length` positions of `batch` sequences, in the dtype of the parameters; tables are reserved too."""
-        self.rope.reserve(length, self.embed.weight.device)
+        self.ropes.reserve(length, self.embed.weight.device)
         mixers: list[Any] = [block.attention for block in self.layers if isinstance(block, Block)]
         return KVCache((mixer.make_cache(batch, length) for mixer in mixers), length)
 
@@ -162,7 +196,7 @@ class TransformerDecoder(nn.Module):
             last: of so many positions at the end the logits are wanted; None: of all.
         """
         B, S = ids_BS.shape
-        rope = self.rope(S, ids_BS.device) if position_S is None else self.rope.at(position_S)
+        ropes = self.ropes.tables(S, ids_BS.device, position_S)
         starts_B1 = torch.arange(B + 1, dtype=torch.int32, device=ids_BS.device) * S
         kind = "forward" if cache is None else "prefill" if position_S is None else "decode"
         ctx = RouteContext(token_ids_T=ids_BS.flatten(), seq_start_B1=starts_B1, phase=kind)
@@ -174,11 +208,15 @@ class TransformerDecoder(nn.Module):
         residual: Tensor | None = None
         routings: list[Routing] = []
         for layer, (block, kept) in enumerate(zip(self.layers, caches, strict=True)):
-            x, residual, routing = block(x, residual, rope, ctx._replace(layer=layer), forced, kept, position_S)
+            x, residual, routing = block(x, residual, ropes[layer], ctx._replace(layer=layer), forced, kept, position_S)
             if routing is not None:
                 routings.append(routing)
         if last is not None:
             x, residual = x[:, S - last :], residual if residual is None else residual[:, S - last :]
         normed, _ = self.norm(x, residual)
-        logits: Tensor = self.head(normed)
-        return Output(logits if self.logits_scale == 1 else logits * self.logits_scale, tuple(routings))
+        return Output(self._finished(self.head(normed)), tuple(routings))
+
+    def _finished(self, logits_BSV: Tensor) -> Tensor:
+        if self.logits_scale != 1:
+            logits_BSV = logits_BSV * self.logits_scale
+        return logits_BSV if self.logits_cap is None else self.logits_cap * (logits_BSV / self.logits_cap).tanh()

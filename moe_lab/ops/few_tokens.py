@@ -2,7 +2,8 @@
 
     h[t, k] = silu(g) * u,  (g, u) = x[t] W_gate_up[e]^T;   o[t, k] = h[t, k] W_down[e]^T     where ids[t, k] = e
 
-Each product plus a bias of the expert's, and the clamped activation of gpt-oss instead of silu(g) * u, if asked for.
+Each product plus a bias of the expert's, and the clamped activation of gpt-oss or gelu(g) * u instead of silu(g) * u,
+if asked for.
 
 A matrix unit takes 16 rows at the least, and no token has an expert twice. So with at most 16 tokens there is nothing
 to gain from gathering an expert's own: the weights are read once, which is what decoding costs, and rows that are not
@@ -11,6 +12,8 @@ does more than that while it reads the byte. Nothing is read on the host.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +35,7 @@ def few_tokens_mlp(
     scales_input: bool,
     up_bias_E2F: Tensor | None = None,
     down_bias_ED: Tensor | None = None,
-    clamped: tuple[float, float] | None = None,
+    activation: tuple[float, float] | Literal["gelu_tanh"] | None = None,
 ) -> Tensor:
     """[T, D], the weighted sum of each token's experts; by Triton kernels, fp32 accumulation.
 
@@ -42,14 +45,15 @@ def few_tokens_mlp(
         weights_TK: float32; they multiply the expert's input where `scales_input`, else its output.
         w_gate_up_E2FD, w_down_EDF: contiguous, of x's dtype.
         up_bias_E2F, down_bias_ED: both or none; contiguous.
-        clamped: alpha and limit of `experts.weights.Clamped`; None: SwiGLU.
+        activation: see `experts.weights.Activation`; of a clamped one alpha and limit.
 
     Raises:
         ValueError: the matrices have another dtype.
     """
-    alpha, limit = clamped or (0.0, 0.0)
+    alpha, limit = activation if isinstance(activation, tuple) else (0.0, 0.0)
     operands = (x_TD, ids_TK, weights_TK, w_gate_up_E2FD, w_down_EDF)
-    result: Tensor = call("few_tokens_mlp", *operands, scales_input, up_bias_E2F, down_bias_ED, alpha, limit)
+    settings = (alpha, limit, activation == "gelu_tanh")
+    result: Tensor = call("few_tokens_mlp", *operands, scales_input, up_bias_E2F, down_bias_ED, *settings)
     return result
 
 
@@ -64,17 +68,19 @@ def _check(x: Tensor, w_gate_up: Tensor, w_down: Tensor) -> None:
 def _compute(
     x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool,
     up_bias: Tensor | None = None, down_bias: Tensor | None = None, alpha: float = 0.0, limit: float = 0.0,
+    gelu: bool = False,
 ) -> Tensor:  # fmt: skip
     from moe_lab.ops.few_tokens_triton import launch
 
     _check(x, w_gate_up, w_down)
     assert x.shape[0] <= most_tokens(x.dtype) and w_gate_up.is_contiguous() and w_down.is_contiguous()
-    return launch(x, ids, weights, w_gate_up, w_down, scales_input, up_bias, down_bias, alpha, limit)
+    return launch(x, ids, weights, w_gate_up, w_down, scales_input, up_bias, down_bias, alpha, limit, gelu)
 
 
 def _fake(
     x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool,
     up_bias: Tensor | None = None, down_bias: Tensor | None = None, alpha: float = 0.0, limit: float = 0.0,
+    gelu: bool = False,
 ) -> Tensor:  # fmt: skip
     _check(x, w_gate_up, w_down)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -82,7 +88,7 @@ def _fake(
 
 register(
     "few_tokens_mlp(Tensor x, Tensor ids, Tensor weights, Tensor w_gate_up, Tensor w_down, bool scales_input, "
-    "Tensor? up_bias=None, Tensor? down_bias=None, float alpha=0.0, float limit=0.0) -> Tensor",
+    "Tensor? up_bias=None, Tensor? down_bias=None, float alpha=0.0, float limit=0.0, bool gelu=False) -> Tensor",
     _compute,
     _fake,
 )

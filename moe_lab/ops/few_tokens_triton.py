@@ -31,7 +31,7 @@ def _own_slot(ids_ptr, expert, T, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def _up_kernel(
     x_ptr, ids_ptr, weights_ptr, w_ptr, bias_ptr, h_ptr, T, K, D, F, alpha, limit,
-    SCALES: tl.constexpr, BIAS: tl.constexpr, CLAMPED: tl.constexpr,
+    SCALES: tl.constexpr, BIAS: tl.constexpr, CLAMPED: tl.constexpr, GELU: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0)
@@ -69,6 +69,8 @@ def _up_kernel(
         gate = tl.minimum(gate, limit, tl.PropagateNan.ALL)
         up = tl.minimum(tl.maximum(up, -limit, tl.PropagateNan.ALL), limit, tl.PropagateNan.ALL)
         h = gate / (1.0 + tl.exp(-alpha * gate)) * (up + 1.0)
+    elif GELU:  # g (1 + tanh(z)) / 2 = g sigmoid(2 z)
+        h = gate / (1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))) * up
     else:
         h = gate / (1.0 + tl.exp(-gate)) * up
     where = h_ptr + (t * K + own)[:, None] * F + f[None, :]
@@ -122,7 +124,7 @@ def _sum_kernel(
 
 def launch(
     x: Tensor, ids: Tensor, weights: Tensor, w_gate_up: Tensor, w_down: Tensor, scales_input: bool,
-    up_bias: Tensor | None, down_bias: Tensor | None, alpha: float, limit: float,
+    up_bias: Tensor | None, down_bias: Tensor | None, alpha: float, limit: float, gelu: bool,
 ) -> Tensor:  # fmt: skip
     """Run the kernels; arguments and result as `few_tokens_mlp`."""
     (T, D), K, F = x.shape, ids.shape[1], w_down.shape[2]
@@ -137,8 +139,8 @@ def launch(
     depth, width = 64 if wide else 128, 32
     _up_kernel[(T * K, triton.cdiv(F, width))](
         x, ids, weights, w_gate_up, w_gate_up if up_bias is None else up_bias, h, T, K, D, F, alpha, limit,
-        SCALES=scales_input, BIAS=up_bias is not None, CLAMPED=limit > 0, **blocks, BLOCK_F=width, BLOCK_D=depth,
-        num_warps=4, num_stages=3,
+        SCALES=scales_input, BIAS=up_bias is not None, CLAMPED=limit > 0, GELU=gelu, **blocks,
+        BLOCK_F=width, BLOCK_D=depth, num_warps=4, num_stages=3,
     )  # fmt: skip
     _down_kernel[(T * K, triton.cdiv(D, width))](
         h, ids, w_down, w_down if down_bias is None else down_bias, o, T, K, D, F, BIAS=down_bias is not None,

@@ -26,7 +26,7 @@ from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.ops import extension
 from moe_lab.ops.library import DTYPES
 from moe_lab.records.identity import digest, option_name
-from moe_lab.routers.base import Router, Routing, gate_logits
+from moe_lab.routers.base import Router, Routing
 from moe_lab.routers.soft import SoftMoE
 from moe_lab.runs.memory_estimate import require_memory
 from moe_lab.workloads.forced import forces
@@ -146,7 +146,7 @@ def checkpoint_warnings(cfg: DictConfig, model: Checkpoint) -> list[str]:
     key, node = "router", cfg.router
     while isinstance(node.get("inner"), DictConfig):
         key, node = f"{key}.inner", node.inner
-    if is_native(node):
+    if is_native(node) or model.own_norms:  # a norm of what the experts give takes out what all weights have in common
         return found
     trained = checkpoint_config.read(cfg.model.path).router
     warnings = (_sum_warning(router, key, node, trained), _scale_warning(router, key, node, trained))
@@ -279,7 +279,7 @@ def _calibrate(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
 
     def fit(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
         assert isinstance(layer, MoELayer)
-        layer.router.fit(gate_logits(arguments[0], layer.weights.gate_ED, layer.weights.gate_bias_E))
+        layer.router.fit(layer.logits(arguments[0]))
 
     with hooked(layers, fit, before=True):
         tokens_per_sequence = 1 if "seq_len" in cfg.model.get("ignores", ()) else cfg.seq_len
@@ -479,7 +479,7 @@ def build_task(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[nn.Module,
     kind = cfg.workload.get("phase", "forward")
     if kind == "forward":
         if isinstance(model, TransformerDecoder):
-            model.rope.reserve(n_positions(cfg), x.device)
+            model.ropes.reserve(n_positions(cfg), x.device)
         return model, None
     assert isinstance(model, TransformerDecoder)  # `require_runnable` has looked
     cache = model.make_cache(len(x), n_positions(cfg))

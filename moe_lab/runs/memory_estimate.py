@@ -156,16 +156,13 @@ def _decoder(config: Config, size: int) -> Parts:
     V, D, L, F = (model[key] for key in ("vocab_size", "d_model", "n_layers", "mlp_hidden_dim"))
     E, shared = model.get("n_experts", 0), model.get("shared_expert_hidden_dim", 0)
     H = model["n_heads"]
-    kv, d = model.get("n_kv_heads") or H, model.get("head_dim") or D // H
     dense_F = model.get("dense_hidden_dim") or F
-    gate = D * d * H if model.get("output_gate") else 0
-    attention, cached, turned = D * d * (2 * H + 2 * kv) + gate, 2 * kv * d, (H + kv) * d
-    if latent := model.get("latent"):
-        attention, cached, turned = _latent_attention(D, H, **latent)
     mixers = [_mixer(D, size, **mixer) for mixer in model.get("mixers") or () if mixer is not None]
-    attends = L - len(mixers)
+    attentions = [_attention(model, own) for own in model.get("by_layer") or [{}] * (L - len(mixers))]
     mlp, moe = 3 * D * dense_F, E * (D + 3 * D * F) + 3 * D * shared
-    parameters = V * D * (1 if model["tie_embeddings"] else 2) + attends * attention + dense * mlp + (L - dense) * moe
+    parameters = V * D * (1 if model["tie_embeddings"] else 2) + dense * mlp + (L - dense) * moe
+    parameters += sum(attention.parameters for attention in attentions)
+    cached = sum(attention.cached for attention in attentions)
     B, S, phase = config["batch"], config["seq_len"], config["workload"].get("phase", "forward")
     N = S + (config["workload"]["context_len"] if phase == "decode" else 0)
     # The reference passes over whole sequences: all at once, or while decoding as many as make a pass.
@@ -173,14 +170,14 @@ def _decoder(config: Config, size: int) -> Parts:
     T, last = rows * N, 1 if phase == "prefill" else S
     head = rows * last * (3 * D + V) + (V * D if size != _FP32 else 0)  # the weight is cast
     parameters += sum(mixer.parameters for mixer in mixers)
-    attend = T * (2 * D + 2 * turned + kv * d) if attends else 0  # before and after the rotation
+    attend = max((T * (2 * D + attention.values) for attention in attentions), default=0)
     mix = max((T * (2 * D + mixer.values) for mixer in mixers), default=0)
     feed = T * (2 * D + max(4 * dense_F if dense else 0, E))
     return {
         "parameters": parameters * size,
         "modules": L * _LAYER_OBJECTS,
-        "input": B * N * _ID + 2 * N * d * _FP32,  # and the tables of the rotation
-        "cache": 0 if phase == "forward" else B * (attends * N * cached * size + sum(mixer.state for mixer in mixers)),
+        "input": B * N * _ID + 2 * N * (model.get("head_dim") or D // H) * _FP32,  # and tables of the rotation
+        "cache": 0 if phase == "forward" else B * (N * cached * size + sum(mixer.state for mixer in mixers)),
         "output": B * last * V * size * (2 if phase == "decode" else 1),  # of each step, and of all together
         "activations": max(head, attend, mix, feed) * _FP32,
         "calibration": _calibration_tokens(config["router"]) * (_ID + E * _FP32) if E else 0,
@@ -188,14 +185,31 @@ def _decoder(config: Config, size: int) -> Parts:
     }
 
 
+class _Attention(NamedTuple):
+    """Of a layer: parameters, values cached of a token, values of a token before and after the rotation."""
+
+    parameters: int
+    cached: int
+    values: int
+
+
+def _attention(model: Config, own: Config) -> _Attention:
+    """`own`: what is a layer's own."""
+    D, H = model["d_model"], model["n_heads"]
+    if latent := model.get("latent"):
+        return _latent_attention(D, H, **latent)
+    kv, d = (own.get(key) or model.get(key) or usual for key, usual in (("n_kv_heads", H), ("head_dim", D // H)))
+    projections = 2 * H + (1 if own.get("values_are_keys") else 2) * kv + (H if model.get("output_gate") else 0)
+    return _Attention(D * d * projections, 2 * kv * d, (2 * (H + kv) + kv) * d)
+
+
 def _latent_attention(
     D: int, H: int, *, nope_dim: int, rope_dim: int, v_dim: int, kv_rank: int, q_rank: int | None, **_: Any
-) -> tuple[int, int, int]:
-    """Of latent attention: (parameters, values cached of a token, values turned of a token)."""
+) -> _Attention:
     d, latent = nope_dim + rope_dim, kv_rank + rope_dim
     queries = D * H * d if q_rank is None else D * q_rank + q_rank * H * d
     keys = D * latent + kv_rank * H * (nope_dim + v_dim)
-    return queries + keys + H * v_dim * D, latent, (H + 1) * rope_dim
+    return _Attention(queries + keys + H * v_dim * D, latent, (3 * H + 2) * rope_dim)
 
 
 class _Mixer(NamedTuple):

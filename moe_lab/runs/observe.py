@@ -167,7 +167,7 @@ class Observer:
         other: nn.Module = reference
         if isinstance(built.task, Serving):
             assert isinstance(reference, TransformerDecoder) and isinstance(built.task, Prefill | Decode)
-            reference.rope.reserve(build.n_positions(cfg), built.x.device)
+            reference.ropes.reserve(build.n_positions(cfg), built.x.device)
             other = built.task.on(reference)
         step = built.ready_step()
         difference = agreement(built.task, other, built.x, step(), fuses=step.fuses)

@@ -38,6 +38,8 @@ KINDS = pytest.mark.parametrize(
         pytest.param({"activation": Clamped(1.702, 0.8)}, id="clamped"),
         pytest.param({"bias": True, "activation": Clamped(2.5, 0.5)}, id="biases, clamped"),
         pytest.param({"bias": True, "activation": Clamped()}, id="as gpt-oss"),
+        pytest.param({"activation": "gelu_tanh"}, id="gelu"),
+        pytest.param({"bias": True, "activation": "gelu_tanh"}, id="biases, gelu"),
     ],
 )
 """Experts that are not plain; limits that are often reached."""
@@ -80,13 +82,16 @@ def formula(x_TD: Tensor, routing: Routing, weights: ExpertWeights, scale: str =
     if weights.up_bias_E2F is not None:
         h_TKG = h_TKG + weights.up_bias_E2F.double()[ids_TK]
     gate_TKF, up_TKF = h_TKG.tensor_split(2, dim=-1)
-    slope = 1.0
-    if weights.activation is not None:
+    if weights.activation == "gelu_tanh":
+        bent_TKF = 1 + ((2 / torch.pi) ** 0.5 * (gate_TKF + 0.044715 * gate_TKF**3)).tanh()
+        h_TKF = gate_TKF / 2 * bent_TKF * up_TKF
+    elif isinstance(weights.activation, Clamped):
         slope, limit = weights.activation
         gate_TKF, up_TKF = gate_TKF.clamp(max=limit), up_TKF.clamp(-limit, limit) + 1
-    o_TKD = torch.einsum(
-        "tkf,tkdf->tkd", gate_TKF / (1 + (-slope * gate_TKF).exp()) * up_TKF, weights.w_down_EDF.double()[ids_TK]
-    )
+        h_TKF = gate_TKF / (1 + (-slope * gate_TKF).exp()) * up_TKF
+    else:
+        h_TKF = gate_TKF / (1 + (-gate_TKF).exp()) * up_TKF
+    o_TKD = torch.einsum("tkf,tkdf->tkd", h_TKF, weights.w_down_EDF.double()[ids_TK])
     if weights.down_bias_ED is not None:
         o_TKD = o_TKD + weights.down_bias_ED.double()[ids_TK]
     return torch.einsum("tkd,tk->td", o_TKD if scale == "input" else o_TKD * weight_TK1, used_TK.double())

@@ -138,6 +138,7 @@ def test_a_key_that_a_function_does_not_take_is_a_mistake(
         pytest.param({"bias": True}, "biases", id="biases"),
         pytest.param({"activation": Clamped()}, "a clamped activation", id="clamped"),
         pytest.param({"bias": True, "activation": Clamped()}, "biases and a clamped activation", id="both"),
+        pytest.param({"activation": "gelu_tanh"}, "gelu_tanh", id="gelu"),
     ],
 )
 def test_who_reads_matrices_only_is_given_no_other_experts(kind: dict[str, Any], has: str) -> None:

@@ -65,7 +65,7 @@ def test_the_output_is_the_weighted_sum_of_the_chosen_experts(
 @UNUSED
 @SCALES
 @pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (0, 1, 37)])
-def test_biases_and_the_clamped_activation_are_computed(
+def test_biases_and_activations_are_computed(
     experts: Experts, kind: dict[str, Any], unused: float, scale: Scale, T: int, device: torch.device
 ) -> None:
     """Equal to the formula in float64; the routing weight scales the output with its bias, or the input alone."""
@@ -80,7 +80,7 @@ def test_each_bias_and_each_setting_of_the_activation_changes_the_output(name: s
     weights = make_weights(5, 9, 7, bias=True, activation=Clamped(2.5, 0.5))
     routing, x_TD = make_routing(37, 5, 3), make_x(37, 9)
     whole_TD = formula(x_TD, routing, weights)
-    for activation in (None, Clamped(1.0, 0.5), Clamped(2.5, 5.0)):
+    for activation in (None, Clamped(1.0, 0.5), Clamped(2.5, 5.0), "gelu_tanh"):
         other = make_weights(5, 9, 7, bias=True, activation=activation)
         assert float((formula(x_TD, routing, other) - whole_TD).abs().max()) > 0.05
     weights.get_parameter(name).zero_()

@@ -62,17 +62,27 @@ def test_what_it_does_not_compute_is_said_beforehand(
         experts(x_TD, routing(3, 2, 8), weights)
 
 
-@pytest.mark.parametrize("activation", [pytest.param((1.702, 6.0), id="limit"), pytest.param((1.6, 7.0), id="alpha")])
-def test_another_clamp_than_that_of_the_kernels_is_refused_and_auto_takes_grouped(
-    activation: tuple[float, float],
+_OTHER_CLAMP = r"alpha=1\.702 and limit=7\.0 only, not .*; use experts=auto"
+
+
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        pytest.param(Clamped(1.702, 6.0), _OTHER_CLAMP, id="limit"),
+        pytest.param(Clamped(1.6, 7.0), _OTHER_CLAMP, id="alpha"),
+        pytest.param("gelu_tanh", "its kernels do not compute gelu_tanh; use experts=auto", id="gelu"),
+    ],
+)
+def test_another_activation_than_those_of_the_kernels_is_refused_and_auto_takes_grouped(
+    activation: Any, message: str
 ) -> None:
-    weights = layer(activation=Clamped(*activation))
+    weights = layer(activation=activation)
     x_TD = torch.zeros(3, 64, dtype=torch.bfloat16)
     for act in (
         lambda experts: experts.implementation(x_TD, weights),
         lambda experts: experts(x_TD, routing(3, 2, 8), weights),
     ):
-        with pytest.raises(UnavailableError, match=r"alpha=1\.702 and limit=7\.0 only, not .*; use experts=auto"):
+        with pytest.raises(UnavailableError, match=message):
             act(Fused(NARROW).for_layer(weights, 2))
     assert list(Auto().for_layer(weights, 2).candidates) == ["grouped"]
     assert list(Auto().for_layer(layer(activation=Clamped()), 2).candidates) == ["fused", "grouped"]

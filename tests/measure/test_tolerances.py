@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -29,6 +31,47 @@ def test_products_are_exact_within_and_as_before_after() -> None:
     with pytest.raises(RuntimeError, match="planted"), exact_products():
         raise RuntimeError("planted")
     assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.parametrize("allowed", [pytest.param(True, id="allowed"), pytest.param(False, id="not_allowed")])
+def test_convolutions_are_exact_within_and_as_before_after(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's switch, which is another than that of matrix products; nested, too."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", allowed)
+    with exact_products():
+        assert cudnn.allow_tf32 is False
+        with exact_products():
+            assert cudnn.allow_tf32 is False
+        assert cudnn.allow_tf32 is False
+    with pytest.raises(RuntimeError, match="planted"), exact_products():
+        raise RuntimeError("planted")
+    assert cudnn.allow_tf32 is allowed
+
+
+def test_the_newer_switch_of_convolutions_is_kept_too() -> None:
+    """Once it is set, torch refuses to read the older one; in a process of its own, for it cannot be undone."""
+    program = """
+import torch
+from moe_lab.measure.tolerances import exact_products
+conv = torch.backends.cudnn.conv
+torch.backends.cudnn.rnn.fp32_precision = "ieee"
+with exact_products():
+    assert conv.fp32_precision == "ieee"
+assert conv.fp32_precision == "tf32", conv.fp32_precision
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.gpu
+def test_a_convolution_is_exact_within() -> None:
+    """Depthwise, as a delta net has it, and a usual one: that of fp64 up to the rounding of fp32."""
+    for groups in (64, 1):
+        x = torch.randn(2, 64, 100, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+        w = torch.randn(64, 64 // groups, 4, device="cuda", generator=torch.Generator("cuda").manual_seed(2))
+        want = torch.nn.functional.conv1d(x.double(), w.double(), groups=groups)
+        with exact_products():
+            got = torch.nn.functional.conv1d(x, w, groups=groups)
+        assert float((got - want).norm() / want.norm()) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(dtype, id=str(dtype)) for dtype in TOLERANCES])

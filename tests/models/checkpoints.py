@@ -21,7 +21,7 @@ from moe_lab.models.parameters import initialize, without_storage
 from tests.models.peers import peer_model
 
 KINDS: tuple[str, ...] = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "phimoe")
-KINDS += ("ernie4_5_moe", "hunyuan_v1_moe", "lfm2_moe")
+KINDS += ("ernie4_5_moe", "hunyuan_v1_moe", "lfm2_moe", "gemma4_text", "gemma4")
 KINDS += ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
 KINDS += ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "solar_open", "minimax_m2", "mistral4")
 VOCAB, D, HEADS, LAYERS, E, K, F = 97, 32, 4, 2, 5, 2, 24
@@ -81,6 +81,29 @@ _GATED = {
     "linear_value_head_dim": 10,
     "linear_conv_kernel_dim": 3,
 }
+_GEMMA = {
+    "num_experts": E,
+    "num_experts_per_tok": ...,
+    "top_k_experts": K,
+    "moe_intermediate_size": F,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 4,
+    "head_dim": 8,
+    "global_head_dim": 12,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "enable_moe_block": True,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 2.0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "proportional", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+    },
+}
 _OF_IMAGES = {
     "depth": 1,
     "hidden_size": 16,
@@ -90,7 +113,19 @@ _OF_IMAGES = {
     "out_hidden_size": D,
     "num_position_embeddings": 16,
 }
+_GEMMA_IMAGES = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "position_embedding_size": 16,
+}
+_WITH_IMAGES = {"qwen3_5_moe": _OF_IMAGES, "gemma4": _GEMMA_IMAGES}
 _OWN: dict[str, dict[str, Any]] = {
+    "gemma4_text": _GEMMA,
+    "gemma4": _GEMMA,
     "olmoe": {"num_experts": E, "intermediate_size": F},
     "mixtral": {"num_local_experts": E, "intermediate_size": F},
     "qwen2_moe": {
@@ -206,21 +241,25 @@ def trained(kind: str, seed: int = 0, **settings: Any) -> Any:
     """A model of transformers that stands for a trained one: norms are not 1, biases not 0, logits of size 1."""
     given = {**_COMMON, **_OWN[kind], **settings}
     keys: dict[str, Any] = {key: value for key, value in given.items() if value is not ...}
-    if kind == "qwen3_5_moe":
+    if kind in _WITH_IMAGES:
         tied = {"tie_word_embeddings": keys.get("tie_word_embeddings", False)}
-        keys = {"text_config": keys, "vision_config": _OF_IMAGES, "attn_implementation": "eager", **tied}
+        keys = {"text_config": keys, "vision_config": _WITH_IMAGES[kind], "attn_implementation": "eager", **tied}
     model: Any = peer_model(kind, **keys)
     centred = {f"{name}.weight" for name, part in model.named_modules() if type(part).__name__ in _ZERO_CENTRED}
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
-            parameter.copy_(0.3 * noise + float("norm" in name and name not in centred))
+            is_factor = ("norm" in name and name not in centred) or name.endswith(("router.scale", "per_expert_scale"))
+            parameter.copy_(0.3 * noise + float(is_factor))
+            parameter.mul_(len(parameter) ** 0.5 if name.endswith("router.scale") else 1)
         else:
             parameter.copy_(noise * (0.5 if "embed" in name else parameter.shape[-1] ** -0.5))
     for name, buffer in model.named_buffers():
         if name.endswith(("e_score_correction_bias", "expert_bias")):
             buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+        if name.endswith("layer_scalar"):
+            buffer.copy_(0.7 + 0.6 * torch.rand(buffer.shape, generator=generator))
     return model
 
 
@@ -306,7 +345,8 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 def loaded_keys(keys: Iterable[str]) -> list[str]:
     """Those of the text part."""
-    return [key for key in keys if not key.startswith("model.visual.")]
+    others = ("model.visual.", "model.vision_tower.", "model.embed_vision.")
+    return [key for key in keys if not key.startswith(others)]
 
 
 def write_tensors(folder: Path, content: Mapping[str, Tensor]) -> None:

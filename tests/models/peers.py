@@ -31,6 +31,8 @@ _PREFIXES = {
     "hunyuan_v1_moe": "HunYuanMoEV1",
     "ernie4_5_moe": "Ernie4_5_Moe",
     "lfm2_moe": "Lfm2Moe",
+    "gemma4_text": "Gemma4",
+    "gemma4": "Gemma4",
     "mistral4": "Mistral4",
     "qwen3_next": "Qwen3Next",
     "qwen3_5_moe_text": "Qwen3_5Moe",
@@ -52,7 +54,7 @@ def decoder_settings(model: TransformerDecoder) -> dict[str, Any]:
         "rms_norm_eps": model.norm.eps,
         "tie_word_embeddings": model.head.weight is model.embed.weight,
         "max_position_embeddings": 64,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope.theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.ropes[0].theta},
         "attn_implementation": "eager",
         "pad_token_id": None,
     }

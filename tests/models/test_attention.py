@@ -72,6 +72,22 @@ def rederived(attention: Attention, x_BSD: Tensor) -> Tensor:
     return y.flatten(2) @ attention.o.weight.double().T
 
 
+@pytest.mark.parametrize("shared", [pytest.param(False, id="values"), pytest.param(True, id="values_are_keys")])
+def test_values_may_be_normed_and_be_the_keys(shared: bool) -> None:
+    """Each head without weights; the keys as they are projected, before their norm and rotation."""
+    attention = Attention(24, 4, 2, 6, "head", 1e-6, qkv_bias=True, value_norm=True, values_are_keys=shared)
+    usual = Attention(24, 4, 2, 6, "head", 1e-6, qkv_bias=True)
+    initialize(usual, seed=2)
+    assert (attention.v is None) == shared
+    if shared:
+        usual.v.load_state_dict(usual.k.state_dict())
+    attention.load_state_dict({key: value for key, value in usual.state_dict().items() if not (shared and "v." in key)})
+    x_BSD, turns = random(2, 5, 24), rope_tables(5, 6, THETA, CPU)
+    projected = usual.v.forward
+    usual.v.forward = lambda x: normed(projected(x).unflatten(2, (2, 6)), torch.ones(6)).flatten(2)
+    torch.testing.assert_close(attention(x_BSD, *turns), usual(x_BSD, *turns))
+
+
 @pytest.mark.parametrize("qk_norm", [pytest.param(kind, id=kind) for kind in ("none", "head", "full")])
 @pytest.mark.parametrize("n_kv_heads", [pytest.param(n, id=f"kv{n}") for n in (1, 2, 4)])
 def test_attention_is_its_definition_in_float64(qk_norm: str, n_kv_heads: int) -> None:

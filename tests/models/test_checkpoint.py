@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_lab.models import Output
 from moe_lab.models.checkpoint import Checkpoint
-from moe_lab.models.layers import SwiGLU
+from moe_lab.models.layers import GatedMLP
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.parameters import adopt, shareable
 from moe_lab.models.serving import Decode, Prefill, whole_routing
@@ -57,6 +57,15 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 def case(kind: str, name: str, **settings: Any) -> Any:
     return pytest.param(kind, settings, id=f"{kind}-{name}")
+
+
+def proportional(**of_full_layers: Any) -> dict[str, Any]:
+    """RoPE of Gemma 4's layers."""
+    full = {"rope_type": "proportional", "rope_theta": 300.0, "partial_rotary_factor": 0.5, **of_full_layers}
+    return {
+        SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+        FULL: {key: value for key, value in full.items() if value is not ...},
+    }
 
 
 PLAIN = [pytest.param(kind, {}, id=f"{kind}-plain") for kind in checkpoints.KINDS]
@@ -280,6 +289,41 @@ CHANGED = [
     case("lfm2_moe", "all_experts", num_experts_per_tok=E),
     case("lfm2_moe", "tied", tie_word_embeddings=True),
     case("lfm2_moe", "eps", norm_eps=0.3),
+    case("gemma4_text", "keys_and_values_apart", attention_k_eq_v=False),
+    case(
+        "gemma4_text", "keys_and_values_apart_in_as_many_heads", attention_k_eq_v=False, num_global_key_value_heads=...
+    ),
+    case("gemma4_text", "equal_heads", global_head_dim=8, num_global_key_value_heads=...),
+    case("gemma4_text", "four_global_key_heads", num_global_key_value_heads=4),
+    case("gemma4_text", "narrow_global_heads", global_head_dim=6),
+    case("gemma4_text", "biases", attention_bias=True),
+    case("gemma4_text", "five_sliding_layers_of_six", layer_types=..., num_hidden_layers=7),
+    case("gemma4_text", "full_attention", layer_types=[FULL] * 3),
+    case("gemma4_text", "wide_window", sliding_window=9),
+    case("gemma4_text", "no_cap", final_logit_softcapping=None),
+    case("gemma4_text", "low_cap", final_logit_softcapping=0.5),
+    case("gemma4_text", "a_quarter_turned", rope_parameters=proportional(partial_rotary_factor=0.25)),
+    case("gemma4_text", "all_turned", rope_parameters=proportional(partial_rotary_factor=1.0)),
+    case("gemma4_text", "slower_by_a_factor", rope_parameters=proportional(factor=3.0)),
+    case("gemma4_text", "other_theta_of_full_layers", rope_parameters=proportional(rope_theta=20.0)),
+    case(
+        "gemma4_text",
+        "usual_rope_of_full_layers",
+        rope_parameters=proportional(partial_rotary_factor=..., rope_type="default"),
+    ),
+    case(
+        "gemma4_text",
+        "other_theta_of_sliding_layers",
+        rope_parameters=proportional() | {SLIDING: {"rope_type": "default", "rope_theta": 5.0}},
+    ),
+    case("gemma4_text", "wide_mlp", intermediate_size=65),
+    case("gemma4_text", "all_experts", top_k_experts=E),
+    case("gemma4_text", "one_expert", top_k_experts=1),
+    case("gemma4_text", "one_key_head", num_key_value_heads=1),
+    case("gemma4_text", "tied", tie_word_embeddings=True),
+    case("gemma4_text", "eps", rms_norm_eps=0.3),
+    case("gemma4", "tied", tie_word_embeddings=True),
+    case("gemma4", "keys_and_values_apart", attention_k_eq_v=False),
     case("hunyuan_v1_moe", "biases", attention_bias=True),
     case(
         "hunyuan_v1_moe",
@@ -317,7 +361,11 @@ class Computed(NamedTuple):
 def computed(model: Any, ids_BS: Tensor) -> Computed:
     """What a model of transformers gives for these tokens; the experts are those that its own routers return."""
     chosen: list[Tensor] = []
-    routers = [module for module in model.modules() if type(module).__name__.lower().endswith(("topkrouter", "v1gate"))]
+    routers = [
+        module
+        for module in model.modules()
+        if type(module).__name__.lower().endswith(("topkrouter", "v1gate", "textrouter"))
+    ]
     handles = [router.register_forward_hook(lambda _, __, given: chosen.append(given[2])) for router in routers]
     logits = model(ids_BS).logits
     for handle in handles:
@@ -455,7 +503,8 @@ def test_shards_give_the_same_model(kind: str, stacked: bool, tmp_path: Path) ->
 def test_half_precision_on_disk_is_loaded_exactly_as_fp32(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Every value as it stands in the file: the logits are those of transformers in fp32 on rounded weights."""
     peer = trained(kind)
-    biases = [buffer for name, buffer in peer.named_buffers() if name.endswith("e_score_correction_bias")]
+    kept = ("e_score_correction_bias", "layer_scalar")
+    biases = [buffer for name, buffer in peer.named_buffers() if name.endswith(kept)]
     for tensor in (*peer.parameters(), *biases):
         tensor.copy_(tensor.to(dtype))
     model = load(save(copy.deepcopy(peer).to(dtype), tmp_path))
@@ -471,7 +520,10 @@ def test_fp32_on_disk_is_rounded_to_a_bf16_model(kind: str, tmp_path: Path) -> N
     folder = checkpoint(kind, tmp_path)
     narrow, wide = load(folder, torch.bfloat16), dict(load(folder).named_parameters())
     for name, parameter in narrow.named_parameters():
-        is_wide = name.endswith(("router.bias_E", "up_bias_E2F", "down_bias_ED", "a_log_H", "dt_bias_H"))  # always fp32
+        is_wide = name.endswith(
+            ("router.bias_E", "up_bias_E2F", "down_bias_ED", "a_log_H", "dt_bias_H", "scale_E")
+        )  # always fp32
+        is_wide |= name.endswith("gate_norm.weight")
         is_wide |= kind.startswith(("qwen3_next", "qwen3_5")) and "norm." in name and "attention.norm" not in name
         dtype = torch.float32 if is_wide else torch.bfloat16
         assert parameter.dtype == dtype
@@ -505,7 +557,7 @@ def test_a_tied_head_is_the_embedding(kind: str, in_file: bool, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        *(plain for plain in PLAIN if not plain.values[0].startswith("qwen3_5")),
+        *(plain for plain in PLAIN if not plain.values[0].startswith(("qwen3_5", "gemma4"))),
         case("olmoe", "clipped", clip_qkv=0.6, attention_bias=True),
         case("olmoe", "linear", rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
         case("mixtral", "llama3", rope_parameters=LLAMA3),
@@ -544,7 +596,7 @@ def test_a_configuration_as_transformers_4_wrote_it_gives_the_same_model(
 def test_dense_layers_have_no_experts(settings: dict[str, Any], dense: set[int], tmp_path: Path) -> None:
     """They have an MLP of their own width, and there is a routing for each of the others."""
     model = load(checkpoint("qwen3_moe", tmp_path, num_hidden_layers=4, **settings))
-    assert {index for index, block in enumerate(model.layers) if isinstance(block.mlp, SwiGLU)} == dense
+    assert {index for index, block in enumerate(model.layers) if isinstance(block.mlp, GatedMLP)} == dense
     assert all(model.layers[index].mlp.down.weight.shape[1] == 40 for index in dense)
     assert len(model(ids(1, 3)).routings) == sum(isinstance(block.mlp, MoELayer) for block in model.layers)
 

@@ -215,16 +215,6 @@ def test_what_is_not_supported_is_refused(kind: str, keys: dict[str, Any], said:
     assert said in message and str(tmp_path / "config.json") in message
 
 
-@pytest.mark.parametrize("part", [..., None, {}, 3])
-def test_without_a_text_part_there_is_nothing_to_load(part: Any, tmp_path: Path) -> None:
-    """It is named."""
-    content = {**WHOLE, "text_config": part}
-    (tmp_path / "config.json").write_text(
-        json.dumps({key: value for key, value in content.items() if value is not ...})
-    )
-    assert "text_config" in complaint(lambda: read(tmp_path))
-
-
 def test_keys_that_nobody_reads_are_named_with_their_part(tmp_path: Path) -> None:
     """Those with a value that switches off what they are about are not."""
     found = settings(tmp_path, "whole", attn_softcap=3, logit_scale=2, mlp_bias=False, attention_dropout=0.1)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lab.models import checkpoint_forms
-from moe_lab.models.checkpoint_forms import Fp8Blocks, OnePlus, Regrouped
+from moe_lab.models.checkpoint_forms import Fp8Blocks, OnePlus, Regrouped, Times
 from moe_lab.runs.run import run
 from tests import tiny
 from tests.models.checkpoints import (
@@ -239,6 +239,13 @@ def test_the_weight_of_a_zero_centred_norm_is_one_more_than_in_the_file() -> Non
     target, values = torch.empty(3), torch.tensor([0.0, -0.5, 2**-9]).bfloat16()
     OnePlus().put(target, values)
     assert target.tolist() == [1.0, 0.5, 1 + 2**-9]
+
+
+def test_a_vector_may_be_multiplied_as_it_is_loaded() -> None:
+    """In the dtype of the target: what bf16 would round stays."""
+    target = torch.empty(2)
+    Times(2816**-0.5).put(target, torch.tensor([1.0, 3.0]).bfloat16())
+    torch.testing.assert_close(target, torch.tensor([1.0, 3.0]) * 2816**-0.5, rtol=1e-7, atol=0)
 
 
 def test_rows_in_groups_are_put_part_by_part() -> None:

@@ -58,6 +58,7 @@ _WIDE_HEADS = {"linear_key_head_dim": 256, "linear_value_head_dim": 512, "full_a
         ),
         pytest.param("deepseek_v3", 72, {"quantization_config": _FP8}, id="fp8", marks=pytest.mark.slow),
         pytest.param("glm4_moe", 13, {}, id="partial_rope", marks=pytest.mark.slow),
+        pytest.param("gemma4_text", 13, {}, id="two_kinds_of_heads", marks=pytest.mark.slow),
         pytest.param("qwen3_next", 13, _WIDE_HEADS, id="rows_in_groups", marks=pytest.mark.slow),
     ],
 )

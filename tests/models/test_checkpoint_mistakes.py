@@ -233,6 +233,37 @@ _OF_GATED = [
     ("shared_expert_dropped", setting(shared_expert_hidden_dim=0)),
     ("weights_not_renormalised", router(renormalize=False)),
 ]
+
+
+def of_layers(**keys: Any) -> Plant:
+    """Every layer's attention has other settings."""
+    return reads(lambda s: {"decoder": {**s.decoder, "by_layer": [each | keys for each in s.decoder["by_layer"]]}})
+
+
+# Weights that are not renormalised are no mistake there: the norm of what the experts give takes their sum out.
+_OF_GEMMA = [
+    *_ANYWHERE[:1],
+    ("rotation_order", turned_side_by_side),
+    ("norms_around_attention_exchanged", exchanged("attention_norm", "norm_after_attention")),
+    ("norms_around_the_mlp_exchanged", exchanged("mlp.shared.norm_before", "norm_after_mlp")),
+    ("norms_of_mlp_and_experts_exchanged", exchanged("shared.norm_after", "norms.norm_after")),
+    ("inputs_of_mlp_and_experts_exchanged", exchanged("shared.norm_before", "norms.norm_before")),
+    ("gate_without_its_scale", loaded("gate_norm.weight", lambda w: torch.full_like(w, len(w) ** -0.5))),
+    ("gate_scale_not_divided", form("gate_norm.weight", factor=1.0)),
+    ("experts_not_scaled", loaded("weights.scale_E", torch.ones_like)),
+    ("layers_not_scaled", loaded("scale_1", torch.ones_like)),
+    ("embedding_not_scaled", setting(embedding_scale=1.0)),
+    ("usual_attention_scale", setting(scale=None)),
+    ("values_not_normed", setting(value_norm=False)),
+    ("query_norm_dropped", loaded("q_norm.weight", torch.ones_like)),
+    ("no_windows", setting(windows=None)),
+    ("one_theta", of_layers(rope_theta=100.0)),
+    ("usual_rope", of_layers(rope_scaling=None)),
+    ("silu_in_experts", expert_setting(activation=None)),
+    ("silu_in_the_mlp", setting(activation=None)),
+    ("mlp_dropped", zeroed("shared.mlp.down.weight")),
+    ("logits_not_capped", setting(logits_cap=None)),
+]
 _OF_DEEPSEEK = {
     "attention_bias": True,
     "n_routed_experts": 6,
@@ -254,6 +285,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """With which a mistake has an effect, where that is not the plain model."""
 MISTAKES: dict[str, list[tuple[str, Plant]]] = {
+    "gemma4": _OF_GEMMA,
+    "gemma4_text": _OF_GEMMA,
     "qwen3_next": [
         *_OF_GATED,
         ("rows_of_the_net_not_by_heads", not_regrouped("qkvz")),

@@ -9,7 +9,7 @@ from torch import Tensor
 import moe_lab
 from moe_lab.models import Output
 from moe_lab.models.decoder_moe import DecoderMoE
-from moe_lab.models.layers import SwiGLU
+from moe_lab.models.layers import GatedMLP
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.routers.base import Routing
 from tests import tiny
@@ -101,7 +101,7 @@ def test_the_first_layers_stay_dense(n_dense: int, width: int | None) -> None:
     """They route nothing, have a width of their own, and forced routings skip them."""
     model = decoder(f"model.n_dense_layers={n_dense}", f"model.dense_hidden_dim={'null' if width is None else width}")
     kinds = [type(block.mlp) for block in model.layers]
-    assert kinds == [SwiGLU] * n_dense + [MoELayer] * (LAYERS - n_dense)
+    assert kinds == [GatedMLP] * n_dense + [MoELayer] * (LAYERS - n_dense)
     assert all(block.mlp.down.weight.shape[1] == (width or F) for block in model.layers[:n_dense])
     free: Output = model(ids(1, 5))
     assert len(free.routings) == LAYERS - n_dense

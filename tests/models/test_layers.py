@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lab.models.layers import (
+    Add,
     AddRMSNorm,
     Embedding,
+    GatedMLP,
     Linear,
     RMSNorm,
-    SwiGLU,
     add_norm,
     place_together,
     project_together,
@@ -41,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         pytest.param(lambda: Linear(6, 5), random(3, 6), id="linear"),
         pytest.param(lambda: RMSNorm(6, 1e-6), random(3, 6), id="rms_norm"),
         pytest.param(lambda: AddRMSNorm(6, 1e-6, "torch"), random(3, 6), id="add_rms_norm"),
-        pytest.param(lambda: SwiGLU(6, 4), random(3, 6), id="swiglu"),
+        pytest.param(lambda: GatedMLP(6, 4), random(3, 6), id="swiglu"),
     ],
 )
 @pytest.mark.parametrize("dtype", [pytest.param(dtype, id=str(dtype)) for dtype in (torch.float32, torch.bfloat16)])
@@ -125,10 +126,26 @@ def test_add_rms_norm_without_a_residual_is_that_of_zero(dtype: torch.dtype) -> 
 
 def test_swiglu_takes_the_gate_first() -> None:
     """down(silu(gate) * up): the halves are not alike."""
-    mlp, x = filled(SwiGLU(7, 5)), random(3, 7)
+    mlp, x = filled(GatedMLP(7, 5)), random(3, 7)
     gate, up = mlp.gate_up.weight.double().split(5)
     want = (F.silu(x.double() @ gate.T) * (x.double() @ up.T)) @ mlp.down.weight.double().T
     torch.testing.assert_close(mlp(x).double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_another_activation_is_that_of_the_gate() -> None:
+    """down(gelu(gate) * up)."""
+    mlp, x = filled(GatedMLP(7, 5, "gelu_tanh")), random(3, 7)
+    gate, up = mlp.gate_up.weight.double().split(5)
+    want = (F.gelu(x.double() @ gate.T, approximate="tanh") * (x.double() @ up.T)) @ mlp.down.weight.double().T
+    torch.testing.assert_close(mlp(x).double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sum_without_a_norm_is_given_twice() -> None:
+    """As a norm and what it is of; without a residual the input itself."""
+    x, residual = random(3, 6), random(3, 6).flip(0)
+    one, other = Add()(x, residual)
+    assert torch.equal(one, x + residual) and torch.equal(other, x + residual)
+    assert all(each is x for each in Add()(x))
 
 
 def test_the_weight_of_a_wide_norm_is_not_rounded() -> None:

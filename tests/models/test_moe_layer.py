@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import pytest
 import torch
@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts
 from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.loop import Loop
 from moe_lab.experts.weights import ExpertWeights
-from moe_lab.models.moe_layer import MoELayer, SharedExpert
+from moe_lab.models.moe_layer import MoELayer, OwnNorms, SharedExpert
 from moe_lab.models.parameters import initialize
 from moe_lab.routers.base import RouteContext, Router, Routing
 from moe_lab.routers.softmax_topk import SoftmaxTopK
@@ -37,10 +38,11 @@ def layer_of(
     experts: Experts | None = None,
     shared: SharedExpert | None = None,
     router: type[Router] = SoftmaxTopK,
+    norms: OwnNorms | None = None,
+    **more: Any,
 ) -> MoELayer:
-    layer = MoELayer(
-        ExpertWeights(E, D, HIDDEN), router(E, K, **tiny.keys_of("router", "mixtral")), experts or Grouped(), shared
-    )
+    weights, chooses = ExpertWeights(E, D, HIDDEN, **more), router(E, K, **tiny.keys_of("router", "mixtral"))
+    layer = MoELayer(weights, chooses, experts or Grouped(), shared, norms)
     initialize(layer, seed=4)
     return layer
 
@@ -165,6 +167,48 @@ def test_use_reference_computes_one_expert_at_a_time() -> None:
     layer = layer_of(Grouped())
     layer.use_reference()
     assert isinstance(layer.experts, Loop)
+
+
+def rms(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+
+
+@pytest.mark.parametrize("experts", BOTH)
+def test_experts_have_a_scale_whoever_chose_them(experts: Experts) -> None:
+    """Of the output, beside the routing weight; an unused slot is none."""
+    layer = layer_of(experts, scaled=True)
+    layer.weights.scale_E.copy_(torch.rand(E, generator=torch.Generator().manual_seed(6)) + 0.5)
+    x_TD, forced = random(4, D), forced_routing()
+    y_TD, routing = layer(x_TD, CTX, forced)
+    assert routing is forced
+    scale_TK = layer.weights.scale_E[forced.expert_ids_TK.clamp(min=0).long()]
+    scaled = forced._replace(weights_TK=forced.weights_TK * scale_TK)
+    torch.testing.assert_close(y_TD.double(), by_formula(layer, x_TD, scaled), rtol=1e-5, atol=1e-6)
+
+
+def test_a_scale_of_outputs_needs_weights_of_outputs() -> None:
+    """A weight on the input is not one of the output."""
+    with pytest.raises(UnavailableError, match="InputScaling multiplies the experts' inputs"):
+        layer_of(router=InputScaling, scaled=True)
+
+
+@pytest.mark.parametrize("experts", BOTH)
+def test_gate_experts_and_shared_expert_may_each_have_norms(experts: Experts) -> None:
+    """The layer is then given what nobody has normed."""
+    shared = SharedExpert(D, 7, gated=True, activation="gelu_tanh", norm_eps=1e-6)
+    layer, x_TD = layer_of(experts, shared, norms=OwnNorms(D, 1e-6)), 3 * random(13, D)
+    norms, x = layer.norms, x_TD.double()
+    y_TD, routing = layer(x_TD, CTX)
+    logits_TE = rms(x, norms.gate_norm.weight) @ layer.weights.gate_ED.double().T
+    torch.testing.assert_close(layer.logits(x_TD).double(), logits_TE, rtol=1e-5, atol=1e-6)
+    assert torch.equal(routing.expert_ids_TK.long(), logits_TE.topk(K).indices)
+    routed_TD = rms(by_formula(layer, rms(x, norms.norm_before.weight), routing), norms.norm_after.weight)
+    gate, up = (rms(x, shared.norm_before.weight) @ shared.mlp.gate_up.weight.double().T).chunk(2, -1)
+    inner_TD = (F.gelu(gate, approximate="tanh") * up) @ shared.mlp.down.weight.double().T
+    beside_TD = torch.sigmoid(shared.gate.double()(rms(x, shared.norm_before.weight)))
+    want_TD = routed_TD + beside_TD * rms(inner_TD, shared.norm_after.weight)
+    torch.testing.assert_close(y_TD.double(), want_TD, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.routed(x_TD, routing, CTX).double(), routed_TD, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(n, id=f"t{n}") for n in (1, 14)])

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lab.models.rope import Rope, frequencies, rope_tables
+from moe_lab.models.rope import Rope, Ropes, frequencies, rope_tables
 
 CPU = torch.device("cpu")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -96,6 +96,38 @@ def test_plain_and_linear_frequencies_are_their_definition(
 ) -> None:
     """theta^(-2i/d), divided by the factor."""
     assert_frequencies(head_dim, theta, {"rope_type": kind, "factor": factor})
+
+
+@settings(max_examples=50, deadline=None)
+@given(half=st.integers(1, 64), more=st.integers(0, 64), theta=THETAS, factor=st.floats(1, 64))
+def test_proportional_frequencies_are_those_of_the_whole_head(
+    half: int, more: int, theta: float, factor: float
+) -> None:
+    """The first of them, divided by the factor; the other dimensions do not turn."""
+    head_dim = 2 * (half + more)
+    scaling = {"rope_type": "proportional", "head_dim": head_dim, "factor": factor}
+    got, grown = frequencies(2 * half, theta, scaling)
+    whole = [theta ** (-2 * i / head_dim) / factor for i in range(half)]
+    torch.testing.assert_close(got, torch.tensor(whole), rtol=1e-5, atol=0)
+    assert grown == 1
+    cos_Nd, sin_Nd = rope_tables(3, head_dim, theta, CPU, scaling, 2 * half)
+    still = [i for i in range(head_dim) if i % (half + more) >= half]
+    assert bool((cos_Nd[:, still] == 1).all()) and not sin_Nd[:, still].any()
+
+
+def test_layers_that_turn_alike_share_their_tables() -> None:
+    """Two kinds in four layers; each gets its own width, at the first positions and at others."""
+    one, other = (6, 100.0, None, None), (8, 50.0, None, 4)
+    ropes = Ropes([one, other, one, other])
+    assert len(ropes) == 2
+    ropes.reserve(9, CPU)
+    for position_S in (None, torch.tensor([7, 3])):
+        tables = ropes.tables(2, CPU, position_S)
+        rows = slice(0, 2) if position_S is None else position_S
+        for layer, mine in zip((one, other, one, other), tables, strict=True):
+            head_dim, theta, scaling, rotary_dim = layer
+            for got, want in zip(mine, rope_tables(9, head_dim, theta, CPU, scaling, rotary_dim), strict=True):
+                assert torch.equal(got, want[rows])
 
 
 @settings(max_examples=100, deadline=None)

@@ -321,7 +321,7 @@ def test_a_cache_is_reserved_with_its_tables_for_the_models_sizes() -> None:
     assert len(cache.layers) == LAYERS and cache.length == 10
     assert all(buffer.shape == (3, 2, 10, 8) and not buffer.any() for buffer in cache.buffers())
     assert {buffer.dtype for buffer in cache.buffers()} == {torch.bfloat16}
-    assert model.rope.cos_Nd is not None and len(model.rope.cos_Nd) == 10
+    assert model.ropes[0].cos_Nd is not None and len(model.ropes[0].cos_Nd) == 10
 
 
 def marked(rows: Sequence[tuple[int, int]], width: int) -> Routing:

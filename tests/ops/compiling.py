@@ -19,6 +19,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 SM_90 = ("cuda", 90, 32)
+SHARED_MEMORY = 227 * 1024  # bytes that a block may have there
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -79,4 +80,6 @@ def _compile(kernel: Any, *arguments: Any, num_warps: int = 4, num_stages: int =
         else:
             signature[parameter.name] = "i32"
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget(*SM_90), options=options)
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget(*SM_90), options=options)
+    shared = compiled.metadata.shared
+    assert shared <= SHARED_MEMORY, f"{kernel.__name__} needs {shared} bytes of shared memory"

@@ -33,6 +33,7 @@ HEADS = pytest.mark.parametrize(
         pytest.param(3, 1, 1, 6, id="B=3, one head, d=6"),
         pytest.param(1, 16, 2, 128, id="B=1, eight heads a key, d=128"),
         pytest.param(1, 9, 3, 10, id="B=1, nine heads, d=10"),
+        pytest.param(1, 16, 2, 512, id="B=1, eight heads a key, d=512"),
     ],
 )
 DTYPES = pytest.mark.parametrize(
@@ -478,6 +479,8 @@ def assert_same(y: Tensor, expected: Tensor) -> None:
         pytest.param({}, id="plain"),
         pytest.param({"scale": 0.6, "sinks": True}, id="sinks"),
         pytest.param({"output_gate": True}, id="output_gate"),
+        pytest.param({"scale": 1.0, "value_norm": True}, id="value_norm"),
+        pytest.param({"value_norm": True, "values_are_keys": True}, id="values_are_keys"),
     ],
 )
 @LAYERS
@@ -601,7 +604,7 @@ def more_launches() -> None:
         for norm in ("none", "head", "full"):
             new_token(2, 16, 2, 128, norm, dtype).append(None, 3)
             new_token(1, 3, 1, 6, norm, dtype).append(None, 3)
-        for H, H_KV, d in ((16, 2, 128), (4, 4, 64), (3, 1, 6)):
+        for H, H_KV, d in ((16, 2, 128), (4, 4, 64), (3, 1, 6), (16, 8, 256), (16, 2, 512)):
             cached_attention(*kept(2, H, H_KV, d, dtype), at(3, CPU), None)
     q_BHd, k_BHNd, v_BHNd = kept(1, 3, 1, 6)
     cached_attention(q_BHd, k_BHNd[:, :, :1], v_BHNd[:, :, :1], at(0, CPU), None)

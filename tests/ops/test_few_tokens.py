@@ -65,7 +65,7 @@ def operands(
     )
 
 
-def rederived(inputs: Operands, scales_input: bool, biases: Any = None, clamped: Any = None) -> Tensor:
+def rederived(inputs: Operands, scales_input: bool, biases: Any = None, activation: Any = None) -> Tensor:
     """One slot at a time, in float64."""
     x_TD, ids_TK, weights_TK, w_gate_up_E2FD, w_down_EDF = (part.cpu() for part in inputs)
     y_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
@@ -77,9 +77,13 @@ def rederived(inputs: Operands, scales_input: bool, biases: Any = None, clamped:
             x_D = x_TD[t].double() * (weight if scales_input else 1.0)
             up_bias_2F, down_bias_D = (0.0, 0.0) if biases is None else (bias[expert].cpu().double() for bias in biases)
             gate_F, up_F = (w_gate_up_E2FD[expert].double() @ x_D + up_bias_2F).tensor_split(2)
-            alpha, limit = clamped or (1.0, math.inf)
-            gate_F, up_F = gate_F.clamp(max=limit), up_F.clamp(-limit, limit) + (clamped is not None)
-            o_D = w_down_EDF[expert].double() @ (gate_F / (1 + (-alpha * gate_F).exp()) * up_F) + down_bias_D
+            if activation == "gelu_tanh":
+                h_F = torch.nn.functional.gelu(gate_F, approximate="tanh") * up_F
+            else:
+                alpha, limit = activation or (1.0, math.inf)
+                gate_F, up_F = gate_F.clamp(max=limit), up_F.clamp(-limit, limit) + (activation is not None)
+                h_F = gate_F / (1 + (-alpha * gate_F).exp()) * up_F
+            o_D = w_down_EDF[expert].double() @ h_F + down_bias_D
             y_TD[t] += o_D if scales_input else weight * o_D
     return y_TD
 
@@ -107,10 +111,17 @@ def test_it_is_the_weighted_sum_of_each_tokens_experts(
 
 @SCALES
 @DTYPES
-@pytest.mark.parametrize("clamped", [pytest.param(None, id="swiglu"), pytest.param((1.702, 0.7), id="clamped")])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        pytest.param(None, id="swiglu"),
+        pytest.param((1.702, 0.7), id="clamped"),
+        pytest.param("gelu_tanh", id="gelu"),
+    ],
+)
 @pytest.mark.parametrize("bias_dtype", [pytest.param(None, id="no bias"), pytest.param(torch.float32, id="bias")])
-def test_biases_and_the_clamped_activation(
-    clamped: Any, bias_dtype: torch.dtype | None, scales_input: bool, dtype: torch.dtype, device: torch.device
+def test_biases_and_activations(
+    activation: Any, bias_dtype: torch.dtype | None, scales_input: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Biases are of fp32 beside matrices of any dtype."""
     E, D, F = 5, 33, 40
@@ -119,8 +130,8 @@ def test_biases_and_the_clamped_activation(
     if bias_dtype is not None:
         generator = torch.Generator().manual_seed(5)
         biases = [torch.randn(E, n, generator=generator).to(device, bias_dtype) for n in (2 * F, D)]
-    y_TD = few_tokens_mlp(*inputs, scales_input, *(biases or (None, None)), clamped)
-    assert_is_the_sum(y_TD, inputs, scales_input, biases, clamped)
+    y_TD = few_tokens_mlp(*inputs, scales_input, *(biases or (None, None)), activation)
+    assert_is_the_sum(y_TD, inputs, scales_input, biases, activation)
 
 
 @SCALES
@@ -320,6 +331,7 @@ def launches() -> None:
     for F, D in ((24, 40), (1, 1)):  # biases of fp32, and the clamped activation
         biases = torch.zeros(9, 2 * F), torch.zeros(9, D)
         few_tokens_mlp(*operands(16, 9, 3, D, F, torch.bfloat16), False, *biases, (1.702, 7.0))
+    few_tokens_mlp(*operands(16, 9, 3, 40, 24, torch.bfloat16), False, None, None, "gelu_tanh")
 
 
 def more_launches() -> None:

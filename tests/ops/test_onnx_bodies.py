@@ -155,15 +155,22 @@ def test_experts_mlp(T: int, scales_input: bool, opset: int) -> None:
 
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("scales_input", [pytest.param(False, id="output"), pytest.param(True, id="input")])
-@pytest.mark.parametrize(("alpha", "limit"), [pytest.param(0, 0, id="swiglu"), pytest.param(1.7, 0.5, id="clamped")])
-def test_experts_mlp_biased(alpha: float, limit: float, scales_input: bool, opset: int) -> None:
+@pytest.mark.parametrize(
+    ("alpha", "limit", "gelu"),
+    [
+        pytest.param(0, 0, False, id="swiglu"),
+        pytest.param(1.7, 0.5, False, id="clamped"),
+        pytest.param(0, 0, True, id="gelu"),
+    ],
+)
+def test_experts_mlp_biased(alpha: float, limit: float, gelu: bool, scales_input: bool, opset: int) -> None:
     """As above, with biases of fp32."""
     T, E, K, D, F = 37, 7, 3, 16, 12
     ids_TK = some_ids(T, E - 1, K)
     weights_TK = torch.rand(T, K, generator=torch.Generator().manual_seed(3)).masked_fill(ids_TK < 0, 0)
     matrices = [randn(E, 2 * F, D, seed=4) / 4, randn(E, D, F, seed=5) / 4]
     biases = [randn(E, 2 * F, seed=6), randn(E, D, seed=7)]
-    settings = {"scales_input": scales_input, "alpha": float(alpha), "limit": float(limit)}
+    settings = {"scales_input": scales_input, "alpha": float(alpha), "limit": float(limit), "gelu": gelu}
     compare("experts_mlp_biased", opset, [randn(T, D), ids_TK, weights_TK, *matrices, *biases], **settings)
 
 

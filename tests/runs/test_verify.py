@@ -365,8 +365,8 @@ def test_nan_in_one_output_fails(model: str, dtype: str) -> None:
 
 def another_rotary_base(model: Any) -> None:
     """Of the run's model alone: the twin has tables of its own."""
-    model.rope.theta = 100.0
-    model.rope.reserve(tiny.SEQ, torch.device("cpu"))
+    model.ropes[0].theta = 100.0
+    model.ropes[0].reserve(tiny.SEQ, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

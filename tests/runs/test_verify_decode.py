@@ -217,7 +217,7 @@ def another_sequences_cache(run: Run) -> None:
 
 def turned_one_position_back(run: Run) -> None:
     """New tokens stand, for the rotation, where those before them do."""
-    rope = run.built.model.rope
+    rope = run.built.model.ropes[0]
     assert isinstance(rope, Rope)
     at = rope.at
     rope.at = lambda position: at(position - 1)  # type: ignore[method-assign]
