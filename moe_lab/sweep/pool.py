@@ -109,7 +109,7 @@ class HostPool:
                 return lost
 
         names = [config["device"]["name"] for config in configs]
-        with ThreadPoolExecutor(len(self.seats)) as asking:
+        with _for_each(self.seats) as asking:
             answers = list(asking.map(look, self.seats.values()))
         found: dict[tuple[str | None, ...], Kind] = {}
         for seat, seen in zip(list(self.seats.values()), answers, strict=True):
@@ -189,9 +189,9 @@ class HostPool:
                 seat.host.stop()
 
     def close(self) -> None:
-        """See `Pool.close`."""
-        for seat in self.seats.values():
-            seat.host.close()
+        """See `Pool.close`. All at once: each waits for the end of a process."""
+        with _for_each(self.seats) as closing:
+            list(closing.map(lambda seat: seat.host.close(), self.seats.values()))
         self.seats = {}
 
 
@@ -212,6 +212,11 @@ class LocalPool(HostPool):
     def receive(self, timeout_s: float) -> list[Event]:
         """See `HostPool.receive`."""
         return taken(self._told, timeout_s)
+
+
+def _for_each(seats: Mapping[str, Seat]) -> ThreadPoolExecutor:
+    """A thread for each."""
+    return ThreadPoolExecutor(max(1, len(seats)))
 
 
 def taken(told: queue.SimpleQueue[Event], timeout_s: float) -> list[Event]:
