@@ -219,9 +219,9 @@ class SlurmPool:
         slurm.cancel_waiting(self.name)
 
     def stop(self) -> None:
-        """See `Pool.stop`."""
+        """See `Pool.stop`. Every job is told: one may have taken a group that is not known to be taken yet."""
         self.drain()
-        slurm.signal([group.job for group in self._groups.values() if group.state.name in slurm.RUNS], slurm.STOP)
+        slurm.signal_running(self.name, slurm.STOP)
 
     def close(self) -> None:
         """See `Pool.close`: what has not ended is cancelled."""
