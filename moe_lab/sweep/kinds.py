@@ -44,7 +44,7 @@ class Kinds:
 
     def __init__(self, place: HasKinds, require: Mapping[str, Any] | None = None):
         self.place = place
-        self.require: Any = OmegaConf.to_container(OmegaConf.create(require or {}))  # plain: lists are compared
+        self.require: Any = OmegaConf.to_container(OmegaConf.create(dict(require or {})))  # lists are compared
         self.kinds: list[Kind] = []
 
     def call(self, step: str, *arguments: Any) -> Any:
