@@ -126,7 +126,7 @@ class RayPool(HostPool):
         Raises:
             UnavailableError: no cluster answers, or it has too few CPUs or GPUs.
         """
-        super().__init__(Path(setup.directory))
+        super().__init__()
         self._setup = setup
         self._polls: dict[Any, str] = {}
         self._first: dict[Any, tuple[Slot, Any]] = {}  # the slots that are opened for the first time, and their actors

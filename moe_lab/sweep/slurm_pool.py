@@ -138,7 +138,7 @@ class SlurmPool:
         if self._asker is None:
             options = {**self.options, "time": min(self.options["time"], _ASKING, key=seconds_of)}
             (number,) = self._submit(slurm_job.answer, [self.setup], options)
-            self._asker = Asker(self.directory, self.name, number, self.say)
+            self._asker = Asker(self.directory, self.name, number, self.say, are_logs_kept=not self._only_asks)
             self._askers.add(number)
         return self._asker.ask(step, *arguments)
 

@@ -12,6 +12,7 @@ import pytest
 
 from moe_lab.records.schema import Record
 from moe_lab.records.store import read_record
+from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.host import Host
 from moe_lab.sweep.plan import Plan
 from moe_lab.sweep.slots import Slot, usable_cpus
@@ -75,6 +76,20 @@ def test_a_group_is_timed_on_the_cpus_of_the_slot(tmp_path: Path, slotted: Slott
     slotted.host.close()
     assert pid is not None and not Path(f"/proc/{pid}").exists()
     assert not (tmp_path / "s" / FOLDER).exists(), "the log was empty"
+
+
+@pytest.mark.parametrize("shared", [pytest.param(True, id="shared"), pytest.param(False, id="not-shared")])
+def test_why_a_worker_cannot_start_is_told(shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last line that it printed, also where the log cannot be in the sweep's folder."""
+    (tmp_path / "broken" / "torch").mkdir(parents=True)
+    (tmp_path / "broken" / "torch" / "__init__.py").write_text("raise ImportError('planted: no torch here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    one = Slotted(tmp_path / "s", shared=shared)
+    try:
+        with pytest.raises(WorkerLostError, match=r"^crash: exit code 1 \(ImportError: planted: no torch here\)$"):
+            one.host.ask("look", [], False)
+    finally:
+        one.host.close()
 
 
 @pytest.mark.slow
