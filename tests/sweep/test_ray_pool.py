@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from moe_lab.errors import UnavailableError
+from moe_lab.sweep.nodes import Node
 from moe_lab.sweep.slots import Claim, Slot, usable_cpus
 from moe_lab.sweep.tasks import Setup
 from tests.sweep import faulty
@@ -82,6 +83,17 @@ def test_a_cluster_that_is_not_there_is_one_line(
         ray_cluster.connect([], print)
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
     assert str(raised.value).endswith("start one with ray start --head, or unset RAY_ADDRESS to start one here.")
+
+
+@needs_ray
+def test_what_is_missing_on_this_machine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cluster that is started here, without a process of Ray."""
+    from moe_lab.sweep import parcel, ray_cluster
+
+    monkeypatch.setattr(parcel, "requirements", lambda: ["no-such-package>=1", "pytest<1"])
+    lacks = r"no-such-package \(missing\), pytest \S+ \(needs <1\); install it there"
+    with pytest.raises(UnavailableError, match=f"^sweep.engine=ray: here lacks what moe-lab needs: {lacks}.$"):
+        ray_cluster.fit_nodes([Node("1", "here", 2, 0)], print, are_here=True)
 
 
 @needs_ray
