@@ -33,6 +33,7 @@ from moe_lab.sweep.tasks import Event, Setup, Task
 
 _POLL_S = 30.0  # how long an actor waits for something to tell
 _CLOSE_S = 10.0
+_SAY_S = 15.0  # a wait for slots that is longer is told
 _LEFT_S = 60.0  # how long the actors of a driver that was killed may take to end
 _AGAIN_S = 0.5
 _MOST_RESTARTS = 3  # of one slot whose node is there
@@ -127,7 +128,7 @@ class RayPool(HostPool):
             UnavailableError: no cluster answers, or it has too few CPUs or GPUs.
         """
         super().__init__()
-        self._setup = setup
+        self._setup, self._say = setup, say
         self._polls: dict[Any, str] = {}
         self._first: dict[Any, tuple[Slot, Any]] = {}  # the slots that are opened for the first time, and their actors
         self._opening: dict[Any, tuple[Seat, float]] = {}  # those that start again, and until when
@@ -146,9 +147,13 @@ class RayPool(HostPool):
 
     def kinds(self, configs: Sequence[Mapping[str, Any]]) -> list[Kind]:
         """See `kinds.HasKinds`. A slot that cannot be opened is given up."""
+        self._seat_first(_SAY_S)
+        if self._first:
+            names = ", ".join(slot.name for slot, _ in self._first.values())
+            self._say(f"waiting for {names}: other work on the cluster may have the CPUs or GPUs")
         self._seat_first(START_S)
         for slot, actor in self._first.values():
-            self.give_up(Seat(slot, _RayHost(actor)), "other work on the cluster has its CPUs or its GPU")
+            self.give_up(Seat(slot, _RayHost(actor)), f"it did not open within {_SAY_S + START_S:.0f} s")
         self._first = {}
         return super().kinds(configs)
 
@@ -252,7 +257,8 @@ class RayPool(HostPool):
 
     def close(self) -> None:
         """See `Pool.close`; a cluster that was started here ends."""
-        self._seat_first(_CLOSE_S)  # nobody waited for these; one that is killed while it opens may leave files
+        with suppress(RayError):  # nobody waited for these; one that is killed while it opens may leave files
+            self._seat_first(_CLOSE_S)
         super().close()
         ray.shutdown()
         shutil.rmtree(self._parcel, ignore_errors=True)
