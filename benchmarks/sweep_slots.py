@@ -4,8 +4,9 @@
     python -m benchmarks.sweep_slots overhead --engines worker ray      # the same
     python -m benchmarks.sweep_slots many --engines ray --groups 2000   # the same
 
-two: wall time of 24 groups whose cells take four seconds of one core each, on two slots and on one, in alternating
-rounds.
+two: wall time of 24 groups (`--groups`) whose cells take four seconds of one core each, on one slot and on two, in
+alternating rounds. Beside it, what two slots do not shorten: from the command to the first group (the start of a
+cluster, of slots, of workers) and from the last cell to the end.
 overhead: seconds that each further group of a trivial cell takes, by the slope between two sizes of a sweep; of a slot
 minus of one worker without slots. many: the driver's resident memory while groups of a trivial cell run on two slots,
 the files that the sweep leaves, and how long its tables take.
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import aggregate
 from moe_lab.results.aggregate import OUTPUTS
@@ -29,6 +31,7 @@ from moe_lab.results.kept import CACHE
 
 _TRIVIAL = ["model=minimal", "model.hidden=64", "device=cpu", "measure.roofline=false", "measure.warmup_s=0"]
 _DONE = re.compile(r"\[(\d+)/\d+\]")
+_BEGINS = " to run in "  # in the line before the first group
 
 
 def command(groups: int, seconds: float, more: list[str]) -> list[str]:
@@ -37,31 +40,48 @@ def command(groups: int, seconds: float, more: list[str]) -> list[str]:
     return [sys.executable, "-m", "moe_lab", "-m", *_TRIVIAL, *timed, f"seed=range({groups})", *more]
 
 
-def wall(groups: int, seconds: float, more: list[str]) -> float:
-    """Seconds that it takes, after which every cell has its record."""
+class Wall(NamedTuple):
+    """Seconds of a sweep."""
+
+    all_s: float
+    fixed_s: float
+    """Before the first group and after the last cell."""
+
+
+def wall(groups: int, seconds: float, more: list[str]) -> Wall:
+    """What it takes, after which every cell has its record."""
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.perf_counter()
-        quiet = subprocess.DEVNULL
-        subprocess.run(command(groups, seconds, more), cwd=folder, check=True, stdout=quiet, stderr=quiet)
-        taken = time.perf_counter() - begun
+        begun = last = time.perf_counter()
+        start_s = 0.0
+        words = command(groups, seconds, more)
+        with subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as sweep:
+            assert sweep.stderr is not None
+            for line in sweep.stderr:
+                if _BEGINS in line:
+                    start_s = time.perf_counter() - begun
+                elif _DONE.match(line):
+                    last = time.perf_counter()
+        ended = time.perf_counter()
+        assert sweep.returncode == 0 and start_s
         assert len(list(Path(folder).glob("outputs/s/*/result.json"))) == groups
-    return taken
+    return Wall(ended - begun, start_s + ended - last)
 
 
 def on(engine: str, slots: int) -> list[str]:
     return [f"sweep.engine={engine}", f"sweep.slots.cpu={slots}", "sweep.slots.cpus_each=1"]
 
 
-def two(engines: list[str], rounds: int) -> None:
-    print("| engine | round | one slot, s | two slots, s | two / one |")
-    print("|---|---|---|---|---|")
+def two(engines: list[str], rounds: int, groups: int) -> None:
+    print("| engine | round | one slot, s | of that start and end | two slots, s | of that start and end | two / one |")
+    print("|---|---|---|---|---|---|---|")
     for engine in engines:
         ratios = []
         for round_ in range(rounds):
-            one_s, two_s = (wall(24, 4.0, on(engine, slots)) for slots in (1, 2))
-            ratios.append(two_s / one_s)
-            print(f"| {engine} | {round_} | {one_s:.1f} | {two_s:.1f} | {ratios[-1]:.2f} |", flush=True)
-        print(f"| {engine} | median | | | {statistics.median(ratios):.2f} |", flush=True)
+            one, both = (wall(groups, 4.0, on(engine, slots)) for slots in (1, 2))
+            ratios.append(both.all_s / one.all_s)
+            seconds = " | ".join(f"{each:.1f}" for each in (*one, *both))
+            print(f"| {engine} | {round_} | {seconds} | {ratios[-1]:.3f} |", flush=True)
+        print(f"| {engine} | median | | | | | {statistics.median(ratios):.3f} |", flush=True)
 
 
 def overhead(engines: list[str], rounds: int, few: int = 20, many: int = 120) -> None:
@@ -70,7 +90,7 @@ def overhead(engines: list[str], rounds: int, few: int = 20, many: int = 120) ->
     for round_ in range(rounds):
         alone = None
         for name, more in (("one worker", []), *((f"one slot, {engine}", on(engine, 1)) for engine in engines)):
-            each = (wall(many, 0.02, more) - wall(few, 0.02, more)) / (many - few)
+            each = (wall(many, 0.02, more).all_s - wall(few, 0.02, more).all_s) / (many - few)
             alone = each if alone is None else alone
             print(f"| {name} | {round_} | {each:.3f} | {each - alone:+.3f} |", flush=True)
 
@@ -135,13 +155,15 @@ def main() -> None:
     parser.add_argument("what", choices=["two", "overhead", "many"])
     parser.add_argument("--engines", nargs="+", default=["worker", "ray"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--groups", type=int, default=2000)
+    parser.add_argument("--groups", type=int, help="of `two` (24), or of `many` (2000)")
     given = parser.parse_args()
     if given.what == "many":
         for engine in given.engines:
-            many(engine, given.groups)
+            many(engine, given.groups or 2000)
+    elif given.what == "two":
+        two(given.engines, given.rounds, given.groups or 24)
     else:
-        {"two": two, "overhead": overhead}[given.what](given.engines, given.rounds)
+        overhead(given.engines, given.rounds)
 
 
 if __name__ == "__main__":

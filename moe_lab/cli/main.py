@@ -135,7 +135,10 @@ def _show() -> None:
 def _end_multirun() -> None:
     multirun = sys.modules.get("moe_lab.sweep.multirun")
     if multirun is not None:
-        multirun.end()
+        try:
+            multirun.end()
+        except KeyboardInterrupt:  # halfway: the rest is to end, too
+            multirun.end()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -191,7 +194,10 @@ def _main(argv: list[str] | None) -> int:
         is_command = bool(arguments) and arguments[0] in COMMANDS  # these leave no record
         known = "" if is_command else "; the record has the results up to this point"
         print(f"moe-lab: interrupted{known}", file=sys.stderr)
-        _show()
+        try:
+            _show()
+        except KeyboardInterrupt:
+            print("moe-lab: interrupted again, before the tables were written; moe-lab report does it", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # tasks raise nothing: this is a configuration that could not be composed
         _report([error], wants_traceback)

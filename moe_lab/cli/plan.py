@@ -102,7 +102,8 @@ def show(overrides: list[str], config_dir: str | None, *, json: bool = False) ->
         seconds, is_known = expected_seconds(plan)
         line += f", about {clock(seconds)}" + ("" if is_known else " of timing at most, without building and verifying")
         if plan.kinds:
-            line += f" with {sum(len(kind['slots']) for kind in plan.kinds)} slots: {_kinds_in_words(plan)}"
+            n_slots = sum(len(kind["slots"]) for kind in plan.kinds)
+            line += f", on {n_slots} {'slot' if n_slots == 1 else 'slots'}: {_kinds_in_words(plan)}"
     for text in (line, *plan.without_effect):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 

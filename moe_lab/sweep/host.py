@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from moe_lab.config import targets
 from moe_lab.records import identity, inputs, store
 from moe_lab.sweep import timing
+from moe_lab.sweep.capped_log import last_line
 from moe_lab.sweep.engine import START_S, Worker, WorkerLostError
 from moe_lab.sweep.plan import Cell
 from moe_lab.sweep.slots import VISIBLE, Claim, Slot
@@ -50,10 +51,10 @@ class Host:
         for folder in setup.trusted:
             targets.trust(folder)
         self._claim = Claim(slot)
-        self._log = store.own_folder(directory / FOLDER) / f"{slot.name}.log" if setup.shared else None
-        self._worker = _Stoppable(self._log, self._environment())
         self._seen: dict[str, dict[str, Any]] = {}
-        self._scratch = Path(tempfile.mkdtemp(prefix="moe-lab-slot-"))  # records, where the sweep's folder is not seen
+        self._scratch = Path(tempfile.mkdtemp(prefix="moe-lab-slot-"))  # where the sweep's folder is not seen
+        self._log = (store.own_folder(directory / FOLDER) if setup.shared else self._scratch) / f"{slot.name}.log"
+        self._worker = _Stoppable(self._log, self._environment())
         self._said = ("", "")
         self._ended: set[str] = set()
         self._thread = ThreadPoolExecutor(1, slot.name, initializer=self._claim.pin)
@@ -66,8 +67,11 @@ class Host:
         return {**environment, **self.setup.variables}
 
     def ask(self, step: str, *arguments: Any) -> Any:
-        """The answer of the worker to a question of the plan."""
-        return self._thread.submit(self._worker.call, step, *arguments, timeout_s=START_S).result()
+        """The answer of the worker to a question of the plan. Raises `WorkerLostError` with what it printed last."""
+        try:
+            return self._thread.submit(self._worker.call, step, *arguments, timeout_s=START_S).result()
+        except WorkerLostError as lost:
+            raise WorkerLostError(f"{lost} ({last_line(self._log)})") from lost
 
     def start(self, task: Task) -> None:
         """Run the task; what comes of it is told."""
@@ -83,7 +87,7 @@ class Host:
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._worker.close()
         self._claim.release()
-        if self._log is not None and self._log.is_file() and not self._log.stat().st_size:
+        if self._log.is_file() and not self._log.stat().st_size:
             with suppress(OSError):
                 self._log.unlink()
                 store.remove_empty([self._log.parent])

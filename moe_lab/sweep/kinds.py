@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from omegaconf import OmegaConf
+
 from moe_lab.records import files, identity, store
 from moe_lab.sweep.remembered import parts_of
 
@@ -41,7 +43,8 @@ class Kinds:
     """Answers `look` and `refusals` for all kinds together, in the place of an engine."""
 
     def __init__(self, place: HasKinds, require: Mapping[str, Any] | None = None):
-        self.place, self.require = place, require or {}
+        self.place = place
+        self.require: Any = OmegaConf.to_container(OmegaConf.create(dict(require or {})))  # lists are compared
         self.kinds: list[Kind] = []
 
     def call(self, step: str, *arguments: Any) -> Any:

@@ -10,16 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from moe_lab.errors import UnavailableError
-from moe_lab.sweep.capped_log import last_line
 from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.host import Host
 from moe_lab.sweep.kinds import Kind
 from moe_lab.sweep.slots import Slot
-from moe_lab.sweep.standing import FOLDER
 from moe_lab.sweep.tasks import Event, Setup, Task
 
 
@@ -85,9 +82,7 @@ class Seat:
 class HostPool:
     """A pool of hosts that stay for the whole sweep; see `Pool`. Who derives from it says how events come."""
 
-    def __init__(self, directory: Path) -> None:
-        """`directory` is the sweep's."""
-        self.directory = directory
+    def __init__(self) -> None:
         self.seats: dict[str, Seat] = {}
         self._given_up: list[Event] = []  # of slots that nobody told of yet
 
@@ -109,13 +104,12 @@ class HostPool:
                 return lost
 
         names = [config["device"]["name"] for config in configs]
-        with ThreadPoolExecutor(len(self.seats)) as asking:
+        with _for_each(self.seats) as asking:
             answers = list(asking.map(look, self.seats.values()))
         found: dict[tuple[str | None, ...], Kind] = {}
         for seat, seen in zip(list(self.seats.values()), answers, strict=True):
             if isinstance(seen, WorkerLostError):
-                said = last_line(self.directory / FOLDER / f"{seat.slot.name}.log")
-                self.give_up(seat, f"no worker could start: {seen} ({said})")
+                self.give_up(seat, f"no worker could start: {seen}")
                 continue
             env_ids = tuple(one["env_id"] for one in seen)
             seat.env_ids = set(env_ids)
@@ -189,9 +183,9 @@ class HostPool:
                 seat.host.stop()
 
     def close(self) -> None:
-        """See `Pool.close`."""
-        for seat in self.seats.values():
-            seat.host.close()
+        """See `Pool.close`. All at once: each waits for the end of a process."""
+        with _for_each(self.seats) as closing:
+            list(closing.map(lambda seat: seat.host.close(), self.seats.values()))
         self.seats = {}
 
 
@@ -200,7 +194,7 @@ class LocalPool(HostPool):
 
     def __init__(self, slots: Sequence[Slot], setup: Setup):
         """Start them, without waiting for their workers. Raises `UnavailableError` if a slot is not free."""
-        super().__init__(Path(setup.directory))
+        super().__init__()
         self._told: queue.SimpleQueue[Event] = queue.SimpleQueue()
         try:
             for slot in slots:
@@ -212,6 +206,11 @@ class LocalPool(HostPool):
     def receive(self, timeout_s: float) -> list[Event]:
         """See `HostPool.receive`."""
         return taken(self._told, timeout_s)
+
+
+def _for_each(seats: Mapping[str, Seat]) -> ThreadPoolExecutor:
+    """A thread for each."""
+    return ThreadPoolExecutor(max(1, len(seats)))
 
 
 def taken(told: queue.SimpleQueue[Event], timeout_s: float) -> list[Event]:

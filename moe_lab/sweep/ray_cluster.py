@@ -25,7 +25,16 @@ _CONNECT_S = 5.0
 _NEW_S = 15.0  # until a node that has just come is known to all
 
 
-def connect(modules: list[str], say: Callable[[str], None]) -> None:
+def connect(modules: list[str], say: Callable[[str], None]) -> bool:
+    """Connect to the cluster of `RAY_ADDRESS`, or start one here. Returns whether it was started here.
+
+    Args:
+        modules: the folders of packages that travel to the nodes.
+        say: shows a line.
+
+    Raises:
+        UnavailableError: it is not there, or cannot be started.
+    """
     address = os.environ.get("RAY_ADDRESS", "")
     common: dict[str, Any] = {
         "namespace": NAMESPACE,
@@ -40,7 +49,7 @@ def connect(modules: list[str], say: Callable[[str], None]) -> None:
             ray.init(address="local", num_cpus=n_cpus, include_dashboard=False, **common)
         except Exception as error:  # of many kinds, as below
             raise UnavailableError(f"sweep.engine=ray: a cluster cannot be started here: {line_of(error)}") from error
-        return
+        return True
     remedy = "start one with ray start --head, or unset RAY_ADDRESS to start one here"
     if address != "auto":
         host, _, port = address.rpartition(":")
@@ -54,6 +63,7 @@ def connect(modules: list[str], say: Callable[[str], None]) -> None:
         ray.init(address=address, **common)
     except Exception as error:  # of many kinds: no cluster, another version of ray or of Python
         raise UnavailableError(f"RAY_ADDRESS={address}: {line_of(error)}; {remedy}.") from error
+    return False
 
 
 def nodes_of_cluster() -> list[Node]:
@@ -68,16 +78,26 @@ def nodes_of_cluster() -> list[Node]:
     return found
 
 
-def fit_nodes(nodes: Sequence[Node], say: Callable[[str], None]) -> list[Node]:
+def fit_nodes(nodes: Sequence[Node], say: Callable[[str], None], *, are_here: bool) -> list[Node]:
     """Those with what moe-lab needs; of others a line says what they lack.
+
+    Args:
+        nodes: all.
+        say: shows a line.
+        are_here: they have this process's environment, so it is looked up here: no process of Ray has to start first.
 
     Raises:
         UnavailableError: no node will do.
     """
     needed = parcel.requirements()
+    if are_here:
+        lacking = dict.fromkeys(nodes, parcel.lacking(needed))
+    else:
+        refs = {node: _asked_of(node, needed) for node in nodes}  # all at once
+        lacking = {node: _lacks(node, needed, ref) for node, ref in refs.items()}
     fit, mistakes = [], []
-    for node, ref in {node: _asked_of(node, needed) for node in nodes}.items():  # all at once
-        if lacks := _lacks(node, needed, ref):
+    for node, lacks in lacking.items():
+        if lacks:
             mistakes.append(f"{node.name} lacks what moe-lab needs: {', '.join(lacks)}; install it there")
         else:
             fit.append(node)

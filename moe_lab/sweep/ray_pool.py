@@ -10,7 +10,7 @@ import queue
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.sweep import parcel
 from moe_lab.sweep.engine import START_S, WorkerLostError
 from moe_lab.sweep.host import Host
+from moe_lab.sweep.kinds import Kind
 from moe_lab.sweep.nodes import slots_of
 from moe_lab.sweep.pool import HostPool, Seat, taken
 from moe_lab.sweep.ray_cluster import NAMESPACE, connect, fit_nodes, line_of, nodes_of_cluster, on
@@ -32,6 +33,7 @@ from moe_lab.sweep.tasks import Event, Setup, Task
 
 _POLL_S = 30.0  # how long an actor waits for something to tell
 _CLOSE_S = 10.0
+_SAY_S = 15.0  # a wait for slots that is longer is told
 _LEFT_S = 60.0  # how long the actors of a driver that was killed may take to end
 _AGAIN_S = 0.5
 _MOST_RESTARTS = 3  # of one slot whose node is there
@@ -118,41 +120,58 @@ class RayPool(HostPool):
     """The slots of a cluster."""
 
     def __init__(self, wanted: Mapping[str, Any], setup: Setup, say: Callable[[str], None]):
-        """Connect to the cluster of `RAY_ADDRESS`, or start one here, and open the slots.
+        """Connect to the cluster of `RAY_ADDRESS`, or start one here, and begin to open the slots.
+
+        `kinds` waits for them: until then a sweep can be composed.
 
         Raises:
-            UnavailableError: no cluster answers, it has too few CPUs or GPUs, or a node cannot open a slot.
+            UnavailableError: no cluster answers, or it has too few CPUs or GPUs.
         """
-        super().__init__(Path(setup.directory))
-        self._setup = setup
+        super().__init__()
+        self._setup, self._say = setup, say
         self._polls: dict[Any, str] = {}
-        self._opening: dict[Any, tuple[Seat, float]] = {}  # and until when
+        self._first: dict[Any, tuple[Slot, Any]] = {}  # the slots that are opened for the first time, and their actors
+        self._opening: dict[Any, tuple[Seat, float]] = {}  # those that start again, and until when
         self._n_restarts: dict[str, int] = {}
         self._parcel = Path(tempfile.mkdtemp(prefix="moe-lab-parcel-"))
         try:
-            connect([str(path) for path in parcel.pack(self._parcel, setup.trusted)], say)
-            nodes = fit_nodes(nodes_of_cluster(), say)
+            is_own = connect([str(path) for path in parcel.pack(self._parcel, setup.trusted)], say)
+            nodes = fit_nodes(nodes_of_cluster(), say, are_here=is_own)
             self._places = slots_of(nodes, wanted)
-            self._open_all()
+            _wait_until_free(self._name(""))
+            actors = {slot: self._actor(slot) for slot in self._places}
+            self._first = {actor.open.remote(slot, setup): (slot, actor) for slot, actor in actors.items()}
         except BaseException:
             self.close()
             raise
 
-    def _open_all(self) -> None:
-        _wait_until_free(self._name(""))
-        actors = {slot: self._actor(slot) for slot in self._places}
-        opened = {actors[slot].open.remote(slot, self._setup): slot for slot in actors}
-        ready, late = ray.wait(list(opened), num_returns=len(opened), timeout=START_S)
-        if late:
-            names = ", ".join(opened[ref].name for ref in late)
-            raise UnavailableError(
-                f"sweep.engine=ray: {names}: other work on the cluster has these CPUs or GPUs; wait for it, or ask for "
-                "fewer with sweep.slots."
-            )
+    def kinds(self, configs: Sequence[Mapping[str, Any]]) -> list[Kind]:
+        """See `kinds.HasKinds`. A slot that cannot be opened is given up."""
+        self._seat_first(_SAY_S)
+        if self._first:
+            names = ", ".join(slot.name for slot, _ in self._first.values())
+            self._say(f"waiting for {names}: other work on the cluster may have the CPUs or GPUs")
+        self._seat_first(START_S)
+        for slot, actor in self._first.values():
+            self.give_up(Seat(slot, _RayHost(actor)), f"it did not open within {_SAY_S + START_S:.0f} s")
+        self._first = {}
+        return super().kinds(configs)
+
+    def _seat_first(self, timeout_s: float) -> None:
+        """Take into service what is open by then."""
+        if not self._first:
+            return
+        ready, _ = ray.wait(list(self._first), num_returns=len(self._first), timeout=timeout_s)
         for ref in ready:
-            if (mistake := ray.get(ref)) is not None:
-                raise UnavailableError(mistake)
-            self._seat(opened[ref], actors[opened[ref]])
+            slot, actor = self._first.pop(ref)
+            try:
+                mistake = ray.get(ref)
+            except RayError as error:
+                mistake = line_of(error)
+            if mistake is None:
+                self._seat(slot, actor)
+            else:
+                self.give_up(Seat(slot, _RayHost(actor)), mistake)
 
     def _name(self, of: str) -> str:
         """Of the actor of a slot: by this a later driver knows that an earlier one's is still there."""
@@ -238,6 +257,8 @@ class RayPool(HostPool):
 
     def close(self) -> None:
         """See `Pool.close`; a cluster that was started here ends."""
+        with suppress(RayError):  # nobody waited for these; one that is killed while it opens may leave files
+            self._seat_first(_CLOSE_S)
         super().close()
         ray.shutdown()
         shutil.rmtree(self._parcel, ignore_errors=True)

@@ -16,5 +16,6 @@ def prepare() -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets others go before what is timed
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # no slot takes a process that has no runtime_env
     if "RAY_AUTH_MODE" not in os.environ:  # it listens on every address of the machine
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

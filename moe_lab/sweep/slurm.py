@@ -142,10 +142,9 @@ def cancel_waiting(name: str) -> None:
     _run("scancel", "--quiet", "--state=PENDING", f"--user={getpass.getuser()}", f"--name={name}")
 
 
-def signal(jobs: Iterable[str], name: str) -> None:
-    """Send a signal to the processes of running jobs."""
-    if jobs := list(jobs):
-        _run("scancel", "--quiet", f"--signal={name}", *jobs)
+def signal_running(name: str, signal: str) -> None:
+    """Send a signal to the processes of the jobs of this name that run."""
+    _run("scancel", "--quiet", f"--signal={signal}", "--state=RUNNING", f"--user={getpass.getuser()}", f"--name={name}")
 
 
 def exclude(jobs: Iterable[str], excluded: Iterable[str]) -> None:

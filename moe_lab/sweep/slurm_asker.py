@@ -23,8 +23,9 @@ _SAY_S = 5.0  # a wait that is longer is told
 class Asker:
     """A job on one node that answers the questions of the plan."""
 
-    def __init__(self, directory: Path, name: str, number: str, say: Callable[[str], None]):
+    def __init__(self, directory: Path, name: str, number: str, say: Callable[[str], None], *, are_logs_kept: bool):
         """`name` is that of the sweep's jobs, `number` the job's; `say` shows a line."""
+        self._are_logs_kept = are_logs_kept
         self._directory, self._name, self._number, self._say = directory, name, number, say
         self.node = ""
         self._questions, self._answers = Mailbox(directory, f"{number}_questions"), Mailbox(directory, number)
@@ -55,8 +56,8 @@ class Asker:
         if line.kind == "lost" and not is_first:
             raise WorkerLostError(line.text)
         log = self._directory / standing.FOLDER / f"slurm-{self._number}.log"
-        why = f"{line.text}; {last_line(log)}; see {log}" if line.kind == "lost" else line.text
-        raise UnavailableError(f"sweep.engine=slurm: no worker could start on {self.node}: {why}")
+        see = f"; see {log}" if line.kind == "lost" and self._are_logs_kept else ""
+        raise UnavailableError(f"sweep.engine=slurm: no worker could start on {self.node}: {line.text}{see}")
 
     def _next(self) -> Line:
         """The next line of the job; if it waits in the queue, that is said."""
@@ -71,7 +72,8 @@ class Asker:
             state = slurm.states(self._name).get(self._number, GONE)
             n_looks_over += state.is_over
             if n_looks_over >= N_LOOKS:
-                raise UnavailableError(f"sweep.engine=slurm: {described(self._directory, self._number, state)}")
+                how = described(self._directory, self._number, state, see_log=self._are_logs_kept)
+                raise UnavailableError(f"sweep.engine=slurm: {how}")
             if state.name in slurm.WAITS and not is_said and looked_at - started > _SAY_S:
                 self._say(f"job {self._number}, which asks what kind of node there is, waits ({state.reason})")
                 is_said = True
@@ -84,7 +86,7 @@ class Asker:
             slurm.cancel([self._number])
 
 
-def described(directory: Path, number: str, state: slurm.State) -> str:
+def described(directory: Path, number: str, state: slurm.State, *, see_log: bool = True) -> str:
     """How a job ended, and where its log is."""
     log = directory / FOLDER / slurm.LOG.format(job=number)
     what = f"job {number}" + (f" on {state.node}" if state.node else "")
@@ -93,4 +95,5 @@ def described(directory: Path, number: str, state: slurm.State) -> str:
             f"{what}: {state.name}; it wrote no log, so {state.node} does not see {directory}; set "
             "hydra.sweep.dir to a folder that all nodes share"
         )
-    return f"{what}: {state.name} ({state.reason}; {last_line(log)}); see {log}"
+    see = f"; see {log}" if see_log else ""
+    return f"{what}: {state.name} ({state.reason}; {last_line(log)}){see}"

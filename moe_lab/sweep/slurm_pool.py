@@ -138,7 +138,7 @@ class SlurmPool:
         if self._asker is None:
             options = {**self.options, "time": min(self.options["time"], _ASKING, key=seconds_of)}
             (number,) = self._submit(slurm_job.answer, [self.setup], options)
-            self._asker = Asker(self.directory, self.name, number, self.say)
+            self._asker = Asker(self.directory, self.name, number, self.say, are_logs_kept=not self._only_asks)
             self._askers.add(number)
         return self._asker.ask(step, *arguments)
 
@@ -219,9 +219,9 @@ class SlurmPool:
         slurm.cancel_waiting(self.name)
 
     def stop(self) -> None:
-        """See `Pool.stop`."""
+        """See `Pool.stop`. Every job is told: one may have taken a group that is not known to be taken yet."""
         self.drain()
-        slurm.signal([group.job for group in self._groups.values() if group.state.name in slurm.RUNS], slurm.STOP)
+        slurm.signal_running(self.name, slurm.STOP)
 
     def close(self) -> None:
         """See `Pool.close`: what has not ended is cancelled."""

@@ -66,6 +66,7 @@ class _Spread:
         self._stood = {cell_id: store.mark(cell.directory) for cell_id, cell in self._left.items()}
         self._env_ids = _env_ids_of_done(plan)  # of a setting's cells
         self._last_loss = "no slot can run them"
+        self._said: set[str] = set()
         self.waiting = [task for cells in planning.groups(plan) for task in self._tasks_of(cells)]
 
     def run(self, interrupts: list[int]) -> None:
@@ -168,7 +169,13 @@ class _Spread:
                 self._last_loss = event.text
                 self.reporter.say(f"group {task.number}: {event.text}", "yellow")
             if event.kind == "refused":
+                self._say_once(f"{event.text.rstrip('.')}; the group goes to another node")
                 self.waiting.insert(0, replace(task, not_on={**task.not_on, event.node: event.text}))
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self.reporter.say(line, "yellow")
 
     def _has_ended(self, cell: Cell, event: Event | None) -> None:
         if event is not None and event.files is not None:

@@ -5,8 +5,11 @@ So it is known on any machine that sees the folder, whether the sweep runs or no
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,11 +43,15 @@ class Status:
 
 
 def read(directory: Path) -> Status:
-    """Where the sweep in a folder is. Raises `ValueError` if that is not the folder of a sweep."""
+    """Where the sweep in a folder is. Raises `ValueError` if that is not the folder of a sweep, or may not be read."""
     try:
         plan = files.read_json(directory / store.PLAN)
         cells = plan["cells"]
         found = [_status(directory, cell) for cell in cells]
+    except PermissionError as error:
+        raise ValueError(
+            f"{error.filename}: permission denied; its owner has to let you read the whole folder."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = error.strerror if isinstance(error, OSError) else repr(error)
         raise ValueError(
@@ -80,6 +87,7 @@ def _status(directory: Path, cell: dict[str, Any]) -> tuple[str, Record | None]:
         return cell["status"], None
     record = store.find_record(directory / cell["directory"])
     if record is None:
+        _require_permission(directory / cell["directory"] / store.RESULT)
         return "to run", None
     is_current = (
         record.cell_id == cell["cell_id"]
@@ -89,3 +97,11 @@ def _status(directory: Path, cell: dict[str, Any]) -> tuple[str, Record | None]:
     if cell["status"] != "done" and (not is_current or (record.reason or "").startswith(NOT_ENDED)):
         return "to run", None
     return record.status, record
+
+
+def _require_permission(path: Path) -> None:
+    """Raise `PermissionError` for a file that may not be read: it is not to count as missing."""
+    with suppress(FileNotFoundError):
+        path.stat()
+        if not os.access(path, os.R_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

@@ -141,6 +141,23 @@ def test_ctrl_c_ends_a_command_in_one_line(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr() == ("", "moe-lab: interrupted\n")
 
 
+def test_ctrl_c_again_while_the_tables_are_written_is_one_more_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exit code stays 130."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["moe-lab"])
+    monkeypatch.setattr("moe_lab.cli.main._compose_and_run", interrupted)
+    monkeypatch.setattr("moe_lab.cli.main._show", interrupted)
+    assert main(["-m", "router=torch,switch"]) == 130
+    first, again = capsys.readouterr().err.splitlines()
+    assert first == "moe-lab: interrupted; the record has the results up to this point"
+    assert again == "moe-lab: interrupted again, before the tables were written; moe-lab report does it"
+
+
 @pytest.mark.parametrize(("script", "word"), [pytest.param(*item, id=item[0]) for item in SCRIPTS.items()])
 def test_a_script_is_the_command_under_another_name(script: str, word: str, tmp_path: Path) -> None:
     """In a process of its own, from any folder."""

@@ -22,6 +22,7 @@ from moe_lab.sweep.engine import CellFailedError, Worker, WorkerLostError
 from moe_lab.sweep.in_process import InProcess
 from moe_lab.sweep.plan import plain
 from tests import quick
+from tests.sweep import faulty
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _YAML = "_target_: talking_router.Talker\nname: talker\npause_s: 0.0\nchild: null\n"
@@ -331,3 +332,30 @@ def test_this_process_as_an_engine(tmp_path: Path) -> None:
         assert here.life == life
         with pytest.raises(KeyError):
             here.call("verify", identity.cell_id(content))
+
+
+_NOTES = """
+import gc, os, sys
+
+def freeze(really=gc.freeze):
+    really()
+    notes = open(os.environ["NOTES"], "a", buffering=1)
+    notes.write("frozen\\n")
+    sys.addaudithook(lambda event, arguments: event == "import" and notes.write(arguments[0] + "\\n"))
+
+gc.freeze = freeze
+"""
+
+
+def test_cells_import_little_once_the_worker_has_frozen_its_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven modules at this time. Every collection of garbage would look through what more of them hold."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(_NOTES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    done = faulty.sweep("router=torch,sinkhorn", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    frozen, *imported = (tmp_path / "notes").read_text().split()
+    assert frozen == "frozen" and len(set(imported)) < 30, sorted(set(imported))

@@ -12,6 +12,7 @@ import pytest
 
 from moe_lab.records.schema import Record
 from moe_lab.records.store import read_record
+from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.host import Host
 from moe_lab.sweep.plan import Plan
 from moe_lab.sweep.slots import Slot, usable_cpus
@@ -77,9 +78,23 @@ def test_a_group_is_timed_on_the_cpus_of_the_slot(tmp_path: Path, slotted: Slott
     assert not (tmp_path / "s" / FOLDER).exists(), "the log was empty"
 
 
+@pytest.mark.parametrize("shared", [pytest.param(True, id="shared"), pytest.param(False, id="not-shared")])
+def test_why_a_worker_cannot_start_is_told(shared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last line that it printed, also where the log cannot be in the sweep's folder."""
+    (tmp_path / "broken" / "torch").mkdir(parents=True)
+    (tmp_path / "broken" / "torch" / "__init__.py").write_text("raise ImportError('planted: no torch here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    one = Slotted(tmp_path / "s", shared=shared)
+    try:
+        with pytest.raises(WorkerLostError, match=r"^crash: exit code 1 \(ImportError: planted: no torch here\)$"):
+            one.host.ask("look", [], False)
+    finally:
+        one.host.close()
+
+
 @pytest.mark.slow
 def test_without_a_shared_folder_the_files_are_told(tmp_path: Path) -> None:
-    """The whole folder of each cell; nothing is written where the sweep was started, and nothing stays here."""
+    """The whole folder of each cell; nothing is written where the sweep was started; only a log stays until the end."""
     one = Slotted(tmp_path / "s", shared=False)
     plan = test_plan.make(tmp_path / "driver", AXIS, "measure.record_routing=true")
     one.host.start(task(plan))
@@ -88,7 +103,7 @@ def test_without_a_shared_folder_the_files_are_told(tmp_path: Path) -> None:
     for files in told.values():
         assert files is not None and {"result.json", "samples.npz", "routing.npz", "config.yaml"} <= files.keys()
     scratch = one.host._scratch
-    assert list(scratch.iterdir()) == [] and not (tmp_path / "driver").exists()
+    assert [path.name for path in scratch.iterdir()] == ["here-cpu0.log"] and not (tmp_path / "driver").exists()
     one.host.close()
     assert not scratch.exists()
 

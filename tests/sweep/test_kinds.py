@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from moe_lab.sweep.kinds import Kept, Kind, Kinds, Unkept, is_like, kept
 from moe_lab.sweep.plan import Cell
@@ -75,6 +76,14 @@ def test_require_keeps_a_sweep_on_one_kind(tmp_path: Path) -> None:
     )
     leave(cells["torch", 1], env_id="a100")
     assert planned(tmp_path, "batch=1", require={"device_name": "h200"})["torch", 1].status == "stale"
+
+
+def test_one_of_several_kinds_is_required(tmp_path: Path) -> None:
+    """A list, as a configuration has it."""
+    cells = planned(tmp_path, "batch=1", require=OmegaConf.create({"device_name": ["v100", "a100"]}))
+    assert cells["torch", 1].env_ids == ["a100"]
+    cells = planned(tmp_path, "batch=1", require=OmegaConf.create({"device_name": ["v100", "b200"]}))
+    assert str(cells["torch", 1].reason).startswith('unavailable: sweep.require={"device_name": ["v100", "b200"]}: no')
 
 
 @pytest.mark.parametrize(

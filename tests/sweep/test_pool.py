@@ -13,7 +13,6 @@ from moe_lab.sweep.engine import WorkerLostError
 from moe_lab.sweep.plan import Cell
 from moe_lab.sweep.pool import HostPool, Seat
 from moe_lab.sweep.slots import Slot
-from moe_lab.sweep.standing import FOLDER
 from moe_lab.sweep.tasks import Event, Task
 
 Act = Callable[[Slot, Task], list[Event]]
@@ -50,7 +49,7 @@ class ActedPool(HostPool):
     """Slots with the names given; the node is all before the last letter."""
 
     def __init__(self, names: list[str], act: Act):
-        super().__init__(Path("."))
+        super().__init__()
         self.told: list[Event] = []
         for name in names:
             slot = Slot(name, name[:-1], "cpu", 1, "")
@@ -95,24 +94,21 @@ class BrokenHost(ActedHost):
 
     def ask(self, step: str, *arguments: Any) -> Any:
         """The worker ends at once."""
-        raise WorkerLostError("crash: exit code 1")
+        raise WorkerLostError("crash: exit code 1 (No module named 'torch')")
 
 
-def test_a_slot_whose_worker_cannot_start_is_given_up(tmp_path: Path) -> None:
-    """The others go on. If there is none, it is an error with the last line of each log."""
-    (tmp_path / FOLDER).mkdir()
-    (tmp_path / FOLDER / "a1.log").write_text("Traceback\nModuleNotFoundError: No module named 'torch'\n\n")
+def test_a_slot_whose_worker_cannot_start_is_given_up() -> None:
+    """The others go on. If there is none, it is an error with the reason of each."""
     pool = ActedPool(["a1", "a2"], nothing)
-    pool.directory = tmp_path
     pool.seats["a1"].host = host = BrokenHost(pool.seats["a1"].slot, nothing, [])
     (kind,) = pool.kinds([{"device": {"name": "auto"}}])
     assert (kind.slots, pool.names(), host.is_closed) == (["a2"], ["a2"], True)
     (event,) = pool.events(0)
-    text = "no worker could start: crash: exit code 1 (ModuleNotFoundError: No module named 'torch')"
+    text = "no worker could start: crash: exit code 1 (No module named 'torch')"
     assert (event.kind, event.slot, event.text) == ("broken", "a1", text)
     assert pool.events(0) == []
     pool.seats["a2"].host = BrokenHost(pool.seats["a2"].slot, nothing, [])
-    with pytest.raises(UnavailableError, match=r"^a2: no worker could start: crash: exit code 1 \(it wrote no log\)$"):
+    with pytest.raises(UnavailableError, match=r"^a2: no worker could start: crash: exit code 1 \(No module named"):
         pool.kinds([{"device": {"name": "auto"}}])
 
 

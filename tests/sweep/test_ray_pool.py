@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from moe_lab.errors import UnavailableError
-from moe_lab.sweep.slots import Slot
+from moe_lab.sweep.nodes import Node
+from moe_lab.sweep.slots import Claim, Slot, usable_cpus
 from moe_lab.sweep.tasks import Setup
 from tests.sweep import faulty
 
@@ -82,6 +83,17 @@ def test_a_cluster_that_is_not_there_is_one_line(
         ray_cluster.connect([], print)
     assert str(raised.value).startswith(message) and "\n" not in str(raised.value)
     assert str(raised.value).endswith("start one with ray start --head, or unset RAY_ADDRESS to start one here.")
+
+
+@needs_ray
+def test_what_is_missing_on_this_machine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cluster that is started here, without a process of Ray."""
+    from moe_lab.sweep import parcel, ray_cluster
+
+    monkeypatch.setattr(parcel, "requirements", lambda: ["no-such-package>=1", "pytest<1"])
+    lacks = r"no-such-package \(missing\), pytest \S+ \(needs <1\); install it there"
+    with pytest.raises(UnavailableError, match=f"^sweep.engine=ray: here lacks what moe-lab needs: {lacks}.$"):
+        ray_cluster.fit_nodes([Node("1", "here", 2, 0)], print, are_here=True)
 
 
 @needs_ray
@@ -205,6 +217,7 @@ from moe_lab.sweep.tasks import Setup
 
 ray_pool._OPEN_S = 2.0
 pool = ray_pool.RayPool({"cpu": 2, "cuda": None, "cpus_each": None}, Setup(sys.argv[1], True, "/", (), {}), print)
+pool._seat_first(60.0)
 first = next(iter(pool.seats.values()))
 ray.kill(first.host.actor)
 other = ray.remote(num_cpus=1)(type("Other", (), {"is_there": lambda self: True})).remote()
@@ -239,6 +252,7 @@ from moe_lab.sweep import ray_pool
 from moe_lab.sweep.tasks import Setup
 
 pool = ray_pool.RayPool({"cpu": 1, "cuda": None, "cpus_each": None}, Setup(sys.argv[1], True, "/", (), {}), print)
+pool._seat_first(60.0)
 (seat,) = pool.seats.values()
 shutil.rmtree(sys.argv[1])
 ray.kill(seat.host.actor)
@@ -262,6 +276,23 @@ def test_why_a_slot_cannot_start_again_is_told(tmp_path: Path, ray_cluster: Any)
     lost, broken = done.stdout.splitlines()[-2:]
     assert lost.startswith("lost: its process ended"), done.stdout + done.stderr
     assert broken.startswith("broken: sweep.shared=true: ") and f"does not see {folder}" in broken
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_slot_that_cannot_be_opened_is_left_out(tmp_path: Path, ray_cluster: Any) -> None:
+    """Somebody has all CPUs but one: the other slot does the work, and a line says why."""
+    taken = Claim(Slot("other", "n", "cpu", len(usable_cpus()) - 1, ""))
+    try:
+        done = faulty.sweep("router=torch,sinkhorn", "batch=1,2", *ON_RAY, cwd=tmp_path)
+    finally:
+        taken.release()
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "is out of service" in line)
+    assert "needs 1 free CPUs, and other slots on" in line
+    assert {record.status for record in faulty.records_list(tmp_path)} == {"ok"}
+    (kind,) = faulty.plan(tmp_path)["kinds"]
+    assert len(kind["slots"]) == 1
 
 
 _TELLS = """

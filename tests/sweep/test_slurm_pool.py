@@ -335,12 +335,14 @@ def python_that_finds(folder: Path, name: str, source: str) -> str:
 
 @pytest.mark.slow
 def test_a_node_without_torch_is_one_line(tmp_path: Path) -> None:
-    """It names the node and what is missing there."""
+    """It names the node and what is missing there; the log, unless it is removed with all that a plan wrote."""
     python = python_that_finds(tmp_path / "broken", "torch", "raise ImportError('planted: no torch here')")
-    code, said = run(tmp_path, "-m", *SMALL, "batch=1,2", f"sweep.slurm.python={python}")
-    assert code == 2
-    (line,) = said.splitlines()
-    assert "no worker could start on node" in line and "planted: no torch here" in line
+    for words in (("-m",), ("plan", "-m")):
+        code, said = run(tmp_path, *words, *SMALL, "batch=1,2", f"sweep.slurm.python={python}")
+        assert code == 2
+        (line,) = said.splitlines()
+        assert "no worker could start on node" in line and "planted: no torch here" in line
+        assert ("; see " in line) is ("plan" not in words)
 
 
 @pytest.mark.slow

@@ -165,8 +165,10 @@ def test_without_a_slot_the_sweep_ends_with_a_line(tmp_path: Path) -> None:
     assert "to continue, run: moe-lab -m " in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_what_is_missing_on_a_node_runs_on_another_or_is_a_row(tmp_path: Path) -> None:
-    """Refused by one node; refused by all it is skipped with every reason, and the others are measured."""
+def test_what_is_missing_on_a_node_runs_on_another_or_is_a_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused by one node, which is said once; refused by all it is skipped with every reason; others are measured."""
     plan = planned(tmp_path)
 
     def act(slot: Slot, task: Task) -> list[Event]:
@@ -185,6 +187,9 @@ def test_what_is_missing_on_a_node_runs_on_another_or_is_a_row(tmp_path: Path) -
             "unavailable: on a: no checkpoint",
             "unavailable: on b: no checkpoint",
         }
+    said = capsys.readouterr().err.splitlines()
+    for node in "ab":
+        assert said.count(f"unavailable: on {node}: no checkpoint; the group goes to another node") == 1
     assert pool.names() == ["a1", "a2", "b1"]
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -119,3 +122,25 @@ def test_another_folder_is_one_line(content: str | None, tmp_path: Path) -> None
         ValueError, match=r"not the folder of a sweep \(plan.json cannot be read: .*; give outputs/NAME"
     ):
         status.read(tmp_path)
+
+
+@pytest.mark.parametrize("what", [pytest.param(name, id=name) for name in ("plan", "cell", "record")])
+def test_what_may_not_be_read_is_not_taken_for_missing(what: str) -> None:
+    """One line with its path. Root may read all, so another user looks then."""
+    folder = Path(tempfile.mkdtemp())  # that of pytest is for its user only
+    folder.chmod(0o755)
+    cell = planned(folder / "s").to_run()[0]
+    test_plan.leave(cell)
+    path = {"plan": folder / "s" / "plan.json", "cell": cell.directory, "record": cell.directory / "result.json"}[what]
+    path.chmod(0)
+    is_root = os.geteuid() == 0
+    try:
+        if is_root:
+            os.seteuid(65534)
+        with pytest.raises(ValueError, match=rf"^{path}.*: permission denied; its owner has to let you read"):
+            status.read(folder / "s")
+    finally:
+        if is_root:
+            os.seteuid(0)
+        path.chmod(0o700)
+        shutil.rmtree(folder)
