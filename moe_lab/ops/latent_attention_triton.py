@@ -70,18 +70,18 @@ def _join_kernel(
 def launch(q: Tensor, latent: Tensor, rank: int, position: Tensor, scale: float) -> Tensor:
     """Run the kernels; arguments and result as `latent_attention`."""
     (B, H, width), N = q.shape, latent.shape[1]
-    block_n = 64 if q.element_size() == 2 else 16
-    keys = block_n * triton.cdiv(N, block_n * _MOST_PIECES)
+    is_half = q.element_size() == 2
+    block_n = 32 if is_half else 16  # more do not fit into the registers
+    keys = block_n * max(triton.cdiv(N, block_n * _MOST_PIECES), 2)
     n_pieces = triton.cdiv(N, keys)
-    block_h = min(max(triton.next_power_of_2(H), 16), 64)
+    block_h = min(max(triton.next_power_of_2(H), 16), 32 if is_half else 16)
     acc = torch.empty((B * H, n_pieces, rank), dtype=torch.float32, device=q.device)
     best = torch.empty((B * H, n_pieces), dtype=torch.float32, device=q.device)
     total = torch.empty_like(best)
     _piece_kernel[(triton.cdiv(H, block_h), n_pieces, B)](
         q.contiguous(), latent, position, acc, best, total, H, rank, width - rank, latent.stride(0), latent.stride(1),
         scale, n_pieces, keys, BLOCK_H=block_h, BLOCK_C=max(triton.next_power_of_2(rank), 16),
-        BLOCK_R=max(triton.next_power_of_2(width - rank), 16), BLOCK_N=block_n, num_warps=4 if block_h == 16 else 8,
-        num_stages=1,
+        BLOCK_R=max(triton.next_power_of_2(width - rank), 16), BLOCK_N=block_n, num_warps=8, num_stages=1,
     )  # fmt: skip
     y = q.new_empty(B, H, rank)
     _join_kernel[(B * H, triton.cdiv(rank, _COLUMNS))](
