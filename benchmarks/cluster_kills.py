@@ -270,7 +270,8 @@ def main() -> int:
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
         with open(given.out / f"cluster_kills_{given.engine}.csv", "w", newline="") as file:
-            csv.writer(file).writerows([_COLUMNS, *([name, *row.values()] for name, row in seen.items())])
+            rows_of_file = ([given.seed, name, *row.values()] for name, row in seen.items())
+            csv.writer(file).writerows([["seed", *_COLUMNS], *rows_of_file])
     return 1 if any(row.wrong or row.n_run_twice for row in rows.values()) else 0
 
 
