@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lab.cli.compare import main, parse_threshold, to_csv, to_markdown, to_terminal
@@ -90,6 +90,7 @@ def unescaped_cells(line: str) -> list[str]:
     return [re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.findall(r"\|((?:\\.|[^|\\])*)(?=\|)", line)]
 
 
+@settings(deadline=None)
 @given(text=st.text(st.sampled_from("ab|\\`<[ ~_\n\r\t")))
 def test_markdown_cells_survive_any_text(text: str) -> None:
     """The number of columns stays, and so does the text but for its white space."""

@@ -205,7 +205,9 @@ def test_a_router_whose_weights_multiply_inputs_is_refused(tmp_path: Path) -> No
         run(tiny.compose("checkpoint", *keys), tmp_path / "run")
 
 
-@pytest.mark.parametrize("router", ["soft", "expert_choice", "top_p", "sparse_mixer", "hash"])
+@pytest.mark.parametrize(
+    "router", ["soft", *(pytest.param(n, marks=pytest.mark.slow) for n in ("expert_choice", "top_p", "hash"))]
+)
 def test_other_routers_are_verified(router: str, tmp_path: Path) -> None:
     """Soft MoE has a layer of its own."""
     folder = checkpoint("gemma4_text", tmp_path / "c", vocab_size=256)

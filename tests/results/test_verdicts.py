@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lab.results import columns
@@ -179,6 +179,7 @@ def test_nothing_gives_nothing() -> None:
     assert judge(row("torch")) == []
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(
