@@ -104,6 +104,18 @@ def _generate(arguments: list[str]) -> int:
     return OK
 
 
+def _trace(arguments: list[str]) -> int:
+    from moe_lab.cli import trace
+
+    return trace.main(arguments)
+
+
+def _import(arguments: list[str]) -> int:
+    from moe_lab.cli import import_trace
+
+    return import_trace.main(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     parser = Parser(prog="moe-lab doctor", description="Show this machine and what runs on it.")
     parser.add_argument(
@@ -149,6 +161,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plot": _plot,
     "compare": _compare,
     "generate": _generate,
+    "trace": _trace,
+    "import": _import,
     "inspect": _inspect,
     "export": _export,
     "list": _list,

@@ -101,6 +101,18 @@ def _words() -> dict[str, list[str]]:
     options = {
         "report": ["--plotly", "--tables"],
         "plot": ["--by", "--dpi", "--font", "--font-size", "--format", "--log", "--output", "--size"],
+        "trace": ["--config-dir", "--logits", "--out", "--to", "--tokens"],
+        "import": [
+            "bench_moe",
+            "llama_cpp",
+            "parquet",
+            "routing_npz",
+            "sglang",
+            "vllm",
+            "--n-experts",
+            "--out",
+            "--top-k",
+        ],
         "export": ["--config-dir", "--open", "--verify"],
         "list": ["--json", *listing.groups(None)],
         "doctor": ["--json", "--noise"],
