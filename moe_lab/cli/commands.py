@@ -116,6 +116,12 @@ def _import(arguments: list[str]) -> int:
     return import_trace.main(arguments)
 
 
+def _analyze(arguments: list[str]) -> int:
+    from moe_lab.cli import analyze
+
+    return analyze.main(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     parser = Parser(prog="moe-lab doctor", description="Show this machine and what runs on it.")
     parser.add_argument(
@@ -163,6 +169,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _generate,
     "trace": _trace,
     "import": _import,
+    "analyze": _analyze,
     "inspect": _inspect,
     "export": _export,
     "list": _list,

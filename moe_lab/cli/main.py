@@ -113,6 +113,7 @@ def _words() -> dict[str, list[str]]:
             "--out",
             "--top-k",
         ],
+        "analyze": ["--cfg"],
         "export": ["--config-dir", "--open", "--verify"],
         "list": ["--json", *listing.groups(None)],
         "doctor": ["--json", "--noise"],

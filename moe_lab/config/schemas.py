@@ -427,6 +427,51 @@ class Config:
     overrides: list[str]
 
 
+@dataclass
+class Analyze:
+    """The top level of `moe-lab analyze`; see conf/analyze.yaml."""
+
+    out: str | None
+    phase: str | None
+    processes: int | None
+    expert_cache: Any
+    unique_experts: Any
+    placement: Any
+
+
+@dataclass
+class ExpertCache:
+    """analysis/expert_cache."""
+
+    policy: list[str]
+    prefetch: list[str]
+    capacity: list[int] | None
+    expert_mb: float | None
+    gb_per_s: float | None
+    compute_ms: float | None
+
+
+@dataclass
+class UniqueExperts:
+    """analysis/unique_experts."""
+
+    tokens: list[int]
+    batch: list[int]
+
+
+@dataclass
+class Placement:
+    """analysis/placement."""
+
+    plan: list[str]
+    ranks: list[int]
+    copies: list[int] | None
+    step_tokens: int
+    window: list[int]
+    age: list[int]
+    horizon: int
+
+
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {
         "minimal": Minimal,
@@ -465,6 +510,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "execution": {"execution": Execution},
     "measure": {"measure": Measure},
     "export": {"export": Export},
+    "analysis": {"expert_cache": ExpertCache, "unique_experts": UniqueExperts, "placement": Placement},
 }
 
 
@@ -474,6 +520,7 @@ def register() -> None:
     if "base_config.yaml" in store.repo:
         return
     store.store(name="base_config", node=Config)
+    store.store(name="base_analyze", node=Analyze)
     for group, schemas in SCHEMAS.items():
         for name, node in schemas.items():
             store.store(group=f"_schema/{group}", name=name, node=node)
