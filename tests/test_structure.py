@@ -17,10 +17,13 @@ LOOSE = {"__init__.py", "__main__.py", "errors.py", "intervals.py", "marks.py", 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 60
 
 TESTED_IN = {
+    "analyses/findings.py": "analyses/test_analyze.py",
+    "analyses/page.py": "analyses/test_analyze.py",
     "analyses/parquet.py": "analyses/test_exporters.py",
     "api/html_table.py": "api/test_shown.py",
     "cli/foreign.py": "sweep/test_session.py",
     "cli/reporter.py": "cli/test_progress.py",
+    "config/analyses.py": "analyses/test_analyze.py",
     "config/checks.py": "config/test_compose.py",
     "config/hydra_patches.py": "config/test_compose.py",
     "config/mistakes.py": "config/test_compose.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -10,13 +11,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from moe_lab.analyses import expert_cache, page, placement, unique_experts
 from moe_lab.analyses.findings import Findings
 from moe_lab.analyses.routes import View, routes_of, view_of
+from moe_lab.config import analyses as schemas
 from moe_lab.config.compose import composing
 from moe_lab.config.hydra_patches import register
+from moe_lab.config.mistakes import explain
 from moe_lab.errors import nearest
 from moe_lab.records.trace import PHASES, Trace
 
@@ -40,9 +45,12 @@ _LEAST = {"placement.age": 0, "placement.copies": 0}  # of the other whole numbe
 def compose(overrides: Sequence[str]) -> DictConfig:
     """The checked configuration of conf/analyze.yaml. Raises `ValueError` for a mistake; it names the key."""
     register()
-    with composing([_as_list(word) for word in overrides], None, "analyze") as composed:
-        del composed["hydra"]
-        cfg = composed
+    try:
+        with composing([_for_hydra(word) for word in overrides], None, "analyze") as composed:
+            del composed["hydra"]
+            cfg = composed
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
     for key in map(str, cfg):
         if key not in (*ANALYSES, "out", "phase", "processes"):
             raise ValueError(f"{key}: unknown key; analyze has out, phase, processes, {', '.join(ANALYSES)}.")
@@ -56,11 +64,20 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     return cfg
 
 
-def _as_list(word: str) -> str:
-    """`key=1,2` as `key=[1,2]`: without a sweep, several values are a list."""
-    key, is_override, value = word.partition("=")
-    plain = is_override and "," in value and "/" not in key and value[0] not in "[{('\""
-    return f"{key}=[{value}]" if plain else word
+_LISTS = [
+    f"{name}.{field.name}"
+    for name, schema in schemas.ANALYSES.items()
+    for field in dataclasses.fields(schema)
+    if str(field.type).startswith("list")
+]
+
+
+def _for_hydra(word: str) -> str:
+    """`key=1,2` and `key=1` as lists, as there is no sweep; `analysis/NAME=null` as the group's removal."""
+    key, _, value = word.partition("=")
+    if key.startswith("analysis/") and value == "null":
+        return f"~{key}"
+    return f"{key}=[{value}]" if key in _LISTS and value != "null" and not value.startswith("[") else word
 
 
 def _check(key: str, value: Any) -> None:

@@ -157,6 +157,12 @@ void run(const int16_t* ids, const int16_t* guessed, const int64_t* next, int64_
          uint16_t* misses, uint16_t* loads) {
   Cache cache(E, capacity);
   std::vector<int64_t> guess(E, -1);
+  if (policy == kBelady) {  // it begins with the experts that are needed first
+    std::fill(cache.next.begin(), cache.next.end(), T);
+    for (int64_t i = T * K - 1; i >= 0; i--)
+      if (ids[i] >= 0) cache.next[ids[i]] = i / K;
+    for (int expert = 0; expert < E; expert++) cache.template admit<policy>(expert);
+  }
   for (int64_t t = 0; t < T; t++, ids += K) {
     look(ids, guessed == nullptr ? nullptr : guessed + t * K, K, guess, t, [&](int e) { return cache.resident[e]; },
          misses + t, loads + t);

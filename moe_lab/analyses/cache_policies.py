@@ -10,7 +10,8 @@ alike the one with the smaller number is kept. The priority of expert e after to
     lfru      count(e) / (t + 1 - last(e)): recency weighted by frequency, as vLLM's expert cache (pull request 37190)
               is described; its exact weights are not
     belady    - the next token that needs it: the bound, which no policy exceeds, for it knows what comes (Belady 1966,
-              with bypass; Mattson et al. 1970)
+              with bypass; Mattson et al. 1970). It begins with the experts that are needed first; the others begin
+              empty
     arc       no priority, but two lists and their ghosts: Megiddo and Modha, FAST 2003, figure 4; the experts of a
               token are used in the order of its slots
 
@@ -107,6 +108,11 @@ def reference(
     """The same for one capacity, [T] each, step by step: what the compiled one is compared with."""
     cache = _Arc(capacity) if policy == "arc" else _Ranked(policy, capacity)
     next_TK = next_uses(ids_TK, n_experts)
+    if policy == "belady":
+        first = dict.fromkeys(range(n_experts), len(ids_TK))
+        for t in range(len(ids_TK) - 1, -1, -1):
+            first |= {expert: t for expert in ids_TK[t].tolist() if expert >= 0}
+        cache.use(-1, first)
     misses, loads = [], []
     for t, row in enumerate(ids_TK.tolist()):
         needed = {expert: int(next_TK[t, slot]) for slot, expert in enumerate(row) if expert >= 0}

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -113,5 +114,6 @@ def draw(plot: Plot) -> Figure:
 def _bytes(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else None  # so that the same findings are the same file
-    figure.savefig(buffer, format=kind, dpi=120, metadata=metadata)
+    with matplotlib.rc_context({"svg.hashsalt": "moe-lab"}):
+        figure.savefig(buffer, format=kind, dpi=120, metadata=metadata)
     return buffer.getvalue()

@@ -16,6 +16,7 @@ by; here that is the oracle.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,26 +81,27 @@ def of_layer(routes: Routes, cfg: Mapping[str, Any], layers: Sequence[Layer]) ->
     counts_SE = step_counts(routes.ids_TK[routes.view.computed], routes.layer.n_experts, cfg["step_tokens"])
     at = points(len(counts_SE), cfg)
     judged = {}
-    for setting in settings(cfg, layers) if at else ():
-        rows = [_judge(setting, counts_SE, t, cfg["horizon"]) for t in at]
-        judged[setting] = Judged(*np.array(rows).T)
+    for (plan, ranks, copies), group in groupby(settings(cfg, layers) if at else (), lambda setting: setting[:3]):
+        contiguous_ER = plans.contiguous(counts_SE.shape[1], ranks)
+        base_P, oracle_P = np.empty(len(at)), np.empty(len(at))
+        for point, t in enumerate(at):  # what does not depend on what was seen
+            ahead_HE = counts_SE[t : t + cfg["horizon"]]
+            knowing_ER = plans.make(plan, ahead_HE, ranks, copies)
+            base_P[point] = plans.loads("contiguous", contiguous_ER, ahead_HE)[0].max(axis=1).sum()
+            oracle_P[point] = plans.loads(plan, knowing_ER, ahead_HE)[0].max(axis=1).sum()
+        for setting in group:
+            rows = [_judge(setting, counts_SE, t, cfg["horizon"]) for t in at]
+            fullest_P, mean_P, experts_P = np.array(rows).T
+            judged[setting] = Judged(fullest_P, mean_P, experts_P, base_P, oracle_P)
     return judged
 
 
-def _judge(setting: Setting, counts_SE: np.ndarray, t: int, horizon: int) -> tuple[float, ...]:
+def _judge(setting: Setting, counts_SE: np.ndarray, t: int, horizon: int) -> tuple[float, float, float]:
+    """Sums over the steps: slots of the fullest rank, of the mean one, most experts of a rank."""
     plan, ranks, copies, window, age = setting
-    ahead_HE = counts_SE[t : t + horizon]
     made_ER = plans.make(plan, counts_SE[t - age - window : t - age], ranks, copies)
-    load_HR, unique_HR = plans.loads(plan, made_ER, ahead_HE)
-    base_HR, _ = plans.loads("contiguous", plans.contiguous(counts_SE.shape[1], ranks), ahead_HE)
-    oracle_HR, _ = plans.loads(plan, plans.make(plan, ahead_HE, ranks, copies), ahead_HE)
-    return (
-        load_HR.max(axis=1).sum(),
-        load_HR.mean(axis=1).sum(),
-        unique_HR.max(axis=1).sum(),
-        base_HR.max(axis=1).sum(),
-        oracle_HR.max(axis=1).sum(),
-    )
+    load_HR, unique_HR = plans.loads(plan, made_ER, counts_SE[t : t + horizon])
+    return load_HR.max(axis=1).sum(), load_HR.mean(axis=1).sum(), unique_HR.max(axis=1).sum()
 
 
 def step_counts(ids_TK: np.ndarray, n_experts: int, step_tokens: int) -> np.ndarray:

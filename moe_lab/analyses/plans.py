@@ -23,7 +23,8 @@ COPYING = ("eplb", "unique")
 
 def contiguous(E: int, n_ranks: int) -> np.ndarray:
     """share_ER; the load does not matter."""
-    return _of_ranks(np.arange(E) * n_ranks // E if n_ranks <= E else np.arange(E), n_ranks)
+    sizes = [len(part) for part in np.array_split(np.arange(E), n_ranks)]
+    return _of_ranks(np.repeat(np.arange(n_ranks), sizes), n_ranks)
 
 
 def round_robin(E: int, n_ranks: int) -> np.ndarray:
@@ -47,17 +48,22 @@ def packed(load_E: np.ndarray, n_ranks: int, n_copies: int) -> np.ndarray:
     for _ in range(n_copies):
         _, expert, n = heap[0]
         heapq.heapreplace(heap, (-load_E[expert] / (n + 1), expert, n + 1))
-    room = -(-(E + n_copies) // n_ranks)
-    load_R, held_R = [0.0] * n_ranks, [0] * n_ranks
+    room, held_R = -(-(E + n_copies) // n_ranks), [0] * n_ranks
+    ranks = [(0.0, rank) for rank in range(n_ranks)]  # (slots, rank) of those with room
     share_ER = np.zeros((E, n_ranks))
     for minus_load, expert, n in sorted(heap):
+        taken: list[tuple[float, int]] = []  # ranks that got one of this expert
         for _ in range(n):
-            free = [rank for rank in range(n_ranks) if held_R[rank] < room]
-            others = [rank for rank in free if not share_ER[expert, rank]] or free
-            rank = min(others, key=load_R.__getitem__)
-            load_R[rank] -= minus_load
+            if not ranks:  # every rank with room has one already
+                ranks, taken = taken, []
+                heapq.heapify(ranks)
+            load, rank = heapq.heappop(ranks)
             held_R[rank] += 1
             share_ER[expert, rank] += 1 / n
+            if held_R[rank] < room:
+                taken.append((load - minus_load, rank))
+        for entry in taken:
+            heapq.heappush(ranks, entry)
     return share_ER
 
 

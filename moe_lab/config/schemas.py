@@ -14,6 +14,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from moe_lab.config.analyses import ANALYSES, Analyze
+
 DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 TRANSFORMERS_EXPERTS = ("grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
@@ -427,51 +429,6 @@ class Config:
     overrides: list[str]
 
 
-@dataclass
-class Analyze:
-    """The top level of `moe-lab analyze`; see conf/analyze.yaml."""
-
-    out: str | None
-    phase: str | None
-    processes: int | None
-    expert_cache: Any
-    unique_experts: Any
-    placement: Any
-
-
-@dataclass
-class ExpertCache:
-    """analysis/expert_cache."""
-
-    policy: list[str]
-    prefetch: list[str]
-    capacity: list[int] | None
-    expert_mb: float | None
-    gb_per_s: float | None
-    compute_ms: float | None
-
-
-@dataclass
-class UniqueExperts:
-    """analysis/unique_experts."""
-
-    tokens: list[int]
-    batch: list[int]
-
-
-@dataclass
-class Placement:
-    """analysis/placement."""
-
-    plan: list[str]
-    ranks: list[int]
-    copies: list[int] | None
-    step_tokens: int
-    window: list[int]
-    age: list[int]
-    horizon: int
-
-
 SCHEMAS: dict[str, dict[str, type]] = {
     "model": {
         "minimal": Minimal,
@@ -510,7 +467,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "execution": {"execution": Execution},
     "measure": {"measure": Measure},
     "export": {"export": Export},
-    "analysis": {"expert_cache": ExpertCache, "unique_experts": UniqueExperts, "placement": Placement},
+    "analysis": ANALYSES,
 }
 
 
