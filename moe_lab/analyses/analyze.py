@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe_lab.analyses import expert_cache, page, placement, unique_experts
+from moe_lab.analyses import expert_cache, page, placement, ranks, unique_experts
 from moe_lab.analyses.findings import Findings
 from moe_lab.analyses.routes import View, routes_of, view_of
 from moe_lab.config import analyses as schemas
@@ -29,6 +29,7 @@ ANALYSES: dict[str, ModuleType] = {
     "expert_cache": expert_cache,
     "unique_experts": unique_experts,
     "placement": placement,
+    "ranks": ranks,
 }
 """By their keys in the configuration. Each module has `of_layer(routes, cfg, layers)`, which is called in a process of
 its own, and `conclude(parts, view, cfg, layers)`, which makes findings of what that gave for each layer."""

@@ -20,6 +20,7 @@ from moe_lab.analyses.routes import View
 from moe_lab.records.store import own_folder, write_atomic
 from moe_lab.records.trace import PHASES, Trace
 from moe_lab.results.numbers import four
+from moe_lab.results.spreadsheet import guarded
 from moe_lab.results.style import variant_style
 
 PAGE = "analysis.html"
@@ -32,7 +33,8 @@ def write(folder: Path, trace: Trace, view: View, found: Sequence[Findings], set
     sections = []
     for findings in found:
         for name, table in findings.tables.items():
-            write_atomic(folder / f"{name}.csv", table.to_csv(index=False).encode())
+            plain = table.map(lambda value: guarded(value) if isinstance(value, str) else value)
+            write_atomic(folder / f"{name}.csv", plain.to_csv(index=False).encode())
             buffer = io.BytesIO()
             table.to_parquet(buffer, index=False)
             write_atomic(folder / f"{name}.parquet", buffer.getvalue())

@@ -16,6 +16,7 @@ class Analyze:
     expert_cache: Any
     unique_experts: Any
     placement: Any
+    ranks: Any
 
 
 @dataclass
@@ -51,5 +52,24 @@ class Placement:
     horizon: int
 
 
-ANALYSES: dict[str, type] = {"expert_cache": ExpertCache, "unique_experts": UniqueExperts, "placement": Placement}
+@dataclass
+class Ranks:
+    """analysis/ranks."""
+
+    ranks: list[int]
+    step_tokens: int
+    token_bytes: int
+    ranks_per_node: int
+    node_limit: int
+    alpha_us: float
+    node_gb_per_s: float
+    network_gb_per_s: float
+
+
+ANALYSES: dict[str, type] = {
+    "expert_cache": ExpertCache,
+    "unique_experts": UniqueExperts,
+    "placement": Placement,
+    "ranks": Ranks,
+}
 """By their keys, in the order of the page."""

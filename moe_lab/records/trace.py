@@ -164,6 +164,8 @@ class TraceWriter:
             if kind is None:
                 self._finish()
         finally:
+            with suppress(OSError, ValueError):
+                self._archive.close()
             self._file.close()
             with suppress(OSError):
                 self._temporary.unlink(missing_ok=True)

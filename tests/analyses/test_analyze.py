@@ -14,6 +14,7 @@ from moe_lab.records.trace import Layer, Trace, TraceWriter, tokens_of
 from tests.analyses import traces
 
 SMALL = ["placement.step_tokens=16", "placement.window=2", "placement.age=0,2", "placement.horizon=2"]
+SMALL += ["ranks.step_tokens=64", "ranks.ranks=2,8,64"]
 CONF = Path(__file__).parents[2] / "conf" / "analysis"
 
 
@@ -26,8 +27,9 @@ def test_everything_is_written(trace: Path, tmp_path: Path) -> None:
     """A table of each analysis twice, its plot twice, and a page that opens with the sentences."""
     folder, found = analyze(trace, compose(SMALL))
     assert folder == tmp_path / "x.analysis" and [findings.name for findings in found] == list(ANALYSES)
-    names = {f"{name}.{kind}" for name in ANALYSES for kind in ("csv", "parquet", "png", "svg")}
-    assert {path.name for path in folder.iterdir()} == {*names, PAGE}
+    tables = {f"{name}.{kind}" for name in ANALYSES for kind in ("csv", "parquet")}
+    plots = {f"{plot.name}.{kind}" for findings in found for plot in findings.plots for kind in ("png", "svg")}
+    assert {path.name for path in folder.iterdir()} == {*tables, *plots, PAGE} and len(plots) >= 2 * len(ANALYSES)
     page = (folder / PAGE).read_text()
     assert page.index("What the routes say") < page.index("<table>")
     for findings in found:
@@ -65,7 +67,7 @@ def test_analyses_are_chosen(trace: Path, tmp_path: Path) -> None:
         ["analysis/expert_cache=lru", "expert_cache.capacity=4,8", "analysis/placement=null", f"out={tmp_path / 'o'}"]
     )
     folder, found = analyze(trace, cfg)
-    assert [findings.name for findings in found] == ["expert_cache", "unique_experts"]
+    assert [findings.name for findings in found] == ["expert_cache", "unique_experts", "ranks"]
     table = pd.read_csv(folder / "expert_cache.csv")
     assert set(table["policy"]) == {"lru"} and set(table["capacity"]) == {4, 8}
     assert not (folder / "placement.csv").exists()
@@ -80,8 +82,8 @@ def test_a_phase_is_chosen(trace: Path, tmp_path: Path) -> None:
 
 
 def test_names_in_a_trace_cannot_write_into_the_page(tmp_path: Path) -> None:
-    """They are text, wherever they stand."""
-    with TraceWriter(tmp_path / "x.trace", [Layer(0, 4, 1)], domains=["<script>a</script>", "b"]) as writer:
+    """They are text, wherever they stand; in a CSV file no formula either."""
+    with TraceWriter(tmp_path / "x.trace", [Layer(0, 4, 1)], domains=["<script>a</script>", "=1+1"]) as writer:
         writer.source = {"model": "<img src=x>"}
         writer.missing = ["<b>"]
         for domain in (0, 1):
@@ -89,6 +91,7 @@ def test_names_in_a_trace_cannot_write_into_the_page(tmp_path: Path) -> None:
     folder, _ = analyze(tmp_path / "x.trace", compose(["analysis/placement=null"]))
     page = (folder / PAGE).read_text()
     assert "<script" not in page and "<img src=x" not in page and "<b>" not in page and "&lt;img src=x&gt;" in page
+    assert "'=1+1" in (folder / "expert_cache.csv").read_text()
 
 
 @pytest.mark.parametrize(
