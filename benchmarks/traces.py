@@ -4,8 +4,8 @@
 
 Writes a made-up trace of 16 layers with 8 of 64 experts a token (a token likes the experts of the one before; four
 texts like different experts), then runs `moe-lab analyze` on it with the policies LRU, LFU, static and Belady at eight
-capacities, unique experts and placement. With --write-only it writes the trace and reads it back layer by layer: the
-memory of that does not grow with the number of layers, nor with that of the tokens but for one layer's.
+capacities, unique experts, placement and ranks. With --write-only it writes the trace and reads it back layer by layer:
+the memory of that does not grow with the number of layers, nor with that of the tokens but for one layer's.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _ANALYSE = (
     "expert_cache.policy=lru,lfu,static,belady",
     "expert_cache.prefetch=none",
     "expert_cache.capacity=8,12,16,24,32,40,48,56",
+    "analysis/specialisation=null",
 )
 
 

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe_lab.analyses import expert_cache, page, placement, ranks, unique_experts
+from moe_lab.analyses import expert_cache, page, placement, ranks, specialisation, stability, unique_experts
 from moe_lab.analyses.findings import Findings
 from moe_lab.analyses.routes import View, routes_of, view_of
 from moe_lab.config import analyses as schemas
@@ -30,6 +30,8 @@ ANALYSES: dict[str, ModuleType] = {
     "unique_experts": unique_experts,
     "placement": placement,
     "ranks": ranks,
+    "specialisation": specialisation,
+    "stability": stability,
 }
 """By their keys in the configuration. Each module has `of_layer(routes, cfg, layers)`, which is called in a process of
 its own, and `conclude(parts, view, cfg, layers)`, which makes findings of what that gave for each layer."""
@@ -105,6 +107,10 @@ def analyze(path: Path, cfg: DictConfig) -> tuple[Path, list[Findings]]:
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     asked = {name: plain[name] for name in ANALYSES if plain[name] is not None}
+    if "stability" in asked:
+        asked["stability"]["phase"] = plain["phase"]
+        if asked["stability"]["against"] is None:
+            del asked["stability"]
     with Trace(path) as trace:
         view = view_of(trace, plain["phase"])
         parts = _by_layer(trace, view, asked, plain)
@@ -129,7 +135,7 @@ def _by_layer(trace: Trace, view: View, asked: Mapping[str, Any], plain: Mapping
 
 def _of_layer(trace: Trace, index: int, view: View, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What each analysis gives for one layer, which is read once."""
-    routes = routes_of(trace, index, view)
+    routes = routes_of(trace, index, view, with_before="specialisation" in asked)
     return {name: ANALYSES[name].of_layer(routes, settings, trace.layers) for name, settings in asked.items()}
 
 

@@ -19,6 +19,7 @@ class View:
     Attributes:
         rows: their places in the trace.
         computed: puts an array of this order into the order in which the tokens were computed.
+        token: ids in the vocabulary, -1 where unknown.
         is_first: whether a token is the first of its sequence.
         unit: the unit of intervals that a token belongs to, from 0: its sequence, or a stretch of the only one.
         part: [U] the part of the trace that a unit belongs to: its text, or a half of the trace where there are no two
@@ -28,6 +29,7 @@ class View:
 
     rows: np.ndarray
     computed: np.ndarray
+    token: np.ndarray
     is_first: np.ndarray
     unit: np.ndarray
     part: np.ndarray
@@ -48,11 +50,12 @@ class View:
 
 @dataclass(frozen=True)
 class Routes:
-    """One layer: ids int16 [T, K] in the order of the view, -1 where unused."""
+    """One layer: ids int16 [T, K] in the order of the view, -1 where unused; and those of the layer before, if any."""
 
     layer: Layer
     ids_TK: np.ndarray
     view: View
+    before: Routes | None = None
 
 
 def view_of(trace: Trace, phase: str | None = None) -> View:
@@ -74,7 +77,7 @@ def view_of(trace: Trace, phase: str | None = None) -> View:
     if unit[-1] == 0:
         unit = np.arange(len(rows)) * min(STRETCHES, len(rows)) // len(rows)
     part, parts = _parts(tokens, rows, unit, trace.domains)
-    return View(rows, np.argsort(rows, kind="stable"), is_first, unit, part, parts)
+    return View(rows, np.argsort(rows, kind="stable"), tokens.token[rows], is_first, unit, part, parts)
 
 
 def _parts(
@@ -92,6 +95,7 @@ def _parts(
     return np.arange(n_units) * 2 // n_units, ("the first half", "the second half")
 
 
-def routes_of(trace: Trace, index: int, view: View) -> Routes:
+def routes_of(trace: Trace, index: int, view: View, *, with_before: bool = False) -> Routes:
     """One layer of a trace, by its place in `trace.layers`."""
-    return Routes(trace.layers[index], trace.ids(index)[view.rows], view)
+    before = routes_of(trace, index - 1, view) if with_before and index else None
+    return Routes(trace.layers[index], trace.ids(index)[view.rows], view, before)

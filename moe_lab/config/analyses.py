@@ -17,6 +17,8 @@ class Analyze:
     unique_experts: Any
     placement: Any
     ranks: Any
+    specialisation: Any
+    stability: Any
 
 
 @dataclass
@@ -66,10 +68,26 @@ class Ranks:
     network_gb_per_s: float
 
 
+@dataclass
+class Specialisation:
+    """analysis/specialisation."""
+
+    guess: list[str]
+
+
+@dataclass
+class Stability:
+    """analysis/stability."""
+
+    against: str | None
+
+
 ANALYSES: dict[str, type] = {
     "expert_cache": ExpertCache,
     "unique_experts": UniqueExperts,
     "placement": Placement,
     "ranks": Ranks,
+    "specialisation": Specialisation,
+    "stability": Stability,
 }
 """By their keys, in the order of the page."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from markupsafe import escape
 
 from moe_lab.analyses.analyze import ANALYSES, analyze, compose
 from moe_lab.analyses.page import PAGE
@@ -25,15 +26,15 @@ def trace(tmp_path: Path) -> Path:
 
 def test_everything_is_written(trace: Path, tmp_path: Path) -> None:
     """A table of each analysis twice, its plot twice, and a page that opens with the sentences."""
-    folder, found = analyze(trace, compose(SMALL))
+    folder, found = analyze(trace, compose([*SMALL, f"stability.against={trace}"]))
     assert folder == tmp_path / "x.analysis" and [findings.name for findings in found] == list(ANALYSES)
-    tables = {f"{name}.{kind}" for name in ANALYSES for kind in ("csv", "parquet")}
+    tables = {f"{name}.{kind}" for findings in found for name in findings.tables for kind in ("csv", "parquet")}
     plots = {f"{plot.name}.{kind}" for findings in found for plot in findings.plots for kind in ("png", "svg")}
     assert {path.name for path in folder.iterdir()} == {*tables, *plots, PAGE} and len(plots) >= 2 * len(ANALYSES)
     page = (folder / PAGE).read_text()
     assert page.index("What the routes say") < page.index("<table>")
     for findings in found:
-        assert findings.sentences and all(sentence in page for sentence in findings.sentences)
+        assert findings.sentences and all(escape(sentence) in page for sentence in findings.sentences)
         for name, table in findings.tables.items():
             assert (
                 len(pd.read_parquet(folder / f"{name}.parquet"))
@@ -67,7 +68,7 @@ def test_analyses_are_chosen(trace: Path, tmp_path: Path) -> None:
         ["analysis/expert_cache=lru", "expert_cache.capacity=4,8", "analysis/placement=null", f"out={tmp_path / 'o'}"]
     )
     folder, found = analyze(trace, cfg)
-    assert [findings.name for findings in found] == ["expert_cache", "unique_experts", "ranks"]
+    assert [findings.name for findings in found] == ["expert_cache", "unique_experts", "ranks", "specialisation"]
     table = pd.read_csv(folder / "expert_cache.csv")
     assert set(table["policy"]) == {"lru"} and set(table["capacity"]) == {4, 8}
     assert not (folder / "placement.csv").exists()
