@@ -29,6 +29,8 @@ from moe_lab.intervals import ratio_of_sums
 from moe_lab.records.trace import Layer
 
 PLANS = ("contiguous", "round_robin", "greedy", "eplb", "unique")
+BLIND = ("contiguous", "round_robin")
+"""Plans that do not look at a load, so there is nothing that they recover."""
 
 
 class Setting(NamedTuple):
@@ -62,7 +64,7 @@ def settings(cfg: Mapping[str, Any], layers: Sequence[Layer]) -> Iterator[Settin
     E = min(layer.n_experts for layer in layers)
     for ranks in cfg["ranks"]:
         for plan in cfg["plan"]:
-            is_blind = plan in ("contiguous", "round_robin")
+            is_blind = plan in BLIND
             for copies in copies_of(cfg, layers) if plan in plans.COPYING else [0]:
                 for window in [0] if is_blind else cfg["window"]:
                     for age in [0] if is_blind else cfg["age"]:
@@ -135,8 +137,7 @@ def conclude(
             np.sum(values, axis=0) for values in zip(*(part[setting] for part in parts), strict=True)
         )
         steps = np.full(len(fullest), cfg["horizon"] * len(layers), float)
-        is_base = setting.plan == "contiguous"
-        recovery = ratio_of_sums(base - fullest, base - oracle) if not is_base else None
+        recovery = ratio_of_sums(base - fullest, base - oracle) if setting.plan not in BLIND else None
         rows.append(
             {
                 **setting._asdict(),
