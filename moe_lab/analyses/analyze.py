@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe_lab.analyses import expert_cache, page, placement, ranks, specialisation, stability, unique_experts
+from moe_lab.analyses import expert_cache, load_fit, page, placement, ranks, specialisation, stability, unique_experts
 from moe_lab.analyses.findings import Findings
 from moe_lab.analyses.routes import View, routes_of, view_of
 from moe_lab.config import analyses as schemas
@@ -32,6 +32,7 @@ ANALYSES: dict[str, ModuleType] = {
     "ranks": ranks,
     "specialisation": specialisation,
     "stability": stability,
+    "load_fit": load_fit,
 }
 """By their keys in the configuration. Each module has `of_layer(routes, cfg, layers)`, which is called in a process of
 its own, and `conclude(parts, view, cfg, layers)`, which makes findings of what that gave for each layer."""
@@ -41,6 +42,7 @@ _ALLOWED = {
     "expert_cache.policy": expert_cache.POLICIES,
     "expert_cache.prefetch": expert_cache.PREFETCHES,
     "placement.plan": placement.PLANS,
+    "specialisation.guess": specialisation.GUESSES,
 }
 _LEAST = {"placement.age": 0, "placement.copies": 0}  # of the other whole numbers: 1
 
@@ -86,7 +88,7 @@ def _for_hydra(word: str) -> str:
 def _check(key: str, value: Any) -> None:
     values = list(value) if isinstance(value, ListConfig) else [value]
     if isinstance(value, ListConfig) and not values:
-        raise ValueError(f"{key}=[]: must have a value; {key.partition('.')[0]}=null leaves the analysis out.")
+        raise ValueError(f"{key}=[]: must have a value; analysis/{key.partition('.')[0]}=null leaves the analysis out.")
     for each in values:
         if key in _ALLOWED and each not in _ALLOWED[key]:
             near = nearest(str(each), _ALLOWED[key])

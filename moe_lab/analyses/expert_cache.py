@@ -99,14 +99,17 @@ def conclude(
     parts: Sequence[tuple[Counts, np.ndarray]], view: View, cfg: Mapping[str, Any], layers: Sequence[Layer]
 ) -> Findings:
     """The findings, from what `of_layer` gave for each of `layers`."""
-    table = _table(parts, view, cfg, layers)
     found = Findings(
         "expert_cache",
         "A cache of experts",
         "Every layer keeps some of its experts in fast memory; tokens come one at a time, sequence after sequence. An "
         "expert that a token uses and the cache does not hold is a miss, and is loaded.",
-        tables={"expert_cache": table},
     )
+    if not parts[0][0]:
+        found.notes.append("belady knows what comes, so it is not computed with a prefetch.")
+        return found
+    table = _table(parts, view, cfg, layers)
+    found.tables = {"expert_cache": table}
     whole = table[(table["part"] == "all") & (table["prefetch"] == cfg["prefetch"][0])]
     found.sentences = _sentences(table, whole, view, layers)
     lines = [line(str(policy), rows, "capacity", "hit_rate") for policy, rows in whole.groupby("policy", sort=False)]

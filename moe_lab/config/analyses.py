@@ -19,6 +19,7 @@ class Analyze:
     ranks: Any
     specialisation: Any
     stability: Any
+    load_fit: Any
 
 
 @dataclass
@@ -82,6 +83,13 @@ class Stability:
     against: str | None
 
 
+@dataclass
+class LoadFit:
+    """analysis/load_fit."""
+
+    step_tokens: int
+
+
 ANALYSES: dict[str, type] = {
     "expert_cache": ExpertCache,
     "unique_experts": UniqueExperts,
@@ -89,5 +97,6 @@ ANALYSES: dict[str, type] = {
     "ranks": Ranks,
     "specialisation": Specialisation,
     "stability": Stability,
+    "load_fit": LoadFit,
 }
 """By their keys, in the order of the page."""

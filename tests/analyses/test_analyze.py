@@ -68,7 +68,13 @@ def test_analyses_are_chosen(trace: Path, tmp_path: Path) -> None:
         ["analysis/expert_cache=lru", "expert_cache.capacity=4,8", "analysis/placement=null", f"out={tmp_path / 'o'}"]
     )
     folder, found = analyze(trace, cfg)
-    assert [findings.name for findings in found] == ["expert_cache", "unique_experts", "ranks", "specialisation"]
+    assert [findings.name for findings in found] == [
+        "expert_cache",
+        "unique_experts",
+        "ranks",
+        "specialisation",
+        "load_fit",
+    ]
     table = pd.read_csv(folder / "expert_cache.csv")
     assert set(table["policy"]) == {"lru"} and set(table["capacity"]) == {4, 8}
     assert not (folder / "placement.csv").exists()
@@ -103,6 +109,7 @@ def test_names_in_a_trace_cannot_write_into_the_page(tmp_path: Path) -> None:
         pytest.param(["expert_cache.gb_per_s=-1"], "must be a number > 0", id="rate"),
         pytest.param(["placement.age=-1"], "placement.age=-1: must be a number >= 0", id="age"),
         pytest.param(["placement.ranks=[]"], "placement=null leaves the analysis out", id="empty"),
+        pytest.param(["specialisation.guess=x"], "must be one of popular, token_id", id="guess"),
         pytest.param(["phase=deocde"], "phase=deocde: must be one of", id="phase"),
         pytest.param(["processes=0"], "processes=0: must be", id="processes"),
         pytest.param(["+nothing=1"], "nothing: unknown key; analyze has", id="key"),

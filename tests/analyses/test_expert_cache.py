@@ -77,6 +77,13 @@ def test_a_sequence_does_not_prefetch_from_the_one_before(tmp_path: Path) -> Non
     assert with_lru["loads_per_token"].item() == pytest.approx(2 / 3)
 
 
+def test_the_bound_has_no_prefetch(tmp_path: Path) -> None:
+    """Alone with one there is nothing to compute, which is said."""
+    path = traces.write(tmp_path / "x.trace", [[[0], [1]]], 4)
+    findings = found(path, policy=["belady"], prefetch=["previous"])
+    assert "not computed with a prefetch" in findings.notes[0] and not findings.tables
+
+
 def test_the_sentences_name_the_best_and_the_bound(tmp_path: Path) -> None:
     """And the capacity nearest to half of the experts."""
     path = traces.random(tmp_path / "x.trace", 12, 40)
