@@ -164,8 +164,9 @@ void run(const int16_t* ids, const int16_t* guessed, const int64_t* next, int64_
     for (int expert = 0; expert < E; expert++) cache.template admit<policy>(expert);
   }
   for (int64_t t = 0; t < T; t++, ids += K) {
-    look(ids, guessed == nullptr ? nullptr : guessed + t * K, K, guess, t, [&](int e) { return cache.resident[e]; },
-         misses + t, loads + t);
+    look(
+        ids, guessed == nullptr ? nullptr : guessed + t * K, K, guess, t, [&](int e) { return cache.resident[e]; },
+        misses + t, loads + t);
     cache.now = t;
     for (int k = 0; k < K; k++) {
       if (ids[k] < 0) continue;
@@ -182,8 +183,9 @@ void run_arc(const int16_t* ids, const int16_t* guessed, int64_t T, int K, int E
   Arc arc(E, capacity);
   std::vector<int64_t> guess(E, -1);
   for (int64_t t = 0; t < T; t++, ids += K) {
-    look(ids, guessed == nullptr ? nullptr : guessed + t * K, K, guess, t, [&](int e) { return arc.resident(e); },
-         misses + t, loads + t);
+    look(
+        ids, guessed == nullptr ? nullptr : guessed + t * K, K, guess, t, [&](int e) { return arc.resident(e); },
+        misses + t, loads + t);
     for (int k = 0; k < K; k++)
       if (ids[k] >= 0) arc.use(ids[k]);
   }
@@ -198,10 +200,18 @@ extern "C" void simulate(int policy, const int16_t* ids, const int16_t* guessed,
   if (policy == kLru) return run_lru(ids, guessed, T, K, E, capacities, n, misses, loads);
   for (int c = 0; c < n; c++, misses += T, loads += T) {
     switch (policy) {
-      case kLfu: run<kLfu>(ids, guessed, next, T, K, E, capacities[c], misses, loads); break;
-      case kLfru: run<kLfru>(ids, guessed, next, T, K, E, capacities[c], misses, loads); break;
-      case kBelady: run<kBelady>(ids, guessed, next, T, K, E, capacities[c], misses, loads); break;
-      case kArc: run_arc(ids, guessed, T, K, E, capacities[c], misses, loads); break;
+      case kLfu:
+        run<kLfu>(ids, guessed, next, T, K, E, capacities[c], misses, loads);
+        break;
+      case kLfru:
+        run<kLfru>(ids, guessed, next, T, K, E, capacities[c], misses, loads);
+        break;
+      case kBelady:
+        run<kBelady>(ids, guessed, next, T, K, E, capacities[c], misses, loads);
+        break;
+      case kArc:
+        run_arc(ids, guessed, T, K, E, capacities[c], misses, loads);
+        break;
     }
   }
 }
