@@ -22,13 +22,14 @@ class Line(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A plot of lines."""
+    """A plot of lines; the numbers on x are whole, and with `doubles` powers of two."""
 
     name: str
     title: str
     x: str
     y: str
     lines: list[Line]
+    doubles: bool = False
 
 
 @dataclass

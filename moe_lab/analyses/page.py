@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from moe_lab.analyses.findings import Findings, Plot
 from moe_lab.analyses.routes import View
@@ -108,6 +109,11 @@ def draw(plot: Plot) -> Figure:
         if low is not None and high is not None and np.isfinite(low).any():
             axes.fill_between(x, low, high, color=style.colour, alpha=0.15, linewidth=0)
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y)
+    if plot.doubles:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

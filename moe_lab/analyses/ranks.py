@@ -175,8 +175,10 @@ def conclude(parts: Sequence[Steps], view: View, cfg: Mapping[str, Any], layers:
     time_lines = [line(name, table, "ranks", name) for name in ("all_to_all_us", "all_to_all_us_p99")]
     load_line = line("load", table, "ranks", "load")
     found.plots = [
-        Plot("ranks_load", "The fullest rank of a step", "ranks", "slots, fullest over mean", [load_line]),
-        Plot("ranks_time", "Dispatch and combine", "ranks", "us", time_lines),
+        Plot(
+            "ranks_load", "The fullest rank of a step", "ranks", "slots, fullest over mean", [load_line], doubles=True
+        ),
+        Plot("ranks_time", "Dispatch and combine", "ranks", "us", time_lines, doubles=True),
     ]
     return found
 
@@ -199,9 +201,10 @@ def _sentences(table: pd.DataFrame, cfg: Mapping[str, Any]) -> list[str]:
             f"{last['ranks']:.0f} ranks {percent(last['over_node_limit'])} of the tokens need more than "
             f"{cfg['node_limit']} nodes."
         )
+        slowest = table.loc[table["all_to_all_us"].idxmax()]
         sentences.append(
-            f"By the model dispatch and combine take {first['all_to_all_us']:.3g} us and "
-            f"{last['all_to_all_us']:.3g} us; in one step of a hundred {last['all_to_all_us_p99']:.3g} us or more on "
-            f"{last['ranks']:.0f} ranks."
+            f"By the model dispatch and combine take {table['all_to_all_us'].min():.3g} to "
+            f"{slowest['all_to_all_us']:.3g} us, the longest on {slowest['ranks']:.0f} ranks, where one step of a "
+            f"hundred takes {slowest['all_to_all_us_p99']:.3g} us or more."
         )
     return sentences
