@@ -18,6 +18,7 @@ MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 60
 
 TESTED_IN = {
     "analyses/findings.py": "analyses/test_analyze.py",
+    "analyses/guesses.py": "analyses/test_specialisation.py",
     "analyses/page.py": "analyses/test_analyze.py",
     "analyses/parquet.py": "analyses/test_exporters.py",
     "api/html_table.py": "api/test_shown.py",

@@ -15,7 +15,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe_lab.analyses import expert_cache, load_fit, page, placement, ranks, specialisation, stability, unique_experts
+from moe_lab.analyses import (
+    expert_cache,
+    guesses,
+    load_fit,
+    page,
+    placement,
+    ranks,
+    specialisation,
+    stability,
+    unique_experts,
+)
 from moe_lab.analyses.findings import Findings
 from moe_lab.analyses.routes import View, routes_of, view_of
 from moe_lab.config import analyses as schemas
@@ -42,7 +52,7 @@ _ALLOWED = {
     "expert_cache.policy": expert_cache.POLICIES,
     "expert_cache.prefetch": expert_cache.PREFETCHES,
     "placement.plan": placement.PLANS,
-    "specialisation.guess": specialisation.GUESSES,
+    "specialisation.guess": guesses.GUESSES,
 }
 _LEAST = {"placement.age": 0, "placement.copies": 0}  # of the other whole numbers: 1
 
@@ -137,7 +147,8 @@ def _by_layer(trace: Trace, view: View, asked: Mapping[str, Any], plain: Mapping
 
 def _of_layer(trace: Trace, index: int, view: View, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What each analysis gives for one layer, which is read once."""
-    routes = routes_of(trace, index, view, with_before="specialisation" in asked)
+    wanted = [*asked.get("specialisation", {}).get("guess", ()), *asked.get("expert_cache", {}).get("prefetch", ())]
+    routes = routes_of(trace, index, view, with_before="layer_before" in wanted)
     return {name: ANALYSES[name].of_layer(routes, settings, trace.layers) for name, settings in asked.items()}
 
 

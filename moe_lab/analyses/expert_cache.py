@@ -10,7 +10,8 @@ of C experts (cache_policies.py). With M the misses, P the loads of a prefetch, 
                     llama.cpp pull requests 24524 and 27861)
 
 `static` holds the C experts of a layer that the other parts of the trace use most; a part is a text, or a half of the
-trace (routes.py). `static_hindsight` knows the text itself. `prefetch=previous` loads the experts of the token before.
+trace (routes.py). `static_hindsight` knows the text itself. A prefetch loads as many experts as a token uses, guessed
+(guesses.py) from the token before, the token's id, or its experts in the layer before.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import pandas as pd
 from moe_lab.analyses.cache_policies import POLICIES as SIMULATED
 from moe_lab.analyses.cache_policies import implementation, simulate
 from moe_lab.analyses.findings import Findings, Plot, columns, line, percent
+from moe_lab.analyses.guesses import guess, uses
 from moe_lab.analyses.routes import Routes, View
 from moe_lab.intervals import ratio_of_sums
 from moe_lab.records.trace import Layer
 
 POLICIES = ("lru", "lfu", "lfru", "arc", "static", "static_hindsight", "belady")
-PREFETCHES = ("none", "previous")
+PREFETCHES = ("none", "previous_token", "token_id", "layer_before")
 _KNOWS_WHAT_COMES = ("static_hindsight", "belady")
 
 Counts = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]
@@ -47,51 +49,43 @@ def of_layer(routes: Routes, cfg: Mapping[str, Any], layers: Sequence[Layer]) ->
     ids_TK, view, sizes = routes.ids_TK, routes.view, capacities(cfg, layers)
     found: Counts = {}
     for prefetch in cfg["prefetch"]:
-        previous_TK = _previous(ids_TK, view) if prefetch == "previous" else None
+        guessed_TK = guess(prefetch, routes) if prefetch != "none" else None
+        if prefetch == "token_id" and guessed_TK is None:
+            continue  # the trace has no token ids
+        if prefetch == "layer_before" and guessed_TK is None:
+            guessed_TK = np.full_like(ids_TK, -1)  # there is none before the first layer, so nothing is prefetched
         for policy in cfg["policy"]:
             if policy == "belady" and prefetch != "none":
                 continue  # it knows what comes, so nothing is to be guessed
             if policy in SIMULATED:
-                pair = simulate(policy, ids_TK, routes.layer.n_experts, sizes, previous_TK)
+                pair = simulate(policy, ids_TK, routes.layer.n_experts, sizes, guessed_TK)
             else:
-                pair = _static(routes, sizes, previous_TK, hindsight=policy == "static_hindsight")
+                pair = _static(routes, sizes, guessed_TK, hindsight=policy == "static_hindsight")
             misses, loads = (np.stack([view.by_unit(values_T) for values_T in values_CT]) for values_CT in pair)
             found[policy, prefetch] = misses, loads
     return found, view.by_unit((ids_TK >= 0).sum(axis=1))
 
 
-def _previous(ids_TK: np.ndarray, view: View) -> np.ndarray:
-    """The experts of the token before in its sequence."""
-    previous_TK = np.concatenate([ids_TK[:1], ids_TK[:-1]])
-    previous_TK[view.is_first] = -1
-    return previous_TK
-
-
 def _static(
-    routes: Routes, sizes: Sequence[int], previous_TK: np.ndarray | None, *, hindsight: bool
+    routes: Routes, sizes: Sequence[int], guessed_TK: np.ndarray | None, *, hindsight: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """(misses, loads) [C, T] of the experts that were used most in the other parts, or in all."""
-    ids_TK, view, E = routes.ids_TK, routes.view, routes.layer.n_experts
-    part_T, P = view.part[view.unit], len(view.parts)
-    used_TK = ids_TK >= 0
-    cell_TK = part_T[:, None] * E + ids_TK
-    counts_PE = np.bincount(cell_TK[used_TK], minlength=P * E).reshape(P, E)
-    total_E = counts_PE.sum(axis=0)
-    fitted_PE = np.broadcast_to(total_E, (P, E)) if hindsight or P == 1 else total_E - counts_PE
-    rank_PE = np.empty((P, E), np.int64)
-    np.put_along_axis(rank_PE, np.argsort(-fitted_PE, axis=1, kind="stable"), np.arange(E)[None], axis=1)
-    rank_TK = np.where(
-        used_TK, rank_PE[part_T[:, None], ids_TK], -1
-    )  # the place of each expert among those of its part
-    if previous_TK is None:
-        misses = [(rank_TK >= size).sum(axis=1) for size in sizes]
+    ids_TK, view, uses_PE = routes.ids_TK, routes.view, uses(routes)
+    total_E, part_T = uses_PE.sum(axis=0), view.part[view.unit]
+    fitted_PE = np.broadcast_to(total_E, uses_PE.shape) if hindsight or len(uses_PE) == 1 else total_E - uses_PE
+    place_PE = np.empty(uses_PE.shape, np.int64)  # 0: the most used one
+    order_PE = np.argsort(-fitted_PE, axis=1, kind="stable")
+    np.put_along_axis(place_PE, order_PE, np.arange(len(total_E))[None], axis=1)
+    place_TK = np.where(ids_TK >= 0, place_PE[part_T[:, None], ids_TK], -1)
+    if guessed_TK is None:
+        misses = [(place_TK >= size).sum(axis=1) for size in sizes]
         return np.stack(misses), np.stack(misses)
-    guessed_TK = np.where(previous_TK >= 0, rank_PE[part_T[:, None], previous_TK], -1)
-    is_guessed_TK = np.zeros_like(used_TK)
-    for slot in range(ids_TK.shape[1]):
-        is_guessed_TK |= ids_TK == previous_TK[:, slot : slot + 1]
-    misses = [((rank_TK >= size) & ~is_guessed_TK).sum(axis=1) for size in sizes]
-    loads = [missed + (guessed_TK >= size).sum(axis=1) for missed, size in zip(misses, sizes, strict=True)]
+    guessed_place_TK = np.where(guessed_TK >= 0, place_PE[part_T[:, None], guessed_TK], -1)
+    is_guessed_TK = np.zeros(ids_TK.shape, bool)
+    for guessed_T in guessed_TK.T:
+        is_guessed_TK |= ids_TK == guessed_T[:, None]
+    misses = [((place_TK >= size) & ~is_guessed_TK).sum(axis=1) for size in sizes]
+    loads = [missed + (guessed_place_TK >= size).sum(axis=1) for missed, size in zip(misses, sizes, strict=True)]
     return np.stack(misses), np.stack(loads)
 
 
@@ -106,7 +100,7 @@ def conclude(
         "expert that a token uses and the cache does not hold is a miss, and is loaded.",
     )
     if not parts[0][0]:
-        found.notes.append("belady knows what comes, so it is not computed with a prefetch.")
+        found.notes.append("There is nothing to compute: belady has no prefetch, and a prefetch by token_id needs ids.")
         return found
     table = _table(parts, view, cfg, layers)
     found.tables = {"expert_cache": table}
@@ -116,6 +110,8 @@ def conclude(
     found.plots = [Plot("expert_cache", "Hit rate", "experts held in each layer", "hit rate", lines)]
     if len(view.parts) == 1 and "static" in cfg["policy"]:
         found.notes.append("static is fitted on what it is judged on: the trace has one sequence of one token.")
+    if "token_id" in cfg["prefetch"] and not any(prefetch == "token_id" for _, prefetch in parts[0][0]):
+        found.notes.append("The trace does not say the tokens' ids, so nothing is prefetched by them.")
     if implementation() == "python":
         found.notes.append("There is no C++ compiler here, so the policies were computed by Python, slowly.")
     return found
@@ -193,6 +189,18 @@ def _sentences(table: pd.DataFrame, whole: pd.DataFrame, view: View, layers: Seq
     if best["mb_per_token"] == best["mb_per_token"]:
         time = "" if best["ms_per_token"] is None else f", {best['ms_per_token']:.3g} ms at the given rates"
         sentences.append(f"Its misses load {best['mb_per_token']:.3g} MB for a token{time}.")
+    others = table[
+        (table["policy"] == best.name)
+        & (table["capacity"] == capacity)
+        & (table["part"] == "all")
+        & (table["prefetch"] != best["prefetch"])
+    ]
+    if len(others) and best["prefetch"] == "none":
+        fewest = others.loc[others["misses_per_token"].idxmin()]
+        sentences.append(
+            f"With a prefetch by {fewest['prefetch']} it waits for {fewest['misses_per_token']:.3g} experts a token in "
+            f"place of {best['misses_per_token']:.3g}, and loads {fewest['loads_per_token']:.3g}."
+        )
     of_parts = table[
         (table["policy"] == best.name)
         & (table["capacity"] == capacity)

@@ -7,33 +7,26 @@ With N_D the tokens of text D, N_ED those of them that use expert E, k the exper
     text_information     I(expert; text) / H(text) over slots: 0, all texts load the experts alike; 1, no expert is used
                          by two texts
 
-and how well a token's k experts are guessed, recall = |guess and S| / |S|, from what is known before the router runs:
-
-    popular              the k experts that the layer uses most
-    token_id             those that it uses most for this token id (OLMoE's vocabulary specialisation as a prediction);
-                         the popular ones for an id that was not seen
-    previous_token       the experts of the token before
-    layer_before         the k experts e of the largest sum over e' of P(e | e'), e' the token's experts in the layer
-                         before (the flow between layers)
+and how well a token's k experts are guessed (guesses.py), recall = |guess and S| / |S|: from popularity, the token's id
+(OLMoE's vocabulary specialisation as a prediction), the token before, or its experts in the layer before (the flow
+between layers).
 
 All but `previous_token` are fitted on the other parts of the trace. Intervals are over sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from moe_lab.analyses.findings import Findings, Line, Plot, columns, percent
+from moe_lab.analyses.guesses import guess, uses
 from moe_lab.analyses.routes import Routes, View
 from moe_lab.intervals import ratio_of_sums
 from moe_lab.records.trace import Layer
-
-GUESSES = ("popular", "token_id", "previous_token", "layer_before")
-_AT_ONCE = 1 << 16  # tokens
 
 
 class Special(NamedTuple):
@@ -46,26 +39,12 @@ class Special(NamedTuple):
 
 def of_layer(routes: Routes, cfg: Mapping[str, Any], layers: Sequence[Layer]) -> Special:
     """Counts, and each guess that this layer allows."""
-    view, ids_TK, E = routes.view, routes.ids_TK, routes.layer.n_experts
-    part_T = view.part[view.unit]
-    uses_PE = _counts(part_T[:, None] * E + ids_TK, ids_TK >= 0, (len(view.parts), E))
-    guesses: dict[str, Callable[[], np.ndarray | None]] = {
-        "popular": lambda: _popular(routes, uses_PE),
-        "token_id": lambda: _by_token_id(routes, uses_PE),
-        "previous_token": lambda: _previous(routes),
-        "layer_before": lambda: _by_layer_before(routes, uses_PE),
-    }
-    right = {}
+    view, ids_TK, right = routes.view, routes.ids_TK, {}
     for name in cfg["guess"]:
-        guess_TK = guesses[name]()
+        guess_TK = guess(name, routes)
         if guess_TK is not None:
             right[name] = view.by_unit(_right(ids_TK, guess_TK))
-    return Special(uses_PE, right, view.by_unit((ids_TK >= 0).sum(axis=1)))
-
-
-def _counts(cells: np.ndarray, chosen: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """How often each cell was chosen, numbered row by row."""
-    return np.bincount(cells[chosen], minlength=shape[0] * shape[1]).reshape(shape)
+    return Special(uses(routes), right, view.by_unit((ids_TK >= 0).sum(axis=1)))
 
 
 def _right(ids_TK: np.ndarray, guess_TK: np.ndarray) -> np.ndarray:
@@ -75,70 +54,6 @@ def _right(ids_TK: np.ndarray, guess_TK: np.ndarray) -> np.ndarray:
         found_TK |= ids_TK == guess_T[:, None]
     right_T: np.ndarray = (found_TK & (ids_TK >= 0)).sum(axis=1)
     return right_T
-
-
-def _largest(scores_NE: np.ndarray, k: int) -> np.ndarray:
-    """The k experts of the largest scores, of two alike the one with the smaller number, [N, k]."""
-    order_NE: np.ndarray = np.argsort(-scores_NE, axis=1, kind="stable")
-    return order_NE[:, :k]
-
-
-def _elsewhere(counts_PE: np.ndarray) -> np.ndarray:
-    """What the other parts count; of the only part its own."""
-    others_PE: np.ndarray = counts_PE.sum(axis=0) - counts_PE
-    return others_PE if len(counts_PE) > 1 else counts_PE
-
-
-def _popular(routes: Routes, uses_PE: np.ndarray) -> np.ndarray:
-    guess_TK: np.ndarray = _largest(_elsewhere(uses_PE), routes.ids_TK.shape[1])[routes.view.part[routes.view.unit]]
-    return guess_TK
-
-
-def _by_token_id(routes: Routes, uses_PE: np.ndarray) -> np.ndarray | None:
-    view, ids_TK, E = routes.view, routes.ids_TK, routes.layer.n_experts
-    if (view.token < 0).any():
-        return None
-    known_V, id_T = np.unique(view.token, return_inverse=True)
-    shape, guess_TK = (len(known_V), E), np.empty_like(ids_TK)
-    cell_TK, used_TK, part_T = id_T[:, None] * E + ids_TK, ids_TK >= 0, view.part[view.unit]
-    total_VE = _counts(cell_TK, used_TK, shape)
-    for part, popular_E in enumerate(_elsewhere(uses_PE)):
-        here_T = part_T == part
-        seen_VE = total_VE - _counts(cell_TK[here_T], used_TK[here_T], shape) if len(uses_PE) > 1 else total_VE
-        guess_VK = _largest(seen_VE + popular_E / (popular_E.sum() + 1), ids_TK.shape[1])
-        guess_TK[here_T] = guess_VK[id_T[here_T]]
-    return guess_TK
-
-
-def _previous(routes: Routes) -> np.ndarray:
-    previous_TK = np.concatenate([routes.ids_TK[:1], routes.ids_TK[:-1]])
-    previous_TK[routes.view.is_first] = -1
-    return np.where(previous_TK < 0, -2, previous_TK)  # no unused slot is guessed by another
-
-
-def _by_layer_before(routes: Routes, uses_PE: np.ndarray) -> np.ndarray | None:
-    if routes.before is None:
-        return None
-    view, ids_TK, before_TK = routes.view, routes.ids_TK, routes.before.ids_TK
-    E, B = routes.layer.n_experts, routes.before.layer.n_experts
-    part_T, P = view.part[view.unit], len(view.parts)
-    flow_PBE = np.zeros((P, B, E))
-    for before_T in before_TK.T:
-        for ids_T in ids_TK.T:
-            used = (before_T >= 0) & (ids_T >= 0)
-            cells = (part_T * B + before_T) * E + ids_T
-            flow_PBE += np.bincount(cells[used], minlength=P * B * E).reshape(P, B, E)
-    seen_PBE = flow_PBE.sum(axis=0) - flow_PBE if P > 1 else flow_PBE
-    uses_PB = _counts(part_T[:, None] * B + before_TK, before_TK >= 0, (P, B))
-    given_PBE = seen_PBE / np.maximum(_elsewhere(uses_PB), 1)[:, :, None]
-    guess_TK = np.empty_like(ids_TK)
-    for first in range(0, len(ids_TK), _AT_ONCE):
-        rows = slice(first, first + _AT_ONCE)
-        scores_TE = np.zeros((len(ids_TK[rows]), E))
-        for before_T in before_TK[rows].T:
-            scores_TE += np.where((before_T >= 0)[:, None], given_PBE[part_T[rows], before_T], 0)
-        guess_TK[rows] = _largest(scores_TE, ids_TK.shape[1])
-    return guess_TK
 
 
 def conclude(parts: Sequence[Special], view: View, cfg: Mapping[str, Any], layers: Sequence[Layer]) -> Findings:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from moe_lab.analyses import expert_cache
 from moe_lab.analyses.findings import Findings
+from moe_lab.records.trace import Layer, TraceWriter, tokens_of
 from tests.analyses import traces
 
 CFG: dict[str, Any] = {
@@ -63,7 +65,7 @@ def test_a_prefetch_by_hand(tmp_path: Path) -> None:
     an expert takes 2 ms: the two of the prefetch, 1 ms a token, fit behind 1.5 ms of computation.
     """
     path = traces.write(tmp_path / "x.trace", [[[0], [1], [1], [0]], [[0]] * 6], 4, domains=[0, 1])
-    findings = found(path, policy=["static"], prefetch=["none", "previous"], gb_per_s=1.0, compute_ms=1.5)
+    findings = found(path, policy=["static"], prefetch=["none", "previous_token"], gb_per_s=1.0, compute_ms=1.5)
     none, previous = rows(findings, part="text 0").to_dict("records")
     assert (none["hit_rate"], none["misses_per_token"], none["loads_per_token"]) == (0.5, 0.5, 0.5)
     assert (previous["hit_rate"], previous["misses_per_token"], previous["loads_per_token"]) == (0.75, 0.25, 0.75)
@@ -73,24 +75,24 @@ def test_a_prefetch_by_hand(tmp_path: Path) -> None:
 def test_a_sequence_does_not_prefetch_from_the_one_before(tmp_path: Path) -> None:
     """Its first token has none before it."""
     path = traces.write(tmp_path / "x.trace", [[[3]], [[1], [1]]], 4)
-    with_lru = rows(found(path, policy=["lru"], prefetch=["previous"]), part="all")
+    with_lru = rows(found(path, policy=["lru"], prefetch=["previous_token"]), part="all")
     assert with_lru["loads_per_token"].item() == pytest.approx(2 / 3)
 
 
 def test_the_bound_has_no_prefetch(tmp_path: Path) -> None:
     """Alone with one there is nothing to compute, which is said."""
     path = traces.write(tmp_path / "x.trace", [[[0], [1]]], 4)
-    findings = found(path, policy=["belady"], prefetch=["previous"])
-    assert "not computed with a prefetch" in findings.notes[0] and not findings.tables
+    findings = found(path, policy=["belady"], prefetch=["previous_token"])
+    assert "There is nothing to compute" in findings.notes[0] and not findings.tables
 
 
 def test_the_sentences_name_the_best_and_the_bound(tmp_path: Path) -> None:
     """And the capacity nearest to half of the experts."""
     path = traces.random(tmp_path / "x.trace", 12, 40)
-    findings = found(path, policy=list(expert_cache.POLICIES), capacity=None, prefetch=["none", "previous"])
+    findings = found(path, policy=list(expert_cache.POLICIES), capacity=None, prefetch=["none", "previous_token"])
     table = findings.tables["expert_cache"]
     assert sorted(set(table["capacity"])) == [2, 4, 6, 8, 10, 12, 14]
-    assert not ((table["policy"] == "belady") & (table["prefetch"] == "previous")).any()
+    assert not ((table["policy"] == "belady") & (table["prefetch"] == "previous_token")).any()
     here = rows(findings, part="all", prefetch="none", capacity=8).set_index("policy")["hit_rate"]
     best = here.drop(["belady", "static_hindsight"]).idxmax()
     assert f"with {best}" in findings.sentences[0] and f"{100 * here[best]:.0f}" in findings.sentences[0]
@@ -101,3 +103,22 @@ def test_the_sentences_name_the_best_and_the_bound(tmp_path: Path) -> None:
             assert chosen[policy] <= chosen["belady"] + 1e-12
     (plot,) = findings.plots
     assert {line.name for line in plot.lines} == set(expert_cache.POLICIES)
+
+
+def test_a_prefetch_by_the_layer_before_by_hand(tmp_path: Path) -> None:
+    """In both texts 0 is followed by 3 and 1 by 2: what is fitted on one text is right on the other.
+
+    The first layer has none before it: its misses stay. In the second none is left, and each token loads what it needs.
+    """
+    with TraceWriter(tmp_path / "x.trace", [Layer(0, 4, 1, 1), Layer(1, 4, 1, 1)], domains=["a", "b"]) as writer:
+        for domain, first in enumerate(([0, 1, 0, 1], [1, 0, 1, 0])):
+            ids = np.array(first)[:, None]
+            writer.add(tokens_of(np.full(4, domain), np.arange(4), domain=domain), [ids, 3 - ids])
+    none, by_layer, by_id = (
+        found(tmp_path / "x.trace", policy=["lru"], prefetch=[prefetch])
+        for prefetch in ("none", "layer_before", "token_id")
+    )
+    (plain,), (guessed,) = (rows(findings, part="all").to_dict("records") for findings in (none, by_layer))
+    assert plain["misses_per_token"] == plain["loads_per_token"] == 2 - 2 / 8  # 1 after 1 where the texts meet
+    assert guessed["misses_per_token"] == 1 - 1 / 8 and guessed["loads_per_token"] == plain["loads_per_token"]
+    assert "needs ids" in by_id.notes[0]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from moe_lab.analyses import specialisation
+from moe_lab.analyses.guesses import GUESSES
 from moe_lab.analyses.routes import routes_of, view_of
-from moe_lab.analyses.specialisation import GUESSES, conclude, of_layer, text_information
+from moe_lab.analyses.specialisation import conclude, of_layer, text_information
 from moe_lab.records.trace import Layer, Trace, TraceWriter, tokens_of
 from tests.analyses import traces
 

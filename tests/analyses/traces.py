@@ -55,6 +55,7 @@ def found(path: Path, analysis: ModuleType, cfg: dict[str, Any]) -> Findings:
     """What an analysis finds in all layers."""
     with Trace(path) as trace:
         view = view_of(trace)
-        parts = [analysis.of_layer(routes_of(trace, i, view), cfg, trace.layers) for i in range(len(trace.layers))]
+        layers = [routes_of(trace, index, view, with_before=True) for index in range(len(trace.layers))]
+        parts = [analysis.of_layer(routes, cfg, trace.layers) for routes in layers]
         result: Findings = analysis.conclude(parts, view, cfg, trace.layers)
     return result
