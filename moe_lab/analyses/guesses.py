@@ -1,9 +1,11 @@
 """A token's experts, guessed before its router runs; fitted on the other parts of a trace (routes.View.part).
 
-popular           the k experts that the layer uses most
-token_id          those that it uses most for this token id; the popular ones for an id that was not seen
-previous_token    the experts of the token before in its sequence; nothing is fitted
-layer_before      the k experts e of the largest sum over e' of P(e | e'), e' the token's experts in the layer before
+    popular           the k experts that the layer uses most
+    token_id          those that it uses most for this token id; the popular ones for an id that was not seen
+    previous_token    the experts of the token before in its sequence; nothing is fitted
+    layer_before      the k experts e of the largest sum of P(e | e') over e', its experts in the layer before
+
+Of two experts alike the one with the smaller number is guessed.
 """
 
 from __future__ import annotations
@@ -46,10 +48,8 @@ def _elsewhere(counts_PE: np.ndarray) -> np.ndarray:
 
 
 def _popular(routes: Routes) -> np.ndarray:
-    guess_TK: np.ndarray = _largest(_elsewhere(uses(routes)), routes.ids_TK.shape[1])[
-        routes.view.part[routes.view.unit]
-    ]
-    return guess_TK
+    guess_PK = _largest(_elsewhere(uses(routes)), routes.ids_TK.shape[1])
+    return np.asarray(guess_PK[routes.view.part[routes.view.unit]])
 
 
 def _by_token_id(routes: Routes) -> np.ndarray | None:
