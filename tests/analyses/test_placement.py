@@ -46,14 +46,16 @@ def test_a_plan_that_comes_too_late(tmp_path: Path) -> None:
     assert longer["load"]["greedy"] == 1 and longer["recovery"]["greedy"] == 1
 
 
-def test_an_old_load_is_worse(tmp_path: Path) -> None:
-    """A load that turns around every four steps is seen too late with age 4, and in time with age 0."""
-    half = [[0], [1]] * 4
-    other = [[2], [3]] * 4
-    path = traces.write(tmp_path / "x.trace", [(half + other) * 6], 4)
+def test_the_age_says_which_load_is_seen(tmp_path: Path) -> None:
+    """For four steps 0 and 1 are used, for four 0 and 2, in turn, on two ranks.
+
+    A plan has the two that it saw apart and the third with 0. So one of the four steps before has all slots of the next
+    four on one rank, and one of the four steps before those, which were alike, has half of them.
+    """
+    path = traces.write(tmp_path / "x.trace", [([[0], [1]] * 4 + [[0], [2]] * 4) * 6], 4)
     table = found(path, age=[0, 4], window=[4], horizon=4).tables["placement"].set_index(["plan", "age"])
-    assert table["load"]["greedy", 0] == table["load"]["greedy", 4] == 1  # 0 and 1, 2 and 3 are apart in both
-    assert table["load"]["contiguous", 0] == 2
+    assert table["load"]["greedy", 0] == 2 and table["load"]["greedy", 4] == 1
+    assert (table["oracle_load"].drop("contiguous") == 1).all()
 
 
 def test_steps_by_hand() -> None:

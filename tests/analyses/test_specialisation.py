@@ -51,6 +51,13 @@ def test_guesses_by_hand(tmp_path: Path) -> None:
     assert "are among those that its token id used elsewhere" in findings.sentences[0]
 
 
+def test_a_text_is_not_guessed_from_itself(tmp_path: Path) -> None:
+    """The other text uses 1 most, and this one 0."""
+    path = write(tmp_path / "x.trace", [([5, 5, 5], [0, 0, 0], [0, 0, 0]), ([5, 5, 5], [1, 1, 0], [0, 0, 0])])
+    table = traces.found(path, specialisation, {"guess": ["popular", "token_id"]}).tables["specialisation"]
+    assert (table["popular"][0], table["token_id"][0]) == (1 / 6, 1 / 6)
+
+
 def test_information_by_hand() -> None:
     """All of it, none of it, one part."""
     assert text_information(np.array([[4, 0], [0, 4]])) == pytest.approx(1)

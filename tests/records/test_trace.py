@@ -144,6 +144,11 @@ def array(name: str, values: Any, version: tuple[int, int] = (1, 0)) -> Callable
     return change
 
 
+def _blown_up(members: dict[str, bytes]) -> None:
+    """A thousandth of it in the file."""
+    members["0/layer/1/expert_ids.npy"] += bytes(1 << 20)
+
+
 def _truncated_header(members: dict[str, bytes]) -> None:
     members["0/layer/1/expert_ids.npy"] = members["0/layer/1/expert_ids.npy"].replace(b"(5, 3)", b"(9, 9)")
 
@@ -177,6 +182,7 @@ IDS = "0/layer/1/expert_ids"
         pytest.param(array(IDS, np.zeros((5, K), ">i2")), "is >i2", id="byte-order"),
         pytest.param(array(IDS, np.asfortranarray(np.zeros((5, K), np.int16))), "expert_ids is", id="order"),
         pytest.param(array(IDS, np.zeros((5, K), np.int16), (2, 0)), "header of version", id="header"),
+        pytest.param(_blown_up, "has .* bytes, not 30", id="blown-up"),
         pytest.param(_truncated_header, r"\[9, 9\], not", id="lying-header"),
         pytest.param(array("0/token/position", np.full(5, -1, np.int32)), "out of range", id="negative-position"),
     ],
