@@ -41,7 +41,7 @@ demo: $(READY) ## Other routers in a trained model on this machine: a table, and
 lint: $(READY) ## Style, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror kernels/*.h kernels/*.c*
+	$(BIN)/clang-format --dry-run --Werror kernels/*.h kernels/*.c* moe_lab/analyses/*.cpp
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 

@@ -116,6 +116,7 @@ LEFT_OUT = {
     "cluster_kills": "counts what is lost, and starts a cluster",
     "slurm_overhead": "starts a cluster",
     "sweep_slots": "needs two CPUs for itself",
+    "traces": "quotes seconds and gigabytes, not ratios",
     "add_rms_norm": "needs a GPU",
     "checkpoint_load": "needs a GPU",
     "pack_peers": "measures nothing",

@@ -45,6 +45,34 @@ def _incomplete_beta(a: float, b: float, x: float, rest: float) -> float:
     return math.exp(a * math.log(x) + b * math.log(rest) - log_beta) / (a * fraction)
 
 
+class Estimate(NamedTuple):
+    """A number and the ends of its 95 % interval; None where there is none."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def ratio_of_sums(
+    above: np.ndarray, below: np.ndarray, within: tuple[float, float] = (-math.inf, math.inf)
+) -> Estimate:
+    """sum(above) / sum(below) of independent units, with Student's t interval, cut off at `within`.
+
+    The residuals are above - ratio below (Cochran, Sampling Techniques, section 2.11); with one unit there is no
+    interval.
+    """
+    total = float(below.sum())
+    ratio = float(above.sum()) / total if total else math.nan
+    if not math.isfinite(ratio):
+        return Estimate(None, None, None)
+    n = len(above)
+    if n < 2:
+        return Estimate(ratio, None, None)
+    error = math.sqrt(n / (n - 1) * float(np.square(above - ratio * below).sum())) / total
+    half = t_quantile((1 + _CONFIDENCE) / 2, n - 1) * error
+    return Estimate(ratio, max(ratio - half, within[0]), min(ratio + half, within[1]))
+
+
 def _exp(value: float) -> float:
     """e to a power, kept within what a float holds: two replicates far apart have an interval beyond that."""
     return math.exp(min(max(value, -700.0), 700.0))

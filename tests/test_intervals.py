@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import trapezoid
 
-from moe_lab.intervals import judge, mean_interval, percent, ratio_interval, t_quantile
+from moe_lab.intervals import judge, mean_interval, percent, ratio_interval, ratio_of_sums, t_quantile
 from tests import tiny
 
 MEDIANS = st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=7)
@@ -235,3 +235,13 @@ def test_a_change_of_the_machine_is_none_of_the_code() -> None:
         assert judge(a, b, 0.03, None, older).verdict == "slower"
     for fewer in ((steady[:2], slower), (steady, slower[:2])):  # a replicate without one
         assert judge(a, b, 0.03, None, fewer).verdict == "slower"
+
+
+def test_a_ratio_of_sums_by_hand() -> None:
+    """2 of 4, 1 of 4 and 3 of 4: residuals 0, -1 and 1; the half width is t times sqrt(3 / 2 2) / 12."""
+    found = ratio_of_sums(np.array([2.0, 1, 3]), np.array([4.0, 4, 4]))
+    half = t_quantile(0.975, 2) * math.sqrt(3 / 2 * 2) / 12
+    assert found == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    assert ratio_of_sums(np.array([2.0, 1, 3]), np.array([4.0, 4, 4]), (0.0, 1.0)).low == 0.0
+    assert ratio_of_sums(np.array([1.0]), np.array([4.0])) == (0.25, None, None)
+    assert ratio_of_sums(np.array([1.0]), np.array([0.0])) == (None, None, None)

@@ -104,6 +104,24 @@ def _generate(arguments: list[str]) -> int:
     return OK
 
 
+def _trace(arguments: list[str]) -> int:
+    from moe_lab.cli import trace
+
+    return trace.main(arguments)
+
+
+def _import(arguments: list[str]) -> int:
+    from moe_lab.cli import import_trace
+
+    return import_trace.main(arguments)
+
+
+def _analyze(arguments: list[str]) -> int:
+    from moe_lab.cli import analyze
+
+    return analyze.main(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     parser = Parser(prog="moe-lab doctor", description="Show this machine and what runs on it.")
     parser.add_argument(
@@ -149,6 +167,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plot": _plot,
     "compare": _compare,
     "generate": _generate,
+    "trace": _trace,
+    "import": _import,
+    "analyze": _analyze,
     "inspect": _inspect,
     "export": _export,
     "list": _list,

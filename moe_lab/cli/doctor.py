@@ -18,7 +18,7 @@ from moe_lab.cli.listing import groups
 from moe_lab.cli.progress import Terminal
 from moe_lab.config.compose import compose, composing_multirun
 from moe_lab.config.schemas import ROUTER_IMPLEMENTATIONS
-from moe_lab.ops import extension
+from moe_lab.ops import cxx, extension
 from moe_lab.records.schema import Record
 from moe_lab.results.noise import noise_file, read_floor, write_floor
 from moe_lab.sweep import multirun, session
@@ -75,7 +75,7 @@ def show(*, json: bool = False) -> None:
 def _tools() -> list[tuple[str, str | None, str]]:
     """(name, path if it is there, what it is needed for) of each compiler."""
     return [
-        ("C++ compiler", extension.find_cxx(), "execution=compile on a CPU and router.impl=cuda_ext"),
+        ("C++ compiler", cxx.find_cxx(), "execution=compile on a CPU and router.impl=cuda_ext"),
         ("nvcc", extension.find_nvcc(), "building the CUDA extension"),
     ]
 

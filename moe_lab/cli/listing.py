@@ -23,7 +23,8 @@ def groups(config_dir: str | None) -> dict[str, list[Path]]:
     for folder in folders(config_dir):
         for path in sorted(folder.rglob("*.yaml")):
             group = path.parent.relative_to(folder).as_posix()
-            if group != "." and not group.startswith(("hydra", "_")):  # _: what the files of options share
+            # _: what the files of options share; analysis: groups of another root, conf/analyze.yaml
+            if group != "." and not group.startswith(("hydra", "_", "analysis")):
                 by_group.setdefault(group, []).append(path)
     return dict(sorted(by_group.items()))
 

@@ -79,7 +79,8 @@ def validate(cfg: DictConfig) -> None:
         )
     if cfg.workload.get("load") == "replay" and not cfg.workload.get("trace"):
         raise ValueError(
-            "workload.load=replay: set workload.trace=RUN_DIR, the folder of a run with measure.record_routing=true."
+            "workload.load=replay: set workload.trace to a trace file, or to the folder of a run with "
+            "measure.record_routing=true."
         )
     _at_least(cfg, "workload.hot_experts", 1)
     _at_least(cfg, "workload.zipf_exponent", 0)

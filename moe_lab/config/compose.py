@@ -65,11 +65,11 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
 
 
 @contextmanager
-def composing(overrides: Sequence[str], config_dir: str | Path | None) -> Iterator[DictConfig]:
-    """The composed configuration, Hydra's own node included and open to changes."""
+def composing(overrides: Sequence[str], config_dir: str | Path | None, name: str = "config") -> Iterator[DictConfig]:
+    """The composed configuration, Hydra's own node included and open to changes; `name` is that of the root."""
     arguments = _with(overrides, config_dir)
     with _session():
-        composed = hydra_compose("config", arguments, return_hydra_config=True)
+        composed = hydra_compose(name, arguments, return_hydra_config=True)
         with open_dict(composed):
             yield composed
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
+from moe_lab.config.analyses import ANALYSES, Analyze
+
 DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 TRANSFORMERS_EXPERTS = ("grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
@@ -465,6 +467,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "execution": {"execution": Execution},
     "measure": {"measure": Measure},
     "export": {"export": Export},
+    "analysis": ANALYSES,
 }
 
 
@@ -474,6 +477,7 @@ def register() -> None:
     if "base_config.yaml" in store.repo:
         return
     store.store(name="base_config", node=Config)
+    store.store(name="base_analyze", node=Analyze)
     for group, schemas in SCHEMAS.items():
         for name, node in schemas.items():
             store.store(group=f"_schema/{group}", name=name, node=node)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_lab.intervals import t_quantile
+from moe_lab.intervals import ratio_of_sums
 from moe_lab.models import Output
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.workloads.text import Windows
@@ -144,28 +144,16 @@ def _summary(sums_4W: np.ndarray, bytes_W: np.ndarray, seq_len: int) -> dict[str
         "bytes": int(bytes_W.sum()),
         **_with_interval("bits_per_byte", bits_W, bytes_W),
         **_with_interval("nats_per_token", nats_W, tokens_W),
-        "native_bits_per_byte": _ratio(native_bits_W, bytes_W),
+        "native_bits_per_byte": ratio_of_sums(native_bits_W, bytes_W).value,
         **_with_interval("delta_bits_per_byte", bits_W - native_bits_W, bytes_W),
         **_with_interval("kl_to_native", kl_W, tokens_W),
         **_with_interval("top1_agreement", same_W, tokens_W, within=(0.0, 1.0)),
     }
 
 
-def _ratio(above_W: np.ndarray, below_W: np.ndarray) -> float | None:
-    below = float(below_W.sum())
-    ratio = float(above_W.sum()) / below if below else math.nan
-    return ratio if math.isfinite(ratio) else None
-
-
 def _with_interval(
     name: str, above_W: np.ndarray, below_W: np.ndarray, within: tuple[float, float] = (-math.inf, math.inf)
 ) -> dict[str, float | None]:
     """sum(above) / sum(below) under `name`, and beside it the ends of its 95 % interval, cut off at `within`."""
-    n, ratio = len(above_W), _ratio(above_W, below_W)
-    low = high = None
-    if ratio is not None and n > 1:
-        residuals_W = above_W - ratio * below_W
-        error = math.sqrt(n / (n - 1) * float(np.square(residuals_W).sum())) / float(below_W.sum())
-        half = t_quantile(0.975, n - 1) * error
-        low, high = max(ratio - half, within[0]), min(ratio + half, within[1])
+    ratio, low, high = ratio_of_sums(above_W, below_W, within)
     return {name: ratio, f"{name}_ci95_low": low, f"{name}_ci95_high": high}

@@ -25,6 +25,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from moe_lab.errors import UnavailableError
+from moe_lab.ops.cxx import cache_folder, find_cxx
 from moe_lab.ops.library import library
 from moe_lab.ops.own_files import make_own_folder, require_own
 
@@ -83,12 +84,6 @@ def visible_architectures() -> tuple[str, ...]:
         return ()
     capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return tuple(f"{major}{minor}" for major, minor in sorted(capabilities))
-
-
-def find_cxx() -> str | None:
-    """The C++ compiler: $CXX, or the first of g++, c++ and clang++."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def find_nvcc() -> str | None:
@@ -164,10 +159,8 @@ def label(device: torch.device) -> str:
 
 def binary(architectures: tuple[str, ...]) -> Path:
     """Where the build for these architectures lies, whether it was made or not."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return (
-        base
-        / "moe-lab"
+        cache_folder()
         / "extension"
         / _key(find_cxx(), find_nvcc() if architectures else None)
         / f"{'-'.join(architectures) or 'cpu'}.so"

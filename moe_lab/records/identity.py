@@ -43,7 +43,7 @@ _LATER_OF_ROUTER: dict[str, dict[str, Any]] = {
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 _TABLES = ("choices/*.json",)  # of the package alone: by what experts=auto chooses
 # Rooms of the package that only talk to people or read results: no run executes them.
-_NOT_RUN = ("api", "cli", "results")
+_NOT_RUN = ("analyses", "api", "cli", "results")
 # Folders that lie in the package once it is installed and beside it in a checkout; so the place changes no code_id.
 MAPPED = ("assets", "conf", "kernels")
 ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.records.files import read_bytes, require_plain
-from moe_lab.records.store import ROUTING
+from moe_lab.records.store import ROUTING, TRACE
 
 TEXTS = (".txt", ".md")
 CONFIG = "config.json"
@@ -63,10 +63,10 @@ def require(config: Mapping[str, Any]) -> None:
         require_checkpoint(str(model["path"]))
     if workload.get("path") and str(workload["_target_"]).startswith("moe_lab."):
         text_files(workload["path"])
-    if workload.get("trace") is not None and not (Path(workload["trace"]) / ROUTING).exists():
+    if workload.get("trace") is not None and not trace_file(workload["trace"]).exists():
         raise ValueError(
-            f"workload.trace={workload['trace']}: {Path(workload['trace']) / ROUTING} not found; give the folder of a "
-            "run with measure.record_routing=true."
+            f"workload.trace={workload['trace']}: {trace_file(workload['trace'])} not found; give a trace file, or the "
+            "folder of a run with measure.record_routing=true."
         )
 
 
@@ -95,12 +95,27 @@ def text_id(path: str | Sequence[str]) -> str | Sequence[str]:
         return path  # building the run will tell
 
 
-def trace_id(directory: str) -> str:
-    """12 hex digits of a run's recorded routing, or the path."""
+def trace_file(path: str) -> Path:
+    """The file that `workload.trace` means: a trace, or that of a run's folder; older runs have a `routing.npz`."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder if folder.exists() else folder / TRACE
+    return folder / (ROUTING if (folder / ROUTING).exists() and not (folder / TRACE).exists() else TRACE)
+
+
+def trace_id(path: str) -> str:
+    """12 hex digits of recorded routes, or the path."""
+    file = trace_file(path)
     try:
-        return _hash([Path(directory) / ROUTING])
+        return _hash([file]) if file.name == ROUTING else file_id(file)
     except OSError:
-        return directory
+        return path
+
+
+def file_id(file: Path) -> str:
+    """12 hex digits of what a file holds, whatever its name. Raises `OSError` if it cannot be read."""
+    stat = require_plain(file, None)
+    return _content(os.path.abspath(file), stat.st_mtime_ns, stat.st_size).hex()[:12]
 
 
 def checkpoint_id(directory: str) -> str:

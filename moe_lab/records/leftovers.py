@@ -13,7 +13,8 @@ from typing import NamedTuple
 from moe_lab.records import store
 from moe_lab.records.schema import Record
 
-_OF_A_RUN = (store.RESULT, store.SAMPLES, store.ROUTING, store.LOG, "config.yaml", ".hydra", "netron", ".lock")
+_BESIDE = (store.SAMPLES, store.ROUTING, store.TRACE, store.LOG)
+_OF_A_RUN = (store.RESULT, *_BESIDE, "config.yaml", ".hydra", "netron", ".lock")
 _STALE = "stale-"
 _OF_A_SWEEP = (
     *(store.PLAN, "multirun.yaml", "worker.log", ".lock", "plots", "report.html", "plotly.min.js", "runs.csv"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_lab.measure import phases, roofline, routing_metrics
 from moe_lab.measure.agreement import agreement
@@ -26,10 +26,12 @@ from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import identity
 from moe_lab.records.phases import split
 from moe_lab.records.schema import LAUNCH_BOUND
+from moe_lab.records.trace import Tokens
 from moe_lab.routers.base import Routing
 from moe_lab.runs import build
 from moe_lab.runs.built import Built
 from moe_lab.runs.record import reason_of
+from moe_lab.runs.trace import RunTrace, layers_of, pass_tokens, source_of
 from moe_lab.workloads import text
 
 log = logging.getLogger("moe_lab")
@@ -44,6 +46,7 @@ class Observer:
     Attributes:
         values: what was seen, by the record's field; None where it was not asked for.
         routing_arrays: what goes into `routing.npz`.
+        trace: what goes into `routes.trace`, if `measure.record_routing` asks for it.
         warnings: of what could not be seen.
     """
 
@@ -53,6 +56,7 @@ class Observer:
         self.cfg = built.cfg
         self.values: dict[str, Any] = {}
         self.routing_arrays: dict[str, np.ndarray] = {}
+        self.trace: RunTrace | None = None
         self.warnings: list[str] = []
 
     def observe(self) -> None:
@@ -109,10 +113,12 @@ class Observer:
         layers, decodes = indexed_moe_layers(self.built.model), self.built.decodes
         if not layers:
             return None
-        ids, steps, recorded = [index for index, _ in layers], [], []
+        ids, steps = [index for index, _ in layers], []
+        trace = RunTrace(layers_of(self.built.model), source_of(self.cfg, self.built.model))
         for output in self.built.outputs(_STEPS_OBSERVED if decodes else None):
+            if self.cfg.measure.record_routing:
+                trace.add(self._tokens(), output.routings)
             steps.append(self._routing_stats(output.routings))
-            recorded.append([routing.expert_ids_TK.cpu() for routing in output.routings])
         total = [sum(of_layer[1:], of_layer[0]) for of_layer in zip(*steps, strict=True)]
         self.routing_arrays |= {
             "layer": np.array(ids),
@@ -120,12 +126,16 @@ class Observer:
             "mean_score_LE": np.stack([stats.prob_sum_E / max(stats.tokens, 1) for stats in total]),
             "coactivation_LEE": np.stack([stats.pairs_EE for stats in total]).astype(np.int32),
         }
-        if self.cfg.measure.record_routing:
-            widest = max(ids_TK.shape[1] for of_step in recorded for ids_TK in of_step)
-            padded = [[_padded(ids_TK, widest) for ids_TK in of_step] for of_step in recorded]
-            self.routing_arrays["expert_ids_LTK"] = np.concatenate([np.stack(of_step) for of_step in padded], axis=1)
+        self.trace = trace if trace.passes else None
         summary = routing_metrics.mean_of([routing_metrics.summarize(stats, ids) for stats in steps])
         return {**summary, "steps": len(steps)} if decodes else summary
+
+    def _tokens(self) -> Tokens:
+        """Of the pass that the run stands at."""
+        task, x = self.built.task, self.built.x
+        if isinstance(task, Decode):
+            return pass_tokens(x, "decode", step=int(task.position_1))
+        return pass_tokens(x, "prefill")
 
     def _routing_stats(self, routings: Sequence[Routing]) -> list[routing_metrics.RoutingStats]:
         """Of each MoE layer, in an eager pass by these routings."""
@@ -215,8 +225,3 @@ class Observer:
                 f"quality: {', '.join(windows.left_out)}: shorter than one window (seq_len tokens) and left out."
             )
         return numbers
-
-
-def _padded(ids_TK: Tensor, width: int) -> np.ndarray:
-    """Rows of `width` slots, the additional ones unused."""
-    return np.asarray(nn.functional.pad(ids_TK, (0, width - ids_TK.shape[1]), value=-1).cpu())

@@ -18,6 +18,7 @@ from moe_lab.measure import memory, statistics
 from moe_lab.measure.clocks import Block
 from moe_lab.records import store
 from moe_lab.records.schema import Latency, Record
+from moe_lab.runs.trace import RunTrace
 
 log = logging.getLogger("moe_lab")
 
@@ -100,7 +101,13 @@ def reason_of(error: BaseException) -> str:
     return f"error: {type(error).__name__}: {lines[0]}{targets.place_of(error)}"
 
 
-def write(record: Record, blocks: Sequence[TimedBlock], routing_arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+def write(
+    record: Record,
+    blocks: Sequence[TimedBlock],
+    routing_arrays: Mapping[str, np.ndarray],
+    trace: RunTrace | None,
+    folder: Path,
+) -> None:
     """`result.json` last: where it stands, the rest does too. What an earlier run left and this one has not goes."""
     if (aside := store.set_aside_unreadable(folder)) is not None:
         record.warnings.append(f"an earlier result could not be read; it was renamed to {aside.name}")
@@ -120,6 +127,10 @@ def write(record: Record, blocks: Sequence[TimedBlock], routing_arrays: Mapping[
             store.write_arrays(folder / name, arrays)
         else:
             (folder / name).unlink(missing_ok=True)
+    if trace is not None:
+        trace.write(folder / store.TRACE)
+    else:
+        (folder / store.TRACE).unlink(missing_ok=True)
     store.write_record(folder, record)
 
 

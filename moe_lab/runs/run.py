@@ -43,6 +43,7 @@ from moe_lab.runs.export import exporter, make_inputs
 from moe_lab.runs.observe import Observer
 from moe_lab.runs.place import Place
 from moe_lab.runs.record import TimedBlock
+from moe_lab.runs.trace import RunTrace
 from moe_lab.runs.unchanged import unchanged_process
 from moe_lab.runs.verify import Verification, verify
 from moe_lab.runs.verify_decode import verify_decode
@@ -77,6 +78,7 @@ class Run:
         self.contention: dict[str, Any] | None = None  # what else the machine did while this was timed
         self.observed: dict[str, Any] = {}
         self.routing_arrays: dict[str, np.ndarray] = {}
+        self.trace: RunTrace | None = None
         # Of a single run most were refused; in a sweep they may be another cell's.
         without_effect = unread(cfg, cfg.overrides, in_a_sweep=True, only_refused=False)
         self.warnings: list[str] = list(without_effect.values())
@@ -262,6 +264,7 @@ class Run:
         finally:
             self.observed |= observer.values
             self.routing_arrays |= observer.routing_arrays
+            self.trace = observer.trace
             self.warnings += observer.warnings
 
     @property
@@ -349,7 +352,7 @@ class Run:
         """Write the record and everything beside it into the run's folder."""
         if os.getpid() != self._process:
             os._exit(1)  # a fork that a router made: the run is its parent's
-        recording.write(record, self.blocks, self.routing_arrays, self.directory)
+        recording.write(record, self.blocks, self.routing_arrays, self.trace, self.directory)
 
 
 def _kept(output: Output) -> Output:

@@ -300,6 +300,6 @@ def write(cell: Cell, status: Literal["failed", "skipped"], reason: str) -> None
     """Write the record of a cell that a worker cannot write: excluded, or lost."""
     store.own_folder(cell.directory)
     store.set_aside_unreadable(cell.directory)
-    for left in (store.SAMPLES, store.ROUTING):
+    for left in (store.SAMPLES, store.ROUTING, store.TRACE):
         (cell.directory / left).unlink(missing_ok=True)
     store.write_record(cell.directory, cell.record(status, reason))

@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from moe_lab.models.moe_layer import moe_layers
-from moe_lab.records import files, store
+from moe_lab.records import files, inputs, store
+from moe_lab.records.trace import Trace
 from moe_lab.routers.base import Routing
 from moe_lab.workloads import loads
 
@@ -50,44 +51,62 @@ def _load_keys(cfg: DictConfig) -> dict[str, float]:
     return {"seed": int(cfg.seed), **{key: cfg.workload[key] for key in keys if cfg.workload.get(key) is not None}}
 
 
-def _trace(directory: str, layer: int | None, n_layers: int) -> np.ndarray:
-    """The recorded ids [L, T, K] of a run, or of one of its MoE layers (counted from 0) for a model that has one.
+def _trace(path: str, layer: int | None, n_layers: int) -> list[np.ndarray]:
+    """The recorded ids [T, K] of each layer, or of one MoE layer (counted from 0) for a model that has one.
 
     Raises:
-        ValueError: the file is missing, or it has another number of layers.
+        ValueError: the file is missing or damaged, or it has another number of layers.
     """
-    path = Path(directory) / store.ROUTING
+    file = inputs.trace_file(path)
     try:
-        files.require_arrays(path)
-        with np.load(path, allow_pickle=False) as arrays:
-            ids_LTK: np.ndarray = arrays["expert_ids_LTK"]
+        recorded = _of_an_older_run(file) if file.name == store.ROUTING else None
+        if recorded is None:
+            with Trace(file) as trace:
+                return [trace.ids(index) for index in _chosen(path, layer, len(trace.layers), n_layers)]
     except (OSError, ValueError, KeyError) as error:
+        if str(error).startswith("workload."):
+            raise
         raise ValueError(
-            f"workload.trace={directory}: {path} has no recorded routing ({error}); give the folder of a run "
-            "with measure.record_routing=true."
+            f"workload.trace={path}: {file} has no recorded routing ({error}); give a trace file, or the folder of a "
+            "run with measure.record_routing=true."
         ) from error
-    if layer is not None and (n_layers != 1 or layer >= len(ids_LTK)):
+    return [recorded[index] for index in _chosen(path, layer, len(recorded), n_layers)]
+
+
+def _of_an_older_run(file: Path) -> np.ndarray:
+    """[L, T, K] of a `routing.npz`, where runs wrote their routes before there were traces."""
+    files.require_arrays(file)
+    with np.load(file, allow_pickle=False) as arrays:
+        ids_LTK: np.ndarray = arrays["expert_ids_LTK"]
+    return ids_LTK
+
+
+def _chosen(path: str, layer: int | None, n_recorded: int, n_layers: int) -> range:
+    """Which of the recorded layers the model's are."""
+    if layer is not None and (n_layers != 1 or layer >= n_recorded):
         raise ValueError(
-            f"workload.trace_layer={layer}: must be a layer of {directory} (0 to {len(ids_LTK) - 1}), and the model "
+            f"workload.trace_layer={layer}: must be a layer of {path} (0 to {n_recorded - 1}), and the model "
             f"must have one MoE layer (this one has {n_layers})."
         )
     if layer is not None:
-        return ids_LTK[layer : layer + 1]
-    if len(ids_LTK) != n_layers:
+        return range(layer, layer + 1)
+    if n_recorded != n_layers:
         remedy = "set workload.trace_layer=0, or sweep over it" if n_layers == 1 else "use a run of the same model"
         raise ValueError(
-            f"workload.trace={directory}: the recording has {len(ids_LTK)} MoE layers, but the model has {n_layers}; "
-            f"{remedy}."
+            f"workload.trace={path}: the recording has {n_recorded} MoE layers, but the model has {n_layers}; {remedy}."
         )
-    return ids_LTK
+    return range(n_recorded)
 
 
 def recorded_tokens(cfg: DictConfig) -> int | None:
     """How many tokens the recording has that is replayed; None where none is."""
     if cfg.workload.get("load") != "replay":
         return None
-    with np.load(Path(cfg.workload.trace) / store.ROUTING) as arrays:
-        return int(arrays["expert_ids_LTK"].shape[1])
+    file = inputs.trace_file(cfg.workload.trace)
+    if file.name == store.ROUTING:
+        return int(_of_an_older_run(file).shape[1])
+    with Trace(file) as trace:
+        return trace.n_tokens
 
 
 def load_difference(cfg: DictConfig, model: nn.Module, forced: Sequence[Routing] | None) -> float | None:

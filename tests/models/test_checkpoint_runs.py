@@ -9,6 +9,7 @@ import pytest
 
 import moe_lab
 from moe_lab.records.schema import Record
+from moe_lab.records.trace import Trace
 from tests import quick
 from tests.models.checkpoints import KINDS, checkpoint
 
@@ -37,8 +38,13 @@ def test_routers_are_swapped_on_text(kind: str, tmp_path: Path) -> None:
     assert native.quality is not None and swapped.quality is not None
     assert native.quality["kl_to_native"] == 0 < swapped.quality["kl_to_native"]
     ran(tmp_path, "replayed", "workload.load=replay", f"workload.trace={tmp_path / 'native'}", recorded)
-    with np.load(tmp_path / "native" / "routing.npz") as first, np.load(tmp_path / "replayed" / "routing.npz") as again:
-        assert np.array_equal(first["expert_ids_LTK"], again["expert_ids_LTK"]) and first["expert_ids_LTK"].size
+    with (
+        Trace(tmp_path / "native" / "routes.trace") as first,
+        Trace(tmp_path / "replayed" / "routes.trace") as again,
+    ):
+        assert first.layers == again.layers
+        for index in range(len(first.layers)):
+            assert np.array_equal(first.ids(index), again.ids(index))
 
 
 @kinds

@@ -14,7 +14,7 @@ from torch import Tensor
 import moe_lab
 from moe_lab.errors import MismatchError
 from moe_lab.models.router_only import RouterModel
-from moe_lab.ops import extension
+from moe_lab.ops import cxx, extension
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing
 from moe_lab.routers.contract import check_contract
@@ -24,7 +24,7 @@ from tests import tiny
 from tests.routers.cases import SCORED, make
 from tests.sweep import faulty
 
-needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
+needs_cxx = pytest.mark.skipif(cxx.find_cxx() is None, reason="no C++ compiler for the extension")
 IMPLEMENTATION = pytest.mark.parametrize(
     "impl", [pytest.param("torch", id="torch"), pytest.param("cuda_ext", id="cuda_ext", marks=needs_cxx)]
 )

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lab.ops import extension
+from moe_lab.ops import cxx, extension
 from moe_lab.ops.combine import combine
 
-needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
+needs_cxx = pytest.mark.skipif(cxx.find_cxx() is None, reason="no C++ compiler for the extension")
 
 DTYPES = [
     pytest.param(torch.float32, 1e-6, id="fp32"),

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from moe_lab.errors import UnavailableError
-from moe_lab.ops import extension
+from moe_lab.ops import cxx, extension
 
 ROOT = Path(__file__).parents[2]
-needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
+needs_cxx = pytest.mark.skipif(cxx.find_cxx() is None, reason="no C++ compiler for the extension")
 CPU = torch.device("cpu")
 
 

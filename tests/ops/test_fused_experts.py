@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from moe_lab.errors import UnavailableError
-from moe_lab.ops import extension, fused_experts
+from moe_lab.ops import cxx, extension, fused_experts
 from moe_lab.ops.dispatch import dispatch
 
-pytestmark = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
+pytestmark = pytest.mark.skipif(cxx.find_cxx() is None, reason="no C++ compiler for the extension")
 ON = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu, id="cuda")]
 ALL_TILES = [
     pytest.param((128, 16, 128, 16, 1), id="narrow-16"),

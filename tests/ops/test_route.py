@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moe_lab.cli import listing
 from moe_lab.config.compose import compose
 from moe_lab.errors import UnavailableError
-from moe_lab.ops import extension
+from moe_lab.ops import cxx, extension
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.library import triton_interprets
 from moe_lab.ops.route import Routed, gate_route, multiplies_gate, require_computable, route
@@ -29,7 +29,7 @@ from tests.ops.compiling import assert_compiles
 from tests.routers.cases import SCORED, make
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where a fixture cannot say it
-needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
+needs_cxx = pytest.mark.skipif(cxx.find_cxx() is None, reason="no C++ compiler for the extension")
 IMPLEMENTATIONS = ("torch", "triton", "cuda_ext", "vllm", "sglang", "transformers")
 IMPLEMENTATION = pytest.mark.parametrize(
     "implementation", [pytest.param("triton", id="triton"), pytest.param("cuda_ext", id="cuda_ext", marks=needs_cxx)]

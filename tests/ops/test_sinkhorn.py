@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_lab.errors import UnavailableError
-from moe_lab.ops import extension
+from moe_lab.ops import cxx
 from moe_lab.ops.library import triton_interprets
 from moe_lab.ops.sinkhorn import log_plan, require_computable, scores_of, sinkhorn_route
 from tests.ops.compiling import assert_compiles
@@ -214,7 +214,7 @@ def test_a_tolerance_ends_the_iterations(iters: int) -> None:
         assert torch.equal(log_plan(logits_TE, iters, 1.0, tolerance), plans[first])
 
 
-needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
+needs_cxx = pytest.mark.skipif(cxx.find_cxx() is None, reason="no C++ compiler for the extension")
 IMPLEMENTATION = pytest.mark.parametrize(
     "implementation", [pytest.param("triton", id="triton"), pytest.param("cuda_ext", id="cuda_ext", marks=needs_cxx)]
 )

@@ -256,6 +256,19 @@ def test_a_recording_is_who_it_is_wherever_it_lies(tmp_path: Path) -> None:
     assert trace_id(str(tmp_path)) == str(tmp_path)
 
 
+def test_a_trace_is_who_it_is_whatever_its_name(tmp_path: Path) -> None:
+    """In a run's folder or beside it; an older run's recording counts where there is no trace."""
+    write_arrays(files(tmp_path / "run", result__json="{}") / ROUTING, {"expert_ids_LTK": np.array([[0]])})
+    older = trace_id(str(tmp_path / "run"))
+    (tmp_path / "run" / "routes.trace").write_bytes(b"a trace")
+    (tmp_path / "x.trace").write_bytes(b"a trace")
+    (tmp_path / "y.trace").write_bytes(b"another")
+    run, x, y = (trace_id(str(tmp_path / name)) for name in ("run", "x.trace", "y.trace"))
+    assert is_id(x) and older != run == x != y
+    assert inputs.trace_file(str(tmp_path / "run")) == tmp_path / "run" / "routes.trace"
+    assert trace_id(str(tmp_path / "nowhere")) == str(tmp_path / "nowhere")
+
+
 def test_identities_need_no_torch(tmp_path: Path) -> None:
     """They are asked for before anything is loaded."""
     code = (

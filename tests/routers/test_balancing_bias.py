@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_lab.ops import extension
+from moe_lab.ops import cxx
 from moe_lab.routers.base import RouteContext
 from tests.routers.cases import make
 
-needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
+needs_cxx = pytest.mark.skipif(cxx.find_cxx() is None, reason="no C++ compiler for the extension")
 ROUTERS = pytest.mark.parametrize(
     "option", [pytest.param("loss_free", id="loss-free"), pytest.param("quantile", id="quantile")]
 )

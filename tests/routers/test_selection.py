@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.errors import UnavailableError
-from moe_lab.ops import extension
+from moe_lab.ops import cxx
 from moe_lab.ops.route import gate_route
 from moe_lab.ops.selection import Selection
 from moe_lab.ops.softmax_topk import chosen
@@ -18,7 +18,7 @@ from moe_lab.routers.base import RouteContext, Router
 from moe_lab.routers.selection import SelectionRouter
 from tests.routers.cases import SCORED, make
 
-needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
+needs_cxx = pytest.mark.skipif(cxx.find_cxx() is None, reason="no C++ compiler for the extension")
 
 
 class Sigmoids(SelectionRouter):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from moe_lab.errors import UnavailableError
-from moe_lab.ops import extension
+from moe_lab.ops import cxx
 from moe_lab.routers.base import RouteContext
 from tests.routers.cases import make
 
-needs_cxx = pytest.mark.skipif(extension.find_cxx() is None, reason="no C++ compiler for the extension")
+needs_cxx = pytest.mark.skipif(cxx.find_cxx() is None, reason="no C++ compiler for the extension")
 SIZES = pytest.mark.parametrize(
     ("T", "E", "K"),
     [

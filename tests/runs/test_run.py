@@ -29,6 +29,7 @@ from moe_lab.records.fields import CONTENTION, names
 from moe_lab.records.phases import AGREES
 from moe_lab.records.schema import BUSY
 from moe_lab.records.store import read_record
+from moe_lab.records.trace import Trace
 from moe_lab.runs.run import Run
 from tests import quick, tiny
 
@@ -378,28 +379,45 @@ def test_a_load_that_cannot_be_had_is_a_warning(tmp_path: Path) -> None:
     assert "40.0% of the slots go to other experts than requested" in warning
 
 
+def routes(folder: Path) -> np.ndarray:
+    """[L, T, K] that a run recorded."""
+    with Trace(folder / "routes.trace") as trace:
+        return np.stack([trace.ids(index) for index in range(len(trace.layers))])
+
+
 def test_a_recorded_routing_is_replayed(tmp_path: Path) -> None:
     """The same ids for the same tokens; for others, drawn from them; the cell is that of the recording's content."""
     recording = quick.compose("decoder_moe", "router=sinkhorn", "measure.record_routing=true")
     first = moe_lab.run(recording, tmp_path / "first")
-    with np.load(tmp_path / "first" / "routing.npz") as arrays:
-        recorded_LTK, counts_LE = arrays["expert_ids_LTK"], arrays["counts_LE"]
+    recorded_LTK = routes(tmp_path / "first")
     assert recorded_LTK.shape == (2, 14, 2)
     replay = ("workload.load=replay", f"workload.trace={tmp_path / 'first'}", "measure.record_routing=true")
     record = moe_lab.run(quick.compose("decoder_moe", *replay), tmp_path / "second")
     assert (record.status, record.implementation["router"]) == ("ok", "forced: replay")
-    with np.load(tmp_path / "second" / "routing.npz") as arrays:
-        assert np.array_equal(arrays["expert_ids_LTK"], recorded_LTK)
-        assert np.array_equal(arrays["counts_LE"], counts_LE)
-    shutil.copytree(tmp_path / "first", tmp_path / "moved")
-    moved = quick.compose("decoder_moe", "workload.load=replay", f"workload.trace={tmp_path / 'moved'}")
+    assert np.array_equal(routes(tmp_path / "second"), recorded_LTK)
+    with np.load(tmp_path / "first" / "routing.npz") as arrays, np.load(tmp_path / "second" / "routing.npz") as again:
+        assert np.array_equal(again["counts_LE"], arrays["counts_LE"])
+    shutil.copy(tmp_path / "first" / "routes.trace", tmp_path / "moved.trace")
+    moved = quick.compose("decoder_moe", "workload.load=replay", f"workload.trace={tmp_path / 'moved.trace'}")
     assert identity.cell_id(moved) == record.cell_id != first.cell_id
+    assert moe_lab.run(moved, tmp_path / "of a file").status == "ok"
     longer = moe_lab.run(quick.compose("decoder_moe", *replay, "batch=9"), tmp_path / "third")
     assert longer.status == "ok"
-    with np.load(tmp_path / "third" / "routing.npz") as arrays:
-        rows = {tuple(row) for row in recorded_LTK[1].tolist()}
-        assert arrays["expert_ids_LTK"].shape == (2, 63, 2)
-        assert {tuple(row) for row in arrays["expert_ids_LTK"][1].tolist()} <= rows
+    drawn_LTK, rows = routes(tmp_path / "third"), {tuple(row) for row in recorded_LTK[1].tolist()}
+    assert drawn_LTK.shape == (2, 63, 2)
+    assert {tuple(row) for row in drawn_LTK[1].tolist()} <= rows
+
+
+def test_a_recording_of_an_older_run_is_replayed(tmp_path: Path) -> None:
+    """Its routes are in `routing.npz`."""
+    ids_LTK = np.tile(np.array([[3, 1], [0, 4]], np.int32), (2, 7, 1))
+    tmp_path.joinpath("old").mkdir()
+    np.savez(tmp_path / "old" / "routing.npz", expert_ids_LTK=ids_LTK)
+    cfg = quick.compose(
+        "decoder_moe", "workload.load=replay", f"workload.trace={tmp_path / 'old'}", "measure.record_routing=true"
+    )
+    assert moe_lab.run(cfg, tmp_path / "new").status == "ok"
+    assert np.array_equal(routes(tmp_path / "new"), ids_LTK)
 
 
 @pytest.mark.parametrize(
@@ -423,5 +441,5 @@ def test_a_recording_that_does_not_fit_is_said(more: list[str], message: str, tm
 
 def test_a_replay_without_a_recording_is_a_mistake() -> None:
     """Of the configuration: nothing is built."""
-    with pytest.raises(ValueError, match=r"workload\.trace=RUN_DIR"):
+    with pytest.raises(ValueError, match=r"set workload\.trace to a trace file"):
         Run(quick.compose("decoder_moe", "workload.load=replay"))

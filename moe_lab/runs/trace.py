@@ -1,0 +1,226 @@
+"""Recording a trace (records/trace.py): from the passes of a run, or of a model over texts (`moe-lab trace`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from moe_lab.measure.tolerances import exact_products
+from moe_lab.models.moe_layer import MoELayer, hooked, indexed_moe_layers, moe_layers
+from moe_lab.models.serving import Decode
+from moe_lab.models.transformer_decoder import TransformerDecoder
+from moe_lab.records import inputs
+from moe_lab.records.identity import content, model_name, option_name
+from moe_lab.records.trace import Layer, Tokens, TraceWriter, tokens_of
+from moe_lab.routers.base import Routing
+from moe_lab.runs import build
+from moe_lab.workloads import text
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The MoE layers of a model as a trace describes them; any width may come of a router without a fixed k."""
+    return [
+        Layer(index, E, layer.router.top_k if layer.router.static_k else E, int(layer.weights.bytes_per_expert))
+        for index, layer in indexed_moe_layers(model)
+        for E in (layer.weights.n_experts,)
+    ]
+
+
+def source_of(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
+    """Where a trace of this configuration comes from: names, and hashes of what was read."""
+    found, tokenizer = content(cfg), getattr(model, "tokenizer_file", None)
+    return {
+        "written_by": f"moe-lab {version('moe-lab')}",
+        "model": model_name(cfg.model),
+        "model_content": found["model"].get("path"),
+        "router": option_name(cfg.router),
+        "tokenizer": inputs.file_id(tokenizer) if tokenizer is not None else None,
+        "texts": found["workload"].get("path"),
+        "dtype": cfg.dtype.name,
+        "batch": int(cfg.batch),
+        "seed": int(cfg.seed),
+    }
+
+
+@dataclass
+class RunTrace:
+    """The routes of a run's passes, kept until its folder is written.
+
+    Attributes:
+        passes: of each its tokens, and layer by layer ids [T, K] and weights [T, K]; K may differ between passes.
+    """
+
+    layers: list[Layer]
+    source: dict[str, Any]
+    passes: list[tuple[Tokens, list[Routing]]] = field(default_factory=list)
+
+    def add(self, tokens: Tokens, routings: Sequence[Routing]) -> None:
+        """Keep a copy of what one pass chose."""
+        kept = [Routing(routing.expert_ids_TK.cpu().clone(), routing.weights_TK.cpu().clone()) for routing in routings]
+        self.passes.append((tokens, kept))
+
+    def write(self, path: Path) -> None:
+        """Write the trace; a layer is as wide as the widest of its passes."""
+        widths = [max(of_pass[i].expert_ids_TK.shape[1] for _, of_pass in self.passes) for i in range(len(self.layers))]
+        layers = [
+            Layer(layer.layer, layer.n_experts, K, layer.bytes_per_expert)
+            for layer, K in zip(self.layers, widths, strict=True)
+        ]
+        missing = ["domain: the texts of a run's input are not recorded; moe-lab trace records them"]
+        with TraceWriter(path, layers, ("weights",), source=self.source, missing=missing) as writer:
+            for tokens, routings in self.passes:
+                arrays = [_arrays(routing, layer.top_k) for routing, layer in zip(routings, layers, strict=True)]
+                writer.add(tokens, [ids for ids, _ in arrays], weights=[weights for _, weights in arrays])
+
+
+def pass_tokens(x: Tensor, phase: str, first: int = 0, step: int | None = None) -> Tokens:
+    """The tokens of one pass over x [B, S] ids or [B, S, D] hidden states, sequence by sequence.
+
+    `step`: of a decoding step, the one position of all that it takes. `first`: the number of the first sequence.
+    """
+    B, S = (x.shape[0], x.shape[1]) if x.dim() > 1 else (1, x.shape[0])
+    ids_BS = x.cpu().numpy() if x.dtype == torch.int64 and x.dim() == 2 else np.full((B, S), -1)
+    position_S = np.arange(S)
+    if step is not None:
+        ids_BS, position_S = ids_BS[:, step : step + 1], np.array([step])
+    sequence = first + np.arange(B).repeat(len(position_S))
+    return tokens_of(sequence, np.tile(position_S, B), phase, ids_BS.reshape(-1))
+
+
+def _arrays(routing: Routing, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, weights) [T, width]; slots beyond those of the routing are unused."""
+    pad = (0, width - routing.expert_ids_TK.shape[1])
+    ids_TK = nn.functional.pad(routing.expert_ids_TK, pad, value=-1)
+    weights_TK = nn.functional.pad(routing.weights_TK, pad)
+    return ids_TK.cpu().numpy(), weights_TK.float().cpu().numpy()
+
+
+def boundary_margin(logits_TE: Tensor, top_k: int) -> Tensor:
+    """p_(k) - p_(k+1) of the softmax, p sorted, [T] float32: how near the choice was; NaN where k = E."""
+    p_TE = logits_TE.softmax(-1, dtype=torch.float32)
+    if top_k >= p_TE.shape[1]:
+        return torch.full_like(p_TE[:, 0], torch.nan)
+    top = p_TE.topk(top_k + 1, dim=-1).values
+    return top[:, -2] - top[:, -1]
+
+
+@contextmanager
+def _logits(layers: Sequence[MoELayer]) -> Iterator[Callable[[], list[Tensor]]]:
+    """Inside, every pass adds its logits; the function that is given gives those since it was last called."""
+    kept: dict[MoELayer, list[Tensor]] = {layer: [] for layer in layers}
+
+    def look(layer: Any, arguments: tuple[Any, ...], _: Any) -> None:
+        kept[layer].append(layer.logits(arguments[0]))
+
+    def take() -> list[Tensor]:
+        found = [torch.cat(pieces) for pieces in kept.values()]
+        for pieces in kept.values():
+            pieces.clear()
+        return found
+
+    with hooked(layers, look):
+        yield take
+
+
+@torch.inference_mode()
+def record(
+    cfg: DictConfig,
+    path: Path,
+    n_tokens: int | None = None,
+    *,
+    logits: bool = False,
+    progress: Callable[[range], Any] = iter,
+) -> list[str]:
+    """Write the trace of a model over the texts of `cfg.workload.path`.
+
+    Windows of `seq_len` tokens are computed `batch` at a time, all tokens of a window at once: phase prefill. With
+    `workload.phase=decode` the first `context_len` tokens of a window are prefill and each of the `seq_len` after them
+    is a step of the decode path, given the text's own token.
+
+    Args:
+        path: of the file.
+        n_tokens: about so many; the windows are spread evenly over the texts. None: all that they have.
+        logits: record the router's logits too.
+        progress: is given the first window of each batch.
+
+    Returns:
+        a sentence for everything that the trace does not have.
+
+    Raises:
+        ValueError: the model has no MoE layers, the workload no texts, or they are too short.
+        UnavailableError: the device, or an implementation on it, is not here.
+    """
+    if cfg.workload.get("name") != "text":
+        raise ValueError("trace: needs real text; set workload=text and workload.path (a file or a folder).")
+    if cfg.workload.get("load", "native") != "native":
+        raise ValueError(f"workload.load={cfg.workload.load}: a trace records what the router chooses; remove it.")
+    with exact_products():
+        device = build.resolve_device(cfg)
+        model = build.build_model(cfg, device)
+        build.require_runnable(cfg, model, device)
+        if not moe_layers(model):
+            raise ValueError(f"model={option_name(cfg.model)}: has no MoE layers, so there are no routes to record.")
+        build.build_input(cfg, model, device)  # its errors name the keys
+        context_len = int(cfg.workload.context_len) if cfg.workload.phase == "decode" else None
+        batch, length = int(cfg.batch), build.n_positions(cfg)
+        domains = text.read_domains(cfg.workload.path, int(model.vocab_size), getattr(model, "tokenizer_file", None))  # type: ignore[arg-type]
+        n_windows = None if n_tokens is None else max(n_tokens // (batch * length), 1) * batch
+        windows = text.windows(domains, length, n_windows, int(cfg.seed))
+        n = len(windows.ids_WS) // batch * batch
+        missing = [f"{name}: shorter than one window (seq_len tokens)" for name in windows.left_out]
+        if n < len(windows.ids_WS):
+            missing.append(f"the last {len(windows.ids_WS) - n} windows, which do not fill a batch")
+        columns = ("weights", "margin", "logits") if logits else ("weights", "margin")
+        layers, source = layers_of(model), source_of(cfg, model)
+        with (
+            TraceWriter(path, layers, columns, windows.names, source, missing) as writer,
+            _logits(moe_layers(model)) as take,
+        ):
+            for first in progress(range(0, n, batch)):
+                ids_BS, domain_B = windows.ids_WS[first : first + batch].to(device), windows.domain_W[first:][:batch]
+                for tokens, routings in _passes(model, ids_BS, first, context_len):
+                    domain = domain_B.numpy()[tokens.sequence - first].astype(np.int16)
+                    _add(writer, tokens._replace(domain=domain), routings, take(), logits_too=logits)
+    return missing
+
+
+def _passes(
+    model: nn.Module, ids_BS: Tensor, first: int, context_len: int | None
+) -> Iterator[tuple[Tokens, Sequence[Routing]]]:
+    """One pass over whole windows, or the pass over their contexts and every step after it."""
+    if context_len is None:
+        if isinstance(model, TransformerDecoder):
+            model.rope.reserve(ids_BS.shape[1], ids_BS.device)
+        yield pass_tokens(ids_BS, "prefill", first), model(ids_BS).routings
+        return
+    assert isinstance(model, TransformerDecoder)
+    task = Decode(model, model.make_cache(*ids_BS.shape), context_len)
+    yield pass_tokens(ids_BS[:, :context_len], "prefill", first), task.fill(ids_BS)
+    for position in range(context_len, ids_BS.shape[1]):
+        yield pass_tokens(ids_BS, "decode", first, position), task(ids_BS).routings
+        task.advance()
+
+
+def _add(
+    writer: TraceWriter, tokens: Tokens, routings: Sequence[Routing], logits: Sequence[Tensor], *, logits_too: bool
+) -> None:
+    arrays = [_arrays(routing, layer.top_k) for routing, layer in zip(routings, writer.layers, strict=True)]
+    more = {
+        "weights": [weights for _, weights in arrays],
+        "margin": [
+            boundary_margin(of_layer, layer.top_k).cpu().numpy()
+            for of_layer, layer in zip(logits, writer.layers, strict=True)
+        ],
+    }
+    if logits_too:
+        more["logits"] = [of_layer.float().cpu().numpy() for of_layer in logits]
+    writer.add(tokens, [ids for ids, _ in arrays], **more)

@@ -1,0 +1,76 @@
+"""analyses/specialisation.py: shares, information and guesses by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_lab.analyses import specialisation
+from moe_lab.analyses.guesses import GUESSES
+from moe_lab.analyses.routes import routes_of, view_of
+from moe_lab.analyses.specialisation import conclude, of_layer, text_information
+from moe_lab.records.trace import Layer, Trace, TraceWriter, tokens_of
+from tests.analyses import traces
+
+
+def write(path: Path, texts: list[tuple[list[int], list[int], list[int]]]) -> Path:
+    """A sequence of each text: token ids, the expert of each token in layer 0 and in layer 1, of four."""
+    with TraceWriter(path, [Layer(0, 4, 1), Layer(1, 4, 1)], domains=[str(i) for i in range(len(texts))]) as writer:
+        for index, (ids, first, second) in enumerate(texts):
+            tokens = tokens_of(np.full(len(ids), index), np.arange(len(ids)), token=np.array(ids), domain=index)
+            writer.add(tokens, [np.array(first)[:, None], np.array(second)[:, None]])
+    return path
+
+
+def test_guesses_by_hand(tmp_path: Path) -> None:
+    """Each text is guessed from what the other one did."""
+    path = write(
+        tmp_path / "x.trace",
+        [
+            ([5, 6, 5, 7], [0, 1, 0, 2], [3, 2, 3, 3]),
+            ([5, 5, 6, 5], [0, 0, 1, 3], [3, 3, 2, 0]),
+        ],
+    )
+    cfg = {"guess": list(GUESSES)}
+    with Trace(path) as trace:
+        view = view_of(trace)
+        parts = [of_layer(routes_of(trace, i, view, with_before=True), cfg, trace.layers) for i in range(2)]
+        findings = conclude(parts, view, cfg, trace.layers)
+    first, second = findings.tables["specialisation"].to_dict("records")
+    # Layer 0. Popular elsewhere: 0 for both texts (2 of 4 each). By id: 5 -> 0, 6 -> 1 in both; 7 was not seen, so 0.
+    assert (first["popular"], first["token_id"]) == (4 / 8, 6 / 8)
+    assert first["previous_token"] == 1 / 8  # the second 0 of the second text
+    assert np.isnan(first["layer_before"])
+    # Layer 1. From the layer before: 0 -> 3 and 1 -> 2 in both texts; 2 and 3 were not seen there, so expert 0.
+    assert second["layer_before"] == (3 + 4) / 8
+    assert second["popular"] == (3 + 2) / 8 and second["previous_token"] == 2 / 8
+    table = findings.tables["specialisation_texts"].set_index(["layer", "expert", "part"])
+    assert table["share"][0, 0, "0"] == 2 / 4 and table["lift"][0, 0, "0"] == 2
+    assert "are among those that its token id used elsewhere" in findings.sentences[0]
+
+
+def test_a_text_is_not_guessed_from_itself(tmp_path: Path) -> None:
+    """The other text uses 1 most, and this one 0."""
+    path = write(tmp_path / "x.trace", [([5, 5, 5], [0, 0, 0], [0, 0, 0]), ([5, 5, 5], [1, 1, 0], [0, 0, 0])])
+    table = traces.found(path, specialisation, {"guess": ["popular", "token_id"]}).tables["specialisation"]
+    assert (table["popular"][0], table["token_id"][0]) == (1 / 6, 1 / 6)
+
+
+def test_information_by_hand() -> None:
+    """All of it, none of it, one part."""
+    assert text_information(np.array([[4, 0], [0, 4]])) == pytest.approx(1)
+    assert text_information(np.array([[3, 1], [3, 1]])) == pytest.approx(0)
+    assert text_information(np.array([[3, 1]])) is None
+
+
+def test_what_a_trace_does_not_say_is_said(tmp_path: Path) -> None:
+    """No token ids, no layer before; four texts that like different experts are told apart."""
+    cfg = {"guess": ["popular", "token_id", "previous_token"]}
+    findings = traces.found(traces.random(tmp_path / "x.trace", 12, 40), specialisation, cfg)
+    assert "does not say the tokens' ids" in findings.notes[0]
+    table = findings.tables["specialisation"]
+    assert "token_id" not in table and (table["text_information"] > 0.02).all()
+    assert (table["previous_token"] > 2 / 16).all()
+    assert "tells" in findings.sentences[1]

@@ -1,0 +1,44 @@
+"""cli/analyze.py: `moe-lab analyze` from the words to the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moe_lab.cli.main import main
+from tests.analyses import traces
+
+
+def test_the_sentences_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And where the rest lies; what is too small is said on standard error."""
+    path = traces.random(tmp_path / "x.trace", 8, 20)
+    assert main(["analyze", str(path), "analysis/placement=null", "unique_experts.batch=1,64"]) == 0
+    said = capsys.readouterr()
+    assert "A cache of 8 of 16 experts a layer holds" in said.out and f"{tmp_path / 'x.analysis'}: " in said.out
+    assert "too few or too short sequences" in said.err
+    assert (tmp_path / "x.analysis" / "analysis.html").exists()
+
+
+def test_the_configuration_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a trace."""
+    assert main(["analyze", "--cfg", "expert_cache.capacity=3,4"]) == 0
+    assert "capacity:\n  - 3\n  - 4\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param([], "takes one trace, not 0", id="no-trace"),
+        pytest.param(["a", "b"], "takes one trace, not 2", id="two"),
+        pytest.param(["nowhere.trace"], "nowhere.trace: not a trace that can be read (No such file", id="file"),
+        pytest.param(["a", "phase=decode", "phase=prefill"], "phase is given twice", id="twice"),
+        pytest.param(["a", "expert_cache.polic=lru"], "Did you mean policy", id="key"),
+        pytest.param(["a", "analysis/expert_cache=lur"], "lur", id="option"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2."""
+    assert main(["analyze", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1

@@ -1,0 +1,54 @@
+"""cli/trace.py: `moe-lab trace` from the words to the file, and mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moe_lab.cli.main import main
+from moe_lab.records.trace import Trace
+from tests import quick
+
+MODEL = [f"model.path={quick.TINY_OLMOE}", f"workload.path={quick.TEXTS}", "device=cpu", "batch=2", "seq_len=16"]
+
+
+def test_a_trace_is_recorded_and_written_as_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line says what is in it."""
+    out = tmp_path / "new" / "x.trace"
+    assert main(["trace", *MODEL, "--out", str(out), "--tokens", "64"]) == 0
+    assert "64 tokens of 4 texts, 4 layers, 2 of 16 experts" in capsys.readouterr().out
+    with Trace(out) as trace:
+        assert trace.columns == ("weights", "margin")
+    assert main(["trace", str(out), "--to", "parquet", "--out", str(tmp_path / "x.parquet")]) == 0
+    assert main(["import", "parquet", str(tmp_path / "x.parquet"), "-o", str(tmp_path / "y.trace")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param([*MODEL, "measure.quality=false"], "moe-lab trace only uses", id="other-key"),
+        pytest.param([*MODEL, "--tokens", "0"], "--tokens 0: must be", id="tokens"),
+        pytest.param(["model.path=nowhere", "workload.path=x"], "model.path=nowhere", id="model"),
+        pytest.param([*MODEL[:1], "workload.path=nowhere"], "workload.path=nowhere: file or folder", id="text"),
+        pytest.param(["x.trace"], "to write a trace as another format, add --to", id="no-override"),
+        pytest.param(["nowhere.trace", "--to", "parquet"], "nowhere.trace: not a trace that can be read", id="file"),
+        pytest.param(["a", "b", "--to", "parquet"], "takes one trace, not 2 words", id="two"),
+        pytest.param(["a", "--to", "parquet", "--logits"], "remove the other options", id="logits"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, and no file."""
+    assert main(["trace", *words, "--out", str(tmp_path / "x.trace")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.trace").exists()
+
+
+def test_the_file_to_write_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And is not a folder."""
+    assert main(["trace", *MODEL]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert main(["trace", *MODEL, "--out", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
