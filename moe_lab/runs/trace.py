@@ -199,7 +199,7 @@ def _passes(
     """One pass over whole windows, or the pass over their contexts and every step after it."""
     if context_len is None:
         if isinstance(model, TransformerDecoder):
-            model.rope.reserve(ids_BS.shape[1], ids_BS.device)
+            model.ropes.reserve(ids_BS.shape[1], ids_BS.device)
         yield pass_tokens(ids_BS, "prefill", first), model(ids_BS).routings
         return
     assert isinstance(model, TransformerDecoder)
