@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   if constexpr (UP) wait_for_results_before();
   let_next_begin();
   constexpr bool kSorts = GATHERS || Shape::kGroups == 1;               // else the slots are sorted already
-  static_assert(Tables::kBytesOfCounts <= 3 * Shape::stage_bytes(16));  // their least number
+  static_assert(Tables::kBytesOfCounts <= 2 * Shape::stage_bytes(16));  // their least number
   tables.fill<Shape::kThreads, kSorts>(a, shared);
   const bool sorts = kSorts && a.ids != nullptr;
   Schedule schedule{tables.offsets, tables.tiles_before, a.row_tiles * a.pieces};

@@ -125,10 +125,14 @@ def _attention(decoder: Mapping[str, Any]) -> str:
     if decoder.get("output_gate"):
         text += ", a gate of its output"
     windows = [window for window in decoder.get("windows") or () if window is not None]
-    text += f", a window of {windows[0]} in {len(windows)} layers" if windows else ""
+    text += f", a window of {windows[0]} in {_layers_in_words(len(windows))}" if windows else ""
     text += "".join(_other_heads(decoder))
     nets = [mixer for mixer in decoder.get("mixers") or () if mixer is not None]
-    return f"{text}; in {len(nets)} layers {_mixer(**nets[0])} take its place" if nets else text
+    return f"{text}; in {_layers_in_words(len(nets))} {_mixer(**nets[0])} take its place" if nets else text
+
+
+def _layers_in_words(n: int) -> str:
+    return f"{n} layer{'' if n == 1 else 's'}"
 
 
 def _other_heads(decoder: Mapping[str, Any]) -> list[str]:
@@ -137,7 +141,8 @@ def _other_heads(decoder: Mapping[str, Any]) -> list[str]:
     kinds = Counter((each["head_dim"], each["n_kv_heads"], each["values_are_keys"]) for each in layers)
     kinds.pop((decoder["head_dim"], decoder["n_kv_heads"], False), None)
     return [
-        f"; in {n} layers heads of {head_dim}, {n_kv_heads} of keys {'that are values too' if shared else 'and values'}"
+        f"; in {_layers_in_words(n)} heads of {head_dim}, {n_kv_heads} of keys "
+        f"{'that are values too' if shared else 'and values'}"
         for (head_dim, n_kv_heads, shared), n in kinds.items()
     ]
 
@@ -177,7 +182,7 @@ def _scaling(decoder: Mapping[str, Any]) -> str:
 def _not_loaded(settings: Settings) -> str | None:
     n, parts = settings.extra_layers, list(settings.others.values())
     if n:
-        parts = [f"{n} layer{'s' if n > 1 else ''} that predict further tokens", *parts]
+        parts = [f"{_layers_in_words(n)} that predict further tokens", *parts]
     return f"{' and '.join(dict.fromkeys(parts))}, if the files have them" if parts else None
 
 

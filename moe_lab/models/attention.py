@@ -160,7 +160,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Without `position_S` the tokens are the first of their sequences; with it they go on from the cache."""
         with phase("attention"):
-            if self.fuses and not torch.compiler.is_compiling():  # one product is quicker than three small ones
+            # One product is quicker than three small ones. Where weights lie cannot be asked while a pass is compiled.
+            if self.fuses and not torch.compiler.is_compiling():
                 parts = project_together(x_BSD, *self._projections)
             else:
                 parts = tuple(projection(x_BSD) for projection in self._projections)

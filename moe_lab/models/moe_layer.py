@@ -15,7 +15,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts
 from moe_lab.experts.loop import Loop
 from moe_lab.experts.weights import Activation, ExpertWeights, Scale
@@ -79,13 +78,7 @@ class MoELayer(nn.Module):
         shared: SharedExpert | None = None,
         norms: OwnNorms | None = None,
     ):
-        """Raises `UnavailableError` for a router whose weights multiply inputs, if experts have scales of outputs."""
         super().__init__()
-        if router.scales_input and weights.scale_E is not None:
-            raise UnavailableError(
-                f"{type(router).__name__} multiplies the experts' inputs by its weights, and these experts have a "
-                "scale of their outputs; choose another router"
-            )
         self.weights, self.router, self.shared, self.norms = weights, router, shared, norms
         self.experts = experts.for_layer(weights, router.top_k, static_k=bool(router.static_k))
 
@@ -134,6 +127,7 @@ class MoELayer(nn.Module):
         """The experts' outputs [N, D], weighted and summed by row; by the layer's own unless `experts` are given."""
         scale: Scale = "input" if self.router.scales_input else "output"
         if (scale_E := self.weights.scale_E) is not None:
+            assert scale == "output", "a scale of outputs has no place among weights of inputs"
             ids_TK, weights_TK, order, _ = routing
             scale_TK = scale_E.index_select(0, ids_TK.flatten().clamp(min=0)).view_as(weights_TK)
             routing = Routing(ids_TK, weights_TK * scale_TK, order)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 _MOST_PIECES = 64
+_PROGRAMS = 512  # that fill a GPU some times; each more writes sums of BLOCK_H x rank, which are read again
 _COLUMNS = 128  # of the sum that a program adds up
 
 
@@ -67,14 +68,20 @@ def _join_kernel(
     tl.store(y_ptr + query * rank + i, y.to(y_ptr.dtype.element_ty), mask=i < rank)
 
 
+def keys_of_a_piece(n_blocks: int, n_positions: int, block_n: int) -> int:
+    """How many positions a program takes, where `n_blocks` programs take each of them: so many blocks of `block_n`."""
+    n_pieces = min(max(_PROGRAMS // max(n_blocks, 1), 1), _MOST_PIECES)
+    return block_n * max(-(-n_positions // (block_n * n_pieces)), 2)
+
+
 def launch(q: Tensor, latent: Tensor, rank: int, position: Tensor, scale: float) -> Tensor:
     """Run the kernels; arguments and result as `latent_attention`."""
     (B, H, width), N = q.shape, latent.shape[1]
     is_half = q.element_size() == 2
     block_n = 32 if is_half else 16  # more do not fit into the registers
-    keys = block_n * max(triton.cdiv(N, block_n * _MOST_PIECES), 2)
-    n_pieces = triton.cdiv(N, keys)
     block_h = min(max(triton.next_power_of_2(H), 16), 32 if is_half else 16)
+    keys = keys_of_a_piece(B * triton.cdiv(H, block_h), N, block_n)
+    n_pieces = triton.cdiv(N, keys)
     acc = torch.empty((B * H, n_pieces, rank), dtype=torch.float32, device=q.device)
     best = torch.empty((B * H, n_pieces), dtype=torch.float32, device=q.device)
     total = torch.empty_like(best)

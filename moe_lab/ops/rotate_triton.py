@@ -14,7 +14,7 @@ def _turn(
 ):  # fmt: skip
     h, i = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
     inside = (h < heads) & (i < half)
-    x_ptr += b * stride_b + s * stride_s + h * stride_h + i
+    x_ptr += b * stride_b + s * stride_s + h.to(tl.int64) * stride_h + i
     first = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + half, mask=inside, other=0.0).to(tl.float32)
     angles = s * 2 * half + i

@@ -364,6 +364,11 @@ def require_runnable(cfg: DictConfig, model: nn.Module, device: torch.device) ->
                 f"router={router} needs token ids, but model={option_name(cfg.model)} takes hidden states; use a "
                 "model with an embedding, such as decoder_moe"
             )
+        if layer.router.scales_input and layer.weights.scale_E is not None:
+            raise UnavailableError(
+                f"router={router} multiplies the experts' inputs by its weights, and these experts have a scale of "
+                "their outputs; use another router"
+            )
         if kind == "decode" and isinstance(layer, SoftMoELayer):
             raise UnavailableError(
                 f"router={router} mixes all tokens of a sequence, but a decode step has one; use "

@@ -169,8 +169,10 @@ class _Spread:
                 self._last_loss = event.text
                 self.reporter.say(f"group {task.number}: {event.text}", "yellow")
             if event.kind == "refused":
-                self._say_once(f"{event.text.rstrip('.')}; the group goes to another node")
-                self.waiting.insert(0, replace(task, not_on={**task.not_on, event.node: event.text}))
+                again = replace(task, not_on={**task.not_on, event.node: event.text})
+                if self.pool.may_start(again):  # else its rows say so
+                    self._say_once(f"{event.text.rstrip('.')}; the group goes to another node")
+                self.waiting.insert(0, again)
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:

@@ -14,6 +14,9 @@ from tests import quick
 from tests.models.checkpoints import checkpoint, edit_config, kinds, tensors, write_tensors
 from tests.models.released import LATENT, SHARED
 from tests.models.test_checkpoint_forms import quantize
+from tests.models.test_checkpoint_gemma import WHOLE as GEMMA
+
+_TWO_LAYERS = ["sliding_attention", "full_attention"]
 
 
 def shown(folder: Path, capsys: pytest.CaptureFixture[str], code: int = 0) -> dict[str, str]:
@@ -82,6 +85,26 @@ def test_the_lines_of_the_small_checkpoint(capsys: pytest.CaptureFixture[str]) -
             SHARED["glm_4_5_air"],
             {"attention": "96 heads of 128, 8 of keys and values, 64 of a head turned"},
             id="glm_4_5_air",
+        ),
+        pytest.param(
+            GEMMA,
+            {
+                "family": "gemma4 (Gemma-4-26B-A4B)",
+                "attention": "16 heads of 256, 8 of keys and values, norm of each head, a window of 1024 in 25 layers; "
+                "in 5 layers heads of 512, 2 of keys that are values too",
+                "experts": "128 of width 704, 8 for each token; a shared one of width 2112 without a gate; gate, "
+                "experts and the shared one with norms of their own",
+                "not_loaded": "the parts that read images and sound, if the files have them",
+            },
+            id="gemma4",
+        ),
+        pytest.param(
+            GEMMA | {"text_config": GEMMA["text_config"] | {"num_hidden_layers": 2, "layer_types": _TWO_LAYERS}},
+            {
+                "attention": "16 heads of 256, 8 of keys and values, norm of each head, a window of 1024 in 1 layer; "
+                "in 1 layer heads of 512, 2 of keys that are values too",
+            },
+            id="two_layers_of_gemma4",
         ),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import moe_lab
 from moe_lab.errors import MismatchError, UnavailableError
-from moe_lab.measure.clocks import STEPS, CompiledStep, GraphStep, HotGraphStep, Step, make_step
+from moe_lab.measure.clocks import STEPS, CompiledStep, GraphStep, HotGraphStep, Step, _FlushL2, make_step
 from moe_lab.models import ForcedRouting, Output
 from moe_lab.models.serving import Decode
 from moe_lab.runs.run import Run
@@ -358,6 +359,16 @@ def test_a_launch_bound_run_says_so() -> None:
     assert eager.latency_ms is not None and graph.latency_ms is not None
     assert eager.gpu_busy_ms is not None and eager.gpu_busy_ms < 0.8 * eager.latency_ms.p50
     assert graph.gpu_busy_ms is None and not any(text.startswith("launch-bound") for text in graph.warnings)
+
+
+def test_the_flush_reads_three_times_the_cache_and_writes_nothing_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, which stands for a GPU with a cache of 4000 bytes."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=4000))
+    flush = _FlushL2(torch.device("cpu"))
+    assert flush._buffer.nbytes == 12_000
+    flush._buffer.fill_(2)
+    flush()
+    assert int(flush._sum) == 2 * flush._buffer.numel() and bool((flush._buffer == 2).all())
 
 
 @pytest.mark.gpu

@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_lab.models.attention import Attention, attend
-from moe_lab.models.parameters import initialize
+from moe_lab.models.layers import project_together
+from moe_lab.models.parameters import initialize, reference_twin, shareable
 from moe_lab.models.rope import rope_tables
+from moe_lab.ops.library import HAS_TRITON
 from moe_lab.ops.rotate import rotate
+from moe_lab.runs.build import build_model
+from tests import tiny
 
 CPU = torch.device("cpu")
 THETA = 10000.0
@@ -194,6 +198,29 @@ def test_one_product_and_one_turn_are_the_same(more: dict[str, Any], device: tor
     want = attention(x_BSD, *rope)
     attention.fuses = True
     torch.testing.assert_close(attention(x_BSD, *rope), want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_projections_of_every_model_lie_together() -> None:
+    """Of one that is filled, of one that shares its parameters, and of the reference: each is one product."""
+    cfg = tiny.decoder_moe("dtype=bf16")
+    first = build_model(cfg)
+    for model in (first, build_model(cfg, donor=shareable(first)), reference_twin(first)):
+        attentions = [module for module in model.modules() if isinstance(module, Attention)]
+        assert len(attentions) == tiny.LAYERS
+        for attention in attentions:
+            parts = project_together(random(2, tiny.D), attention.q, attention.k, attention.v)
+            assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+
+
+def test_kernels_compute_where_they_can_and_never_the_reference() -> None:
+    """Decided by the device."""
+    attention = attention_of()
+    for device, fuses in (("cuda", HAS_TRITON), ("cpu", False)):
+        attention.compute_on(torch.device(device))
+        assert attention.fuses is fuses
+    attention.compute_on(torch.device("cuda"))
+    attention.use_reference()
+    assert not attention.fuses
 
 
 @pytest.mark.parametrize("qk_norm", [pytest.param(kind, id=kind) for kind in ("head", "full")])

@@ -12,6 +12,7 @@ from moe_lab.models.kv_cache import KVCache, LatentCache
 from moe_lab.models.latent_attention import LatentAttention
 from moe_lab.models.parameters import initialize
 from moe_lab.models.rope import rope_tables
+from moe_lab.ops.library import HAS_TRITON
 from moe_lab.ops.rotate import rotate
 from moe_lab.runs.compared_cache import ComparedCache
 
@@ -165,3 +166,14 @@ def test_a_wrong_value_in_a_latent_cache_is_seen(index: int) -> None:
     compared = ComparedCache(KVCache([kept], 4))
     compared.layers[0].begin(wanted.k_BHNd, wanted.v_BHNd)
     assert compared.error() > 0.1
+
+
+def test_kernels_compute_where_they_can_and_never_the_reference() -> None:
+    """Decided by the device."""
+    attention = attention_of()
+    for device, by in (("cuda", "triton" if HAS_TRITON else "torch"), ("cpu", "torch")):
+        attention.compute_on(torch.device(device))
+        assert attention.computed_by == by
+    attention.compute_on(torch.device("cuda"))
+    attention.use_reference()
+    assert attention.computed_by == "torch"

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts
 from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.loop import Loop
@@ -187,9 +186,10 @@ def test_experts_have_a_scale_whoever_chose_them(experts: Experts) -> None:
 
 
 def test_a_scale_of_outputs_needs_weights_of_outputs() -> None:
-    """A weight on the input is not one of the output."""
-    with pytest.raises(UnavailableError, match="InputScaling multiplies the experts' inputs"):
-        layer_of(router=InputScaling, scaled=True)
+    """A weight on the input is not one of the output; `runs.build` refuses such a router."""
+    layer = layer_of(router=InputScaling, scaled=True)
+    with pytest.raises(AssertionError, match="no place among weights of inputs"):
+        layer(random(4, D), CTX)
 
 
 @pytest.mark.parametrize("experts", BOTH)

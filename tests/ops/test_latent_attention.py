@@ -83,6 +83,28 @@ def test_any_sizes(data: st.DataObject, B: int, H: int, rank: int, N: int) -> No
     assert_defined(normal(B, H, rank + 4), normal(B, N, rank + 4), rank, position, 0.3)
 
 
+@given(st.integers(0, 2000), st.integers(1, 10**6), st.sampled_from([16, 32]))
+def test_pieces_fill_a_gpu_and_no_more(n_blocks: int, N: int, block_n: int) -> None:
+    """What the pieces write and read again does not grow with the batch and the heads beyond that."""
+    from moe_lab.ops.latent_attention_triton import keys_of_a_piece
+
+    keys = keys_of_a_piece(n_blocks, N, block_n)
+    n_pieces = -(-N // keys)
+    assert keys % block_n == 0 and keys >= 2 * block_n
+    assert n_pieces <= 64 and n_blocks * n_pieces <= max(n_blocks, 512)
+    if n_pieces > 1 and keys > 2 * block_n:  # a piece more would be one too many, or positions do not divide
+        assert -(-N // (keys - block_n)) > min(64, max(512 // max(n_blocks, 1), 1))
+
+
+@pytest.mark.slow
+def test_many_sequences_are_each_one_piece() -> None:
+    """Of more positions than a piece has otherwise."""
+    from moe_lab.ops.latent_attention_triton import keys_of_a_piece
+
+    assert keys_of_a_piece(257, 40, 16) > 40
+    assert_defined(normal(257, 1, 7), normal(257, 40, 7), 5, 39, 0.4)
+
+
 def test_a_part_of_a_larger_cache_is_read() -> None:
     """Some of the sequences, as `KVCache.rows` gives them, and queries whose heads do not lie together."""
     cache = normal(5, 1, 9, 12)

@@ -67,6 +67,17 @@ def test_any_strides_are_read() -> None:
     assert_turned(normal(8, 7, 3, 2).permute(3, 2, 1, 0), k, normal(7, 8), normal(7, 8).flip(0))
 
 
+def test_heads_that_lie_far_apart_are_read() -> None:
+    """More than 2**31 elements from the first to the last, as of a long sequence whose heads come first."""
+    apart = 2**30 + 8
+    room = torch.empty(2**31 + 2 * apart + 4, dtype=torch.int8, device=DEVICE)  # most of it is never touched
+    q = room.as_strided((1, 3, 1, 4), (12, apart, 12, 1), 2**31)
+    q.copy_(torch.arange(12, device=DEVICE).view(1, 3, 1, 4))
+    one = torch.ones(1, 4, device=DEVICE)
+    y, _ = rotate_both(q, q[:, :1].contiguous(), one, torch.zeros_like(one), "triton")
+    assert torch.equal(y, q)
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
 def test_any_sizes(B: int, H: int, H_KV: int, S: int, half: int) -> None:

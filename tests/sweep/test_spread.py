@@ -193,6 +193,19 @@ def test_what_is_missing_on_a_node_runs_on_another_or_is_a_row(
     assert pool.names() == ["a1", "a2", "b1"]
 
 
+def test_a_group_that_no_node_is_left_for_does_not_go_to_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its row has the reason."""
+
+    def refuses(slot: Slot, task: Task) -> list[Event]:
+        return [Event("refused", slot.name, slot.node, task.number, text="unavailable: on a: no checkpoint")]
+
+    records = executed(planned(tmp_path, "batch=1"), ActedPool(["a1"], refuses))
+    assert {record.reason for record in records.values()} == {"unavailable: on a: no checkpoint"}
+    assert "another node" not in capsys.readouterr().err
+
+
 def test_a_record_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As over a network file system; one that never comes is an error that names it and the remedy."""
     plan = planned(tmp_path, "batch=1")
