@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import moe_lab
+from moe_lab.records.trace import Trace
 from moe_lab.results import coactivation, columns
 from moe_lab.results.aggregate import aggregate
 from tests import tiny
@@ -116,8 +117,8 @@ def test_the_pairs_of_a_run_are_those_of_its_routes(tmp_path: Path) -> None:
     """Counted again from the recorded ids, through the files that a user reads."""
     moe_lab.run(tiny.decoder_moe("measure.record_routing=true"), tmp_path / "cell")
     assert aggregate(tmp_path).unreadable.empty
-    with np.load(tmp_path / "cell" / "routing.npz") as arrays:
-        ids_LTK = arrays["expert_ids_LTK"]
+    with Trace(tmp_path / "cell" / "routes.trace") as trace:
+        ids_LTK = [trace.ids(layer) for layer in range(len(trace.layers))]
     found = {
         (row["layer"], row["expert"], row["other"]): row["tokens"]
         for row in pq.read_table(tmp_path / "coactivation.parquet").to_pylist()
