@@ -48,7 +48,8 @@ def _first_line(plan: Plan, suffix: str | None) -> str:
             counts.append(f"{number} {status}")
     if suffix is None:
         together = sum(len(group) > 1 for group in groups)
-        suffix = f" in {len(groups)} groups" + (f", {together} of them interleaved" if together else "")
+        suffix = f" in {len(groups)} group{'' if len(groups) == 1 else 's'}"
+        suffix += f", {together} of them interleaved" if together else ""
         if n_slots := sum(len(kind["slots"]) for kind in plan.kinds):
             suffix += f", on {n_slots} slot{'' if n_slots == 1 else 's'}"
     n_to_run = len(plan.to_run())
