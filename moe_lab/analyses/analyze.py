@@ -88,7 +88,7 @@ _LISTS = [
 
 
 def _for_hydra(word: str) -> str:
-    """`key=1,2` and `key=1` as lists, as there is no sweep; `analysis/NAME=null` as the group's removal."""
+    """`key=1,2` and `key=1` as lists, because nothing is swept; `analysis/NAME=null` removes the group."""
     key, _, value = word.partition("=")
     if key.startswith("analysis/") and value == "null":
         return f"~{key}"

@@ -22,7 +22,7 @@ class View:
         token: ids in the vocabulary, -1 where unknown.
         is_first: whether a token is the first of its sequence.
         unit: the unit of intervals that a token belongs to, from 0: its sequence, or a stretch of the only one.
-        part: [U] the part of the trace that a unit belongs to: its text, or a half of the trace where there are no two
+        part: [U] the part of the trace that a unit belongs to: its text, or a half of a trace that has fewer than two
             texts. What is fitted is fitted on all parts but the one that it is judged on.
         parts: their names.
     """

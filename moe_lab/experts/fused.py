@@ -20,7 +20,7 @@ from moe_lab.ops.library import DTYPE_NAMES, constant_when_compiled
 from moe_lab.routers.base import Routing
 
 
-@constant_when_compiled  # there the sizes are fixed; they are single arguments, for a tuple made there is no constant
+@constant_when_compiled  # sizes one by one: a tuple that is made while tracing is not taken for a constant
 def _tiles_for(device_name: str, multiprocessors: int, dtype: str, T: int, E: int, K: int, D: int, F: int) -> Tiles:
     return tiles_for(device_name, multiprocessors, dtype, T, E, K, D, F)
 

@@ -1,6 +1,6 @@
 """The text part of Gemma 4 with experts: layers of two kinds, each with heads and a RoPE of its own, and many norms.
 
-A layer's dense MLP stands beside its experts and is read as their shared expert.
+The dense MLP of each layer is read as a shared expert.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def library(source: Path) -> ctypes.CDLL:
     """The functions of a source file with `extern "C"`, built if they were not.
 
     Raises:
-        UnavailableError: there is no compiler, it fails, or the folder cannot be written or belongs to somebody else.
+        UnavailableError: no compiler is found, it fails, or the folder is read-only or of another user.
     """
     compiler = find_cxx()
     if compiler is None:

@@ -1,8 +1,8 @@
 """A trace: which experts each token chose in each layer, in one file that is written as it is recorded.
 
 A trace is a ZIP archive of NumPy arrays, so `numpy.load` reads it as an `.npz`, and `unzip -l` lists it. Tokens are cut
-into pieces, 0, 1, ..., in the order in which they were computed; `expert_ids` and what stands beside it are arrays of
-one layer and one piece, so both a layer and a stretch of tokens are read without the rest. Of a piece of T tokens:
+into pieces, 0, 1, ..., in the order in which they were computed. Each array of a layer holds one piece, so a layer, or
+a stretch of tokens, is read without the rest. Of a piece of T tokens:
 
     PIECE/token/sequence         int32 [T]     the sequence (request, window of text) it belongs to, from 0
     PIECE/token/position         int32 [T]     its place in that sequence, from 0; rising in the order of the file

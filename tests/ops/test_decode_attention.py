@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moe_lab.models.attention import Attention
 from moe_lab.models.kv_cache import LayerCache
 from moe_lab.ops.decode_attention import cached_attention, rope_append
+from tests.ops.cases import DEVICE, DTYPES
 from tests.ops.compiling import assert_compiles
 
 CPU = torch.device("cpu")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where a fixture cannot say it
 EPS = 1e-6
 THETA = 10000.0
 
@@ -34,14 +34,6 @@ HEADS = pytest.mark.parametrize(
         pytest.param(1, 16, 2, 128, id="B=1, eight heads a key, d=128"),
         pytest.param(1, 9, 3, 10, id="B=1, nine heads, d=10"),
         pytest.param(1, 16, 2, 512, id="B=1, eight heads a key, d=512"),
-    ],
-)
-DTYPES = pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(torch.float32, id="fp32"),
-        pytest.param(torch.float16, id="fp16"),
-        pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),
     ],
 )
 NORMS = pytest.mark.parametrize("norm", [pytest.param(kind, id=f"norm={kind}") for kind in ("none", "head", "full")])

@@ -12,21 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_lab.ops.latent_attention import latent_attention, reference
+from tests.ops.cases import DEVICE, DTYPES, normal
 from tests.ops.compiling import assert_compiles
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(torch.float32, id="fp32"),
-        pytest.param(torch.float16, id="fp16"),
-        pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),
-    ],
-)
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
 
 
 def at(position: int) -> Tensor:
