@@ -186,16 +186,17 @@ def time_cell(options: argparse.Namespace, model: Any, phase: str, batch: int, l
             peer = Peer(model, name, phase, ids_BN)
             peer.choose()
             for i in range(3):  # the first compile
-                theirs = peer.prefill() if phase == "prefill" else peer.step(length + i)
+                y = peer.prefill() if phase == "prefill" else peer.step(length + i)
+                if i == 0:  # later a cache of a window, whose count is set back, has other tokens: as many to read
+                    theirs = y[:, -1].clone().float()
         except Exception as error:
             print(f"{name} does not run here: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
             traceback.print_exc(limit=3)
             continue
         if phase == "decode":
             built.task.seek(0)
-            theirs = peer.step(length)
         mine = step().y[:, -1].float()
-        error = float((mine - theirs[:, -1].float()).norm() / theirs.float().norm())
+        error = float((mine - theirs).norm() / theirs.norm())
         allowed = 1e-3 if options.dtype == "fp32" else 0.25  # a near-tie may flip an expert in bf16
         assert error < allowed, f"{name} computes a different result: relative error {error:.1e}"
         peers[name] = peer

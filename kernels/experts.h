@@ -11,6 +11,7 @@ enum class Activation : int { kSilu, kClamped };  // silu(g) u; or gpt-oss's, bo
 
 constexpr float kClamp = 7.0f, kClampedSlope = 1.702f;
 constexpr int kFewSlots = 1024;                                  // that the blocks of the kernels sort for themselves
+constexpr int kMostNumbers = 2560;  // of slots and experts, in shared memory beside three stages of the largest tiles
 constexpr int kMostSlotsOfOne = 32, kMostVectorsOfOne = 50'000;  // of one token: K; D, and K F
 
 // Of `rows_copied`: rows are counted by 256. The last element counts those that some warp has taken.
@@ -59,7 +60,8 @@ struct ExpertsArguments {
   constexpr bool rows_are_sorted() const { return tiles.up_rows == 256 && slots() >= int64_t{96} * E; }
   // Whether the blocks sort the slots for themselves.
   constexpr bool sorts_itself() const {
-    return tiles.of_one_token() || (slots() <= kFewSlots && tiles.in_slot_order() && !rows_are_sorted());
+    const bool fit = slots() <= kFewSlots && slots() + 2 * E <= kMostNumbers;
+    return tiles.of_one_token() || (fit && tiles.in_slot_order() && !rows_are_sorted());
   }
 };
 

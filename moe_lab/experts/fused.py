@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts
 from moe_lab.experts.table import Shape
-from moe_lab.experts.tiles import Tiles, offered, require_no_empty_piece, require_offered_for, tiles_for
+from moe_lab.experts.tiles import offered, require_no_empty_piece, require_offered_for, tiles_for
 from moe_lab.experts.weights import Clamped, ExpertWeights, Scale, check_scale
 from moe_lab.marks import phase
 from moe_lab.ops import extension, fused_experts
@@ -21,8 +21,11 @@ from moe_lab.routers.base import Routing
 
 
 @constant_when_compiled  # sizes one by one: a tuple that is made while tracing is not taken for a constant
-def _tiles_for(device_name: str, multiprocessors: int, dtype: str, T: int, E: int, K: int, D: int, F: int) -> Tiles:
-    return tiles_for(device_name, multiprocessors, dtype, T, E, K, D, F)
+def _tiles_for(
+    device_name: str, multiprocessors: int, dtype: str, T: int, E: int, K: int, D: int, F: int
+) -> tuple[int, ...]:
+    """`Tiles` without its name: torch 2.11 cannot unpack a constant that has a class of its own."""
+    return tuple(tiles_for(device_name, multiprocessors, dtype, T, E, K, D, F))
 
 
 def kernels_activation(weights: ExpertWeights) -> str:
@@ -111,7 +114,7 @@ class Fused(Experts):
         tiles = self._tiles(x_TD, self.shape.K)
         return {"experts": "fused", "tiles": "-".join(map(str, tiles))}
 
-    def _tiles(self, x_TD: Tensor, top_k: int) -> Tiles:
+    def _tiles(self, x_TD: Tensor, top_k: int) -> tuple[int, ...]:
         """The number of slots decides, so K may differ from the layer's (in a layer of other rows).
 
         Raises:

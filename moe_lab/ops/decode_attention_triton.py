@@ -172,7 +172,7 @@ def launch_attention(
     best = torch.empty((B * H, n_pieces), dtype=torch.float32, device=q.device)
     total = torch.empty_like(best)
     block_d = max(triton.next_power_of_2(d), 16)
-    block_n = 64 if q.element_size() == 2 else max(16, min(64, 8192 // block_d))  # shared memory holds no more of fp32
+    block_n = max(16, min(64, 32768 // (block_d * q.element_size())))  # shared memory holds no more
     _piece_kernel[(B * H_KV, n_pieces)](
         q, k_cache, v_cache, position, acc, best, total, H_KV, N, d, window, k_cache.stride(0), scale, n_pieces,
         G=G, BLOCK_G=max(triton.next_power_of_2(G), 16), BLOCK_D=block_d, KEYS=_KEYS, BLOCK_N=block_n, num_warps=4,

@@ -20,7 +20,7 @@ CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 STEP = 16
 """What both widths must be a multiple of."""
-_FEW_SLOTS, _MANY_TOKENS = 1024, 96  # as kernels/experts.h says
+_FEW_SLOTS, _MOST_NUMBERS, _MANY_TOKENS = 1024, 2560, 96  # as kernels/experts.h says
 
 
 def require(device: torch.device) -> None:
@@ -55,7 +55,8 @@ def reads_dispatch(tiles: tuple[int, ...], n_slots: int, n_experts: int) -> bool
     """Whether the kernels read slots that are sorted already; they sort few for themselves."""
     up_rows, down_rows = tiles[0], tiles[2]
     copies_rows = up_rows == 256 and n_slots >= _MANY_TOKENS * n_experts
-    return n_slots > _FEW_SLOTS or down_rows == 256 or copies_rows
+    few = n_slots <= min(_FEW_SLOTS, _MOST_NUMBERS - 2 * n_experts)
+    return not few or down_rows == 256 or copies_rows
 
 
 def fused_experts(

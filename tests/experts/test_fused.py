@@ -156,6 +156,8 @@ def test_rows_that_are_copied_need_sorted_slots() -> None:
     assert fused_experts.reads_dispatch((256, 64, 128, 64, 1), 480, 5)  # 96 tokens an expert
     assert not fused_experts.reads_dispatch((256, 64, 128, 64, 1), 479, 5)
     assert not fused_experts.reads_dispatch((128, 64, 128, 64, 1), 480, 5)
+    assert not fused_experts.reads_dispatch((256, 192, 128, 64, 1), 512, 1024)
+    assert fused_experts.reads_dispatch((256, 192, 128, 64, 1), 513, 1024)
 
 
 @pytest.mark.gpu

@@ -153,4 +153,5 @@ def test_the_limits_of_fused_stand_alike_where_torch_is_not_read_and_in_the_kern
     assert (FUSED_STEP, FUSED_EXPERTS) == (fused_experts.STEP, extension.MOST_EXPERTS)
     header = (extension.sources() / "experts.h").read_text()
     assert f"kFewSlots = {FEW_SLOTS};" in header and FEW_SLOTS == fused_experts._FEW_SLOTS
+    assert f"kMostNumbers = {fused_experts._MOST_NUMBERS};" in header
     assert f"int64_t{{{fused_experts._MANY_TOKENS}}} * E" in header

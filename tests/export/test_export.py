@@ -138,7 +138,7 @@ def test_the_top_level_of_a_decoder_is_its_blocks(tmp_path: Path) -> None:
     proto = pairs.graph(tmp_path / "pair")
     names = [(node.op_type, node.name) for node in proto.graph.node]
     assert names == [
-        ("Rope", "rope"),
+        ("Rope", "ropes.0"),
         ("Embedding", "embed"),
         ("Block", "layers.0"),
         ("Block_2", "layers.1"),

@@ -62,7 +62,8 @@ def test_tokens_are_decoded_in_bf16(kind: str, tmp_path: Path) -> None:
 def test_a_gpu_decodes_and_passes_forward(kind: str, execution: str, tmp_path: Path) -> None:
     """The states in the cache, sinks, gates and biases of each family, in a captured graph and compiled."""
     checkpoint(kind, tmp_path / "c", vocab_size=256)
-    dtype = "bf16" if execution == "cuda_graph" else "fp16"  # compiled in bf16 these few numbers have near-ties
+    near_ties = (kind, execution) == ("mistral4", "compile")  # of these few numbers in bf16
+    dtype = "fp16" if near_ties else "bf16"
     on_gpu = ("device=cuda", f"dtype={dtype}", f"execution={execution}")
     phase = ("workload.phase=decode", "workload.context_len=9", "seq_len=5")
     ran(tmp_path, "decode", *phase, *on_gpu)

@@ -33,7 +33,8 @@ ON_THE_DEVICE = [
     pytest.param((1000, 2, 7, 512, 336), id="T1000-E7"),
     pytest.param((4, 8, 300, 64, 48), id="32-slots-E300"),  # of a warp's lanes, more experts than threads
     pytest.param((64, 8, 256, 256, 128), id="E256"),
-    pytest.param((128, 8, 1024, 256, 48), id="1024-slots-E1024"),  # leaves the least memory to the stages
+    pytest.param((64, 8, 1024, 256, 48), id="512-slots-E1024"),  # leaves the least memory to the stages
+    pytest.param((128, 8, 1024, 256, 48), id="1024-slots-E1024"),  # would leave too little
     pytest.param((205, 5, 8, 256, 48), id="1025-slots"),
     pytest.param((700, 8, 1000, 64, 48), id="E1000"),
 ]

@@ -26,7 +26,7 @@ AXIS = "router=torch,sinkhorn"
 
 
 class Slotted:
-    """A host and what it told."""
+    """A host and what it told; closed whatever happens, for an open one keeps its CPUs from the tests after it."""
 
     def __init__(
         self, directory: Path, *, shared: bool = True, variables: dict[str, str] | None = None, n_on_node: int = 1
@@ -36,19 +36,24 @@ class Slotted:
         setup = Setup(str(directory), shared, os.getcwd(), (), variables or {})
         self.host = Host(replace(SLOT, n_on_node=n_on_node), setup, self.told.put)
 
+    def __enter__(self) -> Slotted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.host.close()
+
     def until(self, *kinds: str) -> list[Event]:
         """What it tells until one of these."""
         found: list[Event] = []
         while not found or found[-1].kind not in kinds:
-            found.append(self.told.get(timeout=60))
+            found.append(self.told.get(timeout=180))
         return found
 
 
 @pytest.fixture
 def slotted(tmp_path: Path) -> Iterator[Slotted]:
-    one = Slotted(tmp_path / "s")
-    yield one
-    one.host.close()
+    with Slotted(tmp_path / "s") as one:
+        yield one
 
 
 def task(plan: Plan, **more: object) -> Task:
@@ -84,27 +89,23 @@ def test_why_a_worker_cannot_start_is_told(shared: bool, tmp_path: Path, monkeyp
     (tmp_path / "broken" / "torch").mkdir(parents=True)
     (tmp_path / "broken" / "torch" / "__init__.py").write_text("raise ImportError('planted: no torch here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
-    one = Slotted(tmp_path / "s", shared=shared)
-    try:
-        with pytest.raises(WorkerLostError, match=r"^crash: exit code 1 \(ImportError: planted: no torch here\)$"):
-            one.host.ask("look", [], False)
-    finally:
-        one.host.close()
+    raised = pytest.raises(WorkerLostError, match=r"^crash: exit code 1 \(ImportError: planted: no torch here\)$")
+    with Slotted(tmp_path / "s", shared=shared) as one, raised:
+        one.host.ask("look", [], False)
 
 
 @pytest.mark.slow
 def test_without_a_shared_folder_the_files_are_told(tmp_path: Path) -> None:
     """The whole folder of each cell; nothing is written where the sweep was started; only a log stays until the end."""
-    one = Slotted(tmp_path / "s", shared=False)
     plan = test_plan.make(tmp_path / "driver", AXIS, "measure.record_routing=true")
-    one.host.start(task(plan))
-    told = {event.cell_id: event.files for event in one.until("end") if event.kind == "cell"}
-    assert list(told) == [cell.cell_id for cell in plan.cells]
-    for files in told.values():
-        assert files is not None and {"result.json", "samples.npz", "routing.npz", "config.yaml"} <= files.keys()
-    scratch = one.host._scratch
-    assert [path.name for path in scratch.iterdir()] == ["here-cpu0.log"] and not (tmp_path / "driver").exists()
-    one.host.close()
+    with Slotted(tmp_path / "s", shared=False) as one:
+        one.host.start(task(plan))
+        told = {event.cell_id: event.files for event in one.until("end") if event.kind == "cell"}
+        assert list(told) == [cell.cell_id for cell in plan.cells]
+        for files in told.values():
+            assert files is not None and {"result.json", "samples.npz", "routing.npz", "config.yaml"} <= files.keys()
+        scratch = one.host._scratch
+        assert [path.name for path in scratch.iterdir()] == ["here-cpu0.log"] and not (tmp_path / "driver").exists()
     assert not scratch.exists()
 
 
@@ -112,11 +113,9 @@ def test_without_a_shared_folder_the_files_are_told(tmp_path: Path) -> None:
 def test_slots_of_a_node_share_its_memory(tmp_path: Path) -> None:
     """A third each: what fits into that is timed together."""
     cell = test_plan.make(tmp_path, AXIS).cells[0]
-    whole, third = (Slotted(tmp_path / "s", n_on_node=n) for n in (1, 3))
-    bytes_of = [one.host._thread.submit(one.host._here, cell).result().available_bytes for one in (whole, third)]
+    with Slotted(tmp_path / "s") as whole, Slotted(tmp_path / "s", n_on_node=3) as third:
+        bytes_of = [one.host._thread.submit(one.host._here, cell).result().available_bytes for one in (whole, third)]
     assert bytes_of[1] == pytest.approx(bytes_of[0] / 3, rel=0.2)
-    whole.host.close()
-    third.host.close()
 
 
 @pytest.mark.slow
@@ -127,10 +126,9 @@ def test_the_worker_has_the_drivers_number_of_threads_or_its_cpus(
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     config = test_plan.make(tmp_path, AXIS).cells[0].config
     for variables, expected in (({}, 1), ({"OMP_NUM_THREADS": "2"}, 2)):
-        one = Slotted(tmp_path / "s", variables=variables)
-        (seen,) = one.host.ask("look", [config], False)
+        with Slotted(tmp_path / "s", variables=variables) as one:
+            (seen,) = one.host.ask("look", [config], False)
         assert (seen["env"]["threads"], seen["env"]["cpus"]) == (expected, 1)
-        one.host.close()
 
 
 @pytest.mark.slow

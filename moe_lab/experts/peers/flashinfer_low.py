@@ -9,7 +9,7 @@ these are; this is not timed.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,12 +33,12 @@ class FlashInferLow(Peer):
     function = "launch"
     multiple = 128
     reads_unused = True
+    _compiled: ClassVar[dict[Any, Any]] = {}  # of the process: a layer may be copied, and what is compiled may not
 
     def __init__(self, *, tune: bool):
         self.tune = tune
         self._laid_out: Any = WeakIdKeyDictionary()
         self._chosen: dict[Any, tuple[int, int]] = {}
-        self._compiled: dict[Any, Any] = {}
 
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
         """See `Experts`: as `flashinfer-python 0.7.4 few tokens, tuned, gate and up laid out anew`."""
