@@ -40,6 +40,7 @@ _LATER_OF_ROUTER: dict[str, dict[str, Any]] = {
         "balancing_bias.QuantileBias",
     )
 } | {"moe_lab.routers.scored_topk.ScoredTopK": {"hash_layers": 0}}
+_LATER_OF_ROUTER["moe_lab.routers.batch_aware.SharedBudget"] |= {"keeps_best": True, "window": None}
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 _TABLES = ("choices/*.json",)  # of the package alone: by what experts=auto chooses
 # Rooms of the package that only talk to people or read results: no run executes them.

@@ -364,6 +364,11 @@ def require_runnable(cfg: DictConfig, model: nn.Module, device: torch.device) ->
                 f"router={router} needs token ids, but model={option_name(cfg.model)} takes hidden states; use a "
                 "model with an embedding, such as decoder_moe"
             )
+        if layer.router.looks_ahead and not getattr(model, "looks_ahead", False):
+            raise UnavailableError(
+                f"router={router} needs the hidden states of the layer before, which model={option_name(cfg.model)} "
+                "does not have; use model=decoder_moe or checkpoint, with two layers or more"
+            )
         if layer.router.scales_input and layer.weights.scale_E is not None:
             raise UnavailableError(
                 f"router={router} multiplies the experts' inputs by its weights, and these experts have a scale of "

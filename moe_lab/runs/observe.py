@@ -174,6 +174,11 @@ class Observer:
         cfg.router, cfg.execution.name = cfg.measure.reference_router, "eager"
         reference = build.build_model(cfg, built.device, shareable(built.model))
         build.require_runnable(cfg, reference, built.device)
+        if getattr(reference, "looks_ahead", False) and not getattr(built.model, "looks_ahead", False):
+            raise ValueError(
+                "measure.reference_router=lookahead: the run's layers do not know what the layer before read; swap the "
+                "two routers."
+            )
         other: nn.Module = reference
         if isinstance(built.task, Serving):
             assert isinstance(reference, TransformerDecoder) and isinstance(built.task, Prefill | Decode)

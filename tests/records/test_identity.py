@@ -510,6 +510,8 @@ def test_a_key_that_nobody_named_changes_the_id() -> None:
             for router in ("sinkhorn", "top_p", "min_p", "expert_skip", "oea", "xshare", "quantile")
         ],
         pytest.param("deepseek_v4", "hash_layers", 1, id="hash_layers"),
+        pytest.param("xshare", "keeps_best", False, id="keeps_best"),
+        pytest.param("xshare", "window", 4, id="window"),
     ],
 )
 def test_a_key_came_later_to_some_routers(router: str, key: str, other: Any) -> None:
