@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe_lab.analyses import (
+    counterfactual,
     expert_cache,
     guesses,
     load_fit,
@@ -43,6 +44,7 @@ ANALYSES: dict[str, ModuleType] = {
     "specialisation": specialisation,
     "stability": stability,
     "load_fit": load_fit,
+    "counterfactual": counterfactual,
 }
 """By their keys in the configuration. Each module has `of_layer(routes, cfg, layers)`, which is called in a process of
 its own, and `conclude(parts, view, cfg, layers)`, which makes findings of what that gave for each layer."""
@@ -148,7 +150,8 @@ def _by_layer(trace: Trace, view: View, asked: Mapping[str, Any], plain: Mapping
 def _of_layer(trace: Trace, index: int, view: View, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What each analysis gives for one layer, which is read once."""
     wanted = [*asked.get("specialisation", {}).get("guess", ()), *asked.get("expert_cache", {}).get("prefetch", ())]
-    routes = routes_of(trace, index, view, with_before="layer_before" in wanted)
+    recorded = {guesses.RECORDED[name] for name in wanted if name in guesses.RECORDED}
+    routes = routes_of(trace, index, view, with_before="layer_before" in wanted, guesses=recorded)
     return {name: ANALYSES[name].of_layer(routes, settings, trace.layers) for name, settings in asked.items()}
 
 

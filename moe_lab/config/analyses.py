@@ -20,6 +20,7 @@ class Analyze:
     specialisation: Any
     stability: Any
     load_fit: Any
+    counterfactual: Any
 
 
 @dataclass
@@ -90,6 +91,13 @@ class LoadFit:
     step_tokens: int
 
 
+@dataclass
+class Counterfactual:
+    """analysis/counterfactual."""
+
+    routes: list[int]
+
+
 ANALYSES: dict[str, type] = {
     "expert_cache": ExpertCache,
     "unique_experts": UniqueExperts,
@@ -98,5 +106,6 @@ ANALYSES: dict[str, type] = {
     "specialisation": Specialisation,
     "stability": Stability,
     "load_fit": LoadFit,
+    "counterfactual": Counterfactual,
 }
 """By their keys, in the order of the page."""
