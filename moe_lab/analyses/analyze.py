@@ -24,6 +24,7 @@ from moe_lab.analyses import (
     placement,
     ranks,
     specialisation,
+    speculation,
     stability,
     unique_experts,
 )
@@ -39,6 +40,7 @@ from moe_lab.records.trace import PHASES, Trace
 ANALYSES: dict[str, ModuleType] = {
     "expert_cache": expert_cache,
     "unique_experts": unique_experts,
+    "speculation": speculation,
     "placement": placement,
     "ranks": ranks,
     "specialisation": specialisation,
@@ -125,6 +127,11 @@ def analyze(path: Path, cfg: DictConfig) -> tuple[Path, list[Findings]]:
         asked["stability"]["phase"] = plain["phase"]
         if asked["stability"]["against"] is None:
             del asked["stability"]
+    if "speculation" in asked:
+        if asked["speculation"]["results"] is None:
+            del asked["speculation"]
+        else:
+            asked["speculation"]["cells"] = speculation.cells(asked["speculation"]["results"])
     with Trace(path) as trace:
         view = view_of(trace, plain["phase"])
         parts = _by_layer(trace, view, asked, plain)

@@ -15,6 +15,7 @@ class Analyze:
     processes: int | None
     expert_cache: Any
     unique_experts: Any
+    speculation: Any
     placement: Any
     ranks: Any
     specialisation: Any
@@ -41,6 +42,15 @@ class UniqueExperts:
 
     tokens: list[int]
     batch: list[int]
+
+
+@dataclass
+class Speculation:
+    """analysis/speculation."""
+
+    results: str | None
+    acceptance: list[float]
+    draft_ms: float | None
 
 
 @dataclass
@@ -101,6 +111,7 @@ class Counterfactual:
 ANALYSES: dict[str, type] = {
     "expert_cache": ExpertCache,
     "unique_experts": UniqueExperts,
+    "speculation": Speculation,
     "placement": Placement,
     "ranks": Ranks,
     "specialisation": Specialisation,

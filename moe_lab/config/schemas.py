@@ -301,6 +301,7 @@ class Workload:
     name: str
     phase: str
     context_len: int
+    window: int
     load: str
     zipf_exponent: float
     hot_experts: int

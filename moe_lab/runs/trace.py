@@ -84,16 +84,16 @@ class RunTrace:
                 writer.add(tokens, [ids for ids, _ in arrays], weights=[weights for _, weights in arrays])
 
 
-def pass_tokens(x: Tensor, phase: str, first: int = 0, step: int | None = None) -> Tokens:
+def pass_tokens(x: Tensor, phase: str, first: int = 0, positions: np.ndarray | None = None) -> Tokens:
     """The tokens of one pass over x [B, S] ids or [B, S, D] hidden states, sequence by sequence.
 
-    `step`: of a decoding step, the one position of all that it takes. `first`: the number of the first sequence.
+    `positions`: of a decoding step, those of all that it takes. `first`: the number of the first sequence.
     """
     B, S = (x.shape[0], x.shape[1]) if x.dim() > 1 else (1, x.shape[0])
     ids_BS = x.cpu().numpy() if x.dtype == torch.int64 and x.dim() == 2 else np.full((B, S), -1)
     position_S = np.arange(S)
-    if step is not None:
-        ids_BS, position_S = ids_BS[:, step : step + 1], np.array([step])
+    if positions is not None:
+        ids_BS, position_S = ids_BS[:, positions], positions
     sequence = first + np.arange(B).repeat(len(position_S))
     return tokens_of(sequence, np.tile(position_S, B), phase, ids_BS.reshape(-1))
 
@@ -236,7 +236,7 @@ def _passes(
     task = Decode(model, model.make_cache(*ids_BS.shape), context_len)
     yield pass_tokens(ids_BS[:, :context_len], "prefill", first), task.fill(ids_BS)
     for position in range(context_len, ids_BS.shape[1]):
-        yield pass_tokens(ids_BS, "decode", first, position), task(ids_BS).routings
+        yield pass_tokens(ids_BS, "decode", first, np.array([position])), task(ids_BS).routings
         task.advance()
 
 

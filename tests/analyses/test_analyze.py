@@ -12,7 +12,7 @@ from markupsafe import escape
 from moe_lab.analyses.analyze import ANALYSES, analyze, compose
 from moe_lab.analyses.page import PAGE
 from moe_lab.records.trace import Layer, Trace, TraceWriter, tokens_of
-from tests.analyses import traces
+from tests.analyses import steps, traces
 
 SMALL = ["placement.step_tokens=16", "placement.window=2", "placement.age=0,2", "placement.horizon=2"]
 SMALL += ["ranks.step_tokens=64", "ranks.ranks=2,8,64"]
@@ -26,7 +26,10 @@ def trace(tmp_path: Path) -> Path:
 
 def test_everything_is_written(trace: Path, tmp_path: Path) -> None:
     """A table of each analysis twice, its plot twice, and a page that opens with the sentences."""
-    folder, found = analyze(trace, compose([*SMALL, f"stability.against={trace}"]))
+    one = steps.write(tmp_path / "r", 1, 1, 2.0)
+    steps.write(tmp_path / "r", 1, 2, 3.0, (1.5, one))
+    against = (f"stability.against={trace}", f"speculation.results={tmp_path / 'r'}")
+    folder, found = analyze(trace, compose([*SMALL, *against]))
     assert folder == tmp_path / "x.analysis" and [findings.name for findings in found] == list(ANALYSES)
     tables = {f"{name}.{kind}" for findings in found for name in findings.tables for kind in ("csv", "parquet")}
     plots = {f"{plot.name}.{kind}" for findings in found for plot in findings.plots for kind in ("png", "svg")}

@@ -443,6 +443,7 @@ CELL_IDS = {
     "router_swap": "aef74754cffa",
     "routing_quality": "4bfc0cbb9078",
     "sinkhorn_kernels": "b97993aa6512",
+    "speculation": "9148daa56c3d",
 }
 """Of each experiment's first cell on a CPU. Results are found and joined by these ids.
 
@@ -455,7 +456,8 @@ and say so in CHANGELOG.md.
 @pytest.mark.parametrize("experiment", [pytest.param(name, id=name) for name in CELL_IDS])
 def test_cells_keep_their_ids(experiment: str) -> None:
     """On every machine and in every folder: the paths name what is not there, so their names count."""
-    paths = ["model.path=no-model", "workload.path=no-text"] if experiment in ("decode", "router_swap") else []
+    reads_files = experiment in ("decode", "router_swap", "speculation")
+    paths = ["model.path=no-model", "workload.path=no-text"] if reads_files else []
     assert cell_id(moe_lab.compose([f"experiment={experiment}", "device=cpu", *paths])) == CELL_IDS[experiment]
 
 
