@@ -505,6 +505,16 @@ def test_a_correct_run_passes_on_cuda_and_a_faulty_one_fails(execution: str, mod
         assert fault_found(faulty).where == "layers"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("execution", [pytest.param(name, id=name) for name in ("eager", "cuda_graph")])
+@pytest.mark.parametrize(
+    "more", [pytest.param("workload.window=2", id="window"), pytest.param("router=lookahead", id="lookahead")]
+)
+def test_windows_and_guesses_are_right_on_cuda(execution: str, more: str) -> None:
+    """Several tokens of a sequence behind a cache, and hidden states that go from layer to layer, in a graph."""
+    passed(tiny.built(config("device=cuda", f"execution={execution}", "batch=3", more)))
+
+
 # --- states of fixed size ---------------------------------------------------------------------------------------------
 
 
