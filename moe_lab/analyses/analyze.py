@@ -58,6 +58,7 @@ _ALLOWED = {
     "placement.plan": placement.PLANS,
     "specialisation.guess": guesses.GUESSES,
 }
+_MOST = {"speculation.acceptance": 1.0}
 _LEAST = {"placement.age": 0, "placement.copies": 0}  # of the other whole numbers: 1
 
 
@@ -110,8 +111,9 @@ def _check(key: str, value: Any) -> None:
         least = _LEAST.get(key, 1)
         if isinstance(each, int) and each < least:
             raise ValueError(f"{key}={each}: must be a number >= {least}.")
-        if isinstance(each, float) and not 0 < each < float("inf"):
-            raise ValueError(f"{key}={each}: must be a number > 0.")
+        most = _MOST.get(key)
+        if isinstance(each, float) and not (0 < each < float("inf") and (most is None or each <= most)):
+            raise ValueError(f"{key}={each}: must be a number > 0{'' if most is None else f' and <= {most:g}'}.")
 
 
 def analyze(path: Path, cfg: DictConfig) -> tuple[Path, list[Findings]]:

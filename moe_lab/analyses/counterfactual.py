@@ -8,9 +8,9 @@ others (runs/counterfactual.py: Gumbel top-k in all layers at once). In bits, wi
     regret        bits - best
     by_chance     -log2 p(first other route) - bits: what a route costs that is drawn instead of chosen
 
-The best of several is chosen with the next token in hand, so it gains by luck as well: it is an upper bound of what a
-router could gain, not what one would. `confidence` is the largest probability that the model's own route gives to any
-next token. Intervals are over sequences.
+The best is chosen with the next token in hand, so it gains by luck as well, and the more the more routes there are: it
+bounds what a choice among these routes could gain, and no router would gain it. `confidence` is the largest probability
+that the model's own route gives to any next token. Intervals are over sequences.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def conclude(parts: Sequence[None], view: View, cfg: Mapping[str, Any], layers: 
         "counterfactual",
         "Other routes at the same cost",
         "Each token was computed again by other routes of as many experts, drawn by the router's own probabilities in "
-        "all layers at once. The best of them is chosen with the next token in hand: an upper bound for every router.",
+        "all layers at once. The best of them is chosen with the next token in hand: no choice among them gains more.",
     )
     if view.log_p is None:
         found.notes.append("The trace has no counterfactual routes; moe-lab trace --routes records them.")

@@ -150,7 +150,9 @@ def _sentences(table: pd.DataFrame, cfg: Mapping[str, Any]) -> list[str]:
         text += f": {times(best[name], *ends)} times as fast as decoding"
         if best["window"] > 1:
             more = best["experts_measured"] / one["experts_measured"]
-            text += f"; one takes {best['ms'] / one['ms']:.2f} times as long and loads {more:.2f} times the experts"
+            text += (
+                f"; one takes {1 / best['target_efficiency']:.2f} times as long and loads {more:.2f} times the experts"
+            )
             if not pd.isna(best["experts_predicted"] + one["experts_predicted"]):
                 text += f" (by the trace {best['experts_predicted'] / one['experts_predicted']:.2f})"
         sentences.append(f"{text}.")

@@ -112,6 +112,8 @@ def test_names_in_a_trace_cannot_write_into_the_page(tmp_path: Path) -> None:
         pytest.param(["expert_cache.policy=lur"], "policy=lur: must be one of .* Did you mean lru", id="value"),
         pytest.param(["expert_cache.capacity=0"], "expert_cache.capacity=0: must be a number >= 1", id="zero"),
         pytest.param(["expert_cache.gb_per_s=-1"], "must be a number > 0", id="rate"),
+        pytest.param(["speculation.acceptance=0.5,1.5"], "acceptance=1.5: must be a number > 0 and <= 1", id="share"),
+        pytest.param(["counterfactual.routes=0"], "counterfactual.routes=0: must be a number >= 1", id="routes"),
         pytest.param(["placement.age=-1"], "placement.age=-1: must be a number >= 0", id="age"),
         pytest.param(["placement.ranks=[]"], "placement=null leaves the analysis out", id="empty"),
         pytest.param(["specialisation.guess=x"], "must be one of popular, token_id", id="guess"),
