@@ -81,12 +81,13 @@ def test_other_routers_are_not_told() -> None:
     [
         pytest.param("decoder_moe", ("workload.phase=prefill",), id="prefill"),
         pytest.param("decoder_moe", ("workload.phase=decode", "workload.context_len=3"), id="decode"),
-        pytest.param("decoder_moe", ("dtype=bf16",), id="bf16"),
+        pytest.param("decoder_moe", ("dtype=bf16",), id="bf16", marks=pytest.mark.slow),
         pytest.param("checkpoint", ("router@router.inner=native",), id="tiny-olmoe"),
         pytest.param(
             "checkpoint",
             (f"model.path={quick.ASSETS / 'tiny-qwen3-moe'}", "router@router.inner=native"),
             id="tiny-qwen3-moe",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -27,7 +27,13 @@ def of_target(y_BSV: Tensor, targets_BS: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in ("tiny-olmoe", "tiny-qwen3-moe")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("tiny-olmoe", id="tiny-olmoe"),
+        pytest.param("tiny-qwen3-moe", id="tiny-qwen3-moe", marks=pytest.mark.slow),
+    ],
+)
 def test_a_route_is_that_of_one_token_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a whole pass with the native routes, but for one row of every layer, makes the token that follows."""
     sampled: list[Routing] = []

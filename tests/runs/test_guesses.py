@@ -31,7 +31,13 @@ def column(trace: Trace, index: int, name: str) -> np.ndarray:
     return np.concatenate(list(trace.pieces_of(index, name)))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in ("tiny-olmoe", "tiny-qwen3-moe")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("tiny-olmoe", id="tiny-olmoe"),
+        pytest.param("tiny-qwen3-moe", id="tiny-qwen3-moe", marks=pytest.mark.slow),
+    ],
+)
 def test_guesses_are_the_layers_own_gate_on_earlier_states(name: str, tmp_path: Path) -> None:
     """Ahead: on what the layer before read. Before attention: on the sum so far, normed by hand."""
     more = (f"model.path={quick.ASSETS / name}", "batch=4")

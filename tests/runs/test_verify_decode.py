@@ -141,7 +141,14 @@ def test_a_checkpoint_is_verified_in_every_step(router: str, dtype: str) -> None
     passed(tiny.built(config(f"router={router}", f"dtype={dtype}", model="checkpoint", context=60)))
 
 
-@pytest.mark.parametrize("router", [pytest.param(r, id=r) for r in ("torch", "moe_spec", "sinkhorn")])
+@pytest.mark.parametrize(
+    "router",
+    [
+        pytest.param("torch", id="torch"),
+        pytest.param("moe_spec", id="moe_spec"),
+        pytest.param("sinkhorn", id="sinkhorn", marks=pytest.mark.slow),
+    ],
+)
 def test_steps_of_several_tokens_are_checked(router: str) -> None:
     """As those of one; the metrics are of the tokens of a step."""
     run = Run(config(f"router={router}", "workload.window=2", "batch=3"))
