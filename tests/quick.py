@@ -49,6 +49,7 @@ RELATED = {
     "expert_skip",
     "quantile",
     "xshare",
+    "moe_spec",
     "triton",
 }
 """Routers that share their code with others: a checkpoint and an export with them are left to the slow tests."""

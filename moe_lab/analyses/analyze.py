@@ -16,6 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe_lab.analyses import (
+    counterfactual,
     expert_cache,
     guesses,
     load_fit,
@@ -23,6 +24,7 @@ from moe_lab.analyses import (
     placement,
     ranks,
     specialisation,
+    speculation,
     stability,
     unique_experts,
 )
@@ -38,11 +40,13 @@ from moe_lab.records.trace import PHASES, Trace
 ANALYSES: dict[str, ModuleType] = {
     "expert_cache": expert_cache,
     "unique_experts": unique_experts,
+    "speculation": speculation,
     "placement": placement,
     "ranks": ranks,
     "specialisation": specialisation,
     "stability": stability,
     "load_fit": load_fit,
+    "counterfactual": counterfactual,
 }
 """By their keys in the configuration. Each module has `of_layer(routes, cfg, layers)`, which is called in a process of
 its own, and `conclude(parts, view, cfg, layers)`, which makes findings of what that gave for each layer."""
@@ -54,6 +58,7 @@ _ALLOWED = {
     "placement.plan": placement.PLANS,
     "specialisation.guess": guesses.GUESSES,
 }
+_MOST = {"speculation.acceptance": 1.0}
 _LEAST = {"placement.age": 0, "placement.copies": 0}  # of the other whole numbers: 1
 
 
@@ -106,8 +111,9 @@ def _check(key: str, value: Any) -> None:
         least = _LEAST.get(key, 1)
         if isinstance(each, int) and each < least:
             raise ValueError(f"{key}={each}: must be a number >= {least}.")
-        if isinstance(each, float) and not 0 < each < float("inf"):
-            raise ValueError(f"{key}={each}: must be a number > 0.")
+        most = _MOST.get(key)
+        if isinstance(each, float) and not (0 < each < float("inf") and (most is None or each <= most)):
+            raise ValueError(f"{key}={each}: must be a number > 0{'' if most is None else f' and <= {most:g}'}.")
 
 
 def analyze(path: Path, cfg: DictConfig) -> tuple[Path, list[Findings]]:
@@ -123,6 +129,11 @@ def analyze(path: Path, cfg: DictConfig) -> tuple[Path, list[Findings]]:
         asked["stability"]["phase"] = plain["phase"]
         if asked["stability"]["against"] is None:
             del asked["stability"]
+    if "speculation" in asked:
+        if asked["speculation"]["results"] is None:
+            del asked["speculation"]
+        else:
+            asked["speculation"]["cells"] = speculation.cells(asked["speculation"]["results"])
     with Trace(path) as trace:
         view = view_of(trace, plain["phase"])
         parts = _by_layer(trace, view, asked, plain)
@@ -148,7 +159,8 @@ def _by_layer(trace: Trace, view: View, asked: Mapping[str, Any], plain: Mapping
 def _of_layer(trace: Trace, index: int, view: View, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What each analysis gives for one layer, which is read once."""
     wanted = [*asked.get("specialisation", {}).get("guess", ()), *asked.get("expert_cache", {}).get("prefetch", ())]
-    routes = routes_of(trace, index, view, with_before="layer_before" in wanted)
+    recorded = {guesses.RECORDED[name] for name in wanted if name in guesses.RECORDED}
+    routes = routes_of(trace, index, view, with_before="layer_before" in wanted, guesses=recorded)
     return {name: ANALYSES[name].of_layer(routes, settings, trace.layers) for name, settings in asked.items()}
 
 

@@ -11,7 +11,8 @@ of C experts (cache_policies.py). With M the misses, P the loads of a prefetch, 
 
 `static` holds the C experts of a layer that the other parts of the trace use most; a part is a text, or a half of the
 trace (routes.py). `static_hindsight` knows the text itself. A prefetch loads as many experts as a token uses, guessed
-(guesses.py) from the token before, the token's id, or its experts in the layer before.
+(guesses.py) from the token before, the token's id, its experts in the layer before, or by its own router, asked before
+its input is there. Where there is no guess, nothing is prefetched.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ import pandas as pd
 from moe_lab.analyses.cache_policies import POLICIES as SIMULATED
 from moe_lab.analyses.cache_policies import implementation, simulate
 from moe_lab.analyses.findings import Findings, Plot, columns, line, percent
-from moe_lab.analyses.guesses import guess, uses
+from moe_lab.analyses.guesses import RECORDED, guess, uses
 from moe_lab.analyses.routes import Routes, View
 from moe_lab.intervals import ratio_of_sums
 from moe_lab.records.trace import Layer
 
 POLICIES = ("lru", "lfu", "lfru", "arc", "static", "static_hindsight", "belady")
-PREFETCHES = ("none", "previous_token", "token_id", "layer_before")
+PREFETCHES = ("none", "previous_token", "token_id", "layer_before", "ahead", "pre_attention")
 _KNOWS_WHAT_COMES = ("static_hindsight", "belady")
 
 Counts = dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]
@@ -52,8 +53,13 @@ def of_layer(routes: Routes, cfg: Mapping[str, Any], layers: Sequence[Layer]) ->
         guessed_TK = guess(prefetch, routes) if prefetch != "none" else None
         if prefetch == "token_id" and guessed_TK is None:
             continue  # the trace has no token ids
-        if prefetch == "layer_before" and guessed_TK is None:
-            guessed_TK = np.full_like(ids_TK, -1)  # there is none before the first layer, so nothing is prefetched
+        if prefetch in RECORDED and prefetch not in routes.guesses:
+            raise ValueError(
+                f"expert_cache.prefetch={prefetch}: the trace has no such guesses; record one with "
+                "moe-lab trace --guesses."
+            )
+        if guessed_TK is None and prefetch != "none":
+            guessed_TK = np.full_like(ids_TK, -1)  # there is none before the first layer
         for policy in cfg["policy"]:
             if policy == "belady" and prefetch != "none":
                 continue  # it knows what comes, so nothing is to be guessed

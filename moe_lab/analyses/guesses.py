@@ -1,9 +1,17 @@
-"""A token's experts, guessed before its router runs; fitted on the other parts of a trace (routes.View.part).
+"""A token's experts, guessed before its router runs.
+
+Fitted on the other parts of a trace (routes.View.part):
 
     popular           the k experts that the layer uses most
     token_id          those that it uses most for this token id; the popular ones for an id that was not seen
-    previous_token    the experts of the token before in its sequence; nothing is fitted
     layer_before      the k experts e of the largest sum of P(e | e') over e', its experts in the layer before
+
+Not fitted:
+
+    previous_token    the experts of the token before in its sequence
+    ahead             the k first choices of the layer's router for the hidden states of the layer before, as the trace
+                      recorded them (runs/guesses.py); ahead_2k: twice as many
+    pre_attention     the same for the state before the layer's attention; pre_attention_2k
 
 Of two experts alike the one with the smaller number is guessed.
 """
@@ -11,6 +19,7 @@ Of two experts alike the one with the smaller number is guessed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -98,10 +107,23 @@ def _by_layer_before(routes: Routes) -> np.ndarray | None:
     return guess_TK
 
 
+def _recorded(routes: Routes, name: str, times_k: int) -> np.ndarray | None:
+    guess_TW = routes.guesses.get(name)
+    if guess_TW is None or (guess_TW < 0).all():
+        return None
+    return guess_TW[:, : times_k * routes.ids_TK.shape[1]]
+
+
 _GUESSES: dict[str, Callable[[Routes], np.ndarray | None]] = {
     "popular": _popular,
     "token_id": _by_token_id,
     "previous_token": _previous,
     "layer_before": _by_layer_before,
+    "ahead": partial(_recorded, name="ahead", times_k=1),
+    "ahead_2k": partial(_recorded, name="ahead", times_k=2),
+    "pre_attention": partial(_recorded, name="pre_attention", times_k=1),
+    "pre_attention_2k": partial(_recorded, name="pre_attention", times_k=2),
 }
 GUESSES = tuple(_GUESSES)
+RECORDED = {name: name.removesuffix("_2k") for name in ("ahead", "ahead_2k", "pre_attention", "pre_attention_2k")}
+"""Those that only some traces have, and their column."""

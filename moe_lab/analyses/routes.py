@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class View:
         part: [U] the part of the trace that a unit belongs to: its text, or a half of a trace that has fewer than two
             texts. What is fitted is fitted on all parts but the one that it is judged on.
         parts: their names.
+        log_p: of counterfactual routes, see the head of records/trace.py, if the trace has them.
     """
 
     rows: np.ndarray
@@ -34,6 +36,7 @@ class View:
     unit: np.ndarray
     part: np.ndarray
     parts: tuple[str, ...]
+    log_p: np.ndarray | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -50,12 +53,16 @@ class View:
 
 @dataclass(frozen=True)
 class Routes:
-    """One layer: ids int16 [T, K] in the order of the view, -1 where unused; and those of the layer before, if any."""
+    """One layer: ids int16 [T, K] in the order of the view, -1 where unused; and those of the layer before, if any.
+
+    `guesses`: by name, what the trace recorded of what the router would choose earlier, int16 [T, W].
+    """
 
     layer: Layer
     ids_TK: np.ndarray
     view: View
     before: Routes | None = None
+    guesses: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def view_of(trace: Trace, phase: str | None = None) -> View:
@@ -77,7 +84,10 @@ def view_of(trace: Trace, phase: str | None = None) -> View:
     if unit[-1] == 0:
         unit = np.arange(len(rows)) * min(STRETCHES, len(rows)) // len(rows)
     part, parts = _parts(tokens, rows, unit, trace.domains)
-    return View(rows, np.argsort(rows, kind="stable"), tokens.token[rows], is_first, unit, part, parts)
+    log_p = trace.log_p()
+    if log_p is not None:
+        log_p = log_p[rows]
+    return View(rows, np.argsort(rows, kind="stable"), tokens.token[rows], is_first, unit, part, parts, log_p)
 
 
 def _parts(
@@ -95,7 +105,12 @@ def _parts(
     return np.arange(n_units) * 2 // n_units, ("the first half", "the second half")
 
 
-def routes_of(trace: Trace, index: int, view: View, *, with_before: bool = False) -> Routes:
-    """One layer of a trace, by its place in `trace.layers`."""
+def routes_of(
+    trace: Trace, index: int, view: View, *, with_before: bool = False, guesses: Collection[str] = ()
+) -> Routes:
+    """One layer of a trace, by its place in `trace.layers`, with those of `guesses` that it has."""
     before = routes_of(trace, index - 1, view) if with_before and index else None
-    return Routes(trace.layers[index], trace.ids(index)[view.rows], view, before)
+    recorded = {
+        name: np.concatenate(list(trace.pieces_of(index, name)))[view.rows] for name in guesses if name in trace.columns
+    }
+    return Routes(trace.layers[index], trace.ids(index)[view.rows], view, before, recorded)

@@ -8,10 +8,8 @@ With N_D the tokens of text D, N_ED those of them that use expert E, k the exper
                          by two texts
 
 and how well a token's k experts are guessed (guesses.py), recall = |guess and S| / |S|: from popularity, the token's id
-(OLMoE's vocabulary specialisation as a prediction), the token before, or its experts in the layer before (the flow
-between layers).
-
-All but `previous_token` are fitted on the other parts of the trace. Intervals are over sequences.
+(OLMoE's vocabulary specialisation as a prediction), the token before, its experts in the layer before (the flow between
+layers), or from its own router, asked before its input is there. Intervals are over sequences.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from moe_lab.analyses.findings import Findings, Line, Plot, columns, percent
-from moe_lab.analyses.guesses import guess, uses
+from moe_lab.analyses.guesses import RECORDED, guess, uses
 from moe_lab.analyses.routes import Routes, View
 from moe_lab.intervals import ratio_of_sums
 from moe_lab.records.trace import Layer
@@ -95,6 +93,8 @@ def conclude(parts: Sequence[Special], view: View, cfg: Mapping[str, Any], layer
     found.plots = [_plot(table, list(pooled))]
     if "token_id" in cfg["guess"] and "token_id" not in pooled:
         found.notes.append("The trace does not say the tokens' ids, so nothing is guessed from them.")
+    if absent := sorted({RECORDED[name] for name in cfg["guess"] if name in RECORDED and name not in pooled}):
+        found.notes.append(f"The trace has no column {', '.join(absent)}; moe-lab trace --guesses records it.")
     return found
 
 
@@ -121,13 +121,21 @@ def _sentences(pooled: Mapping[str, Any], table: pd.DataFrame, view: View) -> li
         "token_id": "those that its token id used elsewhere",
         "previous_token": "those of the token before",
         "layer_before": "those that go with its experts in the layer before",
+        "ahead": "those that its router chooses for the hidden states of the layer before",
+        "ahead_2k": "twice as many of these",
+        "pre_attention": "those that its router chooses for the state before attention",
+        "pre_attention_2k": "twice as many of these",
     }
-    guesses = [
-        f"{percent(recall.value, recall.low, recall.high)} are among {what[name]}"
+    shares = {
+        name: f"{percent(recall.value, recall.low, recall.high)} are among {what[name]}"
         for name, recall in pooled.items()
         if recall.value is not None
+    }
+    sentences = [
+        f"Of the experts that a token uses{words}, {'; '.join(guesses)}."
+        for words, from_gate in (("", False), (" (its own gate, asked earlier)", True))
+        if (guesses := [text for name, text in shares.items() if (name in RECORDED) is from_gate])
     ]
-    sentences = [f"Of the experts that a token uses, {'; '.join(guesses)}."] if guesses else []
     if len(view.parts) > 1 and table["text_information"].notna().any():
         most = table.loc[table["text_information"].idxmax()]
         names = ", ".join(view.parts[:6]) + (", ..." if len(view.parts) > 6 else "")

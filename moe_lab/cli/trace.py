@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from moe_lab.cli.arguments import Parser
+from moe_lab.records.trace import MOST_ROUTES
 
 _READ = ("model.*", "router.*", "experts.*", "workload.*", "device", "dtype", "batch", "seq_len", "seed")
 
@@ -22,23 +24,36 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", "-o", type=Path, required=True, help="the file to write, for example olmoe.trace")
     parser.add_argument("--tokens", type=int, help="about so many tokens, spread over the texts (default: all)")
     parser.add_argument("--logits", action="store_true", help="record the router's logits too: E floats a token, layer")
+    parser.add_argument(
+        "--guesses", action="store_true", help="record what routers would choose one layer ahead, and before attention"
+    )
+    parser.add_argument(
+        "--routes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="try N other routes of each token, at the same cost; N passes",
+    )
     parser.add_argument("--to", choices=("parquet", "vllm"), help="write the trace FILE in this format")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_intermixed_args(arguments)
     if given.tokens is not None and given.tokens < 1:
         raise ValueError(f"--tokens {given.tokens}: must be an integer >= 1.")
+    if not 0 <= given.routes <= MOST_ROUTES:
+        raise ValueError(f"--routes {given.routes}: must be an integer of 0 to {MOST_ROUTES}.")
     if given.out.is_dir():
         raise ValueError(f"--out {given.out}: is a folder; give the path of a file.")
     if given.to is not None:
-        if given.logits or given.tokens is not None or given.config_dir:
+        if given.logits or given.guesses or given.routes or given.tokens is not None or given.config_dir:
             raise ValueError("--to: takes a trace and --out; remove the other options.")
         return _write_as(given.to, given.words, given.out)
     if files := [word for word in given.words if "=" not in word and not word.startswith("~")]:
         raise ValueError(f"trace {files[0]}: not a KEY=VALUE override; to write a trace as another format, add --to.")
-    return _record(given.words, given.out, given.tokens, given.logits, given.config_dir)
+    more = {"logits": given.logits, "guesses": given.guesses, "routes": given.routes}
+    return _record(given.words, given.out, given.tokens, given.config_dir, more)
 
 
-def _record(overrides: list[str], out: Path, n_tokens: int | None, logits: bool, config_dir: str | None) -> int:
+def _record(overrides: list[str], out: Path, n_tokens: int | None, config_dir: str | None, more: dict[str, Any]) -> int:
     from moe_lab.config.checks import refuse_other_keys
     from moe_lab.config.compose import compose
     from moe_lab.config.unread import key_of, refuse_twice
@@ -64,7 +79,7 @@ def _record(overrides: list[str], out: Path, n_tokens: int | None, logits: bool,
         cfg,
         out,
         n_tokens,
-        logits=logits,
+        **more,
         progress=lambda batches: track(batches, "recording", console=console, transient=True, disable=not shows),
     )
     say(out, missing)

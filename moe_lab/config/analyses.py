@@ -15,11 +15,13 @@ class Analyze:
     processes: int | None
     expert_cache: Any
     unique_experts: Any
+    speculation: Any
     placement: Any
     ranks: Any
     specialisation: Any
     stability: Any
     load_fit: Any
+    counterfactual: Any
 
 
 @dataclass
@@ -40,6 +42,15 @@ class UniqueExperts:
 
     tokens: list[int]
     batch: list[int]
+
+
+@dataclass
+class Speculation:
+    """analysis/speculation."""
+
+    results: str | None
+    acceptance: list[float]
+    draft_ms: float | None
 
 
 @dataclass
@@ -90,13 +101,22 @@ class LoadFit:
     step_tokens: int
 
 
+@dataclass
+class Counterfactual:
+    """analysis/counterfactual."""
+
+    routes: list[int]
+
+
 ANALYSES: dict[str, type] = {
     "expert_cache": ExpertCache,
     "unique_experts": UniqueExperts,
+    "speculation": Speculation,
     "placement": Placement,
     "ranks": Ranks,
     "specialisation": Specialisation,
     "stability": Stability,
     "load_fit": LoadFit,
+    "counterfactual": Counterfactual,
 }
 """By their keys, in the order of the page."""

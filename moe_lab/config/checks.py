@@ -72,7 +72,12 @@ def validate(cfg: DictConfig) -> None:
     validate_sweep(cfg)
     for key in ("measure.cache", "workload.phase", "workload.load", "export.view"):
         _one_of(cfg, key, CHOICES[key])
-    _at_least(cfg, "workload.context_len measure.quality_tokens", 1)
+    _at_least(cfg, "workload.context_len workload.window measure.quality_tokens", 1)
+    if cfg.workload.phase == "decode" and cfg.seq_len % (cfg.workload.get("window") or 1):
+        raise ValueError(
+            f"workload.window={cfg.workload.window}: must divide seq_len={cfg.seq_len}, the number of tokens that are "
+            "decoded; choose another seq_len."
+        )
     if "path" in cfg.workload and not _is_paths(cfg.workload.path):
         raise ValueError(
             f"workload.path={cfg.workload.path}: must be a file, a folder, or a list of files and folders."
@@ -280,7 +285,8 @@ def _validate_router(cfg: DictConfig, group: str) -> None:
     """Check the router of this group (`router` or `measure.reference_router`)."""
     node = OmegaConf.select(cfg, group)
     _one_of(cfg, f"{group}.impl", ROUTER_IMPLEMENTATIONS)
-    _at_least(cfg, " ".join(f"{group}.{key}" for key in ("iters", "top_k", "k_max", "steps", "calibration_tokens")), 1)
+    whole = ("iters", "top_k", "k_max", "steps", "window", "calibration_tokens")
+    _at_least(cfg, " ".join(f"{group}.{key}" for key in whole), 1)
     _at_least(cfg, f"{group}.tolerance {group}.hash_layers", 0)
     _more_than_zero(cfg, " ".join(f"{group}.{key}" for key in ("temperature", "factor", "scale", "rate")))
     inner = node.get("inner")

@@ -243,6 +243,8 @@ class SharedBudget(RouterOption):
     """A set of experts that the batch shares."""
 
     budget: float
+    keeps_best: bool
+    window: int | None
     renormalize: bool
 
 
@@ -253,6 +255,13 @@ class Capacity(RouterOption):
     inner: Any
     factor: float
     policy: str
+
+
+@dataclass
+class Lookahead(RouterOption):
+    """Another router, asked one layer ahead."""
+
+    inner: Any
 
 
 @dataclass
@@ -292,6 +301,7 @@ class Workload:
     name: str
     phase: str
     context_len: int
+    window: int
     load: str
     zipf_exponent: float
     hot_experts: int
@@ -454,6 +464,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "oea": OpportunisticActivation,
         "xshare": SharedBudget,
         "capacity": Capacity,
+        "lookahead": Lookahead,
     },
     "experts": {
         "experts": Experts,

@@ -45,7 +45,9 @@ def _predicts_text(cfg: DictConfig) -> bool:
 
 _RULES = (
     _Rule(
-        "workload.context_len", lambda c: c.workload.get("phase") == "decode", "only used with workload.phase=decode"
+        "workload.context_len workload.window",
+        lambda c: c.workload.get("phase") == "decode",
+        "only used with workload.phase=decode",
     ),
     _Rule("workload.load", _has_experts, "the model has no layer of experts"),
     _Rule(

@@ -161,7 +161,7 @@ class LayerProbe:
     def _compare_routes(
         self, index: int, layer: MoELayer, reference: MoELayer, x_TD: Tensor, ctx: RouteContext, routing: Routing
     ) -> None:
-        logits_TE = layer.logits(x_TD)
+        logits_TE, ctx = layer.logits(x_TD), layer.with_guess(ctx)
         check_finite(logits_TE, index)
         router, E = reference.router, layer.weights.n_experts
         with exact_products():

@@ -64,7 +64,8 @@ def declared_properties(model: nn.Module, twin: nn.Module, *, forced: bool) -> I
         index, router = asked
         ran = None if forced else result[1]
         try:
-            check_properties(router, layer.logits(arguments[0]).float(), arguments[1], index, ran, findings.found)
+            logits_TE, ctx = layer.logits(arguments[0]).float(), layer.with_guess(arguments[1])
+            check_properties(router, logits_TE, ctx, index, ran, findings.found)
         except MismatchError as error:
             findings.mismatch = error
 
@@ -166,12 +167,9 @@ class _OfRun:
         tokens_N = self._tokens(batch)
         starts = [0, *itertools.accumulate(map(len, batch))]
         starts_B1 = torch.tensor(starts, dtype=torch.int32, device=tokens_N.device) if self.knows_sequences else None
-        ids_T, valid_T = self.ctx.token_ids_T, self.ctx.valid_T
-        ctx = self.ctx._replace(
-            token_ids_T=None if ids_T is None else ids_T[tokens_N],
-            valid_T=None if valid_T is None else valid_T[tokens_N],
-            seq_start_B1=starts_B1,
-        )
+        names = ("token_ids_T", "valid_T", "previous_TD", "guess_TE")
+        of_tokens = {name: values_T[tokens_N] for name in names if (values_T := getattr(self.ctx, name)) is not None}
+        ctx = self.ctx._replace(seq_start_B1=starts_B1, **of_tokens)
         return scored_selection(self.router, self.logits_TE[tokens_N], ctx)
 
     def _compare(self, name: str, words: str, whole: Batch, parts: Sequence[Batch]) -> None:

@@ -12,8 +12,8 @@ from moe_lab.experts.weights import ExpertWeights
 from moe_lab.models import MakeRouter
 from moe_lab.models.layer_kinds import make_moe_layer
 from moe_lab.models.layers import GatedMLP
-from moe_lab.models.moe_layer import OwnNorms, SharedExpert
-from moe_lab.models.transformer_decoder import TransformerDecoder
+from moe_lab.models.moe_layer import MoELayer, OwnNorms, SharedExpert
+from moe_lab.models.transformer_decoder import Block, TransformerDecoder
 
 
 class DecoderMoE(TransformerDecoder):
@@ -43,6 +43,11 @@ class DecoderMoE(TransformerDecoder):
         self.n_dense_layers, self.dense_hidden_dim = n_dense_layers, dense_hidden_dim
         self.expert_settings, self.own_norms = expert_settings or {}, own_norms
         super().__init__(**decoder)
+        blocks = [block for block in self.layers if isinstance(block, Block)]
+        if len(blocks) > 1 and any(isinstance(b.mlp, MoELayer) and b.mlp.router.looks_ahead for b in blocks):
+            self.looks_ahead = True
+            for block in blocks:
+                block.shows_input = True
 
     def is_dense(self, layer: int) -> bool:
         """Whether this layer has no experts."""

@@ -89,6 +89,7 @@ class MoELayer(nn.Module):
             with phase("router"):
                 if self.experts.reads_dispatch(x_TD):
                     ctx = ctx._replace(want_dispatch=True)
+                ctx = self.with_guess(ctx)
                 routing = self.router(self.gate_input(x_TD), self.weights.gate_ED, ctx, self.weights.gate_bias_E)
         y_TD = self.routed(x_TD, routing, ctx)
         return (y_TD if self.shared is None else y_TD + self.shared(x_TD)), routing
@@ -110,6 +111,12 @@ class MoELayer(nn.Module):
     def logits(self, x_TD: Tensor) -> Tensor:
         """The router's logits [T, E]."""
         return gate_logits(self.gate_input(x_TD), self.weights.gate_ED, self.weights.gate_bias_E)
+
+    def with_guess(self, ctx: RouteContext) -> RouteContext:
+        """`ctx` with this layer's logits for what the MLP of the layer before read, if the router looks ahead."""
+        if not self.router.looks_ahead or ctx.previous_TD is None:
+            return ctx
+        return ctx._replace(guess_TE=self.logits(ctx.previous_TD))
 
     def routed(self, x_TD: Tensor, routing: Routing, ctx: RouteContext) -> Tensor:
         """The output less the shared expert's."""

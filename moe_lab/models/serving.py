@@ -1,6 +1,6 @@
 """The two phases of serving a decoder, each as a module that is called like a model: prefill and decode.
 
-forward(ids, forced_routing=None) -> Output with the logits of the last position [B, 1, V]
+forward(ids, forced_routing=None) -> Output with the logits of the last position [B, 1, V], or of each of a step
 on(decoder)                       the same with another decoder, on the same cache
 """
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_lab.errors import UnavailableError
 from moe_lab.models import ForcedRouting, Output
 from moe_lab.models.kv_cache import KVCache
 from moe_lab.models.transformer_decoder import TransformerDecoder
@@ -55,34 +56,50 @@ class Prefill(Serving):
 class Decode(Serving):
     """One step: the next token of every sequence, on the keys and values of those before it.
 
-    Of ids [B, N] the first `context_len` are in the cache (`fill`); a step takes the token at `position_1`, a tensor on
+    Of ids [B, N] the first `context_len` are in the cache (`fill`); a step takes the token at `position_g`, a tensor on
     the device, so that a captured graph may be replayed at each position. `advance` goes on to the next, and from the
     last back to the first step, which overwrites what it finds in the cache.
+
+    With a `window` of g > 1 a step takes the next g tokens of every sequence, as speculative decoding verifies them.
     """
 
-    position_1: Tensor
+    position_g: Tensor
 
-    def __init__(self, decoder: TransformerDecoder, cache: KVCache, context_len: int, position_1: Tensor | None = None):
+    def __init__(
+        self,
+        decoder: TransformerDecoder,
+        cache: KVCache,
+        context_len: int,
+        window: int = 1,
+        position_g: Tensor | None = None,
+    ):
         super().__init__(decoder, cache)
-        self.context_len, self._step = context_len, 0
-        if position_1 is None:
-            position_1 = torch.tensor([context_len], device=decoder.embed.weight.device)
-        self.register_buffer("position_1", position_1, persistent=False)
+        assert (cache.length - context_len) % window == 0, "the last step would be shorter"
+        if cache.in_order and window > 1:
+            raise UnavailableError(
+                f"workload.window={window}: this model keeps states, and a step of theirs takes one token; "
+                "use workload.window=1"
+            )
+        self.context_len, self.window, self._step = context_len, window, 0
+        self.register_buffer("_offset_g", torch.arange(window, device=decoder.embed.weight.device), persistent=False)
+        if position_g is None:
+            position_g = context_len + self.get_buffer("_offset_g")
+        self.register_buffer("position_g", position_g, persistent=False)
 
     @property
     def n_steps(self) -> int:
         """From the end of the context to the end of the cache."""
-        return self.cache.length - self.context_len
+        return (self.cache.length - self.context_len) // self.window
 
     def on(self, decoder: TransformerDecoder) -> Decode:
-        return Decode(decoder, self.cache, self.context_len, self.position_1)
+        return Decode(decoder, self.cache, self.context_len, self.window, self.position_g)
 
     def cached_bytes(self) -> int:
-        """See `Serving.cached_bytes`: what came before is read, one position and the states written.
+        """See `Serving.cached_bytes`: what came before is read, the step's positions and the states written.
 
         Looks at the host.
         """
-        return self.cache.bytes_per_position * (int(self.position_1) + 1) + 2 * self.cache.state_bytes
+        return self.cache.bytes_per_position * (int(self.position_g[-1]) + 1) + 2 * self.cache.state_bytes
 
     @torch.inference_mode()
     def fill(self, ids_BN: Tensor) -> tuple[Routing, ...]:
@@ -99,18 +116,19 @@ class Decode(Serving):
         """Go to a step, counted from 0; where `cache.in_order`, to the first one or to the next."""
         assert not self.cache.in_order or step in (0, self._step, self._step + 1), "the state before it is not there"
         self._step = step
-        self.position_1.fill_(self.context_len + step)
+        self.position_g.copy_(self.get_buffer("_offset_g") + (self.context_len + step * self.window))
 
     def advance(self) -> None:
         """Go to the next step, without a look at the host."""
         self._step = (self._step + 1) % self.n_steps
-        self.position_1.sub_(self.context_len - 1).remainder_(self.n_steps).add_(self.context_len)
+        n_positions = self.n_steps * self.window
+        self.position_g.sub_(self.context_len - self.window).remainder_(n_positions).add_(self.context_len)
 
     def forward(self, ids_BN: Tensor, forced_routing: ForcedRouting = None) -> Output:
-        """ids [B, N] -> logits [B, 1, V] of the present step."""
-        ids_B1 = ids_BN.index_select(1, self.position_1)
+        """ids [B, N] -> logits [B, window, V] of the present step."""
+        ids_Bg = ids_BN.index_select(1, self.position_g)
         return self.decoder(  # type: ignore[no-any-return]
-            ids_B1, forced_routing, cache=self.cache, position_S=self.position_1
+            ids_Bg, forced_routing, cache=self.cache, position_S=self.position_g
         )
 
 
@@ -129,7 +147,8 @@ def whole_routing(context: Routing, steps: Sequence[Routing], batch: int) -> Rou
 
     def ordered(values_TK: Tensor) -> Tensor:
         before, after = values_TK[: batch * C], values_TK[batch * C :]
-        sequences = (before.view(batch, C, -1), after.view(len(steps), batch, -1).transpose(0, 1))
+        of_steps = after.view(len(steps), batch, -1, values_TK.shape[1]).transpose(0, 1).flatten(1, 2)
+        sequences = (before.view(batch, C, -1), of_steps)
         return torch.cat(sequences, dim=1).flatten(0, 1)
 
     return Routing(ordered(ids_TK), ordered(weights_TK))

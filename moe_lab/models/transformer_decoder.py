@@ -31,6 +31,7 @@ class Block(nn.Module):
     """Attention, or another mixer of tokens in its place, then the MLP: a dense one, or an MoELayer.
 
     `norms_after`: what both give is normed before it is added; `scaled`: the layer's output has a factor (Gemma 4).
+    `shows_input`: the last of what it returns is what the MLP read [T, D], else None.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Block(nn.Module):
         scaled: bool = False,
     ):
         super().__init__()
-        self.residual_scale = residual_scale
+        self.residual_scale, self.shows_input = residual_scale, False
         norms_itself = isinstance(mlp, MoELayer) and mlp.norms is not None
         self.attention_norm = add_norm(norm, d_model, norm_eps, implementation)
         self.attention = attention
@@ -66,7 +67,7 @@ class Block(nn.Module):
         forced: Iterator[Routing] | None,
         cache: LayerMemory | None,
         position_S: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Routing | None]:
+    ) -> tuple[Tensor, Tensor, Routing | None, Tensor | None]:
         normed, residual = self.attention_norm(x_BSD, residual_BSD)
         attended = self._added(self.attention(normed, *rope, cache, position_S), self.norm_after_attention)
         normed, residual = self.mlp_norm(attended, residual)
@@ -80,7 +81,7 @@ class Block(nn.Module):
         if self.scale_1 is not None:
             scale_1 = self.scale_1.to(y_BSD.dtype)
             y_BSD, residual = y_BSD * scale_1, residual * scale_1
-        return y_BSD, residual, routing
+        return y_BSD, residual, routing, normed.flatten(0, 1) if self.shows_input else None
 
     def _added(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """What a sublayer adds."""
@@ -103,6 +104,8 @@ class TransformerDecoder(nn.Module):
     """
 
     max_positions: int | None = None
+    looks_ahead = False
+    """Whether a layer is told what the MLP of the one before read (`RouteContext.previous_TD`)."""
 
     def __init__(
         self,
@@ -206,9 +209,11 @@ class TransformerDecoder(nn.Module):
         if self.embedding_scale != 1:
             x = x * self.embedding_scale
         residual: Tensor | None = None
+        previous: Tensor | None = None  # what the MLP of the layer before read
         routings: list[Routing] = []
         for layer, (block, kept) in enumerate(zip(self.layers, caches, strict=True)):
-            x, residual, routing = block(x, residual, ropes[layer], ctx._replace(layer=layer), forced, kept, position_S)
+            here = ctx._replace(layer=layer, previous_TD=previous)
+            x, residual, routing, previous = block(x, residual, ropes[layer], here, forced, kept, position_S)
             if routing is not None:
                 routings.append(routing)
         if last is not None:

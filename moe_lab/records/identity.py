@@ -27,6 +27,7 @@ _OUTSIDE = ("name", "overrides", "sweep", "experiment", "debug", "hydra")
 _LATER: dict[str, Any] = {
     "measure": {"cache": "natural"},
     "workload.trace_layer": None,
+    "workload.window": 1,
     "model.timed": "layer",
 }
 # The same for keys that only some routers got later, as others had one of that name before: by their `_target_`.
@@ -40,6 +41,7 @@ _LATER_OF_ROUTER: dict[str, dict[str, Any]] = {
         "balancing_bias.QuantileBias",
     )
 } | {"moe_lab.routers.scored_topk.ScoredTopK": {"hash_layers": 0}}
+_LATER_OF_ROUTER["moe_lab.routers.batch_aware.SharedBudget"] |= {"keeps_best": True, "window": None}
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 _TABLES = ("choices/*.json",)  # of the package alone: by what experts=auto chooses
 # Rooms of the package that only talk to people or read results: no run executes them.
@@ -89,6 +91,7 @@ def content(config: DictConfig | Mapping[str, Any], *, with_later: bool = False)
             workload["path"] = inputs.text_id(workload["path"])
         if workload.get("phase") != "decode":
             workload.pop("context_len", None)
+            workload.pop("window", None)
     if with_later:
         return found
     for dotted in sorted(_LATER, key=lambda dotted: -dotted.count(".")):  # the keys of a group before the group
@@ -143,7 +146,9 @@ def slug(cfg: DictConfig) -> str:
     if "seq_len" not in ignores:
         parts.append(f"s{cfg.seq_len}")
     if (phase := cfg.workload.get("phase", "forward")) != "forward":
-        parts.append(f"{phase}{cfg.workload.context_len}" if phase == "decode" else phase)
+        window = cfg.workload.get("window", 1)
+        decode = f"{phase}{cfg.workload.context_len}" + (f"w{window}" if window > 1 else "")
+        parts.append(decode if phase == "decode" else phase)
     parts += [cfg.device.name, cfg.dtype.name, cfg.execution.name]
     return "-".join(
         "".join(c if (c.isascii() and c.isalnum()) or c in "_." else "_" for c in str(part)) for part in parts

@@ -9,17 +9,23 @@ a stretch of tokens, is read without the rest. Of a piece of T tokens:
     PIECE/token/phase            uint8 [T]     index into `PHASES`
     PIECE/token/token            int32 [T]     its id in the vocabulary, -1 if unknown
     PIECE/token/domain           int16 [T]     index into the manifest's `domains`, -1 if unknown
+    PIECE/token/log_p            float32 [T, 2 + n]  natural logarithms of the largest probability of the next token, of
+                                 the probability of the token that follows, and of the latter by each of n other routes
+                                 (runs/counterfactual.py); only in a trace with counterfactual_routes
     PIECE/layer/LAYER/expert_ids int16 [T, K]  different in each row; -1 is an unused slot
     PIECE/layer/LAYER/weights    float32 [T, K]  of these slots, 0 where unused; only in a trace that has them
     PIECE/layer/LAYER/margin     float32 [T]   p_(k) - p_(k+1) of the softmax of the logits; likewise
     PIECE/layer/LAYER/logits     float32 [T, E]  the router's; likewise
+    PIECE/layer/LAYER/ahead, pre_attention  int16 [T, min(2 K, E)]: experts that the router would choose before its
+                                 input is there (runs/guesses.py), best first; -1 where there is no guess; likewise
 
 `manifest.json` comes last: an archive without one was not finished. It has
 
     format, version      "moe-lab trace", 1
     layers               [{layer, n_experts, top_k, bytes_per_expert}]: index in the model; top_k is the width K of its
                          rows; bytes of one expert's weights, null if unknown
-    columns              which of weights, margin, logits there are
+    columns              which of weights, margin, logits, ahead, pre_attention there are
+    counterfactual_routes  n of log_p, 0 if there is none; a trace without this key has none
     pieces               tokens of each
     domains              names of the texts
     source               model, router, tokenizer, texts, ...: where it comes from, names and hashes
@@ -45,8 +51,10 @@ from moe_lab.records import files
 
 SUFFIX, FORMAT, VERSION = ".trace", "moe-lab trace", 1
 PHASES = ("unknown", "prefill", "decode")
-COLUMNS = ("weights", "margin", "logits")
-MOST_EXPERTS, MOST_K = 1 << 14, 1 << 10
+COLUMNS = ("weights", "margin", "logits", "ahead", "pre_attention")
+GUESSES = ("ahead", "pre_attention")
+"""Those of the columns that are expert ids, too."""
+MOST_EXPERTS, MOST_K, MOST_ROUTES = 1 << 14, 1 << 10, 1 << 10
 PIECE = 1 << 16
 """Tokens of a piece as it is written: of eight experts a token, 1 MB a layer."""
 _MOST_PIECE = 1 << 22  # tokens of one that is read
@@ -123,6 +131,7 @@ class TraceWriter:
         columns: which of `COLUMNS` `add` gets.
         domains, source, missing: of the manifest. May be changed until the end.
         piece: tokens of a piece.
+        n_routes: n of `log_p`, which `add` then gets; 0: none.
     """
 
     path: Path
@@ -132,6 +141,7 @@ class TraceWriter:
     source: Mapping[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     piece: int = PIECE
+    n_routes: int = 0
 
     def __post_init__(self) -> None:
         assert self.layers and set(self.columns) <= set(COLUMNS)
@@ -143,7 +153,7 @@ class TraceWriter:
                 )
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._pieces: list[int] = []
-        self._waiting: list[tuple[Tokens, list[dict[str, np.ndarray]]]] = []
+        self._waiting: list[tuple[Tokens, np.ndarray, list[dict[str, np.ndarray]]]] = []
         self._n_waiting = 0
 
     @property
@@ -170,7 +180,14 @@ class TraceWriter:
             with suppress(OSError):
                 self._temporary.unlink(missing_ok=True)
 
-    def add(self, tokens: Tokens, ids: Sequence[np.ndarray], **more: Sequence[np.ndarray]) -> None:
+    def add(
+        self,
+        tokens: Tokens,
+        ids: Sequence[np.ndarray],
+        log_p: np.ndarray | None = None,
+        /,
+        **more: Sequence[np.ndarray],
+    ) -> None:
         """Add tokens in order: their expert ids [T, K] layer by layer, and each of `columns` likewise.
 
         Raises:
@@ -181,31 +198,41 @@ class TraceWriter:
         for index, (layer, ids_TK) in enumerate(zip(self.layers, ids, strict=True)):
             require_routes(ids_TK, layer.n_experts, f"layer {layer.layer}")
             found = {"expert_ids": ids_TK} | {name: more[name][index] for name in self.columns}
+            for name in set(self.columns) & set(GUESSES):
+                require_routes(found[name], layer.n_experts, f"layer {layer.layer}: {name}")
             arrays.append({name: np.ascontiguousarray(a, _dtype(name)) for name, a in found.items()})
             for name, array in arrays[-1].items():
                 if array.shape != _shape(name, layer, tokens.n):
                     raise ValueError(f"layer {layer.layer}: {name} is {list(array.shape)}, of {tokens.n} tokens")
-        self._waiting.append((tokens, arrays))
+        assert (log_p is None) == (self.n_routes == 0)
+        scores = np.empty((tokens.n, 0), "<f4") if log_p is None else np.ascontiguousarray(log_p, "<f4")
+        if log_p is not None and scores.shape != (tokens.n, 2 + self.n_routes):
+            raise ValueError(f"log_p is {list(scores.shape)}, of {tokens.n} tokens and {self.n_routes} routes")
+        self._waiting.append((tokens, scores, arrays))
         self._n_waiting += tokens.n
         while self._n_waiting >= self.piece:
             self._write(self.piece)
 
     def _write(self, n: int) -> None:
         """The next piece: the first n tokens that wait."""
-        tokens = Tokens(*(np.concatenate(parts) for parts in zip(*(t for t, _ in self._waiting), strict=True)))
+        tokens = Tokens(*(np.concatenate(parts) for parts in zip(*(t for t, *_ in self._waiting), strict=True)))
         number, rest = len(self._pieces), []
         for name, values in tokens._asdict().items():
             self._write_array(f"{number}/token/{name}", values[:n])
+        scores = np.concatenate([scores for _, scores, _ in self._waiting])
+        if self.n_routes:
+            self._write_array(f"{number}/token/log_p", scores[:n])
         for index, layer in enumerate(self.layers):
             joined = {
-                name: np.concatenate([arrays[index][name] for _, arrays in self._waiting]) for name in _names(self)
+                name: np.concatenate([arrays[index][name] for *_, arrays in self._waiting]) for name in _names(self)
             }
             for name, values in joined.items():
                 self._write_array(f"{number}/layer/{layer.layer}/{name}", values[:n])
             rest.append({name: values[n:].copy() for name, values in joined.items()})
         self._pieces.append(n)
         self._n_waiting -= n
-        self._waiting = [(Tokens(*(values[n:].copy() for values in tokens)), rest)] if self._n_waiting else []
+        left = Tokens(*(values[n:].copy() for values in tokens))
+        self._waiting = [(left, scores[n:].copy(), rest)] if self._n_waiting else []
 
     def _write_array(self, name: str, array: np.ndarray) -> None:
         info = zipfile.ZipInfo(f"{name}.npy", _EARLY)
@@ -223,6 +250,7 @@ class TraceWriter:
             "version": VERSION,
             "layers": [asdict(layer) for layer in self.layers],
             "columns": list(self.columns),
+            "counterfactual_routes": self.n_routes,
             "pieces": self._pieces,
             "domains": list(self.domains),
             "source": dict(self.source),
@@ -245,7 +273,7 @@ class Trace:
     when it is read, and nothing is unpickled.
 
     Attributes:
-        path, layers, columns, pieces, domains, source, missing: see `TraceWriter` and the head of this file.
+        path, layers, columns, n_routes, pieces, domains, source, missing: see `TraceWriter` and the head of this file.
 
     Raises:
         ValueError: it is not a trace, or damaged: one line that names the file.
@@ -284,6 +312,14 @@ class Trace:
         parts = [self._tokens_of(piece) for piece in range(len(self.pieces))]
         return Tokens(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
+    def log_p(self) -> np.ndarray | None:
+        """float32 [T, 2 + n], see the head of this file; None in a trace without counterfactual routes."""
+        if not self.n_routes:
+            return None
+        width = 2 + self.n_routes
+        parts = [self._array(f"{i}/token/log_p", "<f4", (n, width)) for i, n in enumerate(self.pieces)]
+        return np.concatenate(parts)
+
     def ids(self, index: int) -> np.ndarray:
         """The expert ids of one layer, by its place in `layers`: int16 [T, K]."""
         return np.concatenate(list(self.pieces_of(index, "expert_ids")))
@@ -299,7 +335,7 @@ class Trace:
         for piece, n in enumerate(self.pieces):
             place = f"{piece}/layer/{layer.layer}/{name}"
             values = self._array(place, _dtype(name), _shape(name, layer, n))
-            if name == "expert_ids":
+            if name in ("expert_ids", *GUESSES):
                 try:
                     require_routes(values, layer.n_experts, place)
                 except ValueError as error:
@@ -354,6 +390,9 @@ class Trace:
         self.pieces = tuple(_list(manifest, "pieces", int))
         self.domains = tuple(_list(manifest, "domains", str))
         self.missing = tuple(_list(manifest, "missing", str))
+        self.n_routes: int = manifest.get("counterfactual_routes", 0)
+        if type(self.n_routes) is not int or not 0 <= self.n_routes <= MOST_ROUTES:
+            raise ValueError(f"its manifest has counterfactual_routes other than 0 to {MOST_ROUTES}")
         source = manifest.get("source")
         self.source: dict[str, Any] = source if isinstance(source, dict) else {}
         if not self.layers or not self.pieces:
@@ -376,11 +415,18 @@ def _names(trace: Trace | TraceWriter) -> tuple[str, ...]:
 
 
 def _dtype(name: str) -> str:
-    return "<i2" if name == "expert_ids" else "<f4"
+    return "<i2" if name in ("expert_ids", *GUESSES) else "<f4"
 
 
 def _shape(name: str, layer: Layer, n: int) -> tuple[int, ...]:
+    if name in GUESSES:
+        return n, guess_width(layer)
     return {"margin": (n,), "logits": (n, layer.n_experts)}.get(name, (n, layer.top_k))
+
+
+def guess_width(layer: Layer) -> int:
+    """How many experts a guess names: twice as many as a token uses."""
+    return min(2 * layer.top_k, layer.n_experts)
 
 
 def _list(manifest: Mapping[str, Any], key: str, kind: type) -> list[Any]:

@@ -137,6 +137,9 @@ def _compared(runs: pd.DataFrame, plan: Plan, anchors: Sequence[str]) -> str:
     return f"{_few(variants, 8)}{beside} (by {', '.join(plan.compare)})"
 
 
+_OF_WORKLOAD = ("phase", "context_len", "window", "load", "trace", "trace_layer")
+
+
 def _workload(runs: pd.DataFrame, configs: Mapping[tuple[str, ...], Any]) -> str:
     texts = []
     for config in configs.values():
@@ -146,10 +149,12 @@ def _workload(runs: pd.DataFrame, configs: Mapping[tuple[str, ...], Any]) -> str
             f"text ({path if isinstance(path, str) else _few(list(map(str, path)))})" if path else workload.get("name")
         )
         texts.append(str(tokens))
-    found = {key: _configured(runs, configs, key) for key in ("phase", "context_len", "load", "trace", "trace_layer")}
+    found = {key: _configured(runs, configs, key) for key in _OF_WORKLOAD}
     parts = [_few(list(dict.fromkeys(texts))), f"{_few(found['phase'])} phase" if found["phase"] else ""]
     if "decode" in found["phase"]:
         parts.append(f"context {_range(pd.Series(found['context_len']))}")
+        if windows := [text for text in found["window"] if text not in ("1", "None")]:
+            parts.append(f"steps of up to {max(map(int, windows))} tokens")
     if found["load"]:
         trace = ""
         if "replay" in found["load"]:

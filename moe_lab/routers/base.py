@@ -44,6 +44,9 @@ class RouteContext(NamedTuple):
     phase: forward, prefill or decode.
     want_scores: fill `Routing.scores_TE`.
     want_dispatch: the experts read `Routing.dispatch`; a router whose kernel can fills it.
+    previous_TD: what the MLP of the layer before read, for routers that look ahead; None in the first layer, in models
+        of one layer, and for other routers.
+    guess_TE: this layer's logits for `previous_TD`, in its dtype; None where that is.
     """
 
     token_ids_T: Tensor | None = None
@@ -53,6 +56,8 @@ class RouteContext(NamedTuple):
     phase: str = "forward"
     want_scores: bool = False
     want_dispatch: bool = False
+    previous_TD: Tensor | None = None
+    guess_TE: Tensor | None = None
 
 
 NO_CONTEXT = RouteContext()
@@ -86,6 +91,7 @@ class Router(nn.Module):
     static_k: bool | None = None  # every token fills all K slots
     graph_safe: bool | None = None  # no host synchronisation, fixed shapes; None: a capture will show
     scales_input = False  # the weight multiplies the expert's input, not its output
+    looks_ahead = False  # reads ctx.guess_TE
     calibrates = False  # `fit` must be called once, with the logits of a workload, before `select`
 
     not_exportable: str | None = None

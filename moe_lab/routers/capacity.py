@@ -55,7 +55,7 @@ class Capacity(Router):
             raise ValueError("router.inner: router=soft has no capacity to limit; wrap another router.")
         self.inner, self.factor, self.policy = inner, factor, policy
         self.needs_token_ids, self.scales_input = inner.needs_token_ids, inner.scales_input
-        self.graph_safe, self.calibrates = inner.graph_safe, inner.calibrates
+        self.graph_safe, self.calibrates, self.looks_ahead = inner.graph_safe, inner.calibrates, inner.looks_ahead
         self.not_exportable = inner.not_exportable
         if policy == "dropless":
             self.causal, self.batch_invariant, self.static_k = inner.causal, inner.batch_invariant, True

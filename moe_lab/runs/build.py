@@ -364,6 +364,11 @@ def require_runnable(cfg: DictConfig, model: nn.Module, device: torch.device) ->
                 f"router={router} needs token ids, but model={option_name(cfg.model)} takes hidden states; use a "
                 "model with an embedding, such as decoder_moe"
             )
+        if layer.router.looks_ahead and not getattr(model, "looks_ahead", False):
+            raise UnavailableError(
+                f"router={router} needs the hidden states of the layer before, which model={option_name(cfg.model)} "
+                "does not have; use model=decoder_moe or checkpoint, with two layers or more"
+            )
         if layer.router.scales_input and layer.weights.scale_E is not None:
             raise UnavailableError(
                 f"router={router} multiplies the experts' inputs by its weights, and these experts have a scale of "
@@ -425,9 +430,10 @@ def not_capturable(cfg: DictConfig, model: nn.Module) -> str | None:
 
 
 def n_tokens(cfg: Any) -> int:
-    """Tokens of one iteration of this configuration; of decoding, one for each sequence."""
-    is_one = "seq_len" in cfg.model.get("ignores", ()) or cfg.workload.get("phase") == "decode"
-    return int(cfg.batch) * (1 if is_one else int(cfg.seq_len))
+    """Tokens of one iteration of this configuration; of decoding, `workload.window` of each sequence."""
+    is_one, decodes = "seq_len" in cfg.model.get("ignores", ()), cfg.workload.get("phase") == "decode"
+    per_sequence = 1 if is_one else cfg.workload.get("window", 1) if decodes else cfg.seq_len
+    return int(cfg.batch * per_sequence)
 
 
 def n_positions(cfg: DictConfig) -> int:
@@ -490,5 +496,5 @@ def build_task(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[nn.Module,
     cache = model.make_cache(len(x), n_positions(cfg))
     if kind == "prefill":
         return Prefill(model, cache), None
-    task = Decode(model, cache, cfg.workload.context_len)
+    task = Decode(model, cache, cfg.workload.context_len, cfg.workload.get("window", 1))
     return task, task.fill(x)

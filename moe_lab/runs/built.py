@@ -113,8 +113,8 @@ class Built:
                 ran["add_rms_norm"] = module.implementation
             elif isinstance(module, AddLayerNorm):
                 ran["add_layer_norm"] = "torch"
-            elif isinstance(module, Attention) and self.decodes:
-                ran["attention"] = "triton" if module.fuses else "torch"
+            elif isinstance(module, Attention) and isinstance(self.task, Decode):
+                ran["attention"] = "triton" if module.fuses and self.task.window == 1 else "torch"
             elif isinstance(module, LatentAttention) and self.decodes:
                 ran["attention"] = "torch"
             elif isinstance(module, GatedDeltaNet):

@@ -134,7 +134,7 @@ class Observer:
         """Of the pass that the run stands at."""
         task, x = self.built.task, self.built.x
         if isinstance(task, Decode):
-            return pass_tokens(x, "decode", step=int(task.position_1))
+            return pass_tokens(x, "decode", positions=task.position_g.cpu().numpy())
         return pass_tokens(x, "prefill")
 
     def _routing_stats(self, routings: Sequence[Routing]) -> list[routing_metrics.RoutingStats]:
@@ -174,6 +174,11 @@ class Observer:
         cfg.router, cfg.execution.name = cfg.measure.reference_router, "eager"
         reference = build.build_model(cfg, built.device, shareable(built.model))
         build.require_runnable(cfg, reference, built.device)
+        if getattr(reference, "looks_ahead", False) and not getattr(built.model, "looks_ahead", False):
+            raise ValueError(
+                "measure.reference_router=lookahead: the run's layers do not know what the layer before read; swap the "
+                "two routers."
+            )
         other: nn.Module = reference
         if isinstance(built.task, Serving):
             assert isinstance(reference, TransformerDecoder) and isinstance(built.task, Prefill | Decode)
@@ -195,7 +200,7 @@ class Observer:
     def _roofline(self) -> dict[str, Any]:
         built, moved = self.built, []
         for output in built.outputs(_STEPS_OBSERVED):
-            read = built.x if not isinstance(built.task, Decode) else built.x.index_select(1, built.task.position_1)
+            read = built.x if not isinstance(built.task, Decode) else built.x.index_select(1, built.task.position_g)
             cached = built.task.cached_bytes() if isinstance(built.task, Serving) else 0
             moved.append(roofline.least_bytes(built.model, read, output) + cached)
         return roofline.roofline(round(float(np.mean(moved))), self.flops, self.p50_ms, built.x.device, built.dtype)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +20,11 @@ from moe_lab.models.serving import Decode
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import inputs
 from moe_lab.records.identity import content, model_name, option_name
-from moe_lab.records.trace import Layer, Tokens, TraceWriter, tokens_of
+from moe_lab.records.trace import GUESSES, Layer, Tokens, TraceWriter, tokens_of
 from moe_lab.routers.base import Routing
 from moe_lab.runs import build
+from moe_lab.runs.counterfactual import log_probabilities, require_own_routes
+from moe_lab.runs.guesses import Guesses
 from moe_lab.workloads import text
 
 
@@ -82,16 +84,16 @@ class RunTrace:
                 writer.add(tokens, [ids for ids, _ in arrays], weights=[weights for _, weights in arrays])
 
 
-def pass_tokens(x: Tensor, phase: str, first: int = 0, step: int | None = None) -> Tokens:
+def pass_tokens(x: Tensor, phase: str, first: int = 0, positions: np.ndarray | None = None) -> Tokens:
     """The tokens of one pass over x [B, S] ids or [B, S, D] hidden states, sequence by sequence.
 
-    `step`: of a decoding step, the one position of all that it takes. `first`: the number of the first sequence.
+    `positions`: of a decoding step, those of all that it takes. `first`: the number of the first sequence.
     """
     B, S = (x.shape[0], x.shape[1]) if x.dim() > 1 else (1, x.shape[0])
     ids_BS = x.cpu().numpy() if x.dtype == torch.int64 and x.dim() == 2 else np.full((B, S), -1)
     position_S = np.arange(S)
-    if step is not None:
-        ids_BS, position_S = ids_BS[:, step : step + 1], np.array([step])
+    if positions is not None:
+        ids_BS, position_S = ids_BS[:, positions], positions
     sequence = first + np.arange(B).repeat(len(position_S))
     return tokens_of(sequence, np.tile(position_S, B), phase, ids_BS.reshape(-1))
 
@@ -138,6 +140,8 @@ def record(
     n_tokens: int | None = None,
     *,
     logits: bool = False,
+    guesses: bool = False,
+    routes: int = 0,
     progress: Callable[[range], Any] = iter,
 ) -> list[str]:
     """Write the trace of a model over the texts of `cfg.workload.path`.
@@ -150,68 +154,99 @@ def record(
         path: of the file.
         n_tokens: about so many; the windows are spread evenly over the texts. None: all that they have.
         logits: record the router's logits too.
+        guesses: record what each router would choose before its input is there (`Guesses`), too.
+        routes: how many other routes of each token to try (counterfactual.py); 0: none.
         progress: is given the first window of each batch.
 
     Returns:
         a sentence for everything that the trace does not have.
 
     Raises:
-        ValueError: the model has no MoE layers, the workload no texts, or they are too short.
+        ValueError: the model has no MoE layers, the workload no texts, or they are too short; `routes` of a model or a
+            phase that has no such routes.
         UnavailableError: the device, or an implementation on it, is not here.
     """
+    _require_text(cfg)
+    with exact_products():
+        device, model = _model(cfg)
+        context_len = int(cfg.workload.context_len) if cfg.workload.phase == "decode" else None
+        if routes:
+            require_own_routes(model, cfg.workload.phase)
+        batch = int(cfg.batch)
+        windows, missing = _windows(cfg, model, n_tokens)
+        columns = ("weights", "margin", *(("logits",) if logits else ()), *(GUESSES if guesses else ()))
+        layers, source = layers_of(model), source_of(cfg, model)
+        guessed = Guesses(model, layers)
+        with (
+            TraceWriter(path, layers, columns, windows.names, source, missing, n_routes=routes) as writer,
+            _logits(moe_layers(model)) as take,
+            guessed.looking() if guesses else nullcontext(),
+        ):
+            for first in progress(range(0, len(windows.ids_WS) // batch * batch, batch)):
+                ids_BS, domain_B = windows.ids_WS[first : first + batch].to(device), windows.domain_W[first:][:batch]
+                for tokens, routings in _passes(model, ids_BS, first, context_len):
+                    tokens = tokens._replace(domain=domain_B.numpy()[tokens.sequence - first].astype(np.int16))
+                    looked, guess, log_p = take(), guessed.take(), None
+                    if routes:
+                        targets_BS = windows.targets_WS[first : first + batch].to(device)
+                        log_p = log_probabilities(model, ids_BS, targets_BS, routes, cfg.seed + first).cpu().numpy()
+                        take(), guessed.take()  # what its own passes left there
+                    _add(writer, tokens, routings, looked, guess, log_p)
+    return missing
+
+
+def _require_text(cfg: DictConfig) -> None:
     if cfg.workload.get("name") != "text":
         raise ValueError("trace: needs real text; set workload=text and workload.path (a file or a folder).")
     if cfg.workload.get("load", "native") != "native":
         raise ValueError(f"workload.load={cfg.workload.load}: a trace records what the router chooses; remove it.")
-    with exact_products():
-        device = build.resolve_device(cfg)
-        model = build.build_model(cfg, device)
-        build.require_runnable(cfg, model, device)
-        if not moe_layers(model):
-            raise ValueError(f"model={option_name(cfg.model)}: has no MoE layers, so there are no routes to record.")
-        build.build_input(cfg, model, device)  # its errors name the keys
-        context_len = int(cfg.workload.context_len) if cfg.workload.phase == "decode" else None
-        batch, length = int(cfg.batch), build.n_positions(cfg)
-        domains = text.read_domains(cfg.workload.path, int(model.vocab_size), getattr(model, "tokenizer_file", None))  # type: ignore[arg-type]
-        n_windows = None if n_tokens is None else max(n_tokens // (batch * length), 1) * batch
-        windows = text.windows(domains, length, n_windows, int(cfg.seed))
-        n = len(windows.ids_WS) // batch * batch
-        missing = [f"{name}: shorter than one window (seq_len tokens)" for name in windows.left_out]
-        if n < len(windows.ids_WS):
-            missing.append(f"the last {len(windows.ids_WS) - n} windows, which do not fill a batch")
-        columns = ("weights", "margin", "logits") if logits else ("weights", "margin")
-        layers, source = layers_of(model), source_of(cfg, model)
-        with (
-            TraceWriter(path, layers, columns, windows.names, source, missing) as writer,
-            _logits(moe_layers(model)) as take,
-        ):
-            for first in progress(range(0, n, batch)):
-                ids_BS, domain_B = windows.ids_WS[first : first + batch].to(device), windows.domain_W[first:][:batch]
-                for tokens, routings in _passes(model, ids_BS, first, context_len):
-                    domain = domain_B.numpy()[tokens.sequence - first].astype(np.int16)
-                    _add(writer, tokens._replace(domain=domain), routings, take(), logits_too=logits)
-    return missing
+
+
+def _model(cfg: DictConfig) -> tuple[torch.device, TransformerDecoder]:
+    device = build.resolve_device(cfg)
+    model = build.build_model(cfg, device)
+    build.require_runnable(cfg, model, device)
+    if not moe_layers(model):
+        raise ValueError(f"model={option_name(cfg.model)}: has no MoE layers, so there are no routes to record.")
+    build.build_input(cfg, model, device)  # its errors name the keys
+    assert isinstance(model, TransformerDecoder), "what reads text is a decoder"
+    return device, model
+
+
+def _windows(cfg: DictConfig, model: TransformerDecoder, n_tokens: int | None) -> tuple[text.Windows, list[str]]:
+    """(windows of the texts, a sentence for each that is left out)."""
+    batch, length = int(cfg.batch), build.n_positions(cfg)
+    domains = text.read_domains(cfg.workload.path, model.vocab_size, getattr(model, "tokenizer_file", None))
+    n_windows = None if n_tokens is None else max(n_tokens // (batch * length), 1) * batch
+    windows = text.windows(domains, length, n_windows, int(cfg.seed))
+    missing = [f"{name}: shorter than one window (seq_len tokens)" for name in windows.left_out]
+    if left_out := len(windows.ids_WS) % batch:
+        missing.append(f"the last {left_out} windows, which do not fill a batch")
+    return windows, missing
 
 
 def _passes(
-    model: nn.Module, ids_BS: Tensor, first: int, context_len: int | None
+    model: TransformerDecoder, ids_BS: Tensor, first: int, context_len: int | None
 ) -> Iterator[tuple[Tokens, Sequence[Routing]]]:
     """One pass over whole windows, or the pass over their contexts and every step after it."""
     if context_len is None:
-        if isinstance(model, TransformerDecoder):
-            model.ropes.reserve(ids_BS.shape[1], ids_BS.device)
+        model.ropes.reserve(ids_BS.shape[1], ids_BS.device)
         yield pass_tokens(ids_BS, "prefill", first), model(ids_BS).routings
         return
-    assert isinstance(model, TransformerDecoder)
     task = Decode(model, model.make_cache(*ids_BS.shape), context_len)
     yield pass_tokens(ids_BS[:, :context_len], "prefill", first), task.fill(ids_BS)
     for position in range(context_len, ids_BS.shape[1]):
-        yield pass_tokens(ids_BS, "decode", first, position), task(ids_BS).routings
+        yield pass_tokens(ids_BS, "decode", first, np.array([position])), task(ids_BS).routings
         task.advance()
 
 
 def _add(
-    writer: TraceWriter, tokens: Tokens, routings: Sequence[Routing], logits: Sequence[Tensor], *, logits_too: bool
+    writer: TraceWriter,
+    tokens: Tokens,
+    routings: Sequence[Routing],
+    logits: Sequence[Tensor],
+    guesses: Sequence[Mapping[str, Tensor]],
+    log_p: np.ndarray | None,
 ) -> None:
     arrays = [_arrays(routing, layer.top_k) for routing, layer in zip(routings, writer.layers, strict=True)]
     more = {
@@ -220,7 +255,7 @@ def _add(
             boundary_margin(of_layer, layer.top_k).cpu().numpy()
             for of_layer, layer in zip(logits, writer.layers, strict=True)
         ],
+        "logits": [of_layer.float().cpu().numpy() for of_layer in logits],
+        **{name: [of_layer[name].cpu().numpy() for of_layer in guesses if name in of_layer] for name in GUESSES},
     }
-    if logits_too:
-        more["logits"] = [of_layer.float().cpu().numpy() for of_layer in logits]
-    writer.add(tokens, [ids for ids, _ in arrays], **more)
+    writer.add(tokens, [ids for ids, _ in arrays], log_p, **{name: more[name] for name in writer.columns})

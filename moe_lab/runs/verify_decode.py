@@ -52,7 +52,7 @@ def verify_decode(
     layers, B, n = indexed_moe_layers(task), ids_BN.shape[0], len(steps)
     probed = sorted({round(i * (n - 1) / max(_STEPS_PROBED - 1, 1)) for i in range(_STEPS_PROBED)})
     result = Verification(nothing_known(f", over whole sequences; layers alone in {len(probed)} of {n} steps"))
-    if not keeps_contract(result, layers, steps, B):
+    if not keeps_contract(result, layers, steps, B * task.window):
         return result
 
     whole = [
@@ -96,7 +96,7 @@ def _compare_whole(
         is_free: compare with passes that choose their experts themselves, too.
     """
     y_BSV = torch.cat([step.y for step in steps], dim=1)
-    (B, N), n = ids_BN.shape, len(steps)
+    (B, N), n = ids_BN.shape, y_BSV.shape[1]
     off, free_off, changed, cache_error = Distance(), Distance(), 0, 0.0
     rows = max(1, TOKENS_AT_ONCE // N)
     for a in range(0, B, rows):

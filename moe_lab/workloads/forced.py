@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from moe_lab.models.moe_layer import moe_layers
+from moe_lab.ops.hash_uniform import hash_integers, stream_of
 from moe_lab.records import files, inputs, store
 from moe_lab.records.trace import Trace
 from moe_lab.routers.base import Routing
@@ -36,8 +37,10 @@ def force_load(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[Routing, .
     keys, routings = _load_keys(cfg), [Routing(*routing[:2]) for routing in model(x).routings]
     if load == "replay":
         recorded = _trace(cfg.workload.trace, cfg.workload.get("trace_layer"), len(layers))
+        window = cfg.workload.get("window", 1)
+        rows_T = None if window == 1 else _windows(cfg.workload.trace, cfg.batch, window, cfg.seed)
         return tuple(
-            loads.replayed(ids_TK, routing, layer.weights.n_experts, int(cfg.seed))
+            loads.replayed(ids_TK, routing, layer.weights.n_experts, int(cfg.seed), rows_T)
             for ids_TK, layer, routing in zip(recorded, layers, routings, strict=True)
         )
     return tuple(
@@ -71,6 +74,33 @@ def _trace(path: str, layer: int | None, n_layers: int) -> list[np.ndarray]:
             "run with measure.record_routing=true."
         ) from error
     return [recorded[index] for index in _chosen(path, layer, len(recorded), n_layers)]
+
+
+def _windows(path: str, batch: int, window: int, seed: int) -> Tensor:
+    """int64 [batch * window]: rows of a trace, windows of consecutive tokens of a sequence, drawn with replacement.
+
+    Raises:
+        ValueError: the recording does not have such tokens, or does not say which follow each other.
+    """
+    file = inputs.trace_file(path)
+    if file.name == store.ROUTING:
+        raise ValueError(
+            f"workload.window={window}: {file} does not say which tokens follow each other; record the run again."
+        )
+    with Trace(file) as trace:
+        tokens = trace.tokens()
+    order_T = np.lexsort((tokens.position, tokens.sequence))
+    sequence_T, position_T = tokens.sequence[order_T], tokens.position[order_T]
+    first_N, last_N = slice(None, len(order_T) - window + 1), slice(window - 1, None)
+    follows_N = sequence_T[first_N] == sequence_T[last_N]
+    follows_N &= position_T[last_N] - position_T[first_N] == window - 1
+    starts_N = torch.from_numpy(np.flatnonzero(follows_N))
+    if not len(starts_N):
+        raise ValueError(
+            f"workload.window={window}: no sequence of {path} has so many tokens; lower it, or record longer sequences."
+        )
+    chosen_B = hash_integers((batch,), stream_of(seed, "load", "replay"), len(starts_N), torch.device("cpu"))
+    return torch.from_numpy(order_T)[(starts_N[chosen_B].unsqueeze(1) + torch.arange(window)).flatten()]
 
 
 def _of_an_older_run(file: Path) -> np.ndarray:

@@ -127,8 +127,12 @@ def loaded(load: str, native: Routing, n_experts: int, **keys: float) -> Routing
     return Routing(torch.from_numpy(ids_TK).to(device), native.weights_TK)
 
 
-def replayed(recorded_TK: np.ndarray, native: Routing, n_experts: int, seed: int) -> Routing:
-    """`native` with recorded ids [T', K]; if T' is not T, they are drawn with replacement.
+def replayed(
+    recorded_TK: np.ndarray, native: Routing, n_experts: int, seed: int, rows_T: Tensor | None = None
+) -> Routing:
+    """`native` with recorded ids [T', K], of the rows `rows_T`.
+
+    Without `rows_T` they are all rows; if T' is not T, they are drawn with replacement.
 
     Raises:
         ValueError: the recording has another number of experts per token, or ids that the layer does not have.
@@ -141,8 +145,9 @@ def replayed(recorded_TK: np.ndarray, native: Routing, n_experts: int, seed: int
             f"{int(recorded_TK.max(initial=-1)) + 1} experts, but this layer uses {K} of {n_experts}; "
             "use a recording of the same model."
         )
-    rows_T = torch.arange(T)
-    if n_recorded != T:
+    if rows_T is None and n_recorded == T:
+        rows_T = torch.arange(T)
+    elif rows_T is None:
         rows_T = hash_integers((T,), stream_of(seed, "load", "replay"), n_recorded, torch.device("cpu"))
     return Routing(torch.from_numpy(recorded_TK)[rows_T].to(device, torch.int32), native.weights_TK)
 

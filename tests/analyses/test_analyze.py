@@ -12,7 +12,7 @@ from markupsafe import escape
 from moe_lab.analyses.analyze import ANALYSES, analyze, compose
 from moe_lab.analyses.page import PAGE
 from moe_lab.records.trace import Layer, Trace, TraceWriter, tokens_of
-from tests.analyses import traces
+from tests.analyses import steps, traces
 
 SMALL = ["placement.step_tokens=16", "placement.window=2", "placement.age=0,2", "placement.horizon=2"]
 SMALL += ["ranks.step_tokens=64", "ranks.ranks=2,8,64"]
@@ -26,7 +26,10 @@ def trace(tmp_path: Path) -> Path:
 
 def test_everything_is_written(trace: Path, tmp_path: Path) -> None:
     """A table of each analysis twice, its plot twice, and a page that opens with the sentences."""
-    folder, found = analyze(trace, compose([*SMALL, f"stability.against={trace}"]))
+    one = steps.write(tmp_path / "r", 1, 1, 2.0)
+    steps.write(tmp_path / "r", 1, 2, 3.0, (1.5, one))
+    against = (f"stability.against={trace}", f"speculation.results={tmp_path / 'r'}")
+    folder, found = analyze(trace, compose([*SMALL, *against]))
     assert folder == tmp_path / "x.analysis" and [findings.name for findings in found] == list(ANALYSES)
     tables = {f"{name}.{kind}" for findings in found for name in findings.tables for kind in ("csv", "parquet")}
     plots = {f"{plot.name}.{kind}" for findings in found for plot in findings.plots for kind in ("png", "svg")}
@@ -34,7 +37,8 @@ def test_everything_is_written(trace: Path, tmp_path: Path) -> None:
     page = (folder / PAGE).read_text()
     assert page.index("What the routes say") < page.index("<table>")
     for findings in found:
-        assert findings.sentences and all(escape(sentence) in page for sentence in findings.sentences)
+        assert findings.sentences or findings.name == "counterfactual"  # of which the trace has nothing
+        assert all(escape(sentence) in page for sentence in findings.sentences)
         for name, table in findings.tables.items():
             assert (
                 len(pd.read_parquet(folder / f"{name}.parquet"))
@@ -74,6 +78,7 @@ def test_analyses_are_chosen(trace: Path, tmp_path: Path) -> None:
         "ranks",
         "specialisation",
         "load_fit",
+        "counterfactual",
     ]
     table = pd.read_csv(folder / "expert_cache.csv")
     assert set(table["policy"]) == {"lru"} and set(table["capacity"]) == {4, 8}
@@ -107,6 +112,8 @@ def test_names_in_a_trace_cannot_write_into_the_page(tmp_path: Path) -> None:
         pytest.param(["expert_cache.policy=lur"], "policy=lur: must be one of .* Did you mean lru", id="value"),
         pytest.param(["expert_cache.capacity=0"], "expert_cache.capacity=0: must be a number >= 1", id="zero"),
         pytest.param(["expert_cache.gb_per_s=-1"], "must be a number > 0", id="rate"),
+        pytest.param(["speculation.acceptance=0.5,1.5"], "acceptance=1.5: must be a number > 0 and <= 1", id="share"),
+        pytest.param(["counterfactual.routes=0"], "counterfactual.routes=0: must be a number >= 1", id="routes"),
         pytest.param(["placement.age=-1"], "placement.age=-1: must be a number >= 0", id="age"),
         pytest.param(["placement.ranks=[]"], "placement=null leaves the analysis out", id="empty"),
         pytest.param(["specialisation.guess=x"], "must be one of popular, token_id", id="guess"),

@@ -122,3 +122,17 @@ def test_a_prefetch_by_the_layer_before_by_hand(tmp_path: Path) -> None:
     assert plain["misses_per_token"] == plain["loads_per_token"] == 2 - 2 / 8  # 1 after 1 where the texts meet
     assert guessed["misses_per_token"] == 1 - 1 / 8 and guessed["loads_per_token"] == plain["loads_per_token"]
     assert "needs ids" in by_id.notes[0]
+
+
+def test_a_prefetch_by_guesses_needs_a_trace_that_has_them(tmp_path: Path) -> None:
+    """The guess is the first k choices: of two tokens, the second's expert is among them and costs no miss."""
+    layers, ids = [Layer(0, 4, 1, 1_000_000)], np.array([[0], [1]])
+    ahead = np.array([[2, 0], [1, 3]])
+    with TraceWriter(tmp_path / "x.trace", layers, ("ahead",)) as writer:
+        writer.add(tokens_of(np.zeros(2), np.arange(2)), [ids], ahead=[ahead])
+    findings = found(tmp_path / "x.trace", policy=["lru"], capacity=[1], prefetch=["ahead"])
+    row = rows(findings, part="all").to_dict("records")[0]
+    assert row["hit_rate"] == 1 / 2 and row["loads_per_token"] == 3 / 2  # of 2, 0 and 1
+    path = traces.random(tmp_path / "y.trace", 2, 4)
+    with pytest.raises(ValueError, match=r"expert_cache\.prefetch=ahead: the trace has no such guesses"):
+        found(path, policy=["lru"], capacity=[1], prefetch=["ahead"])

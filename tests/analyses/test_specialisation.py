@@ -51,6 +51,20 @@ def test_guesses_by_hand(tmp_path: Path) -> None:
     assert "are among those that its token id used elsewhere" in findings.sentences[0]
 
 
+def test_what_the_gate_guessed_by_hand(tmp_path: Path) -> None:
+    """Layer 1, two experts of six a token: of two choices 3 of 4 are right, of four 4 of 4. Layer 0 has none."""
+    layers, ids = [Layer(0, 6, 2), Layer(1, 6, 2)], np.array([[0, 1], [2, 3]])
+    ahead = np.array([[1, 0, 2, 3], [3, 5, 2, 0]])
+    with TraceWriter(tmp_path / "x.trace", layers, ("ahead",)) as writer:
+        writer.add(tokens_of(np.array([0, 1]), np.zeros(2)), [ids, ids], ahead=[np.full((2, 4), -1), ahead])
+    cfg = {"guess": ["ahead", "ahead_2k", "pre_attention"]}
+    findings = traces.found(tmp_path / "x.trace", specialisation, cfg)
+    first, second = findings.tables["specialisation"].to_dict("records")
+    assert (second["ahead"], second["ahead_2k"]) == (3 / 4, 1) and np.isnan(first["ahead"])
+    assert "(its own gate, asked earlier), 75 %" in findings.sentences[0]
+    assert findings.notes == ["The trace has no column pre_attention; moe-lab trace --guesses records it."]
+
+
 def test_a_text_is_not_guessed_from_itself(tmp_path: Path) -> None:
     """The other text uses 1 most, and this one 0."""
     path = write(tmp_path / "x.trace", [([5, 5, 5], [0, 0, 0], [0, 0, 0]), ([5, 5, 5], [1, 1, 0], [0, 0, 0])])

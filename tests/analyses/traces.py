@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_lab.analyses.findings import Findings
 from moe_lab.analyses.routes import Routes, routes_of, view_of
-from moe_lab.records.trace import Layer, Trace, TraceWriter, tokens_of
+from moe_lab.records.trace import GUESSES, Layer, Trace, TraceWriter, tokens_of
 
 
 def write(
@@ -55,7 +55,9 @@ def found(path: Path, analysis: ModuleType, cfg: dict[str, Any]) -> Findings:
     """What an analysis finds in all layers."""
     with Trace(path) as trace:
         view = view_of(trace)
-        layers = [routes_of(trace, index, view, with_before=True) for index in range(len(trace.layers))]
+        layers = [
+            routes_of(trace, index, view, with_before=True, guesses=GUESSES) for index in range(len(trace.layers))
+        ]
         parts = [analysis.of_layer(routes, cfg, trace.layers) for routes in layers]
         result: Findings = analysis.conclude(parts, view, cfg, trace.layers)
     return result

@@ -100,6 +100,16 @@ MISTAKES = [
     pytest.param(
         ["workload.phase=decode", "workload.context_len=0"], "workload.context_len=0", ">= 1", id="no-context"
     ),
+    pytest.param(
+        ["workload.window=2"], "workload.window=2", "only used with workload.phase=decode", id="unread-window"
+    ),
+    pytest.param(["workload.phase=decode", "workload.window=0"], "workload.window=0", ">= 1", id="no-window"),
+    pytest.param(
+        ["workload.phase=decode", "workload.window=3", "seq_len=8"],
+        "workload.window=3: must divide seq_len=8",
+        "choose another seq_len",
+        id="window-that-does-not-divide",
+    ),
     pytest.param(["workload=text"], "workload.path", "set workload.path=", id="no-text"),
     pytest.param(["workload=text", "workload.path=7"], "workload.path=7", "a file, a folder", id="number-for-a-path"),
     pytest.param(

@@ -20,7 +20,7 @@ OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in C
 OPTIONS = [option for option in OPTIONS if not option.startswith(("_", "analy")) and option != "config"]
 ROUTERS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
 EXPERTS = sorted(path.stem for path in (CONF / "experts").glob("*.yaml"))
-UNAVAILABLE = {("moe_layer", "hash")}
+UNAVAILABLE = {("moe_layer", "hash"), ("moe_layer", "lookahead")}
 ON_A_GPU = ("deepgemm", "flashinfer", "flashinfer_low", "fused", "sonic", "vllm")
 EIGHT = {"decoder_moe": "model.n_experts=8", "moe_layer": "model.shape.n_experts=8"}  # for routers with 8 groups
 

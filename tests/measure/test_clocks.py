@@ -123,7 +123,7 @@ def test_a_timed_block_of_decoding_goes_round() -> None:
     before = [output.y.clone() for output in run.built.outputs()]
     run.built.task.seek(5)
     run.built.step.time_block(17)
-    assert int(run.built.task.position_1) == 3 + (5 + 17) % 7
+    assert int(run.built.task.position_g) == 3 + (5 + 17) % 7
     assert all(map(torch.equal, before, (output.y for output in run.built.outputs())))
 
 
@@ -148,11 +148,11 @@ def test_a_captured_step_of_decoding_is_replayed_at_each_position(dtype: str) ->
     run = decode("device=cuda", "execution=cuda_graph", f"dtype={dtype}")
     assert isinstance(run.built.task, Decode)
     run.built.step.time_block(10)
-    assert int(run.built.task.position_1) == 3 + 10 % 7
+    assert int(run.built.task.position_g) == 3 + 10 % 7
     eager = Step(run.built.task, run.built.x)
     for index, output in enumerate(run.built.outputs()):
         y = output.y.clone()
-        assert int(run.built.task.position_1) == 3 + index
+        assert int(run.built.task.position_g) == 3 + index
         torch.testing.assert_close(y, eager().y)
 
 

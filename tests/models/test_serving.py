@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_lab.errors import UnavailableError
 from moe_lab.experts.grouped import Grouped
 from moe_lab.models import Output, serving
 from moe_lab.models.decoder_moe import DecoderMoE
+from moe_lab.models.kv_cache import KVCache, StateCache
 from moe_lab.models.parameters import initialize, reference_twin
 from moe_lab.models.serving import Decode, Prefill, whole_routing
 from moe_lab.models.transformer_decoder import TransformerDecoder
@@ -50,9 +52,11 @@ def ids(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def decoding(model: TransformerDecoder, ids_BN: Tensor, context_len: int) -> tuple[Decode, tuple[Routing, ...]]:
+def decoding(
+    model: TransformerDecoder, ids_BN: Tensor, context_len: int, window: int = 1
+) -> tuple[Decode, tuple[Routing, ...]]:
     """(before its first step, the routing of the context)."""
-    decode = Decode(model, model.make_cache(*ids_BN.shape), context_len)
+    decode = Decode(model, model.make_cache(*ids_BN.shape), context_len, window)
     return decode, decode.fill(ids_BN)
 
 
@@ -162,7 +166,7 @@ def test_going_round_gives_the_same_steps_again(context_len: int) -> None:
     model, ids_BN = decoder(windows=[None, 4, 1]), ids(2, 10)
     decode, _ = decoding(model, ids_BN, context_len)
     first = logits_of(stepped(decode, ids_BN))
-    assert int(decode.position_1) == context_len
+    assert int(decode.position_g) == context_len
     assert torch.equal(logits_of(stepped(decode, ids_BN)), first)
 
 
@@ -170,13 +174,39 @@ def test_going_round_gives_the_same_steps_again(context_len: int) -> None:
 def test_advance_visits_each_position_after_the_context_in_turn(context_len: int, length: int) -> None:
     """Twice round, in place: the tensor stays the one that a graph has captured."""
     decode = Decode(decoder(), decoder().make_cache(1, length), context_len)
-    position_1 = decode.position_1
+    position_g = decode.position_g
     visited = []
     for _ in range(2 * decode.n_steps):
-        visited.append(int(position_1))
+        visited.append(int(position_g))
         decode.advance()
     assert visited == 2 * list(range(context_len, length))
-    assert decode.position_1 is position_1 and position_1.dtype == torch.int64
+    assert decode.position_g is position_g and position_g.dtype == torch.int64
+
+
+@models
+@pytest.mark.parametrize("window", [pytest.param(g, id=f"window{g}") for g in (2, 3, 6)])
+def test_a_step_of_several_tokens_is_the_same_as_of_one(options: dict[str, Any], window: int) -> None:
+    """The logits and routes of the whole pass at each of its tokens, twice round, and from any step on."""
+    model, ids_BN = decoder(**options), ids(3, 10)
+    whole = model(ids_BN)
+    decode, context = decoding(model, ids_BN, 4, window)
+    steps = stepped(decode, ids_BN)
+    assert len(steps) == decode.n_steps == 6 // window and steps[0].y.shape == (3, window, VOCAB)
+    assert_close(logits_of(steps), whole.y[:, 4:])
+    for layer, (before, want) in enumerate(zip(context, whole.routings, strict=True)):
+        assert same_routes(whole_routing(before, [step.routings[layer] for step in steps], 3), want)
+    assert_close(logits_of(stepped(decode, ids_BN)), whole.y[:, 4:])
+    decode.seek(decode.n_steps - 1)
+    assert decode.position_g.tolist() == list(range(10 - window, 10))
+    assert_close(decode(ids_BN).y, whole.y[:, 10 - window :])
+
+
+def test_what_keeps_states_takes_one_token() -> None:
+    """A step of a recurrence reads the state before its one token."""
+    cache = KVCache([StateCache.zeros(1, [((3,), torch.float32)], torch.device("cpu"))], 6)
+    Decode(decoder(), cache, 2)
+    with pytest.raises(UnavailableError, match=r"workload\.window=2: this model keeps states.*workload\.window=1"):
+        Decode(decoder(), cache, 2, 2)
 
 
 def test_seek_goes_to_any_step() -> None:
@@ -186,7 +216,7 @@ def test_seek_goes_to_any_step() -> None:
     logits = logits_of(stepped(decode, ids_BN))
     for step in (3, 0, 4, 1):
         decode.seek(step)
-        assert int(decode.position_1) == 4 + step
+        assert int(decode.position_g) == 4 + step
         assert torch.equal(decode(ids_BN).y, logits[:, step : step + 1])
 
 
@@ -269,9 +299,9 @@ def test_on_another_decoder_a_phase_has_the_same_cache_and_position() -> None:
     model, ids_BN = decoder(torch.bfloat16), ids(2, 9)
     decode, _ = decoding(model, ids_BN, 4)
     twin = decode.on(reference_twin(model))
-    assert twin.cache is decode.cache and twin.position_1 is decode.position_1
+    assert twin.cache is decode.cache and twin.position_g is decode.position_g
     decode.advance()
-    assert int(twin.position_1) == 5 and twin.n_steps == decode.n_steps
+    assert int(twin.position_g) == 5 and twin.n_steps == decode.n_steps
     assert twin(ids_BN).y.dtype == torch.float32 and decode(ids_BN).y.dtype == torch.bfloat16
     assert all(buffer.dtype == torch.bfloat16 for buffer in decode.cache.buffers())
     prefill = Prefill(model, decode.cache)

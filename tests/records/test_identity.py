@@ -443,6 +443,7 @@ CELL_IDS = {
     "router_swap": "aef74754cffa",
     "routing_quality": "4bfc0cbb9078",
     "sinkhorn_kernels": "b97993aa6512",
+    "speculation": "9148daa56c3d",
 }
 """Of each experiment's first cell on a CPU. Results are found and joined by these ids.
 
@@ -455,7 +456,8 @@ and say so in CHANGELOG.md.
 @pytest.mark.parametrize("experiment", [pytest.param(name, id=name) for name in CELL_IDS])
 def test_cells_keep_their_ids(experiment: str) -> None:
     """On every machine and in every folder: the paths name what is not there, so their names count."""
-    paths = ["model.path=no-model", "workload.path=no-text"] if experiment in ("decode", "router_swap") else []
+    reads_files = experiment in ("decode", "router_swap", "speculation")
+    paths = ["model.path=no-model", "workload.path=no-text"] if reads_files else []
     assert cell_id(moe_lab.compose([f"experiment={experiment}", "device=cpu", *paths])) == CELL_IDS[experiment]
 
 
@@ -510,6 +512,8 @@ def test_a_key_that_nobody_named_changes_the_id() -> None:
             for router in ("sinkhorn", "top_p", "min_p", "expert_skip", "oea", "xshare", "quantile")
         ],
         pytest.param("deepseek_v4", "hash_layers", 1, id="hash_layers"),
+        pytest.param("xshare", "keeps_best", False, id="keeps_best"),
+        pytest.param("xshare", "window", 4, id="window"),
     ],
 )
 def test_a_key_came_later_to_some_routers(router: str, key: str, other: Any) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib import format as npy
 
-from moe_lab.records.trace import Layer, Trace, TraceWriter, require_routes, tokens_of
+from moe_lab.records.trace import GUESSES, Layer, Trace, TraceWriter, require_routes, tokens_of
 
 E, K = 7, 3
 
@@ -40,6 +40,10 @@ def written(path: Path, lengths: list[int], piece: int = 5, columns: tuple[str, 
                     for a in ids
                 ]
                 for name in columns
+                if name not in GUESSES
+            }
+            more |= {
+                name: [routes(rng, n, k=min(2 * a.shape[1], E)) for a in ids] for name in columns if name in GUESSES
             }
             writer.add(tokens, ids, **more)
             parts.append((tokens, ids, more))
@@ -55,7 +59,7 @@ def written(path: Path, lengths: list[int], piece: int = 5, columns: tuple[str, 
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], piece: int) -> None:
     """However it was cut into parts and pieces."""
     path = tmp_path_factory.mktemp("t") / "x.trace"
-    columns = ("weights", "margin", "logits")
+    columns = ("weights", "margin", "logits", "ahead", "pre_attention")
     wanted = written(path, lengths, piece, columns)
     with Trace(path) as trace:
         assert trace.layers == (Layer(1, E, K, 96), Layer(4, E, K + 1)) and trace.columns == columns
@@ -153,7 +157,7 @@ def _truncated_header(members: dict[str, bytes]) -> None:
     members["0/layer/1/expert_ids.npy"] = members["0/layer/1/expert_ids.npy"].replace(b"(5, 3)", b"(9, 9)")
 
 
-IDS = "0/layer/1/expert_ids"
+IDS, AHEAD = "0/layer/1/expert_ids", "0/layer/1/ahead"
 
 
 @pytest.mark.parametrize(
@@ -173,10 +177,13 @@ IDS = "0/layer/1/expert_ids"
         pytest.param(manifest(pieces=[10]), "bytes, not|not int32 .10.", id="other-length"),
         pytest.param(manifest(pieces=[5, 3, 1]), "2/token/sequence.npy", id="one-piece-more"),
         pytest.param(manifest(columns=["pickles"]), "columns other than", id="column"),
+        pytest.param(manifest(counterfactual_routes=True), "counterfactual_routes other than", id="routes-no-number"),
+        pytest.param(manifest(counterfactual_routes=4), "0/token/log_p", id="routes-that-are-not-there"),
         pytest.param(manifest(domains=[]), "a value out of range", id="domain-out-of-range"),
         pytest.param(lambda members: members.pop(f"{IDS}.npy"), "0/layer/1/expert_ids", id="missing-layer"),
         pytest.param(array(IDS, np.full((5, K), E, np.int16)), "expert 7 is outside 0 to 6", id="id-out-of-range"),
         pytest.param(array(IDS, np.zeros((5, K), np.int16)), "has an expert twice", id="id-twice"),
+        pytest.param(array(AHEAD, np.zeros((5, 2 * K), np.int16)), "ahead: token 0 has an expert twice", id="guess"),
         pytest.param(array(IDS, np.zeros((5, K), np.int64)), "bytes, not|int64", id="dtype"),
         pytest.param(array(IDS, np.zeros((K, 5), np.int16)), r"int16 \[3, 5\], not", id="shape"),
         pytest.param(array(IDS, np.zeros((5, K), ">i2")), "is >i2", id="byte-order"),
@@ -189,12 +196,12 @@ IDS = "0/layer/1/expert_ids"
 )
 def test_a_damaged_file_is_one_line(change: Callable[[dict[str, bytes]], Any], message: str, tmp_path: Path) -> None:
     """It names the file, whatever was changed."""
-    written(tmp_path / "x.trace", [8])
+    written(tmp_path / "x.trace", [8], columns=("weights", "ahead"))
     changed(tmp_path / "x.trace", change)
 
     def read() -> None:
         with Trace(tmp_path / "x.trace") as trace:
-            trace.tokens()
+            trace.tokens(), trace.log_p()
             for index in range(len(trace.layers)):
                 for name in ("expert_ids", *trace.columns):
                     list(trace.pieces_of(index, name))

@@ -49,6 +49,11 @@ def with_capacity(E: int, K: int, policy: str, factor: float = 0.7) -> Router:
     return make("capacity", E, K, inner=make("mixtral", E, K), factor=factor, policy=policy)
 
 
+def looking_ahead(E: int, K: int, inner: str = "mixtral") -> Router:
+    """With another router inside."""
+    return make("lookahead", E, K, inner=make(inner, E, K))
+
+
 def context(T: int) -> RouteContext:
     """With token ids, of which some repeat."""
     return RouteContext(token_ids_T=torch.arange(T) * 7 % 101)
@@ -81,6 +86,8 @@ CASES: dict[str, NewRouter] = {
     "oea": partial(make, "oea"),
     "oea-plain": partial(make, "oea", renormalize=False),
     "xshare": partial(make, "xshare", budget=0.3),
+    "moe-spec": partial(make, "moe_spec", budget=0.3, window=8),
+    "lookahead": looking_ahead,
     **{f"capacity-{policy}": partial(with_capacity, policy=policy) for policy in POLICIES},
 }
 EVERY = pytest.mark.parametrize("new_router", [pytest.param(make, id=name) for name, make in CASES.items()])

@@ -400,7 +400,7 @@ def test_what_a_routing_and_a_context_leave_out() -> None:
     """By default a routing carries no dispatch and no scores, a context no tokens, and the first layer."""
     routing = Routing(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1))
     assert routing.dispatch is None and routing.scores_TE is None
-    assert RouteContext() == (None, None, None, 0, "forward", False, False)
+    assert RouteContext() == (None, None, None, 0, "forward", False, False, None, None)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -64,6 +65,61 @@ def test_xshare_has_everyones_best_and_the_largest_sums(budget: float) -> None:
     assert [[e for e in row if e >= 0] for row in routing.expert_ids_TK.tolist()] == expected
 
 
+def logits_of(shares: list[list[float]]) -> Tensor:
+    return torch.tensor(shares).log()
+
+
+def test_moe_spec_by_hand() -> None:
+    """Two windows of two tokens, two of four experts each: sums (7, 5, 5, 3) and (2, 4, 6, 8) in tenths.
+
+    Of 1 and 2 in the first window, alike, the lower id is kept; the second token's best, expert 2, is not.
+    """
+    shares = [[0.6, 0.2, 0.1, 0.1], [0.1, 0.3, 0.4, 0.2], [0.1, 0.3, 0.2, 0.4], [0.1, 0.1, 0.4, 0.4]]
+    router = make("moe_spec", 4, 2, budget=0.5, window=2)
+    routing = router.select(logits_of(shares), RouteContext(seq_start_B1=torch.tensor([0, 4], dtype=torch.int32)))
+    assert routing.expert_ids_TK.tolist() == [[0, 1], [1, 0], [3, 2], [2, 3]]
+    expected = [[0.75, 0.25], [0.75, 0.25], [2 / 3, 1 / 3], [0.5, 0.5]]
+    torch.testing.assert_close(routing.weights_TK, torch.tensor(expected))
+    assert make("moe_spec", 4, 2, budget=0.5, window=1).select(logits_of(shares)).expert_ids_TK[1].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("window", [pytest.param(w, id=f"window={w}") for w in (1, 3, 8, None)])
+@pytest.mark.parametrize("keeps_best", [pytest.param(True, id="keeps-best"), pytest.param(False, id="budget-alone")])
+@pytest.mark.parametrize("budget", [pytest.param(b, id=f"budget={b}") for b in (0.1, 0.4, 1.0)])
+def test_a_window_has_the_largest_sums(window: int | None, keeps_best: bool, budget: float) -> None:
+    """The sets of a greedy in float64, window by window, in sequences of 5, 1 and 11 tokens; top-k within them."""
+    E, K, starts = 20, 3, [0, 5, 6, 17]
+    logits_TE = random_logits(17, E)
+    p_TE = logits_TE.double().softmax(-1)
+    windows = [range(17)] if window is None else []
+    for a, b in itertools.pairwise(starts):
+        windows += [range(t, min(t + window, b)) for t in range(a, b, window)] if window else []
+    expected: list[list[int]] = []
+    for tokens in windows:
+        sums_E = p_TE[list(tokens)].sum(0)
+        chosen = {int(p_TE[t].argmax()) for t in tokens} if keeps_best else set()
+        while len(chosen) < round(budget * E):
+            chosen.add(max((e for e in range(E) if e not in chosen), key=lambda e: float(sums_E[e])))
+        expected += [sorted(chosen, key=lambda e: -float(logits_TE[t, e]))[:K] for t in tokens]
+    router = make("moe_spec", E, K, budget=budget, window=window, keeps_best=keeps_best)
+    ids_TK = router.select(logits_TE, RouteContext(seq_start_B1=torch.tensor(starts, dtype=torch.int32))).expert_ids_TK
+    assert [[e for e in row if e >= 0] for row in ids_TK.tolist()] == expected
+    assert all(len(row) == min(K, round(budget * E)) for row in expected) or keeps_best
+
+
+def test_a_budget_of_all_experts_is_top_k_and_of_one_leaves_one() -> None:
+    """B = E: router=mixtral; B = 1: every token has the window's expert and nothing else."""
+    logits_TE = random_logits(23, 9)
+    whole = make("moe_spec", 9, 3, budget=1.0).select(logits_TE)
+    top_k = make("mixtral", 9, 3).select(logits_TE)
+    assert torch.equal(whole.expert_ids_TK, top_k.expert_ids_TK)
+    torch.testing.assert_close(whole.weights_TK, top_k.weights_TK)
+    least = make("moe_spec", 9, 3, budget=0.01).select(logits_TE)
+    assert bool((least.expert_ids_TK[:, 0] >= 0).all()) and bool((least.expert_ids_TK[:, 1:] < 0).all())
+    assert [len(unique(ids)) for ids in least.expert_ids_TK.split(8)] == [1, 1, 1]
+    torch.testing.assert_close(least.weights_TK[:, 0], torch.ones(23))
+
+
 @pytest.mark.parametrize(
     ("budget", "E", "n"),
     [
@@ -120,6 +176,7 @@ def test_padding_brings_in_no_expert(router: Router) -> None:
         pytest.param("oea", {"k0": 0}, r"router\.k0=0", id="k0=0"),
         pytest.param("xshare", {"budget": 0.0}, r"router\.budget=0", id="no-budget"),
         pytest.param("xshare", {"budget": 1.5}, r"router\.budget=1\.5", id="too-large"),
+        pytest.param("moe_spec", {"window": 0}, r"router\.window=0", id="window=0"),
     ],
 )
 def test_keys_that_cannot_be_are_named(option: str, keys: dict[str, Any], message: str) -> None:

@@ -482,7 +482,7 @@ def test_the_task_is_the_phase(model: str) -> None:
         if isinstance(task, Prefill | Decode):
             assert task.cache.length == length
         if isinstance(task, Decode):
-            assert (task.context_len, task.n_steps, int(task.position_1)) == (4, 7, 4)
+            assert (task.context_len, task.n_steps, int(task.position_g)) == (4, 7, 4)
             assert [len(routing.expert_ids_TK) for routing in context or ()] == [8] * (2 if "moe" in model else 0)
 
 

@@ -408,6 +408,28 @@ def test_a_recorded_routing_is_replayed(tmp_path: Path) -> None:
     assert {tuple(row) for row in drawn_LTK[1].tolist()} <= rows
 
 
+def test_windows_of_a_recording_are_replayed(tmp_path: Path) -> None:
+    """Each is consecutive tokens of one sequence, the same in all layers; what has none is said."""
+    moe_lab.run(quick.compose("decoder_moe", "measure.record_routing=true"), tmp_path / "first")
+    recorded_LBSK = routes(tmp_path / "first").reshape(2, 2, 7, 2)
+    decode = ("workload.phase=decode", "workload.context_len=2", "workload.window=3", "seq_len=6", "batch=5")
+    replay = ("workload.load=replay", f"workload.trace={tmp_path / 'first'}", "measure.record_routing=true")
+    record = moe_lab.run(quick.compose("decoder_moe", *decode, *replay), tmp_path / "second")
+    assert (record.status, record.reason) == ("ok", None)
+    replayed_LBgK = routes(tmp_path / "second")[:, :15].reshape(2, 5, 3, 2)
+    windows = [recorded_LBSK[:, b, s : s + 3] for b in range(2) for s in range(5)]
+    for sequence in range(5):
+        assert any(np.array_equal(replayed_LBgK[:, sequence], window) for window in windows)
+    longer = [word.replace("window=3", "window=8").replace("seq_len=6", "seq_len=8") for word in decode]
+    with pytest.raises(ValueError, match=r"workload\.window=8: no sequence of .* has so many tokens"):
+        moe_lab.run(quick.compose("decoder_moe", *longer, *replay), tmp_path / "third")
+    tmp_path.joinpath("old").mkdir()
+    np.savez(tmp_path / "old" / "routing.npz", expert_ids_LTK=np.zeros((2, 7, 2), np.int32))
+    old = ("workload.load=replay", f"workload.trace={tmp_path / 'old'}")
+    with pytest.raises(ValueError, match=r"workload\.window=3: .*does not say which tokens follow each other"):
+        moe_lab.run(quick.compose("decoder_moe", *decode, *old), tmp_path / "fourth")
+
+
 def test_a_recording_of_an_older_run_is_replayed(tmp_path: Path) -> None:
     """Its routes are in `routing.npz`."""
     ids_LTK = np.tile(np.array([[3, 1], [0, 4]], np.int32), (2, 7, 1))

@@ -68,7 +68,7 @@ def verified(run: Run, steps: list[Output] | None = None, **options: bool) -> Ve
 def passed(run: Run) -> Verification:
     """The verification of a run that `Run.verify` finds right; it stands at its first step then."""
     run.verify()
-    assert isinstance(run.built.task, Decode) and int(run.built.task.position_1) == run.built.task.context_len
+    assert isinstance(run.built.task, Decode) and int(run.built.task.position_g[0]) == run.built.task.context_len
     assert run.verification is not None and run.verification.mismatch is None
     assert run.verification.check.passed is True
     return run.verification
@@ -139,6 +139,36 @@ def test_a_decoder_without_experts_is_checked_as_a_whole(dtype: str) -> None:
 def test_a_checkpoint_is_verified_in_every_step(router: str, dtype: str) -> None:
     """Trained weights, whose attention looks far back."""
     passed(tiny.built(config(f"router={router}", f"dtype={dtype}", model="checkpoint", context=60)))
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        pytest.param("torch", id="torch"),
+        pytest.param("moe_spec", id="moe_spec"),
+        pytest.param("sinkhorn", id="sinkhorn", marks=pytest.mark.slow),
+    ],
+)
+def test_steps_of_several_tokens_are_checked(router: str) -> None:
+    """As those of one; the metrics are of the tokens of a step."""
+    run = Run(config(f"router={router}", "workload.window=2", "batch=3"))
+    run.build()
+    check = passed(run).check
+    assert run.built.n_tokens == 6 and len(steps_of(run)) == STEPS // 2
+    assert check.cache_rel_error is not None and check.near_ties == 0
+    assert (check.free_rel_error is None) is (router != "torch")
+
+
+def test_a_wrong_token_of_a_step_is_found() -> None:
+    """Its last token's logits are those of another step."""
+    run = Run(config("workload.window=2"))
+    run.build()
+    passed(run)
+    steps = steps_of(run)
+    wrong_BgV = steps[0].y.clone()
+    wrong_BgV[:, 1] = steps[1].y[:, 1]
+    found = verified(run, [steps[0]._replace(y=wrong_BgV), *steps[1:]])
+    assert found.mismatch is not None and found.mismatch.where == "layers"
 
 
 @pytest.mark.parametrize("load", [pytest.param(load, id=load) for load in ("balanced", "one_hot")])
@@ -434,7 +464,7 @@ def test_another_execution_is_verified_in_every_step_when_it_comes_back(monkeypa
 
         def __call__(self) -> Output:
             output = super().__call__()
-            at = int(run.built.task.position_1)  # type: ignore[arg-type]
+            at = int(run.built.task.position_g)  # type: ignore[arg-type]
             return output._replace(y=output.y * (1.1 if at > CONTEXT else 1.0))
 
     monkeypatch.setitem(EXECUTIONS, "compile", Wrong)
@@ -480,6 +510,16 @@ def test_a_correct_run_passes_on_cuda_and_a_faulty_one_fails(execution: str, mod
         faulty = tiny.built(cfg)
         plant(faulty)
         assert fault_found(faulty).where == "layers"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("execution", [pytest.param(name, id=name) for name in ("eager", "cuda_graph")])
+@pytest.mark.parametrize(
+    "more", [pytest.param("workload.window=2", id="window"), pytest.param("router=lookahead", id="lookahead")]
+)
+def test_windows_and_guesses_are_right_on_cuda(execution: str, more: str) -> None:
+    """Several tokens of a sequence behind a cache, and hidden states that go from layer to layer, in a graph."""
+    passed(tiny.built(config("device=cuda", f"execution={execution}", "batch=3", more)))
 
 
 # --- states of fixed size ---------------------------------------------------------------------------------------------
