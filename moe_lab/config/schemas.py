@@ -89,7 +89,8 @@ class DecoderMoE(TransformerDecoder):
     """model=decoder_moe: the same decoder with an MoE layer in place of each MLP."""
 
     n_experts: int
-    top_k: int
+    top_k: Any
+    """An integer, or a list with one for each MoE layer."""
     shared_expert_hidden_dim: int
     shared_expert_gate: bool
     n_dense_layers: int
@@ -129,6 +130,8 @@ class Checkpoint(Model):
     """model=checkpoint: a trained model in Hugging Face format; its sizes stand in its own config.json."""
 
     path: str
+    top_k: Any
+    """An integer, or a list with one for each MoE layer, in place of what config.json says."""
     implementation: str
 
 

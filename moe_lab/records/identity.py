@@ -28,6 +28,7 @@ _LATER: dict[str, Any] = {
     "measure": {"cache": "natural"},
     "workload.trace_layer": None,
     "model.timed": "layer",
+    "model.top_k": None,
 }
 # The same for keys that only some routers got later, as others had one of that name before: by their `_target_`.
 _LATER_OF_ROUTER: dict[str, dict[str, Any]] = {

@@ -112,9 +112,9 @@ def settings(runs: pd.DataFrame, summary: pd.DataFrame) -> list[Setting]:
     if summary.empty:
         return []
     causal = dict(zip(runs["directory"], runs["router.causal"].astype(object), strict=True))
-    router_keys = [str(name) for name in summary if str(name).startswith("config.router.")]
+    keys = [str(name) for name in summary if str(name).startswith(("config.router.", "config.model."))]
     found: dict[tuple[str, str], Setting] = {}
-    read = [name for name in summary if name in _READ or str(name).startswith(("config.router.", "quality."))]
+    read = [name for name in summary if name in _READ or name in keys or str(name).startswith("quality.")]
     for row, place in zip(summary[read].to_dict("records"), places(summary), strict=True):
         if row["status"] != "ok" or pd.isna(row["variant"]):
             continue
@@ -130,7 +130,7 @@ def settings(runs: pd.DataFrame, summary: pd.DataFrame) -> list[Setting]:
                 ratio=_ratio(row),
                 quality=_quality(row),
                 is_causal=None if pd.isna(is_causal) else bool(is_causal),
-                choice=_choice(row, router_keys),
+                choice=_choice(row, keys),
             )
         )
     return list(found.values())
@@ -181,10 +181,11 @@ def _quality(row: Mapping[Any, Any]) -> Quality | None:
     return None
 
 
-def _choice(row: Mapping[Any, Any], router_keys: Sequence[str]) -> str:
-    keys = [row[key] for key in router_keys if not key.endswith((".impl", "._target_", ".name"))]
-    router = "softmax" if row["router"] in _SOFTMAX and not keys else row["router"]
-    return repr([router, row["model"], row["dtype"], *(None if pd.isna(value) else value for value in keys)])
+def _choice(row: Mapping[Any, Any], config_keys: Sequence[str]) -> str:
+    keys = [key for key in config_keys if not key.endswith((".impl", ".implementation", "._target_", ".name"))]
+    is_plain = row["router"] in _SOFTMAX and not any(key.startswith("config.router.") for key in keys)
+    values = (row[key] if _known(row[key]) else None for key in keys)
+    return repr(["softmax" if is_plain else row["router"], row["model"], row["dtype"], *values])
 
 
 def _known(value: Any) -> bool:
