@@ -306,7 +306,9 @@ def _validate_router(cfg: DictConfig, group: str) -> None:
     """Check the router of this group (`router` or `measure.reference_router`)."""
     node = OmegaConf.select(cfg, group)
     _one_of(cfg, f"{group}.impl", ROUTER_IMPLEMENTATIONS)
-    _at_least(cfg, " ".join(f"{group}.{key}" for key in ("iters", "top_k", "k_max", "steps", "calibration_tokens")), 1)
+    _at_least(
+        cfg, " ".join(f"{group}.{key}" for key in ("iters", "top_k", "k_max", "steps", "tile", "calibration_tokens")), 1
+    )
     _at_least(cfg, f"{group}.tolerance {group}.hash_layers", 0)
     _more_than_zero(cfg, " ".join(f"{group}.{key}" for key in ("temperature", "factor", "scale", "rate")))
     inner = node.get("inner")

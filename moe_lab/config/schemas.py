@@ -194,6 +194,14 @@ class ExpertChoice(RouterOption):
 
 
 @dataclass
+class TokenRounding(RouterOption):
+    """Whole tiles of tokens for every expert."""
+
+    tile: int
+    renormalize: bool
+
+
+@dataclass
 class UniformRandom(RouterOption):
     """Drawn at random."""
 
@@ -449,6 +457,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "sinkhorn": Sinkhorn,
         "sparse_mixer": SparseMixer,
         "expert_choice": ExpertChoice,
+        "token_rounding": TokenRounding,
         "random": UniformRandom,
         "balancing_bias": BalancingBias,
         "loss_free": LossFreeBias,
