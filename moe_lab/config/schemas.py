@@ -176,7 +176,7 @@ class Sinkhorn(RouterOption):
     iters: int
     temperature: float
     tolerance: float
-    renormalize: bool
+    renormalize: bool | None
 
 
 @dataclass
@@ -198,7 +198,7 @@ class TokenRounding(RouterOption):
     """Whole tiles of tokens for every expert."""
 
     tile: int
-    renormalize: bool
+    renormalize: bool | None
 
 
 @dataclass
@@ -227,7 +227,7 @@ class LossFreeBias(BalancingBias):
 class QuantileBias(BalancingBias):
     """... from quantiles of the logits."""
 
-    renormalize: bool
+    renormalize: bool | None
 
 
 @dataclass
@@ -237,7 +237,7 @@ class DynamicK(RouterOption):
     rule: str
     threshold: float | None
     k_max: int | None
-    renormalize: bool
+    renormalize: bool | None
     calibration_tokens: int
 
 
@@ -246,7 +246,7 @@ class OpportunisticActivation(RouterOption):
     """Few experts of its own for every token, and those of the others."""
 
     k0: int
-    renormalize: bool
+    renormalize: bool | None
 
 
 @dataclass
@@ -254,7 +254,7 @@ class SharedBudget(RouterOption):
     """A set of experts that the batch shares."""
 
     budget: float
-    renormalize: bool
+    renormalize: bool | None
 
 
 @dataclass

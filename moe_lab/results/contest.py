@@ -20,11 +20,12 @@ _ROUNDING = 3.0
 """Output errors up to so many times the floor are those of rounding."""
 
 _RATIO = ("ratio_to_anchor.p50", "ratio_to_anchor.ci95_low", "ratio_to_anchor.ci95_high")
+_EXPERT_MB = "routing.pooled.expert_mb"
 _BITS, _DELTA = "quality.bits_per_byte", "quality.delta_bits_per_byte"
 _ERROR, _REFERENCE, _FLOOR = "agreement.output_rel_error", "agreement.reference", "agreement.floor.output_rel_error"
 _READ = {"setting_id", "env_id", "anchor", "is_anchor", "variant", "status", "directory", "model", "router", "dtype"}
 _READ |= {"batch", "seq_len", "throughput.time_per_output_token_ms", "latency_ms.p50", "ratio_to_anchor.paired"}
-_READ |= {*_RATIO, _ERROR, _REFERENCE, _FLOOR}
+_READ |= {*_RATIO, _EXPERT_MB, _ERROR, _REFERENCE, _FLOOR}
 _SOFTMAX = {"torch", "triton", "cuda_ext"}
 """One router, each with its implementation fixed."""
 
@@ -77,6 +78,10 @@ class Cell(NamedTuple):
     is_causal: bool | None
     choice: str
     """What the router computes: equal for implementations of one router, which then predict alike."""
+    expert_mb: float = math.nan
+    """The weights of the experts that a pass reads; NaN where that is not known."""
+    directory: str = ""
+    """Of its record."""
 
     @property
     def is_timed(self) -> bool:
@@ -131,6 +136,8 @@ def settings(runs: pd.DataFrame, summary: pd.DataFrame) -> list[Setting]:
                 quality=_quality(row),
                 is_causal=None if pd.isna(is_causal) else bool(is_causal),
                 choice=_choice(row, keys),
+                expert_mb=float(row[_EXPERT_MB]) if _known(row.get(_EXPERT_MB)) else math.nan,
+                directory=str(row["directory"]),
             )
         )
     return list(found.values())

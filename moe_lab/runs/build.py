@@ -27,6 +27,7 @@ from moe_lab.ops.library import DTYPES
 from moe_lab.records.identity import digest, option_name
 from moe_lab.routers.base import Router, Routing
 from moe_lab.routers.soft import SoftMoE
+from moe_lab.runs import trained
 from moe_lab.runs.memory_estimate import require_memory
 from moe_lab.runs.trained import NATIVE, is_checkpoint, is_native
 from moe_lab.workloads.forced import forces
@@ -138,6 +139,8 @@ def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int, 
         )
         native = OmegaConf.create(checkpoint_config.read(cfg.model.path).router)
         node = OmegaConf.create({"name": node.name, "impl": node.impl, **native})
+    if "renormalize" in node and node.renormalize is None:
+        node = trained.with_its_weights(cfg, node, group)
     keys = [str(key) for key in node if key not in ("top_k", "calibration_tokens", *inner)]
     try:
         router = instantiate(OmegaConf.masked_copy(node, keys), group, n_experts=n_experts, top_k=top_k, **inner)

@@ -38,6 +38,19 @@ def is_as_trained(cfg: DictConfig) -> bool:
     return is_native(cfg.router) and cfg.router.top_k is None and cfg.model.get("top_k") is None
 
 
+def with_its_weights(cfg: DictConfig, node: DictConfig, group: str) -> DictConfig:
+    """A router's node whose `renormalize` is null, with the checkpoint's rule; true if that has no such rule.
+
+    Raises:
+        ValueError: the model is not a checkpoint.
+    """
+    if not is_checkpoint(cfg.model):
+        raise ValueError(f"{group}.renormalize=null: only for model=checkpoint, whose rule it is; use true or false.")
+    found = copy.copy(node)
+    found.renormalize = checkpoint_config.read(cfg.model.path).router.get("renormalize", True)
+    return found
+
+
 def warnings(cfg: DictConfig, model: Checkpoint) -> list[str]:
     """What of a checkpoint or of its router makes the model another than the one that was trained."""
     found, router = model.warnings(), option_name(cfg.router)
@@ -73,7 +86,7 @@ def _sum_warning(router: str, key: str, node: DictConfig, trained_router: Mappin
     """
     trained = trained_router.get("renormalize")
     is_softmax = node.get("score", "softmax") == "softmax"
-    if trained is None or not is_softmax or node.get("renormalize", trained) == trained:
+    if trained is None or not is_softmax or node.get("renormalize", trained) in (trained, None):
         return None
     sums = "sum to 1, and those of the checkpoint's router do not"
     if trained:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from omegaconf import DictConfig
@@ -9,8 +11,9 @@ from omegaconf import DictConfig
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.parameters import shareable
 from moe_lab.runs import build, trained
-from tests import tiny
+from tests import quick, tiny
 
+QWEN3 = tiny.ROOT / "assets" / "tiny-qwen3-moe"
 CPU = torch.device("cpu")
 
 
@@ -67,6 +70,7 @@ V3 = ["router=deepseek_v3", "router.n_groups=1", "router.top_groups=1"]
         pytest.param(["router=torch"], "router.renormalize=false", id="softmax"),
         pytest.param(["router=top_p"], "router.renormalize=false", id="top_p"),
         pytest.param(["router=top_p", "router.renormalize=false"], None, id="top_p-plain"),
+        pytest.param(["router=top_p", "router.renormalize=null"], None, id="top_p-as-trained"),
         pytest.param(["router=capacity"], "router.inner.renormalize=false", id="inside"),
         pytest.param(["router=capacity", "router@router.inner=native"], None, id="native-inside"),
         pytest.param(["router=minimax_m2"], None, id="no-softmax"),
@@ -82,3 +86,28 @@ def test_weights_of_another_size_than_the_trained_ones_are_named(
     said = [text for text in trained.warnings(checkpoint(*overrides), native) if WEIGHTS in text]
     assert len(said) == (key is not None)
     assert all(key in text and text.startswith(overrides[0]) for text in said if key)
+
+
+@pytest.mark.parametrize(
+    ("path", "renormalize"),
+    [pytest.param(quick.TINY_OLMOE, False, id="olmoe"), pytest.param(QWEN3, True, id="qwen3")],
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["router=oea", "router.renormalize=null"], id="alone"),
+        pytest.param(["router=capacity", "router@router.inner=sinkhorn", "router.inner.renormalize=null"], id="inside"),
+    ],
+)
+def test_a_null_takes_the_checkpoints_rule(path: Path, renormalize: bool, words: list[str]) -> None:
+    """Whether a token's weights sum to 1; the configuration keeps its null."""
+    cfg = checkpoint(f"model.path={path}", *words)
+    router = build.build_router(cfg)
+    assert getattr(router, "inner", router).renormalize is renormalize
+    assert (cfg.router.get("inner") or cfg.router).renormalize is None
+
+
+def test_without_a_checkpoint_there_is_no_rule_to_take() -> None:
+    """One line."""
+    with pytest.raises(ValueError, match=r"router\.renormalize=null: only for model=checkpoint"):
+        build.build_router(tiny.decoder_moe("router=oea", "router.renormalize=null"))
