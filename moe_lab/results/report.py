@@ -265,8 +265,8 @@ def _whole_numbers(text: str) -> Markup:
     return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in words)
 
 
-def _plain(name: str) -> Callable[[Mapping[Any, Any]], Field]:
-    return lambda row: _field(row[name]) if name in row else Field("")
+def _plain(name: str, write: Callable[[float], str] = four) -> Callable[[Mapping[Any, Any]], Field]:
+    return lambda row: _field(row[name], write) if name in row else Field("")
 
 
 _FIRST: dict[str, Callable[[Mapping[Any, Any]], Field]] = {
@@ -280,8 +280,8 @@ _FIRST: dict[str, Callable[[Mapping[Any, Any]], Field]] = {
 """What latency and quality were, side by side."""
 _COSTS: dict[str, Callable[[Mapping[Any, Any]], Field]] = {
     "bits per byte": _bits,
-    "fewest experts": _plain("routing.worst.unique_experts"),
-    "experts MB": _plain("routing.pooled.expert_mb"),
+    "fewest experts": _plain("routing.worst.unique_experts", short),
+    "experts MB": _plain("routing.pooled.expert_mb", short),
     "median ms": partial(_with_interval, "latency_ms"),
     "x anchor": partial(_with_interval, "ratio_to_anchor"),
 }
