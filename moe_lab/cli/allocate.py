@@ -21,7 +21,8 @@ def main(arguments: list[str]) -> int:
     parser = Parser(
         prog="moe-lab allocate",
         description="How far the output of each MoE layer is from its own with fewer experts per token, on noise or on "
-        "texts (workload.path), and for a budget of experts the list with the least sum of these distances.",
+        "texts (workload.path), and for a budget of experts the lists with the least sum of these distances, "
+        "and of the shares of the outputs that are lost: their squares over those of the outputs.",
     )
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="model.path=DIR workload.path=TEXTS ...")
     parser.add_argument(
@@ -92,6 +93,8 @@ def _show(found: Sensitivity, rows: str, budgets: Sequence[int] | None) -> None:
     ]
     print_table(("layer", "|f(X)|", *(f"k = {k}" for k in range(1, K))), table)
     for budget in budgets or sorted({max(L, round(share * L * K)) for share in _SHARES}, reverse=True):
-        ks = allocate(found.distance_LK, budget)
-        total = sum(distances[k - 1] for distances, k in zip(found.distance_LK, ks, strict=True))
-        print(f"{budget} of {L * K} experts: model.top_k=[{','.join(map(str, ks))}] (sum of distances {short(total)})")
+        print(f"{budget} of {L * K} experts")
+        for what, cost_LK in (("distances", found.distance_LK), ("lost shares", found.lost_LK)):
+            ks = allocate(cost_LK, budget)
+            total = sum(costs[k - 1] for costs, k in zip(cost_LK, ks, strict=True))
+            print(f"  least sum of {what}, {short(total)}: model.top_k=[{','.join(map(str, ks))}]")

@@ -2,7 +2,8 @@
 
 The rest is the Pareto front, from which one takes what one can pay. The intervals decide, as in `contest`: worse
 quality is an interval of bits per byte above the other's, more time an interval of the ratio of latencies above 1.
-Where they leave it open, a variant that only looks better, by more than `SAME_BITS` or `SAME`, is not dominated.
+Where they leave it open, a variant that only looks better, by more than `SAME_BITS` or `SAME`, is not dominated. Bytes
+that differ by no more than `SAME` are the same: other tokens need others.
 """
 
 from __future__ import annotations
@@ -48,15 +49,16 @@ def _why(cell: Cell, other: Cell) -> str | None:
     has_bytes = not math.isnan(cell.expert_mb) and not math.isnan(other.expert_mb)
     looks_better = (
         mine.value < theirs.value - SAME_BITS
-        or (is_timed and cell.ratio[0] < other.ratio[0] / (1 + SAME))
-        or (has_bytes and cell.expert_mb < other.expert_mb)
+        or (is_timed and (cell.ratio[0] * (1 + SAME) < other.ratio[0] or other.is_slower_than(cell)))
+        or (has_bytes and cell.expert_mb * (1 + SAME) < other.expert_mb)
     )
     if looks_better or not (is_timed or has_bytes):
         return None
     more = ["time"] if is_timed and cell.is_slower_than(other) else []
-    more += ["bytes"] if has_bytes and cell.expert_mb > other.expert_mb else []
+    more += ["bytes"] if has_bytes and cell.expert_mb > other.expert_mb * (1 + SAME) else []
     if mine.is_worse_than(theirs):
-        return f"worse quality at {f'more {listed(more)}' if more else 'no less ' + ('time' if is_timed else 'bytes')}"
+        cost = f"at more {listed(more)}" if more else f"and no less {'time' if is_timed else 'bytes'} seen"
+        return f"worse quality {cost}"
     return f"no better quality at more {listed(more)}" if more else None
 
 

@@ -1,11 +1,14 @@
 """Fewer experts in the layers that need them least: how sensitive each layer is, and the best list of k.
 
     D_l(k) = || f_k(X) - f(X) ||_F      f_k: MoE layer l with k experts per token, f: with as many as the model has
-    minimise sum_l D_l(k_l)  subject to  sum_l k_l <= budget,  1 <= k_l <= K
+    minimise sum_l C_l(k_l)  subject to  sum_l k_l <= budget,  1 <= k_l <= K
+    C_l(k) = D_l(k), as published, or (D_l(k) / ||f(X)||_F)^2, the share of the layer's output that is lost
 
 X is noise, N(0, 1), as in LExI (2509.02753), whose search is evolutionary; or what the layer reads of a text while all
 layers have K experts, with dynamic programming over the budget as in Alloc-MoE (2604.08133), which finds the minimum.
-D looks at one layer at a time, so the least sum need not be the model that predicts best: measure that.
+D itself weighs the layers with large outputs most, and losses of several layers add like squares as far as they are
+independent. Both look at one layer at a time, so the least sum need not predict best: measure that
+(docs/results/traces.md does).
 """
 
 from __future__ import annotations
@@ -45,6 +48,12 @@ class Sensitivity(NamedTuple):
     distance_LK: list[list[float]]
     tokens: int
     left_out: Sequence[str]
+
+    @property
+    def lost_LK(self) -> list[list[float]]:  # noqa: N802 - a shape
+        """The share of each layer's output that is lost; 0 of an output that is 0."""
+        rows = zip(self.norm_L, self.distance_LK, strict=True)
+        return [[(distance / (norm or 1.0)) ** 2 for distance in distances] for norm, distances in rows]
 
 
 @torch.inference_mode()

@@ -28,7 +28,8 @@ def test_a_list_is_found_that_a_run_takes(texts: list[str], rows: str, capsys: p
     assert rows in out and "k = 1" in out
     lists = re.findall(r"model\.top_k=\[[\d,]+\]", out)
     found = [list(moe_lab.compose(["model=checkpoint", *MODEL, word]).model.top_k) for word in lists]
-    assert [sorted(ks) for ks in found] == [[1, 2, 2, 2], [1, 1, 1, 2]]
+    assert [sorted(ks) for ks in found] == [[1, 2, 2, 2]] * 2 + [[1, 1, 1, 2]] * 2
+    assert "least sum of distances" in out and "least sum of lost shares" in out
 
 
 def test_a_text_that_is_too_short_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,8 @@ def test_the_distance_on_noise_is_the_formula() -> None:
         assert norm == pytest.approx(float(y_TD.norm()), rel=1e-4)
         expected = [float((by_hand(layer, x_TD, k) - y_TD).norm()) for k in (1, 2)]
         assert distances[:2] == pytest.approx(expected, rel=1e-4) and distances[2] == 0
+    assert found.lost_LK[1][0] == pytest.approx((found.distance_LK[1][0] / found.norm_L[1]) ** 2)
+    assert found._replace(norm_L=[0.0, 1.0], distance_LK=[[0.0, 0.0]] * 2).lost_LK[0] == [0, 0]  # of experts that are 0
 
 
 def test_the_distance_on_text_is_what_a_model_with_fewer_in_that_layer_has() -> None:
