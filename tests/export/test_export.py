@@ -87,6 +87,7 @@ def test_every_router_computes_the_same_in_a_decoder(router: str, tmp_path: Path
     check(tmp_path / "pair", found)
 
 
+@pytest.mark.slow
 def test_tiles_are_rounded_in_the_graph(tmp_path: Path) -> None:
     """For any number of tokens, of which some have no whole tile."""
     cfg = pairs.compose("moe_layer", "router=token_rounding", "router.tile=8")
