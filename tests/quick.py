@@ -48,6 +48,7 @@ RELATED = {
     "min_p",
     "expert_skip",
     "quantile",
+    "token_rounding",
     "xshare",
     "moe_spec",
     "triton",

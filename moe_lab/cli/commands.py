@@ -122,6 +122,12 @@ def _analyze(arguments: list[str]) -> int:
     return analyze.main(arguments)
 
 
+def _allocate(arguments: list[str]) -> int:
+    from moe_lab.cli import allocate
+
+    return allocate.main(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     parser = Parser(prog="moe-lab doctor", description="Show this machine and what runs on it.")
     parser.add_argument(
@@ -170,6 +176,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "trace": _trace,
     "import": _import,
     "analyze": _analyze,
+    "allocate": _allocate,
     "inspect": _inspect,
     "export": _export,
     "list": _list,

@@ -22,7 +22,7 @@ from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.serving import Decode
 from moe_lab.models.tokenizer import Bytes, Stream, Tokenizer
 from moe_lab.records.identity import option_name
-from moe_lab.runs import build
+from moe_lab.runs import build, trained
 from moe_lab.terminal import write_data
 
 _COMMAND = "moe-lab generate"
@@ -93,7 +93,7 @@ def _ends_of(model: Checkpoint, say: Say) -> frozenset[int]:
 def _say_what_is_odd(cfg: DictConfig, model: Checkpoint, say: Say) -> None:
     """What of the model or its router makes the text another than the trained model would write."""
     router = option_name(cfg.router)
-    for text in build.checkpoint_warnings(cfg, model):
+    for text in trained.warnings(cfg, model):
         say(text)
     if not all(layer.router.causal for layer in moe_layers(model)):
         say(
@@ -113,7 +113,7 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
             tokenizer or generation_config.json, an override without effect, or logits that are NaN.
         UnavailableError: an implementation or a device that is not here.
     """
-    if not build.is_checkpoint(cfg.model):
+    if not trained.is_checkpoint(cfg.model):
         raise ValueError(
             f"model={option_name(cfg.model)}: cannot generate text, because it is not trained; use model=checkpoint."
         )

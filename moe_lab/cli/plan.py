@@ -12,6 +12,7 @@ from moe_lab.cli.reporter import clock
 from moe_lab.cli.table import print_table
 from moe_lab.config.compose import composing_multirun
 from moe_lab.records import store, variants
+from moe_lab.records.identity import option_name
 from moe_lab.sweep import multirun, places
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep.expected import expected_seconds
@@ -66,6 +67,8 @@ def show(overrides: list[str], config_dir: str | None, *, json: bool = False) ->
         return
     contents = variants.all_named([cell.content for cell in plan.cells], [cell.config for cell in plan.cells])
     models, workloads = (variants.labels(contents, (key,)) for key in ("model", "workload"))
+    if "model" in plan.sweep["compare"]:  # what differs is in the variant
+        models = [option_name(content["model"]) for content in contents]
     differ = len(set(workloads)) > 1
     group_of = {cell.cell_id: str(n) for n, group in enumerate(planning.groups(plan), start=1) for cell in group}
     rows = []

@@ -29,7 +29,7 @@ from moe_lab.config.schemas import (
     Shape,
     Sweep,
 )
-from moe_lab.config.unread import key_of, unread
+from moe_lab.config.unread import key_of, own_top_k, unread
 from moe_lab.errors import nearest
 from moe_lab.records.fields import ENVIRONMENT
 
@@ -233,7 +233,7 @@ def _validate_places(sweep: DictConfig) -> None:
 
 def _validate_model(cfg: DictConfig) -> None:
     sizes = "hidden vocab_size d_model n_heads n_kv_heads head_dim n_layers mlp_hidden_dim dense_hidden_dim n_experts"
-    _at_least(cfg, " ".join(f"model.{key}" for key in (*sizes.split(), "top_k")), 1)
+    _at_least(cfg, " ".join(f"model.{key}" for key in sizes.split()), 1)
     _at_least(cfg, "model.shared_expert_hidden_dim model.n_dense_layers", 0)
     if cfg.model.get("n_layers", 1) > MOST_LAYERS and _is_ours(cfg.model):
         raise ValueError(f"model.n_layers={cfg.model.n_layers}: must be <= {MOST_LAYERS}.")
@@ -242,12 +242,38 @@ def _validate_model(cfg: DictConfig) -> None:
     _one_of(cfg, "model.qk_norm", ("none", "head", "full"))
     _one_of(cfg, "model.implementation", IMPLEMENTATIONS)
     _validate_decoder(cfg.model)
-    for group, node in (("model", cfg.model), ("model.shape", cfg.model.get("shape"))):
-        if node is not None and node.get("top_k") and node.top_k > node.n_experts:
-            raise ValueError(
-                f"{group}.top_k={node.top_k}: must be <= {group}.n_experts={node.n_experts}; "
-                f"lower {group}.top_k or raise {group}.n_experts."
-            )
+    shape = cfg.model.get("shape")
+    if shape is not None and shape.top_k > shape.n_experts:
+        raise ValueError(
+            f"model.shape.top_k={shape.top_k}: must be <= model.shape.n_experts={shape.n_experts}; "
+            "lower model.shape.top_k or raise model.shape.n_experts."
+        )
+    _validate_top_k(cfg)
+
+
+def _validate_top_k(cfg: DictConfig) -> None:
+    """`model.top_k`; a checkpoint, whose sizes stand in its config.json, is asked again when it is built."""
+    model = cfg.model
+    if "top_k" not in model or (model.top_k is None and "n_experts" not in model):
+        return
+    n_layers = model.n_layers - model.n_dense_layers if "n_experts" in model else None
+    if (mistake := top_k_mistake(model.top_k, n_layers, model.get("n_experts"))) is not None:
+        raise ValueError(mistake)
+    own = own_top_k(cfg.router)
+    if own is not None and (isinstance(model.top_k, ListConfig) or "n_experts" not in model):
+        raise ValueError(f"model.top_k={model.top_k}: contradicts {own}, which the router uses; remove one of them.")
+
+
+def top_k_mistake(top_k: Any, n_layers: int | None, n_experts: int | None) -> str | None:
+    """What is wrong with `model.top_k`, if anything, for so many layers with experts; None: not known yet."""
+    ks = list(top_k) if isinstance(top_k, list | tuple | ListConfig) else [top_k]
+    if not ks or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 for k in ks):
+        return f"model.top_k={top_k}: must be an integer >= 1, or a list of one for each layer with experts."
+    if n_experts is not None and max(ks) > n_experts:
+        return f"model.top_k={top_k}: must be <= {n_experts}, the number of the model's experts."
+    if n_layers is not None and ks != [top_k] and len(ks) != n_layers:
+        return f"model.top_k={top_k}: has {len(ks)} numbers, but the model has {n_layers} layers with experts."
+    return None
 
 
 def _validate_decoder(model: DictConfig) -> None:
@@ -285,7 +311,7 @@ def _validate_router(cfg: DictConfig, group: str) -> None:
     """Check the router of this group (`router` or `measure.reference_router`)."""
     node = OmegaConf.select(cfg, group)
     _one_of(cfg, f"{group}.impl", ROUTER_IMPLEMENTATIONS)
-    whole = ("iters", "top_k", "k_max", "steps", "window", "calibration_tokens")
+    whole = ("iters", "top_k", "k_max", "steps", "tile", "window", "calibration_tokens")
     _at_least(cfg, " ".join(f"{group}.{key}" for key in whole), 1)
     _at_least(cfg, f"{group}.tolerance {group}.hash_layers", 0)
     _more_than_zero(cfg, " ".join(f"{group}.{key}" for key in ("temperature", "factor", "scale", "rate")))

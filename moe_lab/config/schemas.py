@@ -89,7 +89,8 @@ class DecoderMoE(TransformerDecoder):
     """model=decoder_moe: the same decoder with an MoE layer in place of each MLP."""
 
     n_experts: int
-    top_k: int
+    top_k: Any
+    """An integer, or a list with one for each MoE layer."""
     shared_expert_hidden_dim: int
     shared_expert_gate: bool
     n_dense_layers: int
@@ -129,6 +130,8 @@ class Checkpoint(Model):
     """model=checkpoint: a trained model in Hugging Face format; its sizes stand in its own config.json."""
 
     path: str
+    top_k: Any
+    """An integer, or a list with one for each MoE layer, in place of what config.json says."""
     implementation: str
 
 
@@ -173,7 +176,7 @@ class Sinkhorn(RouterOption):
     iters: int
     temperature: float
     tolerance: float
-    renormalize: bool
+    renormalize: bool | None
 
 
 @dataclass
@@ -188,6 +191,14 @@ class ExpertChoice(RouterOption):
     """Every expert takes its best tokens."""
 
     factor: float
+
+
+@dataclass
+class TokenRounding(RouterOption):
+    """Whole tiles of tokens for every expert."""
+
+    tile: int
+    renormalize: bool | None
 
 
 @dataclass
@@ -216,7 +227,7 @@ class LossFreeBias(BalancingBias):
 class QuantileBias(BalancingBias):
     """... from quantiles of the logits."""
 
-    renormalize: bool
+    renormalize: bool | None
 
 
 @dataclass
@@ -226,7 +237,7 @@ class DynamicK(RouterOption):
     rule: str
     threshold: float | None
     k_max: int | None
-    renormalize: bool
+    renormalize: bool | None
     calibration_tokens: int
 
 
@@ -235,7 +246,7 @@ class OpportunisticActivation(RouterOption):
     """Few experts of its own for every token, and those of the others."""
 
     k0: int
-    renormalize: bool
+    renormalize: bool | None
 
 
 @dataclass
@@ -245,7 +256,7 @@ class SharedBudget(RouterOption):
     budget: float
     keeps_best: bool
     window: int | None
-    renormalize: bool
+    renormalize: bool | None
 
 
 @dataclass
@@ -456,6 +467,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "sinkhorn": Sinkhorn,
         "sparse_mixer": SparseMixer,
         "expert_choice": ExpertChoice,
+        "token_rounding": TokenRounding,
         "random": UniformRandom,
         "balancing_bias": BalancingBias,
         "loss_free": LossFreeBias,

@@ -27,13 +27,17 @@ def _has_experts(cfg: DictConfig) -> bool:
     return "router" not in cfg.model.get("ignores", ()) and not dense
 
 
-def _asks_the_models_top_k(cfg: DictConfig) -> bool:
-    router = cfg.router
-    while isinstance(router, DictConfig):
-        if router.get("name") == "soft" or router.get("top_k") is not None or router.get("k_max") is not None:
-            return False
-        router = router.get("inner")
-    return True
+def own_top_k(router: DictConfig) -> str | None:
+    """The key by which a router, or one inside it, has its own number of experts per token; None if the model says."""
+    group, node = "router", router
+    while isinstance(node, DictConfig):
+        if node.get("name") == "soft":
+            return f"{group}=soft"
+        for key in ("top_k", "k_max"):
+            if node.get(key) is not None:
+                return f"{group}.{key}={node[key]}"
+        group, node = f"{group}.inner", node.get("inner")
+    return None
 
 
 def _predicts_text(cfg: DictConfig) -> bool:
@@ -81,7 +85,7 @@ _RULES = (
     ),
     _Rule(
         "model.top_k model.shape.top_k",
-        lambda c: not _has_experts(c) or _asks_the_models_top_k(c),
+        lambda c: not _has_experts(c) or own_top_k(c.router) is None,
         "the router has its own number of experts per token",
         is_refused=False,
     ),

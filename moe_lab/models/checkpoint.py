@@ -7,7 +7,7 @@ What kind of decoder it is says its config.json (`checkpoint_config`); its weigh
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,18 +33,30 @@ TOKENIZER = "tokenizer.json"
 class Checkpoint(DecoderMoE):
     """The decoder of the checkpoint in the folder `path`; `ends` are the ids that end a text.
 
+    `top_k` takes the place of the checkpoint's own experts per token, see `DecoderMoE`.
+
     Raises:
         ValueError: one line for what is missing, damaged or not supported.
     """
 
     max_positions: int
 
-    def __init__(self, *, path: str, make_router: MakeRouter, experts: Experts, implementation: str):
+    def __init__(
+        self,
+        *,
+        path: str,
+        make_router: MakeRouter,
+        experts: Experts,
+        implementation: str,
+        top_k: int | Sequence[int] | None = None,
+    ):
         settings = self._settings = checkpoint_config.read(path)
         self.folder = Path(path)
         self.max_positions, self.ends, self.unread = settings.max_positions, settings.ends, settings.unread
         self.form = settings.form
         keys = {**settings.decoder, "n_dense_layers": 0}  # `is_dense` says which layers are
+        if top_k is not None:
+            keys["top_k"] = top_k
         super().__init__(make_router=make_router, experts=experts, implementation=implementation, **keys)
         file = self.folder / TOKENIZER
         self.tokenizer_file = file if os.path.lexists(file) else None

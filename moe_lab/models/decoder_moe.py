@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from moe_lab.config.checks import top_k_mistake
 from moe_lab.experts.base import Experts
 from moe_lab.experts.weights import ExpertWeights
 from moe_lab.models import MakeRouter
@@ -19,6 +20,8 @@ from moe_lab.models.transformer_decoder import Block, TransformerDecoder
 class DecoderMoE(TransformerDecoder):
     """The keys are those of conf/model/decoder_moe.yaml; `mlp_hidden_dim` is the width of one expert.
 
+    `top_k` is the number of experts per token, in all layers or one for each that has experts.
+
     A checkpoint may ask for more: `expert_settings`, the options of `ExpertWeights`, and `own_norms` (`OwnNorms`), with
     which an MoE layer is given the residual stream.
     """
@@ -29,7 +32,7 @@ class DecoderMoE(TransformerDecoder):
         make_router: MakeRouter,
         experts: Experts,
         n_experts: int,
-        top_k: int,
+        top_k: int | Sequence[int],
         shared_expert_hidden_dim: int,
         shared_expert_gate: bool,
         n_dense_layers: int,
@@ -38,10 +41,14 @@ class DecoderMoE(TransformerDecoder):
         own_norms: bool = False,
         **decoder: Any,
     ):
-        self.make_router, self.experts, self.n_experts, self.top_k = make_router, experts, n_experts, top_k
+        self.make_router, self.experts, self.n_experts = make_router, experts, n_experts
         self.shared_hidden_dim, self.shared_gate = shared_expert_hidden_dim, shared_expert_gate
         self.n_dense_layers, self.dense_hidden_dim = n_dense_layers, dense_hidden_dim
         self.expert_settings, self.own_norms = expert_settings or {}, own_norms
+        layers = [layer for layer in range(decoder["n_layers"]) if not self.is_dense(layer)]
+        if (mistake := top_k_mistake(top_k, len(layers), n_experts)) is not None:
+            raise ValueError(mistake)
+        self.k_of_layer = dict(zip(layers, [top_k] * len(layers) if isinstance(top_k, int) else top_k, strict=True))
         super().__init__(**decoder)
         blocks = [block for block in self.layers if isinstance(block, Block)]
         if len(blocks) > 1 and any(isinstance(b.mlp, MoELayer) and b.mlp.router.looks_ahead for b in blocks):
@@ -62,7 +69,7 @@ class DecoderMoE(TransformerDecoder):
             shared = SharedExpert(*sizes, gated=self.shared_gate, activation=self.activation, norm_eps=eps)
         return make_moe_layer(
             ExpertWeights(self.n_experts, self.d_model, self.mlp_hidden_dim, **self.expert_settings),
-            self.make_router(self.n_experts, self.top_k).at_layer(layer),
+            self.make_router(self.n_experts, self.k_of_layer[layer]).at_layer(layer),
             self.experts,
             shared,
             None if eps is None else OwnNorms(self.d_model, eps),

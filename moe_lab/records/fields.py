@@ -306,7 +306,13 @@ ROOFLINE = (
     Field("flops", int, "FLOP", "of the matrix products of one iteration"),
     Field("bytes", int, "B", "minimum that every implementation moves"),
     Field("floor_ms", float, "ms", "lower bound of the time at the measured rates"),
-    Field("fraction_of_floor", float, "1", "lower bound over the median latency; above 1 if data came from a cache"),
+    Field(
+        "fraction_of_floor",
+        float,
+        "1",
+        "lower bound over the median latency; above 1 if data came from a cache; of the rates measured here, it is "
+        "what MoE-CAP (2412.07067) calls S-MBU where reading decides the bound, and S-MFU where computing does",
+    ),
     Field("bytes_per_s", float, "B/s", "measured rate of a large copy"),
     Field("flops_per_s", float, "FLOP/s", "measured rate of a square matrix product"),
     Field("peak_source", str, "", "how the rates were measured"),

@@ -29,6 +29,7 @@ _LATER: dict[str, Any] = {
     "workload.trace_layer": None,
     "workload.window": 1,
     "model.timed": "layer",
+    "model.top_k": None,
 }
 # The same for keys that only some routers got later, as others had one of that name before: by their `_target_`.
 _LATER_OF_ROUTER: dict[str, dict[str, Any]] = {

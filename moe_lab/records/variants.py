@@ -23,7 +23,8 @@ def labels(contents: Sequence[Mapping[str, Any]], compare: Sequence[str] = COMPA
 
     For example `torch` and `sinkhorn` where only routers differ, `sinkhorn/loop` where experts do too,
     `sinkhorn(iters=5)` beside `sinkhorn(iters=10)`. With nothing to compare it is the router's name. A model that reads
-    none of what is compared is a variant by its own name.
+    none of what is compared is a variant by its own name. One model with other keys is called by these alone:
+    `native/top_k=[2, 1]`.
     """
     columns: list[list[str]] = []
     for key in compare:
@@ -32,9 +33,11 @@ def labels(contents: Sequence[Mapping[str, Any]], compare: Sequence[str] = COMPA
         distinct = {id_: node for id_, node in zip(ids, nodes, strict=True) if node is not None}
         if len(distinct) > 1 or (key == compare[0] and not columns):
             names = {id_: _label(node, distinct.values()) for id_, node in distinct.items()}
+            if key == "model" and len(compare) > 1 and len({_name(node) for node in distinct.values()}) == 1:
+                names = {id_: name[len(_name(distinct[id_])) + 1 : -1] for id_, name in names.items()}
             columns.append([names.get(id_, "") for id_ in ids])
-    if len(columns) > 1 and len({name for name in columns[0] if name}) == 1:
-        del columns[0]  # only others differ
+    if len({name for name in columns[0] if name}) == 1 and all(map(any, zip(*columns[1:], strict=True))):
+        columns = columns[1:] or columns  # only others differ
     return [
         "/".join(filter(None, (column[position] for column in columns))) or _name(content["model"])
         for position, content in enumerate(contents)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from moe_lab.records.fields import PROPERTIES, names
 from moe_lab.records.schema import BUSY, DOES_NOT_HOLD, LAUNCH_BOUND
-from moe_lab.results import contest, numbers
+from moe_lab.results import contest, numbers, pareto
 from moe_lab.results.contest import Cell, Quality, Setting
 from moe_lab.results.regions import Region, regions
 from moe_lab.results.verdicts import Kind, judged, listed
@@ -27,7 +27,7 @@ _DOUBTFUL = "Speeds are doubtful"
 _ALIKE = 1.15
 """Ratios that differ by more than this factor between settings are given as a range."""
 
-Question = Literal["take", "fastest", "price", "not sure", "failed", "skipped"]
+Question = Literal["take", "fastest", "dominated", "price", "not sure", "failed", "skipped"]
 
 
 class Answer(NamedTuple):
@@ -49,6 +49,7 @@ def answers(runs: pd.DataFrame, summary: pd.DataFrame) -> Answers:
 
     Two variants differ in speed if the intervals of their ratios to the anchor say so (`verdicts.judged`), and in
     quality if the intervals of their bits per byte do not overlap and they differ by more than `contest.SAME_BITS`.
+    Which are not worth taking at any price says `pareto`.
     What cannot be said is left out: with one variant there is nothing to take.
     """
     settings = contest.settings(runs, summary)
@@ -58,6 +59,7 @@ def answers(runs: pd.DataFrame, summary: pd.DataFrame) -> Answers:
         "take": [] if _loads_differ(summary) else _take(several),
         **({"not sure": unsure} if unsure and unsure[0].startswith(_DOUBTFUL) else {}),  # before what it is about
         "fastest": _fastest(several),
+        "dominated": pareto.sentences(several),
         "price": _prices(settings),
         "not sure": unsure,
         "failed": [*_lies(runs), *_not_ok(runs, "failed")],

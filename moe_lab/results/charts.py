@@ -39,6 +39,7 @@ _NAMES = (
     "latency_against_error",
     "bytes_against_error",
     "latency_against_bits",
+    "bytes_against_bits",
     "bits_by_text",
     "expert_load",
     "experts_by_text",
@@ -103,7 +104,7 @@ def _all(runs: pd.DataFrame, summary: pd.DataFrame, directory: Path, left_out: l
     yield from _against_error(summary, left_out)
     has_texts = BITS in runs and runs[BITS].notna().any()
     if has_texts:
-        yield _against_bits(summary, left_out)
+        yield from _against_bits(summary, left_out)
         yield _bits_by_text(runs, left_out)
     else:
         left_out.append("Bits per byte, and experts by text: no cell used texts (workload=text, measure.quality).")
@@ -272,13 +273,16 @@ def _against_error(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart
         yield Chart(name, "front", title, label, axis, panels, column == LATENCY)
 
 
-def _against_bits(summary: pd.DataFrame, left_out: list[str]) -> Chart:
+def _against_bits(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]:
     """What another router costs and what it does to the predictions, by setting."""
-    title = "Latency against bits per byte"
-    panels = [_panel(each, BITS, LATENCY) for each in _settings(summary, BITS, LATENCY)]
-    if not panels:
-        left_out.append(f"{title}: no cell has both (measure.quality).")
-    return Chart("latency_against_bits", "front", title, "bits per byte", "latency (ms)", panels, True)
+    for name, column, title, axis in (
+        ("latency_against_bits", LATENCY, "Latency against bits per byte", "latency (ms)"),
+        ("bytes_against_bits", EXPERT_MB, "Bytes of experts against bits per byte", "weights of experts in use (MB)"),
+    ):
+        panels = [_panel(each, BITS, column) for each in _settings(summary, BITS, column)]
+        if not panels:
+            left_out.append(f"{title}: no cell has both (measure.quality, measure.routing).")
+        yield Chart(name, "front", title, "bits per byte", axis, panels, column == LATENCY)
 
 
 def _bits_by_text(runs: pd.DataFrame, left_out: list[str]) -> Chart:

@@ -20,11 +20,12 @@ _ROUNDING = 3.0
 """Output errors up to so many times the floor are those of rounding."""
 
 _RATIO = ("ratio_to_anchor.p50", "ratio_to_anchor.ci95_low", "ratio_to_anchor.ci95_high")
+_EXPERT_MB = "routing.pooled.expert_mb"
 _BITS, _DELTA = "quality.bits_per_byte", "quality.delta_bits_per_byte"
 _ERROR, _REFERENCE, _FLOOR = "agreement.output_rel_error", "agreement.reference", "agreement.floor.output_rel_error"
 _READ = {"setting_id", "env_id", "anchor", "is_anchor", "variant", "status", "directory", "model", "router", "dtype"}
 _READ |= {"batch", "seq_len", "throughput.time_per_output_token_ms", "latency_ms.p50", "ratio_to_anchor.paired"}
-_READ |= {*_RATIO, _ERROR, _REFERENCE, _FLOOR}
+_READ |= {*_RATIO, _EXPERT_MB, _ERROR, _REFERENCE, _FLOOR}
 _SOFTMAX = {"torch", "triton", "cuda_ext"}
 """One router, each with its implementation fixed."""
 
@@ -77,6 +78,10 @@ class Cell(NamedTuple):
     is_causal: bool | None
     choice: str
     """What the router computes: equal for implementations of one router, which then predict alike."""
+    expert_mb: float = math.nan
+    """The weights of the experts that a pass reads; NaN where that is not known."""
+    directory: str = ""
+    """Of its record."""
 
     @property
     def is_timed(self) -> bool:
@@ -112,9 +117,9 @@ def settings(runs: pd.DataFrame, summary: pd.DataFrame) -> list[Setting]:
     if summary.empty:
         return []
     causal = dict(zip(runs["directory"], runs["router.causal"].astype(object), strict=True))
-    router_keys = [str(name) for name in summary if str(name).startswith("config.router.")]
+    keys = [str(name) for name in summary if str(name).startswith(("config.router.", "config.model."))]
     found: dict[tuple[str, str], Setting] = {}
-    read = [name for name in summary if name in _READ or str(name).startswith(("config.router.", "quality."))]
+    read = [name for name in summary if name in _READ or name in keys or str(name).startswith("quality.")]
     for row, place in zip(summary[read].to_dict("records"), places(summary), strict=True):
         if row["status"] != "ok" or pd.isna(row["variant"]):
             continue
@@ -130,7 +135,9 @@ def settings(runs: pd.DataFrame, summary: pd.DataFrame) -> list[Setting]:
                 ratio=_ratio(row),
                 quality=_quality(row),
                 is_causal=None if pd.isna(is_causal) else bool(is_causal),
-                choice=_choice(row, router_keys),
+                choice=_choice(row, keys),
+                expert_mb=float(row[_EXPERT_MB]) if _known(row.get(_EXPERT_MB)) else math.nan,
+                directory=str(row["directory"]),
             )
         )
     return list(found.values())
@@ -181,10 +188,11 @@ def _quality(row: Mapping[Any, Any]) -> Quality | None:
     return None
 
 
-def _choice(row: Mapping[Any, Any], router_keys: Sequence[str]) -> str:
-    keys = [row[key] for key in router_keys if not key.endswith((".impl", "._target_", ".name"))]
-    router = "softmax" if row["router"] in _SOFTMAX and not keys else row["router"]
-    return repr([router, row["model"], row["dtype"], *(None if pd.isna(value) else value for value in keys)])
+def _choice(row: Mapping[Any, Any], config_keys: Sequence[str]) -> str:
+    keys = [key for key in config_keys if not key.endswith((".impl", ".implementation", "._target_", ".name"))]
+    is_plain = row["router"] in _SOFTMAX and not any(key.startswith("config.router.") for key in keys)
+    values = (row[key] if _known(row[key]) else None for key in keys)
+    return repr(["softmax" if is_plain else row["router"], row["model"], row["dtype"], *values])
 
 
 def _known(value: Any) -> bool:

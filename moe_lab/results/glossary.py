@@ -71,6 +71,10 @@ TERMS = {
         "the layers."
     ),
     "Jaccard": ("The experts that two routings of a token share, over all experts in either; mean over the tokens."),
+    "dominated": (
+        "Another variant of the setting is no worse in quality, time and bytes of experts, and surely better in one of "
+        "them. What no other dominates is the Pareto front."
+    ),
     "T": "The tokens of a pass: batch x seq_len. Of decoding it is batch.",
 }
 """Word -> meaning."""

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from moe_lab.records.store import LOG, PLAN, write_atomic
-from moe_lab.results import glossary
+from moe_lab.results import contest, glossary, pareto
 from moe_lab.results.aggregate import Aggregate
 from moe_lab.results.answers import answers
 from moe_lab.results.cards import BITS as BITS_COLUMNS
@@ -63,6 +63,15 @@ class Table(NamedTuple):
     """The rows of each machine, with its name where there are several: they are not sorted among each other."""
 
 
+class Front(NamedTuple):
+    """The variants of one setting whose predictions are known, those that predict best first."""
+
+    title: str
+    heads: list[str]
+    rows: list[tuple[str, list[Field], str]]
+    """(variant, what it costs, what dominates it: empty on the front)."""
+
+
 def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> Path:
     """Write `directory/report.html` from what `aggregate(directory)` returned, and return its path.
 
@@ -82,6 +91,7 @@ def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> P
         title=plan.name or directory.resolve().name,
         facts=facts(directory, runs, plan, sorted(summary["anchor"].dropna().unique())),
         answers=answers(runs, summary),
+        fronts=_fronts(runs, summary),
         terms=glossary.TERMS,
         verdicts=_by_group(summary),
         status=list(dict.fromkeys(runs["status"].astype(str))),
@@ -167,6 +177,31 @@ def _by_group(summary: pd.DataFrame) -> dict[str, list[Verdict]]:
     return groups
 
 
+def _fronts(runs: pd.DataFrame, summary: pd.DataFrame) -> list[Front]:
+    """Of each setting in which routers that compute different things predicted a text."""
+    titles = dict(zip(summary["directory"], describe(summary), strict=True))
+    by_folder = {row["directory"]: row for row in runs.to_dict("records")}
+    latency = {row["directory"]: row for row in summary.to_dict("records")}
+    found = []
+    for setting in contest.settings(runs, summary):
+        known = [(cell.quality.value, cell) for cell in setting.cells if cell.quality and cell.quality.kind != "error"]
+        if len({cell.choice for _, cell in known}) < 2:
+            continue
+        beaten = pareto.dominated(setting)
+        fields: dict[str, list[Field]] = {head: [] for head in _COSTS}
+        cells = [cell for _, cell in sorted(known, key=lambda pair: pair[0])]
+        for cell in cells:
+            row = {**by_folder[cell.directory], **latency[cell.directory]}
+            for head, field in _COSTS.items():
+                fields[head].append(field(row))
+        heads = [head for head, column in fields.items() if any(field.text for field in column)]
+        columns = zip(*(fields[head] for head in heads), strict=True)
+        reasons = [f"by {at.by}: {at.why}" if (at := beaten.get(cell.variant)) else "" for cell in cells]
+        rows = list(zip([cell.variant for cell in cells], map(list, columns), reasons, strict=True))
+        found.append(Front(titles[cells[0].directory], heads, rows))
+    return found
+
+
 def _table(runs: pd.DataFrame, compare: Sequence[str]) -> Table:
     """By machine and setting, in each the anchor first; what is compared stands in the variant's name."""
     runs = runs.assign(machine=machines(runs))
@@ -230,8 +265,8 @@ def _whole_numbers(text: str) -> Markup:
     return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in words)
 
 
-def _plain(name: str) -> Callable[[Mapping[Any, Any]], Field]:
-    return lambda row: _field(row[name]) if name in row else Field("")
+def _plain(name: str, write: Callable[[float], str] = four) -> Callable[[Mapping[Any, Any]], Field]:
+    return lambda row: _field(row[name], write) if name in row else Field("")
 
 
 _FIRST: dict[str, Callable[[Mapping[Any, Any]], Field]] = {
@@ -243,6 +278,14 @@ _FIRST: dict[str, Callable[[Mapping[Any, Any]], Field]] = {
     "output error": _plain("agreement.output_rel_error"),
 }
 """What latency and quality were, side by side."""
+_COSTS: dict[str, Callable[[Mapping[Any, Any]], Field]] = {
+    "bits per byte": _bits,
+    "fewest experts": _plain("routing.worst.unique_experts", short),
+    "experts MB": _plain("routing.pooled.expert_mb", short),
+    "median ms": partial(_with_interval, "latency_ms"),
+    "x anchor": partial(_with_interval, "ratio_to_anchor"),
+}
+"""Of a front."""
 _OF_FIRST = ("latency_ms.", "ratio_to_anchor.", "quality.", "agreement.output")
 """How the columns begin that these read."""
 

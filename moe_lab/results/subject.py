@@ -19,7 +19,6 @@ from moe_lab.results.load import UNREADABLE_BECAUSE, Plan
 from moe_lab.results.numbers import short
 
 Facts = list[tuple[str, str]]
-_ROUTER_TOP_K = "config.router.top_k"
 _MOST = 4  # values that are listed one by one
 _SHAPE = {
     "n_layers": "{} layers",
@@ -81,7 +80,7 @@ def _model(name: str, runs: pd.DataFrame, configs: Mapping[tuple[str, ...], Any]
     path = config.get("path")
     own = _shape_option(config.get("shape") or {})
     words = [f"checkpoint {path}" if path else "", f"shape {own}" if own else ""]
-    words.append(_shape(cells, config, _seen_shape(cells, whole.get("router") or {}, directory) if path else {}))
+    words.append(_shape(cells, config, _seen_shape(cells, whole, directory) if path else {}))
     text = ", ".join(filter(None, words))
     return f"{name} ({text})" if text else name
 
@@ -98,18 +97,20 @@ def _shape(cells: pd.DataFrame, config: Mapping[str, Any], seen: Mapping[str, in
     unread = ("mlp_hidden_dim", *(() if config.get("gate") else ("d_model",))) if config.get("name") == "router" else ()
     for key, text in _SHAPE.items():
         columns = [f"config.model.{part}{key}" for part in ("", "shape.") if f"config.model.{part}{key}" in cells]
-        values = [value for column in columns for value in cells[column].dropna().unique()]
-        value = config.get(key, shape.get(key, seen.get(key)))
+        values = [value for column in columns for value in cells[column].dropna().unique() if key not in seen]
+        value = next((known[key] for known in (seen, config, shape) if known.get(key) is not None), None)
         if key not in unread and (values or value is not None):
-            words.append(text.format(_range(pd.Series(values or [value]))))
+            words.append(text.format(_sizes(values or [value])))
     return ", ".join(words).replace(" layers", " MoE layers" if seen else " layers")
 
 
-def _seen_shape(cells: pd.DataFrame, router: Mapping[str, Any], directory: Path) -> dict[str, int]:
-    """Of a checkpoint, whose configuration does not tell: what its routing shows. `router` is that of one cell."""
-    if _ROUTER_TOP_K not in cells:
-        cells = cells.assign(**{_ROUTER_TOP_K: router.get("top_k")})
-    ran = cells[cells["status"] == "ok"].assign(has_own=cells[_ROUTER_TOP_K].isna())
+def _seen_shape(cells: pd.DataFrame, config: Mapping[str, Any], directory: Path) -> dict[str, int]:
+    """Of a checkpoint, whose configuration does not tell: what its routing shows. `config` is that of one cell."""
+    has_own = pd.Series(True, cells.index)
+    for group in ("router", "model"):
+        column, value = f"config.{group}.top_k", (config.get(group) or {}).get("top_k")
+        has_own &= cells[column].isna() if column in cells else value is None
+    ran = cells[cells["status"] == "ok"].assign(has_own=has_own)
     # The routers that use all slots of a token, and of these that the checkpoint says how many.
     telling = ran.sort_values(["has_own", "router.static_k"], ascending=False, kind="stable")
     for row in telling.to_dict("records"):
@@ -234,6 +235,13 @@ def _few(words: Iterable[str], most: int = _MOST) -> str:
     """The first few; how many more there are is said."""
     words = list(words)
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
+
+
+def _sizes(values: Sequence[Any]) -> str:
+    """As `_range`; a list, with one number for each layer, stands as it is typed."""
+    if all(isinstance(value, int | float | np.number) for value in values):
+        return _range(pd.Series(values))
+    return _few([str(value) for value in values])
 
 
 def _range(values: pd.Series) -> str:

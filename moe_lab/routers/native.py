@@ -6,7 +6,7 @@ from moe_lab.routers.base import Router
 
 
 def native(n_experts: int, top_k: int, *, impl: str) -> Router:
-    """What `router=native` is for a model that is no checkpoint (see `build.native_router`).
+    """What `router=native` is for a model that is no checkpoint (see `runs.trained`).
 
     Raises:
         ValueError: always.

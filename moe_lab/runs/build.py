@@ -17,7 +17,6 @@ from moe_lab.config.targets import instantiate, keys_of, locate, require_keys
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts, FunctionExperts, require_plain
 from moe_lab.models import checkpoint_config
-from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.moe_layer import MoELayer, hooked, moe_layers
 from moe_lab.models.parameters import adopt, initialize, parameter_bytes, without_storage
 from moe_lab.models.serving import Decode, Prefill
@@ -28,10 +27,10 @@ from moe_lab.ops.library import DTYPES
 from moe_lab.records.identity import digest, option_name
 from moe_lab.routers.base import Router, Routing
 from moe_lab.routers.soft import SoftMoE
+from moe_lab.runs import trained
 from moe_lab.runs.memory_estimate import require_memory
+from moe_lab.runs.trained import NATIVE, is_checkpoint, is_native
 from moe_lab.workloads.forced import forces
-
-CHECKPOINT, NATIVE = "moe_lab.models.checkpoint.Checkpoint", "moe_lab.routers.native.native"
 
 
 def resolve_device(cfg: DictConfig) -> torch.device:
@@ -95,10 +94,12 @@ def undecided_router(cfg: DictConfig, n_experts: int | None = None, top_k: int |
         sizes = cfg.model.get("shape") or cfg.model
         if is_checkpoint(cfg.model):
             settings = checkpoint_config.read(cfg.model.path)
-            sizes = {"n_experts": settings.n_experts, "top_k": settings.top_k}
+            sizes = {"n_experts": settings.n_experts, "top_k": cfg.model.get("top_k") or settings.top_k}
         n_experts, top_k = n_experts or sizes.get("n_experts"), top_k or sizes.get("top_k")
     if n_experts is None or top_k is None:
         raise ValueError(f"model={cfg.model.name} has no experts; pass n_experts and top_k to build_router.")
+    if not isinstance(top_k, int):
+        raise ValueError(f"model.top_k={top_k}: differs between the layers; pass top_k to build_router.")
     return _make_router(cfg, cfg.router, n_experts, top_k)
 
 
@@ -122,67 +123,6 @@ def decide(cfg: DictConfig, model: nn.Module, device: torch.device, *, load: boo
         extension.load_if_built(device)
 
 
-def is_checkpoint(node: DictConfig) -> bool:
-    """Whether the model of this node comes from the folder of a checkpoint."""
-    return str(node.get("_target_")) == CHECKPOINT
-
-
-def is_native(node: DictConfig) -> bool:
-    """Whether the router of this node is `router=native`."""
-    return str(node.get("_target_")) == NATIVE
-
-
-def native_router(cfg: DictConfig) -> DictConfig:
-    """The node of `router=native`, for a configuration whose router is another."""
-    return OmegaConf.create({"_target_": NATIVE, "name": "native", "impl": "auto", "top_k": None})
-
-
-def checkpoint_warnings(cfg: DictConfig, model: Checkpoint) -> list[str]:
-    """What of a checkpoint or of its router makes the model another than the one that was trained."""
-    found, router = model.warnings(), option_name(cfg.router)
-    if untrained := model.untrained():
-        names = ", ".join(untrained)
-        found.append(f"router={router}: the checkpoint has no {names} for this router; it is 0 in every layer.")
-    key, node = "router", cfg.router
-    while isinstance(node.get("inner"), DictConfig):
-        key, node = f"{key}.inner", node.inner
-    if is_native(node) or model.own_norms:  # a norm of what the experts give takes out what all weights have in common
-        return found
-    trained = checkpoint_config.read(cfg.model.path).router
-    warnings = (_sum_warning(router, key, node, trained), _scale_warning(router, key, node, trained))
-    return found + [text for text in warnings if text is not None]
-
-
-def _scale_warning(router: str, key: str, node: DictConfig, trained: Mapping[str, Any]) -> str | None:
-    """Where a router multiplies its weights by another number than the trained one."""
-    scale, wanted = node.get("scale", 1.0), trained.get("scale", 1.0)
-    if scale == wanted:
-        return None
-    remedy = f" {key}.scale={wanted:g} keeps the checkpoint's rule." if "scale" in node else ""
-    return (
-        f"router={router}: a token's weights are multiplied by {scale:g}, and those of the checkpoint's router by "
-        f"{wanted:g}; this alone changes the predictions.{remedy}"
-    )
-
-
-def _sum_warning(router: str, key: str, node: DictConfig, trained_router: Mapping[str, Any]) -> str | None:
-    """Where a router's softmax weights sum to 1 and the trained ones do not, or the other way round.
-
-    Their size alone changes the predictions, which would be taken for the price of the router's choice.
-    """
-    trained = trained_router.get("renormalize")
-    is_softmax = node.get("score", "softmax") == "softmax"
-    if trained is None or not is_softmax or node.get("renormalize", trained) == trained:
-        return None
-    sums = "sum to 1, and those of the checkpoint's router do not"
-    if trained:
-        sums = "do not sum to 1, and those of the checkpoint's router do"
-    return (
-        f"router={router}: a token's weights {sums}; this alone changes the predictions. "
-        f"{key}.renormalize={str(trained).lower()} keeps the checkpoint's rule."
-    )
-
-
 def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int, group: str = "router") -> Router:
     """The router of `node`, whose keys are called `group.KEY`."""
     top_k, inner = node.get("top_k") or top_k, {}
@@ -199,6 +139,8 @@ def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int, 
         )
         native = OmegaConf.create(checkpoint_config.read(cfg.model.path).router)
         node = OmegaConf.create({"name": node.name, "impl": node.impl, **native})
+    if "renormalize" in node and node.renormalize is None:
+        node = trained.with_its_weights(cfg, node, group)
     keys = [str(key) for key in node if key not in ("top_k", "calibration_tokens", *inner)]
     try:
         router = instantiate(OmegaConf.masked_copy(node, keys), group, n_experts=n_experts, top_k=top_k, **inner)
@@ -309,7 +251,9 @@ def parameters_of(cfg: DictConfig) -> int:
 
 def weights_key(cfg: DictConfig, device: torch.device) -> str:
     """Equal for configurations whose models have the same parameters, but for those of their routers."""
-    return digest([OmegaConf.to_container(cfg.model, resolve=True), cfg.dtype.name, int(cfg.seed), str(device)])
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    model.pop("top_k", None)
+    return digest([model, cfg.dtype.name, int(cfg.seed), str(device)])
 
 
 _GIVEN_TO_WORKLOADS = ("model", "batch", "seq_len", "seed", "device", "dtype", "phase")

@@ -28,7 +28,7 @@ from moe_lab.records.phases import split
 from moe_lab.records.schema import LAUNCH_BOUND
 from moe_lab.records.trace import Tokens
 from moe_lab.routers.base import Routing
-from moe_lab.runs import build
+from moe_lab.runs import build, trained
 from moe_lab.runs.built import Built
 from moe_lab.runs.record import reason_of
 from moe_lab.runs.trace import RunTrace, layers_of, pass_tokens, source_of
@@ -218,10 +218,8 @@ class Observer:
         native: nn.Module | None = None
         if isinstance(built.model, Checkpoint):
             native = built.model
-            if not build.is_native(cfg.router) or cfg.router.top_k is not None:
-                other = copy.copy(cfg)
-                other.router = build.native_router(cfg)
-                native = build.build_model(other, built.device, shareable(built.model))
+            if not trained.is_as_trained(cfg):
+                native = build.build_model(trained.as_trained(cfg), built.device, shareable(built.model))
         numbers, counts_LGE = quality(built.model, native, windows, cfg.batch, built.device)
         if counts_LGE.size:
             self.routing_arrays |= {"domain_counts_LGE": counts_LGE, "domain": np.array(windows.names)}

@@ -36,7 +36,7 @@ from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import identity
 from moe_lab.records.schema import UNFINISHED, Latency, Ratio, Record
 from moe_lab.routers.base import Router, Routing
-from moe_lab.runs import build, memory_estimate
+from moe_lab.runs import build, memory_estimate, trained
 from moe_lab.runs import record as recording
 from moe_lab.runs.built import Built
 from moe_lab.runs.export import exporter, make_inputs
@@ -139,7 +139,7 @@ class Run:
             self.warnings += [text for text in texts if text not in self.warnings]
         if not isinstance(built.model, Checkpoint):
             return
-        self.warnings += build.checkpoint_warnings(self.cfg, built.model)
+        self.warnings += trained.warnings(self.cfg, built.model)
         if self.cfg.workload.get("name") == "random":
             self.warnings.append(
                 "workload=random: a trained model routes random ids differently from text, so load and latency are "

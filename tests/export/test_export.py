@@ -87,6 +87,14 @@ def test_every_router_computes_the_same_in_a_decoder(router: str, tmp_path: Path
     check(tmp_path / "pair", found)
 
 
+@pytest.mark.slow
+def test_tiles_are_rounded_in_the_graph(tmp_path: Path) -> None:
+    """For any number of tokens, of which some have no whole tile."""
+    cfg = pairs.compose("moe_layer", "router=token_rounding", "router.tile=8")
+    found, _ = pairs.export(cfg, tmp_path / "pair")
+    check(tmp_path / "pair", found)
+
+
 def test_tables_of_the_first_layers_are_exported(tmp_path: Path) -> None:
     """One layer chooses by the token's id, the other by its logits: two functions."""
     cfg = pairs.compose("decoder_moe", "router=deepseek_v4", "router.hash_layers=1")

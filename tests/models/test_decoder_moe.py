@@ -11,7 +11,7 @@ from moe_lab.models import Output
 from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.layers import GatedMLP
 from moe_lab.models.moe_layer import MoELayer
-from moe_lab.routers.base import Routing
+from moe_lab.routers.base import RouteContext, Routing
 from tests import tiny
 from tests.models.peers import copy_decoder, decoder_settings, peer_model
 from tests.tiny import LAYERS, VOCAB, E, F, K
@@ -128,6 +128,17 @@ def test_a_decoder_of_one_expert_is_the_dense_decoder() -> None:
         plain.mlp.gate_up.weight.copy_(block.mlp.weights.w_gate_up_E2FD[0])
         plain.mlp.down.weight.copy_(block.mlp.weights.w_down_EDF[0])
     torch.testing.assert_close(moe(ids(2, 7)).y, dense(ids(2, 7)).y, rtol=1e-5, atol=1e-5)
+
+
+def test_each_layer_may_have_a_k_of_its_own() -> None:
+    """In order, dense layers left out; and a layer computes what it does in a model where all have its k."""
+    model = decoder("model.n_layers=4", "model.n_dense_layers=1", "model.top_k=[3,1,2]")
+    assert [routing.expert_ids_TK.shape[1] for routing in model(ids(2, 7)).routings] == [3, 1, 2]
+    x_TD = torch.randn(37, tiny.D, generator=torch.Generator().manual_seed(3))
+    for k, block in zip((3, 1, 2), list(model.layers)[1:], strict=True):
+        alike = decoder("model.n_layers=4", "model.n_dense_layers=1", f"model.top_k={k}")
+        other = alike.get_submodule(f"layers.{list(model.layers).index(block)}.mlp")
+        assert torch.equal(block.mlp(x_TD, RouteContext())[0], other(x_TD, RouteContext())[0])
 
 
 def test_each_layer_has_a_router_and_experts_of_its_own() -> None:

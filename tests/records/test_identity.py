@@ -438,6 +438,7 @@ CELL_IDS = {
     "gate_kernels": "59e465fe766a",
     "expert_kernels": "d08afa44f30a",
     "layer_load": "15c3385ca5de",
+    "quality_speed": "aef74754cffa",
     "router_comparison": "4bfc0cbb9078",
     "router_kernels": "9c578d0ee72d",
     "router_swap": "aef74754cffa",
@@ -456,7 +457,7 @@ and say so in CHANGELOG.md.
 @pytest.mark.parametrize("experiment", [pytest.param(name, id=name) for name in CELL_IDS])
 def test_cells_keep_their_ids(experiment: str) -> None:
     """On every machine and in every folder: the paths name what is not there, so their names count."""
-    reads_files = experiment in ("decode", "router_swap", "speculation")
+    reads_files = experiment in ("decode", "quality_speed", "router_swap", "speculation")
     paths = ["model.path=no-model", "workload.path=no-text"] if reads_files else []
     assert cell_id(moe_lab.compose([f"experiment={experiment}", "device=cpu", *paths])) == CELL_IDS[experiment]
 

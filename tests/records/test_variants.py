@@ -68,6 +68,18 @@ def test_a_key_that_a_cell_has_not_is_not_said_of_it() -> None:
     ]
 
 
+def test_one_model_with_other_keys_is_called_by_these() -> None:
+    """Beside the router's name, which stays where there is nothing else to say."""
+    cells: list[dict[str, Any]] = [
+        {"router": {"name": router}, "model": {"name": "tiny", "top_k": k}}
+        for router, k in (("native", None), ("native", [2, 1]), ("oea", None))
+    ]
+    assert variants.labels(cells, ("router", "model")) == ["native", "native/top_k=[2, 1]", "oea"]
+    assert variants.labels(cells[:2], ("router", "model")) == ["native", "native/top_k=[2, 1]"]
+    cells[1]["model"]["name"] = "other"
+    assert variants.labels(cells[:2], ("router", "model")) == ["tiny", "other"]
+
+
 def test_a_null_is_not_said_and_values_are_as_typed() -> None:
     """Beside another value the name alone is the one without; only a cell that has no such key at all is told apart."""
     values = ((None, True), (1, False))

@@ -351,6 +351,7 @@ def test_a_large_sweep_answers_in_ten_sentences_and_folds_the_rest() -> None:
     rows.append(row("noisy", (1.0, 0.8, 1.2), **quality(0.2)))
     found = answered(rows)
     assert len(found.shown) == MOST and {asked for asked, _ in found.shown} == {
+        "dominated",
         "take",
         "fastest",
         "price",

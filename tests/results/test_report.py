@@ -194,6 +194,20 @@ def test_cards_say_what_a_router_does_to_the_predictions(of_texts: Path) -> None
     assert "text information" in words and " 0.2 " in words
 
 
+def test_a_front_says_what_is_dominated(of_texts: Path) -> None:
+    """A table for each setting with two routers, those that predict best first; what is not on it says why."""
+    page = unescape(ours(of_texts))
+    tables = re.findall(r'<details class="front".*?</details>', page, re.DOTALL)
+    assert tables and all(">fewest experts<" in table and ">experts MB<" in table for table in tables)
+    variants = [re.findall(r"<tr[^>]*><td>([^<]+)</td>", table) for table in tables]
+    assert all(
+        [name.split("/")[0] for name in names] == sorted((n.split("/")[0] for n in names), reverse=True)
+        for names in variants
+    )
+    assert any("by torch/grouped: worse quality at more time" in table for table in tables)
+    assert all(table.count('class="on-front"') == table.count("<td>on the front</td>") >= 1 for table in tables)
+
+
 def test_no_number_of_a_card_breaks_over_lines(of_texts: Path) -> None:
     """Nor an interval; between them a line may break."""
     cards = re.findall(

@@ -108,21 +108,23 @@ def test_a_checkpoint_shows_its_shape_by_its_routing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_k", "said"),
+    ("group", "top_k", "said"),
     [
-        pytest.param([None, 1, 1, None], ", top-2)", id="of_the_router_that_uses_its_own"),
-        pytest.param([1, 1, 1, 1], ", 8 experts)", id="not_known"),
+        pytest.param("router", [None, 1, 1, None], ", top-2)", id="of_the_router_that_uses_its_own"),
+        pytest.param("router", [1, 1, 1, 1], ", 8 experts)", id="not_known"),
+        pytest.param("model", [[1, 1, 1, 1], None, [1, 1, 1, 1], None], ", top-2)", id="by_layer"),
+        pytest.param("model", [[1, 1, 1, 1]] * 4, ", top-[1, 1, 1, 1])", id="all_by_layer"),
     ],
 )
-def test_the_top_k_of_a_checkpoint_is_not_that_of_a_router_told_otherwise(
-    tmp_path: Path, top_k: list[int | None], said: str
+def test_the_top_k_of_a_checkpoint_is_not_that_of_a_variant(
+    tmp_path: Path, group: str, top_k: list[int | list[int] | None], said: str
 ) -> None:
-    """`router.top_k=1` is a variant; its routing shows one slot for a token."""
+    """`router.top_k=1` is a variant, and so is a list; its routing shows one slot for a token."""
     for folder, k in zip(synthetic.sweep(tmp_path, 4), top_k, strict=True):
         texts.add(folder)
         content = json.loads((folder / RESULT).read_text())
         content["config"]["model"] = {"name": "checkpoint", "path": "models/olmoe", "ignores": []}
-        content["config"]["router"] |= {"top_k": k}
+        content["config"][group] |= {"top_k": k}
         (folder / RESULT).write_text(json.dumps(content))
         if k:
             with np.load(folder / ROUTING) as old:

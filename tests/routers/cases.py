@@ -72,6 +72,8 @@ CASES: dict[str, NewRouter] = {
     "sqrt-softplus-table": partial(ready, partial(make, "deepseek_v4", hash_layers=1)),
     "input-scale": partial(ready, partial(SCORED, renormalize=False, scales_input=True)),
     "expert-choice": partial(make, "expert_choice"),
+    "token-rounding": partial(make, "token_rounding", tile=4),
+    "token-rounding-plain": partial(make, "token_rounding", tile=3, renormalize=False),
     "base": partial(ready, partial(make, "base")),
     "hash": partial(make, "hash"),
     "random": partial(make, "random"),

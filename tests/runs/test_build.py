@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 import moe_lab
@@ -76,6 +76,7 @@ def test_a_model_with_a_donor_takes_no_memory_for_its_parameters() -> None:
         pytest.param(["execution=compile"], True, id="execution"),
         pytest.param(["batch=5", "seq_len=3"], True, id="input"),
         pytest.param(["name=x", "measure.max_time_s=9"], True, id="labels"),
+        pytest.param(["model.top_k=[1,2]"], True, id="top_k"),
         pytest.param(["seed=1"], False, id="seed"),
         pytest.param(["dtype=bf16"], False, id="dtype"),
         pytest.param(["model.n_layers=3"], False, id="layers"),
@@ -263,16 +264,11 @@ def test_a_checkpoint_has_the_router_that_its_configuration_says() -> None:
     assert float(router.select(torch.zeros(3, 16)).weights_TK.sum(-1).max()) == pytest.approx(2 / 16)
     assert build.build_router(checkpoint("router=sinkhorn", "router.top_k=3")).top_k == 3
     assert build.build_router(checkpoint(), n_experts=7, top_k=1).n_experts == 7
-
-
-def test_native_routers_and_checkpoints_are_known_by_their_nodes() -> None:
-    """Where the router is another, and for the reference."""
-    cfg, other = checkpoint(), checkpoint("router=olmoe", "measure.reference_router=native")
-    assert build.is_checkpoint(cfg.model) and not build.is_checkpoint(tiny.decoder_moe().model)
-    assert build.is_native(cfg.router) and build.is_native(other.measure.reference_router)
-    assert not build.is_native(other.router)
-    node = build.native_router(other)
-    assert OmegaConf.to_container(node) == OmegaConf.to_container(cfg.router)
+    assert build.build_router(checkpoint("model.top_k=1")).top_k == 1
+    by_layer = checkpoint("model.top_k=[2,1,1,2]")
+    with pytest.raises(ValueError, match=r"model.top_k=\[2, 1, 1, 2\].*pass top_k"):
+        build.build_router(by_layer)
+    assert build.build_router(by_layer, top_k=1).top_k == 1
 
 
 def test_without_a_checkpoint_there_is_no_native_router() -> None:
@@ -368,35 +364,6 @@ def test_what_is_not_trained_is_0_and_named(native: Checkpoint) -> None:
         assert len(own) == (4 if untrained else 0)
         assert not any(values.any() for values in own)
     assert native.untrained() == []
-
-
-WEIGHTS = "this alone changes the predictions"
-V3 = ["router=deepseek_v3", "router.n_groups=1", "router.top_groups=1"]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "key"),
-    [
-        pytest.param(["router=native"], None, id="native"),
-        pytest.param(["router=olmoe"], None, id="its-own-rule"),
-        pytest.param(["router=torch"], "router.renormalize=false", id="softmax"),
-        pytest.param(["router=top_p"], "router.renormalize=false", id="top_p"),
-        pytest.param(["router=top_p", "router.renormalize=false"], None, id="top_p-plain"),
-        pytest.param(["router=capacity"], "router.inner.renormalize=false", id="inside"),
-        pytest.param(["router=capacity", "router@router.inner=native"], None, id="native-inside"),
-        pytest.param(["router=minimax_m2"], None, id="no-softmax"),
-        pytest.param([*V3, "router.scale=2.5"], "router.scale=1 keeps", id="scale"),
-        pytest.param([*V3, "router.scale=1"], None, id="scale-of-1"),
-        pytest.param(["router=expert_choice"], None, id="without-the-key"),
-    ],
-)
-def test_weights_of_another_size_than_the_trained_ones_are_named(
-    native: Checkpoint, overrides: list[str], key: str | None
-) -> None:
-    """With the key that keeps the checkpoint's rule; OLMoE's weights do not sum to 1."""
-    said = [text for text in build.checkpoint_warnings(checkpoint(*overrides), native) if WEIGHTS in text]
-    assert len(said) == (key is not None)
-    assert all(key in text and text.startswith(overrides[0]) for text in said if key)
 
 
 def test_a_router_is_fitted_to_the_text(native: Checkpoint, tmp_path: Path) -> None:

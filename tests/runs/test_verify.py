@@ -192,6 +192,7 @@ def test_a_model_without_experts_is_checked_as_a_whole(model: str, dtype: str) -
         pytest.param(["model.qk_norm=head", "model.n_kv_heads=2"], id="grouped_queries"),
         pytest.param(["model.top_k=5"], id="all_experts"),
         pytest.param(["model.n_experts=1", "model.top_k=1"], id="one_expert"),
+        pytest.param(["model.top_k=[3,1]"], id="k_by_layer"),
         pytest.param(["batch=1", "seq_len=1"], id="one_token"),
         pytest.param(["router.renormalize=false"], id="not_renormalised"),
     ],

@@ -120,6 +120,7 @@ def test_any_number_of_steps_behind_any_context_is_checked(
         pytest.param(["router=top_p"], id="any_number_of_slots"),
         pytest.param(["router=hash"], id="token_ids"),
         pytest.param(["experts=loop"], id="loop"),
+        pytest.param(["model.top_k=[1,3]"], id="k_by_layer"),
     ],
 )
 def test_every_option_of_the_decoder_is_verified(more: list[str]) -> None:

@@ -12,7 +12,9 @@ from moe_lab.records.schema import Record
 from tests import quick
 from tests.sweep import faulty
 
-RAGGED = {"expert_choice", "top_p", "min_p", "expert_skip", "oea", "xshare", "moe_spec", "capacity", "soft"}
+RAGGED = {
+    "expert_choice", "token_rounding", "top_p", "min_p", "expert_skip", "oea", "xshare", "moe_spec", "capacity", "soft",
+}  # fmt: skip
 """Routers that fill no fixed number of slots, or all of them, so that no load can be forced on them."""
 
 
