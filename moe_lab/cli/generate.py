@@ -23,6 +23,7 @@ from moe_lab.models.serving import Decode
 from moe_lab.models.tokenizer import Bytes, Stream, Tokenizer
 from moe_lab.records.identity import option_name
 from moe_lab.runs import build
+from moe_lab.runs.checkpoint_warnings import checkpoint_warnings
 from moe_lab.terminal import write_data
 
 _COMMAND = "moe-lab generate"
@@ -93,7 +94,7 @@ def _ends_of(model: Checkpoint, say: Say) -> frozenset[int]:
 def _say_what_is_odd(cfg: DictConfig, model: Checkpoint, say: Say) -> None:
     """What of the model or its router makes the text another than the trained model would write."""
     router = option_name(cfg.router)
-    for text in build.checkpoint_warnings(cfg, model):
+    for text in checkpoint_warnings(cfg, model):
         say(text)
     if not all(layer.router.causal for layer in moe_layers(model)):
         say(

@@ -31,6 +31,7 @@ from moe_lab.config.schemas import (
 )
 from moe_lab.config.unread import key_of, unread
 from moe_lab.errors import nearest
+from moe_lab.records import weight_changes
 from moe_lab.records.fields import ENVIRONMENT
 
 MOST_LAYERS = 10_000
@@ -237,11 +238,37 @@ def _validate_model(cfg: DictConfig) -> None:
     _one_of(cfg, "model.qk_norm", ("none", "head", "full"))
     _one_of(cfg, "model.implementation", IMPLEMENTATIONS)
     _validate_decoder(cfg.model)
+    _validate_weight_changes(cfg)
     for group, node in (("model", cfg.model), ("model.shape", cfg.model.get("shape"))):
         if node is not None and node.get("top_k") and node.top_k > node.n_experts:
             raise ValueError(
                 f"{group}.top_k={node.top_k}: must be <= {group}.n_experts={node.n_experts}; "
                 f"lower {group}.top_k or raise {group}.n_experts."
+            )
+
+
+def _validate_weight_changes(cfg: DictConfig) -> None:
+    _at_least(cfg, "model.prune.experts model.merge.experts model.quantize_gate.noise", 0)
+    _at_least(cfg, "model.calibration.tokens model.calibration.seq_len model.quantize_experts.coldest", 1)
+    _at_least(cfg, "model.quantize_experts.group_size model.quantize_gate.group_size", 1)
+    for key in ("model.prune.by", "model.quantize_experts.format", "model.quantize_gate.format"):
+        _one_of(cfg, key, CHOICES[key])
+    changes = weight_changes.active(cfg.model)
+    if "prune" in changes and "merge" in changes:
+        raise ValueError(
+            f"model.merge.experts={cfg.model.merge.experts}: experts are removed already "
+            f"(model.prune.experts={cfg.model.prune.experts}); set one of the two to 0."
+        )
+    if "calibration" in changes:
+        path = cfg.model.calibration.path
+        if path is None and "path" in cfg.model:
+            raise ValueError(
+                "model.calibration.path has no value: experts are chosen by what they do on a text; give a file or "
+                "folder of other text than workload.path."
+            )
+        if path is not None and not _is_paths(path):
+            raise ValueError(
+                f"model.calibration.path={path}: must be a file, a folder, or a list of files and folders."
             )
 
 

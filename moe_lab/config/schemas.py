@@ -15,6 +15,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from moe_lab.config.analyses import ANALYSES, Analyze
+from moe_lab.config.weight_changes import FORMATS, IMPORTANCES, WeightChanges
 
 DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
@@ -42,6 +43,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "experts.impl": TRANSFORMERS_EXPERTS,
     "model.implementation": IMPLEMENTATIONS,
     "model.timed": TIMED,
+    "model.prune.by": IMPORTANCES,
+    "model.quantize_experts.format": FORMATS,
+    "model.quantize_gate.format": FORMATS,
 }
 """The values of keys that have few: `checks` holds them to these, and a shell completes them."""
 GROUPS = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
@@ -85,7 +89,7 @@ class TransformerDecoder(Model):
 
 
 @dataclass
-class DecoderMoE(TransformerDecoder):
+class DecoderMoE(WeightChanges, TransformerDecoder):
     """model=decoder_moe: the same decoder with an MoE layer in place of each MLP."""
 
     n_experts: int
@@ -108,7 +112,7 @@ class Shape:
 
 
 @dataclass
-class MoELayerModel(Model):
+class MoELayerModel(WeightChanges, Model):
     """model=moe_layer: one MoE layer alone, T = batch * seq_len hidden states."""
 
     shape: Shape
@@ -125,7 +129,7 @@ class RouterModel(Model):
 
 
 @dataclass
-class Checkpoint(Model):
+class Checkpoint(WeightChanges, Model):
     """model=checkpoint: a trained model in Hugging Face format; its sizes stand in its own config.json."""
 
     path: str

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,21 +17,33 @@ from moe_lab.config.targets import instantiate, keys_of, locate, require_keys
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts, FunctionExperts, require_plain
 from moe_lab.models import checkpoint_config
-from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.moe_layer import MoELayer, hooked, moe_layers
-from moe_lab.models.parameters import adopt, initialize, parameter_bytes, without_storage
+from moe_lab.models.parameters import Donor, adopt, initialize, parameter_bytes, without_storage
 from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.soft_moe import SoftMoELayer
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.ops import extension
 from moe_lab.ops.library import DTYPES
 from moe_lab.records.identity import digest, option_name
+from moe_lab.records.weight_changes import active, other_keys
 from moe_lab.routers.base import Router, Routing
 from moe_lab.routers.soft import SoftMoE
+from moe_lab.runs import weight_changes
 from moe_lab.runs.memory_estimate import require_memory
+from moe_lab.runs.weight_changes import Nodes, WeightChanges
 from moe_lab.workloads.forced import forces
 
 CHECKPOINT, NATIVE = "moe_lab.models.checkpoint.Checkpoint", "moe_lab.routers.native.native"
+_PLAIN_ROUTER = {
+    "_target_": "moe_lab.routers.softmax_topk.SoftmaxTopK",
+    "name": "torch",
+    "impl": "torch",
+    "top_k": None,
+    "renormalize": True,
+    "gate_bias": False,
+}
+_PLAIN_EXPERTS = {"_target_": "moe_lab.experts.loop.Loop", "name": "loop"}
+"""What a calibration text goes through, whatever the run's own are."""
 
 
 def resolve_device(cfg: DictConfig) -> torch.device:
@@ -132,55 +144,16 @@ def is_native(node: DictConfig) -> bool:
     return str(node.get("_target_")) == NATIVE
 
 
-def native_router(cfg: DictConfig) -> DictConfig:
+def native_router(cfg: DictConfig, impl: str = "auto") -> DictConfig:
     """The node of `router=native`, for a configuration whose router is another."""
-    return OmegaConf.create({"_target_": NATIVE, "name": "native", "impl": "auto", "top_k": None})
+    return OmegaConf.create({"_target_": NATIVE, "name": "native", "impl": impl, "top_k": None})
 
 
-def checkpoint_warnings(cfg: DictConfig, model: Checkpoint) -> list[str]:
-    """What of a checkpoint or of its router makes the model another than the one that was trained."""
-    found, router = model.warnings(), option_name(cfg.router)
-    if untrained := model.untrained():
-        names = ", ".join(untrained)
-        found.append(f"router={router}: the checkpoint has no {names} for this router; it is 0 in every layer.")
-    key, node = "router", cfg.router
-    while isinstance(node.get("inner"), DictConfig):
-        key, node = f"{key}.inner", node.inner
-    if is_native(node) or model.own_norms:  # a norm of what the experts give takes out what all weights have in common
-        return found
-    trained = checkpoint_config.read(cfg.model.path).router
-    warnings = (_sum_warning(router, key, node, trained), _scale_warning(router, key, node, trained))
-    return found + [text for text in warnings if text is not None]
-
-
-def _scale_warning(router: str, key: str, node: DictConfig, trained: Mapping[str, Any]) -> str | None:
-    """Where a router multiplies its weights by another number than the trained one."""
-    scale, wanted = node.get("scale", 1.0), trained.get("scale", 1.0)
-    if scale == wanted:
-        return None
-    remedy = f" {key}.scale={wanted:g} keeps the checkpoint's rule." if "scale" in node else ""
-    return (
-        f"router={router}: a token's weights are multiplied by {scale:g}, and those of the checkpoint's router by "
-        f"{wanted:g}; this alone changes the predictions.{remedy}"
-    )
-
-
-def _sum_warning(router: str, key: str, node: DictConfig, trained_router: Mapping[str, Any]) -> str | None:
-    """Where a router's softmax weights sum to 1 and the trained ones do not, or the other way round.
-
-    Their size alone changes the predictions, which would be taken for the price of the router's choice.
-    """
-    trained = trained_router.get("renormalize")
-    is_softmax = node.get("score", "softmax") == "softmax"
-    if trained is None or not is_softmax or node.get("renormalize", trained) == trained:
-        return None
-    sums = "sum to 1, and those of the checkpoint's router do not"
-    if trained:
-        sums = "do not sum to 1, and those of the checkpoint's router do"
-    return (
-        f"router={router}: a token's weights {sums}; this alone changes the predictions. "
-        f"{key}.renormalize={str(trained).lower()} keeps the checkpoint's rule."
-    )
+def unchanged(cfg: DictConfig) -> DictConfig:
+    """`cfg` without what changes the weights of its model (`runs.weight_changes`)."""
+    other = copy.copy(cfg)
+    other.model = OmegaConf.masked_copy(cfg.model, other_keys(cfg.model))
+    return other
 
 
 def _make_router(cfg: DictConfig, node: DictConfig, n_experts: int, top_k: int, group: str = "router") -> Router:
@@ -258,16 +231,32 @@ def build_model(
     _require_composed(cfg)
     device = device or resolve_device(cfg)
     require_memory(cfg, device)
+    if donor is None and (nodes := active(cfg.model)):
+        donor = _changed(nodes, cfg, device)
     with without_storage() if donor is not None else nullcontext():
         model = _make_model(cfg, device)
     decide(cfg, model, device)
+    changes: WeightChanges | None = getattr(donor, "changes", None)
+    assert (changes is not None) == bool(active(cfg.model)), "a donor has the weights that the configuration asks for"
     if donor is None:
         initialize(model, cfg.seed)
-    else:
+    elif changes is None:
         adopt(model, donor, device, cfg.seed)
+    else:
+        adopt(model, {**donor, **changes.router_biases(model)}, device, cfg.seed)
+        model.weight_changes = changes  # type: ignore[assignment]
     model.eval().requires_grad_(False)
     _calibrate(cfg, model, device)
     return model
+
+
+def _changed(nodes: Nodes, cfg: DictConfig, device: torch.device) -> Donor:
+    """The changed parameters. They are those of no router, implementation or input: see `weights_key`."""
+    plain = unchanged(cfg)
+    plain.router = native_router(cfg, "torch") if is_checkpoint(cfg.model) else OmegaConf.create(_PLAIN_ROUTER)
+    plain.experts = OmegaConf.create(_PLAIN_EXPERTS)
+    _make_model(cfg, torch.device("meta"))  # its errors, before anything is loaded
+    return weight_changes.changed(nodes, plain, build_model(plain, device), device)
 
 
 @torch.inference_mode()
@@ -291,14 +280,20 @@ def _calibrate(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
 def _make_model(cfg: DictConfig, device: torch.device) -> nn.Module:
     """The model with its tensors on `device`, which hold nothing yet; nobody has decided who computes it."""
     parts: dict[str, Any] = {}
-    ignores = cfg.model.get("ignores", ())
+    ignores, nodes = cfg.model.get("ignores", ()), active(cfg.model)
+
+    def make_router(n_experts: int, top_k: int) -> Router:
+        left = weight_changes.n_left(nodes, n_experts, cfg.router.get("top_k") or top_k)
+        return _make_router(cfg, cfg.router, left, top_k)
+
     if "router" not in ignores:
-        parts["make_router"] = partial(_make_router, cfg, cfg.router)
+        parts["make_router"] = make_router
     with _defaults(device, DTYPES[cfg.dtype.name]):
         if "experts" not in ignores:
             parts["experts"] = build_experts(cfg)
-        keys = [str(key) for key in cfg.model if key != "ignores"]
+        keys = [key for key in other_keys(cfg.model) if key != "ignores"]
         model: nn.Module = instantiate(OmegaConf.masked_copy(cfg.model, keys), "model", **parts)
+        weight_changes.prepare(nodes, model, parts.get("experts"))
     return model
 
 

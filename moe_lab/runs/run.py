@@ -35,10 +35,12 @@ from moe_lab.models.serving import Decode, Prefill, Serving
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import identity
 from moe_lab.records.schema import UNFINISHED, Latency, Ratio, Record
+from moe_lab.records.weight_changes import active
 from moe_lab.routers.base import Router, Routing
-from moe_lab.runs import build, memory_estimate
+from moe_lab.runs import build, memory_estimate, weight_changes
 from moe_lab.runs import record as recording
 from moe_lab.runs.built import Built
+from moe_lab.runs.checkpoint_warnings import checkpoint_warnings
 from moe_lab.runs.export import exporter, make_inputs
 from moe_lab.runs.observe import Observer
 from moe_lab.runs.place import Place
@@ -137,9 +139,10 @@ class Run:
             if (text := layer.experts.warning(built.tokens())) is not None:
                 texts.append(text)
             self.warnings += [text for text in texts if text not in self.warnings]
+        self.warnings += weight_changes.warnings(active(self.cfg.model))
         if not isinstance(built.model, Checkpoint):
             return
-        self.warnings += build.checkpoint_warnings(self.cfg, built.model)
+        self.warnings += checkpoint_warnings(self.cfg, built.model)
         if self.cfg.workload.get("name") == "random":
             self.warnings.append(
                 "workload=random: a trained model routes random ids differently from text, so load and latency are "

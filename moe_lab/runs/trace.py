@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from moe_lab.measure.route_flips import boundary_margin
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models.moe_layer import MoELayer, hooked, indexed_moe_layers, moe_layers
 from moe_lab.models.serving import Decode
@@ -102,15 +103,6 @@ def _arrays(routing: Routing, width: int) -> tuple[np.ndarray, np.ndarray]:
     ids_TK = nn.functional.pad(routing.expert_ids_TK, pad, value=-1)
     weights_TK = nn.functional.pad(routing.weights_TK, pad)
     return ids_TK.cpu().numpy(), weights_TK.float().cpu().numpy()
-
-
-def boundary_margin(logits_TE: Tensor, top_k: int) -> Tensor:
-    """p_(k) - p_(k+1) of the softmax, p sorted, [T] float32: how near the choice was; NaN where k = E."""
-    p_TE = logits_TE.softmax(-1, dtype=torch.float32)
-    if top_k >= p_TE.shape[1]:
-        return torch.full_like(p_TE[:, 0], torch.nan)
-    top = p_TE.topk(top_k + 1, dim=-1).values
-    return top[:, -2] - top[:, -1]
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from moe_lab.routers.capacity import Capacity
 from moe_lab.routers.sinkhorn import Sinkhorn
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.runs import build
+from moe_lab.runs.checkpoint_warnings import checkpoint_warnings
 from tests import quick, tiny
 
 CPU = torch.device("cpu")
@@ -394,7 +395,7 @@ def test_weights_of_another_size_than_the_trained_ones_are_named(
     native: Checkpoint, overrides: list[str], key: str | None
 ) -> None:
     """With the key that keeps the checkpoint's rule; OLMoE's weights do not sum to 1."""
-    said = [text for text in build.checkpoint_warnings(checkpoint(*overrides), native) if WEIGHTS in text]
+    said = [text for text in checkpoint_warnings(checkpoint(*overrides), native) if WEIGHTS in text]
     assert len(said) == (key is not None)
     assert all(key in text and text.startswith(overrides[0]) for text in said if key)
 
