@@ -112,9 +112,9 @@ def settings(runs: pd.DataFrame, summary: pd.DataFrame) -> list[Setting]:
     if summary.empty:
         return []
     causal = dict(zip(runs["directory"], runs["router.causal"].astype(object), strict=True))
-    router_keys = [str(name) for name in summary if str(name).startswith("config.router.")]
+    choice_keys = [str(name) for name in summary if str(name).startswith(("config.router.", "config.model."))]
     found: dict[tuple[str, str], Setting] = {}
-    read = [name for name in summary if name in _READ or str(name).startswith(("config.router.", "quality."))]
+    read = [name for name in summary if name in _READ or name in choice_keys or str(name).startswith("quality.")]
     for row, place in zip(summary[read].to_dict("records"), places(summary), strict=True):
         if row["status"] != "ok" or pd.isna(row["variant"]):
             continue
@@ -130,7 +130,7 @@ def settings(runs: pd.DataFrame, summary: pd.DataFrame) -> list[Setting]:
                 ratio=_ratio(row),
                 quality=_quality(row),
                 is_causal=None if pd.isna(is_causal) else bool(is_causal),
-                choice=_choice(row, router_keys),
+                choice=_choice(row, choice_keys),
             )
         )
     return list(found.values())
@@ -181,10 +181,14 @@ def _quality(row: Mapping[Any, Any]) -> Quality | None:
     return None
 
 
-def _choice(row: Mapping[Any, Any], router_keys: Sequence[str]) -> str:
-    keys = [row[key] for key in router_keys if not key.endswith((".impl", "._target_", ".name"))]
-    router = "softmax" if row["router"] in _SOFTMAX and not keys else row["router"]
-    return repr([router, row["model"], row["dtype"], *(None if pd.isna(value) else value for value in keys)])
+def _choice(row: Mapping[Any, Any], choice_keys: Sequence[str]) -> str:
+    def own(group: str) -> list[Any]:
+        keys = [key for key in choice_keys if key.startswith(f"config.{group}.")]
+        values = [row[key] for key in keys if not key.endswith((".impl", ".implementation", "._target_", ".name"))]
+        return [None if pd.isna(value) else value for value in values]
+
+    router = "softmax" if row["router"] in _SOFTMAX and not own("router") else row["router"]
+    return repr([router, row["model"], row["dtype"], *own("router"), *own("model")])
 
 
 def _known(value: Any) -> bool:
