@@ -20,6 +20,7 @@ from moe_lab.results.numbers import short
 
 Facts = list[tuple[str, str]]
 _ROUTER_TOP_K = "config.router.top_k"
+_FEWER = ("config.model.prune.experts", "config.model.merge.experts")
 _MOST = 4  # values that are listed one by one
 _SHAPE = {
     "n_layers": "{} layers",
@@ -110,8 +111,10 @@ def _seen_shape(cells: pd.DataFrame, router: Mapping[str, Any], directory: Path)
     if _ROUTER_TOP_K not in cells:
         cells = cells.assign(**{_ROUTER_TOP_K: router.get("top_k")})
     ran = cells[cells["status"] == "ok"].assign(has_own=cells[_ROUTER_TOP_K].isna())
-    # The routers that use all slots of a token, and of these that the checkpoint says how many.
-    telling = ran.sort_values(["has_own", "router.static_k"], ascending=False, kind="stable")
+    fewer = [key for key in _FEWER if key in ran]
+    ran = ran.assign(is_whole=~ran[fewer].fillna(0).gt(0).any(axis=1))
+    # The models with all experts, then routers that use all slots of a token, as many as the checkpoint says.
+    telling = ran.sort_values(["is_whole", "has_own", "router.static_k"], ascending=False, kind="stable")
     for row in telling.to_dict("records"):
         path = directory / row["directory"] / ROUTING
         try:
@@ -122,7 +125,7 @@ def _seen_shape(cells: pd.DataFrame, router: Mapping[str, Any], directory: Path)
             continue
         shape = {"n_layers": len(counts_LE), "n_experts": counts_LE.shape[1]}
         slots = counts_LE.sum() / (len(counts_LE) * row["batch"] * row["seq_len"])
-        is_whole = row["has_own"] and row.get("router.static_k") is True and slots == int(slots)
+        is_whole = row["is_whole", "has_own"] and row.get("router.static_k") is True and slots == int(slots)
         if is_whole and pd.isna(row.get("throughput.time_per_output_token_ms")):
             shape["top_k"] = int(slots)
         return shape
