@@ -112,9 +112,9 @@ def _seen_shape(cells: pd.DataFrame, router: Mapping[str, Any], directory: Path)
         cells = cells.assign(**{_ROUTER_TOP_K: router.get("top_k")})
     ran = cells[cells["status"] == "ok"].assign(has_own=cells[_ROUTER_TOP_K].isna())
     fewer = [key for key in _FEWER if key in ran]
-    ran = ran.assign(is_whole=~ran[fewer].fillna(0).gt(0).any(axis=1))
+    ran = ran.assign(has_all=~ran[fewer].fillna(0).gt(0).any(axis=1))
     # The models with all experts, then routers that use all slots of a token, as many as the checkpoint says.
-    telling = ran.sort_values(["is_whole", "has_own", "router.static_k"], ascending=False, kind="stable")
+    telling = ran.sort_values(["has_all", "has_own", "router.static_k"], ascending=False, kind="stable")
     for row in telling.to_dict("records"):
         path = directory / row["directory"] / ROUTING
         try:
@@ -125,7 +125,7 @@ def _seen_shape(cells: pd.DataFrame, router: Mapping[str, Any], directory: Path)
             continue
         shape = {"n_layers": len(counts_LE), "n_experts": counts_LE.shape[1]}
         slots = counts_LE.sum() / (len(counts_LE) * row["batch"] * row["seq_len"])
-        is_whole = row["is_whole", "has_own"] and row.get("router.static_k") is True and slots == int(slots)
+        is_whole = row["has_own"] and row.get("router.static_k") is True and slots == int(slots)
         if is_whole and pd.isna(row.get("throughput.time_per_output_token_ms")):
             shape["top_k"] = int(slots)
         return shape

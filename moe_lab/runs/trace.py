@@ -22,6 +22,7 @@ from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import inputs
 from moe_lab.records.identity import content, model_name, option_name
 from moe_lab.records.trace import Layer, Tokens, TraceWriter, tokens_of
+from moe_lab.records.weight_changes import active
 from moe_lab.routers.base import Routing
 from moe_lab.runs import build
 from moe_lab.workloads import text
@@ -43,6 +44,7 @@ def source_of(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
         "written_by": f"moe-lab {version('moe-lab')}",
         "model": model_name(cfg.model),
         "model_content": found["model"].get("path"),
+        "weight_changes": active(found["model"]) or None,
         "router": option_name(cfg.router),
         "tokenizer": inputs.file_id(tokenizer) if tokenizer is not None else None,
         "texts": found["workload"].get("path"),
