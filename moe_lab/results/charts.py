@@ -292,7 +292,7 @@ def _stored_against_bits(runs: pd.DataFrame) -> Iterator[Chart]:
     known = known[known[[BITS, STORED_MB]].notna().all(axis=1)]
     rows = known[["variant", BITS, STORED_MB]].assign(size=sizes(known)).to_dict("records")
     panels = [_panel(each, BITS, STORED_MB) for each in _of_settings(runs, known.index, rows)]
-    label = "parameters in their formats (MB; computed)"
+    label = "parameters (MB, computed)"
     yield Chart("stored_against_bits", "front", "Parameters against bits per byte", "bits per byte", label, panels)
 
 
