@@ -31,6 +31,7 @@ from moe_lab.config.schemas import (
 )
 from moe_lab.config.unread import key_of, own_top_k, unread
 from moe_lab.errors import nearest
+from moe_lab.records import weight_changes
 from moe_lab.records.fields import ENVIRONMENT
 
 MOST_LAYERS = 10_000
@@ -249,6 +250,7 @@ def _validate_model(cfg: DictConfig) -> None:
             "lower model.shape.top_k or raise model.shape.n_experts."
         )
     _validate_top_k(cfg)
+    _validate_weight_changes(cfg)
 
 
 def _validate_top_k(cfg: DictConfig) -> None:
@@ -274,6 +276,31 @@ def top_k_mistake(top_k: Any, n_layers: int | None, n_experts: int | None) -> st
     if n_layers is not None and ks != [top_k] and len(ks) != n_layers:
         return f"model.top_k={top_k}: has {len(ks)} numbers, but the model has {n_layers} layers with experts."
     return None
+
+
+def _validate_weight_changes(cfg: DictConfig) -> None:
+    _at_least(cfg, "model.prune.experts model.merge.experts model.quantize_gate.noise", 0)
+    _at_least(cfg, "model.calibration.tokens model.calibration.seq_len model.quantize_experts.coldest", 1)
+    _at_least(cfg, "model.quantize_experts.group_size model.quantize_gate.group_size", 1)
+    for key in ("model.prune.by", "model.quantize_experts.format", "model.quantize_gate.format"):
+        _one_of(cfg, key, CHOICES[key])
+    changes = weight_changes.active(cfg.model)
+    if "prune" in changes and "merge" in changes:
+        raise ValueError(
+            f"model.merge.experts={cfg.model.merge.experts}: experts are removed already "
+            f"(model.prune.experts={cfg.model.prune.experts}); set one of the two to 0."
+        )
+    if "calibration" in changes:
+        path = cfg.model.calibration.path
+        if path is None and "path" in cfg.model:
+            raise ValueError(
+                "model.calibration.path has no value: experts are chosen by what they do on a text; give a file or "
+                "folder of other text than workload.path."
+            )
+        if path is not None and not _is_paths(path):
+            raise ValueError(
+                f"model.calibration.path={path}: must be a file, a folder, or a list of files and folders."
+            )
 
 
 def _validate_decoder(model: DictConfig) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from moe_lab.config.analyses import ANALYSES, Analyze
+from moe_lab.config.router_options import ROUTERS
+from moe_lab.config.weight_changes import FORMATS, IMPORTANCES, WeightChanges
 
 DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
@@ -42,6 +44,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "experts.impl": TRANSFORMERS_EXPERTS,
     "model.implementation": IMPLEMENTATIONS,
     "model.timed": TIMED,
+    "model.prune.by": IMPORTANCES,
+    "model.quantize_experts.format": FORMATS,
+    "model.quantize_gate.format": FORMATS,
 }
 """The values of keys that have few: `checks` holds them to these, and a shell completes them."""
 GROUPS = ("model", "router", "experts", "workload", "device", "dtype", "execution", "measure", "export")
@@ -85,7 +90,7 @@ class TransformerDecoder(Model):
 
 
 @dataclass
-class DecoderMoE(TransformerDecoder):
+class DecoderMoE(WeightChanges, TransformerDecoder):
     """model=decoder_moe: the same decoder with an MoE layer in place of each MLP."""
 
     n_experts: int
@@ -109,7 +114,7 @@ class Shape:
 
 
 @dataclass
-class MoELayerModel(Model):
+class MoELayerModel(WeightChanges, Model):
     """model=moe_layer: one MoE layer alone, T = batch * seq_len hidden states."""
 
     shape: Shape
@@ -126,153 +131,13 @@ class RouterModel(Model):
 
 
 @dataclass
-class Checkpoint(Model):
+class Checkpoint(WeightChanges, Model):
     """model=checkpoint: a trained model in Hugging Face format; its sizes stand in its own config.json."""
 
     path: str
     top_k: Any
     """An integer, or a list with one for each MoE layer, in place of what config.json says."""
     implementation: str
-
-
-@dataclass
-class RouterOption:
-    """What every router of the package has."""
-
-    _target_: str
-    name: str
-    impl: str
-    top_k: int | None
-    """Instead of the model's."""
-
-
-@dataclass
-class SoftmaxTopK(RouterOption):
-    """Softmax over the experts, then the k largest."""
-
-    renormalize: bool
-    gate_bias: bool
-
-
-@dataclass
-class ScoredTopK(RouterOption):
-    """Top-k of a score with a selection bias, within limited groups."""
-
-    score: str
-    bias: bool
-    n_groups: int
-    top_groups: int
-    group_score: str
-    renormalize: bool
-    scale: float
-    scales_input: bool
-    hash_layers: int
-
-
-@dataclass
-class Sinkhorn(RouterOption):
-    """Top-k of a balanced transport plan between tokens and experts."""
-
-    iters: int
-    temperature: float
-    tolerance: float
-    renormalize: bool | None
-
-
-@dataclass
-class SparseMixer(RouterOption):
-    """Top-k one after the other, each weighted among its near rivals."""
-
-    jitter_eps: float
-
-
-@dataclass
-class ExpertChoice(RouterOption):
-    """Every expert takes its best tokens."""
-
-    factor: float
-
-
-@dataclass
-class TokenRounding(RouterOption):
-    """Whole tiles of tokens for every expert."""
-
-    tile: int
-    renormalize: bool | None
-
-
-@dataclass
-class UniformRandom(RouterOption):
-    """Drawn at random."""
-
-    seed: int
-
-
-@dataclass
-class BalancingBias(RouterOption):
-    """A bias fitted in a calibration pass."""
-
-    steps: int
-    calibration_tokens: int
-
-
-@dataclass
-class LossFreeBias(BalancingBias):
-    """... in steps of a fixed size."""
-
-    rate: float
-
-
-@dataclass
-class QuantileBias(BalancingBias):
-    """... from quantiles of the logits."""
-
-    renormalize: bool | None
-
-
-@dataclass
-class DynamicK(RouterOption):
-    """Fewer experts for tokens that need fewer."""
-
-    rule: str
-    threshold: float | None
-    k_max: int | None
-    renormalize: bool | None
-    calibration_tokens: int
-
-
-@dataclass
-class OpportunisticActivation(RouterOption):
-    """Few experts of its own for every token, and those of the others."""
-
-    k0: int
-    renormalize: bool | None
-
-
-@dataclass
-class SharedBudget(RouterOption):
-    """A set of experts that the batch shares."""
-
-    budget: float
-    keeps_best: bool
-    window: int | None
-    renormalize: bool | None
-
-
-@dataclass
-class Capacity(RouterOption):
-    """Another router with limited room at each expert."""
-
-    inner: Any
-    factor: float
-    policy: str
-
-
-@dataclass
-class Lookahead(RouterOption):
-    """Another router, asked one layer ahead."""
-
-    inner: Any
 
 
 @dataclass
@@ -460,24 +325,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
         "checkpoint": Checkpoint,
     },
     "model/shape": {"shape": Shape},
-    "router": {
-        "router": RouterOption,
-        "softmax_topk": SoftmaxTopK,
-        "scored_topk": ScoredTopK,
-        "sinkhorn": Sinkhorn,
-        "sparse_mixer": SparseMixer,
-        "expert_choice": ExpertChoice,
-        "token_rounding": TokenRounding,
-        "random": UniformRandom,
-        "balancing_bias": BalancingBias,
-        "loss_free": LossFreeBias,
-        "quantile": QuantileBias,
-        "dynamic_k": DynamicK,
-        "oea": OpportunisticActivation,
-        "xshare": SharedBudget,
-        "capacity": Capacity,
-        "lookahead": Lookahead,
-    },
+    "router": ROUTERS,
     "experts": {
         "experts": Experts,
         "tuned": TunedExperts,

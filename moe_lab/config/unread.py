@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.config.schemas import Sweep
+from moe_lab.records.weight_changes import active
 
 
 class _Rule(NamedTuple):
@@ -95,6 +96,28 @@ _RULES = (
         lambda c: c.model.get("name") != "router" or c.model.get("gate"),
         "only used with model.gate=true",
     ),
+    _Rule(
+        "model.calibration model.prune model.merge model.quantize_experts model.quantize_gate",
+        _has_experts,
+        "the model has no layer of experts",
+    ),
+    _Rule(
+        "model.calibration",
+        lambda c: "calibration" in active(c.model),
+        "only used with model.prune, model.merge or model.quantize_experts.coldest",
+        is_refused=False,
+    ),
+    _Rule("model.prune.by", lambda c: "prune" in active(c.model), "only used with model.prune.experts above 0", False),
+    _Rule(
+        "model.quantize_experts.group_size model.quantize_experts.coldest",
+        lambda c: "quantize_experts" in active(c.model),
+        "only used with model.quantize_experts.format",
+    ),
+    _Rule(
+        "model.quantize_gate.group_size",
+        lambda c: bool(active(c.model).get("quantize_gate", {}).get("format")),
+        "only used with model.quantize_gate.format",
+    ),
     _Rule("router.top_k", lambda c: c.router.get("k_max") is None, "router.k_max is used instead"),
     _Rule(
         "router.group_score",
@@ -161,7 +184,13 @@ def unread(cfg: DictConfig, overrides: Iterable[str], *, in_a_sweep: bool, only_
     return found
 
 
-_OFF = (("workload.load", "native"), ("measure.replicates", 1))
+_OFF = (
+    ("workload.load", "native"),
+    ("measure.replicates", 1),
+    ("model.prune.experts", 0),
+    ("model.merge.experts", 0),
+    ("model.quantize_gate.noise", 0),
+)
 
 
 def key_of(override: str) -> str:

@@ -58,6 +58,11 @@ class ExpertWeights(nn.Module):
         self.down_bias_ED = _wide(E, D) if bias else None
         self.scale_E = _wide(E) if scaled else None
 
+    def resize(self, n_experts: int) -> None:
+        """Hold so many experts instead; nothing is filled."""
+        for name, w in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(w.new_empty(n_experts, *w.shape[1:]), requires_grad=False))
+
     @property
     def n_experts(self) -> int:
         return self.gate_ED.shape[0]

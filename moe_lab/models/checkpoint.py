@@ -72,7 +72,7 @@ class Checkpoint(DecoderMoE):
             ValueError: keys that are missing or unexpected, other shapes, files that are missing or damaged.
         """
         shared, settings = shareable(self).keys(), self._settings
-        trained = shared | self._trained_biases()
+        trained = shared | self.trained_biases()
         for name in parameters.keys() - trained:
             parameters[name].data.zero_()
         wanted = {name: parameter for name, parameter in parameters.items() if name in trained}
@@ -108,7 +108,7 @@ class Checkpoint(DecoderMoE):
             parameters, tensors, tied, unused=unused, blocks=settings.blocks, naming=settings.naming
         )
 
-    def _trained_biases(self) -> set[str]:
+    def trained_biases(self) -> set[str]:
         """The names of the routers' biases that the files have: those of routers with the trained one's score."""
         trained = self._settings.router
         return {
@@ -139,7 +139,7 @@ class Checkpoint(DecoderMoE):
 
     def untrained(self) -> list[str]:
         """What its routers have that neither the checkpoint holds nor calibration fits, as `bias_E`."""
-        trained = {id(self.get_parameter(name)) for name in self._trained_biases()}
+        trained = {id(self.get_parameter(name)) for name in self.trained_biases()}
         layers = [layer for layer in moe_layers(self) if not layer.router.calibrates]
         own = [each for layer in layers for each in layer.router.named_parameters()]
         return sorted({name for name, parameter in own if id(parameter) not in trained})

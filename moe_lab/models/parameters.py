@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,13 +72,22 @@ def without_storage() -> Iterator[None]:
         handle.remove()
 
 
-def shareable(model: nn.Module) -> dict[str, Tensor]:
+class Donor(dict[str, Tensor]):
+    """Parameters by name, which another model may share."""
+
+    changes: Any = None
+    """How they were changed, if they were (`runs.weight_changes.WeightChanges`)."""
+
+
+def shareable(model: nn.Module) -> Donor:
     """The parameters, by name, that a model with another router may share: all but those of the routers.
 
     A router's are its own: they are few, and one that is calibrated writes into them.
     """
     own = {id(tensor) for router in model.modules() if isinstance(router, Router) for tensor in router.parameters()}
-    return {name: tensor for name, tensor in model.named_parameters() if id(tensor) not in own}
+    donor = Donor({name: tensor for name, tensor in model.named_parameters() if id(tensor) not in own})
+    donor.changes = getattr(model, "weight_changes", None)
+    return donor
 
 
 def adopt(model: nn.Module, donor: Mapping[str, Tensor], device: torch.device, seed: int) -> None:

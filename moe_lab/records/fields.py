@@ -274,14 +274,14 @@ PREDICTIONS = (
         "native_bits_per_byte",
         float,
         "bit/B",
-        "`bits_per_byte` with the checkpoint's own router; missing if the model is not a checkpoint",
+        "`bits_per_byte` with the checkpoint's own router and unchanged weights; missing if the model is not a "
+        "checkpoint",
     ),
     *_with_interval("delta_bits_per_byte", "bit/B", "`bits_per_byte` minus `native_bits_per_byte`"),
     *_with_interval(
         "kl_to_native",
         "nat",
-        "Kullback-Leibler divergence of the run's predictions from those with the checkpoint's own router, mean over "
-        "tokens",
+        "Kullback-Leibler divergence of the run's predictions from those of the checkpoint as it is, mean over tokens",
     ),
     *_with_interval("top1_agreement", "1", "share of the tokens with the same most likely next token in both"),
 )
@@ -317,6 +317,42 @@ ROOFLINE = (
     Field("flops_per_s", float, "FLOP/s", "measured rate of a square matrix product"),
     Field("peak_source", str, "", "how the rates were measured"),
 )
+
+WEIGHT_CHANGES = (
+    Field("experts_before", int, "experts", "of a layer, before any was removed or merged"),
+    Field("experts", int, "experts", "of a layer, as the run has them"),
+    Field("quantized_experts", int, "experts", "of a layer, with fake-quantised matrices"),
+    Field(
+        "stored_mb",
+        float,
+        "MB",
+        "the parameters if fake-quantised matrices were stored in their format, scales included; computed: the run "
+        "itself holds `memory.parameters_mb`",
+    ),
+    Field("stored_expert_mb", float, "MB", "the same of the experts in use in one pass (`routing.pooled.expert_mb`)"),
+    Field("calibration_tokens", int, "tokens", "that experts were chosen by; missing if none were"),
+    Field("calibration_texts", str, "", "names of their texts; `random` for random tokens"),
+    Field("calibration_router", str, "", "router of the calibration"),
+    Field("removed_slots", float, "1", "share of the calibration's slots that belonged to removed experts"),
+    Field(
+        "route_flips",
+        float,
+        "1",
+        "share of (token, layer) with another set of experts than in the unchanged model, each model on its own hidden "
+        "states; missing if experts were removed or merged",
+    ),
+    Field("gate_flips", float, "1", "the same with both gates on the run's hidden states"),
+    Field(
+        "*",
+        None,
+        "",
+        "`weight_changes.route_by_margin` and `gate_by_margin`: the same by the margin of the unchanged router "
+        "(probability of the k-th expert minus that of the next), with the number of sets (`route_sets`) and by layer "
+        "(`route_by_layer`); `weight_changes.layers`: of which former experts each that is left consists, and which "
+        "are quantised",
+    ),
+)
+"""The formulas are in measure/route_flips.py and ops/fake_quantize.py."""
 
 CONTENTION = (
     Field("load_average", float, "1", "load average of the last minute at the start, over the CPUs of the host"),

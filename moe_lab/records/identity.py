@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.records import inputs
+from moe_lab.records.weight_changes import active, other_keys
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -82,7 +83,12 @@ def content(config: DictConfig | Mapping[str, Any], *, with_later: bool = False)
     names_only = plain["export"].get("name", "none") == "none"
     for key in [key for key in found["export"] if key != "name"] if names_only else ("dir", "overwrite"):
         found["export"].pop(key, None)
+    changes = active(found["model"])  # a change that is off is none
+    kept = {key: found["model"][key] for key in other_keys(found["model"])}
+    found["model"] = kept | {key: dict(node) for key, node in changes.items()}
     # What files hold, not where they lie.
+    if changes.get("calibration", {}).get("path") is not None:
+        found["model"]["calibration"]["path"] = inputs.text_id(changes["calibration"]["path"])
     if found["model"].get("path") is not None:
         found["model"]["path"] = inputs.checkpoint_id(str(found["model"]["path"]))
     if (workload := found.get("workload")) is not None:

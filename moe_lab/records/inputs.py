@@ -15,6 +15,7 @@ from typing import Any
 
 from moe_lab.records.files import read_bytes, require_plain
 from moe_lab.records.store import ROUTING, TRACE
+from moe_lab.records.weight_changes import active
 
 TEXTS = (".txt", ".md")
 CONFIG = "config.json"
@@ -63,11 +64,28 @@ def require(config: Mapping[str, Any]) -> None:
         require_checkpoint(str(model["path"]))
     if workload.get("path") and str(workload["_target_"]).startswith("moe_lab."):
         text_files(workload["path"])
+    if (calibration := active(model).get("calibration", {}).get("path")) is not None:
+        _require_other_text(calibration, workload.get("path"))
     if workload.get("trace") is not None and not trace_file(workload["trace"]).exists():
         raise ValueError(
             f"workload.trace={workload['trace']}: {trace_file(workload['trace'])} not found; give a trace file, or the "
             "folder of a run with measure.record_routing=true."
         )
+
+
+def _require_other_text(calibration: str | Sequence[str], judged: str | Sequence[str] | None) -> None:
+    """Raise `ValueError` for a calibration text that is not there, or that the run is judged by."""
+    try:
+        chosen = text_files(calibration)
+    except ValueError as error:
+        raise ValueError(str(error).replace("workload.path", "model.calibration.path")) from error
+    contents = {file_id(file): file for file in text_files(judged)} if judged else {}
+    for file in chosen:
+        if (same := contents.get(file_id(file))) is not None:
+            raise ValueError(
+                f"model.calibration.path: {file} is the text of workload.path too ({same}), so what is chosen by it "
+                "would be judged by it; use another text for one of the two."
+            )
 
 
 def require_checkpoint(folder: str) -> None:

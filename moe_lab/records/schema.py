@@ -154,6 +154,7 @@ class Record:
     router: Annotated[dict[str, bool | None] | None, fields.PROPERTIES] = None
     agreement: Annotated[dict[str, Any] | None, fields.AGREEMENT] = None
     quality: Annotated[dict[str, Any] | None, fields.QUALITY] = None
+    weight_changes: Annotated[dict[str, Any] | None, fields.WEIGHT_CHANGES] = None
     roofline: Annotated[dict[str, Any] | None, fields.ROOFLINE] = None
     export: Annotated[dict[str, Any] | None, fields.EXPORT] = None
     contention: Annotated[dict[str, Any] | None, fields.CONTENTION] = None

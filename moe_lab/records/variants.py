@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_lab.records import identity
+from moe_lab.records.weight_changes import SWITCHES
 
 COMPARE = ("router", "experts", "execution")
 """The default of `sweep.compare`."""
@@ -81,15 +82,30 @@ def _label(node: Any, among: Iterable[Any]) -> str:
     """
     if not isinstance(node, Mapping):
         return json.dumps(node) if node is None or isinstance(node, bool) else str(node)
-    namesakes = [other for other in among if isinstance(other, Mapping) and _name(other) == _name(node)]
+    name = _name(node)
+    namesakes = [_flat(other) for other in among if isinstance(other, Mapping) and _name(other) == name]
+    node = _flat(node)
     settings = []
     for key in dict.fromkeys(key for other in namesakes for key in other):
-        values = [other.get(key) for other in namesakes]
-        if key not in node or (node[key] is None and all(key in other for other in namesakes)):
+        is_detail = "." in key and key not in SWITCHES  # of what others may not have at all
+        values = [other.get(key) for other in namesakes if key in other or not is_detail]
+        if key not in node or (node[key] is None and (is_detail or all(key in other for other in namesakes))):
             continue
         if len({identity.digest(value) for value in values}) > 1:
             settings.append(f"{key}={_label(node.get(key), values)}")
-    return _name(node) + (f"({', '.join(settings)})" if settings else "")
+    return name + (f"({', '.join(settings)})" if settings else "")
+
+
+def _flat(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The node with the keys of what is no option of its own, as `prune.experts`; what is off is left out."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping) and not {"name", "_target_"} & value.keys():
+            inner = {f"{key}.{name}": of for name, of in value.items()}
+            flat |= {name: of for name, of in inner.items() if of or name not in SWITCHES}
+        else:
+            flat[key] = value
+    return flat
 
 
 def matches(content: Mapping[str, Any], partial: Mapping[str, Any]) -> bool:

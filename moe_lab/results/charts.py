@@ -22,6 +22,7 @@ LATENCY, _INTERVAL = "latency_ms.p50", ("latency_ms.ci95_low", "latency_ms.ci95_
 TOKENS_PER_S, LOAD = "throughput.tokens_per_s", "routing.pooled.load_max_over_mean"
 OUTPUT_ERROR, REFERENCE = "agreement.output_rel_error", "agreement.reference"
 EXPERT_MB = "routing.pooled.expert_mb"
+STORED_MB = "weight_changes.stored_mb"
 BITS = "quality.bits_per_byte"
 _BITS_OF_TEXT = re.compile(r"quality\.domains\.(.+)\.bits_per_byte")
 _ENDS = ("_ci95_low", "_ci95_high")
@@ -40,6 +41,7 @@ _NAMES = (
     "bytes_against_error",
     "latency_against_bits",
     "bytes_against_bits",
+    "stored_against_bits",
     "bits_by_text",
     "expert_load",
     "experts_by_text",
@@ -105,6 +107,7 @@ def _all(runs: pd.DataFrame, summary: pd.DataFrame, directory: Path, left_out: l
     has_texts = BITS in runs and runs[BITS].notna().any()
     if has_texts:
         yield from _against_bits(summary, left_out)
+        yield from _stored_against_bits(runs)
         yield _bits_by_text(runs, left_out)
     else:
         left_out.append("Bits per byte, and experts by text: no cell used texts (workload=text, measure.quality).")
@@ -283,6 +286,18 @@ def _against_bits(summary: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]
         if not panels:
             left_out.append(f"{title}: no cell has both (measure.quality, measure.routing).")
         yield Chart(name, "front", title, "bits per byte", axis, panels, column == LATENCY)
+
+
+def _stored_against_bits(runs: pd.DataFrame) -> Iterator[Chart]:
+    """What models with changed weights take in their formats, and what they do to the predictions."""
+    if STORED_MB not in runs or runs[STORED_MB].isna().all():
+        return  # no question of this sweep
+    known = runs.assign(**{STORED_MB: runs[STORED_MB].fillna(runs["memory.parameters_mb"])})
+    known = known[known[[BITS, STORED_MB]].notna().all(axis=1)]
+    rows = known[["variant", BITS, STORED_MB]].assign(size=sizes(known)).to_dict("records")
+    panels = [_panel(each, BITS, STORED_MB) for each in _of_settings(runs, known.index, rows)]
+    label = "parameters (MB, computed)"
+    yield Chart("stored_against_bits", "front", "Parameters against bits per byte", "bits per byte", label, panels)
 
 
 def _bits_by_text(runs: pd.DataFrame, left_out: list[str]) -> Chart:

@@ -23,6 +23,7 @@ UNREADABLE_BECAUSE = (ValueError, AttributeError, TypeError, KeyError, Recursion
 
 # Nested fields that stay out of the row: the whole configuration, and per-layer lists (`result.json` has those).
 _NOT_COLUMNS = {"config", "routing.layers", "agreement.layers", "agreement.floor.layers"}
+_NOT_COLUMNS |= {f"weight_changes.{name}" for name in ("layers", "route_by_layer", "gate_by_layer")}
 
 _RENAMED = {f"routing.{part}.dropped_fraction": f"routing.{part}.unused_slots_fraction" for part in ("pooled", "worst")}
 """Columns of older records, and what they are called now."""

@@ -19,6 +19,7 @@ from moe_lab.results.load import UNREADABLE_BECAUSE, Plan
 from moe_lab.results.numbers import short
 
 Facts = list[tuple[str, str]]
+_FEWER = ("config.model.prune.experts", "config.model.merge.experts")
 _MOST = 4  # values that are listed one by one
 _SHAPE = {
     "n_layers": "{} layers",
@@ -111,8 +112,10 @@ def _seen_shape(cells: pd.DataFrame, config: Mapping[str, Any], directory: Path)
         column, value = f"config.{group}.top_k", (config.get(group) or {}).get("top_k")
         has_own &= cells[column].isna() if column in cells else value is None
     ran = cells[cells["status"] == "ok"].assign(has_own=has_own)
-    # The routers that use all slots of a token, and of these that the checkpoint says how many.
-    telling = ran.sort_values(["has_own", "router.static_k"], ascending=False, kind="stable")
+    fewer = [key for key in _FEWER if key in ran]
+    ran = ran.assign(has_all=~ran[fewer].fillna(0).gt(0).any(axis=1))
+    # The models with all experts, then routers that use all slots of a token, as many as the checkpoint says.
+    telling = ran.sort_values(["has_all", "has_own", "router.static_k"], ascending=False, kind="stable")
     for row in telling.to_dict("records"):
         path = directory / row["directory"] / ROUTING
         try:

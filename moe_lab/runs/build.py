@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,19 +17,32 @@ from moe_lab.errors import UnavailableError
 from moe_lab.experts.base import Experts, FunctionExperts, require_plain
 from moe_lab.models import checkpoint_config
 from moe_lab.models.moe_layer import MoELayer, hooked, moe_layers
-from moe_lab.models.parameters import adopt, initialize, parameter_bytes, without_storage
+from moe_lab.models.parameters import Donor, adopt, initialize, parameter_bytes, without_storage
 from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.soft_moe import SoftMoELayer
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.ops import extension
 from moe_lab.ops.library import DTYPES
 from moe_lab.records.identity import digest, option_name
+from moe_lab.records.weight_changes import active, other_keys
 from moe_lab.routers.base import Router, Routing
 from moe_lab.routers.soft import SoftMoE
-from moe_lab.runs import trained
+from moe_lab.runs import trained, weight_changes
 from moe_lab.runs.memory_estimate import require_memory
 from moe_lab.runs.trained import NATIVE, is_checkpoint, is_native
+from moe_lab.runs.weight_changes import Nodes, WeightChanges
 from moe_lab.workloads.forced import forces
+
+_PLAIN_ROUTER = {
+    "_target_": "moe_lab.routers.softmax_topk.SoftmaxTopK",
+    "name": "torch",
+    "impl": "torch",
+    "top_k": None,
+    "renormalize": True,
+    "gate_bias": False,
+}
+_PLAIN_EXPERTS = {"_target_": "moe_lab.experts.loop.Loop", "name": "loop"}
+"""What a calibration text goes through, whatever the run's own are."""
 
 
 def resolve_device(cfg: DictConfig) -> torch.device:
@@ -200,16 +212,32 @@ def build_model(
     _require_composed(cfg)
     device = device or resolve_device(cfg)
     require_memory(cfg, device)
+    if donor is None and (nodes := active(cfg.model)):
+        donor = _changed(nodes, cfg, device)
     with without_storage() if donor is not None else nullcontext():
         model = _make_model(cfg, device)
     decide(cfg, model, device)
+    changes: WeightChanges | None = getattr(donor, "changes", None)
+    assert (changes is not None) == bool(active(cfg.model)), "a donor has the weights that the configuration asks for"
     if donor is None:
         initialize(model, cfg.seed)
-    else:
+    elif changes is None:
         adopt(model, donor, device, cfg.seed)
+    else:
+        adopt(model, {**donor, **changes.router_biases(model)}, device, cfg.seed)
+        model.weight_changes = changes  # type: ignore[assignment]
     model.eval().requires_grad_(False)
     _calibrate(cfg, model, device)
     return model
+
+
+def _changed(nodes: Nodes, cfg: DictConfig, device: torch.device) -> Donor:
+    """The changed parameters. They are those of no router, implementation or input: see `weights_key`."""
+    plain = trained.unchanged(cfg)
+    plain.router = OmegaConf.create(trained.native_router("torch") if is_checkpoint(cfg.model) else _PLAIN_ROUTER)
+    plain.experts = OmegaConf.create(_PLAIN_EXPERTS)
+    _make_model(cfg, torch.device("meta"))  # its errors, before anything is loaded
+    return weight_changes.changed(nodes, plain, build_model(plain, device), device)
 
 
 @torch.inference_mode()
@@ -233,14 +261,20 @@ def _calibrate(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
 def _make_model(cfg: DictConfig, device: torch.device) -> nn.Module:
     """The model with its tensors on `device`, which hold nothing yet; nobody has decided who computes it."""
     parts: dict[str, Any] = {}
-    ignores = cfg.model.get("ignores", ())
+    ignores, nodes = cfg.model.get("ignores", ()), active(cfg.model)
+
+    def make_router(n_experts: int, top_k: int) -> Router:
+        left = weight_changes.n_left(nodes, n_experts, cfg.router.get("top_k") or top_k)
+        return _make_router(cfg, cfg.router, left, top_k)
+
     if "router" not in ignores:
-        parts["make_router"] = partial(_make_router, cfg, cfg.router)
+        parts["make_router"] = make_router
     with _defaults(device, DTYPES[cfg.dtype.name]):
         if "experts" not in ignores:
             parts["experts"] = build_experts(cfg)
-        keys = [str(key) for key in cfg.model if key != "ignores"]
+        keys = [key for key in other_keys(cfg.model) if key != "ignores"]
         model: nn.Module = instantiate(OmegaConf.masked_copy(cfg.model, keys), "model", **parts)
+        weight_changes.prepare(nodes, model, parts.get("experts"))
     return model
 
 
@@ -252,7 +286,8 @@ def parameters_of(cfg: DictConfig) -> int:
 def weights_key(cfg: DictConfig, device: torch.device) -> str:
     """Equal for configurations whose models have the same parameters, but for those of their routers."""
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    model.pop("top_k", None)
+    if not active(cfg.model):  # what is calibrated depends on it
+        model.pop("top_k", None)
     return digest([model, cfg.dtype.name, int(cfg.seed), str(device)])
 
 

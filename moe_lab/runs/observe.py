@@ -7,7 +7,7 @@ import logging
 import time
 import traceback
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,12 @@ from moe_lab.measure import phases, roofline, routing_metrics
 from moe_lab.measure.agreement import agreement
 from moe_lab.measure.clocks import HotGraphStep
 from moe_lab.measure.quality import quality
+from moe_lab.measure.route_flips import compare_routes
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.moe_layer import hooked, indexed_moe_layers, moe_layers
 from moe_lab.models.parameters import shareable
 from moe_lab.models.serving import Decode, Prefill, Serving
+from moe_lab.models.soft_moe import SoftMoELayer
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import identity
 from moe_lab.records.phases import split
@@ -32,6 +34,7 @@ from moe_lab.runs import build, trained
 from moe_lab.runs.built import Built
 from moe_lab.runs.record import reason_of
 from moe_lab.runs.trace import RunTrace, layers_of, pass_tokens, source_of
+from moe_lab.runs.weight_changes import WeightChanges, described
 from moe_lab.workloads import text
 
 log = logging.getLogger("moe_lab")
@@ -78,6 +81,7 @@ class Observer:
             (measure.phases, "phases_ms", self._phases),
             (measure.roofline, "roofline", self._roofline),
             (measure.quality, "quality", self._quality),
+            (True, "weight_changes", self._weight_changes),
         ):
             try:
                 with torch.inference_mode():
@@ -135,6 +139,8 @@ class Observer:
         task, x = self.built.task, self.built.x
         if isinstance(task, Decode):
             return pass_tokens(x, "decode", positions=task.position_g.cpu().numpy())
+        if x.dim() == 2 and x.is_floating_point():  # [B * S, D] of a layer alone
+            x = x.unflatten(0, (self.cfg.batch, -1))
         return pass_tokens(x, "prefill")
 
     def _routing_stats(self, routings: Sequence[Routing]) -> list[routing_metrics.RoutingStats]:
@@ -205,6 +211,31 @@ class Observer:
             moved.append(roofline.least_bytes(built.model, read, output) + cached)
         return roofline.roofline(round(float(np.mean(moved))), self.flops, self.p50_ms, built.x.device, built.dtype)
 
+    @cached_property
+    def _unchanged(self) -> nn.Module:
+        """The model before its weights were changed, with the run's router; the run's own if they were not."""
+        built = self.built
+        if getattr(built.model, "weight_changes", None) is None:
+            return built.model
+        return build.build_model(trained.unchanged(self.cfg), built.device)
+
+    def _weight_changes(self) -> dict[str, Any] | None:
+        """How the weights were changed, what their formats would store, and which routes that changes."""
+        built = self.built
+        changes: WeightChanges | None = getattr(built.model, "weight_changes", None)
+        if changes is None:
+            return None
+        layers, steps = moe_layers(built.model), []
+        stored = [changes.stored_bytes(layer.weights, of)[0] for layer, of in zip(layers, changes.layers, strict=True)]
+        for output in built.outputs(_STEPS_OBSERVED if built.decodes else None):
+            used = [routing.expert_ids_TK.unique().tolist() for routing in output.routings]
+            steps.append(sum(of[e] for ids, of in zip(used, stored, strict=True) for e in ids if e >= 0))
+        values = {**described(changes, built.model), "stored_expert_mb": float(np.mean(steps)) / 1e6}
+        keeps_experts = values["experts"] == values["experts_before"]
+        if not keeps_experts or built.forced is not None or isinstance(layers[0], SoftMoELayer):
+            return values  # no sets to compare
+        return values | compare_routes(built.model, self._unchanged, built.x)
+
     def _quality(self) -> dict[str, Any] | None:
         """What the router does to predictions of the workload's text, in whole sequences; None without a text."""
         cfg, built = self.cfg, self.built
@@ -219,7 +250,7 @@ class Observer:
         if isinstance(built.model, Checkpoint):
             native = built.model
             if not trained.is_as_trained(cfg):
-                native = build.build_model(trained.as_trained(cfg), built.device, shareable(built.model))
+                native = build.build_model(trained.as_trained(cfg), built.device, shareable(self._unchanged))
         numbers, counts_LGE = quality(built.model, native, windows, cfg.batch, built.device)
         if counts_LGE.size:
             self.routing_arrays |= {"domain_counts_LGE": counts_LGE, "domain": np.array(windows.names)}

@@ -35,8 +35,9 @@ from moe_lab.models.serving import Decode, Prefill, Serving
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import identity
 from moe_lab.records.schema import UNFINISHED, Latency, Ratio, Record
+from moe_lab.records.weight_changes import active
 from moe_lab.routers.base import Router, Routing
-from moe_lab.runs import build, memory_estimate, trained
+from moe_lab.runs import build, memory_estimate, trained, weight_changes
 from moe_lab.runs import record as recording
 from moe_lab.runs.built import Built
 from moe_lab.runs.export import exporter, make_inputs
@@ -137,6 +138,7 @@ class Run:
             if (text := layer.experts.warning(built.tokens())) is not None:
                 texts.append(text)
             self.warnings += [text for text in texts if text not in self.warnings]
+        self.warnings += weight_changes.warnings(active(self.cfg.model))
         if not isinstance(built.model, Checkpoint):
             return
         self.warnings += trained.warnings(self.cfg, built.model)

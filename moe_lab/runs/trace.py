@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from moe_lab.measure.route_flips import boundary_margin
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models.moe_layer import MoELayer, hooked, indexed_moe_layers, moe_layers
 from moe_lab.models.serving import Decode
@@ -21,6 +22,7 @@ from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import inputs
 from moe_lab.records.identity import content, model_name, option_name
 from moe_lab.records.trace import GUESSES, Layer, Tokens, TraceWriter, tokens_of
+from moe_lab.records.weight_changes import active
 from moe_lab.routers.base import Routing
 from moe_lab.runs import build
 from moe_lab.runs.counterfactual import log_probabilities, require_own_routes
@@ -44,6 +46,7 @@ def source_of(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
         "written_by": f"moe-lab {version('moe-lab')}",
         "model": model_name(cfg.model),
         "model_content": found["model"].get("path"),
+        "weight_changes": active(found["model"]) or None,
         "router": option_name(cfg.router),
         "tokenizer": inputs.file_id(tokenizer) if tokenizer is not None else None,
         "texts": found["workload"].get("path"),
@@ -89,8 +92,8 @@ def pass_tokens(x: Tensor, phase: str, first: int = 0, positions: np.ndarray | N
 
     `positions`: of a decoding step, those of all that it takes. `first`: the number of the first sequence.
     """
-    B, S = (x.shape[0], x.shape[1]) if x.dim() > 1 else (1, x.shape[0])
-    ids_BS = x.cpu().numpy() if x.dtype == torch.int64 and x.dim() == 2 else np.full((B, S), -1)
+    B, S = x.shape[:2]
+    ids_BS = x.cpu().numpy() if x.dtype == torch.int64 else np.full((B, S), -1)
     position_S = np.arange(S)
     if positions is not None:
         ids_BS, position_S = ids_BS[:, positions], positions
@@ -104,15 +107,6 @@ def _arrays(routing: Routing, width: int) -> tuple[np.ndarray, np.ndarray]:
     ids_TK = nn.functional.pad(routing.expert_ids_TK, pad, value=-1)
     weights_TK = nn.functional.pad(routing.weights_TK, pad)
     return ids_TK.cpu().numpy(), weights_TK.float().cpu().numpy()
-
-
-def boundary_margin(logits_TE: Tensor, top_k: int) -> Tensor:
-    """p_(k) - p_(k+1) of the softmax, p sorted, [T] float32: how near the choice was; NaN where k = E."""
-    p_TE = logits_TE.softmax(-1, dtype=torch.float32)
-    if top_k >= p_TE.shape[1]:
-        return torch.full_like(p_TE[:, 0], torch.nan)
-    top = p_TE.topk(top_k + 1, dim=-1).values
-    return top[:, -2] - top[:, -1]
 
 
 @contextmanager

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.models import checkpoint_config
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.records.identity import option_name
+from moe_lab.records.weight_changes import active, other_keys
 
 CHECKPOINT, NATIVE = "moe_lab.models.checkpoint.Checkpoint", "moe_lab.routers.native.native"
 
@@ -25,17 +26,30 @@ def is_native(node: DictConfig) -> bool:
     return str(node.get("_target_")) == NATIVE
 
 
-def as_trained(cfg: DictConfig) -> DictConfig:
-    """`cfg` with the model that the checkpoint is: its own router, as many experts for each token."""
+def native_router(impl: str = "auto") -> dict[str, Any]:
+    """The node of `router=native`, for a configuration whose router is another."""
+    return {"_target_": NATIVE, "name": "native", "impl": impl, "top_k": None}
+
+
+def unchanged(cfg: DictConfig) -> DictConfig:
+    """`cfg` without what changes the weights of its model (`runs.weight_changes`)."""
     found = copy.copy(cfg)
-    found.router = {"_target_": NATIVE, "name": "native", "impl": "auto", "top_k": None}
-    found.model = {**cfg.model, "top_k": None}
+    found.model = OmegaConf.masked_copy(cfg.model, other_keys(cfg.model))
+    return found
+
+
+def as_trained(cfg: DictConfig) -> DictConfig:
+    """`cfg` with the model that the checkpoint is: its own weights and router, as many experts for each token."""
+    found = unchanged(cfg)
+    found.router = native_router()
+    found.model = {**found.model, "top_k": None}
     return found
 
 
 def is_as_trained(cfg: DictConfig) -> bool:
     """Whether the model is what `as_trained` gives."""
-    return is_native(cfg.router) and cfg.router.top_k is None and cfg.model.get("top_k") is None
+    own_router = is_native(cfg.router) and cfg.router.top_k is None
+    return own_router and cfg.model.get("top_k") is None and not active(cfg.model)
 
 
 def with_its_weights(cfg: DictConfig, node: DictConfig, group: str) -> DictConfig:

@@ -442,6 +442,8 @@ CELL_IDS = {
     "router_comparison": "4bfc0cbb9078",
     "router_kernels": "9c578d0ee72d",
     "router_swap": "aef74754cffa",
+    "prune": "3c7415804e4f",
+    "quantize": "3c7415804e4f",
     "routing_quality": "4bfc0cbb9078",
     "sinkhorn_kernels": "b97993aa6512",
     "speculation": "9148daa56c3d",
@@ -457,8 +459,8 @@ and say so in CHANGELOG.md.
 @pytest.mark.parametrize("experiment", [pytest.param(name, id=name) for name in CELL_IDS])
 def test_cells_keep_their_ids(experiment: str) -> None:
     """On every machine and in every folder: the paths name what is not there, so their names count."""
-    reads_files = experiment in ("decode", "quality_speed", "router_swap", "speculation")
-    paths = ["model.path=no-model", "workload.path=no-text"] if reads_files else []
+    on_files = experiment in ("decode", "prune", "quality_speed", "quantize", "router_swap", "speculation")
+    paths = ["model.path=no-model", "workload.path=no-text"] if on_files else []
     assert cell_id(moe_lab.compose([f"experiment={experiment}", "device=cpu", *paths])) == CELL_IDS[experiment]
 
 

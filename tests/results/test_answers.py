@@ -82,6 +82,17 @@ def test_take_the_anchor_where_all_others_collapse() -> None:
     )
 
 
+def test_models_with_other_weights_are_no_implementations_of_one() -> None:
+    """Variants that differ in what was changed are judged by quality, also where none is surely faster."""
+    fewer = [
+        row(f"fewer{n}", (1.0, 0.9, 1.1), **quality(0.1 * n), **{"router": "native", "config.model.prune.experts": n})
+        for n in (2, 4)
+    ]
+    whole = {**NATIVE, "config.model.prune.experts": None}
+    (take,) = texts(answered([whole, *fewer]), "take")
+    assert take.startswith("Take native: ") and "fewer" not in take.partition(":")[0]
+
+
 def test_take_what_is_faster_and_no_worse() -> None:
     """With both numbers."""
     found = answered(

@@ -60,6 +60,22 @@ def test_latency_against_bits_has_every_cell_and_a_front(sweep: tuple[Path, Aggr
             assert 1.75 not in front(panel)[0]
 
 
+def test_what_changed_weights_take_is_drawn_beside_the_unchanged_models(sweep: tuple[Path, Aggregate]) -> None:
+    """In their formats; a model without a change takes what it holds. Without changed weights there is no chart."""
+    directory, found = sweep
+    plain = charts.charts(directory, found.runs, found.summary)
+    assert "stored_against_bits" not in {one.name for one in plain.drawn}
+    is_changed = found.runs["router"] == "sinkhorn"
+    runs = found.runs.assign(
+        **{"memory.parameters_mb": 8.0, charts.STORED_MB: is_changed.map({True: 2.5, False: None})}
+    )
+    runs[charts.STORED_MB] = runs[charts.STORED_MB].astype(float)
+    panels = chart(charts.charts(directory, runs, found.summary), "stored_against_bits").panels
+    series = [series for panel in panels if isinstance(panel, Panel) for series in panel.series]
+    assert {value for of in series if "sinkhorn" in of.name for value in of.value} == {2.5}
+    assert {value for of in series if "sinkhorn" not in of.name for value in of.value} == {8.0}
+
+
 def test_bits_by_text_has_a_row_for_each_text_and_a_value_with_its_interval(sweep: tuple[Path, Aggregate]) -> None:
     """Of each variant; the rows' names are the texts', with their dots."""
     panels = drawn(sweep, "bits_by_text").panels

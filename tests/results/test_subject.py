@@ -107,6 +107,21 @@ def test_a_checkpoint_shows_its_shape_by_its_routing(tmp_path: Path) -> None:
     assert found["Workload"].startswith("text (a.txt, b.txt)")
 
 
+def test_the_experts_of_a_checkpoint_are_not_those_that_a_variant_left(tmp_path: Path) -> None:
+    """`model.prune.experts=3` is a variant; its routing shows 5 of 8."""
+    for folder, n in zip(synthetic.sweep(tmp_path, 4), [3, 3, 3, 0], strict=True):
+        texts.add(folder)
+        content = json.loads((folder / RESULT).read_text())
+        content["config"]["model"] = {"name": "checkpoint", "path": "models/olmoe", "ignores": []}
+        content["config"]["model"]["prune"] = {"experts": n, "by": "reap"}
+        (folder / RESULT).write_text(json.dumps(content))
+        with np.load(folder / ROUTING) as old:
+            arrays = dict(old)
+        arrays["counts_LE"] = arrays["counts_LE"][:, : 8 - n]
+        np.savez(folder / ROUTING, **arrays)
+    assert "8 experts" in of(tmp_path)["Model"]
+
+
 @pytest.mark.parametrize(
     ("group", "top_k", "said"),
     [

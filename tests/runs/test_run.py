@@ -385,6 +385,18 @@ def routes(folder: Path) -> np.ndarray:
         return np.stack([trace.ids(index) for index in range(len(trace.layers))])
 
 
+@pytest.mark.parametrize("model", [pytest.param(name, id=name) for name in ("moe_layer", "router")])
+def test_the_routes_of_a_layer_alone_are_recorded(model: str, tmp_path: Path) -> None:
+    """Its input is not ids of tokens."""
+    record = moe_lab.run(quick.compose(model, "measure.record_routing=true"), tmp_path / "run")
+    assert (record.status, record.reason) == ("ok", None)
+    with Trace(tmp_path / "run" / "routes.trace") as trace:
+        tokens = trace.tokens()
+        assert trace.ids(0).shape == (14, 2)
+    assert tokens.sequence.tolist() == [0] * 7 + [1] * 7 and tokens.position.tolist() == [*range(7)] * 2
+    assert set(tokens.token) == {-1}
+
+
 def test_a_recorded_routing_is_replayed(tmp_path: Path) -> None:
     """The same ids for the same tokens; for others, drawn from them; the cell is that of the recording's content."""
     recording = quick.compose("decoder_moe", "router=sinkhorn", "measure.record_routing=true")

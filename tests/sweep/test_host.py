@@ -47,6 +47,7 @@ class Slotted:
         found: list[Event] = []
         while not found or found[-1].kind not in kinds:
             found.append(self.told.get(timeout=180))
+            assert found[-1].kind in (*kinds, "begun", "step", "cell"), found[-1].text
         return found
 
 
@@ -103,7 +104,7 @@ def test_without_a_shared_folder_the_files_are_told(tmp_path: Path) -> None:
         told = {event.cell_id: event.files for event in one.until("end") if event.kind == "cell"}
         assert list(told) == [cell.cell_id for cell in plan.cells]
         for files in told.values():
-            assert files is not None and {"result.json", "samples.npz", "routing.npz", "config.yaml"} <= files.keys()
+            assert files is not None and {"result.json", "samples.npz", "routing.npz", "routes.trace", "config.yaml"} <= files.keys()
         scratch = one.host._scratch
         assert [path.name for path in scratch.iterdir()] == ["here-cpu0.log"] and not (tmp_path / "driver").exists()
     assert not scratch.exists()
