@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="the first of them (default: all)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--mxfp4", action="store_true")
+    parser.add_argument("--bytes", action="store_true", help="256 ids, so that texts need no tokenizer")
     options = parser.parse_args()
     if options.mxfp4 and options.shape != "gpt_oss_20b":
         parser.error("--mxfp4: is of gpt_oss_20b")
@@ -199,6 +200,8 @@ def main() -> None:
     layers = options.layers or shape["num_hidden_layers"]
     if not 1 <= layers <= shape["num_hidden_layers"]:
         parser.error(f"--layers: must be between 1 and {shape['num_hidden_layers']}")
+    if options.bytes:
+        shape |= {"vocab_size": 256, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     write(shape, options.folder, layers, options.device)
     if options.mxfp4:
         quantise(options.folder)
