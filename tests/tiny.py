@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 import moe_lab
+from moe_lab.records import weight_changes
 from moe_lab.records.schema import Record
 from moe_lab.runs.run import Run
 from tests import quick
@@ -67,7 +68,7 @@ def option(group: str, name: str) -> Any:
 
 def keys_of(group: str, name: str) -> dict[str, Any]:
     """The keys of GROUP=NAME that its class is called with, for a test that calls the class itself."""
-    others = {"_target_", "name", "ignores"}
+    others = {"_target_", "name", "ignores", *weight_changes.NODES}
     if group == "router":
         others |= {"top_k", "inner", "calibration_tokens"}
     return {key: value for key, value in option(group, name).items() if key not in others}

@@ -45,7 +45,7 @@ class Step:
     """Passes of one iteration; its time is divided by them."""
 
     def __init__(self, model: nn.Module, x: Tensor, forced: ForcedRouting = None):
-        self.model, self.x, self.device = model, x, x.device
+        self.model, self.x, self.device, self.is_forced = model, x, x.device, forced is not None
         self._forward: Callable[[Tensor], Output] = model if forced is None else partial(model, forced_routing=forced)
         # What goes on between two iterations and is not timed: a decode step is followed by one at the next position.
         self._advance: Callable[[], None] = getattr(model, "advance", _nothing)
@@ -195,7 +195,8 @@ class HotGraphStep(GraphStep):
         Raises:
             MismatchError: they do not.
         """
-        tensors = [self._output.y, *(ids for ids, *_ in self._output.routings)]
+        computed = () if self.is_forced else self._output.routings  # else the pass reads them
+        tensors = [self._output.y, *(ids for ids, *_ in computed)]
         self._graph.replay()
         before = [tensor.clone() for tensor in tensors]
         for tensor in tensors:

@@ -1,7 +1,7 @@
 """config/compose.py: the command line's language in Python.
 
-Its types are in config/schemas.py, the checks that types cannot express in config/checks.py, what is done to Hydra in
-config/hydra_patches.py, and the explanations in config/mistakes.py.
+Its types are in config/schemas.py and config/router_options.py, the checks that types cannot express in
+config/checks.py, what is done to Hydra in config/hydra_patches.py, and the explanations in config/mistakes.py.
 """
 
 from __future__ import annotations

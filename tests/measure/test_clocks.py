@@ -315,6 +315,14 @@ def test_a_hot_graph_is_twenty_passes_and_times_one() -> None:
 
 
 @pytest.mark.gpu
+def test_the_routes_that_a_forced_pass_reads_are_no_outputs() -> None:
+    run = tiny.built(tiny.decoder_moe("device=cuda", "execution=cuda_graph", "workload.load=balanced"))
+    step = run.built.make_step("hot")
+    assert isinstance(step, HotGraphStep)
+    step.check()
+
+
+@pytest.mark.gpu
 def test_a_graph_that_does_not_write_its_outputs_is_found() -> None:
     class Constant(nn.Module):
         def __init__(self) -> None:

@@ -103,8 +103,8 @@ def test_without_a_shared_folder_the_files_are_told(tmp_path: Path) -> None:
         one.host.start(task(plan))
         told = {event.cell_id: event.files for event in one.until("end") if event.kind == "cell"}
         assert list(told) == [cell.cell_id for cell in plan.cells]
-        for files in told.values():
-            assert files is not None and {"result.json", "samples.npz", "routing.npz", "routes.trace", "config.yaml"} <= files.keys()
+        expected = {"result.json", "samples.npz", "routing.npz", "routes.trace", "config.yaml"}
+        assert all(files is not None and expected <= files.keys() for files in told.values())
         scratch = one.host._scratch
         assert [path.name for path in scratch.iterdir()] == ["here-cpu0.log"] and not (tmp_path / "driver").exists()
     assert not scratch.exists()
