@@ -1,18 +1,13 @@
 """Which made-up load is like a trace: a power law and a Dirichlet distribution fitted to it, and how good they are.
 
-The tokens, in the order in which they were computed, are cut into steps of `step_tokens`. Of a layer, with c_r the
-slots of its expert of rank r (by load) in all steps, N their sum, n the slots of a step, s_e the share of expert e in
-one:
+The tokens, in the order in which they were computed, are cut into steps of `step_tokens`; `workloads/fits.py` fits:
 
-    zipf_exponent    a of the shares r^-a / sum r^-a, of the largest likelihood: sum_r c_r ln r / N equals the mean of
-                     ln r under these shares (Clauset et al. 2009, 0706.1062, here of a bounded range).
-                     `workload.load=zipf workload.zipf_exponent=a` makes this load
+    zipf_exponent    of a power law. `workload.load=zipf workload.zipf_exponent=a` makes this load
     zipf_distance    half of the sum of the absolute differences of fitted and true shares: slots in the wrong place
-    concentration    A of s ~ Dirichlet(A m), m the mean shares, by moments of the Dirichlet-multinomial: with
-                     rho = sum_e var(s_e) / sum_e m_e (1 - m_e), A = n (1 - rho) / (n rho - 1). The smaller, the more
-                     the steps differ; none if they differ less than draws by chance would
+    concentration    of a Dirichlet distribution; the smaller, the more the steps differ
 
-and what a kernel sees of it, the mean over steps of the fullest expert's slots over the mean:
+`workload.load=fitted workload.fit=power_law` or `dirichlet` makes these loads in a run. What a kernel sees of them, the
+mean over steps of the fullest expert's slots over the mean:
 
     fullest          of the trace; fullest_zipf, fullest_dirichlet: of the two fits, the second of as many drawn steps
 
@@ -28,44 +23,15 @@ import numpy as np
 import pandas as pd
 
 from moe_lab.analyses.findings import Findings, Line, Plot, columns, percent, times
-from moe_lab.analyses.placement import step_counts
 from moe_lab.analyses.routes import Routes, View
 from moe_lab.intervals import ratio_of_sums
 from moe_lab.records.trace import Layer
-
-_MOST_EXPONENT = 20.0  # above, one expert has all
+from moe_lab.workloads.fits import concentration, drawn_counts, step_counts, zipf_exponent, zipf_shares
 
 
 def of_layer(routes: Routes, cfg: Mapping[str, Any], layers: Sequence[Layer]) -> np.ndarray:
     """Slots of each step and expert [S, E]."""
     return step_counts(routes.ids_TK[routes.view.computed], routes.layer.n_experts, cfg["step_tokens"])
-
-
-def zipf_exponent(counts_E: np.ndarray) -> float:
-    """The exponent of the largest likelihood, by bisection; 0 for even counts."""
-    ranks_E = np.log(np.arange(1, len(counts_E) + 1))
-    wanted = float((np.sort(counts_E)[::-1] * ranks_E).sum() / counts_E.sum())
-    low, high = 0.0, _MOST_EXPONENT
-    for _ in range(60):
-        middle = (low + high) / 2
-        shares_E = zipf_shares(len(counts_E), middle)
-        low, high = (middle, high) if float((shares_E * ranks_E).sum()) > wanted else (low, middle)
-    return low
-
-
-def zipf_shares(n_experts: int, exponent: float) -> np.ndarray:
-    """r^-exponent, r = 1 .. E, of which the sum is 1."""
-    shares_E = np.arange(1, n_experts + 1, dtype=float) ** -exponent
-    return np.asarray(shares_E / shares_E.sum())
-
-
-def concentration(counts_SE: np.ndarray) -> float | None:
-    """A of the Dirichlet-multinomial; None if the steps differ less than by chance."""
-    n = float(counts_SE.sum(axis=1).mean())
-    shares_SE = counts_SE / counts_SE.sum(axis=1, keepdims=True)
-    m_E = shares_SE.mean(axis=0)
-    rho = float(shares_SE.var(axis=0, ddof=1).sum() / (m_E * (1 - m_E)).sum())
-    return n * (1 - rho) / (n * rho - 1) if n * rho > 1 and rho < 1 else None
 
 
 def fullest(counts_SE: np.ndarray) -> np.ndarray:
@@ -91,8 +57,7 @@ def conclude(parts: Sequence[np.ndarray], view: View, cfg: Mapping[str, Any], la
         exponent, A = zipf_exponent(counts_E), concentration(counts_SE)
         fitted_E, m_E = zipf_shares(layer.n_experts, exponent), counts_E / counts_E.sum()
         slots = round(float(counts_SE.sum(axis=1).mean()))
-        drawn_SE = rng.dirichlet(np.maximum(A * m_E, 1e-6), len(counts_SE)) if A is not None else m_E[None]
-        drawn = fullest(rng.multinomial(slots, drawn_SE))
+        drawn = fullest(drawn_counts(counts_SE, slots, len(counts_SE), rng))
         ones = np.ones(len(counts_SE))
         rows.append(
             {

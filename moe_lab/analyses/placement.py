@@ -27,6 +27,7 @@ from moe_lab.analyses.findings import Findings, Plot, columns, line, percent, ti
 from moe_lab.analyses.routes import Routes, View
 from moe_lab.intervals import ratio_of_sums
 from moe_lab.records.trace import Layer
+from moe_lab.workloads.fits import step_counts
 
 PLANS = ("contiguous", "round_robin", "greedy", "eplb", "unique")
 BLIND = ("contiguous", "round_robin")
@@ -104,14 +105,6 @@ def _judge(setting: Setting, counts_SE: np.ndarray, t: int, horizon: int) -> tup
     made_ER = plans.make(plan, counts_SE[t - age - window : t - age], ranks, copies)
     load_HR, unique_HR = plans.loads(plan, made_ER, counts_SE[t : t + horizon])
     return load_HR.max(axis=1).sum(), load_HR.mean(axis=1).sum(), unique_HR.max(axis=1).sum()
-
-
-def step_counts(ids_TK: np.ndarray, n_experts: int, step_tokens: int) -> np.ndarray:
-    """Slots of each step and expert, int64 [S, E]; tokens that do not fill a step are left out."""
-    S = len(ids_TK) // step_tokens
-    ids_TK = ids_TK[: S * step_tokens]
-    cell_TK = np.repeat(np.arange(S), step_tokens)[:, None] * n_experts + ids_TK
-    return np.bincount(cell_TK[ids_TK >= 0], minlength=S * n_experts).reshape(S, n_experts)
 
 
 def conclude(

@@ -71,7 +71,7 @@ def validate(cfg: DictConfig) -> None:
     _more_than_zero(cfg, "measure.target_ci measure.max_time_s sweep.timeout_s")
     _at_least(cfg, "measure.replicates", 1)
     validate_sweep(cfg)
-    for key in ("measure.cache", "workload.phase", "workload.load", "export.view"):
+    for key in ("measure.cache", "workload.phase", "workload.load", "workload.fit", "workload.ids", "export.view"):
         _one_of(cfg, key, CHOICES[key])
     _at_least(cfg, "workload.context_len workload.window measure.quality_tokens", 1)
     if cfg.workload.phase == "decode" and cfg.seq_len % (cfg.workload.get("window") or 1):
@@ -83,9 +83,9 @@ def validate(cfg: DictConfig) -> None:
         raise ValueError(
             f"workload.path={cfg.workload.path}: must be a file, a folder, or a list of files and folders."
         )
-    if cfg.workload.get("load") == "replay" and not cfg.workload.get("trace"):
+    if (load := cfg.workload.get("load")) in ("replay", "fitted") and not cfg.workload.get("trace"):
         raise ValueError(
-            "workload.load=replay: set workload.trace to a trace file, or to the folder of a run with "
+            f"workload.load={load}: set workload.trace to a trace file, or to the folder of a run with "
             "measure.record_routing=true."
         )
     _at_least(cfg, "workload.hot_experts", 1)

@@ -22,7 +22,8 @@ DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 TRANSFORMERS_EXPERTS = ("grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
 ROUTER_IMPLEMENTATIONS = (*IMPLEMENTATIONS, "cuda_ext", "vllm", "sglang", "transformers")
-LOADS = ("native", "balanced", "random", "zipf", "hot", "one_hot", "replay")
+LOADS = ("native", "balanced", "random", "zipf", "hot", "one_hot", "replay", "fitted")
+FITS = ("power_law", "dirichlet")
 PHASES = ("forward", "prefill", "decode")
 CACHES = ("natural", "cold", "hot")
 TIMED = ("layer", "experts")
@@ -33,6 +34,8 @@ PLOTLY = ("inline", "directory", "none")
 ENGINES = ("worker", "ray", "slurm")
 CHOICES: dict[str, tuple[Any, ...]] = {
     "workload.load": LOADS,
+    "workload.fit": FITS,
+    "workload.ids": ("text", "uniform"),
     "workload.phase": PHASES,
     "measure.cache": CACHES,
     "export.view": VIEWS,
@@ -184,13 +187,16 @@ class Workload:
     hot_share: float
     trace: str | None
     trace_layer: int | None
+    trace_consecutive: bool
+    fit: str
 
 
 @dataclass
 class Text(Workload):
-    """Real text."""
+    """Real text, or random ids in its place."""
 
     path: Any
+    ids: str
 
 
 @dataclass

@@ -44,7 +44,10 @@ def own_top_k(router: DictConfig) -> str | None:
 def _predicts_text(cfg: DictConfig) -> bool:
     workload = cfg.workload
     return bool(
-        workload.get("name") == "text" and workload.get("phase") != "decode" and workload.get("load") == "native"
+        workload.get("name") == "text"
+        and workload.get("ids", "text") == "text"
+        and workload.get("phase") != "decode"
+        and workload.get("load") == "native"
     )
 
 
@@ -69,9 +72,15 @@ _RULES = (
     ),
     _Rule(
         "workload.trace workload.trace_layer",
+        lambda c: c.workload.get("load") in ("replay", "fitted"),
+        "only used with workload.load=replay or fitted",
+    ),
+    _Rule(
+        "workload.trace_consecutive",
         lambda c: c.workload.get("load") == "replay",
         "only used with workload.load=replay",
     ),
+    _Rule("workload.fit", lambda c: c.workload.get("load") == "fitted", "only used with workload.load=fitted"),
     _Rule(
         "router experts model.n_experts model.top_k",
         lambda c: _has_experts(c) or "n_dense_layers" not in c.model,
@@ -138,7 +147,7 @@ _RULES = (
     _Rule(
         "measure.quality measure.quality_tokens",
         _predicts_text,
-        "only used with workload=text, workload.phase=forward or prefill, and workload.load=native",
+        "only used with workload=text of its own ids, workload.phase=forward or prefill, and workload.load=native",
         is_refused=False,
     ),
     _Rule("measure.quality_tokens", lambda c: c.measure.quality, "only used with measure.quality=true", False),

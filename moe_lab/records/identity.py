@@ -29,6 +29,9 @@ _LATER: dict[str, Any] = {
     "measure": {"cache": "natural"},
     "workload.trace_layer": None,
     "workload.window": 1,
+    "workload.trace_consecutive": False,
+    "workload.fit": "power_law",
+    "workload.ids": "text",
     "model.timed": "layer",
     "model.top_k": None,
 }

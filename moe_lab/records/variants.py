@@ -50,8 +50,8 @@ def named(content: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, An
     result, model, workload = {**content}, content["model"], content.get("workload", {})
     if "path" in model:
         result["model"] = {**model, "name": identity.model_name(config["model"])}
-    if workload.get("load") == "replay":  # and not by where the tokens come from
-        result["workload"] = {**workload, "name": "replay"}
+    if (load := workload.get("load")) in ("replay", "fitted"):  # and not by where the tokens come from
+        result["workload"] = {**workload, "name": load}
     return result
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from moe_lab.records.fields import PROPERTIES, names
 from moe_lab.records.schema import BUSY, DOES_NOT_HOLD, LAUNCH_BOUND
-from moe_lab.results import contest, numbers, pareto
+from moe_lab.results import alike, contest, numbers, pareto
 from moe_lab.results.contest import Cell, Quality, Setting
 from moe_lab.results.regions import Region, regions
 from moe_lab.results.verdicts import Kind, judged, listed
@@ -27,7 +27,7 @@ _DOUBTFUL = "Speeds are doubtful"
 _ALIKE = 1.15
 """Ratios that differ by more than this factor between settings are given as a range."""
 
-Question = Literal["take", "fastest", "dominated", "price", "not sure", "failed", "skipped"]
+Question = Literal["take", "load", "fastest", "dominated", "price", "not sure", "failed", "skipped"]
 
 
 class Answer(NamedTuple):
@@ -57,6 +57,7 @@ def answers(runs: pd.DataFrame, summary: pd.DataFrame) -> Answers:
     unsure = _unsure(runs, summary, settings)
     every: dict[Question, list[str]] = {
         "take": [] if _loads_differ(summary) else _take(several),
+        "load": alike.sentences(runs, summary),
         **({"not sure": unsure} if unsure and unsure[0].startswith(_DOUBTFUL) else {}),  # before what it is about
         "fastest": _fastest(several),
         "dominated": pareto.sentences(several),

@@ -161,7 +161,7 @@ def _workload(runs: pd.DataFrame, configs: Mapping[tuple[str, ...], Any]) -> str
             parts.append(f"steps of up to {max(map(int, windows))} tokens")
     if found["load"]:
         trace = ""
-        if "replay" in found["load"]:
+        if {"replay", "fitted"} & set(found["load"]):
             layers = _few([text for text in found["trace_layer"] if text != "None"])
             trace = f" of {_few([text for text in found['trace'] if text != 'None'])}"
             trace += f" (layer {layers})" if layers else ""

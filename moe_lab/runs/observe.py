@@ -239,7 +239,9 @@ class Observer:
     def _quality(self) -> dict[str, Any] | None:
         """What the router does to predictions of the workload's text, in whole sequences; None without a text."""
         cfg, built = self.cfg, self.built
-        if cfg.workload.get("name") != "text" or built.decodes or built.forced is not None:
+        if cfg.workload.get("name") != "text" or cfg.workload.get("ids", "text") != "text":
+            return None
+        if built.decodes or built.forced is not None:
             return None  # whole sequences are not what decoding computes, nor a forced load what a router chooses
         vocab_size: Any = built.model.vocab_size
         domains = text.read_domains(cfg.workload.path, vocab_size, getattr(built.model, "tokenizer_file", None))

@@ -48,7 +48,7 @@ from moe_lab.runs.trace import RunTrace
 from moe_lab.runs.unchanged import unchanged_process
 from moe_lab.runs.verify import Verification, verify
 from moe_lab.runs.verify_decode import verify_decode
-from moe_lab.workloads.forced import load_difference, recorded_tokens
+from moe_lab.workloads.forced import load_difference, repeated
 
 log = logging.getLogger("moe_lab")
 
@@ -142,20 +142,17 @@ class Run:
         if not isinstance(built.model, Checkpoint):
             return
         self.warnings += trained.warnings(self.cfg, built.model)
-        if self.cfg.workload.get("name") == "random":
+        key = "workload=random" if self.cfg.workload.get("name") == "random" else "workload.ids=uniform"
+        if key == "workload=random" or self.cfg.workload.get("ids", "text") == "uniform":
             self.warnings.append(
-                "workload=random: a trained model routes random ids differently from text, so load and latency are "
+                f"{key}: a trained model routes random ids differently from text, so load and latency are "
                 "not realistic; use workload=text."
             )
 
     def _look_at_the_load(self, built: Built) -> None:
         """Add a warning if the load of a layer differs from the requested load, and of what a replay repeats."""
-        if built.forced is not None and (n_recorded := recorded_tokens(self.cfg)) not in (None, built.n_tokens):
-            n = built.n_tokens
-            self.warnings.append(
-                f"workload.load=replay: every iteration replays the same {n} token{'s' if n > 1 else ''}, drawn from "
-                f"the {n_recorded} recorded by the seed; the load is that of this draw, so compare several seeds."
-            )
+        if built.forced is not None and (says := repeated(self.cfg, built.n_tokens)) is not None:
+            self.warnings.append(says)
         worst = load_difference(self.cfg, built.model, built.forced)
         if worst is not None and worst > _LOAD_TOLERANCE:
             self.warnings.append(

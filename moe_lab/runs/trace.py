@@ -216,6 +216,13 @@ def _windows(cfg: DictConfig, model: TransformerDecoder, n_tokens: int | None) -
     missing = [f"{name}: shorter than one window (seq_len tokens)" for name in windows.left_out]
     if left_out := len(windows.ids_WS) % batch:
         missing.append(f"the last {left_out} windows, which do not fill a batch")
+    if cfg.workload.get("ids", "text") == "uniform":
+        shape = (len(windows.ids_WS), length + 1)  # with the token that follows
+        ids_WS = text.uniform_ids(shape, model.vocab_size, int(cfg.seed), windows.ids_WS.device)
+        windows = windows._replace(
+            ids_WS=ids_WS[:, :-1], targets_WS=ids_WS[:, 1:], domain_W=torch.zeros_like(windows.domain_W),
+            names=("uniform",),
+        )  # fmt: skip
     return windows, missing
 
 

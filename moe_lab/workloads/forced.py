@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from moe_lab.records import files, inputs, store
 from moe_lab.records.trace import Trace
 from moe_lab.routers.base import Routing
 from moe_lab.workloads import loads
+
+FROM_A_TRACE = ("replay", "fitted")
 
 
 def forces(cfg: DictConfig) -> bool:
@@ -35,12 +38,17 @@ def force_load(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[Routing, .
     if not layers or not forces(cfg):
         return None
     keys, routings = _load_keys(cfg), [Routing(*routing[:2]) for routing in model(x).routings]
-    if load == "replay":
+    if load in FROM_A_TRACE:
         recorded = _trace(cfg.workload.trace, cfg.workload.get("trace_layer"), len(layers))
-        window = cfg.workload.get("window", 1)
-        rows_T = None if window == 1 else _windows(cfg.workload.trace, cfg.batch, window, cfg.seed)
+        make: Callable[..., Routing] = partial(loads.fitted, fit=cfg.workload.get("fit"))
+        if load == "replay":
+            window, consecutive = cfg.workload.get("window", 1), bool(cfg.workload.get("trace_consecutive"))
+            if window > 1 and consecutive:
+                raise ValueError("workload.trace_consecutive=true: windows of the recording are replayed; remove it.")
+            rows_T = None if window == 1 else _windows(cfg.workload.trace, cfg.batch, window, cfg.seed)
+            make = partial(loads.replayed, rows_T=rows_T, consecutive=consecutive)
         return tuple(
-            loads.replayed(ids_TK, routing, layer.weights.n_experts, int(cfg.seed), rows_T)
+            make(ids_TK, routing, layer.weights.n_experts, int(cfg.seed))
             for ids_TK, layer, routing in zip(recorded, layers, routings, strict=True)
         )
     return tuple(
@@ -128,28 +136,46 @@ def _chosen(path: str, layer: int | None, n_recorded: int, n_layers: int) -> ran
     return range(n_recorded)
 
 
-def recorded_tokens(cfg: DictConfig) -> int | None:
-    """How many tokens the recording has that is replayed; None where none is."""
-    if cfg.workload.get("load") != "replay":
+def repeated(cfg: DictConfig, n_tokens: int) -> str | None:
+    """A sentence for a load that the seed drew and that every iteration repeats; None where the load is no draw."""
+    load = cfg.workload.get("load")
+    several = "the load is that of this draw, so compare several seeds."
+    if load == "fitted" and cfg.workload.fit == "dirichlet":
+        return f"workload.fit=dirichlet: every iteration has the load that the seed drew; {several}"
+    if load != "replay":
         return None
     file = inputs.trace_file(cfg.workload.trace)
     if file.name == store.ROUTING:
-        return int(_of_an_older_run(file).shape[1])
-    with Trace(file) as trace:
-        return trace.n_tokens
+        n_recorded = int(_of_an_older_run(file).shape[1])
+    else:
+        with Trace(file) as trace:
+            n_recorded = trace.n_tokens
+    if n_recorded == n_tokens:
+        return None
+    which = "from a place drawn" if cfg.workload.get("trace_consecutive") else "drawn"
+    return (
+        f"workload.load=replay: every iteration replays the same {n_tokens} token{'s' if n_tokens > 1 else ''}, "
+        f"{which} from the {n_recorded} recorded by the seed; {several}"
+    )
 
 
 def load_difference(cfg: DictConfig, model: nn.Module, forced: Sequence[Routing] | None) -> float | None:
     """The largest difference between a layer's load and the requested load (`loads.difference`); None without one."""
     if forced is None:
         return None
-    if cfg.workload.load == "replay":
+    load, layers = cfg.workload.load, moe_layers(model)
+    if load == "replay" or (load == "fitted" and cfg.workload.fit == "dirichlet"):
         return None  # what was drawn is what there is
-    layers = moe_layers(model)
+    recorded: Sequence[np.ndarray | None] = [None] * len(layers)
+    if load == "fitted":
+        recorded = _trace(cfg.workload.trace, cfg.workload.get("trace_layer"), len(layers))
     differences = []
-    for layer, routing in zip(layers, forced, strict=True):
+    for layer, routing, ids_TK in zip(layers, forced, recorded, strict=True):
         E, K = layer.weights.n_experts, routing.expert_ids_TK.shape[1]
-        asked_E = loads.asked_shares(cfg.workload.load, E, K, **_load_keys(cfg))
+        if ids_TK is not None:
+            asked_E: np.ndarray | None = loads.fitted_shares(ids_TK, E)
+        else:
+            asked_E = loads.asked_shares(load, E, K, **_load_keys(cfg))
         if asked_E is not None:
             differences.append(loads.difference(routing.expert_ids_TK, asked_E))
     return max(differences, default=None)

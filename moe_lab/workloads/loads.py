@@ -5,7 +5,10 @@
     zipf       expert of rank r: a share proportional to r^-exponent
     hot        `hot_experts` experts take `hot_share` of the slots between them, the others the rest
     one_hot    one expert takes every token; with K > 1 the others share the other slots
-    replay     the ids that another run recorded; for another T its tokens are drawn from those recorded
+    replay     the ids that another run recorded; for another T its tokens are drawn from those recorded, or follow
+               each other from a place that the seed draws
+    fitted     power_law: zipf with the exponent that is fitted to such a recording; dirichlet: slots drawn from a
+               Dirichlet distribution of a step's shares, fitted to its steps of T tokens (fits.py)
 
 A token cannot have an expert twice, so none gets more than T slots: what a share would ask beyond that goes to the
 next. Which experts are the loaded ones is drawn from the seed. Any counts of at most T that add up to T K can be dealt
@@ -23,6 +26,7 @@ from torch import Tensor
 from moe_lab.ops.hash_uniform import hash_integers, hash_scores, stream_of
 from moe_lab.ops.softmax_topk import top_k
 from moe_lab.routers.base import Routing
+from moe_lab.workloads.fits import drawn_counts, step_counts, zipf_exponent, zipf_shares
 
 
 def dealing_order(E: int) -> np.ndarray:
@@ -86,12 +90,6 @@ def _by_shares(shares_E: np.ndarray, T: int, K: int, seed: int) -> np.ndarray:
     return deal(counts_E, experts_E, T, K)
 
 
-def zipf_shares(E: int, exponent: float) -> np.ndarray:
-    """r^-exponent, r = 1 .. E, of which the sum is 1."""
-    shares_E = np.arange(1, E + 1, dtype=float) ** -exponent
-    return np.asarray(shares_E / shares_E.sum())
-
-
 def hot_shares(E: int, hot_experts: int, hot_share: float) -> np.ndarray:
     """`hot_share` over the first `hot_experts`, the rest over the others."""
     if not 1 <= hot_experts <= E:
@@ -128,28 +126,83 @@ def loaded(load: str, native: Routing, n_experts: int, **keys: float) -> Routing
 
 
 def replayed(
-    recorded_TK: np.ndarray, native: Routing, n_experts: int, seed: int, rows_T: Tensor | None = None
+    recorded_TK: np.ndarray,
+    native: Routing,
+    n_experts: int,
+    seed: int,
+    *,
+    rows_T: Tensor | None = None,
+    consecutive: bool = False,
 ) -> Routing:
     """`native` with recorded ids [T', K], of the rows `rows_T`.
 
     Without `rows_T` they are all rows; if T' is not T, they are drawn with replacement.
 
+    `consecutive`: T tokens that follow each other, from a place that the seed draws.
+
     Raises:
-        ValueError: the recording has another number of experts per token, or ids that the layer does not have.
+        ValueError: the recording has another number of experts per token, ids that the layer does not have, or fewer
+            than T consecutive tokens.
     """
-    (T, K), device = native.expert_ids_TK.shape, native.expert_ids_TK.device
+    T, device = len(native.expert_ids_TK), native.expert_ids_TK.device
     n_recorded = len(recorded_TK)
+    _require_fit(recorded_TK, native, n_experts)
+    if consecutive and n_recorded < T:
+        raise ValueError(
+            f"workload.trace_consecutive=true: the recording has {n_recorded} tokens, but {T} are needed; lower batch "
+            "or seq_len, or use a longer trace."
+        )
+    if rows_T is None:
+        rows_T = _rows(T, n_recorded, seed, consecutive)
+    return Routing(torch.from_numpy(recorded_TK)[rows_T].to(device, torch.int32), native.weights_TK)
+
+
+def _rows(T: int, n_recorded: int, seed: int, consecutive: bool) -> Tensor:
+    """Which recorded tokens are replayed."""
+    if n_recorded == T:
+        return torch.arange(T)
+    among, n = (n_recorded - T + 1, 1) if consecutive else (n_recorded, T)
+    drawn = hash_integers((n,), stream_of(seed, "load", "replay"), among, torch.device("cpu"))
+    return drawn + torch.arange(T) if consecutive else drawn
+
+
+def fitted(recorded_TK: np.ndarray, native: Routing, n_experts: int, seed: int, fit: str) -> Routing:
+    """`native` with ids of the load that is fitted to recorded ids [T', K]: `power_law` or `dirichlet`.
+
+    Raises:
+        ValueError: as `replayed`; or the recording has fewer than two steps of T tokens to fit a distribution to.
+    """
+    (T, K), E = native.expert_ids_TK.shape, n_experts
+    _require_fit(recorded_TK, native, n_experts)
+    if fit == "power_law":
+        ids_TK = _by_shares(fitted_shares(recorded_TK, n_experts), T, K, seed)
+    else:
+        counts_SE = step_counts(recorded_TK, E, T)
+        counts_SE = counts_SE[counts_SE.sum(axis=1) > 0]
+        if len(counts_SE) < 2:
+            raise ValueError(
+                f"workload.fit=dirichlet: the recording has {len(recorded_TK)} tokens, fewer than two steps of {T}; "
+                "lower batch or seq_len, or use a longer trace."
+            )
+        (drawn_E,) = drawn_counts(counts_SE, T * K, 1, np.random.default_rng(seed))
+        ids_TK = deal(apportion(drawn_E, T, K), np.arange(E), T, K)
+    return Routing(torch.from_numpy(ids_TK).to(native.expert_ids_TK.device), native.weights_TK)
+
+
+def fitted_shares(recorded_TK: np.ndarray, n_experts: int) -> np.ndarray:
+    """Those of the power law that is fitted to recorded ids, largest first."""
+    counts_E = np.bincount(recorded_TK[recorded_TK >= 0], minlength=n_experts)
+    return zipf_shares(n_experts, zipf_exponent(counts_E))
+
+
+def _require_fit(recorded_TK: np.ndarray, native: Routing, n_experts: int) -> None:
+    (T, K), n_recorded = native.expert_ids_TK.shape, len(recorded_TK)
     if recorded_TK.shape[1] != K or (n_recorded and int(recorded_TK.max()) >= n_experts) or (T and not n_recorded):
         raise ValueError(
             f"workload.trace: the recording routes {n_recorded} tokens to {recorded_TK.shape[1]} of at least "
             f"{int(recorded_TK.max(initial=-1)) + 1} experts, but this layer uses {K} of {n_experts}; "
             "use a recording of the same model."
         )
-    if rows_T is None and n_recorded == T:
-        rows_T = torch.arange(T)
-    elif rows_T is None:
-        rows_T = hash_integers((T,), stream_of(seed, "load", "replay"), n_recorded, torch.device("cpu"))
-    return Routing(torch.from_numpy(recorded_TK)[rows_T].to(device, torch.int32), native.weights_TK)
 
 
 def asked_shares(load: str, n_experts: int, top_k: int, **keys: float) -> np.ndarray | None:

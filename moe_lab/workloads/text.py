@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.models.tokenizer import Tokenizer
+from moe_lab.ops.hash_uniform import hash_integers, stream_of
 from moe_lab.records import files
 from moe_lab.records.inputs import text_files
 
@@ -206,6 +207,11 @@ def windows(domains: Sequence[Domain], seq_len: int, n_windows: int | None, seed
     )
 
 
+def uniform_ids(shape: tuple[int, ...], vocab_size: int, seed: int, device: torch.device) -> Tensor:
+    """Ids drawn uniformly from the vocabulary in place of a text's, int64: `workload.ids=uniform`."""
+    return hash_integers(shape, stream_of(seed, "workload", "uniform"), vocab_size, device)
+
+
 def text_input(
     *,
     model: nn.Module,
@@ -216,10 +222,12 @@ def text_input(
     dtype: torch.dtype,
     phase: str,
     path: str | Sequence[str] | None,
+    ids: str,
 ) -> Tensor:
     """The model's input: `batch` windows of the texts in `path` (`workload.path`), a row each.
 
-    The model's `tokenizer_file`, if it has one, is the tokenizer.json.
+    With `ids="uniform"` (`workload.ids`) as many windows of ids drawn from the vocabulary. The model's
+    `tokenizer_file`, if it has one, is the tokenizer.json.
 
     Returns:
         int64 token ids [batch, seq_len].
@@ -239,4 +247,6 @@ def text_input(
             f"workload.path={path}: the texts have {len(ids_BS)} windows of seq_len={seq_len} tokens, but {batch} are "
             "needed; lower batch or seq_len (or router.calibration_tokens), or add text."
         )
+    if ids == "uniform":
+        return uniform_ids((batch, seq_len), int(model.vocab_size), seed, device)  # type: ignore[arg-type]
     return ids_BS.to(device)

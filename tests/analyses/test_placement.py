@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moe_lab.analyses import placement
 from moe_lab.analyses.findings import Findings
-from moe_lab.analyses.placement import points, step_counts
+from moe_lab.analyses.placement import points
 from tests.analyses import traces
 
 CFG: dict[str, Any] = {
@@ -58,9 +57,8 @@ def test_the_age_says_which_load_is_seen(tmp_path: Path) -> None:
     assert (table["oracle_load"].drop("contiguous") == 1).all()
 
 
-def test_steps_by_hand() -> None:
-    """Tokens that do not fill a step are left out, unused slots do not count."""
-    assert step_counts(np.array([[0, 1], [1, -1], [2, 0], [2, 1], [0, 1]]), 3, 2).tolist() == [[1, 2, 0], [1, 1, 2]]
+def test_points_by_hand() -> None:
+    """Every horizon, from the first for which the longest window lies in the trace."""
     assert points(10, CFG | {"window": [2, 3], "age": [0, 1], "horizon": 2}) == [4, 6, 8]
 
 

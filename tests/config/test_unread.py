@@ -23,6 +23,8 @@ CASES = [
     ("moe_layer", "workload.hot_experts=2", ["workload.load=hot"]),
     ("moe_layer", "workload.hot_share=0.9", ["workload.load=hot"]),
     ("moe_layer", "workload.trace=folder", ["workload.load=replay"]),
+    ("moe_layer", "workload.fit=dirichlet", ["workload.load=fitted", "workload.trace=folder"]),
+    ("moe_layer", "workload.trace_consecutive=true", ["workload.load=replay", "workload.trace=folder"]),
     ("moe_layer", "workload.trace_layer=1", ["workload.load=replay", "workload.trace=folder"]),
     ("minimal", "measure.routing=true", None),
     ("minimal", "measure.record_routing=true", None),

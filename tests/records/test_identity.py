@@ -437,8 +437,10 @@ CELL_IDS = {
     "demo": "7b1b46ea1ca6",
     "gate_kernels": "59e465fe766a",
     "expert_kernels": "d08afa44f30a",
+    "fitted_load": "076eceb7d39f",
     "layer_load": "15c3385ca5de",
     "quality_speed": "aef74754cffa",
+    "mock_vs_text": "aef74754cffa",
     "router_comparison": "4bfc0cbb9078",
     "router_kernels": "9c578d0ee72d",
     "router_swap": "aef74754cffa",
@@ -459,8 +461,10 @@ and say so in CHANGELOG.md.
 @pytest.mark.parametrize("experiment", [pytest.param(name, id=name) for name in CELL_IDS])
 def test_cells_keep_their_ids(experiment: str) -> None:
     """On every machine and in every folder: the paths name what is not there, so their names count."""
-    on_files = experiment in ("decode", "prune", "quality_speed", "quantize", "router_swap", "speculation")
-    paths = ["model.path=no-model", "workload.path=no-text"] if on_files else []
+    on_files = (
+        "decode", "fitted_load", "mock_vs_text", "prune", "quality_speed", "quantize", "router_swap", "speculation",
+    )  # fmt: skip
+    paths = ["model.path=no-model", "workload.path=no-text"] if experiment in on_files else []
     assert cell_id(moe_lab.compose([f"experiment={experiment}", "device=cpu", *paths])) == CELL_IDS[experiment]
 
 

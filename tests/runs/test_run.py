@@ -441,6 +441,21 @@ def test_windows_of_a_recording_are_replayed(tmp_path: Path) -> None:
         moe_lab.run(quick.compose("decoder_moe", *decode, *old), tmp_path / "fourth")
 
 
+@pytest.mark.parametrize("fit", [pytest.param(fit, id=fit) for fit in ("power_law", "dirichlet")])
+def test_a_load_that_is_fitted_to_a_recording_runs(fit: str, tmp_path: Path) -> None:
+    """The record says so, and that one draw is one draw; what is replayed may be a stretch of the recording."""
+    moe_lab.run(quick.compose("decoder_moe", "measure.record_routing=true", "batch=8"), tmp_path / "first")
+    trace = (f"workload.trace={tmp_path / 'first'}", "batch=2")
+    record = moe_lab.run(quick.compose("decoder_moe", "workload.load=fitted", f"workload.fit={fit}", *trace), tmp_path)
+    assert (record.status, record.implementation["router"]) == ("ok", "forced: fitted")
+    assert any("the load that the seed drew" in text for text in record.warnings) == (fit == "dirichlet")
+    stretch = ("workload.load=replay", "workload.trace_consecutive=true", "measure.record_routing=true")
+    record = moe_lab.run(quick.compose("decoder_moe", *stretch, *trace), tmp_path / "second")
+    assert any("14 tokens, from a place drawn from the 56 recorded" in text for text in record.warnings)
+    whole_LTK, part_LTK = routes(tmp_path / "first"), routes(tmp_path / "second")
+    assert any(np.array_equal(whole_LTK[:, start : start + 14], part_LTK) for start in range(43))
+
+
 def test_a_recording_of_an_older_run_is_replayed(tmp_path: Path) -> None:
     """Its routes are in `routing.npz`."""
     ids_LTK = np.tile(np.array([[3, 1], [0, 4]], np.int32), (2, 7, 1))
@@ -472,7 +487,8 @@ def test_a_recording_that_does_not_fit_is_said(more: list[str], message: str, tm
         moe_lab.run(quick.compose("decoder_moe", "workload.load=replay", *given), tmp_path / "second")
 
 
-def test_a_replay_without_a_recording_is_a_mistake() -> None:
+@pytest.mark.parametrize("load", [pytest.param(load, id=load) for load in ("replay", "fitted")])
+def test_a_load_from_a_recording_that_is_not_named_is_a_mistake(load: str) -> None:
     """Of the configuration: nothing is built."""
-    with pytest.raises(ValueError, match=r"set workload\.trace to a trace file"):
-        Run(quick.compose("decoder_moe", "workload.load=replay"))
+    with pytest.raises(ValueError, match=rf"^workload\.load={load}: set workload\.trace to a trace file"):
+        Run(quick.compose("decoder_moe", f"workload.load={load}"))

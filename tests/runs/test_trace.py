@@ -82,6 +82,14 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     ]
 
 
+def test_random_ids_are_recorded_as_what_they_are(tmp_path: Path) -> None:
+    """Of no text."""
+    trace, _ = recorded(tmp_path / "x.trace", "workload.ids=uniform", n_tokens=1024)
+    with trace:
+        assert trace.domains == ("uniform",) and set(trace.tokens().domain) == {0}
+        assert len(np.unique(trace.tokens().token)) > 200
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_lab.config.schemas import LOADS
+from moe_lab.config.schemas import FITS, LOADS
 from moe_lab.routers.base import Routing
 from moe_lab.routers.contract import check_contract
 from moe_lab.workloads import loads
+from moe_lab.workloads.fits import step_counts
 
 KEYS = {"seed": 0, "zipf_exponent": 1.0, "hot_experts": 2, "hot_share": 0.6}
-FORCED = [load for load in LOADS if load not in ("native", "replay")]
+FORCED = [load for load in LOADS if load not in ("native", "replay", "fitted")]
 SIZES = pytest.mark.parametrize(
     ("T", "E", "K"),
     [
@@ -138,3 +141,82 @@ def test_more_hot_experts_than_there_are_is_an_error() -> None:
     """The key and the number."""
     with pytest.raises(ValueError, match=r"workload\.hot_experts=9.*between 1 and 5"):
         loads.loaded("hot", native(3, 5, 2), 5, **{**KEYS, "hot_experts": 9})
+
+
+def recorded(T: int, E: int, K: int) -> np.ndarray:
+    """Any routes, with experts that are liked more than others."""
+    score_TE = np.random.default_rng(0).gumbel(size=(T, E)) + np.log(loads.zipf_shares(E, 1.0))
+    return np.argsort(-score_TE, axis=1)[:, :K].astype(np.int16)
+
+
+@pytest.mark.parametrize("fit", [pytest.param(fit, id=fit) for fit in FITS])
+@SIZES
+def test_a_fitted_load_keeps_the_contract(fit: str, T: int, E: int, K: int) -> None:
+    """Every slot is used, and the weights stay; another seed gives other ids where there is a choice."""
+    before, ids_TK = native(T, E, K), recorded(max(2 * T, 1), E, K)
+    if fit == "dirichlet" and T == 0:
+        return  # a step of no tokens
+    routing = loads.fitted(ids_TK, before, E, 0, fit)
+    check_contract(routing, T, E, 0)
+    assert bool((routing.expert_ids_TK >= 0).all()) and torch.equal(routing.weights_TK, before.weights_TK)
+    if T > 3 and K < E:
+        other = loads.fitted(ids_TK, before, E, 1, fit)
+        assert not torch.equal(other.expert_ids_TK, routing.expert_ids_TK)
+
+
+def test_a_fitted_power_law_is_zipf_with_the_exponent_of_the_recording() -> None:
+    """Of shares 12, 6, 4, 3 (in any order): exponent 1."""
+    ids_TK = np.repeat([2, 0, 3, 1], [12, 6, 4, 3])[:, None].astype(np.int16)
+    routing = loads.fitted(ids_TK, native(4096, 4, 1), 4, 0, "power_law")
+    zipf = loads.loaded("zipf", native(4096, 4, 1), 4, **KEYS)
+    assert counts(routing, 4).tolist() == counts(zipf, 4).tolist()
+
+
+def test_a_fitted_dirichlet_has_the_mean_of_the_recording() -> None:
+    """Over seeds, expert by expert; and the steps differ as much as those recorded do."""
+    rng, E, T = np.random.default_rng(0), 5, 200
+    shares_SE = rng.dirichlet([6.0, 3.0, 1.0, 1.0, 1.0], 400)
+    ids_TK = np.concatenate([rng.choice(E, T, p=shares_E) for shares_E in shares_SE]).astype(np.int16)[:, None]
+    drawn_SE = np.stack([counts(loads.fitted(ids_TK, native(T, E, 1), E, s, "dirichlet"), E) for s in range(300)])
+    steps_SE = step_counts(ids_TK, E, T)
+    assert drawn_SE.mean(axis=0) == pytest.approx(steps_SE.mean(axis=0), rel=0.15)
+    assert drawn_SE.std(axis=0) == pytest.approx(steps_SE.std(axis=0), rel=0.25)
+
+
+def test_consecutive_tokens_are_a_stretch_of_the_recording() -> None:
+    """From a place that the seed draws; without it they are drawn one by one."""
+    ids_TK = np.arange(100, dtype=np.int16)[:, None]
+    starts = set()
+    for seed in range(8):
+        ids_T = loads.replayed(ids_TK, native(7, 100, 1), 100, seed, consecutive=True).expert_ids_TK[:, 0].tolist()
+        assert ids_T == list(range(ids_T[0], ids_T[0] + 7))
+        starts.add(ids_T[0])
+    assert len(starts) > 4 and max(starts) <= 93
+    drawn = loads.replayed(ids_TK, native(7, 100, 1), 100, 0).expert_ids_TK[:, 0].tolist()
+    assert drawn != list(range(drawn[0], drawn[0] + 7))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        pytest.param(
+            lambda ids_TK: loads.replayed(ids_TK, native(9, 5, 2), 5, 0, consecutive=True),
+            r"workload\.trace_consecutive=true: the recording has 6 tokens, but 9 are needed; lower batch",
+            id="too-short",
+        ),
+        pytest.param(
+            lambda ids_TK: loads.fitted(ids_TK, native(4, 5, 2), 5, 0, "dirichlet"),
+            r"workload\.fit=dirichlet: the recording has 6 tokens, fewer than two steps of 4; lower batch",
+            id="one-step",
+        ),
+        pytest.param(
+            lambda ids_TK: loads.fitted(ids_TK, native(4, 5, 3), 5, 0, "power_law"),
+            r"workload\.trace: .* uses 3 of 5; use a recording of the same model",
+            id="another-k",
+        ),
+    ],
+)
+def test_a_recording_that_does_not_do_is_said(make: Callable[[np.ndarray], Routing], message: str) -> None:
+    """The key, the numbers and what to do."""
+    with pytest.raises(ValueError, match=message):
+        make(recorded(6, 5, 2))

@@ -331,7 +331,9 @@ class Tokens(nn.Module):
             self.tokenizer_file = tokenizer_file
 
 
-def input_of(model: nn.Module, path: str | None, *, batch: int = 3, seq_len: int = 4, seed: int = 0) -> Tensor:
+def input_of(
+    model: nn.Module, path: str | None, *, batch: int = 3, seq_len: int = 4, seed: int = 0, ids: str = "text"
+) -> Tensor:
     return text_input(
         model=model,
         batch=batch,
@@ -341,6 +343,7 @@ def input_of(model: nn.Module, path: str | None, *, batch: int = 3, seq_len: int
         dtype=torch.bfloat16,
         phase="forward",
         path=path,
+        ids=ids,
     )
 
 
@@ -379,3 +382,14 @@ def test_a_model_of_hidden_states_has_no_text(tmp_path: Path) -> None:
     """It names a model that reads tokens."""
     with pytest.raises(ValueError, match=r"workload=text: .*hidden states.*decoder_moe"):
         input_of(Tokens(None), folder(tmp_path, a="text"))
+
+
+def test_random_ids_take_the_place_of_the_texts(tmp_path: Path) -> None:
+    """As many, of the whole vocabulary; other ones for another seed, and as much text is needed."""
+    path = folder(tmp_path / "t", a="a" * 3000)
+    ids_BS = input_of(Tokens(256), path, seq_len=512, ids="uniform")
+    assert ids_BS.dtype == torch.int64 and ids_BS.shape == (3, 512)
+    assert len(ids_BS.unique()) > 200 and int(ids_BS.min()) >= 0 and int(ids_BS.max()) < 256
+    assert not torch.equal(ids_BS, input_of(Tokens(256), path, seq_len=512, ids="uniform", seed=1))
+    with pytest.raises(ValueError, match="5 windows of seq_len=512 tokens, but 6"):
+        input_of(Tokens(256), path, seq_len=512, batch=6, ids="uniform")
