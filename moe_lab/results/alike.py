@@ -40,8 +40,8 @@ def _random_ids(runs: pd.DataFrame) -> Iterator[str]:
             unit = [name for name in (_PATH, "seed") if name in cells]
             made, real = (cells[cells[_IDS] == ids].set_index(unit)[[_GINI, _MOST]] for ids in ("uniform", "text"))
             both = made.index.intersection(real.index)
-            if not len(both) or (real.loc[both] == 0).any(axis=None):
-                continue
+            if not len(both) or (made.loc[both] * real.loc[both] == 0).any(axis=None):
+                continue  # an even load has no ratio
             logs, over = np.log(made.loc[both] / real.loc[both]), _units(real.loc[both])
             beside = f"{made.loc[both, _GINI].mean():.2f} for {real.loc[both, _GINI].mean():.2f}"
             gini.append((_over(logs[_GINI]), f"({beside}) at {_size(*sizes)}"))
