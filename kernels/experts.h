@@ -10,7 +10,7 @@ namespace moe_lab {
 enum class Activation : int { kSilu, kClamped };  // silu(g) u; or gpt-oss's, both clamped: g sigmoid(1.702 g) (u + 1)
 
 constexpr float kClamp = 7.0f, kClampedSlope = 1.702f;
-constexpr int kFewSlots = 1024;                                  // that the blocks of the kernels sort for themselves
+constexpr int kFewSlots = 1024;     // that the blocks of the kernels sort for themselves
 constexpr int kMostNumbers = 2560;  // of slots and experts, in shared memory beside three stages of the largest tiles
 constexpr int kMostSlotsOfOne = 32, kMostVectorsOfOne = 50'000;  // of one token: K; D, and K F
 
