@@ -12,7 +12,7 @@ of C experts (cache_policies.py). With M the misses, P the loads of a prefetch, 
 `static` holds the C experts of a layer that the other parts of the trace use most; a part is a text, or a half of the
 trace (routes.py). `static_hindsight` knows the text itself. A prefetch loads as many experts as a token uses, guessed
 (guesses.py) from the token before, the token's id, its experts in the layer before, or by its own router, asked before
-its input is there. Where there is no guess, nothing is prefetched.
+its input is there. Without a guess nothing is prefetched.
 """
 
 from __future__ import annotations

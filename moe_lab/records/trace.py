@@ -17,7 +17,7 @@ a stretch of tokens, is read without the rest. Of a piece of T tokens:
     PIECE/layer/LAYER/margin     float32 [T]   p_(k) - p_(k+1) of the softmax of the logits; likewise
     PIECE/layer/LAYER/logits     float32 [T, E]  the router's; likewise
     PIECE/layer/LAYER/ahead, pre_attention  int16 [T, min(2 K, E)]: experts that the router would choose before its
-                                 input is there (runs/guesses.py), best first; -1 where there is no guess; likewise
+                                 input is there (runs/guesses.py), best first; -1: not known; likewise
 
 `manifest.json` comes last: an archive without one was not finished. It has
 

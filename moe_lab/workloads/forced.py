@@ -150,7 +150,7 @@ def repeated(cfg: DictConfig, n_tokens: int) -> str | None:
     else:
         with Trace(file) as trace:
             n_recorded = trace.n_tokens
-    if n_recorded == n_tokens:
+    if n_recorded == n_tokens and cfg.workload.get("window", 1) == 1:  # windows are drawn whatever their number
         return None
     which = "from a place drawn" if cfg.workload.get("trace_consecutive") else "drawn"
     return (
