@@ -9,12 +9,22 @@ from moe_lab.records import store
 from moe_lab.records.schema import Latency, Ratio, Record
 
 
-def write(folder: Path, batch: int, window: int, ms: float, ratio: tuple[float, str] | None = None, **more: Any) -> str:
+def write(
+    folder: Path,
+    batch: int,
+    window: int,
+    ms: float,
+    ratio: tuple[float, str] | None = None,
+    *,
+    load: str = "native",
+    seed: int = 0,
+    **more: Any,
+) -> str:
     """The record of a step; `ratio`: to the anchor of that cell_id, with an interval of a tenth to each side."""
-    cell_id = f"{batch:06d}{window:06d}"
-    folder = folder / f"{batch}-{window}{more.get('status', '')}"
+    cell_id = f"{batch:04d}{window:04d}{load == 'replay':d}{seed:03d}"
+    folder = folder / f"{cell_id}{more.get('status', '')}"
     folder.mkdir(parents=True)
-    config = {"batch": batch, "workload": {"phase": "decode", "window": window}}
+    config = {"batch": batch, "seed": seed, "workload": {"phase": "decode", "window": window, "load": load}}
     latency = Latency(n=9, mean=ms, p50=ms, p90=ms, p99=ms, ci95_low=ms, ci95_high=ms, stable=True)
     record = Record(
         **{"status": "ok", "config": config, **more},
@@ -22,6 +32,7 @@ def write(folder: Path, batch: int, window: int, ms: float, ratio: tuple[float, 
         code_id="c",
         latency_ms=latency,
         routing={"layers": [{"layer": 0, "unique_experts": 1.0 + window}, {"layer": 2, "unique_experts": 3.0}]},
+        roofline={"bytes": 10e6 + window * 1e6},
     )
     if ratio is not None:
         record.ratio_to_anchor = Ratio(

@@ -58,6 +58,39 @@ def test_the_best_window_is_said(tmp_path: Path) -> None:
     assert "Drafting is taken to cost nothing" in findings.notes[0]
 
 
+def test_draws_of_replayed_windows_are_pooled(tmp_path: Path) -> None:
+    """Two seeds: geometric means, an interval over the draws; and replay is compared with the model's own routes."""
+    for load, seed, ms in (("native", 0, 2.0), ("replay", 0, 1.0), ("replay", 1, 4.0)):
+        one = write(tmp_path / "r", 1, 1, ms, load=load, seed=seed)
+        write(tmp_path / "r", 1, 2, 2 * ms, (2.0 + 6 * seed, one), load=load, seed=seed)
+    found = cells(str(tmp_path / "r"))
+    assert [(cell["load"], cell["window"], cell["draws"]) for cell in found] == [
+        ("native", 1, 1),
+        ("native", 2, 1),
+        ("replay", 1, 2),
+        ("replay", 2, 2),
+    ]
+    assert [cell["ms"] for cell in found] == [2.0, 4.0, 2.0, 4.0]
+    pooled = found[3]
+    assert pooled["target_efficiency"] == pytest.approx(1 / 4)  # of 1/2 and 1/8
+    assert pooled["target_efficiency_ci95_low"] < 1 / 8 < 1 / 2 < pooled["target_efficiency_ci95_high"]
+    path = traces.write(tmp_path / "x.trace", [[[0], [1], [1], [2]], [[3], [3], [3], [3]]], 4)
+    findings = traces.found(path, speculation, {"cells": found, "acceptance": [0.5], "draft_ms": None})
+    assert "a step takes 1.00 to 1.00 times as long as with the model's own" in findings.sentences[-1]
+    assert len(findings.plots[0].lines) == 2
+
+
+def test_bytes_by_the_trace(tmp_path: Path) -> None:
+    """A step of one token moves 11 MB and loads 2.5 experts of 2 MB; windows of two tokens load 1.5 by the trace."""
+    for window in (1, 2):
+        write(tmp_path / "r", 1, window, 2.0)
+    path = traces.write(tmp_path / "x.trace", [[[0], [1], [1], [2]], [[3], [3], [3], [3]]], 4)
+    cfg = {"cells": cells(str(tmp_path / "r")), "acceptance": [0.5], "draft_ms": None}
+    table = traces.found(path, speculation, cfg).tables["speculation"]
+    assert list(table["mb_measured"]) == [11, 12]
+    assert list(table["mb_predicted"]) == [11 - 1.5 * 2, 11 - 2.0]
+
+
 def test_folders_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     """Nothing there, and two sweeps in one."""
     with pytest.raises(ValueError, match=r"speculation\.results=.*no results of steps of decoding"):
