@@ -6,6 +6,7 @@ import itertools
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -49,15 +50,20 @@ def _tokenizer_of(model: Checkpoint) -> Bytes | Tokenizer:
 
 
 def choose(logits_V: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """The next token, int64 []: the likeliest, or with a temperature one drawn from softmax(logits / temperature)."""
+    """The next token, int64 []: the likeliest, or with a temperature one drawn from softmax(logits / temperature).
+
+    With q exponential, p / q is largest at i with the probability p_i. torch.multinomial does this too, but waits for
+    the device to look whether p is valid.
+    """
     if temperature == 0:
         return logits_V.argmax()
     below_V = logits_V.double() - logits_V.max()  # so that no temperature makes them infinite
-    return torch.multinomial((below_V / temperature).softmax(-1), 1, generator=generator)[0]
+    p_V = (below_V / temperature).softmax(-1)
+    return (p_V / torch.empty_like(p_V).exponential_(generator=generator)).argmax()
 
 
-def _require_logits(logits_V: Tensor, position: int) -> None:
-    if not math.isfinite(logits_V.max().item()):  # NaN if any is; -inf only if all are
+def _require_logits(largest: float, position: int) -> None:
+    if not math.isfinite(largest):  # NaN if any is; -inf only if all are
         raise ValueError(
             f"the logits of position {position} are NaN, +inf or all -inf, so no token can be chosen; check the "
             "weights, and use dtype=bf16 or fp32 if they overflow in fp16."
@@ -148,19 +154,42 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
 
 
 def _tokens(cfg: DictConfig, model: Checkpoint, ids_1N: Tensor, n_prompt: int, temperature: float) -> Iterator[int]:
-    """One chosen token after the other; each is also written into `ids_1N`."""
+    """One chosen token after the other; each is also written into `ids_1N`.
+
+    On CUDA a token is read while the step behind it is computed, so the GPU does not wait for the host.
+    """
     task = Decode(model, model.make_cache(1, ids_1N.shape[1]), n_prompt - 1)
     if n_prompt > 1:
         task.fill(ids_1N)
     step = STEPS[cfg.execution.name](task, ids_1N)
     generator = torch.Generator(ids_1N.device).manual_seed(int(cfg.seed))
+    on_way: deque[Callable[[], int]] = deque()
     for position in range(n_prompt, ids_1N.shape[1]):
         logits_V = step().y[0, -1]
-        _require_logits(logits_V, position - 1)
         token = choose(logits_V, temperature, generator)
         ids_1N[0, position] = token
         task.advance()
-        yield int(token)
+        on_way.append(_reader(token, logits_V, position - 1))
+        if len(on_way) > ids_1N.is_cuda:
+            yield on_way.popleft()()
+    yield from (read() for read in on_way)
+
+
+def _reader(token: Tensor, logits_V: Tensor, position: int) -> Callable[[], int]:
+    """Starts to copy a token to the host; what it returns waits for the token, and raises for logits that are NaN."""
+    chosen = torch.stack([token.double(), logits_V.max().double()])
+    on_host = chosen.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event() if chosen.is_cuda else None
+    if copied is not None:
+        copied.record()
+
+    def read() -> int:
+        if copied is not None:
+            copied.synchronize()
+        _require_logits(float(on_host[1]), position)
+        return int(on_host[0])
+
+    return read
 
 
 def main(prompt: str, cfg: DictConfig, max_tokens: int, temperature: float) -> None:
@@ -183,5 +212,6 @@ def main(prompt: str, cfg: DictConfig, max_tokens: int, temperature: float) -> N
             print()
     if len(stamps) > 1:
         ms = (stamps[-1] - stamps[0]) * 1e3 / (len(stamps) - 1)
-        text = f"{len(stamps)} tokens, {ms:.3g} ms each after the first (execution={cfg.execution.name})"
+        rate = f"{ms:.3g} ms each after the first, {1e3 / ms:.3g} tokens/s"
+        text = f"{len(stamps)} tokens, {rate} (execution={cfg.execution.name})"
         print(f"moe-lab: {text}", file=sys.stderr)

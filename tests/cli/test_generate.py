@@ -85,6 +85,20 @@ def test_a_captured_step_writes_the_same(temperature: float) -> None:
     assert eager == captured
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [pytest.param(t, id=f"temperature{t}") for t in (0.0, 0.9)])
+def test_the_host_waits_for_no_step(temperature: float) -> None:
+    """But for the events of tokens that are being read; a wait of torch's own would be an error."""
+    pieces = generate(composed("device=cuda", "execution=cuda_graph"), PROMPT, 20, temperature)
+    first = next(pieces)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rest = list(pieces)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [first, *rest] == list(generate(composed("device=cuda"), PROMPT, 20, temperature))
+
+
 def test_the_text_stops_at_the_models_longest_sequence(tmp_path: Path) -> None:
     """Nine positions, of which the prompt takes six."""
     path = copied(tmp_path / "short", max_position_embeddings=9)
