@@ -88,7 +88,7 @@ def _pooled(
     efficiencies = [_efficiency(draw, ones[seed]) for seed, draw in draws.items() if seed in ones]
     efficiency = efficiencies[0] if efficiencies else Estimate(None, None, None)
     if len(efficiencies) > 1:
-        logs = np.log([draw.value for draw in efficiencies])
+        logs = np.log(np.array([draw.value for draw in efficiencies], float))
         efficiency = Estimate(float(np.exp(logs.mean())), *mean_interval(logs))
     return {
         "batch": batch,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lab.experts.weights import Activation, activated
+from moe_lab.ops import gemv
 from moe_lab.ops.add_rms_norm import add_rms_norm
 from moe_lab.ops.library import resolve_implementation
 
@@ -20,9 +21,25 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.uses_gemv = False
+
+    def compute_on(self, device: torch.device, *, load: bool = True) -> None:
+        """Decide whether a kernel of its own computes single rows in 16 bits on `device`."""
+        self.uses_gemv = gemv.is_faster(device)
+
+    def use_reference(self) -> None:
+        """From now on compute in plain torch."""
+        self.uses_gemv = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return self.product(x, self.weight, self.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T [+ b] with any weight, as this layer computes it."""
+        is_half = x.dtype == weight.dtype and x.dtype.itemsize == 2
+        if self.uses_gemv and is_half and x.numel() == x.shape[-1] and not torch.compiler.is_compiling():
+            return gemv.gemv(x.reshape(1, -1), weight, bias).view(*x.shape[:-1], -1)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def place_together(*layers: Linear) -> None:
@@ -47,7 +64,7 @@ def project_together(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     bias = _joined(biases) if biases else None
     if weight is None or (biases and bias is None):
         return tuple(layer(x) for layer in layers)
-    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = layers[0].product(x, weight, bias)
     return y.split([len(layer.weight) for layer in layers], dim=-1)  # type: ignore[no-any-return]
 
 

@@ -6,11 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_lab.ops.dependent_launch import begin, is_dependent
+
 
 @triton.jit
 def _kernel(
-    x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, x_stride, residual_stride, D, eps, BLOCK: tl.constexpr
-):
+    x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, x_stride, residual_stride, D, eps,
+    BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    begin(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -43,9 +47,9 @@ def launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Ten
     x_RD, x_stride = _rows(x)
     residual_RD, residual_stride = _rows(residual)
     block = triton.next_power_of_2(width)
-    warps = min(max(block // 512, 1), 16)
+    warps, dependent = min(max(block // 512, 1), 16), is_dependent(x.device)
     _kernel[(x.numel() // width,)](
         x_RD, residual_RD, weight.contiguous(), normed, total, x_stride, residual_stride, width, eps,
-        BLOCK=block, num_warps=warps,
+        BLOCK=block, DEPENDENT=dependent, num_warps=warps, launch_pdl=dependent,
     )  # fmt: skip
     return normed, total

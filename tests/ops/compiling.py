@@ -67,6 +67,8 @@ def _compile(kernel: Any, *arguments: Any, num_warps: int = 4, num_stages: int =
     from triton.compiler import ASTSource
 
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | named
+    if "DEPENDENT" in values:  # ops/dependent_launch.py: so they are launched on an H100, and not where they compile
+        values["DEPENDENT"] = values["launch_pdl"] = True
     signature, constants = {}, {}
     for place, parameter in enumerate(kernel.params):
         value = values[parameter.name]
@@ -79,7 +81,7 @@ def _compile(kernel: Any, *arguments: Any, num_warps: int = 4, num_stages: int =
             constants[(place,)] = value
         else:
             signature[parameter.name] = "i32"
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": values.get("launch_pdl", False)}
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget(*SM_90), options=options)
     shared = compiled.metadata.shared
     assert shared <= SHARED_MEMORY, f"{kernel.__name__} needs {shared} bytes of shared memory"

@@ -1,0 +1,29 @@
+"""Programmatic dependent launch: a kernel is put on the GPU while the one before it still runs (CUDA, sm_90 and later).
+
+A kernel that is launched so (`launch_pdl=True`) calls `begin` before it reads what another kernel has written. All
+kernels here let the next one start only behind their own `begin`; so when a kernel starts, everything but its immediate
+predecessor is complete. What that one does not write may be read before `begin`, such as weights.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def begin(DEPENDENT: tl.constexpr):
+    """Wait for the kernel before this one, and let the next one start."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@cache
+def is_dependent(device: torch.device) -> bool:
+    """Whether kernels on `device` are launched so: the value of DEPENDENT and of `launch_pdl`."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
