@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moe_lab.marks import phase
 from moe_lab.models.kv_cache import LayerCache
 from moe_lab.models.layers import Linear, RMSNorm, place_together, project_together
-from moe_lab.ops.decode_attention import cached_attention, rope_append
+from moe_lab.ops.decode_attention import cached_attention, rope_append, takes
 from moe_lab.ops.library import is_exporting, resolve_implementation
 from moe_lab.ops.rotate import rotate_both
 
@@ -147,7 +147,7 @@ class Attention(nn.Module):
         return LayerCache(self.k.weight.new_zeros(shape), self.k.weight.new_zeros(shape))
 
     def compute_on(self, device: torch.device, *, load: bool = True) -> None:
-        """Decide whether kernels turn queries and keys, and attend to one new token, on `device`."""
+        """Decide whether kernels turn queries and keys, and attend to a few new tokens, on `device`."""
         self.fuses = resolve_implementation("auto", device, op="attention") == "triton"
 
     def forward(
@@ -167,9 +167,9 @@ class Attention(nn.Module):
                 parts = tuple(projection(x_BSD) for projection in self._projections)
             q, k, v = parts[0], parts[1], self._values(parts[-1])  # of the last two one, where values are keys
             q, gate = q.chunk(2, dim=2) if self.output_gate else (q, None)
-            if self.fuses and cache is not None and position_S is not None and x_BSD.shape[1] == 1:
-                y_B1n = self._one_token(q, k, v, cos_Sd, sin_Sd, cache, position_S)
-                return self._out(y_B1n, gate)
+            if self.fuses and cache is not None and position_S is not None and self._takes(len(position_S)):
+                y_BSn = self._few_tokens(q, k, v, cos_Sd, sin_Sd, cache, position_S)
+                return self._out(y_BSn, gate)
             if self.qk_norm == "full":
                 assert self.q_norm is not None and self.k_norm is not None
                 q, k = self.q_norm(q), self.k_norm(k)
@@ -195,18 +195,21 @@ class Attention(nn.Module):
     def _out(self, y_BSn: Tensor, gate_BSn: Tensor | None) -> Tensor:
         return self.o(y_BSn if gate_BSn is None else y_BSn * gate_BSn.sigmoid())  # type: ignore[no-any-return]
 
-    def _one_token(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, position_1: Tensor
+    def _takes(self, n_tokens: int) -> bool:
+        return takes(n_tokens, self.o.weight.shape[1] // self.k.weight.shape[0], self.head_dim)
+
+    def _few_tokens(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, position_S: Tensor
     ) -> Tensor:
-        """What the heads give, for one new token per sequence, by kernels."""
+        """What the heads give, for a few new tokens per sequence, by kernels."""
         norms = [None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm)]
         eps = self.q_norm.eps if self.q_norm is not None else 0.0
-        q, k, v = q.squeeze(1), k.squeeze(1), v.squeeze(1)
         kept = (cache.k_BHNd, cache.v_BHNd)
-        turns = ((cos, sin), position_1, *kept, self.turn_first)
-        q_BHd = rope_append(q, k, v, norms[0], norms[1], eps, self.clip_qkv, *turns)
-        y_BHd = cached_attention(q_BHd, *kept, position_1, self.window, self.scale, self.sinks_H)
-        return y_BHd.flatten(1).unsqueeze(1)
+        turns = ((cos, sin), position_S, *kept, self.turn_first)
+        rows = (part.flatten(0, 1) for part in (q, k, v))
+        q_RHd = rope_append(*rows, norms[0], norms[1], eps, self.clip_qkv, *turns)
+        y_RHd = cached_attention(q_RHd, *kept, position_S, self.window, self.scale, self.sinks_H)
+        return y_RHd.view(*q.shape[:2], -1)
 
     def use_reference(self) -> None:
         """From now on compute in plain torch."""

@@ -1,7 +1,10 @@
-"""Attention of one new token per sequence on a cache, in two ops: what goes into the cache, and what is read from it.
+"""Attention of a few new tokens per sequence on a cache, in two ops: what goes into it, and what is read from it.
 
     rope_append       queries and keys are normed and turned, keys and values written into the cache at the position
     cached_attention  softmax(scale q k^T) v over the positions up to it, and a sink if there is one
+
+Rows of queries, keys and values are tokens: R = B S of them, those of a sequence one after the other. The S positions
+are the same in every sequence, one after the other.
 
 The Triton kernels read the position on the device and touch only what is cached up to it, the keys of a sequence in
 pieces side by side (split-K: FlashDecoding, Dao et al. 2023), so that a batch of one fills a GPU. `models/attention.py`
@@ -15,42 +18,45 @@ from torch import Tensor
 
 from moe_lab.ops.library import call, register
 
+_TILE = 1 << 13  # elements of a query tile
+
 
 def rope_append(
-    q_Bn: Tensor,
-    k_Bm: Tensor,
-    v_Bm: Tensor,
+    q_Rn: Tensor,
+    k_Rm: Tensor,
+    v_Rm: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
     clip: float | None,
     tables: tuple[Tensor, Tensor],
-    position_1: Tensor,
+    position_S: Tensor,
     k_BHNd: Tensor,
     v_BHNd: Tensor,
     turn_first: bool = False,
 ) -> Tensor:
-    """Queries [B, H, d] normed, clamped and turned; keys and values go into the cache at `position_1` in the same way.
+    """Queries [R, H, d] normed, clamped and turned; keys and values go into the cache at `position_S` in the same way.
 
     Args:
-        q_Bn, k_Bm, v_Bm: projections [B, heads * d].
+        q_Rn, k_Rm, v_Rm: projections [R, heads * d].
         q_norm, k_norm: RMSNorm weights of the width d (each head alone) or of the whole projection, which a single head
             of q counts as; None: no norm.
         clip: all three are clamped to +- this, after a norm of the whole projection and before one of each head.
-        tables: cos and sin [1, d] fp32 of the position.
+        tables: cos and sin [S, d] fp32 of the positions.
+        position_S: int64.
         turn_first: the norm of each head comes after the rotation.
     """
     result: Tensor = call(
         "rope_append",
-        q_Bn,
-        k_Bm,
-        v_Bm,
+        q_Rn,
+        k_Rm,
+        v_Rm,
         q_norm,
         k_norm,
         eps,
         float("inf") if clip is None else clip,
         *tables,
-        position_1,
+        position_S,
         k_BHNd,
         v_BHNd,
         turn_first,
@@ -59,25 +65,30 @@ def rope_append(
 
 
 def cached_attention(
-    q_BHd: Tensor,
+    q_RHd: Tensor,
     k_BHNd: Tensor,
     v_BHNd: Tensor,
-    position_1: Tensor,
+    position_S: Tensor,
     window: int | None,
     scale: float | None = None,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """[B, H, d]: attention of each query on the cached positions 0 .. position, of those the last `window`.
+    """[R, H, d]: attention of each query on the cached positions 0 .. its own, of those the last `window`.
 
     Args:
         k_BHNd, v_BHNd: as many heads as q, or fewer, each for as many neighbouring ones of q.
-        position_1: int64 [1].
+        position_S: int64, rising by 1; `takes` says how many.
         scale: None: 1/sqrt(d).
         sinks_H: a logit of each head of q that takes its share of the softmax; None: there are none.
     """
     window = window or k_BHNd.shape[2]
-    result: Tensor = call("cached_attention", q_BHd, k_BHNd, v_BHNd, position_1, window, scale, sinks_H)
+    result: Tensor = call("cached_attention", q_RHd, k_BHNd, v_BHNd, position_S, window, scale, sinks_H)
     return result
+
+
+def takes(n_tokens: int, queries_per_key: int, head_dim: int) -> bool:
+    """Whether the kernels take so many new tokens of a sequence: registers hold a tile of them, for each key head."""
+    return n_tokens == 1 or n_tokens * queries_per_key * max(head_dim, 64) <= _TILE
 
 
 def _append(

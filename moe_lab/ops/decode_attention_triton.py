@@ -54,26 +54,29 @@ def _turned(
 @triton.jit
 def _append_kernel(
     q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, position_ptr, y_ptr, k_cache_ptr, v_cache_ptr,
-    H, H_KV, N, d, q_row, k_row, v_row, cache_row, eps, clip,
+    S, H, H_KV, N, d, q_row, k_row, v_row, cache_row, eps, clip,
     NORM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     begin(DEPENDENT)
-    b = tl.program_id(0).to(tl.int64)
-    position = tl.load(position_ptr)
+    row = tl.program_id(0).to(tl.int64)
+    b, s = row // S, row % S
+    position = tl.load(position_ptr + s)
+    cos_ptr += s * d
+    sin_ptr += s * d
     i = tl.arange(0, BLOCK_D)[None, :]
     if tl.program_id(1) == 0:
         h = tl.arange(0, BLOCK_H)[:, None]
-        q = _turned(q_ptr + b * q_row, q_norm_ptr, cos_ptr, sin_ptr, H, d, eps, clip, NORM, BLOCK_H, BLOCK_D)
-        tl.store(y_ptr + b * H * d + h * d + i, q.to(y_ptr.dtype.element_ty), mask=(h < H) & (i < d))
+        q = _turned(q_ptr + row * q_row, q_norm_ptr, cos_ptr, sin_ptr, H, d, eps, clip, NORM, BLOCK_H, BLOCK_D)
+        tl.store(y_ptr + row * H * d + h * d + i, q.to(y_ptr.dtype.element_ty), mask=(h < H) & (i < d))
     else:
         kv = tl.arange(0, BLOCK_KV)[:, None]  # not h: a name has one shape in both branches
         inside = (kv < H_KV) & (i < d)
         offset = b * cache_row + kv.to(tl.int64) * N * d + position * d + i
         if tl.program_id(1) == 1:
-            k = _turned(k_ptr + b * k_row, k_norm_ptr, cos_ptr, sin_ptr, H_KV, d, eps, clip, NORM, BLOCK_KV, BLOCK_D)
+            k = _turned(k_ptr + row * k_row, k_norm_ptr, cos_ptr, sin_ptr, H_KV, d, eps, clip, NORM, BLOCK_KV, BLOCK_D)
             tl.store(k_cache_ptr + offset, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
         else:
-            v = tl.load(v_ptr + b * v_row + kv * d + i, mask=inside, other=0.0).to(tl.float32)
+            v = tl.load(v_ptr + row * v_row + kv * d + i, mask=inside, other=0.0).to(tl.float32)
             tl.store(v_cache_ptr + offset, _clamped(v, clip).to(v_cache_ptr.dtype.element_ty), mask=inside)
 
 
@@ -82,17 +85,17 @@ def launch_append(
     cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, turn_first: bool,
 ) -> Tensor:  # fmt: skip
     """Run the kernel; arguments and result as `rope_append`."""
-    B, H_KV, N, d = k_cache.shape
-    H = q.shape[1] // d
+    _, H_KV, N, d = k_cache.shape
+    R, H = q.shape[0], q.shape[1] // d
     q, k, v = (part if part.stride(1) == 1 else part.contiguous() for part in (q, k, v))
-    y = q.new_empty(B, H, d)
+    y = q.new_empty(R, H, d)
     norm = 0 if q_norm is None else 1 if q_norm.shape[0] == d and H > 1 else 2
     norm = 3 if turn_first and norm else norm
     block_h, block_kv = triton.next_power_of_2(H), triton.next_power_of_2(H_KV)
     dependent = is_dependent(q.device)
-    _append_kernel[(B, 3)](
+    _append_kernel[(R, 3)](
         q, k, v, q if q_norm is None else q_norm, k if k_norm is None else k_norm, cos, sin, position, y, k_cache,
-        v_cache, H, H_KV, N, d, q.stride(0), k.stride(0), v.stride(0), k_cache.stride(0), eps, clip,
+        v_cache, len(position), H, H_KV, N, d, q.stride(0), k.stride(0), v.stride(0), k_cache.stride(0), eps, clip,
         NORM=norm, BLOCK_H=block_h, BLOCK_KV=block_kv, BLOCK_D=triton.next_power_of_2(d), DEPENDENT=dependent,
         num_warps=8, launch_pdl=dependent,
     )  # fmt: skip
@@ -102,51 +105,53 @@ def launch_append(
 @triton.jit
 def _piece_kernel(
     q_ptr, k_ptr, v_ptr, position_ptr, acc_ptr, max_ptr, sum_ptr, H_KV, N, d, window, cache_row, scale, n_pieces,
-    G: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    S: tl.constexpr, G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """A piece of the keys of one key head, for the G query heads that share it."""
+    """A piece of the keys of one key head, for the G query heads that share it, of each of S new tokens."""
     begin(DEPENDENT)
     pair, piece = tl.program_id(0), tl.program_id(1)
     b, kv = (pair // H_KV).to(tl.int64), pair % H_KV
-    position = tl.load(position_ptr)
-    first = tl.maximum(position - window + 1, 0)
-    g = tl.arange(0, BLOCK_G)
+    r = tl.arange(0, BLOCK_R)  # token by token
     i = tl.arange(0, BLOCK_D)
-    query = pair.to(tl.int64) * G + g
-    q = tl.load(q_ptr + query[:, None] * d + i[None, :], mask=(g[:, None] < G) & (i[None, :] < d), other=0.0)
-    best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_G,), tl.float32)
-    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+    position = tl.load(position_ptr + r // G, mask=r < S * G, other=-1)
+    last = tl.load(position_ptr + S - 1)
+    first = tl.maximum(tl.load(position_ptr) - window + 1, 0)
+    query = (b * S + r // G) * (H_KV * G) + kv * G + r % G
+    of_rows = (r[:, None] < S * G) & (i[None, :] < d)
+    q = tl.load(q_ptr + query[:, None] * d + i[None, :], mask=of_rows, other=0.0)
+    best = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     start = piece * KEYS
-    if (start <= position) & (start + KEYS > first):
+    if (start <= last) & (start + KEYS > first):
         offset = b * cache_row + kv.to(tl.int64) * N * d
         for block in range(0, KEYS, BLOCK_N):
             n = start + block + tl.arange(0, BLOCK_N)
-            seen = (n <= position) & (n >= first)
             where = offset + n[:, None].to(tl.int64) * d + i[None, :]
-            inside = seen[:, None] & (i[None, :] < d)
+            inside = ((n <= last) & (n >= first))[:, None] & (i[None, :] < d)
             k = tl.load(k_ptr + where, mask=inside, other=0.0)
             v = tl.load(v_ptr + where, mask=inside, other=0.0)
-            if G == 1:  # a product of one row needs no tiles
+            if S * G == 1:  # a product of one row needs no tiles
                 scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)[None, :] * scale
             else:
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            scores = tl.where(seen[None, :], scores, float("-inf"))
+            seen = (n[None, :] <= position[:, None]) & (n[None, :] > position[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             known = tl.where(new_best == float("-inf"), 0.0, new_best)  # nothing seen yet
             p = tl.exp(scores - known[:, None])
             kept = tl.exp(best - known)
-            if G == 1:
+            if S * G == 1:
                 acc = acc * kept[:, None] + tl.sum(tl.trans(p) * v.to(tl.float32), axis=0)[None, :]
             else:
                 acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
             total = total * kept + tl.sum(p, axis=1)
             best = new_best
     out = query * n_pieces + piece
-    tl.store(max_ptr + out, best, mask=g < G)
-    tl.store(sum_ptr + out, total, mask=g < G)
-    tl.store(acc_ptr + out[:, None] * d + i[None, :], acc, mask=(g[:, None] < G) & (i[None, :] < d))
+    tl.store(max_ptr + out, best, mask=r < S * G)
+    tl.store(sum_ptr + out, total, mask=r < S * G)
+    tl.store(acc_ptr + out[:, None] * d + i[None, :], acc, mask=of_rows)
 
 
 @triton.jit
@@ -179,22 +184,22 @@ def launch_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, position: Tensor, window: int, scale: float, sinks: Tensor | None
 ) -> Tensor:
     """Run the kernels; arguments and result as `cached_attention`."""
-    (B, H, d), (_, H_KV, N, _) = q.shape, k_cache.shape
+    (R, H, d), (_, H_KV, N, _), S = q.shape, k_cache.shape, len(position)
     G, n_pieces = H // H_KV, triton.cdiv(N, _KEYS)
     q = q.contiguous()
-    acc = torch.empty((B * H, n_pieces, d), dtype=torch.float32, device=q.device)
-    best = torch.empty((B * H, n_pieces), dtype=torch.float32, device=q.device)
+    acc = torch.empty((R * H, n_pieces, d), dtype=torch.float32, device=q.device)
+    best = torch.empty((R * H, n_pieces), dtype=torch.float32, device=q.device)
     total = torch.empty_like(best)
     block_d = max(triton.next_power_of_2(d), 16)
     dependent = is_dependent(q.device)
     block_n = max(16, min(64, 32768 // (block_d * q.element_size())))  # shared memory holds no more
-    _piece_kernel[(B * H_KV, n_pieces)](
+    _piece_kernel[(R // S * H_KV, n_pieces)](
         q, k_cache, v_cache, position, acc, best, total, H_KV, N, d, window, k_cache.stride(0), scale, n_pieces,
-        G=G, BLOCK_G=1 if G == 1 else max(triton.next_power_of_2(G), 16), BLOCK_D=block_d, KEYS=_KEYS, BLOCK_N=block_n,
-        DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
+        S=S, G=G, BLOCK_R=1 if S * G == 1 else max(triton.next_power_of_2(S * G), 16), BLOCK_D=block_d, KEYS=_KEYS,
+        BLOCK_N=block_n, DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
     )  # fmt: skip
     y = torch.empty_like(q)
-    _join_kernel[(B * H,)](
+    _join_kernel[(R * H,)](
         acc, best, total, q if sinks is None else sinks, y, H, d, n_pieces, SINKS=sinks is not None,
         BLOCK_P=triton.next_power_of_2(n_pieces), BLOCK_D=block_d, DEPENDENT=dependent, num_warps=4,
         launch_pdl=dependent,

@@ -184,11 +184,21 @@ def test_advance_visits_each_position_after_the_context_in_turn(context_len: int
 
 
 @models
-@pytest.mark.parametrize("window", [pytest.param(g, id=f"window{g}") for g in (2, 3, 6)])
-def test_a_step_of_several_tokens_is_the_same_as_of_one(options: dict[str, Any], window: int) -> None:
+@pytest.mark.parametrize(
+    ("window", "by_kernels"),
+    [
+        pytest.param(2, False, id="window2"),
+        pytest.param(3, False, id="window3"),
+        pytest.param(3, True, id="window3 by kernels", marks=pytest.mark.slow),
+        pytest.param(6, False, id="window6"),
+    ],
+)
+def test_a_step_of_several_tokens_is_the_same_as_of_one(options: dict[str, Any], window: int, by_kernels: bool) -> None:
     """The logits and routes of the whole pass at each of its tokens, twice round, and from any step on."""
     model, ids_BN = decoder(**options), ids(3, 10)
     whole = model(ids_BN)
+    for block in model.layers:
+        block.attention.fuses = by_kernels
     decode, context = decoding(model, ids_BN, 4, window)
     steps = stepped(decode, ids_BN)
     assert len(steps) == decode.n_steps == 6 // window and steps[0].y.shape == (3, window, VOCAB)

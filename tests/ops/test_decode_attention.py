@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_lab.models.attention import Attention
 from moe_lab.models.kv_cache import LayerCache
-from moe_lab.ops.decode_attention import cached_attention, rope_append
+from moe_lab.ops.decode_attention import cached_attention, rope_append, takes
 from tests.ops.cases import DEVICE, DTYPES
 from tests.ops.compiling import assert_compiles
 
@@ -344,6 +344,71 @@ def test_attention_of_any_length_position_and_window(data: st.DataObject, length
     assert_near(y_BHd, attended(q_BHd, k_BHNd, v_BHNd, position, window))
 
 
+FEW = pytest.mark.parametrize(
+    ("B", "S", "H", "H_KV", "d"),
+    [
+        pytest.param(1, 2, 4, 4, 6, id="two tokens, a key per head"),
+        pytest.param(3, 3, 4, 2, 8, id="three tokens, two heads a key"),
+        pytest.param(2, 8, 3, 1, 64, id="eight tokens, three heads a key"),
+        pytest.param(2, 5, 1, 1, 10, id="five tokens, one head"),
+    ],
+)
+
+
+@FEW
+@pytest.mark.parametrize("window", [pytest.param(w, id=f"window={w}") for w in (None, 1, 5, 130)])
+@pytest.mark.parametrize("position", [pytest.param(p, id=f"from {p}") for p in (0, 125, 150)])
+@DTYPES
+def test_each_of_a_few_tokens_attends_up_to_itself(
+    B: int, S: int, H: int, H_KV: int, d: int, position: int, window: int | None, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Each as if it were alone, also where a piece of keys begins between them; what none may see is NaN."""
+    _, *caches = kept(B, H, H_KV, d, dtype, device)
+    q_BSHd = torch.randn(B, S, H, d, generator=torch.Generator().manual_seed(S)).to(device, dtype)
+    for cache in caches:
+        cache[:, :, position + S :] = math.nan
+        cache[:, :, : 0 if window is None else max(0, position + 1 - window)] = math.nan
+    position_S = torch.arange(position, position + S, device=device)
+    y_RHd = cached_attention(q_BSHd.flatten(0, 1), *caches, position_S, window)
+    assert y_RHd.shape == (B * S, H, d) and y_RHd.dtype == dtype
+    want = [attended(q_BSHd[:, s], *caches, position + s, window) for s in range(S)]
+    assert_near(y_RHd.view(B, S, H, d), torch.stack(want, dim=1), roundings=2)
+
+
+@pytest.mark.parametrize("window", [pytest.param(None, id="all"), pytest.param(70, id="window=70")])
+def test_sinks_of_a_few_tokens(window: int | None, device: torch.device) -> None:
+    """Each head's, for every token."""
+    _, *caches = kept(2, 4, 2, 8, device=device)
+    q_BSHd = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(1)).to(device)
+    sinks_H = torch.tensor([0.0, 1.0, -30.0, 30.0], device=device)
+    position_S = torch.arange(140, 143, device=device)
+    y_RHd = cached_attention(q_BSHd.flatten(0, 1), *caches, position_S, window, 0.3, sinks_H)
+    want = [attended(q_BSHd[:, s], *caches, 140 + s, window, 0.3, sinks_H) for s in range(3)]
+    assert_near(y_RHd.view(2, 3, 4, 8), torch.stack(want, dim=1))
+
+
+@NORMS
+@pytest.mark.parametrize("turn_first", [pytest.param(False, id="norm first"), pytest.param(True, id="turn first")])
+def test_a_few_tokens_are_kept_as_each_alone(norm: str, turn_first: bool, device: torch.device) -> None:
+    """Rows of a sequence follow each other; each has its own position, angles and place in the cache."""
+    if norm == "full" and turn_first:
+        pytest.skip("norms of whole projections come before the rotation")
+    B, S, H, H_KV, d, first = 3, 2, 4, 2, 8, 3
+    many = new_token(B * S, H, H_KV, d, norm, device=device)
+    caches = [torch.zeros(B, H_KV, 7, d, device=device) for _ in range(2)]
+    cos, sin = (torch.cat(part) for part in zip(*(tables(first + s, d, device) for s in range(S)), strict=True))
+    position_S = torch.arange(first, first + S, device=device)
+    q_RHd = rope_append(*many[:5], EPS, 0.7, (cos, sin), position_S, *caches, turn_first)
+    for s in range(S):
+        rows = torch.arange(B, device=device) * S + s
+        alone = New(*(part[rows] for part in many[:3]), *many[3:5], *(torch.zeros_like(part) for part in caches))
+        torch.testing.assert_close(q_RHd[rows], alone.append(0.7, first + s, turn_first=turn_first), rtol=0, atol=0)
+        for cache, want in zip(caches, alone[5:], strict=True):
+            assert torch.equal(cache[:, :, first + s], want[:, :, first + s])
+    assert all(int(cache.any(-1).sum()) == B * H_KV * S for cache in caches)
+
+
 @DTYPES
 def test_of_one_position_the_values_come_back(dtype: torch.dtype, device: torch.device) -> None:
     """To the last bit: the first position, or a window of one."""
@@ -588,6 +653,10 @@ def launches() -> None:
         cached_attention(q_BHd, *new[5:], at(3, CPU), 1)
         sinks_H = torch.zeros(H, dtype=torch.bfloat16)
         cached_attention(new.append(None, 3, turn_first=True), *new[5:], at(3, CPU), None, 0.5, sinks_H)
+    for S, H, H_KV, d in ((8, 8, 1, 128), (2, 4, 4, 128), (2, 8, 1, 512)):
+        assert takes(S, H // H_KV, d)
+        _, *caches = kept(2, H, H_KV, d, torch.bfloat16)
+        cached_attention(torch.empty(2 * S, H, d, dtype=torch.bfloat16), *caches, torch.arange(S), None)
 
 
 def more_launches() -> None:
