@@ -15,6 +15,7 @@ import yaml
 from moe_lab.config import targets
 from moe_lab.errors import ExportError, MismatchError, UnavailableError
 from moe_lab.measure import memory, statistics
+from moe_lab.measure.blocks import Seen
 from moe_lab.measure.clocks import Block
 from moe_lab.records import store
 from moe_lab.records.schema import Latency, Record
@@ -32,6 +33,7 @@ class TimedBlock(NamedTuple):
     round: int
     order: int
     block: Block
+    seen: Seen = Seen()
 
 
 def samples_ms(blocks: Sequence[TimedBlock]) -> np.ndarray:
@@ -50,6 +52,8 @@ def latency_of(
     latency = statistics.summarize(samples_ms(blocks), target_ci, replicates)
     latency.replicate_probe_ms = list(probe_ms)
     latency.cache = cache
+    latency.throttled_blocks = sum(bool(timed.seen.throttled) for timed in blocks)
+    latency.repeated_blocks = sum(timed.seen.repeats for timed in blocks)
     return latency
 
 
@@ -121,6 +125,7 @@ def write(
             "round": np.repeat([timed.round for timed in blocks], lengths),
             "order": np.repeat([timed.order for timed in blocks], lengths),
             "stamp_s": np.concatenate([timed.block.stamp_s for timed in blocks]),
+            "throttled": np.repeat([bool(timed.seen.throttled) for timed in blocks], lengths),
         }
     for name, arrays in ((store.SAMPLES, samples), (store.ROUTING, routing_arrays)):
         if arrays:
