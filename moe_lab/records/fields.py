@@ -75,7 +75,12 @@ THROUGHPUT = (
 )
 
 PHASES = (
-    Field("execution", str, "", "execution mode of the pass that measures the phases"),
+    Field(
+        "execution",
+        str,
+        "",
+        "execution mode of the pass that measures the phases: `cuda_graph` if they are those of a replay's kernels",
+    ),
     *(
         Field(
             name,
@@ -95,6 +100,13 @@ PHASES = (
     Field("other", float, "ms", "time outside of the phases"),
     Field("sum_ms", float, "ms", "sum of all phases: median time of the pass that measures them"),
     Field("launch_gap_ms", float, "ms", "time of the eager pass minus the time of the CUDA graph"),
+    Field(
+        "matched",
+        float,
+        "1",
+        "with `execution=cuda_graph`: share of the replay's time in kernels that an eager pass has in the same order; "
+        "missing if the phases are those of an eager pass",
+    ),
 )
 
 PHASE_SHARES = (

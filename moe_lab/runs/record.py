@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,6 +112,7 @@ def write(
     blocks: Sequence[TimedBlock],
     routing_arrays: Mapping[str, np.ndarray],
     trace: RunTrace | None,
+    timeline: Sequence[Mapping[str, Any]] | None,
     folder: Path,
 ) -> None:
     """`result.json` last: where it stands, the rest does too. What an earlier run left and this one has not goes."""
@@ -136,6 +139,11 @@ def write(
         trace.write(folder / store.TRACE)
     else:
         (folder / store.TRACE).unlink(missing_ok=True)
+    if timeline is not None:
+        content = json.dumps({"displayTimeUnit": "ns", "traceEvents": timeline}).encode()
+        store.write_atomic(folder / store.TIMELINE, gzip.compress(content, mtime=0))
+    else:
+        (folder / store.TIMELINE).unlink(missing_ok=True)
     store.write_record(folder, record)
 
 

@@ -30,6 +30,7 @@ from moe_lab.measure.blocks import Blocks
 from moe_lab.measure.clocks import Block
 from moe_lab.measure.device_lock import DeviceLock
 from moe_lab.measure.energy import Meter
+from moe_lab.measure.kernels import Event
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models import Output
 from moe_lab.models.checkpoint import Checkpoint
@@ -85,6 +86,7 @@ class Run:
         self.observed: dict[str, Any] = {}
         self.routing_arrays: dict[str, np.ndarray] = {}
         self.trace: RunTrace | None = None
+        self.timeline: list[Event] | None = None
         # Of a single run most were refused; in a sweep they may be another cell's.
         without_effect = unread(cfg, cfg.overrides, in_a_sweep=True, only_refused=False)
         self.warnings: list[str] = list(without_effect.values())
@@ -270,7 +272,7 @@ class Run:
         finally:
             self.observed |= observer.values
             self.routing_arrays |= observer.routing_arrays
-            self.trace = observer.trace
+            self.trace, self.timeline = observer.trace, observer.timeline
             self.warnings += observer.warnings
 
     @property
@@ -374,7 +376,7 @@ class Run:
         """Write the record and everything beside it into the run's folder."""
         if os.getpid() != self._process:
             os._exit(1)  # a fork that a router made: the run is its parent's
-        recording.write(record, self.blocks, self.routing_arrays, self.trace, self.directory)
+        recording.write(record, self.blocks, self.routing_arrays, self.trace, self.timeline, self.directory)
 
 
 def _kept(output: Output) -> Output:

@@ -20,6 +20,7 @@ from moe_lab.measure import environment, memory
 from moe_lab.measure.blocks import Seen
 from moe_lab.measure.clocks import Block
 from moe_lab.measure.probe import Probe
+from moe_lab.measure.profile import has_used_cupti
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models.parameters import parameter_bytes, shareable
 from moe_lab.records import identity, store
@@ -102,6 +103,10 @@ class Bench:
         with self._step(cell_id) as run:
             block = run.time_block(n)
             return block.ms, block.stamp_s
+
+    def has_used_cupti(self) -> bool:
+        """See `measure.profile`."""
+        return has_used_cupti()
 
     def probe(self, cell_id: str) -> float | None:
         """Milliseconds of a fixed piece of work on the device of this run; None if no memory is left for it."""

@@ -108,6 +108,7 @@ class Group:
             with self._lock:
                 if any(member.cell.config["measure"]["energy"] for member in self.members):
                     self._meter = Meter.of(self._lock.device_id, self._measure["cache"])
+                self._leave_cupti(self.members)
                 members = [member for member in self.members if self._alone(member)]
                 for together in self._fitting(members):
                     self._time(together)
@@ -129,6 +130,12 @@ class Group:
         """Whether this run's record is there and ok: from then on nothing touches it, however the worker ends."""
         record = store.find_record(member.folder) if member.is_finished else None
         return record is not None and record.status == "ok"  # an earlier one was set aside before the run
+
+    def _leave_cupti(self, members: Sequence[Member]) -> None:
+        """Go on in a fresh process after a profile, but for graphs: what it leaves behind may slow launches down."""
+        launches = any(member.cell.config["execution"]["name"] != "cuda_graph" for member in members)
+        if launches and self._lock.device_id.startswith("GPU-") and self.engine.call("has_used_cupti"):
+            self.engine.renew()
 
     def _alone(self, member: Member) -> bool:
         """Build and verify one member with none beside it. False if that failed."""
@@ -193,6 +200,7 @@ class Group:
     def _time(self, together: list[Member]) -> None:
         """Time a subgroup in every replicate; who fails is recorded and removed, and the others start again."""
         while any(member.is_recorded for member in together):
+            self._leave_cupti(together)
             self.timed, self._probe_ms, self._watch = together, [], Watch(self._lock)
             for member in together:
                 member.blocks = []
@@ -313,6 +321,6 @@ def write(cell: Cell, status: Literal["failed", "skipped"], reason: str) -> None
     """Write the record of a cell that a worker cannot write: excluded, or lost."""
     store.own_folder(cell.directory)
     store.set_aside_unreadable(cell.directory)
-    for left in (store.SAMPLES, store.ROUTING, store.TRACE):
+    for left in (store.SAMPLES, store.ROUTING, store.TRACE, store.TIMELINE):
         (cell.directory / left).unlink(missing_ok=True)
     store.write_record(cell.directory, cell.record(status, reason))
