@@ -454,10 +454,12 @@ def _where_time_goes(runs: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]
     """Milliseconds of the cells whose phases agree with the latency, and shares of the others."""
     title = "Where the time goes"
     shares = f"{title}, as shares: the pass that measured this took more than {AGREES:.0%} longer or shorter"
-    runs = runs.assign(variant=runs["variant"] + _of_a_replay(runs).map({True: " (replay)", False: ""}))
+    replays = _of_a_replay(runs)
+    runs = runs.assign(variant=runs["variant"] + replays.map({True: " (replay)", False: ""}))
+    whose = "a pass (replay: the kernels of the graph)" if replays.any() else "an eager pass"
     charts = [
-        Chart("phases", "stack", title, "ms of a pass", "", _stacks(runs, _PHASE)),
-        Chart("phase_shares", "stack", shares, "share of a pass", "", _stacks(runs, _SHARE)),
+        Chart("phases", "stack", title, f"ms of {whose}", "", _stacks(runs, _PHASE)),
+        Chart("phase_shares", "stack", shares, f"share of {whose}", "", _stacks(runs, _SHARE)),
     ]
     if not any(chart.panels for chart in charts):
         left_out.append(f"{title}: no cell measured its phases (measure.phases).")

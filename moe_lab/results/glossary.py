@@ -85,7 +85,6 @@ TERMS = {
     "counter share": (
         "How much of the energy may be that of what ran before, because the counter is renewed only now and then."
     ),
-    "replay": "The phases are those of the kernels of the CUDA graph itself, and not of an eager pass.",
     "T": "The tokens of a pass: batch x seq_len. Of decoding it is batch.",
 }
 """Word -> meaning."""

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe_lab
-from moe_lab.measure import energy
+from benchmarks import energy_profiles
+from moe_lab.measure import contention, energy, environment
 from moe_lab.measure.energy import EnergyError, Lap, Meter, Nvml, Rapl, State, resolution_s, summary, warnings
 from moe_lab.records.fields import ENERGY, names
 from tests import quick
@@ -300,3 +302,20 @@ def test_doctor_says_what_is_readable(tmp_path: Path, monkeypatch: pytest.Monkey
     said = energy.readable("GPU-a")
     assert said["energy"].startswith("NVML total energy (the whole GPU with its memory), renewed every")
     assert said["beside energy"] == "power_w, sm_mhz, memory_mhz, temperature_c"
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_the_energy_of_a_long_run_is_power_times_time(tmp_path: Path) -> None:
+    """Within 5 %, of power that a thread sampled meanwhile; the state of the GPU stands with every block."""
+    pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed (pip install 'moe-lab[energy]')")
+    record, over_power = energy_profiles.energy_beside_power(tmp_path, 10)
+    assert over_power == pytest.approx(1, rel=0.05)
+    assert record.energy is not None and None not in record.energy["block_sm_mhz"]
+
+
+@pytest.mark.gpu
+def test_throttle_reasons_of_a_gpu_are_readable() -> None:
+    """All that NVML names."""
+    device_id = environment.device_id(torch.device("cuda"))
+    assert {"GPU power cap", "GPU temperature"} <= set(contention.readable_reasons(device_id))
