@@ -193,6 +193,11 @@ class Meter:
             return cls(None, str(error))
         return meter
 
+    @property
+    def reads(self) -> bool:
+        """Whether there is a counter."""
+        return self._source is not None
+
     def lap(self) -> Lap:
         """What was used since the last call; unknown at the first."""
         if self._source is None:

@@ -242,7 +242,7 @@ class Run:
         """Warm up, then time blocks until the median is known to `target_ci` or `max_time_s` is spent."""
         measure, max_time_s = self.cfg.measure, self.cfg.measure.max_time_s
         meter = Meter.of(lock.device_id, measure.cache) if measure.energy else None
-        least, block_s = (1, _BLOCK_S) if meter is None else (energy.LEAST_BLOCKS, energy.BLOCK_S)
+        least, block_s = (energy.LEAST_BLOCKS, energy.BLOCK_S) if meter and meter.reads else (1, _BLOCK_S)
         n = self.warm_up(min(block_s, max_time_s))
         watch = contention.Watch(lock)
         blocks = Blocks(watch, meter, repeats=measure.throttled == "repeat")

@@ -222,7 +222,7 @@ class Group:
                 self.engine.renew()
             iterations: list[int] = []
             block_s, max_time_s = _SHORT_BLOCK_S if len(together) > 1 else _BLOCK_S, self._measure["max_time_s"]
-            if self._meter is not None:
+            if self._meter and self._meter.reads:
                 block_s = energy.BLOCK_S
             block_s = min(block_s, max_time_s / (2 * _LEAST_ROUNDS if len(together) > 1 else 1))  # time for some rounds
             for member in together:
@@ -236,7 +236,8 @@ class Group:
     def _rounds(self, together: Sequence[Member], iterations: Sequence[int], replicate: int, blocks: Blocks) -> None:
         """Rounds of one block each in shuffled order, until every median is known well enough or the time is spent."""
         measure = self._measure
-        least_rounds = _LEAST_ROUNDS if len(together) > 1 else 1 if self._meter is None else energy.LEAST_BLOCKS
+        alone = energy.LEAST_BLOCKS if self._meter and self._meter.reads else 1
+        least_rounds = _LEAST_ROUNDS if len(together) > 1 else alone
         budget_ms = 1e3 * measure["max_time_s"] * len(together)
         if measure["cache"] == "hot":
             budget_ms /= statistics.HOT_CALLS
