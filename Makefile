@@ -71,7 +71,7 @@ bench-sweep: $(READY) ## What a sweep costs, how fast tables and report are, how
 device-bundle: $(READY) ## Wheels of moe-lab and what a GPU machine without network lacks
 	rm -rf $(BUNDLE) build
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -c constraints.txt -w $(BUNDLE) \
-	  . hydra-core omegaconf antlr4-python3-runtime plotly onnxscript onnx-ir
+	  . hydra-core omegaconf antlr4-python3-runtime plotly onnxscript onnx-ir nvidia-ml-py
 	rm -rf build
 	@echo 'There, in the folder that holds $(BUNDLE):'
 	@echo 'python3 -m pip install --no-index --no-deps --force-reinstall $(BUNDLE)/*.whl'

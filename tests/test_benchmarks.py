@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import add_rms_norm, check, pack_peers, sort_and_combine, tune_experts
+from benchmarks import add_rms_norm, check, energy_profiles, pack_peers, sort_and_combine, tune_experts
 from tests import tiny
 
 FOLDER = tiny.ROOT / "benchmarks"
@@ -142,7 +142,7 @@ def test_a_benchmark_that_is_not_checked_cannot_be_asked_for(monkeypatch: pytest
     "benchmark",
     [
         pytest.param(each, id=each.__name__.rpartition(".")[2])
-        for each in (add_rms_norm, sort_and_combine, tune_experts)
+        for each in (add_rms_norm, energy_profiles, sort_and_combine, tune_experts)
     ],
 )
 def test_what_needs_a_gpu_says_so_in_one_line(

@@ -18,6 +18,7 @@ from moe_lab.cli.listing import groups
 from moe_lab.cli.progress import Terminal
 from moe_lab.config.compose import compose, composing_multirun
 from moe_lab.config.schemas import ROUTER_IMPLEMENTATIONS
+from moe_lab.measure import contention, energy
 from moe_lab.ops import cxx, extension
 from moe_lab.records.schema import Record
 from moe_lab.results.noise import noise_file, read_floor, write_floor
@@ -70,6 +71,8 @@ def show(*, json: bool = False) -> None:
         console.print(f"{option:32} {words}", markup=False)
     for tool, path, purpose in _tools():
         console.print(f"{tool:32} {path or f'not found; needed for {purpose}'}", markup=False)
+    for what, text in _readable(base["device_id"]).items():
+        console.print(f"{what:32} {text}", markup=False)
 
 
 def _tools() -> list[tuple[str, str | None, str]]:
@@ -78,6 +81,14 @@ def _tools() -> list[tuple[str, str | None, str]]:
         ("C++ compiler", cxx.find_cxx(), "execution=compile on a CPU and router.impl=cuda_ext"),
         ("nvcc", extension.find_nvcc(), "building the CUDA extension"),
     ]
+
+
+def _readable(device_id: str | None) -> dict[str, str]:
+    """What `measure.energy` and `measure.throttled` can read of this device, and what not, for people."""
+    if device_id is None:
+        return {}
+    reasons = contention.readable_reasons(device_id)
+    return {**energy.readable(device_id), "throttle reasons": ", ".join(reasons) or "none can be read"}
 
 
 def _content(
@@ -93,6 +104,7 @@ def _content(
             for option, look in zip(options, seen, strict=True)
         ],
         "tools": {name: path for name, path, _ in _tools()},
+        "readable": _readable(base["device_id"]),
     }
 
 

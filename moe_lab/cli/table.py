@@ -22,6 +22,7 @@ from moe_lab.results.numbers import with_interval
 from moe_lab.terminal import Console
 
 _NONE = "-"
+_KERNELS = 3  # of a profile, in a terminal
 _SIZES = ("batch", "seq_len")
 _FIRST_SETTINGS = ("model", "workload", "dtype", "device")
 _MORE_BITS = "delta_bits_per_byte"
@@ -117,6 +118,7 @@ def columns(shown: Sequence[Line], heading: str = "variant") -> list[Column]:
         Column(
             "tokens/s", [numbers.short((record.throughput or {}).get("tokens_per_s")) for record in records], rank=6
         ),
+        Column("J/token", [numbers.short((record.energy or {}).get("j_per_token")) for record in records], rank=6),
         Column("load max/mean", [_load(record) for record in records], rank=7),
         Column("KL to native", [numbers.short((r.quality or {}).get("kl_to_native")) for r in records], rank=8),
         Column("error", [numbers.error(r.check.rel_error) if r.check else _NONE for r in records], rank=10),
@@ -262,8 +264,20 @@ def print_records(records: Iterable[Record]) -> None:
             _say(console, f"{record.status}: {record.reason}", "red" if record.status == "failed" else "yellow")
         for warning in record.warnings:
             _say(console, f"warning: {warning}", "yellow")
+        _say_profile(console, record)
         if record.directory:
             _say(console, "", path=f"{record.directory}/result.json")
+
+
+def _say_profile(console: Console, record: Record) -> None:
+    """The longest kernels of a run that was profiled, and how to look at one of them."""
+    if record.profile is None:
+        return
+    for kernel in record.profile["top"][:_KERNELS]:
+        phase = kernel["phase"] or "outside of the phases"
+        _say(console, f"{numbers.short(kernel['ms'])} ms, {kernel['share']:.0%}: {kernel['name'][:80]} ({phase})")
+    if record.profile["ncu"] is not None:
+        _say(console, record.profile["ncu"])
 
 
 def print_sweep(

@@ -50,6 +50,18 @@ _LABELLED = (
 )
 
 
+_OF_FEW = (
+    "measure.cache",
+    "measure.throttled",
+    "workload.phase",
+    "workload.load",
+    "workload.fit",
+    "workload.ids",
+    "export.view",
+)
+"""Keys with the values of `CHOICES`, of every configuration that has them."""
+
+
 def is_whole(cfg: DictConfig) -> bool:
     """Whether every group has an option."""
     return all(isinstance(cfg.get(group), DictConfig) for group in GROUPS)
@@ -71,7 +83,7 @@ def validate(cfg: DictConfig) -> None:
     _more_than_zero(cfg, "measure.target_ci measure.max_time_s sweep.timeout_s")
     _at_least(cfg, "measure.replicates", 1)
     validate_sweep(cfg)
-    for key in ("measure.cache", "workload.phase", "workload.load", "workload.fit", "workload.ids", "export.view"):
+    for key in _OF_FEW:
         _one_of(cfg, key, CHOICES[key])
     _at_least(cfg, "workload.context_len workload.window measure.quality_tokens", 1)
     if cfg.workload.phase == "decode" and cfg.seq_len % (cfg.workload.get("window") or 1):

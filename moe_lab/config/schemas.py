@@ -26,6 +26,7 @@ LOADS = ("native", "balanced", "random", "zipf", "hot", "one_hot", "replay", "fi
 FITS = ("power_law", "dirichlet")
 PHASES = ("forward", "prefill", "decode")
 CACHES = ("natural", "cold", "hot")
+THROTTLED = ("keep", "repeat")
 TIMED = ("layer", "experts")
 EXECUTIONS = ("eager", "compile", "cuda_graph")
 EXPORTS, VIEWS, OPSETS, AXES = ("none", "netron"), ("modules", "flat"), (18, 23), ("batch", "seq_len")
@@ -38,6 +39,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "workload.ids": ("text", "uniform"),
     "workload.phase": PHASES,
     "measure.cache": CACHES,
+    "measure.throttled": THROTTLED,
     "export.view": VIEWS,
     "export.opset": OPSETS,
     "sweep.stale": STALE,
@@ -228,6 +230,9 @@ class Measure:
     quality_tokens: int | None
     cache: str
     caches: bool
+    energy: bool
+    profile: bool
+    throttled: str
     target_ci: float
     max_time_s: float
     warmup_s: float

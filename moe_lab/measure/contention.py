@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from moe_lab.measure.device_lock import DeviceLock
 from moe_lab.records.schema import BUSY
 
-_CPU = Path("/sys/devices/system/cpu")
+_CPU, _CGROUP = Path("/sys/devices/system/cpu"), Path("/sys/fs/cgroup")
 _LEAST_TICKS = 20  # of 10 ms on each CPU; a shorter time tells nothing
 
 # Above these a run has a warning.
@@ -30,6 +31,9 @@ _REASONS = {
     0x40: "GPU hardware temperature",
     0x80: "GPU power brake",
 }
+# NVML's policies whose violations it counts in ns (nvml.h), for a GPU that waits for the host's look may be idle.
+_POLICIES = {0: "GPU power cap", 1: "GPU temperature"}
+_VIOLATED = 0.1  # share of the time; a shorter one is the moment in which a kernel begins
 
 
 class _Ticks(NamedTuple):
@@ -50,7 +54,8 @@ class Watch:
         self._load = _load_average()
         self._cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._ticks: list[tuple[_Ticks, _Ticks]] = []
-        self._begun: tuple[_Ticks | None, dict[str, int], tuple[int, ...]] | None = None
+        self._begun: tuple[_Ticks | None, tuple[int, ...]] | None = None
+        self._counts: tuple[float, dict[str, int], dict[str, int]] | None = None
         self._throttled: set[str] | None = None
         self._other_runs: int | None = None
         self._frequency: float | None = None
@@ -58,27 +63,45 @@ class Watch:
     def start(self, pids: Iterable[int]) -> None:
         """Begin; the work of these processes is not others'."""
         pids = tuple(dict.fromkeys(pids))
-        self._begun = _ticks(self._cpus, pids), _throttle_counts(self._cpus), pids
+        self._counts = None  # what was counted before is not of what is timed now
         self.look()
+        self._begun = _ticks(self._cpus, pids), pids
 
-    def look(self) -> None:
-        """Note what can only be seen at a moment."""
+    def look(self) -> set[str]:
+        """Note what can be seen now. Returns what has slowed the machine down since the last look."""
         if (others := self.lock.others()) is not None:
             self._other_runs = max(self._other_runs or 0, others)
         if (frequency := _frequency(self._cpus)) is not None:
             self._frequency = min(frequency, self._frequency or frequency)
-        if (reasons := _gpu_reasons(self.lock.device_id)) is not None:
+        reasons = self._throttling()
+        if reasons is not None:
             self._throttled = (self._throttled or set()) | reasons
+        return reasons or set()
+
+    def _throttling(self) -> set[str] | None:
+        """None if nothing of it can be read."""
+        now, gpu = time.perf_counter(), _gpu_reasons(self.lock.device_id)
+        counts, violations = _throttle_counts(self._cpus), _gpu_violations(self.lock.device_id)
+        then, counts_then, violations_then = self._counts or (now, counts, violations)
+        self._counts = now, counts, violations
+        if gpu is None and not counts and not violations:
+            return None
+        found = {reason for reason, count in counts.items() if count > counts_then.get(reason, count)}
+        least_ns = _VIOLATED * (now - then) * 1e9
+        found |= {why for why, ns in violations.items() if ns - violations_then.get(why, ns) > least_ns}
+        return found | (gpu or set())
+
+    def forget(self, reasons: Iterable[str]) -> None:
+        """Of a block that is timed again."""
+        self._throttled = (self._throttled or set()).difference(reasons)
 
     def stop(self) -> None:
         """End, and add to what was seen before."""
         assert self._begun is not None, "call start first"
         self.look()
-        ticks, counts, pids = self._begun
+        ticks, pids = self._begun
         if ticks is not None and (now := _ticks(self._cpus, pids)) is not None:
             self._ticks.append((ticks, now))
-        for reason, count in _throttle_counts(self._cpus).items():
-            self._throttled = (self._throttled or set()) | ({reason} if count > counts.get(reason, count) else set())
         self._begun = None
 
     def seen(self) -> dict[str, Any]:
@@ -151,8 +174,7 @@ def _throttle_counts(cpus: Iterable[int]) -> dict[str, int]:
         group = Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":", 2)[2]
     except (OSError, IndexError):
         group = "/"
-    root = Path("/sys/fs/cgroup")
-    for path in (root / group.strip("/") / "cpu.stat", root / "cpu.stat", root / "cpu" / "cpu.stat"):
+    for path in (_CGROUP / group.strip("/") / "cpu.stat", _CGROUP / "cpu.stat", _CGROUP / "cpu" / "cpu.stat"):
         try:
             fields = dict(line.split() for line in path.read_text().splitlines())
             counts["CPU quota"] = int(fields["nr_throttled"])
@@ -181,16 +203,45 @@ def _number(path: Path) -> int | None:
 
 def _gpu_reasons(device_id: str) -> set[str] | None:
     """Why NVML says that this GPU is slowed down at the moment; None for a CPU, or where NVML is not there."""
-    if not device_id.startswith("GPU-"):
+    bits = ctypes.c_ulonglong()
+    if not _nvml(device_id, "nvmlDeviceGetCurrentClocksThrottleReasons", ctypes.byref(bits)):
         return None
+    return {reason for bit, reason in _REASONS.items() if bits.value & bit}
+
+
+class _Violation(ctypes.Structure):
+    _fields_ = (("reference_us", ctypes.c_ulonglong), ("violated_ns", ctypes.c_ulonglong))
+
+
+def _gpu_violations(device_id: str) -> dict[str, int]:
+    """How long NVML has slowed this GPU down so far, in ns by reason; without what it does not count."""
+    found, time_ = {}, _Violation()
+    for policy, reason in _POLICIES.items():
+        if _nvml(device_id, "nvmlDeviceGetViolationStatus", policy, ctypes.byref(time_)):
+            found[reason] = int(time_.violated_ns)
+    return found
+
+
+def _nvml(device_id: str, function: str, *arguments: Any) -> bool:
+    """Whether this function of NVML's filled its arguments; no package is needed for it."""
+    if not device_id.startswith("GPU-"):
+        return False
+    handle = ctypes.c_void_p()
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        handle, bits = ctypes.c_void_p(), ctypes.c_ulonglong()
-        is_known = (
+        return bool(
             nvml.nvmlInit_v2() == 0
             and nvml.nvmlDeviceGetHandleByUUID(device_id.encode(), ctypes.byref(handle)) == 0
-            and nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle, ctypes.byref(bits)) == 0
+            and getattr(nvml, function)(handle, *arguments) == 0
         )
     except (OSError, AttributeError):
-        return None
-    return {reason for bit, reason in _REASONS.items() if bits.value & bit} if is_known else None
+        return False
+
+
+def readable_reasons(device_id: str) -> list[str]:
+    """What slows the machine down and can be read here, for people."""
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    reasons = set(_throttle_counts(cpus)) | set(_gpu_violations(device_id))
+    if _gpu_reasons(device_id) is not None:
+        reasons |= set(_REASONS.values())
+    return sorted(reasons)

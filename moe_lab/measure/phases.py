@@ -80,6 +80,7 @@ def measure_phases(step: Step, seconds: float, graph_p50_ms: float | None = None
         "other": max(total - named, 0.0),
         "sum_ms": max(total, named),
         "launch_gap_ms": None if graph_p50_ms is None else total - graph_p50_ms,
+        "matched": None,
     }
 
 

@@ -75,7 +75,12 @@ THROUGHPUT = (
 )
 
 PHASES = (
-    Field("execution", str, "", "execution mode of the pass that measures the phases"),
+    Field(
+        "execution",
+        str,
+        "",
+        "execution mode of the pass that measures the phases: `cuda_graph` if they are those of a replay's kernels",
+    ),
     *(
         Field(
             name,
@@ -95,6 +100,13 @@ PHASES = (
     Field("other", float, "ms", "time outside of the phases"),
     Field("sum_ms", float, "ms", "sum of all phases: median time of the pass that measures them"),
     Field("launch_gap_ms", float, "ms", "time of the eager pass minus the time of the CUDA graph"),
+    Field(
+        "matched",
+        float,
+        "1",
+        "with `execution=cuda_graph`: share of the replay's time in kernels that an eager pass has in the same order; "
+        "missing if the phases are those of an eager pass",
+    ),
 )
 
 PHASE_SHARES = (
@@ -363,6 +375,54 @@ CONTENTION = (
     Field("throttled", str, "", "what slowed the CPUs or the GPU down during the timing; empty if nothing did"),
 )
 """What else the machine did meanwhile; what the system does not tell is missing (measure/contention.py)."""
+
+ENERGY = (
+    Field("j_per_token", float, "J", "energy of an iteration divided by its tokens; idle power is not subtracted"),
+    Field("j_per_iteration", float, "J", "energy of the timed blocks divided by their iterations"),
+    Field("joules", float, "J", "energy of the timed blocks, with the moments between them"),
+    Field("seconds", float, "s", "time of these blocks and moments"),
+    Field("mean_power_w", float, "W", "`joules` over `seconds`"),
+    Field("source", str, "", "the counter: `NVML total energy` of a GPU, `RAPL` of a CPU; missing if there is none"),
+    Field("counts", str, "", "what it counts, other processes included"),
+    Field("reason", str, "", "why there is no energy"),
+    Field("resolution_s", float, "s", "time between two changes of the counter, measured before the timing"),
+    Field(
+        "resolution_share",
+        float,
+        "1",
+        "`resolution_s` over what was measured without a break: the whole, or a block where those of other cells lie "
+        "between; up to so much of the energy may be that of what came before",
+    ),
+    Field("sm_mhz", float, "MHz", "clock of the multiprocessors, median over blocks"),
+    Field("memory_mhz", float, "MHz", "clock of the memory, median over blocks"),
+    Field("temperature_c", float, "deg C", "of the GPU, highest after a block"),
+    Field("block_seconds", list[float], "s", "time of each block"),
+    Field("block_joules", list[float], "J", "energy of each block; of a short one `resolution_s` makes it coarse"),
+    Field("block_power_w", list[float], "W", "power after each block, as the GPU averages it"),
+    Field("block_sm_mhz", list[float], "MHz", "clock of the multiprocessors after each block"),
+    Field("block_memory_mhz", list[float], "MHz", "clock of the memory after each block"),
+    Field("block_temperature_c", list[float], "deg C", "after each block"),
+    Field("block_throttled", list[str], "", "what slowed the machine down during each block; empty if nothing did"),
+)
+"""With `measure.energy=true`; see measure/energy.py."""
+
+PROFILE = (
+    Field("execution", str, "", "execution mode of the steps that were profiled"),
+    Field("steps", int, "steps", "profiled steps; times are per step"),
+    Field("kernels_ms", float, "ms", "sum of all kernels and copies on a GPU, of all operations' own time on a CPU"),
+    Field("launches", float, "launches", "kernels and copies, or operations, of a step"),
+    Field("phases_from", str, "", "how the phase of a kernel is known"),
+    *under("phases_ms", (Field("*", None, "ms", "sum of the phase's kernels; `other` outside of the phases"),)),
+    *under(
+        "implementations_ms",
+        (Field("*", None, "ms", "sum of the kernels of an implementation, as `experts=fused`"),),
+    ),
+    Field("ncu", str, "", "a command that profiles one launch of the longest kernel with Nsight Compute"),
+    Field("timeline", str, "", "file beside the record, for ui.perfetto.dev"),
+    Field("timeline_left_out", int, "events", "events of the profile that the file has not, to bound its size"),
+    Field("*", None, "", "`profile.top`: the ten longest kernels (name, calls, ms, share, phase, implementation)"),
+)
+"""With `measure.profile=true`; see measure/profile.py."""
 
 EXPORT = (Field("*", None, "", "values recorded by an export"),)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from moe_lab.records import store
 from moe_lab.records.schema import Record
 
-_BESIDE = (store.SAMPLES, store.ROUTING, store.TRACE, store.LOG)
+_BESIDE = (store.SAMPLES, store.ROUTING, store.TRACE, store.TIMELINE, store.LOG)
 _OF_A_RUN = (store.RESULT, *_BESIDE, "config.yaml", ".hydra", "netron", ".lock")
 _STALE = "stale-"
 _OF_A_SWEEP = (

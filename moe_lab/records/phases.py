@@ -7,7 +7,7 @@ from typing import Any
 
 AGREES = 0.2
 """How far the pass that measured the phases may be from the median latency, as a share of it."""
-OF_THE_PASS = ("execution", "sum_ms", "launch_gap_ms")
+OF_THE_PASS = ("execution", "sum_ms", "launch_gap_ms", "matched")
 """What a record's `phases_ms` says of the whole pass; everything else there is a phase."""
 
 

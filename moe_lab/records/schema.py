@@ -55,6 +55,12 @@ class Latency:
     replicate_probe_ms: Annotated[
         list[float], "ms", "median time of a fixed workload in the same rounds, for each fresh process"
     ] = field(default_factory=list)
+    throttled_blocks: Annotated[
+        int | None, "blocks", "blocks in these samples during which something was seen to slow the machine down"
+    ] = None
+    repeated_blocks: Annotated[
+        int | None, "blocks", "throttled blocks that were discarded and timed again, with `measure.throttled=repeat`"
+    ] = None
 
 
 @dataclass(kw_only=True)
@@ -157,6 +163,8 @@ class Record:
     weight_changes: Annotated[dict[str, Any] | None, fields.WEIGHT_CHANGES] = None
     roofline: Annotated[dict[str, Any] | None, fields.ROOFLINE] = None
     export: Annotated[dict[str, Any] | None, fields.EXPORT] = None
+    energy: Annotated[dict[str, Any] | None, fields.ENERGY] = None
+    profile: Annotated[dict[str, Any] | None, fields.PROFILE] = None
     contention: Annotated[dict[str, Any] | None, fields.CONTENTION] = None
     environment: Annotated[dict[str, Any], fields.ENVIRONMENT] = field(default_factory=dict)
     started: Annotated[str | None, "UTC, ISO 8601", "start of the run"] = None

@@ -22,8 +22,9 @@ from moe_lab.records.schema import Record
 # The files of a run's directory; `PLAN` lies in a sweep's, beside its runs.
 RESULT, SAMPLES, ROUTING, LOG = "result.json", "samples.npz", "routing.npz", "run.log"
 TRACE = "routes.trace"  # with measure.record_routing: see records/trace.py
+TIMELINE = "timeline.json.gz"  # with measure.profile, for ui.perfetto.dev
 UNREADABLE, PLAN = "result.unreadable.json", "plan.json"
-_BESIDE = (SAMPLES, ROUTING, TRACE, LOG)
+_BESIDE = (SAMPLES, ROUTING, TRACE, TIMELINE, LOG)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

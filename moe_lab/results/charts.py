@@ -454,13 +454,22 @@ def _where_time_goes(runs: pd.DataFrame, left_out: list[str]) -> Iterator[Chart]
     """Milliseconds of the cells whose phases agree with the latency, and shares of the others."""
     title = "Where the time goes"
     shares = f"{title}, as shares: the pass that measured this took more than {AGREES:.0%} longer or shorter"
+    replays = _of_a_replay(runs)
+    runs = runs.assign(variant=runs["variant"] + replays.map({True: " (replay)", False: ""}))
+    whose = "a pass (replay: the kernels of the graph)" if replays.any() else "an eager pass"
     charts = [
-        Chart("phases", "stack", title, "ms of an eager pass", "", _stacks(runs, _PHASE)),
-        Chart("phase_shares", "stack", shares, "share of an eager pass", "", _stacks(runs, _SHARE)),
+        Chart("phases", "stack", title, f"ms of {whose}", "", _stacks(runs, _PHASE)),
+        Chart("phase_shares", "stack", shares, f"share of {whose}", "", _stacks(runs, _SHARE)),
     ]
     if not any(chart.panels for chart in charts):
         left_out.append(f"{title}: no cell measured its phases (measure.phases).")
     yield from charts
+
+
+def _of_a_replay(runs: pd.DataFrame) -> pd.Series:
+    """Whether the phases are those of a CUDA graph's own kernels; else of an eager pass."""
+    name = f"{_PHASE}execution"
+    return runs[name].eq("cuda_graph").fillna(False).astype(bool) if name in runs else pd.Series(False, runs.index)
 
 
 def _stacks(runs: pd.DataFrame, prefix: str) -> list[Panel]:

@@ -75,6 +75,16 @@ TERMS = {
         "Another variant of the setting is no worse in quality, time and bytes of experts, and surely better in one of "
         "them. What no other dominates is the Pareto front."
     ),
+    "J / token": (
+        "The energy of an iteration over its tokens, by the device's own counter. It counts all that the device does, "
+        "and idle power is not subtracted."
+    ),
+    "energy x anchor": (
+        "The energy per token over that of the anchor. It has no interval, so nothing is concluded from it."
+    ),
+    "counter share": (
+        "How much of the energy may be that of what ran before, because the counter is renewed only now and then."
+    ),
     "T": "The tokens of a pass: batch x seq_len. Of decoding it is batch.",
 }
 """Word -> meaning."""

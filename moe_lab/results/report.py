@@ -23,10 +23,12 @@ from moe_lab.results.answers import answers
 from moe_lab.results.cards import BITS as BITS_COLUMNS
 from moe_lab.results.cards import RANKS, cards
 from moe_lab.results.charts import Charts, charts
+from moe_lab.results.energy import energy
 from moe_lab.results.figures import figures
 from moe_lab.results.load import UNREADABLE_BECAUSE, Plan, one_line, read_plan
 from moe_lab.results.numbers import bits_per_byte, error, four, interval, ratio, short
 from moe_lab.results.panels import FILE_PANELS
+from moe_lab.results.profiles import profiles
 from moe_lab.results.settings import describe, machines
 from moe_lab.results.subject import facts
 from moe_lab.results.verdicts import Verdict, verdicts
@@ -42,6 +44,7 @@ _MEASURED = (
     ("ms per output token", "throughput.time_per_output_token_ms", four),
     ("tokens / s", "throughput.tokens_per_s", four),
     ("peak MB", "memory.peak_mb", four),
+    ("J / token", "energy.j_per_token", four),
     ("load max / mean", "routing.pooled.load_max_over_mean", four),
     ("dead experts", "routing.pooled.dead_experts", short),
     ("relative error", "check.rel_error", error),
@@ -96,6 +99,8 @@ def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> P
         verdicts=_by_group(summary),
         status=list(dict.fromkeys(runs["status"].astype(str))),
         figures=drawn,
+        energy=energy(runs),
+        profiles=profiles(directory, runs),
         routers=cards(runs),
         ranks=RANKS,
         floor="agreement.reference" in runs and runs["agreement.reference"].notna().any(),
@@ -284,6 +289,7 @@ _COSTS: dict[str, Callable[[Mapping[Any, Any]], Field]] = {
     "experts MB": _plain("routing.pooled.expert_mb", short),
     "median ms": partial(_with_interval, "latency_ms"),
     "x anchor": partial(_with_interval, "ratio_to_anchor"),
+    "J / token": _plain("energy.j_per_token", short),
 }
 """Of a front."""
 _OF_FIRST = ("latency_ms.", "ratio_to_anchor.", "quality.", "agreement.output")

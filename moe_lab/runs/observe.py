@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from moe_lab.measure import phases, roofline, routing_metrics
+from moe_lab.measure import kernels, phases, profile, roofline, routing_metrics
 from moe_lab.measure.agreement import agreement
-from moe_lab.measure.clocks import HotGraphStep
+from moe_lab.measure.clocks import GraphStep, HotGraphStep, Step
+from moe_lab.measure.kernels import Event
+from moe_lab.measure.profile import Profile
 from moe_lab.measure.quality import quality
 from moe_lab.measure.route_flips import compare_routes
 from moe_lab.models.checkpoint import Checkpoint
@@ -28,6 +30,7 @@ from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import identity
 from moe_lab.records.phases import split
 from moe_lab.records.schema import LAUNCH_BOUND
+from moe_lab.records.store import TIMELINE
 from moe_lab.records.trace import Tokens
 from moe_lab.routers.base import Routing
 from moe_lab.runs import build, trained
@@ -50,6 +53,7 @@ class Observer:
         values: what was seen, by the record's field; None where it was not asked for.
         routing_arrays: what goes into `routing.npz`.
         trace: what goes into `routes.trace`, if `measure.record_routing` asks for it.
+        timeline: the events of `timeline.json.gz`, if `measure.profile` asks for it.
         warnings: of what could not be seen.
     """
 
@@ -60,6 +64,7 @@ class Observer:
         self.values: dict[str, Any] = {}
         self.routing_arrays: dict[str, np.ndarray] = {}
         self.trace: RunTrace | None = None
+        self.timeline: list[Event] | None = None
         self.warnings: list[str] = []
 
     def observe(self) -> None:
@@ -79,6 +84,7 @@ class Observer:
             (measure.routing or measure.record_routing, "routing", self._routing),
             (measure.reference_router is not None, "agreement", self._agreement),
             (measure.phases, "phases_ms", self._phases),
+            (measure.profile, "profile", self._profile),
             (measure.roofline, "roofline", self._roofline),
             (measure.quality, "quality", self._quality),
             (True, "weight_changes", self._weight_changes),
@@ -200,8 +206,47 @@ class Observer:
         graph_p50_ms = self.p50_ms if self.cfg.execution.name == "cuda_graph" else None
         seconds = min(1.0, self.cfg.measure.max_time_s / 4)
         measured = phases.measure_phases(self.built.make_step("natural", "eager"), seconds, graph_p50_ms)
+        if graph_p50_ms is not None:
+            measured |= self._phases_of_the_replay()
         phases_ms, self.values["phases_share"] = split(measured, self.p50_ms)
         return phases_ms
+
+    def _phases_of_the_replay(self) -> dict[str, Any]:
+        """What the kernels of the captured graph tell; nothing, and a warning, if their phases are not known."""
+        try:
+            _, found = self._profiled
+            if found.has_phases:
+                return found.phases_ms()
+            reason = found.difference()
+        except Exception as error:
+            log.error("%s", traceback.format_exc())
+            reason = reason_of(error)
+        self.warnings.append(f"phases_ms is of an eager pass, not of the CUDA graph: {reason}")
+        return {}
+
+    @cached_property
+    def _profiled(self) -> tuple[Step, Profile]:
+        """Steps of the run's own execution, with the caches as they come, and their profile."""
+        built = self.built
+        step = built.ready_step() if self.cfg.measure.cache == "natural" else built.make_step("natural")
+        eager = built.make_step("natural", "eager") if isinstance(step, GraphStep) else None
+        return step, Profile(step, eager)
+
+    def _profile(self) -> dict[str, Any]:
+        """The longest kernels of a step; all of them go into the timeline."""
+        step, found = self._profiled
+        every, steps = found.kernels(), len(found.steps)
+        self.timeline, left_out = kernels.bounded(found.events)
+        on_cuda = self.built.x.is_cuda
+        return {
+            "execution": self.cfg.execution.name,
+            "steps": steps,
+            "phases_from": profile.phases_from(step, found),
+            **kernels.table(every, steps, kernels.implementation_of(self.built.implementation())),
+            "ncu": kernels.ncu_command(every, steps, list(self.cfg.overrides)) if on_cuda else None,
+            "timeline": TIMELINE,
+            "timeline_left_out": left_out,
+        }
 
     def _roofline(self) -> dict[str, Any]:
         built, moved = self.built, []

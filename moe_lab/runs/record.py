@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ import yaml
 from moe_lab.config import targets
 from moe_lab.errors import ExportError, MismatchError, UnavailableError
 from moe_lab.measure import memory, statistics
+from moe_lab.measure.blocks import Seen
 from moe_lab.measure.clocks import Block
 from moe_lab.records import store
 from moe_lab.records.schema import Latency, Record
@@ -32,6 +35,7 @@ class TimedBlock(NamedTuple):
     round: int
     order: int
     block: Block
+    seen: Seen = Seen()
 
 
 def samples_ms(blocks: Sequence[TimedBlock]) -> np.ndarray:
@@ -50,6 +54,8 @@ def latency_of(
     latency = statistics.summarize(samples_ms(blocks), target_ci, replicates)
     latency.replicate_probe_ms = list(probe_ms)
     latency.cache = cache
+    latency.throttled_blocks = sum(bool(timed.seen.throttled) for timed in blocks)
+    latency.repeated_blocks = sum(timed.seen.repeats for timed in blocks)
     return latency
 
 
@@ -106,6 +112,7 @@ def write(
     blocks: Sequence[TimedBlock],
     routing_arrays: Mapping[str, np.ndarray],
     trace: RunTrace | None,
+    timeline: Sequence[Mapping[str, Any]] | None,
     folder: Path,
 ) -> None:
     """`result.json` last: where it stands, the rest does too. What an earlier run left and this one has not goes."""
@@ -121,6 +128,7 @@ def write(
             "round": np.repeat([timed.round for timed in blocks], lengths),
             "order": np.repeat([timed.order for timed in blocks], lengths),
             "stamp_s": np.concatenate([timed.block.stamp_s for timed in blocks]),
+            "throttled": np.repeat([bool(timed.seen.throttled) for timed in blocks], lengths),
         }
     for name, arrays in ((store.SAMPLES, samples), (store.ROUTING, routing_arrays)):
         if arrays:
@@ -131,6 +139,11 @@ def write(
         trace.write(folder / store.TRACE)
     else:
         (folder / store.TRACE).unlink(missing_ok=True)
+    if timeline is not None:
+        content = json.dumps({"displayTimeUnit": "ns", "traceEvents": timeline}).encode()
+        store.write_atomic(folder / store.TIMELINE, gzip.compress(content, mtime=0))
+    else:
+        (folder / store.TIMELINE).unlink(missing_ok=True)
     store.write_record(folder, record)
 
 

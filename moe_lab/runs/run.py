@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ from moe_lab.config import targets
 from moe_lab.config.checks import validate
 from moe_lab.config.unread import unread
 from moe_lab.errors import MismatchError, UnavailableError
-from moe_lab.measure import contention, environment, memory, statistics
+from moe_lab.measure import contention, energy, environment, memory, statistics
+from moe_lab.measure.blocks import Blocks
+from moe_lab.measure.clocks import Block
 from moe_lab.measure.device_lock import DeviceLock
+from moe_lab.measure.energy import Meter
+from moe_lab.measure.kernels import Event
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models import Output
 from moe_lab.models.checkpoint import Checkpoint
@@ -77,9 +82,11 @@ class Run:
         self.ratio: Ratio | None = None
         self.probe_ms: list[float] = []  # how fast the machine was, by replicate
         self.contention: dict[str, Any] | None = None  # what else the machine did while this was timed
+        self.counter: dict[str, Any] | None = None  # of energy (`Meter.described`), if that is asked for
         self.observed: dict[str, Any] = {}
         self.routing_arrays: dict[str, np.ndarray] = {}
         self.trace: RunTrace | None = None
+        self.timeline: list[Event] | None = None
         # Of a single run most were refused; in a sweep they may be another cell's.
         without_effect = unread(cfg, cfg.overrides, in_a_sweep=True, only_refused=False)
         self.warnings: list[str] = list(without_effect.values())
@@ -206,17 +213,15 @@ class Run:
     def warm_up(self, block_s: float = _BLOCK_S) -> int:
         """Repeat the step for `measure.warmup_s`, at least once. Returns how many iterations fill `block_s`."""
         step = self.made().ready_step()
-        deadline = time.perf_counter() + self.cfg.measure.warmup_s
+        deadline, once_ms = time.perf_counter() + self.cfg.measure.warmup_s, math.inf
         while True:
-            once_ms = float(step.time_block(1).ms[0]) * step.calls
+            once_ms = min(once_ms, float(step.time_block(1).ms[0]) * step.calls)  # one that was disturbed tells nothing
             if time.perf_counter() >= deadline:
                 return max(1, int(block_s * 1e3 / max(once_ms, 1e-4)))
 
-    def time_block(self, n: int, *, replicate: int = 0, round_: int = 0, order: int = 0) -> TimedBlock:
-        """Time `n` iterations and keep the samples."""
-        timed = TimedBlock(replicate, round_, order, self.made().ready_step().time_block(n))
-        self.blocks.append(timed)
-        return timed
+    def time_block(self, n: int) -> Block:
+        """Time `n` iterations."""
+        return self.made().ready_step().time_block(n)
 
     def samples_ms(self) -> np.ndarray:
         """Every sample so far, in order."""
@@ -235,21 +240,25 @@ class Run:
 
     def measure(self, lock: DeviceLock) -> None:
         """Warm up, then time blocks until the median is known to `target_ci` or `max_time_s` is spent."""
-        max_time_s = self.cfg.measure.max_time_s
-        n = self.warm_up(min(_BLOCK_S, max_time_s))
+        measure, max_time_s = self.cfg.measure, self.cfg.measure.max_time_s
+        meter = Meter.of(lock.device_id, measure.cache) if measure.energy else None
+        least, block_s = (energy.LEAST_BLOCKS, energy.BLOCK_S) if meter and meter.reads else (1, _BLOCK_S)
+        n = self.warm_up(min(block_s, max_time_s))
         watch = contention.Watch(lock)
+        blocks = Blocks(watch, meter, repeats=measure.throttled == "repeat")
         watch.start([os.getpid()])
+        blocks.begin()
         deadline = time.perf_counter() + max_time_s
-        round_ = 0
         while True:
-            self.time_block(n, round_=round_)
-            watch.look()
-            round_ += 1
+            block, seen = blocks.timed(partial(self.time_block, n))
+            self.blocks.append(TimedBlock(0, len(self.blocks), 0, block, seen))
             samples = self.samples_ms()
-            if statistics.is_known(samples, self.cfg.measure.target_ci) or time.perf_counter() >= deadline:
+            is_known = len(self.blocks) >= least and statistics.is_known(samples, measure.target_ci)
+            if is_known or time.perf_counter() >= deadline:
                 break
         watch.stop()
         self.contention = watch.seen()
+        self.counter = None if meter is None else meter.described()
         log.info("timed %d iterations, median %.4g ms", len(samples), np.median(samples))
 
     def observe(self) -> None:
@@ -263,7 +272,7 @@ class Run:
         finally:
             self.observed |= observer.values
             self.routing_arrays |= observer.routing_arrays
-            self.trace = observer.trace
+            self.trace, self.timeline = observer.trace, observer.timeline
             self.warnings += observer.warnings
 
     @property
@@ -319,6 +328,7 @@ class Run:
             check=self.verification.check if self.verification else None,
             router=built.router_properties() if built is not None else None,
             contention=self.contention,
+            energy=(used := self._energy()),
             environment=env,
             started=self.started.isoformat(timespec="seconds"),
             elapsed_s=self._spent_s + time.perf_counter() - self._begun,
@@ -326,12 +336,27 @@ class Run:
                 *self.warnings,
                 *contention.warnings(self.contention),
                 *recording.noise_warnings(latency, target_ci),
+                *energy.warnings(used),
             ],
             **self.observed,
         )
 
     def _latency(self) -> Latency | None:
         return recording.latency_of(self.blocks, self.cfg.measure.target_ci, cache=self._cache, probe_ms=self.probe_ms)
+
+    def _energy(self) -> dict[str, Any] | None:
+        """The record's `energy`; None where it was not asked for, or before anything was timed."""
+        if self.counter is None:
+            return None
+        calls = statistics.HOT_CALLS if self._cache == "hot" else 1
+        return energy.summary(
+            self.counter,
+            [timed.seen.lap for timed in self.blocks],
+            [timed.seen.throttled for timed in self.blocks],
+            passes=calls * len(self.samples_ms()),
+            tokens=build.n_tokens(self.cfg),
+            alone=not self.peers,
+        )
 
     def _memory(self) -> dict[str, float | None] | None:
         if self.built is None:
@@ -351,7 +376,7 @@ class Run:
         """Write the record and everything beside it into the run's folder."""
         if os.getpid() != self._process:
             os._exit(1)  # a fork that a router made: the run is its parent's
-        recording.write(record, self.blocks, self.routing_arrays, self.trace, self.directory)
+        recording.write(record, self.blocks, self.routing_arrays, self.trace, self.timeline, self.directory)
 
 
 def _kept(output: Output) -> Output:

@@ -17,8 +17,10 @@ from torch import Tensor
 from moe_lab.config import targets
 from moe_lab.errors import UnavailableError
 from moe_lab.measure import environment, memory
+from moe_lab.measure.blocks import Seen
 from moe_lab.measure.clocks import Block
 from moe_lab.measure.probe import Probe
+from moe_lab.measure.profile import has_used_cupti
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models.parameters import parameter_bytes, shareable
 from moe_lab.records import identity, store
@@ -99,8 +101,12 @@ class Bench:
     def block(self, cell_id: str, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Time `n` iterations: milliseconds of each, and the host's clock."""
         with self._step(cell_id) as run:
-            block = run.made().ready_step().time_block(n)
+            block = run.time_block(n)
             return block.ms, block.stamp_s
+
+    def has_used_cupti(self) -> bool:
+        """See `measure.profile`."""
+        return has_used_cupti()
 
     def probe(self, cell_id: str) -> float | None:
         """Milliseconds of a fixed piece of work on the device of this run; None if no memory is left for it."""
@@ -121,19 +127,20 @@ class Bench:
     def observe(
         self,
         cell_id: str,
-        blocks: list[tuple[int, int, int, np.ndarray, np.ndarray]],
+        blocks: list[tuple[int, int, int, np.ndarray, np.ndarray, Seen]],
         peers: list[str],
         ratio: Ratio | None,
         peak_bytes: int | None,
         probe_ms: list[float],
         failure: tuple[str, str] | None = None,
         contention: dict[str, Any] | None = None,
+        counter: dict[str, Any] | None = None,
     ) -> None:
         """Observe and write the record, with the samples of all processes. With `failure` only write."""
         with self._step(cell_id) as run:
-            run.blocks = [TimedBlock(r, round_, order, Block(ms, at)) for r, round_, order, ms, at in blocks]
+            run.blocks = [TimedBlock(*of[:3], Block(*of[3:5]), of[5]) for of in blocks]
             run.peers, run.ratio, run.peak_bytes, run.probe_ms = peers, ratio, peak_bytes, probe_ms
-            run.contention = contention
+            run.contention, run.counter = contention, counter
             if failure is None:
                 run.observe()
                 run.export()

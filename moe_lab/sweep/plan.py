@@ -16,7 +16,7 @@ from moe_lab.config import targets
 from moe_lab.config.checks import check_overrides, is_whole, validate
 from moe_lab.config.unread import key_of, unread
 from moe_lab.errors import nearest
-from moe_lab.records import files, identity, inputs, store, variants
+from moe_lab.records import files, identity, inputs, observations, store, variants
 from moe_lab.records.schema import NOT_ENDED, Record
 from moe_lab.sweep import folders
 from moe_lab.sweep.engine import WorkerLostError
@@ -259,10 +259,10 @@ def _cells(
         # What a cell with a mistake computes nobody knows.
         computes = identity.digest(_without(content, not_read) if mistake is None else content)
         if computes in cells:
-            if _reference(cells[computes].config) != _reference(container):
+            if keys := observations.differing(cells[computes].config, container):
                 raise ValueError(
-                    "measure.reference_router: a sweep can have only one reference router; use another sweep.name for "
-                    "the other one."
+                    f"measure.{keys[0]}: a sweep measures each cell once, so this key can have only one value; use "
+                    "another sweep.name for the other one."
                 )
             jobs.append(cells[computes].cell_id)
             continue
@@ -370,20 +370,15 @@ def judge(cell: Cell, sweep: Mapping[str, Any]) -> None:
         cell.status, cell.reason = "stale", f"different {' and '.join(different)}"
     elif record.status == "failed" and sweep["retry_failed"]:
         cell.reason = f"previous run failed: {record.reason}"
-    elif _lacks_reference(cell, record) and sweep["stale"] != "keep":
-        cell.status, cell.reason = "stale", "not compared with this measure.reference_router"
+    elif record.status == "ok" and sweep["stale"] != "keep" and (keys := _lacking(cell, record)):
+        cell.status, cell.reason = "stale", f"measured without this {keys}"
     else:
         cell.status, cell.is_ok = "done", record.status == "ok"
 
 
-def _lacks_reference(cell: Cell, record: Record) -> bool:
-    """Whether the record has not the comparison that the cell asks for."""
-    return record.status == "ok" and _reference(cell.config) not in (None, _reference(record.config))
-
-
-def _reference(config: Mapping[str, Any]) -> Any:
-    """The router that a configuration's run is compared with, as a node; None for none, or of an older record."""
-    return config.get("measure", {}).get("reference_router")
+def _lacking(cell: Cell, record: Record) -> str:
+    """The keys by which the cell asks for more than the record has, for people."""
+    return ", ".join(f"measure.{key}" for key in observations.lacking(cell.config, record.config))
 
 
 def _refuse_stale(plan: Plan) -> None:

@@ -14,14 +14,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from moe_lab.measure import statistics
+from moe_lab.measure import energy, statistics
+from moe_lab.measure.blocks import Blocks, Seen
 from moe_lab.measure.contention import Watch
 from moe_lab.measure.device_lock import DeviceLock
+from moe_lab.measure.energy import Meter
 from moe_lab.records import store
 from moe_lab.records.schema import Ratio
 from moe_lab.sweep.engine import CellFailedError, Engine, WorkerLostError
@@ -32,7 +35,7 @@ _LEAST_ROUNDS = 10  # for the interval of the ratios
 _BLOCK_S, _SHORT_BLOCK_S = 0.1, 0.05  # of a cell alone, of one among others
 _GRACE_S = 10.0  # how long an interrupted block may take to end
 
-TimedBlock = tuple[int, int, int, np.ndarray, np.ndarray]  # replicate, round, order, ms, stamp_s
+TimedBlock = tuple[int, int, int, np.ndarray, np.ndarray, Seen]  # replicate, round, order, ms, stamp_s, ...
 
 
 @dataclass(eq=False)
@@ -90,6 +93,8 @@ class Group:
         assert cells[0].device_id is not None, "looked at before it is timed"
         self._lock = DeviceLock(cells[0].device_id, wait=wait, on_wait=lambda: on_step(cells[0], "wait"))
         self._watch = Watch(self._lock)
+        self._measure: dict[str, Any] = cells[0].config["measure"]
+        self._meter: Meter | None = None
         self.random = random.Random(cells[0].setting_id)
 
     def run(self) -> None:
@@ -101,6 +106,9 @@ class Group:
         """
         try:
             with self._lock:
+                if any(member.cell.config["measure"]["energy"] for member in self.members):
+                    self._meter = Meter.of(self._lock.device_id, self._measure["cache"])
+                self._leave_cupti(self.members)
                 members = [member for member in self.members if self._alone(member)]
                 for together in self._fitting(members):
                     self._time(together)
@@ -122,6 +130,12 @@ class Group:
         """Whether this run's record is there and ok: from then on nothing touches it, however the worker ends."""
         record = store.find_record(member.folder) if member.is_finished else None
         return record is not None and record.status == "ok"  # an earlier one was set aside before the run
+
+    def _leave_cupti(self, members: Sequence[Member]) -> None:
+        """Go on in a fresh process after a profile, but for graphs: what it leaves behind may slow launches down."""
+        launches = any(member.cell.config["execution"]["name"] != "cuda_graph" for member in members)
+        if launches and self._lock.device_id.startswith("GPU-") and self.engine.call("has_used_cupti"):
+            self.engine.renew()
 
     def _alone(self, member: Member) -> bool:
         """Build and verify one member with none beside it. False if that failed."""
@@ -186,6 +200,7 @@ class Group:
     def _time(self, together: list[Member]) -> None:
         """Time a subgroup in every replicate; who fails is recorded and removed, and the others start again."""
         while any(member.is_recorded for member in together):
+            self._leave_cupti(together)
             self.timed, self._probe_ms, self._watch = together, [], Watch(self._lock)
             for member in together:
                 member.blocks = []
@@ -201,44 +216,47 @@ class Group:
 
     def _replicates(self, together: Sequence[Member]) -> None:
         """Every replicate, each in a fresh process but the first."""
-        for replicate in range(together[0].cell.config["measure"]["replicates"]):
+        blocks = Blocks(self._watch, self._meter, repeats=self._measure["throttled"] == "repeat")
+        for replicate in range(self._measure["replicates"]):
             if replicate:
                 self.engine.renew()
             iterations: list[int] = []
-            max_time_s = together[0].cell.config["measure"]["max_time_s"]
-            block_s = min(_BLOCK_S, max_time_s)
-            if len(together) > 1:  # time for some rounds
-                block_s = min(_SHORT_BLOCK_S, max_time_s / (2 * _LEAST_ROUNDS))
+            block_s, max_time_s = _SHORT_BLOCK_S if len(together) > 1 else _BLOCK_S, self._measure["max_time_s"]
+            if self._meter and self._meter.reads:
+                block_s = energy.BLOCK_S
+            block_s = min(block_s, max_time_s / (2 * _LEAST_ROUNDS if len(together) > 1 else 1))  # time for some rounds
             for member in together:
                 self._ready(member)
                 self.on_step(member.cell, "time")
                 iterations.append(self._call(member, "warm_up", member.id, block_s))
             self._watch.start([os.getpid()] if self.engine.pid is None else [os.getpid(), self.engine.pid])
-            self._rounds(together, iterations, replicate)
+            self._rounds(together, iterations, replicate, blocks)
             self._watch.stop()
 
-    def _rounds(self, together: Sequence[Member], iterations: Sequence[int], replicate: int) -> None:
+    def _rounds(self, together: Sequence[Member], iterations: Sequence[int], replicate: int, blocks: Blocks) -> None:
         """Rounds of one block each in shuffled order, until every median is known well enough or the time is spent."""
-        measure = together[0].cell.config["measure"]
-        least_rounds = _LEAST_ROUNDS if len(together) > 1 else 1
+        measure = self._measure
+        alone = energy.LEAST_BLOCKS if self._meter and self._meter.reads else 1
+        least_rounds = _LEAST_ROUNDS if len(together) > 1 else alone
         budget_ms = 1e3 * measure["max_time_s"] * len(together)
         if measure["cache"] == "hot":
             budget_ms /= statistics.HOT_CALLS
         spent_ms, round_ = 0.0, 0
         self._probe_ms.append([])
+        blocks.begin()
         while True:
             order = list(range(len(together)))
             self.random.shuffle(order)
             for place, index in enumerate(order):
                 member = together[index]
-                ms, stamp_s = self._call(member, "block", member.id, iterations[index])
-                member.blocks.append((replicate, round_, place, ms, stamp_s))
+                (ms, stamp_s), seen = blocks.timed(partial(self._call, member, "block", member.id, iterations[index]))
+                member.blocks.append((replicate, round_, place, ms, stamp_s, seen))
                 spent_ms += float(ms.sum())
             if measure["replicates"] > 1:  # with one, `compare` has no use for it
                 probe_ms = self._call(together[0], "probe", together[0].id)
                 if probe_ms is not None:
                     self._probe_ms[-1].append(probe_ms)
-            self._watch.look()
+                blocks.begin()
             self.on_step(together[0].cell, "time")
             round_ += 1
             if spent_ms >= budget_ms:
@@ -257,7 +275,7 @@ class Group:
             self.on_step(member.cell, "observe")
             member.is_finished = True
             try:
-                self._call(member, "observe", member.id, *self._timed(member, together), None, self._watch.seen())
+                self._call(member, "observe", member.id, *self._timed(member, together), None, *self._seen())
             except _MemberFailedError:
                 if not self._is_recorded_ok(member):
                     raise
@@ -270,6 +288,10 @@ class Group:
         peers = [other.id for other in together if other is not member]
         probe_ms = [float(np.median(rounds)) for rounds in self._probe_ms if rounds]
         return member.blocks, peers, self._ratio(member), member.peak_bytes, probe_ms
+
+    def _seen(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What the machine did meanwhile, and the counter of energy."""
+        return self._watch.seen(), None if self._meter is None else self._meter.described()
 
     def _ratio(self, member: Member) -> Ratio | None:
         """The ratio to the anchor, if that was timed in the same rounds."""
@@ -292,14 +314,14 @@ class Group:
             self.engine.settle(min(_GRACE_S, self.timeout_s))
             for member in partial:
                 timed = self._timed(member, self.timed)
-                failure, seen = ("failed", "interrupted"), self._watch.seen()
-                self.engine.call("observe", member.id, *timed, failure, seen, timeout_s=self.timeout_s)
+                failure = "failed", "interrupted"
+                self.engine.call("observe", member.id, *timed, failure, *self._seen(), timeout_s=self.timeout_s)
 
 
 def write(cell: Cell, status: Literal["failed", "skipped"], reason: str) -> None:
     """Write the record of a cell that a worker cannot write: excluded, or lost."""
     store.own_folder(cell.directory)
     store.set_aside_unreadable(cell.directory)
-    for left in (store.SAMPLES, store.ROUTING, store.TRACE):
+    for left in (store.SAMPLES, store.ROUTING, store.TRACE, store.TIMELINE):
         (cell.directory / left).unlink(missing_ok=True)
     store.write_record(cell.directory, cell.record(status, reason))

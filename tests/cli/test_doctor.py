@@ -61,6 +61,13 @@ def test_the_machine_and_its_hash_are_those_of_a_record(printed: list[str], tmp_
 
 
 @pytest.mark.slow
+def test_it_says_what_tells_of_energy_and_throttling(printed: list[str]) -> None:
+    """The counter, or why there is none; the reasons that can be read."""
+    assert re.match("RAPL( |:)|NVML", value(printed, "energy"))
+    assert re.match("none can be read|[CG]PU ", value(printed, "throttle reasons"))
+
+
+@pytest.mark.slow
 def test_every_option_says_whether_it_runs_here(printed: list[str]) -> None:
     """ok, or what keeps it from that."""
     groups = listing.groups(None)

@@ -16,6 +16,7 @@ from moe_lab.cli import table
 from moe_lab.cli.table import print_records, print_sweep
 from moe_lab.records.schema import Ratio, Record
 from tests import tiny
+from tests.results import observed
 from tests.results.compared import record, tiny_config
 
 ROUTERS = ["native", "expert_choice", "deepseek_v3"]
@@ -199,6 +200,19 @@ def test_single_runs_have_their_reason_below(capsys: pytest.CaptureFixture[str])
 
 POSITIVE = st.floats(1e-6, 1e6)
 MAYBE = st.none() | st.floats(-10, 10)
+
+
+def test_energy_and_the_longest_kernels_of_a_single_run_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """A column, and below the row three kernels and the command of Nsight Compute; neither if it was not asked for."""
+    plain, measured = cell("native"), cell("native")
+    observed.add(measured)
+    print_records([measured])
+    out = capsys.readouterr().out
+    assert re.search(r"J/token .*\n.* 0\.625 ", out)
+    assert "0.41 ms, 52%: _up_kernel (experts)\n" in out and "route_kernel" not in out
+    assert "\nncu --set full --kernel-name _up_kernel" in out
+    print_records([plain])
+    assert not re.search("J/token|ncu|kernel", capsys.readouterr().out)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -78,7 +78,7 @@ def test_grouped_experts_have_each_phase_apart() -> None:
 
 def test_keys_are_those_of_the_record() -> None:
     """Every name is there for every model."""
-    assert set(measured()) == {"execution", *NAMES, "other", "sum_ms", "launch_gap_ms"}
+    assert set(measured()) == {"execution", *NAMES, "other", "sum_ms", "launch_gap_ms", "matched"}
 
 
 def test_a_model_without_marks_has_all_its_time_in_other() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from moe_lab.measure.kernels import Kernel, matched
+from moe_lab.measure.profile import Profile
 from moe_lab.records.schema import LAUNCH_BOUND
 from moe_lab.runs.observe import Observer
 from tests import tiny
@@ -40,3 +42,40 @@ def test_a_gpu_that_waits_is_a_warning(
     observer = Observer(built, 1.0, 0)
     assert observer._gpu_busy() == busy_ms
     assert observer.warnings == [f"{LAUNCH_BOUND}{text}" for text in expected]
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        pytest.param(True, ("cuda_graph", 0.25), id="its_own_kernels"),
+        pytest.param(False, ("eager", None), id="other_kernels"),
+        pytest.param(None, ("eager", None), id="no_profiler"),
+    ],
+)
+def test_phases_of_a_graph_say_whose_they_are(
+    known: bool | None, expected: tuple[str, float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the replay where its kernels are known; else of the eager pass, with a warning that says why."""
+    built = tiny.built(tiny.decoder_moe()).built
+    assert built is not None
+    built.cfg.execution.name = "cuda_graph"
+    replay = [Kernel("gemm", 0, 250, "0", None), Kernel("norm", 250, 750, "0", None)]
+    eager = [kernel._replace(phase="router") for kernel in replay[:1]] + replay[1:] if known else [replay[1]]
+
+    class Replayed(Profile):
+        def __init__(self, *_: object):
+            if known is None:
+                raise RuntimeError("no CUPTI")
+            self.events, self.steps, self.matched = [], [replay], [matched(replay, eager)]
+
+    monkeypatch.setattr("moe_lab.runs.observe.Profile", Replayed)
+    observer = Observer(built, 1.0, 0)
+    phases_ms = observer._phases()
+    assert (phases_ms["execution"], observer.values["phases_share"]["router"] if known else None) == expected
+    assert phases_ms["launch_gap_ms"] is not None
+    if known:
+        assert (phases_ms["router"], phases_ms["sum_ms"], phases_ms["matched"]) == (0.25, 1.0, 1.0)
+        assert observer.warnings == []
+    else:
+        (line,) = observer.warnings
+        assert line.startswith("phases_ms is of an eager pass") and ("CUPTI" if known is None else "eagerly") in line

@@ -308,8 +308,7 @@ def test_a_parked_run_holds_no_step_and_an_eager_one_comes_back_without_another_
     assert run.built.step is not step
     assert run.verification is verified
     assert torch.equal(run.built.step().y, y)
-    assert len(run.time_block(3, replicate=1, round_=2, order=4).block.ms) == 3
-    assert [timed[:3] for timed in run.blocks] == [(1, 2, 4)]
+    assert len(run.time_block(3).ms) == 3
 
 
 def test_another_execution_is_verified_again_when_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:

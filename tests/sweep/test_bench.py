@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 import moe_lab
+from moe_lab.measure.blocks import Seen
 from moe_lab.records import identity
 from moe_lab.records.schema import BUSY
 from moe_lab.records.store import read_record
@@ -164,7 +165,7 @@ def test_a_run_in_steps_leaves_its_record(tmp_path: Path) -> None:
     bench.park(cell_id)
     bench.unpark(cell_id)
     n = bench.warm_up(cell_id, 0.001)
-    blocks = [(replicate, 0, replicate, *bench.block(cell_id, n)) for replicate in (0, 1)]
+    blocks = [(replicate, 0, replicate, *bench.block(cell_id, n), Seen()) for replicate in (0, 1)]
     probe_ms = [bench.probe(cell_id) for _ in range(2)]
     bench.observe(cell_id, blocks, ["f" * 12], None, peak_bytes, probe_ms, None, {"other_runs": 2})
     bench.release(cell_id)
@@ -186,7 +187,7 @@ def test_a_failure_from_outside_is_written_without_observing(tmp_path: Path) -> 
     bench, content = Bench(), config()
     cell_id = identity.cell_id(content)
     bench.build(content, str(tmp_path))
-    bench.observe(cell_id, [(0, 0, 0, np.ones(7), np.ones(7))], [], None, None, [], ("failed", "interrupted"))
+    bench.observe(cell_id, [(0, 0, 0, np.ones(7), np.ones(7), Seen())], [], None, None, [], ("failed", "interrupted"))
     record = read_record(tmp_path)
     assert (record.status, record.reason, record.routing) == ("failed", "interrupted", None)
     assert record.latency_ms is not None and record.latency_ms.n == 7

@@ -14,6 +14,7 @@ import moe_lab
 from moe_lab.config.compose import composing_multirun
 from moe_lab.config.unread import key_of
 from moe_lab.records import identity, variants
+from moe_lab.records.observations import ASKED
 from moe_lab.records.schema import Record
 from moe_lab.records.store import write_record
 from moe_lab.sweep import multirun, plan
@@ -264,28 +265,41 @@ def test_refusing_stale_results_names_them(tmp_path: Path) -> None:
         make(tmp_path, "sweep.stale=refuse")
 
 
-@pytest.mark.slow
-def test_a_cell_that_was_not_compared_with_the_reference_router_is_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(key, id=key, marks=[pytest.mark.slow] if key not in ("energy", "reference_router") else [])
+        for key in ASKED
+    ],
+)
+def test_a_finished_cell_that_lacks_what_is_now_asked_for_is_to_do(key: str, tmp_path: Path) -> None:
     """The configuration that is timed is the same; what is asked of it now is not in its record."""
-    for cell in make(tmp_path, "router=torch,sinkhorn").cells:
-        leave(cell)
-    assert make(tmp_path, "router=torch,sinkhorn").to_run() == []
-    asked = ["router=torch,sinkhorn", "measure.reference_router=torch"]
-    again = make(tmp_path, *asked)
-    assert [cell.status for cell in again.cells] == ["stale"] * 2 and again.to_run() == again.cells
-    assert "reference_router" in str(again.cells[0].reason)
-    assert make(tmp_path, *asked, "sweep.stale=keep").to_run() == []
-    for cell in again.cells:
-        leave(cell)
-    assert make(tmp_path, *asked).to_run() == []
-    assert make(tmp_path, "router=torch,sinkhorn").to_run() == []  # more than asked is no less
-    assert len(make(tmp_path, "router=torch,sinkhorn", "measure.reference_router=sinkhorn").to_run()) == 2
+    without, asked = ("null", "torch") if key == "reference_router" else ("false", "true")
+    off = [f"measure.{key}={without}"] if without == "false" else []
+    (cell,) = make(tmp_path, *off).cells
+    leave(cell)
+    assert make(tmp_path, *off).to_run() == []
+    (again,) = make(tmp_path, f"measure.{key}={asked}").cells
+    assert (again.cell_id, again.status) == (cell.cell_id, "stale")
+    assert again.reason == f"measured without this measure.{key}"
+    assert make(tmp_path, f"measure.{key}={asked}", "sweep.stale=keep").to_run() == []
+    leave(again)
+    assert make(tmp_path, f"measure.{key}={asked}").to_run() == []
+    assert make(tmp_path, *off).to_run() == []  # more than asked is no less
 
 
-def test_one_sweep_compares_with_one_router(tmp_path: Path) -> None:
-    """Two would be one cell, of which one is dropped."""
-    with pytest.raises(ValueError, match=r"measure\.reference_router.*one reference router"):
-        make(tmp_path, "router=torch", "measure.reference_router=torch,sinkhorn")
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param("measure.reference_router=torch,sinkhorn", id="reference_router"),
+        pytest.param("measure.energy=true,false", id="energy"),
+    ],
+)
+def test_a_sweep_measures_a_cell_once(values: str, tmp_path: Path) -> None:
+    """Two values would be one cell, of which one is dropped."""
+    key = values.split("=")[0]
+    with pytest.raises(ValueError, match=rf"{key}: a sweep measures each cell once.*sweep\.name"):
+        make(tmp_path, "router=torch", values)
 
 
 def test_an_unreadable_record_is_to_do(tmp_path: Path) -> None:

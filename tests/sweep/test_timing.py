@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_lab.config.compose import composing_multirun
+from moe_lab.measure import energy
 from moe_lab.measure.device_lock import DeviceLock
 from moe_lab.records.schema import BUSY, Record
 from moe_lab.records.store import read_record
@@ -130,6 +131,64 @@ def test_with_wait_a_group_begins_when_the_device_is_free(four: list[Cell]) -> N
     assert steps[:2] == ["wait", "build"] and steps.count("wait") == 1
     contention = read_record(four[0].directory).contention
     assert contention is not None and contention["other_runs"] == 0
+
+
+class Ticking:
+    """A counter that grows by a joule with every reading."""
+
+    name, counts, read = "ticking", "readings", 0
+
+    def joules(self) -> float:
+        self.read += 1
+        return float(self.read)
+
+    def state(self) -> energy.State:
+        return energy.State(power_w=7.0)
+
+
+def test_blocks_between_those_of_others_count_for_their_own_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One reading between two blocks, so a joule for each of them, whatever the other cell did."""
+    monkeypatch.setattr(energy, "source_of", lambda device_id: Ticking())
+    group = cells(tmp_path, "router=torch,sinkhorn", "measure.energy=true", "measure.max_time_s=0.2")
+    records, _ = time(group, group[0])
+    for record in records:
+        found = record.energy
+        assert found is not None and found["source"] == "ticking"
+        assert found["block_joules"] == [1.0] * len(rounds(record)) and found["joules"] == len(rounds(record))
+        assert found["block_power_w"] == [7.0] * len(rounds(record))
+        assert found["resolution_share"] == pytest.approx(found["resolution_s"] / np.median(found["block_seconds"]))
+
+
+def test_launches_are_not_timed_in_a_process_that_has_profiled(four: list[Cell]) -> None:
+    """An eager cell on a GPU is built in a fresh one; a graph is launched once, and a CPU has no CUPTI."""
+
+    class Profiled(InProcess):
+        asked = 0
+
+        def call(self, step: str, *arguments: Any, **more: Any) -> Any:
+            if step == "has_used_cupti":
+                self.asked += 1
+                return self.life == 0
+            return super().call(step, *arguments, **more)
+
+    def run(device_id: str, execution: str) -> tuple[int, int]:
+        engine = Profiled()
+        config = {**four[0].config, "execution": {"name": execution}}
+        cell = dataclasses.replace(four[0], device_id=device_id, config=config)
+        options = {"timeout_s": 60, "on_step": lambda *_: None, "on_end": lambda _: None}
+        group = Group([cell], None, engine, **options)  # type: ignore[arg-type]
+        if execution == "eager":
+            group.run()
+            assert read_record(cell.directory).status == "ok"
+        else:
+            group._leave_cupti(group.members)
+        return engine.life, engine.asked
+
+    assert run("GPU-elsewhere", "eager") == (1, 2)
+    assert run("GPU-elsewhere", "cuda_graph") == (0, 0)
+    assert run(str(four[0].device_id), "eager") == (0, 0)
 
 
 def test_a_cell_alone_has_neither_peers_nor_a_ratio(four: list[Cell]) -> None:
