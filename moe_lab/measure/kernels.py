@@ -61,18 +61,25 @@ class _Ranges:
 
 
 def launched(events: Sequence[Event]) -> list[Kernel]:
-    """What ran on the GPU, in its order, each with where it was launched."""
+    """What ran on the GPU, in its order, each with where it was launched.
+
+    A kernel that was put on the GPU before the one ahead of it had ended (ops/dependent_launch.py) has the time from that
+    end on, so the times add up to that in which the GPU computed.
+    """
     steps, phases = _Ranges(events, STEP), _Ranges(events, PHASE)
     launches = {
         event["args"]["correlation"]: event
         for event in events
         if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
     }
-    found = []
+    found, busy_until_us = [], 0.0
     for event in sorted((event for event in events if event.get("cat") in _ON_GPU), key=lambda event: event["ts"]):
         launch = launches.get(event.get("args", {}).get("correlation"))
         step, phase = (None, None) if launch is None else (steps.at(launch), phases.at(launch))
-        found.append(Kernel(event["name"], event["ts"], event["dur"], step, phase))
+        end_us = event["ts"] + event["dur"]
+        alone_us = max(end_us - max(event["ts"], busy_until_us), 0.0)
+        found.append(Kernel(event["name"], event["ts"], alone_us, step, phase))
+        busy_until_us = max(busy_until_us, end_us)
     return found
 
 

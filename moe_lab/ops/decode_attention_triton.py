@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moe_lab.ops.dependent_launch import begin, is_dependent
 
-_KEYS = 128  # of a piece
+_KEYS = 128  # of a piece; half as many where few pieces then leave multiprocessors without one
+_FEW = 264  # pieces: two for each multiprocessor of an H200
 
 
 @triton.jit
@@ -132,20 +133,14 @@ def _piece_kernel(
             inside = ((n <= last) & (n >= first))[:, None] & (i[None, :] < d)
             k = tl.load(k_ptr + where, mask=inside, other=0.0)
             v = tl.load(v_ptr + where, mask=inside, other=0.0)
-            if S * G == 1:  # a product of one row needs no tiles
-                scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)[None, :] * scale
-            else:
-                scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             seen = (n[None, :] <= position[:, None]) & (n[None, :] > position[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             known = tl.where(new_best == float("-inf"), 0.0, new_best)  # nothing seen yet
             p = tl.exp(scores - known[:, None])
             kept = tl.exp(best - known)
-            if S * G == 1:
-                acc = acc * kept[:, None] + tl.sum(tl.trans(p) * v.to(tl.float32), axis=0)[None, :]
-            else:
-                acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
             total = total * kept + tl.sum(p, axis=1)
             best = new_best
     out = query * n_pieces + piece
@@ -185,7 +180,9 @@ def launch_attention(
 ) -> Tensor:
     """Run the kernels; arguments and result as `cached_attention`."""
     (R, H, d), (_, H_KV, N, _), S = q.shape, k_cache.shape, len(position)
-    G, n_pieces = H // H_KV, triton.cdiv(N, _KEYS)
+    G, pairs = H // H_KV, R // S * H_KV
+    keys = _KEYS // 2 if pairs * triton.cdiv(N, _KEYS // 2) <= _FEW else _KEYS
+    n_pieces = triton.cdiv(N, keys)
     q = q.contiguous()
     acc = torch.empty((R * H, n_pieces, d), dtype=torch.float32, device=q.device)
     best = torch.empty((R * H, n_pieces), dtype=torch.float32, device=q.device)
@@ -193,9 +190,9 @@ def launch_attention(
     block_d = max(triton.next_power_of_2(d), 16)
     dependent = is_dependent(q.device)
     block_n = max(16, min(64, 32768 // (block_d * q.element_size())))  # shared memory holds no more
-    _piece_kernel[(R // S * H_KV, n_pieces)](
+    _piece_kernel[(pairs, n_pieces)](
         q, k_cache, v_cache, position, acc, best, total, H_KV, N, d, window, k_cache.stride(0), scale, n_pieces,
-        S=S, G=G, BLOCK_R=1 if S * G == 1 else max(triton.next_power_of_2(S * G), 16), BLOCK_D=block_d, KEYS=_KEYS,
+        S=S, G=G, BLOCK_R=max(triton.next_power_of_2(S * G), 16), BLOCK_D=block_d, KEYS=keys,
         BLOCK_N=block_n, DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
     )  # fmt: skip
     y = torch.empty_like(q)

@@ -70,6 +70,13 @@ def test_a_kernel_has_the_phase_in_which_it_was_launched() -> None:
     assert [len(of) for of in by_step(launched(RECORDED)).values()] == [3]
 
 
+def test_a_kernel_that_waits_for_the_one_before_it_has_the_time_behind_that() -> None:
+    """b is on the GPU from 3 on and waits until 10; c ends before b does; d begins later."""
+    times = [("a", 0, 10), ("b", 3, 12), ("c", 4, 5), ("d", 20, 2)]
+    found = launched([event("kernel", name, ts, dur, tid=99) for name, ts, dur in times])
+    assert [(one.name, one.duration_us) for one in found] == [("a", 10), ("b", 5), ("c", 0), ("d", 2)]
+
+
 def test_all_kernels_of_a_replay_have_its_launch() -> None:
     """They share its correlation; a launch of another thread is not in this thread's ranges."""
     events = [
