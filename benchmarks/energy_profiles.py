@@ -35,7 +35,7 @@ _LARGE = {
     "model.top_k": 8,
     "model.mlp_hidden_dim": 1024,
     "model.n_experts": 64,
-    "batch": 4,
+    "batch": 8,
     "seq_len": 1024,
     "dtype": "bf16",
     "device": "cuda",
@@ -118,7 +118,7 @@ def say(what: str, **values: Any) -> None:
 
 def show_energy(out: Path) -> None:
     """A long run beside power x time, and two cells in interleaved rounds."""
-    record, over_power = energy_beside_power(out / "long", 15)
+    record, over_power = energy_beside_power(out / "long", 10)
     found, latency = record.energy, record.latency_ms
     assert found is not None and latency is not None
     say("energy / (power x time)", ratio=over_power, within_5_percent=abs(over_power - 1) <= 0.05)
@@ -129,7 +129,7 @@ def show_energy(out: Path) -> None:
     say("  throttled", blocks=latency.throttled_blocks, of=len(found["block_joules"]))
     changes = {"experts": "fused,grouped", "measure.energy": "true", "measure.phases": "false"}
     where = [f"hydra.sweep.dir={out / 'both'}", "sweep.compare=[experts]"]
-    moe_lab.multirun([*overrides(_GRAPH, changes, measure__max_time_s=10), *where])
+    moe_lab.multirun([*overrides(_GRAPH, changes, measure__max_time_s=6), *where])
     for row in moe_lab.load(out / "both").to_dict("records"):
         names = ("experts", "latency_ms.p50", "energy.j_per_token", "energy.mean_power_w", "energy.resolution_share")
         say("  interleaved", **{name: row[name] for name in names})

@@ -26,6 +26,7 @@ MOST_EVENTS = 200_000
 TOP = 10
 _MOST_DIFFERENCES = 200
 _ON_GPU, _LAUNCHES = ("kernel", "gpu_memcpy", "gpu_memset"), ("cuda_runtime", "cuda_driver")
+_HOST = ("cpu_op", "user_annotation")
 
 Event = Mapping[str, Any]
 
@@ -63,24 +64,31 @@ class _Ranges:
 def launched(events: Sequence[Event]) -> list[Kernel]:
     """What ran on the GPU, in its order, each with where it was launched.
 
-    A kernel that was put on the GPU before the one ahead of it had ended (ops/dependent_launch.py) has the time from that
-    end on, so the times add up to that in which the GPU computed.
+    A kernel that was put on the GPU before the one ahead of it had ended (ops/dependent_launch.py) has the time from
+    that end on, so the times add up to that in which the GPU computed.
     """
     steps, phases = _Ranges(events, STEP), _Ranges(events, PHASE)
-    launches = {
-        event["args"]["correlation"]: event
-        for event in events
-        if event.get("cat") in _LAUNCHES and "correlation" in event.get("args", {})
-    }
+    launches = _by_number(events, _LAUNCHES, "correlation")
+    hosts = _by_number(events, _HOST, "External id")  # the operation that launched it, where the launch was not seen
     found, busy_until_us = [], 0.0
     for event in sorted((event for event in events if event.get("cat") in _ON_GPU), key=lambda event: event["ts"]):
-        launch = launches.get(event.get("args", {}).get("correlation"))
+        numbers = event.get("args", {})
+        launch = launches.get(numbers.get("correlation")) or hosts.get(numbers.get("External id"))
         step, phase = (None, None) if launch is None else (steps.at(launch), phases.at(launch))
         end_us = event["ts"] + event["dur"]
         alone_us = max(end_us - max(event["ts"], busy_until_us), 0.0)
         found.append(Kernel(event["name"], event["ts"], alone_us, step, phase))
         busy_until_us = max(busy_until_us, end_us)
     return found
+
+
+def _by_number(events: Iterable[Event], kinds: Sequence[str], number: str) -> dict[Any, Event]:
+    """The events of these kinds by a number of theirs."""
+    return {
+        event["args"][number]: event
+        for event in events
+        if event.get("cat") in kinds and number in event.get("args", {})
+    }
 
 
 def operations(events: Sequence[Event]) -> list[Kernel]:
@@ -206,33 +214,27 @@ def median_phases_ms(replays: Iterable[Sequence[Kernel]]) -> dict[str, float]:
     return {**median, "sum_ms": sum(median.values())}
 
 
-def table(kernels: Sequence[Kernel], steps: int, implementation: Callable[[str | None], str]) -> dict[str, Any]:
-    """What a record's `profile` says of kernels: all times are of one step.
-
-    Args:
-        kernels: of `steps` steps.
-        steps: how many.
-        implementation: who computes a phase, as `experts=fused`.
-    """
+def table(kernels: Sequence[Kernel], implementation: Callable[[str | None], str]) -> dict[str, Any]:
+    """What a record's `profile` says of the kernels of a step; `implementation` is who computes a phase."""
     total_us = sum(kernel.duration_us for kernel in kernels)
     rows: defaultdict[tuple[str, str | None], list[float]] = defaultdict(list)
     in_phases: defaultdict[str, float] = defaultdict(float)
     in_implementations: defaultdict[str, float] = defaultdict(float)
     for kernel in kernels:
         rows[kernel.name, kernel.phase].append(kernel.duration_us)
-        in_phases[kernel.phase or "other"] += kernel.duration_us / 1e3 / steps
-        in_implementations[implementation(kernel.phase)] += kernel.duration_us / 1e3 / steps
+        in_phases[kernel.phase or "other"] += kernel.duration_us / 1e3
+        in_implementations[implementation(kernel.phase)] += kernel.duration_us / 1e3
     longest = sorted(rows.items(), key=lambda row: -sum(row[1]))[:TOP]
     return {
-        "kernels_ms": total_us / 1e3 / steps,
-        "launches": len(kernels) / steps,
+        "kernels_ms": total_us / 1e3,
+        "launches": len(kernels),
         "phases_ms": dict(in_phases),
         "implementations_ms": dict(in_implementations),
         "top": [
             {
                 "name": name[:200],
-                "calls": len(durations) / steps,
-                "ms": sum(durations) / 1e3 / steps,
+                "calls": len(durations),
+                "ms": sum(durations) / 1e3,
                 "share": sum(durations) / total_us,
                 "phase": phase,
                 "implementation": implementation(phase),
@@ -253,8 +255,8 @@ def implementation_of(ran: Mapping[str, str]) -> Callable[[str | None], str]:
     return of
 
 
-def ncu_command(kernels: Sequence[Kernel], steps: int, overrides: Sequence[str]) -> str | None:
-    """Nsight Compute on one launch of the longest kernel, past the first steps; None without a kernel.
+def ncu_command(kernels: Sequence[Kernel], overrides: Sequence[str]) -> str | None:
+    """Nsight Compute on one launch of the longest kernel of a step, past the first steps; None without a kernel.
 
     Another profiler in the process would be in its way, so the run's own are off.
     """
@@ -265,7 +267,7 @@ def ncu_command(kernels: Sequence[Kernel], steps: int, overrides: Sequence[str])
     if not taken:
         return None
     name = max(taken, key=lambda name: taken[name])
-    calls = max(sum(kernel.name == name for kernel in kernels) // steps, 1)
+    calls = sum(kernel.name == name for kernel in kernels)
     one = ["--kernel-name", base_name(name), "--launch-skip", str(3 * calls), "--launch-count", "1"]
     off = ("measure.profile=", "measure.phases=", "measure.energy=")
     kept = [override for override in overrides if not override.startswith(off)]

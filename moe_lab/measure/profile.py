@@ -83,9 +83,9 @@ class Profile:
         return bool(self.matched) and all(one.is_known for one in self.matched)
 
     def kernels(self) -> list[Kernel]:
-        """Of all steps; of a replay with the phases of the eager pass, if that has the same kernels."""
+        """Of the step in which they took the median time; of a replay with the phases of the eager pass, if known."""
         steps = [one.kernels for one in self.matched] if self.has_phases else self.steps
-        return [kernel for of_step in steps for kernel in of_step]
+        return sorted(steps, key=lambda step: sum(kernel.duration_us for kernel in step))[len(steps) // 2]
 
     def phases_ms(self) -> dict[str, Any]:
         """The record's `phases_ms` of a replayed graph; assumes `has_phases`."""

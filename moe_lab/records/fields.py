@@ -408,9 +408,9 @@ ENERGY = (
 
 PROFILE = (
     Field("execution", str, "", "execution mode of the steps that were profiled"),
-    Field("steps", int, "steps", "profiled steps; times are per step"),
+    Field("steps", int, "steps", "profiled steps; what follows is of that in which the kernels took the median time"),
     Field("kernels_ms", float, "ms", "sum of all kernels and copies on a GPU, of all operations' own time on a CPU"),
-    Field("launches", float, "launches", "kernels and copies, or operations, of a step"),
+    Field("launches", int, "launches", "kernels and copies, or operations, of a step"),
     Field("phases_from", str, "", "how the phase of a kernel is known"),
     *under("phases_ms", (Field("*", None, "ms", "sum of the phase's kernels; `other` outside of the phases"),)),
     *under(

@@ -45,7 +45,7 @@ def _profile(directory: Path, row: Mapping[Any, Any], setting: str) -> Profile:
     kind = "kernels" if row["environment.device"] == "cuda" else "operations"
     launches, total = (numbers.short(float(row[f"profile.{name}"])) for name in ("launches", "kernels_ms"))
     left_out, file = int(row["profile.timeline_left_out"]), directory / row["directory"] / TIMELINE
-    note = f"Means of {int(row['profile.steps'])} steps. Phases: {row['profile.phases_from']}."
+    note = f"The middle one of {int(row['profile.steps'])} steps. Phases: {row['profile.phases_from']}."
     return Profile(
         title,
         f"{launches} {kind}, {total} ms",

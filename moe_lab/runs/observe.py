@@ -235,15 +235,15 @@ class Observer:
     def _profile(self) -> dict[str, Any]:
         """The longest kernels of a step; all of them go into the timeline."""
         step, found = self._profiled
-        every, steps = found.kernels(), len(found.steps)
+        every = found.kernels()
         self.timeline, left_out = kernels.bounded(found.events)
         on_cuda = self.built.x.is_cuda
         return {
             "execution": self.cfg.execution.name,
-            "steps": steps,
+            "steps": len(found.steps),
             "phases_from": profile.phases_from(step, found),
-            **kernels.table(every, steps, kernels.implementation_of(self.built.implementation())),
-            "ncu": kernels.ncu_command(every, steps, list(self.cfg.overrides)) if on_cuda else None,
+            **kernels.table(every, kernels.implementation_of(self.built.implementation())),
+            "ncu": kernels.ncu_command(every, list(self.cfg.overrides)) if on_cuda else None,
             "timeline": TIMELINE,
             "timeline_left_out": left_out,
         }

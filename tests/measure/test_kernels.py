@@ -89,6 +89,18 @@ def test_all_kernels_of_a_replay_have_its_launch() -> None:
     assert [(one.name, one.step) for one in launched(events)] == [("a", "3"), ("b", "3"), ("c", "3"), ("z", None)]
 
 
+def test_a_kernel_whose_launch_was_not_seen_has_that_of_its_operation() -> None:
+    """By the number that both have."""
+    events = [
+        event("user_annotation", "moe_lab.step.0", 0, 100, **{"External id": 1}),
+        event("user_annotation", "moe_lab.phase.router", 10, 20, **{"External id": 2}),
+        event("cpu_op", "aten::mm", 12, 5, **{"External id": 3}),
+        event("kernel", "gemm", 200, 30, tid=99, correlation=7, **{"External id": 3}),
+        event("kernel", "other", 300, 30, tid=99, correlation=8, **{"External id": 1}),
+    ]
+    assert [one[:] for one in launched(events)] == [("gemm", 200, 30, "0", "router"), ("other", 300, 30, "0", None)]
+
+
 def test_an_operation_has_its_own_time_alone() -> None:
     """linear of 100 us calls t (20) and mm (60), which calls resolve (10); the next operation is beside them."""
     events = [
@@ -241,9 +253,9 @@ def test_who_computes_a_phase(phase: str | None, expected: str) -> None:
 
 
 def test_a_table_by_hand() -> None:
-    """Two steps; the same kernel in two phases is two rows, the longest first, and all times are of one step."""
+    """The same kernel in two phases is two rows, the longest first."""
     one = [kernel("gemm", 0, 60, "experts"), kernel("gemm", 60, 30, "router"), kernel("norm", 90, 10)]
-    found = table([*one, *one], 2, implementation_of(RAN))
+    found = table(one, implementation_of(RAN))
     assert (found["kernels_ms"], found["launches"]) == (pytest.approx(0.1), 3)
     assert found["phases_ms"] == pytest.approx({"experts": 0.06, "router": 0.03, "other": 0.01})
     assert found["implementations_ms"] == pytest.approx({"experts=fused": 0.06, "router=triton": 0.03, "other": 0.01})
@@ -257,7 +269,7 @@ def test_a_table_by_hand() -> None:
 
 def test_only_the_ten_longest_are_named() -> None:
     """The sums are of all."""
-    found = table([kernel(f"k{us}", 0, us) for us in range(1, 31)], 1, implementation_of(RAN))
+    found = table([kernel(f"k{us}", 0, us) for us in range(1, 31)], implementation_of(RAN))
     assert [row["name"] for row in found["top"]] == [f"k{us}" for us in range(30, 20, -1)]
     assert found["kernels_ms"] == pytest.approx(sum(range(31)) / 1e3)
 
@@ -285,12 +297,12 @@ def test_ncu_is_given_the_function(name: str, expected: str) -> None:
 def test_the_command_of_ncu_runs_this_cell_without_another_profiler() -> None:
     """The longest kernel, past three steps; a copy is no kernel."""
     one = [Kernel("Memcpy DtoD", 0, 99, "0", None), kernel("void up<4>(int)", 0, 10), kernel("void up<4>(int)", 10, 9)]
-    command = ncu_command([*one, *one], 2, ["model=a b", "measure.profile=true", "batch=2"])
+    command = ncu_command(one, ["model=a b", "measure.profile=true", "batch=2"])
     assert command == (
         "ncu --set full --kernel-name up --launch-skip 6 --launch-count 1 moe-lab 'model=a b' batch=2 "
         "measure.profile=false measure.phases=false"
     )
-    assert ncu_command(one[:1], 1, []) is None
+    assert ncu_command(one[:1], []) is None
 
 
 def test_a_timeline_is_bounded_and_says_what_it_leaves_out() -> None:
