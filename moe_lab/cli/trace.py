@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> int:
         metavar="N",
         help="try N other routes of each token, at the same cost; N passes",
     )
+    parser.add_argument("--predicted", action="store_true", help="record the likeliest next token of each token too")
     parser.add_argument("--to", choices=("parquet", "vllm"), help="write the trace FILE in this format")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_intermixed_args(arguments)
@@ -44,12 +45,13 @@ def main(arguments: list[str]) -> int:
     if given.out.is_dir():
         raise ValueError(f"--out {given.out}: is a folder; give the path of a file.")
     if given.to is not None:
-        if given.logits or given.guesses or given.routes or given.tokens is not None or given.config_dir:
+        asked = (given.logits, given.guesses, given.routes, given.predicted, given.tokens is not None, given.config_dir)
+        if any(asked):
             raise ValueError("--to: takes a trace and --out; remove the other options.")
         return _write_as(given.to, given.words, given.out)
     if files := [word for word in given.words if "=" not in word and not word.startswith("~")]:
         raise ValueError(f"trace {files[0]}: not a KEY=VALUE override; to write a trace as another format, add --to.")
-    more = {"logits": given.logits, "guesses": given.guesses, "routes": given.routes}
+    more = {name: getattr(given, name) for name in ("logits", "guesses", "routes", "predicted")}
     return _record(given.words, given.out, given.tokens, given.config_dir, more)
 
 
