@@ -95,8 +95,9 @@ def _write_as(kind: str, words: list[str], out: Path) -> int:
     if len(words) != 1:
         raise ValueError(f"--to {kind}: takes one trace, not {len(words)} words.")
     with Trace(words[0]) as trace:
-        exporters.FORMATS[kind](trace, out)
+        left_out = exporters.FORMATS[kind](trace, out)
         print(f"{out}: {trace.n_tokens:,} tokens of {len(trace.layers)} layers")
+        print(f"not in the file: {left_out}", file=sys.stderr)
     return 0
 
 

@@ -68,10 +68,8 @@ class TokenColumn(NamedTuple):
     """What only some traces have of a token: an array [T], or of a width of 2 or more [T, width]."""
 
     dtype: str
-    widths: range
-    """Those that there may be."""
+    widths: range  # those that there may be
     least: float = -math.inf
-    """No value is below."""
 
 
 TOKEN_COLUMNS = {
@@ -221,9 +219,9 @@ class TraceWriter:
             found = {"expert_ids": ids_TK} | {name: more[name][index] for name in self.columns}
             for name in set(self.columns) & set(GUESSES):
                 require_routes(found[name], layer.n_experts, f"layer {layer.layer}: {name}")
-            arrays.append({name: np.ascontiguousarray(a, _dtype(name)) for name, a in found.items()})
+            arrays.append({name: np.ascontiguousarray(a, dtype_of(name)) for name, a in found.items()})
             for name, array in arrays[-1].items():
-                if array.shape != _shape(name, layer, tokens.n):
+                if array.shape != shape_of(name, layer, tokens.n):
                     raise ValueError(f"layer {layer.layer}: {name} is {list(array.shape)}, of {tokens.n} tokens")
         beside = {name: np.ascontiguousarray(a, TOKEN_COLUMNS[name].dtype) for name, a in of_tokens.items()}
         for name, array in beside.items():
@@ -364,7 +362,7 @@ class Trace:
         layer = self.layers[index]
         for piece, n in enumerate(self.pieces):
             place = f"{piece}/layer/{layer.layer}/{name}"
-            values = self._array(place, _dtype(name), _shape(name, layer, n))
+            values = self._array(place, dtype_of(name), shape_of(name, layer, n))
             if name in ("expert_ids", *GUESSES):
                 try:
                     require_routes(values, layer.n_experts, place)
@@ -460,17 +458,19 @@ def _token_columns(manifest: Mapping[str, Any]) -> dict[str, int]:
     if not isinstance(found, dict) or not found.keys() <= TOKEN_COLUMNS.keys():
         raise ValueError(f"its manifest has token_columns other than {', '.join(TOKEN_COLUMNS)}")
     for name, width in found.items():
-        if type(width) is not int or width not in TOKEN_COLUMNS[name].widths:
-            widths = TOKEN_COLUMNS[name].widths
+        widths = TOKEN_COLUMNS[name].widths
+        if type(width) is not int or width not in widths:
             raise ValueError(f"its manifest has a {name} of a width other than {widths[0]} to {widths[-1]}")
     return found
 
 
-def _dtype(name: str) -> str:
+def dtype_of(name: str) -> str:
+    """The dtype of one of `COLUMNS`, or of `expert_ids`."""
     return "<i2" if name in ("expert_ids", *GUESSES) else "<f4"
 
 
-def _shape(name: str, layer: Layer, n: int) -> tuple[int, ...]:
+def shape_of(name: str, layer: Layer, n: int) -> tuple[int, ...]:
+    """The shape that it has of n tokens."""
     if name in GUESSES:
         return n, guess_width(layer)
     return {"margin": (n,), "logits": (n, layer.n_experts)}.get(name, (n, layer.top_k))
