@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_lab.cli.arguments import Parser
 from moe_lab.records.trace import MOST_ROUTES
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _READ = ("model.*", "router.*", "experts.*", "workload.*", "device", "dtype", "batch", "seq_len", "seed")
 
@@ -55,7 +59,14 @@ def main(arguments: list[str]) -> int:
     return _record(given.words, given.out, given.tokens, given.config_dir, more)
 
 
-def _record(overrides: list[str], out: Path, n_tokens: int | None, config_dir: str | None, more: dict[str, Any]) -> int:
+def compose_over_texts(
+    overrides: Sequence[str], config_dir: str | None, read: Collection[str], command: str
+) -> DictConfig:
+    """The checked configuration of a model over texts, by default a checkpoint with its own router.
+
+    Raises:
+        ValueError: a key that `command` does not `read`, or another mistake; one line that names the key.
+    """
     from moe_lab.config.checks import refuse_other_keys
     from moe_lab.config.compose import compose
     from moe_lab.config.unread import key_of, refuse_twice
@@ -67,8 +78,13 @@ def _record(overrides: list[str], out: Path, n_tokens: int | None, config_dir: s
     chosen += [] if "router" in keys or "model" in keys else ["router=native"]
     chosen += [] if "workload" in keys else ["workload=text"]
     cfg = compose([*chosen, *overrides], config_dir=config_dir)
-    refuse_other_keys(overrides, _READ, "moe-lab trace")
+    refuse_other_keys(overrides, read, command)
     inputs.require(cfg)  # before torch is loaded
+    return cfg
+
+
+def _record(overrides: list[str], out: Path, n_tokens: int | None, config_dir: str | None, more: dict[str, Any]) -> int:
+    cfg = compose_over_texts(overrides, config_dir, _READ, "moe-lab trace")
 
     from rich.progress import track
 

@@ -113,7 +113,7 @@ def _arrays(routing: Routing, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextmanager
-def _logits(layers: Sequence[MoELayer]) -> Iterator[Callable[[], list[Tensor]]]:
+def router_logits(layers: Sequence[MoELayer]) -> Iterator[Callable[[], list[Tensor]]]:
     """Inside, every pass adds its logits; the function that is given gives those since it was last called."""
     kept: dict[MoELayer, list[Tensor]] = {layer: [] for layer in layers}
 
@@ -155,20 +155,20 @@ def record(
         routes: how many other routes of each token to try (counterfactual.py).
         progress: is given the first window of each batch.
 
-    Returns:
-        a sentence for everything that the trace does not have.
+    Returns: a sentence for everything that the trace does not have.
 
     Raises:
         ValueError: no MoE layers, no texts or too short ones, or `routes` of a model or a phase that has none.
         UnavailableError: the device or an implementation is not here.
     """
-    _require_text(cfg)
+    require_text(cfg)
     with exact_products():
-        device, model = _model(cfg)
+        device, model = text_model(cfg)
         context_len = int(cfg.workload.context_len) if cfg.workload.phase == "decode" else None
         if routes:
             require_own_routes(model, cfg.workload.phase)
-        batch, (windows, missing) = int(cfg.batch), _windows(cfg, model, n_tokens)
+        batch = int(cfg.batch)
+        windows, missing = text_windows(cfg, model, n_tokens, batch)
         columns = ("weights", "margin", *(("logits",) if logits else ()), *(GUESSES if guesses else ()))
         beside = ({"log_p": 2 + routes} if routes else {}) | ({"predicted": 1} if predicted else {})
         missing += [_OF_NO_CONTEXT] if predicted and context_len is not None else []
@@ -176,7 +176,7 @@ def record(
         guessed = Guesses(model, layers)
         with (
             TraceWriter(path, layers, columns, windows.names, source, missing, token_columns=beside) as writer,
-            _logits(moe_layers(model)) as take,
+            router_logits(moe_layers(model)) as take,
             guessed.looking() if guesses else nullcontext(),
         ):
             for first in progress(range(0, len(windows.ids_WS) // batch * batch, batch)):
@@ -193,16 +193,23 @@ def record(
     return missing
 
 
-def _require_text(cfg: DictConfig) -> None:
+def require_text(cfg: DictConfig) -> None:
+    """Raise `ValueError` unless the workload is texts with the router's own choice."""
     if cfg.workload.get("name") != "text":
-        raise ValueError("trace: needs real text; set workload=text and workload.path (a file or a folder).")
+        raise ValueError("workload: needs real text; set workload=text and workload.path (a file or a folder).")
     if cfg.workload.get("load", "native") != "native":
-        raise ValueError(f"workload.load={cfg.workload.load}: a trace records what the router chooses; remove it.")
+        raise ValueError(f"workload.load={cfg.workload.load}: the routes are the router's own choice here; remove it.")
 
 
-def _model(cfg: DictConfig) -> tuple[torch.device, TransformerDecoder]:
+def text_model(cfg: DictConfig, donor: Mapping[str, Tensor] | None = None) -> tuple[torch.device, TransformerDecoder]:
+    """(device, model) of a configuration that reads texts; with `donor` as `build.build_model`.
+
+    Raises:
+        ValueError: the model has no MoE layers, or does not fit the texts.
+        UnavailableError: the device or an implementation is not here.
+    """
     device = build.resolve_device(cfg)
-    model = build.build_model(cfg, device)
+    model = build.build_model(cfg, device, donor)
     build.require_runnable(cfg, model, device)
     if not moe_layers(model):
         raise ValueError(f"model={option_name(cfg.model)}: has no MoE layers, so there are no routes to record.")
@@ -211,9 +218,11 @@ def _model(cfg: DictConfig) -> tuple[torch.device, TransformerDecoder]:
     return device, model
 
 
-def _windows(cfg: DictConfig, model: TransformerDecoder, n_tokens: int | None) -> tuple[text.Windows, list[str]]:
-    """(windows of the texts, a sentence for each that is left out)."""
-    batch, length = int(cfg.batch), build.n_positions(cfg)
+def text_windows(
+    cfg: DictConfig, model: TransformerDecoder, n_tokens: int | None, batch: int
+) -> tuple[text.Windows, list[str]]:
+    """(windows of the texts for about `n_tokens` tokens, in batches; a sentence for each that is left out)."""
+    length = build.n_positions(cfg)
     domains = text.read_domains(cfg.workload.path, model.vocab_size, getattr(model, "tokenizer_file", None))
     n_windows = None if n_tokens is None else max(n_tokens // (batch * length), 1) * batch
     windows = text.windows(domains, length, n_windows, int(cfg.seed))

@@ -53,7 +53,7 @@ def test_guesses_by_hand(tmp_path: Path) -> None:
 
 def test_vocabulary_by_hand(tmp_path: Path) -> None:
     """By the token's own id, by the one that follows, by the predicted one; layer 0, an expert a token."""
-    path, texts = tmp_path / "x.trace", [([5, 6, 5, 7], [0, 1, 0, 2]), ([5, 5, 6, 5], [0, 0, 1, 3])]
+    path, texts = tmp_path / "x.trace", [([5, 6, 5, 7], [0, 1, 0, 3]), ([5, 5, 6, 5], [0, 0, 1, 3])]
     predicted = [[1, 2, 1, -1], [2, 1, 2, 2]]
     with TraceWriter(path, [Layer(0, 4, 1)], domains=["a", "b"], token_columns={"predicted": 1}) as writer:
         for index, (ids, experts) in enumerate(texts):
@@ -63,10 +63,10 @@ def test_vocabulary_by_hand(tmp_path: Path) -> None:
     (row,) = findings.tables["specialisation"].to_dict("records")
     # Input: 5 -> 0 and 6 -> 1 in both texts; 7 was not seen, so 0. Right: 3 of 4, and 3 of 4.
     assert row["vocabulary_input"] == row["token_id"] == 6 / 8
-    # Target of a: 6 5 7 -, experts 0 1 0 (2); of b: 5 6 5 -, experts 0 0 1 (3). Of b: 5 -> 0 (not 1: a tie), 6 -> 0.
+    # Target of a: 6 5 7 -, experts 0 1 0 (3); of b: 5 6 5 -, experts 0 0 1 (3). Of b: 5 -> 0 (not 1: a tie), 6 -> 0.
     # Of a: 5 -> 1, 6 -> 0, 7 -> 0. So a: 6 right, 5 wrong, 7 (not seen: 0) right; b: 5 wrong, 6 right, 5 right.
     assert row["vocabulary_target"] == pytest.approx(4 / 6)
-    assert row["target_id"] == 4 / 8  # the last tokens are guessed by popularity, 0
+    assert row["target_id"] == 4 / 8  # the last tokens are guessed by popularity, 0, though both use 3
     # Predicted: a 1 2 1 -; b 2 1 2 2, experts 0 0 1 3. Of b: 1 -> 0, 2 -> 0; of a: 1 -> 0, 2 -> 1.
     assert row["vocabulary_predicted"] == pytest.approx((2 + 2) / 7) and row["predicted_id"] == 4 / 8
     assert row["vocabulary_any"] == 4 / 8
@@ -74,6 +74,13 @@ def test_vocabulary_by_hand(tmp_path: Path) -> None:
     assert "75.0 % [75.0, 75.0] (input), 66.7 % [" in findings.sentences[2]
     assert "; the layer's most used expert serves 50.0 % [" in findings.sentences[2]
     assert "specialisation_ids" not in findings.tables  # no id has so many tokens
+
+
+def test_tokens_whose_id_is_not_known_do_not_count(tmp_path: Path) -> None:
+    """Of a vocabulary: all use one expert, so its share is 1, whichever tokens have no target."""
+    path = write(tmp_path / "x.trace", [([5, 6, 7], [0] * 3, [1] * 3), ([5, 5], [0] * 2, [1] * 2)])
+    table = traces.found(path, specialisation, {"guess": ["target_id"]}).tables["specialisation"]
+    assert table["vocabulary_target"].tolist() == [1, 1] and table["target_id"].tolist() == [1, 1]
 
 
 def test_the_most_special_id_of_each_expert(tmp_path: Path) -> None:

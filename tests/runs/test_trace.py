@@ -111,7 +111,7 @@ def test_random_ids_are_recorded_as_what_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        pytest.param(["workload.load=balanced"], "a trace records what the router chooses", id="load"),
+        pytest.param(["workload.load=balanced"], "are the router's own choice here", id="load"),
         pytest.param(["seq_len=100000"], "needs a text of at least|supports at most", id="long"),
     ],
 )
