@@ -43,19 +43,17 @@ def conclude(variants: Mapping[str, Compared | str], layers: Sequence[Layer], se
         seq_len: tokens of a window.
     """
     ran = {name: of for name, of in variants.items() if not isinstance(of, str)}
-    table = pd.DataFrame(
-        [
-            {"variant": name} | ({"reason": of} if isinstance(of, str) else _row(of, layers, seq_len))
-            for name, of in variants.items()
-        ]
-    )
+    rows: list[dict[str, Any]] = [
+        {"variant": name} | ({"reason": of} if isinstance(of, str) else _row(of, layers, seq_len))
+        for name, of in variants.items()
+    ]
     found = Findings(
         "stability",
         "What changes with the batch, the dtype, the kernel or the execution",
         "Each variant computed the same windows beside the first configuration, and was compared with it token by "
         "token. A near-tie is a change whose margin rounding explains.",
-        [_sentence(row) for row in table.to_dict("records")],
-        {"stability": table},
+        _sentences(rows),
+        {"stability": pd.DataFrame(rows)},
     )
     if ran:
         by_layer = [row for name, of in ran.items() for row in _by_layer(name, of, layers, seq_len)]
@@ -113,24 +111,39 @@ def _margins(name: str, of: Compared) -> list[dict[str, Any]]:
     ]
 
 
-def _sentence(row: Mapping[str, Any]) -> str:
-    name = row["variant"]
-    if row.get("same") is None or pd.isna(row["same"]):
-        return f"{name}: not compared ({row['reason']})."
+def _sentences(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many change anything, the largest change first, those that change nothing, those that did not run."""
+    ran = [row for row in rows if not isinstance(row["reason"], str)]
+    same = [
+        row for row in ran if not row["changed_tokens"] and not row["argmax_changed"] and row["kl_nats"] is not None
+    ]
+    changed = sorted((row for row in ran if row not in same), key=lambda row: -row["changed"])
+    sentences = []
+    if ran:
+        most = f"; most with {changed[0]['variant']}" if len(changed) > 1 else ""
+        sentences.append(f"{len(changed)} of {len(ran)} variants change routes or likeliest next tokens{most}.")
+    sentences += map(_sentence, changed)
+    if same:
+        names, most_kl = ", ".join(row["variant"] for row in same), max(row["kl_nats"] for row in same)
+        sentences.append(
+            f"{names}: no token has other experts or another likeliest next token; KL at most {most_kl:.2g} nats."
+        )
+    return sentences + [f"{row['variant']}: not compared ({row['reason']})." for row in rows if row not in ran]
 
+
+def _sentence(row: Mapping[str, Any]) -> str:
     def share(key: str) -> str:
         ends = [row[f"{key}_ci95_{end}"] for end in ("low", "high")]
         return percent(row[key], *(None if pd.isna(end) else end for end in ends))
 
-    if not row["changed_tokens"]:
-        changes = "no token uses other experts"
-    else:
+    changes = "no token uses other experts"
+    if row["changed_tokens"]:
         changes = (
             f"{share('changed')} of the tokens use other experts in at least one layer, most often first in layer "
             f"{row['first_changed_layer']:.0f} ({percent(row['near_ties'])} of the first changes are near-ties); "
             f"{share('same')} of the experts are the same"
         )
-    predicted = "no token has another likeliest next token"
-    if row["argmax_changed"]:
-        predicted = f"{share('argmax_changed')} have another likeliest next token"
-    return f"{name}: {changes}; {predicted}; KL {row['kl_nats']:.2g} nats."
+    kl = "the KL is not finite" if row["kl_nats"] is None else f"KL {row['kl_nats']:.2g} nats"
+    return (
+        f"{row['variant']}: {changes}; {share('argmax_changed')} of the tokens have another likeliest next token; {kl}."
+    )

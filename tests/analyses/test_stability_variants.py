@@ -52,19 +52,36 @@ def test_shares_by_hand() -> None:
     assert (second["layer"], second["same"], second["changed"], second["first_change"]) == (3, 37 / 40, 3 / 20, 2 / 20)
     margins = findings.tables["stability_margins"].set_index("margin_from")["first_changes"]
     assert margins.to_dict() == {0.0: 1, 1e-6: 0, 1e-5: 0, 1e-4: 0, 1e-3: 0, 1e-2: 1, 1e-1: 1}
-    assert "most often first in layer 3 (67 % of the first changes are near-ties)" in findings.sentences[0]
-    assert findings.sentences[0].startswith("batch=1: 15 % [0, 79]") and "KL 0.02 nats." in findings.sentences[0]
+    assert "most often first in layer 3 (67 % of the first changes are near-ties)" in findings.sentences[1]
+    assert findings.sentences[1].startswith("batch=1: 15 % [0, 79]") and "KL 0.02 nats." in findings.sentences[1]
+    assert findings.sentences[0] == "1 of 1 variants change routes or likeliest next tokens."
 
 
 def test_no_change_is_said() -> None:
     """And a margin that is not known is in no class."""
-    findings = conclude({"batch=16": compared(**NOTHING)}, LAYERS, 10)
+    findings = conclude({"batch=16": compared(**NOTHING), "batch=8": compared(**NOTHING)}, LAYERS, 10)
     assert findings.sentences == [
-        "batch=16: no token uses other experts; no token has another likeliest next token; KL 0 nats."
+        "0 of 2 variants change routes or likeliest next tokens.",
+        "batch=16, batch=8: no token has other experts or another likeliest next token; KL at most 0 nats.",
     ]
     assert findings.tables["stability"]["near_ties"].isna().all()
     unknown = conclude({"x": compared(margins=np.full(3, np.nan, np.float32))}, LAYERS, 10)
     assert unknown.tables["stability_margins"]["first_changes"].sum() == 0
+
+
+def test_the_largest_change_comes_first() -> None:
+    """A prediction alone may change, too."""
+    more, other = compared(first_LW=np.full((2, 2), 4.0)), compared(**NOTHING | {"argmax_W": np.array([1.0, 0.0])})
+    sentences = conclude({"a": other, "b": compared(), "c": more}, LAYERS, 10).sentences
+    assert sentences[0] == "3 of 3 variants change routes or likeliest next tokens; most with c."
+    assert [sentence[:2] for sentence in sentences[1:]] == ["c:", "b:", "a:"]
+    assert "a: no token uses other experts; 5.0 % [0.0, 68.5] of the tokens have another" in sentences[3]
+
+
+def test_logits_that_are_not_finite_are_said() -> None:
+    """They are not among what changes nothing."""
+    sentences = conclude({"a": compared(**NOTHING | {"kl_W": np.array([0.0, np.nan])})}, LAYERS, 10).sentences
+    assert sentences[0].startswith("1 of 1 variants change") and sentences[1].endswith("the KL is not finite.")
 
 
 def test_a_variant_that_did_not_run_is_a_row() -> None:

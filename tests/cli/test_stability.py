@@ -25,7 +25,7 @@ def test_variants_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "experts: loop" in table["implementation"]["experts=loop batch=1"]
     assert table["reason"].isna().tolist() == [True, True, False]
     page = (out / "analysis.html").read_text()
-    assert "experts=loop batch=1: " in page and "dtype=fp16: not compared (unavailable" in page
+    assert "0 of 2 variants change routes" in page and "dtype=fp16: not compared (unavailable" in page
     assert len(pd.read_parquet(out / "stability_layers.parquet")) == 2 * 4
 
 
