@@ -16,6 +16,7 @@ Intervals are over windows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ def _row(of: Compared, layers: Sequence[Layer], seq_len: int) -> dict[str, Any]:
         "first_changed_layer": layers[int(first_L.argmax())].layer if first_L.any() else None,
         "near_ties": of.near_W.sum() / any_W.sum() if any_W.any() else None,
         **columns("argmax_changed", ratio_of_sums(of.argmax_W, tokens_W, (0.0, 1.0))),
-        **columns("kl_nats", ratio_of_sums(of.kl_W, tokens_W)),
+        **columns("kl_nats", ratio_of_sums(of.kl_W, tokens_W, (0.0, math.inf))),
         "implementation": shown(of.implementation),
         "reason": None,
     }

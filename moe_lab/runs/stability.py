@@ -90,6 +90,7 @@ class First:
     missing: list[str]
 
     @classmethod
+    @exact_products()  # fp32 means fp32
     def of(cls, cfg: DictConfig, variants: Sequence[DictConfig], n_tokens: int | None) -> First:
         """Build it; about `n_tokens` tokens, spread evenly over the texts, or all that they have.
 
@@ -119,6 +120,7 @@ class First:
         """The MoE layers."""
         return layers_of(self.model)
 
+    @exact_products()
     def compare(self, cfg: DictConfig, progress: Callable[[range], Any] = iter) -> Compared:
         """Run `cfg` beside it.
 
@@ -157,16 +159,15 @@ def compare_all(
 ) -> dict[str, Compared | str]:
     """Each variant beside the first configuration; of one that could not be compared the reason."""
     found: dict[str, Compared | str] = {}
-    with exact_products():
-        for name, cfg in variants.items():
-            try:
-                found[name] = first.compare(cfg, lambda windows, name=name: progress(name, windows))  # type: ignore[misc]
-            except UnavailableError as error:
-                found[name] = f"unavailable: {error}"
-            except ValueError as error:
-                found[name] = f"error: {error}"
-            except Exception as error:  # out of memory, what a kernel or a compiler raises: a row as well
-                found[name] = reason_of(error)
+    for name, cfg in variants.items():
+        try:
+            found[name] = first.compare(cfg, lambda windows, name=name: progress(name, windows))  # type: ignore[misc]
+        except UnavailableError as error:
+            found[name] = f"unavailable: {error}"
+        except ValueError as error:
+            found[name] = f"error: {error}"
+        except Exception as error:  # out of memory, what a kernel or a compiler raises: a row as well
+            found[name] = reason_of(error)
     return found
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from moe_lab.analyses.findings import percent
 from moe_lab.analyses.stability_variants import conclude
 from moe_lab.records.trace import Layer
 from moe_lab.runs.stability import Compared
@@ -45,7 +46,7 @@ def test_shares_by_hand() -> None:
     assert row["first_changed_layer"] == 3 and row["near_ties"] == 2 / 3 and row["argmax_changed"] == 1 / 20
     assert row["kl_nats"] == pytest.approx(0.4 / 20) and row["reason"] is None
     # Means of windows 0.03 and 0.01, a standard error of 0.01, and t = 12.706 for one degree of freedom.
-    assert row["kl_nats_ci95_high"] == pytest.approx(0.02 + 12.7062 * 0.01, rel=1e-4)
+    assert row["kl_nats_ci95_high"] == pytest.approx(0.02 + 12.7062 * 0.01, rel=1e-4) and row["kl_nats_ci95_low"] == 0
     assert row["implementation"] == "router: torch, experts: loop"
     first, second = findings.tables["stability_layers"].to_dict("records")
     assert (first["layer"], first["same"], first["changed"], first["first_change"]) == (1, 39 / 40, 1 / 20, 1 / 20)
@@ -93,3 +94,9 @@ def test_a_variant_that_did_not_run_is_a_row() -> None:
     alone = conclude({"dtype=fp16": "unavailable: no fp16"}, LAYERS, 10)
     assert alone.sentences == ["dtype=fp16: not compared (unavailable: no fp16)."]
     assert alone.tables["stability"].shape == (1, 2) and not alone.plots
+
+
+def test_one_token_of_many_is_not_none() -> None:
+    """A share that is nearly 0 or 1 has a digit more."""
+    assert percent(13 / 32768, 0, 6e-4) == "0.04 % [0.00, 0.06]" and percent(0.0, 0.0, 0.0) == "0.0 % [0.0, 0.0]"
+    assert percent(1 - 13 / 262144, 0.9999, 1) == "100.00 % [99.99, 100.00]" and percent(1.0) == "100.0 %"
