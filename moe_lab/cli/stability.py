@@ -41,7 +41,11 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--tokens", type=int, help="about so many tokens, spread over the texts (default: all)")
     parser.add_argument(
-        "--out", "-o", type=Path, default=Path("outputs/stability"), help="folder of tables, plot and page"
+        "--out",
+        "-o",
+        type=Path,
+        default=Path("outputs/stability"),
+        help="folder of the tables, the plot and the page (default: outputs/stability)",
     )
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_intermixed_args(arguments)
@@ -49,6 +53,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--tokens {given.tokens}: must be an integer >= 1.")
     if twice := {name for name in given.variants if given.variants.count(name) > 1}:
         raise ValueError(f"--variants: {min(twice)} is given twice; remove one.")
+    if given.out.exists() and not given.out.is_dir():
+        raise ValueError(f"--out {given.out}: is a file; give the path of a folder.")
     from moe_lab.cli.trace import compose_over_texts
 
     first = compose_over_texts(given.overrides, given.config_dir, _READ, "moe-lab stability")

@@ -61,3 +61,11 @@ def test_mistakes_are_one_line(
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before anything is computed, and the file stays."""
+    (tmp_path / "o").write_text("mine")
+    assert main(["stability", *MODEL, "--out", str(tmp_path / "o"), "--variants", "batch=1"]) == 2
+    assert "is a file; give the path of a folder" in capsys.readouterr().err
+    assert (tmp_path / "o").read_text() == "mine"
