@@ -142,7 +142,7 @@ def analyze(path: Path, cfg: DictConfig) -> tuple[Path, list[Findings]]:
             for name, settings in asked.items()
         ]
         folder = Path(plain["out"]) if plain["out"] else path.with_suffix(".analysis")
-        page.write(folder, trace, view, found, plain)
+        page.write(folder, trace.path.name, page.facts(trace, view, plain), found, trace.missing)
     return folder, found
 
 

@@ -43,11 +43,12 @@ def conclude(parts: Sequence[None], view: View, cfg: Mapping[str, Any], layers: 
         "Each token was computed again by other routes of as many experts, drawn by the router's own probabilities in "
         "all layers at once. The best of them is chosen with the next token in hand: no choice among them gains more.",
     )
-    if view.log_p is None:
+    log_p = view.of_tokens.get("log_p")
+    if log_p is None:
         found.notes.append("The trace has no counterfactual routes; moe-lab trace --routes records them.")
         return found
-    bits_TN = -view.log_p[:, 1:].astype(np.float64) / np.log(2)
-    n, confidence_T = bits_TN.shape[1] - 1, np.exp(view.log_p[:, 0])
+    bits_TN = -log_p[:, 1:].astype(np.float64) / np.log(2)
+    n, confidence_T = bits_TN.shape[1] - 1, np.exp(log_p[:, 0])
     found.tables = {
         "counterfactual": pd.DataFrame([_row(view, bits_TN, m) for m in sorted({*cfg["routes"], n}) if m <= n]),
         "counterfactual_confidence": pd.DataFrame(_by_confidence(view, bits_TN, confidence_T)),

@@ -1,4 +1,7 @@
-"""Traces in the formats of others: `moe-lab trace FILE --to FORMAT`."""
+"""Traces in the formats of others: `moe-lab trace FILE --to FORMAT`.
+
+Each function writes a file and returns a sentence on what it does not hold of the trace.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,18 @@ from moe_lab.analyses import parquet as table
 from moe_lab.records.trace import Trace
 
 
-def parquet(trace: Trace, path: Path) -> None:
-    """The table that `importers.parquet` reads."""
+def parquet(trace: Trace, path: Path) -> str:
+    """The table that `importers.parquet` reads, with every column of the trace."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         table.write(trace, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return "the manifest: numbers and sizes of experts, where the trace comes from, what it misses"
 
 
-def vllm(trace: Trace, path: Path) -> None:
+def vllm(trace: Trace, path: Path) -> str:
     """An array of int32 [tokens, layers of the model, k] as vLLM's `routed_experts`; layers without experts are zeros.
 
     Raises:
@@ -48,6 +52,8 @@ def vllm(trace: Trace, path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    names = ("sequence", "position", "phase", "token", "domain", *trace.token_columns, *trace.columns)
+    return f"{', '.join(names)}, and the manifest: the format has routes only"
 
 
-FORMATS: dict[str, Callable[[Trace, Path], None]] = {write.__name__: write for write in (parquet, vllm)}
+FORMATS: dict[str, Callable[[Trace, Path], str]] = {write.__name__: write for write in (parquet, vllm)}

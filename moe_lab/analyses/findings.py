@@ -70,6 +70,8 @@ def line(name: str, table: pd.DataFrame, x: str, y: str) -> Line:
 def percent(value: float, low: float | None = None, high: float | None = None) -> str:
     """`71 %`, or with its interval `71 % [69, 73]`; a digit more where that is narrow or the value near an end."""
     digits = 1 if (low is not None and high is not None and high - low < 0.02) or not 0.095 <= value < 0.95 else 0
+    if 0 < value < 0.001 or 0.999 < value < 1:  # which is not none, or all
+        digits = 2
     text = f"{100 * value:.{digits}f} %"
     return text if low is None or high is None else f"{text} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
 

@@ -1,9 +1,13 @@
-"""A token's experts, guessed before its router runs.
+"""A token's experts, guessed from something else.
+
+All but `target_id` and `predicted_id` are known before the token's router runs.
 
 Fitted on the other parts of a trace (routes.View.part):
 
     popular           the k experts that the layer uses most
     token_id          those that it uses most for this token id; the popular ones for an id that was not seen
+    target_id         the same for the id of the token that follows
+    predicted_id      the same for the id that the model thinks the likeliest to follow, as the trace recorded it
     layer_before      the k experts e of the largest sum of P(e | e') over e', its experts in the layer before
 
 Not fitted:
@@ -23,8 +27,12 @@ from functools import partial
 
 import numpy as np
 
-from moe_lab.analyses.routes import Routes
+from moe_lab.analyses.routes import Routes, View
 
+IDS = ("token_id", "target_id", "predicted_id")
+"""Those that are made from an id in the vocabulary."""
+KNOWN_LATER = ("target_id", "predicted_id")
+"""Those that nobody has when the token's router runs."""
 _AT_ONCE = 1 << 16  # tokens
 
 
@@ -61,13 +69,21 @@ def _popular(routes: Routes) -> np.ndarray:
     return np.asarray(guess_PK[routes.view.part[routes.view.unit]])
 
 
-def _by_token_id(routes: Routes) -> np.ndarray | None:
+def ids_of(view: View, name: str) -> np.ndarray | None:
+    """The ids [T] that one of `IDS` is made from, -1 where one is not known; None if none is."""
+    found = {"token_id": view.token, "target_id": view.target, "predicted_id": view.of_tokens.get("predicted")}[name]
+    return None if found is None or (found < 0).all() else found
+
+
+def _by_id(routes: Routes, name: str) -> np.ndarray | None:
     view, ids_TK, E = routes.view, routes.ids_TK, routes.layer.n_experts
-    if (view.token < 0).any():
+    of_tokens = ids_of(view, name)
+    if of_tokens is None:
         return None
-    known_V, id_T = np.unique(view.token, return_inverse=True)
+    known_V, id_T = np.unique(of_tokens, return_inverse=True)
     shape, guess_TK = (len(known_V), E), np.empty_like(ids_TK)
     cell_TK, used_TK, part_T = id_T[:, None] * E + ids_TK, ids_TK >= 0, view.part[view.unit]
+    used_TK &= (of_tokens >= 0)[:, None]  # nothing is seen of an id that is not known
     total_VE = _counts(cell_TK, used_TK, shape)
     for part, popular_E in enumerate(_elsewhere(uses(routes))):
         here_T = part_T == part
@@ -116,7 +132,7 @@ def _recorded(routes: Routes, name: str, times_k: int) -> np.ndarray | None:
 
 _GUESSES: dict[str, Callable[[Routes], np.ndarray | None]] = {
     "popular": _popular,
-    "token_id": _by_token_id,
+    **{name: partial(_by_id, name=name) for name in IDS},
     "previous_token": _previous,
     "layer_before": _by_layer_before,
     "ahead": partial(_recorded, name="ahead", times_k=1),

@@ -28,6 +28,7 @@ class Block(NamedTuple):
 
     tokens: Tokens
     ids: list[np.ndarray]
+    of_tokens: Mapping[str, np.ndarray] = {}
     more: Mapping[str, list[np.ndarray]] = {}
 
 
@@ -39,6 +40,7 @@ class Recording(NamedTuple):
     missing: list[str]
     columns: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
+    token_columns: Mapping[str, int] = {}
 
 
 class Asked(NamedTuple):
@@ -67,9 +69,10 @@ def convert(kind: str, paths: Sequence[Path], out: Path, asked: Asked) -> list[s
         }
         recording = FORMATS[kind](paths, asked)
         layers, missing = recording.layers, recording.missing
-        with TraceWriter(out, layers, recording.columns, recording.domains, source, missing) as writer:
+        columns, beside = recording.columns, recording.token_columns
+        with TraceWriter(out, layers, columns, recording.domains, source, missing, token_columns=beside) as writer:
             for block in recording.blocks:
-                writer.add(block.tokens, block.ids, **block.more)
+                writer.add(block.tokens, block.ids, block.of_tokens, **block.more)
     except OSError as error:
         raise ValueError(f"{error.filename or shown}: {error.strerror or error}; give a file of {kind}.") from error
     except (ValueError, KeyError, TypeError, EOFError, IndexError) as error:
@@ -363,7 +366,9 @@ def parquet(paths: Sequence[Path], asked: Asked) -> Recording:
 
     Source: this project (`moe-lab trace FILE --to parquet`, docs/traces.md), as the plainest table that other programs
     can write. Optional columns: `sequence`, `position`, `token` (integers), `phase` and `domain` (text), `weights` (a
-    list of floats, as long as the ids). The rows of every layer are the same tokens in the same order.
+    list of floats, as long as the ids), and what else a trace may have (the head of records/trace.py): `margin`,
+    `logits`, `ahead`, `pre_attention`; `log_p` and `predicted`, which are the same in the rows of all layers. The rows
+    of every layer are the same tokens in the same order.
     """
     import pyarrow.parquet as pq
 
@@ -373,19 +378,24 @@ def parquet(paths: Sequence[Path], asked: Asked) -> Recording:
     found = survey(tables)
     _require_k(asked, found.top_k) if found.is_fixed else None
     K, missing = max(asked.top_k or 1, found.top_k), list(found.missing)
-    E = _n_experts(found.largest, asked, missing)
-    layers = [Layer(layer, E, K) for layer in found.layers]
-    columns = ("weights",) if found.has_weights else ()
+    if found.n_logits:
+        for layer, E in found.n_logits.items():
+            if asked.n_experts not in (None, E):
+                raise ValueError(f"layer {layer} has logits of {E} experts, not --n-experts {asked.n_experts}")
+        layers = [Layer(layer, found.n_logits[layer], K) for layer in found.layers]
+    else:
+        E = _n_experts(found.largest, asked, missing)
+        layers = [Layer(layer, E, K) for layer in found.layers]
 
     def blocks() -> Iterator[Block]:
-        rows = Rows(found, K)
+        rows = Rows(found, layers)
         for table in tables:
             for batch in table.iter_batches(PIECE):
                 rows.add(batch)
                 yield Block(*rows.take())
         rows.require_empty()
 
-    return Recording(layers, blocks(), missing, columns, found.domains)
+    return Recording(layers, blocks(), missing, found.of_layers, found.domains, found.of_tokens)
 
 
 # ---- runs of moe-lab before there were traces

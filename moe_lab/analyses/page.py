@@ -28,8 +28,15 @@ PAGE = "analysis.html"
 _ROWS = 60  # of a table on the page; its file has all
 
 
-def write(folder: Path, trace: Trace, view: View, found: Sequence[Findings], settings: Mapping[str, Any]) -> Path:
-    """Write everything into `folder`; returns the path of the page. Raises `OSError` if it cannot be written."""
+def write(
+    folder: Path, title: str, facts: Sequence[tuple[str, str]], found: Sequence[Findings], missing: Sequence[str]
+) -> Path:
+    """Write everything into `folder`; returns the path of the page. Raises `OSError` if it cannot be written.
+
+    Args:
+        facts: what the findings are of, and how it is.
+        missing: a sentence for everything that is not in it.
+    """
     own_folder(folder)
     sections = []
     for findings in found:
@@ -57,10 +64,10 @@ def write(folder: Path, trace: Trace, view: View, found: Sequence[Findings], set
     )
     html = environment.get_template("page.html.jinja").render(
         css=(files("moe_lab.results") / "report.css").read_text(encoding="utf-8"),
-        title=trace.path.name,
-        facts=facts(trace, view, settings),
+        title=title,
+        facts=facts,
         sections=sections,
-        missing=trace.missing,
+        missing=missing,
     )
     write_atomic(folder / PAGE, html.encode(errors="replace"))
     return folder / PAGE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +10,37 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moe_lab.records.trace import PHASES, Tokens, Trace, tokens_of
+from moe_lab.records.trace import (
+    COLUMNS,
+    GUESSES,
+    PHASES,
+    TOKEN_COLUMNS,
+    Layer,
+    Tokens,
+    Trace,
+    shape_of,
+    tokens_of,
+)
 
 _NUMBERS, _WORDS = ("sequence", "position", "token"), ("phase", "domain")
+_USUAL = (*_NUMBERS, *_WORDS, "weights")
+"""What a person is told of if a table does not have it."""
+_TYPES = {
+    "layer": pa.int32(),
+    "expert_ids": pa.list_(pa.int16()),
+    **dict.fromkeys(_NUMBERS, pa.int32()),
+    **dict.fromkeys(_WORDS, pa.string()),
+    "weights": pa.list_(pa.float32()),
+    "margin": pa.float32(),
+    "logits": pa.list_(pa.float32()),
+    **dict.fromkeys(GUESSES, pa.list_(pa.int16())),
+    "log_p": pa.list_(pa.float32()),
+    "predicted": pa.int32(),
+}
+"""All columns that are written and read. Those of tokens stand in the rows of all layers."""
+assert set(COLUMNS) | set(TOKEN_COLUMNS) < set(_TYPES)
 _MOST_DOMAINS = 1 << 15
+_ROWS_AT_ONCE = 1 << 18
 
 
 class Survey(NamedTuple):
@@ -26,11 +53,21 @@ class Survey(NamedTuple):
     largest: int
     columns: frozenset[str]
     domains: tuple[str, ...]
+    n_logits: dict[int, int]
+    """How many logits a row of each layer has, where there are any: the layer's experts."""
+    n_log_p: int
     missing: list[str]
 
     @property
-    def has_weights(self) -> bool:
-        return "weights" in self.columns
+    def of_layers(self) -> tuple[str, ...]:
+        """Those of `COLUMNS`."""
+        return tuple(name for name in COLUMNS if name in self.columns)
+
+    @property
+    def of_tokens(self) -> dict[str, int]:
+        """Those of `TOKEN_COLUMNS`, with their widths."""
+        widths = {"log_p": self.n_log_p, "predicted": 1}
+        return {name: width for name, width in widths.items() if name in self.columns}
 
 
 def survey(tables: Sequence[pq.ParquetFile]) -> Survey:
@@ -42,19 +79,24 @@ def survey(tables: Sequence[pq.ParquetFile]) -> Survey:
     for needed in ("layer", "expert_ids"):
         if needed not in names:
             raise ValueError(f"it has no column {needed}")
-    columns = frozenset(names & {*_NUMBERS, *_WORDS, "weights"})
+    columns = frozenset(names & _TYPES.keys())
     rows: dict[int, int] = {}
     widths, largest, domains = set[int](), -1, dict[str, None]()
-    wanted = ["layer", "expert_ids", *(columns & {"domain"})]
-    for table in tables:
-        for batch in table.iter_batches(columns=wanted):
-            for layer, n in zip(*np.unique(_numbers(batch, "layer"), return_counts=True), strict=True):
-                rows[int(layer)] = rows.get(int(layer), 0) + int(n)
-            values, lengths = _lists(batch, "expert_ids")
-            widths |= set(np.unique(lengths).tolist())
-            largest = max(largest, int(values.max(initial=-1)))
-            if "domain" in columns:
-                domains |= dict.fromkeys(map(str, batch["domain"].unique().drop_null().to_pylist()))
+    logits: dict[int, set[int]] = {}
+    log_p = set[int]()
+    wanted = ["layer", "expert_ids", *(columns & {"domain", "logits", "log_p", *GUESSES})]
+    for batch in (batch for table in tables for batch in table.iter_batches(columns=wanted)):
+        number = _numbers(batch, "layer")
+        for layer, n in zip(*np.unique(number, return_counts=True), strict=True):
+            rows[int(layer)] = rows.get(int(layer), 0) + int(n)
+            if "logits" in columns:
+                logits.setdefault(int(layer), set()).update(_lists(batch, "logits")[1][number == layer].tolist())
+        widths |= set(np.unique(_lists(batch, "expert_ids")[1]).tolist())
+        largest = max(largest, *(int(_lists(batch, name)[0].max(initial=-1)) for name in _ids(columns)))
+        if "log_p" in columns:
+            log_p |= set(_lists(batch, "log_p")[1].tolist())
+        if "domain" in columns:
+            domains |= dict.fromkeys(map(str, batch["domain"].unique().drop_null().to_pylist()))
     if not rows or largest < 0:
         raise ValueError("it has no routes")
     if len(set(rows.values())) > 1:
@@ -62,46 +104,79 @@ def survey(tables: Sequence[pq.ParquetFile]) -> Survey:
         raise ValueError(f"layer {fewest} has {rows[fewest]} tokens, and another {max(rows.values())}")
     if len(domains) > _MOST_DOMAINS:
         raise ValueError(f"it has {len(domains)} domains; a trace has at most {_MOST_DOMAINS}")
-    absent = [name for name in (*_NUMBERS, *_WORDS, "weights") if name not in columns]
-    missing = [f"{', '.join(absent)}: the table has no such columns"] if absent else []
-    return Survey(sorted(rows), max(widths), len(widths) == 1, largest, columns, tuple(domains), missing)
+    n_log_p = _only(log_p, "log_p") if log_p else 0
+    if log_p and n_log_p not in TOKEN_COLUMNS["log_p"].widths:
+        raise ValueError(f"log_p has {n_log_p} values in a row, and a trace at least 3 (see docs/traces.md)")
+    n_logits = {layer: _only(lengths, f"layer {layer}: logits") for layer, lengths in logits.items()}
+    missing = _missing(names)
+    return Survey(
+        sorted(rows), max(widths), len(widths) == 1, largest, columns, tuple(domains), n_logits, n_log_p, missing
+    )
+
+
+def _ids(columns: frozenset[str]) -> list[str]:
+    """The columns that hold expert ids."""
+    return ["expert_ids", *(name for name in GUESSES if name in columns)]
+
+
+def _only(lengths: set[int], what: str) -> int:
+    if len(lengths) > 1:
+        raise ValueError(f"{what} has rows of {min(lengths)} and of {max(lengths)} values")
+    return next(iter(lengths))
+
+
+def _missing(names: set[str]) -> list[str]:
+    missing = []
+    if absent := [name for name in _USUAL if name not in names]:
+        missing.append(f"{', '.join(absent)}: the table has no such columns")
+    if others := sorted(names - _TYPES.keys()):
+        missing.append(f"{', '.join(others)}: columns of the table that a trace does not have")
+    return missing
 
 
 class Rows:
     """Collects rows until every layer has a token's."""
 
-    def __init__(self, found: Survey, width: int):
-        self.found, self.width = found, width
+    def __init__(self, found: Survey, layers: Sequence[Layer]):
+        self.found, self.layers = found, layers
         self.waiting: dict[int, dict[str, np.ndarray]] = {}
         self.done = 0
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Keep the rows of a batch."""
-        arrays = {name: _numbers(batch, name) for name in ("layer", *(self.found.columns & {*_NUMBERS}))}
-        if "phase" in self.found.columns:
-            arrays["phase"] = _indices(batch["phase"], PHASES, "unknown")
-        if "domain" in self.found.columns:
-            arrays["domain"] = _indices(batch["domain"], self.found.domains, None)
-        arrays["expert_ids"] = _padded(*_lists(batch, "expert_ids"), self.width, -1)
-        if self.found.has_weights:
-            values, lengths = _lists(batch, "weights")
-            if not np.array_equal(lengths, _lists(batch, "expert_ids")[1]):
-                raise ValueError("a row has other numbers of weights and of expert_ids")
-            arrays["weights"] = _padded(values, lengths, self.width, 0)
-        for layer in self.found.layers:
-            chosen = arrays["layer"] == layer
-            new = {name: values[chosen] for name, values in arrays.items() if name != "layer"}
-            old = self.waiting.get(layer, {name: values[:0] for name, values in new.items()})
-            self.waiting[layer] = {name: np.concatenate([old[name], values]) for name, values in new.items()}
+        number = _numbers(batch, "layer")
+        for layer in self.layers:
+            part = batch.filter(pa.array(number == layer.layer))
+            new = {name: self._read(part, name, layer) for name in self.found.columns if name != "layer"}
+            old = self.waiting.get(layer.layer, {name: values[:0] for name, values in new.items()})
+            self.waiting[layer.layer] = {name: np.concatenate([old[name], values]) for name, values in new.items()}
 
-    def take(self) -> tuple[Tokens, list[np.ndarray], Mapping[str, list[np.ndarray]]]:
-        """The tokens that are complete, with their ids and weights layer by layer."""
+    def _read(self, batch: pa.RecordBatch, name: str, layer: Layer) -> np.ndarray:
+        """One column of rows of one layer, as a trace has it."""
+        if name in (*_NUMBERS, "predicted"):
+            return _numbers(batch, name)
+        if name == "phase":
+            return _indices(batch[name], PHASES, "unknown")
+        if name == "domain":
+            return _indices(batch[name], self.found.domains, None)
+        if name == "margin":
+            return _floats(batch, name)
+        values, lengths = _lists(batch, name)
+        if name == "log_p":
+            return values.reshape(-1, self.found.n_log_p)
+        if name == "weights" and not np.array_equal(lengths, _lists(batch, "expert_ids")[1]):
+            raise ValueError("a row has other numbers of weights and of expert_ids")
+        width = shape_of(name, layer, len(lengths))[1]
+        return _padded(name, values, lengths, width)
+
+    def take(self) -> tuple[Tokens, list[np.ndarray], dict[str, np.ndarray], Mapping[str, list[np.ndarray]]]:
+        """The tokens that are complete: they, their ids layer by layer, and what else tokens and layers have."""
         n = min(len(of_layer["expert_ids"]) for of_layer in self.waiting.values())
         taken = [{name: values[:n] for name, values in self.waiting[layer].items()} for layer in self.found.layers]
         self.waiting = {
             layer: {name: values[n:] for name, values in of_layer.items()} for layer, of_layer in self.waiting.items()
         }
-        first = {name: values for name, values in taken[0].items() if name not in ("expert_ids", "weights")}
+        first = {name: values for name, values in taken[0].items() if name not in ("expert_ids", *COLUMNS)}
         for layer, of_layer in zip(self.found.layers, taken, strict=True):
             for name, values in first.items():
                 if not np.array_equal(of_layer[name], values):
@@ -117,8 +192,9 @@ class Rows:
             domain=first.get("domain", -1),
         )
         tokens = tokens._replace(phase=first.get("phase", tokens.phase).astype(np.uint8))
-        more = {"weights": [of_layer["weights"] for of_layer in taken]} if self.found.has_weights else {}
-        return tokens, [of_layer["expert_ids"] for of_layer in taken], more
+        more = {name: [of_layer[name] for of_layer in taken] for name in self.found.of_layers}
+        of_tokens = {name: first[name] for name in self.found.of_tokens}
+        return tokens, [of_layer["expert_ids"] for of_layer in taken], of_tokens, more
 
     def require_empty(self) -> None:
         """Raise `ValueError` if a token lacks a layer."""
@@ -130,9 +206,17 @@ def _numbers(batch: pa.RecordBatch, name: str) -> np.ndarray:
     if not pa.types.is_integer(column.type) or column.null_count:
         raise ValueError(f"{name} must be integers, without nulls")
     values: np.ndarray = column.to_numpy(zero_copy_only=False)
-    if len(values) and name != "token" and int(values.min()) < 0:
+    if len(values) and name not in ("token", "predicted") and int(values.min()) < 0:
         raise ValueError(f"{name} is negative")
     return values.astype(np.int64)
+
+
+def _floats(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    column = batch[name]
+    if not pa.types.is_floating(column.type) or column.null_count:
+        raise ValueError(f"{name} must be floats, without nulls")
+    values: np.ndarray = column.to_numpy(zero_copy_only=False)
+    return values
 
 
 def _lists(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -140,19 +224,21 @@ def _lists(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
     column = batch[name]
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) or column.null_count:
         raise ValueError(f"{name} must be lists, without nulls")
-    values = column.flatten()
-    fits = pa.types.is_floating if name == "weights" else pa.types.is_integer
+    values, holds_ids = column.flatten(), name in ("expert_ids", *GUESSES)
+    fits = pa.types.is_integer if holds_ids else pa.types.is_floating
     if not fits(values.type) or values.null_count:
-        raise ValueError(f"{name} must be lists of {'floats' if name == 'weights' else 'integers'}, without nulls")
+        raise ValueError(f"{name} must be lists of {'integers' if holds_ids else 'floats'}, without nulls")
     lengths: np.ndarray = column.value_lengths().to_numpy(zero_copy_only=False)
     return values.to_numpy(zero_copy_only=False), lengths.astype(np.int64)
 
 
-def _padded(values: np.ndarray, lengths: np.ndarray, width: int, fill: float) -> np.ndarray:
-    """Rows of `width`; `fill` behind their own."""
+def _padded(name: str, values: np.ndarray, lengths: np.ndarray, width: int) -> np.ndarray:
+    """Rows of `width`; behind their own -1 in place of ids, else 0."""
     if int(lengths.max(initial=0)) > width:
-        raise ValueError(f"a token has {int(lengths.max())} experts, more than {width}")
-    padded = np.full((len(lengths), width), fill, np.float32 if fill == 0 else np.int64)
+        what = "experts" if name == "expert_ids" else name
+        raise ValueError(f"a token has {int(lengths.max())} {what}, more than {width}")
+    holds_ids = name in ("expert_ids", *GUESSES)
+    padded = np.full((len(lengths), width), -1 if holds_ids else 0, np.int64 if holds_ids else np.float32)
     padded[np.arange(width) < lengths[:, None]] = values
     return padded
 
@@ -172,53 +258,60 @@ def _indices(column: pa.Array, names: Sequence[str], unknown: str | None) -> np.
 
 def write(trace: Trace, path: Path) -> None:
     """A trace as a table, piece by piece: token by token, of each its layers in order; unused slots are left out."""
-    has_weights = "weights" in trace.columns
-    schema = pa.schema(
-        [
-            *((name, pa.int32()) for name in _NUMBERS),
-            *((name, pa.string()) for name in _WORDS),
-            ("layer", pa.int32()),
-            ("expert_ids", pa.list_(pa.int16())),
-            *([("weights", pa.list_(pa.float32()))] if has_weights else []),
-        ]
-    )
+    of_layers = ("expert_ids", *trace.columns)
+    names = ["layer", *_NUMBERS, *_WORDS, *of_layers, *trace.token_columns]
+    schema = pa.schema([(name, _TYPES[name]) for name in names])
     layers = range(len(trace.layers))
-    streams = [trace.pieces_of(index, "expert_ids") for index in layers]
-    weights = [trace.pieces_of(index, "weights") for index in layers] if has_weights else []
+    streams = {name: [trace.pieces_of(index, name) for index in layers] for name in of_layers}
     tokens, done = trace.tokens(), 0
     with pq.ParquetWriter(path, schema) as writer:
-        for n in trace.pieces:
-            part = Tokens(*(values[done : done + n] for values in tokens))
+        for piece, n in enumerate(trace.pieces):
+            of_tokens = Tokens(*(values[done : done + n] for values in tokens))._asdict()
+            of_tokens |= {name: trace.piece_of_tokens(name, piece) for name in trace.token_columns}
+            arrays = {name: [next(stream) for stream in of_name] for name, of_name in streams.items()}
             done += n
-            ids_L = [next(stream) for stream in streams]
-            weights_L = [next(stream) for stream in weights]
-            writer.write_table(pa.table(_columns(trace, part, ids_L, weights_L), schema=schema))
+            for rows in _slices(n, max(1, _ROWS_AT_ONCE // len(layers))):
+                cut = {name: [values[rows] for values in of_layers] for name, of_layers in arrays.items()}
+                columns = _columns(trace, {name: values[rows] for name, values in of_tokens.items()}, cut)
+                writer.write_table(pa.table({name: columns[name] for name in names}, schema=schema))
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    return (slice(first, first + size) for first in range(0, n, size))
 
 
 def _columns(
-    trace: Trace, tokens: Tokens, ids_L: Sequence[np.ndarray], weights_L: Sequence[np.ndarray]
+    trace: Trace, of_tokens: Mapping[str, np.ndarray], of_layers: Mapping[str, Sequence[np.ndarray]]
 ) -> dict[str, pa.Array]:
-    L, n = len(ids_L), tokens.n
-    domain = np.where(tokens.domain < 0, len(trace.domains), tokens.domain)
-    words = {
-        "phase": pa.array(PHASES).take(pa.array(tokens.phase)),
-        "domain": pa.array([*trace.domains, None], pa.string()).take(pa.array(domain)),
-    }
+    L, n = len(trace.layers), len(of_tokens["token"])
     rows = np.arange(n).repeat(L)
-    columns = {name: pa.array(getattr(tokens, name)[rows]) for name in _NUMBERS}
-    columns |= {name: values.take(pa.array(rows)) for name, values in words.items()}
-    columns["layer"] = pa.array(np.tile([layer.layer for layer in trace.layers], n), pa.int32())
-    lengths = np.stack([(ids_TK >= 0).sum(axis=1) for ids_TK in ids_L], axis=1).reshape(-1)
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-    for name, arrays in (("expert_ids", ids_L), ("weights", weights_L)):
-        if arrays:
-            columns[name] = pa.ListArray.from_arrays(offsets, pa.array(_by_token(ids_L, arrays)))
+    domain = np.where(of_tokens["domain"] < 0, len(trace.domains), of_tokens["domain"])
+    columns = {
+        "layer": pa.array(np.tile([layer.layer for layer in trace.layers], n), pa.int32()),
+        "phase": pa.array(PHASES).take(pa.array(of_tokens["phase"][rows])),
+        "domain": pa.array([*trace.domains, None], pa.string()).take(pa.array(domain[rows])),
+    }
+    for name, values in of_tokens.items():
+        if name not in _WORDS:
+            columns[name] = pa.array(values[rows]) if values.ndim == 1 else _as_lists([values] * L)
+    for name, arrays in of_layers.items():
+        if name == "margin":
+            columns[name] = pa.array(np.stack(arrays, axis=1).reshape(-1))
+        elif name == "logits":
+            columns[name] = _as_lists(arrays)
+        else:  # used slots alone
+            ids = arrays if name in GUESSES else of_layers["expert_ids"]
+            columns[name] = _as_lists(arrays, [ids_TK >= 0 for ids_TK in ids])
     return columns
 
 
-def _by_token(ids_L: Sequence[np.ndarray], arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """The used slots of token 0 in layer 0, 1, ..., then of token 1."""
-    widest = max(ids_TK.shape[1] for ids_TK in ids_L)
-    padded = [np.pad(values_TK, ((0, 0), (0, widest - values_TK.shape[1])), constant_values=0) for values_TK in arrays]
-    used = [np.pad(ids_TK >= 0, ((0, 0), (0, widest - ids_TK.shape[1]))) for ids_TK in ids_L]
-    return np.stack(padded, axis=1)[np.stack(used, axis=1)]
+def _as_lists(arrays: Sequence[np.ndarray], chosen: Sequence[np.ndarray] | None = None) -> pa.ListArray:
+    """Lists of the (chosen) values [n, W] of token 0 in layer 0, 1, ..., then of token 1."""
+    widest = max(array.shape[1] for array in arrays)
+    chosen = chosen or [np.ones(array.shape, bool) for array in arrays]
+    values_NLW, chosen_NLW = (
+        np.stack([np.pad(array, ((0, 0), (0, widest - array.shape[1]))) for array in of_layers], axis=1)
+        for of_layers in (arrays, chosen)
+    )
+    offsets = np.concatenate([[0], np.cumsum(chosen_NLW.sum(axis=2).reshape(-1))])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values_NLW[chosen_NLW]))

@@ -21,22 +21,24 @@ class View:
         rows: their places in the trace.
         computed: puts an array of this order into the order in which the tokens were computed.
         token: ids in the vocabulary, -1 where unknown.
+        target: the id of the token that follows in the sequence, -1 where unknown.
         is_first: whether a token is the first of its sequence.
         unit: the unit of intervals that a token belongs to, from 0: its sequence, or a stretch of the only one.
         part: [U] the part of the trace that a unit belongs to: its text, or a half of a trace that has fewer than two
             texts. What is fitted is fitted on all parts but the one that it is judged on.
         parts: their names.
-        log_p: of counterfactual routes, see the head of records/trace.py, if the trace has them.
+        of_tokens: by name, those of `TOKEN_COLUMNS` (records/trace.py) that the trace has.
     """
 
     rows: np.ndarray
     computed: np.ndarray
     token: np.ndarray
+    target: np.ndarray
     is_first: np.ndarray
     unit: np.ndarray
     part: np.ndarray
     parts: tuple[str, ...]
-    log_p: np.ndarray | None = None
+    of_tokens: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:
@@ -71,23 +73,31 @@ def view_of(trace: Trace, phase: str | None = None) -> View:
     Raises:
         ValueError: it has no tokens of that phase.
     """
-    tokens, rows = trace.tokens(), np.arange(trace.n_tokens)
+    tokens = trace.tokens()
+    rows = np.lexsort((tokens.position, tokens.sequence))
+    target = _targets(tokens, rows)
     if phase is not None:
-        rows = np.flatnonzero(tokens.phase == PHASES.index(phase))
-        if not len(rows):
+        is_of_phase = tokens.phase[rows] == PHASES.index(phase)
+        if not is_of_phase.any():
             found = ", ".join(PHASES[index] for index in np.unique(tokens.phase))
             raise ValueError(f"phase={phase}: {trace.path} has no such tokens, only {found}; leave it out.")
-    rows = rows[np.lexsort((tokens.position[rows], tokens.sequence[rows]))]
+        rows, target = rows[is_of_phase], target[is_of_phase]
     sequence = tokens.sequence[rows]
     is_first = np.concatenate([[True], sequence[1:] != sequence[:-1]])
     unit = np.cumsum(is_first) - 1
     if unit[-1] == 0:
         unit = np.arange(len(rows)) * min(STRETCHES, len(rows)) // len(rows)
     part, parts = _parts(tokens, rows, unit, trace.domains)
-    log_p = trace.log_p()
-    if log_p is not None:
-        log_p = log_p[rows]
-    return View(rows, np.argsort(rows, kind="stable"), tokens.token[rows], is_first, unit, part, parts, log_p)
+    of_tokens = {name: trace.of_tokens(name)[rows] for name in trace.token_columns}
+    computed = np.argsort(rows, kind="stable")
+    return View(rows, computed, tokens.token[rows], target, is_first, unit, part, parts, of_tokens)
+
+
+def _targets(tokens: Tokens, rows: np.ndarray) -> np.ndarray:
+    """The token at the next position of each token's sequence, of all tokens in the order of `rows`."""
+    sequence, position, token = (values[rows] for values in (tokens.sequence, tokens.position, tokens.token))
+    follows = (sequence[1:] == sequence[:-1]) & (position[1:] == position[:-1] + 1)
+    return np.append(np.where(follows, token[1:], -1), -1)
 
 
 def _parts(

@@ -7,6 +7,8 @@ With A_t and B_t a token's experts of one layer in the two traces:
     changed       share of the tokens with A_t other than B_t
     first_change  share of the tokens whose first changed layer this is: later layers see other inputs (R3, 2510.11370)
 
+and, if both traces have `predicted`, the share of the tokens whose likeliest next token is another.
+
 Intervals are over sequences.
 """
 
@@ -20,7 +22,7 @@ import pandas as pd
 
 from moe_lab.analyses.findings import Findings, Plot, columns, line, percent
 from moe_lab.analyses.routes import Routes, View, routes_of, view_of
-from moe_lab.intervals import ratio_of_sums
+from moe_lab.intervals import Estimate, ratio_of_sums
 from moe_lab.records.trace import Layer, Trace
 
 
@@ -90,6 +92,10 @@ def conclude(parts: Sequence[Compared], view: View, cfg: Mapping[str, Any], laye
             f"Most change in layer {most['layer']:.0f} ({percent(most['changed'])} of the tokens); the first change is "
             f"most often in layer {table.loc[table['first_change'].idxmax(), 'layer']:.0f}."
         )
+    likeliest = _predictions(view, cfg)
+    if likeliest is not None and likeliest.value is not None:
+        share = percent(likeliest.value, likeliest.low, likeliest.high)
+        sentences.append(f"{share} of the tokens have another likeliest next token.")
     return Findings(
         "stability",
         "Routes against those of another trace",
@@ -98,3 +104,14 @@ def conclude(parts: Sequence[Compared], view: View, cfg: Mapping[str, Any], laye
         {"stability": table},
         [Plot("stability", "Experts that are the same", "layer", "share", [line("same", table, "layer", "same")])],
     )
+
+
+def _predictions(view: View, cfg: Mapping[str, Any]) -> Estimate | None:
+    """The share of the tokens with another likeliest next token, of those that have one in both traces, if any do."""
+    predicted_T = view.of_tokens.get("predicted")
+    with Trace(cfg["against"]) as other:
+        others_T = view_of(other, cfg["phase"]).of_tokens.get("predicted")
+    if predicted_T is None or others_T is None:
+        return None
+    known_T = (predicted_T >= 0) & (others_T >= 0)
+    return ratio_of_sums(view.by_unit(known_T & (predicted_T != others_T)), view.by_unit(known_T), (0.0, 1.0))

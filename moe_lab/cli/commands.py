@@ -110,6 +110,12 @@ def _trace(arguments: list[str]) -> int:
     return trace.main(arguments)
 
 
+def _stability(arguments: list[str]) -> int:
+    from moe_lab.cli import stability
+
+    return stability.main(arguments)
+
+
 def _import(arguments: list[str]) -> int:
     from moe_lab.cli import import_trace
 
@@ -176,6 +182,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "trace": _trace,
     "import": _import,
     "analyze": _analyze,
+    "stability": _stability,
     "allocate": _allocate,
     "inspect": _inspect,
     "export": _export,

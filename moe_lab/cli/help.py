@@ -23,6 +23,7 @@ moe-lab generate TEXT model.path=DIR            generate text with a checkpoint
 moe-lab trace model.path=DIR --out FILE         record which experts each token of texts (workload.path) chooses
 moe-lab import FORMAT FILE --out FILE           convert routes that vLLM, SGLang or llama.cpp recorded to a trace
 moe-lab analyze FILE [KEY=VALUE ...]            what a trace says: caches, verification steps, placements
+moe-lab stability model.path=DIR --variants V   which routes change with batch, dtype, kernel or checkpoint
 moe-lab allocate model.path=DIR                 find fewer experts per token for each layer (model.top_k=[...])
 moe-lab inspect DIR                             show what a checkpoint is and whether it is supported
 moe-lab export RUN_DIR [export.KEY=VALUE ...]   export the model of an earlier run as ONNX; --verify DIR, --open

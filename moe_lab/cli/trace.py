@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_lab.cli.arguments import Parser
 from moe_lab.records.trace import MOST_ROUTES
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _READ = ("model.*", "router.*", "experts.*", "workload.*", "device", "dtype", "batch", "seq_len", "seed")
 
@@ -34,6 +38,7 @@ def main(arguments: list[str]) -> int:
         metavar="N",
         help="try N other routes of each token, at the same cost; N passes",
     )
+    parser.add_argument("--predicted", action="store_true", help="record the likeliest next token of each token too")
     parser.add_argument("--to", choices=("parquet", "vllm"), help="write the trace FILE in this format")
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_intermixed_args(arguments)
@@ -44,16 +49,24 @@ def main(arguments: list[str]) -> int:
     if given.out.is_dir():
         raise ValueError(f"--out {given.out}: is a folder; give the path of a file.")
     if given.to is not None:
-        if given.logits or given.guesses or given.routes or given.tokens is not None or given.config_dir:
+        asked = (given.logits, given.guesses, given.routes, given.predicted, given.tokens is not None, given.config_dir)
+        if any(asked):
             raise ValueError("--to: takes a trace and --out; remove the other options.")
         return _write_as(given.to, given.words, given.out)
     if files := [word for word in given.words if "=" not in word and not word.startswith("~")]:
         raise ValueError(f"trace {files[0]}: not a KEY=VALUE override; to write a trace as another format, add --to.")
-    more = {"logits": given.logits, "guesses": given.guesses, "routes": given.routes}
+    more = {name: getattr(given, name) for name in ("logits", "guesses", "routes", "predicted")}
     return _record(given.words, given.out, given.tokens, given.config_dir, more)
 
 
-def _record(overrides: list[str], out: Path, n_tokens: int | None, config_dir: str | None, more: dict[str, Any]) -> int:
+def compose_over_texts(
+    overrides: Sequence[str], config_dir: str | None, read: Collection[str], command: str
+) -> DictConfig:
+    """The checked configuration of a model over texts, by default a checkpoint with its own router.
+
+    Raises:
+        ValueError: a key that `command` does not `read`, or another mistake; one line that names the key.
+    """
     from moe_lab.config.checks import refuse_other_keys
     from moe_lab.config.compose import compose
     from moe_lab.config.unread import key_of, refuse_twice
@@ -65,8 +78,13 @@ def _record(overrides: list[str], out: Path, n_tokens: int | None, config_dir: s
     chosen += [] if "router" in keys or "model" in keys else ["router=native"]
     chosen += [] if "workload" in keys else ["workload=text"]
     cfg = compose([*chosen, *overrides], config_dir=config_dir)
-    refuse_other_keys(overrides, _READ, "moe-lab trace")
+    refuse_other_keys(overrides, read, command)
     inputs.require(cfg)  # before torch is loaded
+    return cfg
+
+
+def _record(overrides: list[str], out: Path, n_tokens: int | None, config_dir: str | None, more: dict[str, Any]) -> int:
+    cfg = compose_over_texts(overrides, config_dir, _READ, "moe-lab trace")
 
     from rich.progress import track
 
@@ -93,8 +111,9 @@ def _write_as(kind: str, words: list[str], out: Path) -> int:
     if len(words) != 1:
         raise ValueError(f"--to {kind}: takes one trace, not {len(words)} words.")
     with Trace(words[0]) as trace:
-        exporters.FORMATS[kind](trace, out)
+        left_out = exporters.FORMATS[kind](trace, out)
         print(f"{out}: {trace.n_tokens:,} tokens of {len(trace.layers)} layers")
+        print(f"not in the file: {left_out}", file=sys.stderr)
     return 0
 
 

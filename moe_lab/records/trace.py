@@ -11,7 +11,8 @@ a stretch of tokens, is read without the rest. Of a piece of T tokens:
     PIECE/token/domain           int16 [T]     index into the manifest's `domains`, -1 if unknown
     PIECE/token/log_p            float32 [T, 2 + n]  natural logarithms of the largest probability of the next token, of
                                  the probability of the token that follows, and of the latter by each of n other routes
-                                 (runs/counterfactual.py); only in a trace with counterfactual_routes
+                                 (runs/counterfactual.py); only in a trace that has them (token_columns)
+    PIECE/token/predicted        int32 [T]     the likeliest next token by the model, -1 if unknown; likewise
     PIECE/layer/LAYER/expert_ids int16 [T, K]  different in each row; -1 is an unused slot
     PIECE/layer/LAYER/weights    float32 [T, K]  of these slots, 0 where unused; only in a trace that has them
     PIECE/layer/LAYER/margin     float32 [T]   p_(k) - p_(k+1) of the softmax of the logits; likewise
@@ -25,7 +26,8 @@ a stretch of tokens, is read without the rest. Of a piece of T tokens:
     layers               [{layer, n_experts, top_k, bytes_per_expert}]: index in the model; top_k is the width K of its
                          rows; bytes of one expert's weights, null if unknown
     columns              which of weights, margin, logits, ahead, pre_attention there are
-    counterfactual_routes  n of log_p, 0 if there is none; a trace without this key has none
+    token_columns        {name: width} of log_p and predicted, those that there are; older traces have instead
+                         counterfactual_routes, n of log_p or 0, or neither
     pieces               tokens of each
     domains              names of the texts
     source               model, router, tokenizer, texts, ...: where it comes from, names and hashes
@@ -35,6 +37,7 @@ a stretch of tokens, is read without the rest. Of a piece of T tokens:
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zipfile
@@ -59,8 +62,21 @@ PIECE = 1 << 16
 """Tokens of a piece as it is written: of eight experts a token, 1 MB a layer."""
 _MOST_PIECE = 1 << 22  # tokens of one that is read
 _MANIFEST = "manifest.json"
+
+
+class TokenColumn(NamedTuple):
+    """What only some traces have of a token: an array [T], or of a width of 2 or more [T, width]."""
+
+    dtype: str
+    widths: range  # those that there may be
+    least: float = -math.inf
+
+
+TOKEN_COLUMNS = {
+    "log_p": TokenColumn("<f4", range(3, 3 + MOST_ROUTES)),
+    "predicted": TokenColumn("<i4", range(1, 2), -1),
+}
 _TOKEN_DTYPES = {"sequence": "<i4", "position": "<i4", "phase": "|u1", "token": "<i4", "domain": "<i2"}
-_UNKNOWN = {"token": -1, "domain": -1, "phase": 0}
 _DAMAGED = (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile, NotImplementedError, struct.error)
 _EARLY = (1980, 1, 1, 0, 0, 0)  # the time stamp of every member: equal traces are equal files
 
@@ -131,7 +147,7 @@ class TraceWriter:
         columns: which of `COLUMNS` `add` gets.
         domains, source, missing: of the manifest. May be changed until the end.
         piece: tokens of a piece.
-        n_routes: n of `log_p`, which `add` then gets; 0: none.
+        token_columns: the widths of those of `TOKEN_COLUMNS` that `add` gets.
     """
 
     path: Path
@@ -141,10 +157,11 @@ class TraceWriter:
     source: Mapping[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     piece: int = PIECE
-    n_routes: int = 0
+    token_columns: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert self.layers and set(self.columns) <= set(COLUMNS)
+        assert all(width in TOKEN_COLUMNS[name].widths for name, width in self.token_columns.items())
         for layer in self.layers:
             if not (1 <= layer.n_experts <= MOST_EXPERTS and 1 <= layer.top_k <= MOST_K):
                 raise ValueError(
@@ -153,7 +170,7 @@ class TraceWriter:
                 )
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._pieces: list[int] = []
-        self._waiting: list[tuple[Tokens, np.ndarray, list[dict[str, np.ndarray]]]] = []
+        self._waiting: list[list[dict[str, np.ndarray]]] = []  # of each part that of its tokens, then of each layer
         self._n_waiting = 0
 
     @property
@@ -184,55 +201,53 @@ class TraceWriter:
         self,
         tokens: Tokens,
         ids: Sequence[np.ndarray],
-        log_p: np.ndarray | None = None,
+        of_tokens: Mapping[str, np.ndarray] | None = None,
         /,
         **more: Sequence[np.ndarray],
     ) -> None:
-        """Add tokens in order: their expert ids [T, K] layer by layer, and each of `columns` likewise.
+        """Add tokens in order, their `token_columns`, their expert ids [T, K] layer by layer, and `columns` likewise.
 
         Raises:
             ValueError: an id out of range or twice in a row, or arrays of another size.
         """
+        of_tokens = of_tokens or {}
         assert set(more) == set(self.columns), f"{set(more)} is not {set(self.columns)}"
+        assert set(of_tokens) == set(self.token_columns), f"{set(of_tokens)} is not {set(self.token_columns)}"
         arrays: list[dict[str, np.ndarray]] = []
         for index, (layer, ids_TK) in enumerate(zip(self.layers, ids, strict=True)):
             require_routes(ids_TK, layer.n_experts, f"layer {layer.layer}")
             found = {"expert_ids": ids_TK} | {name: more[name][index] for name in self.columns}
             for name in set(self.columns) & set(GUESSES):
                 require_routes(found[name], layer.n_experts, f"layer {layer.layer}: {name}")
-            arrays.append({name: np.ascontiguousarray(a, _dtype(name)) for name, a in found.items()})
+            arrays.append({name: np.ascontiguousarray(a, dtype_of(name)) for name, a in found.items()})
             for name, array in arrays[-1].items():
-                if array.shape != _shape(name, layer, tokens.n):
+                if array.shape != shape_of(name, layer, tokens.n):
                     raise ValueError(f"layer {layer.layer}: {name} is {list(array.shape)}, of {tokens.n} tokens")
-        assert (log_p is None) == (self.n_routes == 0)
-        scores = np.empty((tokens.n, 0), "<f4") if log_p is None else np.ascontiguousarray(log_p, "<f4")
-        if log_p is not None and scores.shape != (tokens.n, 2 + self.n_routes):
-            raise ValueError(f"log_p is {list(scores.shape)}, of {tokens.n} tokens and {self.n_routes} routes")
-        self._waiting.append((tokens, scores, arrays))
+        beside = {name: np.ascontiguousarray(a, TOKEN_COLUMNS[name].dtype) for name, a in of_tokens.items()}
+        for name, array in beside.items():
+            if array.shape != _token_shape(self.token_columns[name], tokens.n):
+                raise ValueError(f"{name} is {list(array.shape)}, of {tokens.n} tokens and {self.token_columns[name]}")
+            _require_least(name, array, name)
+        self._waiting.append([tokens._asdict() | beside, *arrays])
         self._n_waiting += tokens.n
         while self._n_waiting >= self.piece:
             self._write(self.piece)
 
     def _write(self, n: int) -> None:
         """The next piece: the first n tokens that wait."""
-        tokens = Tokens(*(np.concatenate(parts) for parts in zip(*(t for t, *_ in self._waiting), strict=True)))
-        number, rest = len(self._pieces), []
-        for name, values in tokens._asdict().items():
-            self._write_array(f"{number}/token/{name}", values[:n])
-        scores = np.concatenate([scores for _, scores, _ in self._waiting])
-        if self.n_routes:
-            self._write_array(f"{number}/token/log_p", scores[:n])
-        for index, layer in enumerate(self.layers):
+        number, rests = len(self._pieces), []
+        places = [f"{number}/token", *(f"{number}/layer/{layer.layer}" for layer in self.layers)]
+        for index, place in enumerate(places):
             joined = {
-                name: np.concatenate([arrays[index][name] for *_, arrays in self._waiting]) for name in _names(self)
+                name: np.concatenate([waiting[index][name] for waiting in self._waiting])
+                for name in self._waiting[0][index]
             }
             for name, values in joined.items():
-                self._write_array(f"{number}/layer/{layer.layer}/{name}", values[:n])
-            rest.append({name: values[n:].copy() for name, values in joined.items()})
+                self._write_array(f"{place}/{name}", values[:n])
+            rests.append({name: values[n:].copy() for name, values in joined.items()})
         self._pieces.append(n)
         self._n_waiting -= n
-        left = Tokens(*(values[n:].copy() for values in tokens))
-        self._waiting = [(left, scores[n:].copy(), rest)] if self._n_waiting else []
+        self._waiting = [rests] if self._n_waiting else []
 
     def _write_array(self, name: str, array: np.ndarray) -> None:
         info = zipfile.ZipInfo(f"{name}.npy", _EARLY)
@@ -250,7 +265,7 @@ class TraceWriter:
             "version": VERSION,
             "layers": [asdict(layer) for layer in self.layers],
             "columns": list(self.columns),
-            "counterfactual_routes": self.n_routes,
+            "token_columns": dict(self.token_columns),
             "pieces": self._pieces,
             "domains": list(self.domains),
             "source": dict(self.source),
@@ -273,7 +288,8 @@ class Trace:
     when it is read, and nothing is unpickled.
 
     Attributes:
-        path, layers, columns, n_routes, pieces, domains, source, missing: see `TraceWriter` and the head of this file.
+        path, layers, columns, token_columns, pieces, domains, source, missing: see `TraceWriter` and the head of this
+            file.
 
     Raises:
         ValueError: it is not a trace, or damaged: one line that names the file.
@@ -312,13 +328,25 @@ class Trace:
         parts = [self._tokens_of(piece) for piece in range(len(self.pieces))]
         return Tokens(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
-    def log_p(self) -> np.ndarray | None:
-        """float32 [T, 2 + n], see the head of this file; None in a trace without counterfactual routes."""
-        if not self.n_routes:
-            return None
-        width = 2 + self.n_routes
-        parts = [self._array(f"{i}/token/log_p", "<f4", (n, width)) for i, n in enumerate(self.pieces)]
-        return np.concatenate(parts)
+    def of_tokens(self, name: str) -> np.ndarray:
+        """One of `token_columns` of all tokens.
+
+        Raises:
+            ValueError: damaged; see the class.
+        """
+        return np.concatenate([self.piece_of_tokens(name, piece) for piece in range(len(self.pieces))])
+
+    def piece_of_tokens(self, name: str, piece: int) -> np.ndarray:
+        """The same of one piece."""
+        assert name in self.token_columns, f"this trace has no {name}"
+        place = f"{piece}/token/{name}"
+        shape = _token_shape(self.token_columns[name], self.pieces[piece])
+        values = self._array(place, TOKEN_COLUMNS[name].dtype, shape)
+        try:
+            _require_least(name, values, place)
+        except ValueError as error:
+            raise self._damaged(error) from error
+        return values
 
     def ids(self, index: int) -> np.ndarray:
         """The expert ids of one layer, by its place in `layers`: int16 [T, K]."""
@@ -334,7 +362,7 @@ class Trace:
         layer = self.layers[index]
         for piece, n in enumerate(self.pieces):
             place = f"{piece}/layer/{layer.layer}/{name}"
-            values = self._array(place, _dtype(name), _shape(name, layer, n))
+            values = self._array(place, dtype_of(name), shape_of(name, layer, n))
             if name in ("expert_ids", *GUESSES):
                 try:
                     require_routes(values, layer.n_experts, place)
@@ -390,9 +418,7 @@ class Trace:
         self.pieces = tuple(_list(manifest, "pieces", int))
         self.domains = tuple(_list(manifest, "domains", str))
         self.missing = tuple(_list(manifest, "missing", str))
-        self.n_routes: int = manifest.get("counterfactual_routes", 0)
-        if type(self.n_routes) is not int or not 0 <= self.n_routes <= MOST_ROUTES:
-            raise ValueError(f"its manifest has counterfactual_routes other than 0 to {MOST_ROUTES}")
+        self.token_columns = _token_columns(manifest)
         source = manifest.get("source")
         self.source: dict[str, Any] = source if isinstance(source, dict) else {}
         if not self.layers or not self.pieces:
@@ -414,11 +440,37 @@ def _names(trace: Trace | TraceWriter) -> tuple[str, ...]:
     return ("expert_ids", *trace.columns)
 
 
-def _dtype(name: str) -> str:
+def _token_shape(width: int, n: int) -> tuple[int, ...]:
+    return (n,) if width == 1 else (n, width)
+
+
+def _require_least(name: str, values: np.ndarray, where: str) -> None:
+    if values.size and values.min() < TOKEN_COLUMNS[name].least:
+        raise ValueError(f"{where}: {values.min()} is below {TOKEN_COLUMNS[name].least:g}")
+
+
+def _token_columns(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Names and widths; older manifests have the number of other routes alone."""
+    n_routes = manifest.get("counterfactual_routes", 0)
+    if type(n_routes) is not int or not 0 <= n_routes <= MOST_ROUTES:
+        raise ValueError(f"its manifest has counterfactual_routes other than 0 to {MOST_ROUTES}")
+    found = manifest.get("token_columns", {"log_p": 2 + n_routes} if n_routes else {})
+    if not isinstance(found, dict) or not found.keys() <= TOKEN_COLUMNS.keys():
+        raise ValueError(f"its manifest has token_columns other than {', '.join(TOKEN_COLUMNS)}")
+    for name, width in found.items():
+        widths = TOKEN_COLUMNS[name].widths
+        if type(width) is not int or width not in widths:
+            raise ValueError(f"its manifest has a {name} of a width other than {widths[0]} to {widths[-1]}")
+    return found
+
+
+def dtype_of(name: str) -> str:
+    """The dtype of one of `COLUMNS`, or of `expert_ids`."""
     return "<i2" if name in ("expert_ids", *GUESSES) else "<f4"
 
 
-def _shape(name: str, layer: Layer, n: int) -> tuple[int, ...]:
+def shape_of(name: str, layer: Layer, n: int) -> tuple[int, ...]:
+    """The shape that it has of n tokens."""
     if name in GUESSES:
         return n, guess_width(layer)
     return {"margin": (n,), "logits": (n, layer.n_experts)}.get(name, (n, layer.top_k))

@@ -306,16 +306,21 @@ def check_available(cfg: DictConfig) -> tuple[torch.device, dict[str, str]]:
     model = _make_model(cfg, torch.device("meta"))
     decide(cfg, model, device, load=False)
     require_runnable(cfg, model, device)
+    return device, implementation(cfg, model, device)
+
+
+def implementation(cfg: DictConfig, model: nn.Module, device: torch.device) -> dict[str, str]:
+    """Who computes the router and the experts of `model`, that of `cfg`, on `device`; empty without MoE layers."""
     if not (layers := moe_layers(model)):
-        return device, {}
+        return {}
     x_T0 = torch.empty(n_tokens(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
     router, experts = layers[0].router, layers[0].experts
-    return device, {"router": router.implementation(), **experts.implementation(x_T0, layers[0].weights)}
+    return {"router": router.implementation(), **experts.implementation(x_T0, layers[0].weights)}
 
 
-def builds_extension(implementation: Mapping[str, str], device: torch.device) -> bool:
+def builds_extension(by: Mapping[str, str], device: torch.device) -> bool:
     """Whether a run with these implementations (`check_available`) compiles the extension first."""
-    is_of_it = implementation.get("router", "").startswith("cuda_ext") or implementation.get("experts") == "fused"
+    is_of_it = by.get("router", "").startswith("cuda_ext") or by.get("experts") == "fused"
     return is_of_it and not extension.is_built(device)
 
 

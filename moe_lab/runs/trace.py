@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moe_lab.measure.route_flips import boundary_margin
 from moe_lab.measure.tolerances import exact_products
+from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer, hooked, indexed_moe_layers, moe_layers
 from moe_lab.models.serving import Decode
 from moe_lab.models.transformer_decoder import TransformerDecoder
@@ -28,6 +29,8 @@ from moe_lab.runs import build
 from moe_lab.runs.counterfactual import log_probabilities, require_own_routes
 from moe_lab.runs.guesses import Guesses
 from moe_lab.workloads import text
+
+_OF_NO_CONTEXT = "predicted: of the contexts' tokens; only the steps after them predict a token"
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
@@ -110,7 +113,7 @@ def _arrays(routing: Routing, width: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextmanager
-def _logits(layers: Sequence[MoELayer]) -> Iterator[Callable[[], list[Tensor]]]:
+def router_logits(layers: Sequence[MoELayer]) -> Iterator[Callable[[], list[Tensor]]]:
     """Inside, every pass adds its logits; the function that is given gives those since it was last called."""
     kept: dict[MoELayer, list[Tensor]] = {layer: [] for layer in layers}
 
@@ -136,6 +139,7 @@ def record(
     logits: bool = False,
     guesses: bool = False,
     routes: int = 0,
+    predicted: bool = False,
     progress: Callable[[range], Any] = iter,
 ) -> list[str]:
     """Write the trace of a model over the texts of `cfg.workload.path`.
@@ -145,60 +149,67 @@ def record(
     is a step of the decode path, given the text's own token.
 
     Args:
-        path: of the file.
         n_tokens: about so many; the windows are spread evenly over the texts. None: all that they have.
-        logits: record the router's logits too.
+        logits, predicted: record the router's logits, the likeliest next token too.
         guesses: record what each router would choose before its input is there (`Guesses`), too.
-        routes: how many other routes of each token to try (counterfactual.py); 0: none.
+        routes: how many other routes of each token to try (counterfactual.py).
         progress: is given the first window of each batch.
 
-    Returns:
-        a sentence for everything that the trace does not have.
+    Returns: a sentence for everything that the trace does not have.
 
     Raises:
-        ValueError: the model has no MoE layers, the workload no texts, or they are too short; `routes` of a model or a
-            phase that has no such routes.
-        UnavailableError: the device, or an implementation on it, is not here.
+        ValueError: no MoE layers, no texts or too short ones, or `routes` of a model or a phase that has none.
+        UnavailableError: the device or an implementation is not here.
     """
-    _require_text(cfg)
+    require_text(cfg)
     with exact_products():
-        device, model = _model(cfg)
+        device, model = text_model(cfg)
         context_len = int(cfg.workload.context_len) if cfg.workload.phase == "decode" else None
         if routes:
             require_own_routes(model, cfg.workload.phase)
         batch = int(cfg.batch)
-        windows, missing = _windows(cfg, model, n_tokens)
+        windows, missing = text_windows(cfg, model, n_tokens, batch)
         columns = ("weights", "margin", *(("logits",) if logits else ()), *(GUESSES if guesses else ()))
+        beside = ({"log_p": 2 + routes} if routes else {}) | ({"predicted": 1} if predicted else {})
+        missing += [_OF_NO_CONTEXT] if predicted and context_len is not None else []
         layers, source = layers_of(model), source_of(cfg, model)
         guessed = Guesses(model, layers)
         with (
-            TraceWriter(path, layers, columns, windows.names, source, missing, n_routes=routes) as writer,
-            _logits(moe_layers(model)) as take,
+            TraceWriter(path, layers, columns, windows.names, source, missing, token_columns=beside) as writer,
+            router_logits(moe_layers(model)) as take,
             guessed.looking() if guesses else nullcontext(),
         ):
             for first in progress(range(0, len(windows.ids_WS) // batch * batch, batch)):
                 ids_BS, domain_B = windows.ids_WS[first : first + batch].to(device), windows.domain_W[first:][:batch]
-                for tokens, routings in _passes(model, ids_BS, first, context_len):
+                for tokens, routings, predicted_T in _passes(model, ids_BS, first, context_len):
                     tokens = tokens._replace(domain=domain_B.numpy()[tokens.sequence - first].astype(np.int16))
-                    looked, guess, log_p = take(), guessed.take(), None
+                    looked, guess, of_tokens = take(), guessed.take(), {"predicted": predicted_T}
                     if routes:
                         targets_BS = windows.targets_WS[first : first + batch].to(device)
-                        log_p = log_probabilities(model, ids_BS, targets_BS, routes, cfg.seed + first).cpu().numpy()
+                        log_p = log_probabilities(model, ids_BS, targets_BS, routes, cfg.seed + first)
+                        of_tokens["log_p"] = log_p.cpu().numpy()
                         take(), guessed.take()  # what its own passes left there
-                    _add(writer, tokens, routings, looked, guess, log_p)
+                    _add(writer, tokens, routings, looked, guess, {name: of_tokens[name] for name in beside})
     return missing
 
 
-def _require_text(cfg: DictConfig) -> None:
+def require_text(cfg: DictConfig) -> None:
+    """Raise `ValueError` unless the workload is texts with the router's own choice."""
     if cfg.workload.get("name") != "text":
-        raise ValueError("trace: needs real text; set workload=text and workload.path (a file or a folder).")
+        raise ValueError("workload: needs real text; set workload=text and workload.path (a file or a folder).")
     if cfg.workload.get("load", "native") != "native":
-        raise ValueError(f"workload.load={cfg.workload.load}: a trace records what the router chooses; remove it.")
+        raise ValueError(f"workload.load={cfg.workload.load}: the routes are the router's own choice here; remove it.")
 
 
-def _model(cfg: DictConfig) -> tuple[torch.device, TransformerDecoder]:
+def text_model(cfg: DictConfig, donor: Mapping[str, Tensor] | None = None) -> tuple[torch.device, TransformerDecoder]:
+    """(device, model) of a configuration that reads texts; with `donor` as `build.build_model`.
+
+    Raises:
+        ValueError: the model has no MoE layers, or does not fit the texts.
+        UnavailableError: the device or an implementation is not here.
+    """
     device = build.resolve_device(cfg)
-    model = build.build_model(cfg, device)
+    model = build.build_model(cfg, device, donor)
     build.require_runnable(cfg, model, device)
     if not moe_layers(model):
         raise ValueError(f"model={option_name(cfg.model)}: has no MoE layers, so there are no routes to record.")
@@ -207,9 +218,11 @@ def _model(cfg: DictConfig) -> tuple[torch.device, TransformerDecoder]:
     return device, model
 
 
-def _windows(cfg: DictConfig, model: TransformerDecoder, n_tokens: int | None) -> tuple[text.Windows, list[str]]:
-    """(windows of the texts, a sentence for each that is left out)."""
-    batch, length = int(cfg.batch), build.n_positions(cfg)
+def text_windows(
+    cfg: DictConfig, model: TransformerDecoder, n_tokens: int | None, batch: int
+) -> tuple[text.Windows, list[str]]:
+    """(windows of the texts for about `n_tokens` tokens, in batches; a sentence for each that is left out)."""
+    length = build.n_positions(cfg)
     domains = text.read_domains(cfg.workload.path, model.vocab_size, getattr(model, "tokenizer_file", None))
     n_windows = None if n_tokens is None else max(n_tokens // (batch * length), 1) * batch
     windows = text.windows(domains, length, n_windows, int(cfg.seed))
@@ -228,17 +241,25 @@ def _windows(cfg: DictConfig, model: TransformerDecoder, n_tokens: int | None) -
 
 def _passes(
     model: TransformerDecoder, ids_BS: Tensor, first: int, context_len: int | None
-) -> Iterator[tuple[Tokens, Sequence[Routing]]]:
-    """One pass over whole windows, or the pass over their contexts and every step after it."""
+) -> Iterator[tuple[Tokens, Sequence[Routing], np.ndarray]]:
+    """One pass over whole windows, or the pass over their contexts and every step after it; the likeliest next tokens.
+
+    Of a context no next token is predicted: -1.
+    """
     if context_len is None:
         model.ropes.reserve(ids_BS.shape[1], ids_BS.device)
-        yield pass_tokens(ids_BS, "prefill", first), model(ids_BS).routings
+        yield pass_tokens(ids_BS, "prefill", first), *_kept(model(ids_BS))
         return
     task = Decode(model, model.make_cache(*ids_BS.shape), context_len)
-    yield pass_tokens(ids_BS[:, :context_len], "prefill", first), task.fill(ids_BS)
+    context_BC = ids_BS[:, :context_len]
+    yield pass_tokens(context_BC, "prefill", first), task.fill(ids_BS), np.full(context_BC.numel(), -1)
     for position in range(context_len, ids_BS.shape[1]):
-        yield pass_tokens(ids_BS, "decode", first, np.array([position])), task(ids_BS).routings
+        yield pass_tokens(ids_BS, "decode", first, np.array([position])), *_kept(task(ids_BS))
         task.advance()
+
+
+def _kept(output: Output) -> tuple[Sequence[Routing], np.ndarray]:
+    return output.routings, output.y.argmax(-1).flatten().cpu().numpy()
 
 
 def _add(
@@ -247,7 +268,7 @@ def _add(
     routings: Sequence[Routing],
     logits: Sequence[Tensor],
     guesses: Sequence[Mapping[str, Tensor]],
-    log_p: np.ndarray | None,
+    of_tokens: Mapping[str, np.ndarray],
 ) -> None:
     arrays = [_arrays(routing, layer.top_k) for routing, layer in zip(routings, writer.layers, strict=True)]
     more = {
@@ -259,4 +280,4 @@ def _add(
         "logits": [of_layer.float().cpu().numpy() for of_layer in logits],
         **{name: [of_layer[name].cpu().numpy() for of_layer in guesses if name in of_layer] for name in GUESSES},
     }
-    writer.add(tokens, [ids for ids, _ in arrays], log_p, **{name: more[name] for name in writer.columns})
+    writer.add(tokens, [ids for ids, _ in arrays], of_tokens, **{name: more[name] for name in writer.columns})

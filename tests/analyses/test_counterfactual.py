@@ -16,9 +16,9 @@ def write(path: Path, probabilities: list[list[float]], n_sequences: int = 2) ->
     """Of each token: the largest, its own, and those of other routes."""
     p_TN = np.array(probabilities)
     T = len(p_TN)
-    with TraceWriter(path, [Layer(0, 4, 1)], n_routes=p_TN.shape[1] - 2, piece=3) as writer:
+    with TraceWriter(path, [Layer(0, 4, 1)], token_columns={"log_p": p_TN.shape[1]}, piece=3) as writer:
         sequence = np.arange(T) * n_sequences // T
-        writer.add(tokens_of(sequence, np.arange(T)), [np.zeros((T, 1))], np.log(p_TN))
+        writer.add(tokens_of(sequence, np.arange(T)), [np.zeros((T, 1))], {"log_p": np.log(p_TN)})
     return path
 
 

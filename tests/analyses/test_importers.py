@@ -105,7 +105,7 @@ def parquet(folder: Path, ids_TLK: np.ndarray, **columns: Any) -> list[Path]:
         "phase": pa.array(["decode"] * n * layers),
         "weights": pa.array(np.full((n * layers, ids_TLK.shape[2]), 0.5).tolist(), pa.list_(pa.float32())),
     }
-    pq.write_table(pa.table({name: columns.get(name, values) for name, values in table.items()}), folder / "t.parquet")
+    pq.write_table(pa.table(table | columns), folder / "t.parquet")
     return [folder / "t.parquet"]
 
 
@@ -170,6 +170,13 @@ def test_parquet_has_domains_phases_and_weights(tmp_path: Path) -> None:
     trace, _ = imported("parquet", paths, tmp_path)
     with trace:
         assert trace.ids(0).tolist() == [[0, -1]] * T and trace.ids(1).tolist() == [[1, 2]] * T
+
+
+def test_columns_that_a_trace_does_not_have_are_said(tmp_path: Path) -> None:
+    """Another program's own."""
+    trace, missing = imported("parquet", parquet(tmp_path, ids_of(), latency=np.zeros(T * L)), tmp_path)
+    trace.close()
+    assert "latency: columns of the table that a trace does not have" in missing
 
 
 def test_dense_layers_are_left_out(tmp_path: Path) -> None:
@@ -278,6 +285,17 @@ def test_a_layer_that_is_cut_off_is_said(tmp_path: Path) -> None:
         pytest.param({"phase": pa.array(["x"] * T * L)}, "must be one of unknown, prefill, decode", id="phase"),
         pytest.param({"expert_ids": np.arange(T * L)}, "expert_ids must be lists", id="no-lists"),
         pytest.param({"weights": pa.array([[0.5]] * T * L)}, "other numbers of weights", id="weights"),
+        pytest.param({"margin": pa.array([1] * T * L)}, "margin must be floats, without nulls", id="margin"),
+        pytest.param({"margin": pa.array([None] * T * L, pa.float32())}, "margin must be floats", id="margin-null"),
+        pytest.param({"logits": pa.array([[0.5]] * (T * L - 1) + [[]])}, "of 0 and of 1 values", id="logits"),
+        pytest.param({"logits": pa.array([[0.5]] * T * L)}, "is outside 0 to 0", id="logits-of-fewer-experts"),
+        pytest.param({"logits": pa.array([[1]] * T * L)}, "logits must be lists of floats", id="logits-integers"),
+        pytest.param({"ahead": pa.array([[0, 1, 2, 3, 4]] * T * L)}, "5 ahead, more than 4", id="ahead"),
+        pytest.param({"ahead": pa.array([[2, 2]] * T * L)}, "ahead: token 0 has an expert twice", id="ahead-twice"),
+        pytest.param({"ahead": pa.array([[0.5]] * T * L)}, "ahead must be lists of integers", id="ahead-floats"),
+        pytest.param({"log_p": pa.array([[-0.5] * 2] * T * L)}, "log_p has 2 values in a row", id="log_p"),
+        pytest.param({"predicted": np.full(T * L, -2)}, "predicted: -2 is below -1", id="predicted"),
+        pytest.param({"predicted": np.arange(T * L)}, "are other tokens .*predicted", id="predicted-of-layers"),
     ],
 )
 def test_a_table_that_is_not_one_is_said(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

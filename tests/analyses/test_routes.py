@@ -28,6 +28,20 @@ def test_steps_of_a_batch_become_sequences(tmp_path: Path) -> None:
     assert view.by_unit(np.array([1, 2, 3, 4, 5, 6])).tolist() == [6, 15]
 
 
+def test_the_token_that_follows_is_the_next_of_the_sequence(tmp_path: Path) -> None:
+    """Not behind a gap, not of another sequence; across phases; unknown ids stay unknown."""
+    with TraceWriter(tmp_path / "x.trace", [Layer(0, 6, 1)]) as writer:
+        sequence, position = np.array([0, 1, 0, 1, 0]), np.array([0, 5, 1, 6, 3])
+        tokens = tokens_of(sequence, position, "prefill", np.array([10, 20, 11, -1, 13]))
+        writer.add(tokens, [np.zeros((5, 1))])
+        writer.add(tokens_of(np.array([0]), np.array([4]), "decode", np.array([14])), [np.zeros((1, 1))])
+    with Trace(tmp_path / "x.trace") as trace:
+        view, prefill = view_of(trace), view_of(trace, "prefill")
+    assert view.token.tolist() == [10, 11, 13, 14, 20, -1]
+    assert view.target.tolist() == [11, -1, 14, -1, -1, -1]
+    assert prefill.token.tolist() == [10, 11, 13, 20, -1] and prefill.target.tolist() == [11, -1, 14, -1, -1]
+
+
 def test_texts_are_parts(tmp_path: Path) -> None:
     """A unit belongs to the text of its sequence."""
     path = traces.write(tmp_path / "x.trace", [[[0]], [[1]], [[2]]], 3, domains=[1, 0, 1])

@@ -51,6 +51,51 @@ def test_guesses_by_hand(tmp_path: Path) -> None:
     assert "are among those that its token id used elsewhere" in findings.sentences[0]
 
 
+def test_vocabulary_by_hand(tmp_path: Path) -> None:
+    """By the token's own id, by the one that follows, by the predicted one; layer 0, an expert a token."""
+    path, texts = tmp_path / "x.trace", [([5, 6, 5, 7], [0, 1, 0, 3]), ([5, 5, 6, 5], [0, 0, 1, 3])]
+    predicted = [[1, 2, 1, -1], [2, 1, 2, 2]]
+    with TraceWriter(path, [Layer(0, 4, 1)], domains=["a", "b"], token_columns={"predicted": 1}) as writer:
+        for index, (ids, experts) in enumerate(texts):
+            tokens = tokens_of(np.full(4, index), np.arange(4), token=np.array(ids), domain=index)
+            writer.add(tokens, [np.array(experts)[:, None]], {"predicted": np.array(predicted[index])})
+    findings = traces.found(path, specialisation, {"guess": ["popular", "token_id", "target_id", "predicted_id"]})
+    (row,) = findings.tables["specialisation"].to_dict("records")
+    # Input: 5 -> 0 and 6 -> 1 in both texts; 7 was not seen, so 0. Right: 3 of 4, and 3 of 4.
+    assert row["vocabulary_input"] == row["token_id"] == 6 / 8
+    # Target of a: 6 5 7 -, experts 0 1 0 (3); of b: 5 6 5 -, experts 0 0 1 (3). Of b: 5 -> 0 (not 1: a tie), 6 -> 0.
+    # Of a: 5 -> 1, 6 -> 0, 7 -> 0. So a: 6 right, 5 wrong, 7 (not seen: 0) right; b: 5 wrong, 6 right, 5 right.
+    assert row["vocabulary_target"] == pytest.approx(4 / 6)
+    assert row["target_id"] == 4 / 8  # the last tokens are guessed by popularity, 0, though both use 3
+    # Predicted: a 1 2 1 -; b 2 1 2 2, experts 0 0 1 3. Of b: 1 -> 0, 2 -> 0; of a: 1 -> 0, 2 -> 1.
+    assert row["vocabulary_predicted"] == pytest.approx((2 + 2) / 7) and row["predicted_id"] == 4 / 8
+    assert row["vocabulary_any"] == 4 / 8
+    assert "(guessed from what is not known before its router runs), 50.0 % [" in findings.sentences[1]
+    assert "75.0 % [75.0, 75.0] (input), 66.7 % [" in findings.sentences[2]
+    assert "; the layer's most used expert serves 50.0 % [" in findings.sentences[2]
+    assert "specialisation_ids" not in findings.tables  # no id has so many tokens
+
+
+def test_tokens_whose_id_is_not_known_do_not_count(tmp_path: Path) -> None:
+    """Of a vocabulary: all use one expert, so its share is 1, whichever tokens have no target."""
+    path = write(tmp_path / "x.trace", [([5, 6, 7], [0] * 3, [1] * 3), ([5, 5], [0] * 2, [1] * 2)])
+    table = traces.found(path, specialisation, {"guess": ["target_id"]}).tables["specialisation"]
+    assert table["vocabulary_target"].tolist() == [1, 1] and table["target_id"].tolist() == [1, 1]
+
+
+def test_the_most_special_id_of_each_expert(tmp_path: Path) -> None:
+    """18 tokens of id 3 and 16 of id 9; of id 4 there are too few. Expert 2 is used by none of them."""
+    ids = np.array([3] * 18 + [9] * 16 + [4] * 5)
+    experts = np.array([0] * 18 + [0] * 4 + [1] * 12 + [2] * 5)
+    with TraceWriter(tmp_path / "x.trace", [Layer(7, 4, 1)]) as writer:
+        writer.add(tokens_of(np.arange(39) // 13, np.arange(39) % 13, token=ids), [experts[:, None]])
+    table = traces.found(tmp_path / "x.trace", specialisation, {"guess": ["token_id"]}).tables["specialisation_ids"]
+    assert table.to_dict("records") == [
+        {"layer": 7, "of": "input", "expert": 0, "id": 3, "share": 1.0, "tokens": 18},
+        {"layer": 7, "of": "input", "expert": 1, "id": 9, "share": 12 / 16, "tokens": 16},
+    ]
+
+
 def test_what_the_gate_guessed_by_hand(tmp_path: Path) -> None:
     """Layer 1, two experts of six a token: of two choices 3 of 4 are right, of four 4 of 4. Layer 0 has none."""
     layers, ids = [Layer(0, 6, 2), Layer(1, 6, 2)], np.array([[0, 1], [2, 3]])

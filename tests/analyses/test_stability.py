@@ -38,6 +38,19 @@ def test_changes_by_hand(tmp_path: Path) -> None:
     assert same.tables["stability"]["same"].tolist() == [1, 1] and len(same.sentences) == 1
 
 
+def test_other_predictions_by_hand(tmp_path: Path) -> None:
+    """Of four tokens one is unknown in a, and one of the three others is predicted otherwise."""
+    for name, predicted in (("a", [3, 4, 5, -1]), ("b", [3, 4, 6, 7])):
+        with TraceWriter(tmp_path / f"{name}.trace", [Layer(0, 6, 2)], token_columns={"predicted": 1}) as writer:
+            tokens = tokens_of(np.arange(4) // 2, np.arange(4) % 2)
+            writer.add(tokens, [np.array(FIRST)], {"predicted": np.array(predicted)})
+    a, b = tmp_path / "a.trace", tmp_path / "b.trace"
+    findings = traces.found(a, stability, {"against": str(b), "phase": None})
+    assert findings.sentences[-1].startswith("33 % [") and "another likeliest next token" in findings.sentences[-1]
+    without = write(tmp_path / "c.trace", [FIRST], token=-1, numbers=(0,))
+    assert len(traces.found(a, stability, {"against": str(without), "phase": None}).sentences) == 1
+
+
 def test_fewer_experts_are_a_change(tmp_path: Path) -> None:
     """On either side."""
     a = write(tmp_path / "a.trace", [FIRST, FIRST])

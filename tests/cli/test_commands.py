@@ -38,6 +38,7 @@ HELP = {
     "trace": ["moe-lab trace", "KEY=VALUE | FILE", "--logits", "--to {parquet,vllm}"],
     "import": ["moe-lab import", "vllm, sglang, llama_cpp", "--top-k", "the trace to write"],
     "analyze": ["moe-lab analyze", "TRACE KEY=VALUE", "--cfg", "conf/analyze.yaml"],
+    "stability": ["moe-lab stability", "KEY=VALUE", "--variants", "what running again changes", "--tokens"],
     "allocate": ["moe-lab allocate", "KEY=VALUE", "--budget", "--tokens", "default: 2048"],
     "export": ["moe-lab export", "RUN_DIR", "export.KEY=VALUE", "--open", "--verify DIR", "--config-dir", "exit codes"],
     "inspect": ["moe-lab inspect", "DIR", "no weights are read", "--json"],

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.lib import format as npy
 
@@ -26,11 +26,18 @@ def routes(rng: np.random.Generator, n: int, n_experts: int = E, k: int = K) -> 
     return np.where(rng.random((n, k)) < 0.1, -1, ids).astype(np.int16)
 
 
-def written(path: Path, lengths: list[int], piece: int = 5, columns: tuple[str, ...] = ("weights",)) -> dict[str, Any]:
+def written(
+    path: Path,
+    lengths: list[int],
+    piece: int = 5,
+    columns: tuple[str, ...] = ("weights",),
+    token_columns: dict[str, int] | None = None,
+) -> dict[str, Any]:
     """A trace of two layers of other widths, added in parts of these lengths; returns everything that went in."""
     rng, layers = np.random.default_rng(0), [Layer(1, E, K, 96), Layer(4, E, K + 1)]
     parts: list[Any] = []
-    with TraceWriter(path, layers, columns, ["a", "b"], {"model": "m"}, ["nothing"], piece) as writer:
+    widths = token_columns or {}
+    with TraceWriter(path, layers, columns, ["a", "b"], {"model": "m"}, ["nothing"], piece, widths) as writer:
         for n in lengths:
             tokens = tokens_of(np.full(n, len(parts)), np.arange(n), "decode", rng.integers(0, 99, n), rng.integers(2))
             ids = [routes(rng, n), routes(rng, n, k=K + 1)]
@@ -45,27 +52,33 @@ def written(path: Path, lengths: list[int], piece: int = 5, columns: tuple[str, 
             more |= {
                 name: [routes(rng, n, k=min(2 * a.shape[1], E)) for a in ids] for name in columns if name in GUESSES
             }
-            writer.add(tokens, ids, **more)
-            parts.append((tokens, ids, more))
+            beside = {name: rng.integers(-1, 50, (n, w) if w > 1 else n).astype("f4") for name, w in widths.items()}
+            writer.add(tokens, ids, beside, **more)
+            parts.append((tokens, ids, beside, more))
         assert writer.n_tokens == sum(lengths)
     return {
         "tokens": [np.concatenate(values) for values in zip(*(tokens for tokens, *_ in parts), strict=True)],
-        "ids": [np.concatenate([ids[i] for _, ids, _ in parts]) for i in range(2)],
+        "ids": [np.concatenate([ids[i] for _, ids, *_ in parts]) for i in range(2)],
+        **{name: np.concatenate([beside[name] for _, _, beside, _ in parts]) for name in widths},
         **{name: [np.concatenate([more[name][i] for *_, more in parts]) for i in range(2)] for name in columns},
     }
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 13), min_size=1, max_size=5).filter(any), piece=st.integers(1, 17))
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], piece: int) -> None:
     """However it was cut into parts and pieces."""
     path = tmp_path_factory.mktemp("t") / "x.trace"
     columns = ("weights", "margin", "logits", "ahead", "pre_attention")
-    wanted = written(path, lengths, piece, columns)
+    wanted = written(path, lengths, piece, columns, {"log_p": 4, "predicted": 1})
     with Trace(path) as trace:
         assert trace.layers == (Layer(1, E, K, 96), Layer(4, E, K + 1)) and trace.columns == columns
         assert trace.n_tokens == sum(lengths) and max(trace.pieces) <= piece
         assert (trace.domains, trace.source, trace.missing) == (("a", "b"), {"model": "m"}, ("nothing",))
         assert all(np.array_equal(*pair) for pair in zip(trace.tokens(), wanted["tokens"], strict=True))
+        assert trace.token_columns == {"log_p": 4, "predicted": 1}
+        for name, dtype in (("log_p", np.float32), ("predicted", np.int32)):
+            assert np.array_equal(trace.of_tokens(name), wanted[name]) and trace.of_tokens(name).dtype == dtype
         for index in range(2):
             assert np.array_equal(trace.ids(index), wanted["ids"][index]) and trace.ids(index).dtype == np.int16
             for name in columns:
@@ -157,7 +170,19 @@ def _truncated_header(members: dict[str, bytes]) -> None:
     members["0/layer/1/expert_ids.npy"] = members["0/layer/1/expert_ids.npy"].replace(b"(5, 3)", b"(9, 9)")
 
 
-IDS, AHEAD = "0/layer/1/expert_ids", "0/layer/1/ahead"
+def _older(**keys: Any) -> Callable[[dict[str, bytes]], Any]:
+    """As before there were token_columns."""
+
+    def change(members: dict[str, bytes]) -> None:
+        manifest(**keys)(members)
+        found = json.loads(members["manifest.json"])
+        del found["token_columns"]
+        members["manifest.json"] = json.dumps(found).encode()
+
+    return change
+
+
+IDS, AHEAD, PREDICTED = "0/layer/1/expert_ids", "0/layer/1/ahead", "0/token/predicted"
 
 
 @pytest.mark.parametrize(
@@ -177,8 +202,17 @@ IDS, AHEAD = "0/layer/1/expert_ids", "0/layer/1/ahead"
         pytest.param(manifest(pieces=[10]), "bytes, not|not int32 .10.", id="other-length"),
         pytest.param(manifest(pieces=[5, 3, 1]), "2/token/sequence.npy", id="one-piece-more"),
         pytest.param(manifest(columns=["pickles"]), "columns other than", id="column"),
-        pytest.param(manifest(counterfactual_routes=True), "counterfactual_routes other than", id="routes-no-number"),
-        pytest.param(manifest(counterfactual_routes=4), "0/token/log_p", id="routes-that-are-not-there"),
+        pytest.param(_older(counterfactual_routes=True), "counterfactual_routes other than", id="routes-no-number"),
+        pytest.param(_older(counterfactual_routes=4), "0/token/log_p", id="routes-that-are-not-there"),
+        pytest.param(manifest(token_columns=["predicted"]), "token_columns other than", id="token-columns-no-object"),
+        pytest.param(manifest(token_columns={"pickles": 1}), "token_columns other than", id="token-column"),
+        pytest.param(manifest(token_columns={"predicted": 2}), "predicted of a width other than 1 to 1", id="width"),
+        pytest.param(manifest(token_columns={"log_p": 2}), "log_p of a width other than 3", id="width-of-no-route"),
+        pytest.param(manifest(token_columns={"predicted": True}), "predicted of a width", id="width-no-number"),
+        pytest.param(manifest(token_columns={"log_p": 3}), "0/token/log_p", id="token-column-that-is-not-there"),
+        pytest.param(array(PREDICTED, np.zeros(4, np.int32)), r"predicted has|int32 \[4\]", id="token-column-cut"),
+        pytest.param(array(PREDICTED, np.zeros(5, np.int64)), "bytes, not|int64", id="token-column-dtype"),
+        pytest.param(array(PREDICTED, np.full(5, -2, np.int32)), "predicted: -2 is below -1", id="predicted-negative"),
         pytest.param(manifest(domains=[]), "a value out of range", id="domain-out-of-range"),
         pytest.param(lambda members: members.pop(f"{IDS}.npy"), "0/layer/1/expert_ids", id="missing-layer"),
         pytest.param(array(IDS, np.full((5, K), E, np.int16)), "expert 7 is outside 0 to 6", id="id-out-of-range"),
@@ -196,12 +230,12 @@ IDS, AHEAD = "0/layer/1/expert_ids", "0/layer/1/ahead"
 )
 def test_a_damaged_file_is_one_line(change: Callable[[dict[str, bytes]], Any], message: str, tmp_path: Path) -> None:
     """It names the file, whatever was changed."""
-    written(tmp_path / "x.trace", [8], columns=("weights", "ahead"))
+    written(tmp_path / "x.trace", [8], columns=("weights", "ahead"), token_columns={"predicted": 1})
     changed(tmp_path / "x.trace", change)
 
     def read() -> None:
         with Trace(tmp_path / "x.trace") as trace:
-            trace.tokens(), trace.log_p()
+            trace.tokens(), [trace.of_tokens(name) for name in trace.token_columns]
             for index in range(len(trace.layers)):
                 for name in ("expert_ids", *trace.columns):
                     list(trace.pieces_of(index, name))
@@ -210,6 +244,35 @@ def test_a_damaged_file_is_one_line(change: Callable[[dict[str, bytes]], Any], m
         read()
     assert str(error.value).startswith(f"{tmp_path / 'x.trace'}: not a trace that can be read")
     assert "\n" not in str(error.value)
+
+
+def test_an_older_trace_is_read(tmp_path: Path) -> None:
+    """Its manifest has the number of other routes, or nothing of the kind."""
+    wanted = written(tmp_path / "x.trace", [8], token_columns={"log_p": 4})
+    changed(tmp_path / "x.trace", _older(counterfactual_routes=2))
+    with Trace(tmp_path / "x.trace") as trace:
+        assert trace.token_columns == {"log_p": 4} and np.array_equal(trace.of_tokens("log_p"), wanted["log_p"])
+    for keys in ({}, {"counterfactual_routes": 0}):
+        written(tmp_path / "y.trace", [8])
+        changed(tmp_path / "y.trace", _older(**keys))
+        with Trace(tmp_path / "y.trace") as trace:
+            assert trace.token_columns == {}
+
+
+def test_token_columns_of_another_size_are_refused(tmp_path: Path) -> None:
+    """And of a value that cannot be."""
+    for values, message in ((np.zeros((2, 3)), r"log_p is \[2, 3\], of 2 tokens and 4"), (np.zeros(3), r"is \[3\]")):
+        with (
+            pytest.raises(ValueError, match=message),
+            TraceWriter(tmp_path / "x.trace", [Layer(0, E, 1)], token_columns={"log_p": 4}) as writer,
+        ):
+            writer.add(tokens_of(np.zeros(2), np.zeros(2)), [np.zeros((2, 1))], {"log_p": values})
+    with (
+        pytest.raises(ValueError, match="predicted: -2 is below -1"),
+        TraceWriter(tmp_path / "x.trace", [Layer(0, E, 1)], token_columns={"predicted": 1}) as writer,
+    ):
+        writer.add(tokens_of(np.zeros(2), np.zeros(2)), [np.zeros((2, 1))], {"predicted": np.array([0, -2])})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_flipped_byte_is_seen(tmp_path: Path) -> None:

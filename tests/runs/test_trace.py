@@ -53,6 +53,24 @@ def test_a_trace_has_the_models_own_routes(tmp_path: Path) -> None:
     assert trace.source["texts"] and trace.source["router"] == "native" and trace.source["model"] == "tiny-olmoe"
 
 
+def test_the_likeliest_next_tokens_are_recorded(tmp_path: Path) -> None:
+    """Those of the model's logits; of a context's tokens none is computed, which is said."""
+    cfg = quick.compose("checkpoint")
+    record(cfg, tmp_path / "x.trace", 64, predicted=True)
+    ids_WS = text.windows(text.read_domains(cfg.workload.path, 256, None), 16, 4, 0).ids_WS
+    with Trace(tmp_path / "x.trace") as trace, exact_products(), torch.inference_mode():
+        predicted_T = trace.of_tokens("predicted")
+        assert np.array_equal(predicted_T, build.build_model(cfg)(ids_WS).y.argmax(-1).flatten().numpy())
+    decode = quick.compose("checkpoint", "workload.phase=decode", "workload.context_len=11", "seq_len=5")
+    missing = record(decode, tmp_path / "y.trace", 64, predicted=True)
+    with Trace(tmp_path / "y.trace") as trace:
+        tokens = trace.tokens()
+        order, is_decoded = np.lexsort((tokens.position, tokens.sequence)), tokens.phase == PHASES.index("decode")
+        assert (trace.of_tokens("predicted")[~is_decoded] == -1).all()
+        same_T = trace.of_tokens("predicted")[order] == predicted_T
+        assert same_T[is_decoded[order]].mean() > 0.95 and any("of the contexts' tokens" in text for text in missing)
+
+
 def test_decoded_tokens_are_told_from_prefilled_ones(tmp_path: Path) -> None:
     """The routes are those of the whole pass, in the order of the steps."""
     decode = ("workload.phase=decode", "workload.context_len=11", "seq_len=5")
@@ -93,7 +111,7 @@ def test_random_ids_are_recorded_as_what_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        pytest.param(["workload.load=balanced"], "a trace records what the router chooses", id="load"),
+        pytest.param(["workload.load=balanced"], "are the router's own choice here", id="load"),
         pytest.param(["seq_len=100000"], "needs a text of at least|supports at most", id="long"),
     ],
 )
