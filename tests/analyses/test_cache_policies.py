@@ -154,7 +154,7 @@ def test_both_are_one(policy: str, trace: tuple[np.ndarray, int, int], random: o
 
 @policies
 @given(shared())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_both_are_one_where_layers_share(policy: str, trace: tuple[np.ndarray, np.ndarray, int]) -> None:
     """With and without a prefetch of what the layer's token before used."""
     ids_TK, layer_E, C = trace
@@ -204,9 +204,8 @@ def test_least_stale_is_lru_in_a_cache_of_one_layer(trace: tuple[np.ndarray, int
     assert np.array_equal(simulate("least_stale", ids_TK, E, C), simulate("lru", ids_TK, E, C))
 
 
-@policies
-@given(shared(), st.integers(1, 5))
-@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(POLICIES), shared(), st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
 def test_units_are_sums_of_rows(policy: str, trace: tuple[np.ndarray, np.ndarray, int], units: int) -> None:
     """Of misses and of loads."""
     ids_TK, layer_E, C = trace

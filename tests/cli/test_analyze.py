@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from moe_lab.analyses.analyze import ANALYSES
 from moe_lab.cli.main import main
 from tests.analyses import steps, traces
 
@@ -53,7 +54,8 @@ def test_a_time_from_measured_rates(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "rates.json").write_text(json.dumps({"rates": rates}))
     steps.write(tmp_path, 1, 1, 3.0)
     words = [f"expert_cache.rates={tmp_path / 'rates.json'}", f"expert_cache.decode_run={tmp_path / '1-1'}"]
-    words += ["analysis/placement=null", "analysis/ranks=null", "expert_cache.policy=lru", "expert_cache.capacity=8"]
+    words += [f"analysis/{name}=null" for name in ANALYSES if name != "expert_cache"]
+    words += ["expert_cache.policy=lru", "expert_cache.capacity=8", "expert_cache.scope=layer"]
     assert main(["analyze", str(path), *words, "expert_cache.link=disk"]) == 0
     assert "at 0.5 GB/s, with 3 ms of computation" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "x.analysis" / "expert_cache.csv")
