@@ -149,6 +149,8 @@ def _doctor(arguments: list[str]) -> int:
         raise ValueError("doctor: --json: has no effect with --noise; run moe-lab doctor --json after it.")
     if given.noise and given.rates:
         raise ValueError("doctor: --noise and --rates: give one of them at a time, so that neither disturbs the other.")
+    if given.rates and not given.rates.exists():
+        raise ValueError(f"doctor: --rates {given.rates}: no such file or folder; give one on the disk to be measured.")
     from moe_lab.cli import doctor
 
     if given.noise:

@@ -117,11 +117,7 @@ def _now() -> str:
 
 
 def measure_rates(place: Path, *, json: bool = False) -> None:
-    """Measure and print how fast weights are loaded from host memory and from the disk that `place` is on.
-
-    Raises:
-        ValueError: there is no such file or folder.
-    """
+    """Measure and print how fast weights are loaded from host memory and from the disk that `place` is on."""
     from moe_lab.measure import rates
 
     found = {"disk": rates.disk(place), "host_to_device": rates.host_to_device()}

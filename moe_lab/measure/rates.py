@@ -65,18 +65,13 @@ def disk(place: Path) -> Rate:
     """From the disk that `place` is on: a file, or a folder whose largest file is read (a checkpoint's).
 
     In a folder without a file of 24 MiB one of 384 MiB is written, read, and removed.
-
-    Raises:
-        ValueError: there is no such file or folder.
     """
-    if not place.exists():
-        raise ValueError(f"doctor: --rates {place}: no such file or folder; give one on the disk to be measured.")
     of = str(place)
     if not hasattr(os, "O_DIRECT"):
         return Rate(None, of, "this system has no reads past the page cache (O_DIRECT)")
-    if (kind := _file_system(place)) in _MEMORY:
-        return Rate(None, of, f"{place} is in memory ({kind}), not on a disk")
     try:
+        if (kind := _file_system(place)) in _MEMORY:
+            return Rate(None, of, f"{place} is in memory ({kind}), not on a disk")
         with _large_file(place) as (path, of):
             return Rate(_read_rate(path), of)
     except OSError as error:

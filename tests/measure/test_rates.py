@@ -109,12 +109,6 @@ def test_a_folder_that_cannot_be_read_is_a_reason(tmp_path: Path, monkeypatch: p
     assert "O_DIRECT" in str(rates.disk(tmp_path).reason)
 
 
-def test_a_place_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
-    """Not a machine that cannot be measured."""
-    with pytest.raises(ValueError, match=r"doctor: --rates .*nowhere: no such file"):
-        rates.disk(tmp_path / "nowhere")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_there_is_a_reason() -> None:
     """And no rate of 0."""
