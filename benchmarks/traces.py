@@ -3,9 +3,10 @@
     python -m benchmarks.traces --token-layers 10000000
 
 Writes a made-up trace of 16 layers with 8 of 64 experts a token (a token likes the experts of the one before; four
-texts like different experts), then runs `moe-lab analyze` on it with the policies LRU, LFU, static and Belady at eight
-capacities, unique experts, placement and ranks. With --write-only it writes the trace and reads it back layer by layer:
-the memory of that does not grow with the number of layers, nor with that of the tokens but for one layer's.
+texts like different experts), then runs `moe-lab analyze` on it: the policies LRU, least-stale, LFU, static and Belady
+at eight capacities, in caches of the layers and in one for all, unique experts, placement and ranks. With --write-only
+it writes the trace and reads it back layer by layer: the memory of that does not grow with the number of layers, nor
+with that of the tokens but for one layer's.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from moe_lab.records.trace import Layer, Trace, TraceWriter, tokens_of
 _L, _E, _K, _S = 16, 64, 8, 512  # layers, experts, experts of a token, tokens of a sequence
 _BLOCK = 40 * _S
 _ANALYSE = (
-    "expert_cache.policy=lru,lfu,static,belady",
+    "expert_cache.policy=lru,least_stale,lfu,static,belady",
     "expert_cache.prefetch=none",
     "expert_cache.capacity=8,12,16,24,32,40,48,56",
     "analysis/specialisation=null",

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -26,10 +27,11 @@ from moe_lab.analyses import (
     specialisation,
     speculation,
     stability,
+    token_time,
     unique_experts,
 )
 from moe_lab.analyses.findings import Findings
-from moe_lab.analyses.routes import View, routes_of, view_of
+from moe_lab.analyses.routes import Routes, View, routes_of, view_of
 from moe_lab.config import analyses as schemas
 from moe_lab.config.compose import composing
 from moe_lab.config.hydra_patches import register
@@ -49,12 +51,15 @@ ANALYSES: dict[str, ModuleType] = {
     "counterfactual": counterfactual,
 }
 """By their keys in the configuration. Each module has `of_layer(routes, cfg, layers)`, which is called in a process of
-its own, and `conclude(parts, view, cfg, layers)`, which makes findings of what that gave for each layer."""
+its own, and `conclude(parts, view, cfg, layers)`, which makes findings of what that gave for each layer. One that looks
+at all layers together has `of_model(read, cfg, layers, n_threads)` too, and `conclude` gets what that gave as well."""
 _SMALL = 1_000_000  # tokens times layers; below, starting processes takes longer than the work
 
 _ALLOWED = {
     "expert_cache.policy": expert_cache.POLICIES,
     "expert_cache.prefetch": expert_cache.PREFETCHES,
+    "expert_cache.scope": expert_cache.SCOPES,
+    "expert_cache.link": token_time.LINKS,
     "placement.plan": placement.PLANS,
     "specialisation.guess": guesses.GUESSES,
 }
@@ -134,34 +139,59 @@ def analyze(path: Path, cfg: DictConfig) -> tuple[Path, list[Findings]]:
             del asked["speculation"]
         else:
             asked["speculation"]["cells"] = speculation.cells(asked["speculation"]["results"])
+    if "expert_cache" in asked:
+        asked["expert_cache"] |= token_time.rates(asked["expert_cache"])
     with Trace(path) as trace:
         view = view_of(trace, plain["phase"])
-        parts = _by_layer(trace, view, asked, plain)
-        found = [
-            ANALYSES[name].conclude([part[name] for part in parts], view, settings, trace.layers)
-            for name, settings in asked.items()
-        ]
+        n = _processes(trace, view, plain)
+        parts = _by_layer(trace, view, asked, plain["phase"], min(n, len(trace.layers)))
+        found = []
+        for name, settings in asked.items():
+            given = [[part[name] for part in parts], view, settings, trace.layers]
+            if hasattr(ANALYSES[name], "of_model"):
+                read = partial(_all_layers, trace, view, _wanted({name: settings}))
+                given.append(ANALYSES[name].of_model(read, settings, trace.layers, n))
+            found.append(ANALYSES[name].conclude(*given))
         folder = Path(plain["out"]) if plain["out"] else path.with_suffix(".analysis")
         page.write(folder, trace.path.name, page.facts(trace, view, plain), found, trace.missing)
     return folder, found
 
 
-def _by_layer(trace: Trace, view: View, asked: Mapping[str, Any], plain: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _processes(trace: Trace, view: View, plain: Mapping[str, Any]) -> int:
+    is_small = view.n_tokens * len(trace.layers) < _SMALL
+    return int(plain["processes"] or (1 if is_small else os.cpu_count() or 1))
+
+
+def _by_layer(trace: Trace, view: View, asked: Mapping[str, Any], phase: str | None, n: int) -> list[dict[str, Any]]:
     layers = range(len(trace.layers))
-    wanted = plain["processes"] or (1 if view.n_tokens * len(layers) < _SMALL else os.cpu_count() or 1)
-    n = min(wanted, len(layers))
     if n == 1:
         return [_of_layer(trace, index, view, asked) for index in layers]
-    with ProcessPoolExecutor(n, get_context("spawn"), _start, (str(trace.path), plain["phase"])) as pool:
+    with ProcessPoolExecutor(n, get_context("spawn"), _start, (str(trace.path), phase)) as pool:
         return list(pool.map(_in_a_process, layers, [asked] * len(layers)))
 
 
 def _of_layer(trace: Trace, index: int, view: View, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What each analysis gives for one layer, which is read once."""
-    wanted = [*asked.get("specialisation", {}).get("guess", ()), *asked.get("expert_cache", {}).get("prefetch", ())]
-    recorded = {guesses.RECORDED[name] for name in wanted if name in guesses.RECORDED}
-    routes = routes_of(trace, index, view, with_before="layer_before" in wanted, guesses=recorded)
+    wanted = _wanted(asked)
+    routes = routes_of(trace, index, view, with_before="layer_before" in wanted, guesses=_recorded(wanted))
     return {name: ANALYSES[name].of_layer(routes, settings, trace.layers) for name, settings in asked.items()}
+
+
+def _all_layers(trace: Trace, view: View, wanted: Sequence[str]) -> list[Routes]:
+    """Every layer, with the guesses that are wanted."""
+    found: list[Routes] = []
+    for index in range(len(trace.layers)):
+        routes = routes_of(trace, index, view, guesses=_recorded(wanted))
+        found.append(dataclasses.replace(routes, before=found[-1] if found else None))
+    return found
+
+
+def _wanted(asked: Mapping[str, Any]) -> list[str]:
+    return [*asked.get("specialisation", {}).get("guess", ()), *asked.get("expert_cache", {}).get("prefetch", ())]
+
+
+def _recorded(wanted: Sequence[str]) -> set[str]:
+    return {guesses.RECORDED[name] for name in wanted if name in guesses.RECORDED}
 
 
 _opened: tuple[Trace, View]

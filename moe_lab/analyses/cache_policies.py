@@ -1,22 +1,30 @@
-"""A cache of experts of one layer under each policy: which of a token's experts it holds, and what is loaded.
+"""A cache of experts under each policy: which of a token's experts it holds, and what is loaded.
 
-Before a token, the cache holds at most C experts. Those that the token needs and the cache does not hold are its
-misses; each is loaded. After the token, the cache keeps the C experts of largest priority among those that it held and
-those that were needed; an expert that is not kept has passed through (through a buffer that is not counted). Of two
-alike the one with the smaller number is kept. The priority of expert e after token t:
+The cache is that of one layer, or one that all layers share. A row of the trace is a token, or a token in one of the
+layers, which come one after the other. Before a row, the cache holds at most C experts. Those that the row needs and
+the cache does not hold are its misses; each is loaded. After the row, the cache keeps the C experts of largest priority
+among those that it held and those that were needed; an expert that is not kept has passed through (through a buffer
+that is not counted). Of two alike the one with the smaller number is kept. The priority of expert e after row t:
 
-    lru       last(e), the last token that needed it
-    lfu       count(e), how many tokens needed it so far, whether it was held or not; of two alike the later last(e)
-    lfru      count(e) / (t + 1 - last(e)): recency weighted by frequency, as vLLM's expert cache (pull request 37190)
-              is described; its exact weights are not
-    belady    - the next token that needs it: the bound, which no policy exceeds, for it knows what comes (Belady 1966,
-              with bypass; Mattson et al. 1970). It begins with the experts that are needed first; the others begin
-              empty
-    arc       no priority, but two lists and their ghosts: Megiddo and Modha, FAST 2003, figure 4; the experts of a
-              token are used in the order of its slots
+    lru           last(e), the last row that needed it
+    least_stale   whether the token used it, then how soon its layer comes, see below; of two alike the later last(e)
+    lfu           count(e), how many rows needed it so far, whether it was held or not; of two alike the later last(e)
+    lfru          count(e) / (t + 1 - last(e)): recency weighted by frequency, as vLLM's expert cache (pull request
+                  37190) is described; its exact weights are not
+    belady        - the next row that needs it: the bound, which no policy exceeds, for it knows what comes (Belady
+                  1966, with bypass; Mattson et al. 1970). It begins with the experts that are needed first; the others
+                  begin empty
+    arc           no priority, but two lists and their ghosts: Megiddo and Modha, FAST 2003, figure 4; the experts of a
+                  row are used in the order of its slots
 
-With a prefetch, some experts are guessed before the token. Those of them that are not held are loaded into a buffer of
-their own; the token finds them there, and they stay only if they are needed and kept.
+least_stale is after SpecMD (2602.03921). An expert is stale if the token at hand did not use it so far. Stale experts
+go first, and of these, as of the others, those whose layer comes again last: layers that the token has passed, the
+nearest one first, then layers that are still to come, the farthest one first. This follows descriptions of the policy.
+They agree that stale experts go first and that the order of layers protects those that are needed soon, but not on how:
+some give up the first layer first. In a cache of one layer it is lru.
+
+With a prefetch, some experts are guessed before the row. Those of them that are not held are loaded into a buffer of
+their own; the row finds them there, and they stay only if they are needed and kept.
 """
 
 from __future__ import annotations
@@ -32,45 +40,56 @@ import numpy as np
 from moe_lab.errors import UnavailableError
 from moe_lab.ops import cxx
 
-POLICIES = ("lru", "lfu", "lfru", "belady", "arc")
+POLICIES = ("lru", "least_stale", "lfu", "lfru", "belady", "arc")
 """In the order in which cache_policies.cpp numbers them."""
+MOST_EXPERTS = 2**15 - 1
+"""Of a cache; their numbers are int16."""
 
 
 def simulate(
-    policy: str, ids_TK: np.ndarray, n_experts: int, capacities: Sequence[int], guessed_TK: np.ndarray | None = None
+    policy: str,
+    ids_TK: np.ndarray,
+    capacities: Sequence[int],
+    layer_E: np.ndarray,
+    unit_T: np.ndarray,
+    guessed_TK: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(misses, loads) of each token for each capacity, [C, T] uint16, from ids [T, K] with -1 for unused slots.
+    """(misses, loads) of each unit for each capacity, [C, U] int64, from ids [T, K] with -1 for unused slots.
 
-    `guessed_TK`: experts that are prefetched before each token, as ids. Loads are the misses and what was prefetched.
+    `layer_E` has the layer of each expert, from 0 (all 0: the cache of one layer); row t is of layer t mod their
+    number. `unit_T` says which unit a row belongs to. `guessed_TK`: experts that are prefetched before each row, as
+    ids. Loads are the misses and what was prefetched.
     """
-    assert policy in POLICIES and min(capacities) >= 1
+    assert policy in POLICIES and min(capacities) >= 1 and len(ids_TK) < 2**31 and len(layer_E) <= MOST_EXPERTS
+    (T, K), E, n, U = ids_TK.shape, len(layer_E), len(capacities), int(unit_T.max(initial=-1)) + 1
+    misses_CU, loads_CU = np.zeros((n, U), np.int64), np.zeros((n, U), np.int64)
     function = _compiled()
     if function is None:
-        found = [reference(policy, ids_TK, n_experts, capacity, guessed_TK) for capacity in capacities]
-        return np.stack([misses for misses, _ in found]), np.stack([loads for _, loads in found])
-    (T, K), n = ids_TK.shape, len(capacities)
+        for place, capacity in enumerate(capacities):
+            found = reference(policy, ids_TK, capacity, layer_E, guessed_TK)
+            for sums_CU, values_T in zip((misses_CU, loads_CU), found, strict=True):
+                np.add.at(sums_CU[place], unit_T, values_T)
+        return misses_CU, loads_CU
     ids_TK = np.ascontiguousarray(ids_TK, np.int16)
     guessed = None if guessed_TK is None else np.ascontiguousarray(guessed_TK, np.int16)
-    next_TK = next_uses(ids_TK, n_experts) if policy == "belady" else np.empty(0, np.int64)
-    sizes, misses_CT, loads_CT = (
-        np.array(capacities, np.int32),
-        np.empty((n, T), np.uint16),
-        np.empty((n, T), np.uint16),
-    )
+    unit_T, layer_E, sizes = (np.ascontiguousarray(values, np.int32) for values in (unit_T, layer_E, capacities))
     function(
         POLICIES.index(policy),
         ids_TK.ctypes.data,
         None if guessed is None else guessed.ctypes.data,
-        next_TK.ctypes.data,
+        unit_T.ctypes.data,
+        layer_E.ctypes.data,
         T,
         K,
-        n_experts,
+        E,
+        int(layer_E.max()) + 1,
         sizes.ctypes.data,
         n,
-        misses_CT.ctypes.data,
-        loads_CT.ctypes.data,
+        U,
+        misses_CU.ctypes.data,
+        loads_CU.ctypes.data,
     )
-    return misses_CT, loads_CT
+    return misses_CU, loads_CU
 
 
 def implementation() -> str:
@@ -83,33 +102,33 @@ def _compiled() -> Callable[..., None] | None:
         function: Any = cxx.library(Path(__file__).with_suffix(".cpp")).simulate
     except UnavailableError:
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int
-    sizes = [ctypes.c_int64, number, number, pointer, number]
-    function.argtypes = [number, pointer, pointer, pointer, *sizes, pointer, pointer]
+    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    sizes = [long, number, number, number, pointer, number, long]
+    function.argtypes = [number, *[pointer] * 4, *sizes, pointer, pointer]
     function.restype = None
     return function  # type: ignore[no-any-return]
 
 
-def next_uses(ids_TK: np.ndarray, n_experts: int) -> np.ndarray:
-    """For each slot the next token that needs its expert, [T, K] int64; T where none does or the slot is unused."""
+def next_uses(ids_TK: np.ndarray) -> np.ndarray:
+    """For each slot the next row that needs its expert, [T, K] int64; T where none does or the slot is unused."""
     (T, K), flat_N = ids_TK.shape, ids_TK.reshape(-1)
-    order_N = np.argsort(flat_N, kind="stable")  # by expert, then by token
-    token_N = order_N // max(K, 1)
+    order_N = np.argsort(flat_N, kind="stable")  # by expert, then by row
+    row_N = order_N // max(K, 1)
     next_N = np.full(T * K, T, np.int64)
     same_N = flat_N[order_N][1:] == flat_N[order_N][:-1]
-    next_N[order_N[:-1][same_N]] = token_N[1:][same_N]
+    next_N[order_N[:-1][same_N]] = row_N[1:][same_N]
     next_N[flat_N < 0] = T
     return next_N.reshape(T, K)
 
 
 def reference(
-    policy: str, ids_TK: np.ndarray, n_experts: int, capacity: int, guessed_TK: np.ndarray | None = None
+    policy: str, ids_TK: np.ndarray, capacity: int, layer_E: np.ndarray, guessed_TK: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same for one capacity, [T] each, step by step: what the compiled one is compared with."""
-    cache = _Arc(capacity) if policy == "arc" else _Ranked(policy, capacity)
-    next_TK = next_uses(ids_TK, n_experts)
+    """(misses, loads) of each row for one capacity, [T] each, step by step: what the compiled one is compared with."""
+    cache = _Arc(capacity) if policy == "arc" else _Ranked(policy, capacity, layer_E.tolist())
+    next_TK = next_uses(ids_TK)
     if policy == "belady":
-        first = dict.fromkeys(range(n_experts), len(ids_TK))
+        first = dict.fromkeys(range(len(layer_E)), len(ids_TK))
         for t in range(len(ids_TK) - 1, -1, -1):
             first |= {expert: t for expert in ids_TK[t].tolist() if expert >= 0}
         cache.use(-1, first)
@@ -121,14 +140,14 @@ def reference(
         misses.append(len(missed))
         loads.append(len(missed) + len(guessed))
         cache.use(t, needed)
-    return np.array(misses, np.uint16), np.array(loads, np.uint16)
+    return np.array(misses, np.int64), np.array(loads, np.int64)
 
 
 class _Ranked:
     """Keeps the experts of largest priority."""
 
-    def __init__(self, policy: str, capacity: int):
-        self.policy, self.capacity = policy, capacity
+    def __init__(self, policy: str, capacity: int, layers: list[int]):
+        self.policy, self.capacity, self.layers = policy, capacity, layers
         self.held: set[int] = set()
         self.last: dict[int, int] = {}
         self.count: dict[int, int] = {}
@@ -138,13 +157,17 @@ class _Ranked:
         return expert in self.held
 
     def use(self, t: int, needed: dict[int, int]) -> None:
-        """After token t, which needed these experts; with each the next token that does."""
+        """After row t, which needed these experts; with each the next row that does."""
         self.next |= needed
         for expert in needed:
             self.last[expert], self.count[expert] = t, self.count.get(expert, 0) + 1
+        n_layers = max(self.layers) + 1
 
-        def priority(expert: int) -> tuple[float, float, int]:
+        def priority(expert: int) -> tuple[Any, float, int]:
             last, count = self.last[expert], self.count[expert]
+            if self.policy == "least_stale":
+                is_current = last // n_layers == t // n_layers
+                return (is_current, -((self.layers[expert] - t - 1) % n_layers)), last, -expert
             rank = {"lru": last, "lfu": count, "lfru": count / (t + 1 - last), "belady": -self.next[expert]}
             return rank[self.policy], last if self.policy == "lfu" else 0, -expert
 
@@ -162,7 +185,7 @@ class _Arc:
         return expert in self.t1 or expert in self.t2
 
     def use(self, _: int, needed: dict[int, int]) -> None:
-        """After a token, which needed these experts."""
+        """After a row, which needed these experts."""
         for expert in needed:
             self._use(expert)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from moe_lab.cli import typed
 from moe_lab.cli.arguments import Parser
@@ -141,14 +142,27 @@ def _doctor(arguments: list[str]) -> int:
         action="store_true",
         help="measure how much two processes with the same code differ, and store it for `moe-lab compare`",
     )
+    parser.add_argument(
+        "--rates",
+        type=Path,
+        metavar="PATH",
+        help="measure how fast weights are loaded: from host memory to the GPU, and from the disk that PATH is on (a "
+        "checkpoint's folder, or any other); with --json for expert_cache.rates of `moe-lab analyze`",
+    )
     parser.add_argument("--json", action="store_true", help=_JSON)
     given = parser.parse_args(arguments)
     if given.noise and given.json:
         raise ValueError("doctor: --json: has no effect with --noise; run moe-lab doctor --json after it.")
+    if given.noise and given.rates:
+        raise ValueError("doctor: --noise and --rates: give one of them at a time, so that neither disturbs the other.")
+    if given.rates and not given.rates.exists():
+        raise ValueError(f"doctor: --rates {given.rates}: no such file or folder; give one on the disk to be measured.")
     from moe_lab.cli import doctor
 
     if given.noise:
         doctor.measure_noise()
+    elif given.rates:
+        doctor.measure_rates(given.rates, json=given.json)
     else:
         doctor.show(json=given.json)
     return OK

@@ -1,7 +1,11 @@
-"""`moe-lab doctor`: what this machine can run. `--noise`: how far two measurements of the same code differ here."""
+"""`moe-lab doctor`: what this machine can run. `--noise`: how far two measurements of the same code differ here.
+
+`--rates`: how fast weights are loaded here, for `moe-lab analyze`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -98,7 +102,7 @@ def _content(
         "environment": base["env"],
         "env_id": base["env_id"],
         "noise_floor": floor,
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "load_average": _loads(),
         "options": [
             {"option": option, "runs": look["skip"] is None, "reason": look["skip"]}
             for option, look in zip(options, seen, strict=True)
@@ -111,8 +115,33 @@ def _content(
 _LOOKED_AT = ("router", "experts", "execution", "dtype", "device")
 
 
+def _loads() -> list[float] | None:
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+
+
 def _load() -> str:
-    return ", ".join(f"{load:.2f}" for load in os.getloadavg()) if hasattr(os, "getloadavg") else "-"
+    loads = _loads()
+    return "-" if loads is None else ", ".join(f"{load:.2f}" for load in loads)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def measure_rates(place: Path, *, json: bool = False) -> None:
+    """Measure and print how fast weights are loaded from host memory and from the disk that `place` is on."""
+    from moe_lab.measure import rates
+
+    found = {"disk": rates.disk(place), "host_to_device": rates.host_to_device()}
+    if json:
+        of_rates = {name: dataclasses.asdict(rate) for name, rate in found.items()}
+        print_json({"rates": of_rates, "measured": _now(), "load_average": _loads()})
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for name, rate in found.items():
+        value = f"not measured: {rate.reason}" if rate.gb_per_s is None else f"{rate.gb_per_s:.3g} GB/s"
+        console.print(f"{name:20} {value} ({rate.of})", markup=False)
+    console.print(f"{'load average':20} {_load()}", markup=False)
 
 
 def measure_noise() -> None:
@@ -138,7 +167,7 @@ def measure_noise() -> None:
         "floor": floor,
         "floors": floors,
         "medians_ms": medians,
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "measured": _now(),
         "load_average": _load(),
         "environment": records[0].environment,
     }

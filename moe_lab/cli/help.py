@@ -28,7 +28,7 @@ moe-lab allocate model.path=DIR                 find fewer experts per token for
 moe-lab inspect DIR                             show what a checkpoint is and whether it is supported
 moe-lab export RUN_DIR [export.KEY=VALUE ...]   export the model of an earlier run as ONNX; --verify DIR, --open
 moe-lab list [GROUP | architectures] [--json]   list the options of each group, or which checkpoints can be read
-moe-lab doctor [--noise]                        show what runs on this machine, and how noisy it is
+moe-lab doctor [--noise] [--rates PATH]         show what runs on this machine, how noisy it is, how fast it loads
 moe-lab clean [DIR] [--remove]                  list, or remove, failed runs and results set aside; --older-than DAYS
 moe-lab build [--arch 80,90]                    compile the C++/CUDA extension before its first use
 

@@ -116,7 +116,7 @@ def _words() -> dict[str, list[str]]:
         "analyze": ["--cfg"],
         "export": ["--config-dir", "--open", "--verify"],
         "list": ["--json", *listing.groups(None)],
-        "doctor": ["--json", "--noise"],
+        "doctor": ["--json", "--noise", "--rates"],
         "build": ["--arch"],
         "clean": ["--failed", "--stale", "--older-than", "--remove"],
     }

@@ -28,12 +28,16 @@ class Analyze:
 class ExpertCache:
     """analysis/expert_cache."""
 
+    scope: list[str]
     policy: list[str]
     prefetch: list[str]
     capacity: list[int] | None
     expert_mb: float | None
     gb_per_s: float | None
+    rates: str | None
+    link: str
     compute_ms: float | None
+    decode_run: str | None
 
 
 @dataclass

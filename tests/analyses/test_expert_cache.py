@@ -9,12 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe_lab.analyses import expert_cache
+from moe_lab.analyses import cache_policies, expert_cache
 from moe_lab.analyses.findings import Findings
-from moe_lab.records.trace import Layer, TraceWriter, tokens_of
+from moe_lab.analyses.routes import routes_of, view_of
+from moe_lab.intervals import ratio_of_sums
+from moe_lab.records.trace import Layer, Trace, TraceWriter, tokens_of
 from tests.analyses import traces
 
 CFG: dict[str, Any] = {
+    "scope": ["layer"],
     "policy": ["lru", "static", "static_hindsight", "belady"],
     "prefetch": ["none"],
     "capacity": [1],
@@ -89,20 +92,40 @@ def test_the_bound_has_no_prefetch(tmp_path: Path) -> None:
 def test_the_sentences_name_the_best_and_the_bound(tmp_path: Path) -> None:
     """And the capacity nearest to half of the experts."""
     path = traces.random(tmp_path / "x.trace", 12, 40)
-    findings = found(path, policy=list(expert_cache.POLICIES), capacity=None, prefetch=["none", "previous_token"])
+    findings = found(
+        path,
+        scope=["layer", "model"],
+        policy=list(expert_cache.POLICIES),
+        capacity=None,
+        prefetch=["none", "previous_token"],
+    )
     table = findings.tables["expert_cache"]
     assert sorted(set(table["capacity"])) == [2, 4, 6, 8, 10, 12, 14]
     assert not ((table["policy"] == "belady") & (table["prefetch"] == "previous_token")).any()
-    here = rows(findings, part="all", prefetch="none", capacity=8).set_index("policy")["hit_rate"]
-    best = here.drop(["belady", "static_hindsight"]).idxmax()
-    assert f"with {best}" in findings.sentences[0] and f"{100 * here[best]:.0f}" in findings.sentences[0]
-    assert f"belady, the bound, {100 * (here['belady'] - here[best]):.1f} above" in findings.sentences[1]
-    for policy in set(table["policy"]) - {"belady"}:
+    assert set(rows(findings, scope="layer")["policy"]) == set(expert_cache.POLICIES) - {
+        "least_stale"
+    }  # it is lru there
+    assert set(rows(findings, scope="model")["policy"]) == set(expert_cache.POLICIES)
+    opens = {"layer": "A cache of 8 of 16 experts a layer", "model": "One cache of 16 of 32 experts, which all layers"}
+    for scope, first in opens.items():
+        here = rows(findings, scope=scope, part="all", prefetch="none", capacity=8).set_index("policy")["hit_rate"]
+        best = here.drop(["belady", "static_hindsight"]).idxmax()
+        (at,) = (index for index, sentence in enumerate(findings.sentences) if sentence.startswith(first))
+        assert f"with {best}" in findings.sentences[at] and f"{100 * here[best]:.0f}" in findings.sentences[at]
+        assert f"belady, the bound, {100 * (here['belady'] - here[best]):.1f} above" in findings.sentences[at + 1]
         for capacity in set(table["capacity"]):
-            chosen = rows(findings, part="all", prefetch="none", capacity=capacity).set_index("policy")["hit_rate"]
-            assert chosen[policy] <= chosen["belady"] + 1e-12
-    (plot,) = findings.plots
-    assert {line.name for line in plot.lines} == set(expert_cache.POLICIES)
+            chosen = rows(findings, scope=scope, part="all", prefetch="none", capacity=capacity)
+            chosen = chosen.set_index("policy")["hit_rate"]
+            assert (chosen <= chosen["belady"] + 1e-12).all()
+    of_layers, of_all = findings.plots
+    assert (
+        {line.name for line in of_all.lines}
+        == set(expert_cache.POLICIES)
+        == {
+            "least_stale",
+            *(line.name for line in of_layers.lines),
+        }
+    )
 
 
 def test_a_prefetch_by_the_layer_before_by_hand(tmp_path: Path) -> None:
@@ -136,3 +159,68 @@ def test_a_prefetch_by_guesses_needs_a_trace_that_has_them(tmp_path: Path) -> No
     path = traces.random(tmp_path / "y.trace", 2, 4)
     with pytest.raises(ValueError, match=r"expert_cache\.prefetch=ahead: the trace has no such guesses"):
         found(path, policy=["lru"], capacity=[1], prefetch=["ahead"])
+
+
+def test_what_sharing_and_a_policy_gain_by_hand(tmp_path: Path) -> None:
+    """Two layers of two experts, one held in each or two in all; two sequences of two tokens.
+
+    The first layer takes 0 0, then 1 1; the second 0 1, then 0 1. Of their own: misses of the layers 1 + 2, then 1 + 2.
+    Shared, lru: 0 and a miss, 0 is there and b takes the place of a; 1 takes that of 0, a that of b; 1 is there, and b
+    takes that of a: misses 3 and 3. Over the caches of the layers that is nothing, with an interval of nothing.
+    """
+    layers = [Layer(0, 2, 1, 1_000_000), Layer(1, 2, 1, 1_000_000)]
+    with TraceWriter(tmp_path / "x.trace", layers) as writer:
+        for index, first in enumerate(([0, 0], [1, 1])):
+            ids = [np.array(first)[:, None], np.array([[0], [1]])]
+            writer.add(tokens_of(np.full(2, index), np.arange(2)), ids)
+    cfg = {"scope": ["layer", "model"], "policy": ["lru", "least_stale", "belady"], "capacity": [1, 2]}
+    findings = found(tmp_path / "x.trace", **cfg)
+    (own,) = rows(findings, scope="layer", policy="lru", part="all", capacity=1).to_dict("records")
+    assert (own["hit_rate"], own["experts_held"]) == (1 - 6 / 8, 2) and np.isnan(own["over_layers"])
+    of_lru, of_stale = (
+        rows(findings, scope="model", policy=policy, part="all", capacity=1).iloc[0]
+        for policy in ("lru", "least_stale")
+    )
+    assert (of_lru["hit_rate"], of_lru["experts_held"], of_lru["misses_per_token"]) == (1 - 6 / 8, 2, 6 / 4)
+    assert of_lru["over_layers"] == of_lru["over_layers_ci95_low"] == 0 and np.isnan(of_lru["over_lru"])
+    assert of_stale["over_lru"] == of_stale["hit_rate"] - of_lru["hit_rate"] and of_stale["over_layers"] == 0
+    everything = rows(findings, scope="model", part="all", capacity=2).set_index("policy")
+    assert everything["misses_per_token"].to_dict() == {"lru": 1, "least_stale": 1, "belady": 0}
+    assert (everything["experts_held"] == 4).all()
+
+
+def test_differences_have_the_interval_of_pairs(tmp_path: Path) -> None:
+    """As ratio_of_sums gives it for the misses of each sequence, which are counted again here."""
+    path = traces.random(tmp_path / "x.trace", 12, 40)
+    findings = found(path, scope=["layer", "model"], policy=["lru", "lfu"], capacity=[4])
+    with Trace(path) as trace:
+        view = view_of(trace)
+        all_routes = [routes_of(trace, index, view) for index in range(2)]
+    misses = {}
+    for policy in ("lru", "lfu"):
+        of_layers = [cache_policies.reference(policy, r.ids_TK, 4, np.zeros(16, int))[0] for r in all_routes]
+        misses["layer", policy] = view.by_unit(np.sum(of_layers, axis=0))
+        ids = np.stack([all_routes[0].ids_TK, all_routes[1].ids_TK + 16], axis=1).reshape(-1, 2)
+        of_rows = cache_policies.reference(policy, ids, 8, np.repeat([0, 1], 16))[0]
+        misses["model", policy] = view.by_unit(of_rows.reshape(-1, 2).sum(axis=1))
+    used = np.full(12, 40 * 2 * 2)
+    for scope, policy, name, peer in (
+        ("layer", "lfu", "over_lru", ("layer", "lru")),
+        ("model", "lfu", "over_lru", ("model", "lru")),
+        ("model", "lru", "over_layers", ("layer", "lru")),
+        ("model", "lfu", "over_layers", ("layer", "lfu")),
+    ):
+        (row,) = rows(findings, scope=scope, policy=policy, part="all").to_dict("records")
+        estimate = ratio_of_sums(misses[peer] - misses[scope, policy], used)
+        assert [row[f"{name}{end}"] for end in ("", "_ci95_low", "_ci95_high")] == pytest.approx(list(estimate))
+    sentence = next(text for text in findings.sentences if "sharing has" in text)
+    best = max(("lru", "lfu"), key=lambda policy: -misses["model", policy].sum())
+    gained = 100 * (misses["layer", best] - misses["model", best]).sum() / used.sum()
+    assert f"With {best} sharing has {gained:+.1f} points [" in sentence
+
+
+def test_bytes_of_an_expert_that_nobody_knows_are_said(tmp_path: Path) -> None:
+    """Where a time is asked for."""
+    path = traces.write(tmp_path / "x.trace", [[[0], [1]]], 4, mb=None)
+    assert "set expert_cache.expert_mb" in found(path, policy=["lru"], gb_per_s=4.0, compute_ms=1.0).notes[-1]
+    assert not any("expert_mb" in note for note in found(path, policy=["lru"]).notes)

@@ -64,6 +64,30 @@ def test_what_every_plan_is(counts: list[list[int]], n_ranks: int, n_copies: int
             assert np.array_equal(unique_HR.sum(axis=1), (counts_HE > 0).sum(axis=1))
 
 
+_LOADS = [  # of 12 experts in two layers: the example in the README of deepseek-ai/EPLB
+    [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+    [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+]
+_PUBLISHED = [  # its plan, two copies for each of eight GPUs; the first four are one node, which has whole groups
+    [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+    [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+]
+
+
+@pytest.mark.parametrize("layer", [pytest.param(layer, id=f"layer{layer}") for layer in (0, 1)])
+def test_the_published_plan_of_eplb(layer: int) -> None:
+    """Of the experts of a node our plan is the published one; without nodes it is the better balanced."""
+    load_E, on_GPU = np.array(_LOADS[layer], float), np.array(_PUBLISHED[layer]).reshape(8, 2)
+    published_R = (load_E / np.bincount(on_GPU.reshape(-1)))[on_GPU].sum(axis=1)
+    for node in (slice(4), slice(4, 8)):
+        experts = np.unique(on_GPU[node])
+        share_ER = packed(load_E[experts], 4, 8 - len(experts))
+        assert ranks_of(share_ER) == [sorted(experts.searchsorted(pair)) for pair in on_GPU[node].tolist()]
+        assert load_E[experts] @ share_ER == pytest.approx(published_R[node])
+    ours_R = load_E @ packed(load_E, 8, 4)
+    assert ours_R.sum() == published_R.sum() and ours_R.max() < published_R.max()
+
+
 @pytest.mark.parametrize("seed", [pytest.param(seed, id=f"seed{seed}") for seed in range(5)])
 def test_greedy_is_near_the_best_of_all(seed: int) -> None:
     """Of all ways to put six experts on two ranks of three; the bound of the longest-processing-time rule is 7 / 6."""

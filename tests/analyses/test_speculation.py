@@ -19,6 +19,22 @@ def test_accepted_tokens() -> None:
     assert accepted(1.0, 4) == 4 and accepted(0.9, 1) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("acceptance", "drafted", "speed"),
+    [
+        pytest.param(0.6, 2, 1.96, id="0.6-2"),
+        pytest.param(0.7, 3, 2.53, id="0.7-3"),
+        pytest.param(0.8, 2, 2.44, id="0.8-2"),
+        pytest.param(0.8, 5, 3.69, id="0.8-5"),
+        pytest.param(0.9, 2, 2.71, id="0.9-2"),
+        pytest.param(0.9, 10, 6.86, id="0.9-10"),
+    ],
+)
+def test_published_speed_ups(acceptance: float, drafted: int, speed: float) -> None:
+    """Table 1 of Leviathan et al., 2211.17192: drafting costs nothing, and a step takes as long as one token."""
+    assert accepted(acceptance, drafted + 1) == pytest.approx(speed, abs=0.005)
+
+
 def test_a_case_by_hand(tmp_path: Path) -> None:
     """T 2 and 4 ms, in rounds 2.5 apart: efficiency 0.4; acceptance 0.5 gives 1.5 tokens, drafting one takes 1 ms."""
     one = write(tmp_path / "r", 1, 1, 2.0)

@@ -58,6 +58,8 @@ def found(path: Path, analysis: ModuleType, cfg: dict[str, Any]) -> Findings:
         layers = [
             routes_of(trace, index, view, with_before=True, guesses=GUESSES) for index in range(len(trace.layers))
         ]
-        parts = [analysis.of_layer(routes, cfg, trace.layers) for routes in layers]
-        result: Findings = analysis.conclude(parts, view, cfg, trace.layers)
+        given = [[analysis.of_layer(routes, cfg, trace.layers) for routes in layers], view, cfg, trace.layers]
+        if hasattr(analysis, "of_model"):
+            given.append(analysis.of_model(lambda: layers, cfg, trace.layers, 2))
+        result: Findings = analysis.conclude(*given)
     return result

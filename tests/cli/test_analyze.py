@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from moe_lab.analyses.analyze import ANALYSES
 from moe_lab.cli.main import main
-from tests.analyses import traces
+from tests.analyses import steps, traces
 
 
 def test_the_sentences_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,3 +45,21 @@ def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert main(["analyze", *words]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_a_time_from_measured_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of rates and a decode run in the place of numbers: 1 MB an expert at 0.5 GB/s, 3 ms of computation."""
+    path = traces.random(tmp_path / "x.trace", 8, 20)
+    rates = {"disk": {"gb_per_s": 0.5, "reason": None, "of": "a disk"}}
+    (tmp_path / "rates.json").write_text(json.dumps({"rates": rates}))
+    steps.write(tmp_path, 1, 1, 3.0)
+    words = [f"expert_cache.rates={tmp_path / 'rates.json'}", f"expert_cache.decode_run={tmp_path / '1-1'}"]
+    words += [f"analysis/{name}=null" for name in ANALYSES if name != "expert_cache"]
+    words += ["expert_cache.policy=lru", "expert_cache.capacity=8", "expert_cache.scope=layer"]
+    assert main(["analyze", str(path), *words, "expert_cache.link=disk"]) == 0
+    assert "at 0.5 GB/s, with 3 ms of computation" in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "x.analysis" / "expert_cache.csv")
+    plain = table[table["prefetch"] == "none"]
+    assert (plain["ms_per_token"] - (3 + plain["misses_per_token"] / 0.5)).abs().max() < 1e-9
+    assert main(["analyze", str(path), *words]) == 2
+    assert "not a file of rates (KeyError('host_to_device'))" in capsys.readouterr().err

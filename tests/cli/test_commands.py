@@ -43,7 +43,7 @@ HELP = {
     "export": ["moe-lab export", "RUN_DIR", "export.KEY=VALUE", "--open", "--verify DIR", "--config-dir", "exit codes"],
     "inspect": ["moe-lab inspect", "DIR", "no weights are read", "--json"],
     "list": ["moe-lab list", "--config-dir", "router, model, experts", "architectures"],
-    "doctor": ["moe-lab doctor", "--noise"],
+    "doctor": ["moe-lab doctor", "--noise", "--rates PATH", "expert_cache.rates"],
     "build": ["moe-lab build", "--arch", "80,90"],
     "clean": ["moe-lab clean", "--older-than DAYS", "Nothing is removed without --remove"],
 }
@@ -67,6 +67,8 @@ MISTAKES = {
     "list --all": "list: unrecognized arguments: --all",
     "list --config-dir": "list: .*--config-dir.*expected one argument",
     "doctor --loud": "doctor: unrecognized arguments: --loud",
+    "doctor --rates nowhere": "doctor: --rates nowhere: no such file or folder",
+    "doctor --rates . --noise": "doctor: --noise and --rates: give one of them at a time",
     "doctor now": "doctor: unrecognized arguments: now",
     "compare a": "compare: .*required: B",
     "compare nowhere nowhere": "nowhere: folder not found",

@@ -57,7 +57,7 @@ OPTIONS = {
     "moe-lab plan model/sh": {"model/shape="},
     "moe-lab list ro": {"router"},
     "moe-lab list ": set(listing.groups(None)),
-    "moe-lab doctor --": {"--json", "--noise"},
+    "moe-lab doctor --": {"--json", "--noise", "--rates"},
     "moe-lab compare ": set(),
     "moe-lab report ": set(),
     "moe-lab report --": {"--plotly", "--tables"},

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_lab.analyses import token_time
 from moe_lab.cli import doctor, listing
 from moe_lab.records.store import read_record
 from moe_lab.results import noise
@@ -135,3 +136,24 @@ def test_the_noise_of_this_machine_is_measured_stored_and_shown(tmp_path: Path) 
     lines = run(tmp_path).stdout.splitlines()
     assert value(lines, "noise floor") == f"{content['floor']:.1%} between two processes"
     assert value(lines, "env_id") == content["env_id"]
+
+
+@pytest.mark.slow
+def test_rates_are_printed_and_are_what_analyze_takes(tmp_path: Path) -> None:
+    """One JSON document, whose rates have a number or a reason; the same as lines."""
+    (tmp_path / "weights").write_bytes(bytes(24 * 2**20))
+    printed = run(tmp_path, "--rates", ".", "--json").stdout
+    (tmp_path / "rates.json").write_text(printed)
+    found = json.loads(printed)["rates"]
+    assert set(found) == {"disk", "host_to_device"} == set(token_time.LINKS)
+    lines = run(tmp_path, "--rates", ".").stdout.splitlines()
+    for link, rate in found.items():
+        assert (rate["gb_per_s"] is None) == (rate["reason"] is not None)
+        cfg = {"gb_per_s": None, "rates": tmp_path / "rates.json", "link": link, "compute_ms": 1.0, "decode_run": None}
+        if rate["reason"] is None:
+            assert token_time.rates(cfg)["gb_per_s"] == rate["gb_per_s"] > 0
+            assert re.search(r"^[\d.]+ GB/s \(.+\)$", value(lines, link))
+        else:
+            assert value(lines, link) == f"not measured: {rate['reason']} ({rate['of']})"
+            with pytest.raises(ValueError, match=re.escape(f"{link} was not measured there: {rate['reason']}")):
+                token_time.rates(cfg)
