@@ -119,6 +119,7 @@ LEFT_OUT = {
     "traces": "quotes seconds and gigabytes, not ratios",
     "add_rms_norm": "needs a GPU",
     "checkpoint_load": "needs a GPU",
+    "decode_kernels": "needs a GPU",
     "energy_profiles": "needs a GPU",
     "pack_peers": "measures nothing",
     "random_checkpoint": "measures nothing",

@@ -206,8 +206,8 @@ class Attention(nn.Module):
         eps = self.q_norm.eps if self.q_norm is not None else 0.0
         kept = (cache.k_BHNd, cache.v_BHNd)
         turns = ((cos, sin), position_S, *kept, self.turn_first)
-        rows = (part.flatten(0, 1) for part in (q, k, v))
-        q_RHd = rope_append(*rows, norms[0], norms[1], eps, self.clip_qkv, *turns)
+        q_Rn, k_Rm, v_Rm = (part.flatten(0, 1) for part in (q, k, v))
+        q_RHd = rope_append(q_Rn, k_Rm, v_Rm, norms[0], norms[1], eps, self.clip_qkv, *turns)
         y_RHd = cached_attention(q_RHd, *kept, position_S, self.window, self.scale, self.sinks_H)
         return y_RHd.view(*q.shape[:2], -1)
 
