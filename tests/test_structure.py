@@ -22,6 +22,7 @@ TESTED_IN = {
     "analyses/page.py": "analyses/test_analyze.py",
     "analyses/parquet.py": "analyses/test_exporters.py",
     "api/html_table.py": "api/test_shown.py",
+    "api/notebook.py": "test_notebooks.py",
     "cli/foreign.py": "sweep/test_session.py",
     "cli/reporter.py": "cli/test_progress.py",
     "config/analyses.py": "analyses/test_analyze.py",
