@@ -70,6 +70,12 @@ def _keys(conf: Path, file: Path) -> Iterator[tuple[str, str]]:
         base = _BASE.fullmatch(default) if isinstance(default, str) else None
         if base is not None:
             yield from _keys(conf, conf / f"{base[1]}.yaml")
+        if isinstance(default, dict):  # `/router@inner: torch # to wrap another`: an option as the value of a key
+            ((group, option),) = default.items()
+            if group.startswith("/") and "@" in group:
+                comment = re.search(rf"- {re.escape(group)}:[^#\n]*# (.*)", text)
+                about = _escaped(comment[1]) if comment else ""
+                yield group.split("@")[1], f"| `{group.split('@')[1]}` | `{option or 'null'}` | {about} |"
     node = yaml.compose(text)
     if node is not None:
         yield from _rows(node, text.splitlines(), "")

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 class Piece(NamedTuple):
     """A sweep whose page is shown."""
@@ -50,12 +52,14 @@ _SUFFIXES = {".html", ".js", ".png", ".svg", ".csv", ".json", ".parquet", ".yaml
 
 def run(folder: Path) -> None:
     """Run the sweeps; what an earlier build ran is kept. Raises `RuntimeError` if one fails."""
+    # Beside other work, two threads that wait for each other are many times slower than one.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, piece in PIECES.items():
-        words = ["device=cpu", "sweep.plotly=directory", "sweep.stale=keep", f"hydra.sweep.dir={folder / name}"]
-        command = [sys.executable, "-m", "moe_lab", "-m", *piece.overrides, *words]
-        # Beside other work, two threads that wait for each other are many times slower than one.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        # The pages have the command and the paths: relative to the repository, they name no folder of this machine.
+        place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+        words = ["device=cpu", "sweep.plotly=directory", "sweep.stale=keep", f"hydra.sweep.dir={place / name}"]
+        command = [str(Path(sys.executable).with_name("moe-lab")), "-m", *piece.overrides, *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
         if done.returncode:
             raise RuntimeError(f"gallery: {' '.join(command)}\n{done.stdout}\n{done.stderr}")
 

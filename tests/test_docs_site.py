@@ -55,6 +55,7 @@ def test_the_configuration_page_has_every_option_and_its_keys() -> None:
     assert "| `impl` |" in sinkhorn  # of conf/_base/router/router.yaml
     assert '| `sweep.slurm.time` | `"01:00:00"` | limit of a job;' in page
     assert "\n### placement\n" in page
+    assert "| `inner` | `torch` | to wrap another router: router@router.inner=sinkhorn |" in page
 
 
 class Page(HTMLParser):
