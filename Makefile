@@ -66,8 +66,9 @@ $(OLDEST)/.ready: pyproject.toml constraints.txt scripts/oldest.py $(READY)
 test-oldest: $(OLDEST)/.ready ## The tests that CI runs, with the oldest packages that pyproject.toml allows
 	$(OLDEST)/bin/python -m pytest -c pyproject.toml -n 2 --dist worksteal -m "not slow"
 
+# Without --quiet, which makes --strict count no warnings.
 docs: $(CLUSTER) ## The documentation site, in build/site; a broken link fails
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 	@echo 'build/site/index.html'
 
 bench-check: $(READY) ## Every quoted ratio that needs no GPU beside today's; fails if one no longer holds (idle machine)
