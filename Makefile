@@ -6,6 +6,7 @@ SHELL := /bin/sh
 BIN := .venv/bin
 READY := .venv/.ready
 CLUSTER := .venv/.cluster
+OLDEST := .venv-oldest
 BUNDLE := dist/device
 # Each worker has one half of the files, so that what the tests of a file share is made once; who is done first helps.
 PYTEST := $(BIN)/python -m pytest -c pyproject.toml -n 2 --dist worksteal
@@ -29,10 +30,10 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 $(CLUSTER): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm,docs,notebook,release]'
 	touch $(CLUSTER)
 
-.PHONY: help demo test test-quick test-all lint bench-check bench-experts bench-sweep device-bundle clean
+.PHONY: help demo test test-quick test-all test-oldest lint docs bench-check bench-experts bench-sweep device-bundle clean
 .PHONY: cluster-packages cluster-up cluster-down
 
 demo: $(READY) ## Other routers in a trained model on this machine: a table, and a report page
@@ -53,6 +54,22 @@ test-quick: $(READY)
 
 test-all: lint $(CLUSTER) ## Lint and every test
 	$(PYTEST)
+
+# torch and what has no lower bound stay at the versions of constraints.txt; scripts/oldest.py says what else.
+$(OLDEST)/.ready: pyproject.toml constraints.txt scripts/oldest.py $(READY)
+	$(BIN)/python -m venv --clear $(OLDEST)
+	$(BIN)/python scripts/oldest.py > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -r $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+test-oldest: $(OLDEST)/.ready ## The tests that CI runs, with the oldest packages that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest -c pyproject.toml -n 2 --dist worksteal -m "not slow"
+
+# Without --quiet, which makes --strict count no warnings.
+docs: $(CLUSTER) ## The documentation site, in build/site; a broken link fails
+	$(BIN)/python -m mkdocs build --strict
+	@echo 'build/site/index.html'
 
 bench-check: $(READY) ## Every quoted ratio that needs no GPU beside today's; fails if one no longer holds (idle machine)
 	$(BIN)/python -m benchmarks.check
@@ -87,4 +104,4 @@ cluster-down: $(READY) ## End them
 	@$(BIN)/python scripts/cluster.py down $(KIND)
 
 clean: ## Remove the virtual environment and everything built
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv $(OLDEST) build dist *.egg-info

@@ -11,8 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.api.compose import in_python, overrides_of
+from moe_lab.api.notebook import progress
 from moe_lab.api.shown import Results
-from moe_lab.cli.progress import Terminal
 from moe_lab.config.compose import composing_multirun, name_sweep
 from moe_lab.config.hydra_patches import LAUNCHER, SWEEP_NAME
 from moe_lab.config.unread import refuse_twice
@@ -29,7 +29,7 @@ def multirun(
     """Run every combination of the values, as `moe-lab -m` does: planned, locked, resumed, timed together.
 
     The same overrides have the same folder as on the command line, and what is done there is not done again. Cells that
-    fail or are skipped are records that say why. Progress is shown on standard error.
+    fail or are skipped are records that say why. Progress is shown on standard error, in a notebook as a bar.
 
     Args:
         overrides: for example `["router=torch,sinkhorn", "batch=1,8"]`.
@@ -55,7 +55,7 @@ def multirun(
         raise ValueError(f"{sweeps.current.directory}: this process is running this sweep; wait for it.")
     with in_python(), _named(typed), composing_multirun(typed, config_dir) as (loader, config):
         _refuse_other_plugins(config)
-        this = sweeps.begin(loader, config, Terminal(), words)
+        this = sweeps.begin(loader, config, progress(), words)
         try:
             write_atomic(this.directory / "multirun.yaml", OmegaConf.to_yaml(config).encode())
             try:

@@ -42,6 +42,12 @@ def _status(arguments: list[str]) -> int:
     return status.main(arguments)
 
 
+def _card(arguments: list[str]) -> int:
+    from moe_lab.cli import card
+
+    return card.main(arguments)
+
+
 def _plot(arguments: list[str]) -> int:
     from moe_lab.cli import plot
 
@@ -191,6 +197,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": _status,
     "report": _report,
     "plot": _plot,
+    "card": _card,
     "compare": _compare,
     "generate": _generate,
     "trace": _trace,

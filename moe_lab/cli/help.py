@@ -17,7 +17,8 @@ moe-lab -m router=torch,sinkhorn batch=1,8      run every combination and write 
 moe-lab plan -m router=torch,sinkhorn batch=1,8 show what it would run
 moe-lab status DIR                              show where a sweep is, from another terminal or machine
 moe-lab report DIR [--tables] [--plotly MODE]   write the tables, plots and report page of a folder of results
-moe-lab plot DIR X Y                            plot column Y of these tables against column X
+moe-lab plot DIR [X Y]                          plot column Y of these tables against column X, or all for a paper
+moe-lab card DIR [--license ID]                 write a folder to upload: a README, Parquet tables and plots
 moe-lab compare A B                             compare two folders of results: faster, slower or the same
 moe-lab generate TEXT model.path=DIR            generate text with a checkpoint
 moe-lab trace model.path=DIR --out FILE         record which experts each token of texts (workload.path) chooses

@@ -1,271 +1,42 @@
-"""`moe-lab plot`: two columns of a folder of results against each other, as a figure for a paper or a page."""
+"""`moe-lab plot`: two columns of a folder of results against each other, or every plot of its report, for a paper."""
 
 from __future__ import annotations
 
 import argparse
-import io
 import re
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import pandas as pd
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from moe_lab.cli.arguments import Parser
-from moe_lab.cli.fit import folded
 from moe_lab.errors import nearest
 from moe_lab.records.store import write_atomic
-from moe_lab.results import columns
+from moe_lab.results import plots, xy
 from moe_lab.results.load import load
-from moe_lab.results.style import variant_style
+from moe_lab.results.look import FORMATS, Look, installed_font
 
-FORMATS = ("pdf", "svg", "png")
-_MOST_TICKS, _WRAP = 12, 36  # ticks of an axis, characters of a name beside the axes
-_SIZES = ((7.0, 4.5), (8.0, 6.0), (10.0, 8.0), (14.0, 12.0), (20.0, 20.0))
-"""The first in which the text has room, unless --size says another."""
-_BY_NAME = ("variant", "model", "router", "experts", "workload", "device", "dtype", "execution")
-"""Columns whose values say by themselves what they are."""
-_UNITS = {field.name: field.unit for field in columns.TABLES["runs"]}
-_BESIDE_X = ("model", "workload", "device", "dtype", "execution", "experts", "batch", "seq_len", "seed")
 _EXAMPLES = """\
 X, Y and --by are columns of runs.csv, described in docs/results-format.md, or keys of the
 configuration in which the runs differ, such as router.temperature or model.top_k. Where Y has a
 95 % interval it is drawn; a hollow point has none. Runs without one of the columns are left out
-and counted.
+and counted. Without X and Y every plot of the report is drawn.
 
 examples:
   moe-lab plot outputs/my_sweep batch latency_ms.p50 --log
   moe-lab plot outputs/my_sweep router.temperature quality.delta_bits_per_byte -o bits.pdf
   moe-lab plot outputs/my_sweep batch ratio_to_anchor.p50 --by router,seq_len --size 3.3x2.5 \\
     --font 'DejaVu Serif' --font-size 8 -o ratio.svg
+  moe-lab plot outputs/my_sweep --format pdf --size 3.3 --font-size 8 -o paper
 """
 
 
-class Look(NamedTuple):
-    """How a figure is written."""
-
-    format: str = "png"
-    size: tuple[float, float] | None = None
-    """Inches; None: as large as the text needs."""
-    dpi: int = 150
-    font: str | None = None
-    font_size: float = 10.0
-
-    def settings(self) -> Any:
-        """Of matplotlib: text stays text in an SVG, and a PDF holds its fonts, so that both can be edited; $ is a $."""
-        font = {} if self.font is None else {"font.family": self.font}
-        text = {"svg.fonttype": "none", "pdf.fonttype": 42, "text.parse_math": False}
-        lines = {"lines.markersize": 0.6 * self.font_size, "lines.linewidth": 0.15 * self.font_size}
-        return {**text, **lines, "font.size": self.font_size, **font}
-
-
-def column(name: str, runs: pd.DataFrame) -> str:
-    """The column of that name, or of that key of the configuration. Raises `ValueError` with the nearest names."""
-    for found in (name, f"config.{name}"):
-        if found in runs:
-            return found
-    names = [str(one) for one in runs.columns]
-    short = [one.removeprefix("config.") for one in names]
-    raise ValueError(
-        f"{name}: unknown column; a key of the configuration is one where the runs differ in it."
-        f"{nearest(name, [*short, *names])}"
-    )
-
-
-def _lines(runs: pd.DataFrame, x: str, by: str | None) -> list[str]:
-    """The columns whose values make a line: those given, else the variant and what else differs at one place of x.
-
-    If x is itself what the variants differ in, the option stands in their place: a line for each router.
-    """
-    if by is not None:
-        return [column(name.strip(), runs) for name in by.split(",")]
-    group = x.removeprefix("config.").split(".")[0]
-    is_of_variant = x.startswith("config.") and group in runs and runs.groupby("variant")[x].nunique().max() <= 1
-    first = group if is_of_variant else "variant"
-    place = (
-        [x] if x.startswith("config.") or x in (*_BESIDE_X, *_BY_NAME) else []
-    )  # a measured value does not place a point
-    others: list[str] = []
-    for name in (*_BESIDE_X, *(str(one) for one in runs if str(one).startswith("config."))):
-        if name not in runs or name in (x, first) or not runs.duplicated([first, *place, *others]).any():
-            continue
-        if runs.groupby([first, *place, *others], dropna=False)[name].nunique(dropna=False).max() > 1:
-            others.append(name)
-    return [first, *others]
-
-
-def _interval(y: str, runs: pd.DataFrame) -> tuple[str, str] | None:
-    """The columns with the ends of the 95 % interval of `y`."""
-    for start in (f"{y.removesuffix('.p50')}.", f"{y}_"):
-        ends = f"{start}ci95_low", f"{start}ci95_high"
-        if all(end in runs for end in ends):
-            return ends
-    return None
-
-
-def draw(
-    runs: pd.DataFrame, x: str, y: str, by: str | None = None, log: bool = False, look: Look | None = None
-) -> tuple[Figure, int]:
-    """The figure, and how many runs are missing in it.
-
-    Raises:
-        ValueError: there is no such column, or `y` is not numeric, or every run lacks one of them.
-    """
-    look = look or Look()
-    names = x, y
-    x, y = column(x, runs), column(y, runs)
-    if not pd.api.types.is_numeric_dtype(runs[y]):
-        raise ValueError(f"{y}: not a column of numbers; only X and --by can be text.")
-    has_both = runs[runs[[x, y]].notna().all(axis=1)]
-    lines = _lines(has_both, x, by)
-    known = has_both[has_both[lines].notna().all(axis=1)] if by is not None else has_both
-    known = known.sort_values(x)
-    if known.empty:
-        raise ValueError(f"no run has {', '.join((x, y, *lines)[:-1])} and {lines[-1]}.")
-    if log:
-        _refuse_logarithms(known, x, y)
-    with rc_context(look.settings()):
-        figure = Figure(layout="constrained")
-        axes = figure.add_subplot()
-        ends = _interval(y, known)
-        for index, (values, rows) in enumerate(known.groupby(lines, dropna=False)):
-            _curve(axes, rows, x, y, ends, index, _label(lines, values))
-        _ticks(axes, known[x], log)
-        for axis, name, shown in ((axes.xaxis, x, names[0]), (axes.yaxis, y, names[1])):
-            unit = _UNITS.get(name) or ""
-            axis.set_label_text(shown + (f" ({unit})" if unit not in ("", "1", "as configured") else ""))
-        axes.grid(alpha=0.25)
-        hollow = ends is not None and known[list(ends)].isna().any(axis=None)
-        title = ", ".join(name.removeprefix("config.") for name in lines) + ("\nhollow: no interval" if hollow else "")
-        figure.legend(title=title, fontsize="small", title_fontsize="small", loc="outside right upper")
-    return figure, len(runs) - len(known)
-
-
-def _refuse_logarithms(known: pd.DataFrame, x: str, y: str) -> None:
-    for name in (x, y):
-        if pd.api.types.is_numeric_dtype(known[name]) and (known[name].astype(float) <= 0).any():
-            raise ValueError(f"--log: {name} has values that are not above 0; leave out --log.")
-
-
-def _label(lines: Sequence[str], values: Any) -> str:
-    """`sinkhorn, seq_len=128`."""
-    values = values if isinstance(values, tuple) else (values,)
-    named = zip(lines, values, strict=True)
-    texts = (str(one) if name in _BY_NAME else f"{name.rsplit('.', 1)[-1]}={_text(one)}" for name, one in named)
-    return "\n".join(folded(", ".join(texts), _WRAP))
-
-
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _curve(
-    axes: Axes, rows: pd.DataFrame, x: str, y: str, ends: tuple[str, str] | None, index: int, label: str
-) -> None:
-    """One line with its error bars; points that have none are hollow."""
-    style = variant_style(index)
-    is_text = not pd.api.types.is_numeric_dtype(rows[x])
-    places: Any = rows[x].map(str).tolist() if is_text else rows[x].astype(float).tolist()
-    heights = rows[y].astype(float).to_numpy()
-    dashes: Any = (0, style.dashes) if style.dashes else "-"
-    if is_text or rows[x].duplicated().any():  # no order, or several runs at one place: no line
-        dashes = ""
-    (line,) = axes.plot(places, heights, color=style.colour, marker=style.marker, ls=dashes, label=label, zorder=3)
-    if ends is None:
-        return
-    low, high = (rows[end].astype(float).to_numpy() for end in ends)
-    has = np.isfinite(low) & np.isfinite(high)
-    if not has.any():
-        line.set_markerfacecolor("white")
-        return
-    chosen = [place for place, one in zip(places, has, strict=True) if one]
-    errors = np.maximum(0, np.array([heights - low, high - heights])[:, has])
-    axes.errorbar(chosen, heights[has], yerr=errors, fmt="none", ecolor=style.colour, capsize=3)
-    if not has.all():
-        hollow = [place for place, one in zip(places, has, strict=True) if not one]
-        axes.plot(hollow, heights[~has], color=style.colour, marker=style.marker, linestyle="", mfc="white", zorder=4)
-
-
-def _ticks(axes: Axes, x: pd.Series, log: bool) -> None:
-    """A few values of x, often powers of two, are the ticks; with logarithms every axis has numbers at its ticks."""
-    if not pd.api.types.is_numeric_dtype(x):
-        axes.tick_params(axis="x", rotation=30)
-        for text in axes.get_xticklabels():
-            text.set_horizontalalignment("right")
-    places = sorted(set(x)) if pd.api.types.is_numeric_dtype(x) else []
-    if log:
-        axes.set_yscale("log")
-        _number(axes, "y")
-        if places:
-            axes.set_xscale("log")
-            _number(axes, "x")
-    if 0 < len(places) <= _MOST_TICKS and (log or len(places) <= 6):
-        axes.set_xticks([float(place) for place in places], [f"{place:g}" for place in places])
-        axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _number(axes: Axes, which: str) -> None:
-    """1, 2 and 5 of each power of ten where there are enough of them, else even steps."""
-    axis = axes.yaxis if which == "y" else axes.xaxis
-    low, high = axis.get_view_interval()
-    locator = LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,))
-    inside = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
-    axis.set_major_locator(locator if len(inside) > 2 else MaxNLocator(5))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_locator(NullLocator())
-
-
-def _fits(figure: Figure) -> bool:
-    """Whether all text lies on the page, and leaves room for the axes."""
-    canvas: Any = FigureCanvasAgg(figure)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it does not
-        canvas.draw()
-    page, drawn = figure.get_size_inches(), figure.get_tightbbox(canvas.get_renderer())
-    axes = figure.axes[0].get_window_extent(canvas.get_renderer())
-    is_off = min(drawn.x0, drawn.y0, page[0] - drawn.x1, page[1] - drawn.y1) < -0.05
-    return not is_off and min(axes.width, axes.height) / figure.dpi >= 0.5
-
-
-def save(figure: Figure, look: Look) -> bytes:
-    """The content of the file. Raises `ValueError` if the figure's text does not fit its size."""
-    written = io.BytesIO()
-    sizes = _SIZES if look.size is None else (look.size,)
-    with rc_context(look.settings()):
-        for size in sizes:
-            figure.set_size_inches(size)
-            if _fits(figure):
-                figure.savefig(written, format=look.format, dpi=look.dpi)
-                return written.getvalue()
-    width, height = sizes[-1]
-    raise ValueError(
-        f"--size={width:g}x{height:g}: too small for the text of this figure; use a larger --size, a smaller "
-        "--font-size, or --by with fewer lines."
-    )
-
-
-def _font(name: str) -> str:
-    """The name of an installed font, as it is written. Raises `ValueError` with the nearest one."""
-    names = sorted(set(fontManager.get_font_names()))
-    found = next((one for one in names if one.lower() == name.lower()), None)
-    if found is None:
-        near = nearest(name, names) or f" Installed are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}."
-        raise ValueError(f"--font={name}: no font of this name is installed.{near}")
-    return found
-
-
-def _size(text: str) -> tuple[float, float]:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)", text)
-    if match is None or not all(1 <= float(number) <= 40 for number in match.groups()):
-        raise ValueError(f"--size={text}: must be width x height in inches, from 1 to 40 each, such as 7x4.5.")
-    return float(match[1]), float(match[2])
+def _size(text: str | None) -> tuple[float | None, float | None]:
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:x(\d+(?:\.\d+)?))?", text)
+    if match is None or not all(1 <= float(number) <= 40 for number in match.groups() if number):
+        raise ValueError(
+            f"--size={text}: must be width x height in inches, from 1 to 40 each, such as 7x4.5, or a width."
+        )
+    return float(match[1]), float(match[2]) if match[2] else None
 
 
 def _format(output: Path | None, given: str | None) -> str:
@@ -283,36 +54,47 @@ def _format(output: Path | None, given: str | None) -> str:
 
 def look_of(given: argparse.Namespace) -> Look:
     """How the figure is to be written. Raises `ValueError` for what is not possible."""
-    kind = _format(given.output, given.format)
+    kind = _format(given.output if given.x else None, given.format)
     if given.dpi is not None and kind != "png":
         raise ValueError(f"--dpi={given.dpi}: a {kind.upper()} has no dots; leave it out.")
     if given.dpi is not None and not 10 <= given.dpi <= 1200:
         raise ValueError(f"--dpi={given.dpi}: must be dots per inch from 10 to 1200.")
     if not 2 <= given.font_size <= 72:
         raise ValueError(f"--font-size={given.font_size:g}: must be points from 2 to 72.")
-    font = None if given.font is None else _font(given.font)
-    return Look(kind, None if given.size is None else _size(given.size), given.dpi or 150, font, given.font_size)
+    width, height = _size(given.size)
+    if height is not None and not given.x:
+        raise ValueError(f"--size={given.size}: give only the width; each plot of the report has a height of its own.")
+    font = None if given.font is None else installed_font(given.font)
+    return Look(kind, width, height, given.dpi or 150, font, given.font_size)
 
 
 def parser() -> Parser:
     """The options of `moe-lab plot`."""
     options = Parser(
         prog="moe-lab plot",
-        description="Draw two columns of a folder of results against each other, as PDF, SVG or PNG.",
+        description="Draw two columns of a folder of results against each other, or every plot of its report, as PDF, "
+        "SVG or PNG.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_argument("directory", type=Path, help="a sweep's folder, or any folder of runs")
-    options.add_argument("x", metavar="X", help="a column, for example batch, or a key such as router.temperature")
-    options.add_argument("y", metavar="Y", help="a column of numbers, for example latency_ms.p50")
+    options.add_argument(
+        "x", metavar="X", nargs="?", help="a column, for example batch, or a key such as router.temperature"
+    )
+    options.add_argument("y", metavar="Y", nargs="?", help="a column of numbers, for example latency_ms.p50")
     options.add_argument(
         "--by",
         help="a line for each value of these columns, joined by commas (default: variant, and what else differs)",
     )
     options.add_argument("--log", action="store_true", help="logarithmic axes")
-    options.add_argument("-o", "--output", type=Path, help="the file (default: plots/Y_over_X.png in DIRECTORY)")
+    options.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="the file (default: plots/Y_over_X.png in DIRECTORY); without X and Y a folder (default: DIRECTORY/paper)",
+    )
     options.add_argument("--format", help="pdf, svg or png (default: the ending of --output, else png)")
-    options.add_argument("--size", metavar="WxH", help="inches (default: 7x4.5, or more if the text needs it)")
+    options.add_argument("--size", metavar="W[xH]", help="inches (default: 7x4.5, or more if the text needs it)")
     options.add_argument("--dpi", type=int, help="dots per inch of a PNG (default: 150)")
     options.add_argument("--font", metavar="NAME", help="an installed font (default: matplotlib's)")
     options.add_argument("--font-size", type=float, default=10, metavar="POINTS", help="(default: %(default)s)")
@@ -322,11 +104,25 @@ def parser() -> Parser:
 def main(arguments: list[str]) -> int:
     """`moe-lab plot`. Returns the exit code."""
     given = parser().parse_args(arguments)
+    if given.x and not given.y:
+        raise ValueError("plot: give X and Y, or neither (moe-lab plot --help)")
     look = look_of(given)
-    figure, missing = draw(load(given.directory), given.x, given.y, given.by, given.log, look)
-    content = save(figure, look)
+    if not given.x:
+        return _all(given, look)
+    figure, missing = xy.draw(load(given.directory), given.x, given.y, given.by, given.log, look)
+    content = xy.save(figure, look)
     output = given.output or given.directory / "plots" / f"{given.y}_over_{given.x}.{look.format}"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, content)
     print(f"{output}" + (f" ({missing} runs without one of these columns are left out)" if missing else ""))
+    return 0
+
+
+def _all(given: argparse.Namespace, look: Look) -> int:
+    if given.by or given.log:
+        raise ValueError(f"{'--by' if given.by else '--log'}: has no effect without X and Y; leave it out.")
+    if given.output is not None and given.output.suffix[1:].lower() in FORMATS:
+        raise ValueError(f"--output={given.output}: must be a folder, for several plots are written; or give X and Y.")
+    drawn = plots.publish(given.directory, given.output or given.directory / "paper", look)
+    print("\n".join([*map(str, drawn.paths), *(f"not in them: {text}" for text in drawn.left_out)]))
     return 0

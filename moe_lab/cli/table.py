@@ -294,7 +294,7 @@ def print_sweep(
     """
     skipped = Counter(record.reason for record in records if record.status == "skipped")
     shown = lines([record for record in records if record.reason != "excluded"], compare, anchor)
-    for machine, of_machine in _by_machine(shown).items():
+    for machine, of_machine in by_machine(shown).items():
         if machine:
             print(f"on {machine}:", file=file)
         console = print_columns(columns(of_machine), where, file)
@@ -309,7 +309,7 @@ def print_sweep(
             _say(console, f"failed: {record.reason} (", "red", path=f"{record.directory}/run.log)")
 
 
-def _by_machine(shown: Sequence[Line]) -> dict[str, list[Line]]:
+def by_machine(shown: Sequence[Line]) -> dict[str, list[Line]]:
     """A table for each machine, named where there are several; what did not reach a device is in the first."""
     names = {line.record.env_id: line.record.environment.get("device_name") for line in shown if line.record.env_id}
     if len(names) < 2:

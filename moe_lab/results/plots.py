@@ -1,4 +1,12 @@
-"""A sweep's plots as files, `plots/*.png` and `plots/*.svg`; without colour they tell as much."""
+"""A sweep's plots as files: those of its report, and for a paper. Without colour they tell as much.
+
+from moe_lab.results import plots
+
+look = plots.Look("pdf", width=3.3, font="DejaVu Serif", font_size=8)  # inches, points
+plots.publish("outputs/router_swap", "paper", look)                    # every plot of the report
+figure, _ = plots.xy(moe_lab.load("outputs/router_swap"), "batch", "latency_ms.p50", look=look)
+Path("latency.pdf").write_bytes(plots.content(figure, look))
+"""
 
 from __future__ import annotations
 
@@ -11,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -19,8 +28,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from moe_lab.records.store import own_folder, write_atomic
-from moe_lab.results import charts
+from moe_lab.results import aggregate, charts, load
 from moe_lab.results.coactivation import given
+from moe_lab.results.look import Look
 from moe_lab.results.panels import (
     FILE_PANELS,
     MARGIN,
@@ -37,10 +47,15 @@ from moe_lab.results.panels import (
     relative_load,
 )
 from moe_lab.results.style import phase_style, variant_style
+from moe_lab.results.xy import draw as xy
+from moe_lab.results.xy import save as content
+
+__all__ = ["Drawn", "Look", "content", "draw", "publish", "render", "xy"]
 
 _COLUMNS = 3
-# Inches: around the axes of a panel, the axes themselves, and above all panels.
+# Inches at a font of 10 points: around the axes of a panel, the axes themselves, and above all panels.
 _LEFT, _RIGHT, _TOP, _BOTTOM, _AXES, _HEAD = 0.75, 0.4, 0.5, 0.6, (3.2, 2.1), 0.3
+_NARROWEST = 1.2  # inches of the axes at that font, where a width was asked for
 _WRAP, _TICKS = 28, 7  # characters of a name beside an axis, ticks of an axis
 
 _HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "zorder": 3}
@@ -63,74 +78,150 @@ def draw(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Drawn:
     left_out, paths = list(all_charts.left_out), []
     for chart in all_charts.drawn:
         figure = render(chart, all_charts.variants, all_charts.phases)
-        if len(chart.panels) > FILE_PANELS:
-            left_out.append(
-                f"{chart.title}: plots/{chart.name} has the first {FILE_PANELS} of {len(chart.panels)} panels; "
-                "the report has all panels."
-            )
-        if chart.kind == "pairs" and any(len(panel.layers) > 1 for panel in chart.panels if isinstance(panel, Pairs)):
-            left_out.append(
-                f"{chart.title}: plots/{chart.name} shows the layer of each variant with the largest share; the report "
-                "has all layers."
-            )
-        if chart.kind == "texts" and any(len(panel.layers) > 1 for panel in chart.panels if isinstance(panel, Texts)):
-            left_out.append(
-                f"{chart.title}: plots/{chart.name} shows the layer of each variant in which the texts differ most; "
-                "the report has all layers."
-            )
+        left_out += _not_in_a_file(chart)
         for ending in ("png", "svg"):
-            content = io.BytesIO()
-            figure.savefig(content, format=ending, dpi=100, metadata={"Date": None} if ending == "svg" else None)
+            written = io.BytesIO()
+            figure.savefig(written, format=ending, dpi=100, metadata={"Date": None} if ending == "svg" else None)
             paths.append(folder / f"{chart.name}.{ending}")
-            write_atomic(paths[-1], content.getvalue())
+            write_atomic(paths[-1], written.getvalue())
     for path in folder.iterdir():
         if path.suffix in (".png", ".svg") and charts.is_name(path.stem) and path not in paths:
             path.unlink()
     return Drawn(paths, left_out)
 
 
-def render(chart: Chart, variants: Sequence[str], phases: Sequence[str]) -> Figure:
-    """The first panels of a chart; the sequences give each variant and phase its style."""
-    panels = chart.panels[:FILE_PANELS]
-    columns = min(_COLUMNS, len(panels))
+def publish(directory: str | Path, folder: str | Path, look: Look | None = None) -> Drawn:
+    """Write every plot of a report for a paper: without a title, and in one size of font.
+
+    Args:
+        directory: a folder of results, whose tables are brought up to date first.
+        folder: where the files go, named like those in `directory/plots`.
+        look: the format, the width in inches and the font; by default a PDF as wide as the text needs. Its height is
+            not used: each plot has a height of its own.
+
+    Raises:
+        ValueError: there is no such folder or no record in it; the width is too small for the names in a plot.
+        OSError: a file cannot be written.
+    """
+    look = look or Look()
+    tables = aggregate.aggregate(Path(directory)) if any(load.search(load.folder(directory))) else None
+    if tables is None or tables.runs.empty:
+        raise ValueError(f"{directory}: no readable records; give the folder of a run or a sweep.")
+    all_charts = charts.charts(Path(directory), tables.runs, tables.summary)
+    left_out, paths = list(all_charts.left_out), []
+    for chart in all_charts.drawn:
+        with rc_context(look.settings()):
+            figure = render(chart, all_charts.variants, all_charts.phases, look)
+        left_out += _not_in_a_file(chart)
+        paths.append(own_folder(Path(folder)) / f"{chart.name}.{look.format}")
+        write_atomic(paths[-1], look.content(figure))
+    return Drawn(paths, left_out)
+
+
+def _not_in_a_file(chart: Chart) -> list[str]:
+    """A sentence for what the report shows of a chart and a file does not."""
+    left_out = []
+    if len(chart.panels) > FILE_PANELS:
+        left_out.append(
+            f"{chart.title}: plots/{chart.name} has the first {FILE_PANELS} of {len(chart.panels)} panels; "
+            "the report has all panels."
+        )
+    if chart.kind == "pairs" and any(len(panel.layers) > 1 for panel in chart.panels if isinstance(panel, Pairs)):
+        left_out.append(
+            f"{chart.title}: plots/{chart.name} shows the layer of each variant with the largest share; the report "
+            "has all layers."
+        )
+    if chart.kind == "texts" and any(len(panel.layers) > 1 for panel in chart.panels if isinstance(panel, Texts)):
+        left_out.append(
+            f"{chart.title}: plots/{chart.name} shows the layer of each variant in which the texts differ most; the "
+            "report has all layers."
+        )
+    return left_out
+
+
+class _Grid(NamedTuple):
+    """Where the panels of a figure lie, in inches."""
+
+    points: float
+    """Of the font, over 10: all text and what is left for it follow."""
+    columns: int
+    left: float
+    """Of the axes, within their panel."""
+    axes: tuple[float, float]
+    head: float
+    """Above all panels, for the title."""
+
+    @property
+    def panel(self) -> tuple[float, float]:
+        """Width and height with what stands around the axes."""
+        return self.left + self.axes[0] + _RIGHT * self.points, self.axes[1] + (_TOP + _BOTTOM) * self.points
+
+
+def _grid(chart: Chart, panels: Sequence[Panel | Map], look: Look | None, scale: float) -> _Grid:
+    """With as many columns as have room beside each other, at most three."""
+    points = 1.0 if look is None else look.font_size / 10
     named = [panel.bars if isinstance(panel, Panel) else getattr(panel, "texts", []) for panel in panels]
     names = [line for of_panel in named for name in of_panel for line in fill(name, _WRAP).split("\n")]
-    left = _LEFT + 0.075 * max(map(len, names), default=0)
-    width = left + _AXES[0] + _RIGHT
+    left = (_LEFT + 0.075 * max(map(len, names), default=0)) * points
     rows = [panel.rows if chart.kind == "dots" else len(panel.bars) for panel in panels if isinstance(panel, Panel)]
-    height = _TOP + max([_AXES[1], *(0.3 * n for n in rows)]) + _BOTTOM
-    entries = _entries(chart, panels, variants, phases)
-    per_row = max(1, int(max(columns * width, 5) / (0.7 + 0.08 * max(map(len, entries), default=0))))
-    foot = 0.25 * math.ceil(len(entries) / per_row) + 0.1
+    columns, width = min(_COLUMNS, len(panels)), _AXES[0] * points
+    if look is not None and look.width is not None:
+        around = left + _RIGHT * points
+        fitting = int((look.width - scale) / (around + _NARROWEST * points))
+        if fitting < 1:
+            raise ValueError(
+                f"--size={look.width:g}: too narrow for the names in {chart.name}; use a larger --size or a smaller "
+                "--font-size."
+            )
+        columns = min(columns, fitting)
+        width = (look.width - scale) / columns - around
+    height = max([width * _AXES[1] / _AXES[0], *(0.3 * points * n for n in rows)])
+    return _Grid(points, columns, left, (width, height), _HEAD if look is None else 0.0)
+
+
+def render(chart: Chart, variants: Sequence[str], phases: Sequence[str], look: Look | None = None) -> Figure:
+    """The first panels of a chart; the sequences give each variant and phase its style.
+
+    With a look, its width and font, and no title: that stands in the paper's caption.
+    """
+    panels = chart.panels[:FILE_PANELS]
     scale = 0.3 if chart.kind in ("heat", "pairs", "texts") else 0.0  # the colours' scale beside the last column
-    size = (max(columns * width, 5) + scale, _HEAD + math.ceil(len(panels) / columns) * height + foot)
+    scale *= 1.0 if look is None else look.font_size / 10
+    grid = _grid(chart, panels, look, scale)
+    points, (width, height), (w, h) = grid.points, grid.panel, grid.axes
+    total = max(grid.columns * width, 5) if look is None or look.width is None else look.width - scale
+    entries = _entries(chart, panels, variants, phases)
+    per_row = max(1, int(total / points / (0.7 + 0.08 * max(map(len, entries), default=0))))
+    foot = (0.25 * math.ceil(len(entries) / per_row) + 0.1) * points
+    size = (total + scale, grid.head + math.ceil(len(panels) / grid.columns) * height + foot)
 
     figure = Figure(figsize=size)
-    figure.suptitle(_text(chart.title), x=0.15 / size[0], y=1 - 0.12 / size[1], ha="left", va="top", weight="bold")
-    boxes = []
-    for at in range(len(panels)):
-        row, column = divmod(at, columns)
-        corner = (column * width + left, size[1] - _HEAD - (row + 1) * height + _BOTTOM)
-        boxes.append((*corner, _AXES[0], height - _TOP - _BOTTOM))
-    loads = [relative_load(panel[3]) for panel in panels if isinstance(panel, Heat | Texts)]
-    heat_top = max([2.0, *(float(load.max()) for load in loads)])
-    for panel, (x, y, w, h) in zip(panels, boxes, strict=True):
+    if look is None:
+        title = _text(chart.title)
+        figure.suptitle(title, x=0.15 / size[0], y=1 - 0.12 / size[1], ha="left", va="top", weight="bold")
+    maps = [relative_load(panel[3]) for panel in panels if isinstance(panel, Heat | Texts)]
+    heat_top = max([2.0, *(float(one.max()) for one in maps)])
+    for at, panel in enumerate(panels):
+        row, column = divmod(at, grid.columns)
+        x, y = column * width + grid.left, size[1] - grid.head - (row + 1) * height + _BOTTOM * points
         axes = figure.add_axes((x / size[0], y / size[1], w / size[0], h / size[1]))
         axes.set_xlabel(_text(chart.x_label))
         axes.set_ylabel(_text(chart.y_label))
-        axes.set_title(_title(panel), fontsize=9, loc="left", y=1.0)  # a given y spares matplotlib its search
+        axes.set_title(_title(panel), fontsize=9 * points, loc="left", y=1.0)  # a given y spares matplotlib its search
         if not isinstance(panel, Panel):
             image = _map(axes, panel, heat_top)
-            if panel is panels[columns - 1]:  # one scale for all panels, beside the first row
+            if panel is panels[grid.columns - 1]:  # one scale for all panels, beside the first row
                 beside = figure.add_axes(((x + w + 0.1) / size[0], y / size[1], 0.1 / size[0], h / size[1]))
-                figure.colorbar(image, cax=beside).ax.tick_params(labelsize=8)
+                figure.colorbar(image, cax=beside).ax.tick_params(labelsize=8 * points)
         elif chart.kind == "stack":
             _stack(axes, panel, phases)
         else:
             _curves(axes, panel, chart, variants)
+        if look is not None or chart.kind in ("dots", "stack", "texts"):
+            axes.tick_params(axis="y" if look is None else "both", labelsize=8 * points)
     if entries:
-        handles = list(entries.values())
-        figure.legend(handles, map(_text, entries), loc="lower center", ncols=per_row, frameon=False, fontsize=9)
+        handles, names = list(entries.values()), map(_text, entries)
+        figure.legend(handles, names, loc="lower center", ncols=per_row, frameon=False, fontsize=9 * points)
     return figure
 
 
@@ -206,7 +297,6 @@ def _stack(axes: Axes, panel: Panel, phases: Sequence[str]) -> None:
 def _bar_names(axes: Axes, panel: Panel) -> None:
     axes.yaxis.set_major_locator(FixedLocator(range(len(panel.bars))))
     axes.yaxis.set_major_formatter(FixedFormatter([_text(fill(name, _WRAP)) for name in panel.bars]))
-    axes.tick_params(axis="y", labelsize=8)
     axes.set_ylim(len(panel.bars) - 0.5, -0.5)
 
 
@@ -236,7 +326,6 @@ def _texts(axes: Axes, panel: Texts, top: float) -> AxesImage:
     axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True))
     axes.yaxis.set_major_locator(FixedLocator(range(len(panel.texts))))
     axes.yaxis.set_major_formatter(FixedFormatter([_text(fill(name, _WRAP)) for name in panel.texts]))
-    axes.tick_params(axis="y", labelsize=8)
     axes.set_ylabel(f"layer {panel.layers[index]}")
     return image
 

@@ -110,7 +110,7 @@ def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> P
         exports=_exports(directory, runs),
         unreadable=unreadable[["path", "error"]].to_dict("records"),
         warnings=_warnings(runs),
-        environments=_environments(runs),
+        environments=environments(runs),
         commands=[shlex.join(words) for words in plan.commands],
         plan_error=plan_error,
         links=[name for name in TABLES if (directory / name).exists()],
@@ -366,7 +366,7 @@ def _warnings(runs: pd.DataFrame) -> dict[str, list[tuple[str, str]]]:
     return kinds
 
 
-def _environments(runs: pd.DataFrame) -> dict[str, Any]:
+def environments(runs: pd.DataFrame) -> dict[str, Any]:
     """A column per machine and versions; a field in which the records of one differ has all its values."""
     columns = ["code_id", *(str(name) for name in runs if str(name).startswith("environment."))]
     groups = list(runs.groupby(runs["env_id"].fillna("unknown"), sort=False))

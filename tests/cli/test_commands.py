@@ -32,7 +32,18 @@ HELP = {
     "status": ("directory", "outputs/NAME"),
     "plan": ["moe-lab plan [-m] [--json] OVERRIDES", "nothing is run or written"],
     "report": ["moe-lab report", "directory", "a sweep's folder", "--tables"],
-    "plot": ["moe-lab plot", "directory X Y", "--by", "--log", "--output", "--format", "--size", "--font", "examples:"],
+    "plot": [
+        "moe-lab plot",
+        "directory [X] [Y]",
+        "--by",
+        "--log",
+        "--output",
+        "--format",
+        "--size",
+        "--font",
+        "examples:",
+    ],
+    "card": ["moe-lab card", "DIRECTORY", "--license ID", "hf upload NAME DIR/card --repo-type dataset"],
     "compare": ["moe-lab compare", "--threshold", "exit codes"],
     "generate": ["moe-lab generate", "KEY=VALUE", "--max-tokens", "--temperature", "default: 200"],
     "trace": ["moe-lab trace", "KEY=VALUE | FILE", "--logits", "--to {parquet,vllm}"],
@@ -52,8 +63,12 @@ MISTAKES = {
     "report": "report: .*required: directory .moe-lab report --help.",
     "report a b": "report: unrecognized arguments: b",
     "report --tables nowhere": "nowhere",
-    "plot": "plot: .*required: directory, X, Y",
+    "plot": "plot: .*required: directory",
+    "plot nowhere batch": "plot: give X and Y, or neither",
     "plot nowhere batch latency_ms.p50": "nowhere: folder not found",
+    "card": "card: .*required: directory",
+    "card nowhere": "nowhere: folder not found",
+    "card . --license CC": "--license=CC: must be an identifier of the hub, such as cc-by-4.0",
     "export": "export: give either RUN_DIR or --verify DIR .moe-lab export --help.",
     "export a --verify b": "export: give either RUN_DIR or --verify DIR",
     "export nowhere": "nowhere: not the folder of a run .*nowhere/config.yaml",
@@ -176,7 +191,7 @@ def test_a_script_is_the_command_under_another_name(script: str, word: str, tmp_
 
 def test_these_are_all_the_scripts() -> None:
     """A fifth one needs a line in `SCRIPTS`; `cluster` is what `make cluster-up` calls (tests/test_cluster.py)."""
-    assert {path.stem for path in (tiny.ROOT / "scripts").glob("*.py")} - {"cluster"} == SCRIPTS.keys()
+    assert {path.stem for path in (tiny.ROOT / "scripts").glob("*.py")} - {"cluster", "oldest"} == SCRIPTS.keys()
 
 
 @pytest.mark.slow

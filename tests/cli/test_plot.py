@@ -13,10 +13,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from moe_lab.cli import plot
-from moe_lab.cli.plot import Look, draw, main, save
+from moe_lab.cli.plot import main
 from moe_lab.records.schema import Record
+from moe_lab.results import xy
 from moe_lab.results.load import load
+from moe_lab.results.look import Look
+from moe_lab.results.xy import draw, save
 from tests.cli.test_main import moe_lab
 from tests.results.compared import record, tiny_config, write
 
@@ -161,9 +163,9 @@ def test_intervals_are_drawn_and_what_has_none_is_hollow(swept: Path) -> None:
 def test_where_the_interval_of_a_column_stands(swept: Path, y: str, ends: tuple[str, str] | None) -> None:
     """And that of a ratio is named like that of a latency."""
     found = load(swept)
-    assert plot._interval(y, found) == ends
+    assert xy._interval(y, found) == ends
     found["ratio_to_anchor.ci95_low"] = found["ratio_to_anchor.ci95_high"] = 1.0
-    assert plot._interval("ratio_to_anchor.p50", found) == ("ratio_to_anchor.ci95_low", "ratio_to_anchor.ci95_high")
+    assert xy._interval("ratio_to_anchor.p50", found) == ("ratio_to_anchor.ci95_low", "ratio_to_anchor.ci95_high")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_a_figure_grows_until_its_text_has_room(tmp_path: Path) -> None:
     save(figure, Look())
     assert figure.get_size_inches()[1] > 4.5
     with pytest.raises(ValueError, match=r"^--size=3x2: too small for the text of this figure; use a larger --size"):
-        save(draw(found, "batch", "latency_ms.p50")[0], Look(size=(3.0, 2.0)))
+        save(draw(found, "batch", "latency_ms.p50")[0], Look(width=3.0, height=2.0))
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_a_figure_grows_until_its_text_has_room(tmp_path: Path) -> None:
         pytest.param(["-o", "a"], "--output=a: must end in", id="no_ending"),
         pytest.param(["--format", "pgn"], "--format=pgn: must be one of pdf, svg, png. Did you mean png?", id="format"),
         pytest.param(["-o", "a.svg", "--format", "pdf"], "--format=pdf: a.svg ends in .svg", id="two_formats"),
-        pytest.param(["--size", "7"], "--size=7: must be width x height in inches", id="size"),
+        pytest.param(["--size", "7x"], "--size=7x: must be width x height in inches", id="size"),
         pytest.param(["--size", "0x3"], "--size=0x3: must be width x height in inches", id="size_zero"),
         pytest.param(["-o", "a.pdf", "--dpi", "300"], "--dpi=300: a PDF has no dots", id="dpi_of_a_pdf"),
         pytest.param(["--dpi", "5"], "--dpi=5: must be dots per inch from 10 to 1200", id="dpi"),
@@ -278,3 +280,35 @@ def test_what_a_figure_cannot_be(
         main([str(sweep), "batch", "latency_ms.p50", *options])
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_without_columns_every_plot_of_the_report_is_drawn(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Into DIRECTORY/paper, of the width asked for; what is not in them is said."""
+    assert main([str(sweep), "--size", "3.3", "--dpi", "100"]) == 0
+    path, *left_out = capsys.readouterr().out.splitlines()
+    assert path == f"{sweep}/paper/latency_over_batch.png" and Image.open(path).size[0] == 330
+    assert left_out and all(line.startswith("not in them: ") for line in left_out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param(["batch"], "plot: give X and Y, or neither", id="one_column"),
+        pytest.param(["--by", "batch"], "--by: has no effect without X and Y", id="by"),
+        pytest.param(["--log"], "--log: has no effect without X and Y", id="log"),
+        pytest.param(["--size", "3x2"], "--size=3x2: give only the width", id="height"),
+        pytest.param(["-o", "a.pdf"], "--output=a.pdf: must be a folder", id="file"),
+    ],
+)
+def test_what_every_plot_cannot_be(sweep: Path, options: list[str], message: str) -> None:
+    """One line with what to write."""
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        main([str(sweep), *options])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_width_alone_finds_its_height(sweep: Path, tmp_path: Path) -> None:
+    """Of a column of a paper."""
+    content = written(sweep, tmp_path / "a.pdf", "--size", "3.3", "--font-size", "7")
+    assert b"/MediaBox [ 0 0 237.6 " in content

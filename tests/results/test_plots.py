@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
 from benchmarks import synthetic
@@ -289,3 +292,47 @@ def test_any_text_can_be_drawn(kind: str) -> None:
 def test_load_is_relative_to_its_layer() -> None:
     """A layer without slots is 0, not a division."""
     assert relative_load(np.array([[1, 3], [0, 0], [5, 5]])).tolist() == [[0.5, 1.5], [0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("kind", ["lines", "dots", "heat"])
+def test_a_look_sets_width_and_font(kind: str) -> None:
+    """A column of a paper: panels below each other, all text on the page and no larger than asked for, no title."""
+    look = plots.Look("png", width=3.3, font_size=8)
+    series = Series("v", ["a row with a long name"] if kind == "dots" else [1], [1.0], [0.9], [1.2], [""])
+    heat = Heat("t", ["v"], [0], np.array([[0, 3]]))
+    one = Chart("c", kind, "title", "x", "y", [heat if kind == "heat" else Panel("t", [series])] * 4)  # type: ignore[arg-type]
+    with rc_context(look.settings()):
+        figure = plots.render(one, ["v"], ["v"], look)
+        size = figure.get_size_inches()
+        FigureCanvasAgg(figure).draw()
+        box = figure.get_tightbbox(figure.canvas.get_renderer())  # type: ignore[attr-defined]
+    assert size[0] == pytest.approx(3.3) and figure.get_suptitle() == ""
+    assert min(box.x0, box.y0) >= 0 and box.x1 <= size[0] and box.y1 <= size[1]
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left").startswith("t")]
+    assert len({round(axes.get_position().x0, 6) for axes in panels}) == 1 and len(panels) == 4
+    assert max(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) <= 8
+
+
+def test_a_wide_figure_has_its_panels_beside_each_other() -> None:
+    """As many as have room; one that is too narrow for its names is a mistake."""
+    series = Series("v", [1], [1.0], [0.9], [1.2], [""])
+    one = Chart("c", "lines", "title", "x", "y", [Panel("t", [series])] * 3)
+    figure = plots.render(one, ["v"], ["v"], plots.Look(width=7.0, font_size=8))
+    assert len({axes.get_position().x0 for axes in figure.axes}) == 3
+    with pytest.raises(ValueError, match=r"^--size=1: too narrow for the names in c; use a larger --size"):
+        plots.render(one, ["v"], ["v"], plots.Look(width=1.0))
+
+
+@pytest.mark.slow
+def test_every_plot_is_published(sweep: tuple[Path, Aggregate], tmp_path: Path) -> None:
+    """As a PDF of that width with its fonts in it; those that the report draws."""
+    directory, found = sweep
+    drawn = plots.publish(directory, tmp_path / "paper", plots.Look(width=3.3, font_size=7))
+    expected = {chart.name for chart in charts.charts(directory, found.runs, found.summary).drawn}
+    assert {path.name for path in drawn.paths} == {f"{name}.pdf" for name in expected}
+    for path in drawn.paths:
+        content = path.read_bytes()
+        assert b"/MediaBox [ 0 0 237.6 " in content and b"/FontFile2" in content and b"/Type3" not in content
+    with pytest.raises(ValueError, match="no readable records"):
+        plots.publish(tmp_path / "paper", tmp_path / "more")
+    assert not (tmp_path / "more").exists() and not list((tmp_path / "paper").glob("*.csv"))

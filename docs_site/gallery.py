@@ -1,0 +1,96 @@
+"""The gallery: report pages of small sweeps, which are run when the site is built for the first time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Piece(NamedTuple):
+    """A sweep whose page is shown."""
+
+    title: str
+    about: str
+    overrides: tuple[str, ...]
+    picture: str
+    """The plot that the gallery shows of it."""
+
+
+PIECES = {
+    "router_swap": Piece(
+        "Other routers in a trained model",
+        "What they cost in bits per byte, and what they save.",
+        ("experiment=router_swap", "measure.max_time_s=0.2", "measure.quality_tokens=4096"),
+        "latency_against_bits",
+    ),
+    "loads": Piece(
+        "One MoE layer under four loads",
+        "The reference loop and grouped experts, from one token to 512.",
+        (
+            "model=moe_layer",
+            "model.shape.d_model=128",
+            "model.shape.mlp_hidden_dim=64",
+            "experts=loop,grouped",
+            "workload.load=balanced,native,zipf,one_hot",
+            "batch=1,32",
+            "seq_len=1,16",
+            "measure.max_time_s=0.2",
+        ),
+        "latency_over_batch",
+    ),
+}
+_LEFT_OUT = (".hydra", ".slots", "worker.log", "run.log", "samples.npz", "routing.npz")
+_SUFFIXES = {".html", ".js", ".png", ".svg", ".csv", ".json", ".parquet", ".yaml"}
+
+
+def run(folder: Path) -> None:
+    """Run the sweeps; what an earlier build ran is kept. Raises `RuntimeError` if one fails."""
+    # Beside other work, two threads that wait for each other are many times slower than one.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, piece in PIECES.items():
+        # The pages have the command and the paths: relative to the repository, they name no folder of this machine.
+        place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+        words = ["device=cpu", "sweep.plotly=directory", "sweep.stale=keep", f"hydra.sweep.dir={place / name}"]
+        command = [str(Path(sys.executable).with_name("moe-lab")), "-m", *piece.overrides, *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+        if done.returncode:
+            raise RuntimeError(f"gallery: {' '.join(command)}\n{done.stdout}\n{done.stderr}")
+
+
+def files(folder: Path) -> list[Path]:
+    """What the site has of the sweeps: their pages, and what these link to."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in _SUFFIXES and path.is_file() and not set(path.relative_to(folder).parts) & set(_LEFT_OUT)
+    )
+
+
+def index(folder: Path, names: list[str]) -> str:
+    """A page that lists the files of a cell, to which its report links as to a folder."""
+    items = "".join(f'<li><a href="{quote(name)}">{escape(name)}</a></li>' for name in names)
+    return f"<!doctype html><meta charset='utf-8'><title>{escape(folder.name)}</title><ul>{items}</ul>"
+
+
+def page() -> str:
+    """The text of the gallery's page."""
+    parts = ["# Gallery", _HEAD]
+    for name, piece in PIECES.items():
+        command = " ".join(("moe-lab -m", *piece.overrides))
+        parts.append(f"## {piece.title}\n\n{piece.about} [Open the page](gallery/{name}/report.html).")
+        parts.append(f"```bash\n{command}\n```")
+        parts.append(f"[![{piece.title}](gallery/{name}/plots/{piece.picture}.svg)](gallery/{name}/report.html)")
+    return "\n\n".join(parts) + "\n"
+
+
+_HEAD = """\
+These are the report pages of small sweeps, as `moe-lab -m` writes them. They were run on the machine that built this
+site, shortly and perhaps beside other work, so the pages say themselves how little their speeds are worth. For figures
+to rely on see [Results](results/README.md)."""
