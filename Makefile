@@ -5,7 +5,8 @@ SHELL := /bin/sh
 
 BIN := .venv/bin
 READY := .venv/.ready
-CLUSTER := .venv/.cluster
+EXTRAS := .venv/.extras
+MLFLOW := .venv/mlflow-server
 BUNDLE := dist/device
 # Each worker has one half of the files, so that what the tests of a file share is made once; who is done first helps.
 PYTEST := $(BIN)/python -m pytest -c pyproject.toml -n 2 --dist worksteal
@@ -28,9 +29,16 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/moe-lab plan -m experiment=router_swap > /dev/null; \
 	touch $(READY)
 
-$(CLUSTER): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
-	touch $(CLUSTER)
+# The extras that only some tests need; without them these skip.
+$(EXTRAS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm,trackers]'
+	touch $(EXTRAS)
+
+# A server for the tests of tracker=mlflow. The whole of MLflow asks for an older pyarrow than ours, so it is apart.
+$(MLFLOW): $(READY)
+	$(BIN)/python -m venv --clear $(MLFLOW)
+	$(MLFLOW)/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
+	touch $(MLFLOW)
 
 .PHONY: help demo test test-quick test-all lint bench-check bench-experts bench-sweep device-bundle clean
 .PHONY: cluster-packages cluster-up cluster-down
@@ -51,7 +59,7 @@ test: $(READY) ## Lint and the tests that CI runs (under 8 minutes on two cores)
 test-quick: $(READY)
 	$(PYTEST) -m "not slow"
 
-test-all: lint $(CLUSTER) ## Lint and every test
+test-all: lint $(EXTRAS) $(MLFLOW) ## Lint and every test
 	$(PYTEST)
 
 bench-check: $(READY) ## Every quoted ratio that needs no GPU beside today's; fails if one no longer holds (idle machine)
@@ -76,7 +84,7 @@ device-bundle: $(READY) ## Wheels of moe-lab and what a GPU machine without netw
 	@echo 'There, in the folder that holds $(BUNDLE):'
 	@echo 'python3 -m pip install --no-index --no-deps --force-reinstall $(BUNDLE)/*.whl'
 
-cluster-packages: $(CLUSTER) ## What cluster-up needs: the Python packages, and Debian's (root)
+cluster-packages: $(EXTRAS) ## What cluster-up needs: the Python packages, and Debian's (root)
 	apt-get update --quiet --quiet
 	apt-get install --quiet --quiet --yes --no-install-recommends munge slurmctld slurmd slurm-client
 
