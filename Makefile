@@ -6,7 +6,7 @@ SHELL := /bin/sh
 BIN := .venv/bin
 READY := .venv/.ready
 EXTRAS := .venv/.extras
-MLFLOW := .venv/mlflow-server
+MLFLOW := .venv/mlflow-server/.ready
 BUNDLE := dist/device
 # Each worker has one half of the files, so that what the tests of a file share is made once; who is done first helps.
 PYTEST := $(BIN)/python -m pytest -c pyproject.toml -n 2 --dist worksteal
@@ -36,8 +36,8 @@ $(EXTRAS): $(READY)
 
 # A server for the tests of tracker=mlflow. The whole of MLflow asks for an older pyarrow than ours, so it is apart.
 $(MLFLOW): $(READY)
-	$(BIN)/python -m venv --clear $(MLFLOW)
-	$(MLFLOW)/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
 	touch $(MLFLOW)
 
 .PHONY: help demo test test-quick test-all lint bench-check bench-experts bench-sweep device-bundle clean

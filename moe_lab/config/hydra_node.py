@@ -80,7 +80,9 @@ def _raw(content: Any, key: str) -> Any:
 
 def _check_places(cfg: DictConfig, typed: set[str]) -> None:
     content: dict[str, Any] = {
-        name: OmegaConf.to_container(cfg[name]) for name in ("export", "sweep", "tracker") if cfg.get(name) is not None
+        name: OmegaConf.to_container(cfg[name])
+        for name in ("export", "sweep", "tracker")
+        if OmegaConf.is_config(cfg.get(name))
     }
     hydra = {name: OmegaConf.to_container(cfg.hydra[name]) for name in ("run", "sweep")}
     content["hydra"] = {**hydra, "output_subdir": cfg.hydra.output_subdir}

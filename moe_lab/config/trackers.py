@@ -63,16 +63,21 @@ PLACES = (
 
 def check(cfg: DictConfig) -> None:
     """Raise `ValueError` for a value of `tracker` that cannot be."""
-    for name, node in (cfg.get("tracker") or {}).items():
+    chosen = cfg.get("tracker")  # a record of an older version has none
+    if chosen is not None and not isinstance(chosen, DictConfig):
+        raise ValueError(f"tracker={chosen}: must be keys of trackers; choose tracker={', '.join(TRACKERS)} or none.")
+    chosen = chosen or DictConfig({})
+    for name in map(str, chosen):
         if name not in TRACKERS:
             raise ValueError(f"tracker.{name}: unknown tracker; use {', '.join(TRACKERS)}.{nearest(name, TRACKERS)}")
+        node: Any = chosen[name]
+        if not isinstance(node, DictConfig):
+            raise ValueError(f"tracker.{name}={node}: must be the keys of a tracker; choose tracker={name}.")
         fields = TRACKERS[name].__dataclass_fields__
-        for key in node:
+        for key in map(str, node):
             if key not in fields:
                 has = ", ".join(fields)
-                raise ValueError(
-                    f"tracker.{name}.{key}: unknown key; tracker.{name} has {has}.{nearest(str(key), fields)}"
-                )
+                raise ValueError(f"tracker.{name}.{key}: unknown key; tracker.{name} has {has}.{nearest(key, fields)}")
         for key in fields:
             if key not in node:
                 raise ValueError(

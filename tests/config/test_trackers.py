@@ -55,6 +55,12 @@ def test_a_persons_own_option_may_lack_no_key(tmp_path: Path) -> None:
     own.write_text("# @package tracker.mlflow\nuri: null\n")
     with pytest.raises(ValueError, match=r"tracker.mlflow.experiment has no value: start .* with /tracker/mlflow"):
         moe_lab.compose(["tracker=lab"], config_dir=tmp_path)
+    own.write_text("# @package tracker\nmlflow: 3\n")
+    with pytest.raises(ValueError, match=r"tracker.mlflow=3: must be the keys of a tracker; choose tracker=mlflow"):
+        moe_lab.compose(["tracker=lab"], config_dir=tmp_path)
+    own.write_text("# @package _global_\ntracker: mlflow\n")
+    with pytest.raises(ValueError, match=r"tracker=mlflow: must be keys of trackers; choose tracker=mlflow, "):
+        moe_lab.compose(["tracker=lab"], config_dir=tmp_path)
     own.write_text("# @package tracker.mlflow\ndefaults: [/tracker/mlflow, _self_]\nexperiment: lab\n")
     assert moe_lab.compose(["tracker=lab"], config_dir=tmp_path).tracker.mlflow.experiment == "lab"
 
