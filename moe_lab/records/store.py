@@ -23,6 +23,7 @@ from moe_lab.records.schema import Record
 RESULT, SAMPLES, ROUTING, LOG = "result.json", "samples.npz", "routing.npz", "run.log"
 TRACE = "routes.trace"  # with measure.record_routing: see records/trace.py
 UNREADABLE, PLAN = "result.unreadable.json", "plan.json"
+SENT, TRACKERS_LOG = ".sent.json", "trackers.log"  # of trackers/, in both
 _BESIDE = (SAMPLES, ROUTING, TRACE, LOG)
 
 

@@ -13,8 +13,6 @@ from typing import Any
 
 from moe_lab.records import files, store
 
-NOTE = ".sent.json"
-
 
 def key_of(folder: Path) -> str:
     """What tells this sweep or single run from all others of the same name, in a tracker that many use.
@@ -47,7 +45,7 @@ def _place(tracker: str, destination: str, content: str) -> dict[str, str]:
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        note = files.read_json(folder / NOTE)
+        note = files.read_json(folder / store.SENT)
         sent = [one for one in note["sent"] if isinstance(one, dict)]
         return {**note, "sent": sent}
     except (OSError, ValueError, KeyError, TypeError):  # nothing was sent, or somebody wrote something else there
@@ -55,4 +53,4 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, note: dict[str, Any]) -> None:
-    store.write_atomic(folder / NOTE, json.dumps(note, indent=1).encode() + b"\n")
+    store.write_atomic(folder / store.SENT, json.dumps(note, indent=1).encode() + b"\n")

@@ -21,7 +21,6 @@ from moe_lab.trackers.message import Cell, Files, Sweep
 from moe_lab.trackers.sender import Job, LostError, Sender
 from moe_lab.trackers.tracker import Tracker, make, require_installed
 
-LOG = "trackers.log"
 _FILES = ("report.html", "plotly.min.js", "runs.csv", "summary.csv", "plots/*")
 Say = Callable[[str], None]
 
@@ -104,7 +103,7 @@ class Outbox:
                 cell.id = f"{cell.id}-{key}"
             sweep = Sweep(key, self.folder.absolute().name) if self.is_sweep else None
             job = Job(recipient.name, recipient.settings, self.folder, sweep, list(left.values()), files)
-            with Sender(job, self.folder / LOG, recipient.settings["timeout_s"]) as sender:
+            with Sender(job, self.folder / store.TRACKERS_LOG, recipient.settings["timeout_s"]) as sender:
                 for folder, cell in list(left.items()):
                     if (refused := sender.reply()) is None:
                         notes.add(folder, *place, cell.content)

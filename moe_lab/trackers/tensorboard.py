@@ -41,7 +41,7 @@ class Tensorboard:
         folder = self._dir / f"{cell.name}-{cell.id}"
         beside = self._dir / f".{folder.name}.tmp"
         shutil.rmtree(beside, ignore_errors=True)  # of a sender that was killed
-        writer = EventFileWriter(str(beside))
+        writer = EventFileWriter(str(store.own_folder(beside)))
         for summary in _summaries(cell):
             writer.add_event(Event(wall_time=cell.ended_s or time.time(), step=0, summary=summary))
         writer.close()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_lab.records import store
 from moe_lab.trackers import notes
 
 
@@ -45,7 +46,7 @@ def test_a_note_is_of_a_tracker_a_place_and_a_content(tmp_path: Path) -> None:
 )
 def test_what_is_no_note_is_as_none(content: bytes, tmp_path: Path) -> None:
     """Then the record is sent, and it is written anew."""
-    (tmp_path / notes.NOTE).write_bytes(content)
+    (tmp_path / store.SENT).write_bytes(content)
     assert not notes.is_sent(tmp_path, "mlflow", "here", "1")
     notes.add(tmp_path, "mlflow", "here", "1")
     assert notes.is_sent(tmp_path, "mlflow", "here", "1")

@@ -14,7 +14,7 @@ import pytest
 
 from moe_lab.records import store
 from moe_lab.trackers import notes
-from moe_lab.trackers.outbox import LOG, Outbox
+from moe_lab.trackers.outbox import Outbox
 from moe_lab.trackers.sender import Job, LostError, Sender
 from tests.trackers import readers
 from tests.trackers.made import Sweep
@@ -100,7 +100,7 @@ def test_what_a_found_folder_says_means_nothing_to_a_tracker(monkeypatch: pytest
     record = store.read_record(sweep.cells[0])
     record.cell_id = "x' or tags.y != '*"
     store.write_record(sweep.cells[0], record)
-    (sweep.directory / notes.NOTE).write_text('{"key": "*/../*", "sent": []}')
+    (sweep.directory / store.SENT).write_text('{"key": "*/../*", "sent": []}')
     (tmp_path / "secret.csv").write_text("secret")
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "secret.svg").write_text("secret")
@@ -132,7 +132,7 @@ def test_a_record_that_a_tracker_refuses_holds_up_no_other(tmp_path: Path) -> No
     sweep.outbox("mlflow").send(sweep.cells, sweep.say)
     assert [len(texts) for texts in sweep.warnings()] == [0, 1, 0]
     assert "MlflowException" in sweep.warnings()[1][0]
-    assert "Traceback" in (sweep.directory / LOG).read_text()
+    assert "Traceback" in (sweep.directory / store.TRACKERS_LOG).read_text()
     seen = {one.cell_id for one in readers.of("mlflow", tmp_path) if "record.json" in one.files}
     assert seen == set(sweep.cell_ids()) - {record.cell_id}
 

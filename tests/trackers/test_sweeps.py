@@ -19,7 +19,6 @@ import moe_lab
 from moe_lab.config.trackers import TRACKERS
 from moe_lab.records import store
 from moe_lab.records.schema import Record
-from moe_lab.trackers import notes
 from moe_lab.trackers.sender import Sender
 from tests import quick
 from tests.trackers import readers
@@ -48,7 +47,7 @@ def records(cwd: Path) -> list[Record]:
 
 def n_noted(cwd: Path) -> int:
     """Cells whose sending was noted."""
-    return len(list((cwd / "outputs/s").glob(f"*/{notes.NOTE}")))
+    return len(list((cwd / "outputs/s").glob(f"*/{store.SENT}")))
 
 
 def senders_of(parent: int) -> list[int]:
@@ -168,7 +167,7 @@ def test_with_several_slots_all_is_sent_at_the_end(tmp_path: Path) -> None:
     assert sorted(one.cell_id for one in readers.of("tensorboard", tmp_path)) == sorted(
         record.cell_id for record in records(tmp_path)
     )
-    noted = [path.stat().st_mtime for path in (tmp_path / "outputs/s").glob(f"*/{notes.NOTE}")]
+    noted = [path.stat().st_mtime for path in (tmp_path / "outputs/s").glob(f"*/{store.SENT}")]
     written = [path.stat().st_mtime for path in (tmp_path / "outputs/s").glob("*/samples.npz")]
     assert len(noted) == 4 and max(written) < min(noted)
 

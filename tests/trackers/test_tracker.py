@@ -32,7 +32,7 @@ def test_a_tracker_has_each_cell_once_whatever_was_noted(name: str, tmp_path: Pa
     assert sorted(seen.cell_id for seen in first) == sweep.cell_ids()
     assert len({seen.parent for seen in first}) == 1 and first[0].parent
     for folder in sweep.cells:
-        (folder / notes.NOTE).unlink()
+        (folder / store.SENT).unlink()
     record = store.read_record(sweep.cells[1])
     assert record.latency_ms is not None
     record.latency_ms.p50 = 123.5
@@ -68,7 +68,7 @@ def test_a_tracker_has_the_files_of_the_sweep(name: str, tmp_path: Path) -> None
     sweep.outbox(name).send(sweep.cells, sweep.say)
     for _ in range(2):
         sweep.outbox(name).end(sweep.say, is_complete=True)
-        (sweep.directory / notes.NOTE).write_text(json.dumps({"key": notes.key_of(sweep.directory), "sent": []}))
+        (sweep.directory / store.SENT).write_text(json.dumps({"key": notes.key_of(sweep.directory), "sent": []}))
     assert sweep.said == []
     if name == "mlflow":
         ((status, files),) = readers.mlflow_sweeps(f"sqlite:///{tmp_path}/m.db").values()
