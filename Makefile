@@ -6,6 +6,8 @@ SHELL := /bin/sh
 BIN := .venv/bin
 READY := .venv/.ready
 CLUSTER := .venv/.cluster
+EXTRAS := .venv/.extras
+MLFLOW := .venv/mlflow-server/.ready
 OLDEST := .venv-oldest
 BUNDLE := dist/device
 # Each worker has one half of the files, so that what the tests of a file share is made once; who is done first helps.
@@ -30,8 +32,20 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 $(CLUSTER): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm,docs,notebook,release]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
 	touch $(CLUSTER)
+
+# The extras that only some tests need; without them these skip.
+$(EXTRAS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e '.[ray,slurm,trackers,energy,docs,notebook,release]'
+	touch $(CLUSTER) $(EXTRAS)
+
+# A server for the tests of tracker=mlflow. The whole of MLflow asks for an older pyarrow than ours, so it is apart.
+$(MLFLOW): $(READY)
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
+	touch $(MLFLOW)
 
 .PHONY: help demo test test-quick test-all test-oldest lint docs bench-check bench-experts bench-sweep device-bundle clean
 .PHONY: cluster-packages cluster-up cluster-down
@@ -52,7 +66,7 @@ test: $(READY) ## Lint and the tests that CI runs (under 8 minutes on two cores)
 test-quick: $(READY)
 	$(PYTEST) -m "not slow"
 
-test-all: lint $(CLUSTER) ## Lint and every test
+test-all: lint $(EXTRAS) $(MLFLOW) ## Lint and every test
 	$(PYTEST)
 
 # torch and what has no lower bound stay at the versions of constraints.txt; scripts/oldest.py says what else.
@@ -67,7 +81,7 @@ test-oldest: $(OLDEST)/.ready ## The tests that CI runs, with the oldest package
 	$(OLDEST)/bin/python -m pytest -c pyproject.toml -n 2 --dist worksteal -m "not slow"
 
 # Without --quiet, which makes --strict count no warnings.
-docs: $(CLUSTER) ## The documentation site, in build/site; a broken link fails
+docs: $(EXTRAS) ## The documentation site, in build/site; a broken link fails
 	$(BIN)/python -m mkdocs build --strict
 	@echo 'build/site/index.html'
 

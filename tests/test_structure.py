@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "moe_lab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {"analyses", "api", "cli", "config", "runs", "sweep", "records", "results", "measure", "workloads"}
-ROOMS |= {"models", "routers", "experts", "ops", "export"}
+ROOMS |= {"models", "routers", "experts", "ops", "export", "trackers"}
 LOOSE = {"__init__.py", "__main__.py", "errors.py", "intervals.py", "marks.py", "py.typed", "terminal.py"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 60
 
@@ -83,6 +83,10 @@ TESTED_IN = {
     "sweep/slurm_left.py": "sweep/test_status.py",
     "sweep/tasks.py": "sweep/test_host.py",
     "sweep/worker.py": "sweep/test_engine.py",
+    "trackers/mlflow.py": "trackers/test_tracker.py",
+    "trackers/tensorboard.py": "trackers/test_tracker.py",
+    "trackers/trackio.py": "trackers/test_tracker.py",
+    "trackers/wandb.py": "trackers/test_tracker.py",
 }
 """Where a module is tested, if not in tests/ROOM/test_NAME.py."""
 

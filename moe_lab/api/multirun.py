@@ -63,7 +63,9 @@ def multirun(
             finally:
                 if this.plan is not None:  # also after Ctrl-C
                     with redirect_stdout(sys.stderr):  # where the progress is: a script's own output stays its own
+                        this.send_records()
                         outputs.write(this.directory, with_report=this.plan.sweep["report"])
+                        this.send_files()
             assert this.plan is not None
             page = this.directory / "report.html" if this.plan.sweep["report"] else None
             return Results(this.directory, this.records(), this.plan.sweep["compare"], this.plan.sweep["anchor"], page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from omegaconf import DictConfig
 
 from moe_lab.api.compose import compose
 from moe_lab.api.shown import Result
-from moe_lab.records import inputs
+from moe_lab.records import inputs, store
 from moe_lab.runs import run as runs
+from moe_lab.trackers.outbox import Outbox
 
 
 def run(
@@ -37,4 +39,9 @@ def run(
     elif config_dir is not None:
         raise ValueError(f"config_dir={config_dir}: this configuration is composed; give it to moe_lab.compose.")
     inputs.require(what)
-    return Result.of(runs.run(what, directory))
+    folder = Path(directory) if directory is not None else runs.default_directory(what)
+    outbox = Outbox(what.get("tracker"), folder, is_sweep=False)
+    record = runs.run(what, folder)
+    outbox.send([folder], lambda text: print(f"moe-lab: {text}", file=sys.stderr), is_last=True)
+    record.warnings = store.read_record(folder).warnings  # with what the trackers did not get
+    return Result.of(record)

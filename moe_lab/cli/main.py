@@ -30,6 +30,7 @@ from moe_lab.config.mistakes import explain
 from moe_lab.records import inputs, store
 from moe_lab.records.schema import Record
 from moe_lab.terminal import Filtered
+from moe_lab.trackers.outbox import Outbox
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -58,15 +59,22 @@ def _task(cfg: DictConfig, trusted: Sequence[str], environment: Mapping[str, str
             cfg = finish(cfg, overrides)
             inputs.require(cfg)
             _say_what_takes_long()
+            outbox = Outbox(cfg.tracker, directory, is_sweep=False)
             from moe_lab.runs.run import run  # imports torch: not before there is something to compute
 
             record = run(cfg, directory)
+            outbox.send([directory], _say, is_last=True)
+            record.warnings = store.read_record(directory).warnings  # with what the trackers did not get
             _records.append(record)
     except Exception as error:  # a run's failure is a record: this is a configuration that does not make a run
         _mistakes.append(error)
         _remove_if_empty(directory)
         return None
     return record.latency_ms.p50 if record is not None and record.latency_ms is not None else None
+
+
+def _say(text: str) -> None:
+    print(f"moe-lab: {text}", file=sys.stderr)
 
 
 def _say_what_takes_long() -> None:
@@ -135,10 +143,12 @@ def _show() -> None:
         from moe_lab.cli.table import print_sweep
         from moe_lab.results import outputs
 
+        sweep.send_records()
         _records.extend(sweep.records())
         print_sweep(_records, sweep.plan.sweep["compare"], sweep.plan.sweep["anchor"])
         outputs.write(sweep.directory, with_report=sweep.plan.sweep["report"])
         outputs.say(sweep.directory)
+        sweep.send_files()
     if exports := [record.export for record in _records if record.status == "ok" and record.export is not None]:
         from moe_lab.cli.export import words_of_all
 

@@ -19,12 +19,14 @@ from moe_lab.sweep.expected import expected_seconds
 from moe_lab.sweep.kinds import HasKinds, Kept, Kinds, Unkept, kept
 from moe_lab.sweep.plan import Plan
 from moe_lab.sweep.remembered import Remembered
+from moe_lab.trackers.outbox import Outbox
 
 
 def make(overrides: list[str], config_dir: str | None) -> Plan:
     """The plan of `moe-lab -m OVERRIDES`. Raises `ValueError` for a mistake in them."""
     with composing_multirun(overrides, config_dir) as (loader, config):
         composer, directory = multirun.JobComposer(loader, config), Path(config.hydra.sweep.dir)
+        Outbox(config.tracker, directory, is_sweep=True)  # a package that is not installed
         jobs = list(composer.jobs(multirun.expand(loader, config)))
 
         def made(place: HasKinds) -> Plan:

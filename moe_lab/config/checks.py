@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from moe_lab.config import entries, remedies, slurm_options
+from moe_lab.config import entries, remedies, slurm_options, trackers
 from moe_lab.config.schemas import (
     AXES,
     CHOICES,
@@ -185,7 +185,8 @@ def _require_keys(cfg: DictConfig) -> None:
 
 
 def validate_sweep(cfg: DictConfig) -> None:
-    """Raise `ValueError` for a value of `sweep` that cannot be."""
+    """Raise `ValueError` for a value of `sweep` or `tracker` that cannot be."""
+    trackers.check(cfg)
     sweep = cfg.sweep
     _one_of(cfg, "sweep.stale", CHOICES["sweep.stale"])
     for choice in ("sweep.plotly", "sweep.engine"):

@@ -27,7 +27,7 @@ from moe_lab.config.unread import key_of
 CONFIG_MODULE = "moe_lab.conf"
 
 
-_OF_NO_MATTER = ("measure.", REFERENCE[1], "hydra.", "name=", "sweep.")
+_OF_NO_MATTER = ("measure.", REFERENCE[1], "hydra.", "name=", "sweep.", "tracker=", "tracker.")
 
 
 def name_sweep(overrides: Sequence[str]) -> None:

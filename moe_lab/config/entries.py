@@ -75,7 +75,7 @@ def _place(key: Any) -> str:
     except HydraException as error:
         raise ValueError(f"{KEY}: {key} is not a key; write entries such as {_EXAMPLE}.") from error
     place = key_of(str(key))
-    if (first := place.partition(".")[0]) in ("sweep", "hydra"):
+    if (first := place.partition(".")[0]) in ("sweep", "tracker", "hydra"):
         raise ValueError(f"{KEY}: {key}: {first}.* holds for the whole sweep; set it beside {KEY}.")
     return place
 

@@ -19,10 +19,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from moe_lab.config import targets
+from moe_lab.config import targets, trackers
 
 _CALLBACKS = ("moe_lab.cli.foreign.ForeignLauncher", "hydra.experimental.callbacks.LogJobReturnCallback")
-_PLACES = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "export.dir", "sweep.name")
+_FOLDERS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "export.dir", "sweep.name")
+_PLACES = (*_FOLDERS, *trackers.PLACES)
 _RUN_CODE = ("sweep.slurm.setup", "sweep.slurm.python", "sweep.slurm.options")
 """Lines of shell, a command, and options of sbatch, of which some name scripts."""
 _PACKAGES = ("hydra.conf", "moe_lab.conf")
@@ -79,7 +80,9 @@ def _raw(content: Any, key: str) -> Any:
 
 def _check_places(cfg: DictConfig, typed: set[str]) -> None:
     content: dict[str, Any] = {
-        name: OmegaConf.to_container(cfg[name]) for name in ("export", "sweep") if cfg.get(name) is not None
+        name: OmegaConf.to_container(cfg[name])
+        for name in ("export", "sweep", "tracker")
+        if OmegaConf.is_config(cfg.get(name))
     }
     hydra = {name: OmegaConf.to_container(cfg.hydra[name]) for name in ("run", "sweep")}
     content["hydra"] = {**hydra, "output_subdir": cfg.hydra.output_subdir}

@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 
 from moe_lab.config.analyses import ANALYSES, Analyze
 from moe_lab.config.router_options import ROUTERS
+from moe_lab.config.trackers import TRACKERS
 from moe_lab.config.weight_changes import FORMATS, IMPORTANCES, WeightChanges
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -316,6 +317,7 @@ class Config:
     execution: Any
     measure: Any
     export: Any
+    tracker: Any
     sweep: Sweep
     experiment: Any
     debug: Any
@@ -349,6 +351,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "execution": {"execution": Execution},
     "measure": {"measure": Measure},
     "export": {"export": Export},
+    "tracker": TRACKERS,
     "analysis": ANALYSES,
 }
 

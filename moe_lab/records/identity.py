@@ -20,8 +20,8 @@ from moe_lab.records.weight_changes import active, other_keys
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
-# Top-level keys that change nothing in the result: labels, and what a sweep does with its cells.
-_OUTSIDE = ("name", "overrides", "sweep", "experiment", "debug", "hydra")
+# Top-level keys that change nothing in the result: labels, what a sweep does with its cells, and who gets them.
+_OUTSIDE = ("name", "overrides", "sweep", "tracker", "experiment", "debug", "hydra")
 # Keys and groups that came later, each with the value at which it is left out: a cell that does not use it keeps the
 # cell_id that it had before. Add a new key or group here with its default, and never change an entry. A key that every
 # router gets is two entries, router.KEY and router.inner.KEY.
@@ -49,8 +49,8 @@ _LATER_OF_ROUTER: dict[str, dict[str, Any]] = {
 _LATER_OF_ROUTER["moe_lab.routers.batch_aware.SharedBudget"] |= {"keeps_best": True, "window": None}
 _SOURCES = ("*.py", "*.cu", "*.cuh", "*.cpp", "*.h")
 _TABLES = ("choices/*.json",)  # of the package alone: by what experts=auto chooses
-# Rooms of the package that only talk to people or read results: no run executes them.
-_NOT_RUN = ("analyses", "api", "cli", "results")
+# Rooms of the package that only talk to people or trackers, or read results: no run executes them.
+_NOT_RUN = ("analyses", "api", "cli", "results", "trackers")
 # Folders that lie in the package once it is installed and beside it in a checkout; so the place changes no code_id.
 MAPPED = ("assets", "conf", "kernels")
 ENV_FIELDS = ("device_name", "driver", "cuda", "torch", "triton", "python", "cpu", "threads")

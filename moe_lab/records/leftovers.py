@@ -14,12 +14,12 @@ from moe_lab.records import store
 from moe_lab.records.schema import Record
 
 _BESIDE = (store.SAMPLES, store.ROUTING, store.TRACE, store.TIMELINE, store.LOG)
-_OF_A_RUN = (store.RESULT, *_BESIDE, "config.yaml", ".hydra", "netron", ".lock")
+_OF_A_RUN = (store.RESULT, *_BESIDE, "config.yaml", ".hydra", "netron", ".lock", store.SENT, store.TRACKERS_LOG)
 _STALE = "stale-"
 _OF_A_SWEEP = (
     *(store.PLAN, "multirun.yaml", "worker.log", ".lock", "plots", "report.html", "plotly.min.js", "runs.csv"),
     *("runs.parquet", "summary.csv", "summary.parquet", "samples.parquet", "coactivation.parquet", "unreadable.csv"),
-    *(".aggregate.parquet", ".slots", ".slurm"),
+    *(".aggregate.parquet", ".slots", ".slurm", store.SENT, store.TRACKERS_LOG),
 )
 
 

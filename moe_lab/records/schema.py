@@ -26,6 +26,8 @@ LAUNCH_BOUND = "launch-bound: "
 
 BUSY = "busy machine: "
 """How the warning of a run begins that did not have the machine for itself."""
+NOT_SENT = "not sent to "
+"""How the warning begins that a tracker has not got the record; it goes once it has."""
 
 
 VERIFIED, DOES_NOT_HOLD = "verified", "does not hold"

@@ -24,6 +24,7 @@ RESULT, SAMPLES, ROUTING, LOG = "result.json", "samples.npz", "routing.npz", "ru
 TRACE = "routes.trace"  # with measure.record_routing: see records/trace.py
 TIMELINE = "timeline.json.gz"  # with measure.profile, for ui.perfetto.dev
 UNREADABLE, PLAN = "result.unreadable.json", "plan.json"
+SENT, TRACKERS_LOG = ".sent.json", "trackers.log"  # of trackers/, in both
 _BESIDE = (SAMPLES, ROUTING, TRACE, TIMELINE, LOG)
 
 

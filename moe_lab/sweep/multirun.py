@@ -19,7 +19,7 @@ from moe_lab.config import checks, entries, many_compositions
 from moe_lab.config.unread import key_of
 from moe_lab.errors import UnavailableError
 from moe_lab.records import files, store
-from moe_lab.records.schema import Record
+from moe_lab.records.schema import NOT_ENDED, Record
 from moe_lab.sweep import places, session
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep.engine import Engine, Worker, WorkerLostError
@@ -29,6 +29,7 @@ from moe_lab.sweep.lock import LOCK, OWNER, Lock
 from moe_lab.sweep.plan import Plan
 from moe_lab.sweep.session import Progress
 from moe_lab.sweep.standing import FOLDER
+from moe_lab.trackers.outbox import Outbox
 
 if TYPE_CHECKING:
     from moe_lab.sweep.pool import Pool
@@ -45,6 +46,7 @@ class Multirun:
         require_cells(loader, config)  # Hydra would compose all of them first
         self.composer, self.progress = JobComposer(loader, config), progress
         self.directory, self.words = Path(config.hydra.sweep.dir), words
+        self.outbox = Outbox(config.tracker, self.directory, is_sweep=True)
         self.plan: Plan | None = None
         self._made = store.missing_folders(self.directory)
         self._lock = Lock(self.directory)
@@ -73,12 +75,15 @@ class Multirun:
         self.plan = added if self.plan is None else _joined(self.plan, added)
         session.write_plan(self.plan)
         self.progress.announce(self.plan)
+        if added.to_run():
+            self.outbox.begin(self.progress.say)
         if self.pool is not None:
             from moe_lab.sweep import spread
 
+            # Some slot is always timing, so records are sent when all have ended (`send_records`).
             done = spread.execute(added, self.pool, self.progress)
         else:
-            done = session.execute(added, self.engine, self.progress)
+            done = session.execute(added, self.engine, self.progress, self.outbox)
         records = {record.cell_id: record for record in done}
         return [_p50(records.get(cell_id)) for cell_id in added.jobs]
 
@@ -101,6 +106,17 @@ class Multirun:
     def records(self) -> list[Record]:
         """What is known of every cell."""
         return session.records(self.plan.cells) if self.plan is not None else []
+
+    def send_records(self) -> None:
+        """Send the trackers what they have not got, when nothing runs; before the tables, which show the warnings."""
+        if self.plan is not None:
+            self.outbox.send([cell.directory for cell in self.plan.cells], self.progress.say, is_last=True)
+
+    def send_files(self) -> None:
+        """Send the trackers the tables, the plots and the page."""
+        if self.plan is not None:
+            have_ended = [not (record.reason or "").startswith(NOT_ENDED) for record in self.records()]
+            self.outbox.end(self.progress.say, is_complete=have_ended == [True] * len(self.plan.cells))
 
     def close(self) -> None:
         """End the worker and give the folder free. Without a plan nothing happened, and nothing is left behind."""
@@ -194,6 +210,8 @@ class JobComposer:
             keys.remove(entries.KEY)  # it was typed, so that of the experiment does not hold
         if composed.hydra.sweeper != self.config.hydra.sweeper:
             keys.append("hydra.sweeper")
+        if composed.tracker != self.config.tracker:
+            keys.append("tracker")
         if keys:
             raise ValueError(
                 f"{keys[0]}: has no effect in an experiment that only some cells have (an axis, or in an entry of "
@@ -225,6 +243,9 @@ def require_cells(loader: ConfigLoader, config: DictConfig) -> None:
     swept = [override for override in overrides if override.is_sweep_override()]
     for axis in swept:
         value = axis.value()
+        if (key := key_of(str(axis.input_line))).partition(".")[0] == "tracker":
+            several = f"several trackers are {key}=[A,B]" if key == "tracker" else "choose one value"
+            raise ValueError(f"{axis.input_line}: not an axis, for every cell is sent to the same place; {several}.")
         if isinstance(value, RangeSweep) and not value.step:
             raise ValueError(f"{axis.input_line}: a step of 0 never ends; write {axis.key_or_group}=A,B.")
         if isinstance(value, IntervalSweep):

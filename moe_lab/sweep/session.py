@@ -12,6 +12,7 @@ from moe_lab.sweep import plan as planning
 from moe_lab.sweep.engine import Engine
 from moe_lab.sweep.plan import Cell, Plan
 from moe_lab.sweep.standing import Board
+from moe_lab.trackers.outbox import Outbox
 
 _SLOT = "worker"
 
@@ -75,8 +76,10 @@ def _is_finished(cell: Cell) -> bool:
     return record is not None and record.status != "skipped"
 
 
-def execute(plan: Plan, engine: Engine, progress: Progress) -> list[Record]:
+def execute(plan: Plan, engine: Engine, progress: Progress, outbox: Outbox | None = None) -> list[Record]:
     """Run what is to be run and return a record for each cell of the plan that has one.
+
+    Between two groups, when nothing is timed, the `outbox` sends the records of the last one to the trackers.
 
     Raises:
         OSError: a record cannot be written.
@@ -85,6 +88,9 @@ def execute(plan: Plan, engine: Engine, progress: Progress) -> list[Record]:
     with progress.reporter(len(plan.to_run())) as reporter, Board(plan.directory) as board:
         for number, group in enumerate(planning.groups(plan), start=1):
             _run_group(plan, number, group, engine, reporter, board)
+            if outbox is not None and outbox.names:
+                reporter.step(", ".join(outbox.names), "send to")
+                outbox.send([cell.directory for cell in group], lambda text: reporter.say(text, "yellow"))
             if plan.sweep["fail_fast"] and reporter.n_failed:
                 left = reporter.n_cells - reporter.n_done
                 reporter.say(f"sweep.fail_fast=true: {left} cells were not run", "red")

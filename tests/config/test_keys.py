@@ -121,5 +121,5 @@ def test_every_group_is_tried() -> None:
     """Those of config.yaml."""
     cfg = moe_lab.compose([])
     groups = {key for key in cfg if key not in ("batch", "seq_len", "seed", "name", "overrides")}
-    assert groups - {"experiment", "debug", "sweep"} == set(OPTIONS)
+    assert groups - {"experiment", "debug", "sweep", "tracker"} == set(OPTIONS)  # tracker: test_trackers.py
     assert set(itertools.chain.from_iterable(NESTED)) >= {"sweep", "model.shape"}

@@ -12,7 +12,7 @@ import pytest
 from moe_lab.records import identity
 from tests import tiny
 
-TALKS_TO_PEOPLE = {"analyses", "api", "cli", "results"}
+TALKS_TO_PEOPLE = {"analyses", "api", "cli", "results", "trackers"}
 ROOMS = sorted(
     path.name
     for path in identity.PACKAGE.iterdir()

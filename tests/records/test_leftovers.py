@@ -21,6 +21,8 @@ def put(folder: Path, status: str, reason: str | None = None, *, days: float = 1
     record = Record(status=status, reason=reason, cell_id="c" * 12, code_id="d" * 12, env_id=None, started=started)  # type: ignore[arg-type]
     store.write_record(folder, record)
     (folder / "run.log").write_text("log")
+    for name in (store.SENT, store.TRACKERS_LOG):
+        (folder / name).write_text("{}")
     (folder / ".hydra").mkdir(exist_ok=True)
     (folder / ".hydra" / "config.yaml").write_text("a: 1")
     if aside:
@@ -74,7 +76,13 @@ def test_a_run_goes_with_its_folder(root: Path) -> None:
         stays = leftovers.remove(one)
         assert (stays == []) == (one.folder.name == "bad")
     assert not (root / "runs" / "bad").exists()
-    assert sorted(path.name for path in (root / "runs" / "good").iterdir()) == [".hydra", "result.json", "run.log"]
+    assert sorted(path.name for path in (root / "runs" / "good").iterdir()) == [
+        ".hydra",
+        store.SENT,
+        "result.json",
+        "run.log",
+        store.TRACKERS_LOG,
+    ]
     assert sorted(path.name for path in (root / "sweep" / "killed").iterdir()) == [
         "result.unreadable.json",
         "stale-abc-def.result.json",

@@ -1,0 +1,142 @@
+"""What every tracker is held to, with the real packages, read back from what they keep.
+
+trackers/mlflow.py, trackers/trackio.py, trackers/wandb.py, trackers/tensorboard.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_lab.config.trackers import TRACKERS
+from moe_lab.errors import UnavailableError
+from moe_lab.records import store
+from moe_lab.trackers import notes, tracker
+from moe_lab.trackers.mlflow import Mlflow
+from tests.trackers import readers
+from tests.trackers.made import Sweep
+
+NAMES = [pytest.param(name, id=name) for name in TRACKERS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tracker_has_each_cell_once_whatever_was_noted(name: str, tmp_path: Path) -> None:
+    """Sent, sent again without the notes, as after kill -9 before they were written, and sent with a newer record."""
+    pytest.importorskip(name)
+    sweep = Sweep(tmp_path)
+    sweep.outbox(name).send(sweep.cells, sweep.say)
+    first = readers.of(name, tmp_path)
+    assert sorted(seen.cell_id for seen in first) == sweep.cell_ids()
+    assert len({seen.parent for seen in first}) == 1 and first[0].parent
+    for folder in sweep.cells:
+        (folder / store.SENT).unlink()
+    record = store.read_record(sweep.cells[1])
+    assert record.latency_ms is not None
+    record.latency_ms.p50 = 123.5
+    store.write_record(sweep.cells[1], record)
+    sweep.outbox(name).send(sweep.cells, sweep.say)
+    seen = {one.cell_id: one for one in readers.of(name, tmp_path)}
+    assert sorted(one.cell_id for one in readers.of(name, tmp_path)) == sweep.cell_ids()
+    before = {one.cell_id: one for one in first}
+    for folder in sweep.cells:
+        record = store.read_record(folder)
+        assert record.latency_ms is not None
+        one = seen[record.cell_id]
+        assert one.metrics["latency_ms.p50"] == pytest.approx(record.latency_ms.p50, rel=1e-6)
+        assert one.metrics["latency_ms.ci95_low"] == pytest.approx(record.latency_ms.ci95_low, rel=1e-6)
+        assert str(one.params["router.name"]) == record.config["router"]["name"]
+        assert float(one.params["batch"]) == record.config["batch"]
+        assert one.status == "ok"
+        if "record.json" in one.files:
+            assert json.loads(one.files["record.json"])["latency_ms"]["p50"] == record.latency_ms.p50
+    assert seen[record.cell_id].metrics != before[record.cell_id].metrics
+    assert sweep.said == [] and sweep.warnings() == [[], []]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlflow", "trackio", "wandb"])
+def test_a_tracker_has_the_files_of_the_sweep(name: str, tmp_path: Path) -> None:
+    """Report, tables and plots; once, also if they are sent again."""
+    pytest.importorskip(name)
+    sweep = Sweep(tmp_path, 1)
+    (sweep.directory / "plots").mkdir()
+    for file in ("report.html", "runs.csv", "plots/load.svg"):
+        (sweep.directory / file).write_text(file)
+    sweep.outbox(name).send(sweep.cells, sweep.say)
+    for _ in range(2):
+        sweep.outbox(name).end(sweep.say, is_complete=True)
+        (sweep.directory / store.SENT).write_text(json.dumps({"key": notes.key_of(sweep.directory), "sent": []}))
+    assert sweep.said == []
+    if name == "mlflow":
+        ((status, files),) = readers.mlflow_sweeps(f"sqlite:///{tmp_path}/m.db").values()
+        assert (status, files) == ("FINISHED", ["plots", "report.html", "runs.csv"])
+    elif name == "wandb":
+        (folder,) = tmp_path.glob("wandb/offline-run-*-sweep-*/files")
+        assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} >= {
+            "plots/load.svg",
+            "report.html",
+            "runs.csv",
+        }
+    else:
+        blobs = [path.read_text() for path in (tmp_path / "trackio/artifacts").rglob("*") if path.is_file()]
+        assert {"plots/load.svg", "report.html", "runs.csv"} <= set(blobs)
+    assert [seen.cell_id for seen in readers.of(name, tmp_path)] == sweep.cell_ids()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        pytest.param("failed", "out_of_memory", id="failed"),
+        pytest.param("skipped", "unavailable: no GPU", id="skipped"),
+    ],
+)
+def test_a_row_without_a_measurement_is_sent_too(status: str, reason: str, tmp_path: Path) -> None:
+    """With its status; what runs again, and what the sweep leaves out, is not."""
+    pytest.importorskip("tensorboard")
+    sweep = Sweep(tmp_path, 3)
+    for folder, (as_status, as_reason) in zip(
+        sweep.cells, [(status, reason), ("failed", "interrupted"), ("skipped", "excluded")], strict=True
+    ):
+        record = store.read_record(folder)
+        record.status, record.reason, record.latency_ms = as_status, as_reason, None  # type: ignore[assignment]
+        store.write_record(folder, record)
+    sweep.outbox("tensorboard").send(sweep.cells, sweep.say)
+    (seen,) = readers.of("tensorboard", tmp_path)
+    assert seen.status == status and "latency_ms.p50" not in seen.metrics
+
+
+@pytest.mark.slow
+def test_mlflow_takes_what_is_too_long_and_oddly_named(tmp_path: Path) -> None:
+    """A long parameter is cut and says so; more than a hundred are sent in parts."""
+    pytest.importorskip("mlflow")
+    sweep = Sweep(tmp_path, 1)
+    record = store.read_record(sweep.cells[0])
+    record.config["workload"]["path"] = "x" * 9000
+    record.config["model"] |= {f"odd key+{number}": number for number in range(150)}
+    record.phases_ms = {"dispatch+experts": 1.5}
+    store.write_record(sweep.cells[0], record)
+    sweep.outbox("mlflow").send(sweep.cells, sweep.say)
+    assert sweep.said == [] and sweep.warnings() == [[]]
+    (seen,) = readers.of("mlflow", tmp_path)
+    assert seen.params["workload.path"].endswith("(cut; see record.json)")
+    assert seen.params["model.odd key_149"] == "149" and seen.metrics["phases_ms.dispatch_experts"] == 1.5
+    assert json.loads(seen.files["record.json"])["config"]["workload"]["path"] == "x" * 9000
+
+
+def test_a_destination_has_no_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is written beside the records, which are shared."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host:5000/path")
+    made = Mlflow({"uri": None, "experiment": "e"}, tmp_path)
+    assert made.destination == "https://host:5000/path e" and made.needs == ("mlflow",)
+
+
+def test_a_tracker_that_is_not_installed_is_said_in_a_line(tmp_path: Path) -> None:
+    """With the remedy."""
+    made = tracker.make("tensorboard", {"dir": None}, tmp_path)
+    made.needs = ("tensorboard_of_nobody", "json")
+    with pytest.raises(UnavailableError, match=r"tracker=tensorboard: needs tensorboard_of_nobody; pip install 'moe"):
+        tracker.require_installed("tensorboard", made)
