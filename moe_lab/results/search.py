@@ -22,11 +22,12 @@ from moe_lab.results.charts import BITS, LATENCY
 from moe_lab.results.load import UNREADABLE_BECAUSE, one_line
 from moe_lab.results.verdicts import judged, listed
 
-_DELTA = "quality.delta_bits_per_byte"
+DELTA = "quality.delta_bits_per_byte"
 ENDS_OF = {
     RATIO: ("ratio_to_anchor.ci95_low", "ratio_to_anchor.ci95_high"),
     LATENCY: ("latency_ms.ci95_low", "latency_ms.ci95_high"),
     BITS: (f"{BITS}_ci95_low", f"{BITS}_ci95_high"),
+    DELTA: (f"{DELTA}_ci95_low", f"{DELTA}_ci95_high"),
 }
 _WORDS = {RATIO: "latency", LATENCY: "latency"}
 _LABELS = {RATIO: "latency / that of the default", LATENCY: "latency (ms)", BITS: "bits per byte"}
@@ -229,8 +230,8 @@ def _difference(objective: Objective, row: Row, default: Row, mine: float, their
         if kind == "slower":
             return f"{numbers.ratio(middle)}x slower {bracket}", more
         return f"{numbers.ratio(middle)}x the default's latency {bracket}, not surely another", "unsure"
-    if objective.column == BITS and default.value(_DELTA) == 0:  # the default is the checkpoint's own router
-        delta, low, high = (row.value(_DELTA + end) for end in ("", "_ci95_low", "_ci95_high"))
+    if objective.column == BITS and default.value(DELTA) == 0:  # the default is the checkpoint's own router
+        delta, low, high = (row.value(name) for name in (DELTA, *ENDS_OF[DELTA]))
         write = numbers.bits(delta)
         text = f"{write(delta)} bits per byte {numbers.interval(low, high, write)}".rstrip()
         return text, more if low > 0 else less if high < 0 else "unsure"

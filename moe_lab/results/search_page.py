@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from moe_lab.records.search import RATIO
 from moe_lab.results import numbers
-from moe_lab.results.charts import LATENCY, Charts
+from moe_lab.results.charts import BITS, LATENCY, Charts
 from moe_lab.results.panels import Chart, Panel, Series, Staircase
-from moe_lab.results.search import ENDS_OF, Found, Row, beats, label
+from moe_lab.results.search import DELTA, ENDS_OF, Found, Row, beats, label
 
 _GROUPS = ("on the front", "other trials", "outside a constraint", "the default")
+_NO_LINES = "Latency, throughput and bits over numbers: a sampler chose these; the table of the search has them."
 _HEADS = {RATIO: "x default", LATENCY: "median ms"}
 
 
@@ -42,12 +43,21 @@ def table(found: Found) -> Table:
 
 
 def _text(row: Row, column: str) -> str:
-    """The value and its interval; the default is 1 beside itself."""
+    """The value and its interval, as the page's other tables write it; the default is 1 beside itself."""
+    if column == BITS and not math.isnan(row.value(DELTA)):
+        return _unbroken(
+            numbers.bits_per_byte(row.value(BITS), *(row.value(name) for name in (DELTA, *ENDS_OF[DELTA])))
+        )
     value = 1.0 if column == RATIO and not row.number else row.value(column)
     low, high = (row.value(end) for end in ENDS_OF.get(column, ("", "")))
     if math.isnan(value):
         return ""
-    return f"{numbers.four(value)} {numbers.interval(low, high, numbers.four)}".rstrip().replace(", ", ",\u00a0")
+    return _unbroken(f"{numbers.four(value)} {numbers.interval(low, high, numbers.four)}".rstrip())
+
+
+def _unbroken(text: str) -> str:
+    """A line may break before an interval, and not in it."""
+    return text.replace(", ", ",\u00a0")
 
 
 def _fate(found: Found, row: Row) -> str:
@@ -66,12 +76,17 @@ def _fate(found: Found, row: Row) -> str:
 
 
 def with_chart(charts: Charts, found: Found | None) -> Charts:
-    """The charts with that of the search in front: the trials and their front, or the best so far."""
+    """The charts with that of the search in front: the trials and their front, or the best so far.
+
+    Those over a number that a sampler chose are left out: in them every trial is a line of its own.
+    """
     if found is None:
         return charts
     chart = _chart(found)
-    drawn = [chart, *charts.drawn] if chart.panels else charts.drawn
-    return charts._replace(drawn=drawn, variants=[*_GROUPS, *charts.variants])
+    kept = [one for one in charts.drawn if "_over_" not in one.name]
+    left_out = [*charts.left_out, *([_NO_LINES] if len(kept) < len(charts.drawn) else [])]
+    drawn = [chart, *kept] if chart.panels else kept
+    return charts._replace(drawn=drawn, left_out=left_out, variants=[*_GROUPS, *charts.variants])
 
 
 def _chart(found: Found) -> Chart:

@@ -182,7 +182,7 @@ def run(this: Multirun) -> None:
         first, number = len(search.trials), search.trials[-1].batch + 1 if search.trials else 0
         choices = study.ask(n)
         if not choices:
-            this.progress.say(f"search: the space is exhausted, all {first} combinations were tried")
+            this.progress.say(f"search: the space is exhausted, no combination is left beside the {first} tried")
             return
         trials = [Trial(first + at, number, choice.params, choice.overrides) for at, choice in enumerate(choices)]
         how = f"trials {first + 1} to {first + len(trials)} of {asked.n_trials}"

@@ -17,8 +17,8 @@ from optuna.trial import TrialState
 from moe_lab.records.search import Outcome, Search, Trial
 from moe_lab.sweep.space import Choice, Space
 
-_MOST_REPEATS = 20
-"""After so many choices in a row that were made before, one that was not is taken from the space in its place."""
+_MOST_REPEATS, _NONE_LEFT = 20, 1000
+"""After so many choices in a row that were made before, one is taken from the space by chance, or there is none."""
 
 
 class Study:
@@ -33,14 +33,16 @@ class Study:
         self._n = 0
 
     def ask(self, n: int) -> list[Choice]:
-        """The next `n` choices; fewer if the space has no more, and none when it is exhausted. Tell of them next."""
+        """The next `n` choices; fewer if no more is found, and none when the space is exhausted. Tell of them next."""
         self._begin()
         found: list[Choice] = []
         repeats = 0
         size = self._space.size
-        while len(found) < n and (size is None or len(self._made) < size):
-            if size is not None and repeats >= _MOST_REPEATS:
+        while len(found) < n and repeats < _NONE_LEFT and (size is None or len(self._made) < size):
+            if repeats >= _MOST_REPEATS and size is not None:
                 self._study.enqueue_trial(self._untried(size).params)
+            elif repeats == _MOST_REPEATS:  # numbers of an interval are rounded, so they repeat too
+                self._study.sampler = optuna.samplers.RandomSampler(seed=self._seed)
             trial = self._study.ask()
             choice = self._space.choose(trial)
             if tuple(choice.overrides) in self._made:

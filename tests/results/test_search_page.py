@@ -18,6 +18,7 @@ def panel_of(folder: Path) -> tuple[str, Panel]:
     tables = aggregate(folder)
     found = search_page.with_chart(charts.charts(folder, tables.runs, tables.summary), searched.found(folder))
     chart = found.drawn[0]
+    assert not any("_over_" in one.name for one in found.drawn)
     assert chart.name == "search" and charts.is_name(chart.name)
     assert {series.name for panel in chart.panels if isinstance(panel, Panel) for series in panel.series} <= {
         *found.variants
@@ -55,8 +56,8 @@ def test_the_table_has_every_trial_and_what_became_of_it(folder: Path) -> None:
         ("5", "failed: out_of_memory"),
     ]
     values = [fields[2:] for fields, *_ in table.rows]
-    assert values[0] == ["1.000", "2.000"] and values[5] == ["", ""]
-    assert values[1] == ["0.5000 [0.4900,\u00a00.5100]", "1.900"]
+    assert values[0] == ["1.000", "2.000 (+0.000)"] and values[5] == ["", ""]
+    assert values[1] == ["0.5000 [0.4900,\u00a00.5100]", "1.900 (-0.100) [-0.110,\u00a0-0.090]"]
     assert [is_best for *_, is_best in table.rows] == [False, True, True, False, False, False]
 
 
@@ -101,7 +102,17 @@ def test_the_page_has_the_search(folder: Path) -> None:
 
 def test_a_search_of_which_nothing_is_known_has_no_plot(tmp_path: Path) -> None:
     """The other charts stay as they are."""
-    made = write(tmp_path, None)
+    made = write(tmp_path, None, beside=cell(1.0, medians=(), status="failed", reason="out_of_memory"))
     tables = aggregate(made)
     plain = charts.charts(made, tables.runs, tables.summary)
     assert search_page.with_chart(plain, None) == plain
+    assert search_page.with_chart(plain, searched.found(made)).drawn == plain.drawn
+
+
+def test_lines_over_what_a_sampler_chose_are_left_out(folder: Path) -> None:
+    """A sweep would have them; the page says where the numbers are."""
+    tables = aggregate(folder)
+    plain = charts.charts(folder, tables.runs, tables.summary)
+    found = search_page.with_chart(plain, searched.found(folder))
+    assert any("_over_" in chart.name for chart in plain.drawn)
+    assert any("a sampler chose these" in text for text in found.left_out)

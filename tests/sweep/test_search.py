@@ -63,7 +63,10 @@ def test_a_search_finds_the_largest_and_ends_when_the_space_is_exhausted(
     assert [trial.batch for trial in journal(some.directory).trials] == [0, 0, 1]
     found = moe_lab.multirun([*asked, "hydra.sweeper.n_trials=99"])
     printed = capsys.readouterr().err
-    assert "the space is exhausted, all 6 combinations were tried" in printed and "trials 4 to 6 of 99" in printed
+    assert (
+        "the space is exhausted, no combination is left beside the 6 tried" in printed
+        and "trials 4 to 6 of 99" in printed
+    )
     assert {hidden(record) for record in found} == {*range(8, 56, 8), 1024}  # that of the default
     trials = journal(found.directory).trials
     assert len(trials) == 6 and [trial.cell_id for trial in trials[:3]] == [

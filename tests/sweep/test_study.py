@@ -100,6 +100,19 @@ def test_a_finite_space_ends_with_every_point_once(sampler: str) -> None:
     assert len(found) == len(texts) == over.size == 15
 
 
+@pytest.mark.slow
+def test_an_interval_ends_too() -> None:
+    """Its numbers are rounded, so there are some thousand of them; whoever asks for more is given what there is."""
+    found = planted.run(
+        planted.search("random", directions="minimize"),
+        9000,
+        lambda choice: {"status": "ok", "cell_id": "", "time": 0.0},
+        batch=300,
+        over=planted.space(["k=interval(0,0.1)"], ()),
+    )
+    assert 900 < len(found) == len({tuple(choice.overrides) for choice, _ in found}) <= 1001
+
+
 def inside(found: list[tuple[Choice, Outcome]]) -> int:
     return sum(outcome.state == "ok" for _, outcome in found[-30:])
 
