@@ -185,7 +185,9 @@ def run(this: Multirun) -> None:
             this.progress.say(f"search: the space is exhausted, no combination is left beside the {first} tried")
             return
         trials = [Trial(first + at, number, choice.params, choice.overrides) for at, choice in enumerate(choices)]
-        how = f"trials {first + 1} to {first + len(trials)} of {asked.n_trials}"
+        last = first + len(trials)
+        which = f"trial {last}" if len(trials) == 1 else f"trials {first + 1} to {last}"
+        how = f"{which} of {asked.n_trials}"
         search, outcomes, goes_on = _run(this, asked, search, trials, how)
         if number == 0:
             _require_values(outcomes, this.directory)

@@ -67,6 +67,7 @@ def test_a_search_finds_the_largest_and_ends_when_the_space_is_exhausted(
         "the space is exhausted, no combination is left beside the 6 tried" in printed
         and "trials 4 to 6 of 99" in printed
     )
+    assert "outputs/s: 4 cells, 3 done; 1 to run, trial 3 of 3" in printed
     assert {hidden(record) for record in found} == {*range(8, 56, 8), 1024}  # that of the default
     trials = journal(found.directory).trials
     assert len(trials) == 6 and [trial.cell_id for trial in trials[:3]] == [
