@@ -43,6 +43,7 @@ class Row(NamedTuple):
     number: int
     """From 1; 0 is the default."""
     variant: str
+    """As the page calls the cell; what was chosen, where that does not tell the trials apart."""
     outcome: Outcome
     place: Place
     """On the front or beaten; nothing if it has no values, or is outside."""
@@ -88,11 +89,14 @@ def find(directory: Path, runs: pd.DataFrame) -> tuple[Found | None, str | None]
     wanted = {search.default, *(trial.cell_id for trial in search.trials)}
     ordered = runs[runs["cell_id"].isin(wanted)].sort_values("status", ascending=True, kind="stable")
     by_cell = {row["cell_id"]: row for row in reversed(_plain(ordered))}
+    known = [row for row in by_cell.values() if row.get("variant") is not None]
+    is_told = len({row["variant"] for row in known}) == len(known)  # not where settings were searched
     found: list[Row] = []
-    for number, cell_id in enumerate([search.default, *(trial.cell_id for trial in search.trials)]):
+    asked = [(search.default, ["as configured"]), *((trial.cell_id, trial.overrides) for trial in search.trials)]
+    for number, (cell_id, overrides) in enumerate(asked):
         row = by_cell.get(cell_id)
         earlier = next((one.number for one in found if row is not None and one.record == row), None)
-        variant = "?" if row is None or row.get("variant") is None else str(row["variant"])
+        variant = str(row["variant"]) if row is not None and row in known and is_told else ", ".join(overrides)
         found.append(Row(number, variant, search.outcome(row), "", row or {}, earlier))
     default, *trials = _placed(search, found)
     return Found(search, default, trials), None
@@ -203,6 +207,8 @@ def _best(found: Found) -> str:
     if found.default.outcome.state != "ok":
         return f"{_names([row])} is the best {of}: {value}"
     ((text, kind),) = _beside(found, row)
+    if objective.column not in ENDS_OF:
+        return f"{_names([row])} is the best {of}: {text}"
     doubt = "" if kind == "better" else "; no interval shows that it is better"
     return f"{_names([row])} is the best {of}: {value}; {text}{doubt}"
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from moe_lab.records.schema import Record
 from moe_lab.records.search import FILE, Constraint, Objective
 from moe_lab.results import search
 from moe_lab.results.aggregate import aggregate
-from tests.results import searched
+from tests.results import compared, searched
 from tests.results.searched import BITS, cell, trial, write
 
 
@@ -58,6 +59,20 @@ def test_one_objective_has_a_best(tmp_path: Path) -> None:
     assert said(slow) == [best]
     none = write(tmp_path / "b", trial(2.0, 0.5, 0), objectives=most)
     assert said(none) == ["None of 1 trial is better than the default (sinkhorn(temperature=1.0)): latency (ms) 2"]
+
+
+def test_trials_that_are_one_variant_are_called_by_what_was_chosen(tmp_path: Path) -> None:
+    """A search over sizes, for a number that has no interval."""
+
+    def sized(batch: int, peak: float) -> Record:
+        return compared.record(2.0, config={"batch": batch}, memory={"peak_mb": peak})
+
+    least = (Objective("memory.peak_mb", "minimize"),)
+    folder = write(tmp_path, sized(4, 300.0), sized(8, 100.0), objectives=least, beside=sized(2, 200.0))
+    assert said(folder) == [
+        "Trial 2 (t=1) is the best of 2 trials: memory.peak_mb (MB) 100 beside 200, without an interval"
+    ]
+    assert searched.found(folder).default.name == "the default (as configured)"
 
 
 def test_what_has_no_place_is_counted(tmp_path: Path) -> None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moe_lab.records.search import Constraint, Objective, Outcome, Search
 from moe_lab.sweep import space as spaces
 from moe_lab.sweep.space import Choice, Space
-from moe_lab.sweep.study import Study
+
+if TYPE_CHECKING:
+    from moe_lab.sweep.study import Study
 
 AXES = ("x=interval(0,1)", "n=tag(log,range(1,65))", "impl=a,b,c,d", "scale=interval(0.0,2.0)")
 ENTRIES = (("router=top_p", "router.p=interval(0,1)"), ("router=min_p", "router.p=interval(0,1)"), ("router=plain",))
@@ -57,6 +60,13 @@ def row(choice: Choice) -> dict[str, object]:
     return {"status": "ok", "cell_id": " ".join(choice.overrides), "time": time, "bits": bits}
 
 
+def study_of(asked: Search, over: Space | None = None) -> Study:
+    """Of a search over the planted space, or another; whoever has no Optuna still has the surface."""
+    from moe_lab.sweep.study import Study
+
+    return Study(over or space(), asked)
+
+
 def run(
     asked: Search,
     n: int,
@@ -66,7 +76,7 @@ def run(
     over: Space | None = None,
 ) -> list[tuple[Choice, Outcome]]:
     """A search of n trials, each with the row that `of` gives it."""
-    study, found = Study(over or space(), asked), []
+    study, found = study_of(asked, over), []
     while len(found) < n and (choices := study.ask(min(batch, n - len(found)))):
         outcomes = [asked.outcome(of(choice)) for choice in choices]
         study.tell(outcomes)

@@ -75,7 +75,7 @@ def test_a_study_that_is_told_the_same_again_goes_on_in_the_same_way(sampler: st
 
     whole = planted.run(asked, 28, row)
     trials = [Trial(at, at // 4, choice.params, choice.overrides) for at, (choice, _) in enumerate(whole[:n])]
-    study = planted.Study(planted.space(), asked)
+    study = planted.study_of(asked)
     for number, batch in groupby(trials, key=lambda trial: trial.batch):
         study.repeat([*batch])
         study.tell([outcome for _, outcome in whole[4 * number : 4 * number + 4]])
