@@ -270,3 +270,17 @@ def test_the_command_line_searches_as_python_does(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     python, typed_ = (journal(tmp_path / "outputs" / name) for name in ("python", "typed"))
     assert python == typed_
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [pytest.param("slurm", id="slurm"), pytest.param("ray", id="ray")])
+def test_batches_run_on_a_cluster(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """One after the other through the same pool, to the end of the space."""
+    pytest.importorskip({"slurm": "submitit", "ray": "ray"}[engine])
+    request.getfixturevalue(f"{engine}_cluster")
+    asked = [SIZE, SPACE, ALONE, "hydra.sweeper.n_jobs=3", "sweep.slots.cpu=1", f"sweep.engine={engine}"]
+    typed = [*faulty.MOE_LAB, "-m", *words(*asked, "sweep.name=s", worker=True)]
+    done = subprocess.run(typed, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(journal(tmp_path / "outputs/s").trials) == 6
+    assert len(faulty.records_list(tmp_path)) == 7
