@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 $(CLUSTER): $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,search,slurm]'
 	touch $(CLUSTER)
 
 .PHONY: help demo test test-quick test-all lint bench-check bench-experts bench-sweep device-bundle clean
