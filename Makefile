@@ -38,7 +38,7 @@ $(CLUSTER): $(READY)
 # The extras that only some tests need; without them these skip.
 $(EXTRAS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e '.[ray,slurm,trackers,energy,docs,notebook,release]'
+	  -e '.[ray,slurm,trackers,search,energy,docs,notebook,release]'
 	touch $(CLUSTER) $(EXTRAS)
 
 # A server for the tests of tracker=mlflow. The whole of MLflow asks for an older pyarrow than ours, so it is apart.

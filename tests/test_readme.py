@@ -17,7 +17,7 @@ import torch
 from moe_lab.cli.commands import COMMANDS as WORDS
 from moe_lab.config.checks import check_overrides, validate
 from moe_lab.config.compose import composing_multirun
-from moe_lab.sweep import multirun
+from moe_lab.sweep import multirun, search
 from tests import quick
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -80,6 +80,12 @@ def test_a_command_of_the_readme_names_what_there_is(words: list[str]) -> None:
     for name, other in SUBSTITUTES.items():
         overrides = [word.replace(name, other) for word in overrides]
     with composing_multirun(overrides, None) as (loader, config):
-        for cfg, typed, _ in multirun.JobComposer(loader, config).jobs(multirun.expand(loader, config)):
+        composer = multirun.JobComposer(loader, config)
+        if search.is_search(config):
+            pytest.importorskip("optuna", reason="pip install 'moe-lab[search]'")
+            jobs, _ = search.known_jobs(composer, Path("no-folder"))
+        else:
+            jobs = multirun.expand(loader, config)
+        for cfg, typed, _ in composer.jobs(jobs):
             validate(cfg)
             check_overrides(cfg, typed, in_a_sweep="-m" in words)

@@ -63,6 +63,7 @@ TESTED_IN = {
     "ops/onnx_function.py": "ops/test_onnx_bodies.py",
     "ops/selection.py": "ops/test_route.py",
     "results/columns.py": "results/test_aggregate.py",
+    "results/doubts.py": "results/test_answers.py",
     "results/figures.py": "results/test_plots.py",
     "results/gate.py": "api/test_compare.py",
     "results/kept.py": "results/test_aggregate.py",

@@ -19,8 +19,9 @@ from moe_lab.config.unread import refuse_twice
 from moe_lab.records.store import write_atomic
 from moe_lab.results import outputs
 from moe_lab.sweep import multirun as sweeps
+from moe_lab.sweep import search
 
-_SWEEPERS = ("BasicSweeper", "MoeLabSweeper")
+_SWEEPERS = ("BasicSweeper", "MoeLabSweeper", "MoeLabOptunaSweeper")
 
 
 def multirun(
@@ -59,7 +60,10 @@ def multirun(
         try:
             write_atomic(this.directory / "multirun.yaml", OmegaConf.to_yaml(config).encode())
             try:
-                this.run(sweeps.expand(loader, config), 0)
+                if search.is_search(config):
+                    search.run(this)
+                else:
+                    this.run(sweeps.expand(loader, config), 0)
             finally:
                 if this.plan is not None:  # also after Ctrl-C
                     with redirect_stdout(sys.stderr):  # where the progress is: a script's own output stays its own

@@ -15,6 +15,7 @@ moe-lab: a laboratory for Mixture-of-Experts inference
 moe-lab [GROUP=OPTION ...] [KEY=VALUE ...]      run once and write the record to outputs/runs/
 moe-lab -m router=torch,sinkhorn batch=1,8      run every combination and write tables, plots and a report page
 moe-lab plan -m router=torch,sinkhorn batch=1,8 show what it would run
+moe-lab -m experiment=search_router             search: Optuna chooses what to run (hydra/sweeper=moe_lab_optuna)
 moe-lab status DIR                              show where a sweep is, from another terminal or machine
 moe-lab report DIR [--tables] [--plotly MODE]   write the tables, plots and report page of a folder of results
 moe-lab plot DIR [X Y]                          plot column Y of these tables against column X, or all for a paper

@@ -13,7 +13,7 @@ from moe_lab.cli.table import print_table
 from moe_lab.config.compose import composing_multirun
 from moe_lab.records import store, variants
 from moe_lab.records.identity import option_name
-from moe_lab.sweep import multirun, places
+from moe_lab.sweep import multirun, places, search
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep.expected import expected_seconds
 from moe_lab.sweep.kinds import HasKinds, Kept, Kinds, Unkept, kept
@@ -27,12 +27,18 @@ def make(overrides: list[str], config_dir: str | None) -> Plan:
     with composing_multirun(overrides, config_dir) as (loader, config):
         composer, directory = multirun.JobComposer(loader, config), Path(config.hydra.sweep.dir)
         Outbox(config.tracker, directory, is_sweep=True)  # a package that is not installed
-        jobs = list(composer.jobs(multirun.expand(loader, config)))
+        note = ""
+        if search.is_search(config):
+            known, note = search.known_jobs(composer, directory)
+        else:
+            known = multirun.expand(loader, config)
+        jobs = list(composer.jobs(known))
 
         def made(place: HasKinds) -> Plan:
             kinds = Kinds(place, config.sweep.require)
             plan = planning.make(jobs, directory, kinds, multirun.command(), composer.typed)
             plan.kinds = kinds.content() if places.has_slots(config.sweep) else []
+            plan.note = note
             return plan
 
         if places.has_slots(config.sweep):
@@ -109,7 +115,7 @@ def show(overrides: list[str], config_dir: str | None, *, json: bool = False) ->
         if plan.kinds:
             n_slots = sum(len(kind["slots"]) for kind in plan.kinds)
             line += f", on {n_slots} {'slot' if n_slots == 1 else 'slots'}: {_kinds_in_words(plan)}"
-    for text in (line, *plan.without_effect):
+    for text in (line, *([plan.note] if plan.note else []), *plan.without_effect):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -134,6 +140,7 @@ def _content(plan: Plan) -> dict[str, Any]:
         "expected_s": seconds,
         "expected_is_measured": is_measured,
         "without_effect": plan.without_effect,
+        "note": plan.note,
         "cells": [
             {
                 "cell_id": cell.cell_id,

@@ -198,7 +198,7 @@ def validate_sweep(cfg: DictConfig) -> None:
             raise ValueError(
                 f"sweep.compare={key}: must be a list of groups: {', '.join(GROUPS)}.{nearest(key, GROUPS)}"
             )
-    entries.overrides_of(sweep.variants)
+    entries.overrides_of(sweep.variants, may_have_axes=True)  # a sweeper that does not read them refuses them
     partials = [("sweep.exclude", partial) for partial in sweep.exclude]
     if sweep.anchor is not None:
         partials.append(("sweep.anchor", sweep.anchor))

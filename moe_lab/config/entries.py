@@ -28,14 +28,17 @@ _SWEEP = re.compile(r"\s*(choice|range|interval|glob|sort|shuffle|tag)\(.*\)\s*"
 _CHOICES = ("model.shape", "measure.reference_router")  # options of groups, which stand deeper
 
 
-def overrides_of(node: Any) -> list[list[str]]:
-    """The overrides of each entry; an empty list without variants. Raises `ValueError` for a mistake in them."""
+def overrides_of(node: Any, *, may_have_axes: bool = False) -> list[list[str]]:
+    """The overrides of each entry; an empty list without variants. Raises `ValueError` for a mistake in them.
+
+    `may_have_axes`: of a search, whose entries may give a key several values, `router.threshold: "interval(0.1, 0.9)"`.
+    """
     found = OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node
     if found is None:
         return []
     if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
         raise ValueError(f"{KEY}={_shown(found)}: must be a list of entries, such as {_EXAMPLE}.")
-    return [list(_overrides(entry)) for entry in found]
+    return [list(_overrides(entry, may_have_axes)) for entry in found]
 
 
 def keys_of(entries: Sequence[Sequence[str]]) -> set[str]:
@@ -54,13 +57,16 @@ def refuse_keys_given_twice(entries: Sequence[Sequence[str]], others: Sequence[O
             )
 
 
-def _overrides(entry: Mapping[Any, Any]) -> Iterator[str]:
+def _overrides(entry: Mapping[Any, Any], may_have_axes: bool) -> Iterator[str]:
     seen: set[str] = set()
     for key, value in entry.items():
         place = _place(key)
         if place in seen:
             raise ValueError(f"{KEY}: {place} stands twice in {_shown(entry)}; remove one.")
         seen.add(place)
+        if may_have_axes and _is_axis(place, value):
+            yield f"{key}={value}"
+            continue
         _check_value(str(key), place, value)
         yield f"{key}={Override._get_value_element_as_str(_element(value))}"
 
@@ -85,12 +91,15 @@ def _check_value(key: str, place: str, value: Any) -> None:
         leaves = variants.leaves(value, key)  # an option's name is set by choosing it
         dotted = ", ".join(f"{name.removesuffix('.name')}: {_shown(inner)}" for name, inner in leaves)
         raise ValueError(f"{KEY}: {key}: {_shown(value)}: write dotted keys: {{{dotted or f'{key}.KEY: VALUE'}}}.")
-    is_axis = isinstance(value, str) and (_SWEEP.fullmatch(value) is not None or ("," in value and _is_one(place)))
-    if is_axis or (isinstance(value, list) and _is_one(place)):
+    if _is_axis(place, value) or (isinstance(value, list) and _is_one(place)):
         raise ValueError(
             f"{KEY}: {key}: {_shown(value)}: an entry has one value for each key; write an entry for each value, "
             f"or take {key} out of the entries and make it an axis."
         )
+
+
+def _is_axis(place: str, value: Any) -> bool:
+    return isinstance(value, str) and (_SWEEP.fullmatch(value) is not None or ("," in value and _is_one(place)))
 
 
 def _is_one(place: str) -> bool:

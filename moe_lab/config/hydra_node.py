@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import PurePath
 from typing import Any
 
+import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -27,7 +28,8 @@ _PLACES = (*_FOLDERS, *trackers.PLACES)
 _RUN_CODE = ("sweep.slurm.setup", "sweep.slurm.python", "sweep.slurm.options")
 """Lines of shell, a command, and options of sbatch, of which some name scripts."""
 _PACKAGES = ("hydra.conf", "moe_lab.conf")
-_OF_ANY_SWEEPER = ("params", "max_batch_size")  # these are data
+_DATA = ("params", "max_batch_size", "objectives", "constraints", "n_trials", "n_jobs", "sampler", "population", "seed")
+"""Keys of a sweeper that name no place and run nothing."""
 
 
 def check(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -167,7 +169,7 @@ def _check_plugin(node: DictConfig, kind: str, typed: set[str]) -> None:
         )
     known = dict(_leaves(own, f"hydra.{kind}"))
     for key, value in _leaves(content, f"hydra.{kind}"):
-        if key.split(".")[2] in _OF_ANY_SWEEPER or (key in known and known[key] == value):
+        if (kind == "sweeper" and key.split(".")[2] in _DATA) or (key in known and known[key] == value):
             continue
         if key.endswith("._target_") or not _is_typed(key, typed):
             raise ValueError(f"{key}={value}: a YAML must not set it; type {key}=... on the command line.")
@@ -184,7 +186,9 @@ def _as_plain_data(kind: str, n_installed: int) -> tuple[dict[str, Any], ...]:
     installed = ConfigStore.instance().repo["hydra"].get(kind, {}).values()
     nodes: list[Any] = [OmegaConf.to_container(OmegaConf.create(stored.node)) for stored in installed]
     assert len(nodes) == n_installed
-    return tuple(nodes)
+    own = resources.files("moe_lab.conf") / "hydra" / kind
+    files = [file for file in own.iterdir() if file.name.endswith(".yaml")] if own.is_dir() else []
+    return (*nodes, *(yaml.safe_load(file.read_text(encoding="utf-8")) for file in files))
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -28,6 +28,7 @@ from moe_lab.records import identity, store
 
 LAUNCHER = "hydra_plugins.moe_lab_launcher.MoeLabLauncher"
 SWEEPER = "hydra_plugins.moe_lab_launcher.sweeper.MoeLabSweeper"
+SEARCHER = "hydra_plugins.moe_lab_launcher.search.MoeLabOptunaSweeper"
 
 # Hydra 1.4 (with omegaconf 2.4) warns of what 1.3 needs: this argument, and register_new_resolver's name.
 _IS_HYDRA_1_4 = not hydra.__version__.startswith("1.3.")
@@ -75,10 +76,11 @@ def register_plugins() -> None:
 
     plugins = Plugins.instance()  # it loads Hydra's own once more, so a class made before has another as its base
     from hydra_plugins.moe_lab_launcher import MoeLabLauncher
+    from hydra_plugins.moe_lab_launcher.search import MoeLabOptunaSweeper
     from hydra_plugins.moe_lab_launcher.sweeper import MoeLabSweeper
 
-    plugins.register(MoeLabLauncher)
-    plugins.register(MoeLabSweeper)
+    for plugin in (MoeLabLauncher, MoeLabSweeper, MoeLabOptunaSweeper):
+        plugins.register(plugin)
 
 
 _load_configuration = ConfigLoaderImpl.load_configuration
@@ -141,10 +143,13 @@ def _check_launcher(cfg: DictConfig, overrides: Iterable[str]) -> None:
 
 
 def _check_sweeper(cfg: DictConfig) -> None:
-    if cfg.sweep.variants and cfg.hydra.sweeper._target_ != SWEEPER:
+    target = cfg.hydra.sweeper._target_
+    if cfg.sweep.variants and target not in (SWEEPER, SEARCHER):
         raise ValueError(
             "sweep.variants: only hydra/sweeper=moe_lab, the default, reads it; remove it or the other hydra/sweeper."
         )
+    if target == SEARCHER and cfg.hydra.launcher._target_ != LAUNCHER:
+        raise ValueError("hydra/sweeper=moe_lab_optuna: needs hydra/launcher=moe_lab; leave hydra/launcher out.")
 
 
 def _check_and_initialize(self: ConfigRepository, config_search_path: ConfigSearchPath) -> None:

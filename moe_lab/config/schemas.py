@@ -279,6 +279,21 @@ class Slurm:
 
 
 @dataclass
+class Search:
+    """hydra/sweeper=moe_lab_optuna; see its YAML."""
+
+    _target_: str
+    objectives: list[str]
+    constraints: Any
+    n_trials: int
+    n_jobs: int
+    sampler: str
+    population: int
+    seed: int
+    params: dict[str, Any]
+
+
+@dataclass
 class Sweep:
     """How a multirun goes about its cells; see conf/config.yaml."""
 
@@ -353,6 +368,7 @@ SCHEMAS: dict[str, dict[str, type]] = {
     "export": {"export": Export},
     "tracker": TRACKERS,
     "analysis": ANALYSES,
+    "hydra/sweeper": {"search": Search},
 }
 
 

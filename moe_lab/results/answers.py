@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from moe_lab.records.fields import PROPERTIES, names
-from moe_lab.records.schema import BUSY, DOES_NOT_HOLD, LAUNCH_BOUND
+from moe_lab.records.schema import DOES_NOT_HOLD
 from moe_lab.results import alike, contest, numbers, pareto
 from moe_lab.results.contest import Cell, Quality, Setting
+from moe_lab.results.doubts import DOUBTFUL, unsure
 from moe_lab.results.regions import Region, regions
 from moe_lab.results.verdicts import Kind, judged, listed
 
@@ -23,11 +24,10 @@ MOST = 10
 _MOST_TAKES = 5
 """So many sentences about what to take come before all others."""
 _MOST_NAMES = 4
-_DOUBTFUL = "Speeds are doubtful"
 _ALIKE = 1.15
 """Ratios that differ by more than this factor between settings are given as a range."""
 
-Question = Literal["take", "load", "fastest", "dominated", "price", "not sure", "failed", "skipped"]
+Question = Literal["search", "take", "load", "fastest", "dominated", "price", "not sure", "failed", "skipped"]
 
 
 class Answer(NamedTuple):
@@ -44,8 +44,8 @@ class Answers(NamedTuple):
     folded: list[Answer]
 
 
-def answers(runs: pd.DataFrame, summary: pd.DataFrame) -> Answers:
-    """Of the tables of a sweep, in the order of the questions.
+def answers(runs: pd.DataFrame, summary: pd.DataFrame, searched: Sequence[str] = ()) -> Answers:
+    """Of the tables of a sweep, in the order of the questions; `searched` are the sentences about its search.
 
     Two variants differ in speed if the intervals of their ratios to the anchor say so (`verdicts.judged`), and in
     quality if the intervals of their bits per byte do not overlap and they differ by more than `contest.SAME_BITS`.
@@ -54,21 +54,22 @@ def answers(runs: pd.DataFrame, summary: pd.DataFrame) -> Answers:
     """
     settings = contest.settings(runs, summary)
     several = [setting for setting in settings if len(setting.cells) > 1]
-    unsure = _unsure(runs, summary, settings)
+    doubts = unsure(runs, summary, settings)
     every: dict[Question, list[str]] = {
+        "search": list(searched),
         "take": [] if _loads_differ(summary) else _take(several),
         "load": alike.sentences(runs, summary),
-        **({"not sure": unsure} if unsure and unsure[0].startswith(_DOUBTFUL) else {}),  # before what it is about
+        **({"not sure": doubts} if doubts and doubts[0].startswith(DOUBTFUL) else {}),  # before what it is about
         "fastest": _fastest(several),
         "dominated": pareto.sentences(several),
         "price": _prices(settings),
-        "not sure": unsure,
+        "not sure": doubts,
         "failed": [*_lies(runs), *_not_ok(runs, "failed")],
         "skipped": _not_ok(runs, "skipped"),
     }
-    # What to take; then the first of each other question, the second of each, ...
+    # What was searched, and what to take; then the first of each other question, the second of each, ...
     in_turn = sorted(
-        (question != "take" or place >= _MOST_TAKES, place, order, question)
+        (question not in ("search", "take") or place >= _MOST_TAKES, place, order, question)
         for order, question in enumerate(every)
         for place in range(len(every[question]))
     )
@@ -364,71 +365,6 @@ def _more_bits(known: Sequence[Quality], low: float, high: float) -> str:
     middle = float(np.median([quality.value for quality in known]))
     write = numbers.bits(middle)
     return f"{write(middle)} bits per byte {numbers.interval(low, high, write)}".rstrip()
-
-
-# --- how sure
-
-
-def _doubts(runs: pd.DataFrame) -> str:
-    """How many latencies were measured badly, and what to do; that most were stands in front."""
-    ran = runs[runs["latency_ms.p50"].notna()]
-    warned = [texts if isinstance(texts, list) else [] for texts in ran["warnings"]]
-    found = [
-        (ran["latency_ms.stable"].eq(False).fillna(False).to_numpy(bool), "not stable (raise measure.max_time_s)"),
-        (_start(warned, BUSY), "from a busy machine (repeat them on an idle one)"),
-        (_start(warned, LAUNCH_BOUND), "launch-bound and so say nothing of kernels (use execution=cuda_graph)"),
-    ]
-    parts = [f"{bad.sum():,} are {what}" for bad, what in found if bad.any()]
-    if not parts:
-        return ""
-    most = np.any([bad for bad, _ in found], axis=0).mean() > 0.5
-    return f"{f'{_DOUBTFUL}: of' if most else 'Of'} {len(ran):,} latencies {', '.join(parts)}"
-
-
-def _start(warnings: Sequence[Sequence[str]], start: str) -> np.ndarray:
-    return np.array([any(text.startswith(start) for text in texts) for texts in warnings], bool)
-
-
-def _unsure(runs: pd.DataFrame, summary: pd.DataFrame, settings: Sequence[Setting]) -> list[str]:
-    ran = summary[summary["status"] == "ok"]
-    others = [cell for setting in settings for cell in setting.cells if not cell.is_anchor]
-    if len(ran) and not others:
-        return ["Nothing was compared: every setting has one variant that ran; add one, such as router=torch,sinkhorn"]
-    texts = [text] if (text := _doubts(runs)) else []
-    compared = [cell for cell in others if cell.is_timed]
-    spans = sum(judged(*cell.ratio[1:]) == "inconclusive" for cell in compared)
-    if spans:
-        texts.append(
-            f"{_of(spans, len(compared), 'comparison')} inconclusive, because the interval has 1 in it: raise "
-            "measure.max_time_s or measure.replicates"
-        )
-    paired = ran["ratio_to_anchor.paired"].fillna(False).astype(bool) & ~ran["is_anchor"].fillna(False).astype(bool)
-    short = int((paired & ran["ratio_to_anchor.ci95_low"].isna()).sum())
-    if short:
-        of = _of(short, int(paired.sum()), "ratio")
-        texts.append(f"{of} without an interval, from too few rounds: raise measure.max_time_s")
-    alone = sum(len(s.cells) for s in settings if not any(cell.is_anchor for cell in s.cells))
-    if alone:
-        texts.append(
-            f"{_of(alone, len(others), 'cell')} compared with nothing, because the anchor of the setting did not run"
-        )
-    apart = len(others) - alone - int(paired.sum())
-    if apart > 0:
-        texts.append(
-            f"{_of(apart, len(others), 'cell')} not timed in the same rounds as the anchor, so nothing is concluded "
-            "from them: run them in one sweep with sweep.interleave=true"
-        )
-    if compared and int(ran["n_replicates"].max()) < 2:
-        texts.append(
-            "Each cell ran in one process, so differences between processes do not show; measure.replicates=5 shows "
-            "them"
-        )
-    return texts
-
-
-def _of(n: int, total: int, one: str) -> str:
-    """`3 of 8 comparisons are`."""
-    return f"{n:,} of {total:,} {one if total == 1 else one + 's'} {'is' if n == 1 else 'are'}"
 
 
 # --- what failed

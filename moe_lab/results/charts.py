@@ -35,6 +35,7 @@ _PHASES = (*marks.NAMES, "other")
 
 _OVER = r"(latency|throughput|bits)_over_[\w.]+"
 _NAMES = (
+    "search",
     "latency",
     "load_against_latency",
     "latency_against_error",

@@ -9,7 +9,19 @@ from typing import Any
 
 from moe_lab.results.charts import Charts
 from moe_lab.results.numbers import four, interval
-from moe_lab.results.panels import MARGIN, NO_INTERVAL, Chart, Map, Panel, Series, Texts, front, is_log, log_ticks
+from moe_lab.results.panels import (
+    MARGIN,
+    NO_INTERVAL,
+    Chart,
+    Map,
+    Panel,
+    Series,
+    Staircase,
+    Texts,
+    is_log,
+    log_ticks,
+    staircase,
+)
 from moe_lab.results.style import phase_style, variant_style
 
 HEAT_NUMBERS = 400_000
@@ -88,7 +100,8 @@ def _panel(panel: Panel, chart: Chart, found: Charts) -> Figure:
         )
     if chart.kind == "front":
         x |= _axis([at for series in panel.series for at in series.at]) | {"rangemode": "normal"}  # none is near 0
-        data.append(_front(panel))
+    if (best := staircase(panel, chart.kind)) is not None:
+        data.append(_steps(best))
     if chart.lacks(panel):
         data.append(_no_interval())
     bars = panel.rows if chart.kind == "dots" else len(panel.bars)
@@ -107,12 +120,10 @@ def _axis(values: Sequence[float], ticks: bool = False) -> Figure:
     return axis
 
 
-def _front(panel: Panel) -> Figure:
-    """A staircase through the points that none beats."""
-    x, y = front(panel)
+def _steps(best: Staircase) -> Figure:
     line = {"color": "#7a828e", "dash": "dot", "width": 1.5, "shape": "hv"}
-    trace = {"type": "scatter", "mode": "lines", "name": "Pareto front", "hoverinfo": "skip", "line": line}
-    return trace | {"x": [_short(number) for number in x], "y": [_short(number) for number in y]}
+    trace = {"type": "scatter", "mode": "lines", "name": best.name, "hoverinfo": "skip", "line": line}
+    return trace | {"x": [_short(number) for number in best.at], "y": [_short(number) for number in best.value]}
 
 
 def _error(series: Series) -> Figure:

@@ -20,6 +20,10 @@ TERMS = {
     ),
     "stable": "A latency whose 95 % interval is narrower than measure.target_ci.",
     "x anchor": "The latency over that of the anchor, timed in the same rounds, and its 95 % interval.",
+    "x default": (
+        "Of a search: the latency over that of the default, which is the configuration without what is searched, timed "
+        "in the same rounds."
+    ),
     "interval": (
         "A 95 % interval: of 100 such intervals, about 95 have the true value in them. Two variants differ if the "
         f"interval of their ratio excludes 1; within {SAME:.0%} they are the same."

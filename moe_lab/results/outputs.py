@@ -35,12 +35,13 @@ def write(directory: Path, *, with_report: bool = True, plotly: str | None = Non
 
 def say(directory: Path) -> None:
     """Print what to take of a folder of records, and how sure that is: what its report begins with."""
-    from moe_lab.results import aggregate
+    from moe_lab.results import aggregate, search
     from moe_lab.results.answers import answers
 
     tables = aggregate.aggregate(directory)
-    shown = answers(tables.runs, tables.summary).shown
-    take, unsure = ([each for each in shown if each.question == question] for question in ("take", "not sure"))
+    found, _ = search.find(directory, tables.runs)
+    shown = answers(tables.runs, tables.summary, search.sentences(found) if found else ()).shown
+    take, unsure = ([each for each in shown if each.question in of] for of in (("search", "take"), ("not sure",)))
     console = Console(highlight=False)
     for answer in [*take, *unsure[:1]] if take else ():
         style = "bold" if answer in take else "yellow"

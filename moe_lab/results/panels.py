@@ -38,12 +38,22 @@ class Series(NamedTuple):
     """The cell's batch and sequence length, in words."""
 
 
+class Staircase(NamedTuple):
+    """The best of a panel, as a line of steps."""
+
+    name: str
+    at: list[float]
+    value: list[float]
+
+
 class Panel(NamedTuple):
     """One picture of a chart: a setting."""
 
     title: str
     series: list[Series]
     place: Place = NOWHERE
+    best: Staircase | None = None
+    """Of a search, which has its own rule; a `front` has that of its points."""
 
     @property
     def bars(self) -> list[str]:
@@ -145,6 +155,11 @@ def front(panel: Panel) -> tuple[list[float], list[float]]:
         if not best or value < best[-1][1]:
             best.append((at, value))
     return [at for at, _ in best], [value for _, value in best]
+
+
+def staircase(panel: Panel, kind: str) -> Staircase | None:
+    """The line below the points of a panel, in a chart of this kind; None if it has none."""
+    return Staircase("Pareto front", *front(panel)) if kind == "front" else panel.best
 
 
 _STEPS = ((1.2, (1, 2, 3, 5)), (3.5, (1, 2, 5)), (6.5, (1, 3)), (math.inf, (1,)))

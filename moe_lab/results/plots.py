@@ -28,7 +28,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from moe_lab.records.store import own_folder, write_atomic
-from moe_lab.results import aggregate, charts, load
+from moe_lab.results import aggregate, charts, load, search, search_page
 from moe_lab.results.coactivation import given
 from moe_lab.results.look import Look
 from moe_lab.results.panels import (
@@ -41,10 +41,10 @@ from moe_lab.results.panels import (
     Pairs,
     Panel,
     Texts,
-    front,
     is_log,
     log_ticks,
     relative_load,
+    staircase,
 )
 from moe_lab.results.style import phase_style, variant_style
 from moe_lab.results.xy import draw as xy
@@ -73,7 +73,7 @@ def draw(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Drawn:
 
     `runs` and `summary` are those of `aggregate`. A plot of an earlier call that is not drawn now is deleted.
     """
-    all_charts = charts.charts(directory, runs, summary)
+    all_charts = search_page.with_chart(charts.charts(directory, runs, summary), search.find(directory, runs)[0])
     folder = own_folder(directory / "plots")
     left_out, paths = list(all_charts.left_out), []
     for chart in all_charts.drawn:
@@ -273,11 +273,12 @@ def _curves(axes: Axes, panel: Panel, chart: Chart, variants: Sequence[str]) -> 
     if along:
         _bar_names(axes, panel)
     elif chart.kind == "front":
-        axes.step(*front(panel), where="post", color="0.5", linestyle=":", zorder=0)
         _scale(axes, "x", [at for series in panel.series for at in series.at])
     elif chart.kind == "lines":
         places = sorted({at for series in panel.series for at in series.at})
         _scale(axes, "x", places, places)
+    if (best := staircase(panel, chart.kind)) is not None:
+        axes.step(best.at, best.value, where="post", color="0.5", linestyle=":", zorder=0)
     axes.grid(alpha=0.25, linewidth=0.6)
 
 

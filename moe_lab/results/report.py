@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from moe_lab.records.store import LOG, PLAN, write_atomic
-from moe_lab.results import contest, glossary, pareto
+from moe_lab.results import contest, glossary, pareto, search, search_page
 from moe_lab.results.aggregate import Aggregate
 from moe_lab.results.answers import answers
 from moe_lab.results.cards import BITS as BITS_COLUMNS
@@ -85,7 +85,8 @@ def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> P
     runs, summary, unreadable = aggregate
     plan, plan_error = _plan(directory)
     plotly = plotly or plan.plotly
-    all_charts = charts(directory, runs, summary)
+    searched, search_error = search.find(directory, runs)
+    all_charts = search_page.with_chart(charts(directory, runs, summary), searched)
     drawn, too_large = _pictures(directory, all_charts) if plotly == "none" else figures(all_charts)
     package = files("moe_lab.results")
     page = _template().render(
@@ -93,7 +94,8 @@ def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> P
         js=(package / "report.js").read_text(encoding="utf-8"),
         title=plan.name or directory.resolve().name,
         facts=facts(directory, runs, plan, sorted(summary["anchor"].dropna().unique())),
-        answers=answers(runs, summary),
+        answers=answers(runs, summary, search.sentences(searched) if searched else ()),
+        search=search_page.table(searched) if searched else None,
         fronts=_fronts(runs, summary),
         terms=glossary.TERMS,
         verdicts=_by_group(summary),
@@ -104,7 +106,7 @@ def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> P
         routers=cards(runs),
         ranks=RANKS,
         floor="agreement.reference" in runs and runs["agreement.reference"].notna().any(),
-        left_out=all_charts.left_out + too_large,
+        left_out=all_charts.left_out + too_large + ([search_error] if search_error else []),
         table=_table(runs, plan.compare),
         problems=_problems(directory, runs),
         exports=_exports(directory, runs),

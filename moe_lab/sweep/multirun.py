@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from moe_lab.config import checks, entries, many_compositions
 from moe_lab.config.unread import key_of
 from moe_lab.errors import UnavailableError
-from moe_lab.records import files, store
+from moe_lab.records import files, store, variants
 from moe_lab.records.schema import NOT_ENDED, Record
 from moe_lab.sweep import places, session
 from moe_lab.sweep import plan as planning
@@ -71,12 +71,22 @@ class Multirun:
 
     def run(self, job_overrides: Sequence[Sequence[str]], first_number: int) -> list[float]:
         """Plan and run the jobs; the median latency of each (ms), NaN where there is none."""
+        added = self.prepare(job_overrides, first_number)
+        records = self.execute(added)
+        return [_p50(records.get(cell_id)) for cell_id in added.jobs]
+
+    def prepare(self, job_overrides: Sequence[Sequence[str]], first_number: int, how: str | None = None) -> Plan:
+        """Plan the jobs and write the plan of all so far; `how` they are run is said in the line about them."""
         added = self._make(self.composer.jobs(job_overrides, first_number), is_first=self.plan is None)
         self.plan = added if self.plan is None else _joined(self.plan, added)
         session.write_plan(self.plan)
-        self.progress.announce(self.plan)
+        self.progress.announce(self.plan, how)
         if added.to_run():
             self.outbox.begin(self.progress.say)
+        return added
+
+    def execute(self, added: Plan) -> dict[str, Record]:
+        """Run what was prepared; the records of its cells."""
         if self.pool is not None:
             from moe_lab.sweep import spread
 
@@ -84,8 +94,7 @@ class Multirun:
             done = spread.execute(added, self.pool, self.progress)
         else:
             done = session.execute(added, self.engine, self.progress, self.outbox)
-        records = {record.cell_id: record for record in done}
-        return [_p50(records.get(cell_id)) for cell_id in added.jobs]
+        return {record.cell_id: record for record in done}
 
     def announce(self, how: str) -> None:
         """Plan only: another launcher runs the jobs, `how` says in what way."""
@@ -176,7 +185,7 @@ class JobComposer:
         self.typed = {key_of(override) for override in config.hydra.overrides.task}
         """The keys that the person set, not an experiment."""
         if entries.KEY in self.typed:
-            self.typed |= entries.keys_of(entries.overrides_of(config.sweep.variants))
+            self.typed |= entries.keys_of(entries.overrides_of(config.sweep.variants, may_have_axes=True))
 
     def _remember(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         composed = self._compose(master_config, sweep_overrides)
@@ -227,9 +236,9 @@ def expand(loader: ConfigLoader, config: DictConfig) -> list[list[str]]:
             is set elsewhere.
     """
     require_cells(loader, config)
-    variants, axes = _spanned_by(loader, config)
+    chosen, axes = spanned_by(loader, config)
     (jobs,) = BasicSweeper.split_arguments(axes, max_batch_size=None)
-    return [[*entry, *job] for entry in variants or [[]] for job in jobs]
+    return [[*entry, *job] for entry in chosen or [[]] for job in jobs]
 
 
 def require_cells(loader: ConfigLoader, config: DictConfig) -> None:
@@ -239,7 +248,7 @@ def require_cells(loader: ConfigLoader, config: DictConfig) -> None:
     """
     if not str(config.hydra.sweeper._target_).endswith((".BasicSweeper", ".MoeLabSweeper")):
         return
-    variants, overrides = _spanned_by(loader, config)
+    chosen, overrides = spanned_by(loader, config)
     swept = [override for override in overrides if override.is_sweep_override()]
     for axis in swept:
         value = axis.value()
@@ -257,7 +266,7 @@ def require_cells(loader: ConfigLoader, config: DictConfig) -> None:
         if not length:
             known = f"moe-lab list {key} shows the options" if isinstance(axis.value(), Glob) else f"write {key}=A,B"
             raise ValueError(f"{axis.input_line}: no value matches, so the sweep has no cell; {known}.")
-    axes = [*([(entries.KEY, len(variants))] if variants else []), *axes]
+    axes = [*([(entries.KEY, len(chosen))] if chosen else []), *axes]
     if config.sweep.max_cells < 1:
         raise ValueError(f"sweep.max_cells={config.sweep.max_cells}: must be a number >= 1.")
     n_cells, most = math.prod(length for _, length in axes), config.sweep.max_cells
@@ -269,13 +278,16 @@ def require_cells(loader: ConfigLoader, config: DictConfig) -> None:
         )
 
 
-def _spanned_by(loader: ConfigLoader, config: DictConfig) -> tuple[list[list[str]], list[Override]]:
+def spanned_by(
+    loader: ConfigLoader, config: DictConfig, *, may_have_axes: bool = False
+) -> tuple[list[list[str]], list[Override]]:
     """The entries of `sweep.variants`, and the other overrides, axes among them.
 
     What is typed holds: entries over the axis of an experiment that is a key of all of them, and a key over all entries
-    of an experiment if all of them set it.
+    of an experiment if all of them set it. In a search the entries may have axes too.
     """
-    variants, typed = entries.overrides_of(config.sweep.variants), list(config.hydra.overrides.task)
+    chosen = entries.overrides_of(config.sweep.variants, may_have_axes=may_have_axes)
+    typed = list(config.hydra.overrides.task)
     others = {}
     for override in _overrides(loader, config):
         line = str(override.input_line)
@@ -283,13 +295,13 @@ def _spanned_by(loader: ConfigLoader, config: DictConfig) -> tuple[list[list[str
             others[override.get_key_element()] = override
         elif override.is_sweep_override() or line not in typed:
             raise ValueError(f"{line}: not an axis; type one list of entries, or write it in a YAML file under sweep.")
-    in_all = set.intersection(*(entries.keys_of([entry]) for entry in variants or [[]]))
+    in_all = set.intersection(*(entries.keys_of([entry]) for entry in chosen or [[]]))
     if entries.KEY in (typed_keys := {key_of(line) for line in typed}):
         others = {k: o for k, o in others.items() if o.input_line in typed or key_of(str(o.input_line)) not in in_all}
     elif in_all & typed_keys:
-        variants = []
-    entries.refuse_keys_given_twice(variants, list(others.values()))
-    return variants, list(others.values())
+        chosen = []
+    entries.refuse_keys_given_twice(chosen, list(others.values()))
+    return chosen, list(others.values())
 
 
 def _overrides(loader: ConfigLoader, config: DictConfig) -> list[Override]:
@@ -309,10 +321,17 @@ def _length(axis: Override) -> int:
 
 
 def _joined(before: Plan, added: Plan) -> Plan:
-    """A sweeper that optimises launches several batches."""
+    """A sweeper that optimises launches several batches: what was to run has run, and all have names of one kind."""
+    for cell in before.to_run():
+        record = store.find_record(cell.directory)
+        if record is not None:
+            cell.status, cell.is_ok = "done", record.status == "ok"
     known = {cell.cell_id for cell in before.cells}
     before.cells += [cell for cell in added.cells if cell.cell_id not in known]
     before.n_equal += added.n_equal
+    contents = [cell.content for cell in before.cells]
+    for cell, label in zip(before.cells, variants.labels(contents, before.sweep["compare"]), strict=True):
+        cell.variant = label
     return before
 
 

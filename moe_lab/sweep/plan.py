@@ -107,6 +107,8 @@ class Plan:
     """Whether a cell compiles the extension first."""
     without_effect: list[str] = field(default_factory=list)
     """What was asked for and matches no cell, a line each."""
+    note: str = ""
+    """What is to be said of the cells, in a line."""
 
     def matching(self, partial: Mapping[str, Any], or_excluded: bool = False) -> list[Cell]:
         """The cells that a partial configuration matches."""

@@ -17,7 +17,7 @@ from tests.conftest import needs_cxx
 CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("**/*.yaml"))
 # _base: no options; analyze is another root (tests/analyses/test_analyze.py).
-OPTIONS = [option for option in OPTIONS if not option.startswith(("_", "analy")) and option != "config"]
+OPTIONS = [option for option in OPTIONS if not option.startswith(("_", "analy", "hydra")) and option != "config"]
 ROUTERS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
 EXPERTS = sorted(path.stem for path in (CONF / "experts").glob("*.yaml"))
 UNAVAILABLE = {("moe_layer", "hash"), ("moe_layer", "lookahead")}

@@ -447,6 +447,7 @@ CELL_IDS = {
     "prune": "3c7415804e4f",
     "quantize": "3c7415804e4f",
     "routing_quality": "4bfc0cbb9078",
+    "search_router": "d34d3ba716cd",
     "sinkhorn_kernels": "b97993aa6512",
     "speculation": "9148daa56c3d",
 }
@@ -462,7 +463,8 @@ and say so in CHANGELOG.md.
 def test_cells_keep_their_ids(experiment: str) -> None:
     """On every machine and in every folder: the paths name what is not there, so their names count."""
     on_files = (
-        "decode", "fitted_load", "mock_vs_text", "prune", "quality_speed", "quantize", "router_swap", "speculation",
+        "decode", "fitted_load", "mock_vs_text", "prune", "quality_speed", "quantize", "router_swap", "search_router",
+        "speculation",
     )  # fmt: skip
     paths = ["model.path=no-model", "workload.path=no-text"] if experiment in on_files else []
     assert cell_id(moe_lab.compose([f"experiment={experiment}", "device=cpu", *paths])) == CELL_IDS[experiment]

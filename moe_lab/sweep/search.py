@@ -1,0 +1,247 @@
+"""A search: batches of trials through the same plan, lock, resume and worker as every sweep.
+
+A batch is the default, which is the configuration without what is searched, and the trials asked for at once. The
+default is done after the first batch and runs along in the others, so every trial has a ratio to it from the same
+rounds. `search.json` is written before a batch runs, with the trials and no results (`records/search.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from moe_lab.config.hydra_patches import SEARCHER
+from moe_lab.config.unread import key_of
+from moe_lab.errors import UnavailableError, nearest
+from moe_lab.records import identity
+from moe_lab.records import search as searches
+from moe_lab.records.schema import Record
+from moe_lab.records.search import DIRECTIONS, FILE, RATIO, Constraint, Objective, Outcome, Search, Trial
+from moe_lab.sweep import space as spaces
+from moe_lab.sweep.multirun import JobComposer, Multirun, spanned_by
+from moe_lab.sweep.plan import Plan
+from moe_lab.sweep.space import Space
+
+_NAME = "hydra/sweeper=moe_lab_optuna"
+_NODE = "hydra.sweeper"
+_SAMPLERS = ("tpe", "nsga2", "random")
+_LACKS = "the record has no "
+
+
+class Asked(NamedTuple):
+    """What a configuration asks for."""
+
+    space: Space
+    fixed: list[str]
+    """The overrides of every trial, and of the default."""
+    search: Search
+    n_trials: int
+    n_jobs: int
+
+    def job(self, trial: Trial) -> list[str]:
+        """The overrides of a trial's cell."""
+        return [*self.fixed, *trial.overrides]
+
+
+def is_search(config: DictConfig) -> bool:
+    """Whether a master configuration asks for a search."""
+    return bool(config.hydra.sweeper._target_ == SEARCHER)
+
+
+def read(loader: ConfigLoader, config: DictConfig) -> Asked:
+    """The search that a master configuration asks for.
+
+    Raises:
+        ValueError: a mistake in it.
+        UnavailableError: Optuna is not installed.
+    """
+    if importlib.util.find_spec("optuna") is None:
+        raise UnavailableError(f"{_NAME} needs Optuna; run pip install 'moe-lab[search]'.")
+    node: Any = OmegaConf.to_container(config.hydra.sweeper)
+    if node["sampler"] not in _SAMPLERS:
+        near = nearest(str(node["sampler"]), _SAMPLERS)
+        raise ValueError(f"{_NODE}.sampler={node['sampler']}: must be one of {', '.join(_SAMPLERS)}.{near}")
+    for key, least in (("n_trials", 1), ("n_jobs", 1), ("population", 2), ("seed", 0)):
+        if node[key] < least:
+            raise ValueError(f"{_NODE}.{key}={node[key]}: must be a number >= {least}.")
+    if config.sweep.anchor is not None:
+        raise ValueError("sweep.anchor: has no effect in a search, which compares with the default; remove it.")
+    variants, overrides = spanned_by(loader, config, may_have_axes=True)
+    parser = OverridesParser.create(config_loader=loader)
+    space, fixed = spaces.of([parser.parse_overrides(entry) for entry in variants], overrides)
+    search = Search(
+        objectives=_objectives(node["objectives"]),
+        constraints=_constraints(node["constraints"]),
+        space=space.lines(),
+        sampler=node["sampler"],
+        population=node["population"],
+        seed=node["seed"],
+    )
+    _require_ratios(search, space, config.sweep)
+    return Asked(space, fixed, search, node["n_trials"], node["n_jobs"])
+
+
+def _objectives(lines: Sequence[str]) -> list[Objective]:
+    place = f"{_NODE}.objectives"
+    if not 1 <= len(lines) <= 2:
+        raise ValueError(f"{place}: these are {len(lines)}; write one or two, such as [minimize latency_ms].")
+    found = []
+    for line in lines:
+        direction, _, name = line.strip().partition(" ")
+        if direction not in DIRECTIONS or not name.strip():
+            near = nearest(direction, DIRECTIONS)
+            raise ValueError(f"{place}: {line}: must be {' or '.join(DIRECTIONS)}, and a column.{near}")
+        found.append(Objective(searches.column(name.strip(), place), direction))
+    if len({one.column for one in found}) < len(found):
+        raise ValueError(f"{place}: {found[0].column} stands twice; remove one.")
+    return found
+
+
+def _constraints(node: Any) -> list[Constraint]:
+    place = f"{_NODE}.constraints"
+    if not isinstance(node, dict | None):
+        raise ValueError(f"{place}={node}: must be columns and their limits, such as {{peak_mb: {{max: 500}}}}.")
+    found = []
+    for name, limits in (node or {}).items():
+        is_read = isinstance(limits, dict) and limits and limits.keys() <= {"min", "max"}
+        if not is_read or any(isinstance(end, bool) or not isinstance(end, int | float) for end in limits.values()):
+            raise ValueError(f"{place}: {name}: {limits}: must be limits, such as {{max: 2.0}} or {{min: 1, max: 2}}.")
+        ends = {end: float(value) for end, value in limits.items()}
+        found.append(Constraint(searches.column(name, place), **ends))
+    return found
+
+
+def _require_ratios(search: Search, space: Space, sweep: DictConfig) -> None:
+    """Raise `ValueError` if a ratio to the default is asked for and trials are not timed beside it."""
+    if RATIO not in search.columns:
+        return
+    if not sweep.interleave:
+        raise ValueError(f"{RATIO}: there is none with sweep.interleave=false; set it to true.")
+    groups = {key_of(key).partition(".")[0] for key in space.searched()}
+    if apart := sorted(groups - set(sweep.compare)):
+        compare = ",".join([*sweep.compare, *apart])
+        raise ValueError(
+            f"{RATIO}: {apart[0]} is searched and not compared, so trials are not timed beside the default; "
+            f"set sweep.compare=[{compare}] (groups only), or use latency_ms."
+        )
+
+
+def begin(composer: JobComposer, directory: Path) -> tuple[Asked, Search]:
+    """What a multirun is asked to search, and the search in its folder. Raises as `read`, and as `run`."""
+    asked = read(composer.loader, composer.config)
+    composer.typed -= {key_of(key) for key in asked.space.searched()}  # one may have no effect in a first batch
+    ((default, *_),) = composer.jobs([asked.fixed])
+    return asked, _journal(directory, replace(asked.search, default=identity.cell_id(default)))
+
+
+def known_jobs(composer: JobComposer, directory: Path) -> tuple[list[list[str]], str]:
+    """The jobs before anything runs, and what to say of them: the default, and the trials so far or a first batch."""
+    from moe_lab.sweep.study import Study
+
+    asked, search = begin(composer, directory)
+    overrides = [trial.overrides for trial in search.trials]
+    if not overrides:
+        choices = Study(asked.space, search).ask(min(asked.n_jobs, asked.n_trials))
+        overrides = [choice.overrides for choice in choices]
+    size = "" if asked.space.size is None else f", from {asked.space.size:,} combinations"
+    note = f"a search: the default and {len(overrides)} of {asked.n_trials} trials{size}; results choose the others"
+    return [asked.fixed, *([*asked.fixed, *one] for one in overrides)], note
+
+
+def run(this: Multirun) -> None:
+    """Run a search in the folder of a multirun, or continue the one that is there.
+
+    Raises:
+        ValueError: a mistake in it; a search over something else in the folder; an objective that no trial records.
+        UnavailableError: Optuna is not installed.
+        OSError: a record cannot be written.
+        KeyboardInterrupt: Ctrl-C, after what was there was written.
+    """
+    from moe_lab.sweep.study import Study
+
+    asked, search = begin(this.composer, this.directory)
+    study = Study(asked.space, asked.search)
+    if search.trials:
+        search, outcomes, goes_on = _run(this, asked, search, search.trials, "of the trials so far")
+        _require_values(outcomes, this.directory)
+        for _, batch in groupby(search.trials, key=lambda trial: trial.batch):
+            trials = list(batch)
+            study.repeat(trials)
+            study.tell([outcomes[trial.number] for trial in trials])
+        if not goes_on:
+            return
+    while (n := min(asked.n_jobs, asked.n_trials - len(search.trials))) > 0:
+        first, number = len(search.trials), search.trials[-1].batch + 1 if search.trials else 0
+        choices = study.ask(n)
+        if not choices:
+            this.progress.say(f"search: the space is exhausted, no combination is left beside the {first} tried")
+            return
+        trials = [Trial(first + at, number, choice.params, choice.overrides) for at, choice in enumerate(choices)]
+        last = first + len(trials)
+        which = f"trial {last}" if len(trials) == 1 else f"trials {first + 1} to {last}"
+        how = f"{which} of {asked.n_trials}"
+        search, outcomes, goes_on = _run(this, asked, search, trials, how)
+        if number == 0:
+            _require_values(outcomes, this.directory)
+        study.tell(outcomes)
+        if not goes_on:
+            return
+
+
+def _run(
+    this: Multirun, asked: Asked, search: Search, trials: Sequence[Trial], how: str
+) -> tuple[Search, list[Outcome], bool]:
+    """Run a batch, or the trials of an earlier session. Also returns whether the search goes on behind it."""
+    before = search.trials[: trials[0].number]
+    added = this.prepare([asked.fixed, *map(asked.job, trials)], len(before), f", {how}")
+    cell_ids = added.jobs[1:]
+    known = [replace(trial, cell_id=cell_id) for trial, cell_id in zip(trials, cell_ids, strict=True)]
+    search = replace(search, trials=[*before, *known])
+    search.write(this.directory)
+    records = this.execute(added)
+    return search, [_outcome(search, records.get(cell_id)) for cell_id in cell_ids], _goes_on(added, records)
+
+
+def _outcome(search: Search, record: Record | None) -> Outcome:
+    return search.outcome(None if record is None else searches.row_of(record))
+
+
+def _goes_on(added: Plan, records: dict[str, Record]) -> bool:
+    is_failed = any(record.status == "failed" for record in records.values())
+    return not (added.sweep["fail_fast"] and is_failed)
+
+
+def _require_values(outcomes: Sequence[Outcome], directory: Path) -> None:
+    """Raise `ValueError` if trials ran and none has a value that is asked for; their records are kept."""
+    lacking = {outcome.reason for outcome in outcomes if (outcome.reason or "").startswith(_LACKS)}
+    if lacking and not any(outcome.values for outcome in outcomes):
+        (directory / FILE).unlink()  # so that it can be begun again with another column
+        column = sorted(map(str, lacking))[0].removeprefix(_LACKS)
+        hint = "needs workload=text and a checkpoint" if column.startswith("quality.") else "choose another column"
+        raise ValueError(f"{_NODE}: no trial has recorded {column}; {hint}.")
+
+
+def _journal(directory: Path, asked: Search) -> Search:
+    """The search that is in the folder, or this one without a trial."""
+    try:
+        found = searches.read(directory)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{directory / FILE}: cannot be read ({error}); use another sweep.name.") from error
+    if found is None:
+        return asked
+    for key in ("default", "objectives", "constraints", "space", "sampler", "population", "seed"):
+        mine, theirs = getattr(asked, key), getattr(found, key)
+        if mine != theirs:
+            raise ValueError(
+                f"{directory}: the search there differs in {key}, and a search goes on as it began; "
+                "give this one a name of its own: sweep.name=NAME."
+            )
+    return found
