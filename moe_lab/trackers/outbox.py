@@ -107,6 +107,8 @@ class Outbox:
                 for folder, cell in list(left.items()):
                     if (refused := sender.reply()) is None:
                         notes.add(folder, *place, cell.content)
+                    else:
+                        say(f"{NOT_SENT}{recipient.name}: {cell.name}: {refused}")
                     _set_warning(folder, recipient.name, refused)
                     del left[folder]
                 if files is not None:

@@ -128,8 +128,9 @@ def _tried(step: Any, argument: Any) -> str | None:
         step(argument)
     except Exception as error:
         traceback.print_exception(error)  # into the log
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {re.sub(r'//[^/@ ]*@', '//', lines[0])[:300]}"  # no password of an address
+        line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        line = re.sub("//[^/@ ]*@", "//", line)  # no password of an address: it will stand in a record
+        return f"{type(error).__name__}: {line[:300]}"
     return None
 
 

@@ -34,6 +34,8 @@ class Wandb:
         """See `Tracker.begin`."""
         import wandb
 
+        if self._settings["mode"] == "online":
+            wandb.login()  # raises without a key; asks nobody, for there is no terminal
         store.own_folder(self._dir / "wandb")
         self._wandb = wandb
         self._sweep = sweep

@@ -132,6 +132,7 @@ def test_a_record_that_a_tracker_refuses_holds_up_no_other(tmp_path: Path) -> No
     sweep.outbox("mlflow").send(sweep.cells, sweep.say)
     assert [len(texts) for texts in sweep.warnings()] == [0, 1, 0]
     assert "MlflowException" in sweep.warnings()[1][0]
+    assert len(sweep.said) == 1 and "MlflowException" in sweep.said[0]
     assert "Traceback" in (sweep.directory / store.TRACKERS_LOG).read_text()
     seen = {one.cell_id for one in readers.of("mlflow", tmp_path) if "record.json" in one.files}
     assert seen == set(sweep.cell_ids()) - {record.cell_id}
@@ -169,6 +170,18 @@ def test_a_tracker_that_hangs_costs_its_time_limit(name: str, monkeypatch: pytes
     assert [len(texts) for texts in sweep.warnings()] == [1, 1]
     assert [limit for limit, _ in waited].count(2.0) <= 2  # begin, and for W&B the first cell
     assert not any(notes.is_sent(folder, name, "", "") for folder in sweep.cells)
+
+
+@pytest.mark.slow
+def test_an_account_that_is_not_there_is_said_at_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Before a cell runs; nobody is asked for a key."""
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where wandb login leaves it
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    sweep = Sweep(tmp_path, 1)
+    sweep.outbox("wandb", mode="online").begin(sweep.say)
+    assert len(sweep.said) == 1 and "wandb login" in sweep.said[0]
 
 
 @pytest.mark.slow
