@@ -47,6 +47,10 @@ class Filtered:
 class Console(rich.console.Console):
     """rich's console for text from anywhere."""
 
+    def __init__(self, **options: Any):
+        # In a notebook rich would display a piece of HTML for each line, in place of writing to the stream.
+        super().__init__(force_jupyter=False, **options)
+
     @property
     def file(self) -> IO[str]:
         """The stream itself: while a progress bar is shown, rich has put one of its own before `Filtered`."""

@@ -52,6 +52,8 @@ def test_first_look_shows_what_it_says(executed: Any) -> None:
     bar, table = shown(executed, "sweep = moe_lab.multirun", "text/html")
     assert re.match(r'<progress value="6" max="6"></progress> <code>6/6 ', bar)
     assert table.count("<tr>") == 7 and "ratio [interval]" in table
+    (text,) = [text for text in shown(executed, "sweep = moe_lab.multirun", "text/plain") if "variant" in text]
+    assert len(re.findall(r"^(?:torch|sinkhorn) ", text, re.MULTILINE)) == 6  # what a notebook without HTML shows
     (frame,) = shown(executed, "runs = moe_lab.load", "text/html")
     assert "ratio_to_anchor.p50" in frame
     (figure,) = shown(executed, "plots.xy(", "image/svg+xml")
