@@ -20,7 +20,7 @@ AS_NEWEST, LEFT_OUT = ("torch", "triton"), ("transformers",)
 
 
 def oldest(project: dict[str, Any], constraints: str) -> list[str]:
-    """A line `name==version` for each requirement; a name alone where neither file knows a version.
+    """A line `name==version` for each requirement; the requirement itself where neither file knows a version.
 
     Args:
         project: the table `project` of pyproject.toml.
@@ -35,8 +35,8 @@ def oldest(project: dict[str, Any], constraints: str) -> list[str]:
         lower = [one.version for one in requirement.specifier if one.operator in (">=", "==")]
         if lower and name not in AS_NEWEST:
             lines[name] = f"{requirement.name}=={lower[0]}"
-        elif name not in AS_NEWEST or name in newest:
-            lines[name] = newest.get(name, requirement.name)
+        else:
+            lines[name] = newest.get(name, text)
     return [line for name, line in sorted(lines.items()) if name not in LEFT_OUT]
 
 
