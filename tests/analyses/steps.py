@@ -22,7 +22,8 @@ def write(
 ) -> str:
     """The record of a step; `ratio`: to the anchor of that cell_id, with an interval of a tenth to each side."""
     cell_id = f"{batch:04d}{window:04d}{load == 'replay':d}{seed:03d}"
-    folder = folder / f"{cell_id}{more.get('status', '')}"
+    which = "" if (load, seed) == ("native", 0) else f"-{load}-{seed}"
+    folder = folder / f"{batch}-{window}{which}{more.get('status', '')}"
     folder.mkdir(parents=True)
     config = {"batch": batch, "seed": seed, "workload": {"phase": "decode", "window": window, "load": load}}
     latency = Latency(n=9, mean=ms, p50=ms, p90=ms, p99=ms, ci95_low=ms, ci95_high=ms, stable=True)

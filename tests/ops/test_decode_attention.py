@@ -356,8 +356,8 @@ FEW = pytest.mark.parametrize(
 
 
 @FEW
-@pytest.mark.parametrize("window", [pytest.param(w, id=f"window={w}") for w in (None, 1, 5, 130)])
-@pytest.mark.parametrize("position", [pytest.param(p, id=f"from {p}") for p in (0, 125, 150)])
+@pytest.mark.parametrize("window", [pytest.param(w, id=f"window={w}") for w in (None, 5)])
+@pytest.mark.parametrize("position", [pytest.param(p, id=f"from {p}") for p in (0, 125)])
 @DTYPES
 def test_each_of_a_few_tokens_attends_up_to_itself(
     B: int, S: int, H: int, H_KV: int, d: int, position: int, window: int | None, dtype: torch.dtype,

@@ -96,6 +96,7 @@ def test_a_tracker_that_failed_is_a_warning_in_each_row_until_it_has_them(tmp_pa
 
 def test_what_a_found_folder_says_means_nothing_to_a_tracker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A key or a cell_id of somebody else's making is replaced, and files behind links are not sent."""
+    pytest.importorskip("tensorboard")
     sweep = Sweep(tmp_path, 1)
     record = store.read_record(sweep.cells[0])
     record.cell_id = "x' or tags.y != '*"
