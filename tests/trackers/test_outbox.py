@@ -42,6 +42,7 @@ def test_nothing_is_started_without_a_tracker_or_anything_to_send(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """And nothing is written."""
+    pytest.importorskip("tensorboard")
     sweep = Sweep(tmp_path)
     before = sorted(path.name for path in sweep.directory.iterdir())
     monkeypatch.setattr(Sender, "__enter__", lambda *_: pytest.fail("started"))
