@@ -30,8 +30,10 @@ Part = tuple[Counts, np.ndarray]
 
 
 def capacities(cfg: Mapping[str, Any], layers: Sequence[Layer]) -> list[int]:
-    """Those asked for, or eighths of the experts of a layer."""
+    """Those asked for, or eighths of the experts of a layer. Raises `ValueError` for more than a layer has."""
     E = max(layer.n_experts for layer in layers)
+    if (most := max(cfg["capacity"] or [1])) > E:
+        raise ValueError(f"expert_cache.capacity={most}: a layer has {E} experts; give at most as many.")
     return sorted(set(cfg["capacity"] or [max(E * eighths // 8, 1) for eighths in range(1, 8)]))
 
 

@@ -161,11 +161,12 @@ def _sentences(
     best = real.loc[real["hit_rate"].idxmax()]
     rate = percent(best["hit_rate"], _number(best["hit_rate_ci95_low"]), _number(best["hit_rate_ci95_high"]))
     fitted = " (fitted on the other parts of the trace)" if best.name == "static" else ""
+    prefetch = "" if best["prefetch"] == "none" else f" and a prefetch by {best['prefetch']}"
     cache = f"A cache of {capacity} of {E} experts a layer"
     if is_shared:
         cache = f"One cache of {best['experts_held']} of {in_all(E, layers)} experts, which all layers share,"
     sentences = [
-        f"{cache} holds {rate} of the experts that a token uses, with {best.name}{fitted}, the best of "
+        f"{cache} holds {rate} of the experts that a token uses, with {best.name}{fitted}{prefetch}, the best of "
         f"{', '.join(real.index)}."
     ]
     gaps = []
@@ -178,14 +179,14 @@ def _sentences(
         gaps.append(f"a static choice that knows the text itself has {gain:+.1f} points over one that does not")
     if gaps:
         sentences.append(f"At that capacity {'; '.join(gaps)}.")
-    if is_shared:
-        return sentences + _shared_sentences(here, best)
     if best["mb_per_token"] == best["mb_per_token"]:
         time = ""
         if cfg["gb_per_s"] is not None:
             rates = f"at {cfg['gb_per_s']:.3g} GB/s, with {cfg['compute_ms']:.3g} ms of computation"
             time = f": {best['ms_per_token']:.3g} ms {rates}"
-        sentences.append(f"Its misses load {best['mb_per_token']:.3g} MB for a token{time}.")
+        sentences.append(f"It loads {best['mb_per_token']:.3g} MB for a token{time}.")
+    if is_shared:
+        return sentences + _shared_sentences(here, best)
     same = table[(table["policy"] == best.name) & (table["capacity"] == capacity)]
     others = same[(same["part"] == "all") & (same["prefetch"] != best["prefetch"])]
     if len(others) and best["prefetch"] == "none":

@@ -25,6 +25,7 @@ from moe_lab.results.spreadsheet import guarded
 from moe_lab.results.style import variant_style
 
 PAGE = "analysis.html"
+_WRITTEN = ".written"  # the names of the files, for the next analysis into the same folder
 _ROWS = 60  # of a table on the page; its file has all
 
 
@@ -38,10 +39,11 @@ def write(
         missing: a sentence for everything that is not in it.
     """
     own_folder(folder)
-    sections = []
+    sections, written = [], {PAGE}
     for findings in found:
         for name, table in findings.tables.items():
             plain = table.map(lambda value: guarded(value) if isinstance(value, str) else value)
+            written |= {f"{name}.csv", f"{name}.parquet"}
             write_atomic(folder / f"{name}.csv", plain.to_csv(index=False).encode())
             buffer = io.BytesIO()
             table.to_parquet(buffer, index=False)
@@ -50,6 +52,7 @@ def write(
         for plot in findings.plots:
             figure = draw(plot)
             for kind in ("png", "svg"):
+                written.add(f"{plot.name}.{kind}")
                 write_atomic(folder / f"{plot.name}.{kind}", _bytes(figure, kind))
             source = "data:image/png;base64," + b64encode((folder / f"{plot.name}.png").read_bytes()).decode()
             pictures.append({"title": plot.title, "source": source})
@@ -70,7 +73,18 @@ def write(
         missing=missing,
     )
     write_atomic(folder / PAGE, html.encode(errors="replace"))
+    _forget_others(folder, written)
     return folder / PAGE
+
+
+def _forget_others(folder: Path, written: set[str]) -> None:
+    """Remove what an earlier analysis wrote here, and this one did not."""
+    names = folder / _WRITTEN
+    before = set(names.read_text().splitlines()) if names.is_file() and not names.is_symlink() else set()
+    for name in before - written:
+        if name and Path(name).name == name:
+            (folder / name).unlink(missing_ok=True)
+    write_atomic(names, "\n".join(sorted(written)).encode())
 
 
 def facts(trace: Trace, view: View, settings: Mapping[str, Any]) -> list[tuple[str, str]]:

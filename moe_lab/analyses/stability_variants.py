@@ -7,7 +7,7 @@ The numbers of each variant against the first configuration (runs/stability.py h
     changed         share of the tokens with other experts in at least one layer; by layer, in this one
     first_change    share of the tokens whose first changed layer this is (R3, 2510.11370)
     near_ties       of the tokens with a change the share whose first change is a near-tie; the others are more than
-                    rounding
+                    rounding; None where the routers choose by something else than the largest of a softmax
     argmax_changed  share of the tokens with another likeliest next token
     kl_nats         mean KL(first || variant) of the next token's distributions
 
@@ -76,7 +76,7 @@ def _row(of: Compared, layers: Sequence[Layer], seq_len: int) -> dict[str, Any]:
         **columns("changed", ratio_of_sums(any_W, tokens_W, (0.0, 1.0))),
         "changed_tokens": int(any_W.sum()),
         "first_changed_layer": layers[int(first_L.argmax())].layer if first_L.any() else None,
-        "near_ties": of.near_W.sum() / any_W.sum() if any_W.any() else None,
+        "near_ties": of.near_W.sum() / any_W.sum() if of.near_W is not None and any_W.any() else None,
         **columns("argmax_changed", ratio_of_sums(of.argmax_W, tokens_W, (0.0, 1.0))),
         **columns("kl_nats", ratio_of_sums(of.kl_W, tokens_W, (0.0, math.inf))),
         "implementation": shown(of.implementation),
@@ -137,12 +137,12 @@ def _sentence(row: Mapping[str, Any]) -> str:
         ends = [row[f"{key}_ci95_{end}"] for end in ("low", "high")]
         return percent(row[key], *(None if pd.isna(end) else end for end in ends))
 
+    near = "" if row["near_ties"] is None else f" ({percent(row['near_ties'])} of the first changes are near-ties)"
     changes = "no token uses other experts"
     if row["changed_tokens"]:
         changes = (
             f"{share('changed')} of the tokens use other experts in at least one layer, most often first in layer "
-            f"{row['first_changed_layer']:.0f} ({percent(row['near_ties'])} of the first changes are near-ties); "
-            f"{share('same')} of the experts are the same"
+            f"{row['first_changed_layer']:.0f}{near}; {share('same')} of the experts are the same"
         )
     kl = "the KL is not finite" if row["kl_nats"] is None else f"KL {row['kl_nats']:.2g} nats"
     return (

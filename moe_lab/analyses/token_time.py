@@ -26,6 +26,8 @@ def rates(cfg: Mapping[str, Any]) -> dict[str, float | None]:
     for number, measured in (("gb_per_s", "rates"), ("compute_ms", "decode_run")):
         if cfg[number] is not None and cfg[measured] is not None:
             raise ValueError(f"expert_cache.{measured}: expert_cache.{number} is given too; leave one of them out.")
+    if cfg["link"] != LINKS[0] and cfg["rates"] is None:
+        raise ValueError(f"expert_cache.link={cfg['link']}: has no effect without expert_cache.rates (a file).")
     gb_per_s = cfg["gb_per_s"] if cfg["rates"] is None else _of_file(Path(cfg["rates"]), cfg["link"])
     compute_ms = cfg["compute_ms"] if cfg["decode_run"] is None else _of_run(Path(cfg["decode_run"]))
     if (gb_per_s is None) != (compute_ms is None):
@@ -46,7 +48,10 @@ def _of_file(path: Path, link: str) -> float:
             "--json > FILE."
         ) from error
     if value is None:
-        raise ValueError(f"expert_cache.rates={path}: {link} was not measured there: {reason}.")
+        raise ValueError(
+            f"expert_cache.rates={path}: {link} was not measured there: {reason}; choose another expert_cache.link, or "
+            "give expert_cache.gb_per_s."
+        )
     if not (isinstance(value, int | float) and 0 < value < math.inf):
         raise ValueError(f"expert_cache.rates={path}: {link} is {value!r}; must be a number > 0 (GB/s).")
     return float(value)

@@ -99,8 +99,11 @@ def _compare(first_cfg: DictConfig, variants: Mapping[str, DictConfig], n_tokens
     seq_len = first.windows.ids_WS.shape[1]
     findings = stability_variants.conclude(found, first.layers, seq_len)
     source = source_of(first.cfg, first.model)
-    of_first = {name: str(source[name]) for name in ("model", "dtype", "batch")}
-    of_first |= build.implementation(first.cfg, first.model, first.device)
+    of_first = {
+        name: str(source[name]) for name in ("model", "router", "weight_changes", "dtype", "batch") if source[name]
+    }
+    ran = build.implementation(first.cfg, first.model, first.device)
+    of_first |= {"device": str(first.device), **{f"{part} by": by for part, by in ran.items()}}
     tokens = f"{first.n_windows * seq_len:,} tokens in {first.n_windows:,} windows, on which intervals rest"
     names = first.windows.names
     texts = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")

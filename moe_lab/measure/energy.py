@@ -238,13 +238,15 @@ def summary(
         throttled: what slowed each down.
         passes: in all of them.
         tokens: of a pass.
-        alone: whether they follow each other, with no other cell's between.
+        alone: whether they follow each other, with no other cell's and no probe between.
     """
     found: dict[str, Any] = {**dict.fromkeys(fields.names(fields.ENERGY)), **described}
     if described["reason"] is not None or not laps or any(lap.joules is None for lap in laps):
         return found | {"reason": described["reason"] or "no block was timed"}
     seconds, joules = ([getattr(lap, name) for lap in laps] for name in ("seconds", "joules"))
     total = sum(joules)
+    if total <= 0:
+        return found | {"reason": "the counter did not change while the blocks were timed"}
     stretch = sum(seconds) if alone else float(np.median(seconds))
     resolution = described["resolution_s"]
     found |= {

@@ -64,8 +64,8 @@ class _Ranges:
 def launched(events: Sequence[Event]) -> list[Kernel]:
     """What ran on the GPU, in its order, each with where it was launched.
 
-    A kernel that was put on the GPU before the one ahead of it had ended (ops/dependent_launch.py) has the time from
-    that end on, so the times add up to that in which the GPU computed.
+    A kernel that was put on the GPU before the one ahead of it had ended (ops/dependent_launch.py) begins at that end,
+    so the times add up to that in which the GPU computed.
     """
     steps, phases = _Ranges(events, STEP), _Ranges(events, PHASE)
     launches = _by_number(events, _LAUNCHES, "correlation")
@@ -75,9 +75,8 @@ def launched(events: Sequence[Event]) -> list[Kernel]:
         numbers = event.get("args", {})
         launch = launches.get(numbers.get("correlation")) or hosts.get(numbers.get("External id"))
         step, phase = (None, None) if launch is None else (steps.at(launch), phases.at(launch))
-        end_us = event["ts"] + event["dur"]
-        alone_us = max(end_us - max(event["ts"], busy_until_us), 0.0)
-        found.append(Kernel(event["name"], event["ts"], alone_us, step, phase))
+        start_us, end_us = max(event["ts"], busy_until_us), event["ts"] + event["dur"]
+        found.append(Kernel(event["name"], start_us, max(end_us - start_us, 0.0), step, phase))
         busy_until_us = max(busy_until_us, end_us)
     return found
 

@@ -88,7 +88,8 @@ def cached_attention(
 
 def takes(n_tokens: int, queries_per_key: int, head_dim: int) -> bool:
     """Whether the kernels take so many new tokens of a sequence: registers hold a tile of them, for each key head."""
-    return n_tokens == 1 or n_tokens * queries_per_key * max(head_dim, 64) <= _TILE
+    rows, width = (1 << (size - 1).bit_length() for size in (n_tokens * queries_per_key, head_dim))
+    return n_tokens == 1 or rows * max(width, 64) <= _TILE
 
 
 def _append(

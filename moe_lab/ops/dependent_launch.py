@@ -1,8 +1,7 @@
 """Programmatic dependent launch: a kernel is put on the GPU while the one before it still runs (CUDA, sm_90 and later).
 
-A kernel that is launched so (`launch_pdl=True`) calls `begin` before it reads what another kernel has written. All
-kernels here let the next one start only behind their own `begin`; so when a kernel starts, everything but its immediate
-predecessor is complete. What that one does not write may be read before `begin`, such as weights.
+A kernel that is launched so (`launch_pdl=True`) calls `begin` before it reads anything that a kernel of the same pass
+has written. Weights, which no kernel of a pass writes, may be read before.
 """
 
 from __future__ import annotations
@@ -26,4 +25,5 @@ def begin(DEPENDENT: tl.constexpr):
 @cache
 def is_dependent(device: torch.device) -> bool:
     """Whether kernels on `device` are launched so: the value of DEPENDENT and of `launch_pdl`."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)

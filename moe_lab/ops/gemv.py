@@ -18,16 +18,17 @@ def gemv(x_1K: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tenso
 
     Args:
         x_1K: one row with unit stride.
-        weight_NK: contiguous, of the same dtype. On sm_90 it may not be what the kernel launched just before computes:
-            it is read before that one has ended (ops/dependent_launch.py).
+        weight_NK: contiguous, of the same dtype. On sm_90 no kernel that may still be running may write it: it is read
+            before those ahead have ended (ops/dependent_launch.py).
     """
     result: Tensor = call("gemv", x_1K, weight_NK, bias_N)
     return result
 
 
 def is_faster(device: torch.device) -> bool:
-    """Whether `gemv` is faster than torch on `device`: GPUs from sm_90 on, where it was measured."""
-    return HAS_TRITON and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether `gemv` is faster than torch on `device`: on Hopper, where it was measured."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return HAS_TRITON and is_nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -355,7 +355,7 @@ class Run:
             [timed.seen.throttled for timed in self.blocks],
             passes=calls * len(self.samples_ms()),
             tokens=build.n_tokens(self.cfg),
-            alone=not self.peers,
+            alone=not self.peers and self.cfg.measure.replicates == 1,
         )
 
     def _memory(self) -> dict[str, float | None] | None:

@@ -8,7 +8,8 @@ variant:
     changed    A_t is not B_t; the first change is in the first layer where that is so: later layers read other inputs
     near-tie   the margin at the first change, r_(k) - r_(k+1) of the router's probabilities by the first configuration,
                sorted, is at most what rounding in the coarser of the two dtypes explains:
-               score max(r) + logit median|logits|, with the tolerances of a step that fuses (measure/tolerances.py)
+               score max(r) + logit median|logits|, with the tolerances of a step that fuses (measure/tolerances.py).
+               Only if both choose the k largest of a softmax, with the same k: else another number decides
     KL         sum_v q_v ln(q_v / p_v), in float64
 """
 
@@ -36,6 +37,7 @@ from moe_lab.ops.library import DTYPES
 from moe_lab.records import inputs
 from moe_lab.records.trace import Layer
 from moe_lab.routers.contract import members
+from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.runs import build
 from moe_lab.runs.record import reason_of
 from moe_lab.runs.trace import layers_of, require_text, router_logits, text_model, text_windows
@@ -52,8 +54,8 @@ class Compared(NamedTuple):
     changed_LW: np.ndarray
     first_LW: np.ndarray
     """Tokens whose first change is in this layer."""
-    near_W: np.ndarray
-    """Tokens whose first change is a near-tie."""
+    near_W: np.ndarray | None
+    """Tokens whose first change is a near-tie; None if the routers choose by something else."""
     argmax_W: np.ndarray
     """Tokens whose likeliest next token is another."""
     kl_W: np.ndarray
@@ -142,7 +144,9 @@ class First:
         *counted, margins = zip(*sums, strict=True)
         same, used, changed, is_first, near, argmax, kl = (np.stack(values, axis=-1) for values in counted)
         ran = build.implementation(cfg, model, device)
-        return Compared(same, used, changed, is_first, near, argmax, kl, np.concatenate(margins), ran)
+        has_near_ties = _chosen_by_softmax(self.model) == _chosen_by_softmax(model) is not None
+        near_W = near if has_near_ties else None
+        return Compared(same, used, changed, is_first, near_W, argmax, kl, np.concatenate(margins), ran)
 
     def _require_comparable(self, model: TransformerDecoder) -> None:
         tokenizers = [getattr(each, "tokenizer_file", None) for each in (self.model, model)]
@@ -190,6 +194,12 @@ def _outputs(
             for row in range(batch):
                 tokens = slice(row * S, (row + 1) * S)
                 yield _Window(output.y[row], [used_TE[tokens] for used_TE in used], [z_TE[tokens] for z_TE in logits])
+
+
+def _chosen_by_softmax(model: TransformerDecoder) -> list[int] | None:
+    """k of each layer, if they all choose the k largest of a softmax."""
+    routers = [layer.router for layer in moe_layers(model)]
+    return [router.top_k for router in routers] if all(isinstance(each, SoftmaxTopK) for each in routers) else None
 
 
 def _sums(first: _Window, other: _Window, top_k: Sequence[int], tolerance: Tolerance) -> tuple[np.ndarray, ...]:

@@ -33,7 +33,11 @@ def test_everything_is_written(trace: Path, tmp_path: Path) -> None:
     assert folder == tmp_path / "x.analysis" and [findings.name for findings in found] == list(ANALYSES)
     tables = {f"{name}.{kind}" for findings in found for name in findings.tables for kind in ("csv", "parquet")}
     plots = {f"{plot.name}.{kind}" for findings in found for plot in findings.plots for kind in ("png", "svg")}
-    assert {path.name for path in folder.iterdir()} == {*tables, *plots, PAGE} and len(plots) >= 2 * len(ANALYSES)
+    written = {*tables, *plots, PAGE}
+    assert {path.name for path in folder.iterdir()} == {*written, ".written"} and len(plots) >= 2 * len(ANALYSES)
+    (folder / "notes.txt").write_text("somebody's own")
+    (folder / ".written").write_text("\n".join([*written, "../outside", "gone.csv"]))
+    (tmp_path / "outside").touch()
     page = (folder / PAGE).read_text()
     assert page.index("What the routes say") < page.index("<table>")
     for findings in found:
@@ -45,6 +49,10 @@ def test_everything_is_written(trace: Path, tmp_path: Path) -> None:
                 == len(pd.read_csv(folder / f"{name}.csv"))
                 == len(table)
             )
+    analyze(trace, compose([*SMALL[:4], "analysis/ranks=null"]))
+    left = {path.name for path in folder.iterdir()}
+    assert not [name for name in left if name.startswith("ranks.")] and "notes.txt" in left
+    assert (tmp_path / "outside").exists()
 
 
 @pytest.mark.slow

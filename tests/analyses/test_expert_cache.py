@@ -38,6 +38,13 @@ def rows(findings: Findings, **chosen: Any) -> pd.DataFrame:
     return table
 
 
+def test_a_cache_of_more_than_a_layer_has_is_refused(tmp_path: Path) -> None:
+    """It would hold all, and look like a result."""
+    path = traces.write(tmp_path / "x.trace", [[[0], [1]]], 4)
+    with pytest.raises(ValueError, match=r"expert_cache\.capacity=5: a layer has 4 experts"):
+        found(path, capacity=[2, 5])
+
+
 def test_a_static_cache_is_fitted_on_the_other_text(tmp_path: Path) -> None:
     """Text 0 uses expert 0 twice and 1 once, text 1 uses 1 three times: each is judged by what the other likes."""
     path = traces.write(tmp_path / "x.trace", [[[0], [0], [1]], [[1], [1], [1]]], 4, domains=[0, 1])

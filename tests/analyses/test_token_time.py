@@ -66,7 +66,11 @@ def test_given_and_measured(tmp_path: Path) -> None:
         pytest.param({"rates": "other.json"}, r"not a file of rates .*KeyError", id="other"),
         pytest.param({"rates": "zero.json"}, r"host_to_device is 0; must be a number > 0", id="zero"),
         pytest.param({"rates": "text.json"}, r"host_to_device is '9'; must be a number > 0", id="text"),
-        pytest.param({"rates": "null.json"}, r"host_to_device was not measured there: no CUDA device\.", id="null"),
+        pytest.param(
+            {"rates": "null.json"},
+            r"host_to_device was not measured there: no CUDA device; choose another expert_cache\.link",
+            id="null",
+        ),
         pytest.param({"decode_run": "nowhere"}, r"decode_run=.*not the folder of a run", id="no-run"),
         pytest.param({"decode_run": "failed"}, r"that run has no time \(out of memory\)", id="failed"),
         pytest.param({"decode_run": "2-1"}, r"must be a run with workload\.phase=decode, batch=1", id="batch"),

@@ -18,7 +18,7 @@ def test_variants_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
     out, variants = tmp_path / "o", ["batch=2", "experts=loop batch=1", "dtype=fp16"]
     assert main(["stability", *MODEL, "--tokens", "64", "--out", str(out), "--variants", *variants]) == 0
     said = capsys.readouterr().out
-    assert "against model: tiny-olmoe, dtype: fp32, batch: 2, router: torch" in said
+    assert "against model: tiny-olmoe, router: native, dtype: fp32, batch: 2, device: cpu, router by: torch" in said
     assert "64 tokens in 4 windows" in said and "dtype=fp16: unavailable: dtype=fp16: not supported" in said
     table = pd.read_csv(out / "stability.csv").set_index("variant")
     assert table.index.tolist() == variants and table["same"]["batch=2"] == 1 and table["kl_nats"]["batch=2"] == 0

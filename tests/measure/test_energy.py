@@ -248,6 +248,9 @@ def test_among_other_cells_a_block_is_the_stretch() -> None:
     [
         pytest.param({**COUNTER, "reason": "no RAPL"}, [Lap()], "no RAPL", id="no_counter"),
         pytest.param(COUNTER, [], "no block was timed", id="no_block"),
+        pytest.param(
+            COUNTER, [Lap(1.0, 0.0)], "the counter did not change while the blocks were timed", id="stuck_counter"
+        ),
     ],
 )
 def test_absent_energy_is_null_with_the_reason(described: dict[str, Any], laps: list[Lap], reason: str) -> None:

@@ -74,7 +74,14 @@ def test_a_kernel_that_waits_for_the_one_before_it_has_the_time_behind_that() ->
     """b is on the GPU from 3 on and waits until 10; c ends before b does; d begins later."""
     times = [("a", 0, 10), ("b", 3, 12), ("c", 4, 5), ("d", 20, 2)]
     found = launched([event("kernel", name, ts, dur, tid=99) for name, ts, dur in times])
-    assert [(one.name, one.duration_us) for one in found] == [("a", 10), ("b", 5), ("c", 0), ("d", 2)]
+    assert [(one.name, one.start_us, one.duration_us) for one in found] == [
+        ("a", 0, 10),
+        ("b", 10, 5),
+        ("c", 15, 0),
+        ("d", 20, 2),
+    ]
+    phases = phases_ms([one._replace(phase=one.name) for one in found])
+    assert phases == {"other": 0, "a": 0.01, "b": 0.005, "c": 0, "d": 0.007, "sum_ms": 0.022}  # a gap is the next one's
 
 
 def test_all_kernels_of_a_replay_have_its_launch() -> None:

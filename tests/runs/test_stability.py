@@ -84,9 +84,15 @@ def test_the_batch_changes_nothing_but_rounding() -> None:
         assert isinstance(of, Compared) and of.implementation["router"] == "torch"
         assert (of.used_LW == 2 * 16).all() and of.used_LW.shape == (4, 12)
         assert of.same_LW.sum() >= 0.99 * of.used_LW.sum() and abs(of.kl_W).max() < 1e-6
-        assert of.near_W.sum() == of.first_LW.sum()  # whatever changed was a near-tie
+        assert of.near_W is not None and of.near_W.sum() == of.first_LW.sum()  # whatever changed was a near-tie
     again = found[2]
     assert isinstance(again, Compared) and not again.changed_LW.any() and not again.kl_W.any()
+
+
+def test_near_ties_are_known_where_both_choose_the_largest_of_a_softmax() -> None:
+    """With the same k: of another router, or of more experts, another number decides."""
+    _, found = compared(*(quick.compose("checkpoint", *more) for more in ([], ["router=sinkhorn"], ["model.top_k=1"])))
+    assert [of.near_W is None for of in found if isinstance(of, Compared)] == [False, True, True]
 
 
 @pytest.mark.parametrize("layer", [pytest.param(0, id="first", marks=pytest.mark.slow), pytest.param(2, id="third")])
