@@ -105,8 +105,8 @@ def launch_append(
 
 @triton.jit
 def _piece_kernel(
-    q_ptr, k_ptr, v_ptr, position_ptr, acc_ptr, max_ptr, sum_ptr, S, H_KV, N, d, window, cache_row, scale, n_pieces,
-    G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, position_ptr, acc_ptr, max_ptr, sum_ptr, H_KV, N, d, window, cache_row, scale, n_pieces,
+    S: tl.constexpr, G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr,
     BLOCK_N: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """A piece of the keys of one key head, for the G query heads that share it, of each of S new tokens."""
@@ -191,8 +191,8 @@ def launch_attention(
     dependent = is_dependent(q.device)
     block_n = max(16, min(64, 32768 // (block_d * q.element_size())))  # shared memory holds no more
     _piece_kernel[(pairs, n_pieces)](
-        q, k_cache, v_cache, position, acc, best, total, S, H_KV, N, d, window, k_cache.stride(0), scale, n_pieces,
-        G=G, BLOCK_R=max(triton.next_power_of_2(S * G), 16), BLOCK_D=block_d, KEYS=keys,
+        q, k_cache, v_cache, position, acc, best, total, H_KV, N, d, window, k_cache.stride(0), scale, n_pieces,
+        S=S, G=G, BLOCK_R=max(triton.next_power_of_2(S * G), 16), BLOCK_D=block_d, KEYS=keys,
         BLOCK_N=block_n, DEPENDENT=dependent, num_warps=4, launch_pdl=dependent,
     )  # fmt: skip
     y = torch.empty_like(q)
