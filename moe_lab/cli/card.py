@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import re
 import shlex
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from jinja2 import Environment, StrictUndefined
@@ -19,8 +21,10 @@ from jinja2 import Environment, StrictUndefined
 from moe_lab.cli import table
 from moe_lab.cli.arguments import Parser
 from moe_lab.cli.fit import Column
+from moe_lab.config.unread import key_of
+from moe_lab.records.schema import NOT_SENT
 from moe_lab.records.store import own_folder, write_atomic
-from moe_lab.results import aggregate, load, plots
+from moe_lab.results import aggregate, charts, load, plots
 from moe_lab.results.answers import answers
 from moe_lab.results.report import environments
 from moe_lab.results.subject import facts
@@ -35,6 +39,10 @@ TABLES = {
 OF_THIS_MACHINE = ("environment.node", "environment.job", "export.dir")
 """Columns that name the machine or its folders. They are of no use elsewhere."""
 _PATH = re.compile(r"(^|[='\"])~?/")
+_TITLE = "moe-lab: "
+"""How the `pretty_name` of every card begins."""
+_UNFINISHED = re.compile(r"\.(README\.md|\w+\.parquet|\w+\.png)\.\d+\.tmp")
+"""What `write_atomic` leaves of a process that was killed."""
 
 
 def write(directory: Path, output: Path, license_id: str) -> Path:
@@ -53,33 +61,63 @@ def write(directory: Path, output: Path, license_id: str) -> Path:
     if tables is None or tables.runs.empty:
         raise ValueError(f"{directory}: no readable records; give the folder of a run or a sweep.")
     drawn = plots.draw(directory, tables.runs, tables.summary)
-    pictures = [path for path in drawn.paths if path.suffix == ".png"]
-    for name in TABLES:
-        _copy_table(directory / f"{name}.parquet", own_folder(output / "data") / f"{name}.parquet")
-    for path in pictures:
-        write_atomic(own_folder(output / "plots") / path.name, path.read_bytes())
-    for old in (output / "plots").glob("*.png"):
-        if old.name not in {path.name for path in pictures}:
-            old.unlink()
+    pictures = {path.name: path for path in drawn.paths if path.suffix == ".png"}
+    folders = [own_folder(folder) for folder in (output, output / "data", output / "plots")]
     readme = output / "README.md"
+    # First, so that a card of which a process was killed is known as one.
     write_atomic(readme, _text(directory, tables, drawn, license_id).encode())
+    for name in TABLES:
+        write_atomic(output / "data" / f"{name}.parquet", _table(directory / f"{name}.parquet"))
+    for name, path in pictures.items():
+        write_atomic(output / "plots" / name, path.read_bytes())
+    for old in (output / "plots").glob("*.png"):
+        if charts.is_name(old.stem) and old.name not in pictures:
+            old.unlink()
+    for left in (path for folder in folders for path in folder.glob(".*.tmp") if _UNFINISHED.fullmatch(path.name)):
+        left.unlink()
     return readme
 
 
 def _refuse_other(output: Path) -> None:
-    """Only a new folder, an empty one, or that of an earlier card is written into."""
-    readme = output / "README.md"
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output={output}: not a folder.")
-    if output.is_dir() and any(output.iterdir()) and not (readme.is_file() and TAGS[0] in readme.read_text("utf-8")):
+    """Only a new folder, one without files, or that of an earlier card is written into."""
+    above = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"--output={output}: {above} is not a folder; give another one.")
+    others = [path for path in output.rglob("*") if not path.is_dir() and not _UNFINISHED.fullmatch(path.name)]
+    if others and not _is_card(output / "README.md"):
         raise ValueError(f"--output={output}: holds other files; give a new folder.")
 
 
-def _copy_table(source: Path, destination: Path) -> None:
-    """Without the columns `OF_THIS_MACHINE`."""
-    whole = pq.read_table(source)
-    kept = whole.drop_columns([name for name in OF_THIS_MACHINE if name in whole.column_names])
-    pq.write_table(kept, destination)
+def _is_card(readme: Path) -> bool:
+    """Whether a README has the front matter of `_front`."""
+    try:
+        front = yaml.safe_load(readme.read_text("utf-8").split("---\n")[1])
+    except (OSError, UnicodeDecodeError, IndexError, yaml.YAMLError):
+        return False
+    return isinstance(front, dict) and str(front.get("pretty_name")).startswith(_TITLE)
+
+
+def _table(source: Path) -> bytes:
+    """A table as Parquet, without the columns `OF_THIS_MACHINE` and what is said of trackers."""
+    table = pq.read_table(source)
+    table = table.drop_columns([name for name in OF_THIS_MACHINE if name in table.column_names])
+    if "warnings" in table.column_names:
+        at, column = table.column_names.index("warnings"), table["warnings"]
+        kept = [None if texts is None else _of_the_run(texts) for texts in column.to_pylist()]
+        table = table.set_column(at, table.field(at), pa.array(kept, column.type))
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def _of_the_run(warnings: Sequence[str]) -> list[str]:
+    """Without those of trackers: they name hosts, and say what to do here."""
+    return [text for text in warnings if not text.startswith(NOT_SENT)]
+
+
+def _commands(plan: load.Plan) -> list[list[str]]:
+    """The commands without the words about trackers."""
+    return [[word for word in words if key_of(word).partition(".")[0] != "tracker"] for words in plan.commands]
 
 
 def _text(directory: Path, tables: aggregate.Aggregate, drawn: plots.Drawn, license_id: str) -> str:
@@ -90,7 +128,7 @@ def _text(directory: Path, tables: aggregate.Aggregate, drawn: plots.Drawn, lice
     by_machine = table.by_machine(shown)
     kinds: dict[str, list[str]] = {}
     for record in records:
-        for warning in record.warnings:
+        for warning in _of_the_run(record.warnings):
             kinds.setdefault(warning.split(":")[0], []).append(warning)
     template = (files("moe_lab.cli") / "card.md.jinja").read_text(encoding="utf-8")
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
@@ -104,7 +142,7 @@ def _text(directory: Path, tables: aggregate.Aggregate, drawn: plots.Drawn, lice
         plots=[(path.name, path.stem.replace("_", " ")) for path in drawn.paths if path.suffix == ".png"],
         machines=environments(runs),
         of_this_machine=OF_THIS_MACHINE,
-        commands=[shlex.join(words) for words in plan.commands],
+        commands=[shlex.join(words) for words in _commands(plan)],
         tables=TABLES,
         warnings=kinds,
         not_ok=_not_ok(runs),
@@ -117,7 +155,7 @@ def _front(name: str, license_id: str) -> dict[str, Any]:
     """The front matter, as repositories of models and data sets on the Hugging Face hub read it."""
     configs: list[dict[str, Any]] = [{"config_name": key, "data_files": f"data/{key}.parquet"} for key in TABLES]
     configs[0]["default"] = True
-    return {"license": license_id, "pretty_name": f"moe-lab: {name}", "tags": [*TAGS], "configs": configs}
+    return {"license": license_id, "pretty_name": f"{_TITLE}{name}", "tags": [*TAGS], "configs": configs}
 
 
 def _not_ok(runs: pd.DataFrame) -> list[str]:
@@ -167,6 +205,6 @@ def main(arguments: list[str]) -> int:
     print(write(given.directory, output, given.license))
     if given.license == "unknown":
         print("license: unknown; --license ID sets it")
-    if any(_PATH.search(word) for words in load.records(given.directory)[1].commands for word in words):
+    if any(_PATH.search(word) for words in _commands(load.records(given.directory)[1]) for word in words):
         print("The commands in it name folders of this machine; read it before you upload it.")
     return 0
