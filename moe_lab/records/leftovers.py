@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_lab.records import store
+from moe_lab.records import search, store
 from moe_lab.records.schema import Record
 
 _BESIDE = (store.SAMPLES, store.ROUTING, store.TRACE, store.TIMELINE, store.LOG)
@@ -19,7 +19,7 @@ _STALE = "stale-"
 _OF_A_SWEEP = (
     *(store.PLAN, "multirun.yaml", "worker.log", ".lock", "plots", "report.html", "plotly.min.js", "runs.csv"),
     *("runs.parquet", "summary.csv", "summary.parquet", "samples.parquet", "coactivation.parquet", "unreadable.csv"),
-    *(".aggregate.parquet", ".slots", ".slurm", store.SENT, store.TRACKERS_LOG),
+    *(".aggregate.parquet", ".slots", ".slurm", store.SENT, store.TRACKERS_LOG, search.FILE),
 )
 
 

@@ -54,8 +54,8 @@ def test_it_removes_what_it_lists(root: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_sweep_without_runs_goes_too(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With its tables and plots, but for what a person put there."""
-    for name in ("runs.csv", "report.html", "notes.txt"):
+    """With its tables, plots and search, but for what a person put there."""
+    for name in ("runs.csv", "report.html", "search.json", "notes.txt"):
         (root / "s" / name).write_text("x")
     (root / "s" / "plots").mkdir()
     lines = said(capsys, str(root), "--older-than", "0", "--remove").splitlines()
