@@ -252,9 +252,6 @@ def require_cells(loader: ConfigLoader, config: DictConfig) -> None:
     swept = [override for override in overrides if override.is_sweep_override()]
     for axis in swept:
         value = axis.value()
-        if (key := key_of(str(axis.input_line))).partition(".")[0] == "tracker":
-            several = f"several trackers are {key}=[A,B]" if key == "tracker" else "choose one value"
-            raise ValueError(f"{axis.input_line}: not an axis, for every cell is sent to the same place; {several}.")
         if isinstance(value, RangeSweep) and not value.step:
             raise ValueError(f"{axis.input_line}: a step of 0 never ends; write {axis.key_or_group}=A,B.")
         if isinstance(value, IntervalSweep):
@@ -291,7 +288,10 @@ def spanned_by(
     others = {}
     for override in _overrides(loader, config):
         line = str(override.input_line)
-        if key_of(line) != entries.KEY:
+        if (key := key_of(line)).partition(".")[0] == "tracker" and override.is_sweep_override():
+            several = f"several trackers are {key}=[A,B]" if key == "tracker" else "choose one value"
+            raise ValueError(f"{line}: not an axis, for every cell is sent to the same place; {several}.")
+        if key != entries.KEY:
             others[override.get_key_element()] = override
         elif override.is_sweep_override() or line not in typed:
             raise ValueError(f"{line}: not an axis; type one list of entries, or write it in a YAML file under sweep.")

@@ -8,6 +8,7 @@ rounds. `search.json` is written before a batch runs, with the trials and no res
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -77,6 +78,12 @@ def read(loader: ConfigLoader, config: DictConfig) -> Asked:
     variants, overrides = spanned_by(loader, config, may_have_axes=True)
     parser = OverridesParser.create(config_loader=loader)
     space, fixed = spaces.of([parser.parse_overrides(entry) for entry in variants], overrides)
+    most, n = config.sweep.max_cells, min(node["n_trials"], space.size or node["n_trials"])
+    if n > most:
+        raise ValueError(
+            f"sweep.max_cells={most}: these are up to {n:,} trials; set {_NODE}.n_trials to a smaller number, or "
+            f"sweep.max_cells={n}."
+        )
     search = Search(
         objectives=_objectives(node["objectives"]),
         constraints=_constraints(node["constraints"]),
@@ -112,11 +119,20 @@ def _constraints(node: Any) -> list[Constraint]:
     found = []
     for name, limits in (node or {}).items():
         is_read = isinstance(limits, dict) and limits and limits.keys() <= {"min", "max"}
-        if not is_read or any(isinstance(end, bool) or not isinstance(end, int | float) for end in limits.values()):
+        if not is_read or not all(_is_limit(end) for end in limits.values()):
             raise ValueError(f"{place}: {name}: {limits}: must be limits, such as {{max: 2.0}} or {{min: 1, max: 2}}.")
+        if "min" in limits and "max" in limits and limits["min"] > limits["max"]:
+            raise ValueError(f"{place}: {name}: {limits}: no value is within; min must not be more than max.")
         ends = {end: float(value) for end, value in limits.items()}
-        found.append(Constraint(searches.column(name, place), **ends))
+        found.append(Constraint(searches.column(str(name), place), **ends))
+    columns = [one.column for one in found]
+    if twice := [column for column in columns if columns.count(column) > 1]:
+        raise ValueError(f"{place}: {twice[0]} stands twice; write both limits in one: {{min: 1, max: 2}}.")
     return found
+
+
+def _is_limit(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _require_ratios(search: Search, space: Space, sweep: DictConfig) -> None:
@@ -170,8 +186,8 @@ def run(this: Multirun) -> None:
     asked, search = begin(this.composer, this.directory)
     study = Study(asked.space, asked.search)
     if search.trials:
-        search, outcomes, goes_on = _run(this, asked, search, search.trials, "of the trials so far")
-        _require_values(outcomes, this.directory)
+        search, default, outcomes, goes_on = _run(this, asked, search, search.trials, "of the trials so far")
+        _require_values(default, outcomes, this.directory)
         for _, batch in groupby(search.trials, key=lambda trial: trial.batch):
             trials = list(batch)
             study.repeat(trials)
@@ -188,9 +204,9 @@ def run(this: Multirun) -> None:
         last = first + len(trials)
         which = f"trial {last}" if len(trials) == 1 else f"trials {first + 1} to {last}"
         how = f"{which} of {asked.n_trials}"
-        search, outcomes, goes_on = _run(this, asked, search, trials, how)
+        search, default, outcomes, goes_on = _run(this, asked, search, trials, how)
         if number == 0:
-            _require_values(outcomes, this.directory)
+            _require_values(default, outcomes, this.directory)
         study.tell(outcomes)
         if not goes_on:
             return
@@ -198,16 +214,21 @@ def run(this: Multirun) -> None:
 
 def _run(
     this: Multirun, asked: Asked, search: Search, trials: Sequence[Trial], how: str
-) -> tuple[Search, list[Outcome], bool]:
-    """Run a batch, or the trials of an earlier session. Also returns whether the search goes on behind it."""
+) -> tuple[Search, Outcome, list[Outcome], bool]:
+    """Run a batch, or the trials of an earlier session.
+
+    Returns the search with these trials, what became of the default and of each trial, and whether the search goes on.
+    """
     before = search.trials[: trials[0].number]
     added = this.prepare([asked.fixed, *map(asked.job, trials)], len(before), f", {how}")
+    _require_default(search, added)
     cell_ids = added.jobs[1:]
     known = [replace(trial, cell_id=cell_id) for trial, cell_id in zip(trials, cell_ids, strict=True)]
     search = replace(search, trials=[*before, *known])
     search.write(this.directory)
     records = this.execute(added)
-    return search, [_outcome(search, records.get(cell_id)) for cell_id in cell_ids], _goes_on(added, records)
+    default, *outcomes = [_outcome(search, records.get(cell_id)) for cell_id in added.jobs]
+    return search, default, outcomes, _goes_on(added, records)
 
 
 def _outcome(search: Search, record: Record | None) -> Outcome:
@@ -219,14 +240,32 @@ def _goes_on(added: Plan, records: dict[str, Record]) -> bool:
     return not (added.sweep["fail_fast"] and is_failed)
 
 
-def _require_values(outcomes: Sequence[Outcome], directory: Path) -> None:
+def _require_values(default: Outcome, outcomes: Sequence[Outcome], directory: Path) -> None:
     """Raise `ValueError` if trials ran and none has a value that is asked for; their records are kept."""
     lacking = {outcome.reason for outcome in outcomes if (outcome.reason or "").startswith(_LACKS)}
     if lacking and not any(outcome.values for outcome in outcomes):
         (directory / FILE).unlink()  # so that it can be begun again with another column
         column = sorted(map(str, lacking))[0].removeprefix(_LACKS)
+        if column == RATIO:
+            if default.state in ("failed", "not run"):
+                raise ValueError(_without_default(default.reason or default.state, "change it so that it runs"))
+            hint = "they were timed without the default; use another sweep.name, or choose latency_ms"
+            raise ValueError(f"{_NODE}: no trial has recorded {column}; {hint}.")
         hint = "needs workload=text and a checkpoint" if column.startswith("quality.") else "choose another column"
         raise ValueError(f"{_NODE}: no trial has recorded {column}; {hint}.")
+
+
+def _require_default(search: Search, added: Plan) -> None:
+    """Raise `ValueError` before trials are timed if a ratio to the default is asked for, which will not run."""
+    (default,) = (cell for cell in added.cells if cell.cell_id == added.jobs[0])
+    if RATIO in search.columns and default.status in ("skipped", "excluded"):
+        remedy = "leave it out of sweep.exclude" if default.status == "excluded" else "change it so that it runs"
+        raise ValueError(_without_default(default.reason or default.status, remedy))
+
+
+def _without_default(why: str, remedy: str) -> str:
+    default = f"the default has no result ({why.rstrip('.')})"
+    return f"{_NODE}: no trial has {RATIO}, for {default}; {remedy}, or use latency_ms."
 
 
 def _journal(directory: Path, asked: Search) -> Search:

@@ -138,6 +138,23 @@ def test_a_failed_trial_is_a_row_and_so_is_one_that_cannot_run(tmp_path: Path) -
         pytest.param([SPACE, "hydra.sweeper.constraints={peak_mb: 3}"], "must be limits", id="limit"),
         pytest.param([SPACE, "hydra.sweeper.constraints={peak_mb: {most: 3}}"], "must be limits", id="end"),
         pytest.param([SPACE, "hydra.sweeper.constraints={peak: {max: 3}}"], "not a column of numbers", id="of-nothing"),
+        pytest.param([SPACE, "hydra.sweeper.constraints={peak_mb: {max: nan}}"], "must be limits", id="nan"),
+        pytest.param([SPACE, "hydra.sweeper.constraints={peak_mb: {min: -inf}}"], "must be limits", id="infinite"),
+        pytest.param(
+            [SPACE, "hydra.sweeper.constraints={peak_mb: {min: 5, max: 1}}"], "min must not be more", id="no-value"
+        ),
+        pytest.param(
+            [SPACE, "hydra.sweeper.constraints={peak_mb: {max: 5}, memory.peak_mb: {min: 1}}"],
+            "constraints: memory.peak_mb stands twice",
+            id="limits-twice",
+        ),
+        pytest.param([SPACE, "tracker=mlflow,tensorboard"], "several trackers are tracker=[A,B]", id="trackers"),
+        pytest.param([SPACE, "sweep.max_cells=5"], "these are up to 6 trials", id="cells"),
+        pytest.param(
+            ["model.hidden=interval(8.0,9.0)", "sweep.max_cells=39"],
+            "sweep.max_cells=40.",
+            id="cells-of-an-interval",
+        ),
         pytest.param([SPACE, "sweep.anchor={router: torch}"], "has no effect in a search", id="anchor"),
         pytest.param(
             [SPACE, f"{FOR}=[minimize ratio_to_anchor]", "sweep.compare=[router]"],
@@ -191,6 +208,26 @@ def test_an_objective_that_nothing_records_ends_the_search_at_once(tmp_path: Pat
     with pytest.raises(ValueError, match=r"no trial has recorded quality\.bits_per_byte; needs workload=text"):
         moe_lab.multirun([*asked, "hydra.sweeper.objectives=[minimize bits_per_byte]"])
     assert len(moe_lab.multirun([*asked, SIZE])) == 3
+
+
+@pytest.mark.slow
+def test_a_default_that_is_excluded_is_the_reason_why_no_trial_has_a_ratio(tmp_path: Path) -> None:
+    """The line has the remedy, and comes before trials are timed; without the exclusion the same search runs."""
+    asked = words(SPACE, f"{FOR}=[minimize ratio_to_anchor]", "sweep.name=s", "hydra.sweeper.n_trials=2")
+    with pytest.raises(ValueError, match=r"the default has no result \(excluded\); leave it out of sweep\.exclude"):
+        moe_lab.multirun([*asked, "sweep.exclude=[{model.hidden: 1024}]"])
+    assert [record.status for record in faulty.records_list(tmp_path)] == ["skipped"]
+    assert len(moe_lab.multirun(asked)) == 3
+
+
+@pytest.mark.slow
+def test_trials_that_were_timed_without_the_default_have_no_ratio(tmp_path: Path) -> None:
+    """Then a name of its own is the remedy."""
+    asked = words(SPACE, f"{FOR}=[minimize ratio_to_anchor]", "sweep.name=s")
+    typed = [word for word in asked if not word.startswith(("hydra/sweeper", "hydra.sweeper"))]
+    moe_lab.multirun(typed)
+    with pytest.raises(ValueError, match=r"timed without the default; use another sweep\.name"):
+        moe_lab.multirun(asked)
 
 
 @pytest.mark.slow
