@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, IntegerNode, OmegaConf
 
 from moe_lab.config.hydra_patches import SEARCHER
 from moe_lab.config.unread import key_of
@@ -78,6 +78,7 @@ def read(loader: ConfigLoader, config: DictConfig) -> Asked:
     variants, overrides = spanned_by(loader, config, may_have_axes=True)
     parser = OverridesParser.create(config_loader=loader)
     space, fixed = spaces.of([parser.parse_overrides(entry) for entry in variants], overrides)
+    _require_whole(space, config)
     most, n = config.sweep.max_cells, min(node["n_trials"], space.size or node["n_trials"])
     if n > most:
         raise ValueError(
@@ -94,6 +95,20 @@ def read(loader: ConfigLoader, config: DictConfig) -> Asked:
     )
     _require_ratios(search, space, config.sweep)
     return Asked(space, fixed, search, node["n_trials"], node["n_jobs"])
+
+
+def _require_whole(space: Space, config: DictConfig) -> None:
+    """Raise `ValueError` for an interval of any numbers where the key of the default is a whole one."""
+    for axis in (*space.axes, *(axis for entry in space.entries for axis in entry.axes)):
+        place, _, name = axis.key.rpartition(".")
+        node: Any = OmegaConf.select(config, place) if place else config
+        if (
+            not axis.texts
+            and isinstance(node, DictConfig)
+            and isinstance(node._get_node(name, validate_access=False), IntegerNode)
+        ):
+            low, high = math.floor(axis.ends[0]), math.ceil(axis.ends[1])
+            raise ValueError(f"{axis.line}: {axis.key} is a whole number; write int(interval({low},{high})).")
 
 
 def _objectives(lines: Sequence[str]) -> list[Objective]:

@@ -132,6 +132,8 @@ def test_a_failed_trial_is_a_row_and_so_is_one_that_cannot_run(tmp_path: Path) -
         pytest.param([SPACE, f"{FOR}=[]"], "write one or two", id="no-objective"),
         pytest.param([SPACE, f"{FOR}=[minimize peak_mb,maximize peak_mb]"], "stands twice", id="twice"),
         pytest.param(["model.hidden=interval(9,1)"], "the first end must be less", id="axis"),
+        pytest.param(["batch=interval(1.0,8.5)"], "batch=interval(1.0,8.5): batch is a whole number", id="no-whole"),
+        pytest.param(["model.hidden=interval(1.5,8)"], "write int(interval(1,8)).", id="whole"),
         pytest.param(["model.hidden=8"], "nothing is searched", id="no-axis"),
         pytest.param([SPACE, "hydra.sweeper.sampler=nsga3"], "Did you mean nsga2?", id="sampler"),
         pytest.param([SPACE, "hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs=0: must be", id="jobs"),
@@ -151,7 +153,7 @@ def test_a_failed_trial_is_a_row_and_so_is_one_that_cannot_run(tmp_path: Path) -
         pytest.param([SPACE, "tracker=mlflow,tensorboard"], "several trackers are tracker=[A,B]", id="trackers"),
         pytest.param([SPACE, "sweep.max_cells=5"], "these are up to 6 trials", id="cells"),
         pytest.param(
-            ["model.hidden=interval(8.0,9.0)", "sweep.max_cells=39"],
+            ["model.norm_eps=interval(0.1,0.9)", "sweep.max_cells=39"],
             "sweep.max_cells=40.",
             id="cells-of-an-interval",
         ),
@@ -168,6 +170,15 @@ def test_a_mistake_is_a_line(more: Sequence[str], says: str) -> None:
     with pytest.raises(ValueError) as error, composing_multirun(words(*more), None) as (loader, config):
         search.read(loader, config)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_entry_may_search_a_key_that_the_default_lacks() -> None:
+    """`router.threshold` is one of `router=top_p` only."""
+    typed = quick.overrides(
+        "moe_layer", *SEARCH, "sweep.variants=[{router: top_p, router.threshold: 'interval(0.1,0.9)'}]"
+    )
+    with composing_multirun(typed, None) as (loader, config):
+        assert search.read(loader, config).space.searched() == {"router", "router.threshold"}
 
 
 @pytest.mark.parametrize(
