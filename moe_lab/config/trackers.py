@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from omegaconf import DictConfig
 
+from moe_lab.config import addresses
 from moe_lab.errors import nearest
 
 MODES = ("online", "offline")
+LONGEST_S = 86400
 
 
 @dataclass
@@ -83,12 +84,11 @@ def check(cfg: DictConfig) -> None:
                 raise ValueError(
                     f"tracker.{name}.{key} has no value: start the defaults list of the YAML file with /tracker/{name}."
                 )
-        if not node.timeout_s > 0:
-            raise ValueError(f"tracker.{name}.timeout_s={node.timeout_s}: must be more than 0 (seconds).")
+        if not 0 < node.timeout_s <= LONGEST_S:  # neither NaN
+            raise ValueError(
+                f"tracker.{name}.timeout_s={node.timeout_s}: must be more than 0 and at most {LONGEST_S} (seconds)."
+            )
         if "mode" in fields and node.mode not in MODES:
             raise ValueError(f"tracker.{name}.mode={node.mode}: must be one of {', '.join(MODES)}.")
-        if "uri" in fields and node.uri is not None and urlsplit(node.uri).password is not None:
-            raise ValueError(  # the configuration stands in the record
-                f"tracker.{name}.uri: has a password, and records are shared; set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD in the shell."
-            )
+        if "uri" in fields and node.uri is not None and (why := addresses.mistake(node.uri)) is not None:
+            raise ValueError(f"tracker.{name}.uri: {why}")

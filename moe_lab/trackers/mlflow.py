@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from moe_lab.config import addresses
 from moe_lab.trackers.message import Cell, Files, Sweep
 
 _FILE = "mlflow.db"
@@ -29,15 +30,17 @@ class Mlflow:
     def __init__(self, settings: Mapping[str, Any], folder: Path):
         self._experiment = settings["experiment"]
         self._uri = settings["uri"] or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_FILE}"
+        try:
+            urlsplit(self._uri)
+        except ValueError:  # without the address, which may have a password
+            raise ValueError("MLFLOW_TRACKING_URI: is no address; set one such as http://host:5000.") from None
         self._files: str | None = None
         if self._uri.startswith("sqlite:///"):  # one file in every folder, so its place belongs to its name
             file = Path(self._uri.removeprefix("sqlite:///")).absolute()
             self._uri = f"sqlite:///{file}"
             self._files = (file.parent / "mlruns").as_uri()  # beside it, not in the current folder
         self.needs = ("mlflow", "sqlalchemy", "alembic") if "sql" in self._uri.partition(":")[0] else ("mlflow",)
-        parts = urlsplit(self._uri)
-        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.username else self._uri
-        self.destination = f"{shown} {self._experiment}"
+        self.destination = f"{addresses.place(self._uri)} {self._experiment}"
         self.environment: dict[str, str | None] = {
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # else a server that is down is tried for minutes

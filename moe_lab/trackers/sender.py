@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
+from moe_lab.config.addresses import without_secrets
 from moe_lab.records import store
 from moe_lab.trackers.message import Cell, Files, Sweep
 from moe_lab.trackers.tracker import make
@@ -127,9 +127,9 @@ def _tried(step: Any, argument: Any) -> str | None:
     try:
         step(argument)
     except Exception as error:
-        traceback.print_exception(error)  # into the log
-        line = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        line = re.sub("//[^/@ ]*@", "//", line)  # no password of an address: it will stand in a record
+        # No password of an address: the log is beside the records, and the line will stand in one.
+        print(without_secrets("".join(traceback.format_exception(error))), file=sys.stderr)
+        line = (without_secrets(str(error)).strip().splitlines() or [""])[0].rstrip(".")
         return f"{type(error).__name__}: {line[:300]}"
     return None
 

@@ -49,14 +49,15 @@ def test_the_log_follows_no_link(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_the_line_of_an_error_has_no_password(capsys: pytest.CaptureFixture[str]) -> None:
-    """It stands in the record, which is shared."""
+def test_the_line_of_an_error_and_its_traceback_have_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    """They stand in the record and beside it, which are shared."""
 
     def fail(_: object) -> None:
-        raise OSError("http://me:secret@host:5000/x: refused\nmore")
+        raise OSError("http://me:se@cret@host:5000/x: refused\nhttp://cret@host")
 
     assert _tried(fail, None) == "OSError: http://host:5000/x: refused"
-    assert "Traceback" in capsys.readouterr().err
+    logged = capsys.readouterr().err
+    assert "Traceback" in logged and "http://host:5000/x" in logged and "cret" not in logged
 
 
 @pytest.mark.slow

@@ -127,11 +127,25 @@ def test_mlflow_takes_what_is_too_long_and_oddly_named(tmp_path: Path) -> None:
     assert json.loads(seen.files["record.json"])["config"]["workload"]["path"] == "x" * 9000
 
 
-def test_a_destination_has_no_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        pytest.param("https://me:secret@host:5000/path", "https://host:5000/path", id="user"),
+        pytest.param("http://:secret@host", "http://host", id="no-user"),
+        pytest.param("mysql+pymysql://host/db?password=secret", "mysql+pymysql://host/db", id="query"),
+    ],
+)
+def test_a_destination_has_no_password(uri: str, place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is written beside the records, which are shared."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host:5000/path")
-    made = Mlflow({"uri": None, "experiment": "e"}, tmp_path)
-    assert made.destination == "https://host:5000/path e" and made.needs == ("mlflow",)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert Mlflow({"uri": None, "experiment": "e"}, tmp_path).destination == f"{place} e"
+
+
+def test_a_variable_that_is_no_address_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With its name and the remedy."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@[x")
+    with pytest.raises(ValueError, match=r"^MLFLOW_TRACKING_URI: is no address; set one such as http://host:5000\.$"):
+        Mlflow({"uri": None, "experiment": "e"}, tmp_path)
 
 
 def test_a_tracker_that_is_not_installed_is_said_in_a_line(tmp_path: Path) -> None:
