@@ -43,5 +43,6 @@ def run(
     outbox = Outbox(what.get("tracker"), folder, is_sweep=False)
     record = runs.run(what, folder)
     outbox.send([folder], lambda text: print(f"moe-lab: {text}", file=sys.stderr), is_last=True)
-    record.warnings = store.read_record(folder).warnings  # with what the trackers did not get
+    if outbox.names:
+        record.warnings = store.read_record(folder).warnings  # with what the trackers did not get
     return Result.of(record)

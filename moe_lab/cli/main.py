@@ -64,7 +64,8 @@ def _task(cfg: DictConfig, trusted: Sequence[str], environment: Mapping[str, str
 
             record = run(cfg, directory)
             outbox.send([directory], _say, is_last=True)
-            record.warnings = store.read_record(directory).warnings  # with what the trackers did not get
+            if outbox.names:
+                record.warnings = store.read_record(directory).warnings  # with what the trackers did not get
             _records.append(record)
     except Exception as error:  # a run's failure is a record: this is a configuration that does not make a run
         _mistakes.append(error)

@@ -2,7 +2,8 @@
 
 A tracker never costs a result: a record is written first, and then sent by a process of its own (`sender`) with a time
 limit. What a tracker did not get has a warning in its row; it is tried once more at the end, and whenever the command
-runs again. A tracker that failed is left alone until the end, so one that hangs costs its time limit twice at most.
+of the sweep runs again. A tracker that failed is left alone until the end, so one that hangs costs its time limit twice
+at most.
 """
 
 from __future__ import annotations
@@ -51,9 +52,13 @@ class Outbox:
         for recipient in self._recipients:
             require_installed(recipient.name, recipient.tracker)
         self.names = [recipient.name for recipient in self._recipients]
+        self._has_begun = False
 
     def begin(self, say: Say) -> None:
-        """Reach every tracker, to `say` now if one is down."""
+        """Reach every tracker, to `say` now if one is down. Only once: each batch of a search calls it."""
+        if self._has_begun:
+            return
+        self._has_begun = True
         for recipient in self._recipients:
             self._talk(recipient, {}, say)
 
@@ -62,7 +67,9 @@ class Outbox:
 
         With `is_last` trackers that failed are tried once more.
         """
-        records = _records(folders) if self._recipients else {}
+        if not self._recipients:
+            return
+        records = _records(folders)
         for recipient in self._recipients:
             place = recipient.name, recipient.tracker.destination
             cells = {folder: _cell(record, folder) for folder, record in records.items()}
@@ -70,7 +77,7 @@ class Outbox:
             if left and (recipient.failed is None or is_last):
                 self._talk(recipient, left, say, is_last=is_last)
             for folder in left:  # what has no answer
-                _set_warning(folder, recipient.name, recipient.failed)
+                self._set_warning(folder, recipient.name, recipient.failed)
 
     def end(self, say: Say, *, is_complete: bool) -> None:
         """Send the files of the sweep. `is_complete`: every cell of the plan has its result."""
@@ -109,7 +116,7 @@ class Outbox:
                         notes.add(folder, *place, cell.content)
                     else:
                         say(f"{NOT_SENT}{recipient.name}: {cell.name}: {refused}")
-                    _set_warning(folder, recipient.name, refused)
+                    self._set_warning(folder, recipient.name, refused)
                     del left[folder]
                 if files is not None:
                     if (refused := sender.reply()) is not None:
@@ -117,8 +124,24 @@ class Outbox:
                     notes.add(self.folder, *place, files.content)
         except (LostError, OSError) as error:
             recipient.failed = str(error)
-            then = "run the same command again to send what is missing there" if is_last else "tried again at the end"
-            say(f"{NOT_SENT}{recipient.name}: {error}; {then}")
+            say(f"{NOT_SENT}{recipient.name}: {error}; {self._remedy if is_last else 'tried again at the end'}")
+
+    @property
+    def _remedy(self) -> str:
+        if self.is_sweep:
+            return "run the same command again to send what is missing"
+        return "the same command measures again, and sends the new record"
+
+    def _set_warning(self, folder: Path, tracker: str, why: str | None) -> None:
+        """Let the row say that this tracker has not got it; with None, no longer."""
+        record = store.read_record(folder)
+        start = f"{NOT_SENT}{tracker}: "
+        texts = [text for text in record.warnings if not text.startswith(start)]
+        if why is not None:
+            texts.append(f"{start}{why}; {self._remedy}.")
+        if texts != record.warnings:
+            record.warnings = texts
+            store.write_record(folder, record)
 
 
 def _records(folders: Iterable[Path]) -> dict[Path, Record]:
@@ -136,15 +159,3 @@ def _cell(record: Record, folder: Path) -> Cell:
     name = folder.absolute().name.removesuffix(f"-{record.cell_id}")
     is_ours = re.fullmatch("[0-9a-f]{12}", record.cell_id) is not None  # else it may mean something to a tracker
     return Cell(record.cell_id if is_ours else digest(record.cell_id), name, message.hash_of(content), content)
-
-
-def _set_warning(folder: Path, tracker: str, why: str | None) -> None:
-    """Let the row say that this tracker has not got it; with None, no longer."""
-    record = store.read_record(folder)
-    start = f"{NOT_SENT}{tracker}: "
-    texts = [text for text in record.warnings if not text.startswith(start)]
-    if why is not None:
-        texts.append(f"{start}{why}; run the same command again to send it.")
-    if texts != record.warnings:
-        record.warnings = texts
-        store.write_record(folder, record)

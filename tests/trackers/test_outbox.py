@@ -87,12 +87,36 @@ def test_a_tracker_that_failed_is_a_warning_in_each_row_until_it_has_them(tmp_pa
     outbox.send(sweep.cells[1:], sweep.say)
     assert len(sweep.said) == 1 and not place.exists()
     for (text,) in sweep.warnings():
-        assert text.startswith("not sent to tensorboard: ") and text.endswith(
-            "; run the same command again to send it."
-        )
+        assert text.startswith("not sent to tensorboard: ")
+        assert text.endswith("; run the same command again to send what is missing.")
     outbox.send(sweep.cells, sweep.say, is_last=True)
     assert sorted(seen.cell_id for seen in readers.of("tensorboard", tmp_path)) == sweep.cell_ids()
     assert [store.read_record(folder).to_dict() for folder in sweep.cells] == before and len(sweep.said) == 1
+
+
+def test_a_search_begins_once(tmp_path: Path) -> None:
+    """A tracker that is down is not tried again with each of its batches, and stays left alone."""
+    pytest.importorskip("tensorboard")
+    sweep = Sweep(tmp_path, 1)
+    (tmp_path / "events").write_text("no folder")
+    outbox = sweep.outbox("tensorboard")
+    outbox.begin(sweep.say)
+    (tmp_path / "events").unlink()
+    outbox.begin(sweep.say)
+    outbox.send(sweep.cells, sweep.say)
+    assert len(sweep.said) == len(sweep.warnings()[0]) == 1 and not (tmp_path / "events").exists()
+
+
+def test_a_single_run_is_not_said_to_be_sent_by_its_command(tmp_path: Path) -> None:
+    """That measures again."""
+    pytest.importorskip("tensorboard")
+    sweep = Sweep(tmp_path, 1)
+    (tmp_path / "events").write_text("no folder")
+    outbox = Outbox(readers.settings_of("tensorboard", tmp_path), sweep.cells[0], is_sweep=False)
+    outbox.send(sweep.cells, sweep.say, is_last=True)
+    for text in (*sweep.said, *sweep.warnings()[0]):
+        assert text.rstrip(".").endswith("; the same command measures again, and sends the new record")
+    assert len(sweep.said) == 1
 
 
 def test_what_a_found_folder_says_means_nothing_to_a_tracker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
