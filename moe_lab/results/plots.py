@@ -81,7 +81,8 @@ def draw(directory: Path, runs: pd.DataFrame, summary: pd.DataFrame) -> Drawn:
         left_out += _not_in_a_file(chart)
         for ending in ("png", "svg"):
             written = io.BytesIO()
-            figure.savefig(written, format=ending, dpi=100, metadata={"Date": None} if ending == "svg" else None)
+            with rc_context({"svg.hashsalt": chart.name}):  # else its ids are random, and each file is another
+                figure.savefig(written, format=ending, dpi=100, metadata={"Date": None} if ending == "svg" else None)
             paths.append(folder / f"{chart.name}.{ending}")
             write_atomic(paths[-1], written.getvalue())
     for path in folder.iterdir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import shlex
 from base64 import b64encode
@@ -124,8 +125,10 @@ def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> P
         plotly=plotly,
         plotly_file=PLOTLY_FILE,
         plotly_source=_library().decode() if plotly == "inline" else "",
-        nonce=secrets.token_hex(16),
+        nonce=(nonce := secrets.token_hex(16)),
     )
+    # Of the page's own content, so that the same results make the same page. No text in it can know its hash.
+    page = page.replace(nonce, hashlib.sha256(page.replace(nonce, "").encode(errors="replace")).hexdigest()[:32])
     path = directory / REPORT
     if plotly == "directory":
         write_atomic(directory / PLOTLY_FILE, _library())

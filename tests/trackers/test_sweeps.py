@@ -226,7 +226,7 @@ def test_a_single_run_is_sent_after_its_record(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "events").write_text("no folder")
     done = run(*MOE_LAB, *overrides, cwd=tmp_path)
     assert done.returncode == 0
-    assert re.search(r"moe-lab: not sent to tensorboard: .*; run the same command again", done.stderr)
+    assert re.search(r"moe-lab: not sent to tensorboard: .*; the same command measures again", done.stderr)
     assert "not sent to tensorboard" in done.stdout  # the row's warning
 
 
@@ -250,3 +250,20 @@ def test_a_finished_sweep_is_sent_to_a_tracker_that_is_new(tmp_path: Path) -> No
         store.read_record(path.parent).cell_id for path in before
     )
     assert {path: path.read_bytes() for path in folder.glob("*/result.json")} == before
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_sends_nothing_when_it_runs_again(tmp_path: Path) -> None:
+    """Its report, tables and plots are written anew, and are the same."""
+    pytest.importorskip("tensorboard")
+    words = [word for word in command() if word != "sweep.report=false"]
+    words += readers.overrides_of("tensorboard", tmp_path)
+    folder = tmp_path / "outputs/s"
+    assert run(*words, cwd=tmp_path).returncode == 0
+    page, noted = (folder / "report.html").read_bytes(), (folder / store.SENT).read_bytes()
+    (folder / store.TRACKERS_LOG).write_text("each process begins it anew")
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 0 and "0 to run" in done.stderr
+    assert (folder / "report.html").read_bytes() == page
+    assert (folder / store.SENT).read_bytes() == noted
+    assert (folder / store.TRACKERS_LOG).read_text() == "each process begins it anew"
