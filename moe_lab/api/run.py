@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from moe_lab.api.compose import compose
 from moe_lab.api.shown import Result
+from moe_lab.config.schemas import Config
 from moe_lab.records import inputs, store
 from moe_lab.runs import run as runs
 from moe_lab.trackers.outbox import Outbox
@@ -21,7 +22,8 @@ def run(
     """Execute one run and leave its record in a folder, as the command line does.
 
     Args:
-        what: overrides, for example `["model=decoder_moe", "router=sinkhorn"]`, or what `moe_lab.compose` returns.
+        what: overrides, for example `["model=decoder_moe", "router=sinkhorn"]`, or what `moe_lab.compose` returns. What
+            was read from a YAML file is sent to no tracker: a file that was found does not say where results go.
         directory: where its files go; default: `outputs/runs/<slug>-<cell_id>` below the current directory.
         config_dir: as for `moe_lab.compose`; only with overrides.
 
@@ -40,9 +42,22 @@ def run(
         raise ValueError(f"config_dir={config_dir}: this configuration is composed; give it to moe_lab.compose.")
     inputs.require(what)
     folder = Path(directory) if directory is not None else runs.default_directory(what)
-    outbox = Outbox(what.get("tracker"), folder, is_sweep=False)
+    outbox = Outbox(_trackers(what), folder, is_sweep=False)
     record = runs.run(what, folder)
-    outbox.send([folder], lambda text: print(f"moe-lab: {text}", file=sys.stderr), is_last=True)
+    outbox.send([folder], _say, is_last=True)
     if outbox.names:
         record.warnings = store.read_record(folder).warnings  # with what the trackers did not get
     return Result.of(record)
+
+
+def _trackers(cfg: DictConfig) -> DictConfig | None:
+    """The trackers that the caller chose: of a configuration that was composed, which has the type of the schema."""
+    chosen: DictConfig | None = cfg.get("tracker")
+    if chosen and OmegaConf.get_type(cfg) is not Config:
+        _say("tracker: nothing is sent of a configuration from a file; use moe_lab.compose([..., 'tracker=...']).")
+        return None
+    return chosen
+
+
+def _say(text: str) -> None:
+    print(f"moe-lab: {text}", file=sys.stderr)

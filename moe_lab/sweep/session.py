@@ -79,7 +79,7 @@ def _is_finished(cell: Cell) -> bool:
 def execute(plan: Plan, engine: Engine, progress: Progress, outbox: Outbox | None = None) -> list[Record]:
     """Run what is to be run and return a record for each cell of the plan that has one.
 
-    Between two groups, when nothing is timed, the `outbox` sends the records of the last one to the trackers.
+    Between two groups, when this sweep times nothing, the `outbox` sends the records of the last one to the trackers.
 
     Raises:
         OSError: a record cannot be written.

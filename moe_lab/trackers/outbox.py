@@ -1,4 +1,4 @@
-"""Sends the records of a sweep, or of a single run, to its trackers when nothing is timed. Imports no torch.
+"""Sends the records of a sweep, or of a single run, to its trackers when it times nothing. Imports no torch.
 
 A tracker never costs a result: a record is written first, and then sent by a process of its own (`sender`) with a time
 limit. What a tracker did not get has a warning in its row; it is tried once more at the end, and whenever the command
@@ -63,7 +63,7 @@ class Outbox:
             self._talk(recipient, {}, say)
 
     def send(self, folders: Iterable[Path], say: Say, *, is_last: bool = False) -> None:
-        """Send the records in these folders that were not sent. Nothing may be timed meanwhile.
+        """Send the records in these folders that were not sent. The sweep may time nothing meanwhile.
 
         With `is_last` trackers that failed are tried once more.
         """

@@ -1,7 +1,8 @@
 """The process that talks to a tracker, for one sending: `python -m moe_lab.trackers.sender FD PARENT`.
 
 Trackers have threads, retries and helpers of their own. In a process that is gone afterwards none of them runs beside a
-timed block, and one that hangs can be ended. Both sides of the conversation are here; neither imports torch.
+timed block of the same sweep (another one may time its own), and one that hangs can be ended. Both sides of the
+conversation are here; neither imports torch.
 """
 
 from __future__ import annotations

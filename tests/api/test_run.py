@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import moe_lab
 from moe_lab.api.shown import Result
@@ -22,6 +22,21 @@ def test_overrides_and_their_configuration_make_the_same_run(tmp_path: Path, mon
     assert isinstance(one, Result) and (one.status, one.cell_id) == ("ok", other.cell_id)
     assert one.overrides == words and Path(str(one.directory)).parent == Path("outputs/runs")
     assert other.directory == str(tmp_path / "here") and (tmp_path / "here" / "result.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_configuration_from_a_file_is_sent_to_no_tracker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Somebody else may have written it; it says so."""
+    pytest.importorskip("tensorboard")
+    place = tmp_path / "events"
+    cfg = moe_lab.compose(quick.overrides("minimal", "tracker=tensorboard", f"tracker.tensorboard.dir={place}"))
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    found = OmegaConf.load(tmp_path / "config.yaml")
+    assert isinstance(found, DictConfig)
+    assert moe_lab.run(found, tmp_path / "run").status == "ok"
+    assert not place.exists() and "tracker: nothing is sent of a configuration from a file" in capsys.readouterr().err
+    moe_lab.run(cfg, tmp_path / "other")
+    assert place.is_dir()
 
 
 def test_a_shape_of_a_persons_own_folder(tmp_path: Path) -> None:
