@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from moe_lab.config import addresses
 from moe_lab.trackers.message import Cell, Files, Sweep
@@ -31,7 +32,7 @@ class Mlflow:
         self._experiment = settings["experiment"]
         self._uri = settings["uri"] or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_FILE}"
         try:
-            urlsplit(self._uri)
+            parts = urlsplit(self._uri)
         except ValueError:  # without the address, which may have a password
             raise ValueError("MLFLOW_TRACKING_URI: is no address; set one such as http://host:5000.") from None
         self._files: str | None = None
@@ -39,6 +40,9 @@ class Mlflow:
             file = Path(self._uri.removeprefix("sqlite:///")).absolute()
             self._uri = f"sqlite:///{file}"
             self._files = (file.parent / "mlruns").as_uri()  # beside it, not in the current folder
+            self.keeps: Path | None = file.with_name(file.name.partition("?")[0])
+        else:
+            self.keeps = Path(url2pathname(parts.path)) if parts.scheme == "file" else None
         self.needs = ("mlflow", "sqlalchemy", "alembic") if "sql" in self._uri.partition(":")[0] else ("mlflow",)
         self.destination = f"{addresses.place(self._uri)} {self._experiment}"
         self.environment: dict[str, str | None] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,21 @@ class _Recipient:
     name: str
     settings: dict[str, Any]
     tracker: Tracker
+    was_there: bool
+    """Whether what it keeps on this disk was there at the start: else earlier notes are of what is gone."""
+    noted: set[Path] = field(default_factory=set)
+    """The folders of what was sent since."""
     failed: str | None = None
+
+    def is_sent(self, folder: Path, content: str) -> bool:
+        """Whether it has this content of the folder."""
+        is_noted = notes.is_sent(folder, self.name, self.tracker.destination, content)
+        return is_noted and (self.was_there or folder in self.noted)
+
+    def note(self, folder: Path, content: str) -> None:
+        """It has it now. Raises `OSError`."""
+        notes.add(folder, self.name, self.tracker.destination, content)
+        self.noted.add(folder)
 
 
 class Outbox:
@@ -46,9 +60,11 @@ class Outbox:
             UnavailableError: the package of a tracker is not installed.
         """
         self.folder, self.is_sweep = folder, is_sweep
-        self._recipients = [
-            _Recipient(name, dict(node), make(name, node, folder)) for name, node in (settings or {}).items()
-        ]
+        self._recipients = []
+        for name, node in (settings or {}).items():
+            tracker = make(name, node, folder)
+            was_there = tracker.keeps is None or tracker.keeps.exists()
+            self._recipients.append(_Recipient(name, dict(node), tracker, was_there))
         for recipient in self._recipients:
             require_installed(recipient.name, recipient.tracker)
         self.names = [recipient.name for recipient in self._recipients]
@@ -71,9 +87,8 @@ class Outbox:
             return
         records = _records(folders)
         for recipient in self._recipients:
-            place = recipient.name, recipient.tracker.destination
             cells = {folder: _cell(record, folder) for folder, record in records.items()}
-            left = {folder: cell for folder, cell in cells.items() if not notes.is_sent(folder, *place, cell.content)}
+            left = {folder: cell for folder, cell in cells.items() if not recipient.is_sent(folder, cell.content)}
             if left and (recipient.failed is None or is_last):
                 self._talk(recipient, left, say, is_last=is_last)
             for folder in left:  # what has no answer
@@ -83,8 +98,7 @@ class Outbox:
         """Send the files of the sweep. `is_complete`: every cell of the plan has its result."""
         for recipient in self._recipients:
             files = Files(self._files(), is_complete)
-            is_sent = notes.is_sent(self.folder, recipient.name, recipient.tracker.destination, files.content)
-            if recipient.failed is None and not is_sent:
+            if recipient.failed is None and not recipient.is_sent(self.folder, files.content):
                 self._talk(recipient, {}, say, files, is_last=True)
 
     def _files(self) -> list[Path]:
@@ -102,7 +116,6 @@ class Outbox:
         is_last: bool = False,
     ) -> None:
         """Send it in one process. What the tracker answered for is noted, or has its warning, and leaves `left`."""
-        place = recipient.name, recipient.tracker.destination
         recipient.failed = None
         try:
             key = notes.key_of(self.folder)
@@ -113,7 +126,7 @@ class Outbox:
             with Sender(job, self.folder / store.TRACKERS_LOG, recipient.settings["timeout_s"]) as sender:
                 for folder, cell in list(left.items()):
                     if (refused := sender.reply()) is None:
-                        notes.add(folder, *place, cell.content)
+                        recipient.note(folder, cell.content)
                     else:
                         say(f"{NOT_SENT}{recipient.name}: {cell.name}: {refused}")
                     self._set_warning(folder, recipient.name, refused)
@@ -121,7 +134,7 @@ class Outbox:
                 if files is not None:
                     if (refused := sender.reply()) is not None:
                         raise LostError(f"the files of the sweep: {refused}")
-                    notes.add(self.folder, *place, files.content)
+                    recipient.note(self.folder, files.content)
         except (LostError, OSError) as error:
             recipient.failed = str(error)
             say(f"{NOT_SENT}{recipient.name}: {error}; {self._remedy if is_last else 'tried again at the end'}")

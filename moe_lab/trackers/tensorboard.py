@@ -24,8 +24,9 @@ class Tensorboard:
     environment: Mapping[str, str | None] = MappingProxyType({})
 
     def __init__(self, settings: Mapping[str, Any], folder: Path):
-        self._dir, self._is_shared = Path(settings["dir"] or folder / "tensorboard"), settings["dir"] is not None
-        self.destination = str(settings["dir"] or "tensorboard")
+        self._dir = self.keeps = Path(settings["dir"] or folder / "tensorboard").absolute()
+        self._is_shared = settings["dir"] is not None
+        self.destination = str(self._dir) if self._is_shared else "tensorboard"
 
     def begin(self, sweep: Sweep | None) -> None:
         """See `Tracker.begin`."""

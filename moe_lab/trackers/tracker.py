@@ -25,6 +25,8 @@ class Tracker(Protocol):
     """Variables of its process, which these modules read when they are imported; None: not set."""
     destination: str
     """Where it sends, without secrets: what was sent to one place is not known at another."""
+    keeps: Path | None
+    """The file or folder of this machine where it keeps what was sent; None: elsewhere."""
 
     def __init__(self, settings: Mapping[str, Any], folder: Path):
         """`settings` are those of its option; `folder` is that of the sweep or the single run."""

@@ -20,7 +20,9 @@ class Trackio:
     needs: tuple[str, ...] = ("trackio",)
 
     def __init__(self, settings: Mapping[str, Any], folder: Path):
-        self._project, self._dir = settings["project"], settings["dir"] or os.environ.get("TRACKIO_DIR")
+        self._project, given = settings["project"], settings["dir"] or os.environ.get("TRACKIO_DIR")
+        self.keeps = Path(given).absolute() if given else None  # else where trackio chooses
+        self._dir = str(self.keeps) if self.keeps is not None else None
         self.destination = f"{self._dir or 'trackio'} {self._project}"
         # Not to a Space, whatever else this person uses trackio for: `trackio sync` uploads it.
         self.environment: dict[str, str | None] = dict.fromkeys(("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"))

@@ -6,12 +6,14 @@ configuration and summary become those of the newer record. Offline, its folder 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from moe_lab.config import addresses
 from moe_lab.records import store
 from moe_lab.trackers.message import Cell, Files, Sweep
 
@@ -24,9 +26,14 @@ class Wandb:
 
     def __init__(self, settings: Mapping[str, Any], folder: Path):
         self._settings = settings
-        self._dir = Path(settings["dir"] or folder)
-        is_offline = settings["mode"] == "offline"
-        place = settings["dir"] or "wandb" if is_offline else settings["entity"] or "online"
+        self._dir = Path(settings["dir"] or folder).absolute()
+        if settings["mode"] == "offline":
+            self.keeps: Path | None = self._dir / "wandb"
+            place = str(self._dir) if settings["dir"] else "wandb"
+        else:
+            self.keeps = None
+            server = addresses.place(os.environ.get("WANDB_BASE_URL", ""))  # of one's own
+            place = " ".join(part for part in (server, settings["entity"] or "online") if part)
         self.destination = f"{place} {settings['project']}"
         self._sweep: Sweep | None = None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_lab.config.trackers import TRACKERS
 from moe_lab.records import store
 from moe_lab.trackers import notes
 from moe_lab.trackers.outbox import Outbox
@@ -92,6 +93,22 @@ def test_a_tracker_that_failed_is_a_warning_in_each_row_until_it_has_them(tmp_pa
     outbox.send(sweep.cells, sweep.say, is_last=True)
     assert sorted(seen.cell_id for seen in readers.of("tensorboard", tmp_path)) == sweep.cell_ids()
     assert [store.read_record(folder).to_dict() for folder in sweep.cells] == before and len(sweep.said) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in TRACKERS])
+def test_what_was_deleted_on_this_disk_is_sent_again(name: str, tmp_path: Path) -> None:
+    """All of it, also when some other cell was sent before."""
+    pytest.importorskip(name)
+    sweep = Sweep(tmp_path)
+    sweep.outbox(name).send(sweep.cells, sweep.say)
+    for place in ("m.db", "trackio", "wandb", "events"):
+        if (tmp_path / place).exists():
+            (tmp_path / place).rename(tmp_path / "gone")
+    outbox = sweep.outbox(name)
+    outbox.send(sweep.cells[1:], sweep.say)
+    outbox.send(sweep.cells, sweep.say)
+    assert sorted(seen.cell_id for seen in readers.of(name, tmp_path)) == sweep.cell_ids() and sweep.said == []
 
 
 def test_a_search_begins_once(tmp_path: Path) -> None:

@@ -141,6 +141,30 @@ def test_a_destination_has_no_password(uri: str, place: str, monkeypatch: pytest
     assert Mlflow({"uri": None, "experiment": "e"}, tmp_path).destination == f"{place} e"
 
 
+def test_a_destination_is_the_same_from_every_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A relative one is made absolute; a server of one's own is a place of its own."""
+    monkeypatch.chdir(tmp_path)
+    more = {"project": "p", "entity": None, "dir": "d"}
+    for name in ("tensorboard", "trackio", "wandb"):
+        made = tracker.make(name, {**more, "mode": "offline"}, tmp_path)
+        assert made.destination.split()[0] == str(tmp_path / "d")
+        assert made.keeps is not None and made.keeps.is_relative_to(tmp_path / "d")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://me:secret@host")
+    made = tracker.make("wandb", {**more, "mode": "online"}, tmp_path)
+    assert (made.destination, made.keeps) == ("http://host online p", None)
+
+
+def test_mlflow_keeps_a_file_or_a_folder_or_is_elsewhere(tmp_path: Path) -> None:
+    """Which its address says."""
+
+    def keeps(uri: str) -> Path | None:
+        return Mlflow({"uri": uri, "experiment": "e"}, tmp_path).keeps
+
+    assert keeps(f"sqlite:///{tmp_path}/m.db?timeout=5") == tmp_path / "m.db"
+    assert keeps((tmp_path / "ml runs").as_uri()) == tmp_path / "ml runs"
+    assert keeps("http://host") is None
+
+
 def test_a_variable_that_is_no_address_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With its name and the remedy."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@[x")
