@@ -59,17 +59,23 @@ def multirun(
         this = sweeps.begin(loader, config, progress(), words)
         try:
             write_atomic(this.directory / "multirun.yaml", OmegaConf.to_yaml(config).encode())
+            sends = True
             try:
                 if search.is_search(config):
                     search.run(this)
                 else:
                     this.run(sweeps.expand(loader, config), 0)
+            except KeyboardInterrupt:
+                sends = False  # the next call sends it
+                raise
             finally:
                 if this.plan is not None:  # also after Ctrl-C
                     with redirect_stdout(sys.stderr):  # where the progress is: a script's own output stays its own
-                        this.send_records()
+                        if sends:
+                            this.send_records()
                         outputs.write(this.directory, with_report=this.plan.sweep["report"])
-                        this.send_files()
+                        if sends:
+                            this.send_files()
             assert this.plan is not None
             page = this.directory / "report.html" if this.plan.sweep["report"] else None
             return Results(this.directory, this.records(), this.plan.sweep["compare"], this.plan.sweep["anchor"], page)

@@ -132,8 +132,8 @@ def _words() -> dict[str, list[str]]:
     return {name: options.get(name, []) for name in COMMANDS}
 
 
-def _show() -> None:
-    """The table of what ran; of a sweep also its files."""
+def _show(*, sends: bool = True) -> None:
+    """The table of what ran; of a sweep also its files. `sends` them, and what is left of the records, to trackers."""
     multirun = sys.modules.get("moe_lab.sweep.multirun")
     sweep = multirun.current if multirun is not None else None
     if sweep is None and _records:
@@ -144,12 +144,14 @@ def _show() -> None:
         from moe_lab.cli.table import print_sweep
         from moe_lab.results import outputs
 
-        sweep.send_records()
+        if sends:
+            sweep.send_records()
         _records.extend(sweep.records())
         print_sweep(_records, sweep.plan.sweep["compare"], sweep.plan.sweep["anchor"])
         outputs.write(sweep.directory, with_report=sweep.plan.sweep["report"])
         outputs.say(sweep.directory)
-        sweep.send_files()
+        if sends:
+            sweep.send_files()
     if exports := [record.export for record in _records if record.status == "ok" and record.export is not None]:
         from moe_lab.cli.export import words_of_all
 
@@ -219,7 +221,7 @@ def _main(argv: list[str] | None) -> int:
         known = "" if is_command else "; the record has the results up to this point"
         print(f"moe-lab: interrupted{known}", file=sys.stderr)
         try:
-            _show()
+            _show(sends=False)  # nobody who stops a sweep waits for a server; the next run sends it
         except KeyboardInterrupt:
             print("moe-lab: interrupted again, before the tables were written; moe-lab report does it", file=sys.stderr)
         return INTERRUPTED

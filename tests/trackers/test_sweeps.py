@@ -244,6 +244,8 @@ def test_a_finished_sweep_is_sent_to_a_tracker_that_is_new(tmp_path: Path) -> No
         becomes_true(lambda: process.poll() is not None or senders_of(process.pid))
         os.killpg(process.pid, signal.SIGINT)
         process.communicate()
+    assert process.returncode == 130
+    assert not list((tmp_path / "events").rglob("events.out.*")), "who stops it does not wait for a tracker"
     done = run(*words, cwd=tmp_path)
     assert done.returncode == 0 and "4 done; 0 to run" in done.stderr, shlex.join(words)
     assert sorted(one.cell_id for one in readers.of("tensorboard", tmp_path)) == sorted(
