@@ -17,7 +17,7 @@ from benchmarks import add_rms_norm, check, energy_profiles, pack_peers, sort_an
 from tests import tiny
 
 FOLDER = tiny.ROOT / "benchmarks"
-HELPERS = {"browser", "peer_stubs", "synthetic"}
+HELPERS = {"__init__", "browser", "peer_stubs", "synthetic"}
 """What benchmarks and tests share; not started themselves."""
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - HELPERS)
 ROWS = re.findall(

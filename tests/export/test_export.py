@@ -95,6 +95,7 @@ def test_tiles_are_rounded_in_the_graph(tmp_path: Path) -> None:
     check(tmp_path / "pair", found)
 
 
+@pytest.mark.slow
 def test_tables_of_the_first_layers_are_exported(tmp_path: Path) -> None:
     """One layer chooses by the token's id, the other by its logits: two functions."""
     cfg = pairs.compose("decoder_moe", "router=deepseek_v4", "router.hash_layers=1")

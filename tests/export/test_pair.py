@@ -36,6 +36,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["pair"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
     """kill -9 in the middle: no folder of that name, and no garbage for ever."""
     program = (

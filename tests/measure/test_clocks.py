@@ -290,6 +290,7 @@ def test_peak_on_cuda_holds_at_least_the_parameters(execution: str) -> None:
 
 
 @needs_cxx
+@pytest.mark.slow
 def test_a_timed_block_compiles_nothing_again() -> None:
     """What is timed is what was verified: a block neither recompiles nor depends on what only the host looks at."""
     run = tiny.built(tiny.decoder_moe("execution=compile", "model.n_layers=1"))

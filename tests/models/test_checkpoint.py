@@ -381,7 +381,7 @@ def assert_same_experts(routings: tuple[Routing, ...], experts: tuple[Tensor, ..
 
 
 def assert_logits(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=0, atol=ATOL)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=ATOL)  # logits of tied weights are large
 
 
 @torch.inference_mode()

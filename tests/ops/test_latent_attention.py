@@ -63,7 +63,7 @@ def test_more_positions_than_a_piece_of_a_block() -> None:
         assert_defined(q, latent.clone(), 5, position, 0.4)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(st.data(), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20), st.integers(1, 70))
 def test_any_sizes(data: st.DataObject, B: int, H: int, rank: int, N: int) -> None:
     position = data.draw(st.integers(0, N - 1))

@@ -291,7 +291,7 @@ ROUTED = (
         pytest.param(lambda T, E: skewed_logits(T, E).half(), id="fp16", marks=pytest.mark.slow),
         pytest.param(lambda T, E: skewed_logits(T, E).bfloat16(), id="bf16", marks=pytest.mark.slow),
         pytest.param(lambda T, E: 3e4 * few_levels(T, E), id="huge"),
-        pytest.param(far_columns, id="far columns"),
+        pytest.param(far_columns, id="far columns", marks=pytest.mark.slow),
         pytest.param(lambda T, E: torch.full((T, E), 1.7), id="constant", marks=pytest.mark.slow),
     ],
 )

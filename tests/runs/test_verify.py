@@ -216,6 +216,7 @@ def test_correct_bf16_runs_stay_below_half_of_each_tolerance(field: str, correct
 @pytest.mark.parametrize(
     "field", [pytest.param(field, id=field) for field in ("rel_error", "expert_rel_error", "token_rel_error")]
 )
+@pytest.mark.slow
 def test_correct_bf16_runs_reach_a_fifteenth_of_each_tolerance(field: str, correct_bf16: list[Check]) -> None:
     """Nor so loose that it measures nothing."""
     tolerance = getattr(TOLERANCES[torch.bfloat16], field.removesuffix("rel_error").rstrip("_") or "model")
@@ -262,7 +263,7 @@ def test_counted_operations_are_of_the_reference() -> None:
     ("n_experts", "top_k", "tokens"),
     [
         pytest.param(5, 2, 14, id="few_experts"),
-        pytest.param(64, 8, 128, id="many_experts"),
+        pytest.param(64, 8, 128, id="many_experts", marks=pytest.mark.slow),
         pytest.param(64, 8, 16, id="many_experts_few_tokens"),
         pytest.param(64, 1, 16, id="many_experts_top_1"),
     ],

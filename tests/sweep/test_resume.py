@@ -194,6 +194,7 @@ def test_a_result_of_another_machine_is_stale_here_and_joins_in_compare(tmp_path
     assert "another" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_sweep_in_one_line_and_loses_nothing(tmp_path: Path) -> None:
     """RLIMIT_FSIZE lets no file grow beyond 2 kB: exit code 2, no half record; with space again the sweep goes on."""
 
