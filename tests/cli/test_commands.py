@@ -168,7 +168,7 @@ def test_ctrl_c_again_while_the_tables_are_written_is_one_more_line(
 ) -> None:
     """The exit code stays 130."""
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sys.argv", ["moe-lab"])

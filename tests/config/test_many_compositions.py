@@ -56,7 +56,11 @@ def _composed(loader: ConfigLoader, master: DictConfig, overrides: list[str]) ->
 
 
 @pytest.mark.parametrize(
-    "typed", [pytest.param([], id="plain"), pytest.param(["model=decoder_moe"], id="option", marks=pytest.mark.slow)]
+    "typed",
+    [
+        pytest.param([], id="plain", marks=pytest.mark.slow),
+        pytest.param(["model=decoder_moe"], id="option", marks=pytest.mark.slow),
+    ],
 )
 def test_equal_to_hydras_own(typed: list[str]) -> None:
     """In any order, and again after a job was changed."""

@@ -135,7 +135,7 @@ def test_biases_and_activations(
 
 
 @SCALES
-@pytest.mark.parametrize("T", [17, 33, 64])
+@pytest.mark.parametrize("T", [17, pytest.param(33, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "dtype",
     [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu)],

@@ -271,6 +271,7 @@ COMMANDS = [shlex.split(line, comments=True)[2:] for line in re.findall(r"^moe-l
 
 
 @pytest.mark.parametrize("words", [pytest.param(words, id=words[0][:40]) for words in COMMANDS])
+@pytest.mark.slow
 def test_the_commands_of_the_page_are_sweeps(words: list[str], tmp_path: Path) -> None:
     """The page's first one has the number of cells that it says; an anchor and an exclude match cells."""
     with composing_multirun([*words, "device=cpu", f"hydra.sweep.dir={tmp_path}/s"], None) as (loader, config):
