@@ -40,7 +40,7 @@ _LANGUAGES = {
 
 
 def page_of(path: str) -> str | None:
-    """The page of a file or folder of the repository, relative to the site; None if there is no such file."""
+    """The page of a file or folder of the repository, relative to the site; None if the file does not exist."""
     path = path.rstrip("/")
     if path in _PAGES:
         return _PAGES[path]

@@ -52,7 +52,7 @@ def write(directory: Path, output: Path, license_id: str) -> Path:
     an earlier card in `output` that are not written now are removed.
 
     Raises:
-        ValueError: there is no such folder, or no record in it can be read; `output` holds something else than a card.
+        ValueError: the folder is missing or has no readable record; `output` holds files that are not a card.
         OSError: a file cannot be written.
     """
     _refuse_other(output)

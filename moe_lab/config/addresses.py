@@ -18,7 +18,7 @@ def mistake(uri: str) -> str | None:
     try:
         parts = urlsplit(uri)
     except ValueError:
-        return "is no address; use one such as http://host:5000 or sqlite:///runs.db."
+        return "is not an address; use one such as http://host:5000 or sqlite:///runs.db."
     # A password may hold a slash, so all of the address is looked at where "@" has no other use.
     if "@" in (parts.netloc if parts.scheme in _FILES else uri):
         return 'has a user or a token before "@"; ' + _INSTEAD

@@ -64,7 +64,7 @@ class Source(Protocol):
 
 
 class EnergyError(Exception):
-    """There is no energy to read, and why."""
+    """Energy cannot be read, with the reason."""
 
 
 class Nvml:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from moe_lab.ops.library import capability
+
 
 @triton.jit
 def begin(DEPENDENT: tl.constexpr):
@@ -25,5 +27,4 @@ def begin(DEPENDENT: tl.constexpr):
 @cache
 def is_dependent(device: torch.device) -> bool:
     """Whether kernels on `device` are launched so: the value of DEPENDENT and of `launch_pdl`."""
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability(device) >= (9, 0)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lab.ops.library import HAS_TRITON, call, register
+from moe_lab.ops.library import HAS_TRITON, call, capability, register
 
 
 def gemv(x_1K: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
@@ -27,8 +27,7 @@ def gemv(x_1K: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tenso
 
 def is_faster(device: torch.device) -> bool:
     """Whether `gemv` is faster than torch on `device`: on Hopper, where it was measured."""
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    return HAS_TRITON and is_nvidia and torch.cuda.get_device_capability(device)[0] == 9
+    return HAS_TRITON and capability(device)[0] == 9
 
 
 def _gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

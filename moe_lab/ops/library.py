@@ -97,6 +97,12 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of an NVIDIA GPU, (0, 0) of anything else."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return torch.cuda.get_device_capability(device) if is_nvidia else (0, 0)
+
+
 def resolve_implementation(asked: str, device: torch.device, *, op: str) -> str:
     """`torch` or `triton`: what `asked` (auto, torch, triton) means for `op` on `device`.
 

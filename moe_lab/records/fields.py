@@ -384,7 +384,7 @@ ENERGY = (
     Field("mean_power_w", float, "W", "`joules` over `seconds`"),
     Field("source", str, "", "the counter: `NVML total energy` of a GPU, `RAPL` of a CPU; missing if there is none"),
     Field("counts", str, "", "what it counts, other processes included"),
-    Field("reason", str, "", "why there is no energy"),
+    Field("reason", str, "", "why energy was not measured"),
     Field("resolution_s", float, "s", "time between two changes of the counter, measured before the timing"),
     Field(
         "resolution_share",

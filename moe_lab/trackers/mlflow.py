@@ -34,7 +34,7 @@ class Mlflow:
         try:
             parts = urlsplit(self._uri)
         except ValueError:  # without the address, which may have a password
-            raise ValueError("MLFLOW_TRACKING_URI: is no address; set one such as http://host:5000.") from None
+            raise ValueError("MLFLOW_TRACKING_URI: is not an address; set one such as http://host:5000.") from None
         self._files: str | None = None
         if self._uri.startswith("sqlite:///"):  # one file in every folder, so its place belongs to its name
             file = Path(self._uri.removeprefix("sqlite:///")).absolute()

@@ -48,7 +48,7 @@ def test_an_address_without_one_is_none(uri: str) -> None:
 @pytest.mark.parametrize("uri", [pytest.param("http://[x", id="bracket"), pytest.param("http://a\u2100b", id="letter")])
 def test_what_is_no_address_is_a_mistake(uri: str) -> None:
     """And raises nothing."""
-    assert "is no address" in str(addresses.mistake(uri))
+    assert "is not an address" in str(addresses.mistake(uri))
 
 
 def test_places_differ_where_servers_do() -> None:

@@ -38,7 +38,7 @@ def test_any_number_of_trackers_can_be_chosen(option: str, names: list[str]) -> 
         pytest.param(["tracker=mlflow", "tracker.mlflow.timeout_s=nan"], "at most 86400", id="no-number"),
         pytest.param(["tracker=mlflow", "tracker.mlflow.uri=http://TOKEN@h"], r"mlflow\.uri: has a user.* Set", id="@"),
         pytest.param(["tracker=mlflow", "tracker.mlflow.uri='m://h/d?password=p'"], "has a password", id="password"),
-        pytest.param(["tracker=mlflow", "tracker.mlflow.uri='http://[x'"], r"\.uri: is no address; use", id="bracket"),
+        pytest.param(["tracker=mlflow", "tracker.mlflow.uri='http://[x'"], r"\.uri: is not an address", id="bracket"),
         pytest.param(["tracker=mlflow", "+tracker.mlflow.url=x"], "unknown key.*Did you mean uri", id="unknown-key"),
         pytest.param(["+tracker.mlflw.uri=x"], "unknown tracker.*Did you mean mlflow", id="unknown-tracker"),
         pytest.param(["tracker.mlflow.uri=x"], "tracker=none has no such key", id="another-option"),

@@ -168,7 +168,9 @@ def test_mlflow_keeps_a_file_or_a_folder_or_is_elsewhere(tmp_path: Path) -> None
 def test_a_variable_that_is_no_address_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With its name and the remedy."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@[x")
-    with pytest.raises(ValueError, match=r"^MLFLOW_TRACKING_URI: is no address; set one such as http://host:5000\.$"):
+    with pytest.raises(
+        ValueError, match=r"^MLFLOW_TRACKING_URI: is not an address; set one such as http://host:5000\.$"
+    ):
         Mlflow({"uri": None, "experiment": "e"}, tmp_path)
 
 
