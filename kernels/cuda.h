@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "combine.h"
+#include "decode.h"
 #include "experts.h"
 #include "route.h"
 
@@ -72,6 +73,10 @@ cudaError_t sort_slots(const int32_t* ids, const SortArguments& s, int E, int64_
 cudaError_t combine(const CombineArguments& a, const Device& device);
 // On compute capability 9.0, where MOE_LAB_HOPPER is defined; T is not 0.
 cudaError_t experts(const ExpertsArguments& a, const Device& device);
+// As `experts`. K is a multiple of 8 whose row fits into shared memory, with a norm at most `kMostColumns`.
+cudaError_t gemv(const GemvArguments& a, const Device& device);
+// As `experts`; d is 64 or 128.
+cudaError_t decode_attention(const DecodeAttentionArguments& a, const Device& device);
 // Few tokens or few experts, T not 0; the logits of `a` may be written.
 bool can_route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);
 cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);

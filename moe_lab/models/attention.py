@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from moe_lab.marks import phase
 from moe_lab.models.kv_cache import LayerCache
 from moe_lab.models.layers import Linear, RMSNorm, place_together, project_together
+from moe_lab.ops import one_token_attention
 from moe_lab.ops.decode_attention import cached_attention, rope_append, takes
 from moe_lab.ops.library import is_exporting, resolve_implementation
 from moe_lab.ops.rotate import rotate_both
@@ -131,7 +134,7 @@ class Attention(nn.Module):
         self.q = Linear(d_model, n_heads * head_dim * (2 if output_gate else 1), bias=qkv_bias)
         self.k = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
         self.v = None if values_are_keys else Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
-        place_together(*self._projections)
+        place_together(*self.projections)
         self.o = Linear(n_heads * head_dim, d_model, bias=o_bias)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
@@ -160,37 +163,48 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Without `position_S` the tokens are the first of their sequences; with it they go on from the cache."""
         with phase("attention"):
-            # One product is quicker than three small ones. Where weights lie cannot be asked while a pass is compiled.
-            if self.fuses and not torch.compiler.is_compiling():
-                parts = project_together(x_BSD, *self._projections)
+            # One product is quicker than three small ones.
+            if self.fuses:
+                parts = project_together(x_BSD, *self.projections)
             else:
-                parts = tuple(projection(x_BSD) for projection in self._projections)
-            q, k, v = parts[0], parts[1], self._values(parts[-1])  # of the last two one, where values are keys
-            q, gate = q.chunk(2, dim=2) if self.output_gate else (q, None)
-            if self.fuses and cache is not None and position_S is not None and self._takes(len(position_S)):
-                y_BSn = self._few_tokens(q, k, v, cos_Sd, sin_Sd, cache, position_S)
-                return self._out(y_BSn, gate)
-            if self.qk_norm == "full":
-                assert self.q_norm is not None and self.k_norm is not None
-                q, k = self.q_norm(q), self.k_norm(k)
-            if self.clip_qkv is not None:
-                q, k, v = (part.clamp(-self.clip_qkv, self.clip_qkv) for part in (q, k, v))
-            q, k, v = self._heads(q), self._heads(k), self._heads(v)
-            turns = (cos_Sd, sin_Sd, "triton" if self.fuses else "torch")
-            if self.turn_first:
-                q, k = rotate_both(q, k, *turns)
-            if self.qk_norm == "head":
-                assert self.q_norm is not None and self.k_norm is not None
-                q, k = self.q_norm(q), self.k_norm(k)
-            if not self.turn_first:
-                q, k = rotate_both(q, k, *turns)
-            if cache is not None and position_S is None:
-                cache.begin(k, v)
-            elif cache is not None:
-                assert position_S is not None
-                k, v = cache.put(k, v, position_S)
-            y = attend(q, k, v, position_S, self.window, self.scale, self.sinks_H)
-            return self._out(y.transpose(1, 2).flatten(2), gate)
+                parts = tuple(projection(x_BSD) for projection in self.projections)
+            return self.of_projected(parts, cos_Sd, sin_Sd, cache, position_S)
+
+    def of_projected(
+        self,
+        parts: tuple[Tensor, ...],
+        cos_Sd: Tensor,
+        sin_Sd: Tensor,
+        cache: LayerCache | None,
+        position_S: Tensor | None,
+    ) -> Tensor:
+        """`forward` from what `projections` give on."""
+        q, k, v = parts[0], parts[1], self._values(parts[-1])  # of the last two one, where values are keys
+        q, gate = q.chunk(2, dim=2) if self.output_gate else (q, None)
+        if self.fuses and cache is not None and position_S is not None and self._takes(len(position_S)):
+            y_BSn = self._few_tokens(q, k, v, cos_Sd, sin_Sd, cache, position_S)
+            return self._out(y_BSn, gate)
+        if self.qk_norm == "full":
+            assert self.q_norm is not None and self.k_norm is not None
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip_qkv is not None:
+            q, k, v = (part.clamp(-self.clip_qkv, self.clip_qkv) for part in (q, k, v))
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        turns = (cos_Sd, sin_Sd, "triton" if self.fuses else "torch")
+        if self.turn_first:
+            q, k = rotate_both(q, k, *turns)
+        if self.qk_norm == "head":
+            assert self.q_norm is not None and self.k_norm is not None
+            q, k = self.q_norm(q), self.k_norm(k)
+        if not self.turn_first:
+            q, k = rotate_both(q, k, *turns)
+        if cache is not None and position_S is None:
+            cache.begin(k, v)
+        elif cache is not None:
+            assert position_S is not None
+            k, v = cache.put(k, v, position_S)
+        y = attend(q, k, v, position_S, self.window, self.scale, self.sinks_H)
+        return self._out(y.transpose(1, 2).flatten(2), gate)
 
     def _out(self, y_BSn: Tensor, gate_BSn: Tensor | None) -> Tensor:
         return self.o(y_BSn if gate_BSn is None else y_BSn * gate_BSn.sigmoid())  # type: ignore[no-any-return]
@@ -207,8 +221,13 @@ class Attention(nn.Module):
         kept = (cache.k_BHNd, cache.v_BHNd)
         turns = ((cos, sin), position_S, *kept, self.turn_first)
         q_Rn, k_Rm, v_Rm = (part.flatten(0, 1) for part in (q, k, v))
-        q_RHd = rope_append(q_Rn, k_Rm, v_Rm, norms[0], norms[1], eps, self.clip_qkv, *turns)
-        y_RHd = cached_attention(q_RHd, *kept, position_S, self.window, self.scale, self.sinks_H)
+        new: Any = (q_Rn, k_Rm, v_Rm, *norms, eps, self.clip_qkv, *turns)
+        softmax: Any = (self.window, self.scale, self.sinks_H)
+        by_one = not torch.compiler.is_compiling() and one_token_attention.is_faster(q.device)
+        if by_one and one_token_attention.takes(q_Rn, *kept, position_S, *norms, self.sinks_H):
+            y_RHd = one_token_attention.one_token_attention(*new, *softmax)
+        else:
+            y_RHd = cached_attention(rope_append(*new), *kept, position_S, *softmax)
         return y_RHd.view(*q.shape[:2], -1)
 
     def use_reference(self) -> None:
@@ -216,7 +235,7 @@ class Attention(nn.Module):
         self.fuses = False
 
     @property
-    def _projections(self) -> list[Linear]:
+    def projections(self) -> list[Linear]:
         """Of queries, keys, and values unless those are the keys."""
         return [self.q, self.k] if self.v is None else [self.q, self.k, self.v]
 

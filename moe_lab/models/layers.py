@@ -21,25 +21,25 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.uses_gemv = False
-
-    def compute_on(self, device: torch.device, *, load: bool = True) -> None:
-        """Decide whether a kernel of its own computes single rows in 16 bits on `device`."""
-        self.uses_gemv = gemv.is_faster(device)
-
-    def use_reference(self) -> None:
-        """From now on compute in plain torch."""
-        self.uses_gemv = False
+        self.uses_gemv = True
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T [+ b] with any weight, as this layer computes it."""
-        is_half = x.dtype == weight.dtype and x.dtype.itemsize == 2
-        if self.uses_gemv and is_half and x.numel() == x.shape[-1] and not torch.compiler.is_compiling():
+        if self.takes(x, weight, bias):
             return gemv.gemv(x.reshape(1, -1), weight, bias).view(*x.shape[:-1], -1)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def takes(self, x: Tensor, *others: Tensor | None, norms: bool = False) -> bool:
+        """Whether the kernel for a single row computes it."""
+        is_asked = self.uses_gemv and not torch.compiler.is_compiling() and gemv.is_faster(x.device)
+        return is_asked and gemv.takes(x, *others, norms=norms)
+
+    def use_reference(self) -> None:
+        """From now on compute in plain torch."""
+        self.uses_gemv = False
 
 
 def place_together(*layers: Linear) -> None:
@@ -59,13 +59,52 @@ def place_together(*layers: Linear) -> None:
 
 def project_together(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """What each layer gives, by one product where their weights lie together; the results are views of one tensor."""
+    joined = _joined_parameters(layers)
+    if joined is None:
+        return tuple(layer(x) for layer in layers)
+    return _split(layers[0].product(x, *joined), layers)
+
+
+def joined_with(
+    norm: nn.Module, x: Tensor, residual: Tensor | None, *layers: Linear
+) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of all layers if `norm_and_project` takes them and this norm, as `add_norm` makes it.
+
+    It takes a single row, on Hopper.
+    """
+    if not (isinstance(norm, AddRMSNorm) and norm.implementation == "triton") or x.numel() != x.shape[-1]:
+        return None
+    joined = _joined_parameters(layers)
+    takes = joined is not None and layers[0].takes(x, residual, norm.weight, *joined, norms=True)
+    return joined if takes else None
+
+
+def norm_and_project(
+    norm: nn.Module,
+    x: Tensor,
+    residual: Tensor | None,
+    joined: tuple[Tensor, Tensor | None],
+    *layers: Linear,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(`project_together` of norm(x + residual), x + residual), by one launch; `joined` as `joined_with` gives it."""
+    assert isinstance(norm, AddRMSNorm)
+    rows = (x.reshape(1, -1), None if residual is None else residual.reshape(1, -1))
+    y, total = gemv.norm_gemv(*rows, norm.weight, norm.eps, *joined)
+    return _split(y.view(*x.shape[:-1], -1), layers), total.view_as(x)
+
+
+def _split(y: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
+    return y.split([len(layer.weight) for layer in layers], dim=-1)  # type: ignore[no-any-return]
+
+
+def _joined_parameters(layers: Sequence[Linear]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of all as one; None where they do not lie together, or while a pass is compiled."""
+    if torch.compiler.is_compiling():  # where weights lie cannot be asked
+        return None
     weight = _joined([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers if layer.bias is not None]
     bias = _joined(biases) if biases else None
-    if weight is None or (biases and bias is None):
-        return tuple(layer(x) for layer in layers)
-    y = layers[0].product(x, weight, bias)
-    return y.split([len(layer.weight) for layer in layers], dim=-1)  # type: ignore[no-any-return]
+    return None if weight is None or (biases and bias is None) else (weight, bias)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor | None:

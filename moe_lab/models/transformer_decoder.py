@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.experts.weights import Activation
+from moe_lab.marks import phase
 from moe_lab.models import ForcedRouting, Output
 from moe_lab.models.attention import Attention
-from moe_lab.models.kv_cache import KVCache, LayerMemory
+from moe_lab.models.kv_cache import KVCache, LayerCache, LayerMemory
 from moe_lab.models.latent_attention import LatentAttention
-from moe_lab.models.layers import Add, Embedding, GatedMLP, Linear, RMSNorm, add_norm
+from moe_lab.models.layers import Add, Embedding, GatedMLP, Linear, RMSNorm, add_norm, joined_with, norm_and_project
 from moe_lab.models.mixers import make_mixer
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.rope import Ropes, softmax_scale
@@ -68,8 +69,8 @@ class Block(nn.Module):
         cache: LayerMemory | None,
         position_S: Tensor | None,
     ) -> tuple[Tensor, Tensor, Routing | None, Tensor | None]:
-        normed, residual = self.attention_norm(x_BSD, residual_BSD)
-        attended = self._added(self.attention(normed, *rope, cache, position_S), self.norm_after_attention)
+        attended, residual = self._attended(x_BSD, residual_BSD, rope, cache, position_S)
+        attended = self._added(attended, self.norm_after_attention)
         normed, residual = self.mlp_norm(attended, residual)
         routing: Routing | None = None
         if isinstance(self.mlp, MoELayer):
@@ -82,6 +83,25 @@ class Block(nn.Module):
             scale_1 = self.scale_1.to(y_BSD.dtype)
             y_BSD, residual = y_BSD * scale_1, residual * scale_1
         return y_BSD, residual, routing, normed.flatten(0, 1) if self.shows_input else None
+
+    def _attended(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        cache: LayerMemory | None,
+        position_S: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(what attention gives of norm(x + residual), x + residual)."""
+        if isinstance(self.attention, Attention):
+            assert cache is None or isinstance(cache, LayerCache)
+            projections = self.attention.projections
+            if (joined := joined_with(self.attention_norm, x, residual, *projections)) is not None:
+                with phase("attention"):
+                    parts, total = norm_and_project(self.attention_norm, x, residual, joined, *projections)
+                    return self.attention.of_projected(parts, *rope, cache, position_S), total
+        normed, residual = self.attention_norm(x, residual)
+        return self.attention(normed, *rope, cache, position_S), residual
 
     def _added(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """What a sublayer adds."""
@@ -218,8 +238,12 @@ class TransformerDecoder(nn.Module):
                 routings.append(routing)
         if last is not None:
             x, residual = x[:, S - last :], residual if residual is None else residual[:, S - last :]
-        normed, _ = self.norm(x, residual)
-        return Output(self._finished(self.head(normed)), tuple(routings))
+        if (joined := joined_with(self.norm, x, residual, self.head)) is not None:
+            (logits,), _ = norm_and_project(self.norm, x, residual, joined, self.head)
+        else:
+            normed, _ = self.norm(x, residual)
+            logits = self.head(normed)
+        return Output(self._finished(logits), tuple(routings))
 
     def _finished(self, logits_BSV: Tensor) -> Tensor:
         if self.logits_scale != 1:

@@ -18,10 +18,10 @@ from moe_lab.ops.library import capability
 
 @triton.jit
 def begin(DEPENDENT: tl.constexpr):
-    """Wait for the kernel before this one, and let the next one start."""
+    """Let the next kernel start, and wait for the one before this one."""
     if DEPENDENT:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
 
 
 @cache

@@ -48,9 +48,11 @@ _CUDA = (
     "sort.cu",
     "combine.cu",
 )
-HOPPER = "90"
-"""The architecture whose own instructions the kernels of the experts use; they are built for it alone (as 90a)."""
+HOPPER, HOPPER_CAPABILITY = "90", (9, 0)
+"""The architecture whose own instructions the kernels of the experts and of a decoding step use (as 90a)."""
 _HOPPER = (
+    "decode_attention.cu",
+    "decode_gemv.cu",
     "experts.cu",
     "experts_one_token.cu",
     "experts_up_bf16.cu",

@@ -1,7 +1,10 @@
-"""`gemv`: y = x W^T + b of one row, at the rate at which the memory gives the matrix.
+"""The product of one row with a matrix, at the rate at which the memory gives the matrix, by the extension's kernel.
+
+    gemv       y = x W^T + b
+    norm_gemv  the same of RMSNorm(x + residual), in one launch
 
 A library's product of matrices reads the matrix of a single row at about half the rate of a copy, because its tiles are
-made for many rows. For two rows or more it is as quick as this kernel (docs/kernels.md).
+made for many rows. For two rows or more it is as quick as this kernel (docs/kernels.md). On a CPU both are plain torch.
 """
 
 from __future__ import annotations
@@ -10,34 +13,91 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lab.ops.library import HAS_TRITON, call, capability, register
+from moe_lab.ops import add_rms_norm, extension
+from moe_lab.ops.library import call, capability, register
+
+_MOST_COLUMNS, _MOST_COLUMNS_ALONE = 8192, 16384  # as kernels/decode.h says
 
 
 def gemv(x_1K: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """[1, N] = x W^T + b, summed in fp32, by the Triton kernel.
+    """[1, N] = x W^T + b, summed in fp32; on a GPU the extension must be loaded.
 
     Args:
-        x_1K: one row with unit stride.
-        weight_NK: contiguous, of the same dtype. On sm_90 no kernel that may still be running may write it: it is read
-            before those ahead have ended (ops/dependent_launch.py).
+        x_1K: one contiguous row of fp16 or bf16.
+        weight_NK: contiguous, of the same dtype. No kernel that may still be running may write it: it is read before
+            those ahead have ended (ops/dependent_launch.py).
     """
     result: Tensor = call("gemv", x_1K, weight_NK, bias_N)
     return result
 
 
+def norm_gemv(
+    x_1K: Tensor,
+    residual_1K: Tensor | None,
+    norm_K: Tensor,
+    eps: float,
+    weight_NK: Tensor,
+    bias_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(`gemv` of RMSNorm(x + residual) * norm, x + residual), as `add_rms_norm` gives them; None: there is no residual.
+
+    Args:
+        norm_K: of x's dtype, as everything else.
+    """
+    result: tuple[Tensor, Tensor] = call("norm_gemv", x_1K, residual_1K, norm_K, eps, weight_NK, bias_N)
+    return result
+
+
 def is_faster(device: torch.device) -> bool:
-    """Whether `gemv` is faster than torch on `device`: on Hopper, where it was measured."""
-    return HAS_TRITON and capability(device)[0] == 9
+    """Whether the kernel is there on `device`, and so faster than torch: on Hopper, with the extension loaded."""
+    return extension.computes(device) and capability(device) == extension.HOPPER_CAPABILITY
+
+
+def takes(x: Tensor, *others: Tensor | None, norms: bool = False) -> bool:
+    """Whether the kernel takes the row x [..., K], of which there must be one, with a weight, bias and norm."""
+    K = x.shape[-1]
+    most = _MOST_COLUMNS if norms else _MOST_COLUMNS_ALONE
+    has_one_dtype = x.dtype.itemsize == 2 and all(other is None or other.dtype == x.dtype for other in others)
+    return has_one_dtype and x.numel() == K and K % 8 == 0 and most >= K
 
 
 def _gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from moe_lab.ops.gemv_triton import launch
+    if x.device.type == "cpu":
+        return F.linear(x, weight, bias)
+    y: Tensor = torch.ops.moe_lab.hopper_gemv(x, None, None, 0.0, weight, bias, None)
+    return y
 
-    return launch(x, weight, bias)
+
+def _norm_gemv(
+    x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if x.device.type == "cpu":
+        return _reference(x, residual, norm, eps, weight, bias)
+    total = torch.empty_like(x)
+    return torch.ops.moe_lab.hopper_gemv(x, residual, norm, eps, weight, bias, total), total
+
+
+def _reference(
+    x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    normed, total = add_rms_norm.reference(x, torch.zeros_like(x) if residual is None else residual, norm, eps)
+    return F.linear(normed, weight, bias), total
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(1, weight.shape[0])
 
 
+def _norm_fake(
+    x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(1, weight.shape[0]), torch.empty_like(x)
+
+
 register("gemv(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _gemv, _fake, reference=F.linear)
+register(
+    "norm_gemv(Tensor x, Tensor? residual, Tensor norm, float eps, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
+    _norm_gemv,
+    _norm_fake,
+    reference=_reference,
+)

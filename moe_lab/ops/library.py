@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -97,6 +98,7 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
 def capability(device: torch.device) -> tuple[int, int]:
     """(major, minor) of an NVIDIA GPU, (0, 0) of anything else."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None

@@ -1,8 +1,6 @@
-"""gemv: the product of one row in float64, odd sizes, and chains in a CUDA graph."""
+"""gemv and norm_gemv: the product of one row in float64, odd sizes, and chains in a CUDA graph."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +9,34 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_lab.models.layers import Linear, place_together, project_together
+from moe_lab.models.layers import AddRMSNorm, Linear, joined_with, norm_and_project, place_together, project_together
+from moe_lab.ops import add_rms_norm, extension
 from moe_lab.ops import gemv as gemv_module
-from moe_lab.ops.dependent_launch import is_dependent
-from moe_lab.ops.gemv import gemv
-from tests.ops.cases import DEVICE, DTYPES, normal
-from tests.ops.compiling import assert_compiles
+from moe_lab.ops.gemv import gemv, norm_gemv, takes
+from tests.ops.cases import DEVICE, normal
+
+HALVES = pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16")]
+)
+SIZES = pytest.mark.parametrize(
+    ("N", "K"),
+    [
+        pytest.param(1, 8, id="1x8"),
+        pytest.param(37, 264, id="37x264"),
+        pytest.param(199, 1032, id="199x1032, two parts of a row"),
+        pytest.param(2500, 2048, id="2500x2048, some warps with a row more"),
+        pytest.param(5, 8192, id="5x8192"),
+    ],
+)
+
+
+@pytest.fixture(autouse=True)
+def loaded(device: torch.device) -> None:
+    """On a GPU the kernel is the extension's."""
+    if device.type == "cuda":
+        extension.load()
+        if not gemv_module.is_faster(device):
+            pytest.skip("the kernel needs compute capability 9.0")
 
 
 def settled(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -34,19 +54,9 @@ def assert_is_the_product(y_1N: Tensor, x_1K: Tensor, weight_NK: Tensor, bias_N:
     torch.testing.assert_close(y_1N.double(), want, rtol=eps, atol=1e-6 * weight_NK.shape[1] ** 0.5 + eps)
 
 
-@pytest.mark.parametrize(
-    ("N", "K"),
-    [
-        pytest.param(1, 1, id="one by one"),
-        pytest.param(37, 100, id="37x100"),
-        pytest.param(199, 64, id="199x64"),
-        pytest.param(5, 4096, id="5x4096, one tile of columns"),
-        pytest.param(3, 4097, id="3x4097, a column more"),
-        pytest.param(2, 12288, id="2x12288, three tiles"),
-    ],
-)
+@SIZES
 @pytest.mark.parametrize("has_bias", [pytest.param(False, id="no bias"), pytest.param(True, id="bias")])
-@DTYPES
+@HALVES
 def test_it_is_the_product(N: int, K: int, has_bias: bool, dtype: torch.dtype) -> None:
     """Of any width, with and without a bias; the operands keep their values."""
     x, weight = normal(1, K, dtype=dtype), normal(N, K, dtype=dtype)
@@ -58,17 +68,34 @@ def test_it_is_the_product(N: int, K: int, has_bias: bool, dtype: torch.dtype) -
     torch.testing.assert_close([x, weight, bias], before, rtol=0, atol=0)
 
 
+@SIZES
+@pytest.mark.parametrize("has_residual", [pytest.param(False, id="x alone"), pytest.param(True, id="residual")])
+@HALVES
+def test_the_norm_is_add_rms_norm(N: int, K: int, has_residual: bool, dtype: torch.dtype) -> None:
+    """The sum comes out to the last bit; the product is that of what add_rms_norm gives, up to a rounding of it."""
+    x, weight, norm, bias = (normal(*shape, dtype=dtype) for shape in ((1, K), (N, K), (K,), (N,)))
+    residual = 3 * normal(1, K, dtype=dtype) + 1 if has_residual else None
+    settled()
+    y, total = norm_gemv(x, residual, norm, 1e-5, weight, bias)
+    normed, want_total = add_rms_norm.reference(x, torch.zeros_like(x) if residual is None else residual, norm, 1e-5)
+    assert torch.equal(total, want_total)
+    want = torch.nn.functional.linear(normed.double(), weight.double(), bias.double())
+    # Of each element of the row a rounding may go the other way.
+    spread = torch.finfo(dtype).eps * (normed.double().square() @ weight.double().square().T).sqrt()
+    assert bool(((y - want).abs() <= 2 * spread + torch.finfo(dtype).eps * want.abs() + 1e-3).all())
+
+
 @settings(max_examples=15, deadline=None, database=None)
-@given(N=st.integers(1, 300), K=st.integers(1, 300))
+@given(N=st.integers(1, 300), K=st.integers(1, 40))
 def test_any_size(N: int, K: int) -> None:
-    """Programs with a cut tile of rows and of columns."""
-    x, weight = settled(normal(1, K), normal(N, K))
+    """Rows of which a warp reads a part."""
+    x, weight = settled(normal(1, 8 * K, dtype=torch.float16), normal(N, 8 * K, dtype=torch.float16))
     assert_is_the_product(gemv(x, weight), x, weight)
 
 
 def test_nan_and_infinity_stay_in_their_element(device: torch.device) -> None:
     """What a row of the weights has comes out in its element alone; what x has in all."""
-    x, weight = normal(1, 40), normal(9, 40)
+    x, weight = normal(1, 40, dtype=torch.float16), normal(9, 40, dtype=torch.float16)
     weight[3, 7], weight[5, 0] = torch.nan, torch.inf
     settled()
     y_N = gemv(x, weight)[0]
@@ -79,21 +106,27 @@ def test_nan_and_infinity_stay_in_their_element(device: torch.device) -> None:
 
 def test_a_row_of_a_larger_tensor_will_do() -> None:
     """As the last position of a pass is."""
-    x, weight = settled(normal(3, 50), normal(7, 50))
+    x, weight = settled(normal(3, 48, dtype=torch.float16), normal(7, 48, dtype=torch.float16))
     assert_is_the_product(gemv(x[1:2], weight), x[1:2], weight)
 
 
-def launches() -> None:
-    """Of one tile of columns and of several."""
-    for N, K in ((6144, 2048), (50304, 2048), (7, 40), (4096, 14336)):
-        x, weight = torch.empty(1, K, dtype=torch.bfloat16), torch.empty(N, K, dtype=torch.bfloat16)
-        gemv(x, weight, torch.empty(N, dtype=torch.bfloat16) if N == 7 else None)
-
-
-@pytest.mark.slow
-def test_the_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
-    """Which its interpreter does not ask."""
-    assert_compiles(launches, tmp_path)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "norms", "taken"),
+    [
+        pytest.param((1, 40), torch.float16, True, True, id="one row"),
+        pytest.param((1, 1, 40), torch.bfloat16, False, True, id="a sequence of one"),
+        pytest.param((2, 40), torch.float16, False, False, id="two rows"),
+        pytest.param((1, 42), torch.float16, False, False, id="not a multiple of 8"),
+        pytest.param((1, 40), torch.float32, False, False, id="fp32"),
+        pytest.param((1, 16384), torch.float16, False, True, id="wide"),
+        pytest.param((1, 8200), torch.float16, True, False, id="too wide for a norm"),
+    ],
+)
+def test_what_it_takes(shape: tuple[int, ...], dtype: torch.dtype, norms: bool, taken: bool) -> None:
+    """One row of 16 bits in pieces of 16 bytes."""
+    x = torch.empty(shape, dtype=dtype)
+    assert takes(x, torch.empty(3, shape[-1], dtype=dtype), None, norms=norms) == taken
+    assert not takes(x, torch.empty(3, dtype=torch.float64))
 
 
 def test_its_fake_has_its_shape() -> None:
@@ -118,6 +151,7 @@ def test_a_linear_layer_uses_it_for_one_row_in_16_bits(
 ) -> None:
     """Alone and together with others; what it is used for has the values that torch gives."""
     rows = []
+    monkeypatch.setattr(gemv_module, "is_faster", lambda device: True)
     monkeypatch.setattr(gemv_module, "gemv", lambda x, *rest: rows.append(x.shape) or gemv(x, *rest))
     q, k = (Linear(40, n, bias=True).to(DEVICE, dtype) for n in (12, 8))
     place_together(q, k)
@@ -125,9 +159,7 @@ def test_a_linear_layer_uses_it_for_one_row_in_16_bits(
         part.copy_(normal(*part.shape))
     x = normal(*shape, dtype=dtype)
     settled()
-    want = [layer(x) for layer in (q, k)]
-    assert not rows
-    q.uses_gemv = k.uses_gemv = True
+    want = [torch.nn.functional.linear(x, layer.weight.to(dtype), layer.bias.to(dtype)) for layer in (q, k)]
     got = [*project_together(x, q, k), q(x)]
     assert rows == ([(1, 40), (1, 40)] if by_kernel else [])
     torch.testing.assert_close(got, [*want, want[0]], rtol=2e-3, atol=2e-3)
@@ -135,17 +167,55 @@ def test_a_linear_layer_uses_it_for_one_row_in_16_bits(
     assert torch.equal(q(x), want[0])
 
 
+@pytest.mark.parametrize(
+    ("shape", "asked", "by_kernel"),
+    [
+        pytest.param((1, 1, 40), "triton", True, id="one row"),
+        pytest.param((2, 1, 40), "triton", False, id="two rows"),
+        pytest.param((1, 1, 40), "torch", False, id="torch was asked for"),
+    ],
+)
+def test_a_norm_and_the_layers_behind_it(
+    shape: tuple[int, ...], asked: str, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as one after the other."""
+    monkeypatch.setattr(gemv_module, "is_faster", lambda device: True)
+    norm, q, k = AddRMSNorm(40, 1e-5, asked), Linear(40, 12), Linear(40, 8)
+    norm.implementation = asked
+    place_together(q, k)
+    for part in (*norm.parameters(), *q.parameters(), *k.parameters()):
+        part.copy_(normal(*part.shape))
+    for module in (norm, q, k):
+        module.to(DEVICE)
+    weights = [part.half() for part in (norm.weight, q.weight, k.weight)]
+    norm.weight = torch.nn.Parameter(weights[0], requires_grad=False)
+    whole = torch.cat(weights[1:])
+    q.weight, k.weight = (torch.nn.Parameter(part, requires_grad=False) for part in whole.split([12, 8]))
+    x, residual = normal(*shape, dtype=torch.float16), 2 * normal(*shape, dtype=torch.float16)
+    settled()
+    joined = joined_with(norm, x, residual, q, k)
+    assert (joined is not None) == by_kernel
+    if joined is not None:
+        parts, total = norm_and_project(norm, x, residual, joined, q, k)
+        normed, want_total = add_rms_norm.reference(x, residual, norm.weight, 1e-5)
+        assert torch.equal(total, want_total) and total.shape == shape
+        torch.testing.assert_close(list(parts), [q(normed), k(normed)], rtol=4e-3, atol=4e-3)
+
+
 @pytest.mark.gpu
 def test_a_chain_in_a_graph_waits_for_what_it_reads() -> None:
     """Each product reads what the one before it wrote: 200 replays, each of another x, to the last bit."""
-    assert is_dependent(DEVICE) == (torch.cuda.get_device_capability() >= (9, 0))
+    norm = normal(512, dtype=torch.bfloat16)
     weights = [normal(n, k, dtype=torch.bfloat16) / k**0.5 for n, k in [(3000, 512), (512, 3000)] * 10]
     x = normal(1, 512, dtype=torch.bfloat16)
 
     def chain() -> Tensor:
-        y = x
+        y, total = x, x
         for weight in weights:
-            y = gemv(y, weight)
+            if len(weight) == 3000:
+                y, total = norm_gemv(y, total, norm, 1e-5, weight)
+            else:
+                y = gemv(y, weight)
         return y
 
     settled(chain())
@@ -156,7 +226,10 @@ def test_a_chain_in_a_graph_waits_for_what_it_reads() -> None:
         x.copy_(torch.randn(1, 512, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         replayed = y.clone()
-        step = x
+        step, total = x, x
         for weight in weights:
-            (step,) = settled(gemv(step, weight))
+            if len(weight) == 3000:
+                step, total = settled(*norm_gemv(step, total, norm, 1e-5, weight))
+            else:
+                (step,) = settled(gemv(step, weight))
         assert torch.equal(replayed, step)

@@ -1,0 +1,46 @@
+// A step of one new token per sequence: what the ops ask of the kernels that are not the experts' or the router's.
+#pragma once
+
+#include <cstdint>
+
+#include "route.h"
+
+namespace moe_lab {
+
+constexpr int kMostColumns = 8192, kMostColumnsAlone = 16384;  // of the row that `gemv` norms, or multiplies as it is
+
+// y = W x [+ bias], of one row x, in 16 bytes at a time. With `norm` x is RMSNorm(x + residual) * norm, the sum rounded
+// before it is squared, as if it had been stored.
+struct GemvArguments {
+  const void* x;         // [K]
+  const void* residual;  // [K], or null: x alone
+  const void* norm;      // [K], or null: x as it is
+  const void* weight;    // [N, K]
+  const void* bias;      // [N], or null
+  void* y;               // [N]
+  void* total;           // [K], where x + residual goes; with `norm` only
+  int N, K;
+  float eps;
+  Dtype dtype;
+};
+
+enum class QueryNorm : int { kNone, kHead, kAll, kHeadTurned };  // of each head, of all as one, of each once turned
+
+// One new token of each sequence on its cache, all at the same position, where each head of queries has one of keys.
+// All tensors but the tables have one dtype of 16 bits.
+struct DecodeAttentionArguments {
+  const void *q, *k, *v;  // [B, H d], rows `q_row`, `k_row`, `v_row` elements apart
+  const void *q_norm, *k_norm;
+  const float *cos, *sin;   // [d]
+  const int64_t* position;  // of the token
+  void *k_cache, *v_cache;  // [B, H, N, d], sequences `cache_row` elements apart
+  const void* sinks;        // [H], or null
+  void* y;                  // [B, H, d]
+  int64_t q_row, k_row, v_row, cache_row;
+  int B, H, N, d, window;
+  float eps, clip, scale;
+  QueryNorm norm;
+  Dtype dtype;
+};
+
+}  // namespace moe_lab

@@ -1,0 +1,134 @@
+"""`rope_append` and `cached_attention` of one new token per sequence in one launch, on Hopper.
+
+The extension's kernel is for models in which each head of queries has one of keys. Where several share one, the Triton
+kernels of `decode_attention` are as quick, whose products are made for it (docs/kernels.md). On a CPU: plain torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_lab.ops import extension
+from moe_lab.ops.library import call, capability, register
+from moe_lab.ops.rotate import rotate
+
+_HEAD_DIMS = (64, 128)
+
+
+def one_token_attention(
+    q_Bn: Tensor,
+    k_Bn: Tensor,
+    v_Bn: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    clip: float | None,
+    tables: tuple[Tensor, Tensor],
+    position_1: Tensor,
+    k_BHNd: Tensor,
+    v_BHNd: Tensor,
+    turn_first: bool = False,
+    window: int | None = None,
+    scale: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """[B, H, d]: what `cached_attention` gives after `rope_append`, with their arguments; the caches are written.
+
+    Positions before `position_1`, and that itself, are read before the kernels ahead have ended; so are the norms and
+    `tables`. A pass writes none of them after its embedding.
+    """
+    d = k_BHNd.shape[3]
+    result: Tensor = call(
+        "one_token_attention",
+        q_Bn,
+        k_Bn,
+        v_Bn,
+        q_norm,
+        k_norm,
+        eps,
+        float("inf") if clip is None else clip,
+        *tables,
+        position_1,
+        k_BHNd,
+        v_BHNd,
+        turn_first,
+        window or k_BHNd.shape[2],
+        scale or d**-0.5,
+        sinks_H,
+    )
+    return result
+
+
+def is_faster(device: torch.device) -> bool:
+    """Whether the kernel is there on `device`: Hopper, with the extension loaded."""
+    return extension.computes(device) and capability(device) == extension.HOPPER_CAPABILITY
+
+
+def takes(q_Bn: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, position_S: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernel takes these queries, caches and position; the other tensors have to be of their dtype."""
+    B, H, _, d = k_BHNd.shape
+    dtypes = {part.dtype for part in (q_Bn, k_BHNd, v_BHNd, *others) if part is not None}
+    is_half = len(dtypes) == 1 and q_Bn.dtype.itemsize == 2
+    return is_half and len(position_S) == 1 and q_Bn.shape == (B, H * d) and d in _HEAD_DIMS
+
+
+def _compute(
+    q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, clip: float,
+    cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, turn_first: bool, window: int,
+    scale: float, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    compute = _reference if q.device.type == "cpu" else torch.ops.moe_lab.hopper_attention
+    y: Tensor = compute(
+        q, k, v, q_norm, k_norm, eps, clip, cos, sin, position, k_cache, v_cache, turn_first, window, scale, sinks
+    )
+    return y
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, clip: float,
+    cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, turn_first: bool, window: int,
+    scale: float, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    _, H, N, d = k_cache.shape
+
+    def turned(x_Bn: Tensor, weight: Tensor | None) -> Tensor:
+        def normed(x: Tensor) -> Tensor:
+            return x if weight is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+        of_head = weight is not None and len(weight) == d and H > 1
+        x = x_Bn.float() if of_head or turn_first else normed(x_Bn.float())
+        x_BHd = x.clamp(-clip, clip).view(-1, H, d)
+        x_BHd = normed(x_BHd) if of_head and not turn_first else x_BHd
+        x_BHd = rotate(x_BHd, cos, sin)
+        return (normed(x_BHd) if turn_first else x_BHd).to(x_Bn.dtype)
+
+    k_cache.index_copy_(2, position, turned(k, k_norm).unsqueeze(2))
+    v_cache.index_copy_(2, position, v.clamp(-clip, clip).view(-1, H, 1, d))
+    logits_BHN = torch.einsum("bhd,bhnd->bhn", turned(q, q_norm).float(), k_cache.float()) * scale
+    key_N = torch.arange(N, device=q.device)
+    seen_N = (key_N <= position) & (key_N > position - window)
+    logits_BHN = logits_BHN.masked_fill(~seen_N, float("-inf"))
+    if sinks is not None:
+        logits_BHN = torch.cat([logits_BHN, sinks.float().view(1, H, 1).expand(len(q), H, 1)], dim=2)
+    values = v_cache.float().masked_fill(~seen_N.view(-1, 1), 0)  # what is not there yet may be NaN
+    return torch.einsum("bhn,bhnd->bhd", logits_BHN.softmax(2)[..., :N], values).to(q.dtype)
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, clip: float,
+    cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, turn_first: bool, window: int,
+    scale: float, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    B, H, _, d = k_cache.shape
+    return q.new_empty(B, H, d)
+
+
+register(
+    "one_token_attention(Tensor q, Tensor k, Tensor v, Tensor? q_norm, Tensor? k_norm, float eps, float clip, "
+    "Tensor cos, Tensor sin, Tensor position, Tensor(a!) k_cache, Tensor(b!) v_cache, bool turn_first, int window, "
+    "float scale, Tensor? sinks) -> Tensor",
+    _compute,
+    _fake,
+    reference=_reference,
+)

@@ -1,0 +1,197 @@
+"""one_token_attention: its definition in float64, what may be read and written, and one graph for every position."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moe_lab.models.attention import Attention
+from moe_lab.models.kv_cache import LayerCache
+from moe_lab.ops import extension
+from moe_lab.ops import one_token_attention as one_token_module
+from moe_lab.ops.one_token_attention import one_token_attention, takes
+from tests.ops.test_decode_attention import EPS, assert_near, at, attended, hide_the_unseen, tables, turned
+
+HALVES = pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16")]
+)
+SHAPES = pytest.mark.parametrize(
+    ("B", "H", "d"),
+    [
+        pytest.param(1, 16, 128, id="B=1, 16 heads, d=128"),
+        pytest.param(3, 1, 64, id="B=3, one head, d=64"),
+        pytest.param(1, 5, 64, id="B=1, 5 heads, d=64"),
+        pytest.param(20, 7, 128, id="B=20, 7 heads, d=128: a block a head"),
+    ],
+)
+N = 700
+
+
+@pytest.fixture(autouse=True)
+def loaded(device: torch.device) -> None:
+    """On a GPU the kernel is the extension's."""
+    if device.type == "cuda":
+        extension.load()
+        if not one_token_module.is_faster(device):
+            pytest.skip("the kernel needs compute capability 9.0")
+
+
+class Case:
+    """What a new token brings, and caches whose unseen positions are NaN."""
+
+    def __init__(self, B: int, H: int, d: int, norm: str, dtype: torch.dtype, device: torch.device):
+        generator = torch.Generator().manual_seed(B + 31 * H + d)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        self.H, self.d, self.norm, self.device = H, d, norm, device
+        self.q, self.k, self.v = random(B, 3 * H * d).split(H * d, dim=1)
+        width = {"none": 0, "head": d, "full": H * d}[norm]
+        self.q_norm, self.k_norm = (1 + 0.3 * random(width) if width else None for _ in range(2))
+        self.k_BHNd, self.v_BHNd = random(B, H, N, d), random(B, H, N, d)
+        self.sinks_H = random(H)
+
+    def run(self, position: int, clip: float | None, window: int | None, *rest: object) -> Tensor:
+        turns = tables(position, self.d, self.device)
+        of_new = (self.q, self.k, self.v, self.q_norm, self.k_norm, EPS, clip, turns, at(position, self.device))
+        return one_token_attention(*of_new, self.k_BHNd, self.v_BHNd, False, window, *rest)  # type: ignore[arg-type]
+
+
+@SHAPES
+@pytest.mark.parametrize(
+    ("norm", "clip"),
+    [
+        pytest.param("none", 0.7, id="no norm, clip"),
+        pytest.param("head", None, id="norm of heads"),
+        pytest.param("full", 0.7, id="norm of all, clip"),
+    ],
+)
+@pytest.mark.parametrize("position", [pytest.param(p, id=f"at {p}") for p in (0, 1, 8, 63, 699)])
+@pytest.mark.parametrize("window", [pytest.param(None, id="all"), pytest.param(70, id="window=70")])
+@HALVES
+def test_it_is_its_definition_in_float64(
+    B: int, H: int, d: int, norm: str, clip: float | None, position: int, window: int | None, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """The new key and value stand at the position, nothing else of the caches changes, and the unseen is not read."""
+    norm = "full" if H == 1 and norm == "head" else norm
+    case = Case(B, H, d, norm, dtype, device)
+    hide_the_unseen(case.k_BHNd, case.v_BHNd, position - 1, None if window is None else window - 1)
+    before = [cache.clone() for cache in (case.k_BHNd, case.v_BHNd)]
+    y_BHd = case.run(position, clip, window)
+    bound = math.inf if clip is None else clip
+    new_k = turned(case.k, case.k_norm, norm, clip, position, d)
+    new_v = case.v.clamp(-bound, bound).view(B, H, d)
+    assert_near(case.k_BHNd[:, :, position], new_k, roundings=2)
+    assert torch.equal(case.v_BHNd[:, :, position], new_v)
+    for cache, old in zip((case.k_BHNd, case.v_BHNd), before, strict=True):
+        others = [n for n in range(N) if n != position]
+        torch.testing.assert_close(cache[:, :, others], old[:, :, others], rtol=0, atol=0, equal_nan=True)
+    q_BHd = turned(case.q, case.q_norm, norm, clip, position, d).to(dtype)
+    assert_near(y_BHd, attended(q_BHd, case.k_BHNd, case.v_BHNd, position, window), roundings=3)
+
+
+@pytest.mark.parametrize("sink", [pytest.param(0.0, id="sinks"), pytest.param(30.0, id="large sinks")])
+@HALVES
+def test_a_scale_and_sinks(sink: float, dtype: torch.dtype, device: torch.device) -> None:
+    """Of each head its own sink."""
+    case = Case(2, 6, 64, "none", dtype, device)
+    sinks_H = case.sinks_H + sink
+    y_BHd = case.run(150, None, 70, 0.3, sinks_H)
+    q_BHd = turned(case.q, None, "none", None, 150, 64).to(dtype)
+    assert_near(y_BHd, attended(q_BHd, case.k_BHNd, case.v_BHNd, 150, 70, 0.3, sinks_H), roundings=3)
+
+
+@HALVES
+def test_nan_stays_in_its_sequence(dtype: torch.dtype, device: torch.device) -> None:
+    """Of a cached key and of a new query."""
+    case = Case(3, 2, 64, "none", dtype, device)
+    case.k_BHNd[0, 1, 40] = math.nan
+    case.q[2, 3] = math.nan
+    is_nan_BH = case.run(100, 1.0, None).isnan().any(2)
+    assert is_nan_BH.tolist() == [[False, True], [False, False], [True, False]]
+
+
+@pytest.mark.gpu
+@HALVES
+def test_one_graph_serves_every_position_bit_for_bit(dtype: torch.dtype, device: torch.device) -> None:
+    """Replays give what eager calls give, at positions that the graph was not recorded at."""
+    case, eager = Case(1, 16, 128, "full", dtype, device), Case(1, 16, 128, "full", dtype, device)
+    position, turns = at(5, device), tables(5, 128, device)
+    of_new = (case.q, case.k, case.v, case.q_norm, case.k_norm, EPS, None, turns, position, case.k_BHNd, case.v_BHNd)
+    one_token_attention(*of_new)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = one_token_attention(*of_new)
+    eager.k_BHNd.copy_(case.k_BHNd), eager.v_BHNd.copy_(case.v_BHNd)
+    for p in (0, 3, 64, 500, 699, 65):
+        position.fill_(p)
+        for own, new in zip(turns, tables(p, 128, device), strict=True):
+            own.copy_(new)
+        graph.replay()
+        assert torch.equal(y, eager.run(p, None, None))
+        assert torch.equal(case.k_BHNd, eager.k_BHNd) and torch.equal(case.v_BHNd, eager.v_BHNd)
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        pytest.param({}, True, id="as it is"),
+        pytest.param({"dtype": torch.float32}, False, id="fp32"),
+        pytest.param({"S": 2}, False, id="two tokens"),
+        pytest.param({"heads": 8}, False, id="two heads a key"),
+        pytest.param({"d": 96}, False, id="d=96"),
+        pytest.param({"norm": torch.float32}, False, id="a wide norm"),
+    ],
+)
+def test_what_it_takes(change: dict[str, object], taken: bool) -> None:
+    """One token, a key for each head, dtypes and widths of the kernel."""
+    case: dict[str, object] = {"dtype": torch.float16, "S": 1, "heads": 4, "d": 64, "norm": None} | change
+    dtype, d, S = case["dtype"], case["d"], case["S"]
+    assert isinstance(d, int) and isinstance(S, int) and isinstance(case["heads"], int)
+    norm_dtype = case["norm"] or dtype
+    assert isinstance(dtype, torch.dtype) and isinstance(norm_dtype, torch.dtype)
+    cache = torch.zeros(2, 4, 9, d, dtype=dtype)
+    q, norm = torch.zeros(2 * S, case["heads"] * d, dtype=dtype), torch.zeros(d, dtype=norm_dtype)
+    assert takes(q, cache, cache, torch.arange(S), norm, None) == taken
+
+
+@pytest.mark.parametrize("norm", [pytest.param(kind, id=f"norm={kind}") for kind in ("none", "head", "full")])
+def test_the_layer_is_the_same_with_it(norm: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch computes the layer, up to the rounding of 16 bits; and it is called."""
+    layer = Attention(96, 3, 3, 64, norm, EPS).to(device, torch.float16)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in layer.named_parameters():
+        value = torch.randn(parameter.shape, generator=generator)
+        parameter.copy_(1 + 0.1 * value if "norm" in name else value / parameter.shape[-1] ** 0.5)
+    kept = [torch.randn(2, 3, 40, 64, generator=generator).to(device, torch.float16) for _ in range(2)]
+    x = torch.randn(2, 1, 96, generator=generator).to(device, torch.float16)
+    arguments = (*tables(20, 64, device), LayerCache(kept[0].clone(), kept[1].clone()), at(20, device))
+    layer.use_reference()
+    want = layer(x, *arguments)
+    calls = []
+    monkeypatch.setattr(one_token_module, "is_faster", lambda device: True)
+    monkeypatch.setattr(
+        one_token_module, "one_token_attention", lambda *rest: calls.append(1) or one_token_attention(*rest)
+    )
+    layer.fuses = True
+    got = layer(x, *tables(20, 64, device), LayerCache(*kept), at(20, device))
+    assert calls == [1]
+    torch.testing.assert_close(got, want, rtol=4e-3, atol=4e-3)
+
+
+@HALVES
+def test_its_fake_has_its_shape(dtype: torch.dtype) -> None:
+    """For a pass that is traced."""
+    with FakeTensorMode():
+        q, cache = torch.empty(2, 256, dtype=dtype), torch.empty(2, 4, 9, 64, dtype=dtype)
+        table, position = torch.empty(1, 64), torch.empty(1, dtype=torch.int64)
+        y = torch.ops.moe_lab.one_token_attention(
+            q, q, q, None, None, EPS, 1.0, table, table, position, cache, cache, False, 9, 0.1, None
+        )
+    assert y.shape == (2, 4, 64) and y.dtype == dtype
