@@ -77,6 +77,9 @@ bool can_route_by_gate(const RouteArguments& a, const GateArguments& g, const De
 cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);
 // Of these: few experts, any number of tokens.
 cudaError_t route_by_small_gate(RouteArguments a, const GateArguments& g, const Device& device);
+// One token.
+bool can_norm_and_route(const RouteArguments& a, const NormGateArguments& g, const Device& device);
+cudaError_t norm_and_route(RouteArguments a, const NormGateArguments& g, const Device& device);
 // One block, or several that run at once and need that many floats of `SinkhornArguments::partials`.
 struct SinkhornGrid {
   int64_t blocks, partials;
