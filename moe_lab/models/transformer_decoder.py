@@ -70,10 +70,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Routing | None, Tensor | None]:
         normed, residual = self.attention_norm(x_BSD, residual_BSD)
         attended = self._added(self.attention(normed, *rope, cache, position_S), self.norm_after_attention)
-        normed, residual = self.mlp_norm(attended, residual)
-        routing: Routing | None = None
+        routing = next(forced) if forced is not None and isinstance(self.mlp, MoELayer) else None
+        normed, residual, routing = self._norm_of_mlp(attended, residual, routing)
         if isinstance(self.mlp, MoELayer):
-            y_TD, routing = self.mlp(normed.flatten(0, 1), ctx, next(forced) if forced is not None else None)
+            y_TD, routing = self.mlp(normed.flatten(0, 1), ctx, routing)
             y_BSD = y_TD.view_as(normed)
         else:
             y_BSD = self.mlp(normed)
@@ -82,6 +82,16 @@ class Block(nn.Module):
             scale_1 = self.scale_1.to(y_BSD.dtype)
             y_BSD, residual = y_BSD * scale_1, residual * scale_1
         return y_BSD, residual, routing, normed.flatten(0, 1) if self.shows_input else None
+
+    def _norm_of_mlp(
+        self, x_BSD: Tensor, residual_BSD: Tensor, forced: Routing | None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """What the MLP reads, the stream, and its routing if that is `forced` or chosen by the kernel of the norm."""
+        x_TD = x_BSD.flatten(0, 1)
+        if forced is None and isinstance(self.mlp, MoELayer) and self.mlp.norms_input(x_TD, self.mlp_norm):
+            normed, total, routing = self.mlp.norm_and_route(x_TD, residual_BSD.flatten(0, 1), self.mlp_norm)
+            return normed.view_as(x_BSD), total.view_as(x_BSD), routing
+        return *self.mlp_norm(x_BSD, residual_BSD), forced
 
     def _added(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """What a sublayer adds."""
