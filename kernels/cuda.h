@@ -34,7 +34,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, const Devic
                                             static_cast<int>(device.shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
@@ -44,7 +44,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, const Devic
   if (how.cooperative) {
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs++].val.cooperative = 1;
-  } else if (device.is_hopper) {
+  }
+  if (device.is_hopper) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     if (how.cluster > 1) {
