@@ -35,7 +35,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, const Devic
                                             static_cast<int>(device.shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
@@ -45,7 +45,8 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, const Devic
   if (how.cooperative) {
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs++].val.cooperative = 1;
-  } else if (device.is_hopper) {
+  }
+  if (device.is_hopper) {
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     if (how.cluster > 1) {
@@ -82,6 +83,9 @@ bool can_route_by_gate(const RouteArguments& a, const GateArguments& g, const De
 cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);
 // Of these: few experts, any number of tokens.
 cudaError_t route_by_small_gate(RouteArguments a, const GateArguments& g, const Device& device);
+// One token.
+bool can_norm_and_route(const RouteArguments& a, const NormGateArguments& g, const Device& device);
+cudaError_t norm_and_route(RouteArguments a, const NormGateArguments& g, const Device& device);
 // One block, or several that run at once and need that many floats of `SinkhornArguments::partials`.
 struct SinkhornGrid {
   int64_t blocks, partials;

@@ -11,24 +11,6 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
   return v;
 }
 
-__device__ __forceinline__ float2 two(uint32_t v, __nv_bfloat16) {
-  return {__uint_as_float(v << 16), __uint_as_float(v & 0xFFFF0000u)};
-}
-__device__ __forceinline__ float2 two(uint32_t v, __half) {
-  return __half22float2(reinterpret_cast<const __half2&>(v));
-}
-
-// Eight products, added to two sums.
-template <class T>
-__device__ __forceinline__ void multiply(float2& sum, const uint4& a, const uint4& b) {
-  const uint32_t as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 p = two(as[i], T()), q = two(bs[i], T());
-    sum.x = fmaf(p.x, q.x, sum.x), sum.y = fmaf(p.y, q.y, sum.y);
-  }
-}
-
 template <class T>
 __device__ __forceinline__ void unpack(float* y, const uint4& a) {
   const uint32_t as[4] = {a.x, a.y, a.z, a.w};

@@ -47,8 +47,8 @@ static_assert(sizeof(Shared) + 2 * kMostVectorsOfOne <= 227 * 1024, "what a bloc
 
 __device__ __forceinline__ void choose(Chosen& chosen, const ExpertsArguments& a) {
   const int lane = threadIdx.x % 32;
-  const int id = lane < a.K ? __ldg(a.ids + lane) : -1;
-  const float weight = lane < a.K ? __ldg(a.weights + lane) : 0.0f;
+  const int id = lane < a.K ? __ldcg(a.ids + lane) : -1;
+  const float weight = lane < a.K ? __ldcg(a.weights + lane) : 0.0f;
   const bool used = 0 <= id && id < a.E;
   const uint32_t all = __ballot_sync(kAll, used);
   const int at = __popc(all & ((1u << lane) - 1));
@@ -130,15 +130,19 @@ __device__ __forceinline__ void store_h(const ExpertsArguments& a, const Chosen&
   static_cast<T*>(a.h)[static_cast<int64_t>(at.expert) * a.F + at.row] = static_cast<T>(h);
 }
 
+// Two blocks a multiprocessor is what the registers are for: the kernels before and after have theirs beside this
+// one's.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) one_token_kernel(const ExpertsArguments a, uint64_t policy) {
+__global__ void __launch_bounds__(kThreads, 2) one_token_kernel(const ExpertsArguments a, uint64_t policy) {
   extern __shared__ __align__(128) uint8_t memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Chosen& chosen = shared.chosen;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp == 0) choose(shared.chosen, a);
   if (lane < kStages) Barrier{shared_address(&shared.full[warp][lane])}.init(1);
   fence_barriers();
+  wait_for_results_before();
+  let_next_begin();  // all blocks run, so the next kernel's take no place from them
+  if (warp == 0) choose(shared.chosen, a);
   load_vectors(shared, a.x, a.D);  // first: it would wait behind the weights
   const uint32_t ring = shared_address(shared.ring[warp]), full = shared_address(shared.full[warp]);
   const uint32_t vectors = shared_address(shared.vectors);

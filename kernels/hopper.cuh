@@ -78,6 +78,18 @@ __device__ __forceinline__ void load_bytes(uint32_t to, const void* from, int by
                "l"(from), "r"(bytes), "r"(barrier.at), "l"(policy)
                : "memory");
 }
+// The same place in the shared memory of a block of the cluster.
+__device__ __forceinline__ uint32_t in_block(uint32_t at, int block) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
+  return there;
+}
+// A number to a block's shared memory, where a barrier counts its four bytes.
+__device__ __forceinline__ void send(uint32_t to, float number, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(number),
+               "r"(barrier)
+               : "memory");
+}
 // The other way, in the thread's group of stores.
 __device__ __forceinline__ void store_tile(const CUtensorMap* map, uint32_t from, int c0, int c1) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
@@ -219,6 +231,24 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
 __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
   const __half2 two = __floats2half2_rn(low, high);
   return reinterpret_cast<const uint32_t&>(two);
+}
+
+__device__ __forceinline__ float2 two(uint32_t v, __nv_bfloat16) {
+  return {__uint_as_float(v << 16), __uint_as_float(v & 0xFFFF0000u)};
+}
+__device__ __forceinline__ float2 two(uint32_t v, __half) {
+  return __half22float2(reinterpret_cast<const __half2&>(v));
+}
+
+// Eight products, added to two sums.
+template <class T>
+__device__ __forceinline__ void multiply(float2& sum, const uint4& a, const uint4& b) {
+  const uint32_t as[4] = {a.x, a.y, a.z, a.w}, bs[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 p = two(as[i], T()), q = two(bs[i], T());
+    sum.x = fmaf(p.x, q.x, sum.x), sum.y = fmaf(p.y, q.y, sum.y);
+  }
 }
 
 }  // namespace moe_lab

@@ -1,5 +1,5 @@
-// The ops torch.ops.moe_lab.{route,route_and_sort,sinkhorn_route,gate_route,sort,combine,experts,hopper_gemv,
-// hopper_attention}, on torch's stable ABI: one binary for several versions of torch.
+// The ops torch.ops.moe_lab.{route,route_and_sort,sinkhorn_route,gate_route,norm_gate_route,sort,combine,experts,
+// hopper_gemv,hopper_attention}, on torch's stable ABI: one binary for several versions of torch.
 //
 // Without MOE_LAB_CUDA only the C++ half is here. All outputs are made or given by the caller, nothing is read on the
 // host, and all work is put on the current stream.
@@ -423,6 +423,41 @@ std::tuple<Tensor, Tensor> gate_route(const Tensor& x, const Tensor& gate, std::
   if (a.T > 0) check(route_by_gate(a, g, device));
   return {ids, weights};
 }
+
+Four norm_gate_route(const Tensor& x, const Tensor& residual, const Tensor& norm_weight, double eps, const Tensor& gate,
+                     std::optional<Tensor> gate_bias, std::optional<Tensor> bias, int64_t k, std::string score,
+                     int64_t n_groups, int64_t top_groups, std::string group_score, bool renormalize, double scale) {
+  check_gate(x, x, "x"), check_gate(residual, x, "residual"), check_gate(gate, x, "gate");
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Float, "x: must be float16 or bfloat16");
+  const int64_t D = x.size(1);
+  STD_TORCH_CHECK(x.size(0) == 1 && residual.size(0) == 1, "x and residual: must be [1, D]");
+  STD_TORCH_CHECK(gate.is_contiguous(), "gate: must be contiguous");
+  STD_TORCH_CHECK(norm_weight.dim() == 1 && norm_weight.size(0) == D && norm_weight.scalar_type() == x.scalar_type() &&
+                      norm_weight.is_contiguous() && norm_weight.device() == x.device() &&
+                      reinterpret_cast<uintptr_t>(norm_weight.data_ptr()) % 16 == 0,
+                  "norm_weight: must be [D] with x's dtype and device, contiguous, aligned to 16 bytes");
+  const Tensor logits = torch::stable::new_empty(x, {1, gate.size(0)});  // for its shape: the kernel needs none
+  Tensor normed = torch::stable::new_empty(x, {1, D}), total = torch::stable::new_empty(x, {1, D});
+  Tensor ids = torch::stable::new_empty(x, {1, k}, ScalarType::Int);
+  Tensor weights = torch::stable::new_empty(x, {1, k}, ScalarType::Float);
+  const RouteArguments a =
+      arguments(logits, gate_bias, bias, k, score, n_groups, top_groups, group_score, renormalize, scale, ids, weights);
+  const NormGateArguments g = {x.data_ptr(),
+                               residual.data_ptr(),
+                               norm_weight.data_ptr(),
+                               gate.data_ptr(),
+                               normed.mutable_data_ptr(),
+                               total.mutable_data_ptr(),
+                               static_cast<float>(eps),
+                               static_cast<int>(D)};
+  const DeviceGuard guard(x.get_device_index());
+  const Device device = device_of(x.get_device_index());
+  STD_TORCH_CHECK(can_norm_and_route(a, g, device), "gate: must have at most ", kMostNormExperts, " experts and ",
+                  kMostNormGate, " elements, D a multiple of 8 and at most ", kMostNormWidth,
+                  ", on compute capability 9.0 or newer");
+  check(norm_and_route(a, g, device));
+  return {normed, total, ids, weights};
+}
 #endif
 
 #ifdef MOE_LAB_HOPPER
@@ -683,6 +718,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(moe_lab, m) {
         "Tensor(f!) inverse) -> ()");
   m.def("gate_route(Tensor x, Tensor gate, Tensor? gate_bias, Tensor? bias, int k, str score, int n_groups, "
         "int top_groups, str group_score, bool renormalize, float scale) -> (Tensor ids, Tensor weights)");
+  m.def("norm_gate_route(Tensor x, Tensor residual, Tensor norm_weight, float eps, Tensor gate, Tensor? gate_bias, "
+        "Tensor? bias, int k, str score, int n_groups, int top_groups, str group_score, bool renormalize, float scale) "
+        "-> (Tensor normed, Tensor total, Tensor ids, Tensor weights)");
   m.def("sinkhorn_route(Tensor logits, int k, int iters, float temperature, float tolerance) "
         "-> (Tensor ids, Tensor weights, Tensor log_b)");
   m.def("sort(Tensor ids, int n_experts) -> (Tensor counts, Tensor offsets, Tensor perm, Tensor inverse)");
@@ -722,6 +760,7 @@ STABLE_TORCH_LIBRARY_IMPL(moe_lab, CPU, m) { MOE_LAB_IMPLEMENT(m, cpu); }
 STABLE_TORCH_LIBRARY_IMPL(moe_lab, CUDA, m) {
   MOE_LAB_IMPLEMENT(m, cuda);
   m.impl("gate_route", TORCH_BOX(&moe_lab::gate_route));
+  m.impl("norm_gate_route", TORCH_BOX(&moe_lab::norm_gate_route));
 #ifdef MOE_LAB_HOPPER
   m.impl("hopper_gemv", TORCH_BOX(&moe_lab::hopper_gemv));
   m.impl("hopper_attention", TORCH_BOX(&moe_lab::hopper_attention));

@@ -55,6 +55,17 @@ struct GateArguments {
   int D;
 };
 
+constexpr int kMostNormWidth = 8192, kMostNormExperts = 256;
+constexpr int64_t kMostNormGate = 1 << 20;  // elements: what the multiprocessors of one cluster read in time
+
+// The logits of one token as such a product with the norm of x + residual, all in one dtype (ops/add_rms_norm.py).
+struct NormGateArguments {
+  const void *x, *residual, *norm_weight, *gate;  // [D], [D], [D], [E, D]
+  void *normed, *total;                           // [D]
+  float eps;
+  int D;
+};
+
 // Beside ids and weights, the k largest of a balanced plan weighed by the softmax of their logits (ops/sinkhorn.py).
 struct SinkhornArguments {
   int iters;

@@ -165,6 +165,11 @@ class AddRMSNorm(RMSNorm):
         """Decide who computes on `device`. Raises `UnavailableError` where that cannot be what was asked for."""
         self.implementation = resolve_implementation(self.asked, device, op="model.implementation")
 
+    @property
+    def may_be_fused(self) -> bool:
+        """Whether a kernel that does more than the norm may do it: no implementation was asked for by name."""
+        return self.asked == "auto" and self.implementation == "triton"
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         if residual is None:
             return super().forward(x), x

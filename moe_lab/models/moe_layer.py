@@ -19,7 +19,7 @@ from moe_lab.experts.base import Experts
 from moe_lab.experts.loop import Loop
 from moe_lab.experts.weights import Activation, ExpertWeights, Scale
 from moe_lab.marks import phase
-from moe_lab.models.layers import GatedMLP, Linear, RMSNorm
+from moe_lab.models.layers import AddRMSNorm, GatedMLP, Linear, RMSNorm
 from moe_lab.routers.base import RouteContext, Router, Routing, gate_logits
 
 
@@ -99,6 +99,21 @@ class MoELayer(nn.Module):
         if self.weights.gate_bias_E is not None or self.experts.reads_dispatch(x_TD):  # sorting takes logits, too
             return False
         return self.router.multiplies_gate(len(x_TD), self.weights.gate_ED, x_TD.dtype)
+
+    def norms_input(self, x_TD: Tensor, norm: nn.Module) -> bool:
+        """Whether the router's own kernels do this norm before the layer, for so many tokens, in this dtype."""
+        return (
+            isinstance(norm, AddRMSNorm)
+            and norm.may_be_fused
+            and self.multiplies_gate(x_TD)
+            and self.router.norms_input(len(x_TD), norm.weight, self.weights.gate_ED, x_TD.dtype)
+        )
+
+    def norm_and_route(self, x_TD: Tensor, residual_TD: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor, Routing]:
+        """What `norm` gives, and the routing of the normed, to be given to `forward` as `forced`."""
+        assert isinstance(norm, AddRMSNorm), "see norms_input"
+        with phase("router"):
+            return self.router.norm_and_route(x_TD, residual_TD, norm.weight, norm.eps, self.weights.gate_ED)
 
     def gate_input(self, x_TD: Tensor) -> Tensor:
         """What the gate reads of the layer's input."""

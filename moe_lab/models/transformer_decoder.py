@@ -71,10 +71,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Routing | None, Tensor | None]:
         attended, residual = self._attended(x_BSD, residual_BSD, rope, cache, position_S)
         attended = self._added(attended, self.norm_after_attention)
-        normed, residual = self.mlp_norm(attended, residual)
-        routing: Routing | None = None
+        routing = next(forced) if forced is not None and isinstance(self.mlp, MoELayer) else None
+        normed, residual, routing = self._norm_of_mlp(attended, residual, routing)
         if isinstance(self.mlp, MoELayer):
-            y_TD, routing = self.mlp(normed.flatten(0, 1), ctx, next(forced) if forced is not None else None)
+            y_TD, routing = self.mlp(normed.flatten(0, 1), ctx, routing)
             y_BSD = y_TD.view_as(normed)
         else:
             y_BSD = self.mlp(normed)
@@ -102,6 +102,16 @@ class Block(nn.Module):
                     return self.attention.of_projected(parts, *rope, cache, position_S), total
         normed, residual = self.attention_norm(x, residual)
         return self.attention(normed, *rope, cache, position_S), residual
+
+    def _norm_of_mlp(
+        self, x_BSD: Tensor, residual_BSD: Tensor, forced: Routing | None
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """What the MLP reads, the stream, and its routing if that is `forced` or chosen by the kernel of the norm."""
+        x_TD = x_BSD.flatten(0, 1)
+        if forced is None and isinstance(self.mlp, MoELayer) and self.mlp.norms_input(x_TD, self.mlp_norm):
+            normed, total, routing = self.mlp.norm_and_route(x_TD, residual_BSD.flatten(0, 1), self.mlp_norm)
+            return normed.view_as(x_BSD), total.view_as(x_BSD), routing
+        return *self.mlp_norm(x_BSD, residual_BSD), forced
 
     def _added(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """What a sublayer adds."""

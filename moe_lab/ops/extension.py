@@ -42,6 +42,7 @@ _CPP = ("ops.cpp", "route_cpu.cpp", "sinkhorn_cpu.cpp", "sort_cpu.cpp", "combine
 _CUDA = (
     "gate.cu",
     "gate_few_experts.cu",
+    "norm_gate.cu",
     "route_by_logits.cu",
     "route_by_scores.cu",
     "sinkhorn.cu",
@@ -330,6 +331,7 @@ def _load() -> tuple[str, ...]:
     torch.library.register_fake("moe_lab::route", fake_route, lib=library)
     torch.library.register_fake("moe_lab::route_and_sort", _fake_route_and_sort, lib=library)
     torch.library.register_fake("moe_lab::gate_route", _fake_gate_route, lib=library)
+    torch.library.register_fake("moe_lab::norm_gate_route", _fake_norm_gate_route, lib=library)
     torch.library.register_fake("moe_lab::sinkhorn_route", fake_sinkhorn_route, lib=library)
     torch.library.register_fake("moe_lab::sort", _fake_sort, lib=library)
     torch.library.register_fake("moe_lab::combine", _fake_combine, lib=library)
@@ -370,6 +372,20 @@ def _fake_gate_route(
     x: Tensor, gate: Tensor, gate_bias: Tensor | None, bias: Tensor | None, k: int, *rest: object
 ) -> tuple[Tensor, ...]:
     return fake_route(x, gate_bias, bias, k, *rest)
+
+
+def _fake_norm_gate_route(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    *rest: object,
+) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), *fake_route(x, gate_bias, bias, k, *rest)
 
 
 def fake_sinkhorn_route(logits: Tensor, k: int, *_: object) -> tuple[Tensor, ...]:

@@ -63,20 +63,21 @@ def route(
     `sort` fills the dispatch where the kernel can (cuda_ext). Of a row with NaN or +inf, or without a finite logit, the
     ids are still different experts, and the weights of a softmax are NaN; an expert of NaN score ranks first.
     """
-    arguments = _arguments(how, gate_bias_E, bias_E)
+    of_op = arguments(how, gate_bias_E, bias_E)
     if implementation == "triton":
-        return Routed(*call("route_triton", logits_TE, *arguments))
+        return Routed(*call("route_triton", logits_TE, *of_op))
     if implementation in PEERS:
         return Routed(*PEERS[implementation](logits_TE.contiguous(), how, bias_E))
     assert implementation == "cuda_ext", implementation
     logits_TE = extension.readable(logits_TE)
     if not sort:
-        return Routed(*torch.ops.moe_lab.route(logits_TE, *arguments))
-    ids_TK, weights_TK, *order = torch.ops.moe_lab.route_and_sort(logits_TE, *arguments)
+        return Routed(*torch.ops.moe_lab.route(logits_TE, *of_op))
+    ids_TK, weights_TK, *order = torch.ops.moe_lab.route_and_sort(logits_TE, *of_op)
     return Routed(ids_TK, weights_TK, Dispatch(*order))
 
 
-def _arguments(how: Selection, gate_bias_E: Tensor | None, bias_E: Tensor | None) -> tuple[Any, ...]:
+def arguments(how: Selection, gate_bias_E: Tensor | None, bias_E: Tensor | None) -> tuple[Any, ...]:
+    """What the ops take after their tensors."""
     biases = (None if bias is None else bias.float() for bias in (gate_bias_E, bias_E))
     groups = (how.n_groups, how.top_groups, how.group_score)
     return *biases, how.k, how.score, *groups, how.renormalize, how.scale
@@ -102,7 +103,7 @@ def gate_route(
 ) -> Routed:
     """`route` of the logits x gate^T, rounded to x's dtype, by the extension: see `multiplies_gate`."""
     x_TD, gate_ED = x_TD.contiguous(), gate_ED.to(x_TD.dtype).contiguous()
-    return Routed(*torch.ops.moe_lab.gate_route(x_TD, gate_ED, *_arguments(how, gate_bias_E, bias_E)))
+    return Routed(*torch.ops.moe_lab.gate_route(x_TD, gate_ED, *arguments(how, gate_bias_E, bias_E)))
 
 
 def _compute(

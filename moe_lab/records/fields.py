@@ -58,8 +58,9 @@ def _with_interval(name: str, unit: str, meaning: str) -> Fields:
 IMPLEMENTATION = (
     Field("router", str, "", "implementation of the routing"),
     Field("gate", str, "", "kernels of the router, if they include the gate's matrix product"),
+    Field("mlp_norm", str, "", "kernels of the router, if they include the norm before the MLP"),
     Field("experts", str, "", "implementation of the experts"),
-    Field("add_rms_norm", str, "", "implementation of the norms"),
+    Field("add_rms_norm", str, "", "implementation of the norms, but for `mlp_norm`"),
     Field("segment_mm", str, "", "implementation of the matrix products of `experts=grouped`"),
     Field("tiles", str, "", "of `experts=fused`: up_rows-up_tokens-down_rows-down_tokens-pieces"),
     Field("weights", str, "", "how a checkpoint's files are quantised; the run computes with dequantised weights"),

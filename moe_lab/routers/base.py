@@ -179,6 +179,16 @@ class Router(nn.Module):
         """Whether `route` of so many tokens in this dtype is done by kernels of its own, the gate's product too."""
         return False
 
+    def norms_input(self, n_tokens: int, norm_weight_D: Tensor, gate_ED: Tensor, dtype: torch.dtype) -> bool:
+        """Whether the kernels of `multiplies_gate` also norm what they read (`norm_and_route`)."""
+        return False
+
+    def norm_and_route(
+        self, x_TD: Tensor, residual_TD: Tensor, norm_weight_D: Tensor, eps: float, gate_ED: Tensor
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """The two results of `add_rms_norm`, and `route` of the first; only called where `norms_input`."""
+        raise NotImplementedError(f"{type(self).__name__} must define norm_and_route, for it says norms_input")
+
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
         """The weights [T, K] this router gives to experts already chosen, if they follow from the logits; else None.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moe_lab.ops import norm_gate_route as fused
 from moe_lab.ops.library import is_exporting
 from moe_lab.ops.route import IMPLEMENTATIONS, gate_route, multiplies_gate, require_computable, route
 from moe_lab.ops.selection import Selection
@@ -75,3 +76,16 @@ class SelectionRouter(Router):
         """See `Router.multiplies_gate`."""
         E, D = gate_ED.shape
         return multiplies_gate(self.label, n_tokens, D, E, dtype)
+
+    def norms_input(self, n_tokens: int, norm_weight_D: Tensor, gate_ED: Tensor, dtype: torch.dtype) -> bool:
+        """See `Router.norms_input`."""
+        return not is_exporting() and fused.norms_input(self.label, n_tokens, norm_weight_D, gate_ED, dtype)
+
+    def norm_and_route(
+        self, x_TD: Tensor, residual_TD: Tensor, norm_weight_D: Tensor, eps: float, gate_ED: Tensor
+    ) -> tuple[Tensor, Tensor, Routing]:
+        """See `Router.norm_and_route`."""
+        normed_TD, total_TD, routed = fused.norm_gate_route(
+            x_TD, residual_TD, norm_weight_D, eps, gate_ED, self.how, **self.biases()
+        )
+        return normed_TD, total_TD, Routing(*routed)

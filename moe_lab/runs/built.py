@@ -16,9 +16,10 @@ from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.gated_delta_net import GatedDeltaNet
 from moe_lab.models.latent_attention import LatentAttention
 from moe_lab.models.layers import AddLayerNorm, AddRMSNorm
-from moe_lab.models.moe_layer import moe_layers
+from moe_lab.models.moe_layer import MoELayer, moe_layers
 from moe_lab.models.parameters import reference_twin
 from moe_lab.models.serving import Decode
+from moe_lab.models.transformer_decoder import Block
 from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import PROPERTIES, Routing
 from moe_lab.runs import build
@@ -111,6 +112,9 @@ class Built:
         for module in self.model.modules():
             if isinstance(module, AddRMSNorm):
                 ran["add_rms_norm"] = module.implementation
+            elif isinstance(module, Block) and isinstance(module.mlp, MoELayer) and self.forced is None:
+                if module.mlp.norms_input(x_T0, module.mlp_norm):
+                    ran["mlp_norm"] = module.mlp.router.implementation()
             elif isinstance(module, AddLayerNorm):
                 ran["add_layer_norm"] = "torch"
             elif isinstance(module, Attention) and isinstance(self.task, Decode):

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import moe_lab
+from moe_lab import marks
 from moe_lab.models import Output
 from moe_lab.models.decoder_moe import DecoderMoE
-from moe_lab.models.layers import GatedMLP
-from moe_lab.models.moe_layer import MoELayer
-from moe_lab.routers.base import RouteContext, Routing
+from moe_lab.models.layers import AddLayerNorm, GatedMLP
+from moe_lab.models.moe_layer import MoELayer, hooked, moe_layers
+from moe_lab.models.transformer_decoder import Block
+from moe_lab.ops import add_rms_norm
+from moe_lab.routers.base import RouteContext, Router, Routing, gate_logits
 from tests import tiny
 from tests.models.peers import copy_decoder, decoder_settings, peer_model
-from tests.tiny import LAYERS, VOCAB, E, F, K
+from tests.tiny import LAYERS, VOCAB, D, E, F, K
 
 
 def decoder(*overrides: str) -> DecoderMoE:
@@ -80,6 +87,68 @@ def test_with_the_softmax_router_a_token_changes_no_earlier_logits_or_routes(at:
     for routing, changed in zip(one.routings, other.routings, strict=True):
         assert torch.equal(routing.expert_ids_TK[:at], changed.expert_ids_TK[:at])
     assert (one.y[:, at:] - other.y[:, at:]).abs().amax(-1).gt(1e-4).all()
+
+
+def as_one_kernel(model: DecoderMoE) -> list[Tensor]:
+    """From now on routers say that they norm single tokens, and do, in torch; what they normed is added to the list."""
+    normed_by_routers: list[Tensor] = []
+
+    def norm_and_route(router: Router, x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate: Tensor) -> Any:
+        normed, total = add_rms_norm.reference(x, residual, weight, eps)
+        normed_by_routers.append(normed)
+        return normed, total, router.select(gate_logits(normed, gate))
+
+    for block in model.layers:
+        router = block.mlp.router
+        router.multiplies_gate = router.norms_input = lambda n_tokens, *_: n_tokens == 1
+        router.norm_and_route = partial(norm_and_route, router)
+        block.mlp_norm.implementation = "triton"
+    return normed_by_routers
+
+
+def test_where_one_kernel_norms_and_routes_the_model_computes_the_same() -> None:
+    """One token and nothing forced: the layer is still given what was normed, and the time is the router's."""
+    model = decoder("experts=loop")
+    free, two = model(ids(1, 1)), model(ids(1, 2))
+    normed, given, told = as_one_kernel(model), [], []
+
+    class Listener:
+        def start(self, name: str) -> None:
+            told.append(name)
+
+        def stop(self, name: str) -> None:
+            pass
+
+    marks.listen(Listener())
+    with hooked(moe_layers(model), lambda _, arguments, result: given.append(arguments[0])):
+        fused = model(ids(1, 1))
+    marks.listen(None)
+    assert torch.equal(fused.y, free.y) and len(normed) == LAYERS and told.count("router") == LAYERS
+    assert all(torch.equal(one, other) for one, other in zip(normed, given, strict=True))
+    for one, other in zip(fused.routings, free.routings, strict=True):
+        assert torch.equal(one.expert_ids_TK, other.expert_ids_TK) and torch.equal(one.weights_TK, other.weights_TK)
+    torch.testing.assert_close(model(ids(1, 1), forced_routing=free.routings).y, free.y)
+    torch.testing.assert_close(model(ids(1, 2)).y, two.y)
+    assert len(normed) == LAYERS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda block: setattr(block.mlp_norm, "asked", "triton"), id="a norm asked for by name"),
+        pytest.param(lambda block: setattr(block, "mlp_norm", AddLayerNorm(D, 1e-6)), id="another norm"),
+        pytest.param(lambda block: setattr(block.mlp.router, "multiplies_gate", lambda *_: False), id="no gate"),
+        pytest.param(lambda block: setattr(block.mlp.weights, "gate_bias_E", torch.zeros(E)), id="a biased gate"),
+    ],
+)
+def test_what_one_kernel_cannot_do_takes_two(change: Callable[[Block], None]) -> None:
+    """Layer by layer."""
+    model = decoder("experts=loop")
+    normed = as_one_kernel(model)
+    change(model.layers[0])
+    x_1D = torch.zeros(1, D)
+    assert [block.mlp.norms_input(x_1D, block.mlp_norm) for block in model.layers] == [False] + [True] * (LAYERS - 1)
+    assert not normed
 
 
 def test_sinkhorn_couples_the_tokens_of_a_batch() -> None:

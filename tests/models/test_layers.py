@@ -124,6 +124,21 @@ def test_add_rms_norm_without_a_residual_is_that_of_zero(dtype: torch.dtype) -> 
     torch.testing.assert_close(normed, norm(x, torch.zeros_like(x))[0], rtol=ulp, atol=ulp)
 
 
+@pytest.mark.parametrize(
+    ("asked", "runs", "expected"),
+    [
+        pytest.param("auto", "triton", True, id="auto"),
+        pytest.param("auto", "torch", False, id="reference"),
+        pytest.param("triton", "triton", False, id="by name"),
+    ],
+)
+def test_a_norm_that_was_asked_for_by_name_is_never_fused(asked: str, runs: str, expected: bool) -> None:
+    """Another kernel would do it."""
+    norm = AddRMSNorm(33, 1e-6, asked)
+    norm.implementation = runs
+    assert norm.may_be_fused is expected
+
+
 def test_swiglu_takes_the_gate_first() -> None:
     """down(silu(gate) * up): the halves are not alike."""
     mlp, x = filled(GatedMLP(7, 5)), random(3, 7)

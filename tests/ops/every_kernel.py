@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe_lab.ops import extension
 from moe_lab.ops.fused_experts import CAPABILITY, fused_experts
+from moe_lab.ops.norm_gate_route import norm_gate_route
 from moe_lab.ops.route import gate_route, route
 from moe_lab.ops.selection import Selection
 from moe_lab.ops.sinkhorn import sinkhorn_route
@@ -38,6 +39,12 @@ def main() -> None:
     for T, D, E, k in (*few_tokens, (199, 544, 7, 3), (2300, 96, 8, 2)):
         for dtype in (torch.float16, torch.bfloat16):
             gate_route(normal(T, D).to(dtype), normal(E, D).to(dtype), Selection(k))
+    for D, E, how in ((8, 1, Selection(1)), (2048, 64, Selection(8)), (264, 60, Selection(4)), (4096, 256, dsv3)):
+        for dtype in (torch.float16, torch.bfloat16):
+            tokens = normal(1, D).to(dtype), normal(1, D + 1)[:, 1:].to(dtype).contiguous()
+            weights = normal(D).to(dtype), 1e-6, normal(E, D).to(dtype)
+            torch.cuda.synchronize()  # the kernel reads weights that nobody writes any more
+            norm_gate_route(*tokens, *weights, how)
     gate_route(normal(100, 64).half(), normal(8, 64).half(), Selection(2, "sigmoid", 4, 2), bias_E=normal(8))
     sorts_and_sums()
     expert_mlps()

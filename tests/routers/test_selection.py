@@ -95,3 +95,25 @@ def test_a_router_multiplies_by_its_gate_where_that_is_faster(
     ):
         with pytest.raises(RuntimeError, match=message):
             gate_route(bad, gate_ED[:, : bad.shape[1]], Selection(6))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", [pytest.param("cuda_ext", marks=needs_cxx)])
+@pytest.mark.parametrize(
+    "new_router", [pytest.param(partial(make, "mixtral"), id="softmax"), pytest.param(SCORED, id="scored")]
+)
+def test_a_router_norms_what_it_multiplies(new_router: Callable[..., Router], impl: str) -> None:
+    """Of one token; compiled too."""
+    with torch.device("cuda"):
+        router = new_router(64, 6, impl=impl).compute_on(torch.device("cuda"))
+        x_TD, residual_TD, weight_D = (torch.randn(shape).bfloat16() for shape in ((1, 2048), (1, 2048), (2048,)))
+        gate_ED = (torch.randn(64, 2048) / 2048**0.5).bfloat16()
+    torch.cuda.synchronize()
+    is_sm_90 = torch.cuda.get_device_capability() == (9, 0)
+    assert router.norms_input(1, weight_D, gate_ED, x_TD.dtype) == is_sm_90
+    assert not router.norms_input(2, weight_D, gate_ED, x_TD.dtype)
+    inputs = (residual_TD, weight_D, 1e-5, gate_ED)
+    normed_TD, _, fused = router.norm_and_route(x_TD, *inputs)
+    assert torch.equal(fused.expert_ids_TK.sort().values, router.route(normed_TD, gate_ED).expert_ids_TK.sort().values)
+    compiled = torch.compile(lambda x: router.norm_and_route(x, *inputs)[2][:2], fullgraph=True)(x_TD)
+    assert torch.equal(compiled[0], fused.expert_ids_TK) and torch.equal(compiled[1], fused.weights_TK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_lab.routers.selection import SelectionRouter
 from moe_lab.runs.build import n_tokens
 from tests import tiny
 
@@ -58,3 +59,22 @@ def test_who_computes_what() -> None:
     assert dense.implementation().keys() == {"add_rms_norm"} and dense.router_properties() is None
     forced = tiny.built(tiny.decoder_moe("workload.load=balanced")).built
     assert forced.implementation()["router"] == "forced: balanced"
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        pytest.param(("batch=1",), True, id="one sequence"),
+        pytest.param(("batch=2",), False, id="two sequences"),
+        pytest.param(("batch=1", "workload.load=balanced"), False, id="forced"),
+    ],
+)
+def test_who_norms_for_the_router(more: tuple[str, ...], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's kernels are named where they do the norm of a decoding step; the other norms keep theirs."""
+    built = tiny.built(tiny.decoder_moe("experts=loop", "workload.phase=decode", *more)).built
+    monkeypatch.setattr(SelectionRouter, "multiplies_gate", lambda *_: True)
+    monkeypatch.setattr(SelectionRouter, "norms_input", lambda _, n_tokens, *__: n_tokens == 1)
+    assert "mlp_norm" not in built.implementation()  # torch norms
+    for block in built.model.layers:
+        block.mlp_norm.implementation = "triton"
+    assert built.implementation().get("mlp_norm") == ("torch" if expected else None)
