@@ -1,8 +1,8 @@
 // The product of one row with a matrix, at the rate at which the memory gives the matrix, and the norm ahead of it.
 //
-// A warp takes rows of the matrix. It has a ring of stages of its own and asks for the next part of a row as it empties
-// one: for the first ones before it waits for the kernels that compute x, so that the memory has something to do
-// meanwhile. Every block norms all of x for itself, which is cheaper than another launch.
+// A warp takes two rows of the matrix at once. It has a ring of stages of its own and asks for the next part of the
+// rows as it empties one: for the first ones before it waits for the kernels that compute x, so that the memory has
+// something to do meanwhile. Every block norms all of x for itself, which is cheaper than another launch.
 #include <algorithm>
 
 #include "cuda.h"
@@ -13,13 +13,14 @@ namespace moe_lab {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kStages = 4;
-constexpr int kPart = 1024;   // elements of a stage
-constexpr int kAtOnce = 256;  // elements that a warp multiplies at once, 16 bytes a lane
+constexpr int kStages = 2;
+constexpr int kPart = 1024;      // elements of each of the two rows of a stage
+constexpr int kRow = 2 * kPart;  // bytes
+constexpr int kAtOnce = 256;     // elements that a warp multiplies at once, 16 bytes a lane
 constexpr int kMostOfThread = kMostColumns / (8 * kThreads);
 
 struct Shared {
-  uint8_t ring[kWarps][kStages][2 * kPart];
+  uint8_t ring[kWarps][kStages][2 * kRow];
   uint64_t full[kWarps][kStages];
   float squares[kWarps];
   alignas(16) uint4 x[];  // [K / 8]
@@ -55,8 +56,9 @@ __device__ __forceinline__ void norm_row(const GemvArguments& a, Shared& shared)
   }
 }
 
+// Five blocks a multiprocessor is what the registers are for: the blocks of the kernel behind have theirs beside them.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) gemv_kernel(const __grid_constant__ GemvArguments a) {
+__global__ void __launch_bounds__(kThreads, 5) gemv_kernel(const __grid_constant__ GemvArguments a) {
   extern __shared__ __align__(128) uint8_t memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -65,15 +67,18 @@ __global__ void __launch_bounds__(kThreads, 2) gemv_kernel(const __grid_constant
   fence_barriers();
   __syncwarp();
 
-  const int step = kWarps * gridDim.x, first = warp * gridDim.x + blockIdx.x;
+  const int step = 2 * kWarps * gridDim.x, first = 2 * (warp * gridDim.x + blockIdx.x);
   int next_row = first, next_part = 0;  // what is asked for next
   const auto ask = [&](int stage) {
     if (next_row >= a.N) return;
     if (lane == 0) {
       const int bytes = 2 * min(kPart, a.K - next_part);
+      const bool has_two = next_row + 1 < a.N;
       const T* const from = static_cast<const T*>(a.weight) + static_cast<int64_t>(next_row) * a.K + next_part;
-      Barrier{full + 8 * stage}.arrive_and_expect(bytes);
-      load_bytes(ring + stage * 2 * kPart, from, bytes, Barrier{full + 8 * stage}, kGoFirst);
+      const Barrier barrier{full + 8 * stage};
+      barrier.arrive_and_expect(bytes * (1 + has_two));
+      load_bytes(ring + stage * 2 * kRow, from, bytes, barrier, kGoFirst);
+      if (has_two) load_bytes(ring + stage * 2 * kRow + kRow, from + a.K, bytes, barrier, kGoFirst);
     }
     if ((next_part += kPart) >= a.K) next_part = 0, next_row += step;
   };
@@ -95,25 +100,28 @@ __global__ void __launch_bounds__(kThreads, 2) gemv_kernel(const __grid_constant
   int stage = 0;
   uint32_t parity = 0;
   for (int row = first; row < a.N; row += step) {
-    float2 sum = {};
+    float2 sums[2] = {};
     for (int part = 0; part < a.K; part += kPart) {
       Barrier{full + 8 * stage}.wait(parity);
-      const uint32_t from = ring + stage * 2 * kPart + 16 * lane;
+      const uint32_t from = ring + stage * 2 * kRow + 16 * lane;
       const int left = a.K - part - 8 * lane;
 #pragma unroll
       for (int k = 0; k < kPart / kAtOnce; ++k) {
         if (kAtOnce * k < left) {
-          multiply<T>(sum, load_shared(from + 2 * kAtOnce * k), load_shared(x + 2 * (part + kAtOnce * k)));
+          const uint4 columns = load_shared(x + 2 * (part + kAtOnce * k));
+          multiply<T>(sums[0], load_shared(from + 2 * kAtOnce * k), columns);
+          multiply<T>(sums[1], load_shared(from + kRow + 2 * kAtOnce * k), columns);  // unused where there is no row
         }
       }
       __syncwarp();  // the stage is read
       ask(stage);
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
-    const float y = sum_of_warp(sum.x + sum.y);
-    if (lane == 0) {
-      const float bias = a.bias == nullptr ? 0.0f : static_cast<float>(static_cast<const T*>(a.bias)[row]);
-      static_cast<T*>(a.y)[row] = static_cast<T>(y + bias);
+    const float y[2] = {sum_of_warp(sums[0].x + sums[0].y), sum_of_warp(sums[1].x + sums[1].y)};
+    if (lane < 2 && row + lane < a.N) {
+      const int n = row + lane;
+      const float bias = a.bias == nullptr ? 0.0f : static_cast<float>(static_cast<const T*>(a.bias)[n]);
+      static_cast<T*>(a.y)[n] = static_cast<T>((lane == 0 ? y[0] : y[1]) + bias);
     }
   }
 }
@@ -121,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemv_kernel(const __grid_constant
 }  // namespace
 
 cudaError_t gemv(const GemvArguments& a, const Device& device) {
-  const Launch how{std::min<int64_t>(2 * device.multiprocessors, ceil_div(a.N, kWarps)), kThreads,
+  const Launch how{std::min<int64_t>(2 * device.multiprocessors, ceil_div(a.N, 2 * kWarps)), kThreads,
                    sizeof(Shared) + 2 * static_cast<size_t>(a.K)};
   return launch(a.dtype == Dtype::kBFloat16 ? gemv_kernel<__nv_bfloat16> : gemv_kernel<__half>, how, device, a);
 }

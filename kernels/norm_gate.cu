@@ -23,13 +23,16 @@ struct NormGrid {
   __host__ __device__ constexpr int parts() const { return 1 << log2_parts; }
 };
 
-// A block's shared memory; [E] and the sums are used in the first one only.
+// A block's shared memory; what has E is used in the first one only.
 struct NormShared {
+  uint64_t* barriers;              // [2]
+  float* squares;                  // [kWarps]
   uint4 *gate, *weight, *normed;   // [experts, D], [D], [D]
   float *logits, *sums, *scratch;  // [E], [parts, E], of `Rows`
 
   __host__ __device__ NormShared(uint8_t* memory, const NormGrid& grid, int D, int E)
-      : gate(reinterpret_cast<uint4*>(memory)), weight(gate + grid.experts * D / 8), normed(weight + D / 8),
+      : barriers(reinterpret_cast<uint64_t*>(memory)), squares(reinterpret_cast<float*>(barriers + 2)),
+        gate(reinterpret_cast<uint4*>(squares + kWarps)), weight(gate + grid.experts * D / 8), normed(weight + D / 8),
         logits(reinterpret_cast<float*>(normed + D / 8)), sums(logits + (E + 3) / 4 * 4),
         scratch(sums + grid.parts() * E) {}
 };
@@ -48,8 +51,7 @@ __device__ __forceinline__ uint32_t normed_of(uint32_t total, uint32_t weight, f
 
 // x + residual of this thread's vectors, and the sum of squares of the whole token.
 template <class Half>
-__device__ __forceinline__ float add_residual(const NormGateArguments& g, uint4 (&totals)[kVectors]) {
-  __shared__ float squares[kWarps];
+__device__ __forceinline__ float add_residual(const NormGateArguments& g, uint4 (&totals)[kVectors], float* squares) {
   uint4 residuals[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -79,12 +81,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                      const __grid_constant__ NormGrid grid) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) uint8_t norm_shared[];
-  __shared__ uint64_t barriers[2];
   const NormShared shared(norm_shared, grid, g.D, a.E);
-  const Barrier weights_are_here{shared_address(barriers)}, sums_are_here{shared_address(barriers + 1)};
+  const Barrier weights_are_here{shared_address(shared.barriers)}, sums_are_here{shared_address(shared.barriers + 1)};
   const int block = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, vectors = g.D / 8;
   const int parts = grid.parts(), experts = (a.E - block + grid.blocks - 1) / grid.blocks;
-  const float by_width = 1.0f / g.D;
   if (threadIdx.x == 0) {
     weights_are_here.init(1), sums_are_here.init(1);
     fence_barriers();
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_kernels_before();
 
   uint4 totals[kVectors];
-  const float scale = rsqrtf(add_residual<Half>(g, totals) * by_width + g.eps);
+  const float scale = rsqrtf(__fdividef(add_residual<Half>(g, totals, shared.squares), g.D) + g.eps);
   weights_are_here.wait(0);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
@@ -170,10 +170,10 @@ cudaError_t run_norm_gate(const RouteArguments& a, const NormGateArguments& g, c
 }  // namespace
 
 bool can_norm_and_route(const RouteArguments& a, const NormGateArguments& g, const Device& device) {
-  constexpr int kOfKernel = 1024;  // what it has of its own
-  return device.is_hopper && a.T == 1 && g.D > 0 && g.D % 8 == 0 && g.D <= kMostNormWidth && a.E <= kMostNormExperts &&
-         int64_t{a.E} * g.D <= kMostNormGate &&
-         static_cast<int64_t>(shared_bytes(a, g, grid_of(a, device))) + kOfKernel <= device.shared_bytes;
+  // One expert would be one block, which has no cluster to send to.
+  return device.is_hopper && a.T == 1 && a.E > 1 && g.D > 0 && g.D % 8 == 0 && g.D <= kMostNormWidth &&
+         a.E <= kMostNormExperts && int64_t{a.E} * g.D <= kMostNormGate &&
+         static_cast<int64_t>(shared_bytes(a, g, grid_of(a, device))) <= device.shared_bytes;
 }
 
 cudaError_t norm_and_route(RouteArguments a, const NormGateArguments& g, const Device& device) {

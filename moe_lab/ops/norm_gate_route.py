@@ -28,7 +28,7 @@ def norms_input(computes: str, n_tokens: int, norm_weight_D: Tensor, gate_ED: Te
         and gate_ED.is_contiguous()
         and D % 8 == 0
         and D <= MOST_WIDTH
-        and E <= MOST_EXPERTS
+        and 1 < E <= MOST_EXPERTS
         and E * D <= MOST_ELEMENTS
     )
 

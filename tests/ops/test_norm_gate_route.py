@@ -22,7 +22,7 @@ DTYPE = pytest.mark.parametrize(
 )
 SIZES = pytest.mark.parametrize(
     ("E", "k"),
-    [pytest.param(E, k, id=f"E={E}") for E, k in ((1, 1), (7, 3), (8, 2), (60, 4), (64, 8), (128, 8), (256, 8))],
+    [pytest.param(E, k, id=f"E={E}") for E, k in ((2, 1), (7, 3), (8, 2), (60, 4), (64, 8), (128, 8), (256, 8))],
 )
 WIDTH = pytest.mark.parametrize("D", [pytest.param(D, id=f"D={D}") for D in (8, 256, 2048, 4096)])
 
@@ -210,6 +210,7 @@ def test_what_the_kernel_cannot_do_is_refused() -> None:
         pytest.param("cuda_ext:sm_90", 1, 4096, 256, torch.bfloat16, True, id="the most"),
         pytest.param("cuda_ext:sm_90", 1, 7168, 256, torch.bfloat16, False, id="DeepSeek-V3, too much for it"),
         pytest.param("cuda_ext:sm_90", 1, 1024, 257, torch.bfloat16, False, id="257 experts"),
+        pytest.param("cuda_ext:sm_90", 1, 1024, 1, torch.bfloat16, False, id="one expert"),
         pytest.param("cuda_ext:sm_90", 1, 8200, 8, torch.bfloat16, False, id="too wide"),
         pytest.param("cuda_ext:sm_90", 1, 2044, 8, torch.bfloat16, False, id="D=2044"),
         pytest.param("cuda_ext:sm_90", 2, 2048, 64, torch.bfloat16, False, id="two tokens"),
