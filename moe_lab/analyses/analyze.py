@@ -139,9 +139,10 @@ def analyze(path: Path, cfg: DictConfig) -> tuple[Path, list[Findings]]:
             del asked["speculation"]
         else:
             asked["speculation"]["cells"] = speculation.cells(asked["speculation"]["results"])
-    if "expert_cache" in asked:
-        asked["expert_cache"] |= token_time.rates(asked["expert_cache"])
     with Trace(path) as trace:
+        if "expert_cache" in asked:
+            measured = token_time.rates(asked["expert_cache"], trace.source)
+            asked["expert_cache"] |= {**measured, "model": trace.source.get("model")}
         view = view_of(trace, plain["phase"])
         n = _processes(trace, view, plain)
         parts = _by_layer(trace, view, asked, plain["phase"], min(n, len(trace.layers)))
