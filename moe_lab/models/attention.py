@@ -167,7 +167,7 @@ class Attention(nn.Module):
                 parts = tuple(projection(x_BSD) for projection in self._projections)
             q, k, v = parts[0], parts[1], self._values(parts[-1])  # of the last two one, where values are keys
             q, gate = q.chunk(2, dim=2) if self.output_gate else (q, None)
-            if self.fuses and cache is not None and position_S is not None and self._takes(len(position_S)):
+            if cache is not None and position_S is not None and self.decoded_by(len(position_S)) == "triton":
                 y_BSn = self._few_tokens(q, k, v, cos_Sd, sin_Sd, cache, position_S)
                 return self._out(y_BSn, gate)
             if self.qk_norm == "full":
@@ -195,8 +195,10 @@ class Attention(nn.Module):
     def _out(self, y_BSn: Tensor, gate_BSn: Tensor | None) -> Tensor:
         return self.o(y_BSn if gate_BSn is None else y_BSn * gate_BSn.sigmoid())  # type: ignore[no-any-return]
 
-    def _takes(self, n_tokens: int) -> bool:
-        return takes(n_tokens, self.o.weight.shape[1] // self.k.weight.shape[0], self.head_dim)
+    def decoded_by(self, n_tokens: int) -> str:
+        """Who attends to so many new tokens of a sequence on the cache: `torch` or `triton`."""
+        is_taken = takes(n_tokens, self.o.weight.shape[1] // self.k.weight.shape[0], self.head_dim)
+        return "triton" if self.fuses and is_taken else "torch"
 
     def _few_tokens(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, position_S: Tensor

@@ -34,10 +34,14 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
 
+    def implementation(self, x: Tensor) -> str:
+        """Who computes the product of an eager pass with x [..., in], or [T, 0] to ask: `torch`, or the kernel."""
+        is_half = x.dtype == self.weight.dtype and x.dtype.itemsize == 2
+        return "gemv" if self.uses_gemv and is_half and x.shape[:-1].numel() == 1 else "torch"
+
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T [+ b] with any weight, as this layer computes it."""
-        is_half = x.dtype == weight.dtype and x.dtype.itemsize == 2
-        if self.uses_gemv and is_half and x.numel() == x.shape[-1] and not torch.compiler.is_compiling():
+        """x W^T [+ b] with any weight of this layer's dtype, as this layer computes it."""
+        if self.implementation(x) == "gemv" and not torch.compiler.is_compiling():
             return gemv.gemv(x.reshape(1, -1), weight, bias).view(*x.shape[:-1], -1)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

@@ -60,6 +60,7 @@ IMPLEMENTATION = (
     Field("gate", str, "", "kernels of the router, if they include the gate's matrix product"),
     Field("experts", str, "", "implementation of the experts"),
     Field("add_rms_norm", str, "", "implementation of the norms"),
+    Field("linear", str, "", "kernel of the projections that read a single row; missing if torch computes all of them"),
     Field("segment_mm", str, "", "implementation of the matrix products of `experts=grouped`"),
     Field("tiles", str, "", "of `experts=fused`: up_rows-up_tokens-down_rows-down_tokens-pieces"),
     Field("weights", str, "", "how a checkpoint's files are quantised; the run computes with dequantised weights"),
