@@ -294,8 +294,10 @@ def _journal(directory: Path, asked: Search) -> Search:
     for key in ("default", "objectives", "constraints", "space", "sampler", "population", "seed"):
         mine, theirs = getattr(asked, key), getattr(found, key)
         if mine != theirs:
+            is_typed = key in ("sampler", "population", "seed")
+            how = f"has {_NODE}.{key}={theirs}, this one {mine}" if is_typed else f"differs in {key}"
             raise ValueError(
-                f"{directory}: the search there differs in {key}, and a search goes on as it began; "
+                f"{directory}: the search there {how}, and a search goes on as it began; "
                 "give this one a name of its own: sweep.name=NAME."
             )
     return found

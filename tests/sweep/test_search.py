@@ -202,12 +202,13 @@ def test_another_search_in_the_folder_is_refused(tmp_path: Path) -> None:
     asked = words(SIZE, ALONE, "sweep.name=s", "hydra.sweeper.n_trials=1")
     moe_lab.multirun([*asked, SPACE])
     before = (tmp_path / "outputs/s" / FILE).read_bytes()
-    for more, key in (
-        (["hydra.sweeper.seed=1", SPACE], "seed"),
-        (["model.hidden=range(8,64,8)"], "space"),
-        ([SPACE, "dtype=bf16"], "default"),
+    for more, how in (
+        (["hydra.sweeper.seed=1", SPACE], r"has hydra\.sweeper\.seed=0, this one 1"),
+        (["hydra.sweeper.sampler=random", SPACE], r"has hydra\.sweeper\.sampler=tpe, this one random"),
+        (["model.hidden=range(8,64,8)"], "differs in space"),
+        ([SPACE, "dtype=bf16"], "differs in default"),
     ):
-        with pytest.raises(ValueError, match=f"differs in {key}.*sweep.name=NAME"):
+        with pytest.raises(ValueError, match=f"the search there {how}, and .*sweep.name=NAME"):
             moe_lab.multirun([*asked, *more])
     assert (tmp_path / "outputs/s" / FILE).read_bytes() == before
 
