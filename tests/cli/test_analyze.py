@@ -38,6 +38,14 @@ def test_the_configuration_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.param(["a", "phase=decode", "phase=prefill"], "phase is given twice", id="twice"),
         pytest.param(["a", "expert_cache.polic=lru"], "Did you mean policy", id="key"),
         pytest.param(["a", "analysis/expert_cache=lur"], "lur", id="option"),
+        pytest.param(["a", "analysis=[]"], "analysis=[]: each analysis is a group of its own; write", id="no-group"),
+        pytest.param(["a", "analysis=null"], "or analysis/NAME=null to leave it out. NAME is one of exp", id="null"),
+        pytest.param(["a", "~analysis"], "~analysis: each analysis is a group of its own", id="without"),
+        pytest.param(["a", "analysis/plcement=null"], "Did you mean placement?", id="group"),
+        pytest.param(["a", "analysis.ranks=null"], "analysis.ranks=null: each analysis is a group", id="dot"),
+        pytest.param(
+            ["a", "ranks=x"], "ranks=x: ranks has keys; write analysis/ranks=OPTION, or ranks.KEY=", id="node"
+        ),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
