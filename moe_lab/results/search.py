@@ -20,7 +20,7 @@ from moe_lab.records.search import RATIO, Objective, Outcome, Search
 from moe_lab.results import numbers
 from moe_lab.results.charts import BITS, LATENCY
 from moe_lab.results.load import UNREADABLE_BECAUSE, one_line
-from moe_lab.results.verdicts import judged, listed
+from moe_lab.results.verdicts import every, judged, listed
 
 DELTA = "quality.delta_bits_per_byte"
 ENDS_OF = {
@@ -144,7 +144,10 @@ def sentences(found: Found) -> list[str]:
         return [f"The search has no result: {_left(found)}"]
     several = len(found.search.objectives) > 1
     texts = [_front(found), _of_default(found)] if several else [_best(found)]
-    if several:
+    if several and found.front == [found.default]:
+        first, second = map(_word, found.search.objectives)
+        texts = [f"No trial is better than {found.default.name} in {first} or in {second}, by what was measured"]
+    elif several:
         texts += [_end(found, place) for place in range(len(found.search.objectives))]
     return [text for text in (*texts, _capital(_left(found))) if text]
 
@@ -266,8 +269,7 @@ def _left(found: Found) -> str:
     ]
     fates = [(count, fate) for count, fate in fates if count]
     if len(fates) == 1 and fates[0][0] == n:
-        every = {1: "the one trial", 2: "both trials"}.get(n, f"all {n:,} trials")
-        return f"{every} {fates[0][1]}"
+        return f"{every(n, 'trial', 'trials')} {fates[0][1]}"
     return f"of {n:,} trials {listed([f'{count:,} {fate}' for count, fate in fates])}" if fates else ""
 
 

@@ -49,6 +49,9 @@ def test_nothing_is_better_than_the_default(tmp_path: Path) -> None:
     folder = write(tmp_path, trial(2.0, 0.5, 0.1), trial(3.0, 1.5, 0.2))
     assert places(folder) == ["front", "front", "beaten"]
     assert "No trial is better than the default (sinkhorn(temperature=1.0)) in both" in said(folder)
+    alone = write(tmp_path / "alone", trial(2.0, 1.5, 0.2))
+    default = "the default (sinkhorn(temperature=1.0))"
+    assert said(alone) == [f"No trial is better than {default} in latency or in bits per byte, by what was measured"]
 
 
 def test_one_objective_has_a_best(tmp_path: Path) -> None:
