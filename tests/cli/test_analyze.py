@@ -20,6 +20,8 @@ def test_the_sentences_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr()
     assert "A cache of 8 of 16 experts a layer holds" in said.out and f"{tmp_path / 'x.analysis'}: " in said.out
     assert "too few or too short sequences" in said.err
+    titles = [line for line in said.out.splitlines() if not line.startswith(("  ", str(tmp_path)))]
+    assert "A cache of experts" in titles and "Other routes at the same cost" not in titles  # it has nothing to say
     assert (tmp_path / "x.analysis" / "analysis.html").exists()
 
 
