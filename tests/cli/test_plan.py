@@ -89,6 +89,13 @@ def test_checkpoints_and_phases_are_told_apart(tmp_path: Path) -> None:
         assert row.startswith(f"native  tiny-olmoe text(phase={text}")
 
 
+def test_cells_that_differ_in_their_seed_are_told_apart(tmp_path: Path) -> None:
+    """By a column that is there only then."""
+    several = plan(*quick.overrides("moe_layer", "seed=0,37"), cwd=tmp_path).stdout
+    one = plan(*quick.overrides("moe_layer", "seed=37"), cwd=tmp_path).stdout
+    assert "seq_len seed " in several and " 37 " in several and " seed " not in one
+
+
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     """One process for all of them: nothing on stdout, nothing written, no traceback."""
     program = (
