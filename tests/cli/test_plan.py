@@ -23,6 +23,7 @@ MISTAKES = {
     "router=glob(sinkorn*)": "router=glob(sinkorn*): no value matches, so the sweep has no cell",
     "router=glob(*,exclude=*)": "router=glob(*,exclude=*): no value matches, so the sweep has no cell",
     "batch=range(3,3)": "batch=range(3,3): no value matches, so the sweep has no cell",
+    "hydra.sweeper.seed=0,1": "hydra.sweeper.seed=0,1: a key of Hydra has one value in a sweep; run it once for each",
 }
 
 

@@ -163,6 +163,12 @@ def test_a_failed_trial_is_a_row_and_so_is_one_that_cannot_run(tmp_path: Path) -
             "set sweep.compare=[router,model]",
             id="not-compared",
         ),
+        pytest.param(
+            [f"{FOR}=[minimize ratio_to_anchor]", "seed=0,37", "batch=2"],
+            "seed is searched and not compared, so trials are not timed beside the default; give seed one value, or "
+            "use latency_ms. hydra.sweeper.seed is that of the sampler.",
+            id="seeds",
+        ),
     ],
 )
 def test_a_mistake_is_a_line(more: Sequence[str], says: str) -> None:
