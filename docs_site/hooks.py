@@ -55,7 +55,8 @@ def _gallery(place: Path) -> dict[str, dict[str, str]]:
     """The files of the gallery by name, each as it is or with its content."""
     shown = gallery.files(place)
     names = {path.relative_to(place).as_posix(): {"abs_src_path": str(path)} for path in shown}
-    for folder in {path.parent for path in shown if not (path.parent / "report.html").exists()}:
+    pages = {(place / name / piece.page).parent for name, piece in gallery.PIECES.items()}
+    for folder in {path.parent for path in shown} - pages:
         inside = [path.name for path in shown if path.parent == folder]
         names[f"{folder.relative_to(place).as_posix()}/index.html"] = {"content": gallery.index(folder, inside)}
     return names

@@ -119,13 +119,16 @@ def test_every_link_of_the_site_leads_somewhere(site: Path) -> None:
 
 @pytest.mark.slow
 def test_the_reference_has_all_there_is(site: Path) -> None:
-    """Every command and every function; both pages of the gallery are whole."""
+    """Every command and every function; the pages of the gallery are whole, and that of the trace is small."""
     commands, python = ((site / "reference" / f"{name}.html").read_text() for name in ("commands", "python"))
     assert all(f'id="moe-lab-{word}"' in commands for word in COMMANDS)
     assert all(f'id="moe_lab.{name}"' in python for name in moe_lab.__all__)
     for name in ("router_swap", "loads"):
         assert "<h1" in (site / "gallery" / name / "report.html").read_text()
         assert (site / "gallery" / name / "plotly.min.js").stat().st_size > 1e6
+    trace = site / "gallery" / "trace" / "olmoe.analysis"
+    assert "experts a layer holds" in (trace / "analysis.html").read_text()
+    assert not list(trace.parent.glob("*.trace")) and sum(path.stat().st_size for path in trace.iterdir()) < 4e6
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ _LEAST = {"placement.age": 0, "placement.copies": 0}  # of the other whole numbe
 def compose(overrides: Sequence[str]) -> DictConfig:
     """The checked configuration of conf/analyze.yaml. Raises `ValueError` for a mistake; it names the key."""
     register()
+    for word in overrides:
+        _refuse_other_groups(word)
     try:
         with composing([_for_hydra(word) for word in overrides], None, "analyze") as composed:
             del composed["hydra"]
@@ -95,6 +97,19 @@ _LISTS = [
     for field in dataclasses.fields(schema)
     if str(field.type).startswith("list")
 ]
+
+
+def _refuse_other_groups(word: str) -> None:
+    """Raise `ValueError` for a choice of analyses that Hydra would take for something else."""
+    key, _, value = word.partition("=")
+    group, _, name = key.lstrip("+~").replace(".", "/").partition("/")
+    if group == "analysis" and (name not in ANALYSES or "." in key):
+        raise ValueError(
+            f"{word}: each analysis is a group of its own; write analysis/NAME=OPTION, or analysis/NAME=null to leave "
+            f"it out. NAME is one of {', '.join(ANALYSES)}.{nearest(name, ANALYSES)}"
+        )
+    if key in ANALYSES and value not in ("null", ""):
+        raise ValueError(f"{word}: {key} has keys; write analysis/{key}=OPTION, or {key}.KEY=VALUE.")
 
 
 def _for_hydra(word: str) -> str:
@@ -139,9 +154,10 @@ def analyze(path: Path, cfg: DictConfig) -> tuple[Path, list[Findings]]:
             del asked["speculation"]
         else:
             asked["speculation"]["cells"] = speculation.cells(asked["speculation"]["results"])
-    if "expert_cache" in asked:
-        asked["expert_cache"] |= token_time.rates(asked["expert_cache"])
     with Trace(path) as trace:
+        if "expert_cache" in asked:
+            measured = token_time.rates(asked["expert_cache"], trace.source)
+            asked["expert_cache"] |= {**measured, "model": trace.source.get("model")}
         view = view_of(trace, plain["phase"])
         n = _processes(trace, view, plain)
         parts = _by_layer(trace, view, asked, plain["phase"], min(n, len(trace.layers)))

@@ -78,6 +78,10 @@ def conclude(
         found.notes.append(
             "The trace does not say the bytes of an expert, so no time is told: set expert_cache.expert_mb."
         )
+    if cfg["decode_run"] is not None and cfg["model"] is None:
+        found.notes.append(
+            "The trace does not name its model: that expert_cache.decode_run is a run of it was not checked."
+        )
     if implementation() == "python":
         found.notes.append("There is no C++ compiler here, so the policies were computed by Python, slowly.")
     return found

@@ -75,8 +75,8 @@ def conclude(parts: Sequence[np.ndarray], view: View, cfg: Mapping[str, Any], la
     found.tables = {"load_fit": table}
     found.sentences = _sentences(table)
     x = table["layer"].to_numpy(float)
-    names = ("fullest", "fullest_zipf", "fullest_dirichlet")
-    lines = [Line(name, x, table[name].to_numpy(float)) for name in names if table[name].notna().any()]
+    names = {"fullest": "the trace", "fullest_zipf": "power law", "fullest_dirichlet": "Dirichlet"}
+    lines = [Line(shown, x, table[name].to_numpy(float)) for name, shown in names.items() if table[name].notna().any()]
     found.plots = [Plot("load_fit", "The fullest expert of a step", "layer", "slots, fullest over mean", lines)]
     return found
 

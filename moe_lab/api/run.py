@@ -21,6 +21,9 @@ def run(
 ) -> Result:
     """Execute one run and leave its record in a folder, as the command line does.
 
+    It runs in this process and shows nothing until it returns, in a notebook neither; what trackers did not get is said
+    on standard error. `moe_lab.multirun` of the same overrides is a sweep of one cell, with its progress.
+
     Args:
         what: overrides, for example `["model=decoder_moe", "router=sinkhorn"]`, or what `moe_lab.compose` returns. What
             was read from a YAML file is sent to no tracker: a file that was found does not say where results go.

@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"analyze: takes one trace, not {len(paths)} (moe-lab analyze --help).")
     folder, found = analyze.analyze(Path(paths[0]), cfg)
     for findings in found:
-        print(findings.title)
+        if findings.sentences:
+            print(findings.title)
         for sentence in findings.sentences:
             print(f"  {sentence}")
         for note in findings.notes:

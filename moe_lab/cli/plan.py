@@ -78,6 +78,7 @@ def show(overrides: list[str], config_dir: str | None, *, json: bool = False) ->
     if "model" in plan.sweep["compare"]:  # what differs is in the variant
         models = [option_name(content["model"]) for content in contents]
     differ = len(set(workloads)) > 1
+    seeds_differ = len({cell.content["seed"] for cell in plan.cells}) > 1
     group_of = {cell.cell_id: str(n) for n, group in enumerate(planning.groups(plan), start=1) for cell in group}
     rows = []
     for cell, model, workload in zip(plan.cells, models, workloads, strict=True):
@@ -87,7 +88,8 @@ def show(overrides: list[str], config_dir: str | None, *, json: bool = False) ->
             status += f": {cell.reason}"
         computed = (cell.implementation.get("router", "-"), cell.implementation.get("experts", "-"))
         on = (group_of.get(cell.cell_id, "-"), " or ".join(str(env_id)[:6] for env_id in cell.env_ids) or "-")
-        sizes = (str(cell.content["batch"]), str(cell.content.get("seq_len", "-")))
+        sizes: tuple[str, ...] = (str(cell.content["batch"]), str(cell.content.get("seq_len", "-")))
+        sizes += (str(cell.content["seed"]),) if seeds_differ else ()
         more = on if plan.kinds else ()
         rows.append(
             (cell.variant, model, *([workload] if differ else []), *sizes, *computed, *more, cell.cell_id, status)
@@ -98,6 +100,7 @@ def show(overrides: list[str], config_dir: str | None, *, json: bool = False) ->
         *(["workload"] if differ else []),
         "batch",
         "seq_len",
+        *(["seed"] if seeds_differ else []),
         "router impl",
         "experts impl",
         *(("group", "on") if plan.kinds else ()),

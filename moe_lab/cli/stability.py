@@ -95,8 +95,12 @@ def _compare(first_cfg: DictConfig, variants: Mapping[str, DictConfig], n_tokens
         return track(windows, name, console=console, transient=True, disable=not console.is_terminal)
 
     first = First.of(first_cfg, list(variants.values()), n_tokens)
-    found = compare_all(first, variants, progress)
     seq_len = first.windows.ids_WS.shape[1]
+    if n_tokens is not None and (n := first.n_windows * seq_len) > n_tokens:
+        batches = ", ".join(map(str, sorted({int(cfg.batch) for cfg in (first_cfg, *variants.values())})))
+        why = f"batches of {batches} take a multiple of {first.n_windows:,} windows of {seq_len:,} tokens"
+        print(f"--tokens {n_tokens}: {n:,} are computed, for {why}", file=sys.stderr)
+    found = compare_all(first, variants, progress)
     findings = stability_variants.conclude(found, first.layers, seq_len)
     source = source_of(first.cfg, first.model)
     of_first = {

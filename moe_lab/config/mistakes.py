@@ -56,6 +56,10 @@ _OF_HYDRA = (
         r"\1: several values need a sweep: add -m. If it is one value, quote it.",
     ),
     (r"Sweep parameters '(.*)' requires", r"\1: several values need a sweep: add -m."),
+    (
+        r"Sweeping over Hydra's configuration is not supported : '(.*)'",
+        r"\1: a key of Hydra has one value in a sweep; run it once for each, with a sweep.name of its own.",
+    ),
     (r"Error parsing override '(.*?)'", r"\1: not a KEY=VALUE override (moe-lab --help lists keys and groups)."),
     (r"Multiple values for (\S+)\. .*: (\S+)'", r"+\1=\2: \1 has an option already; write \1=\2, without +."),
     (

@@ -220,6 +220,7 @@ def refuse_twice(overrides: Iterable[str], *, sweeps: bool = True) -> None:
         key = key_of(word)
         if key in seen:
             first, second = (text.partition("=")[2] for text in (seen[key], word))
-            for_both = f", or write {key}={first},{second} with -m for both" if sweeps and first != second else ""
+            can_be_swept = sweeps and first != second and not key.startswith("hydra.")
+            for_both = f", or write {key}={first},{second} with -m for both" if can_be_swept else ""
             raise ValueError(f"{word}: {key} is given twice ({seen[key]}); remove one{for_both}.")
         seen[key] = word

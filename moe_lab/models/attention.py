@@ -181,8 +181,10 @@ class Attention(nn.Module):
         """`forward` from what `projections` give on."""
         q, k, v = parts[0], parts[1], self._values(parts[-1])  # of the last two one, where values are keys
         q, gate = q.chunk(2, dim=2) if self.output_gate else (q, None)
-        if self.fuses and cache is not None and position_S is not None and self._takes(len(position_S)):
-            y_BSn = self._few_tokens(q, k, v, cos_Sd, sin_Sd, cache, position_S)
+        by = "torch" if cache is None or position_S is None else self.decoded_by(len(position_S))
+        if by != "torch":
+            assert cache is not None and position_S is not None
+            y_BSn = self._few_tokens(q, k, v, cos_Sd, sin_Sd, cache, position_S, by)
             return self._out(y_BSn, gate)
         if self.qk_norm == "full":
             assert self.q_norm is not None and self.k_norm is not None
@@ -209,22 +211,31 @@ class Attention(nn.Module):
     def _out(self, y_BSn: Tensor, gate_BSn: Tensor | None) -> Tensor:
         return self.o(y_BSn if gate_BSn is None else y_BSn * gate_BSn.sigmoid())  # type: ignore[no-any-return]
 
-    def _takes(self, n_tokens: int) -> bool:
-        return takes(n_tokens, self.o.weight.shape[1] // self.k.weight.shape[0], self.head_dim)
+    def decoded_by(self, n_tokens: int) -> str:
+        """Who attends to so many new tokens of a sequence on the cache: `torch`, `triton`, or `cuda_ext` at once."""
+        queries_per_key = self.o.weight.shape[1] // self.k.weight.shape[0]
+        if not self.fuses or not takes(n_tokens, queries_per_key, self.head_dim):
+            return "torch"
+        if torch.compiler.is_compiling() or not one_token_attention.is_faster(self.k.weight.device):
+            return "triton"
+        tensors = (self.k.weight, *self._norm_weights(), self.sinks_H)
+        is_taken = one_token_attention.takes(n_tokens, queries_per_key, self.head_dim, *tensors)
+        return "cuda_ext" if is_taken else "triton"
+
+    def _norm_weights(self) -> list[Tensor | None]:
+        return [None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm)]
 
     def _few_tokens(
-        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, position_S: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, position_S: Tensor, by: str
     ) -> Tensor:
-        """What the heads give, for a few new tokens per sequence, by kernels."""
-        norms = [None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm)]
+        """What the heads give, for a few new tokens per sequence, by the kernels that `decoded_by` names."""
         eps = self.q_norm.eps if self.q_norm is not None else 0.0
         kept = (cache.k_BHNd, cache.v_BHNd)
         turns = ((cos, sin), position_S, *kept, self.turn_first)
         q_Rn, k_Rm, v_Rm = (part.flatten(0, 1) for part in (q, k, v))
-        new: Any = (q_Rn, k_Rm, v_Rm, *norms, eps, self.clip_qkv, *turns)
+        new: Any = (q_Rn, k_Rm, v_Rm, *self._norm_weights(), eps, self.clip_qkv, *turns)
         softmax: Any = (self.window, self.scale, self.sinks_H)
-        by_one = not torch.compiler.is_compiling() and one_token_attention.is_faster(q.device)
-        if by_one and one_token_attention.takes(q_Rn, *kept, position_S, *norms, self.sinks_H):
+        if by == "cuda_ext":
             y_RHd = one_token_attention.one_token_attention(*new, *softmax)
         else:
             y_RHd = cached_attention(rope_append(*new), *kept, position_S, *softmax)

@@ -76,6 +76,10 @@ class LatentAttention(nn.Module):
         """From now on compute in plain torch."""
         self.computed_by = "torch"
 
+    def decoded_by(self, n_tokens: int) -> str:
+        """Who attends to so many new tokens of a sequence on the cache: `torch` or `triton`."""
+        return self.computed_by if n_tokens == 1 else "torch"
+
     def make_cache(self, batch: int, length: int) -> LayerCache:
         """Room for `length` positions of `batch` sequences, in the dtype of the parameters."""
         shape = (batch, 1, length, self.kv_rank + self.rope_dim)
@@ -113,7 +117,7 @@ class LatentAttention(nn.Module):
                 k_up, v_up = up_Hdr.tensor_split([self.nope_dim], dim=1)
                 q_latent = torch.cat((torch.einsum("bhsd,hdr->bhsr", q_nope, k_up), q_rope), dim=-1)
                 kept = cache.put(latent_B1Sm, c, position_S)
-                if self.computed_by == "triton" and x_BSD.shape[1] == 1:
+                if self.decoded_by(x_BSD.shape[1]) == "triton":
                     one_BHm, latent_BNm = q_latent.squeeze(2), kept[0].squeeze(1)
                     y = latent_attention(one_BHm, latent_BNm, self.kv_rank, position_S, self.scale).unsqueeze(2)
                 else:

@@ -26,6 +26,11 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
 
+    def implementation(self, x: Tensor) -> str:
+        """Who computes the product of an eager pass with x [..., in], or [T, 0] to ask: `torch`, or the kernel."""
+        x = x.new_empty(*x.shape[:-1], self.weight.shape[1])
+        return "gemv" if self.takes(x, self.weight, self.bias) else "torch"
+
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T [+ b] with any weight, as this layer computes it."""
         if self.takes(x, weight, bias):

@@ -65,12 +65,11 @@ def is_faster(device: torch.device) -> bool:
     return extension.computes(device) and capability(device) == extension.HOPPER_CAPABILITY
 
 
-def takes(q_Bn: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, position_S: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernel takes these queries, caches and position; the other tensors have to be of their dtype."""
-    B, H, _, d = k_BHNd.shape
-    dtypes = {part.dtype for part in (q_Bn, k_BHNd, v_BHNd, *others) if part is not None}
-    is_half = len(dtypes) == 1 and q_Bn.dtype.itemsize == 2
-    return is_half and len(position_S) == 1 and q_Bn.shape == (B, H * d) and d in _HEAD_DIMS
+def takes(n_tokens: int, queries_per_key: int, head_dim: int, *tensors: Tensor | None) -> bool:
+    """Whether the kernel takes so many new tokens of a sequence, and tensors of these dtypes."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    is_half = dtypes in ({torch.float16}, {torch.bfloat16})
+    return is_half and n_tokens == 1 and queries_per_key == 1 and head_dim in _HEAD_DIMS
 
 
 def _compute(

@@ -61,6 +61,7 @@ IMPLEMENTATION = (
     Field("mlp_norm", str, "", "kernels of the router, if they include the norm before the MLP"),
     Field("experts", str, "", "implementation of the experts"),
     Field("add_rms_norm", str, "", "implementation of the norms, but for `mlp_norm`"),
+    Field("linear", str, "", "kernel of the projections that read a single row; missing if torch computes all of them"),
     Field("segment_mm", str, "", "implementation of the matrix products of `experts=grouped`"),
     Field("tiles", str, "", "of `experts=fused`: up_rows-up_tokens-down_rows-down_tokens-pieces"),
     Field("weights", str, "", "how a checkpoint's files are quantised; the run computes with dequantised weights"),

@@ -176,6 +176,18 @@ def model_name(node: Mapping[Any, Any] | DictConfig) -> str:
     return name if name not in ("", "..") else option_name(node)
 
 
+def model_content(config: DictConfig | Mapping[str, Any]) -> str | None:
+    """12 hex digits of a checkpoint's files; None of another model, and if they cannot be read."""
+    path = config["model"].get("path")
+    found = None if path is None else inputs.checkpoint_id(str(path))
+    return None if found == path else found
+
+
+def weight_changes(config: DictConfig | Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the configuration changes in the model's weights, files by their content; None if nothing."""
+    return active(content(config)["model"]) or None
+
+
 _SIZES = {"n_experts": "E", "top_k": "K", "d_model": "D", "mlp_hidden_dim": "F"}
 
 

@@ -132,7 +132,8 @@ def _choose(setting: Setting) -> _Choice:
     if not good:
         return _Choice("speed", _names(fast))
     if both := [cell for cell in fast if cell in good]:
-        return _Choice("take", _names(both))
+        beaten = pareto.dominated(setting)
+        return _Choice("take", _names([cell for cell in both if cell.variant not in beaten] or both))
     better = contest.fastest(good)
     surely = [cell for cell in fast if all(other.is_slower_than(cell) for other in better)]
     return _Choice("price", _names(surely or fast), _names(better))

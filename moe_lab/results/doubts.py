@@ -9,7 +9,7 @@ import pandas as pd
 
 from moe_lab.records.schema import BUSY, LAUNCH_BOUND
 from moe_lab.results.contest import Setting
-from moe_lab.results.verdicts import judged
+from moe_lab.results.verdicts import every, judged
 
 DOUBTFUL = "Speeds are doubtful"
 """How the sentence begins if most latencies were measured badly."""
@@ -24,11 +24,17 @@ def _doubts(runs: pd.DataFrame) -> str:
         (_start(warned, BUSY), "from a busy machine (repeat them on an idle one)"),
         (_start(warned, LAUNCH_BOUND), "launch-bound and so say nothing of kernels (use execution=cuda_graph)"),
     ]
-    parts = [f"{bad.sum():,} are {what}" for bad, what in found if bad.any()]
-    if not parts:
+    n, found = len(ran), [(bad, what) for bad, what in found if bad.any()]
+    if not found:
         return ""
     most = np.any([bad for bad, _ in found], axis=0).mean() > 0.5
-    return f"{f'{DOUBTFUL}: of' if most else 'Of'} {len(ran):,} latencies {', '.join(parts)}"
+    if all(bad.all() for bad, _ in found):
+        text = (
+            f"{every(n, 'latency', 'latencies')} {'is' if n == 1 else 'are'} {', and '.join(what for _, what in found)}"
+        )
+        return f"{DOUBTFUL}: {text}"
+    parts = [f"{bad.sum():,} {'is' if bad.sum() == 1 else 'are'} {what}" for bad, what in found]
+    return f"{f'{DOUBTFUL}: of' if most else 'Of'} {n:,} latencies {', '.join(parts)}"
 
 
 def _start(warnings: Sequence[Sequence[str]], start: str) -> np.ndarray:
@@ -73,5 +79,6 @@ def unsure(runs: pd.DataFrame, summary: pd.DataFrame, settings: Sequence[Setting
 
 
 def _of(n: int, total: int, one: str) -> str:
-    """`3 of 8 comparisons are`."""
-    return f"{n:,} of {total:,} {one if total == 1 else one + 's'} {'is' if n == 1 else 'are'}"
+    """`3 of 8 comparisons are`, `all 8 comparisons are`."""
+    which = f"{n:,} of {total:,} {one}s" if n < total else every(n, one, f"{one}s")
+    return f"{which[:1].upper()}{which[1:]} {'is' if n == 1 else 'are'}"

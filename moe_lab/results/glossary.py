@@ -125,6 +125,9 @@ def mark(text: str) -> Markup:
         used.add(term)
         parts += [escape(text[at : match.start()]), button(match[0], term)]
         at = match.end()
+        if text[at : at + 1] in tuple(".,;:"):  # which may not begin a line
+            parts[-1] = Markup('<span class="joined">{}{}</span>').format(parts[-1], text[at])
+            at += 1
     return Markup("").join([*parts, escape(text[at:])])
 
 

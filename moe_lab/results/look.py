@@ -41,7 +41,7 @@ class Look(NamedTuple):
         """The file, the same one for the same figure."""
         written = io.BytesIO()
         metadata: Any = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(self.format)
-        with rc_context(self.settings()):
+        with rc_context({**self.settings(), "svg.hashsalt": "moe-lab"}):  # else the ids of an SVG are random
             figure.savefig(written, format=self.format, dpi=self.dpi, metadata=metadata)
         return written.getvalue()
 

@@ -12,7 +12,7 @@ import numpy as np
 
 FILE_PANELS = 6
 """As many panels as a file shows; the report has all."""
-NO_INTERVAL = "no interval"
+NO_INTERVAL = "hollow: no interval"
 """What a hollow marker means."""
 MARGIN = 1.25
 """A logarithmic axis goes by this factor beyond its values."""

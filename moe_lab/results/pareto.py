@@ -57,7 +57,7 @@ def _why(cell: Cell, other: Cell) -> str | None:
     more = ["time"] if is_timed and cell.is_slower_than(other) else []
     more += ["bytes"] if has_bytes and cell.expert_mb > other.expert_mb * (1 + SAME) else []
     if mine.is_worse_than(theirs):
-        cost = f"at more {listed(more)}" if more else f"and no less {'time' if is_timed else 'bytes'} seen"
+        cost = f"at more {listed(more)}" if more else f"and no {'less time' if is_timed else 'fewer bytes'} seen"
         return f"worse quality {cost}"
     return f"no better quality at more {listed(more)}" if more else None
 

@@ -46,6 +46,8 @@ function table() {
 
 function plots(nonce) {
   const plotly = document.getElementById("plotly");
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.font = "12px system-ui, sans-serif";  // as that of the plots: it measures the names in a legend
   if (!plotly) return performance.mark("plots");  // the page shows pictures
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const chosen = setting(figures.flatMap(figure => figure.panels.map(panel => panel.place)));
@@ -129,8 +131,8 @@ function plots(nonce) {
       const names = drawn.data.filter(trace => trace.showlegend !== false).map(trace => trace.name || "");
       const beside = Math.max(0, ...drawn.data.flatMap(trace => trace.orientation ? trace.y : []).map(name => name.length));
       const width = plot.clientWidth - 70 - 7 * Math.min(beside, 20);  // of the axes, and so of the legend
-      const perRow = Math.max(1, Math.floor(width / (50 + 7.5 * Math.max(0, ...names.map(name => name.length)))));
-      const legend = names.length > 1 || ["lines", "front"].includes(figure.kind) || names.includes("no interval") ? Math.ceil(names.length / perRow) * 22 : 0;
+      const perRow = Math.max(1, Math.floor(width / (50 + Math.max(0, ...names.map(name => pen.measureText(name).width)))));
+      const legend = names.length > 1 || ["lines", "front"].includes(figure.kind) || names.includes("hollow: no interval") ? Math.ceil(names.length / perRow) * 22 : 0;
       const height = Math.max(320, 110 + 44 * (drawn.layout.bars || 0)) + legend;
       Plotly.react(plot, drawn.data, themed(drawn.layout, height, legend), {responsive: true, displaylogo: false,
         modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]});

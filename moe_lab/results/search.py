@@ -20,7 +20,7 @@ from moe_lab.records.search import RATIO, Objective, Outcome, Search
 from moe_lab.results import numbers
 from moe_lab.results.charts import BITS, LATENCY
 from moe_lab.results.load import UNREADABLE_BECAUSE, one_line
-from moe_lab.results.verdicts import judged, listed
+from moe_lab.results.verdicts import every, judged, listed
 
 DELTA = "quality.delta_bits_per_byte"
 ENDS_OF = {
@@ -138,13 +138,18 @@ def beats(one: Row, other: Row, objectives: Sequence[Objective]) -> bool:
 def sentences(found: Found) -> list[str]:
     """What the search found: the best, how much better than the default, and what became of the other trials."""
     have = [row for row in found.trials if row.outcome.state == "ok"]
+    if not found.trials:
+        return ["The search has no trials yet"]
     if not have:
-        return [f"No trial of {len(found.trials)} has the values that the search asks for{_left(found)}"]
+        return [f"The search has no result: {_left(found)}"]
     several = len(found.search.objectives) > 1
     texts = [_front(found), _of_default(found)] if several else [_best(found)]
-    if several:
+    if several and found.front == [found.default]:
+        first, second = map(_word, found.search.objectives)
+        texts = [f"No trial is better than {found.default.name} in {first} or in {second}, by what was measured"]
+    elif several:
         texts += [_end(found, place) for place in range(len(found.search.objectives))]
-    return [text for text in (*texts, _left(found).removeprefix(": ")) if text]
+    return [text for text in (*texts, _capital(_left(found))) if text]
 
 
 def _front(found: Found) -> str:
@@ -152,8 +157,8 @@ def _front(found: Found) -> str:
     columns = listed([_word(one) for one in found.search.objectives])
     is_one = len(front) == 1
     return (
-        f"{_names(front)} {'is' if is_one else 'are'} the front of {columns}, by what was measured: none of "
-        f"{len(found.trials):,} trials is better than {'it' if is_one else 'one of them'} in both"
+        f"{_names(front)} {'is' if is_one else 'are'} the front of {columns}, by what was measured: no trial "
+        f"is better than {'it' if is_one else 'any of them'} in both"
     )
 
 
@@ -161,6 +166,10 @@ def _names(rows: Sequence[Row]) -> str:
     names = [row.name for row in rows]
     text = listed(names[:_MOST_NAMES]) if len(names) <= _MOST_NAMES else ", ".join(names[:_MOST_NAMES])
     text += f" and {len(names) - _MOST_NAMES} others" if len(names) > _MOST_NAMES else ""
+    return _capital(text)
+
+
+def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
@@ -201,16 +210,17 @@ def _best(found: Found) -> str:
     (objective,) = found.search.objectives
     row = found.front[0]
     value = f"{label(objective.column)} {numbers.short(row.outcome.values[0])}"
-    of = f"of {len(found.trials):,} trial{'' if len(found.trials) == 1 else 's'}"
+    n = len(found.trials)
     if not row.number:
-        return f"None {of} is better than {row.name}: {value}"
+        return f"{'The one trial is not' if n == 1 else f'None of {n:,} trials is'} better than {row.name}: {value}"
+    best = f"{_names([row])} is the {'only trial' if n == 1 else f'best of {n:,} trials'}"
     if found.default.outcome.state != "ok":
-        return f"{_names([row])} is the best {of}: {value}"
+        return f"{best}: {value}"
     ((text, kind),) = _beside(found, row)
     if objective.column not in ENDS_OF:
-        return f"{_names([row])} is the best {of}: {text}"
+        return f"{best}: {text}"
     doubt = "" if kind == "better" else "; no interval shows that it is better"
-    return f"{_names([row])} is the best {of}: {value}; {text}{doubt}"
+    return f"{best}: {value}; {text}{doubt}"
 
 
 def _beside(found: Found, row: Row) -> list[tuple[str, Kind]]:
@@ -246,20 +256,21 @@ def _difference(objective: Objective, row: Row, default: Row, mine: float, their
 
 
 def _left(found: Found) -> str:
-    """What became of the trials that have no place: failed, pruned, outside, not run."""
-    states = [row.outcome.state for row in found.trials]
-    words = {"failed": "failed", "pruned": "cannot run (pruned)", "not run": "did not run yet"}
-    parts = [f"{states.count(state)} {word}" for state, word in words.items() if state in states]
-    if n := states.count("outside"):
-        limits = listed([_limits(one) for one in found.search.constraints])
-        parts.append(f"{n} {'is' if n == 1 else 'are'} outside a constraint ({limits})")
-    repeats = sum(row.same_as is not None for row in found.trials)
-    parts += (
-        [f"{repeats} had the cell of another and {'was' if repeats == 1 else 'were'} not timed again"]
-        if repeats
-        else []
-    )
-    return f": Of {len(states):,} trials {listed(parts)}" if parts else ""
+    """What became of the trials that have no place: failed, pruned, outside, not run. Nothing if each has one."""
+    states, n = [row.outcome.state for row in found.trials], len(found.trials)
+    n_outside, n_repeats = states.count("outside"), sum(row.same_as is not None for row in found.trials)
+    limits = ", ".join(_limits(one) for one in found.search.constraints)
+    fates = [
+        (states.count("failed"), "failed"),
+        (states.count("pruned"), "cannot run (pruned)"),
+        (states.count("not run"), "did not run yet"),
+        (n_outside, f"{'is' if n_outside == 1 else 'are'} outside a constraint ({limits})"),
+        (n_repeats, f"had the cell of another and {'was' if n_repeats == 1 else 'were'} not timed again"),
+    ]
+    fates = [(count, fate) for count, fate in fates if count]
+    if len(fates) == 1 and fates[0][0] == n:
+        return f"{every(n, 'trial', 'trials')} {fates[0][1]}"
+    return f"of {n:,} trials {listed([f'{count:,} {fate}' for count, fate in fates])}" if fates else ""
 
 
 def _limits(constraint: searches.Constraint) -> str:

@@ -38,7 +38,8 @@ def table(found: Found) -> Table:
         values = [_text(row, column) for column in columns]
         rows.append(([*numbered, *values], _fate(found, row), row.place == "front"))
     search = found.search
-    title = f"{len(found.trials):,} trials, sampler={search.sampler}, seed={search.seed}"
+    n = len(found.trials)  # `seed` alone is that of the weights and tokens
+    title = f"{n:,} trial{'' if n == 1 else 's'}, sampler={search.sampler}, hydra.sweeper.seed={search.seed}"
     return Table(title, ["trial", "variant", *(_HEADS.get(column) or label(column) for column in columns)], rows)
 
 

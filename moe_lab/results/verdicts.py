@@ -162,6 +162,11 @@ def _where(cells: Collection[_Cell], others: Collection[_Cell], everything: bool
     return " at " + " and at ".join(parts)
 
 
+def every(n: int, one: str, several: str) -> str:
+    """All of `n` things: `the one trial`, `both trials`, `all 3 trials`."""
+    return {1: f"the one {one}", 2: f"both {several}"}.get(n, f"all {n:,} {several}")
+
+
 def listed(words: Sequence[str]) -> str:
     """`a, b and c`; each word once."""
     words = list(dict.fromkeys(words))

@@ -15,10 +15,10 @@ from moe_lab.models.attention import Attention
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.gated_delta_net import GatedDeltaNet
 from moe_lab.models.latent_attention import LatentAttention
-from moe_lab.models.layers import AddLayerNorm, AddRMSNorm
+from moe_lab.models.layers import AddLayerNorm, AddRMSNorm, Linear
 from moe_lab.models.moe_layer import MoELayer, moe_layers
 from moe_lab.models.parameters import reference_twin
-from moe_lab.models.serving import Decode
+from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.transformer_decoder import Block
 from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import PROPERTIES, Routing
@@ -86,6 +86,11 @@ class Built:
         """[T, 0], what a layer is given without its columns: for who asks by device, dtype and number of tokens."""
         return self.x.new_empty(self.n_tokens, 0, dtype=self.dtype)
 
+    def _rows_of(self, module: nn.Module) -> Tensor:
+        """As `tokens`, of what a projection reads; the head of a prefill reads the last position of each sequence."""
+        reads_last = isinstance(self.task, Prefill) and module is self.task.decoder.head
+        return self.tokens()[: self.cfg.batch if reads_last else None]
+
     def outputs(self, most: int | None = None) -> Iterator[Output]:
         """What the run's own execution computes: one pass, or every step of decoding (or `most`, evenly spread).
 
@@ -117,12 +122,14 @@ class Built:
                     ran["mlp_norm"] = module.mlp.router.implementation()
             elif isinstance(module, AddLayerNorm):
                 ran["add_layer_norm"] = "torch"
-            elif isinstance(module, Attention) and isinstance(self.task, Decode):
-                ran["attention"] = "triton" if module.fuses and self.task.window == 1 else "torch"
-            elif isinstance(module, LatentAttention) and self.decodes:
-                ran["attention"] = "torch"
+            elif isinstance(module, Attention | LatentAttention) and isinstance(self.task, Decode):
+                ran["attention"] = module.decoded_by(self.task.window)
             elif isinstance(module, GatedDeltaNet):
                 ran["delta_net"] = f"torch: {'recurrent' if self.decodes else 'chunked'}"
+            elif isinstance(module, Linear):
+                kernel = module.implementation(self._rows_of(module))
+                if kernel != "torch" and self.cfg.execution.name != "compile":  # a compiler computes them as torch does
+                    ran["linear"] = kernel
         for layer in moe_layers(self.model):
             ran["router"] = (
                 layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"

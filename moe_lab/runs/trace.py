@@ -21,9 +21,8 @@ from moe_lab.models.moe_layer import MoELayer, hooked, indexed_moe_layers, moe_l
 from moe_lab.models.serving import Decode
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.records import inputs
-from moe_lab.records.identity import content, model_name, option_name
+from moe_lab.records.identity import content, model_content, model_name, option_name, weight_changes
 from moe_lab.records.trace import GUESSES, Layer, Tokens, TraceWriter, tokens_of
-from moe_lab.records.weight_changes import active
 from moe_lab.routers.base import Routing
 from moe_lab.runs import build
 from moe_lab.runs.counterfactual import log_probabilities, require_own_routes
@@ -44,15 +43,15 @@ def layers_of(model: nn.Module) -> list[Layer]:
 
 def source_of(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     """Where a trace of this configuration comes from: names, and hashes of what was read."""
-    found, tokenizer = content(cfg), getattr(model, "tokenizer_file", None)
+    tokenizer = getattr(model, "tokenizer_file", None)
     return {
         "written_by": f"moe-lab {version('moe-lab')}",
         "model": model_name(cfg.model),
-        "model_content": found["model"].get("path"),
-        "weight_changes": active(found["model"]) or None,
+        "model_content": model_content(cfg),
+        "weight_changes": weight_changes(cfg),
         "router": option_name(cfg.router),
         "tokenizer": inputs.file_id(tokenizer) if tokenizer is not None else None,
-        "texts": found["workload"].get("path"),
+        "texts": content(cfg)["workload"].get("path"),
         "dtype": cfg.dtype.name,
         "batch": int(cfg.batch),
         "seed": int(cfg.seed),

@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, IntegerNode, OmegaConf
 
 from moe_lab.config.hydra_patches import SEARCHER
+from moe_lab.config.schemas import GROUPS
 from moe_lab.config.unread import key_of
 from moe_lab.errors import UnavailableError, nearest
 from moe_lab.records import identity
@@ -158,10 +159,13 @@ def _require_ratios(search: Search, space: Space, sweep: DictConfig) -> None:
         raise ValueError(f"{RATIO}: there is none with sweep.interleave=false; set it to true.")
     groups = {key_of(key).partition(".")[0] for key in space.searched()}
     if apart := sorted(groups - set(sweep.compare)):
-        compare = ",".join([*sweep.compare, *apart])
+        compare = ",".join([*sweep.compare, *(group for group in apart if group in GROUPS)])
+        sizes = [key for key in apart if key not in GROUPS]  # batch, seq_len, seed: of a setting, not of a variant
+        remedy = f"give {sizes[0]} one value" if sizes else f"set sweep.compare=[{compare}]"
+        hint = f" {_NODE}.seed is that of the sampler." if "seed" in sizes else ""
         raise ValueError(
-            f"{RATIO}: {apart[0]} is searched and not compared, so trials are not timed beside the default; "
-            f"set sweep.compare=[{compare}] (groups only), or use latency_ms."
+            f"{RATIO}: {(sizes or apart)[0]} is searched and not compared, so trials are not timed beside the default; "
+            f"{remedy}, or use latency_ms.{hint}"
         )
 
 
@@ -294,8 +298,10 @@ def _journal(directory: Path, asked: Search) -> Search:
     for key in ("default", "objectives", "constraints", "space", "sampler", "population", "seed"):
         mine, theirs = getattr(asked, key), getattr(found, key)
         if mine != theirs:
+            is_typed = key in ("sampler", "population", "seed")
+            how = f"has {_NODE}.{key}={theirs}, this one {mine}" if is_typed else f"differs in {key}"
             raise ValueError(
-                f"{directory}: the search there differs in {key}, and a search goes on as it began; "
+                f"{directory}: the search there {how}, and a search goes on as it began; "
                 "give this one a name of its own: sweep.name=NAME."
             )
     return found

@@ -14,23 +14,35 @@ from typing import Any
 from moe_lab.trackers.message import Cell, Files, Sweep
 
 
+def _default() -> Path:
+    """Trackio's own folder: in the cache of Hugging Face, whose place huggingface_hub/constants.py says so."""
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.path.expandvars(Path(os.environ.get("HF_HOME", f"{caches}/huggingface")).expanduser())) / "trackio"
+
+
 class Trackio:
     """See `Tracker`."""
 
     needs: tuple[str, ...] = ("trackio",)
 
     def __init__(self, settings: Mapping[str, Any], folder: Path):
-        self._project, given = settings["project"], settings["dir"] or os.environ.get("TRACKIO_DIR")
-        self.keeps = Path(given).absolute() if given else None  # else where trackio chooses
-        self._dir = str(self.keeps) if self.keeps is not None else None
-        self.destination = f"{self._dir or 'trackio'} {self._project}"
+        self._project = settings["project"]
+        self._dir = Path(settings["dir"] or os.environ.get("TRACKIO_DIR") or _default()).absolute()
+        self.keeps: Path | None = self._dir
+        self.destination = f"{self._dir} {self._project}"
         # Not to a Space, whatever else this person uses trackio for: `trackio sync` uploads it.
         self.environment: dict[str, str | None] = dict.fromkeys(("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"))
-        self.environment["TRACKIO_DIR"] = self._dir
+        self.environment["TRACKIO_DIR"] = str(self._dir)
         self._sweep: Sweep | None = None
 
     def begin(self, sweep: Sweep | None) -> None:
         """See `Tracker.begin`."""
+        try:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self._dir).close()
+        except OSError as error:
+            why = error.strerror or error
+            raise OSError(f"{self._dir} cannot be written ({why}); set tracker.trackio.dir or TRACKIO_DIR") from error
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 

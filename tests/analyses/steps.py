@@ -18,6 +18,7 @@ def write(
     *,
     load: str = "native",
     seed: int = 0,
+    model: dict[str, Any] | None = None,
     **more: Any,
 ) -> str:
     """The record of a step; `ratio`: to the anchor of that cell_id, with an interval of a tenth to each side."""
@@ -25,7 +26,13 @@ def write(
     which = "" if (load, seed) == ("native", 0) else f"-{load}-{seed}"
     folder = folder / f"{batch}-{window}{which}{more.get('status', '')}"
     folder.mkdir(parents=True)
-    config = {"batch": batch, "seed": seed, "workload": {"phase": "decode", "window": window, "load": load}}
+    config = {
+        "batch": batch,
+        "seed": seed,
+        "workload": {"phase": "decode", "window": window, "load": load},
+        "model": model or {"name": "checkpoint", "path": "small-moe"},
+        "export": {"name": "none"},
+    }
     latency = Latency(n=9, mean=ms, p50=ms, p90=ms, p99=ms, ci95_low=ms, ci95_high=ms, stable=True)
     record = Record(
         **{"status": "ok", "config": config, **more},

@@ -42,7 +42,8 @@ def test_everything_is_written(trace: Path, tmp_path: Path) -> None:
     assert page.index("What the routes say") < page.index("<table>")
     for findings in found:
         assert findings.sentences or findings.name == "counterfactual"  # of which the trace has nothing
-        assert all(escape(sentence) in page for sentence in findings.sentences)
+        own = page.partition(f'<a href="#{findings.name}">{findings.title}</a>')[2].partition("<h3>")[0]
+        assert all(f"<li>{escape(sentence)}</li>" in own for sentence in findings.sentences)
         for name, table in findings.tables.items():
             assert (
                 len(pd.read_parquet(folder / f"{name}.parquet"))

@@ -24,6 +24,8 @@ CFG: dict[str, Any] = {
     "expert_mb": None,
     "gb_per_s": None,
     "compute_ms": None,
+    "decode_run": None,
+    "model": None,
 }
 
 
@@ -229,5 +231,8 @@ def test_differences_have_the_interval_of_pairs(tmp_path: Path) -> None:
 def test_bytes_of_an_expert_that_nobody_knows_are_said(tmp_path: Path) -> None:
     """Where a time is asked for."""
     path = traces.write(tmp_path / "x.trace", [[[0], [1]]], 4, mb=None)
-    assert "set expert_cache.expert_mb" in found(path, policy=["lru"], gb_per_s=4.0, compute_ms=1.0).notes[-1]
+    timed: dict[str, Any] = {"policy": ["lru"], "gb_per_s": 4.0, "compute_ms": 1.0}
+    assert "set expert_cache.expert_mb" in found(path, **timed).notes[-1]
+    assert "expert_cache.decode_run is a run of it was not checked" in found(path, **timed, decode_run="x").notes[-1]
+    assert "expert_cache.decode_run" not in found(path, **timed, decode_run="x", model="olmoe").notes[-1]
     assert not any("expert_mb" in note for note in found(path, policy=["lru"]).notes)

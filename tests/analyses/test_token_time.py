@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moe_lab.analyses.token_time import rates
+from moe_lab.records.inputs import checkpoint_id
 from tests.analyses import steps
 
 NOTHING: dict[str, Any] = {
@@ -32,18 +34,18 @@ def file_of(folder: Path, **links: Any) -> str:
 
 def test_without_rates_there_is_no_time() -> None:
     """Neither of both."""
-    assert rates(NOTHING) == {"gb_per_s": None, "compute_ms": None}
+    assert rates(NOTHING, {}) == {"gb_per_s": None, "compute_ms": None}
 
 
 def test_given_and_measured(tmp_path: Path) -> None:
     """Each in the place of the other; the link decides."""
-    assert rates(NOTHING | {"gb_per_s": 25.0, "compute_ms": 4.0}) == {"gb_per_s": 25.0, "compute_ms": 4.0}
+    assert rates(NOTHING | {"gb_per_s": 25.0, "compute_ms": 4.0}, {}) == {"gb_per_s": 25.0, "compute_ms": 4.0}
     measured = {"rates": file_of(tmp_path, host_to_device=50, disk=3.5), "compute_ms": 4.0}
-    assert rates(NOTHING | measured)["gb_per_s"] == 50
-    assert rates(NOTHING | measured | {"link": "disk"})["gb_per_s"] == 3.5
+    assert rates(NOTHING | measured, {})["gb_per_s"] == 50
+    assert rates(NOTHING | measured | {"link": "disk"}, {})["gb_per_s"] == 3.5
     steps.write(tmp_path, 1, 1, 2.5)
     run = {"gb_per_s": 25.0, "decode_run": str(tmp_path / "1-1")}
-    assert rates(NOTHING | run) == {"gb_per_s": 25.0, "compute_ms": 2.5}
+    assert rates(NOTHING | run, {}) == {"gb_per_s": 25.0, "compute_ms": 2.5}
 
 
 @pytest.mark.parametrize(
@@ -94,4 +96,52 @@ def test_a_mistake_names_the_key(cfg: dict[str, Any], message: str, tmp_path: Pa
         if key in cfg:
             cfg = {**cfg, key: str(tmp_path / cfg[key])}
     with pytest.raises(ValueError, match=message):
-        rates(NOTHING | cfg)
+        rates(NOTHING | cfg, {})
+
+
+def checkpoint(folder: Path, content: str) -> Path:
+    """What the identity of a checkpoint reads."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(content)
+    return folder
+
+
+def test_the_run_is_of_the_model_of_the_trace(tmp_path: Path) -> None:
+    """By what its files hold, wherever they lie; by its name where they are gone, or where there are none."""
+    here, copied = checkpoint(tmp_path / "olmoe", "{}"), checkpoint(tmp_path / "copy", "{}")
+    source = {"model": "olmoe", "model_content": checkpoint_id(str(here)), "weight_changes": None}
+    for index, path in enumerate([here, copied, Path("/gone/olmoe")]):
+        assert rates(run(tmp_path / str(index), path=str(path)), source)["compute_ms"] == 2.5
+    made = {"model": "decoder_moe", "model_content": None, "weight_changes": None}
+    assert rates(run(tmp_path / "made", name="decoder_moe", path=None), made)["compute_ms"] == 2.5
+    assert rates(run(tmp_path / "any", path="/gone/phi"), {"imported_from": "vllm"})["compute_ms"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "message"),
+    [
+        pytest.param("other/phi", {}, "that run is of phi, and the trace of olmoe; give one of", id="files"),
+        pytest.param("other/olmoe", {}, "olmoe (other files), and the trace of olmoe", id="files-of-that-name"),
+        pytest.param("gone/phi", {}, "that run is of phi, and the trace of olmoe", id="name"),
+        pytest.param(None, {"name": "decoder_moe"}, "that run is of decoder_moe, and the trace of olmoe", id="made"),
+        pytest.param("olmoe", {"merge": {"experts": 3}}, "olmoe with other changes of its weights", id="merged"),
+    ],
+)
+def test_a_run_of_another_model_is_refused(
+    path: str | None, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Its time is not that of the trace's model."""
+    here = checkpoint(tmp_path / "olmoe", "{}")
+    for name in ("other/phi", "other/olmoe"):
+        checkpoint(tmp_path / name, '{"hidden_size": 9}')
+    source = {"model": "olmoe", "model_content": checkpoint_id(str(here)), "weight_changes": None}
+    cfg = run(tmp_path / "run", path=path and str(tmp_path / path), **changes)
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        rates(cfg, source)
+    assert str(refused.value).startswith("expert_cache.decode_run=") and "expert_cache.compute_ms" in str(refused.value)
+
+
+def run(folder: Path, **model: Any) -> dict[str, Any]:
+    """The settings with a run of decoding of this model."""
+    steps.write(folder, 1, 1, 2.5, model={"name": "checkpoint", **model})
+    return NOTHING | {"gb_per_s": 25.0, "decode_run": str(folder / "1-1")}

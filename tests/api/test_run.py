@@ -13,8 +13,10 @@ from moe_lab.api.shown import Result
 from tests import quick, tiny
 
 
-def test_overrides_and_their_configuration_make_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the command line's folder; the overrides stand in the record."""
+def test_overrides_and_their_configuration_make_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the command line's folder; the overrides stand in the record. Nothing is printed."""
     monkeypatch.chdir(tmp_path)
     words = quick.overrides("moe_layer", "router=sinkhorn")
     one = moe_lab.run(words)
@@ -22,6 +24,7 @@ def test_overrides_and_their_configuration_make_the_same_run(tmp_path: Path, mon
     assert isinstance(one, Result) and (one.status, one.cell_id) == ("ok", other.cell_id)
     assert one.overrides == words and Path(str(one.directory)).parent == Path("outputs/runs")
     assert other.directory == str(tmp_path / "here") and (tmp_path / "here" / "result.json").is_file()
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ def test_the_sentences_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr()
     assert "A cache of 8 of 16 experts a layer holds" in said.out and f"{tmp_path / 'x.analysis'}: " in said.out
     assert "too few or too short sequences" in said.err
+    titles = [line for line in said.out.splitlines() if not line.startswith(("  ", str(tmp_path)))]
+    assert "A cache of experts" in titles and "Other routes at the same cost" not in titles  # it has nothing to say
     assert (tmp_path / "x.analysis" / "analysis.html").exists()
 
 
@@ -38,6 +40,14 @@ def test_the_configuration_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.param(["a", "phase=decode", "phase=prefill"], "phase is given twice", id="twice"),
         pytest.param(["a", "expert_cache.polic=lru"], "Did you mean policy", id="key"),
         pytest.param(["a", "analysis/expert_cache=lur"], "lur", id="option"),
+        pytest.param(["a", "analysis=[]"], "analysis=[]: each analysis is a group of its own; write", id="no-group"),
+        pytest.param(["a", "analysis=null"], "or analysis/NAME=null to leave it out. NAME is one of exp", id="null"),
+        pytest.param(["a", "~analysis"], "~analysis: each analysis is a group of its own", id="without"),
+        pytest.param(["a", "analysis/plcement=null"], "Did you mean placement?", id="group"),
+        pytest.param(["a", "analysis.ranks=null"], "analysis.ranks=null: each analysis is a group", id="dot"),
+        pytest.param(
+            ["a", "ranks=x"], "ranks=x: ranks has keys; write analysis/ranks=OPTION, or ranks.KEY=", id="node"
+        ),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,9 +151,9 @@ def test_rates_are_printed_and_are_what_analyze_takes(tmp_path: Path) -> None:
         assert (rate["gb_per_s"] is None) == (rate["reason"] is not None)
         cfg = {"gb_per_s": None, "rates": tmp_path / "rates.json", "link": link, "compute_ms": 1.0, "decode_run": None}
         if rate["reason"] is None:
-            assert token_time.rates(cfg)["gb_per_s"] == rate["gb_per_s"] > 0
+            assert token_time.rates(cfg, {})["gb_per_s"] == rate["gb_per_s"] > 0
             assert re.search(r"^[\d.]+ GB/s \(.+\)$", value(lines, link))
         else:
             assert value(lines, link) == f"not measured: {rate['reason']} ({rate['of']})"
             with pytest.raises(ValueError, match=re.escape(f"{link} was not measured there: {rate['reason']}")):
-                token_time.rates(cfg)
+                token_time.rates(cfg, {})

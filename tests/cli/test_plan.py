@@ -23,6 +23,7 @@ MISTAKES = {
     "router=glob(sinkorn*)": "router=glob(sinkorn*): no value matches, so the sweep has no cell",
     "router=glob(*,exclude=*)": "router=glob(*,exclude=*): no value matches, so the sweep has no cell",
     "batch=range(3,3)": "batch=range(3,3): no value matches, so the sweep has no cell",
+    "hydra.sweeper.seed=0,1": "hydra.sweeper.seed=0,1: a key of Hydra has one value in a sweep; run it once for each",
 }
 
 
@@ -87,6 +88,13 @@ def test_checkpoints_and_phases_are_told_apart(tmp_path: Path) -> None:
     assert len(rows) == len(shown) and "3 to run (1 duplicate left out)" in last
     for row, text in zip(rows, shown, strict=True):
         assert row.startswith(f"native  tiny-olmoe text(phase={text}")
+
+
+def test_cells_that_differ_in_their_seed_are_told_apart(tmp_path: Path) -> None:
+    """By a column that is there only then."""
+    several = plan(*quick.overrides("moe_layer", "seed=0,37"), cwd=tmp_path).stdout
+    one = plan(*quick.overrides("moe_layer", "seed=37"), cwd=tmp_path).stdout
+    assert "seq_len seed " in several and " 37 " in several and " seed " not in one
 
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -227,6 +227,13 @@ def test_an_svg_has_real_text(sweep: Path, tmp_path: Path) -> None:
     assert (root.get("width"), root.get("height")) == ("504pt", "324pt")
 
 
+@pytest.mark.parametrize("kind", ["pdf", "svg", "png"])
+def test_the_same_figure_is_the_same_file(kind: str, runs: pd.DataFrame) -> None:
+    """Drawn anew, too: no date and no random ids, so a paper's repository sees no change where there is none."""
+    first, again = (Look(kind).content(draw(runs, "batch", "latency_ms.p50")[0]) for _ in range(2))
+    assert first == again
+
+
 def test_a_pdf_holds_its_fonts(sweep: Path, tmp_path: Path) -> None:
     """As TrueType, which journals ask for, and not as Type 3; of the size asked for."""
     content = written(sweep, tmp_path / "a.pdf", "--size", "3.3x2.5", "--font-size", "7")

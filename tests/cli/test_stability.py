@@ -29,6 +29,17 @@ def test_variants_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(pd.read_parquet(out / "stability_layers.parquet")) == 2 * 4
 
 
+def test_a_batch_that_takes_more_tokens_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The windows are a multiple of each batch; nothing is said where about as many as asked for are that."""
+    words = ["stability", *MODEL, "--out", str(tmp_path / "o"), "--variants", "batch=3"]
+    assert main([*words, "--tokens", "40"]) == 0
+    said = capsys.readouterr()
+    assert "--tokens 40: 96 are computed, for batches of 2, 3 take a multiple of 6 windows of 16 tokens" in said.err
+    assert "96 tokens in 6 windows" in said.out
+    assert main([*words, "--tokens", "100"]) == 0
+    assert "--tokens" not in capsys.readouterr().err
+
+
 def test_one_that_fails_is_a_row_and_an_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another model."""
     other = f"model.path={quick.ASSETS / 'tiny-qwen3-moe'}"

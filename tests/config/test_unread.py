@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import moe_lab
 from moe_lab.config.checks import refuse_hydras_keys, refuse_other_keys
-from moe_lab.config.unread import _RULES, key_of, unread
+from moe_lab.config.unread import _RULES, key_of, refuse_twice, unread
 from moe_lab.runs.run import Run
 from tests import quick
 
@@ -218,6 +220,27 @@ def test_a_command_refuses_what_it_does_not_read(override: str) -> None:
     refuse_other_keys(["model=x", "model.path=x", "router@router.inner=x", "workload.path=x", "seed=1"], read, "it")
     with pytest.raises(ValueError, match=rf"^{override}: has no effect; it only uses model\.\*, "):
         refuse_other_keys([override], read, "it")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(
+            ["seed=0", "seed=3"],
+            "seed=3: seed is given twice (seed=0); remove one, or write seed=0,3 with -m for both.",
+            id="swept",
+        ),
+        pytest.param(
+            ["hydra.sweeper.seed=0", "hydra.sweeper.seed=3"],
+            "hydra.sweeper.seed=3: hydra.sweeper.seed is given twice (hydra.sweeper.seed=0); remove one.",
+            id="hydras",
+        ),
+    ],
+)  # fmt: skip
+def test_two_values_of_a_key_are_named(words: list[str], message: str) -> None:
+    """And -m is a remedy only for a key that can have several: none of Hydra's own."""
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        refuse_twice(words)
 
 
 def test_every_rule_names_keys_that_exist() -> None:

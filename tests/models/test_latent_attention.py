@@ -177,3 +177,13 @@ def test_kernels_compute_where_they_can_and_never_the_reference() -> None:
     attention.compute_on(torch.device("cuda"))
     attention.use_reference()
     assert attention.computed_by == "torch"
+
+
+def test_who_attends_on_the_cache() -> None:
+    """The kernel takes one new token; the reference takes none."""
+    attention = attention_of()
+    assert (attention.decoded_by(1), attention.decoded_by(2)) == ("torch", "torch")
+    attention.computed_by = "triton"
+    assert (attention.decoded_by(1), attention.decoded_by(2)) == ("triton", "torch")
+    attention.use_reference()
+    assert attention.decoded_by(1) == "torch"

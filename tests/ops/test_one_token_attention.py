@@ -139,26 +139,23 @@ def test_one_graph_serves_every_position_bit_for_bit(dtype: torch.dtype, device:
 
 
 @pytest.mark.parametrize(
-    ("change", "taken"),
+    ("n_tokens", "queries_per_key", "head_dim", "dtypes", "taken"),
     [
-        pytest.param({}, True, id="as it is"),
-        pytest.param({"dtype": torch.float32}, False, id="fp32"),
-        pytest.param({"S": 2}, False, id="two tokens"),
-        pytest.param({"heads": 8}, False, id="two heads a key"),
-        pytest.param({"d": 96}, False, id="d=96"),
-        pytest.param({"norm": torch.float32}, False, id="a wide norm"),
+        pytest.param(1, 1, 64, (torch.float16, torch.float16), True, id="as it is"),
+        pytest.param(1, 1, 128, (torch.bfloat16,), True, id="bf16"),
+        pytest.param(1, 1, 64, (torch.float32,), False, id="fp32"),
+        pytest.param(2, 1, 64, (torch.float16,), False, id="two tokens"),
+        pytest.param(1, 2, 64, (torch.float16,), False, id="two heads a key"),
+        pytest.param(1, 1, 96, (torch.float16,), False, id="d=96"),
+        pytest.param(1, 1, 64, (torch.float16, torch.float32), False, id="a wide norm"),
     ],
 )
-def test_what_it_takes(change: dict[str, object], taken: bool) -> None:
+def test_what_it_takes(
+    n_tokens: int, queries_per_key: int, head_dim: int, dtypes: tuple[torch.dtype, ...], taken: bool
+) -> None:
     """One token, a key for each head, dtypes and widths of the kernel."""
-    case: dict[str, object] = {"dtype": torch.float16, "S": 1, "heads": 4, "d": 64, "norm": None} | change
-    dtype, d, S = case["dtype"], case["d"], case["S"]
-    assert isinstance(d, int) and isinstance(S, int) and isinstance(case["heads"], int)
-    norm_dtype = case["norm"] or dtype
-    assert isinstance(dtype, torch.dtype) and isinstance(norm_dtype, torch.dtype)
-    cache = torch.zeros(2, 4, 9, d, dtype=dtype)
-    q, norm = torch.zeros(2 * S, case["heads"] * d, dtype=dtype), torch.zeros(d, dtype=norm_dtype)
-    assert takes(q, cache, cache, torch.arange(S), norm, None) == taken
+    tensors = [torch.empty(1, dtype=dtype) for dtype in dtypes]
+    assert takes(n_tokens, queries_per_key, head_dim, *tensors, None) == taken
 
 
 @pytest.mark.parametrize("norm", [pytest.param(kind, id=f"norm={kind}") for kind in ("none", "head", "full")])

@@ -298,10 +298,37 @@ def test_ratios_without_an_interval_decide_nothing() -> None:
     assert texts(found, "fastest") == []
     assert "about 0.7x as long as native, without an interval" in texts(found, "price")[0]
     assert texts(found, "not sure")[0] == (
-        "1 of 1 ratio is without an interval, from too few rounds: raise measure.max_time_s"
+        "The one ratio is without an interval, from too few rounds: raise measure.max_time_s"
     )
     speed_only = answered([row("native"), row("hash", (0.7, nan, nan))])
     assert texts(speed_only, "take") == texts(speed_only, "fastest") == []
+
+
+def test_what_another_dominates_is_not_taken() -> None:
+    """It is as good, and no speed is known; but it reads more of its experts."""
+    mb = "routing.pooled.expert_mb"
+    rows = [
+        row("native", **quality(0.0), **{mb: 5.0}),
+        row("more", (1.3, math.nan, math.nan), **quality(0.01), **{mb: 7.0}),
+    ]
+    assert texts(answered(rows), "take")[0].startswith("Take native: ")
+    rows[1][mb] = 5.0
+    assert texts(answered(rows), "take")[0].startswith("Take native or more: ")
+
+
+@pytest.mark.parametrize(
+    ("n", "bad", "said"),
+    [
+        pytest.param(2, 2, "Speeds are doubtful: both latencies are not stable (raise", id="both"),
+        pytest.param(3, 3, "Speeds are doubtful: all 3 latencies are not stable (raise", id="all"),
+        pytest.param(3, 2, "Speeds are doubtful: of 3 latencies 2 are not stable (raise", id="most"),
+        pytest.param(3, 1, "Of 3 latencies 1 is not stable (raise", id="one"),
+    ],
+)
+def test_bad_latencies_are_counted_as_a_person_would(n: int, bad: int, said: str) -> None:
+    """All of them are no number of them."""
+    rows = [row(f"v{at}", (2.0, 1.9, 2.1) if at else None, **{"latency_ms.stable": at >= bad}) for at in range(n)]
+    assert texts(answered(rows), "not sure")[0].startswith(said)
 
 
 def test_a_setting_that_was_not_judged_is_not_counted_for_the_sentence() -> None:
@@ -318,7 +345,7 @@ def test_a_setting_that_was_not_judged_is_not_counted_for_the_sentence() -> None
     [
         pytest.param([row("a"), row("b", (1.05, 0.9, 1.2))], "the interval has 1 in it", id="spans_one"),
         pytest.param(
-            [row("a"), row("b", (2.0, 1.9, 2.1), **{"latency_ms.stable": False})], "1 are not stable", id="unstable"
+            [row("a"), row("b", (2.0, 1.9, 2.1), **{"latency_ms.stable": False})], "1 is not stable", id="unstable"
         ),
         pytest.param([row("a", warnings=[f"{BUSY}others"]), row("b", (2, 1.9, 2.1))], "busy machine", id="busy"),
         pytest.param([row("a", warnings=[f"{LAUNCH_BOUND}7 %"]), row("b", (2, 1.9, 2.1))], "cuda_graph", id="launch"),

@@ -266,12 +266,12 @@ def test_a_value_without_an_interval_is_hollow_and_the_legend_says_so(kind: str)
         traces = figure["panels"][0]["data"]
         symbols = traces[0]["marker"]["symbol"]
         assert symbols == (["circle-open", "circle"] if marked else "circle")
-        assert ("no interval" in [trace["name"] for trace in traces]) == marked
+        assert ("hollow: no interval" in [trace["name"] for trace in traces]) == marked
         drawn = plots.render(one, ["v"], [])
         hollow = [line for line in drawn.axes[0].lines if line.get_markerfacecolor() == "white"]
         assert [len(line.get_xdata()) for line in hollow] == [1] * marked
         said = [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
-        assert ("no interval" in said) == marked
+        assert ("hollow: no interval" in said) == marked
 
 
 def crowded(n_series: int, n_rows: int) -> Panel:

@@ -23,6 +23,15 @@ def test_each_word_is_marked_once_and_the_longest_is_taken() -> None:
     assert marked("at T <= 64, sweep.anchor=x, uncellular, my-cell, mismatch: static_k.") == ["T", "static_k"]
 
 
+def test_a_line_does_not_begin_with_what_ends_a_word() -> None:
+    """A button may stand at the end of a line, and a comma or a semicolon behind it may not begin the next."""
+    html = glossary.mark("its predictions collapse; not causal: (busy machine)")
+    assert re.findall(r'<span class="joined"><button[^>]*>([^<]*)</button>(.)</span>', html) == [
+        ("predictions collapse", ";"),
+        ("not causal", ":"),
+    ]
+
+
 def test_what_is_marked_is_defined_and_the_rest_is_escaped() -> None:
     """A record's text may hold anything."""
     html = str(glossary.mark('<b>anchor</b> "not stable"'))

@@ -45,7 +45,7 @@ NATIVE = cell("native", 0.0, 1.0, 10.0)
         pytest.param(cell("x", 0.0, 1.02, 10.0), None, id="as-good-in-all"),
         pytest.param(cell("x", 0.3, 1.0), "worse quality and no less time seen", id="bytes-unknown"),
         pytest.param(cell("x", 0.0, NAN, 12.0), "no better quality at more bytes", id="not-timed"),
-        pytest.param(cell("x", 0.3, NAN, 10.0), "worse quality and no less bytes seen", id="not-timed-worse"),
+        pytest.param(cell("x", 0.3, NAN, 10.0), "worse quality and no fewer bytes seen", id="not-timed-worse"),
         pytest.param(cell("x", 0.3), None, id="quality-alone"),
         pytest.param(cell("x", None, 1.2, 12.0), None, id="quality-unknown"),
         pytest.param(cell("x", 0.0, 1.2, 12.0, choice="native"), None, id="another-kernel-of-the-same"),

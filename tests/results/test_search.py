@@ -49,6 +49,9 @@ def test_nothing_is_better_than_the_default(tmp_path: Path) -> None:
     folder = write(tmp_path, trial(2.0, 0.5, 0.1), trial(3.0, 1.5, 0.2))
     assert places(folder) == ["front", "front", "beaten"]
     assert "No trial is better than the default (sinkhorn(temperature=1.0)) in both" in said(folder)
+    alone = write(tmp_path / "alone", trial(2.0, 1.5, 0.2))
+    default = "the default (sinkhorn(temperature=1.0))"
+    assert said(alone) == [f"No trial is better than {default} in latency or in bits per byte, by what was measured"]
 
 
 def test_one_objective_has_a_best(tmp_path: Path) -> None:
@@ -58,7 +61,12 @@ def test_one_objective_has_a_best(tmp_path: Path) -> None:
     best = "Trial 2 (sinkhorn(temperature=3.0)) is the best of 2 trials: latency (ms) 3; 1.5x slower [1.49, 1.51]"
     assert said(slow) == [best]
     none = write(tmp_path / "b", trial(2.0, 0.5, 0), objectives=most)
-    assert said(none) == ["None of 1 trial is better than the default (sinkhorn(temperature=1.0)): latency (ms) 2"]
+    default = "the default (sinkhorn(temperature=1.0))"
+    assert said(none) == [f"The one trial is not better than {default}: latency (ms) 2"]
+    one = write(tmp_path / "c", trial(2.0, 1.5, 0), objectives=most)
+    assert said(one) == [
+        "Trial 1 (sinkhorn(temperature=2.0)) is the only trial: latency (ms) 3; 1.5x slower [1.49, 1.51]"
+    ]
 
 
 def test_trials_that_are_one_variant_are_called_by_what_was_chosen(tmp_path: Path) -> None:
@@ -98,9 +106,28 @@ def test_what_has_no_place_is_counted(tmp_path: Path) -> None:
 def test_a_search_of_which_nothing_is_known(tmp_path: Path) -> None:
     """It says so, and why."""
     folder = write(tmp_path, None, cell(2.0, medians=(), status="failed", reason="error: x"))
-    assert said(folder) == [
-        "No trial of 2 has the values that the search asks for: Of 2 trials 1 failed and 1 did not run yet"
+    assert said(folder) == ["The search has no result: of 2 trials 1 failed and 1 did not run yet"]
+    (tmp_path / "none").mkdir()
+    assert said(write(tmp_path / "none")) == ["The search has no trials yet"]
+
+
+@pytest.mark.parametrize(
+    ("n", "all_of_them"),
+    [
+        pytest.param(1, "the one trial is", id="one"),
+        pytest.param(2, "both trials are", id="two"),
+        pytest.param(3, "all 3 trials are", id="three"),
+    ],
+)
+def test_what_became_of_all_trials_is_not_counted(n: int, all_of_them: str, tmp_path: Path) -> None:
+    """It is one thing: all are outside. With one that is not they are counted, and the best is told."""
+    trials, limit = [trial(2.0 + at, 0.5, 0.5) for at in range(n)], (Constraint(BITS, max=2.2),)
+    outside = f"outside a constraint ({BITS} at most 2.2)"
+    assert said(write(tmp_path / "all", *trials, constraints=limit)) == [
+        f"The search has no result: {all_of_them} {outside}"
     ]
+    several = said(write(tmp_path / "some", *trials, trial(9.0, 0.5, -0.1), constraints=limit))
+    assert several[-1] == f"Of {n + 1} trials {n} {'is' if n == 1 else 'are'} {outside}"
 
 
 def test_a_default_that_failed_is_not_compared_with(tmp_path: Path) -> None:

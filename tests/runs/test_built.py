@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_lab.models import layers
+from moe_lab.models.attention import Attention
+from moe_lab.models.layers import Linear
 from moe_lab.routers.selection import SelectionRouter
 from moe_lab.runs.build import n_tokens
+from moe_lab.runs.built import Built
 from tests import tiny
 
 STEPS = 7
@@ -78,3 +82,47 @@ def test_who_norms_for_the_router(more: tuple[str, ...], expected: bool, monkeyp
     for block in built.model.layers:
         block.mlp_norm.implementation = "triton"
     assert built.implementation().get("mlp_norm") == ("torch" if expected else None)
+
+
+@pytest.mark.parametrize(
+    ("window", "by"),
+    [pytest.param(1, "triton", id="one"), pytest.param(2, "triton", id="few"), pytest.param(600, "torch", id="many")],
+)
+def test_who_attends_on_the_cache_depends_on_the_window(window: int, by: str) -> None:
+    """A kernel takes a few new tokens of a sequence, too, and not many; elsewhere it is torch."""
+    sizes = (f"seq_len={window}", "workload.context_len=3", f"workload.window={window}")
+    built = Built.of(tiny.decoder_moe("workload.phase=decode", *sizes), torch.device("cpu"))
+    assert built.implementation()["attention"] == "torch"
+    for module in built.model.modules():
+        if isinstance(module, Attention):
+            module.fuses = True
+    assert built.implementation()["attention"] == by
+
+
+@pytest.mark.parametrize(
+    ("more", "flagged", "kernel"),
+    [
+        pytest.param(("workload.phase=decode", "batch=1"), "all", "gemv", id="decode"),
+        pytest.param(("workload.phase=decode", "batch=1"), "none", None, id="elsewhere"),
+        pytest.param(("workload.phase=decode", "batch=1"), "head", "gemv", id="one-of-them"),
+        pytest.param(("workload.phase=decode", "batch=2"), "all", None, id="two-rows"),
+        pytest.param(("workload.phase=decode", "batch=1", "workload.window=2"), "all", None, id="window"),
+        pytest.param(("workload.phase=decode", "batch=1", "dtype=fp32"), "all", None, id="fp32"),
+        pytest.param(("workload.phase=decode", "batch=1", "execution=compile"), "all", None, id="compiled"),
+        pytest.param(("workload.phase=prefill", "batch=1"), "head", "gemv", id="prefill-head"),
+        pytest.param(("workload.phase=prefill", "batch=1"), "blocks", None, id="prefill-blocks"),
+        pytest.param(("batch=1",), "all", None, id="pass"),
+    ],
+)
+def test_a_kernel_of_single_rows_is_named(
+    more: tuple[str, ...], flagged: str, kernel: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it computes something: the modules say which, and how many rows each reads."""
+    monkeypatch.setattr(layers.gemv, "is_faster", lambda device: flagged != "none")
+    words = ["dtype=bf16", "seq_len=4", *(["workload.context_len=2"] if "workload.phase=decode" in more else []), *more]
+    cfg = tiny.decoder_moe(*{word.partition("=")[0]: word for word in words}.values())
+    built = Built.of(cfg, torch.device("cpu"))
+    for name, module in built.model.named_modules():
+        if isinstance(module, Linear):
+            module.uses_gemv = flagged in ("all", "head" if name == "head" else "blocks")
+    assert built.implementation().get("linear") == kernel

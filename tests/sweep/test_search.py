@@ -163,6 +163,12 @@ def test_a_failed_trial_is_a_row_and_so_is_one_that_cannot_run(tmp_path: Path) -
             "set sweep.compare=[router,model]",
             id="not-compared",
         ),
+        pytest.param(
+            [f"{FOR}=[minimize ratio_to_anchor]", "seed=0,37", "batch=2"],
+            "seed is searched and not compared, so trials are not timed beside the default; give seed one value, or "
+            "use latency_ms. hydra.sweeper.seed is that of the sampler.",
+            id="seeds",
+        ),
     ],
 )
 def test_a_mistake_is_a_line(more: Sequence[str], says: str) -> None:
@@ -202,12 +208,13 @@ def test_another_search_in_the_folder_is_refused(tmp_path: Path) -> None:
     asked = words(SIZE, ALONE, "sweep.name=s", "hydra.sweeper.n_trials=1")
     moe_lab.multirun([*asked, SPACE])
     before = (tmp_path / "outputs/s" / FILE).read_bytes()
-    for more, key in (
-        (["hydra.sweeper.seed=1", SPACE], "seed"),
-        (["model.hidden=range(8,64,8)"], "space"),
-        ([SPACE, "dtype=bf16"], "default"),
+    for more, how in (
+        (["hydra.sweeper.seed=1", SPACE], r"has hydra\.sweeper\.seed=0, this one 1"),
+        (["hydra.sweeper.sampler=random", SPACE], r"has hydra\.sweeper\.sampler=tpe, this one random"),
+        (["model.hidden=range(8,64,8)"], "differs in space"),
+        ([SPACE, "dtype=bf16"], "differs in default"),
     ):
-        with pytest.raises(ValueError, match=f"differs in {key}.*sweep.name=NAME"):
+        with pytest.raises(ValueError, match=f"the search there {how}, and .*sweep.name=NAME"):
             moe_lab.multirun([*asked, *more])
     assert (tmp_path / "outputs/s" / FILE).read_bytes() == before
 

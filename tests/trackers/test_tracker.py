@@ -5,7 +5,10 @@ trackers/mlflow.py, trackers/trackio.py, trackers/wandb.py, trackers/tensorboard
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,6 +155,49 @@ def test_a_destination_is_the_same_from_every_folder(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WANDB_BASE_URL", "http://me:secret@host")
     made = tracker.make("wandb", {**more, "mode": "online"}, tmp_path)
     assert (made.destination, made.keeps) == ("http://host online p", None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        pytest.param({"HOME": "home"}, "home/.cache/huggingface/trackio", id="home"),
+        pytest.param({"HOME": "home", "XDG_CACHE_HOME": "x"}, "x/huggingface/trackio", id="caches"),
+        pytest.param({"XDG_CACHE_HOME": "x", "HF_HOME": "hf"}, "hf/trackio", id="hugging-face"),
+        pytest.param({"HOME": "home", "HF_HOME": "~/hf"}, "home/hf/trackio", id="tilde"),
+        pytest.param({"HF_HOME": "hf", "TRACKIO_DIR": "own"}, "own", id="its-own"),
+    ],
+)
+def test_trackio_keeps_its_runs_where_it_does_by_itself(
+    variables: dict[str, str], place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """So that a default folder that is gone is seen, too. Where trackio is installed it is asked."""
+    for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TRACKIO_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value if value.startswith("~") else str(tmp_path / value))
+    made = tracker.make("trackio", {"project": "p", "dir": None}, tmp_path)
+    assert (made.keeps, made.destination) == (tmp_path / place, f"{tmp_path / place} p")
+    if importlib.util.find_spec("trackio") is not None:
+        ask = [sys.executable, "-c", "from trackio.utils import TRACKIO_DIR as place; print(place)"]
+        assert subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip() == str(made.keeps)
+
+
+@pytest.mark.slow
+def test_a_default_folder_that_cannot_be_written_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before anything is sent, with the keys that choose another."""
+    pytest.importorskip("trackio")
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+    monkeypatch.delenv("TRACKIO_DIR", raising=False)
+    sweep = Sweep(tmp_path)
+    sweep.outbox("trackio", dir=None).begin(sweep.say)
+    (line,) = sweep.said
+    why = (
+        f"OSError: {tmp_path}/file/trackio cannot be written (Not a directory); set tracker.trackio.dir or TRACKIO_DIR"
+    )
+    assert line == f"not sent to trackio: {why}; tried again at the end"
 
 
 def test_mlflow_keeps_a_file_or_a_folder_or_is_elsewhere(tmp_path: Path) -> None:
