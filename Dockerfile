@@ -13,8 +13,10 @@ ARG EXTRAS=export
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY constraints.txt /
 RUN --mount=from=wheel,source=/wheel,target=/wheel \
-    python -m pip install --no-cache-dir -c /constraints.txt "$(echo /wheel/moe_lab-*.whl)[$EXTRAS]" ninja
-RUN useradd --create-home lab && mkdir /work && chown lab /work
+    python -m pip install --no-cache-dir -c /constraints.txt "$(echo /wheel/moe_lab-*.whl)[$EXTRAS]"
+# Who owns the mounted folder: --build-arg USER_ID="$(id -u)".
+ARG USER_ID=1000
+RUN useradd --uid "$USER_ID" --create-home lab && mkdir /work && chown lab /work
 USER lab
 WORKDIR /work
 ENTRYPOINT ["moe-lab"]

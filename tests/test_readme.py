@@ -20,7 +20,8 @@ from moe_lab.config.compose import composing_multirun
 from moe_lab.sweep import multirun, search
 from tests import quick
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+CONF = Path(__file__).parent.parent / "conf"
+README = CONF.with_name("README.md").read_text()
 FENCED = re.findall(r"^\.venv/bin/(moe-lab .+)$", README, re.MULTILINE)
 IN_TABLE = re.findall(r"^\| `[^|]*\| `(moe-lab [^`]+)`|`(moe-lab measure[^`]+)`", README, re.MULTILINE)
 COMMANDS = list(dict.fromkeys(FENCED + [first or second for first, second in IN_TABLE]))
@@ -46,6 +47,14 @@ def test_the_readme_has_the_commands_that_are_tried() -> None:
     assert len(COMPOSED) >= 9 and sum("model=checkpoint" in words for words in COMPOSED) == 2
     assert len(COMMANDS) >= 12
     assert "moe-lab measure.routing=false device=cpu" in COMMANDS
+
+
+def test_the_readme_lists_every_option() -> None:
+    """In its section on groups, each under the name that is typed."""
+    listed = set(re.findall(r"`([^`]+)`", README.split("\n## Groups\n")[1].split("\n## ")[0]))
+    places = [path.relative_to(CONF) for path in CONF.rglob("*.yaml")]
+    options = {path.stem for path in places if path.parts[0] not in ("_base", "analysis") and len(path.parts) > 1}
+    assert len(options) > 90 and options <= listed, options - listed
 
 
 @pytest.mark.parametrize("command", TRIED)

@@ -13,11 +13,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from moe_lab.errors import nearest
 from moe_lab.results import columns
 from moe_lab.results.look import Look
+from moe_lab.results.panels import log_ticks
 from moe_lab.results.style import variant_style
 
 _MOST_TICKS, _WRAP = 12, 36  # ticks of an axis, characters of a name beside the axes
@@ -177,12 +178,10 @@ def _ticks(axes: Axes, x: pd.Series, log: bool) -> None:
 
 
 def _number(axes: Axes, which: str) -> None:
-    """1, 2 and 5 of each power of ten where there are enough of them, else even steps."""
+    """Round numbers of each power of ten where there are enough of them, else even steps."""
     axis = axes.yaxis if which == "y" else axes.xaxis
-    low, high = axis.get_view_interval()
-    locator = LogLocator(subs=(1, 2, 5) if high / low < 1e4 else (1,))
-    inside = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
-    axis.set_major_locator(locator if len(inside) > 2 else MaxNLocator(5))
+    ticks = log_ticks(*axis.get_view_interval())
+    axis.set_major_locator(FixedLocator(ticks) if len(ticks) > 2 else MaxNLocator(5))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 

@@ -263,6 +263,7 @@ def test_deepgemm_says_which_copy_it_is(install: Callable[[str, str], None]) -> 
 @pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (0, 1, 37)])
 def test_transformers_computes_the_formula(impl: str, T: int, unused: float, scale: Any) -> None:
     """Its own functions, on a CPU."""
+    pytest.importorskip("transformers")
     weights, routing, x_TD = make_weights(5, 16, 24), make_routing(T, 5, 2, unused), make_x(T, 16)
     assert_near(Transformers(impl=impl)(x_TD, routing, weights, scale=scale), formula(x_TD, routing, weights, scale))
 
@@ -270,8 +271,7 @@ def test_transformers_computes_the_formula(impl: str, T: int, unused: float, sca
 @TORCHS
 def test_transformers_says_its_version_and_implementation(impl: str) -> None:
     """As `transformers 5.17.0 grouped_mm`."""
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     experts = Transformers(impl=impl)
     experts.compute_on(CPU)
     said = experts.implementation(make_x(1, 16), make_weights(2, 16, 24))
@@ -282,6 +282,7 @@ def test_transformers_says_its_version_and_implementation(impl: str) -> None:
 @pytest.mark.parametrize("unused", [pytest.param(0.0, id="all used"), pytest.param(0.4, id="some unused")])
 def test_a_compiled_pass_holds_a_peer_as_one_node(unused: float, scale: Any) -> None:
     """Nothing of its Python is traced, and nothing breaks the graph."""
+    pytest.importorskip("transformers")
     weights, routing, x_TD = make_weights(5, 16, 24), make_routing(9, 5, 2, unused), make_x(9, 16)
     experts, targets = Transformers(impl="grouped_mm"), []
     experts.compute_on(CPU)
