@@ -159,7 +159,9 @@ def test_a_cache_is_lent_where_both_keep_the_same() -> None:
         peer = checkpoint_peers.peer_of("grouped_mm", model, Cell("decode", 2, 9), built, 1e-3)
     assert isinstance(peer, checkpoint_peers.Peer)
     for mine, theirs in zip(built.task.cache.layers, peer.cache.layers, strict=True):
-        assert theirs.keys is mine.k_BHNd and theirs.values is mine.v_BHNd
+        for kept, lent in ((mine.k_BHNd, theirs.keys), (mine.v_BHNd, theirs.values)):
+            assert lent.data_ptr() == kept.data_ptr() and lent.shape == kept.shape
+            assert hasattr(lent, "_dynamo_static_input_type") and not hasattr(kept, "_dynamo_static_input_type")
     theirs = peer.cache.layers[0]
     theirs.__class__ = type("OfAWindow", (type(theirs),), {})
     assert not checkpoint_peers.lends(built.task.cache, peer.cache)

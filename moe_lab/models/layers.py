@@ -59,16 +59,16 @@ def place_together(*layers: Linear) -> None:
 
 def project_together(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """What each layer gives, by one product where their weights lie together; the results are views of one tensor."""
-    weight = _joined([layer.weight for layer in layers])
+    weight = joined([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    bias = _joined(biases) if biases else None
+    bias = joined(biases) if biases else None
     if weight is None or (biases and bias is None):
         return tuple(layer(x) for layer in layers)
     y = layers[0].product(x, weight, bias)
     return y.split([len(layer.weight) for layer in layers], dim=-1)  # type: ignore[no-any-return]
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+def joined(parts: Sequence[Tensor]) -> Tensor | None:
     """The rows of all as one tensor, without a copy; None if they do not lie one after the other."""
     first, rows = parts[0], 0
     storage, row = first.untyped_storage().data_ptr(), first.stride(0)
