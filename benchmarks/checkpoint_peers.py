@@ -11,8 +11,8 @@ A cell is prefill:BATCH:TOKENS or decode:BATCH:CONTEXT. The peers:
                                     CUDA decode is compiled (mode reduce-overhead, which uses CUDA graphs).
     plain                           plain_decoder.py, on our weights and cache; on CUDA compiled (max-autotune) and in a
                                     CUDA graph of its own. Of the ways in which it can be written the fastest is timed;
-                                    stderr has them all. A way should take some ten seconds to compile, a cell has one
-                                    to four.
+                                    stderr has them all. A way should take some ten seconds to compile; a decode cell
+                                    has two to four.
 
 A round times every implementation once in shuffled order; a decode round times some consecutive tokens. The ratio ours
 / peer is computed within the round; the interval is that of the median ratio. Before the timing the logits are compared
@@ -271,7 +271,8 @@ def main() -> int:
     )
     print("|---|" + "---|" * (len(options.peers) + 2))
     rows: list[tuple[str, int, str, float]] = []
-    failed, weights = False, {}
+    weights: dict[str, Tensor] = {}
+    failed = False
     model = peer_model(options) if {*options.peers} - {PLAIN} else None
     with torch.inference_mode(), exact_products():
         for cell in options.cells:

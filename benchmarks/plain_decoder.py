@@ -3,26 +3,27 @@
 It computes the families of OLMoE, Qwen3-MoE and Mixtral with the tensors and in the cache of a model of this project,
 and copies neither. A layer is one function, compiled once for all layers (fullgraph, max-autotune).
 
-Two things can be written in two ways (`Way`):
+Three things can be written in two ways (`Way`):
 
-    sums     attention of one new token as sums of products, and the products of a single row too. Inductor makes
-             kernels of them that fill a GPU; in gpt-fast, coordinate descent rewrites them so. Otherwise torch's SDPA
-             with a mask row, the heads that share keys as queries of one head, and torch's products.
-    grouped  rows sorted by expert, and torch's grouped_mm. Otherwise each token gathers its experts' weights and sums,
-             as gpt-fast's example for Mixtral; Inductor does so in one kernel that writes no weights.
+    attention   of one new token: sums of products, which Inductor makes kernels of that fill a GPU (gpt-fast has it so
+                from SDPA's plain formula); or torch's sdpa with a mask row, heads that share keys as queries of one.
+    products    of a single row: sums, into which gpt-fast's coordinate descent rewrites them; or torch's.
+    experts     gathered: each token gathers its experts' weights and sums, as in gpt-fast's example for Mixtral, which
+                Inductor does in one kernel that writes no weights; or grouped: rows sorted by expert, and grouped_mm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from itertools import product as combinations
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.models.attention import Attention
-from moe_lab.models.kv_cache import KVCache, LayerCache
+from moe_lab.models.kv_cache import KVCache
 from moe_lab.models.layers import joined
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.transformer_decoder import Block, TransformerDecoder
@@ -36,11 +37,12 @@ without coordinate descent, which takes minutes (TORCHINDUCTOR_COORDINATE_DESCEN
 class Way(NamedTuple):
     """How a step is written; see above."""
 
-    sums: bool
-    grouped: bool
+    attention: Literal["sums", "sdpa"]
+    products: Literal["sums", "torch"]
+    experts: Literal["gathered", "grouped"]
 
     def __str__(self) -> str:
-        return f"{'sums' if self.sums else 'sdpa'}, {'grouped' if self.grouped else 'gathered'}"
+        return f"attention {self.attention}, products {self.products}, experts {self.experts}"
 
 
 class Sizes(NamedTuple):
@@ -78,21 +80,19 @@ class Place(NamedTuple):
     seen_1N: Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    assert weight is not None
+def rms_norm(x: Tensor, weight: Any, eps: float) -> Tensor:
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def turn(x_BSHd: Tensor, place: Place) -> Tensor:
     """RoPE: dimension i together with i + d/2."""
-    wide = x_BSHd.float()
-    first, second = wide.chunk(2, dim=-1)
+    first, second = (wide := x_BSHd.float()).chunk(2, dim=-1)
     return (wide * place.cos_S1d + torch.cat([-second, first], dim=-1) * place.sin_S1d).to(x_BSHd.dtype)
 
 
 def product(x: Tensor, weight_NK: Tensor, way: Way) -> Tensor:
-    if way.sums and x.numel() == x.shape[-1]:
+    if way.products == "sums" and x.numel() == x.shape[-1]:
         return (x.view(1, -1).float() * weight_NK.float()).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
     return F.linear(x, weight_NK)
 
@@ -105,7 +105,7 @@ def attend(q_BHSd: Tensor, k_BJSd: Tensor, v_BJSd: Tensor, layer: Layer, place: 
     if S > 1:
         return F.scaled_dot_product_attention(q_BHSd, k_BJSd, v_BJSd, is_causal=True, enable_gqa=J != H)
     q_BJGd = q_BHSd.reshape(B, J, H // J, d)
-    if way.sums:
+    if way.attention == "sums":
         scores_BJGN = (q_BJGd[:, :, :, None].float() * layer.k_BJNd[:, :, None].float()).sum(-1) * d**-0.5
         p_BJGN = scores_BJGN.masked_fill(~place.seen_1N, float("-inf")).softmax(-1)
         y_BJGd = (p_BJGN[..., None] * layer.v_BJNd[:, :, None].float()).sum(-2).to(q_BHSd.dtype)
@@ -154,7 +154,7 @@ def mixture(x_TD: Tensor, layer: Layer, sizes: Sizes, way: Way) -> Tensor:
     weights_TK, ids_TK = p_TE.topk(sizes.top_k, dim=-1)
     if sizes.renormalize:
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    y_TKD = grouped(x_TD, ids_TK, layer) if way.grouped else gathered(x_TD, ids_TK, layer)
+    y_TKD = grouped(x_TD, ids_TK, layer) if way.experts == "grouped" else gathered(x_TD, ids_TK, layer)
     return y_TKD * weights_TK[..., None].to(x_TD.dtype)
 
 
@@ -166,9 +166,7 @@ def begin(ids_BS: Tensor, position_S: Tensor, embed_VD: Tensor, angles_Nd: Tenso
     return x_BSD, y_TKD, Place(position_S, angle_S1d.cos(), angle_S1d.sin(), seen_1N)
 
 
-def block(
-    x_BSD: Tensor, y_TKD: Tensor, layer: Layer, sizes: Sizes, place: Place, way: Way
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def block(x_BSD: Tensor, y_TKD: Tensor, layer: Layer, sizes: Sizes, place: Place, way: Way) -> tuple[Tensor, Tensor]:
     """(the stream, what the experts give: the next layer adds it, in one kernel with its norm)."""
     x_BSD = x_BSD + y_TKD.sum(1).view_as(x_BSD)
     x_BSD = x_BSD + attention(rms_norm(x_BSD, layer.attention_norm_D, sizes.eps), layer, sizes, place, way)
@@ -191,9 +189,8 @@ class PlainDecoder:
     def __init__(self, model: TransformerDecoder, cache: KVCache, *, compiled: bool):
         if (odd := unusual(model)) is not None:
             raise ValueError(f"plain: cannot compute {odd}; leave it out of --peers.")
-        layers: Any = zip(model.layers, cache.layers, strict=True)
-        self.layers = [layer_of(layer, kept) for layer, kept in layers]
         first: Any = model.layers[0]
+        self.layers = [layer_of(*pair) for pair in zip(model.layers, cache.layers, strict=True)]
         router, self.compiled = first.mlp.router, compiled
         self.sizes = Sizes(model.head_dim, first.attention.qk_norm, model.norm_eps, router.top_k, router.renormalize)
         self.embed_VD, self.head_VD, self.norm_D = model.embed.weight, model.head.weight, model.norm.weight
@@ -210,19 +207,20 @@ class PlainDecoder:
         x, y, place = self._begin(ids_BS, position_S, self.embed_VD, self.angles_Nd, self.sizes.top_k)
         for layer in self.layers:
             x, y = self._block(x, y, layer, self.sizes, place, way)
-        logits_B1V: Tensor = self._end(x, y, self.norm_D, self.head_VD, self.sizes.eps, way)
-        return logits_B1V
+        return self._end(x, y, self.norm_D, self.head_VD, self.sizes.eps, way)
 
     def ways(self, batch: int, length: int) -> list[Way]:
-        """Those worth trying. Inductor takes grouped_mm in bf16 only; compiled, a single row is best in sums."""
-        n_slots, n_experts = batch * length * self.sizes.top_k, len(self.layers[0].gate_ED)
-        can_group = batch * length > 1 and (self.embed_VD.dtype == torch.bfloat16 or not self.compiled)
-        group = [True] if can_group and n_slots > n_experts else [False, True] if can_group else [False]
-        sums = [False] if length > 1 else [True] if batch == 1 and self.compiled else [True, False]
-        return [Way(by_sums, by_groups) for by_sums in sums for by_groups in group]
+        """Those worth trying. Sums are for a compiler, which takes grouped_mm in bf16 only."""
+        is_row, n_slots = batch * length == 1, batch * length * self.sizes.top_k
+        attention = ["sdpa"] if length > 1 else ["sums"] if is_row and self.compiled else ["sums", "sdpa"]
+        products = ["sums", "torch"] if is_row and self.compiled else ["torch"]
+        experts = ["gathered", "grouped"] if n_slots <= len(self.layers[0].gate_ED) else ["grouped"]
+        if is_row or (self.compiled and self.embed_VD.dtype != torch.bfloat16):
+            experts = ["gathered"]
+        return [Way(*each) for each in combinations(attention, products, experts)]
 
 
-def layer_of(layer: Any, kept: LayerCache) -> Layer:
+def layer_of(layer: Any, kept: Any) -> Layer:
     attention, weights = layer.attention, layer.mlp.weights
     qkv_ND = joined([attention.q.weight, attention.k.weight, attention.v.weight])
     assert qkv_ND is not None, "the model puts the three together"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def test_what_fails_leaves_the_others(
         "prefill:1:9": [False, True, False, False],
     }
     assert "no_such does not run here: ValueError" in err and "decode:1:5000: ours does not run here" in err
-    assert "plain (sums, gathered): " in err
+    assert "plain (attention sums, products torch, experts gathered): " in err
     with open(tmp_path / "checkpoint_peers.csv", newline="") as file:
         assert len(list(csv.reader(file))) == 1 + 2 * 3 * 2
 
@@ -123,7 +124,7 @@ def test_a_peer_that_computes_something_else_fails(
 def test_the_fastest_way_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """One that cannot run leaves the others; if none can, the peer cannot."""
     cell, right, ran = Cell("decode", 2, 9), PlainDecoder.__call__, []
-    broken = [Way(sums=False, grouped=True)]
+    broken = [Way("sdpa", "torch", "grouped")]
 
     def step(self: PlainDecoder, ids: Tensor, position: Tensor, way: Way) -> Tensor:
         ran.append(way)
@@ -133,18 +134,22 @@ def test_the_fastest_way_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     monkeypatch.setattr(PlainDecoder, "__call__", step)
 
+    ms = {("sums", "gathered"): 1.0, ("sums", "grouped"): 2.0, ("sdpa", "gathered"): 3.0}
+
     def time_block(self: Step, n: int) -> Block:
         self()
         way: Any = self.model.way
-        return Block(np.array([2.0 + way.grouped - way.sums]), np.zeros(1))
+        return Block(np.array([ms[way.attention, way.experts]]), np.zeros(1))
 
     monkeypatch.setattr(Step, "time_block", time_block)
     built = checkpoint_peers.ours(_options(), cell, {})
     PlainPeer(cell, built).step(9)
-    assert ran[-1] == Way(sums=True, grouped=False)
+    assert ran[-1] == Way("sums", "torch", "gathered")
     err = capsys.readouterr().err
-    assert "plain (sdpa, grouped) does not run here: RuntimeError: out of memory\n" in err
-    assert "plain (sums, gathered): 1 ms\nplain (sums, grouped): 2 ms\nplain (sdpa, gathered): 2 ms\n" in err
+    assert "plain (attention sdpa, products torch, experts grouped) does not run here: RuntimeError: out of mem" in err
+    assert re.findall(r"^plain \(attention (\w+), products torch, experts (\w+)\): (\d) ms$", err, re.MULTILINE) == [
+        (*way, f"{value:g}") for way, value in ms.items()
+    ]
     broken += ran
     with pytest.raises(RuntimeError, match="out of memory"):
         PlainPeer(cell, built)

@@ -16,7 +16,8 @@ from moe_lab.models.checkpoint import Checkpoint
 from tests import tiny
 from tests.models import checkpoints
 
-WAYS = [Way(sums, grouped) for sums in (False, True) for grouped in (False, True)]
+SUMS, SDPA = Way("sums", "torch", "gathered"), Way("sdpa", "torch", "gathered")
+WAYS = [each._replace(experts=experts) for each in (SUMS, SDPA) for experts in ("gathered", "grouped")]
 BATCH, PROMPT, STEPS = 3, 7, 5
 MIXTRAL = {
     "vocab_size": 97,
@@ -85,7 +86,8 @@ def test_compiled_it_computes_the_same() -> None:
     for kept, mine in zip(decoder.layers, cache.layers, strict=True):
         mine.k_BHNd, mine.v_BHNd = kept.k_BJNd, kept.v_BJNd
     model(ids[:, :PROMPT], cache=cache, last=1)
-    (way,) = decoder.ways(1, 1)
+    way = SUMS._replace(products="sums")
+    assert decoder.ways(1, 1) == [way, SUMS]
     logits = decoder(ids[:, PROMPT:], position, way)
     assert counters["stats"]["unique_graphs"] == 3
     assert_same(logits, model(ids[:, PROMPT:], cache=cache, position_S=position).y)
@@ -101,7 +103,7 @@ def test_compiled_in_bf16_rows_are_grouped() -> None:
     decoder = plain(model, compiled=True)
     (way,) = decoder.ways(BATCH, PROMPT)
     y, want = (decoder(ids, torch.arange(PROMPT), way).float(), wide(ids).y[:, -1:])
-    assert way.grouped and (y - want).norm() < 0.05 * want.norm()
+    assert way.experts == "grouped" and (y - want).norm() < 0.05 * want.norm()
 
 
 def test_nothing_is_copied(folder: Path) -> None:
@@ -115,21 +117,29 @@ def test_nothing_is_copied(folder: Path) -> None:
     assert {each.untyped_storage().data_ptr() for each in used} == mine
 
 
+@torch.inference_mode()
+def test_products_of_a_row_may_be_sums(folder: Path) -> None:
+    """So it is compiled; here it is not."""
+    model = checkpoints.load(folder)
+    decoder, token, position = plain(model, 1), torch.tensor([[5]]), torch.tensor([0])
+    assert_same(decoder(token, position, SDPA._replace(products="sums")), model(token).y)
+
+
 @pytest.mark.parametrize(
     ("batch", "length", "compiled", "ways"),
     [
-        pytest.param(1, 1, False, {"sums, gathered", "sdpa, gathered"}, id="a_token"),
-        pytest.param(1, 1, True, {"sums, gathered"}, id="a_token_compiled"),
-        pytest.param(8, 1, False, {str(way) for way in WAYS}, id="as_many_slots_as_experts"),
-        pytest.param(9, 1, False, {"sums, grouped", "sdpa, grouped"}, id="more"),
-        pytest.param(9, 1, True, {"sums, gathered", "sdpa, gathered"}, id="fp32_cannot_be_grouped_compiled"),
-        pytest.param(1, 9, False, {"sdpa, grouped"}, id="a_prompt"),
+        pytest.param(1, 1, False, {SUMS, SDPA}, id="a_token"),
+        pytest.param(1, 1, True, {SUMS, SUMS._replace(products="sums")}, id="a_token_compiled"),
+        pytest.param(8, 1, False, {*WAYS}, id="as_many_slots_as_experts"),
+        pytest.param(9, 1, False, {way for way in WAYS if way.experts == "grouped"}, id="more"),
+        pytest.param(9, 1, True, {SUMS, SDPA}, id="fp32_cannot_be_grouped_compiled"),
+        pytest.param(1, 9, False, {SDPA._replace(experts="grouped")}, id="a_prompt"),
     ],
 )
-def test_ways_that_are_tried(batch: int, length: int, compiled: bool, ways: set[str]) -> None:
+def test_ways_that_are_tried(batch: int, length: int, compiled: bool, ways: set[Way]) -> None:
     """Of 16 experts, 2 for each token."""
     decoder = plain(checkpoints.load(OLMOE), compiled=compiled)
-    assert {str(way) for way in decoder.ways(batch, length)} == ways
+    assert {*decoder.ways(batch, length)} == ways
 
 
 @pytest.mark.parametrize(
