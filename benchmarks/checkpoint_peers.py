@@ -14,6 +14,7 @@ A cell is prefill:BATCH:TOKENS or decode:BATCH:CONTEXT. The peers:
                                     stderr has them all. A way should take some ten seconds to compile; a decode cell
                                     has two to four.
 
+The floor of a decoded token is the bytes that any implementation touches (as in a record) at the rate of a large copy.
 A round times every implementation once in shuffled order; a decode round times some consecutive tokens. The ratio ours
 / peer is computed within the round; the interval is that of the median ratio. Before the timing the logits are compared
 with ours. A peer that cannot run, or that computes something else, fails: its cell says so, stderr why.
@@ -44,11 +45,13 @@ import moe_lab
 from benchmarks.plain_decoder import PlainDecoder, Way
 from moe_lab.measure import environment
 from moe_lab.measure.clocks import Step, make_step
+from moe_lab.measure.roofline import measured_peaks
 from moe_lab.measure.statistics import median_interval
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models import Output, checkpoint_config
 from moe_lab.models.kv_cache import KVCache, LayerCache
 from moe_lab.models.parameters import shareable
+from moe_lab.routers.base import unchecked
 from moe_lab.runs.built import Built
 from moe_lab.runs.run import Run
 
@@ -265,11 +268,11 @@ def main() -> int:
         f"code: {env['git_sha'] or 'not committed'}{' (dirty)' if env['git_dirty'] else ''}, {options.rounds} rounds\n"
     )
     print(
-        f"| cell | ours {options.execution} [ms] | "
+        f"| cell | floor [ms] | ours {options.execution} [ms] | "
         + " | ".join(f"{name} [ms]" for name in options.peers)
         + " | ours / best [95 %] |"
     )
-    print("|---|" + "---|" * (len(options.peers) + 2))
+    print("|---|" + "---|" * (len(options.peers) + 3))
     rows: list[tuple[str, int, str, float]] = []
     weights: dict[str, Tensor] = {}
     failed = False
@@ -277,11 +280,11 @@ def main() -> int:
     with torch.inference_mode(), exact_products():
         for cell in options.cells:
             try:
-                ms = time_cell(options, model, cell, weights)
+                ms, floor_ms = time_cell(options, model, cell, weights)
             except Exception as error:
                 tell(f"{cell}: ours", error)
-                ms, failed = {}, True
-            text, is_slower = row(cell, ms, options.peers)
+                ms, floor_ms, failed = {}, None, True
+            text, is_slower = row(cell, ms, options.peers, floor_ms)
             print(text, flush=True)
             failed |= is_slower
             rows += [(str(cell), r, name, value) for name, values in ms.items() for r, value in enumerate(values)]
@@ -294,15 +297,17 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def row(cell: Cell, ms: Mapping[str, np.ndarray], peers: list[str]) -> tuple[str, bool]:
+def row(cell: Cell, ms: Mapping[str, np.ndarray], peers: list[str], floor_ms: float | None) -> tuple[str, bool]:
     """(a line of the table, whether ours is slower than the fastest peer)."""
     if "ours" not in ms:
-        return f"| {cell} |" + " fails |" * (len(peers) + 1) + " - |", False
+        return f"| {cell} | - |" + " fails |" * (len(peers) + 1) + " - |", False
     median = {name: float(np.median(values)) for name, values in ms.items()}
     ratios = {name: ratio(ms["ours"] / ms[name]) for name in peers if name in ms}
     times = [f"{median[name]:.4g} ({ratios[name][0]})" if name in ratios else "fails" for name in peers]
     best = min(ratios, key=lambda name: median[name], default=None)
-    text = " | ".join([f"| {cell}", f"{median['ours']:.4g}", *times, "-" if best is None else ratios[best][0]]) + " |"
+    ours = f"{median['ours']:.4g}" if floor_ms is None else f"{median['ours']:.4g} ({floor_ms / median['ours']:.0%})"
+    floor = "-" if floor_ms is None else f"{floor_ms:.4g}"
+    text = " | ".join([f"| {cell}", floor, ours, *times, "-" if best is None else ratios[best][0]]) + " |"
     return text, best is not None and ratios[best][1]
 
 
@@ -330,12 +335,17 @@ def peer_of(name: str, model: Any, cell: Cell, built: Built, allowed: float) -> 
     return peer
 
 
-def time_cell(options: argparse.Namespace, model: Any, cell: Cell, weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Milliseconds of a prefill or of one decoded token, a value per round for each."""
+def time_cell(
+    options: argparse.Namespace, model: Any, cell: Cell, weights: dict[str, Tensor]
+) -> tuple[dict[str, np.ndarray], float | None]:
+    """(milliseconds of a prefill or of one decoded token, a value per round for each; the floor of the latter)."""
     torch.compiler.reset()  # else this cell's sizes are compiled as variable ones, and the last one's graphs are kept
     free()
     built = ours(options, cell, weights)
     step, phase, length = built.ready_step(), cell.phase, cell.length
+    floor_ms = None
+    if phase == "decode":
+        floor_ms = built.least_bytes(4) / measured_peaks(built.device, built.dtype)["bytes_per_s"] * 1e3
     allowed = 1e-3 if options.dtype == "fp32" else 0.25  # a near-tie may flip an expert in bf16
     peers: dict[str, Peer | PlainPeer] = {}
     for name in options.peers:
@@ -362,14 +372,15 @@ def time_cell(options: argparse.Namespace, model: Any, cell: Cell, weights: dict
     order = ["ours", *peers]
     shuffle = random.Random(cell.batch).shuffle
     ms = {name: np.empty(options.rounds) for name in order}
-    for name in order:  # warm-up
-        for _ in range(3):
-            one_round(name)
-    for r in range(options.rounds):
-        shuffle(order)
-        for name in order:
-            ms[name][r] = one_round(name)
-    return ms
+    with unchecked():  # as a run is timed
+        for name in order:  # warm-up
+            for _ in range(3):
+                one_round(name)
+        for r in range(options.rounds):
+            shuffle(order)
+            for name in order:
+                ms[name][r] = one_round(name)
+    return ms, floor_ms
 
 
 if __name__ == "__main__":

@@ -56,32 +56,44 @@ def test_a_cell_is_written_as_it_is_read() -> None:
     [
         pytest.param(
             {"ours": [1.0] * 6, "a": [2.0] * 6, "b": [1.25] * 6},
-            "| decode:1:8 | 1 | 2 (0.500 [0.500, 0.500]) | 1.25 (0.800 [0.800, 0.800]) | 0.800 [0.800, 0.800] |",
+            "| decode:1:8 | 0.5 | 1 (50%) | 2 (0.500 [0.500, 0.500]) | 1.25 (0.800 [0.800, 0.800]) "
+            "| 0.800 [0.800, 0.800] |",
             False,
             id="faster",
         ),
         pytest.param(
             {"ours": [1.0] * 6, "b": [0.5] * 6},
-            "| decode:1:8 | 1 | fails | 0.5 (2.000 [2.000, 2.000]) | 2.000 [2.000, 2.000] |",
+            "| decode:1:8 | 0.5 | 1 (50%) | fails | 0.5 (2.000 [2.000, 2.000]) | 2.000 [2.000, 2.000] |",
             True,
             id="slower_and_one_fails",
         ),
         pytest.param(
             {"ours": [1.0] * 5, "b": [0.5] * 5},
-            "| decode:1:8 | 1 | fails | 0.5 (2.000 [no interval]) | 2.000 [no interval] |",
+            "| decode:1:8 | 0.5 | 1 (50%) | fails | 0.5 (2.000 [no interval]) | 2.000 [no interval] |",
             False,
             id="few_rounds",
         ),
-        pytest.param({"ours": [1.0] * 6}, "| decode:1:8 | 1 | fails | fails | - |", False, id="no_peer"),
-        pytest.param({}, "| decode:1:8 | fails | fails | fails | - |", False, id="ours_fails"),
+        pytest.param({"ours": [1.0] * 6}, "| decode:1:8 | 0.5 | 1 (50%) | fails | fails | - |", False, id="no_peer"),
+        pytest.param({}, "| decode:1:8 | - | fails | fails | fails | - |", False, id="ours_fails"),
     ],
 )
 def test_a_line_of_the_table(ms: dict[str, list[float]], line: str, is_slower: bool) -> None:
     """Every peer has its median and the ratio ours / peer of the rounds."""
-    assert row(Cell("decode", 1, 8), {name: np.array(each) for name, each in ms.items()}, ["a", "b"]) == (
+    assert row(Cell("decode", 1, 8), {name: np.array(each) for name, each in ms.items()}, ["a", "b"], 0.5) == (
         line,
         is_slower,
     )
+
+
+def test_the_floor_is_that_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes of four steps of the tokens that are timed; a prefill has none, for it computes more than it reads."""
+    monkeypatch.setattr(checkpoint_peers, "measured_peaks", lambda device, dtype: {"bytes_per_s": 1e9})
+    options = argparse.Namespace(**vars(_options()), peers=[], rounds=1)
+    with torch.inference_mode():
+        _, floor_ms = checkpoint_peers.time_cell(options, None, Cell("decode", 2, 9), {})
+        _, none = checkpoint_peers.time_cell(options, None, Cell("prefill", 2, 9), {})
+    built = checkpoint_peers.ours(options, Cell("decode", 2, 9), {})
+    assert floor_ms == pytest.approx(built.least_bytes(4) / 1e6) and none is None
 
 
 def test_what_fails_leaves_the_others(
@@ -92,7 +104,7 @@ def test_what_fails_leaves_the_others(
     arguments = ("--rounds", "2", "--peers", "no_such", "grouped_mm", "plain", "--out", tmp_path, "--cells", *cells)
     assert run(monkeypatch, *arguments) == 1
     out, err = capsys.readouterr()
-    numbers = {line.split(" | ")[0]: line.split(" | ")[1:5] for line in out.splitlines() if ":" in line.split(" | ")[0]}
+    numbers = {line.split(" | ")[0]: line.split(" | ")[2:6] for line in out.splitlines() if ":" in line.split(" | ")[0]}
     which = {cell: [number == "fails" for number in numbers[f"| {cell}"]] for cell in cells}
     assert which == {
         "decode:2:9": [False, True, False, False],
