@@ -288,13 +288,17 @@ def main() -> int:
             print(text, flush=True)
             failed |= is_slower
             rows += [(str(cell), r, name, value) for name, values in ms.items() for r, value in enumerate(values)]
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        with open(options.out / "checkpoint_peers.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("cell", "round", "implementation", "ms"))
-            writer.writerows(rows)
+            if options.out:
+                save(options.out, rows)  # so far: a machine may be taken away
     return 1 if failed else 0
+
+
+def save(folder: Path, rows: list[tuple[str, int, str, float]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "checkpoint_peers.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("cell", "round", "implementation", "ms"))
+        writer.writerows(rows)
 
 
 def row(cell: Cell, ms: Mapping[str, np.ndarray], peers: list[str], floor_ms: float | None) -> tuple[str, bool]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from benchmarks import checkpoint_peers
+from benchmarks import check, checkpoint_peers
 from benchmarks.checkpoint_peers import Cell, PlainPeer, row
 from benchmarks.plain_decoder import PlainDecoder, Way
 from moe_lab.measure.clocks import Block, Step
@@ -94,6 +94,14 @@ def test_the_floor_is_that_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
         _, none = checkpoint_peers.time_cell(options, None, Cell("prefill", 2, 9), {})
     built = checkpoint_peers.ours(options, Cell("decode", 2, 9), {})
     assert floor_ms == pytest.approx(built.least_bytes(4) / 1e6) and none is None
+
+
+def test_bench_check_reads_the_last_ratio_of_a_line() -> None:
+    """Not that of a peer before it."""
+    ms = {name: np.full(6, value) for name, value in (("ours", 1.0), ("a", 1.25), ("b", 2.0))}
+    line, _ = row(Cell("decode", 1, 256), ms, ["a", "b"], 0.5)
+    (quote,) = [each for each in check.CHECKS["checkpoint_peers --rounds 10"] if "decode, batch 1" in each.text]
+    assert quote.find(quote.printed, line) == 0.8
 
 
 def test_what_fails_leaves_the_others(
