@@ -3,20 +3,24 @@
     python -m benchmarks.decode_kernels
 
 Products are the projections of many layers one after the other, so that the L2 cache holds few of their weights, each
-fed by the one before. Attention is that of several caches in turn. All is captured in a CUDA graph and replayed; a
-figure is the median of 30 replays. The floor is the bytes at the rate of a large copy.
+fed by the one before. Attention is that of many caches in turn, for the same reason. All is one CUDA graph, timed from
+its first to its last kernel; a figure is the median of 30 replays. The floor is the bytes at the rate of a large copy.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from moe_lab.measure.clocks import make_step
 from moe_lab.measure.roofline import measured_peaks
+from moe_lab.models import Output
 from moe_lab.ops.decode_attention import cached_attention
 from moe_lab.ops.gemv import gemv
 
@@ -29,71 +33,79 @@ PRODUCTS = {
 """[N, K] of the weights."""
 ATTENTION = {"olmoe_1b_7b": (16, 16, 128), "qwen3_30b_a3b": (32, 4, 128), "mixtral_8x7b": (32, 8, 128)}
 """Heads of queries, heads of keys, width of a head."""
-SIZES = ((1, 128), (1, 2048), (1, 8192), (8, 2048), (64, 2048))
-"""Sequences, positions before the token."""
+SEQUENCES, POSITIONS = (1, 8, 64), (128, 2048, 8192)
+"""Positions are those before the token."""
+AT_ONCE = 5e8
+"""Bytes of caches in a graph, ten times the L2 cache of an H200, in at least 2 of them and in at most 512."""
 BF16 = {"device": "cuda", "dtype": torch.bfloat16}
 
 
-def replay_us(run: Callable[[], Tensor], repeats: int = 30) -> float:
+class Chain(nn.Module):
+    """`call` of a copy of x. The copy is a kernel for the first one to depend on, for some are launched dependently."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.call(x.clone()), ())
+
+
+def replay_us(call: Callable[[Tensor], Tensor], x: Tensor, repeats: int = 30) -> float:
     """Median microseconds of a replay."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-    return sorted(times)[repeats // 2]
+    return float(np.median(make_step("cuda_graph", "natural", Chain(call), x).time_block(repeats).ms)) * 1e3
+
+
+def multiplied(by: Callable[[Tensor, Tensor], Tensor], weights: list[Tensor], x: Tensor) -> Tensor:
+    """x times all weights, of each product as much as the next takes."""
+    for weight in weights:
+        x = by(x[:, : weight.shape[1]], weight)
+    return x
 
 
 def products(bytes_per_us: float) -> None:
     """A line for each list of weights."""
     for name, shapes in PRODUCTS.items():
         weights = [torch.randn(n, k, **BF16) / k**0.5 for n, k in shapes]
-        x = torch.randn(1, max(k for _, k in shapes), **BF16)
-
-        def chain(product: Callable[..., Tensor], weights: list[Tensor] = weights, x: Tensor = x) -> Tensor:
-            y = x
-            for weight in weights:
-                y = product(y[:, : weight.shape[1]], weight)
-            return y
-
+        x = torch.randn(1, shapes[0][1], **BF16)
+        ours, by_torch = multiplied(gemv, weights, x).float(), multiplied(F.linear, weights, x).float()
+        error = float((ours - by_torch).norm() / by_torch.norm())
+        assert error < 0.1, f"{name}: gemv computes something else, relative error {error:.1e}"
+        torch_us = replay_us(lambda x, weights=weights: multiplied(F.linear, weights, x), x)
+        gemv_us = replay_us(lambda x, weights=weights: multiplied(gemv, weights, x), x)
         floor = sum(weight.nbytes for weight in weights) / bytes_per_us
-        by_torch, ours = replay_us(lambda: chain(F.linear)), replay_us(lambda: chain(gemv))
-        print(f"{name}: torch {by_torch:.1f} us, gemv {ours:.1f} us, floor {floor:.1f} us", flush=True)
+        print(f"{name}: torch {torch_us:.1f} us, gemv {gemv_us:.1f} us, floor {floor:.1f} us", flush=True)
 
 
 def attention(bytes_per_us: float) -> None:
     """A line for each shape and size."""
-    for name, (H, H_KV, d) in ATTENTION.items():
-        for B, context in SIZES:
-            N = context + 16
-            n_caches = max(1, min(16, int(6e9 / (4 * B * H_KV * N * d))))
-            caches = [torch.randn(2, B, H_KV, N, d, **BF16) for _ in range(n_caches)]
-            q, position = torch.randn(B, H, d, **BF16), torch.tensor([context], device="cuda")
+    for (name, (H, H_KV, d)), B, context in product(ATTENTION.items(), SEQUENCES, POSITIONS):
+        of_a_position = 4 * B * H_KV * d  # bytes: a key and a value
+        n_caches = min(max(round(AT_ONCE / of_a_position / context), 2), 512)
+        caches = [torch.randn(2, B, H_KV, context + 16, d, **BF16) for _ in range(n_caches)]
+        position_1 = torch.tensor([context], device="cuda")
 
-            def run(caches: list[Tensor] = caches, q: Tensor = q, position: Tensor = position) -> Tensor:
-                return torch.stack([cached_attention(q, *cache, position, None) for cache in caches])
+        def run(q: Tensor, caches: list[Tensor] = caches, position_1: Tensor = position_1) -> Tensor:
+            for k_BHNd, v_BHNd in caches:
+                y = cached_attention(q, k_BHNd, v_BHNd, position_1, None)
+            return y
 
-            us, floor = replay_us(run) / n_caches, 4 * B * H_KV * (context + 1) * d / bytes_per_us
-            print(f"{name}, batch {B}, {context} positions: {us:.2f} us, floor {floor:.2f} us", flush=True)
+        us = replay_us(run, torch.randn(B, H, d, **BF16)) / n_caches
+        floor = of_a_position * (context + 1) / bytes_per_us
+        print(f"{name}, batch {B}, {context} positions: {us:.2f} us, floor {floor:.2f} us", flush=True)
+        del caches, run  # before the next ones are made
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("a CUDA device is needed")
     bytes_per_us = measured_peaks(torch.device("cuda"), torch.bfloat16)["bytes_per_s"] / 1e6
-    products(bytes_per_us)
-    attention(bytes_per_us)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {bytes_per_us / 1e6:.2f} TB/s")
+    with torch.inference_mode():
+        products(bytes_per_us)
+        attention(bytes_per_us)
 
 
 if __name__ == "__main__":

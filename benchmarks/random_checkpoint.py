@@ -103,6 +103,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 40960,
         "rope_theta": 1000000,
     },
+    "mixtral_8x7b": {
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000,
+    },
     "gemma4_26b_a4b": {  # the text part
         "model_type": "gemma4_text",
         "vocab_size": 262144,
@@ -190,6 +203,7 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="the first of them (default: all)")
+    parser.add_argument("--positions", type=int, help="the longest sequence (default: that of the model)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--mxfp4", action="store_true")
     parser.add_argument("--bytes", action="store_true", help="256 ids, so that texts need no tokenizer")
@@ -200,6 +214,8 @@ def main() -> None:
     layers = options.layers or shape["num_hidden_layers"]
     if not 1 <= layers <= shape["num_hidden_layers"]:
         parser.error(f"--layers: must be between 1 and {shape['num_hidden_layers']}")
+    if options.positions:
+        shape |= {"max_position_embeddings": options.positions}
     if options.bytes:
         shape |= {"vocab_size": 256, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     write(shape, options.folder, layers, options.device)

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import add_rms_norm, check, energy_profiles, pack_peers, sort_and_combine, tune_experts
+from benchmarks import add_rms_norm, check, decode_kernels, energy_profiles, pack_peers, sort_and_combine, tune_experts
 from tests import tiny
 
 FOLDER = tiny.ROOT / "benchmarks"
-HELPERS = {"__init__", "browser", "peer_stubs", "synthetic"}
+HELPERS = {"__init__", "browser", "peer_stubs", "plain_decoder", "synthetic"}
 """What benchmarks and tests share; not started themselves."""
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - HELPERS)
 ROWS = re.findall(
@@ -142,7 +142,7 @@ def test_a_benchmark_that_is_not_checked_cannot_be_asked_for(monkeypatch: pytest
     "benchmark",
     [
         pytest.param(each, id=each.__name__.rpartition(".")[2])
-        for each in (add_rms_norm, energy_profiles, sort_and_combine, tune_experts)
+        for each in (add_rms_norm, decode_kernels, energy_profiles, sort_and_combine, tune_experts)
     ],
 )
 def test_what_needs_a_gpu_says_so_in_one_line(

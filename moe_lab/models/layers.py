@@ -106,13 +106,13 @@ def _joined_parameters(layers: Sequence[Linear]) -> tuple[Tensor, Tensor | None]
     """Weight and bias of all as one; None where they do not lie together, or while a pass is compiled."""
     if torch.compiler.is_compiling():  # where weights lie cannot be asked
         return None
-    weight = _joined([layer.weight for layer in layers])
+    weight = joined([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    bias = _joined(biases) if biases else None
+    bias = joined(biases) if biases else None
     return None if weight is None or (biases and bias is None) else (weight, bias)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+def joined(parts: Sequence[Tensor]) -> Tensor | None:
     """The rows of all as one tensor, without a copy; None if they do not lie one after the other."""
     first, rows = parts[0], 0
     storage, row = first.untyped_storage().data_ptr(), first.stride(0)

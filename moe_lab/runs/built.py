@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from moe_lab.measure import roofline
 from moe_lab.measure.clocks import Step, make_step
 from moe_lab.models import Output
 from moe_lab.models.attention import Attention
@@ -18,7 +19,7 @@ from moe_lab.models.latent_attention import LatentAttention
 from moe_lab.models.layers import AddLayerNorm, AddRMSNorm, Linear
 from moe_lab.models.moe_layer import MoELayer, moe_layers
 from moe_lab.models.parameters import reference_twin
-from moe_lab.models.serving import Decode, Prefill
+from moe_lab.models.serving import Decode, Prefill, Serving
 from moe_lab.models.transformer_decoder import Block
 from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import PROPERTIES, Routing
@@ -107,6 +108,15 @@ class Built:
             output = step()
             if index in wanted:
                 yield output
+
+    def least_bytes(self, most: int | None = None) -> int:
+        """That any implementation of a pass moves; of decoding, the mean of the steps (see `outputs`)."""
+        moved = []
+        for output in self.outputs(most):
+            read = self.x.index_select(1, self.task.position_g) if isinstance(self.task, Decode) else self.x
+            cached = self.task.cached_bytes() if isinstance(self.task, Serving) else 0
+            moved.append(roofline.least_bytes(self.model, read, output) + cached)
+        return round(sum(moved) / len(moved))
 
     def implementation(self) -> dict[str, str]:
         """Who computes what."""

@@ -249,12 +249,9 @@ class Observer:
         }
 
     def _roofline(self) -> dict[str, Any]:
-        built, moved = self.built, []
-        for output in built.outputs(_STEPS_OBSERVED):
-            read = built.x if not isinstance(built.task, Decode) else built.x.index_select(1, built.task.position_g)
-            cached = built.task.cached_bytes() if isinstance(built.task, Serving) else 0
-            moved.append(roofline.least_bytes(built.model, read, output) + cached)
-        return roofline.roofline(round(float(np.mean(moved))), self.flops, self.p50_ms, built.x.device, built.dtype)
+        built = self.built
+        moved = built.least_bytes(_STEPS_OBSERVED)
+        return roofline.roofline(moved, self.flops, self.p50_ms, built.x.device, built.dtype)
 
     @cached_property
     def _unchanged(self) -> nn.Module:

@@ -1,0 +1,197 @@
+"""checkpoint_peers: its cells, its table, and peers that fail beside others that go on."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from benchmarks import check, checkpoint_peers
+from benchmarks.checkpoint_peers import Cell, PlainPeer, row
+from benchmarks.plain_decoder import PlainDecoder, Way
+from moe_lab.measure.clocks import Block, Step
+from tests import tiny
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    monkeypatch.setattr(
+        sys, "argv", ["checkpoint_peers", "--path", str(tiny.ROOT / "assets/tiny-qwen3-moe"), "--text", ""]
+    )
+    sys.argv += map(str, arguments)
+    return checkpoint_peers.main()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("decode:8", id="no_length"),
+        pytest.param("decode:8:0", id="nothing"),
+        pytest.param("decode:8:2k", id="no_number"),
+        pytest.param("forward:8:128", id="no_phase"),
+        pytest.param("prefill:1:128:2", id="too_many"),
+    ],
+)
+def test_what_is_no_cell_is_refused(text: str) -> None:
+    """The message says how one is written."""
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must be prefill:BATCH:TOKENS or decode:BATCH:CONTEXT$"):
+        Cell.parse(text)
+
+
+def test_a_cell_is_written_as_it_is_read() -> None:
+    assert Cell.parse("decode:64:8192") == ("decode", 64, 8192) and str(Cell("prefill", 1, 37)) == "prefill:1:37"
+
+
+@pytest.mark.parametrize(
+    ("ms", "line", "is_slower"),
+    [
+        pytest.param(
+            {"ours": [1.0] * 6, "a": [2.0] * 6, "b": [1.25] * 6},
+            "| decode:1:8 | 0.5 | 1 (50%) | 2 (0.500 [0.500, 0.500]) | 1.25 (0.800 [0.800, 0.800]) "
+            "| 0.800 [0.800, 0.800] |",
+            False,
+            id="faster",
+        ),
+        pytest.param(
+            {"ours": [1.0] * 6, "b": [0.5] * 6},
+            "| decode:1:8 | 0.5 | 1 (50%) | fails | 0.5 (2.000 [2.000, 2.000]) | 2.000 [2.000, 2.000] |",
+            True,
+            id="slower_and_one_fails",
+        ),
+        pytest.param(
+            {"ours": [1.0] * 5, "b": [0.5] * 5},
+            "| decode:1:8 | 0.5 | 1 (50%) | fails | 0.5 (2.000 [no interval]) | 2.000 [no interval] |",
+            False,
+            id="few_rounds",
+        ),
+        pytest.param({"ours": [1.0] * 6}, "| decode:1:8 | 0.5 | 1 (50%) | fails | fails | - |", False, id="no_peer"),
+        pytest.param({}, "| decode:1:8 | - | fails | fails | fails | - |", False, id="ours_fails"),
+    ],
+)
+def test_a_line_of_the_table(ms: dict[str, list[float]], line: str, is_slower: bool) -> None:
+    """Every peer has its median and the ratio ours / peer of the rounds."""
+    assert row(Cell("decode", 1, 8), {name: np.array(each) for name, each in ms.items()}, ["a", "b"], 0.5) == (
+        line,
+        is_slower,
+    )
+
+
+def test_the_floor_is_that_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes of four steps of the tokens that are timed; a prefill has none, for it computes more than it reads."""
+    monkeypatch.setattr(checkpoint_peers, "measured_peaks", lambda device, dtype: {"bytes_per_s": 1e9})
+    options = argparse.Namespace(**vars(_options()), peers=[], rounds=1)
+    with torch.inference_mode():
+        _, floor_ms = checkpoint_peers.time_cell(options, None, Cell("decode", 2, 9), {})
+        _, none = checkpoint_peers.time_cell(options, None, Cell("prefill", 2, 9), {})
+    built = checkpoint_peers.ours(options, Cell("decode", 2, 9), {})
+    assert floor_ms == pytest.approx(built.least_bytes(4) / 1e6) and none is None
+
+
+def test_bench_check_reads_the_last_ratio_of_a_line() -> None:
+    """Not that of a peer before it."""
+    ms = {name: np.full(6, value) for name, value in (("ours", 1.0), ("a", 1.25), ("b", 2.0))}
+    line, _ = row(Cell("decode", 1, 256), ms, ["a", "b"], 0.5)
+    (quote,) = [each for each in check.CHECKS["checkpoint_peers --rounds 10"] if "decode, batch 1" in each.text]
+    assert quote.find(quote.printed, line) == 0.8
+
+
+def test_what_fails_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A peer, and a cell longer than the model's sequences; the exit code tells of the latter."""
+    cells = ["decode:2:9", "decode:1:5000", "prefill:1:9"]
+    arguments = ("--rounds", "2", "--peers", "no_such", "grouped_mm", "plain", "--out", tmp_path, "--cells", *cells)
+    assert run(monkeypatch, *arguments) == 1
+    out, err = capsys.readouterr()
+    numbers = {line.split(" | ")[0]: line.split(" | ")[2:6] for line in out.splitlines() if ":" in line.split(" | ")[0]}
+    which = {cell: [number == "fails" for number in numbers[f"| {cell}"]] for cell in cells}
+    assert which == {
+        "decode:2:9": [False, True, False, False],
+        "decode:1:5000": [True] * 4,
+        "prefill:1:9": [False, True, False, False],
+    }
+    assert "no_such does not run here: ValueError" in err and "decode:1:5000: ours does not run here" in err
+    assert "plain (attention sums, products torch, experts gathered): " in err
+    with open(tmp_path / "checkpoint_peers.csv", newline="") as file:
+        assert len(list(csv.reader(file))) == 1 + 2 * 3 * 2
+
+
+def test_a_peer_that_computes_something_else_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its times would say nothing."""
+    right = PlainDecoder.__call__
+
+    def wrong(self: PlainDecoder, *arguments: Any) -> Tensor:
+        return right(self, *arguments) + 0.1 * torch.randn(256)
+
+    monkeypatch.setattr(PlainDecoder, "__call__", wrong)
+    assert run(monkeypatch, "--rounds", "2", "--peers", "plain", "--cells", "decode:1:9") == 0
+    out, err = capsys.readouterr()
+    assert "| fails | - |" in out and "plain computes a different result" in err
+
+
+@torch.inference_mode()
+def test_the_fastest_way_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that cannot run leaves the others; if none can, the peer cannot."""
+    cell, right, ran = Cell("decode", 2, 9), PlainDecoder.__call__, []
+    broken = [Way("sdpa", "torch", "grouped")]
+
+    def step(self: PlainDecoder, ids: Tensor, position: Tensor, way: Way) -> Tensor:
+        ran.append(way)
+        if way in broken:
+            raise RuntimeError("out of memory\nmore")
+        return right(self, ids, position, way)
+
+    monkeypatch.setattr(PlainDecoder, "__call__", step)
+
+    ms = {("sums", "gathered"): 1.0, ("sums", "grouped"): 2.0, ("sdpa", "gathered"): 3.0}
+
+    def time_block(self: Step, n: int) -> Block:
+        self()
+        way: Any = self.model.way
+        return Block(np.array([ms[way.attention, way.experts]]), np.zeros(1))
+
+    monkeypatch.setattr(Step, "time_block", time_block)
+    built = checkpoint_peers.ours(_options(), cell, {})
+    PlainPeer(cell, built).step(9)
+    assert ran[-1] == Way("sums", "torch", "gathered")
+    err = capsys.readouterr().err
+    assert "plain (attention sdpa, products torch, experts grouped) does not run here: RuntimeError: out of mem" in err
+    assert re.findall(r"^plain \(attention (\w+), products torch, experts (\w+)\): (\d) ms$", err, re.MULTILINE) == [
+        (*way, f"{value:g}") for way, value in ms.items()
+    ]
+    broken += ran
+    with pytest.raises(RuntimeError, match="out of memory"):
+        PlainPeer(cell, built)
+
+
+def test_a_cache_is_lent_where_both_keep_the_same() -> None:
+    """The memory is ours, so nothing is computed twice; a cache of latents or windows is another matter."""
+    options = _options()
+    model = checkpoint_peers.peer_model(options)
+    built = checkpoint_peers.ours(options, Cell("decode", 2, 9), {})
+    with torch.inference_mode():
+        peer = checkpoint_peers.peer_of("grouped_mm", model, Cell("decode", 2, 9), built, 1e-3)
+    assert isinstance(peer, checkpoint_peers.Peer)
+    for mine, theirs in zip(built.task.cache.layers, peer.cache.layers, strict=True):
+        for kept, lent in ((mine.k_BHNd, theirs.keys), (mine.v_BHNd, theirs.values)):
+            assert lent.data_ptr() == kept.data_ptr() and lent.shape == kept.shape
+            assert hasattr(lent, "_dynamo_static_input_type") and not hasattr(kept, "_dynamo_static_input_type")
+    theirs = peer.cache.layers[0]
+    theirs.__class__ = type("OfAWindow", (type(theirs),), {})
+    assert not checkpoint_peers.lends(built.task.cache, peer.cache)
+
+
+def _options() -> argparse.Namespace:
+    keys = {"path": str(tiny.ROOT / "assets/tiny-qwen3-moe"), "text": "", "device": "cpu", "dtype": "fp32"}
+    return argparse.Namespace(**keys, execution="eager", attention="sdpa")
