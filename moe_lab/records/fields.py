@@ -59,6 +59,12 @@ IMPLEMENTATION = (
     Field("router", str, "", "implementation of the routing"),
     Field("gate", str, "", "kernels of the router, if they include the gate's matrix product"),
     Field("experts", str, "", "implementation of the experts"),
+    Field(
+        "attention",
+        str,
+        "",
+        "implementation of attention; of many tokens torch's backends (`model.attention`), as `torch:cudnn+efficient`",
+    ),
     Field("add_rms_norm", str, "", "implementation of the norms"),
     Field("segment_mm", str, "", "implementation of the matrix products of `experts=grouped`"),
     Field("tiles", str, "", "of `experts=fused`: up_rows-up_tokens-down_rows-down_tokens-pieces"),
