@@ -64,8 +64,8 @@ _RULES = (
     ),
     _Rule(
         "model.attention",
-        lambda c: c.workload.get("phase") != "decode",
-        "a decode step has kernels of its own; only used with workload.phase=forward or prefill",
+        lambda c: c.workload.get("phase") != "decode" and min(c.seq_len, c.workload.get("prefill_chunk") or 2) > 1,
+        "only used with workload.phase=forward or prefill, for passes over more than one token of a sequence",
     ),
     _Rule("workload.load", _has_experts, "the model has no layer of experts"),
     _Rule(

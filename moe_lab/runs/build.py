@@ -287,9 +287,8 @@ def parameters_of(cfg: DictConfig) -> int:
 def weights_key(cfg: DictConfig, device: torch.device) -> str:
     """Equal for configurations whose models have the same parameters, but for those of their routers."""
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    model.pop("attention", None)
-    if not active(cfg.model):  # what is calibrated depends on it
-        model.pop("top_k", None)
+    if not active(cfg.model):  # what is calibrated depends on them
+        model = {key: value for key, value in model.items() if key not in ("top_k", "attention")}
     return digest([model, cfg.dtype.name, int(cfg.seed), str(device)])
 
 

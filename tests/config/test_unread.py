@@ -55,14 +55,15 @@ def test_what_has_no_effect_is_refused_and_what_has_is_taken(
 
 
 def test_a_backend_of_attention_has_no_effect_on_a_decode_step() -> None:
-    """What is timed there has kernels of its own."""
+    """What is timed there has kernels of its own; nor on passes of one token."""
     override = "model.attention=flash"
     for phase in ("forward", "prefill"):
         moe_lab.compose(quick.overrides("decoder_moe", f"workload.phase={phase}", override))
-    with pytest.raises(
-        ValueError, match=r"^model\.attention=flash: has no effect; a decode step has kernels of its own"
-    ):
-        moe_lab.compose(quick.overrides("decoder_moe", "workload.phase=decode", override))
+    for more in (["workload.phase=decode"], ["seq_len=1"], ["workload.phase=prefill", "workload.prefill_chunk=1"]):
+        with pytest.raises(
+            ValueError, match=r"^model\.attention=flash: has no effect; only used with workload\.phase=f"
+        ):
+            moe_lab.compose(quick.overrides("decoder_moe", *more, override))
 
 
 def decoder(*overrides: str) -> list[str]:

@@ -78,6 +78,7 @@ def test_a_model_with_a_donor_takes_no_memory_for_its_parameters() -> None:
         pytest.param(["batch=5", "seq_len=3"], True, id="input"),
         pytest.param(["name=x", "measure.max_time_s=9"], True, id="labels"),
         pytest.param(["model.top_k=[1,2]"], True, id="top_k"),
+        pytest.param(["model.attention=math"], True, id="attention"),
         pytest.param(["seed=1"], False, id="seed"),
         pytest.param(["dtype=bf16"], False, id="dtype"),
         pytest.param(["model.n_layers=3"], False, id="layers"),
