@@ -59,7 +59,6 @@ TESTED_IN = {
     "models/checkpoint_windows.py": "models/test_checkpoint_variants.py",
     "models/layer_kinds.py": "models/test_soft_moe.py",
     "ops/capacity.py": "ops/test_onnx_bodies.py",
-    "ops/dependent_launch.py": "ops/test_gemv.py",
     "ops/onnx_function.py": "ops/test_onnx_bodies.py",
     "ops/selection.py": "ops/test_route.py",
     "results/columns.py": "results/test_aggregate.py",

@@ -95,6 +95,9 @@ def _generate(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="model.path=DIR, router=..., dtype=..., ...")
     parser.add_argument("--max-tokens", type=int, default=200, help="at most this many tokens (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely token")
+    parser.add_argument(
+        "--prefill-chunk", type=int, metavar="TOKENS", help="tokens of the prompt in one pass (default: all)"
+    )
     parser.add_argument("--config-dir", "-cd", help="a folder of your own YAML files")
     given = parser.parse_intermixed_args(arguments)
     from moe_lab.config.compose import compose
@@ -107,7 +110,7 @@ def _generate(arguments: list[str]) -> int:
 
     from moe_lab.cli import generate
 
-    generate.main(given.prompt, cfg, given.max_tokens, given.temperature)
+    generate.main(given.prompt, cfg, given.max_tokens, given.temperature, given.prefill_chunk)
     return OK
 
 

@@ -108,11 +108,18 @@ def _say_what_is_odd(cfg: DictConfig, model: Checkpoint, say: Say) -> None:
         )
 
 
-def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float = 0.0, say: Say = warn) -> Iterator[str]:
+def generate(
+    cfg: DictConfig,
+    prompt: str,
+    max_tokens: int,
+    temperature: float = 0.0,
+    say: Say = warn,
+    prefill_chunk: int | None = None,
+) -> Iterator[str]:
     """The pieces of text that follow `prompt`, at most `max_tokens` tokens, until the model ends it.
 
     What is left at the end of a character that did not become whole is replaced by U+FFFD. `say` gets what a person
-    should know.
+    should know. `prefill_chunk` tokens of the prompt are one pass; None: all.
 
     Raises:
         ValueError: no checkpoint, an empty prompt, one that leaves no room in the model's longest sequence, a damaged
@@ -129,7 +136,7 @@ def generate(cfg: DictConfig, prompt: str, max_tokens: int, temperature: float =
     assert isinstance(model, Checkpoint)
     if not any(layer.router.calibrates for layer in moe_layers(model)):
         refuse_other_keys(cfg.overrides, _READ, _COMMAND)
-    cfg.workload.phase = "decode"
+    cfg.workload.phase, cfg.workload.prefill_chunk = "decode", prefill_chunk
     build.require_runnable(cfg, model, device)
     tokenizer = _tokenizer_of(model)
     ids, ends = _encode(tokenizer, prompt, model.max_positions), _ends_of(model, say)
@@ -158,7 +165,8 @@ def _tokens(cfg: DictConfig, model: Checkpoint, ids_1N: Tensor, n_prompt: int, t
 
     On CUDA a token is read while the step behind it is computed, so the GPU does not wait for the host.
     """
-    task = Decode(model, model.make_cache(1, ids_1N.shape[1]), n_prompt - 1)
+    cache = model.make_cache(1, ids_1N.shape[1])
+    task = Decode(model, cache, n_prompt - 1, chunk=cfg.workload.prefill_chunk)
     if n_prompt > 1:
         task.fill(ids_1N)
     step = STEPS[cfg.execution.name](task, ids_1N)
@@ -192,15 +200,17 @@ def _reader(token: Tensor, logits_V: Tensor, position: int) -> Callable[[], int]
     return read
 
 
-def main(prompt: str, cfg: DictConfig, max_tokens: int, temperature: float) -> None:
+def main(prompt: str, cfg: DictConfig, max_tokens: int, temperature: float, prefill_chunk: int | None = None) -> None:
     """Print the prompt and what follows it as it comes; how long it took goes to standard error."""
     if max_tokens < 1:
         raise ValueError(f"--max-tokens {max_tokens}: must be an integer >= 1.")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"--temperature {temperature}: must be a number >= 0.")
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise ValueError(f"--prefill-chunk {prefill_chunk}: must be an integer >= 1.")
     stamps = []
     with exact_products():
-        pieces = generate(cfg, prompt, max_tokens, temperature)
+        pieces = generate(cfg, prompt, max_tokens, temperature, prefill_chunk=prefill_chunk)
         first = next(pieces, "")  # a mistake is found before anything is printed
         write_data(prompt)
         try:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from moe_lab.config import entries, remedies, slurm_options, trackers
 from moe_lab.config.schemas import (
+    ATTENTIONS,
     AXES,
     CHOICES,
     DTYPES,
@@ -85,7 +86,7 @@ def validate(cfg: DictConfig) -> None:
     validate_sweep(cfg)
     for key in _OF_FEW:
         _one_of(cfg, key, CHOICES[key])
-    _at_least(cfg, "workload.context_len workload.window measure.quality_tokens", 1)
+    _at_least(cfg, "workload.context_len workload.prefill_chunk workload.window measure.quality_tokens", 1)
     if cfg.workload.phase == "decode" and cfg.seq_len % (cfg.workload.get("window") or 1):
         raise ValueError(
             f"workload.window={cfg.workload.window}: must divide seq_len={cfg.seq_len}, the number of tokens that are "
@@ -255,6 +256,7 @@ def _validate_model(cfg: DictConfig) -> None:
     _more_than_zero(cfg, "model.norm_eps model.rope_theta")
     _one_of(cfg, "model.qk_norm", ("none", "head", "full"))
     _one_of(cfg, "model.implementation", IMPLEMENTATIONS)
+    _one_of(cfg, "model.attention", ATTENTIONS)
     _validate_decoder(cfg.model)
     shape = cfg.model.get("shape")
     if shape is not None and shape.top_k > shape.n_experts:

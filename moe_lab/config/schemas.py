@@ -22,6 +22,7 @@ from moe_lab.config.weight_changes import FORMATS, IMPORTANCES, WeightChanges
 DTYPES = ("fp32", "fp16", "bf16")
 IMPLEMENTATIONS = ("auto", "torch", "triton")
 TRANSFORMERS_EXPERTS = ("grouped_mm", "batched_mm", "deepgemm", "sonicmoe")
+ATTENTIONS = ("auto", "flash", "cudnn", "efficient", "math")
 ROUTER_IMPLEMENTATIONS = (*IMPLEMENTATIONS, "cuda_ext", "vllm", "sglang", "transformers")
 LOADS = ("native", "balanced", "random", "zipf", "hot", "one_hot", "replay", "fitted")
 FITS = ("power_law", "dirichlet")
@@ -49,6 +50,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "router.impl": ROUTER_IMPLEMENTATIONS,
     "experts.impl": TRANSFORMERS_EXPERTS,
     "model.implementation": IMPLEMENTATIONS,
+    "model.attention": ATTENTIONS,
     "model.timed": TIMED,
     "model.prune.by": IMPORTANCES,
     "model.quantize_experts.format": FORMATS,
@@ -93,6 +95,7 @@ class TransformerDecoder(Model):
     norm_eps: float
     tie_embeddings: bool
     implementation: str
+    attention: str
 
 
 @dataclass
@@ -144,6 +147,7 @@ class Checkpoint(WeightChanges, Model):
     top_k: Any
     """An integer, or a list with one for each MoE layer, in place of what config.json says."""
     implementation: str
+    attention: str
 
 
 @dataclass
@@ -183,6 +187,7 @@ class Workload:
     name: str
     phase: str
     context_len: int
+    prefill_chunk: int | None
     window: int
     load: str
     zipf_exponent: float

@@ -57,6 +57,16 @@ _RULES = (
         lambda c: c.workload.get("phase") == "decode",
         "only used with workload.phase=decode",
     ),
+    _Rule(
+        "workload.prefill_chunk",
+        lambda c: c.workload.get("phase") in ("prefill", "decode"),
+        "only used with workload.phase=prefill or decode",
+    ),
+    _Rule(
+        "model.attention",
+        lambda c: c.workload.get("phase") != "decode" and min(c.seq_len, c.workload.get("prefill_chunk") or 2) > 1,
+        "only used with workload.phase=forward or prefill, for passes over more than one token of a sequence",
+    ),
     _Rule("workload.load", _has_experts, "the model has no layer of experts"),
     _Rule(
         "model.timed",

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_lab.measure.distance import relative_error
-from moe_lab.measure.routing_metrics import worst_of
+from moe_lab.measure.routing_metrics import by_layer, worst_of
 from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer, hooked, indexed_moe_layers, moe_layers
 from moe_lab.records import fields
@@ -153,6 +153,7 @@ def agreement(model: nn.Module, reference: nn.Module, x: Tensor, ran: Output, *,
 
 def _summary(differences: Sequence[Difference], layer_ids: Sequence[int]) -> dict[str, Any]:
     """{pooled, worst, layers} of at least one layer."""
+    differences = by_layer(differences, len(layer_ids))
     pooled = differences[0]
     for difference in differences[1:]:
         pooled = pooled + difference

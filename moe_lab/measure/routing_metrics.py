@@ -114,6 +114,11 @@ class RoutingStats:
         return RoutingStats(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
+def by_layer(of_calls: Sequence[Any], n_layers: int) -> list[Any]:
+    """Sums by layer of what was seen at each call: a prefill in chunks calls a layer more than once."""
+    return [sum(of_calls[i + n_layers :: n_layers], of_calls[i]) for i in range(n_layers)]
+
+
 def _entropy(shares: np.ndarray) -> float:
     positive = shares[shares > 0]
     return float(-(positive * np.log(positive)).sum())

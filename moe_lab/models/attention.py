@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_lab.marks import phase
+from moe_lab.models.attention_backend import Call, kind_of, softmax_product
 from moe_lab.models.kv_cache import LayerCache
 from moe_lab.models.layers import Linear, RMSNorm, place_together, project_together
 from moe_lab.ops import one_token_attention
 from moe_lab.ops.decode_attention import cached_attention, rope_append, takes
 from moe_lab.ops.library import is_exporting, resolve_implementation
 from moe_lab.ops.rotate import rotate_both
+
+_SINK_WIDTH = 8  # dimensions that sinks add to a head: kernels want multiples
 
 
 def attend(
@@ -25,13 +28,15 @@ def attend(
     window: int | None = None,
     scale: float | None = None,
     sinks_H: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """softmax(scale q k^T) v over the keys at most as late as the query, and of those the last `window`.
 
     Args:
-        position_S: where in 0 .. N-1 the queries stand; None: they are all N, in order.
+        position_S: where in 0 .. N-1 the queries stand; None: they are the last S, in order.
         scale: None: 1/sqrt(d).
         sinks_H: a logit of each head that takes its share of the softmax and adds nothing (gpt-oss).
+        backend: who computes it (attention_backend.py).
 
     Returns:
         [B, H, S, width of v]; k and v may have fewer heads, each for as many neighbouring ones of q.
@@ -39,17 +44,20 @@ def attend(
     S, N = q_BHSd.shape[2], k_BHNd.shape[2]
     # An exported graph is one for every length, so there a window is a mask.
     if position_S is None and (window is None or (not is_exporting() and window >= N)):
-        return _softmax_product(q_BHSd, k_BHNd, v_BHNd, scale, sinks_H, causal=True)
+        return _softmax_product(q_BHSd, k_BHNd, v_BHNd, scale, sinks_H, backend, causal=True)
     if position_S is not None and S == 1 and q_BHSd.device.type == "cpu" and not torch.compiler.is_compiling():
         stop = int(position_S) + 1  # a CPU's tensor is at hand: no mask, and nothing read of what is not yet there
         seen = slice(0 if window is None else max(stop - window, 0), stop)
-        return _softmax_product(q_BHSd, k_BHNd[:, :, seen], v_BHNd[:, :, seen], scale, sinks_H)
+        return _softmax_product(q_BHSd, k_BHNd[:, :, seen], v_BHNd[:, :, seen], scale, sinks_H, backend)
+    if position_S is None and window is not None and S < N:  # of what is cached, what some query's window holds
+        k_BHNd, v_BHNd = (x[:, :, max(N - S - window + 1, 0) :] for x in (k_BHNd, v_BHNd))
+        N = k_BHNd.shape[2]
     key_N = torch.arange(N, device=q_BHSd.device)
-    query_S1 = (key_N if position_S is None else position_S).unsqueeze(1)
+    query_S1 = (key_N[N - S :] if position_S is None else position_S).unsqueeze(1)
     seen_SN = key_N <= query_S1
     if window is not None:
         seen_SN &= key_N > query_S1 - window
-    return _softmax_product(q_BHSd, k_BHNd, v_BHNd, scale, sinks_H, seen_SN)
+    return _softmax_product(q_BHSd, k_BHNd, v_BHNd, scale, sinks_H, backend, seen_SN)
 
 
 def _softmax_product(
@@ -58,33 +66,39 @@ def _softmax_product(
     v: Tensor,
     scale: float | None,
     sinks_H: Tensor | None,
+    backend: str,
     seen_SN: Tensor | None = None,
     *,
     causal: bool = False,
 ) -> Tensor:
     """As `attend`, over the keys that are seen. Torch's kernels know no sinks: each is a key of its own, the first."""
     B, H, S, width = *q.shape[:3], v.shape[3]
+    if S == 1 and not is_exporting():
+        causal = False  # the last query sees every key
     if sinks_H is not None:
         scale = scale or q.shape[3] ** -0.5
+        is_whole = causal and k.shape[2] == S
         q, k, v = _with_sink(q, k, v, sinks_H / scale)
         seen_SN = None if seen_SN is None else F.pad(seen_SN, (1, 0), value=True)
-        q = F.pad(q, (0, 0, 1, 0)) if causal else q  # a query beside the sink: the others stay beside their keys
+        q = F.pad(q, (0, 0, 1, 0)) if is_whole else q  # a query beside the sink: the others stay beside their keys
     shares, d = q.shape[1] != k.shape[1], q.shape[3]
     if shares and S == 1 and seen_SN is not None:  # heads that share a key are queries of one head: no copy of the keys
         grouped = q.reshape(B, k.shape[1], -1, d)
         y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen_SN, scale=scale).reshape(B, H, 1, v.shape[3])
-    else:
+    elif is_exporting() or S == 1:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_SN, is_causal=causal, scale=scale, enable_gqa=shares)
+    else:
+        y = softmax_product(q, k, v, seen_SN, scale, backend)
     return y if sinks_H is None else y[:, :, -S:, :width]
 
 
 def _with_sink(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With eight dimensions more (kernels want multiples): one is a query's sink, and 1 in the key that is the sink."""
-    B, H, S, d = q.shape
-    of_queries = F.pad(sinks_H.to(q.dtype).view(1, H, 1, 1), (0, 7)).expand(B, H, S, 8)
-    sink_8 = F.pad(q.new_ones(1), (d, 7)).expand(B, k.shape[1], 1, d + 8)
-    keys = torch.cat([sink_8, F.pad(k, (0, 8))], dim=2)
-    return torch.cat([q, of_queries], dim=3), keys, F.pad(v, (0, 8 + d - v.shape[3], 1, 0))
+    """With some dimensions more: one is a query's sink, and 1 in the key that is the sink."""
+    (B, H, S, d), more = q.shape, _SINK_WIDTH
+    of_queries = F.pad(sinks_H.to(q.dtype).view(1, H, 1, 1), (0, more - 1)).expand(B, H, S, more)
+    sink_m = F.pad(q.new_ones(1), (d, more - 1)).expand(B, k.shape[1], 1, d + more)
+    keys = torch.cat([sink_m, F.pad(k, (0, more))], dim=2)
+    return torch.cat([q, of_queries], dim=3), keys, F.pad(v, (0, more + d - v.shape[3], 1, 0))
 
 
 class Attention(nn.Module):
@@ -102,6 +116,7 @@ class Attention(nn.Module):
         output_gate: what the heads give is multiplied by a sigmoid, from further rows of `q` (2505.06708).
         values_are_keys: the projection of keys is that of values too, before norms and rotation (Gemma 4).
         value_norm: RMSNorm of the values of each head, without weights.
+        backend: who computes many queries (attention_backend.py).
     """
 
     def __init__(
@@ -124,13 +139,14 @@ class Attention(nn.Module):
         output_gate: bool = False,
         values_are_keys: bool = False,
         value_norm: bool = False,
+        backend: str = "auto",
     ):
         super().__init__()
         self.head_dim, self.qk_norm, self.clip_qkv, self.window = head_dim, qk_norm, clip_qkv, window
         self.scale, self.turn_first, self.output_gate = scale, turn_first, output_gate
         self.value_norm_eps = norm_eps if value_norm else None
         self.sinks_H = nn.Parameter(torch.empty(n_heads), requires_grad=False) if sinks else None
-        self.fuses = False
+        self.fuses, self.backend = False, backend
         self.q = Linear(d_model, n_heads * head_dim * (2 if output_gate else 1), bias=qkv_bias)
         self.k = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
         self.v = None if values_are_keys else Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
@@ -153,6 +169,13 @@ class Attention(nn.Module):
         """Decide whether kernels turn queries and keys, and attend to a few new tokens, on `device`."""
         self.fuses = resolve_implementation("auto", device, op="attention") == "triton"
 
+    def call(self, n_tokens: int, n_keys: int, device: torch.device) -> Call:
+        """What torch is asked for by a pass over many tokens, the last of `n_keys`."""
+        heads, key_heads = self.o.weight.shape[1] // self.head_dim, self.k.weight.shape[0] // self.head_dim
+        width = self.head_dim if self.sinks_H is None else self.head_dim + _SINK_WIDTH
+        kind = kind_of(n_tokens, n_keys, self.window)
+        return Call(device, self.k.weight.dtype, heads, key_heads, width, width, kind)
+
     def forward(
         self,
         x_BSD: Tensor,
@@ -161,7 +184,10 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         position_S: Tensor | None = None,
     ) -> Tensor:
-        """Without `position_S` the tokens are the first of their sequences; with it they go on from the cache."""
+        """Without `position_S` the tokens follow those in the cache (`LayerMemory.start`), from position 0 on if none.
+
+        With it they stand there, by a tensor on the device.
+        """
         with phase("attention"):
             # One product is quicker than three small ones.
             if self.fuses:
@@ -201,11 +227,11 @@ class Attention(nn.Module):
         if not self.turn_first:
             q, k = rotate_both(q, k, *turns)
         if cache is not None and position_S is None:
-            cache.begin(k, v)
+            k, v = cache.begin(k, v)
         elif cache is not None:
             assert position_S is not None
             k, v = cache.put(k, v, position_S)
-        y = attend(q, k, v, position_S, self.window, self.scale, self.sinks_H)
+        y = attend(q, k, v, position_S, self.window, self.scale, self.sinks_H, self.backend)
         return self._out(y.transpose(1, 2).flatten(2), gate)
 
     def _out(self, y_BSn: Tensor, gate_BSn: Tensor | None) -> Tensor:
@@ -243,7 +269,7 @@ class Attention(nn.Module):
 
     def use_reference(self) -> None:
         """From now on compute in plain torch."""
-        self.fuses = False
+        self.fuses, self.backend = False, "auto"
 
     @property
     def projections(self) -> list[Linear]:

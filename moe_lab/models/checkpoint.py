@@ -48,6 +48,7 @@ class Checkpoint(DecoderMoE):
         make_router: MakeRouter,
         experts: Experts,
         implementation: str,
+        attention: str,
         top_k: int | Sequence[int] | None = None,
     ):
         settings = self._settings = checkpoint_config.read(path)
@@ -57,7 +58,8 @@ class Checkpoint(DecoderMoE):
         keys = {**settings.decoder, "n_dense_layers": 0}  # `is_dense` says which layers are
         if top_k is not None:
             keys["top_k"] = top_k
-        super().__init__(make_router=make_router, experts=experts, implementation=implementation, **keys)
+        keys |= {"implementation": implementation, "attention": attention}
+        super().__init__(make_router=make_router, experts=experts, **keys)
         file = self.folder / TOKENIZER
         self.tokenizer_file = file if os.path.lexists(file) else None
 
@@ -155,4 +157,6 @@ def without_weights(folder: Path) -> Checkpoint:
         return router
 
     with torch.device("meta"):
-        return Checkpoint(path=str(folder), make_router=make_router, experts=Loop(), implementation="torch")
+        return Checkpoint(
+            path=str(folder), make_router=make_router, experts=Loop(), implementation="torch", attention="auto"
+        )

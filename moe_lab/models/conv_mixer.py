@@ -37,10 +37,10 @@ class ConvMixer(nn.Module):
         cache: StateCache | None = None,
         position_S: Tensor | None = None,
     ) -> Tensor:
-        """Without `position_S` the tokens are the first of their sequences; with it they go on from the cache."""
+        """See `Attention.forward`."""
         with phase("attention"):
             before = None
-            if position_S is not None:
+            if position_S is not None or (cache is not None and cache.start):
                 assert cache is not None
                 (before,) = cache.before(position_S)
             b, c, u = self.into(x_BSD).chunk(3, dim=2)

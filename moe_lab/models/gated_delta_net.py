@@ -72,10 +72,10 @@ class GatedDeltaNet(nn.Module):
         cache: StateCache | None = None,
         position_S: Tensor | None = None,
     ) -> Tensor:
-        """Without `position_S` the tokens are the first of their sequences; with it they go on from the cache."""
+        """See `Attention.forward`."""
         with phase("attention"):
             before_BCk, before = None, None
-            if position_S is not None:
+            if position_S is not None or (cache is not None and cache.start):
                 assert cache is not None
                 before_BCk, before = cache.before(position_S)
             qkv, z = self.qkvz(x_BSD).split([2 * self.keys + self.values, self.values], dim=2)

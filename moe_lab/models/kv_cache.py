@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 
 class LayerMemory(nn.Module):
-    """What one layer keeps."""
+    """What one layer keeps; `start`: see `KVCache.behind`."""
+
+    def __init__(self, start: int = 0):
+        super().__init__()
+        self.start = start
+
+    def behind(self, start: int) -> LayerMemory:
+        """See `KVCache.behind`."""
+        raise NotImplementedError
 
     def rows(self, start: int, stop: int) -> LayerMemory:
         """See `KVCache.rows`."""
@@ -34,16 +42,26 @@ class LayerCache(LayerMemory):
     k_BHNd: Tensor
     v_BHNd: Tensor
 
-    def __init__(self, k_BHNd: Tensor, v_BHNd: Tensor):
-        super().__init__()
+    def __init__(self, k_BHNd: Tensor, v_BHNd: Tensor, start: int = 0):
+        super().__init__(start)
         self.register_buffer("k_BHNd", k_BHNd, persistent=False)
         self.register_buffer("v_BHNd", v_BHNd, persistent=False)
 
-    def begin(self, k_BHSd: Tensor, v_BHSd: Tensor) -> None:
-        """Keep the first S positions."""
-        S = k_BHSd.shape[2]
-        self.k_BHNd[:, :, :S] = k_BHSd
-        self.v_BHNd[:, :, :S] = v_BHSd
+    def begin(self, k_BHSd: Tensor, v_BHSd: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the S positions from `start` on.
+
+        Returns:
+            The keys and values of all positions so far, in the dtype of the arguments.
+        """
+        stop = self.start + k_BHSd.shape[2]
+        self._keep(k_BHSd, v_BHSd, stop)
+        if self.start == 0:
+            return k_BHSd, v_BHSd
+        return self.k_BHNd[:, :, :stop].to(k_BHSd.dtype), self.v_BHNd[:, :, :stop].to(v_BHSd.dtype)
+
+    def _keep(self, k_BHSd: Tensor, v_BHSd: Tensor, stop: int) -> None:
+        self.k_BHNd[:, :, self.start : stop] = k_BHSd
+        self.v_BHNd[:, :, self.start : stop] = v_BHSd
 
     def put(self, k_BHSd: Tensor, v_BHSd: Tensor, position_S: Tensor) -> tuple[Tensor, Tensor]:
         """Keep what belongs to these positions, by a tensor on the device: nothing is read on the host.
@@ -57,7 +75,11 @@ class LayerCache(LayerMemory):
 
     def rows(self, start: int, stop: int) -> LayerCache:
         """See `KVCache.rows`."""
-        return LayerCache(self.k_BHNd[start:stop], self.v_BHNd[start:stop])
+        return LayerCache(self.k_BHNd[start:stop], self.v_BHNd[start:stop], self.start)
+
+    def behind(self, start: int) -> LayerCache:
+        """See `KVCache.behind`."""
+        return LayerCache(self.k_BHNd, self.v_BHNd, start)
 
     def position_bytes(self) -> int:
         """See `LayerMemory`."""
@@ -70,8 +92,8 @@ class LatentCache(LayerCache):
     So a position takes the latent and its turned key, and neither keys nor values of heads.
     """
 
-    def __init__(self, k_BHNd: Tensor, rank: int):
-        LayerMemory.__init__(self)
+    def __init__(self, k_BHNd: Tensor, rank: int, start: int = 0):
+        LayerMemory.__init__(self, start)
         self.rank = rank
         self.register_buffer("k_BHNd", k_BHNd, persistent=False)
 
@@ -79,9 +101,8 @@ class LatentCache(LayerCache):
     def v_BHNd(self) -> Tensor:  # type: ignore[override]  # noqa: N802 -- as the buffer of the base class
         return self.k_BHNd[..., : self.rank]
 
-    def begin(self, k_BHSd: Tensor, v_BHSd: Tensor) -> None:
-        """See `LayerCache.begin`; the value is part of the key."""
-        self.k_BHNd[:, :, : k_BHSd.shape[2]] = k_BHSd
+    def _keep(self, k_BHSd: Tensor, v_BHSd: Tensor, stop: int) -> None:  # the value is part of the key
+        self.k_BHNd[:, :, self.start : stop] = k_BHSd
 
     def put(self, k_BHSd: Tensor, v_BHSd: Tensor, position_S: Tensor) -> tuple[Tensor, Tensor]:
         """See `LayerCache.put`."""
@@ -91,7 +112,11 @@ class LatentCache(LayerCache):
 
     def rows(self, start: int, stop: int) -> LatentCache:
         """See `KVCache.rows`."""
-        return LatentCache(self.k_BHNd[start:stop], self.rank)
+        return LatentCache(self.k_BHNd[start:stop], self.rank, self.start)
+
+    def behind(self, start: int) -> LatentCache:
+        """See `KVCache.behind`."""
+        return LatentCache(self.k_BHNd, self.rank, start)
 
 
 class StateCache(LayerMemory):
@@ -105,9 +130,9 @@ class StateCache(LayerMemory):
 
     first_1: Tensor
 
-    def __init__(self, *states: Tensor, first_1: Tensor | None = None):
+    def __init__(self, *states: Tensor, first_1: Tensor | None = None, start: int = 0):
         """`states`: [3, B, ...], zeros; `first_1`: see `rows`."""
-        super().__init__()
+        super().__init__(start)
         self.n_states = len(states)
         for i, state in enumerate(states):
             self.register_buffer(f"state_{i}", state, persistent=False)
@@ -133,8 +158,13 @@ class StateCache(LayerMemory):
             kept[2] = new
         self.first_1.fill_(n_positions)
 
-    def before(self, position_S: Tensor) -> list[Tensor]:
-        """The states before the first of these positions, by a tensor on the device: nothing is read on the host."""
+    def before(self, position_S: Tensor | None) -> list[Tensor]:
+        """The states before the first of these positions, by a tensor on the device: nothing is read on the host.
+
+        Without it those that `begin` kept last.
+        """
+        if position_S is None:
+            return [kept[2] for kept in self.states]
         position_1 = position_S[:1]
         place_1 = torch.where(position_1 == self.first_1, 2, (position_1 - 1) % 2)
         return [kept.index_select(0, place_1).squeeze(0) for kept in self.states]
@@ -146,15 +176,19 @@ class StateCache(LayerMemory):
             kept.index_copy_(0, place_1, new.to(kept.dtype).unsqueeze(0))
 
     def keep(self, n_positions: int, position_S: Tensor | None, *after: Tensor) -> None:
-        """`put`, or without `position_S` `begin`."""
+        """`put` what is after these `n_positions`, or without `position_S` `begin`."""
         if position_S is None:
-            self.begin(n_positions, *after)
+            self.begin(self.start + n_positions, *after)
         else:
             self.put(position_S, *after)
 
     def rows(self, start: int, stop: int) -> StateCache:
         """See `KVCache.rows`."""
-        return StateCache(*(kept[:, start:stop] for kept in self.states), first_1=self.first_1)
+        return StateCache(*(kept[:, start:stop] for kept in self.states), first_1=self.first_1, start=self.start)
+
+    def behind(self, start: int) -> StateCache:
+        """See `KVCache.behind`."""
+        return StateCache(*self.states, first_1=self.first_1, start=start)
 
     def state_bytes(self) -> int:
         """See `LayerMemory`; of one of the three places."""
@@ -162,11 +196,11 @@ class StateCache(LayerMemory):
 
 
 class KVCache(nn.Module):
-    """One `LayerMemory` per layer, with room for `length` positions."""
+    """One `LayerMemory` per layer, with room for `length` positions; `start`: see `behind`."""
 
-    def __init__(self, layers: Iterable[LayerMemory], length: int):
+    def __init__(self, layers: Iterable[LayerMemory], length: int, start: int = 0):
         super().__init__()
-        self.layers, self.length = nn.ModuleList(layers), length
+        self.layers, self.length, self.start = nn.ModuleList(layers), length, start
 
     @property
     def bytes_per_position(self) -> int:
@@ -185,7 +219,14 @@ class KVCache(nn.Module):
 
     def rows(self, start: int, stop: int) -> KVCache:
         """The part that belongs to some of the sequences; it shares the memory."""
-        return KVCache((layer.rows(start, stop) for layer in self._layers), self.length)
+        return KVCache((layer.rows(start, stop) for layer in self._layers), self.length, self.start)
+
+    def behind(self, start: int) -> KVCache:
+        """The same memory for a pass that begins at position `start`: those before it are there.
+
+        Known on the host, so attention is to the keys up to the pass's own and needs no mask.
+        """
+        return KVCache((layer.behind(start) for layer in self._layers), self.length, start)
 
     @property
     def _layers(self) -> list[LayerMemory]:

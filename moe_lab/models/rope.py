@@ -155,9 +155,13 @@ class Ropes(nn.ModuleList):
         for rope in self._ropes():
             rope.reserve(length, device)
 
-    def tables(self, length: int, device: torch.device, position_S: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """(cos, sin) [S, head_dim] for each layer: of the first `length` positions, or of these (see `Rope.at`)."""
-        tables = [rope(length, device) if position_S is None else rope.at(position_S) for rope in self._ropes()]
+    def tables(
+        self, length: int, device: torch.device, position_S: Tensor | None, start: int = 0
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(cos, sin) [S, head_dim] for each layer: of `length` positions from `start` on, or of these (`Rope.at`)."""
+        tables = [rope(start + length, device) if position_S is None else rope.at(position_S) for rope in self._ropes()]
+        if start:
+            tables = [(cos[start:], sin[start:]) for cos, sin in tables]
         return [tables[number] for number in self.of_layer]
 
     def _ropes(self) -> list[Rope]:

@@ -18,6 +18,9 @@ from moe_lab.models.kv_cache import KVCache
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.routers.base import Routing
 
+Part = tuple[range, KVCache]
+"""Positions that a pass takes, and the cache behind those before them."""
+
 _TOKENS_AT_ONCE = 1 << 14  # of a context, so that computing it needs little memory beside the cache
 
 
@@ -39,10 +42,18 @@ class Serving(nn.Module):
 
 
 class Prefill(Serving):
-    """All tokens at once, from the first on; their keys and values go into the cache."""
+    """All tokens, from the first on; their keys and values go into the cache.
+
+    With a `chunk`, so many positions of every sequence are one pass, on what those before left in the cache: what a
+    pass needs beside the cache does not grow with the sequences. A router sees the tokens of one pass.
+    """
+
+    def __init__(self, decoder: TransformerDecoder, cache: KVCache, chunk: int | None = None):
+        super().__init__(decoder, cache)
+        self.chunk, self._parts = chunk, _parts_of(cache, cache.length, chunk)
 
     def on(self, decoder: TransformerDecoder) -> Prefill:
-        return Prefill(decoder, self.cache)
+        return Prefill(decoder, self.cache, self.chunk)
 
     def cached_bytes(self) -> int:
         """See `Serving.cached_bytes`: all is written."""
@@ -50,7 +61,7 @@ class Prefill(Serving):
 
     def forward(self, ids_BS: Tensor, forced_routing: ForcedRouting = None) -> Output:
         """ids [B, S] -> logits [B, 1, V]."""
-        return self.decoder(ids_BS, forced_routing, cache=self.cache, last=1)  # type: ignore[no-any-return]
+        return _pass_by_pass(self.decoder, self._parts, ids_BS, forced_routing, last=1)
 
 
 class Decode(Serving):
@@ -61,6 +72,7 @@ class Decode(Serving):
     last back to the first step, which overwrites what it finds in the cache.
 
     With a `window` of g > 1 a step takes the next g tokens of every sequence, as speculative decoding verifies them.
+    `chunk` is that of `Prefill`, for the context.
     """
 
     position_g: Tensor
@@ -72,6 +84,7 @@ class Decode(Serving):
         context_len: int,
         window: int = 1,
         position_g: Tensor | None = None,
+        chunk: int | None = None,
     ):
         super().__init__(decoder, cache)
         assert (cache.length - context_len) % window == 0, "the last step would be shorter"
@@ -80,7 +93,7 @@ class Decode(Serving):
                 f"workload.window={window}: this model keeps states, and a step of theirs takes one token; "
                 "use workload.window=1"
             )
-        self.context_len, self.window, self._step = context_len, window, 0
+        self.context_len, self.window, self.chunk, self._step = context_len, window, chunk, 0
         self.register_buffer("_offset_g", torch.arange(window, device=decoder.embed.weight.device), persistent=False)
         if position_g is None:
             position_g = context_len + self.get_buffer("_offset_g")
@@ -92,7 +105,7 @@ class Decode(Serving):
         return (self.cache.length - self.context_len) // self.window
 
     def on(self, decoder: TransformerDecoder) -> Decode:
-        return Decode(decoder, self.cache, self.context_len, self.window, self.position_g)
+        return Decode(decoder, self.cache, self.context_len, self.window, self.position_g, self.chunk)
 
     def cached_bytes(self) -> int:
         """See `Serving.cached_bytes`: what came before is read, the step's positions and the states written.
@@ -105,11 +118,11 @@ class Decode(Serving):
     def fill(self, ids_BN: Tensor) -> tuple[Routing, ...]:
         """Compute the context and keep it in the cache, some sequences at a time; its routing, layer by layer."""
         B, C = len(ids_BN), self.context_len
-        rows = max(1, _TOKENS_AT_ONCE // C)
-        passes = [
-            self.decoder(ids_BN[a : a + rows, :C], cache=self.cache.rows(a, a + rows), last=1).routings
-            for a in range(0, B, rows)
-        ]
+        rows = max(1, _TOKENS_AT_ONCE // min(C, self.chunk or C))
+        passes = []
+        for a in range(0, B, rows):
+            parts = _parts_of(self.cache.rows(a, a + rows), C, self.chunk)
+            passes.append(_pass_by_pass(self.decoder, parts, ids_BN[a : a + rows, :C]).routings)
         return tuple(joined(of_layer) for of_layer in zip(*passes, strict=True))
 
     def seek(self, step: int) -> None:
@@ -132,23 +145,57 @@ class Decode(Serving):
         )
 
 
-def joined(routings: Sequence[Routing]) -> Routing:
-    """The tokens of several routings one after the other, as wide as the widest."""
+def chunks(length: int, chunk: int | None) -> list[range]:
+    """The positions of each pass over `length` of them, `chunk` at a time; the last may have fewer."""
+    size = min(chunk or length, length)
+    return [range(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _parts_of(cache: KVCache, length: int, chunk: int | None) -> list[Part]:
+    """The passes over the first `length` positions."""
+    return [(part, cache.behind(part.start) if part.start else cache) for part in chunks(length, chunk)]
+
+
+def _pass_by_pass(
+    decoder: TransformerDecoder, parts: Sequence[Part], ids_BS: Tensor, forced: ForcedRouting = None, last: int = 0
+) -> Output:
+    """The logits of the `last` positions, and the routing of all tokens as one pass over them would order it."""
+    B, S = ids_BS.shape
+    parts = [part for part in parts if part[0].start < S]
+    if len(parts) == 1:
+        return decoder(ids_BS, forced, cache=parts[0][1], last=last)  # type: ignore[no-any-return]
+    outputs: list[Output] = []
+    for positions, cache in parts:
+        place = slice(positions.start, positions.stop)
+        routings = None if forced is None else [_at_positions(routing, place, B) for routing in forced]
+        wanted = last if positions.stop >= S else 0
+        outputs.append(decoder(ids_BS[:, place], routings, cache=cache, last=wanted))
+    by_layer = zip(*(output.routings for output in outputs), strict=True)
+    return Output(outputs[-1].y, tuple(joined(routings, B) for routings in by_layer))
+
+
+def _at_positions(routing: Routing, place: slice, batch: int) -> Routing:
+    """Of the tokens of whole sequences those at some positions."""
+    parts = (part.unflatten(0, (batch, -1))[:, place].flatten(0, 1) for part in routing[:2])
+    return Routing(*parts)
+
+
+def joined(routings: Sequence[Routing], batch: int = 1) -> Routing:
+    """The tokens of several routings, as wide as the widest, by (sequence, position).
+
+    Each has tokens of the same `batch` sequences, sequence by sequence: the positions behind those of the one before.
+    """
     K = max(routing.expert_ids_TK.shape[1] for routing in routings)
-    ids = [F.pad(routing.expert_ids_TK, (0, K - routing.expert_ids_TK.shape[1]), value=-1) for routing in routings]
-    weights = [F.pad(routing.weights_TK, (0, K - routing.weights_TK.shape[1])) for routing in routings]
-    return Routing(torch.cat(ids), torch.cat(weights))
+    ids = [_widened(routing.expert_ids_TK, K, -1).unflatten(0, (batch, -1)) for routing in routings]
+    weights = [_widened(routing.weights_TK, K, 0).unflatten(0, (batch, -1)) for routing in routings]
+    return Routing(torch.cat(ids, 1).flatten(0, 1), torch.cat(weights, 1).flatten(0, 1))
+
+
+def _widened(values_TK: Tensor, width: int, unused: int) -> Tensor:
+    more = width - values_TK.shape[1]
+    return F.pad(values_TK, (0, more), value=unused) if more else values_TK
 
 
 def whole_routing(context: Routing, steps: Sequence[Routing], batch: int) -> Routing:
-    """The routing of whole sequences, by (sequence, position), from that of their contexts and of each step after."""
-    ids_TK, weights_TK, *_ = joined([context, *steps])
-    C = len(context.expert_ids_TK) // batch
-
-    def ordered(values_TK: Tensor) -> Tensor:
-        before, after = values_TK[: batch * C], values_TK[batch * C :]
-        of_steps = after.view(len(steps), batch, -1, values_TK.shape[1]).transpose(0, 1).flatten(1, 2)
-        sequences = (before.view(batch, C, -1), of_steps)
-        return torch.cat(sequences, dim=1).flatten(0, 1)
-
-    return Routing(ordered(ids_TK), ordered(weights_TK))
+    """The routing of whole sequences, from that of their contexts and of each step after."""
+    return joined([context, *steps], batch)

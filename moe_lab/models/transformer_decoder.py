@@ -122,7 +122,7 @@ class Block(nn.Module):
 class TransformerDecoder(nn.Module):
     """Decoder-only Transformer; the keys are those of conf/_base/model/decoder.yaml.
 
-    A checkpoint may ask for more: `rope_scaling` and `rotary_dim` (see `rope`), the options of `Attention`, `windows`,
+    A checkpoint may ask for more: `rope_scaling` and `rotary_dim` (see `rope`), `options` of `Attention`, `windows`,
     the attention window of each layer, and `latent`, the options of `LatentAttention`, which is then every layer's.
     `mixers` has for each layer None, or what takes the place of attention there (see `mixers.make_mixer`). `by_layer`
     has for each layer what of its attention is not as in the others: `n_kv_heads`, `head_dim`, the options of
@@ -152,6 +152,7 @@ class TransformerDecoder(nn.Module):
         norm_eps: float,
         tie_embeddings: bool,
         implementation: str,
+        attention: str,
         rope_scaling: Mapping[str, Any] | None = None,
         rotary_dim: int | None = None,
         windows: Sequence[int | None] | None = None,
@@ -167,7 +168,7 @@ class TransformerDecoder(nn.Module):
         norms_after: bool = False,
         scaled_layers: bool = False,
         activation: Activation = None,
-        **attention: Any,
+        **options: Any,
     ):
         super().__init__()
         self.vocab_size, self.d_model, self.mlp_hidden_dim = vocab_size, d_model, mlp_hidden_dim
@@ -175,7 +176,7 @@ class TransformerDecoder(nn.Module):
         self.head_dim, self.n_kv_heads = head_dim or d_model // n_heads, n_kv_heads or n_heads
         self.embed, self.embedding_scale = Embedding(vocab_size, d_model), embedding_scale
         usual: dict[str, Any] = {"head_dim": self.head_dim, "n_kv_heads": self.n_kv_heads, "rope_theta": rope_theta}
-        usual |= {"rope_scaling": rope_scaling, "rotary_dim": rotary_dim}
+        usual |= {"rope_scaling": rope_scaling, "rotary_dim": rotary_dim, "backend": attention}
         own = [{**usual, **each} for each in by_layer or [{}] * n_layers]
         self.ropes = Ropes([(each["head_dim"], *(each.pop(key) for key in _OF_ROPE)) for each in own])
 
@@ -183,16 +184,15 @@ class TransformerDecoder(nn.Module):
             if mixers is not None and (mixer := mixers[layer]) is not None:
                 return make_mixer(d_model, norm_eps, **mixer)
             if latent is not None:
-                assert qk_norm == "none" and windows is None and not attention, "latent attention has no such options"
-                return LatentAttention(d_model, n_heads, scale=softmax_scale(rope_scaling), **latent)
-            options = {"window": windows[layer] if windows is not None else None, **attention, **own[layer]}
-            return Attention(d_model, n_heads, qk_norm=qk_norm, norm_eps=norm_eps, wide_norms=norm == "wide", **options)
+                assert qk_norm == "none" and windows is None and not options, "latent attention has no such options"
+                return LatentAttention(d_model, n_heads, scale=softmax_scale(rope_scaling), backend=attention, **latent)
+            given = {"window": windows[layer] if windows is not None else None, **options, **own[layer]}
+            return Attention(d_model, n_heads, qk_norm=qk_norm, norm_eps=norm_eps, wide_norms=norm == "wide", **given)
 
         of_all = (d_model, norm_eps, implementation, residual_scale, norm)
-        self.layers = nn.ModuleList(
-            Block(make_attention(i), self.make_mlp(i), *of_all, norms_after=norms_after, scaled=scaled_layers)
-            for i in range(n_layers)
-        )
+        after: dict[str, Any] = {"norms_after": norms_after, "scaled": scaled_layers}
+        blocks = (Block(make_attention(i), self.make_mlp(i), *of_all, **after) for i in range(n_layers))
+        self.layers = nn.ModuleList(blocks)
         self.norm = add_norm(norm, d_model, norm_eps, implementation)
         self.head, self.logits_scale = Linear(d_model, vocab_size, bias=head_bias), logits_scale
         if tie_embeddings:
@@ -224,12 +224,12 @@ class TransformerDecoder(nn.Module):
         """Token ids [B, S] (int64) -> logits [B, S, V], and the routing of each MoE layer.
 
         Args:
-            cache: what the pass adds its keys and values to.
-            position_S: int64, where the tokens stand; what is before them is in the cache. None: they come first.
+            cache: what the pass adds its keys and values to, from its `start` on.
+            position_S: int64, where the tokens stand; what is before them is in the cache.
             last: of so many positions at the end the logits are wanted; None: of all.
         """
         B, S = ids_BS.shape
-        ropes = self.ropes.tables(S, ids_BS.device, position_S)
+        ropes = self.ropes.tables(S, ids_BS.device, position_S, 0 if cache is None else cache.start)
         starts_B1 = torch.arange(B + 1, dtype=torch.int32, device=ids_BS.device) * S
         kind = "forward" if cache is None else "prefill" if position_S is None else "decode"
         ctx = RouteContext(token_ids_T=ids_BS.flatten(), seq_start_B1=starts_B1, phase=kind)
@@ -246,6 +246,8 @@ class TransformerDecoder(nn.Module):
             x, residual, routing, previous = block(x, residual, ropes[layer], here, forced, kept, position_S)
             if routing is not None:
                 routings.append(routing)
+        if last == 0:
+            return Output(x.new_empty(B, 0, self.vocab_size), tuple(routings))
         if last is not None:
             x, residual = x[:, S - last :], residual if residual is None else residual[:, S - last :]
         if (joined := joined_with(self.norm, x, residual, self.head)) is not None:

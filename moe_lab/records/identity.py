@@ -29,11 +29,13 @@ _LATER: dict[str, Any] = {
     "measure": {"cache": "natural"},
     "workload.trace_layer": None,
     "workload.window": 1,
+    "workload.prefill_chunk": None,
     "workload.trace_consecutive": False,
     "workload.fit": "power_law",
     "workload.ids": "text",
     "model.timed": "layer",
     "model.top_k": None,
+    "model.attention": "auto",
 }
 # The same for keys that only some routers got later, as others had one of that name before: by their `_target_`.
 _LATER_OF_ROUTER: dict[str, dict[str, Any]] = {
@@ -102,11 +104,21 @@ def content(config: DictConfig | Mapping[str, Any], *, with_later: bool = False)
         if workload.get("phase") != "decode":
             workload.pop("context_len", None)
             workload.pop("window", None)
+        if not _chunk(found):
+            workload.pop("prefill_chunk", None)
     if with_later:
         return found
     for dotted in sorted(_LATER, key=lambda dotted: -dotted.count(".")):  # the keys of a group before the group
         found = _without(found, dotted, _LATER[dotted])
     return {key: _router_without_later(value) if key == "router" else value for key, value in found.items()}
+
+
+def _chunk(config: DictConfig | Mapping[str, Any]) -> int | None:
+    """How many tokens of a sequence are prefilled at once; None: all, or there is no prefill."""
+    workload = config["workload"]
+    lengths = {"prefill": config.get("seq_len"), "decode": workload.get("context_len")}
+    length, chunk = lengths.get(workload.get("phase")), workload.get("prefill_chunk")
+    return chunk if length is not None and chunk is not None and chunk < length else None
 
 
 def _router_without_later(node: Any) -> Any:
@@ -158,7 +170,8 @@ def slug(cfg: DictConfig) -> str:
     if (phase := cfg.workload.get("phase", "forward")) != "forward":
         window = cfg.workload.get("window", 1)
         decode = f"{phase}{cfg.workload.context_len}" + (f"w{window}" if window > 1 else "")
-        parts.append(decode if phase == "decode" else phase)
+        chunk = _chunk(cfg)
+        parts.append((decode if phase == "decode" else phase) + (f"c{chunk}" if chunk else ""))
     parts += [cfg.device.name, cfg.dtype.name, cfg.execution.name]
     return "-".join(
         "".join(c if (c.isascii() and c.isalnum()) or c in "_." else "_" for c in str(part)) for part in parts

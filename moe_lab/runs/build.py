@@ -29,6 +29,7 @@ from moe_lab.routers.base import Router, Routing
 from moe_lab.routers.soft import SoftMoE
 from moe_lab.runs import trained, weight_changes
 from moe_lab.runs.memory_estimate import require_memory
+from moe_lab.runs.passes import attention_backends, n_positions, n_tokens_at_once, prefill_passes
 from moe_lab.runs.trained import NATIVE, is_checkpoint, is_native
 from moe_lab.runs.weight_changes import Nodes, WeightChanges
 from moe_lab.workloads.forced import forces
@@ -286,8 +287,8 @@ def parameters_of(cfg: DictConfig) -> int:
 def weights_key(cfg: DictConfig, device: torch.device) -> str:
     """Equal for configurations whose models have the same parameters, but for those of their routers."""
     model: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    if not active(cfg.model):  # what is calibrated depends on it
-        model.pop("top_k", None)
+    if not active(cfg.model):  # what is calibrated depends on them
+        model = {key: value for key, value in model.items() if key not in ("top_k", "attention")}
     return digest([model, cfg.dtype.name, int(cfg.seed), str(device)])
 
 
@@ -313,7 +314,7 @@ def implementation(cfg: DictConfig, model: nn.Module, device: torch.device) -> d
     """Who computes the router and the experts of `model`, that of `cfg`, on `device`; empty without MoE layers."""
     if not (layers := moe_layers(model)):
         return {}
-    x_T0 = torch.empty(n_tokens(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
+    x_T0 = torch.empty(n_tokens_at_once(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
     router, experts = layers[0].router, layers[0].experts
     return {"router": router.implementation(), **experts.implementation(x_T0, layers[0].weights)}
 
@@ -358,11 +359,8 @@ def require_runnable(cfg: DictConfig, model: nn.Module, device: torch.device) ->
                 f"router={router} multiplies the experts' inputs by its weights, and these experts have a scale of "
                 "their outputs; use another router"
             )
-        if kind == "decode" and isinstance(layer, SoftMoELayer):
-            raise UnavailableError(
-                f"router={router} mixes all tokens of a sequence, but a decode step has one; use "
-                "workload.phase=forward or prefill, or another router"
-            )
+        if isinstance(layer, SoftMoELayer) and (part := _part_of_a_sequence(cfg)) is not None:
+            raise UnavailableError(f"router={router} mixes all tokens of a sequence, but {part} or another router")
         if forces(cfg) and isinstance(layer, SoftMoELayer):
             key, remedy = (f"workload.load={load}", "workload.load=native")
             if load == "native":
@@ -378,13 +376,24 @@ def require_runnable(cfg: DictConfig, model: nn.Module, device: torch.device) ->
                 f"workload.load={load} cannot be used with router={router}, "
                 f"{undeclared if layer.router.static_k is None else varies}use workload.load=native or another router"
             )
+    attention_backends(cfg, model, device)
     _require_computable(cfg, model, device)
     _require_capturable(cfg, model)
 
 
+def _part_of_a_sequence(cfg: DictConfig) -> str | None:
+    """What a pass has of a sequence if that is not all of it, and how to have all."""
+    kind = cfg.workload.get("phase", "forward")
+    if kind == "decode":
+        return "a decode step has one; use workload.phase=forward or prefill,"
+    if kind == "prefill" and len(prefill_passes(cfg)) > 1:
+        return "a chunk has some of them; use workload.prefill_chunk=null"
+    return None
+
+
 def _require_computable(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
     """Raise `UnavailableError` if the experts do not compute the dtype, the sizes, biases or the activation."""
-    x_T0 = torch.empty(n_tokens(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
+    x_T0 = torch.empty(n_tokens_at_once(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
     for layer in moe_layers(model)[:1]:  # they are the same everywhere
         try:
             if layer.experts.only_plain:
@@ -411,18 +420,6 @@ def not_capturable(cfg: DictConfig, model: nn.Module) -> str | None:
             if not part.graph_safe and not undeclared_router:
                 return f"{group}={option_name(cfg[group])}"
     return None
-
-
-def n_tokens(cfg: Any) -> int:
-    """Tokens of one iteration of this configuration; of decoding, `workload.window` of each sequence."""
-    is_one, decodes = "seq_len" in cfg.model.get("ignores", ()), cfg.workload.get("phase") == "decode"
-    per_sequence = 1 if is_one else cfg.workload.get("window", 1) if decodes else cfg.seq_len
-    return int(cfg.batch * per_sequence)
-
-
-def n_positions(cfg: DictConfig) -> int:
-    """How long a sequence gets."""
-    return int(cfg.seq_len + (cfg.workload.context_len if cfg.workload.get("phase") == "decode" else 0))
 
 
 def build_input(
@@ -477,8 +474,8 @@ def build_task(cfg: DictConfig, model: nn.Module, x: Tensor) -> tuple[nn.Module,
             model.ropes.reserve(n_positions(cfg), x.device)
         return model, None
     assert isinstance(model, TransformerDecoder)  # `require_runnable` has looked
-    cache = model.make_cache(len(x), n_positions(cfg))
+    cache, chunk = model.make_cache(len(x), n_positions(cfg)), cfg.workload.get("prefill_chunk")
     if kind == "prefill":
-        return Prefill(model, cache), None
-    task = Decode(model, cache, cfg.workload.context_len, cfg.workload.get("window", 1))
+        return Prefill(model, cache, chunk), None
+    task = Decode(model, cache, cfg.workload.context_len, cfg.workload.get("window", 1), chunk=chunk)
     return task, task.fill(x)

@@ -23,7 +23,7 @@ from moe_lab.models.serving import Decode, Prefill, Serving
 from moe_lab.models.transformer_decoder import Block
 from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import PROPERTIES, Routing
-from moe_lab.runs import build
+from moe_lab.runs import build, passes
 from moe_lab.workloads.forced import force_load
 
 
@@ -81,11 +81,11 @@ class Built:
     @property
     def n_tokens(self) -> int:
         """Tokens of one iteration; of decoding, one for each sequence."""
-        return build.n_tokens(self.cfg)
+        return passes.n_tokens(self.cfg)
 
     def tokens(self) -> Tensor:
         """[T, 0], what a layer is given without its columns: for who asks by device, dtype and number of tokens."""
-        return self.x.new_empty(self.n_tokens, 0, dtype=self.dtype)
+        return self.x.new_empty(passes.n_tokens_at_once(self.cfg), 0, dtype=self.dtype)
 
     def _rows_of(self, module: nn.Module) -> Tensor:
         """As `tokens`, of what a projection reads; the head of a prefill reads the last position of each sequence."""
@@ -124,6 +124,8 @@ class Built:
         if isinstance(self.model, Checkpoint) and self.model.form is not None:
             ran["weights"] = str(self.model.form)
         x_T0 = self.tokens()
+        if not self.decodes and (backends := passes.attention_backends(self.cfg, self.model, self.device)):
+            ran["attention"] = f"torch:{'+'.join(backends)}"
         for module in self.model.modules():
             if isinstance(module, AddRMSNorm):
                 ran["add_rms_norm"] = module.implementation

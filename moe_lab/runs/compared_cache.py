@@ -17,12 +17,13 @@ class _ComparedLayer(LayerCache):
         self.error = 0.0
         """Of the worst token's keys or values, over all heads; infinite if anything is not finite."""
 
-    def begin(self, k_BHSd: Tensor, v_BHSd: Tensor) -> None:
+    def begin(self, k_BHSd: Tensor, v_BHSd: Tensor) -> tuple[Tensor, Tensor]:
         """See `LayerCache.begin`."""
         for kept_BHNd, wanted_BHSd in ((self.k_BHNd, k_BHSd), (self.v_BHNd, v_BHSd)):
             off = (kept_BHNd[:, :, : wanted_BHSd.shape[2]].float() - wanted_BHSd).square().sum((1, 3))
             size = wanted_BHSd.square().sum((1, 3))
             self.error = max(self.error, _worst(off, size))
+        return k_BHSd, v_BHSd
 
 
 class _ComparedStates(StateCache):

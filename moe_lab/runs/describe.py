@@ -13,7 +13,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.experts.weights import ExpertWeights
 from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import PROPERTIES
-from moe_lab.runs import build
+from moe_lab.runs import build, passes
 
 
 class Description(NamedTuple):
@@ -58,7 +58,7 @@ def _experts(cfg: DictConfig, device: torch.device) -> Description:
     weights = ExpertWeights(sizes.n_experts, sizes.d_model, sizes.mlp_hidden_dim)
     experts = experts.for_layer(weights, sizes.top_k)
     experts.compute_on(device, load=False)
-    x_T0 = torch.empty(build.n_tokens(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
+    x_T0 = torch.empty(passes.n_tokens(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
     declared = {"graph_safe": experts.graph_safe, "reads_dispatch": experts.reads_dispatch(x_T0)}
     kernels = experts.implementation(x_T0, weights).items()
     implementations = [name if op == "experts" else f"{op}={name}" for op, name in kernels]

@@ -33,7 +33,7 @@ from moe_lab.records.schema import LAUNCH_BOUND
 from moe_lab.records.store import TIMELINE
 from moe_lab.records.trace import Tokens
 from moe_lab.routers.base import Routing
-from moe_lab.runs import build, trained
+from moe_lab.runs import build, passes, trained
 from moe_lab.runs.built import Built
 from moe_lab.runs.record import reason_of
 from moe_lab.runs.trace import RunTrace, layers_of, pass_tokens, source_of
@@ -166,7 +166,7 @@ class Observer:
 
         with hooked(moe_layers(self.built.model), look):
             self.built.task(self.built.x, forced_routing=routings)
-        return stats
+        return routing_metrics.by_layer(stats, len(routings))
 
     def _agreement(self) -> dict[str, Any] | None:
         """How far routes and outputs are from those of `measure.reference_router`, in a pass of its own."""
@@ -194,7 +194,7 @@ class Observer:
         other: nn.Module = reference
         if isinstance(built.task, Serving):
             assert isinstance(reference, TransformerDecoder) and isinstance(built.task, Prefill | Decode)
-            reference.ropes.reserve(build.n_positions(cfg), built.x.device)
+            reference.ropes.reserve(passes.n_positions(cfg), built.x.device)
             other = built.task.on(reference)
         step = built.ready_step()
         difference = agreement(built.task, other, built.x, step(), fuses=step.fuses)

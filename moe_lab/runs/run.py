@@ -42,7 +42,7 @@ from moe_lab.records import identity
 from moe_lab.records.schema import UNFINISHED, Latency, Ratio, Record
 from moe_lab.records.weight_changes import active
 from moe_lab.routers.base import Router, Routing
-from moe_lab.runs import build, memory_estimate, trained, weight_changes
+from moe_lab.runs import build, memory_estimate, passes, trained, weight_changes
 from moe_lab.runs import record as recording
 from moe_lab.runs.built import Built
 from moe_lab.runs.export import exporter, make_inputs
@@ -138,7 +138,13 @@ class Run:
     def _look_at_the_input(self, built: Built) -> None:
         """Add warnings about the router, and about the input and biases of a trained model."""
         for layer in moe_layers(built.model):
-            texts = layer.router.warnings(built.n_tokens)
+            texts = layer.router.warnings(len(built.tokens()))
+            if self._routes_by_chunks(layer.router):
+                name, chunk = identity.option_name(self.cfg.router), self.cfg.workload.prefill_chunk
+                texts.append(
+                    f"workload.prefill_chunk={chunk}: router={name} looks at the other tokens of a pass, or does not "
+                    "say; here those of a chunk, so the routes are not those of a whole prefill."
+                )
             for router in layer.router.modules():  # a router may wrap another
                 if isinstance(router, Router) and router.fallback is not None:
                     texts.append(f"router.impl=auto uses {router.implementation()}: {router.fallback}.")
@@ -155,6 +161,11 @@ class Run:
                 f"{key}: a trained model routes random ids differently from text, so load and latency are "
                 "not realistic; use workload=text."
             )
+
+    def _routes_by_chunks(self, router: Router) -> bool:
+        """Whether its routes depend on how the prefill, or that of the context, is cut into passes."""
+        is_cut = self.cfg.workload.get("phase", "forward") != "forward" and len(passes.prefill_passes(self.cfg)) > 1
+        return is_cut and not (router.causal and router.batch_invariant)
 
     def _look_at_the_load(self, built: Built) -> None:
         """Add a warning if the load of a layer differs from the requested load, and of what a replay repeats."""
@@ -323,7 +334,7 @@ class Run:
             implementation=built.implementation() if built is not None else {},
             latency_ms=latency,
             ratio_to_anchor=self.ratio,
-            throughput=recording.throughput(latency.p50, build.n_tokens(cfg), decodes=decodes) if latency else None,
+            throughput=recording.throughput(latency.p50, passes.n_tokens(cfg), decodes=decodes) if latency else None,
             memory=self._memory(),
             check=self.verification.check if self.verification else None,
             router=built.router_properties() if built is not None else None,
@@ -354,7 +365,7 @@ class Run:
             [timed.seen.lap for timed in self.blocks],
             [timed.seen.throttled for timed in self.blocks],
             passes=calls * len(self.samples_ms()),
-            tokens=build.n_tokens(self.cfg),
+            tokens=passes.n_tokens(self.cfg),
             alone=not self.peers and self.cfg.measure.replicates == 1,
         )
 

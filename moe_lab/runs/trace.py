@@ -24,7 +24,7 @@ from moe_lab.records import inputs
 from moe_lab.records.identity import content, model_content, model_name, option_name, weight_changes
 from moe_lab.records.trace import GUESSES, Layer, Tokens, TraceWriter, tokens_of
 from moe_lab.routers.base import Routing
-from moe_lab.runs import build
+from moe_lab.runs import build, passes
 from moe_lab.runs.counterfactual import log_probabilities, require_own_routes
 from moe_lab.runs.guesses import Guesses
 from moe_lab.workloads import text
@@ -196,6 +196,11 @@ def require_text(cfg: DictConfig) -> None:
     """Raise `ValueError` unless the workload is texts with the router's own choice."""
     if cfg.workload.get("name") != "text":
         raise ValueError("workload: needs real text; set workload=text and workload.path (a file or a folder).")
+    if cfg.workload.get("prefill_chunk") is not None:
+        raise ValueError(
+            f"workload.prefill_chunk={cfg.workload.prefill_chunk}: windows and contexts are computed as a whole here; "
+            "remove it."
+        )
     if cfg.workload.get("load", "native") != "native":
         raise ValueError(f"workload.load={cfg.workload.load}: the routes are the router's own choice here; remove it.")
 
@@ -221,7 +226,7 @@ def text_windows(
     cfg: DictConfig, model: TransformerDecoder, n_tokens: int | None, batch: int
 ) -> tuple[text.Windows, list[str]]:
     """(windows of the texts for about `n_tokens` tokens, in batches; a sentence for each that is left out)."""
-    length = build.n_positions(cfg)
+    length = passes.n_positions(cfg)
     domains = text.read_domains(cfg.workload.path, model.vocab_size, getattr(model, "tokenizer_file", None))
     n_windows = None if n_tokens is None else max(n_tokens // (batch * length), 1) * batch
     windows = text.windows(domains, length, n_windows, int(cfg.seed))

@@ -45,7 +45,7 @@ HELP = {
     ],
     "card": ["moe-lab card", "DIRECTORY", "--license ID", "hf upload NAME DIR/card --repo-type dataset"],
     "compare": ["moe-lab compare", "--threshold", "exit codes"],
-    "generate": ["moe-lab generate", "KEY=VALUE", "--max-tokens", "--temperature", "default: 200"],
+    "generate": ["moe-lab generate", "KEY=VALUE", "--max-tokens", "--temperature", "default: 200", "--prefill-chunk"],
     "trace": ["moe-lab trace", "KEY=VALUE | FILE", "--logits", "--to {parquet,vllm}"],
     "import": ["moe-lab import", "vllm, sglang, llama_cpp", "--top-k", "the trace to write"],
     "analyze": ["moe-lab analyze", "TRACE KEY=VALUE", "--cfg", "conf/analyze.yaml"],
@@ -110,6 +110,7 @@ OF_GENERATE = {  # typed behind a prompt
     "{} foo": "foo: not a KEY=VALUE override",
     "{} --max-tokens 0": "--max-tokens 0: must be an integer >= 1",
     "{} --temperature -1": "--temperature -1.0: must be a number >= 0",
+    "{} --prefill-chunk 0": "--prefill-chunk 0: must be an integer >= 1",
     "{} router=soft": "router=soft mixes .*or another router",
     "{} execution=cuda_graph device=cpu": "execution=cuda_graph: .*use execution=eager",
 }

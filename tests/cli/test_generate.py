@@ -62,6 +62,22 @@ def test_the_text_is_what_whole_passes_choose(router: str) -> None:
     assert "".join(pieces) == bytes(wanted).decode(errors="replace")
 
 
+@pytest.mark.parametrize("chunk", [pytest.param(c, id=f"chunk{c}") for c in (1, 4, 8, 99)])
+def test_a_prompt_in_chunks_gives_the_same_text(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no pass over it has more tokens."""
+    wanted, lengths = list(generate(composed(), PROMPT, 9)), []
+    forward = Checkpoint.forward
+
+    def noted(self: Checkpoint, ids_BS: Tensor, *arguments: object, **options: object) -> object:
+        lengths.append(ids_BS.shape[1])
+        return forward(self, ids_BS, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Checkpoint, "forward", noted)
+    assert list(generate(composed(), PROMPT, 9, prefill_chunk=chunk)) == wanted
+    n = len(PROMPT.encode()) - 1
+    assert lengths == [*([chunk] * (n // chunk)), *([n % chunk] if n % chunk else []), *[1] * 9]
+
+
 def test_a_prompt_of_one_token_will_do() -> None:
     """Nothing is in the cache before it."""
     assert "".join(generate(composed(), "d", 8)) == bytes(by_whole_passes(composed(), [ord("d")], 8)).decode()

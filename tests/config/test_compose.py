@@ -115,6 +115,10 @@ MISTAKES = [
         ["workload.phase=decode", "workload.context_len=0"], "workload.context_len=0", ">= 1", id="no-context"
     ),
     pytest.param(
+        ["workload.phase=prefill", "workload.prefill_chunk=0"], "workload.prefill_chunk=0", ">= 1", id="no-chunk"
+    ),
+    pytest.param(["model.attention=flsh"], "model.attention=flsh", "Did you mean flash?", id="misspelt-attention"),
+    pytest.param(
         ["workload.window=2"], "workload.window=2", "only used with workload.phase=decode", id="unread-window"
     ),
     pytest.param(["workload.phase=decode", "workload.window=0"], "workload.window=0", ">= 1", id="no-window"),

@@ -140,7 +140,7 @@ def test_a_dense_model_runs_and_has_no_routing(model: str, tmp_path: Path) -> No
     record: Record = moe_lab.run(quick.compose(model), tmp_path)
     assert record.status == "ok"
     assert record.routing is None
-    assert set(record.implementation) == {"add_rms_norm"}
+    assert not {"router", "experts"} & set(record.implementation)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(d, id=d) for d in ("fp32", "bf16")])

@@ -19,6 +19,8 @@ CASES = [
     # model, what has no effect, what gives it one
     ("moe_layer", "workload.context_len=5", None),
     ("decoder_moe", "workload.context_len=5", ["workload.phase=decode"]),
+    ("decoder_moe", "workload.prefill_chunk=5", ["workload.phase=prefill"]),
+    ("transformer_decoder", "workload.prefill_chunk=5", ["workload.phase=decode"]),
     ("minimal", "workload.load=zipf", None),
     ("transformer_decoder", "workload.load=zipf", None),
     ("moe_layer", "workload.zipf_exponent=2", ["workload.load=zipf"]),
@@ -52,6 +54,18 @@ def test_what_has_no_effect_is_refused_and_what_has_is_taken(
         assert str(raised.value).startswith(f"{override}: ") and "\n" not in str(raised.value)
     if beside is not None:
         moe_lab.compose(quick.overrides(model, *beside, override))
+
+
+def test_a_backend_of_attention_has_no_effect_on_a_decode_step() -> None:
+    """What is timed there has kernels of its own; nor on passes of one token."""
+    override = "model.attention=flash"
+    for phase in ("forward", "prefill"):
+        moe_lab.compose(quick.overrides("decoder_moe", f"workload.phase={phase}", override))
+    for more in (["workload.phase=decode"], ["seq_len=1"], ["workload.phase=prefill", "workload.prefill_chunk=1"]):
+        with pytest.raises(
+            ValueError, match=r"^model\.attention=flash: has no effect; only used with workload\.phase=f"
+        ):
+            moe_lab.compose(quick.overrides("decoder_moe", *more, override))
 
 
 def decoder(*overrides: str) -> list[str]:

@@ -298,6 +298,7 @@ def build(
                 make_router=make_router or native_router(folder),
                 experts=Grouped(),
                 implementation="auto",
+                attention="auto",
             )
     finally:
         torch.set_default_dtype(before)

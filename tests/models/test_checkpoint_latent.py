@@ -217,4 +217,4 @@ def test_a_run_is_verified_and_says_what_a_token_keeps(kind: str, phase: str, tm
     assert record.status == "ok" and record.check is not None and record.memory is not None
     assert record.memory["cache_bytes_per_token"] == 3 * (14 + 8) * 2
     assert 0 < (record.check.cache_rel_error or 0) < 0.06
-    assert record.implementation.get("attention") == ("torch" if phase == "decode" else None)
+    assert record.implementation["attention"] == ("torch" if phase == "decode" else "torch:math")

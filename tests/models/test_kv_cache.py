@@ -32,6 +32,23 @@ def test_begin_keeps_the_first_positions_and_touches_no_other(S: int) -> None:
     assert not kept.k_BHNd[:, :, S:].any() and not kept.v_BHNd[:, :, S:].any()
 
 
+@pytest.mark.parametrize(("start", "S"), [pytest.param(*of, id=f"{of}") for of in ((0, 4), (1, 3), (4, 3), (6, 1))])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")])
+def test_begin_behind_others_keeps_the_next_and_returns_all_so_far(start: int, S: int, dtype: torch.dtype) -> None:
+    """In the same memory and the dtype of the arguments; also of some of the sequences."""
+    whole, k, v = cache(dtype=dtype), random(B, H, start + S, d), random(B, H, start + S, d, seed=1)
+    if start:
+        whole.layers[1].begin(k[:, :, :start], v[:, :, :start])
+    for part, rows in ((whole.behind(start), slice(None)), (whole.rows(1, 3).behind(start), slice(1, 3))):
+        assert part.start == start and part.length == N and part.rows(0, 1).start == start
+        all_k, all_v = part.layers[1].begin(k[rows, :, start:], v[rows, :, start:])
+        for got, kept, want in ((all_k, whole.layers[1].k_BHNd, k), (all_v, whole.layers[1].v_BHNd, v)):
+            assert got.dtype == torch.float32 and got.shape == want[rows].shape
+            assert torch.equal(kept[rows, :, : start + S], want[rows].to(dtype)) and not kept[:, :, start + S :].any()
+            assert torch.equal(got, want[rows] if start == 0 else want[rows].to(dtype).float())
+    assert not whole.layers[0].k_BHNd.any()
+
+
 @pytest.mark.parametrize("positions", [pytest.param([0], id="first"), pytest.param([N - 1], id="last")])
 def test_put_keeps_one_position_and_returns_all(positions: list[int]) -> None:
     """The others stay as they were."""
@@ -151,6 +168,21 @@ def test_several_positions_read_before_the_first_and_keep_after_the_last() -> No
     assert number(kept.before(torch.tensor([4, 5, 6]))) == 4
     kept.put(torch.tensor([4, 5, 6]), *after(6))
     assert number(kept.before(torch.tensor([7]))) == 7
+
+
+@pytest.mark.parametrize("lengths", [pytest.param(each, id=f"{each}") for each in ([1, 1, 1], [4, 3], [3, 4, 1])])
+def test_parts_of_a_prefill_find_the_state_behind_the_one_before(lengths: list[int]) -> None:
+    """And steps behind it that of the last one, as often as they are taken."""
+    kept, start = states(), 0
+    for length in lengths:
+        part = kept.behind(start)
+        assert number(part.before(None)) == start
+        start += length
+        part.keep(length, None, *after(start - 1))
+    for _ in range(2):
+        for position in range(start, start + 3):
+            assert number(kept.before(torch.tensor([position]))) == position
+            kept.put(torch.tensor([position]), *after(position))
 
 
 def test_states_keep_their_dtypes() -> None:

@@ -364,6 +364,106 @@ def test_a_cache_is_reserved_with_its_tables_for_the_models_sizes() -> None:
     assert model.ropes[0].cos_Nd is not None and len(model.ropes[0].cos_Nd) == 10
 
 
+LATENT = {"nope_dim": 5, "rope_dim": 6, "v_dim": 7, "kv_rank": 9, "q_rank": 8, "bias": False, "growth": (0.3, 4)}
+DELTA_NET = {"kind": "delta_net", "n_heads": 2, "head_dim": 8, "n_value_heads": 4, "value_dim": 6, "conv_width": 4}
+SHORT_CONV = {"kind": "short_conv", "width": 3, "bias": True}
+all_models = pytest.mark.parametrize(
+    "options",
+    [
+        *models.args[1],
+        pytest.param({"sinks": True, "windows": [4, None, 50]}, id="sinks"),
+        pytest.param({"latent": LATENT, "head_dim": 6}, id="latent"),
+        pytest.param({"mixers": [DELTA_NET, None, DELTA_NET]}, id="delta_net"),
+        pytest.param({"mixers": [SHORT_CONV, SHORT_CONV, None]}, id="short_conv"),
+    ],
+)
+LENGTH = 41
+chunked = pytest.mark.parametrize("chunk", [pytest.param(c, id=f"chunk{c}") for c in (1, 7, 37, LENGTH, LENGTH + 1)])
+
+
+def same_caches(one: KVCache, other: KVCache) -> None:
+    for kept, wanted in zip(one.buffers(), other.buffers(), strict=True):
+        assert_close(kept, wanted)
+
+
+@all_models
+@chunked
+def test_a_prefill_in_chunks_is_the_whole(options: dict[str, Any], chunk: int) -> None:
+    """Logits, routes, what the cache holds and the step behind it; the last chunk may be shorter, or there is one."""
+    model, ids_BN = decoder(**options), ids(2, LENGTH + 1)
+    ids_BS = ids_BN[:, :LENGTH]
+    whole, cut = (Prefill(model, model.make_cache(2, LENGTH + 1), size) for size in (None, chunk))
+    want, got = whole(ids_BS), cut(ids_BS)
+    assert got.y.shape == (2, 1, VOCAB)
+    assert_close(got.y, want.y)
+    assert all(same_routes(*pair) for pair in zip(got.routings, want.routings, strict=True))
+    assert_close(Decode(model, cut.cache, LENGTH)(ids_BN).y, Decode(model, whole.cache, LENGTH)(ids_BN).y)
+    if not cut.cache.in_order:  # places of states before the last one depend on the cut
+        same_caches(cut.cache, whole.cache)
+
+
+@all_models
+@chunked
+def test_a_context_in_chunks_is_the_whole(options: dict[str, Any], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of decoding: its routes and every step; some sequences at a time, too."""
+    model, ids_BN = decoder(**options), ids(3, LENGTH + 3)
+    want, want_context = decoding(model, ids_BN, LENGTH)
+    steps = stepped(want, ids_BN)
+    for at_once in (1, 1 << 14):
+        monkeypatch.setattr(serving, "_TOKENS_AT_ONCE", at_once)
+        got = Decode(model, model.make_cache(3, LENGTH + 3), LENGTH, chunk=chunk)
+        context = got.fill(ids_BN)
+        assert all(same_routes(*pair) for pair in zip(context, want_context, strict=True))
+        assert_close(logits_of(stepped(got, ids_BN)), logits_of(steps))
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk", "sizes"),
+    [
+        pytest.param(9, None, [9], id="whole"),
+        pytest.param(9, 4, [4, 4, 1], id="shorter last"),
+        pytest.param(8, 4, [4, 4], id="divides"),
+        pytest.param(3, 4, [3], id="longer"),
+    ],
+)
+def test_no_pass_has_more_tokens_than_a_chunk(length: int, chunk: int | None, sizes: list[int]) -> None:
+    """Of each sequence, one after the other; a router is asked pass by pass, and told the tokens at hand."""
+    assert [len(part) for part in serving.chunks(length, chunk)] == sizes
+    model, ids_BS = decoder(router=Seen), ids(2, length)
+    CONTEXTS.clear()
+    Prefill(model, model.make_cache(2, length), chunk)(ids_BS)
+    asked = [ctx for ctx in CONTEXTS if ctx.layer == 0]
+    tokens = [ctx.token_ids_T.view(2, -1) for ctx in asked if ctx.token_ids_T is not None]
+    assert [part.shape[1] for part in tokens] == sizes and torch.equal(torch.cat(tokens, 1), ids_BS)
+    assert {ctx.phase for ctx in asked} == {"prefill"}
+
+
+def test_logits_are_computed_of_the_last_position_alone() -> None:
+    """Of a prefill, whole or in chunks; of a context none."""
+    model, ids_BN, rows = decoder(), ids(2, 9), []
+    model.head.register_forward_pre_hook(lambda _, given: rows.append(tuple(given[0].shape)))
+    for chunk in (None, 4):
+        Prefill(model, model.make_cache(2, 9), chunk)(ids_BN)
+        Decode(model, model.make_cache(2, 9), 8, chunk=chunk).fill(ids_BN)
+    assert rows == [(2, 1, 32)] * 2
+
+
+@pytest.mark.parametrize("chunk", [pytest.param(None, id="whole"), pytest.param(4, id="chunk4")])
+def test_a_forced_routing_goes_to_the_tokens_that_it_is_of(chunk: int | None) -> None:
+    """Each chunk has its own part: another routing of one token changes the logits as it does in the whole."""
+    model, ids_BS = decoder(), ids(3, 9)
+    prefill = Prefill(model, model.make_cache(3, 9), chunk)
+    free = prefill(ids_BS)
+    assert_close(prefill(ids_BS, free.routings).y, free.y)
+    for token in (0, 8, 13, 26):  # of the first, second and third sequence
+        moved = [Routing(routing.expert_ids_TK.clone(), routing.weights_TK) for routing in free.routings]
+        for routing in moved:
+            routing.expert_ids_TK[token] = (routing.expert_ids_TK[token] + 1) % E
+        want = model(ids_BS, moved).y[:, -1:]
+        assert_close(prefill(ids_BS, moved).y, want)
+        assert float((want - free.y)[token // 9].abs().max()) > 1e-4
+
+
 def marked(rows: Sequence[tuple[int, int]], width: int) -> Routing:
     """A routing whose ids tell (sequence, position), with weights that follow from them."""
     ids_TK = torch.tensor([[100 * b + t] * width for b, t in rows], dtype=torch.int32)

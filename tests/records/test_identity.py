@@ -85,6 +85,7 @@ def test_cell_id_ignores_labels_and_how_it_is_looked_at(key: str, value: Any) ->
         pytest.param("model.n_experts", 6, id="model_key"),
         pytest.param("model.tie_embeddings", True, id="model_flag"),
         pytest.param("workload.phase", "prefill", id="phase"),
+        pytest.param("model.attention", "math", id="attention"),
         pytest.param("export.name", "netron", id="export"),
         pytest.param("router.mine", 1, id="a_new_key"),
     ],
@@ -176,6 +177,20 @@ def test_the_length_of_the_context_counts_in_decode_alone(phase: str) -> None:
     other = changed(cfg, "workload.context_len", 77)
     assert (cell_id(other) == cell_id(cfg)) == (phase != "decode")
     assert (slug(other) == slug(cfg)) == (phase != "decode")
+
+
+def test_a_chunk_counts_where_a_prefill_has_several() -> None:
+    """Of a prefill or of a context; one that holds all tokens is the whole, and a forward pass has none."""
+    for phase, key, at_length in (("prefill", "seq_len", 7), ("decode", "workload.context_len", 9)):
+        cfg = changed(changed(tiny.decoder_moe(), "workload.phase", phase), key, at_length)
+        whole, cut = ([cell_id(each), slug(each)] for each in (cfg, changed(cfg, "workload.prefill_chunk", 3)))
+        assert all(one != other for one, other in zip(whole, cut, strict=True)) and "c3-cpu" in cut[1]
+        assert cell_id(changed(cfg, "workload.prefill_chunk", 2)) != cut[0]
+        for chunk in (at_length, at_length + 1):
+            same = changed(cfg, "workload.prefill_chunk", chunk)
+            assert [cell_id(same), slug(same)] == whole
+    forward = tiny.decoder_moe()
+    assert cell_id(changed(forward, "workload.prefill_chunk", 3)) == cell_id(forward)
 
 
 def test_records_and_configurations_have_the_same_identity(tmp_path: Path) -> None:

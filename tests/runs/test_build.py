@@ -27,6 +27,7 @@ from moe_lab.routers.capacity import Capacity
 from moe_lab.routers.sinkhorn import Sinkhorn
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.runs import build
+from moe_lab.runs.passes import n_positions
 from tests import quick, tiny
 
 CPU = torch.device("cpu")
@@ -77,6 +78,7 @@ def test_a_model_with_a_donor_takes_no_memory_for_its_parameters() -> None:
         pytest.param(["batch=5", "seq_len=3"], True, id="input"),
         pytest.param(["name=x", "measure.max_time_s=9"], True, id="labels"),
         pytest.param(["model.top_k=[1,2]"], True, id="top_k"),
+        pytest.param(["model.attention=math"], True, id="attention"),
         pytest.param(["seed=1"], False, id="seed"),
         pytest.param(["dtype=bf16"], False, id="dtype"),
         pytest.param(["model.n_layers=3"], False, id="layers"),
@@ -417,7 +419,7 @@ def test_a_sequence_is_no_longer_than_a_checkpoint_is_made_for(
 ) -> None:
     """In decode the context counts too; the message names what to lower."""
     cfg = checkpoint("batch=1", *more)
-    assert build.n_positions(cfg) == longest
+    assert n_positions(cfg) == longest
     if allowed:
         assert build.build_input(cfg, native, CPU).shape == (1, longest)
         return
@@ -469,6 +471,14 @@ def test_soft_moe_prefills_and_does_not_decode() -> None:
     assert build.check_available(tiny.decoder_moe("router=soft", "workload.phase=prefill"))[0] == CPU
     with pytest.raises(UnavailableError, match=r"router=soft mixes .*use workload\.phase=forward or prefill"):
         build.check_available(tiny.decoder_moe("router=soft", "workload.phase=decode"))
+
+
+def test_soft_moe_is_not_prefilled_in_chunks() -> None:
+    """A chunk has only some of the tokens to mix; one that holds all is the whole."""
+    prefill = ("router=soft", "workload.phase=prefill", "seq_len=7")
+    assert build.check_available(tiny.decoder_moe(*prefill, "workload.prefill_chunk=7"))[0] == CPU
+    with pytest.raises(UnavailableError, match=r"router=soft mixes all .*use workload\.prefill_chunk=null or another"):
+        build.check_available(tiny.decoder_moe(*prefill, "workload.prefill_chunk=6"))
 
 
 def refuse_fp32(experts: Loop, x_TD: Tensor, weights: nn.Module) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""runs/built.py: how many tokens a step has, what it computes and who computes it."""
+"""runs/built.py: what a step computes and who computes it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,10 @@ from moe_lab.models import layers
 from moe_lab.models.attention import Attention
 from moe_lab.models.layers import Linear
 from moe_lab.routers.selection import SelectionRouter
-from moe_lab.runs.build import n_tokens
 from moe_lab.runs.built import Built
 from tests import tiny
 
 STEPS = 7
-
-
-@pytest.mark.parametrize(
-    ("model", "more", "expected"),
-    [
-        pytest.param("decoder_moe", ("batch=3", "seq_len=5"), 15, id="forward"),
-        pytest.param("decoder_moe", ("batch=3", "seq_len=5", "workload.phase=prefill"), 15, id="prefill"),
-        pytest.param("decoder_moe", ("batch=3", "seq_len=5", "workload.phase=decode"), 3, id="decode"),
-        pytest.param("minimal", ("batch=3",), 3, id="a model without seq_len"),
-    ],
-)
-def test_tokens_of_one_iteration(model: str, more: tuple[str, ...], expected: int) -> None:
-    """A decoding step has one of each sequence."""
-    assert n_tokens(tiny.compose(model, *more)) == expected
 
 
 @pytest.mark.parametrize(
@@ -60,7 +45,10 @@ def test_who_computes_what() -> None:
     assert experts.implementation().items() >= {"router": "torch", "experts": "loop"}.items()
     assert experts.router_properties() is not None
     dense = tiny.built(tiny.transformer_decoder()).built
-    assert dense.implementation().keys() == {"add_rms_norm"} and dense.router_properties() is None
+    assert (
+        dense.implementation() == {"add_rms_norm": "torch", "attention": "torch:flash"}
+        and dense.router_properties() is None
+    )
     forced = tiny.built(tiny.decoder_moe("workload.load=balanced")).built
     assert forced.implementation()["router"] == "forced: balanced"
 
@@ -126,3 +114,19 @@ def test_a_kernel_of_single_rows_is_named(
         if isinstance(module, Linear):
             module.uses_gemv = flagged in ("all", "head" if name == "head" else "blocks")
     assert built.implementation().get("linear") == kernel
+
+
+@pytest.mark.parametrize(
+    ("more", "attention"),
+    [
+        pytest.param((), "torch:flash", id="auto"),
+        pytest.param(("model.attention=math",), "torch:math", id="named"),
+        pytest.param(("model.attention=math", "workload.phase=prefill"), "torch:math", id="prefill"),
+        pytest.param(("workload.phase=prefill", "workload.prefill_chunk=3"), "torch:flash", id="chunks"),
+        pytest.param(("workload.phase=prefill", "seq_len=1"), None, id="one token"),
+        pytest.param(("workload.phase=decode",), "torch", id="decode"),
+    ],
+)
+def test_who_computes_attention(more: tuple[str, ...], attention: str | None) -> None:
+    """Of many tokens torch's backend; one token has no choice."""
+    assert tiny.built(tiny.decoder_moe(*more)).built.implementation().get("attention") == attention

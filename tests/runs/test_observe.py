@@ -1,8 +1,12 @@
-"""runs/observe.py: what an eager run says whose GPU waits for the host. The rest is tested in test_run.py."""
+"""runs/observe.py: what an eager run says whose GPU waits for the host, and a prefill in chunks.
+
+The rest is tested in test_run.py.
+"""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from moe_lab.measure.kernels import Kernel, matched
 from moe_lab.measure.profile import Profile
@@ -79,3 +83,30 @@ def test_phases_of_a_graph_say_whose_they_are(
     else:
         (line,) = observer.warnings
         assert line.startswith("phases_ms is of an eager pass") and ("CUPTI" if known is None else "eagerly") in line
+
+
+def test_what_is_seen_of_a_prefill_in_chunks_is_of_all_of_its_tokens() -> None:
+    """Layer by layer as of the whole: routing, the trace, and how far another router is; a chunk reads its experts."""
+    more = ("workload.phase=prefill", "measure.reference_router=switch", "measure.record_routing=true", "batch=3")
+    found = []
+    for chunk in ("null", "3"):
+        run = tiny.built(tiny.decoder_moe(*more, f"workload.prefill_chunk={chunk}"))
+        run.verify()
+        assert run.built is not None
+        observer = Observer(run.built, 1.0, 1)
+        observer.observe()
+        assert not observer.warnings
+        found.append(observer)
+    whole, cut = found
+    for name in ("layer", "counts_LE", "coactivation_LEE"):
+        assert (whole.routing_arrays[name] == cut.routing_arrays[name]).all()
+    (tokens, routings), (cut_tokens, cut_routings) = (each.trace.passes[0] for each in found)  # type: ignore[union-attr]
+    assert (tokens.position == cut_tokens.position).all()
+    assert all(
+        torch.equal(one.expert_ids_TK, other.expert_ids_TK) for one, other in zip(routings, cut_routings, strict=True)
+    )
+    for name in ("jaccard", "same_experts", "combine_l1"):
+        one, other = (each.values["agreement"] for each in found)
+        assert [layer[name] for layer in other["layers"]] == pytest.approx([layer[name] for layer in one["layers"]])
+        assert other["pooled"][name] == pytest.approx(one["pooled"][name])
+    assert cut.values["routing"]["pooled"]["expert_mb"] > whole.values["routing"]["pooled"]["expert_mb"]

@@ -119,6 +119,8 @@ def test_what_cannot_be_recorded_is_said(more: list[str], message: str, tmp_path
     """Nothing is written."""
     with pytest.raises(ValueError, match=message):
         recorded(tmp_path / "x.trace", *more)
+    with pytest.raises(ValueError, match=r"^workload.prefill_chunk=3: windows and contexts are computed as a whole"):
+        record(quick.compose("checkpoint", "workload.phase=prefill", "workload.prefill_chunk=3"), tmp_path / "x.trace")
     with pytest.raises(ValueError, match="needs real text"):
         record(quick.compose("decoder_moe"), tmp_path / "x.trace")
     assert not list(tmp_path.iterdir())

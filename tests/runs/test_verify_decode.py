@@ -478,9 +478,11 @@ def test_another_execution_is_verified_in_every_step_when_it_comes_back(monkeypa
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_prefill_is_verified_and_its_faults_fail(batch: int, dtype: str) -> None:
+@pytest.mark.parametrize("chunk", [pytest.param(None, id="whole"), pytest.param(3, id="chunks")])
+def test_a_prefill_is_verified_and_its_faults_fail(chunk: int | None, batch: int, dtype: str) -> None:
     """Of its output, the logits of the last position."""
-    cfg = tiny.decoder_moe("workload.phase=prefill", f"dtype={dtype}", f"batch={batch}")
+    more = [] if chunk is None else [f"workload.prefill_chunk={chunk}"]
+    cfg = tiny.decoder_moe("workload.phase=prefill", f"dtype={dtype}", f"batch={batch}", *more)
     run = tiny.built(cfg)
     run.verify()
     assert run.verification is not None and run.verification.check.passed
@@ -497,6 +499,72 @@ def test_a_prefill_is_verified_and_its_faults_fail(batch: int, dtype: str) -> No
         faulty: Any = tiny.built(cfg)
         plant(faulty)
         assert fault_found(faulty).where == where
+
+
+def begun_one_early(run: Run) -> None:
+    """Each chunk but the first is put over the last position of the one before."""
+    for positions, cache in run.built.task._parts:  # type: ignore[union-attr,operator]
+        for layer in cache.layers:
+            layer.start = max(positions.start - 1, 0)
+
+
+def turned_as_the_first(run: Run) -> None:
+    """Each chunk has the rotation of the first."""
+    for _, cache in run.built.task._parts:  # type: ignore[union-attr,operator]
+        cache.start = 0
+
+
+@pytest.mark.parametrize("plant", [pytest.param(f, id=f.__name__) for f in (begun_one_early, turned_as_the_first)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_chunk_at_the_wrong_place_fails(plant: Callable[[Run], None], dtype: str) -> None:
+    """The reference is one pass over all tokens."""
+    run = tiny.built(tiny.decoder_moe("workload.phase=prefill", f"dtype={dtype}", "workload.prefill_chunk=3"))
+    plant(run)
+    assert fault_found(run).where == "layers"
+
+
+@pytest.mark.parametrize("load", [pytest.param(load, id=load) for load in ("balanced", "one_hot")])
+def test_a_forced_load_is_prefilled_in_chunks(load: str) -> None:
+    """Each has its part of the load."""
+    cfg = tiny.decoder_moe("workload.phase=prefill", "workload.prefill_chunk=3", f"workload.load={load}", "batch=3")
+    run = tiny.built(cfg)
+    run.verify()
+    assert run.verification is not None and run.verification.check.passed
+
+
+@pytest.mark.parametrize(
+    ("router", "warned"),
+    [pytest.param(*each, id=each[0]) for each in (("sinkhorn", True), ("capacity", True), ("mixtral", False))],
+)
+@pytest.mark.parametrize("chunk", [pytest.param(3, id="chunks"), pytest.param(7, id="whole")])
+def test_a_router_that_sees_other_tokens_is_said_to_see_a_chunk(router: str, warned: bool, chunk: int) -> None:
+    """It is verified against itself, chunk by chunk."""
+    more = ("workload.phase=prefill", f"workload.prefill_chunk={chunk}", f"router={router}")
+    run = tiny.built(tiny.decoder_moe(*more))
+    run.verify()
+    assert run.verification is not None and run.verification.check.passed
+    assert any(text.startswith("workload.prefill_chunk=3: ") for text in run.warnings) == (warned and chunk == 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("execution", [pytest.param(name, id=name) for name in ("eager", "cuda_graph", "compile")])
+@pytest.mark.parametrize("attention", [pytest.param(name, id=name) for name in ("auto", "flash", "cudnn", "efficient")])
+@pytest.mark.parametrize("chunk", [pytest.param("null", id="whole"), pytest.param("20", id="chunks")])
+def test_a_prefill_is_verified_on_cuda(chunk: str, attention: str, execution: str) -> None:
+    """By each backend, all chunks in one graph; a chunk at the wrong place is found."""
+    more = [f"execution={execution}", f"model.attention={attention}", f"workload.prefill_chunk={chunk}", "batch=3"]
+    cfg = tiny.decoder_moe(
+        "workload.phase=prefill", "device=cuda", "dtype=bf16", "seq_len=50", "model.d_model=64", *more
+    )
+    run = tiny.built(cfg)
+    run.verify()
+    assert run.verification is not None and run.verification.check.passed
+    assert attention in ("auto", run.built.implementation()["attention"].removeprefix("torch:"))
+    if chunk != "null":
+        faulty = tiny.built(cfg)
+        turned_as_the_first(faulty)
+        faulty.built.step = faulty.built.make_step("natural")  # a graph holds what was captured
+        assert fault_found(faulty).where == "layers"
 
 
 @pytest.mark.gpu
