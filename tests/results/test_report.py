@@ -21,7 +21,7 @@ from moe_lab.records.schema import LAUNCH_BOUND, Record
 from moe_lab.records.store import RESULT, ROUTING, read_record, write_record
 from moe_lab.results import glossary, plots, report
 from moe_lab.results.aggregate import aggregate
-from tests.results import browser, texts
+from tests.results import browser, observed, searched, texts
 
 EVIL = "<b>&lt;</b></script><script>window.ran = 1</script><img src=x onerror='window.ran=2'>\"'`${window.ran=3}"
 
@@ -131,6 +131,19 @@ def test_the_parts_stand_in_their_order(sweep: Path) -> None:
         "files",
     ]
     assert re.findall(r'<h2 id="([a-z-]+)"', ours(sweep)) == parts
+
+
+def test_numbers_stand_below_their_headings(tmp_path: Path) -> None:
+    """Both at the right end of their column: of a search, of quality against cost, of energy and of a profile."""
+    one = searched.trial(2.0, 0.5, -0.1)
+    observed.add(one)
+    page = written(searched.write(tmp_path / "s", one)).read_text()
+    for place, n in (("search", 2), ("fronts", 3), ("energy", 5), ("profiles", 3)):
+        table = page.split(f'<h2 id="{place}">')[1].split("</table>")[0]
+        heads = re.findall(r"<th scope=.col.(.*?)>", table.split("</thead>")[0])
+        fields = re.findall(r"<td(.*?)>", table.split("<tbody>")[1].split("</tr>")[0])
+        right = ['class="n"' in field for field in fields]
+        assert ['class="n"' in head for head in heads] == right and sum(right) >= n, place
 
 
 def test_the_page_names_no_other_host(sweep: Path) -> None:
