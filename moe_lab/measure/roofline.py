@@ -12,16 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from moe_lab.models import Output
 from moe_lab.models.layers import Embedding
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import parameter_bytes
-
-# torch's counter knows the attention kernels of CUDA only.
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
 
 # torch hides the counter from its compiler, and imports that for it: more than a second of every process. Nothing is
 # compiled while flops are counted, so it is marked as hidden already.
@@ -30,8 +26,23 @@ _dispatch = getattr(_dispatch, "__wrapped__", _dispatch)
 _dispatch.__dynamo_disable = _dispatch
 
 
-def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return int(sdpa_flop_count(q, k, v))
+def _attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    (B, H, S, d), N = q, k[2]
+    return 2 * B * H * S * N * (d + v[3])
+
+
+def _efficient_attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    return _attention_flops(*(torch.Size((B, H, S, d)) for B, S, H, d in (q, k, v)))
+
+
+# Torch's counter knows no kernel of the CPU, wants as many heads of keys as of queries, and takes the tokens of the
+# last one for its heads.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention: _attention_flops,
+    torch.ops.aten._scaled_dot_product_cudnn_attention: _attention_flops,
+    torch.ops.aten._efficient_attention_forward: _efficient_attention_flops,
+}
 
 
 def count_flops(forward: Callable[[], Output]) -> tuple[Output, int]:
@@ -39,7 +50,7 @@ def count_flops(forward: Callable[[], Output]) -> tuple[Output, int]:
 
     Attention counts as the full square, causal or not, as torch counts it.
     """
-    with FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         output = forward()
     return output, int(counter.get_total_flops())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,6 +60,27 @@ def test_operations_of_a_decoder_are_those_of_its_matrices() -> None:
     run = tiny.built(tiny.decoder_moe())
     _, flops = count_flops(lambda: run.built.twin(run.built.x))
     assert flops == decoder_flops()
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> None:
+    torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> None:
+    torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)
+
+
+def efficient(q: Tensor, k: Tensor, v: Tensor) -> None:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2).repeat(1, 1, 2, 1), v.transpose(1, 2).repeat(1, 1, 2, 1)
+    torch.ops.aten._efficient_attention_forward(q, k, v, None, None, None, None, None, 0.0, 2)
+
+
+@pytest.mark.parametrize("attend", [pytest.param(each, id=each.__name__) for each in (flash, cudnn, efficient)])
+def test_operations_of_attention_behind_a_cache_on_a_gpu(attend: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+    """Fewer queries than keys, and two heads a key: each query's product with each key, and with each value."""
+    q, k, v = (torch.empty(3, heads, n, 64, device="meta") for heads, n in ((4, 5), (2, 9), (2, 9)))
+    _, flops = count_flops(lambda: attend(q, k, v))  # type: ignore[arg-type, return-value]
+    assert flops == 2 * 3 * 4 * 5 * 9 * (64 + 64)
 
 
 @pytest.mark.parametrize(
