@@ -461,12 +461,10 @@ Four norm_gate_route(const Tensor& x, const Tensor& residual, const Tensor& norm
 #endif
 
 #ifdef MOE_LAB_HOPPER
-// A tensor of 16 bits on the device of another, of these sizes, in one piece; its first element on a boundary of 16
-// bytes.
+// A tensor of 16 bits on the device of another, of these sizes, in one piece.
 const void* piece(const Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes, const char* name) {
   bool is_right = tensor.dim() == static_cast<int64_t>(sizes.size()) && tensor.scalar_type() == like.scalar_type() &&
-                  tensor.is_contiguous() && tensor.device() == like.device() &&
-                  reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+                  tensor.is_contiguous() && tensor.device() == like.device();
   int64_t i = 0;
   for (const int64_t size : sizes) is_right = is_right && tensor.size(i++) == size;
   STD_TORCH_CHECK(is_right, name, ": has a shape, dtype, device or strides that the kernel does not take");
@@ -476,6 +474,12 @@ const void* piece(const Tensor& tensor, const Tensor& like, std::initializer_lis
 const void* piece(const std::optional<Tensor>& tensor, const Tensor& like, std::initializer_list<int64_t> sizes,
                   const char* name) {
   return tensor.has_value() ? piece(*tensor, like, sizes, name) : nullptr;
+}
+
+// What is read 16 bytes at a time.
+const void* aligned(const void* pointer, const char* name) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(pointer) % 16 == 0, name, ": must begin on a boundary of 16 bytes");
+  return pointer;
 }
 
 Device sm_90_of(const Tensor& x) {
@@ -497,13 +501,13 @@ Tensor hopper_gemv(const Tensor& x, std::optional<Tensor> residual, std::optiona
   STD_TORCH_CHECK(norm.has_value() == total.has_value() && (norm.has_value() || !residual.has_value()),
                   "total: goes with a norm, and so does a residual");
   Tensor y = torch::stable::new_empty(x, {1, N});
-  const GemvArguments a = {piece(x, x, {1, K}, "x"),
-                           piece(residual, x, {1, K}, "residual"),
-                           piece(norm, x, {K}, "norm"),
-                           piece(weight, x, {N, K}, "weight"),
+  const GemvArguments a = {aligned(piece(x, x, {1, K}, "x"), "x"),
+                           aligned(piece(residual, x, {1, K}, "residual"), "residual"),
+                           aligned(piece(norm, x, {K}, "norm"), "norm"),
+                           aligned(piece(weight, x, {N, K}, "weight"), "weight"),
                            piece(bias, x, {N}, "bias"),
                            y.data_ptr(),
-                           const_cast<void*>(piece(total, x, {1, K}, "total")),
+                           const_cast<void*>(aligned(piece(total, x, {1, K}, "total"), "total")),
                            static_cast<int>(N),
                            static_cast<int>(K),
                            static_cast<float>(eps),

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from moe_lab.ops import extension
 from moe_lab.ops.fused_experts import CAPABILITY, fused_experts
+from moe_lab.ops.gemv import gemv, norm_gemv
 from moe_lab.ops.norm_gate_route import norm_gate_route
+from moe_lab.ops.one_token_attention import one_token_attention
 from moe_lab.ops.route import gate_route, route
 from moe_lab.ops.selection import Selection
 from moe_lab.ops.sinkhorn import sinkhorn_route
@@ -39,7 +41,7 @@ def main() -> None:
     for T, D, E, k in (*few_tokens, (199, 544, 7, 3), (2300, 96, 8, 2)):
         for dtype in (torch.float16, torch.bfloat16):
             gate_route(normal(T, D).to(dtype), normal(E, D).to(dtype), Selection(k))
-    for D, E, how in ((8, 1, Selection(1)), (2048, 64, Selection(8)), (264, 60, Selection(4)), (4096, 256, dsv3)):
+    for D, E, how in ((8, 2, Selection(1)), (2048, 64, Selection(8)), (264, 60, Selection(4)), (4096, 256, dsv3)):
         for dtype in (torch.float16, torch.bfloat16):
             tokens = normal(1, D).to(dtype), normal(1, D + 1)[:, 1:].to(dtype).contiguous()
             weights = normal(D).to(dtype), 1e-6, normal(E, D).to(dtype)
@@ -48,8 +50,26 @@ def main() -> None:
     gate_route(normal(100, 64).half(), normal(8, 64).half(), Selection(2, "sigmoid", 4, 2), bias_E=normal(8))
     sorts_and_sums()
     expert_mlps()
+    decoding_steps()
     torch.cuda.synchronize()
     print("made all calls")
+
+
+def decoding_steps() -> None:
+    """Single rows, with and without a norm; a token on an empty cache and on a long one, by a block a head and more."""
+    for N, K in ((1, 8), (37, 264), (2201, 2048), (5, 8192)):
+        for dtype in (torch.float16, torch.bfloat16):
+            x, weight, norm = normal(1, K).to(dtype), normal(N, K).to(dtype), normal(K).to(dtype)
+            torch.cuda.synchronize()  # the kernels read weights, and what is cached, that nobody writes any more
+            gemv(x, weight, weight[:, 0].contiguous())
+            norm_gemv(x, x, norm, 1e-6, weight)
+    for B, H, d, position in ((1, 3, 64, 0), (1, 16, 128, 699), (30, 5, 64, 41)):
+        for dtype in (torch.float16, torch.bfloat16):
+            q, k, v = normal(B, 3 * H * d).to(dtype).split(H * d, dim=1)
+            caches = [normal(B, H, 700, d).to(dtype) for _ in range(2)]
+            turns = ((normal(1, d), normal(1, d)), torch.tensor([position]).cuda())
+            torch.cuda.synchronize()
+            one_token_attention(q, k, v, None, None, 1e-6, None, *turns, *caches)
 
 
 def sorts_and_sums() -> None:

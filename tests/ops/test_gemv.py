@@ -110,6 +110,14 @@ def test_a_row_of_a_larger_tensor_will_do() -> None:
     assert_is_the_product(gemv(x[1:2], weight), x[1:2], weight)
 
 
+@HALVES
+def test_a_bias_may_begin_anywhere(dtype: torch.dtype) -> None:
+    """As that of keys does, behind that of queries."""
+    x, weight = settled(normal(1, 48, dtype=dtype), normal(7, 48, dtype=dtype))
+    bias = normal(12, dtype=dtype)[5:]
+    assert_is_the_product(gemv(x, weight, bias), x, weight, bias)
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype", "norms", "taken"),
     [
