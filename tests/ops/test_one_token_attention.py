@@ -25,10 +25,10 @@ SHAPES = pytest.mark.parametrize(
         pytest.param(1, 16, 128, id="B=1, 16 heads, d=128"),
         pytest.param(3, 1, 64, id="B=3, one head, d=64"),
         pytest.param(1, 5, 64, id="B=1, 5 heads, d=64"),
-        pytest.param(20, 7, 128, id="B=20, 7 heads, d=128: a block a head"),
+        pytest.param(10, 7, 128, id="B=10, 7 heads, d=128: a block a head"),
     ],
 )
-N = 700
+N = 300
 
 
 @pytest.fixture(autouse=True)
@@ -64,15 +64,14 @@ class Case:
 
 @SHAPES
 @pytest.mark.parametrize(
-    ("norm", "clip"),
+    ("norm", "clip", "window"),
     [
-        pytest.param("none", 0.7, id="no norm, clip"),
-        pytest.param("head", None, id="norm of heads"),
-        pytest.param("full", 0.7, id="norm of all, clip"),
+        pytest.param("none", 0.7, None, id="no norm, clip"),
+        pytest.param("head", None, 70, id="norm of heads, window=70"),
+        pytest.param("full", 0.7, None, id="norm of all, clip"),
     ],
 )
-@pytest.mark.parametrize("position", [pytest.param(p, id=f"at {p}") for p in (0, 1, 8, 63, 699)])
-@pytest.mark.parametrize("window", [pytest.param(None, id="all"), pytest.param(70, id="window=70")])
+@pytest.mark.parametrize("position", [pytest.param(p, id=f"at {p}") for p in (0, 1, 8, 63, 299)])
 @HALVES
 def test_it_is_its_definition_in_float64(
     B: int, H: int, d: int, norm: str, clip: float | None, position: int, window: int | None, dtype: torch.dtype,
@@ -129,7 +128,7 @@ def test_one_graph_serves_every_position_bit_for_bit(dtype: torch.dtype, device:
     with torch.cuda.graph(graph):
         y = one_token_attention(*of_new)
     eager.k_BHNd.copy_(case.k_BHNd), eager.v_BHNd.copy_(case.v_BHNd)
-    for p in (0, 3, 64, 500, 699, 65):
+    for p in (0, 3, 64, 200, 299, 65):
         position.fill_(p)
         for own, new in zip(turns, tables(p, 128, device), strict=True):
             own.copy_(new)

@@ -318,6 +318,7 @@ def test_it_runs_where_ctrl_c_does_not_come(tmp_path: Path) -> None:
     assert len(records) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(usable_cpus()) < 2, reason="one CPU")
 def test_two_slots_of_this_machine_measure_what_one_worker_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
