@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moe_lab.models.attention import Attention
 from moe_lab.models.kv_cache import KVCache
-from moe_lab.models.layers import joined
+from moe_lab.models.layers import rows_together
 from moe_lab.models.moe_layer import MoELayer
 from moe_lab.models.transformer_decoder import Block, TransformerDecoder
 from moe_lab.routers.softmax_topk import SoftmaxTopK
@@ -222,7 +222,7 @@ class PlainDecoder:
 
 def layer_of(layer: Any, kept: Any) -> Layer:
     attention, weights = layer.attention, layer.mlp.weights
-    qkv_ND = joined([attention.q.weight, attention.k.weight, attention.v.weight])
+    qkv_ND = rows_together([attention.q.weight, attention.k.weight, attention.v.weight])
     assert qkv_ND is not None, "the model puts the three together"
     norms = [None if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
     of_mlp = (layer.mlp_norm.weight, weights.gate_ED, weights.w_gate_up_E2FD, weights.w_down_EDF)

@@ -213,8 +213,8 @@ def median_phases_ms(replays: Iterable[Sequence[Kernel]]) -> dict[str, float]:
     return {**median, "sum_ms": sum(median.values())}
 
 
-def table(kernels: Sequence[Kernel], implementation: Callable[[str | None], str]) -> dict[str, Any]:
-    """What a record's `profile` says of the kernels of a step; `implementation` is who computes a phase."""
+def table(kernels: Sequence[Kernel], implementation: Callable[[str, str | None], str]) -> dict[str, Any]:
+    """What a record's `profile` says of the kernels of a step; `implementation` as `implementation_of` gives it."""
     total_us = sum(kernel.duration_us for kernel in kernels)
     rows: defaultdict[tuple[str, str | None], list[float]] = defaultdict(list)
     in_phases: defaultdict[str, float] = defaultdict(float)
@@ -222,7 +222,7 @@ def table(kernels: Sequence[Kernel], implementation: Callable[[str | None], str]
     for kernel in kernels:
         rows[kernel.name, kernel.phase].append(kernel.duration_us)
         in_phases[kernel.phase or "other"] += kernel.duration_us / 1e3
-        in_implementations[implementation(kernel.phase)] += kernel.duration_us / 1e3
+        in_implementations[implementation(kernel.name, kernel.phase)] += kernel.duration_us / 1e3
     longest = sorted(rows.items(), key=lambda row: -sum(row[1]))[:TOP]
     return {
         "kernels_ms": total_us / 1e3,
@@ -236,17 +236,22 @@ def table(kernels: Sequence[Kernel], implementation: Callable[[str | None], str]
                 "ms": sum(durations) / 1e3,
                 "share": sum(durations) / total_us,
                 "phase": phase,
-                "implementation": implementation(phase),
+                "implementation": implementation(name, phase),
             }
             for (name, phase), durations in longest
         ],
     }
 
 
-def implementation_of(ran: Mapping[str, str]) -> Callable[[str | None], str]:
-    """Who computes a phase, from a record's `implementation`; a phase that it does not name stands for itself."""
+def implementation_of(ran: Mapping[str, str]) -> Callable[[str, str | None], str]:
+    """Who launched a kernel of this name and phase, from a record's `implementation`.
 
-    def of(phase: str | None) -> str:
+    A phase that it does not name stands for itself. The kernel of single rows serves several phases.
+    """
+
+    def of(name: str, phase: str | None) -> str:
+        if "linear" in ran and base_name(name) == f"{ran['linear']}_kernel":
+            return f"linear={ran['linear']}"
         first = (phase or "other").split("+")[0]
         part = first if first in ran or first not in ("dispatch", "combine") else "experts"
         return f"{part}={ran[part]}" if part in ran else part

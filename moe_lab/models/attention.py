@@ -12,7 +12,7 @@ from moe_lab.marks import phase
 from moe_lab.models.attention_backend import Call, kind_of, softmax_product
 from moe_lab.models.kv_cache import LayerCache
 from moe_lab.models.layers import Linear, RMSNorm, place_together, project_together
-from moe_lab.ops import one_token_attention
+from moe_lab.ops import extension, one_token_attention
 from moe_lab.ops.decode_attention import cached_attention, rope_append, takes
 from moe_lab.ops.library import is_exporting, resolve_implementation
 from moe_lab.ops.rotate import rotate_both
@@ -238,15 +238,16 @@ class Attention(nn.Module):
         return self.o(y_BSn if gate_BSn is None else y_BSn * gate_BSn.sigmoid())  # type: ignore[no-any-return]
 
     def decoded_by(self, n_tokens: int) -> str:
-        """Who attends to so many new tokens of a sequence on the cache: `torch`, `triton`, or `cuda_ext` at once."""
+        """Who attends to so many new tokens of a sequence on the cache: `torch`, `triton`, or the extension at once."""
         queries_per_key = self.o.weight.shape[1] // self.k.weight.shape[0]
         if not self.fuses or not takes(n_tokens, queries_per_key, self.head_dim):
             return "torch"
         if torch.compiler.is_compiling() or not one_token_attention.is_faster(self.k.weight.device):
             return "triton"
+        device = self.k.weight.device
         tensors = (self.k.weight, *self._norm_weights(), self.sinks_H)
         is_taken = one_token_attention.takes(n_tokens, queries_per_key, self.head_dim, *tensors)
-        return "cuda_ext" if is_taken else "triton"
+        return extension.label(device) if is_taken else "triton"
 
     def _norm_weights(self) -> list[Tensor | None]:
         return [None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm)]
@@ -261,7 +262,7 @@ class Attention(nn.Module):
         q_Rn, k_Rm, v_Rm = (part.flatten(0, 1) for part in (q, k, v))
         new: Any = (q_Rn, k_Rm, v_Rm, *self._norm_weights(), eps, self.clip_qkv, *turns)
         softmax: Any = (self.window, self.scale, self.sinks_H)
-        if by == "cuda_ext":
+        if by != "triton":
             y_RHd = one_token_attention.one_token_attention(*new, *softmax)
         else:
             y_RHd = cached_attention(rope_append(*new), *kept, position_S, *softmax)

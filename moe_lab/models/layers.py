@@ -28,8 +28,10 @@ class Linear(nn.Module):
 
     def implementation(self, x: Tensor) -> str:
         """Who computes the product of an eager pass with x [..., in], or [T, 0] to ask: `torch`, or the kernel."""
-        x = x.new_empty(*x.shape[:-1], self.weight.shape[1])
-        return "gemv" if self.takes(x, self.weight, self.bias) else "torch"
+        if x.shape[:-1].numel() != 1:
+            return "torch"
+        row = x.new_empty(*x.shape[:-1], self.weight.shape[1])
+        return "gemv" if self.takes(row, self.weight, self.bias) else "torch"
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T [+ b] with any weight, as this layer computes it."""
@@ -77,7 +79,7 @@ def joined_with(
 
     It takes a single row, on Hopper.
     """
-    if not (isinstance(norm, AddRMSNorm) and norm.implementation == "triton") or x.numel() != x.shape[-1]:
+    if not (isinstance(norm, AddRMSNorm) and norm.may_be_fused) or x.numel() != x.shape[-1]:
         return None
     joined = _joined_parameters(layers)
     takes = joined is not None and layers[0].takes(x, residual, norm.weight, *joined, norms=True)
@@ -106,13 +108,13 @@ def _joined_parameters(layers: Sequence[Linear]) -> tuple[Tensor, Tensor | None]
     """Weight and bias of all as one; None where they do not lie together, or while a pass is compiled."""
     if torch.compiler.is_compiling():  # where weights lie cannot be asked
         return None
-    weight = joined([layer.weight for layer in layers])
+    weight = rows_together([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    bias = joined(biases) if biases else None
+    bias = rows_together(biases) if biases else None
     return None if weight is None or (biases and bias is None) else (weight, bias)
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor | None:
+def rows_together(parts: Sequence[Tensor]) -> Tensor | None:
     """The rows of all as one tensor, without a copy; None if they do not lie one after the other."""
     first, rows = parts[0], 0
     storage, row = first.untyped_storage().data_ptr(), first.stride(0)

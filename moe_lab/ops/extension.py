@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moe_lab.errors import UnavailableError
 from moe_lab.ops.cxx import cache_folder, find_cxx
-from moe_lab.ops.library import library
+from moe_lab.ops.library import capability, library
 from moe_lab.ops.own_files import make_own_folder, require_own
 
 MOST_EXPERTS, MOST_K, MOST_GROUPS, MOST_GATE_TOKENS, FEW_EXPERTS = 1024, 32, 32, 32, 8  # as kernels/route.h says
@@ -302,6 +302,11 @@ def load_if_built(device: torch.device) -> None:
 def computes(device: torch.device) -> bool:
     """Whether it is loaded and `device` a GPU; each pass asks, so nothing is looked for, built or loaded."""
     return _most_sorted > 0 and device.type == "cuda"
+
+
+def has_hopper_kernels(device: torch.device) -> bool:
+    """As `computes`, of the kernels that are built for Hopper alone."""
+    return computes(device) and capability(device) == HOPPER_CAPABILITY
 
 
 def sorts(device: torch.device, n_experts: int) -> bool:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.ops import add_rms_norm, extension
-from moe_lab.ops.library import call, capability, register
+from moe_lab.ops.library import call, register
 
 _MOST_COLUMNS, _MOST_COLUMNS_ALONE = 8192, 16384  # as kernels/decode.h says
 
@@ -50,7 +50,7 @@ def norm_gemv(
 
 def is_faster(device: torch.device) -> bool:
     """Whether the kernel is there on `device`, and so faster than torch: on Hopper, with the extension loaded."""
-    return extension.computes(device) and capability(device) == extension.HOPPER_CAPABILITY
+    return extension.has_hopper_kernels(device)
 
 
 def takes(x: Tensor, *others: Tensor | None, norms: bool = False) -> bool:

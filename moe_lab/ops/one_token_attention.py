@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.ops import extension
-from moe_lab.ops.library import call, capability, register
+from moe_lab.ops.library import call, register
 from moe_lab.ops.rotate import rotate
 
 _HEAD_DIMS = (64, 128)
@@ -62,7 +62,7 @@ def one_token_attention(
 
 def is_faster(device: torch.device) -> bool:
     """Whether the kernel is there on `device`: Hopper, with the extension loaded."""
-    return extension.computes(device) and capability(device) == extension.HOPPER_CAPABILITY
+    return extension.has_hopper_kernels(device)
 
 
 def takes(n_tokens: int, queries_per_key: int, head_dim: int, *tensors: Tensor | None) -> bool:

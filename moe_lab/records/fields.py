@@ -66,7 +66,12 @@ IMPLEMENTATION = (
         "",
         "implementation of attention; of many tokens torch's backends (`model.attention`), as `torch:cudnn+efficient`",
     ),
-    Field("add_rms_norm", str, "", "implementation of the norms, but for `mlp_norm`"),
+    Field(
+        "add_rms_norm",
+        str,
+        "",
+        "implementation of the norms, but for `mlp_norm` and those that `linear` does",
+    ),
     Field(
         "linear",
         str,

@@ -20,7 +20,7 @@ from moe_lab.models.layers import AddLayerNorm, AddRMSNorm, Linear
 from moe_lab.models.moe_layer import MoELayer, moe_layers
 from moe_lab.models.parameters import reference_twin
 from moe_lab.models.serving import Decode, Prefill, Serving
-from moe_lab.models.transformer_decoder import Block
+from moe_lab.models.transformer_decoder import Block, TransformerDecoder
 from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import PROPERTIES, Routing
 from moe_lab.runs import build, passes
@@ -123,25 +123,34 @@ class Built:
         ran: dict[str, str] = {}
         if isinstance(self.model, Checkpoint) and self.model.form is not None:
             ran["weights"] = str(self.model.form)
-        x_T0 = self.tokens()
+        x_T0, compiled = self.tokens(), self.cfg.execution.name == "compile"
+        decoded_by: set[str] = set()
+        joined: set[nn.Module] = set()  # norms that are computed with what reads them
         if not self.decodes and (backends := passes.attention_backends(self.cfg, self.model, self.device)):
             ran["attention"] = f"torch:{'+'.join(backends)}"
         for module in self.model.modules():
+            if isinstance(module, TransformerDecoder) and len(x_T0) == 1 and not compiled:
+                joined |= module.joined_norms(x_T0.new_empty(1, module.d_model))
             if isinstance(module, AddRMSNorm):
-                ran["add_rms_norm"] = module.implementation
+                if module not in joined:
+                    ran["add_rms_norm"] = module.implementation
             elif isinstance(module, Block) and isinstance(module.mlp, MoELayer) and self.forced is None:
                 if module.mlp.norms_input(x_T0, module.mlp_norm):
                     ran["mlp_norm"] = module.mlp.router.implementation()
+                    joined.add(module.mlp_norm)
             elif isinstance(module, AddLayerNorm):
                 ran["add_layer_norm"] = "torch"
             elif isinstance(module, Attention | LatentAttention) and isinstance(self.task, Decode):
-                ran["attention"] = module.decoded_by(self.task.window)
+                by = module.decoded_by(self.task.window)
+                decoded_by.add("triton" if compiled and by != "torch" else by)  # see Attention.decoded_by
             elif isinstance(module, GatedDeltaNet):
                 ran["delta_net"] = f"torch: {'recurrent' if self.decodes else 'chunked'}"
             elif isinstance(module, Linear):
                 kernel = module.implementation(self._rows_of(module))
-                if kernel != "torch" and self.cfg.execution.name != "compile":  # a compiler computes them as torch does
+                if kernel != "torch" and not compiled:  # a compiler computes them as torch does
                     ran["linear"] = kernel
+        if decoded_by:
+            ran["attention"] = "+".join(sorted(decoded_by))
         for layer in moe_layers(self.model):
             ran["router"] = (
                 layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"

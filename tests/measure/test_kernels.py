@@ -255,8 +255,16 @@ RAN = {"router": "triton", "experts": "fused", "combine": "cuda_ext", "attention
 )
 def test_who_computes_a_phase(phase: str | None, expected: str) -> None:
     """As the record's `implementation` says."""
-    assert implementation_of(RAN)(phase) == expected
-    assert implementation_of({})("attention") == "attention"
+    assert implementation_of(RAN)("k", phase) == expected
+    assert implementation_of({})("k", "attention") == "attention"
+
+
+def test_the_kernel_of_single_rows_is_named_in_every_phase() -> None:
+    """It is neither attention's nor nobody's."""
+    of = implementation_of({"attention": "cuda_ext", "linear": "gemv"})
+    name = "void moe_lab::(anonymous namespace)::gemv_kernel<__nv_bfloat16>(moe_lab::GemvArguments)"
+    assert of(name, "attention") == of(name, None) == "linear=gemv"
+    assert of("decode_attention_kernel", "attention") == "attention=cuda_ext"
 
 
 def test_a_table_by_hand() -> None:

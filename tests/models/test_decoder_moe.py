@@ -17,7 +17,7 @@ from moe_lab.models.decoder_moe import DecoderMoE
 from moe_lab.models.layers import AddLayerNorm, GatedMLP
 from moe_lab.models.moe_layer import MoELayer, hooked, moe_layers
 from moe_lab.models.transformer_decoder import Block
-from moe_lab.ops import add_rms_norm
+from moe_lab.ops import add_rms_norm, gemv
 from moe_lab.routers.base import RouteContext, Router, Routing, gate_logits
 from tests import tiny
 from tests.models.peers import copy_decoder, decoder_settings, peer_model
@@ -130,6 +130,35 @@ def test_where_one_kernel_norms_and_routes_the_model_computes_the_same() -> None
     torch.testing.assert_close(model(ids(1, 1), forced_routing=free.routings).y, free.y)
     torch.testing.assert_close(model(ids(1, 2)).y, two.y)
     assert len(normed) == LAYERS
+
+
+def test_where_one_kernel_norms_and_projects_the_model_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before attention and before the head, of one token; the first is attention's time. In torch, on a CPU."""
+    model = tiny.built(tiny.decoder_moe("experts=loop", "dtype=bf16")).built.model
+    free, rows, told = model(ids(1, 1)), [], []
+
+    class Listener:
+        def start(self, name: str) -> None:
+            told.append((name, len(rows)))
+
+        def stop(self, name: str) -> None:
+            told.append((name, len(rows)))
+
+    monkeypatch.setattr(gemv, "is_faster", lambda device: True)
+    monkeypatch.setattr(gemv, "norm_gemv", lambda x, *rest, of=gemv.norm_gemv: rows.append(x.shape) or of(x, *rest))
+    assert model.joined_norms(torch.empty(1, D, dtype=torch.bfloat16)) == set()  # torch norms
+    for norm in (model.norm, *(block.attention_norm for block in model.layers)):
+        norm.implementation = "triton"
+    marks.listen(Listener())
+    joined = model(ids(1, 1))
+    marks.listen(None)
+    assert rows == [(1, D)] * (LAYERS + 1)
+    assert [counts for name, counts in told if name == "attention"] == [n for i in range(LAYERS) for n in (i, i + 1)]
+    torch.testing.assert_close(joined.y, free.y, rtol=2e-2, atol=2e-2)
+    assert len(model.joined_norms(torch.empty(1, D, dtype=torch.bfloat16))) == LAYERS + 1
+    assert not model.joined_norms(torch.empty(1, D))  # fp32
+    model.layers[0].attention_norm.asked = "triton"
+    assert model.layers[0].attention_norm not in model.joined_norms(torch.empty(1, D, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def loaded(device: torch.device) -> None:
     if device.type == "cuda":
         extension.load()
         if not gemv_module.is_faster(device):
-            pytest.skip("the kernel needs compute capability 9.0")
+            pytest.skip("the kernel needs compute capability 9.0 and nvcc")
 
 
 def settled(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -111,6 +111,23 @@ def test_a_row_of_a_larger_tensor_will_do() -> None:
 
 
 @HALVES
+def test_a_wide_row(dtype: torch.dtype) -> None:
+    """As wide as the kernel takes without a norm."""
+    x, weight = settled(normal(1, 16384, dtype=dtype), normal(5, 16384, dtype=dtype))
+    assert_is_the_product(gemv(x, weight), x, weight)
+
+
+@pytest.mark.parametrize("norms", [pytest.param(False, id="gemv"), pytest.param(True, id="norm_gemv")])
+def test_the_ops_pass_opcheck(norms: bool) -> None:
+    """Schema, fake and what is written."""
+    x, weight, norm = settled(*(normal(*shape, dtype=torch.float16) for shape in ((1, 40), (9, 40), (40,))))
+    if norms:
+        torch.library.opcheck(torch.ops.moe_lab.norm_gemv.default, (x, 2 * x, norm, 1e-5, weight, None))
+    else:
+        torch.library.opcheck(torch.ops.moe_lab.gemv.default, (x, weight, weight[:, 0].contiguous()))
+
+
+@HALVES
 def test_a_bias_may_begin_anywhere(dtype: torch.dtype) -> None:
     """As that of keys does, behind that of queries."""
     x, weight = settled(normal(1, 48, dtype=dtype), normal(7, 48, dtype=dtype))
@@ -178,9 +195,9 @@ def test_a_linear_layer_uses_it_for_one_row_in_16_bits(
 @pytest.mark.parametrize(
     ("shape", "asked", "by_kernel"),
     [
-        pytest.param((1, 1, 40), "triton", True, id="one row"),
-        pytest.param((2, 1, 40), "triton", False, id="two rows"),
-        pytest.param((1, 1, 40), "torch", False, id="torch was asked for"),
+        pytest.param((1, 1, 40), "auto", True, id="one row"),
+        pytest.param((2, 1, 40), "auto", False, id="two rows"),
+        pytest.param((1, 1, 40), "triton", False, id="a kernel was asked for by name"),
     ],
 )
 def test_a_norm_and_the_layers_behind_it(
@@ -189,7 +206,7 @@ def test_a_norm_and_the_layers_behind_it(
     """The same as one after the other."""
     monkeypatch.setattr(gemv_module, "is_faster", lambda device: True)
     norm, q, k = AddRMSNorm(40, 1e-5, asked), Linear(40, 12), Linear(40, 8)
-    norm.implementation = asked
+    norm.implementation = "triton"
     place_together(q, k)
     for part in (*norm.parameters(), *q.parameters(), *k.parameters()):
         part.copy_(normal(*part.shape))

@@ -37,13 +37,13 @@ def loaded(device: torch.device) -> None:
     if device.type == "cuda":
         extension.load()
         if not one_token_module.is_faster(device):
-            pytest.skip("the kernel needs compute capability 9.0")
+            pytest.skip("the kernel needs compute capability 9.0 and nvcc")
 
 
 class Case:
     """What a new token brings, and caches whose unseen positions are NaN."""
 
-    def __init__(self, B: int, H: int, d: int, norm: str, dtype: torch.dtype, device: torch.device):
+    def __init__(self, B: int, H: int, d: int, norm: str, dtype: torch.dtype, device: torch.device, length: int = N):
         generator = torch.Generator().manual_seed(B + 31 * H + d)
 
         def random(*shape: int) -> Tensor:
@@ -53,13 +53,15 @@ class Case:
         self.q, self.k, self.v = random(B, 3 * H * d).split(H * d, dim=1)
         width = {"none": 0, "head": d, "full": H * d}[norm]
         self.q_norm, self.k_norm = (1 + 0.3 * random(width) if width else None for _ in range(2))
-        self.k_BHNd, self.v_BHNd = random(B, H, N, d), random(B, H, N, d)
+        self.k_BHNd, self.v_BHNd = random(B, H, length, d), random(B, H, length, d)
         self.sinks_H = random(H)
 
-    def run(self, position: int, clip: float | None, window: int | None, *rest: object) -> Tensor:
+    def run(
+        self, position: int, clip: float | None, window: int | None, *rest: object, turn_first: bool = False
+    ) -> Tensor:
         turns = tables(position, self.d, self.device)
         of_new = (self.q, self.k, self.v, self.q_norm, self.k_norm, EPS, clip, turns, at(position, self.device))
-        return one_token_attention(*of_new, self.k_BHNd, self.v_BHNd, False, window, *rest)  # type: ignore[arg-type]
+        return one_token_attention(*of_new, self.k_BHNd, self.v_BHNd, turn_first, window, *rest)  # type: ignore[arg-type]
 
 
 @SHAPES
@@ -104,6 +106,47 @@ def test_a_scale_and_sinks(sink: float, dtype: torch.dtype, device: torch.device
     y_BHd = case.run(150, None, 70, 0.3, sinks_H)
     q_BHd = turned(case.q, None, "none", None, 150, 64).to(dtype)
     assert_near(y_BHd, attended(q_BHd, case.k_BHNd, case.v_BHNd, 150, 70, 0.3, sinks_H), roundings=3)
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "d", "position"),
+    [
+        pytest.param(1, 2, 128, 1990, id="eight blocks, d=128"),
+        pytest.param(1, 2, 64, 1990, id="eight blocks, d=64"),
+        pytest.param(40, 2, 64, 290, id="a block a head, d=64"),
+    ],
+)
+def test_rings_go_round(B: int, H: int, d: int, position: int, device: torch.device) -> None:
+    """More positions than the warps' rings have room for."""
+    case = Case(B, H, d, "none", torch.float16, device, length=position + 3)
+    y_BHd = case.run(position, None, None)
+    q_BHd = turned(case.q, None, "none", None, position, d).to(torch.float16)
+    assert_near(y_BHd, attended(q_BHd, case.k_BHNd, case.v_BHNd, position, None), roundings=3)
+
+
+@HALVES
+def test_a_norm_may_come_after_the_rotation(dtype: torch.dtype, device: torch.device) -> None:
+    """Of each head, of queries and of keys."""
+    case = Case(2, 3, 64, "head", dtype, device)
+
+    def normed(x_Bn: Tensor, weight_d: Tensor | None) -> Tensor:
+        assert weight_d is not None
+        y_BHd = turned(x_Bn, None, "none", None, 70, 64)
+        return y_BHd / (y_BHd.square().mean(-1, keepdim=True) + EPS).sqrt() * weight_d.double().cpu()
+
+    y_BHd = case.run(70, None, None, turn_first=True)
+    assert_near(case.k_BHNd[:, :, 70], normed(case.k, case.k_norm), roundings=2)
+    q_BHd = normed(case.q, case.q_norm).to(dtype)
+    assert_near(y_BHd, attended(q_BHd, case.k_BHNd, case.v_BHNd, 70, None), roundings=3)
+
+
+def test_the_op_passes_opcheck(device: torch.device) -> None:
+    """Schema, fake, and that it writes the caches alone."""
+    case = Case(2, 3, 64, "head", torch.float16, device)
+    turns, norms = tables(70, 64, device), (case.q_norm, case.k_norm, EPS, 2.0)
+    kept = (at(70, device), case.k_BHNd, case.v_BHNd, False, 50, 0.1, case.sinks_H)
+    new = (part.contiguous() for part in (case.q, case.k, case.v))
+    torch.library.opcheck(torch.ops.moe_lab.one_token_attention.default, (*new, *norms, *turns, *kept))
 
 
 @HALVES
@@ -176,6 +219,7 @@ def test_the_layer_is_the_same_with_it(norm: str, device: torch.device, monkeypa
         one_token_module, "one_token_attention", lambda *rest: calls.append(1) or one_token_attention(*rest)
     )
     layer.fuses = True
+    assert layer.decoded_by(1) == extension.label(device) and layer.decoded_by(2) == "triton"
     got = layer(x, *tables(20, 64, device), LayerCache(*kept), at(20, device))
     assert calls == [1]
     torch.testing.assert_close(got, want, rtol=4e-3, atol=4e-3)

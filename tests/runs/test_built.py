@@ -8,6 +8,7 @@ import torch
 from moe_lab.models import layers
 from moe_lab.models.attention import Attention
 from moe_lab.models.layers import Linear
+from moe_lab.ops import one_token_attention
 from moe_lab.routers.selection import SelectionRouter
 from moe_lab.runs.built import Built
 from tests import tiny
@@ -85,6 +86,40 @@ def test_who_attends_on_the_cache_depends_on_the_window(window: int, by: str) ->
         if isinstance(module, Attention):
             module.fuses = True
     assert built.implementation()["attention"] == by
+
+
+@pytest.mark.parametrize(
+    ("execution", "first", "by"),
+    [
+        pytest.param("eager", True, "cuda_ext:cpp", id="at-once"),
+        pytest.param("compile", True, "triton", id="compiled"),
+        pytest.param("eager", False, "cuda_ext:cpp+torch", id="layers-differ"),
+    ],
+)
+def test_who_attends_in_one_launch(execution: str, first: bool, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled pass has Triton's kernels; all that layers have are named."""
+    shape = ("model.n_heads=2", "model.n_kv_heads=2", "model.head_dim=64", "dtype=fp16", f"execution={execution}")
+    cfg = tiny.decoder_moe("workload.phase=decode", "seq_len=2", "workload.context_len=3", *shape)
+    built = Built.of(cfg, torch.device("cpu"))
+    monkeypatch.setattr(one_token_attention, "is_faster", lambda device: True)
+    found = [module for module in built.model.modules() if isinstance(module, Attention)]
+    for module in found:
+        module.fuses = module is not found[0] or first
+    assert built.implementation()["attention"] == by
+
+
+def test_joined_norms_are_not_named_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a row's projections do all norms, no other kernel stands in the record; with two rows one does."""
+    monkeypatch.setattr(layers.gemv, "is_faster", lambda device: True)
+    for batch, expected in ((1, None), (2, "triton")):
+        words = ("workload.phase=decode", "seq_len=2", "workload.context_len=3", "dtype=fp16", f"batch={batch}")
+        built = Built.of(tiny.decoder_moe(*words), torch.device("cpu"))
+        for block in built.model.layers:
+            block.attention_norm.implementation = "triton"
+            block.mlp.norms_input = lambda x_TD, _: len(x_TD) == 1
+        built.model.norm.implementation = "triton"
+        monkeypatch.setattr(SelectionRouter, "implementation", lambda _: "cuda_ext:sm_90")
+        assert built.implementation().get("add_rms_norm") == expected
 
 
 @pytest.mark.parametrize(

@@ -582,6 +582,20 @@ def test_a_correct_run_passes_on_cuda_and_a_faulty_one_fails(execution: str, mod
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("execution", [pytest.param(name, id=name) for name in ("eager", "cuda_graph", "compile")])
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, id=dtype) for dtype in ("fp16", "bf16")])
+def test_one_sequence_is_right_on_cuda(execution: str, dtype: str) -> None:
+    """With the kernels of a single row, and of a token on the cache."""
+    shape = ("model.d_model=256", "model.n_heads=4", "model.head_dim=64", "model.n_kv_heads=4")
+    cfg = config("device=cuda", f"dtype={dtype}", f"execution={execution}", "batch=1", *shape)
+    passed(tiny.built(cfg))
+    for plant in (values_exchanged, one_value_lost):
+        faulty = tiny.built(cfg)
+        plant(faulty)
+        assert fault_found(faulty).where == "layers"
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("execution", [pytest.param(name, id=name) for name in ("eager", "cuda_graph")])
 @pytest.mark.parametrize(
     "more", [pytest.param("workload.window=2", id="window"), pytest.param("router=lookahead", id="lookahead")]
