@@ -34,10 +34,13 @@ def n_positions(cfg: DictConfig) -> int:
 
 
 def prefill_passes(cfg: Any) -> list[range]:
-    """The positions of each pass over many tokens: of a whole pass, of a prefill, or while decoding of the context."""
-    workload = cfg.workload
-    length = workload.context_len if workload.get("phase") == "decode" else cfg.seq_len
-    return chunks(length, workload.get("prefill_chunk"))
+    """The positions of each pass over many tokens: of a whole pass, of a prefill, or while decoding of the context.
+
+    A forward pass has no chunks: the key may be another cell's of a sweep.
+    """
+    workload, phase = cfg.workload, cfg.workload.get("phase", "forward")
+    length = workload.context_len if phase == "decode" else cfg.seq_len
+    return chunks(length, None if phase == "forward" else workload.get("prefill_chunk"))
 
 
 def attention_backends(cfg: DictConfig, model: nn.Module, device: torch.device) -> list[str]:
