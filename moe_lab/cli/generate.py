@@ -23,7 +23,7 @@ from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.serving import Decode
 from moe_lab.models.tokenizer import Bytes, Stream, Tokenizer
 from moe_lab.records.identity import option_name
-from moe_lab.runs import build, trained
+from moe_lab.runs import build, passes, trained
 from moe_lab.terminal import write_data
 
 _COMMAND = "moe-lab generate"
@@ -106,6 +106,9 @@ def _say_what_is_odd(cfg: DictConfig, model: Checkpoint, say: Say) -> None:
             f"router={router} is not causal: a token's experts depend on later tokens, which a text that is being "
             "written does not have; the text is not what this router gives for whole texts."
         )
+    of_chunks = (passes.chunk_warning(cfg, layer.router) for layer in moe_layers(model))
+    if (warning := next(filter(None, of_chunks), None)) is not None:
+        say(f"--prefill-chunk {cfg.workload.prefill_chunk}: {warning}; leave it out.")
 
 
 def generate(
@@ -136,10 +139,12 @@ def generate(
     assert isinstance(model, Checkpoint)
     if not any(layer.router.calibrates for layer in moe_layers(model)):
         refuse_other_keys(cfg.overrides, _READ, _COMMAND)
-    cfg.workload.phase, cfg.workload.prefill_chunk = "decode", prefill_chunk
-    build.require_runnable(cfg, model, device)
     tokenizer = _tokenizer_of(model)
-    ids, ends = _encode(tokenizer, prompt, model.max_positions), _ends_of(model, say)
+    ids = _encode(tokenizer, prompt, model.max_positions)
+    cfg.workload.phase, cfg.workload.prefill_chunk = "decode", prefill_chunk
+    cfg.workload.context_len = max(len(ids) - 1, 1)
+    build.require_runnable(cfg, model, device)
+    ends = _ends_of(model, say)
     _say_what_is_odd(cfg, model, say)
     n = min(max_tokens, model.max_positions - len(ids))
     ids_1N = torch.zeros(1, len(ids) + n, dtype=torch.int64, device=device)

@@ -51,6 +51,15 @@ def _predicts_text(cfg: DictConfig) -> bool:
     )
 
 
+def _longest_pass(cfg: DictConfig) -> int:
+    """Tokens of a sequence in a pass that is timed."""
+    workload, phase = cfg.workload, cfg.workload.get("phase", "forward")
+    if phase == "decode":
+        return int(workload.get("window", 1))
+    chunk = workload.get("prefill_chunk") if phase == "prefill" else None
+    return int(min(cfg.seq_len, chunk or cfg.seq_len))
+
+
 _RULES = (
     _Rule(
         "workload.context_len workload.window",
@@ -64,8 +73,9 @@ _RULES = (
     ),
     _Rule(
         "model.attention",
-        lambda c: c.workload.get("phase") != "decode" and min(c.seq_len, c.workload.get("prefill_chunk") or 2) > 1,
-        "only used with workload.phase=forward or prefill, for passes over more than one token of a sequence",
+        lambda c: _longest_pass(c) > 1,
+        "only used for timed passes over more than one token of a sequence; of decoding with workload.window=1 it "
+        "computes the context, which is not timed",
     ),
     _Rule("workload.load", _has_experts, "the model has no layer of experts"),
     _Rule(

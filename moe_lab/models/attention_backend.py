@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalVariant
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_lab.errors import UnavailableError
 from moe_lab.ops.library import capability, constant_when_compiled
@@ -79,6 +80,7 @@ def backend_of(asked: str, call: Call) -> str:
 
 
 @cache
+@_disable_current_modes()  # who counts operations does not count these, which are done once
 def why_not(name: str, call: Call) -> str | None:
     """Why torch cannot compute `call` by this backend here, in its own words; None if it can. Tried on a few tokens."""
     if name in ("cudnn", "efficient") and call.device.type != "cuda":
@@ -93,6 +95,8 @@ def why_not(name: str, call: Call) -> str | None:
         warnings.simplefilter("always")
         try:
             _product(q, k, v, mask, None, name)
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the backend
         except RuntimeError as error:
             # Torch warns of each backend: what precedes it, and that it was switched off, says nothing.
             texts = [str(warning.message).split(" (Triggered")[0].strip() for warning in said]

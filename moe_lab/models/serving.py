@@ -44,8 +44,9 @@ class Serving(nn.Module):
 class Prefill(Serving):
     """All tokens, from the first on; their keys and values go into the cache.
 
-    With a `chunk`, so many positions of every sequence are one pass, on what those before left in the cache: what a
-    pass needs beside the cache does not grow with the sequences. A router sees the tokens of one pass.
+    With a `chunk`, so many positions of every sequence are one pass, on what those before left in the cache. So a pass
+    needs less memory beside the cache; who computes attention decides whether it still grows with the sequences
+    (docs/prefill.md). A router sees the tokens of one pass.
     """
 
     def __init__(self, decoder: TransformerDecoder, cache: KVCache, chunk: int | None = None):
@@ -118,7 +119,7 @@ class Decode(Serving):
     def fill(self, ids_BN: Tensor) -> tuple[Routing, ...]:
         """Compute the context and keep it in the cache, some sequences at a time; its routing, layer by layer."""
         B, C = len(ids_BN), self.context_len
-        rows = max(1, _TOKENS_AT_ONCE // min(C, self.chunk or C))
+        rows = max(1, _TOKENS_AT_ONCE // C)  # with a chunk too: latents make the keys of all before it
         passes = []
         for a in range(0, B, rows):
             parts = _parts_of(self.cache.rows(a, a + rows), C, self.chunk)

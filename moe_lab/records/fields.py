@@ -359,7 +359,13 @@ WEIGHT_CHANGES = (
         "the parameters if fake-quantised matrices were stored in their format, scales included; computed: the run "
         "itself holds `memory.parameters_mb`",
     ),
-    Field("stored_expert_mb", float, "MB", "the same of the experts in use in one pass (`routing.pooled.expert_mb`)"),
+    Field(
+        "stored_expert_mb",
+        float,
+        "MB",
+        "the same of the experts in use in one pass (`routing.pooled.expert_mb`); of a prefill in chunks each expert "
+        "counts once here, and there once a chunk",
+    ),
     Field("calibration_tokens", int, "tokens", "that experts were chosen by; missing if none were"),
     Field("calibration_texts", str, "", "names of their texts; `random` for random tokens"),
     Field("calibration_router", str, "", "router of the calibration"),

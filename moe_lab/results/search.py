@@ -268,6 +268,8 @@ def _left(found: Found) -> str:
         (n_repeats, f"had the cell of another and {'was' if n_repeats == 1 else 'were'} not timed again"),
     ]
     fates = [(count, fate) for count, fate in fates if count]
+    if states.count("not run") == n:
+        return "no trial has run yet"
     if len(fates) == 1 and fates[0][0] == n:
         return f"{every(n, 'trial', 'trials')} {fates[0][1]}"
     return f"of {n:,} trials {listed([f'{count:,} {fate}' for count, fate in fates])}" if fates else ""

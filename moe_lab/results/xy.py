@@ -18,7 +18,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from moe_lab.errors import nearest
 from moe_lab.results import columns
 from moe_lab.results.look import Look
-from moe_lab.results.panels import log_ticks
+from moe_lab.results.panels import NO_INTERVAL, log_ticks
 from moe_lab.results.style import variant_style
 
 _MOST_TICKS, _WRAP = 12, 36  # ticks of an axis, characters of a name beside the axes
@@ -109,7 +109,7 @@ def draw(
             axis.set_label_text(shown + (f" ({unit})" if unit not in ("", "1", "as configured") else ""))
         axes.grid(alpha=0.25)
         hollow = ends is not None and known[list(ends)].isna().any(axis=None)
-        title = ", ".join(name.removeprefix("config.") for name in lines) + ("\nhollow: no interval" if hollow else "")
+        title = ", ".join(name.removeprefix("config.") for name in lines) + (f"\n{NO_INTERVAL}" if hollow else "")
         figure.legend(title=title, fontsize="small", title_fontsize="small", loc="outside right upper")
     return figure, len(runs) - len(known)
 

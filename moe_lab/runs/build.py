@@ -296,7 +296,9 @@ _GIVEN_TO_WORKLOADS = ("model", "batch", "seq_len", "seed", "device", "dtype", "
 
 
 def check_available(cfg: DictConfig) -> tuple[torch.device, dict[str, str]]:
-    """(the device of `cfg`, who would compute what there), if its parts can run there. Nothing is allocated or built.
+    """(the device of `cfg`, who would compute what there), if its parts can run there.
+
+    No parameters are allocated and nothing is built. A few tokens show which backends of attention torch has there.
 
     Raises:
         UnavailableError: the device, the dtype on it, or an implementation cannot run here.

@@ -1,4 +1,4 @@
-"""The passes of a configuration: how many tokens each has, and which of torch's backends computes their attention."""
+"""The passes of a configuration: how many tokens each has, and what that means for routes and attention."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from moe_lab.models.attention import Attention
 from moe_lab.models.attention_backend import backend_of
 from moe_lab.models.latent_attention import LatentAttention
 from moe_lab.models.serving import chunks
+from moe_lab.records.identity import option_name
+from moe_lab.routers.base import Router
 
 
 def n_tokens(cfg: Any) -> int:
@@ -34,10 +36,23 @@ def n_positions(cfg: DictConfig) -> int:
 
 
 def prefill_passes(cfg: Any) -> list[range]:
-    """The positions of each pass over many tokens: of a whole pass, of a prefill, or while decoding of the context."""
-    workload = cfg.workload
-    length = workload.context_len if workload.get("phase") == "decode" else cfg.seq_len
-    return chunks(length, workload.get("prefill_chunk"))
+    """The positions of each pass over many tokens: of a whole pass, of a prefill, or while decoding of the context.
+
+    A forward pass has no chunks: the key may be another cell's of a sweep.
+    """
+    workload, phase = cfg.workload, cfg.workload.get("phase", "forward")
+    length = workload.context_len if phase == "decode" else cfg.seq_len
+    return chunks(length, None if phase == "forward" else workload.get("prefill_chunk"))
+
+
+def chunk_warning(cfg: DictConfig, router: Router) -> str | None:
+    """A sentence if its routes depend on how the prefill, or that of the context, is cut into passes."""
+    if len(prefill_passes(cfg)) == 1 or (router.causal and router.batch_invariant):
+        return None
+    return (
+        f"router={option_name(cfg.router)} looks at the other tokens of a pass, or does not say; here those of a "
+        "chunk, so the routes are not those of a whole prefill"
+    )
 
 
 def attention_backends(cfg: DictConfig, model: nn.Module, device: torch.device) -> list[str]:

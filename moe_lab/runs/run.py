@@ -139,12 +139,9 @@ class Run:
         """Add warnings about the router, and about the input and biases of a trained model."""
         for layer in moe_layers(built.model):
             texts = layer.router.warnings(len(built.tokens()))
-            if self._routes_by_chunks(layer.router):
-                name, chunk = identity.option_name(self.cfg.router), self.cfg.workload.prefill_chunk
-                texts.append(
-                    f"workload.prefill_chunk={chunk}: router={name} looks at the other tokens of a pass, or does not "
-                    "say; here those of a chunk, so the routes are not those of a whole prefill."
-                )
+            if built.forced is None and (text := passes.chunk_warning(self.cfg, layer.router)) is not None:
+                key = f"workload.prefill_chunk={self.cfg.workload.prefill_chunk}"
+                texts.append(f"{key}: {text}; use workload.prefill_chunk=null.")
             for router in layer.router.modules():  # a router may wrap another
                 if isinstance(router, Router) and router.fallback is not None:
                     texts.append(f"router.impl=auto uses {router.implementation()}: {router.fallback}.")
@@ -161,11 +158,6 @@ class Run:
                 f"{key}: a trained model routes random ids differently from text, so load and latency are "
                 "not realistic; use workload=text."
             )
-
-    def _routes_by_chunks(self, router: Router) -> bool:
-        """Whether its routes depend on how the prefill, or that of the context, is cut into passes."""
-        is_cut = self.cfg.workload.get("phase", "forward") != "forward" and len(passes.prefill_passes(self.cfg)) > 1
-        return is_cut and not (router.causal and router.batch_invariant)
 
     def _look_at_the_load(self, built: Built) -> None:
         """Add a warning if the load of a layer differs from the requested load, and of what a replay repeats."""

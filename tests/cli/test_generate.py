@@ -20,9 +20,10 @@ from moe_lab.cli.commands import COMMANDS
 from moe_lab.cli.generate import choose, generate
 from moe_lab.config.compose import compose
 from moe_lab.errors import UnavailableError
+from moe_lab.models.attention_backend import Call
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.layers import Linear
-from moe_lab.runs import build
+from moe_lab.runs import build, passes
 from tests import quick
 from tests.conftest import needs_cxx
 from tests.models import checkpoints, tokenizers
@@ -76,6 +77,36 @@ def test_a_prompt_in_chunks_gives_the_same_text(chunk: int, monkeypatch: pytest.
     assert list(generate(composed(), PROMPT, 9, prefill_chunk=chunk)) == wanted
     n = len(PROMPT.encode()) - 1
     assert lengths == [*([chunk] * (n // chunk)), *([n % chunk] if n % chunk else []), *[1] * 9]
+
+
+def test_what_is_asked_of_torch_is_what_the_prompt_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not what a context of the usual length would: the prompt is one chunk."""
+    checked, backend_of = [], passes.backend_of
+
+    def noted(asked: str, call: Call) -> str:
+        checked.append(call.kind)
+        return backend_of(asked, call)
+
+    monkeypatch.setattr(passes, "backend_of", noted)
+    next(generate(composed(), PROMPT, 1, prefill_chunk=len(PROMPT.encode())))
+    assert checked == ["causal"]
+
+
+@pytest.mark.parametrize(
+    ("router", "chunk", "said"),
+    [
+        pytest.param("native", 4, False, id="native"),
+        pytest.param("capacity", 4, True, id="chunks"),
+        pytest.param("capacity", len(PROMPT.encode()) - 1, False, id="one chunk"),
+    ],
+)
+def test_a_router_that_sees_other_tokens_is_said_to_see_a_chunk(router: str, chunk: int, said: bool) -> None:
+    """As a run says it."""
+    lines: list[str] = []
+    next(generate(composed(f"router={router}"), PROMPT, 1, say=lines.append, prefill_chunk=chunk))
+    wanted = f"--prefill-chunk {chunk}: router={router} looks at the other tokens of a pass"
+    assert [line for line in lines if line.startswith(wanted)] == [line for line in lines if "chunk" in line]
+    assert any("chunk" in line for line in lines) == said
 
 
 def test_a_prompt_of_one_token_will_do() -> None:

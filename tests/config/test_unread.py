@@ -56,14 +56,21 @@ def test_what_has_no_effect_is_refused_and_what_has_is_taken(
         moe_lab.compose(quick.overrides(model, *beside, override))
 
 
-def test_a_backend_of_attention_has_no_effect_on_a_decode_step() -> None:
-    """What is timed there has kernels of its own; nor on passes of one token."""
+def test_a_backend_of_attention_has_no_effect_on_a_pass_of_one_token() -> None:
+    """As a decode step is; a forward cell may carry the chunk of another."""
     override = "model.attention=flash"
-    for phase in ("forward", "prefill"):
-        moe_lab.compose(quick.overrides("decoder_moe", f"workload.phase={phase}", override))
+    for more in (
+        ["workload.phase=forward"],
+        ["workload.phase=prefill"],
+        ["workload.phase=decode", "workload.window=7"],
+    ):
+        moe_lab.compose(quick.overrides("decoder_moe", *more, override))
+    cfg = quick.compose("decoder_moe", override)
+    cfg.workload.prefill_chunk = 1
+    assert not unread(cfg, [override], in_a_sweep=True)
     for more in (["workload.phase=decode"], ["seq_len=1"], ["workload.phase=prefill", "workload.prefill_chunk=1"]):
         with pytest.raises(
-            ValueError, match=r"^model\.attention=flash: has no effect; only used with workload\.phase=f"
+            ValueError, match=r"^model\.attention=flash: has no effect; only used for timed passes over more than one"
         ):
             moe_lab.compose(quick.overrides("decoder_moe", *more, override))
 

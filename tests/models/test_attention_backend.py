@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_lab.config.schemas import ATTENTIONS
 from moe_lab.errors import UnavailableError
+from moe_lab.measure.roofline import count_flops
 from moe_lab.models import attention_backend
 from moe_lab.models.attention import Attention, attend
 from moe_lab.models.attention_backend import (
@@ -134,6 +136,33 @@ def test_what_is_not_here_is_unavailable_with_the_reason() -> None:
     assert backend_of("math", call(value_width=8)) == "math"
 
 
+def test_what_is_tried_is_not_counted_with_a_pass() -> None:
+    """A pass has as many operations when its backend is known already."""
+    q, k = random(1, 4, 9, 16), random(1, 2, 9, 16, seed=1)
+    why_not.cache_clear()
+    first, second = (count_flops(lambda: softmax_product(q, k, k, None, None, "auto"))[1] for _ in range(2))  # type: ignore[arg-type, return-value]
+    assert first == second > 0
+
+
+def test_memory_that_is_full_is_no_reason_against_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes through, and is not remembered."""
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    asked = call(width=24, value_width=24)
+    monkeypatch.setattr(attention_backend, "_product", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        backend_of("flash", asked)
+    monkeypatch.undo()
+    assert why_not("flash", asked) is None
+
+
+def test_the_configuration_knows_every_backend() -> None:
+    """Its own list, for it imports no torch."""
+    assert {"auto", *BACKENDS} == {*ATTENTIONS}
+
+
 def test_auto_is_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU flash, else math."""
     assert backend_of("auto", call()) == "flash"
@@ -183,9 +212,18 @@ def test_torch_computes_by_what_was_named(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_compiled_pass_has_the_same_backend(N: int) -> None:
     """The choice is a constant of the graph."""
     q, k = random(1, 4, 9, 16), random(1, 2, N, 16, seed=1)
-    compiled = torch.compile(softmax_product, fullgraph=True, dynamic=False, backend="eager")
+    on = []
+
+    class Noting(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target is F.scaled_dot_product_attention:
+                on.append((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()))
+            return super().call_function(target, args, kwargs)
+
+    compiled = torch.compile(softmax_product, fullgraph=True, dynamic=False, backend=lambda graph, _: Noting(graph).run)
     for name in ("auto", "math"):
         torch.testing.assert_close(compiled(q, k, k, None, None, name), softmax_product(q, k, k, None, None, name))
+    assert on == [(True, False), (False, True)]
 
 
 @pytest.mark.parametrize("window", [pytest.param(w, id=f"window {w}") for w in (None, 1, 4, 12, 13)])

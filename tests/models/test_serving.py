@@ -273,6 +273,11 @@ def test_a_context_is_filled_in_as_many_parts_as_it_needs(monkeypatch: pytest.Mo
         decoding(model, ids_BN, 4)
         tokens = [len(ctx.token_ids_T) for ctx in CONTEXTS if ctx.layer == 0 and ctx.token_ids_T is not None]
         assert tokens == want
+    monkeypatch.setattr(serving, "_TOKENS_AT_ONCE", 11)
+    CONTEXTS.clear()
+    Decode(model, model.make_cache(5, 7), 4, chunk=2).fill(ids_BN)  # of as many sequences as without chunks
+    tokens = [len(ctx.token_ids_T) for ctx in CONTEXTS if ctx.layer == 0 and ctx.token_ids_T is not None]
+    assert tokens == [4, 4, 4, 4, 2, 2]
 
 
 def test_routers_are_told_phase_layer_and_tokens() -> None:

@@ -107,6 +107,9 @@ def test_a_search_of_which_nothing_is_known(tmp_path: Path) -> None:
     """It says so, and why."""
     folder = write(tmp_path, None, cell(2.0, medians=(), status="failed", reason="error: x"))
     assert said(folder) == ["The search has no result: of 2 trials 1 failed and 1 did not run yet"]
+    for n in (1, 2, 3):
+        folder = write(tmp_path / str(n), *[None] * n)
+        assert said(folder) == ["The search has no result: no trial has run yet"]
     (tmp_path / "none").mkdir()
     assert said(write(tmp_path / "none")) == ["The search has no trials yet"]
 

@@ -49,6 +49,13 @@ def test_tokens_of_an_iteration_and_of_its_passes(
     assert passes is None or [len(part) for part in prefill_passes(cfg)] == passes
 
 
+def test_a_forward_pass_has_no_chunks() -> None:
+    """In a sweep it may carry those of a prefill."""
+    cfg = tiny.decoder_moe(*SIZES)
+    cfg.workload.prefill_chunk = 2
+    assert prefill_passes(cfg) == [range(5)]
+
+
 @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in ("gpt_oss", "deepseek_v3", "qwen3_next")])
 @pytest.mark.parametrize("chunk", [pytest.param("null", id="whole"), pytest.param("5", id="chunks")])
 def test_what_is_recorded_is_what_ran(kind: str, chunk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

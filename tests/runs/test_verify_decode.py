@@ -532,6 +532,12 @@ def test_a_forced_load_is_prefilled_in_chunks(load: str) -> None:
     assert run.verification is not None and run.verification.check.passed
 
 
+def test_of_a_forced_load_no_chunk_decides() -> None:
+    """No router chose it, so nothing is said of the chunks that it would see."""
+    more = ("workload.phase=prefill", "workload.prefill_chunk=3", "router=sinkhorn", "workload.load=balanced")
+    assert not any("prefill_chunk" in text for text in tiny.built(tiny.decoder_moe(*more)).warnings)
+
+
 @pytest.mark.parametrize(
     ("router", "warned"),
     [pytest.param(*each, id=each[0]) for each in (("sinkhorn", True), ("capacity", True), ("mixtral", False))],
@@ -543,7 +549,9 @@ def test_a_router_that_sees_other_tokens_is_said_to_see_a_chunk(router: str, war
     run = tiny.built(tiny.decoder_moe(*more))
     run.verify()
     assert run.verification is not None and run.verification.check.passed
-    assert any(text.startswith("workload.prefill_chunk=3: ") for text in run.warnings) == (warned and chunk == 3)
+    said = [text for text in run.warnings if text.startswith("workload.prefill_chunk=3: ")]
+    assert len(said) == (warned and chunk == 3)
+    assert all(text.endswith("; use workload.prefill_chunk=null.") for text in said)
 
 
 @pytest.mark.gpu
