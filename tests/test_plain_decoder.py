@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from benchmarks import random_checkpoint
 from benchmarks.plain_decoder import PlainDecoder, Way
 from moe_lab.models.checkpoint import Checkpoint
 from tests import tiny
@@ -39,6 +38,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         return tiny.ROOT / "assets" / f"tiny-{request.param}"
     pytest.importorskip("transformers")
     torch.manual_seed(0)
+    from benchmarks import random_checkpoint
+
     random_checkpoint.write(random_checkpoint.SHAPES["mixtral_8x7b"] | MIXTRAL, tmp_path, 2, "cpu")
     return tmp_path
 

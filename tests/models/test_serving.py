@@ -383,7 +383,13 @@ all_models = pytest.mark.parametrize(
     ],
 )
 LENGTH = 41
-chunked = pytest.mark.parametrize("chunk", [pytest.param(c, id=f"chunk{c}") for c in (1, 7, 37, LENGTH, LENGTH + 1)])
+chunked = pytest.mark.parametrize(
+    "chunk",
+    [
+        pytest.param(chunk, id=f"chunk{chunk}", marks=[] if chunk in (7, LENGTH) else pytest.mark.slow)
+        for chunk in (1, 7, 37, LENGTH, LENGTH + 1)
+    ],
+)
 
 
 def same_caches(one: KVCache, other: KVCache) -> None:

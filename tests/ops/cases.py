@@ -1,4 +1,4 @@
-"""What the tests of Triton kernels share: where they run, in which dtypes, and on what."""
+"""What the tests of Triton kernels share: where they run, in which dtypes (half of them are slow), and on what."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPES = pytest.mark.parametrize(
     "dtype",
     [
         pytest.param(torch.float32, id="fp32"),
-        pytest.param(torch.float16, id="fp16"),
+        pytest.param(torch.float16, id="fp16", marks=pytest.mark.slow),
         pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),
     ],
 )
