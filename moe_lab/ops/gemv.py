@@ -39,10 +39,11 @@ def norm_gemv(
     weight_NK: Tensor,
     bias_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(`gemv` of RMSNorm(x + residual) * norm, x + residual), as `add_rms_norm` gives them; None: there is no residual.
+    """(`gemv` of the normed, x + residual). The normed is RMSNorm(x + residual) * norm, rounded as by `add_rms_norm`.
 
     Args:
-        norm_K: of x's dtype, as everything else.
+        residual_1K: None stands for zeros.
+        norm_K: has the dtype of x, as all other tensors do.
     """
     result: tuple[Tensor, Tensor] = call("norm_gemv", x_1K, residual_1K, norm_K, eps, weight_NK, bias_N)
     return result

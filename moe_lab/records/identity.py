@@ -114,7 +114,7 @@ def content(config: DictConfig | Mapping[str, Any], *, with_later: bool = False)
 
 
 def _chunk(config: DictConfig | Mapping[str, Any]) -> int | None:
-    """How many tokens of a sequence are prefilled at once; None: all, or there is no prefill."""
+    """Tokens of a sequence that are prefilled at once. None if all are, or if nothing is prefilled."""
     workload = config["workload"]
     lengths = {"prefill": config.get("seq_len"), "decode": workload.get("context_len")}
     length, chunk = lengths.get(workload.get("phase")), workload.get("prefill_chunk")
