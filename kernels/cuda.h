@@ -74,8 +74,9 @@ cudaError_t sort_slots(const int32_t* ids, const SortArguments& s, int E, int64_
 cudaError_t combine(const CombineArguments& a, const Device& device);
 // On compute capability 9.0, where MOE_LAB_HOPPER is defined; T is not 0.
 cudaError_t experts(const ExpertsArguments& a, const Device& device);
-// As `experts`. K is a multiple of 8 whose row fits into shared memory, with a norm at most `kMostColumns`.
+// As `experts`; of one row, and of more. K is a multiple of 8, and x is within the limits of decode.h.
 cudaError_t gemv(const GemvArguments& a, const Device& device);
+cudaError_t gemv_of_rows(const GemvArguments& a, const Device& device);
 // As `experts`; d is 64 or 128.
 cudaError_t decode_attention(const DecodeAttentionArguments& a, const Device& device);
 // Few tokens or few experts, T not 0; the logits of `a` may be written.
@@ -83,7 +84,7 @@ bool can_route_by_gate(const RouteArguments& a, const GateArguments& g, const De
 cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);
 // Of these: few experts, any number of tokens.
 cudaError_t route_by_small_gate(RouteArguments a, const GateArguments& g, const Device& device);
-// One token.
+// At most `kMostRows` tokens, not 0.
 bool can_norm_and_route(const RouteArguments& a, const NormGateArguments& g, const Device& device);
 cudaError_t norm_and_route(RouteArguments a, const NormGateArguments& g, const Device& device);
 // One block, or several that run at once and need that many floats of `SinkhornArguments::partials`.

@@ -7,19 +7,20 @@
 
 namespace moe_lab {
 
-constexpr int kMostColumns = 8192, kMostColumnsAlone = 16384;  // of the row that `gemv` norms, or multiplies as it is
+constexpr int kMostColumns = 8192, kMostColumnsAlone = 16384;  // of a row that `gemv` norms, or multiplies as it is
+constexpr int kMostRows = 8, kMostElements = 1 << 16;          // of all rows together
 
-// y = W x [+ bias], of one row x, in 16 bytes at a time. With `norm` x is RMSNorm(x + residual) * norm, the sum rounded
-// before it is squared, as if it had been stored.
+// y = x W^T [+ bias], of a few rows x, in 16 bytes at a time. With `norm` a row of x is RMSNorm(x + residual) * norm,
+// the sum rounded before it is squared, as if it had been stored.
 struct GemvArguments {
-  const void* x;         // [K]
-  const void* residual;  // [K], or null: x alone
+  const void* x;         // [T, K]
+  const void* residual;  // [T, K], or null: x alone
   const void* norm;      // [K], or null: x as it is
   const void* weight;    // [N, K]
   const void* bias;      // [N], or null
-  void* y;               // [N]
-  void* total;           // [K], where x + residual goes; with `norm` only
-  int N, K;
+  void* y;               // [T, N]
+  void* total;           // [T, K], where x + residual goes; with `norm` only
+  int T, N, K;
   float eps;
   Dtype dtype;
 };

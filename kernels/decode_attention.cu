@@ -22,10 +22,9 @@ constexpr int kTeam = 8;        // lanes that share a position
 constexpr int kTeams = 32 / kTeam;
 constexpr int kKeys = 8;  // positions of a stage
 constexpr int kEach = kKeys / kTeams;
-constexpr int kStages = 3;
 constexpr float kLog2e = 1.4426950408889634f;
 
-template <class T, int D>
+template <class T, int D, int kStages>
 struct Shared {
   // What a warp has read is what its sums take the place of.
   union Ring {
@@ -109,13 +108,13 @@ __device__ __forceinline__ void turned(float (&y)[N], const DecodeAttentionArgum
 
 __device__ __forceinline__ float known(float best) { return best == -INFINITY ? 0.0f : best; }  // nothing seen yet
 
-template <class T, int D>
+template <class T, int D, int kStages>
 __global__ void __launch_bounds__(kThreads, 2)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionArguments a, int blocks) {
   constexpr int kPieces = D / (8 * kTeam);  // of 16 bytes that a lane has of a position
   constexpr int N = 8 * kPieces;
   extern __shared__ __align__(128) uint8_t memory[];
-  Shared<T, D>& shared = *reinterpret_cast<Shared<T, D>*>(memory);
+  Shared<T, D, kStages>& shared = *reinterpret_cast<Shared<T, D, kStages>*>(memory);
   const auto cluster = cooperative_groups::this_cluster();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, team = lane / kTeam, member = lane % kTeam;
   const int rank = blockIdx.x % blocks, head = blockIdx.x / blocks % a.H;
@@ -270,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const float kept = exp2f(shared.rings[w].sums.best - known(best));
       total += kept * shared.rings[w].sums.total, acc += kept * shared.rings[w].sums.acc[i];
     }
-    Shared<T, D>& to = *cluster.map_shared_rank(&shared, i / share);
+    Shared<T, D, kStages>& to = *cluster.map_shared_rank(&shared, i / share);
     to.acc[rank * share + i % share] = acc;
     if (i % share == 0) to.best[rank] = best, to.total[rank] = total;
   }
@@ -293,13 +292,20 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+template <class T, int D, int kStages>
+cudaError_t run(const DecodeAttentionArguments& a, const Device& device, int blocks) {
+  const int64_t all = static_cast<int64_t>(a.B) * a.H * blocks;
+  return launch(decode_attention_kernel<T, D, kStages>, {all, kThreads, sizeof(Shared<T, D, kStages>), blocks}, device,
+                a, blocks);
+}
+
+// Of one sequence the projections before it are two blocks a multiprocessor (decode_gemv.cu), which leave room for two
+// stages; a block that cannot begin beside them asks for its first positions late, and the query waits behind these.
 template <class T, int D>
 cudaError_t run(const DecodeAttentionArguments& a, const Device& device) {
-  const int64_t clusters = static_cast<int64_t>(a.B) * a.H;
   int blocks = 1;
-  while (blocks < kMostBlocks && 2 * blocks * clusters <= device.multiprocessors) blocks *= 2;
-  return launch(decode_attention_kernel<T, D>, {clusters * blocks, kThreads, sizeof(Shared<T, D>), blocks}, device, a,
-                blocks);
+  while (blocks < kMostBlocks && 2 * blocks * a.B * a.H <= device.multiprocessors) blocks *= 2;
+  return a.B == 1 ? run<T, D, 2>(a, device, blocks) : run<T, D, 3>(a, device, blocks);
 }
 
 template <class T>

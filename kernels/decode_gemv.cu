@@ -82,8 +82,12 @@ __global__ void __launch_bounds__(kThreads, 5) gemv_kernel(const __grid_constant
     }
     if ((next_part += kPart) >= a.K) next_part = 0, next_row += step;
   };
+  // The second half of the blocks begins when the kernel before ends, and what it asks for delays the row.
+  const int ahead = 2 * blockIdx.x < gridDim.x ? kStages : 1;
 #pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) ask(stage);
+  for (int stage = 0; stage < kStages; ++stage) {
+    if (stage < ahead) ask(stage);
+  }
   if (a.norm != nullptr) {
     for (int i = threadIdx.x; i < a.K / 8; i += kThreads) shared.x[i] = __ldg(static_cast<const uint4*>(a.norm) + i);
   }
@@ -95,6 +99,10 @@ __global__ void __launch_bounds__(kThreads, 5) gemv_kernel(const __grid_constant
     for (int i = threadIdx.x; i < a.K / 8; i += kThreads) shared.x[i] = __ldcg(static_cast<const uint4*>(a.x) + i);
   }
   __syncthreads();
+#pragma unroll
+  for (int stage = 1; stage < kStages; ++stage) {
+    if (stage >= ahead) ask(stage);
+  }
 
   const uint32_t x = shared_address(shared.x) + 16 * lane;
   int stage = 0;

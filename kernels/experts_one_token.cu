@@ -56,9 +56,9 @@ __device__ __forceinline__ void choose(Chosen& chosen, const ExpertsArguments& a
   if (lane == 0) chosen.n = __popc(all);
 }
 
-// By all threads, which are in step after it.
-__device__ __forceinline__ void load_vectors(Shared& shared, const void* from, int elements) {
-  for (int i = threadIdx.x; i < elements / 8; i += kThreads) {
+// By the threads from `first` on; all are in step after it.
+__device__ __forceinline__ void load_vectors(Shared& shared, const void* from, int elements, int first = 0) {
+  for (int i = static_cast<int>(threadIdx.x) - first; i >= 0 && i < elements / 8; i += kThreads - first) {
     reinterpret_cast<uint4*>(shared.vectors)[i] = __ldcg(static_cast<const uint4*>(from) + i);
   }
   __syncthreads();
@@ -140,10 +140,12 @@ __global__ void __launch_bounds__(kThreads, 2) one_token_kernel(const ExpertsArg
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (lane < kStages) Barrier{shared_address(&shared.full[warp][lane])}.init(1);
   fence_barriers();
+  // All blocks run once it has effect, so the next kernel's take no place from them. What that one asks for comes while
+  // the gate is computed, which leaves the memory idle.
+  let_next_begin();
   wait_for_results_before();
-  let_next_begin();  // all blocks run, so the next kernel's take no place from them
   if (warp == 0) choose(shared.chosen, a);
-  load_vectors(shared, a.x, a.D);  // first: it would wait behind the weights
+  load_vectors(shared, a.x, a.D, 32);  // before the weights, behind which it would wait
   const uint32_t ring = shared_address(shared.ring[warp]), full = shared_address(shared.full[warp]);
   const uint32_t vectors = shared_address(shared.vectors);
   Asks<T> asks(a, chosen, policy);

@@ -1,12 +1,12 @@
-// The norm before an MLP, the product with the gate and the route, of one token.
+// The norm before an MLP, the product with the gate and the route, of a few tokens.
 //
-// The experts are dealt to the blocks of one cluster. Each block asks for its rows of the gate and for the norm's
-// weight while the kernels before still run: no kernel of a pass writes weights. Then each norms the token for itself,
-// which takes less time than to tell the others, and sends its logits to the first block, which routes. Sums have a
-// fixed order, and logits are rounded to the dtype of x, as a product in that dtype would be.
+// Each token has a cluster, to whose blocks the experts are dealt. Each block asks for its rows of the gate and for the
+// norm's weight while the kernels before still run: no kernel of a pass writes weights. Then each norms the token for
+// itself, which takes less time than to tell the others, and sends its logits to the first block, which routes. Sums
+// have a fixed order, and logits are rounded to the dtype of x, as a product in that dtype would be.
 #include <cooperative_groups.h>
 
-#include "hopper.cuh"
+#include "decode.cuh"
 #include "route_kernels.cuh"
 
 namespace moe_lab {
@@ -37,36 +37,24 @@ struct NormShared {
         scratch(sums + grid.parts() * E) {}
 };
 
+// x + residual of this thread's vectors of a token, and the sum of squares of all of them.
 template <class Half>
-__device__ __forceinline__ uint32_t total_of(uint32_t x, uint32_t residual) {
-  const float2 a = two(x, Half()), b = two(residual, Half());
-  return pack(a.x + b.x, a.y + b.y, Half());
-}
-
-template <class Half>
-__device__ __forceinline__ uint32_t normed_of(uint32_t total, uint32_t weight, float scale) {
-  const float2 t = two(total, Half()), w = two(weight, Half());
-  return pack(t.x * scale * w.x, t.y * scale * w.y, Half());
-}
-
-// x + residual of this thread's vectors, and the sum of squares of the whole token.
-template <class Half>
-__device__ __forceinline__ float add_residual(const NormGateArguments& g, uint4 (&totals)[kVectors], float* squares) {
+__device__ __forceinline__ float add_residual(const uint4* x, const uint4* residual, int vectors,
+                                              uint4 (&totals)[kVectors], float* squares) {
   uint4 residuals[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int v = threadIdx.x + i * kThreads;
-    totals[i] = v < g.D / 8 ? static_cast<const uint4*>(g.x)[v] : uint4{};
-    residuals[i] = v < g.D / 8 ? static_cast<const uint4*>(g.residual)[v] : uint4{};
+    totals[i] = v < vectors ? x[v] : uint4{};
+    residuals[i] = v < vectors ? residual[v] : uint4{};
   }
-  float2 sum = {};
+  float square = 0.0f;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    uint4 &t = totals[i], &r = residuals[i];
-    t = {total_of<Half>(t.x, r.x), total_of<Half>(t.y, r.y), total_of<Half>(t.z, r.z), total_of<Half>(t.w, r.w)};
-    multiply<Half>(sum, t, t);
+    totals[i] = add<Half>(totals[i], residuals[i]);
+    square += sum_of_squares<Half>(totals[i]);
   }
-  const float square = sum_lanes<32>(sum.x + sum.y);
+  square = sum_of_warp(square);
   if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = square;
   __syncthreads();
   float sums[4] = {};
@@ -76,14 +64,15 @@ __device__ __forceinline__ float add_residual(const NormGateArguments& g, uint4 
 }
 
 template <class Half, class Rows>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     norm_gate_kernel(const __grid_constant__ RouteArguments a, const __grid_constant__ NormGateArguments g,
                      const __grid_constant__ NormGrid grid) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(16) uint8_t norm_shared[];
   const NormShared shared(norm_shared, grid, g.D, a.E);
   const Barrier weights_are_here{shared_address(shared.barriers)}, sums_are_here{shared_address(shared.barriers + 1)};
-  const int block = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, vectors = g.D / 8;
+  const int token = blockIdx.x / grid.blocks, block = blockIdx.x % grid.blocks;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, vectors = g.D / 8;
   const int parts = grid.parts(), experts = (a.E - block + grid.blocks - 1) / grid.blocks;
   if (threadIdx.x == 0) {
     weights_are_here.init(1), sums_are_here.init(1);
@@ -100,19 +89,21 @@ __global__ void __launch_bounds__(kThreads, 1)
   wait_for_kernels_before();
 
   uint4 totals[kVectors];
-  const float scale = rsqrtf(__fdividef(add_residual<Half>(g, totals, shared.squares), g.D) + g.eps);
+  const int64_t first = static_cast<int64_t>(token) * vectors;
+  const float squares =
+      add_residual<Half>(static_cast<const uint4*>(g.x) + first, static_cast<const uint4*>(g.residual) + first, vectors,
+                         totals, shared.squares);
+  const float scale = rsqrtf(__fdividef(squares, g.D) + g.eps);
   weights_are_here.wait(0);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int v = threadIdx.x + i * kThreads;
     if (v >= vectors) break;
-    const uint4 t = totals[i], w = shared.weight[v];
-    const uint4 normed = {normed_of<Half>(t.x, w.x, scale), normed_of<Half>(t.y, w.y, scale),
-                          normed_of<Half>(t.z, w.z, scale), normed_of<Half>(t.w, w.w, scale)};
+    const uint4 normed = scaled<Half>(totals[i], scale, shared.weight[v]);
     shared.normed[v] = normed;
     if (block == grid.blocks - 1) {  // the first has more to do
-      static_cast<uint4*>(g.normed)[v] = normed;
-      static_cast<uint4*>(g.total)[v] = t;
+      static_cast<uint4*>(g.normed)[first + v] = normed;
+      static_cast<uint4*>(g.total)[first + v] = totals[i];
     }
   }
   __syncthreads();
@@ -125,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int v = part * 32 + lane; v < vectors; v += parts * 32) {
       multiply<Half>(sum, shared.gate[j * vectors + v], shared.normed[v]);
     }
-    const float whole = sum_lanes<32>(sum.x + sum.y);
+    const float whole = sum_of_warp(sum.x + sum.y);
     if (lane == 0) send(sums + 4 * (part * a.E + block + j * grid.blocks), whole, arrived);
   }
   if (block > 0 || warp > 0) return;
@@ -141,8 +132,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   mine.logits = shared.logits;
   mine.dtype = Dtype::kFloat32;
   Rows::rows(mine, 0, 1, shared.scratch, [&](int64_t, int rank, int id, float weight) {
-    a.ids[rank] = id;
-    a.weights[rank] = weight;
+    a.ids[token * a.k + rank] = id;
+    a.weights[token * a.k + rank] = weight;
   });
 #endif
 }
@@ -162,7 +153,7 @@ size_t shared_bytes(const RouteArguments& a, const NormGateArguments& g, const N
 template <class Rows>
 cudaError_t run_norm_gate(const RouteArguments& a, const NormGateArguments& g, const Device& device) {
   const NormGrid grid = grid_of(a, device);
-  const Launch how = {grid.blocks, kThreads, shared_bytes(a, g, grid), grid.blocks};
+  const Launch how = {a.T * grid.blocks, kThreads, shared_bytes(a, g, grid), grid.blocks};
   return a.dtype == Dtype::kFloat16 ? launch(norm_gate_kernel<__half, Rows>, how, device, a, g, grid)
                                     : launch(norm_gate_kernel<__nv_bfloat16, Rows>, how, device, a, g, grid);
 }
@@ -171,7 +162,7 @@ cudaError_t run_norm_gate(const RouteArguments& a, const NormGateArguments& g, c
 
 bool can_norm_and_route(const RouteArguments& a, const NormGateArguments& g, const Device& device) {
   // One expert would be one block, which has no cluster to send to.
-  return device.is_hopper && a.T == 1 && a.E > 1 && g.D > 0 && g.D % 8 == 0 && g.D <= kMostNormWidth &&
+  return device.is_hopper && a.T <= kMostRows && a.E > 1 && g.D > 0 && g.D % 8 == 0 && g.D <= kMostNormWidth &&
          a.E <= kMostNormExperts && int64_t{a.E} * g.D <= kMostNormGate &&
          static_cast<int64_t>(shared_bytes(a, g, grid_of(a, device))) <= device.shared_bytes;
 }

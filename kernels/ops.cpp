@@ -429,17 +429,18 @@ Four norm_gate_route(const Tensor& x, const Tensor& residual, const Tensor& norm
                      int64_t n_groups, int64_t top_groups, std::string group_score, bool renormalize, double scale) {
   check_gate(x, x, "x"), check_gate(residual, x, "residual"), check_gate(gate, x, "gate");
   STD_TORCH_CHECK(x.scalar_type() != ScalarType::Float, "x: must be float16 or bfloat16");
-  const int64_t D = x.size(1);
-  STD_TORCH_CHECK(x.size(0) == 1 && residual.size(0) == 1, "x and residual: must be [1, D]");
+  const int64_t T = x.size(0), D = x.size(1);
+  STD_TORCH_CHECK(x.is_contiguous() && residual.is_contiguous() && residual.size(0) == T,
+                  "x and residual: must be [T, D], contiguous");
   STD_TORCH_CHECK(gate.is_contiguous(), "gate: must be contiguous");
   STD_TORCH_CHECK(norm_weight.dim() == 1 && norm_weight.size(0) == D && norm_weight.scalar_type() == x.scalar_type() &&
                       norm_weight.is_contiguous() && norm_weight.device() == x.device() &&
                       reinterpret_cast<uintptr_t>(norm_weight.data_ptr()) % 16 == 0,
                   "norm_weight: must be [D] with x's dtype and device, contiguous, aligned to 16 bytes");
-  const Tensor logits = torch::stable::new_empty(x, {1, gate.size(0)});  // for its shape: the kernel needs none
-  Tensor normed = torch::stable::new_empty(x, {1, D}), total = torch::stable::new_empty(x, {1, D});
-  Tensor ids = torch::stable::new_empty(x, {1, k}, ScalarType::Int);
-  Tensor weights = torch::stable::new_empty(x, {1, k}, ScalarType::Float);
+  const Tensor logits = torch::stable::new_empty(x, {T, gate.size(0)});  // for its shape: the kernel needs none
+  Tensor normed = torch::stable::new_empty(x, {T, D}), total = torch::stable::new_empty(x, {T, D});
+  Tensor ids = torch::stable::new_empty(x, {T, k}, ScalarType::Int);
+  Tensor weights = torch::stable::new_empty(x, {T, k}, ScalarType::Float);
   const RouteArguments a =
       arguments(logits, gate_bias, bias, k, score, n_groups, top_groups, group_score, renormalize, scale, ids, weights);
   const NormGateArguments g = {x.data_ptr(),
@@ -452,10 +453,10 @@ Four norm_gate_route(const Tensor& x, const Tensor& residual, const Tensor& norm
                                static_cast<int>(D)};
   const DeviceGuard guard(x.get_device_index());
   const Device device = device_of(x.get_device_index());
-  STD_TORCH_CHECK(can_norm_and_route(a, g, device), "gate: must have at most ", kMostNormExperts, " experts and ",
-                  kMostNormGate, " elements, D a multiple of 8 and at most ", kMostNormWidth,
-                  ", on compute capability 9.0 or newer");
-  check(norm_and_route(a, g, device));
+  STD_TORCH_CHECK(can_norm_and_route(a, g, device), "x: must have at most ", kMostRows, " rows; gate: at most ",
+                  kMostNormExperts, " experts and ", kMostNormGate, " elements, D a multiple of 8 and at most ",
+                  kMostNormWidth, ", on compute capability 9.0 or newer");
+  if (T > 0) check(norm_and_route(a, g, device));
   return {normed, total, ids, weights};
 }
 #endif
@@ -494,25 +495,28 @@ Tensor hopper_gemv(const Tensor& x, std::optional<Tensor> residual, std::optiona
                    const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> total) {
   const DeviceGuard guard(x.get_device_index());
   const Device device = sm_90_of(x);
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: must be [N, K]");
-  const int64_t N = weight.size(0), K = weight.size(1);
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && weight.size(0) > 0, "x and weight: must be [T, K] and [N, K]");
+  const int64_t T = x.size(0), N = weight.size(0), K = weight.size(1);
   STD_TORCH_CHECK(K > 0 && K % 8 == 0 && K <= (norm.has_value() ? kMostColumns : kMostColumnsAlone),
                   "weight: K must be a multiple of 8, at most ", norm.has_value() ? kMostColumns : kMostColumnsAlone);
+  STD_TORCH_CHECK(T <= kMostRows && T * K <= kMostElements, "x: must have at most ", kMostRows, " rows and ",
+                  kMostElements, " elements");
   STD_TORCH_CHECK(norm.has_value() == total.has_value() && (norm.has_value() || !residual.has_value()),
                   "total: goes with a norm, and so does a residual");
-  Tensor y = torch::stable::new_empty(x, {1, N});
-  const GemvArguments a = {aligned(piece(x, x, {1, K}, "x"), "x"),
-                           aligned(piece(residual, x, {1, K}, "residual"), "residual"),
+  Tensor y = torch::stable::new_empty(x, {T, N});
+  const GemvArguments a = {aligned(piece(x, x, {T, K}, "x"), "x"),
+                           aligned(piece(residual, x, {T, K}, "residual"), "residual"),
                            aligned(piece(norm, x, {K}, "norm"), "norm"),
                            aligned(piece(weight, x, {N, K}, "weight"), "weight"),
                            piece(bias, x, {N}, "bias"),
                            y.data_ptr(),
-                           const_cast<void*>(aligned(piece(total, x, {1, K}, "total"), "total")),
+                           const_cast<void*>(aligned(piece(total, x, {T, K}, "total"), "total")),
+                           static_cast<int>(T),
                            static_cast<int>(N),
                            static_cast<int>(K),
                            static_cast<float>(eps),
                            dtype_of(x.scalar_type(), "x")};
-  if (N > 0) check(gemv(a, device));
+  if (T > 0) check(T == 1 ? gemv(a, device) : gemv_of_rows(a, device));
   return y;
 }
 

@@ -58,10 +58,10 @@ struct GateArguments {
 constexpr int kMostNormWidth = 8192, kMostNormExperts = 256;
 constexpr int64_t kMostNormGate = 1 << 20;  // elements: what the multiprocessors of one cluster read in time
 
-// The logits of one token as such a product with the norm of x + residual, all in one dtype (ops/add_rms_norm.py).
+// The logits of a few tokens as such a product with the norm of x + residual, all in one dtype (ops/add_rms_norm.py).
 struct NormGateArguments {
-  const void *x, *residual, *norm_weight, *gate;  // [D], [D], [D], [E, D]
-  void *normed, *total;                           // [D]
+  const void *x, *residual, *norm_weight, *gate;  // [T, D], [T, D], [D], [E, D]
+  void *normed, *total;                           // [T, D]
   float eps;
   int D;
 };

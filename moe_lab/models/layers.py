@@ -27,20 +27,20 @@ class Linear(nn.Module):
         return self.product(x, self.weight, self.bias)
 
     def implementation(self, x: Tensor) -> str:
-        """Who computes the product of an eager pass with x [..., in], or [T, 0] to ask: `torch`, or the kernel."""
-        if x.shape[:-1].numel() != 1:
-            return "torch"
-        row = x.new_empty(*x.shape[:-1], self.weight.shape[1])
-        return "gemv" if self.takes(row, self.weight, self.bias) else "torch"
+        """Who computes the product of an eager pass with x [..., in], or [T, 0] to ask: `torch`, or the kernels."""
+        if x.shape[:-1].numel() > gemv.MOST_ROWS:
+            return "torch"  # no need of rows to ask with
+        rows = x.new_empty(*x.shape[:-1], self.weight.shape[1])
+        return "gemv" if self.takes(rows, self.weight, self.bias) else "torch"
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T [+ b] with any weight, as this layer computes it."""
         if self.takes(x, weight, bias):
-            return gemv.gemv(x.reshape(1, -1), weight, bias).view(*x.shape[:-1], -1)
+            return gemv.gemv(_rows(x), weight, bias).view(*x.shape[:-1], -1)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def takes(self, x: Tensor, *others: Tensor | None, norms: bool = False) -> bool:
-        """Whether the kernel for a single row computes it."""
+        """Whether the kernels for a few rows compute it."""
         is_asked = self.uses_gemv and not torch.compiler.is_compiling() and gemv.is_faster(x.device)
         return is_asked and gemv.takes(x, *others, norms=norms)
 
@@ -77,9 +77,9 @@ def joined_with(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of all layers if `norm_and_project` takes them and this norm, as `add_norm` makes it.
 
-    It takes a single row, on Hopper.
+    It takes a few rows, on Hopper.
     """
-    if not (isinstance(norm, AddRMSNorm) and norm.may_be_fused) or x.numel() != x.shape[-1]:
+    if not (isinstance(norm, AddRMSNorm) and norm.may_be_fused):
         return None
     joined = _joined_parameters(layers)
     takes = joined is not None and layers[0].takes(x, residual, norm.weight, *joined, norms=True)
@@ -95,9 +95,14 @@ def norm_and_project(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """(`project_together` of norm(x + residual), x + residual), by one launch; `joined` as `joined_with` gives it."""
     assert isinstance(norm, AddRMSNorm)
-    rows = (x.reshape(1, -1), None if residual is None else residual.reshape(1, -1))
-    y, total = gemv.norm_gemv(*rows, norm.weight, norm.eps, *joined)
+    rows = None if residual is None else _rows(residual)
+    y, total = gemv.norm_gemv(_rows(x), rows, norm.weight, norm.eps, *joined)
     return _split(y.view(*x.shape[:-1], -1), layers), total.view_as(x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as a matrix, one row behind the other."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _split(y: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:

@@ -257,12 +257,12 @@ class TransformerDecoder(nn.Module):
             logits = self.head(normed)
         return Output(self._finished(logits), tuple(routings))
 
-    def joined_norms(self, x_1D: Tensor) -> set[nn.Module]:
-        """The norms that are computed together with the projections behind them, of a row x of an eager pass."""
+    def joined_norms(self, x_TD: Tensor) -> set[nn.Module]:
+        """The norms that are computed together with the projections behind them, of the rows x of an eager pass."""
         blocks = [block for block in self.layers if isinstance(block, Block)]
         pairs = [(b.attention_norm, b.attention.projections) for b in blocks if isinstance(b.attention, Attention)]
         pairs.append((self.norm, [self.head]))
-        return {norm for norm, layers in pairs if joined_with(norm, x_1D, None, *layers) is not None}
+        return {norm for norm, layers in pairs if joined_with(norm, x_TD, None, *layers) is not None}
 
     def _finished(self, logits_BSV: Tensor) -> Tensor:
         if self.logits_scale != 1:

@@ -54,6 +54,7 @@ HOPPER, HOPPER_CAPABILITY = "90", (9, 0)
 _HOPPER = (
     "decode_attention.cu",
     "decode_gemv.cu",
+    "decode_rows.cu",
     "experts.cu",
     "experts_one_token.cu",
     "experts_up_bf16.cu",

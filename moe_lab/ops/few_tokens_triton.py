@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_lab.ops.dependent_launch import begin, is_dependent
+
 
 @triton.jit
 def _is_first(ids_ptr, slot, expert, BLOCK_N: tl.constexpr):
@@ -33,7 +35,9 @@ def _up_kernel(
     x_ptr, ids_ptr, weights_ptr, w_ptr, bias_ptr, h_ptr, T, K, D, F, alpha, limit,
     SCALES: tl.constexpr, BIAS: tl.constexpr, CLAMPED: tl.constexpr, GELU: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    begin(DEPENDENT)
     slot = tl.program_id(0)
     expert = tl.load(ids_ptr + slot)
     if expert < 0:
@@ -81,7 +85,9 @@ def _up_kernel(
 def _down_kernel(
     h_ptr, ids_ptr, w_ptr, bias_ptr, o_ptr, T, K, D, F, BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
+    begin(DEPENDENT)
     slot = tl.program_id(0)
     expert = tl.load(ids_ptr + slot)
     if expert < 0:
@@ -109,8 +115,10 @@ def _down_kernel(
 
 @triton.jit
 def _sum_kernel(
-    o_ptr, ids_ptr, weights_ptr, y_ptr, K, D, SCALES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    o_ptr, ids_ptr, weights_ptr, y_ptr, K, D,
+    SCALES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    begin(DEPENDENT)
     t = tl.program_id(0)
     k = tl.arange(0, BLOCK_K)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -137,16 +145,18 @@ def launch(
     rows = max(16, triton.next_power_of_2(T))  # a matrix unit takes no fewer
     blocks = {"ROWS": rows, "BLOCK_N": triton.next_power_of_2(T * K), "BLOCK_K": triton.next_power_of_2(K)}
     depth, width = 64 if wide else 128, 32
+    dependent = is_dependent(x.device)
+    how = {"DEPENDENT": dependent, "launch_pdl": dependent, "num_warps": 4}
     _up_kernel[(T * K, triton.cdiv(F, width))](
         x, ids, weights, w_gate_up, w_gate_up if up_bias is None else up_bias, h, T, K, D, F, alpha, limit,
         SCALES=scales_input, BIAS=up_bias is not None, CLAMPED=limit > 0, GELU=gelu, **blocks,
-        BLOCK_F=width, BLOCK_D=depth, num_warps=4, num_stages=3,
+        BLOCK_F=width, BLOCK_D=depth, num_stages=3, **how,
     )  # fmt: skip
     _down_kernel[(T * K, triton.cdiv(D, width))](
         h, ids, w_down, w_down if down_bias is None else down_bias, o, T, K, D, F, BIAS=down_bias is not None,
-        **blocks, BLOCK_F=depth, BLOCK_D=width, num_warps=4, num_stages=3,
+        **blocks, BLOCK_F=depth, BLOCK_D=width, num_stages=3, **how,
     )  # fmt: skip
     _sum_kernel[(T, triton.cdiv(D, 512))](
-        o, ids, weights, y, K, D, SCALES=scales_input, BLOCK_K=blocks["BLOCK_K"], BLOCK_D=512, num_warps=4
+        o, ids, weights, y, K, D, SCALES=scales_input, BLOCK_K=blocks["BLOCK_K"], BLOCK_D=512, **how
     )
     return y

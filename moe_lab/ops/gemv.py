@@ -1,10 +1,10 @@
-"""The product of one row with a matrix, at the rate at which the memory gives the matrix, by the extension's kernel.
+"""The product of a few rows with a matrix, at the rate at which memory gives the matrix, by kernels of the extension.
 
     gemv       y = x W^T + b
     norm_gemv  the same of RMSNorm(x + residual), in one launch
 
 A library's product of matrices reads the matrix of a single row at about half the rate of a copy, because its tiles are
-made for many rows. For two rows or more it is as quick as this kernel (docs/kernels.md). On a CPU both are plain torch.
+made for many rows; of more rows it needs a norm ahead of it (docs/kernels.md). On a CPU both are plain torch.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from torch import Tensor
 from moe_lab.ops import add_rms_norm, extension
 from moe_lab.ops.library import call, register
 
-_MOST_COLUMNS, _MOST_COLUMNS_ALONE = 8192, 16384  # as kernels/decode.h says
+MOST_ROWS = 8
+_MOST_COLUMNS, _MOST_COLUMNS_ALONE, _MOST_ELEMENTS = 8192, 16384, 2**16  # as kernels/decode.h says
 
 
-def gemv(x_1K: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """[1, N] = x W^T + b, summed in fp32; on a GPU the extension must be loaded.
+def gemv(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """[T, N] = x W^T + b, summed in fp32; on a GPU the extension must be loaded.
 
     Args:
-        x_1K: one contiguous row of fp16 or bf16.
+        x_TK: at most `MOST_ROWS` rows of fp16 or bf16, contiguous.
         weight_NK: contiguous, of the same dtype. No kernel that may still be running may write it: it is read before
             those ahead have ended (ops/dependent_launch.py).
     """
-    result: Tensor = call("gemv", x_1K, weight_NK, bias_N)
+    result: Tensor = call("gemv", x_TK, weight_NK, bias_N)
     return result
 
 
 def norm_gemv(
-    x_1K: Tensor,
-    residual_1K: Tensor | None,
+    x_TK: Tensor,
+    residual_TK: Tensor | None,
     norm_K: Tensor,
     eps: float,
     weight_NK: Tensor,
@@ -42,24 +43,25 @@ def norm_gemv(
     """(`gemv` of the normed, x + residual). The normed is RMSNorm(x + residual) * norm, rounded as by `add_rms_norm`.
 
     Args:
-        residual_1K: None stands for zeros.
+        residual_TK: None stands for zeros.
         norm_K: has the dtype of x, as all other tensors do.
     """
-    result: tuple[Tensor, Tensor] = call("norm_gemv", x_1K, residual_1K, norm_K, eps, weight_NK, bias_N)
+    result: tuple[Tensor, Tensor] = call("norm_gemv", x_TK, residual_TK, norm_K, eps, weight_NK, bias_N)
     return result
 
 
 def is_faster(device: torch.device) -> bool:
-    """Whether the kernel is there on `device`, and so faster than torch: on Hopper, with the extension loaded."""
+    """Whether the kernels are there on `device`, and so faster than torch: on Hopper, with the extension loaded."""
     return extension.has_hopper_kernels(device)
 
 
 def takes(x: Tensor, *others: Tensor | None, norms: bool = False) -> bool:
-    """Whether the kernel takes the row x [..., K], of which there must be one, with a weight, bias and norm."""
+    """Whether the kernels take the rows x [..., K], of which there must be one, with a weight, bias and norm."""
     K = x.shape[-1]
     most = _MOST_COLUMNS if norms else _MOST_COLUMNS_ALONE
     has_one_dtype = x.dtype.itemsize == 2 and all(other is None or other.dtype == x.dtype for other in others)
-    return has_one_dtype and x.numel() == K and K % 8 == 0 and most >= K
+    fits = 1 <= x.shape[:-1].numel() <= MOST_ROWS and x.numel() <= _MOST_ELEMENTS
+    return has_one_dtype and fits and K % 8 == 0 and most >= K
 
 
 def _gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -86,13 +88,13 @@ def _reference(
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(1, weight.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _norm_fake(
     x: Tensor, residual: Tensor | None, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(1, weight.shape[0]), torch.empty_like(x)
+    return x.new_empty(x.shape[0], weight.shape[0]), torch.empty_like(x)
 
 
 register("gemv(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _gemv, _fake, reference=F.linear)

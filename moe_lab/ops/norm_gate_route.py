@@ -1,4 +1,4 @@
-"""The norm before an MLP, the product with its gate and the route, of one token by one kernel: a launch less.
+"""The norm before an MLP, the product with its gate and the route, of a few tokens by one kernel: a launch less.
 
     normed, total = add_rms_norm(x, residual);  ids, weights = gate_route(normed)
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from moe_lab.ops.route import Routed, arguments
 from moe_lab.ops.selection import Selection
 
-MOST_WIDTH, MOST_EXPERTS, MOST_ELEMENTS = 8192, 256, 2**20  # as kernels/route.h says
+MOST_TOKENS, MOST_WIDTH, MOST_EXPERTS, MOST_ELEMENTS = 8, 8192, 256, 2**20  # as kernels/decode.h and route.h say
 
 
 def norms_input(computes: str, n_tokens: int, norm_weight_D: Tensor, gate_ED: Tensor, dtype: torch.dtype) -> bool:
     """Whether a router computed by `computes` (`cuda_ext:sm_90`, say) has `norm_gate_route` for x of this dtype."""
     E, D = gate_ED.shape
     return (
-        n_tokens == 1
+        1 <= n_tokens <= MOST_TOKENS
         and computes == "cuda_ext:sm_90"
         and dtype in (torch.float16, torch.bfloat16)
         and norm_weight_D.dtype == gate_ED.dtype == dtype  # no copy, which would be written in the same pass
@@ -34,8 +34,8 @@ def norms_input(computes: str, n_tokens: int, norm_weight_D: Tensor, gate_ED: Te
 
 
 def norm_gate_route(
-    x_1D: Tensor,
-    residual_1D: Tensor,
+    x_TD: Tensor,
+    residual_TD: Tensor,
     norm_weight_D: Tensor,
     eps: float,
     gate_ED: Tensor,
@@ -45,6 +45,6 @@ def norm_gate_route(
     bias_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Routed]:
     """(normed, total, what is chosen) where `norms_input`."""
-    inputs = (x_1D.contiguous(), residual_1D.contiguous(), norm_weight_D, eps, gate_ED)
-    normed_1D, total_1D, *routed = torch.ops.moe_lab.norm_gate_route(*inputs, *arguments(how, gate_bias_E, bias_E))
-    return normed_1D, total_1D, Routed(*routed)
+    inputs = (x_TD.contiguous(), residual_TD.contiguous(), norm_weight_D, eps, gate_ED)
+    normed_TD, total_TD, *routed = torch.ops.moe_lab.norm_gate_route(*inputs, *arguments(how, gate_bias_E, bias_E))
+    return normed_TD, total_TD, Routed(*routed)

@@ -76,7 +76,7 @@ IMPLEMENTATION = (
         "linear",
         str,
         "",
-        "kernel of projections of a single row and norms ahead of them; missing if torch computes all",
+        "kernels of projections of a few rows and norms ahead of them; missing if torch computes all",
     ),
     Field("segment_mm", str, "", "implementation of the matrix products of `experts=grouped`"),
     Field("tiles", str, "", "of `experts=fused`: up_rows-up_tokens-down_rows-down_tokens-pieces"),

@@ -21,6 +21,7 @@ from moe_lab.models.moe_layer import MoELayer, moe_layers
 from moe_lab.models.parameters import reference_twin
 from moe_lab.models.serving import Decode, Prefill, Serving
 from moe_lab.models.transformer_decoder import Block, TransformerDecoder
+from moe_lab.ops.gemv import MOST_ROWS
 from moe_lab.ops.library import DTYPES
 from moe_lab.routers.base import PROPERTIES, Routing
 from moe_lab.runs import build, passes
@@ -129,8 +130,8 @@ class Built:
         if not self.decodes and (backends := passes.attention_backends(self.cfg, self.model, self.device)):
             ran["attention"] = f"torch:{'+'.join(backends)}"
         for module in self.model.modules():
-            if isinstance(module, TransformerDecoder) and len(x_T0) == 1 and not compiled:
-                joined |= module.joined_norms(x_T0.new_empty(1, module.d_model))
+            if isinstance(module, TransformerDecoder) and len(x_T0) <= MOST_ROWS and not compiled:
+                joined |= module.joined_norms(x_T0.new_empty(len(x_T0), module.d_model))
             if isinstance(module, AddRMSNorm):
                 if module not in joined:
                     ran["add_rms_norm"] = module.implementation

@@ -41,9 +41,14 @@ def main() -> None:
     for T, D, E, k in (*few_tokens, (199, 544, 7, 3), (2300, 96, 8, 2)):
         for dtype in (torch.float16, torch.bfloat16):
             gate_route(normal(T, D).to(dtype), normal(E, D).to(dtype), Selection(k))
-    for D, E, how in ((8, 2, Selection(1)), (2048, 64, Selection(8)), (264, 60, Selection(4)), (4096, 256, dsv3)):
+    for T, D, E, how in (
+        (1, 8, 2, Selection(1)),
+        (3, 2048, 64, Selection(8)),
+        (8, 264, 60, Selection(4)),
+        (1, 4096, 256, dsv3),
+    ):
         for dtype in (torch.float16, torch.bfloat16):
-            tokens = normal(1, D).to(dtype), normal(1, D + 1)[:, 1:].to(dtype).contiguous()
+            tokens = normal(T, D).to(dtype), normal(T, D + 1)[:, 1:].to(dtype).contiguous()
             weights = normal(D).to(dtype), 1e-6, normal(E, D).to(dtype)
             torch.cuda.synchronize()  # the kernel reads weights that nobody writes any more
             norm_gate_route(*tokens, *weights, how)
@@ -56,10 +61,10 @@ def main() -> None:
 
 
 def decoding_steps() -> None:
-    """Single rows, with and without a norm; a token on an empty cache and on a long one, by a block a head and more."""
-    for N, K in ((1, 8), (37, 264), (2201, 2048), (5, 8192)):
+    """One row and more, with and without a norm; a token on a cache, empty and long, by a block a head and more."""
+    for T, N, K in ((1, 1, 8), (1, 37, 264), (1, 2201, 2048), (1, 5, 8192), (3, 37, 264), (8, 1100, 1032)):
         for dtype in (torch.float16, torch.bfloat16):
-            x, weight, norm = normal(1, K).to(dtype), normal(N, K).to(dtype), normal(K).to(dtype)
+            x, weight, norm = normal(T, K).to(dtype), normal(N, K).to(dtype), normal(K).to(dtype)
             torch.cuda.synchronize()  # the kernels read weights, and what is cached, that nobody writes any more
             gemv(x, weight, weight[:, 0].contiguous())
             norm_gemv(x, x, norm, 1e-6, weight)

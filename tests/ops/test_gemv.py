@@ -1,4 +1,4 @@
-"""gemv and norm_gemv: the product of one row in float64, odd sizes, and chains in a CUDA graph."""
+"""gemv and norm_gemv: the product of a few rows in float64, odd sizes, and chains in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ HALVES = pytest.mark.parametrize(
     "dtype", [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16")]
 )
 SIZES = pytest.mark.parametrize(
-    ("N", "K"),
+    ("T", "N", "K"),
     [
-        pytest.param(1, 8, id="1x8"),
-        pytest.param(37, 264, id="37x264"),
-        pytest.param(199, 1032, id="199x1032, two parts of a row"),
-        pytest.param(2500, 2048, id="2500x2048, some warps with a row more"),
-        pytest.param(5, 8192, id="5x8192"),
+        pytest.param(1, 1, 8, id="1x8"),
+        pytest.param(1, 37, 264, id="37x264"),
+        pytest.param(1, 199, 1032, id="199x1032, two parts of a row"),
+        pytest.param(1, 2500, 2048, id="2500x2048, some warps with a row more"),
+        pytest.param(1, 5, 8192, id="5x8192"),
+        pytest.param(2, 1, 8, id="2 rows, 1x8, most warps without columns"),
+        pytest.param(3, 37, 264, id="3 rows, 37x264, a tile and a chunk in part"),
+        pytest.param(8, 2500, 2048, id="8 rows, 2500x2048, some blocks with a tile more"),
+        pytest.param(7, 199, 1032, id="7 rows, 199x1032"),
+        pytest.param(8, 5, 8192, id="8 rows, 5x8192, as many elements as it takes"),
     ],
 )
 
@@ -57,9 +62,9 @@ def assert_is_the_product(y_1N: Tensor, x_1K: Tensor, weight_NK: Tensor, bias_N:
 @SIZES
 @pytest.mark.parametrize("has_bias", [pytest.param(False, id="no bias"), pytest.param(True, id="bias")])
 @HALVES
-def test_it_is_the_product(N: int, K: int, has_bias: bool, dtype: torch.dtype) -> None:
+def test_it_is_the_product(T: int, N: int, K: int, has_bias: bool, dtype: torch.dtype) -> None:
     """Of any width, with and without a bias; the operands keep their values."""
-    x, weight = normal(1, K, dtype=dtype), normal(N, K, dtype=dtype)
+    x, weight = normal(T, K, dtype=dtype), normal(N, K, dtype=dtype)
     bias = normal(N, dtype=dtype) if has_bias else None
     before = [None if part is None else part.clone() for part in (x, weight, bias)]
     settled()
@@ -71,10 +76,10 @@ def test_it_is_the_product(N: int, K: int, has_bias: bool, dtype: torch.dtype) -
 @SIZES
 @pytest.mark.parametrize("has_residual", [pytest.param(False, id="x alone"), pytest.param(True, id="residual")])
 @HALVES
-def test_the_norm_is_add_rms_norm(N: int, K: int, has_residual: bool, dtype: torch.dtype) -> None:
+def test_the_norm_is_add_rms_norm(T: int, N: int, K: int, has_residual: bool, dtype: torch.dtype) -> None:
     """The sum comes out to the last bit; the product is that of what add_rms_norm gives, up to a rounding of it."""
-    x, weight, norm, bias = (normal(*shape, dtype=dtype) for shape in ((1, K), (N, K), (K,), (N,)))
-    residual = 3 * normal(1, K, dtype=dtype) + 1 if has_residual else None
+    x, weight, norm, bias = (normal(*shape, dtype=dtype) for shape in ((T, K), (N, K), (K,), (N,)))
+    residual = 3 * normal(T, K, dtype=dtype) + 1 if has_residual else None
     settled()
     y, total = norm_gemv(x, residual, norm, 1e-5, weight, bias)
     normed, want_total = add_rms_norm.reference(x, torch.zeros_like(x) if residual is None else residual, norm, 1e-5)
@@ -86,10 +91,10 @@ def test_the_norm_is_add_rms_norm(N: int, K: int, has_residual: bool, dtype: tor
 
 
 @settings(max_examples=15, deadline=None, database=None)
-@given(N=st.integers(1, 300), K=st.integers(1, 40))
-def test_any_size(N: int, K: int) -> None:
+@given(T=st.integers(1, 8), N=st.integers(1, 300), K=st.integers(1, 40))
+def test_any_size(T: int, N: int, K: int) -> None:
     """Rows of which a warp reads a part."""
-    x, weight = settled(normal(1, 8 * K, dtype=torch.float16), normal(N, 8 * K, dtype=torch.float16))
+    x, weight = settled(normal(T, 8 * K, dtype=torch.float16), normal(N, 8 * K, dtype=torch.float16))
     assert_is_the_product(gemv(x, weight), x, weight)
 
 
@@ -140,7 +145,11 @@ def test_a_bias_may_begin_anywhere(dtype: torch.dtype) -> None:
     [
         pytest.param((1, 40), torch.float16, True, True, id="one row"),
         pytest.param((1, 1, 40), torch.bfloat16, False, True, id="a sequence of one"),
-        pytest.param((2, 40), torch.float16, False, False, id="two rows"),
+        pytest.param((2, 1, 40), torch.float16, True, True, id="two sequences of one"),
+        pytest.param((8, 8192), torch.float16, True, True, id="the most rows"),
+        pytest.param((9, 40), torch.float16, False, False, id="9 rows"),
+        pytest.param((5, 16384), torch.float16, False, False, id="too many elements"),
+        pytest.param((0, 40), torch.float16, False, False, id="no row"),
         pytest.param((1, 42), torch.float16, False, False, id="not a multiple of 8"),
         pytest.param((1, 40), torch.float32, False, False, id="fp32"),
         pytest.param((1, 16384), torch.float16, False, True, id="wide"),
@@ -148,7 +157,7 @@ def test_a_bias_may_begin_anywhere(dtype: torch.dtype) -> None:
     ],
 )
 def test_what_it_takes(shape: tuple[int, ...], dtype: torch.dtype, norms: bool, taken: bool) -> None:
-    """One row of 16 bits in pieces of 16 bytes."""
+    """A few rows of 16 bits in pieces of 16 bytes."""
     x = torch.empty(shape, dtype=dtype)
     assert takes(x, torch.empty(3, shape[-1], dtype=dtype), None, norms=norms) == taken
     assert not takes(x, torch.empty(3, dtype=torch.float64))
@@ -157,8 +166,8 @@ def test_what_it_takes(shape: tuple[int, ...], dtype: torch.dtype, norms: bool, 
 def test_its_fake_has_its_shape() -> None:
     """For a pass that is traced."""
     with FakeTensorMode():
-        y = torch.ops.moe_lab.gemv(torch.empty(1, 40, dtype=torch.float16), torch.empty(9, 40), None)
-    assert y.shape == (1, 9) and y.dtype == torch.float16
+        y = torch.ops.moe_lab.gemv(torch.empty(3, 40, dtype=torch.float16), torch.empty(9, 40), None)
+    assert y.shape == (3, 9) and y.dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -166,12 +175,13 @@ def test_its_fake_has_its_shape() -> None:
     [
         pytest.param((1, 40), torch.float16, True, id="one row"),
         pytest.param((1, 1, 40), torch.float16, True, id="a sequence of one"),
-        pytest.param((2, 40), torch.float16, False, id="two rows"),
+        pytest.param((3, 2, 40), torch.float16, True, id="three sequences of two"),
+        pytest.param((9, 40), torch.float16, False, id="9 rows"),
         pytest.param((0, 40), torch.float16, False, id="none"),
         pytest.param((1, 40), torch.float32, False, id="fp32"),
     ],
 )
-def test_a_linear_layer_uses_it_for_one_row_in_16_bits(
+def test_a_linear_layer_uses_it_for_a_few_rows_in_16_bits(
     shape: tuple[int, ...], dtype: torch.dtype, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Alone and together with others; what it is used for has the values that torch gives."""
@@ -186,7 +196,7 @@ def test_a_linear_layer_uses_it_for_one_row_in_16_bits(
     settled()
     want = [torch.nn.functional.linear(x, layer.weight.to(dtype), layer.bias.to(dtype)) for layer in (q, k)]
     got = [*project_together(x, q, k), q(x)]
-    assert rows == ([(1, 40), (1, 40)] if by_kernel else [])
+    assert rows == ([(x[..., 0].numel(), 40)] * 2 if by_kernel else [])
     torch.testing.assert_close(got, [*want, want[0]], rtol=2e-3, atol=2e-3)
     q.use_reference()
     assert torch.equal(q(x), want[0])
@@ -196,7 +206,8 @@ def test_a_linear_layer_uses_it_for_one_row_in_16_bits(
     ("shape", "asked", "by_kernel"),
     [
         pytest.param((1, 1, 40), "auto", True, id="one row"),
-        pytest.param((2, 1, 40), "auto", False, id="two rows"),
+        pytest.param((2, 3, 40), "auto", True, id="two sequences of three"),
+        pytest.param((9, 1, 40), "auto", False, id="9 rows"),
         pytest.param((1, 1, 40), "triton", False, id="a kernel was asked for by name"),
     ],
 )
@@ -227,12 +238,30 @@ def test_a_norm_and_the_layers_behind_it(
         torch.testing.assert_close(list(parts), [q(normed), k(normed)], rtol=4e-3, atol=4e-3)
 
 
+def test_the_last_position_of_each_sequence_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows do not lie one behind the other."""
+    monkeypatch.setattr(gemv_module, "is_faster", lambda device: True)
+    norm, head = AddRMSNorm(40, 1e-5, "auto"), Linear(40, 12)
+    norm.implementation = "triton"
+    for module in (norm, head):
+        module.weight = torch.nn.Parameter(normal(*module.weight.shape, dtype=torch.float16), requires_grad=False)
+    x, residual = (normal(3, 5, 40, dtype=torch.float16)[:, -1:] for _ in range(2))
+    settled()
+    joined = joined_with(norm, x, residual, head)
+    assert joined is not None
+    (logits,), total = norm_and_project(norm, x, residual, joined, head)
+    normed, want_total = add_rms_norm.reference(x, residual, norm.weight, 1e-5)
+    assert torch.equal(total, want_total)
+    torch.testing.assert_close([logits, head(x)], [head(normed), x @ head.weight.T], rtol=4e-3, atol=4e-3)
+
+
 @pytest.mark.gpu
-def test_a_chain_in_a_graph_waits_for_what_it_reads() -> None:
+@pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (1, 3, 8)])
+def test_a_chain_in_a_graph_waits_for_what_it_reads(T: int) -> None:
     """Each product reads what the one before it wrote: 200 replays, each of another x, to the last bit."""
     norm = normal(512, dtype=torch.bfloat16)
     weights = [normal(n, k, dtype=torch.bfloat16) / k**0.5 for n, k in [(3000, 512), (512, 3000)] * 10]
-    x = normal(1, 512, dtype=torch.bfloat16)
+    x = normal(T, 512, dtype=torch.bfloat16)
 
     def chain() -> Tensor:
         y, total = x, x
@@ -248,7 +277,7 @@ def test_a_chain_in_a_graph_waits_for_what_it_reads() -> None:
     with torch.cuda.graph(graph):
         y = chain()
     for seed in range(200):
-        x.copy_(torch.randn(1, 512, generator=torch.Generator().manual_seed(seed)))
+        x.copy_(torch.randn(T, 512, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         replayed = y.clone()
         step, total = x, x
