@@ -89,10 +89,13 @@ class LatentAttention(nn.Module):
         shape = (batch, 1, length, self.kv_rank + self.rope_dim)
         return LatentCache(self.kv_up.weight.new_zeros(shape), self.kv_rank)
 
-    def call(self, n_tokens: int, n_keys: int, device: torch.device) -> Call:
-        """See `Attention.call`."""
+    def call(self, n_tokens: int, n_keys: int | None, device: torch.device) -> Call:
+        """See `Attention.call`; a step attends to the latents, which all heads share."""
+        dtype = self.kv_up.weight.dtype
+        if n_keys is None:
+            return Call(device, dtype, self.n_heads, 1, self.kv_rank + self.rope_dim, self.kv_rank, "mask")
         sizes = (self.n_heads, self.n_heads, self.nope_dim + self.rope_dim, self.v_dim)
-        return Call(device, self.kv_up.weight.dtype, *sizes, kind_of(n_tokens, n_keys, None))
+        return Call(device, dtype, *sizes, kind_of(n_tokens, n_keys, None))
 
     def forward(
         self,
