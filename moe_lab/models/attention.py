@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.marks import phase
 from moe_lab.models.attention_backend import Call, kind_of, softmax_product
 from moe_lab.models.kv_cache import LayerCache
 from moe_lab.models.layers import Linear, RMSNorm, place_together, project_together
@@ -188,13 +187,12 @@ class Attention(nn.Module):
 
         With it they stand there, by a tensor on the device.
         """
-        with phase("attention"):
-            # One product is quicker than three small ones.
-            if self.fuses:
-                parts = project_together(x_BSD, *self.projections)
-            else:
-                parts = tuple(projection(x_BSD) for projection in self.projections)
-            return self.of_projected(parts, cos_Sd, sin_Sd, cache, position_S)
+        # One product is quicker than three small ones.
+        if self.fuses:
+            parts = project_together(x_BSD, *self.projections)
+        else:
+            parts = tuple(projection(x_BSD) for projection in self.projections)
+        return self.of_projected(parts, cos_Sd, sin_Sd, cache, position_S)
 
     def of_projected(
         self,
