@@ -180,9 +180,10 @@ def parser() -> Parser:
     """The options of `moe-lab card`."""
     options = Parser(
         prog="moe-lab card",
-        description="Write a results card: a folder that can be uploaded as a data set, or into a model's repository. "
-        "README.md has the front matter, the results with their intervals, the machine, the versions, the commands "
-        "and the plots; data/ has the tables as Parquet.",
+        description="Write a results card: a folder that can be uploaded as a data set, or into a\n"
+        "model's repository. README.md has the front matter, the results with their\n"
+        "intervals, the machine, the versions, the commands and the plots; data/ has the\n"
+        "tables as Parquet.",
         epilog="To upload it to the Hugging Face hub: hf upload NAME DIR/card --repo-type dataset",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
