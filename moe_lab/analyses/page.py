@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
@@ -23,6 +22,7 @@ from moe_lab.records.trace import PHASES, Trace
 from moe_lab.results.numbers import four
 from moe_lab.results.spreadsheet import guarded
 from moe_lab.results.style import variant_style
+from moe_lab.results.templates import environment
 
 PAGE = "analysis.html"
 _WRITTEN = ".written"  # the names of the files, for the next analysis into the same folder
@@ -58,19 +58,16 @@ def write(
             pictures.append({"title": plot.title, "source": source})
         tables = [{"name": name, **_shown(table)} for name, table in findings.tables.items()]
         sections.append({"findings": findings, "pictures": pictures, "tables": tables})
-    environment = Environment(
-        loader=PackageLoader("moe_lab.analyses", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    html = environment.get_template("page.html.jinja").render(
-        css=(files("moe_lab.results") / "report.css").read_text(encoding="utf-8"),
-        title=title,
-        facts=facts,
-        sections=sections,
-        missing=missing,
+    html = (
+        environment("moe_lab.analyses")
+        .get_template("page.html.jinja")
+        .render(
+            css=(files("moe_lab.results") / "report.css").read_text(encoding="utf-8"),
+            title=title,
+            facts=facts,
+            sections=sections,
+            missing=missing,
+        )
     )
     write_atomic(folder / PAGE, html.encode(errors="replace"))
     _forget_others(folder, written)

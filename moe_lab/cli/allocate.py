@@ -20,9 +20,9 @@ def main(arguments: list[str]) -> int:
     """`moe-lab allocate`. Returns the exit code."""
     parser = Parser(
         prog="moe-lab allocate",
-        description="How far the output of each MoE layer is from its own with fewer experts per token, on noise or on "
-        "texts (workload.path), and for a budget of experts the lists with the least sum of these distances, "
-        "and of the shares of the outputs that are lost: their squares over those of the outputs.",
+        description="Print how far the output of each MoE layer is from its own with fewer experts per token, on noise "
+        "or on texts (workload.path). For a budget of experts, print the lists with the least sum of these distances, "
+        "and with the least sum of the lost shares: the squares of the distances over those of the outputs.",
     )
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="model.path=DIR workload.path=TEXTS ...")
     parser.add_argument(

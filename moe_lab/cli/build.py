@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> int:
     """`moe-lab build`. Returns the exit code; raises `UnavailableError` if the extension cannot be built here."""
     parser = Parser(
         prog="moe-lab build",
-        description="Compile the C++/CUDA extension and print the path of the binary. "
-        "Without this command, the first run that needs the extension compiles it.",
+        description="Compile the C++/CUDA extension and print the path of the binary. Without this\n"
+        "command, the first run that needs the extension compiles it.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

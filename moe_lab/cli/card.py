@@ -8,7 +8,6 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from jinja2 import Environment, StrictUndefined
 
 from moe_lab.cli import table
 from moe_lab.cli.arguments import Parser
@@ -28,6 +26,7 @@ from moe_lab.results import aggregate, charts, load, plots
 from moe_lab.results.answers import answers
 from moe_lab.results.report import environments
 from moe_lab.results.subject import facts
+from moe_lab.results.templates import environment
 
 TAGS = ("moe-lab", "mixture-of-experts", "inference", "benchmark")
 TABLES = {
@@ -130,10 +129,9 @@ def _text(directory: Path, tables: aggregate.Aggregate, drawn: plots.Drawn, lice
     for record in records:
         for warning in _of_the_run(record.warnings):
             kinds.setdefault(warning.split(":")[0], []).append(warning)
-    template = (files("moe_lab.cli") / "card.md.jinja").read_text(encoding="utf-8")
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["md"] = markdown
-    return environment.from_string(template).render(
+    made = environment("moe_lab.cli", html=False)
+    made.filters["md"] = markdown
+    return made.get_template("card.md.jinja").render(
         front=yaml.safe_dump(_front(name, license_id), sort_keys=False, allow_unicode=True, width=1000),
         name=name,
         facts=facts(directory, runs, plan, sorted(summary["anchor"].dropna().unique())),
@@ -182,9 +180,10 @@ def parser() -> Parser:
     """The options of `moe-lab card`."""
     options = Parser(
         prog="moe-lab card",
-        description="Write a results card: a folder that can be uploaded as a data set, or into a model's repository. "
-        "README.md has the front matter, the results with their intervals, the machine, the versions, the commands "
-        "and the plots; data/ has the tables as Parquet.",
+        description="Write a results card: a folder that can be uploaded as a data set, or into a\n"
+        "model's repository. README.md has the front matter, the results with their\n"
+        "intervals, the machine, the versions, the commands and the plots; data/ has the\n"
+        "tables as Parquet.",
         epilog="To upload it to the Hugging Face hub: hf upload NAME DIR/card --repo-type dataset",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "directory", nargs="?", default="outputs", type=Path, help="a folder of results (default: %(default)s)"
     )
-    parser.add_argument("--failed", action="store_true", help="only these kinds")
-    parser.add_argument("--stale", action="store_true", help="only these kinds")
-    parser.add_argument("--older-than", type=_days, metavar="DAYS", help="only these kinds")
+    parser.add_argument("--failed", action="store_true", help="only runs without a result")
+    parser.add_argument("--stale", action="store_true", help="only earlier results that were set aside")
+    parser.add_argument("--older-than", type=_days, metavar="DAYS", help="only runs that began longer ago")
     parser.add_argument("--remove", action="store_true", help="remove what is listed")
     given = parser.parse_args(arguments)
     days = given.older_than

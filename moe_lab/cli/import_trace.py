@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
 
     parser = Parser(prog="moe-lab import", description="Convert another program's recording of routes to a trace.")
     parser.add_argument("format", help=", ".join(importers.FORMATS))
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of one recording, in order")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="the files of one recording, in order")
     parser.add_argument("--out", "-o", type=Path, required=True, help="the trace to write")
     parser.add_argument("--top-k", type=int, help="experts that a token uses, where the format does not say")
     parser.add_argument("--n-experts", type=int, help="experts of a layer, where the format does not say")

@@ -72,8 +72,8 @@ def parser() -> Parser:
     """The options of `moe-lab plot`."""
     options = Parser(
         prog="moe-lab plot",
-        description="Draw two columns of a folder of results against each other, or every plot of its report, as PDF, "
-        "SVG or PNG.",
+        description="Draw two columns of a folder of results against each other, or every plot of its\n"
+        "report, as PDF, SVG or PNG.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

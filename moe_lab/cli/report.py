@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--plotly",
         choices=PLOTLY,
-        help="where the 5 MB are that draw the page's plots: inline in it, in plotly.min.js in its directory, or none: "
-        "the page shows pictures (default: as the sweep's sweep.plotly)",
+        help="where the 5 MB of JavaScript are that draw the page's plots: inline in the page, in plotly.min.js in the "
+        "same directory, or none: the page shows pictures (default: the sweep's sweep.plotly)",
     )
     given = parser.parse_args(arguments)
     if given.tables and given.plotly:

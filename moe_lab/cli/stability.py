@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="model.path=DIR workload.path=TEXTS ...")
     parser.add_argument(
-        "--variants", nargs="+", required=True, metavar="'KEY=VALUE ...'", help="what replaces it, a word each"
+        "--variants", nargs="+", required=True, metavar="'KEY=VALUE ...'", help="what each replaces in the first one"
     )
     parser.add_argument("--tokens", type=int, help="about so many tokens, spread over the texts (default: all)")
     parser.add_argument(

@@ -124,7 +124,8 @@ def say(path: Path, missing: list[str]) -> None:
     with Trace(path) as trace:
         layers = trace.layers
         experts = ", ".join(sorted({f"{layer.top_k} of {layer.n_experts}" for layer in layers}))
-        domains = f" of {len(trace.domains)} texts" if trace.domains else ""
+        n_texts = len(trace.domains)
+        domains = f" of {n_texts} text{'s' if n_texts > 1 else ''}" if n_texts else ""
         size = f"{path.stat().st_size / 1e6:,.1f} MB"
         print(f"{path}: {trace.n_tokens:,} tokens{domains}, {len(layers)} layers, {experts} experts, {size}")
     for text in missing:

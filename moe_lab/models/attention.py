@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.marks import phase
 from moe_lab.models.attention_backend import Call, kind_of, softmax_product
 from moe_lab.models.kv_cache import LayerCache
 from moe_lab.models.layers import Linear, RMSNorm, place_together, project_together
@@ -169,11 +168,11 @@ class Attention(nn.Module):
         """Decide whether kernels turn queries and keys, and attend to a few new tokens, on `device`."""
         self.fuses = resolve_implementation("auto", device, op="attention") == "triton"
 
-    def call(self, n_tokens: int, n_keys: int, device: torch.device) -> Call:
-        """What torch is asked for by a pass over many tokens, the last of `n_keys`."""
+    def call(self, n_tokens: int, n_keys: int | None, device: torch.device) -> Call:
+        """What torch is asked for by many tokens, the last of `n_keys`; None: by those of a decoding step."""
         heads, key_heads = self.o.weight.shape[1] // self.head_dim, self.k.weight.shape[0] // self.head_dim
         width = self.head_dim if self.sinks_H is None else self.head_dim + _SINK_WIDTH
-        kind = kind_of(n_tokens, n_keys, self.window)
+        kind = "mask" if n_keys is None else kind_of(n_tokens, n_keys, self.window)
         return Call(device, self.k.weight.dtype, heads, key_heads, width, width, kind)
 
     def forward(
@@ -188,13 +187,12 @@ class Attention(nn.Module):
 
         With it they stand there, by a tensor on the device.
         """
-        with phase("attention"):
-            # One product is quicker than three small ones.
-            if self.fuses:
-                parts = project_together(x_BSD, *self.projections)
-            else:
-                parts = tuple(projection(x_BSD) for projection in self.projections)
-            return self.of_projected(parts, cos_Sd, sin_Sd, cache, position_S)
+        # One product is quicker than three small ones.
+        if self.fuses:
+            parts = project_together(x_BSD, *self.projections)
+        else:
+            parts = tuple(projection(x_BSD) for projection in self.projections)
+        return self.of_projected(parts, cos_Sd, sin_Sd, cache, position_S)
 
     def of_projected(
         self,

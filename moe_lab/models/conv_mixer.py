@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_lab.marks import phase
 from moe_lab.models.kv_cache import StateCache
 from moe_lab.models.layers import Linear
 from moe_lab.models.short_conv import ShortConv
@@ -38,13 +37,12 @@ class ConvMixer(nn.Module):
         position_S: Tensor | None = None,
     ) -> Tensor:
         """See `Attention.forward`."""
-        with phase("attention"):
-            before = None
-            if position_S is not None or (cache is not None and cache.start):
-                assert cache is not None
-                (before,) = cache.before(position_S)
-            b, c, u = self.into(x_BSD).chunk(3, dim=2)
-            mixed, after = self.conv(b * u, before)
-            if cache is not None:
-                cache.keep(x_BSD.shape[1], position_S, after)
-            return self.out(c * mixed)  # type: ignore[no-any-return]
+        before = None
+        if position_S is not None or (cache is not None and cache.start):
+            assert cache is not None
+            (before,) = cache.before(position_S)
+        b, c, u = self.into(x_BSD).chunk(3, dim=2)
+        mixed, after = self.conv(b * u, before)
+        if cache is not None:
+            cache.keep(x_BSD.shape[1], position_S, after)
+        return self.out(c * mixed)  # type: ignore[no-any-return]

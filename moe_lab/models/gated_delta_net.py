@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_lab.marks import phase
 from moe_lab.models.kv_cache import StateCache
 from moe_lab.models.layers import Linear, RMSNorm
 from moe_lab.models.short_conv import ShortConv
@@ -73,19 +72,18 @@ class GatedDeltaNet(nn.Module):
         position_S: Tensor | None = None,
     ) -> Tensor:
         """See `Attention.forward`."""
-        with phase("attention"):
-            before_BCk, before = None, None
-            if position_S is not None or (cache is not None and cache.start):
-                assert cache is not None
-                before_BCk, before = cache.before(position_S)
-            qkv, z = self.qkvz(x_BSD).split([2 * self.keys + self.values, self.values], dim=2)
-            mixed, after_BCk = self.conv(qkv.float(), before_BCk)
-            y_BHSv, after = self._rule(F.silu(mixed), self.ba(x_BSD).float(), before)
-            if cache is not None:
-                cache.keep(x_BSD.shape[1], position_S, after_BCk, after)
-            gate = F.silu(z.unflatten(2, (-1, self.value_dim)).float())
-            y_BSHv = self.norm(y_BHSv.transpose(1, 2)) * gate
-            return self.out(y_BSHv.to(x_BSD.dtype).flatten(2))  # type: ignore[no-any-return]
+        before_BCk, before = None, None
+        if position_S is not None or (cache is not None and cache.start):
+            assert cache is not None
+            before_BCk, before = cache.before(position_S)
+        qkv, z = self.qkvz(x_BSD).split([2 * self.keys + self.values, self.values], dim=2)
+        mixed, after_BCk = self.conv(qkv.float(), before_BCk)
+        y_BHSv, after = self._rule(F.silu(mixed), self.ba(x_BSD).float(), before)
+        if cache is not None:
+            cache.keep(x_BSD.shape[1], position_S, after_BCk, after)
+        gate = F.silu(z.unflatten(2, (-1, self.value_dim)).float())
+        y_BSHv = self.norm(y_BHSv.transpose(1, 2)) * gate
+        return self.out(y_BSHv.to(x_BSD.dtype).flatten(2))  # type: ignore[no-any-return]
 
     def _rule(self, qkv_BSn: Tensor, ba_BSn: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """(y [B, H, S, value_dim], the state after the last token) of the rule."""

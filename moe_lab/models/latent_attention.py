@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lab.marks import phase
 from moe_lab.models.attention import attend
 from moe_lab.models.attention_backend import Call, kind_of
 from moe_lab.models.kv_cache import LatentCache, LayerCache
@@ -89,10 +88,13 @@ class LatentAttention(nn.Module):
         shape = (batch, 1, length, self.kv_rank + self.rope_dim)
         return LatentCache(self.kv_up.weight.new_zeros(shape), self.kv_rank)
 
-    def call(self, n_tokens: int, n_keys: int, device: torch.device) -> Call:
-        """See `Attention.call`."""
+    def call(self, n_tokens: int, n_keys: int | None, device: torch.device) -> Call:
+        """See `Attention.call`; a step attends to the latents, which all heads share."""
+        dtype = self.kv_up.weight.dtype
+        if n_keys is None:
+            return Call(device, dtype, self.n_heads, 1, self.kv_rank + self.rope_dim, self.kv_rank, "mask")
         sizes = (self.n_heads, self.n_heads, self.nope_dim + self.rope_dim, self.v_dim)
-        return Call(device, self.kv_up.weight.dtype, *sizes, kind_of(n_tokens, n_keys, None))
+        return Call(device, dtype, *sizes, kind_of(n_tokens, n_keys, None))
 
     def forward(
         self,
@@ -103,37 +105,36 @@ class LatentAttention(nn.Module):
         position_S: Tensor | None = None,
     ) -> Tensor:
         """See `Attention.forward`."""
-        with phase("attention"):
-            q = self.q_up(self.q_down_norm(self.q_down(x_BSD))) if self.has_q_rank else self.q(x_BSD)
-            q_BHSd = q.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
-            if self.growth is not None:
-                q_BHSd = q_BHSd * self._grown(x_BSD, cache, position_S)
-            q_nope, q_rope = q_BHSd.split([self.nope_dim, self.rope_dim], dim=-1)
-            c, r = self.kv_down(x_BSD).unsqueeze(1).split([self.kv_rank, self.rope_dim], dim=-1)
-            c = self.kv_down_norm(c)
-            q_rope, r = rotate_both(q_rope, r, cos_Sd, sin_Sd, self.computed_by)
-            latent_B1Sm = torch.cat((c, r), dim=-1)
-            if position_S is None:
-                if cache is not None:
-                    latent_B1Nm, c = cache.begin(latent_B1Sm, c)
-                    r = latent_B1Nm[..., self.kv_rank :]
-                up_BHNd = self.kv_up(c.squeeze(1)).unflatten(2, (self.n_heads, -1)).transpose(1, 2)
-                k_nope, v = up_BHNd.tensor_split([self.nope_dim], dim=-1)
-                k = torch.cat((k_nope, r.expand(-1, self.n_heads, -1, -1)), dim=-1)
-                y = attend(torch.cat((q_nope, q_rope), dim=-1), k, v, scale=self.scale, backend=self.backend)
+        q = self.q_up(self.q_down_norm(self.q_down(x_BSD))) if self.has_q_rank else self.q(x_BSD)
+        q_BHSd = q.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+        if self.growth is not None:
+            q_BHSd = q_BHSd * self._grown(x_BSD, cache, position_S)
+        q_nope, q_rope = q_BHSd.split([self.nope_dim, self.rope_dim], dim=-1)
+        c, r = self.kv_down(x_BSD).unsqueeze(1).split([self.kv_rank, self.rope_dim], dim=-1)
+        c = self.kv_down_norm(c)
+        q_rope, r = rotate_both(q_rope, r, cos_Sd, sin_Sd, self.computed_by)
+        latent_B1Sm = torch.cat((c, r), dim=-1)
+        if position_S is None:
+            if cache is not None:
+                latent_B1Nm, c = cache.begin(latent_B1Sm, c)
+                r = latent_B1Nm[..., self.kv_rank :]
+            up_BHNd = self.kv_up(c.squeeze(1)).unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+            k_nope, v = up_BHNd.tensor_split([self.nope_dim], dim=-1)
+            k = torch.cat((k_nope, r.expand(-1, self.n_heads, -1, -1)), dim=-1)
+            y = attend(torch.cat((q_nope, q_rope), dim=-1), k, v, scale=self.scale, backend=self.backend)
+        else:
+            assert cache is not None
+            up_Hdr = self.kv_up.weight.to(x_BSD.dtype).unflatten(0, (self.n_heads, -1))
+            k_up, v_up = up_Hdr.tensor_split([self.nope_dim], dim=1)
+            q_latent = torch.cat((torch.einsum("bhsd,hdr->bhsr", q_nope, k_up), q_rope), dim=-1)
+            kept = cache.put(latent_B1Sm, c, position_S)
+            if self.decoded_by(x_BSD.shape[1]) == "triton":
+                one_BHm, latent_BNm = q_latent.squeeze(2), kept[0].squeeze(1)
+                y = latent_attention(one_BHm, latent_BNm, self.kv_rank, position_S, self.scale).unsqueeze(2)
             else:
-                assert cache is not None
-                up_Hdr = self.kv_up.weight.to(x_BSD.dtype).unflatten(0, (self.n_heads, -1))
-                k_up, v_up = up_Hdr.tensor_split([self.nope_dim], dim=1)
-                q_latent = torch.cat((torch.einsum("bhsd,hdr->bhsr", q_nope, k_up), q_rope), dim=-1)
-                kept = cache.put(latent_B1Sm, c, position_S)
-                if self.decoded_by(x_BSD.shape[1]) == "triton":
-                    one_BHm, latent_BNm = q_latent.squeeze(2), kept[0].squeeze(1)
-                    y = latent_attention(one_BHm, latent_BNm, self.kv_rank, position_S, self.scale).unsqueeze(2)
-                else:
-                    y = attend(q_latent, *kept, position_S, scale=self.scale, backend=self.backend)
-                y = torch.einsum("bhsr,hdr->bhsd", y, v_up)
-            return self.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+                y = attend(q_latent, *kept, position_S, scale=self.scale, backend=self.backend)
+            y = torch.einsum("bhsr,hdr->bhsd", y, v_up)
+        return self.o(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _grown(self, x_BSD: Tensor, cache: LayerCache | None, position_S: Tensor | None) -> Tensor:
         """[S, 1], what queries are multiplied by."""

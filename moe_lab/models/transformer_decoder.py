@@ -93,15 +93,16 @@ class Block(nn.Module):
         position_S: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(what attention gives of norm(x + residual), x + residual)."""
-        if isinstance(self.attention, Attention):
-            assert cache is None or isinstance(cache, LayerCache)
-            projections = self.attention.projections
-            if (joined := joined_with(self.attention_norm, x, residual, *projections)) is not None:
-                with phase("attention"):
-                    parts, total = norm_and_project(self.attention_norm, x, residual, joined, *projections)
-                    return self.attention.of_projected(parts, *rope, cache, position_S), total
-        normed, residual = self.attention_norm(x, residual)
-        return self.attention(normed, *rope, cache, position_S), residual
+        projections = self.attention.projections if isinstance(self.attention, Attention) else []
+        joined = joined_with(self.attention_norm, x, residual, *projections) if projections else None
+        if joined is None:
+            x, total = self.attention_norm(x, residual)
+        with phase("attention"):
+            if joined is None:
+                return self.attention(x, *rope, cache, position_S), total
+            assert isinstance(self.attention, Attention) and (cache is None or isinstance(cache, LayerCache))
+            parts, total = norm_and_project(self.attention_norm, x, residual, joined, *projections)
+            return self.attention.of_projected(parts, *rope, cache, position_S), total
 
     def _norm_of_mlp(
         self, x_BSD: Tensor, residual_BSD: Tensor, forced: Routing | None

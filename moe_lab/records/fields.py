@@ -64,7 +64,8 @@ IMPLEMENTATION = (
         "attention",
         str,
         "",
-        "implementation of attention; of many tokens torch's backends (`model.attention`), as `torch:cudnn+efficient`",
+        "implementation of attention; of several tokens torch's backends (`model.attention`), as "
+        "`torch:cudnn+efficient`",
     ),
     Field(
         "add_rms_norm",

@@ -21,7 +21,7 @@ def _doubts(runs: pd.DataFrame) -> str:
     warned = [texts if isinstance(texts, list) else [] for texts in ran["warnings"]]
     found = [
         (ran["latency_ms.stable"].eq(False).fillna(False).to_numpy(bool), "not stable (raise measure.max_time_s)"),
-        (_start(warned, BUSY), "from a busy machine (repeat them on an idle one)"),
+        (_start(warned, BUSY), "measured on a busy machine (repeat them on an idle one)"),
         (_start(warned, LAUNCH_BOUND), "launch-bound and so say nothing of kernels (use execution=cuda_graph)"),
     ]
     n, found = len(ran), [(bad, what) for bad, what in found if bad.any()]

@@ -159,9 +159,10 @@ def _symbols(symbol: str, series: Series, chart: Chart) -> str | list[str]:
 
 
 def _no_interval() -> Figure:
-    """An entry of the legend."""
+    """An entry of the legend, which is then shown for a single variant too."""
     marker = {"color": "#7a828e", "symbol": "circle-open", "size": 8}
-    return {"type": "scatter", "mode": "markers", "name": NO_INTERVAL, "x": [None], "y": [None], "marker": marker}
+    nowhere = {"x": [None], "y": [None], "showlegend": True}
+    return {"type": "scatter", "mode": "markers", "name": NO_INTERVAL, "marker": marker, **nowhere}
 
 
 def _dots(panel: Panel, chart: Chart, found: Charts) -> list[Figure]:

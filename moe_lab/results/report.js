@@ -132,7 +132,7 @@ function plots(nonce) {
       const beside = Math.max(0, ...drawn.data.flatMap(trace => trace.orientation ? trace.y : []).map(name => name.length));
       const width = plot.clientWidth - 70 - 7 * Math.min(beside, 20);  // of the axes, and so of the legend
       const perRow = Math.max(1, Math.floor(width / (50 + Math.max(0, ...names.map(name => pen.measureText(name).width)))));
-      const legend = names.length > 1 || ["lines", "front"].includes(figure.kind) || names.includes("hollow: no interval") ? Math.ceil(names.length / perRow) * 22 : 0;
+      const legend = names.length > 1 || ["lines", "front"].includes(figure.kind) || drawn.data.some(trace => trace.showlegend) ? Math.ceil(names.length / perRow) * 22 : 0;
       const height = Math.max(320, 110 + 44 * (drawn.layout.bars || 0)) + legend;
       Plotly.react(plot, drawn.data, themed(drawn.layout, height, legend), {responsive: true, displaylogo: false,
         modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]});

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Template
 from markupsafe import Markup
 
 from moe_lab.records.store import LOG, PLAN, write_atomic
@@ -32,6 +32,7 @@ from moe_lab.results.panels import FILE_PANELS
 from moe_lab.results.profiles import profiles
 from moe_lab.results.settings import describe, machines
 from moe_lab.results.subject import facts
+from moe_lab.results.templates import environment
 from moe_lab.results.verdicts import Verdict, verdicts
 
 REPORT, PLOTLY_FILE = "report.html", "plotly.min.js"
@@ -139,18 +140,12 @@ def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> P
 
 
 def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("moe_lab.results", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    made = environment("moe_lab.results")
     # The keys of a setting, the model first; without spaces the data of the plots is a tenth smaller.
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
-    environment.filters |= {"mark": glossary.mark, "term": glossary.term, "ident": glossary.ident}
-    environment.filters["unbroken"] = _whole_numbers
-    return environment.get_template("report.html.jinja")
+    made.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
+    made.filters |= {"mark": glossary.mark, "term": glossary.term, "ident": glossary.ident}
+    made.filters["unbroken"] = _whole_numbers
+    return made.get_template("report.html.jinja")
 
 
 def _library() -> bytes:

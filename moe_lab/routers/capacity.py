@@ -16,28 +16,24 @@ router gives to the experts that it came to be.
 from __future__ import annotations
 
 import math
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from moe_lab.ops.by_expert import by_expert
 from moe_lab.ops.capacity import fill_up, within_capacity
+from moe_lab.routers.around import Around
 from moe_lab.routers.base import NO_CONTEXT, RouteContext, Router, Routing
 from moe_lab.routers.soft import SoftMoE
 
 POLICIES = ("weight", "token", "position", "prioritized", "next_best", "dropless")
 
 
-class Capacity(Router):
+class Capacity(Around):
     """Wraps `inner`; its properties are those of the inner router where `dropless`."""
 
-    causal: bool | None = False
-    batch_invariant: bool | None = False
-    static_k: bool | None = False
-
     def __init__(self, n_experts: int, top_k: int, *, inner: Router, impl: str, factor: float, policy: str):
-        super().__init__(n_experts, top_k, impl)
+        super().__init__(n_experts, top_k, inner=inner, impl=impl)
         if policy not in POLICIES:
             raise ValueError(f"router.policy={policy}: must be one of {', '.join(POLICIES)}.")
         if not (math.isfinite(factor) and factor > 0):
@@ -53,12 +49,9 @@ class Capacity(Router):
             )
         if isinstance(inner, SoftMoE):
             raise ValueError("router.inner: router=soft has no capacity to limit; wrap another router.")
-        self.inner, self.factor, self.policy = inner, factor, policy
-        self.needs_token_ids, self.scales_input = inner.needs_token_ids, inner.scales_input
-        self.graph_safe, self.calibrates, self.looks_ahead = inner.graph_safe, inner.calibrates, inner.looks_ahead
-        self.not_exportable = inner.not_exportable
-        if policy == "dropless":
-            self.causal, self.batch_invariant, self.static_k = inner.causal, inner.batch_invariant, True
+        self.factor, self.policy = factor, policy
+        if policy != "dropless":
+            self.causal = self.batch_invariant = self.static_k = False
 
     def capacity(self, n_tokens: int) -> int:
         """C for a batch of `n_tokens`."""
@@ -104,21 +97,4 @@ class Capacity(Router):
 
     def weigh(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor | None:
         """See `Router.weigh`; a row that lost a slot does not say what the others weighed before."""
-        return self.inner.weigh(logits_TE, expert_ids_TK) if self.policy in ("next_best", "dropless") else None
-
-    def at_layer(self, layer: int) -> Self:
-        """See `Router.at_layer`."""
-        self.inner.at_layer(layer)
-        return self
-
-    def fit(self, logits_TE: Tensor) -> None:
-        """See `Router.fit`."""
-        self.inner.fit(logits_TE)
-
-    def implementation(self) -> str:
-        """See `Router.implementation`."""
-        return self.inner.implementation()
-
-    def warnings(self, n_tokens: int) -> list[str]:
-        """See `Router.warnings`."""
-        return self.inner.warnings(n_tokens)
+        return super().weigh(logits_TE, expert_ids_TK) if self.policy in ("next_best", "dropless") else None

@@ -29,7 +29,14 @@ from moe_lab.routers.base import Router, Routing
 from moe_lab.routers.soft import SoftMoE
 from moe_lab.runs import trained, weight_changes
 from moe_lab.runs.memory_estimate import require_memory
-from moe_lab.runs.passes import attention_backends, n_positions, n_tokens_at_once, prefill_passes
+from moe_lab.runs.passes import (
+    n_positions,
+    of_all_passes,
+    prefill_backends,
+    prefill_passes,
+    step_backends,
+    tokens_at_once,
+)
 from moe_lab.runs.trained import NATIVE, is_checkpoint, is_native
 from moe_lab.runs.weight_changes import Nodes, WeightChanges
 from moe_lab.workloads.forced import forces
@@ -316,14 +323,19 @@ def implementation(cfg: DictConfig, model: nn.Module, device: torch.device) -> d
     """Who computes the router and the experts of `model`, that of `cfg`, on `device`; empty without MoE layers."""
     if not (layers := moe_layers(model)):
         return {}
-    x_T0 = torch.empty(n_tokens_at_once(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
-    router, experts = layers[0].router, layers[0].experts
-    return {"router": router.implementation(), **experts.implementation(x_T0, layers[0].weights)}
+    router, experts, weights = layers[0].router, layers[0].experts, layers[0].weights
+    by_experts = of_all_passes(experts.implementation(x_T0, weights) for x_T0 in _rows_at_once(cfg, device))
+    return {"router": router.implementation(), **by_experts}
+
+
+def _rows_at_once(cfg: DictConfig, device: torch.device) -> list[Tensor]:
+    """What a layer is given in each pass that has another number of tokens [T, 0]."""
+    return [torch.empty(n, 0, dtype=DTYPES[cfg.dtype.name], device=device) for n in tokens_at_once(cfg)]
 
 
 def builds_extension(by: Mapping[str, str], device: torch.device) -> bool:
     """Whether a run with these implementations (`check_available`) compiles the extension first."""
-    is_of_it = by.get("router", "").startswith("cuda_ext") or by.get("experts") == "fused"
+    is_of_it = by.get("router", "").startswith("cuda_ext") or "fused" in by.get("experts", "").split("+")
     return is_of_it and not extension.is_built(device)
 
 
@@ -378,7 +390,8 @@ def require_runnable(cfg: DictConfig, model: nn.Module, device: torch.device) ->
                 f"workload.load={load} cannot be used with router={router}, "
                 f"{undeclared if layer.router.static_k is None else varies}use workload.load=native or another router"
             )
-    attention_backends(cfg, model, device)
+    prefill_backends(cfg, model, device)
+    step_backends(cfg, model, device)
     _require_computable(cfg, model, device)
     _require_capturable(cfg, model)
 
@@ -395,12 +408,12 @@ def _part_of_a_sequence(cfg: DictConfig) -> str | None:
 
 def _require_computable(cfg: DictConfig, model: nn.Module, device: torch.device) -> None:
     """Raise `UnavailableError` if the experts do not compute the dtype, the sizes, biases or the activation."""
-    x_T0 = torch.empty(n_tokens_at_once(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
     for layer in moe_layers(model)[:1]:  # they are the same everywhere
         try:
             if layer.experts.only_plain:
                 require_plain(layer.weights)
-            layer.experts.implementation(x_T0, layer.weights)
+            for x_T0 in _rows_at_once(cfg, device):
+                layer.experts.implementation(x_T0, layer.weights)
         except UnavailableError as error:
             raise UnavailableError(f"experts={option_name(cfg.experts)}: {error}") from error
 

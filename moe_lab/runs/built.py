@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from moe_lab.measure import roofline
 from moe_lab.measure.clocks import Step, make_step
 from moe_lab.models import Output
-from moe_lab.models.attention import Attention
 from moe_lab.models.checkpoint import Checkpoint
 from moe_lab.models.gated_delta_net import GatedDeltaNet
-from moe_lab.models.latent_attention import LatentAttention
 from moe_lab.models.layers import AddLayerNorm, AddRMSNorm, Linear
 from moe_lab.models.moe_layer import MoELayer, moe_layers
 from moe_lab.models.parameters import reference_twin
@@ -85,13 +83,14 @@ class Built:
         return passes.n_tokens(self.cfg)
 
     def tokens(self) -> Tensor:
-        """[T, 0], what a layer is given without its columns: for who asks by device, dtype and number of tokens."""
-        return self.x.new_empty(passes.n_tokens_at_once(self.cfg), 0, dtype=self.dtype)
+        """[T, 0], what a layer is given without its columns: for who asks by device, dtype and number of tokens.
 
-    def _rows_of(self, module: nn.Module) -> Tensor:
-        """As `tokens`, of what a projection reads; the head of a prefill reads the last position of each sequence."""
-        reads_last = isinstance(self.task, Prefill) and module is self.task.decoder.head
-        return self.tokens()[: self.cfg.batch if reads_last else None]
+        Of the first pass, if there are several.
+        """
+        return self._rows(passes.tokens_at_once(self.cfg)[0])
+
+    def _rows(self, n: int) -> Tensor:
+        return self.x.new_empty(n, 0, dtype=self.dtype)
 
     def outputs(self, most: int | None = None) -> Iterator[Output]:
         """What the run's own execution computes: one pass, or every step of decoding (or `most`, evenly spread).
@@ -120,15 +119,19 @@ class Built:
         return round(sum(moved) / len(moved))
 
     def implementation(self) -> dict[str, str]:
-        """Who computes what."""
-        ran: dict[str, str] = {}
+        """Who computes what in the passes of an iteration (`passes.of_all_passes`)."""
+        ran = passes.of_all_passes(self._in_pass(self._rows(n)) for n in passes.tokens_at_once(self.cfg))
         if isinstance(self.model, Checkpoint) and self.model.form is not None:
             ran["weights"] = str(self.model.form)
-        x_T0, compiled = self.tokens(), self.cfg.execution.name == "compile"
-        decoded_by: set[str] = set()
+        if attention := self._attention():
+            ran["attention"] = attention
+        return ran
+
+    def _in_pass(self, x_T0: Tensor) -> dict[str, str]:
+        """Who computes what but attention in a pass over these tokens."""
+        ran: dict[str, str] = {}
+        compiled = self.cfg.execution.name == "compile"
         joined: set[nn.Module] = set()  # norms that are computed with what reads them
-        if not self.decodes and (backends := passes.attention_backends(self.cfg, self.model, self.device)):
-            ran["attention"] = f"torch:{'+'.join(backends)}"
         for module in self.model.modules():
             if isinstance(module, TransformerDecoder) and len(x_T0) <= MOST_ROWS and not compiled:
                 joined |= module.joined_norms(x_T0.new_empty(len(x_T0), module.d_model))
@@ -141,17 +144,13 @@ class Built:
                     joined.add(module.mlp_norm)
             elif isinstance(module, AddLayerNorm):
                 ran["add_layer_norm"] = "torch"
-            elif isinstance(module, Attention | LatentAttention) and isinstance(self.task, Decode):
-                by = module.decoded_by(self.task.window)
-                decoded_by.add("triton" if compiled and by != "torch" else by)  # see Attention.decoded_by
             elif isinstance(module, GatedDeltaNet):
-                ran["delta_net"] = f"torch: {'recurrent' if self.decodes else 'chunked'}"
+                ran["delta_net"] = f"torch: {'recurrent' if len(x_T0) == self.cfg.batch else 'chunked'}"
             elif isinstance(module, Linear):
-                kernel = module.implementation(self._rows_of(module))
+                reads_last = isinstance(self.task, Prefill) and module is self.task.decoder.head
+                kernel = module.implementation(self._rows(self.cfg.batch) if reads_last else x_T0)
                 if kernel != "torch" and not compiled:  # a compiler computes them as torch does
                     ran["linear"] = kernel
-        if decoded_by:
-            ran["attention"] = "+".join(sorted(decoded_by))
         for layer in moe_layers(self.model):
             ran["router"] = (
                 layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"
@@ -160,6 +159,19 @@ class Built:
                 ran["gate"] = layer.router.implementation()
             ran |= layer.experts.implementation(x_T0, layer.weights)
         return ran
+
+    def _attention(self) -> str:
+        """Who computes attention, and by which of torch's backends that of many tokens; empty if nobody does."""
+        given = (self.cfg, self.model, self.device)
+        if not isinstance(self.task, Decode):
+            backends = passes.prefill_backends(*given)
+            return f"torch:{'+'.join(backends)}" if backends else ""
+        ran = {attention.decoded_by(self.task.window) for attention in passes.attentions_of(self.model)}
+        if self.cfg.execution.name == "compile":  # see Attention.decoded_by
+            ran = {"torch" if by == "torch" else "triton" for by in ran}
+        if backends := passes.step_backends(*given):
+            ran = ran - {"torch"} | {f"torch:{'+'.join(backends)}"}
+        return "+".join(sorted(ran))
 
     def router_properties(self) -> dict[str, bool | None] | None:
         """What the router declares, None where it says nothing; None for a model without one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,11 +24,23 @@ def n_tokens(cfg: Any) -> int:
     return int(cfg.batch * per_sequence)
 
 
-def n_tokens_at_once(cfg: Any) -> int:
-    """Tokens that a layer is given: those of one iteration, or of a prefill in chunks those of a chunk."""
+def tokens_at_once(cfg: Any) -> list[int]:
+    """How many a layer is given: those of one iteration; of a prefill in chunks those of a chunk, and of a shorter one.
+
+    Each number once, in the order of the passes.
+    """
     if cfg.workload.get("phase") != "prefill":
-        return n_tokens(cfg)
-    return int(cfg.batch * len(prefill_passes(cfg)[0]))
+        return [n_tokens(cfg)]
+    return list(dict.fromkeys(int(cfg.batch * len(positions)) for positions in prefill_passes(cfg)))
+
+
+def of_all_passes(ran: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Who computes what in several passes: `a+b` where they differ. What only some of them name stands alone."""
+    by: dict[str, dict[str, None]] = {}
+    for of_pass in ran:
+        for part, name in of_pass.items():
+            by.setdefault(part, {})[name] = None
+    return {part: "+".join(names) for part, names in by.items()}
 
 
 def n_positions(cfg: DictConfig) -> int:
@@ -55,17 +68,30 @@ def chunk_warning(cfg: DictConfig, router: Router) -> str | None:
     )
 
 
-def attention_backends(cfg: DictConfig, model: nn.Module, device: torch.device) -> list[str]:
-    """Who computes the attention of these passes, of torch's backends; empty if no pass has attention of many tokens.
+def attentions_of(model: nn.Module) -> list[Attention | LatentAttention]:
+    """Layer by layer."""
+    return [module for module in model.modules() if isinstance(module, Attention | LatentAttention)]
+
+
+def prefill_backends(cfg: DictConfig, model: nn.Module, device: torch.device) -> list[str]:
+    """Who computes the attention of `prefill_passes`, of torch's backends; empty if none has that of many tokens.
 
     Raises:
         UnavailableError: torch cannot compute one by `model.attention`.
     """
-    attentions = [module for module in model.modules() if isinstance(module, Attention | LatentAttention)]
-    calls = {
-        (attention.backend, attention.call(len(tokens), tokens.stop, device))
-        for attention in attentions
-        for tokens in prefill_passes(cfg)
-        if len(tokens) > 1
-    }
+    lengths = [(len(tokens), tokens.stop) for tokens in prefill_passes(cfg) if len(tokens) > 1]
+    return _backends(attentions_of(model), lengths, device)
+
+
+def step_backends(cfg: DictConfig, model: nn.Module, device: torch.device) -> list[str]:
+    """As `prefill_backends`, of a decoding step; empty if kernels of our own take it, or it has a single token."""
+    window = cfg.workload.get("window", 1) if cfg.workload.get("phase") == "decode" else 1
+    by_torch = [attention for attention in attentions_of(model) if attention.decoded_by(window) == "torch"]
+    return _backends(by_torch, [(window, None)] if window > 1 else [], device)
+
+
+def _backends(
+    attentions: Iterable[Attention | LatentAttention], lengths: Iterable[tuple[int, int | None]], device: torch.device
+) -> list[str]:
+    calls = {(each.backend, each.call(*length, device)) for each in attentions for length in lengths}
     return sorted({backend_of(*call) for call in calls})

@@ -232,7 +232,8 @@ def text_windows(
     windows = text.windows(domains, length, n_windows, int(cfg.seed))
     missing = [f"{name}: shorter than one window (seq_len tokens)" for name in windows.left_out]
     if left_out := len(windows.ids_WS) % batch:
-        missing.append(f"the last {left_out} windows, which do not fill a batch")
+        which = "the last window, which does" if left_out == 1 else f"the last {left_out} windows, which do"
+        missing.append(f"{which} not fill a batch")
     if cfg.workload.get("ids", "text") == "uniform":
         shape = (len(windows.ids_WS), length + 1)  # with the token that follows
         ids_WS = text.uniform_ids(shape, model.vocab_size, int(cfg.seed), windows.ids_WS.device)

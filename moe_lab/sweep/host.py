@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from moe_lab.sweep import timing
 from moe_lab.sweep.capped_log import last_line
 from moe_lab.sweep.engine import START_S, Worker, WorkerLostError
 from moe_lab.sweep.plan import Cell
+from moe_lab.sweep.scratch import Scratch
 from moe_lab.sweep.slots import VISIBLE, Claim, Slot
 from moe_lab.sweep.standing import FOLDER
 from moe_lab.sweep.tasks import THREADS, Event, Setup, Task
@@ -52,8 +52,8 @@ class Host:
             targets.trust(folder)
         self._claim = Claim(slot)
         self._seen: dict[str, dict[str, Any]] = {}
-        self._scratch = Path(tempfile.mkdtemp(prefix="moe-lab-slot-"))  # where the sweep's folder is not seen
-        self._log = (store.own_folder(directory / FOLDER) if setup.shared else self._scratch) / f"{slot.name}.log"
+        self._scratch = Scratch()  # where the sweep's folder is not seen
+        self._log = (store.own_folder(directory / FOLDER) if setup.shared else self._scratch.path) / f"{slot.name}.log"
         self._worker = _Stoppable(self._log, self._environment())
         self._said = ("", "")
         self._ended: set[str] = set()
@@ -91,7 +91,7 @@ class Host:
             with suppress(OSError):
                 self._log.unlink()
                 store.remove_empty([self._log.parent])
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.close()
 
     # ---- in the thread
 
@@ -166,7 +166,7 @@ class Host:
             env_id=seen["env_id"],
             device_id=seen["device_id"],
             available_bytes=available,
-            directory=cell.directory if self.setup.shared else self._scratch / cell.cell_id,
+            directory=cell.directory if self.setup.shared else self._scratch.path / cell.cell_id,
         )
 
     def _on_step(self, task: Task, cell: Cell, step: str) -> None:

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import os
 import queue
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -28,6 +25,7 @@ from moe_lab.sweep.kinds import Kind
 from moe_lab.sweep.nodes import slots_of
 from moe_lab.sweep.pool import HostPool, Seat, taken
 from moe_lab.sweep.ray_cluster import NAMESPACE, connect, fit_nodes, line_of, nodes_of_cluster, on
+from moe_lab.sweep.scratch import Scratch
 from moe_lab.sweep.slots import Slot
 from moe_lab.sweep.tasks import Event, Setup, Task
 
@@ -133,9 +131,9 @@ class RayPool(HostPool):
         self._first: dict[Any, tuple[Slot, Any]] = {}  # the slots that are opened for the first time, and their actors
         self._opening: dict[Any, tuple[Seat, float]] = {}  # those that start again, and until when
         self._n_restarts: dict[str, int] = {}
-        self._parcel = Path(tempfile.mkdtemp(prefix="moe-lab-parcel-"))
+        self._parcel = Scratch()
         try:
-            is_own = connect([str(path) for path in parcel.pack(self._parcel, setup.trusted)], say)
+            is_own = connect([str(path) for path in parcel.pack(self._parcel.path, setup.trusted)], say)
             nodes = fit_nodes(nodes_of_cluster(), say, are_here=is_own)
             self._places = slots_of(nodes, wanted)
             _wait_until_free(self._name(""))
@@ -261,7 +259,7 @@ class RayPool(HostPool):
             self._seat_first(_CLOSE_S)
         super().close()
         ray.shutdown()
-        shutil.rmtree(self._parcel, ignore_errors=True)
+        self._parcel.close()
 
 
 def _wait_until_free(begins: str) -> None:

@@ -179,9 +179,9 @@ def begin(composer: JobComposer, directory: Path) -> tuple[Asked, Search]:
 
 def known_jobs(composer: JobComposer, directory: Path) -> tuple[list[list[str]], str]:
     """The jobs before anything runs, and what to say of them: the default, and the trials so far or a first batch."""
-    from moe_lab.sweep.study import Study
-
     asked, search = begin(composer, directory)
+    from moe_lab.sweep.study import Study  # imports Optuna, whose lack `begin` explains
+
     overrides = [trial.overrides for trial in search.trials]
     if not overrides:
         choices = Study(asked.space, search).ask(min(asked.n_jobs, asked.n_trials))

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from moe_lab.records import store
 from moe_lab.records.schema import Ratio
 from moe_lab.sweep.engine import CellFailedError, Engine, WorkerLostError
 from moe_lab.sweep.plan import Cell
+from moe_lab.sweep.scratch import Scratch
 
 _SPARE = 0.8  # the share of the memory that a group may take
 _LEAST_ROUNDS = 10  # for the interval of the ratios
@@ -84,9 +83,9 @@ class Group:
         self.engine, self.timeout_s, self.on_step, self.on_end = engine, timeout_s, on_step, on_end
         self.members = [Member(cell, cell.directory) for cell in cells]
         self.anchor = next((member for member in self.members if member.cell is anchor), None)
-        self._scratch = Path(tempfile.mkdtemp(prefix="moe-lab-"))  # for what runs along and is not recorded
+        self._scratch = Scratch()  # for what runs along and is not recorded
         if anchor is not None and self.anchor is None:
-            self.anchor = Member(anchor, self._scratch, is_recorded=False)
+            self.anchor = Member(anchor, self._scratch.path, is_recorded=False)
             self.members.insert(0, self.anchor)
         self.timed: list[Member] = []
         self._probe_ms: list[list[float]] = []  # by replicate
@@ -113,7 +112,7 @@ class Group:
                 for together in self._fitting(members):
                     self._time(together)
         finally:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch.close()
 
     def _call(self, member: Member, step: str, *arguments: Any) -> Any:
         """A step of a member. Raises `_MemberFailedError`."""
@@ -182,7 +181,7 @@ class Group:
                 first = subgroups[0][0] if subgroups else None
                 anchor = self.anchor if self.anchor in members and self.anchor is not member else None
                 if first is not None and anchor is not None and self._fits([anchor, member]):
-                    again = Member(anchor.cell, self._scratch, is_recorded=False, peak_bytes=anchor.peak_bytes)
+                    again = Member(anchor.cell, self._scratch.path, is_recorded=False, peak_bytes=anchor.peak_bytes)
                     again.parameter_bytes = anchor.parameter_bytes
                     subgroups.append([again, member])
                 else:

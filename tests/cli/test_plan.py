@@ -32,6 +32,15 @@ def plan(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
 
+def test_a_search_without_optuna_says_what_to_install(tmp_path: Path) -> None:
+    """In one line, as `moe-lab -m` does."""
+    code = "import sys; sys.modules['optuna'] = None; from moe_lab.cli.main import main; sys.exit(main())"
+    command = [faulty.MOE_LAB[0], "-c", code, "plan", "-m", "experiment=search_router"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    wanted = "moe-lab: hydra/sweeper=moe_lab_optuna needs Optuna; run pip install 'moe-lab[search]'.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", wanted)
+
+
 @pytest.mark.usefixtures("no_compiler")
 @pytest.mark.slow
 def test_every_cell_is_shown_with_what_would_be_done_and_nothing_is_written(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import moe_lab
+from moe_lab import marks
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from tests import tiny
 from tests.models.peers import copy_decoder, decoder_settings, peer_model
@@ -49,6 +52,24 @@ def test_a_token_changes_no_earlier_logits(at: int) -> None:
     one, other = model(one_BS).y, model(other_BS).y
     assert torch.equal(one[:, :at], other[:, :at])
     assert (one[:, at:] != other[:, at:]).any(-1).all()
+
+
+def test_what_mixes_tokens_is_timed_as_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever it is: the block marks the phase, once, behind the norm."""
+    told: list[str] = []
+
+    class Mixer(nn.Module):
+        def forward(self, x_BSD: Tensor, *_: Any) -> Tensor:
+            told.append("computed")
+            return x_BSD
+
+    model = decoder()
+    for block in model.layers:
+        block.attention = Mixer()
+        block.attention_norm.register_forward_hook(lambda *_: told.append("normed"))
+    monkeypatch.setattr(marks, "_listener", SimpleNamespace(start=told.append, stop=lambda name: told.append("end")))
+    model(ids(2, 3))
+    assert told == ["normed", "attention", "computed", "end"] * LAYERS
 
 
 def test_sequences_do_not_see_each_other() -> None:

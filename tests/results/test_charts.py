@@ -267,6 +267,7 @@ def test_a_value_without_an_interval_is_hollow_and_the_legend_says_so(kind: str)
         symbols = traces[0]["marker"]["symbol"]
         assert symbols == (["circle-open", "circle"] if marked else "circle")
         assert ("hollow: no interval" in [trace["name"] for trace in traces]) == marked
+        assert any(trace.get("showlegend") for trace in traces) == marked  # also where no variant needs a legend
         drawn = plots.render(one, ["v"], [])
         hollow = [line for line in drawn.axes[0].lines if line.get_markerfacecolor() == "white"]
         assert [len(line.get_xdata()) for line in hollow] == [1] * marked

@@ -21,6 +21,8 @@ from moe_lab.records.schema import LAUNCH_BOUND, Record
 from moe_lab.records.store import RESULT, ROUTING, read_record, write_record
 from moe_lab.results import glossary, plots, report
 from moe_lab.results.aggregate import aggregate
+from moe_lab.results.charts import Charts
+from moe_lab.results.panels import NO_INTERVAL, Chart, Panel, Series
 from tests.results import browser, observed, searched, texts
 
 EVIL = "<b>&lt;</b></script><script>window.ran = 1</script><img src=x onerror='window.ran=2'>\"'`${window.ran=3}"
@@ -501,6 +503,20 @@ def test_the_front_lies_below_the_points(chromium: Any, sweep: Path) -> None:
         assert front["name"] == "Pareto front" and front["mode"] == "lines"
         lowest = min(y for trace in points for y in trace["y"])
         assert min(front["y"]) == pytest.approx(lowest)
+
+
+@pytest.mark.browser
+def test_a_legend_says_what_hollow_means_where_nothing_else_needs_one(
+    chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single variant whose values stand beside their names."""
+    synthetic.sweep(tmp_path, 8)
+    panel = Panel("t", [Series("v", ["a", "b"], [1.0, 2.0], [None, 1.9], [None, 2.1], ["", ""])])
+    one = Charts([Chart("c", "dots", "t", "x", "y", [panel], True)], [], ["v"], [])
+    monkeypatch.setattr(report, "charts", lambda *_, **__: one)
+    with opened(chromium, written(tmp_path)) as driver:
+        shown = "return [...document.querySelectorAll('#plot-c .legendtext')].map(text => text.textContent)"
+        assert driver.execute_script(shown) == [NO_INTERVAL]
 
 
 @pytest.mark.browser

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moe_lab.errors import UnavailableError
+from moe_lab.experts import grouped
 from moe_lab.models import layers
 from moe_lab.models.attention import Attention
 from moe_lab.models.layers import Linear
 from moe_lab.ops import one_token_attention
 from moe_lab.routers.selection import SelectionRouter
+from moe_lab.runs import build
 from moe_lab.runs.built import Built
 from tests import tiny
 
@@ -75,13 +78,17 @@ def test_who_norms_for_the_router(more: tuple[str, ...], expected: bool, monkeyp
 
 @pytest.mark.parametrize(
     ("window", "by"),
-    [pytest.param(1, "triton", id="one"), pytest.param(2, "triton", id="few"), pytest.param(600, "torch", id="many")],
+    [
+        pytest.param(1, "triton", id="one"),
+        pytest.param(2, "triton", id="few"),
+        pytest.param(600, "torch:flash", id="many"),
+    ],
 )
 def test_who_attends_on_the_cache_depends_on_the_window(window: int, by: str) -> None:
     """A kernel takes a few new tokens of a sequence, too, and not many; elsewhere it is torch."""
     sizes = (f"seq_len={window}", "workload.context_len=3", f"workload.window={window}")
     built = Built.of(tiny.decoder_moe("workload.phase=decode", *sizes), torch.device("cpu"))
-    assert built.implementation()["attention"] == "torch"
+    assert built.implementation()["attention"] == ("torch" if window == 1 else "torch:flash")
     for module in built.model.modules():
         if isinstance(module, Attention):
             module.fuses = True
@@ -138,6 +145,12 @@ def test_joined_norms_are_not_named_alone(monkeypatch: pytest.MonkeyPatch) -> No
         pytest.param(("workload.phase=prefill", "batch=3"), "blocks", None, id="prefill-blocks"),
         pytest.param(("batch=3",), "all", None, id="pass"),
         pytest.param(("batch=2",), "all", "gemv", id="short-pass"),
+        pytest.param(
+            ("workload.phase=prefill", "batch=3", "seq_len=10", "workload.prefill_chunk=8"),
+            "blocks",
+            "gemv",
+            id="a short last chunk",
+        ),
     ],
 )
 def test_a_kernel_of_few_rows_is_named(
@@ -163,8 +176,34 @@ def test_a_kernel_of_few_rows_is_named(
         pytest.param(("workload.phase=prefill", "workload.prefill_chunk=3"), "torch:flash", id="chunks"),
         pytest.param(("workload.phase=prefill", "seq_len=1"), None, id="one token"),
         pytest.param(("workload.phase=decode",), "torch", id="decode"),
+        pytest.param(("workload.phase=decode", "workload.window=2", "seq_len=4"), "torch:flash", id="window"),
+        pytest.param(
+            ("workload.phase=decode", "workload.window=2", "seq_len=4", "model.attention=math"),
+            "torch:math",
+            id="window, named",
+        ),
     ],
 )
 def test_who_computes_attention(more: tuple[str, ...], attention: str | None) -> None:
     """Of many tokens torch's backend; one token has no choice."""
     assert tiny.built(tiny.decoder_moe(*more)).built.implementation().get("attention") == attention
+
+
+def test_a_shorter_last_chunk_may_be_computed_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record and a plan name both, and look at both."""
+    monkeypatch.setattr(grouped, "_takes_few_tokens", lambda x_TD: len(x_TD) < 6)
+    chunks = ("workload.phase=prefill", "batch=2", "seq_len=7", "experts=grouped")
+    for chunk, experts in ((3, "grouped+grouped:few_tokens"), (4, "grouped"), (2, "grouped:few_tokens")):
+        cfg = tiny.decoder_moe(*chunks, f"workload.prefill_chunk={chunk}")
+        built = Built.of(cfg, torch.device("cpu"))
+        assert built.implementation()["experts"] == build.check_available(cfg)[1]["experts"] == experts
+        assert ("segment_mm" in built.implementation()) == (chunk != 2)
+
+    def refuse(x_TD: torch.Tensor) -> bool:
+        if len(x_TD) == 2:
+            raise UnavailableError("not so few tokens")
+        return False
+
+    monkeypatch.setattr(grouped, "_takes_few_tokens", refuse)
+    with pytest.raises(UnavailableError, match=r"^experts=grouped: not so few tokens"):
+        build.check_available(tiny.decoder_moe(*chunks, "workload.prefill_chunk=3"))

@@ -202,4 +202,4 @@ def test_windows_that_fill_no_batch_are_said(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 113)
     cfg = quick.compose("checkpoint", f"workload.path={tmp_path}")
     first = First.of(cfg, [quick.compose("checkpoint", f"workload.path={tmp_path}", "batch=3")], None)
-    assert first.n_windows == 6 and first.missing == ["the last 1 windows, which do not fill a batch"]
+    assert first.n_windows == 6 and first.missing == ["the last window, which does not fill a batch"]

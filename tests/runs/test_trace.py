@@ -96,7 +96,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
         assert trace.n_tokens == 48 and list(trace.missing) == missing
     assert missing == [
         "short: shorter than one window (seq_len tokens)",
-        "the last 1 windows, which do not fill a batch",
+        "the last window, which does not fill a batch",
     ]
 
 

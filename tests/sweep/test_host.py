@@ -105,7 +105,7 @@ def test_without_a_shared_folder_the_files_are_told(tmp_path: Path) -> None:
         assert list(told) == [cell.cell_id for cell in plan.cells]
         expected = {"result.json", "samples.npz", "routing.npz", "routes.trace", "config.yaml"}
         assert all(files is not None and expected <= files.keys() for files in told.values())
-        scratch = one.host._scratch
+        scratch = one.host._scratch.path
         assert [path.name for path in scratch.iterdir()] == ["here-cpu0.log"] and not (tmp_path / "driver").exists()
     assert not scratch.exists()
 

@@ -293,7 +293,7 @@ def test_subgroups_fit_hold_everyone_once_and_have_the_anchor_if_they_can(
         on_step=lambda cell, step: None,
         on_end=lambda cell: None,
     )
-    group._scratch.rmdir()
+    group._scratch.close()
     peak_of = {cell.cell_id: peak for cell, peak in zip(planned, peaks, strict=True)}
     for cell in planned:
         cell.available_bytes = available
