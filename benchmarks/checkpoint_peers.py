@@ -4,20 +4,24 @@
     python -m benchmarks.checkpoint_peers --path /tmp/olmoe --device cuda --dtype bf16 --execution cuda_graph \\
         --cells decode:1:2048 decode:8:2048
 
+Compiling takes most of the time. Several such commands with the same folder `--turns` do it at once on one machine, and
+each stops the others while it times a cell; what a peer's compiler measured it measured beside the others.
+
 A cell is prefill:BATCH:TOKENS or decode:BATCH:CONTEXT. The peers:
 
     eager, batched_mm, grouped_mm   experts implementations of transformers, with `--attention` and, for decode, a
-                                    StaticCache of the same length, which lies in our cache where both keep the same. On
-                                    CUDA decode is compiled (mode reduce-overhead, which uses CUDA graphs).
+                                    StaticCache of the same length. Its weights and its cache are ours where both keep
+                                    the same. On CUDA decode is compiled (mode reduce-overhead, which uses CUDA graphs).
     plain                           plain_decoder.py, on our weights and cache; on CUDA compiled (max-autotune) and in a
                                     CUDA graph of its own. Of the ways in which it can be written the fastest is timed;
                                     stderr has them all. A way should take some ten seconds to compile; a decode cell
-                                    has two to four.
+                                    has two to four, of which none begins after `--limit` seconds.
 
 The floor of a decoded token is the bytes that any implementation touches (as in a record) at the rate of a large copy.
 A round times every implementation once in shuffled order; a decode round times some consecutive tokens. The ratio ours
 / peer is computed within the round; the interval is that of the median ratio. Before the timing the logits are compared
-with ours. A peer that cannot run, or that computes something else, fails: its cell says so, stderr why.
+with ours. A peer that cannot run, or that computes something else, fails: its cell says so, stderr why. stderr also has
+the seconds that each part took.
 
 The exit code is 1 if the interval of the ratio to the fastest peer is above 1.03 in any cell, or if ours fails.
 """
@@ -31,7 +35,9 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,14 +49,17 @@ from transformers.cache_utils import StaticLayer
 
 import moe_lab
 from benchmarks.plain_decoder import PlainDecoder, Way
+from benchmarks.turns import Turns
 from moe_lab.measure import environment
 from moe_lab.measure.clocks import Step, make_step
 from moe_lab.measure.roofline import measured_peaks
 from moe_lab.measure.statistics import median_interval
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models import Output, checkpoint_config
+from moe_lab.models.checkpoint_forms import AS_IT_IS
+from moe_lab.models.checkpoint_names import sources
 from moe_lab.models.kv_cache import KVCache, LayerCache
-from moe_lab.models.parameters import shareable
+from moe_lab.models.parameters import shareable, without_storage
 from moe_lab.routers.base import unchecked
 from moe_lab.runs.built import Built
 from moe_lab.runs.run import Run
@@ -108,11 +117,33 @@ def ours(options: argparse.Namespace, cell: Cell, weights: dict[str, Tensor]) ->
     return built
 
 
-def peer_model(options: argparse.Namespace) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        options.path, dtype=DTYPES[options.dtype], attn_implementation=options.attention
-    )
+def peer_model(options: argparse.Namespace, weights: dict[str, Tensor]) -> Any:
+    """transformers' model, on our `weights` where it keeps them all as we do: a second copy may not fit."""
+    settings = {"dtype": DTYPES[options.dtype], "attn_implementation": options.attention}
+    if (lent := same_weights(Path(options.path), weights)) is not None:
+        config = transformers.AutoConfig.from_pretrained(options.path)
+        with without_storage(), torch.device(options.device):
+            model = transformers.AutoModelForCausalLM.from_config(config, **settings).requires_grad_(False)
+        if not model.load_state_dict(lent, strict=False, assign=True).missing_keys:
+            return model.eval()
+    print("transformers loads its own weights", file=sys.stderr)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.path, **settings)
     return model.to(options.device).eval()
+
+
+def same_weights(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Ours by all names that transformers may have for them; None if one of them it does not keep as we do."""
+    settings = checkpoint_config.read(folder)
+    if settings.interleaved:  # we keep rows of queries and keys in another order
+        return None
+    lent: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        layouts = sources(name, tensor.shape, settings.naming)
+        keys = [each[0].key for each in layouts if len(each) == 1 and each[0].place == () and each[0].form is AS_IT_IS]
+        if not keys:
+            return None
+        lent |= dict.fromkeys(keys, tensor.detach())  # another object: see `lends` on marks
+    return lent
 
 
 class Peer:
@@ -132,6 +163,9 @@ class Peer:
         if built.x.is_cuda:
             self.forward = torch.compile(model, mode="reduce-overhead", fullgraph=True)
         self.token_B1, self.position_1 = built.x[:, :1].clone(), built.x.new_tensor([cell.length])
+
+    def settle(self) -> None:
+        """Nothing: there is one way."""
 
     def choose(self) -> None:
         self.model.set_experts_implementation(self.experts)
@@ -180,32 +214,43 @@ class PlainStep(nn.Module):
 
 
 class PlainPeer:
-    """The plain decoder on the model, the ids and the cache of a run; on CUDA captured as a run's step is."""
+    """The plain decoder on the model, the ids and the cache of a run; on CUDA captured as a run's step is.
 
-    def __init__(self, cell: Cell, built: Built):
+    No way that it can be written in begins after `limit_s` seconds.
+    """
+
+    def __init__(self, cell: Cell, built: Built, limit_s: float = float("inf")):
         self.ids_BN = built.x
         start, n_new = (0, cell.length) if cell.phase == "prefill" else (cell.length, 1)
         self.ids_BS = built.x[:, start : start + n_new].clone()
         self.position_S = torch.arange(start, start + n_new, device=built.x.device)
-        self.run = self._fastest(PlainDecoder(built.model, built.task.cache, compiled=built.x.is_cuda))
-
-    def _fastest(self, decoder: PlainDecoder) -> Step:
-        """The step, or the prefill, in the way that takes least time here."""
-        ms: dict[Step, float] = {}
+        decoder = PlainDecoder(built.model, built.task.cache, compiled=built.x.is_cuda)
+        self.steps: dict[Way, Step] = {}
         begun, failure = time.perf_counter(), None
         for way in decoder.ways(*self.ids_BS.shape):
+            if self.steps and time.perf_counter() - begun > limit_s:
+                print(f"{PLAIN} ({way}): left out after {limit_s:g} s", file=sys.stderr)
+                continue
             try:
                 execution = "cuda_graph" if self.ids_BS.is_cuda else "eager"
                 step = make_step(execution, "natural", PlainStep(decoder, self.position_S, way), self.ids_BS)
-                ms[step] = float(np.median(step.time_block(7).ms))
-                print(f"{PLAIN} ({way}): {ms[step]:.4g} ms", file=sys.stderr)
+                require_same(f"{PLAIN} ({way})", step().y[:, -1].float(), cell, built)
+                self.steps[way] = step
             except Exception as error:  # another way may do
-                failure = error
                 tell(f"{PLAIN} ({way})", error)
-        print(f"{PLAIN}: ready after {time.perf_counter() - begun:.0f} s", file=sys.stderr)
-        if failure is not None and not ms:
+                failure = error.with_traceback(None)  # which would hold on to memory
+            print(f"{PLAIN} ({way}): tried after {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+        if not self.steps:
+            assert failure is not None, "there is a way"
             raise failure
-        return min(ms, key=lambda step: ms[step])
+        self.run = next(iter(self.steps.values()))
+
+    def settle(self) -> None:
+        """From here on take the way that takes least time."""
+        ms = {way: float(np.median(step.time_block(7).ms)) for way, step in self.steps.items()}
+        for way in ms:
+            print(f"{PLAIN} ({way}): {ms[way]:.4g} ms", file=sys.stderr)
+        self.run = self.steps[min(ms, key=lambda way: ms[way])]
 
     def choose(self) -> None:
         """Nothing: it was chosen once."""
@@ -224,6 +269,26 @@ def tell(name: str, error: Exception) -> None:
     """Why something does not run here."""
     print(f"{name} does not run here: {type(error).__name__}: {(str(error) or '-').splitlines()[0]}", file=sys.stderr)
     traceback.print_exception(error, limit=3)
+
+
+@contextmanager
+def told_seconds(what: str) -> Iterator[None]:
+    """Say on stderr how long it took."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        print(f"{what}: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+
+
+def wait_until_quiet(device: str) -> None:
+    """Until a GPU has done what stopped processes had launched: until then it computes for them too, by turns of ms."""
+    if device != "cuda":
+        return
+    small, deadline = torch.zeros(1, device=device), time.perf_counter() + 30
+    while max(time_cuda(lambda: small.add_(1), device) for _ in range(200)) > 0.5:
+        if time.perf_counter() > deadline:
+            raise RuntimeError("the GPU is busy with something else; no turn to time in within 30 s")
 
 
 def free() -> None:
@@ -256,6 +321,8 @@ def main() -> int:
     parser.add_argument("--peers", nargs="+", default=list(PEERS), help=f"default: {' '.join(PEERS)}; also {PLAIN}")
     parser.add_argument("--attention", default="sdpa", help="of transformers; gpt-oss has no sdpa: eager")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--turns", type=Path, help="a folder in common with commands that are started beside this one")
+    parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS", help=f"of {PLAIN}'s compiling")
     parser.add_argument("--out", type=Path, help="output folder of checkpoint_peers.csv (every round)")
     options = parser.parse_args()
 
@@ -274,13 +341,11 @@ def main() -> int:
     )
     print("|---|" + "---|" * (len(options.peers) + 3))
     rows: list[tuple[str, int, str, float]] = []
-    weights: dict[str, Tensor] = {}
-    failed = False
-    model = peer_model(options) if {*options.peers} - {PLAIN} else None
+    turns, loaded, failed = Turns(options.turns), Loaded({}), False
     with torch.inference_mode(), exact_products():
         for cell in options.cells:
             try:
-                ms, floor_ms = time_cell(options, model, cell, weights)
+                ms, floor_ms = time_cell(options, cell, loaded, turns)
             except Exception as error:
                 tell(f"{cell}: ours", error)
                 ms, floor_ms, failed = {}, None, True
@@ -322,42 +387,72 @@ def ratio(rounds: np.ndarray) -> tuple[str, bool]:
     return f"{np.median(rounds):.3f} [{known}]", interval is not None and interval[0] > LIMIT
 
 
-def peer_of(name: str, model: Any, cell: Cell, built: Built, allowed: float) -> Peer | PlainPeer:
-    """The peer, warm. Raises `ValueError` if its logits are not ours, up to a relative error of `allowed`."""
-    peer = PlainPeer(cell, built) if name == PLAIN else Peer(model, name, cell, built)
+@dataclass
+class Loaded:
+    """What is loaded once for all cells: our weights, and transformers' model as soon as a peer needs it."""
+
+    weights: dict[str, Tensor]
+    model: Any = None
+
+
+def peer_of(options: argparse.Namespace, name: str, cell: Cell, built: Built, loaded: Loaded) -> Peer | PlainPeer:
+    """The peer, compiled and warm. Raises `ValueError` if its logits are not ours."""
+    if name == PLAIN:
+        return PlainPeer(cell, built, options.limit)
+    if loaded.model is None:
+        loaded.model = peer_model(options, loaded.weights)
+    peer = Peer(loaded.model, name, cell, built)
     peer.choose()
     theirs: list[Tensor] = []
     for i in range(3):  # the first compiles; what later ones read of a cache of a window, set back, are other tokens
         y = peer.prefill() if cell.phase == "prefill" else peer.step(cell.length + i)
         theirs.append(y[:, -1].clone().float())
-    if cell.phase == "decode":
-        built.task.seek(0)
-    mine = built.ready_step()().y[:, -1].float()
-    error = float((mine - theirs[0]).norm() / theirs[0].norm())
-    if not error < allowed:
-        raise ValueError(f"{name} computes a different result: relative error {error:.1e}")
+    require_same(name, theirs[0], cell, built)
     return peer
 
 
+def require_same(name: str, theirs_BV: Tensor, cell: Cell, built: Built) -> None:
+    """Raises `ValueError` if these logits, of a prefill or of the first step, are not ours."""
+    allowed = 1e-3 if built.dtype == torch.float32 else 0.25  # a near-tie may flip an expert in bf16
+    if cell.phase == "decode":
+        built.task.seek(0)
+    mine_BV = built.ready_step()().y[:, -1].float()
+    error = float((mine_BV - theirs_BV).norm() / theirs_BV.norm())
+    if not error < allowed:
+        raise ValueError(f"{name} computes a different result: relative error {error:.1e}")
+
+
 def time_cell(
-    options: argparse.Namespace, model: Any, cell: Cell, weights: dict[str, Tensor]
+    options: argparse.Namespace, cell: Cell, loaded: Loaded, turns: Turns
 ) -> tuple[dict[str, np.ndarray], float | None]:
     """(milliseconds of a prefill or of one decoded token, a value per round for each; the floor of the latter)."""
     torch.compiler.reset()  # else this cell's sizes are compiled as variable ones, and the last one's graphs are kept
     free()
-    built = ours(options, cell, weights)
+    with told_seconds(f"{cell}: ours"):
+        built = ours(options, cell, loaded.weights)
+    peers: dict[str, Peer | PlainPeer] = {}
+    for name in options.peers:
+        try:
+            with told_seconds(f"{cell}: {name}"):
+                peers[name] = peer_of(options, name, cell, built, loaded)
+        except Exception as error:
+            tell(name, error)
+        free()
+    with told_seconds(f"{cell}: its turn, with waiting for it"), turns.alone(), told_seconds(f"{cell}: its turn"):
+        wait_until_quiet(options.device)
+        return time_rounds(options, cell, built, peers)
+
+
+def time_rounds(
+    options: argparse.Namespace, cell: Cell, built: Built, peers: Mapping[str, Peer | PlainPeer]
+) -> tuple[dict[str, np.ndarray], float | None]:
+    """See `time_cell`."""
     step, phase, length = built.ready_step(), cell.phase, cell.length
     floor_ms = None
     if phase == "decode":
         floor_ms = built.least_bytes(4) / measured_peaks(built.device, built.dtype)["bytes_per_s"] * 1e3
-    allowed = 1e-3 if options.dtype == "fp32" else 0.25  # a near-tie may flip an expert in bf16
-    peers: dict[str, Peer | PlainPeer] = {}
-    for name in options.peers:
-        try:
-            peers[name] = peer_of(name, model, cell, built, allowed)
-        except Exception as error:
-            tell(name, error)
-        free()
+    for peer in peers.values():
+        peer.settle()
 
     def one_round(name: str) -> float:
         if name == "ours":

@@ -210,11 +210,11 @@ class PlainDecoder:
         return self._end(x, y, self.norm_D, self.head_VD, self.sizes.eps, way)
 
     def ways(self, batch: int, length: int) -> list[Way]:
-        """Those worth trying. Sums are for a compiler, which takes grouped_mm in bf16 only."""
+        """Those worth trying, likely ones first. Sums are for a compiler, which takes grouped_mm in bf16 only."""
         is_row, n_slots = batch * length == 1, batch * length * self.sizes.top_k
         attention = ["sdpa"] if length > 1 else ["sums"] if is_row and self.compiled else ["sums", "sdpa"]
         products = ["sums", "torch"] if is_row and self.compiled else ["torch"]
-        experts = ["gathered", "grouped"] if n_slots <= len(self.layers[0].gate_ED) else ["grouped"]
+        experts = ["grouped", "gathered"] if n_slots <= len(self.layers[0].gate_ED) else ["grouped"]
         if is_row or (self.compiled and self.embed_VD.dtype != torch.bfloat16):
             experts = ["gathered"]
         return [Way(*each) for each in combinations(attention, products, experts)]

@@ -6,6 +6,8 @@ import argparse
 import csv
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from benchmarks import check, checkpoint_peers
-from benchmarks.checkpoint_peers import Cell, PlainPeer, row
+from benchmarks.checkpoint_peers import Cell, Loaded, PlainPeer, row
 from benchmarks.plain_decoder import PlainDecoder, Way
+from benchmarks.turns import Turns
 from moe_lab.measure.clocks import Block, Step
 from tests import tiny
+from tests.models import checkpoints
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
@@ -90,8 +94,8 @@ def test_the_floor_is_that_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_peers, "measured_peaks", lambda device, dtype: {"bytes_per_s": 1e9})
     options = argparse.Namespace(**vars(_options()), peers=[], rounds=1)
     with torch.inference_mode():
-        _, floor_ms = checkpoint_peers.time_cell(options, None, Cell("decode", 2, 9), {})
-        _, none = checkpoint_peers.time_cell(options, None, Cell("prefill", 2, 9), {})
+        _, floor_ms = checkpoint_peers.time_cell(options, Cell("decode", 2, 9), Loaded({}), Turns(None))
+        _, none = checkpoint_peers.time_cell(options, Cell("prefill", 2, 9), Loaded({}), Turns(None))
     built = checkpoint_peers.ours(options, Cell("decode", 2, 9), {})
     assert floor_ms == pytest.approx(built.least_bytes(4) / 1e6) and none is None
 
@@ -137,7 +141,9 @@ def test_a_peer_that_computes_something_else_fails(
     monkeypatch.setattr(PlainDecoder, "__call__", wrong)
     assert run(monkeypatch, "--rounds", "2", "--peers", "plain", "--cells", "decode:1:9") == 0
     out, err = capsys.readouterr()
-    assert "| fails | - |" in out and "plain computes a different result" in err
+    assert "| fails | - |" in out
+    assert "experts gathered) does not run here: ValueError: plain (attention sums, " in err
+    assert "computes a different result: relative error" in err
 
 
 @torch.inference_mode()
@@ -154,7 +160,7 @@ def test_the_fastest_way_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     monkeypatch.setattr(PlainDecoder, "__call__", step)
 
-    ms = {("sums", "gathered"): 1.0, ("sums", "grouped"): 2.0, ("sdpa", "gathered"): 3.0}
+    ms = {("sums", "grouped"): 2.0, ("sums", "gathered"): 1.0, ("sdpa", "gathered"): 3.0}
 
     def time_block(self: Step, n: int) -> Block:
         self()
@@ -163,25 +169,27 @@ def test_the_fastest_way_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     monkeypatch.setattr(Step, "time_block", time_block)
     built = checkpoint_peers.ours(_options(), cell, {})
-    PlainPeer(cell, built).step(9)
+    peer = PlainPeer(cell, built)
+    peer.settle()
+    peer.step(9)
     assert ran[-1] == Way("sums", "torch", "gathered")
     err = capsys.readouterr().err
     assert "plain (attention sdpa, products torch, experts grouped) does not run here: RuntimeError: out of mem" in err
     assert re.findall(r"^plain \(attention (\w+), products torch, experts (\w+)\): (\d) ms$", err, re.MULTILINE) == [
         (*way, f"{value:g}") for way, value in ms.items()
     ]
+    assert list(PlainPeer(cell, built, limit_s=0).steps) == [Way("sums", "torch", "grouped")]
     broken += ran
     with pytest.raises(RuntimeError, match="out of memory"):
-        PlainPeer(cell, built)
+        PlainPeer(cell, built, limit_s=0)
 
 
 def test_a_cache_is_lent_where_both_keep_the_same() -> None:
     """The memory is ours, so nothing is computed twice; a cache of latents or windows is another matter."""
-    options = _options()
-    model = checkpoint_peers.peer_model(options)
-    built = checkpoint_peers.ours(options, Cell("decode", 2, 9), {})
+    options, loaded = _options(), Loaded({})
+    built = checkpoint_peers.ours(options, Cell("decode", 2, 9), loaded.weights)
     with torch.inference_mode():
-        peer = checkpoint_peers.peer_of("grouped_mm", model, Cell("decode", 2, 9), built, 1e-3)
+        peer = checkpoint_peers.peer_of(options, "grouped_mm", Cell("decode", 2, 9), built, loaded)
     assert isinstance(peer, checkpoint_peers.Peer)
     for mine, theirs in zip(built.task.cache.layers, peer.cache.layers, strict=True):
         for kept, lent in ((mine.k_BHNd, theirs.keys), (mine.v_BHNd, theirs.values)):
@@ -192,6 +200,76 @@ def test_a_cache_is_lent_where_both_keep_the_same() -> None:
     assert not checkpoint_peers.lends(built.task.cache, peer.cache)
 
 
-def _options() -> argparse.Namespace:
+def test_a_cell_is_prepared_beside_others_and_timed_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Compiling and checking are before the turn, the rounds in it; stderr has the seconds of each."""
+    done: list[str] = []
+
+    def noting(name: str, function: Any) -> Any:
+        return lambda *arguments: done.append(name) or function(*arguments)
+
+    for name in ("ours", "peer_of", "time_rounds"):
+        monkeypatch.setattr(checkpoint_peers, name, noting(name, getattr(checkpoint_peers, name)))
+
+    @contextmanager
+    def alone(self: Turns) -> Iterator[None]:
+        assert self.folder == tmp_path / "turns"
+        done.append("begin")
+        yield
+        done.append("end")
+
+    monkeypatch.setattr(Turns, "alone", alone)
+    monkeypatch.setattr("os.setpgid", lambda *_: None)  # of the tests
+    peers = ("--peers", "grouped_mm", "plain")
+    assert run(monkeypatch, "--rounds", "2", *peers, "--turns", tmp_path / "turns", "--cells", "decode:1:9") == 0
+    assert done == ["ours", "peer_of", "peer_of", "begin", "time_rounds", "end"]
+    parts = re.findall(r"^decode:1:9: (.+): [\d.]+ s$", capsys.readouterr().err, re.MULTILINE)
+    assert parts == ["ours", "grouped_mm", "plain", "its turn", "its turn, with waiting for it"]
+
+
+@pytest.fixture(params=["olmoe", "qwen3-moe", "mixtral"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return (
+        checkpoints.checkpoint("mixtral", tmp_path)
+        if request.param == "mixtral"
+        else tiny.ROOT / f"assets/tiny-{request.param}"
+    )
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(name, id=name) for name in ("fp32", "bf16")])
+def test_weights_are_lent_where_both_keep_the_same(
+    folder: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The memory is ours, and its values are what transformers loads; so are the buffers."""
+    options, weights = _options(path=str(folder), dtype=dtype), {}
+    with torch.inference_mode():
+        checkpoint_peers.ours(options, Cell("decode", 2, 9), weights)
+        model = checkpoint_peers.peer_model(options, weights)
+    assert "loads its own" not in capsys.readouterr().err
+    mine = {tensor.data_ptr() for tensor in weights.values()}
+    assert {tensor.data_ptr() for tensor in model.parameters()} == mine
+    assert not {id(tensor) for tensor in model.parameters()} & {id(tensor) for tensor in weights.values()}  # marks
+    own = checkpoint_peers.peer_model(options, weights | {"more": torch.zeros(1)})
+    assert "loads its own" in capsys.readouterr().err
+    for (name, lent), (_, loaded) in zip(named(model), named(own), strict=True):
+        assert lent.dtype == loaded.dtype and torch.equal(lent, loaded), name
+    ids = checkpoints.ids(2, 9)
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, own(ids).logits)
+
+
+def test_rows_in_another_order_are_not_lent(tmp_path: Path) -> None:
+    folder = checkpoints.checkpoint("ernie4_5_moe", tmp_path)
+    weights: dict[str, Tensor] = {}
+    checkpoint_peers.ours(_options(path=str(folder)), Cell("decode", 2, 9), weights)
+    assert checkpoint_peers.same_weights(folder, weights) is None
+
+
+def named(model: Any) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _options(**changed: str) -> argparse.Namespace:
     keys = {"path": str(tiny.ROOT / "assets/tiny-qwen3-moe"), "text": "", "device": "cpu", "dtype": "fp32"}
-    return argparse.Namespace(**keys, execution="eager", attention="sdpa")
+    return argparse.Namespace(**keys | changed, execution="eager", attention="sdpa", limit=float("inf"))
