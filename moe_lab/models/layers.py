@@ -12,6 +12,7 @@ from moe_lab.experts.weights import Activation, activated
 from moe_lab.ops import gemv
 from moe_lab.ops.add_rms_norm import add_rms_norm
 from moe_lab.ops.library import resolve_implementation
+from moe_lab.ops.rms_norm import rms_norm
 
 
 class Linear(nn.Module):
@@ -156,8 +157,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+        weight = self.weight
+        if x.dtype == weight.dtype:
+            return rms_norm(x, weight, self.eps)
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        return rms_norm(x.to(dtype), weight.to(dtype), self.eps).to(x.dtype)
 
 
 class AddRMSNorm(RMSNorm):
