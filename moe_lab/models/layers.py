@@ -23,6 +23,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.uses_gemv = True
+        self.joined: tuple[list[int], Tensor | None, Tensor | None] | None = None
+        """What `_joined_parameters` found last of this layer and those behind it, and where they lay."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
@@ -109,10 +111,16 @@ def _joined_parameters(layers: Sequence[Linear]) -> tuple[Tensor, Tensor | None]
     """Weight and bias of all as one; None where they do not lie together, or while a pass is compiled."""
     if torch.compiler.is_compiling():  # where weights lie cannot be asked
         return None
-    weight = rows_together([layer.weight for layer in layers])
+    weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    bias = rows_together(biases) if biases else None
-    return None if weight is None or (biases and bias is None) else (weight, bias)
+    place = [part.data_ptr() for part in weights + biases]
+    first = layers[0]
+    if first.joined is None or first.joined[0] != place:  # to look again takes as long as a small product
+        weight, bias = rows_together(weights), rows_together(biases) if biases else None
+        is_joined = weight is not None and (not biases or bias is not None)
+        first.joined = (place, weight if is_joined else None, bias)
+    _, weight, bias = first.joined
+    return None if weight is None else (weight, bias)
 
 
 def rows_together(parts: Sequence[Tensor]) -> Tensor | None:
