@@ -1,10 +1,12 @@
 """experts=grouped: slots sorted by expert, then one grouped matrix product per projection.
 
-On CUDA few tokens, as in decoding, are not sorted (16 in fp32, 64 in 16 bits): `ops/few_tokens.py`.
+On CUDA few tokens, as in decoding, are not sorted (16 in fp32, 64 in 16 bits): `ops/few_tokens.py`. On a CPU,
+in fp32, Python sorts those of few tokens.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from moe_lab.ops.combine import combine
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.few_tokens import few_tokens_mlp, most_tokens
 from moe_lab.ops.library import HAS_TRITON
-from moe_lab.ops.segment_mm import implementation_for, segment_mm
+from moe_lab.ops.segment_mm import implementation_for, segment_loop, segment_mm
 from moe_lab.routers.base import Routing
 
 
@@ -39,22 +41,25 @@ class Grouped(Experts):
                     x_TD, routing.expert_ids_TK, routing.weights_TK, weights.w_gate_up_E2FD, weights.w_down_EDF,
                     scale == "input", weights.up_bias_E2F, weights.down_bias_ED, weights.activation,
                 )  # fmt: skip
-        if _is_one_token(x_TD):
-            return _one_token(x_TD, routing, weights, scale)
+        if _takes_few_on_cpu(x_TD):
+            compute = _one_token if len(x_TD) == 1 else _few_on_cpu
+            return compute(x_TD, routing, weights, scale)
         return _sorted(x_TD, routing, weights, scale)
 
     def reads_dispatch(self, x_TD: Tensor) -> bool:
-        """See `Experts`: few tokens, and on a CPU a single one, are not sorted."""
-        return not (_takes_few_tokens(x_TD) or _is_one_token(x_TD))
+        """See `Experts`: of few tokens it is not made."""
+        return not (_takes_few_tokens(x_TD) or _takes_few_on_cpu(x_TD))
 
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
         """See `Experts`: `grouped:few_tokens`, or `grouped` and what computes `segment_mm`.
 
-        Where the extension sorts and sums: `dispatch` and `combine` too. Else torch does.
+        Where the extension sorts and sums: `dispatch` and `combine` too. Else torch does, or Python.
         """
         if _takes_few_tokens(x_TD):
             return {"experts": "grouped:few_tokens"}
         ran = {"experts": "grouped", "segment_mm": _segment_mm_for(x_TD, weights)}
+        if _takes_few_on_cpu(x_TD):
+            return ran
         if extension.sorts(x_TD.device, weights.n_experts):
             ran["dispatch"] = extension.label(x_TD.device)
         if extension.computes(x_TD.device):
@@ -99,28 +104,54 @@ def _biased(y_NO: Tensor, bias_EO: Tensor | None, expert_N: Tensor | None) -> Te
     return y_NO if bias_EO is None or expert_N is None else y_NO + bias_EO[expert_N].to(y_NO.dtype)
 
 
-def _is_one_token(x_TD: Tensor) -> bool:
+_FEW_TOKENS = 16  # whose slots Python sorts sooner than ten calls of torch do
+
+
+def _takes_few_on_cpu(x_TD: Tensor) -> bool:
+    """Whether so few tokens are sorted on the host (`_one_token`, `_few_on_cpu`)."""
     on_cpu = x_TD.device.type == "cpu" and x_TD.dtype == torch.float32 and not torch.compiler.is_compiling()
-    return on_cpu and len(x_TD) == 1
+    return on_cpu and 0 < len(x_TD) <= _FEW_TOKENS
+
+
+def _few_on_cpu(x_TD: Tensor, routing: Routing, weights: ExpertWeights, scale: Scale) -> Tensor:
+    """As `_sorted`, for few tokens on a CPU: the ids are at hand there, and lists of them cost less than tensors."""
+    with phase("dispatch"):
+        K = routing.expert_ids_TK.shape[1]
+        ids = routing.expert_ids_TK.flatten().tolist()
+        used = sorted((slot for slot, expert in enumerate(ids) if expert >= 0), key=ids.__getitem__)
+        rows: dict[int, int] = {}
+        for slot in used:
+            rows[ids[slot]] = rows.get(ids[slot], 0) + 1
+        slots = np.array(used, dtype=np.int64)  # torch.tensor takes three times as long
+        slot_N, token_N = torch.from_numpy(slots), torch.from_numpy(slots // K)
+        x_ND, weight_N1 = x_TD.index_select(0, token_N), routing.weights_TK.reshape(-1, 1).index_select(0, slot_N)
+        if scale == "input":
+            x_ND = x_ND * weight_N1
+    with phase("experts"):
+        expert_N = None if weights.up_bias_E2F is None else routing.expert_ids_TK.reshape(-1)[slot_N]
+        u_N2F = _biased(segment_loop(x_ND, weights.w_gate_up_E2FD, rows), weights.up_bias_E2F, expert_N)
+        o_ND = segment_loop(weights.activate(u_N2F), weights.w_down_EDF, rows)
+        o_ND = _biased(o_ND, weights.down_bias_ED, expert_N)
+    with phase("combine"):
+        return torch.zeros_like(x_TD).index_add_(0, token_N, o_ND * weight_N1 if scale == "output" else o_ND)
 
 
 def _one_token(x_1D: Tensor, routing: Routing, weights: ExpertWeights, scale: Scale) -> Tensor:
-    """The same for one token on a CPU, where the sorting would take longer than the products."""
+    """The same for one token, of which there is nothing to sort."""
     with phase("dispatch+experts+combine"):
         ids_1K, weights_1K = routing.expert_ids_TK.tolist(), routing.weights_TK.tolist()
         used = [(expert, weight) for expert, weight in zip(ids_1K[0], weights_1K[0], strict=True) if expert >= 0]
         w_up_E2FD, w_down_EDF = weights.w_gate_up_E2FD, weights.w_down_EDF
         up_bias_E2F, down_bias_ED = weights.up_bias_E2F, weights.down_bias_ED
-        h_K2F = x_1D.new_empty(len(used), w_up_E2FD.shape[1])
-        for slot, (expert, weight) in enumerate(used):
-            x_D = x_1D[0] * weight if scale == "input" else x_1D[0]
-            torch.mv(w_up_E2FD[expert], x_D, out=h_K2F[slot])
+        x_D, h_K2F = x_1D[0], x_1D.new_empty(len(used), w_up_E2FD.shape[1])
+        for (expert, weight), h_2F in zip(used, h_K2F.unbind(), strict=True):
+            torch.mv(w_up_E2FD[expert], x_D * weight if scale == "input" else x_D, out=h_2F)
             if up_bias_E2F is not None:
-                h_K2F[slot] += up_bias_E2F[expert]
-        y_1D, h_KF = torch.zeros_like(x_1D), weights.activate(h_K2F)
-        for slot, (expert, weight) in enumerate(used):
+                h_2F += up_bias_E2F[expert]
+        y_D = torch.zeros_like(x_D)
+        for (expert, weight), h_F in zip(used, weights.activate(h_K2F).unbind(), strict=True):
             alpha = weight if scale == "output" else 1.0
-            y_1D[0].addmv_(w_down_EDF[expert], h_KF[slot], alpha=alpha)
+            y_D.addmv_(w_down_EDF[expert], h_F, alpha=alpha)
             if down_bias_ED is not None:
-                y_1D[0].add_(down_bias_ED[expert], alpha=alpha)
-        return y_1D
+                y_D.add_(down_bias_ED[expert], alpha=alpha)
+        return y_D.unsqueeze(0)

@@ -46,8 +46,9 @@ def attend(
         return _softmax_product(q_BHSd, k_BHNd, v_BHNd, scale, sinks_H, backend, causal=True)
     if position_S is not None and S == 1 and q_BHSd.device.type == "cpu" and not torch.compiler.is_compiling():
         stop = int(position_S) + 1  # a CPU's tensor is at hand: no mask, and nothing read of what is not yet there
-        seen = slice(0 if window is None else max(stop - window, 0), stop)
-        return _softmax_product(q_BHSd, k_BHNd[:, :, seen], v_BHNd[:, :, seen], scale, sinks_H, backend)
+        first = 0 if window is None else max(stop - window, 0)
+        k_BHNd, v_BHNd = (x.narrow(2, first, stop - first) for x in (k_BHNd, v_BHNd))
+        return _softmax_product(q_BHSd, k_BHNd, v_BHNd, scale, sinks_H, backend)
     if position_S is None and window is not None and S < N:  # of what is cached, what some query's window holds
         k_BHNd, v_BHNd = (x[:, :, max(N - S - window + 1, 0) :] for x in (k_BHNd, v_BHNd))
         N = k_BHNd.shape[2]
@@ -145,7 +146,7 @@ class Attention(nn.Module):
         self.scale, self.turn_first, self.output_gate = scale, turn_first, output_gate
         self.value_norm_eps = norm_eps if value_norm else None
         self.sinks_H = nn.Parameter(torch.empty(n_heads), requires_grad=False) if sinks else None
-        self.fuses, self.backend = False, backend
+        self.fuses, self.joins, self.backend = False, False, backend
         self.q = Linear(d_model, n_heads * head_dim * (2 if output_gate else 1), bias=qkv_bias)
         self.k = Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
         self.v = None if values_are_keys else Linear(d_model, n_kv_heads * head_dim, bias=qkv_bias)
@@ -167,6 +168,7 @@ class Attention(nn.Module):
     def compute_on(self, device: torch.device, *, load: bool = True) -> None:
         """Decide whether kernels turn queries and keys, and attend to a few new tokens, on `device`."""
         self.fuses = resolve_implementation("auto", device, op="attention") == "triton"
+        self.joins = self.fuses or device.type == "cpu"
 
     def call(self, n_tokens: int, n_keys: int | None, device: torch.device) -> Call:
         """What torch is asked for by many tokens, the last of `n_keys`; None: by those of a decoding step."""
@@ -187,8 +189,8 @@ class Attention(nn.Module):
 
         With it they stand there, by a tensor on the device.
         """
-        # One product is quicker than three small ones.
-        if self.fuses:
+        # One product is quicker than three small ones; on a CPU those of a step are small.
+        if self.fuses or (self.joins and position_S is not None):
             parts = project_together(x_BSD, *self.projections)
         else:
             parts = tuple(projection(x_BSD) for projection in self.projections)
@@ -268,7 +270,7 @@ class Attention(nn.Module):
 
     def use_reference(self) -> None:
         """From now on compute in plain torch."""
-        self.fuses, self.backend = False, "auto"
+        self.fuses, self.joins, self.backend = False, False, "auto"
 
     @property
     def projections(self) -> list[Linear]:

@@ -69,9 +69,12 @@ class LayerCache(LayerMemory):
         Returns:
             The keys and values of all N positions, in the dtype of the arguments.
         """
-        self.k_BHNd.index_copy_(2, position_S, k_BHSd.to(self.k_BHNd.dtype))
-        self.v_BHNd.index_copy_(2, position_S, v_BHSd.to(self.v_BHNd.dtype))
-        return self.k_BHNd.to(k_BHSd.dtype), self.v_BHNd.to(v_BHSd.dtype)
+        k_BHNd, v_BHNd, dtype = self.k_BHNd, self.v_BHNd, k_BHSd.dtype
+        if dtype == k_BHNd.dtype:  # `to` would do nothing, and take half as long as a copy
+            return k_BHNd.index_copy_(2, position_S, k_BHSd), v_BHNd.index_copy_(2, position_S, v_BHSd)
+        k_BHNd.index_copy_(2, position_S, k_BHSd.to(k_BHNd.dtype))
+        v_BHNd.index_copy_(2, position_S, v_BHSd.to(v_BHNd.dtype))
+        return k_BHNd.to(dtype), v_BHNd.to(dtype)
 
     def rows(self, start: int, stop: int) -> LayerCache:
         """See `KVCache.rows`."""

@@ -12,6 +12,7 @@ from moe_lab.experts.weights import Activation, activated
 from moe_lab.ops import gemv
 from moe_lab.ops.add_rms_norm import add_rms_norm
 from moe_lab.ops.library import resolve_implementation
+from moe_lab.ops.rms_norm import rms_norm
 
 
 class Linear(nn.Module):
@@ -22,6 +23,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.uses_gemv = True
+        self.joined: tuple[list[int], Tensor | None, Tensor | None] | None = None
+        """What `_joined_parameters` found last of this layer and those behind it, and where they lay."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.weight, self.bias)
@@ -113,10 +116,16 @@ def _joined_parameters(layers: Sequence[Linear]) -> tuple[Tensor, Tensor | None]
     """Weight and bias of all as one; None where they do not lie together, or while a pass is compiled."""
     if torch.compiler.is_compiling():  # where weights lie cannot be asked
         return None
-    weight = rows_together([layer.weight for layer in layers])
+    weights = [layer.weight for layer in layers]
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    bias = rows_together(biases) if biases else None
-    return None if weight is None or (biases and bias is None) else (weight, bias)
+    place = [part.data_ptr() for part in weights + biases]
+    first = layers[0]
+    if first.joined is None or first.joined[0] != place:  # to look again takes as long as a small product
+        weight, bias = rows_together(weights), rows_together(biases) if biases else None
+        is_joined = weight is not None and (not biases or bias is not None)
+        first.joined = (place, weight if is_joined else None, bias)
+    _, weight, bias = first.joined
+    return None if weight is None else (weight, bias)
 
 
 def rows_together(parts: Sequence[Tensor]) -> Tensor | None:
@@ -161,8 +170,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+        weight = self.weight
+        if x.dtype == weight.dtype:
+            return rms_norm(x, weight, self.eps)
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+        return rms_norm(x.to(dtype), weight.to(dtype), self.eps).to(x.dtype)
 
 
 class AddRMSNorm(RMSNorm):

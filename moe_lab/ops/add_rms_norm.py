@@ -8,10 +8,10 @@ The sum is rounded to the tensors' dtype before it is squared, as if it had been
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.ops.library import call, register
+from moe_lab.ops.rms_norm import rms_norm
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -20,7 +20,7 @@ def reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[
     """Plain torch. Shapes and dtypes as `add_rms_norm`."""
     total = x + residual
     if total.dtype == weight.dtype == torch.float32:  # one pass
-        return F.rms_norm(total, weight.shape, weight, eps), total
+        return rms_norm(total, weight, eps), total
     wide = total.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
     return normed.to(x.dtype), total

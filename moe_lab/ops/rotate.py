@@ -32,12 +32,12 @@ def rotate_both(
 
 
 def _compute(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
     wide = x.float()
     y = wide * cos
-    y[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
-    y[..., half:].addcmul_(wide[..., :half], sin[..., half:])
-    return y.to(x.dtype)
+    (y1, y2), (x1, x2), (sin1, sin2) = (part.chunk(2, dim=-1) for part in (y, wide, sin))  # fewer calls than slices
+    y1.addcmul_(x2, sin1, value=-1)
+    y2.addcmul_(x1, sin2)
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def _fake(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

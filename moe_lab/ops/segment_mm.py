@@ -11,6 +11,7 @@ copies weights anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -20,12 +21,13 @@ from torch import Tensor
 from moe_lab.errors import UnavailableError
 from moe_lab.ops.library import call, register, resolve_implementation
 
-# MKL is quicker at (w @ x.T).T than at x @ w.T for few rows, and at its best for a multiple of 8 of them: for
-# 2048 x 2048 in fp32 on two EPYC cores (MKL 2024.2) 1.0 ms against 2.6 at 3 rows, 2.2 against 3.3 at 31, 6.0 against
-# 6.3 at 127. So a segment's product takes the rows beside it along and drops their results. From _MANY_ROWS on both
-# are the same. In bf16 (oneDNN) x @ w.T is never slower: for 512 x 2048 on one core 0.10 ms against 0.38 at 1 row (mv)
-# and at 2, 0.23 against 0.39 at 16, 0.67 against 0.65 at 64.
-_FEW_ROWS, _MANY_ROWS, _WHOLE = 5, 256, 8
+# Of large matrices MKL is quicker at (w @ x.T).T than at x @ w.T for few rows, and at its best for a multiple of 8 of
+# them: for 2048 x 2048 in fp32 on two EPYC cores (MKL 2024.2) 1.0 ms against 2.6 at 3 rows, 2.2 against 3.3 at 31, 6.0
+# against 6.3 at 127. So a segment's product takes the rows beside it along and drops their results. From _MANY_ROWS on
+# both are the same. Of small matrices x @ w.T is quicker, which torch writes in place: for 256 x 128 on one Xeon core
+# 9 us against 28 at 2 rows, 14 against 21 at 16. In bf16 (oneDNN) x @ w.T is never slower: for 512 x 2048 on one core
+# 0.10 ms against 0.38 at 1 row (mv) and at 2, 0.23 against 0.39 at 16, 0.67 against 0.65 at 64.
+_FEW_ROWS, _MANY_ROWS, _WHOLE, _SMALL = 5, 256, 8, 1 << 17
 
 
 def implementation_for(device: torch.device, dtype: torch.dtype, *widths: int) -> str:
@@ -75,33 +77,48 @@ def reference(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor) -> Tensor:
 
 
 def _loop(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor) -> Tensor:
-    N = x_ND.shape[0]
-    y_NF = x_ND.new_empty(N, w_EFD.shape[1])
     bounds = offsets_E1.tolist()
-    y_NF[bounds[-1] :] = 0
-    for expert, (start, stop) in enumerate(pairwise(bounds)):
-        rows = stop - start
-        if rows == 0:
-            continue
-        w_FD, y_nF = w_EFD[expert], y_NF[start:stop]
-        if rows >= _MANY_ROWS or x_ND.dtype != torch.float32:
-            torch.mm(x_ND[start:stop], w_FD.T, out=y_nF)
-        elif rows == 1:
-            torch.mv(w_FD, x_ND[start], out=y_nF[0])
+    rows = {expert: stop - start for expert, (start, stop) in enumerate(pairwise(bounds)) if start < stop}
+    return segment_loop(x_ND, w_EFD, rows)
+
+
+def segment_loop(x_ND: Tensor, w_EFD: Tensor, rows: Mapping[int, int]) -> Tensor:
+    """`segment_mm` on a CPU, where it is known on the host how many `rows` each segment in use has.
+
+    Raises:
+        ValueError: as `segment_mm`.
+    """
+    _check(x_ND, w_EFD)
+    (N, D), F_ = x_ND.shape, w_EFD.shape[1]
+    y_NF, w_EDF = x_ND.new_empty(N, F_), w_EFD.mT
+    sizes = [*rows.values()]
+    sizes.append(N - sum(sizes))
+    *x_of, _ = x_ND.split(sizes)
+    *y_of, rest = y_NF.split(sizes)
+    if sizes[-1]:
+        rest.zero_()
+    is_best, start = x_ND.dtype != torch.float32 or D * F_ <= _SMALL, 0
+    for expert, x_nD, y_nF in zip(rows, x_of, y_of, strict=True):
+        n = len(x_nD)
+        if is_best or n >= _MANY_ROWS:
+            torch.mm(x_nD, w_EDF[expert], out=y_nF)
+        elif n == 1:
+            torch.mv(w_EFD[expert], x_nD[0], out=y_nF[0])
         else:
-            whole = rows if rows <= _FEW_ROWS else min(-(-rows // _WHOLE) * _WHOLE, N)
+            whole = n if n <= _FEW_ROWS else min(-(-n // _WHOLE) * _WHOLE, N)
             first = min(start, N - whole)
-            product_Fn = torch.mm(w_FD, x_ND[first : first + whole].T)
-            y_nF.copy_(product_Fn[:, start - first : stop - first].T)
+            product_Fn = torch.mm(w_EFD[expert], x_ND[first : first + whole].T)
+            y_nF.copy_(product_Fn[:, start - first : start - first + n].T)
+        start += n
     return y_NF
 
 
-def _check(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor) -> None:
+def _check(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor | None = None) -> None:
     if x_ND.dim() != 2 or w_EFD.dim() != 3 or x_ND.shape[1] != w_EFD.shape[2] or x_ND.dtype != w_EFD.dtype:
         raise ValueError(
             f"segment_mm: x {tuple(x_ND.shape)} {x_ND.dtype} does not match w {tuple(w_EFD.shape)} {w_EFD.dtype}"
         )
-    if offsets_E1.shape != (w_EFD.shape[0] + 1,) or offsets_E1.dtype != torch.int32:
+    if offsets_E1 is not None and (offsets_E1.shape != (w_EFD.shape[0] + 1,) or offsets_E1.dtype != torch.int32):
         raise ValueError(f"segment_mm: offsets {tuple(offsets_E1.shape)} {offsets_E1.dtype} must be int32 [E + 1]")
 
 

@@ -29,7 +29,7 @@ def top_k(scores_TE: Tensor, k: int) -> Tensor:
 
 
 def _sorted_ids(scores_TE: Tensor, k: int) -> Tensor:
-    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].to(torch.int32)
+    return scores_TE.sort(dim=-1, descending=True, stable=True).indices.narrow(-1, 0, k).to(torch.int32)
 
 
 def weights_of(logits_TE: Tensor, expert_ids_TK: Tensor, renormalize: bool, *, all_used: bool = False) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from moe_lab.routers.base import Routing
 from tests.experts.cases import SCALES, SIZES, UNUSED, assert_near, make_routing, make_weights, make_x
 
 grouped, loop = Grouped(), Loop()
+FEW = module._FEW_TOKENS
 
 CUDA_DTYPES = pytest.mark.parametrize(
     "dtype",
@@ -65,6 +67,21 @@ def test_grouped_agrees_with_the_loop_for_any_ids(data: st.DataObject, T: int, E
     routing = make_routing(T, max(E, K), K)._replace(expert_ids_TK=torch.tensor(ids, dtype=torch.int32).view(T, K))
     weights, x_TD = make_weights(E, 5, 3), make_x(T, 5)
     assert_near(grouped(x_TD, routing, weights, scale=scale), loop(x_TD, routing, weights, scale=scale))
+
+
+@SCALES
+@UNUSED
+@pytest.mark.parametrize("more", [pytest.param({}, id="plain"), pytest.param({"bias": True}, id="biases")])
+@pytest.mark.parametrize("T", [pytest.param(FEW, id="few"), pytest.param(FEW + 1, id="many")])
+def test_few_tokens_on_a_cpu_are_sorted_by_python(
+    T: int, more: dict[str, Any], unused: float, scale: Scale, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as `_FEW_TOKENS`; what stands beside an unused slot is not read."""
+    routing, x_TD = make_routing(T, 5, 3, unused), make_x(T, 9)
+    routing.weights_TK[routing.expert_ids_TK < 0] = math.nan
+    weights, calls = make_weights(5, 9, 7, **more), count_calls(monkeypatch, "dispatch")
+    assert_near(grouped(x_TD, routing, weights, scale=scale), loop(x_TD, routing, weights, scale=scale))
+    assert len(calls) == (T > FEW) == grouped.reads_dispatch(x_TD)
 
 
 @SCALES

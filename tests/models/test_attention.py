@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -217,10 +218,26 @@ def test_kernels_compute_where_they_can_and_never_the_reference() -> None:
     attention = attention_of()
     for device, fuses in (("cuda", HAS_TRITON), ("cpu", False)):
         attention.compute_on(torch.device(device))
-        assert attention.fuses is fuses
+        assert attention.fuses is fuses and attention.joins is (fuses or device == "cpu")
     attention.compute_on(torch.device("cuda"))
     attention.use_reference()
-    assert not attention.fuses
+    assert not attention.fuses and not attention.joins
+
+
+def test_a_step_on_a_cpu_has_one_product_for_queries_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which gives what three do."""
+    linear, calls = F.linear, []
+    monkeypatch.setattr(F, "linear", lambda *arguments: calls.append(arguments) or linear(*arguments))
+    attention, x_B1D = attention_of(), random(2, 1, 24)
+    rope, position_1 = rope_tables(1, 6, THETA, torch.device("cpu")), torch.tensor([3])
+    ys, products = [], []
+    for joins in (False, True):
+        attention.joins = joins
+        calls.clear()
+        ys.append(attention(x_B1D, *rope, attention.make_cache(2, 5), position_1))
+        products.append(len(calls))
+    torch.testing.assert_close(ys[1], ys[0], rtol=1e-5, atol=1e-6)
+    assert products == [4, 2]
 
 
 @pytest.mark.parametrize("qk_norm", [pytest.param(kind, id=kind) for kind in ("head", "full")])

@@ -15,7 +15,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.ops import segment_mm as module
 from moe_lab.ops.segment_mm import implementation_for, reference, segment_mm
 
-FEW_ROWS = module._FEW_ROWS  # up to here the loop multiplies transposed
+FEW_ROWS = module._FEW_ROWS  # up to here the loop multiplies large matrices by a segment's own rows
 TWELVE_SEGMENTS = [3, 0, 17, 1, 0, 64, 2, 7, 6, 33, 0, 66]
 
 KERNELS = pytest.mark.parametrize(
@@ -79,6 +79,17 @@ def test_every_implementation_is_the_product_of_each_segment(
     """Each row is multiplied by its own segment's matrix, whichever segments are empty."""
     inputs = operands(counts, *widths(implementation), dtype, device)
     assert_is_the_product(segment_mm(*inputs, implementation), *inputs)
+
+
+@SEGMENTS
+@pytest.mark.parametrize("tail", [pytest.param(0, id="all used"), pytest.param(19, id="some unused")])
+def test_the_loop_is_the_product_of_large_matrices(
+    counts: list[int], tail: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which it multiplies in another way: transposed, with rows of other segments beside."""
+    monkeypatch.setattr(module, "_SMALL", 37 * 65 - 1)
+    inputs = operands(counts, 37, 65, torch.float32, torch.device("cpu"), tail)
+    assert_is_the_product(segment_mm(*inputs, "loop"), *inputs)
 
 
 @KERNELS
