@@ -21,6 +21,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on CPU tensors
     torch.set_num_threads(1)  # xdist runs a process per core
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so for the processes that tests start
+    from tests import interpreting
+
+    interpreting.faster()
 
 # Slots of sweeps claim CPUs for themselves (sweep/slots.py); tests that run at the same time are not to wait for them.
 os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="moe-lab-tests-")
