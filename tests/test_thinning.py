@@ -28,14 +28,20 @@ def test_nothing_is_lost_and_little_kept(sizes: tuple[int, ...], of: int) -> Non
 
     assert parts(chosen) == parts(every)
     largest = sorted(sizes)[-of:]
-    assert len(chosen) <= 1.5 * largest[0] * (largest[-1] if len(largest) > 1 else 1)
+    assert len(chosen) <= 1.7 * largest[0] * (largest[-1] if len(largest) > 1 else 1)
 
 
 def test_a_hole_in_the_product_does_no_harm() -> None:
     """What only one case has, it keeps."""
     few = [("0", "0"), ("1", "0"), ("1", "1")]
     assert covering(few, 1) == [few[0], few[2]]
-    assert covering(few, 2) == few
+    assert sorted(covering(few, 2)) == few
+
+
+def test_values_that_come_often_come_with_different_ones() -> None:
+    """Not the rest of them with the first value."""
+    chosen = covering(cases(36, 6), 1)
+    assert [sum(case[1] == str(value) for case in chosen) for value in range(6)] == [6] * 6
 
 
 @pytest.mark.thinned(1)
@@ -50,4 +56,4 @@ def test_the_mark_keeps_what_it_says(a: int, b: int, c: int, request: pytest.Fix
         assert c == 1 and (a, b) in FAST
 
 
-FAST = {(0, 0), (1, 1), (2, 2), (3, 0), (4, 0)}
+FAST = {(0, 0), (1, 1), (2, 2), (3, 0), (4, 1)}

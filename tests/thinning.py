@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -12,14 +13,22 @@ Case = Sequence[str]
 
 
 def covering(cases: Sequence[Case], of: int) -> list[Case]:
-    """Few of the cases that have every value of every parameter (of=1), or every pair of values (of=2)."""
+    """Few of the cases that have every value of every parameter (of=1), or every pair of values (of=2).
+
+    Among equals the one whose values were chosen least: what must be there often is with different values.
+    """
+    values = [set(enumerate(case)) for case in cases]
     parts = [set(combinations(enumerate(case), min(of, len(case)))) for case in cases]
     left = set().union(*parts)
-    chosen = []
+    chosen: list[Case] = []
+    used: Counter[tuple[int, str]] = Counter()
     while left:
-        best = max(range(len(cases)), key=lambda index: len(parts[index] & left))  # the first of them
+        best = max(
+            range(len(cases)), key=lambda index: (len(parts[index] & left), -sum(used[v] for v in values[index]))
+        )
         chosen.append(cases[best])
         left -= parts[best]
+        used.update(values[best])
     return chosen
 
 
