@@ -81,6 +81,7 @@ def test_every_implementation_is_the_product_of_each_segment(
     assert_is_the_product(segment_mm(*inputs, implementation), *inputs)
 
 
+@pytest.mark.thinned(1)
 @KERNELS
 @SEGMENTS
 def test_every_implementation_agrees_with_the_reference(
