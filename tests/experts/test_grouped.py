@@ -31,6 +31,7 @@ CUDA_DTYPES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.thinned(2)
 @SIZES
 @UNUSED
 @SCALES
