@@ -236,7 +236,14 @@ def test_a_text_begins_with_its_prompt_and_is_the_same_again(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("word", [pytest.param(word, id=word) for word in ("list", "report", "compare")])
+@pytest.mark.parametrize(
+    "word",
+    [
+        pytest.param("list", id="list"),
+        pytest.param("report", id="report"),
+        pytest.param("compare", id="compare", marks=pytest.mark.slow),  # test_compare.py asks the same
+    ],
+)
 def test_results_are_read_without_torch(word: str, tmp_path: Path) -> None:
     """Listing options needs no pandas either."""
     for name in ("a", "b"):

@@ -475,6 +475,7 @@ def test_stacked_experts_on_disk_give_the_same_model(kind: str, tmp_path: Path) 
     assert torch.equal(load(one)(ids(2, 9)).y, load(other)(ids(2, 9)).y)
 
 
+@pytest.mark.thinned(1)
 @kinds
 @pytest.mark.parametrize("stacked", [pytest.param(False, id="by_expert"), pytest.param(True, id="stacked")])
 def test_shards_give_the_same_model(kind: str, stacked: bool, tmp_path: Path) -> None:
