@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
-from hydra._internal import config_loader_impl, defaults_list
+from hydra._internal import config_loader_impl
+from hydra._internal import defaults_list as hydras
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides
@@ -78,7 +79,7 @@ def remember(loader: ConfigLoader, in_a_sweep: bool) -> None:
     loader._compose_config_from_defaults_list = _merged_once(loader)  # type: ignore[method-assign]
     loader._parse_overrides_and_create_caching_repo = _parsed_once(loader)  # type: ignore[method-assign]
     config_loader_impl.create_defaults_list = _defaults_once  # type: ignore[attr-defined]
-    defaults_list._create_interpolation_map = _choices_if_named
+    hydras._create_interpolation_map = _choices_if_named
 
 
 class _Repository(ConfigRepository):
@@ -157,10 +158,10 @@ def _defaults_once(
     return DefaultsList(known.defaults, known.defaults_tree, values, known.overrides)
 
 
-def _choices_if_named(overrides: Overrides, entries: list[InputDefault], self_added: bool) -> DictConfig:
+def _choices_if_named(overrides: Overrides, defaults_list: list[InputDefault], self_added: bool) -> DictConfig:
     """Hydra notes all choices after each file, a fifth of a composition, and reads them only for a `${group}`."""
-    if any(entry.is_interpolation() for entry in entries):
-        return _choices_until_here(overrides, entries, self_added)
+    if any(entry.is_interpolation() for entry in defaults_list):
+        return _choices_until_here(overrides, defaults_list, self_added)
     return DictConfig({})
 
 
