@@ -482,6 +482,7 @@ def test_another_execution_is_verified_in_every_step_when_it_comes_back(monkeypa
 # --- prefill ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [pytest.param(None, id="whole"), pytest.param(3, id="chunks")])
