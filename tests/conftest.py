@@ -16,11 +16,15 @@ import pytest
 import torch
 
 from scripts import cluster
+from tests import thinning
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: its kernels then run on CPU tensors
     torch.set_num_threads(1)  # xdist runs a process per core
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so for the processes that tests start
+    from tests import interpreting
+
+    interpreting.faster()
 
 # Slots of sweeps claim CPUs for themselves (sweep/slots.py); tests that run at the same time are not to wait for them.
 os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="moe-lab-tests-")
@@ -87,8 +91,10 @@ def ray_cluster(_ray: cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> clust
     return _ray
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests where there is no CUDA device."""
+    """Thin out the tests that are marked so; skip `gpu` tests where there is no CUDA device."""
+    thinning.thin(items)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -101,6 +107,7 @@ def _small_heap() -> None:
     """Every run collects garbage, and would look for a second through what pytest and the imports hold."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or Triton's library says at the end what was not freed
 
 
 @pytest.fixture(autouse=True)

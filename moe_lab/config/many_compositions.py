@@ -16,14 +16,16 @@ from functools import lru_cache, partial
 from typing import Any
 
 from hydra._internal import config_loader_impl
+from hydra._internal import defaults_list as hydras
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra._internal.defaults_list import _create_interpolation_map as _choices_until_here
 from hydra._internal.defaults_list import create_defaults_list as _create_defaults_list
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigNode, ConfigStore
-from hydra.core.default_element import ResultDefault
+from hydra.core.default_element import InputDefault, ResultDefault
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
@@ -77,6 +79,7 @@ def remember(loader: ConfigLoader, in_a_sweep: bool) -> None:
     loader._compose_config_from_defaults_list = _merged_once(loader)  # type: ignore[method-assign]
     loader._parse_overrides_and_create_caching_repo = _parsed_once(loader)  # type: ignore[method-assign]
     config_loader_impl.create_defaults_list = _defaults_once  # type: ignore[attr-defined]
+    hydras._create_interpolation_map = _choices_if_named
 
 
 class _Repository(ConfigRepository):
@@ -153,6 +156,13 @@ def _defaults_once(
         _keep(repository.known.defaults, key, made)
     known = repository.known.defaults[key]
     return DefaultsList(known.defaults, known.defaults_tree, values, known.overrides)
+
+
+def _choices_if_named(overrides: Overrides, defaults_list: list[InputDefault], self_added: bool) -> DictConfig:
+    """Hydra notes all choices after each file, a fifth of a composition, and reads them only for a `${group}`."""
+    if any(entry.is_interpolation() for entry in defaults_list):
+        return _choices_until_here(overrides, defaults_list, self_added)
+    return DictConfig({})
 
 
 def _merged_once(loader: ConfigLoaderImpl) -> Callable[..., DictConfig]:

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import CausalVariant
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_lab.errors import UnavailableError
@@ -27,6 +26,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+_LOWER_RIGHT = 2  # torch.nn.attention.bias.CausalVariant's; its module imports the compiler: seconds of every process
 _TRIED = 37  # queries; an odd number, so that a backend that wants another one is found out
 
 
@@ -159,7 +159,7 @@ def _lower_right(q: Tensor, k: Tensor, v: Tensor, scale: float, name: str) -> Te
         max_seqlen_q=None,
         max_seqlen_k=None,
         dropout_p=0.0,
-        custom_mask_type=int(CausalVariant.LOWER_RIGHT),
+        custom_mask_type=_LOWER_RIGHT,
         compute_log_sumexp=False,
         scale=scale,
     )

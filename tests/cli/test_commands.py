@@ -13,7 +13,7 @@ import pytest
 from moe_lab.cli.commands import COMMANDS
 from moe_lab.cli.main import main
 from tests import quick, tiny
-from tests.cli.test_main import loaded_modules, moe_lab
+from tests.cli.test_main import loaded_modules
 from tests.results.compared import record, write
 
 _IN_ONE_PROCESS = (
@@ -145,10 +145,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 
 def test_a_misspelt_command_is_told_from_an_override(tmp_path: Path) -> None:
     """The nearest command, or the nearest group, in one line; exit code 2 and nothing is written."""
-    for typed, pattern in MISSPELT.items():
-        done = moe_lab(*typed.split(), cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (2, ""), typed
-        assert re.fullmatch(f"moe-lab: {pattern}\n", done.stderr), done.stderr
+    for (typed, pattern), result in zip(MISSPELT.items(), run([m.split() for m in MISSPELT], tmp_path), strict=True):
+        code, out, err, _ = result
+        assert (code, out) == (2, ""), typed
+        assert re.fullmatch(f"moe-lab: {pattern}\n", err), err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -181,7 +181,13 @@ def test_ctrl_c_again_while_the_tables_are_written_is_one_more_line(
     assert again == "moe-lab: interrupted again, before the tables were written; moe-lab report does it"
 
 
-@pytest.mark.parametrize(("script", "word"), [pytest.param(*item, id=item[0]) for item in SCRIPTS.items()])
+@pytest.mark.parametrize(
+    ("script", "word"),
+    [
+        pytest.param(*item, id=item[0], marks=() if item[0] == "aggregate" else pytest.mark.slow)
+        for item in SCRIPTS.items()
+    ],
+)
 def test_a_script_is_the_command_under_another_name(script: str, word: str, tmp_path: Path) -> None:
     """In a process of its own, from any folder."""
     path = tiny.ROOT / "scripts" / f"{script}.py"
@@ -230,7 +236,14 @@ def test_a_text_begins_with_its_prompt_and_is_the_same_again(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("word", [pytest.param(word, id=word) for word in ("list", "report", "compare")])
+@pytest.mark.parametrize(
+    "word",
+    [
+        pytest.param("list", id="list"),
+        pytest.param("report", id="report"),
+        pytest.param("compare", id="compare", marks=pytest.mark.slow),  # test_compare.py asks the same
+    ],
+)
 def test_results_are_read_without_torch(word: str, tmp_path: Path) -> None:
     """Listing options needs no pandas either."""
     for name in ("a", "b"):

@@ -39,9 +39,9 @@ def loaded_modules(arguments: list[str], cwd: Path) -> set[str]:
     "arguments",
     [
         pytest.param(["--help"], id="help"),
-        pytest.param(["--cfg", "job"], id="cfg"),
+        pytest.param(["--cfg", "job"], id="cfg", marks=pytest.mark.slow),
         pytest.param(["--cfg", "job", "--resolve", "router=sinkhorn"], id="cfg-resolved"),
-        pytest.param(["--info", "config"], id="info"),
+        pytest.param(["--info", "config"], id="info", marks=pytest.mark.slow),
     ],
 )
 def test_looking_at_the_configuration_imports_no_torch(arguments: list[str], tmp_path: Path) -> None:

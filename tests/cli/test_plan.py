@@ -99,6 +99,7 @@ def test_checkpoints_and_phases_are_told_apart(tmp_path: Path) -> None:
         assert row.startswith(f"native  tiny-olmoe text(phase={text}")
 
 
+@pytest.mark.slow
 def test_cells_that_differ_in_their_seed_are_told_apart(tmp_path: Path) -> None:
     """By a column that is there only then."""
     several = plan(*quick.overrides("moe_layer", "seed=0,37"), cwd=tmp_path).stdout

@@ -21,7 +21,17 @@ from tests.config.test_options import CONF, EIGHT, OPTIONS, choose
 
 SCHEMAS = {kind for group in schemas.SCHEMAS.values() for kind in group.values()} | {schemas.Config, schemas.Sweep}
 CALLED = [option for option in OPTIONS if option.rpartition("/")[0] in ("model", "router", "workload")]
-called = pytest.mark.parametrize("option", [pytest.param(option, id=option.replace("/", "-")) for option in CALLED])
+called = pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(
+            option,
+            id=option.replace("/", "-"),
+            marks=pytest.mark.slow if option.removeprefix("router/") in quick.RELATED else (),
+        )
+        for option in CALLED
+    ],
+)
 
 
 @pytest.mark.parametrize("schema", [pytest.param(kind, id=kind.__name__) for kind in sorted(SCHEMAS, key=str)])

@@ -135,6 +135,20 @@ def test_a_persons_own_files_are_read_again(tmp_path: Path) -> None:
         moe_lab.compose(["router=mine"])
 
 
+def test_an_entry_may_name_another_choice(tmp_path: Path) -> None:
+    """Hydra is not asked for the choices in vain, but here it is."""
+    for option, content in {
+        "router/mine": "defaults: [sinkhorn, /_mine/of@_here_: '${experts}']\nname: mine\n",
+        "_mine/of/grouped": "iters: 3\n",
+        "_mine/of/loop": "iters: 4\n",
+    }.items():
+        (tmp_path / option).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{option}.yaml").write_text(content)
+    for experts, iters in (("grouped", 3), ("loop", 4)):
+        cfg = moe_lab.compose(["router=mine", f"experts={experts}"], config_dir=tmp_path)
+        assert cfg.router.iters == iters
+
+
 def test_what_is_stored_in_a_program_counts_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hydra's ConfigStore: an option that was not there, and then another one under its name."""
     monkeypatch.setattr(ConfigStore.instance(), "repo", dict(ConfigStore.instance().repo))

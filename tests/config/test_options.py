@@ -143,7 +143,10 @@ def test_a_dense_model_runs_and_has_no_routing(model: str, tmp_path: Path) -> No
     assert not {"router", "experts"} & set(record.implementation)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(d, id=d) for d in ("fp32", "bf16")])
+@pytest.mark.parametrize(
+    "dtype",  # in fp32 each runs in another test of this file
+    [pytest.param("fp32", id="fp32", marks=pytest.mark.slow), pytest.param("bf16", id="bf16")],
+)
 @pytest.mark.parametrize("model", [pytest.param(m, id=m) for m in quick.MODELS])
 def test_every_model_runs_in_every_cpu_dtype(model: str, dtype: str, tmp_path: Path) -> None:
     """Verified, and the error is no larger than the dtype explains."""

@@ -26,6 +26,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.thinned(2)
 @IMPLEMENTATIONS
 @SIZES
 @UNUSED
@@ -52,6 +53,7 @@ def test_the_output_is_the_weighted_sum_of_the_chosen_experts(
     assert torch.equal(x_TD, before_TD)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "experts",
     [

@@ -33,6 +33,7 @@ CUDA_DTYPES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.thinned(2)
 @SIZES
 @UNUSED
 @SCALES

@@ -218,6 +218,7 @@ def test_what_there_is_nothing_to_check_with_is_said(T: int, ctx: RouteContext, 
     assert check_properties(router, logits(T), ctx, 0) == expected
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(("T", "ctx"), LAYOUTS)
 @pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in CASES])
 def test_our_own_routers_declare_all_and_hold_it(name: str, T: int, ctx: RouteContext) -> None:
@@ -318,6 +319,7 @@ class LessMean(Router):
         return self.inner.select(logits_TE - logits_TE.mean(0), ctx)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("declares", [pytest.param(name, id=str(name)) for name in ("causal", "batch_invariant", None)])
 @pytest.mark.parametrize("cfg", MODELS)
 def test_a_run_of_a_router_that_lies_fails(cfg: Any, declares: str | None) -> None:

@@ -353,6 +353,7 @@ def test_one_expert_that_is_missing_is_named(kind: str, tmp_path: Path) -> None:
     assert ".experts.2." not in message and "unexpected" not in message and "wrong shape" not in message
 
 
+@pytest.mark.thinned(1)
 @kinds
 @pytest.mark.parametrize("stacked", [pytest.param(False, id="by_expert"), pytest.param(True, id="stacked")])
 def test_any_one_tensor_that_is_missing_is_named(kind: str, stacked: bool, tmp_path: Path) -> None:

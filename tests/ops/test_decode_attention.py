@@ -114,6 +114,7 @@ def assert_near(y: Tensor, expected: Tensor, roundings: int = 1) -> None:
     torch.testing.assert_close(y.double().cpu(), expected.double().cpu(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.thinned(2)
 @HEADS
 @NORMS
 @CLIPS
@@ -274,6 +275,7 @@ def hide_the_unseen(k_BHNd: Tensor, v_BHNd: Tensor, position: int, window: int |
         cache[:, :, : 0 if window is None else max(0, position + 1 - window)] = math.nan
 
 
+@pytest.mark.thinned(2)
 @HEADS
 @WINDOWS
 @pytest.mark.parametrize("position", [pytest.param(p, id=f"at {p}") for p in (0, 150)])
@@ -288,6 +290,7 @@ def test_attention_is_its_definition_in_float64(
     assert_near(y_BHd, attended(q_BHd, *caches, position, window))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("B", "H", "H_KV", "d"), [pytest.param(3, 4, 2, 8, id="two heads a key"), pytest.param(1, 9, 3, 10, id="three")]
 )
@@ -355,6 +358,7 @@ FEW = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.thinned(2)
 @FEW
 @pytest.mark.parametrize("window", [pytest.param(w, id=f"window={w}") for w in (None, 5)])
 @pytest.mark.parametrize("position", [pytest.param(p, id=f"from {p}") for p in (0, 125)])

@@ -35,6 +35,7 @@ def assert_defined(q: Tensor, latent: Tensor, rank: int, position: int, scale: f
     torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.thinned(1)
 @DTYPES
 @pytest.mark.parametrize(
     ("B", "H", "rank", "rope", "N"),

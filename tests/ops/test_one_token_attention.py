@@ -64,6 +64,7 @@ class Case:
         return one_token_attention(*of_new, self.k_BHNd, self.v_BHNd, turn_first, window, *rest)  # type: ignore[arg-type]
 
 
+@pytest.mark.thinned(2)
 @SHAPES
 @pytest.mark.parametrize(
     ("norm", "clip", "window"),

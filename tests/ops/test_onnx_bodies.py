@@ -110,6 +110,7 @@ def test_rotate(T: int, opset: int) -> None:
     compare("rotate", opset, [randn(2, 3, T, 8).half(), randn(T, 8, seed=1), randn(T, 8, seed=2)])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("iters", [pytest.param(0, id="no iteration"), pytest.param(7, id="7 iterations")])
 @pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (1, 2, 37, 199)])
@@ -120,6 +121,7 @@ def test_sinkhorn_scores(T: int, iters: int, opset: int) -> None:
     compare("sinkhorn_scores", opset, [randn(T, 5)], iters=iters, temperature=1.0, tolerance=0.1)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (0, 1, 37, 199)])
 @pytest.mark.parametrize("K", [pytest.param(1, id="K=1"), pytest.param(3, id="K=3"), pytest.param(5, id="K=E")])
@@ -129,6 +131,7 @@ def test_dispatch(T: int, K: int, opset: int) -> None:
     compare("dispatch", opset, [some_ids(T, 5, K, unused=1.0)], n_experts=5)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("room", [pytest.param(n, id=f"room {n}") for n in (1, 8, 40)])
 @pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (1, 37)])
@@ -139,6 +142,7 @@ def test_fill_up(T: int, room: int, opset: int) -> None:
     compare("fill_up", opset, [some_ids(T, 5, 3), scores_TE, torch.full((5,), room)])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("scales_input", [pytest.param(False, id="output"), pytest.param(True, id="input")])
 @pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (0, 1, 37, 199)])
@@ -153,6 +157,7 @@ def test_experts_mlp(T: int, scales_input: bool, opset: int) -> None:
     compare("experts_mlp", opset, [randn(T, D), ids_TK, weights_TK, *half], scales_input=scales_input)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("scales_input", [pytest.param(False, id="output"), pytest.param(True, id="input")])
 @pytest.mark.parametrize(

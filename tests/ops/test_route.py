@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,7 @@ SIZES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.thinned(2)
 @SIZES
 @RENORMALIZE
 @DTYPE
@@ -195,6 +197,7 @@ def test_any_row_of_few_values_is_sorted_stably(
     torch.testing.assert_close(routed.weights_TK.cpu(), expected_1K.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.thinned(2)
 @RENORMALIZE
 @IMPLEMENTATION
 @pytest.mark.parametrize(
@@ -285,14 +288,16 @@ def test_logits_in_float64_are_ranked_in_float32(implementation: str, device: to
 
 
 def selections() -> Iterator[object]:
-    """Every kind of score, ranking and group, at sizes with a path of their own and without."""
-    for E, k, n_groups, top_groups in ((64, 6, 8, 3), (256, 8, 8, 4), (160, 6, 8, 3), (60, 4, 5, 2), (12, 3, 12, 5)):
-        for score in ("softmax", "sigmoid", "sqrt_softplus"):
-            for group_score in ("max", "top2"):
-                for bias in (False, True):
-                    how = Selection(k, score, n_groups, top_groups, group_score, score != "sqrt_softplus", 2.5)
-                    name = f"E={E}-{score}-{group_score}{'-bias' if bias else ''}"
-                    yield pytest.param(E, how, bias, id=name)
+    """Every kind of score, ranking and group, at sizes with a path of their own and without; a half of them is slow."""
+    sizes = ((64, 6, 8, 3), (256, 8, 8, 4), (160, 6, 8, 3), (60, 4, 5, 2), (12, 3, 12, 5))
+    scores, group_scores, biases = ("softmax", "sigmoid", "sqrt_softplus"), ("max", "top2"), (False, True)
+    for indices in product(range(5), range(3), range(2), range(2)):
+        (E, k, n_groups, top_groups), score = sizes[indices[0]], scores[indices[1]]
+        group_score, bias = group_scores[indices[2]], biases[indices[3]]
+        how = Selection(k, score, n_groups, top_groups, group_score, score != "sqrt_softplus", 2.5)
+        name = f"E={E}-{score}-{group_score}{'-bias' if bias else ''}"
+        marks = pytest.mark.slow if sum(indices) % 2 else ()  # any three values still come together
+        yield pytest.param(E, how, bias, id=name, marks=marks)
     yield pytest.param(37, Selection(3, "sigmoid"), True, id="no groups-bias")
     yield pytest.param(384, Selection(8, "sigmoid", scale=2.8), True, id="E=384-bias")
     yield pytest.param(128, Selection(1, "sigmoid", renormalize=False), False, id="E=128-top 1")

@@ -283,6 +283,7 @@ ROUTED = (
 )
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("T", "E", "k"), [pytest.param(*size, id=name) for *size, name in ROUTED])
 @pytest.mark.parametrize(
     "kind",

@@ -92,6 +92,7 @@ def test_arrays(kind: str, name: str, tmp_path: Path) -> None:
             forced._trace(str(cell), None, 2)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in (".aggregate.parquet", *aggregate.OUTPUTS)])
 @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in ("pipe", "link-to-zero", "empty", "socket")])
 def test_the_tables_of_before(kind: str, name: str, tmp_path: Path) -> None:

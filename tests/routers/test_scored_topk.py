@@ -56,6 +56,7 @@ def by_hand(logits_TE: Tensor, r: ScoredTopK) -> Tensor:
     return weights_TE
 
 
+@pytest.mark.thinned(2)
 @SIZES
 @pytest.mark.parametrize("bias", [pytest.param(True, id="bias"), pytest.param(False, id="no-bias")])
 @pytest.mark.parametrize("groups", [pytest.param((1, 1), id="all"), pytest.param((4, 2), id="2-of-4-groups")])

@@ -155,6 +155,7 @@ def fault_found(run: Run) -> MismatchError:
 # --- correct runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("experts", [pytest.param(name, id=name) for name in ("loop", "grouped")])
@@ -184,6 +185,7 @@ def test_a_model_without_experts_is_checked_as_a_whole(model: str, dtype: str) -
     assert check.rel_error == check.free_rel_error
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -298,6 +300,7 @@ def test_one_expert_5_percent_off_fails_in_any_layer_of_a_decoder(layer: int, dt
     assert fault_found(run).where == "layers"
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("plant", "tamper", "where"),
     [

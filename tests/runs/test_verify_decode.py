@@ -77,6 +77,7 @@ def passed(run: Run) -> Verification:
 # --- correct runs -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,6 +94,7 @@ def test_a_correct_run_passes(batch: int, router: str, dtype: str) -> None:
     assert run.peak_bytes is None or run.peak_bytes > 0
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("context", "steps", "looked_at"),
     [
@@ -135,6 +137,7 @@ def test_a_decoder_without_experts_is_checked_as_a_whole(dtype: str) -> None:
     assert (check.expert_rel_error, check.token_rel_error, check.near_ties, check.changed_sets) == (None,) * 4
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("router", [pytest.param(router, id=router) for router in ("native", "sinkhorn")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_checkpoint_is_verified_in_every_step(router: str, dtype: str) -> None:
@@ -265,6 +268,7 @@ def eps_of_the_last_norm(run: Run) -> None:
     run.built.model.norm.eps = 0.3
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     "plant",
     [
@@ -305,6 +309,7 @@ def test_a_cache_of_another_sequence_fails(dtype: str) -> None:
     assert fault_found(run).where == "layers"
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     "plant",
     [
@@ -320,6 +325,7 @@ def test_a_fault_fails_in_a_checkpoint_too(plant: Callable[[Run], None], dtype: 
     assert fault_found(run).where == "layers"
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("plant", "tamper", "where"),
     [
@@ -476,6 +482,7 @@ def test_another_execution_is_verified_in_every_step_when_it_comes_back(monkeypa
 # --- prefill ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [pytest.param(None, id="whole"), pytest.param(3, id="chunks")])

@@ -347,6 +347,7 @@ gc.freeze = freeze
 """
 
 
+@pytest.mark.slow
 def test_cells_import_little_once_the_worker_has_frozen_its_objects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
