@@ -299,8 +299,9 @@ cudaError_t run(const DecodeAttentionArguments& a, const Device& device, int blo
                 a, blocks);
 }
 
-// Of one sequence the projections before it are two blocks a multiprocessor (decode_gemv.cu), which leave room for two
-// stages; a block that cannot begin beside them asks for its first positions late, and the query waits behind these.
+// A block that cannot begin beside the projections' asks for its first positions late, and the query waits behind
+// these. Of one sequence those are two blocks a multiprocessor (decode_gemv.cu), which leave room for two stages; of
+// more they are one (decode_rows.cu), which leaves room for three.
 template <class T, int D>
 cudaError_t run(const DecodeAttentionArguments& a, const Device& device) {
   int blocks = 1;

@@ -153,6 +153,8 @@ class GraphStep(Step):
                 self._forward(x)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         torch.cuda.synchronize(self.device)
+        # A graph keeps the address of cuBLAS's workspace. One that was there before lies in memory of others, which go.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.reset_peak_memory_stats(self.device)
         self._graph = torch.cuda.CUDAGraph()
         self._start = torch.cuda.Event(enable_timing=True, external=True)

@@ -1,8 +1,9 @@
 """Programmatic dependent launch: a kernel is put on the GPU while the one before it still runs (CUDA, sm_90 and later).
 
 A kernel that is launched so (`launch_pdl=True`) calls `begin` before it reads anything that a kernel ahead of it may
-still write. Then all kernels ahead have ended, not only the one before it: each of them waits so before it ends. What
-no kernel behind a pass's embedding writes may be read before: weights, and for the extension's kernels also cached
+still write. Then all kernels ahead have ended, not only the one before it: each of them waits so before it ends. Before
+that wait even kernels further ahead may still run, for the one before may let it begin before it has waited. What no
+kernel behind a pass's embedding writes may be read before: weights, and for the extension's kernels also cached
 positions before the step's own, the position, and the tables of RoPE. The embedding is launched as usual, after all
 that is ahead of it.
 """

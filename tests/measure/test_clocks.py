@@ -341,6 +341,25 @@ def test_a_graph_that_does_not_write_its_outputs_is_found() -> None:
 
 
 @pytest.mark.gpu
+def test_a_graph_outlives_those_captured_before_it() -> None:
+    """What a library's product needs beside its operands is the graph's own: others' graphs and workspaces may go."""
+    weight = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
+
+    def products(x: torch.Tensor) -> Output:
+        return Output(x @ weight @ weight, ())
+
+    first = GraphStep(products, x)  # type: ignore[arg-type]
+    second = GraphStep(products, x)  # type: ignore[arg-type]
+    expected = second().y.clone()
+    del first
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # as torch's own graphs do
+    torch.cuda.empty_cache()
+    assert torch.equal(second().y, expected)
+
+
+@pytest.mark.gpu
 def test_a_gpu_is_busy_as_long_as_its_graph_takes() -> None:
     """Many small launches: it waits for the host most of an eager pass. One large product: it does not wait."""
 
