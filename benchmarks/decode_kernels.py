@@ -1,4 +1,4 @@
-"""Times the kernels of a decoding step on a GPU: products of one row beside torch's, and attention of one token.
+"""Times the kernels of a decoding step on a GPU: products of a few rows beside torch's, and attention of one token.
 
     python -m benchmarks.decode_kernels
 
@@ -33,6 +33,7 @@ PRODUCTS = {
 """[N, K] of the weights."""
 ATTENTION = {"olmoe_1b_7b": (16, 16, 128), "qwen3_30b_a3b": (32, 4, 128), "mixtral_8x7b": (32, 8, 128)}
 """Heads of queries, heads of keys, width of a head."""
+ROWS = (1, 2, 8)
 SEQUENCES, POSITIONS = (1, 8, 64), (128, 2048, 8192)
 """Positions are those before the token."""
 AT_ONCE = 5e8
@@ -57,24 +58,24 @@ def replay_us(call: Callable[[Tensor], Tensor], x: Tensor, repeats: int = 30) ->
 
 
 def multiplied(by: Callable[[Tensor, Tensor], Tensor], weights: list[Tensor], x: Tensor) -> Tensor:
-    """x times all weights, of each product as much as the next takes."""
+    """x times all weights, of each product the first elements, as many as the next takes."""
     for weight in weights:
-        x = by(x[:, : weight.shape[1]], weight)
+        x = by(x.flatten()[: len(x) * weight.shape[1]].view(len(x), -1), weight)
     return x
 
 
 def products(bytes_per_us: float) -> None:
-    """A line for each list of weights."""
-    for name, shapes in PRODUCTS.items():
+    """A line for each list of weights and number of rows."""
+    for (name, shapes), rows in product(PRODUCTS.items(), ROWS):
         weights = [torch.randn(n, k, **BF16) / k**0.5 for n, k in shapes]
-        x = torch.randn(1, shapes[0][1], **BF16)
+        x = torch.randn(rows, shapes[0][1], **BF16)
         ours, by_torch = multiplied(gemv, weights, x).float(), multiplied(F.linear, weights, x).float()
         error = float((ours - by_torch).norm() / by_torch.norm())
         assert error < 0.1, f"{name}: gemv computes something else, relative error {error:.1e}"
         torch_us = replay_us(lambda x, weights=weights: multiplied(F.linear, weights, x), x)
         gemv_us = replay_us(lambda x, weights=weights: multiplied(gemv, weights, x), x)
         floor = sum(weight.nbytes for weight in weights) / bytes_per_us
-        print(f"{name}: torch {torch_us:.1f} us, gemv {gemv_us:.1f} us, floor {floor:.1f} us", flush=True)
+        print(f"{name}, {rows} rows: torch {torch_us:.1f} us, gemv {gemv_us:.1f} us, floor {floor:.1f} us", flush=True)
 
 
 def attention(bytes_per_us: float) -> None:
