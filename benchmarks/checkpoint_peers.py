@@ -15,13 +15,15 @@ A cell is prefill:BATCH:TOKENS or decode:BATCH:CONTEXT. The peers:
     plain                           plain_decoder.py, on our weights and cache; on CUDA compiled (max-autotune) and in a
                                     CUDA graph of its own. Of the ways in which it can be written the fastest is timed;
                                     stderr has them all. A way should take some ten seconds to compile; a decode cell
-                                    has two to four, of which none begins after `--limit` seconds.
+                                    has two to four, of which none begins after `--limit` seconds (turns of others do
+                                    not count).
 
 The floor of a decoded token is the bytes that any implementation touches (as in a record) at the rate of a large copy.
 A round times every implementation once in shuffled order; a decode round times some consecutive tokens. The ratio ours
 / peer is computed within the round; the interval is that of the median ratio. Before the timing the logits are compared
 with ours. A peer that cannot run, or that computes something else, fails: its cell says so, stderr why. stderr also has
-the seconds that each part took.
+the seconds that each part took. After a CUDA error nothing more runs in a process, so it ends and says in which cell
+and in whose work.
 
 The exit code is 1 if the interval of the ratio to the fastest peer is above 1.03 in any cell, or if ours fails.
 """
@@ -45,21 +47,18 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.cache_utils import StaticLayer
 
 import moe_lab
 from benchmarks.plain_decoder import PlainDecoder, Way
+from benchmarks.transformers_peer import Peer, peer_model
 from benchmarks.turns import Turns
 from moe_lab.measure import environment
 from moe_lab.measure.clocks import Step, make_step
 from moe_lab.measure.roofline import measured_peaks
 from moe_lab.measure.statistics import median_interval
 from moe_lab.measure.tolerances import exact_products
-from moe_lab.models import Output, checkpoint_config
-from moe_lab.models.checkpoint_forms import AS_IT_IS
-from moe_lab.models.checkpoint_names import sources
-from moe_lab.models.kv_cache import KVCache, LayerCache
-from moe_lab.models.parameters import shareable, without_storage
+from moe_lab.models import Output
+from moe_lab.models.parameters import shareable
 from moe_lab.routers.base import unchecked
 from moe_lab.runs.built import Built
 from moe_lab.runs.run import Run
@@ -68,8 +67,11 @@ PEERS = ("eager", "batched_mm", "grouped_mm")
 PLAIN = "plain"
 LIMIT = 1.03
 STEPS = 16  # decoded tokens in a round
+TURNS_HELP = (
+    "a folder in common with commands that are started beside this one; Ctrl-C does not reach such a command: "
+    "`kill -- -PID` ends it with its compilers"
+)
 LEAST_S = 0.05  # a prefill is repeated in a round until it takes so long
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Cell(NamedTuple):
@@ -117,91 +119,6 @@ def ours(options: argparse.Namespace, cell: Cell, weights: dict[str, Tensor]) ->
     return built
 
 
-def peer_model(options: argparse.Namespace, weights: dict[str, Tensor]) -> Any:
-    """transformers' model, on our `weights` where it keeps them all as we do: a second copy may not fit."""
-    settings = {"dtype": DTYPES[options.dtype], "attn_implementation": options.attention}
-    if (lent := same_weights(Path(options.path), weights)) is not None:
-        config = transformers.AutoConfig.from_pretrained(options.path)
-        with without_storage(), torch.device(options.device):
-            model = transformers.AutoModelForCausalLM.from_config(config, **settings).requires_grad_(False)
-        if not model.load_state_dict(lent, strict=False, assign=True).missing_keys:
-            return model.eval()
-    print("transformers loads its own weights", file=sys.stderr)
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.path, **settings)
-    return model.to(options.device).eval()
-
-
-def same_weights(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Ours by all names that transformers may have for them; None if one of them it does not keep as we do."""
-    settings = checkpoint_config.read(folder)
-    if settings.interleaved:  # we keep rows of queries and keys in another order
-        return None
-    lent: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        layouts = sources(name, tensor.shape, settings.naming)
-        keys = [each[0].key for each in layouts if len(each) == 1 and each[0].place == () and each[0].form is AS_IT_IS]
-        if not keys:
-            return None
-        lent |= dict.fromkeys(keys, tensor.detach())  # another object: see `lends` on marks
-    return lent
-
-
-class Peer:
-    """transformers' model with one experts implementation, on the ids of a run."""
-
-    def __init__(self, model: Any, experts: str, cell: Cell, built: Built):
-        self.model, self.experts, self.ids_BN = model, experts, built.x
-        self.cache: Any = None
-        self.forward: Callable[..., Any] = model
-        if cell.phase == "prefill":
-            return
-        self.cache = transformers.StaticCache(config=model.config, max_cache_len=built.x.shape[1])
-        interleaved = checkpoint_config.read(built.model.folder).interleaved
-        if interleaved or not lends(built.task.cache, self.cache):
-            self.model.set_experts_implementation("grouped_mm")  # of the context; batched_mm needs much memory
-            model(built.x[:, : cell.length], past_key_values=self.cache, logits_to_keep=1)
-        if built.x.is_cuda:
-            self.forward = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-        self.token_B1, self.position_1 = built.x[:, :1].clone(), built.x.new_tensor([cell.length])
-
-    def settle(self) -> None:
-        """Nothing: there is one way."""
-
-    def choose(self) -> None:
-        self.model.set_experts_implementation(self.experts)
-
-    def prefill(self) -> Tensor:
-        cache = transformers.DynamicCache(config=self.model.config)
-        return self.model(self.ids_BN, past_key_values=cache, logits_to_keep=1).logits
-
-    def step(self, at: int) -> Tensor:
-        """Decode the token at `at`; the cache's own count is set back, so that it may be decoded again."""
-        self.token_B1.copy_(self.ids_BN[:, at : at + 1])
-        self.position_1.fill_(at)
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(at) if isinstance(layer.cumulative_length, Tensor) else setattr(
-                layer, "cumulative_length", at
-            )
-        if self.ids_BN.is_cuda:
-            torch.compiler.cudagraph_mark_step_begin()
-        return self.forward(
-            self.token_B1, past_key_values=self.cache, position_ids=self.position_1.unsqueeze(0), logits_to_keep=1
-        ).logits
-
-
-def lends(ours: KVCache, theirs: Any) -> bool:
-    """Whether `theirs`, a StaticCache, now is our keys and values: a second cache of long contexts may not fit."""
-    pairs = list(zip(ours.layers, theirs.layers, strict=True))
-    if not all(type(mine) is LayerCache and type(layer) is StaticLayer for mine, layer in pairs):
-        return False  # one of the two keeps latents, states, or a window
-    for mine, layer in pairs:
-        layer.lazy_initialization(mine.k_BHNd[:0], mine.v_BHNd[:0])  # all but the tensors
-        layer.batch_size, layer.keys, layer.values = len(mine.k_BHNd), mine.k_BHNd[:], mine.v_BHNd[:]
-        for view in (layer.keys, layer.values):  # not ours: what is compiled for a marked tensor is for that one only
-            torch._dynamo.mark_static_address(view)
-    return True
-
-
 class PlainStep(nn.Module):
     """The plain decoder, written in one way, as what a run repeats."""
 
@@ -216,33 +133,42 @@ class PlainStep(nn.Module):
 class PlainPeer:
     """The plain decoder on the model, the ids and the cache of a run; on CUDA captured as a run's step is.
 
-    No way that it can be written in begins after `limit_s` seconds.
+    Args:
+        mine_BV: our logits, which each way that it can be written in must have too.
+        limit_s: no way begins after so many seconds, by `clock`.
     """
 
-    def __init__(self, cell: Cell, built: Built, limit_s: float = float("inf")):
+    def __init__(
+        self,
+        cell: Cell,
+        built: Built,
+        mine_BV: Tensor,
+        limit_s: float = float("inf"),
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         self.ids_BN = built.x
         start, n_new = (0, cell.length) if cell.phase == "prefill" else (cell.length, 1)
         self.ids_BS = built.x[:, start : start + n_new].clone()
         self.position_S = torch.arange(start, start + n_new, device=built.x.device)
         decoder = PlainDecoder(built.model, built.task.cache, compiled=built.x.is_cuda)
         self.steps: dict[Way, Step] = {}
-        begun, failure = time.perf_counter(), None
+        begun = clock()
         for way in decoder.ways(*self.ids_BS.shape):
-            if self.steps and time.perf_counter() - begun > limit_s:
+            if self.steps and clock() - begun > limit_s:
                 print(f"{PLAIN} ({way}): left out after {limit_s:g} s", file=sys.stderr)
                 continue
+            name = f"{PLAIN} ({way})"
             try:
-                execution = "cuda_graph" if self.ids_BS.is_cuda else "eager"
-                step = make_step(execution, "natural", PlainStep(decoder, self.position_S, way), self.ids_BS)
-                require_same(f"{PLAIN} ({way})", step().y[:, -1].float(), cell, built)
+                with work_of(name, cell, built.device):
+                    execution = "cuda_graph" if self.ids_BS.is_cuda else "eager"
+                    step = make_step(execution, "natural", PlainStep(decoder, self.position_S, way), self.ids_BS)
+                    require_same(name, step().y[:, -1].float(), mine_BV, built.dtype)
                 self.steps[way] = step
-            except Exception as error:  # another way may do
-                tell(f"{PLAIN} ({way})", error)
-                failure = error.with_traceback(None)  # which would hold on to memory
-            print(f"{PLAIN} ({way}): tried after {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+            except Exception as error:  # another way may do; kept, it would hold on to the memory of its frames
+                tell(name, error)
+            print(f"{name}: tried after {clock() - begun:.1f} s", file=sys.stderr, flush=True)
         if not self.steps:
-            assert failure is not None, "there is a way"
-            raise failure
+            raise RuntimeError("no way that it can be written in runs; why is above")
         self.run = next(iter(self.steps.values()))
 
     def settle(self) -> None:
@@ -252,8 +178,8 @@ class PlainPeer:
             print(f"{PLAIN} ({way}): {ms[way]:.4g} ms", file=sys.stderr)
         self.run = self.steps[min(ms, key=lambda way: ms[way])]
 
-    def choose(self) -> None:
-        """Nothing: it was chosen once."""
+    def begin(self) -> None:
+        """Nothing: the way was chosen once, and nothing is counted."""
 
     def prefill(self) -> Tensor:
         return self.run().y
@@ -272,6 +198,33 @@ def tell(name: str, error: Exception) -> None:
 
 
 @contextmanager
+def work_of(name: str, cell: Cell, device: torch.device) -> Iterator[None]:
+    """Wait for what is done inside. Raises `SystemExit` after a CUDA error: every later call would fail of it too."""
+    try:
+        yield
+        synchronize(device)
+    except Exception as error:
+        if is_broken(device):
+            tell(f"{cell}: {name}", error)
+            raise SystemExit(f"{cell}: the work of {name} ended in a CUDA error, so this process ends") from error
+        raise
+
+
+def is_broken(device: torch.device) -> bool:
+    """Whether a CUDA error stays. One that only refuses something, as for want of memory, does not."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
 def told_seconds(what: str) -> Iterator[None]:
     """Say on stderr how long it took."""
     begun = time.perf_counter()
@@ -281,9 +234,9 @@ def told_seconds(what: str) -> Iterator[None]:
         print(f"{what}: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
 
 
-def wait_until_quiet(device: str) -> None:
+def wait_until_quiet(device: torch.device) -> None:
     """Until a GPU has done what stopped processes had launched: until then it computes for them too, by turns of ms."""
-    if device != "cuda":
+    if device.type != "cuda":
         return
     small, deadline = torch.zeros(1, device=device), time.perf_counter() + 30
     while max(time_cuda(lambda: small.add_(1), device) for _ in range(200)) > 0.5:
@@ -298,14 +251,12 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def time_cuda(call: Callable[[], Any], device: str) -> float:
+def time_cuda(call: Callable[[], Any], device: torch.device) -> float:
     """Milliseconds of `call` by the host's clock, the device idle before and after."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     start = time.perf_counter()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return (time.perf_counter() - start) * 1e3
 
 
@@ -321,7 +272,7 @@ def main() -> int:
     parser.add_argument("--peers", nargs="+", default=list(PEERS), help=f"default: {' '.join(PEERS)}; also {PLAIN}")
     parser.add_argument("--attention", default="sdpa", help="of transformers; gpt-oss has no sdpa: eager")
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--turns", type=Path, help="a folder in common with commands that are started beside this one")
+    parser.add_argument("--turns", type=Path, help=TURNS_HELP)
     parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS", help=f"of {PLAIN}'s compiling")
     parser.add_argument("--out", type=Path, help="output folder of checkpoint_peers.csv (every round)")
     options = parser.parse_args()
@@ -395,28 +346,36 @@ class Loaded:
     model: Any = None
 
 
-def peer_of(options: argparse.Namespace, name: str, cell: Cell, built: Built, loaded: Loaded) -> Peer | PlainPeer:
+def peer_of(
+    options: argparse.Namespace, name: str, cell: Cell, built: Built, loaded: Loaded, mine_BV: Tensor, turns: Turns
+) -> Peer | PlainPeer:
     """The peer, compiled and warm. Raises `ValueError` if its logits are not ours."""
     if name == PLAIN:
-        return PlainPeer(cell, built, options.limit)
+        return PlainPeer(cell, built, mine_BV, options.limit, turns.clock)
     if loaded.model is None:
-        loaded.model = peer_model(options, loaded.weights)
-    peer = Peer(loaded.model, name, cell, built)
-    peer.choose()
+        loaded.model = peer_model(built, loaded.weights, options.attention)
+    peer = Peer(loaded.model, name, built, cell.length if cell.phase == "decode" else None)
+    peer.begin()
     theirs: list[Tensor] = []
     for i in range(3):  # the first compiles; what later ones read of a cache of a window, set back, are other tokens
         y = peer.prefill() if cell.phase == "prefill" else peer.step(cell.length + i)
         theirs.append(y[:, -1].clone().float())
-    require_same(name, theirs[0], cell, built)
+    if cell.phase == "decode":
+        peer.require_counted(cell.length + len(theirs))
+    require_same(name, theirs[0], mine_BV, built.dtype)
     return peer
 
 
-def require_same(name: str, theirs_BV: Tensor, cell: Cell, built: Built) -> None:
-    """Raises `ValueError` if these logits, of a prefill or of the first step, are not ours."""
-    allowed = 1e-3 if built.dtype == torch.float32 else 0.25  # a near-tie may flip an expert in bf16
+def our_logits(cell: Cell, built: Built) -> Tensor:
+    """[B, V] of a prefill, or of the first step."""
     if cell.phase == "decode":
         built.task.seek(0)
-    mine_BV = built.ready_step()().y[:, -1].float()
+    return built.ready_step()().y[:, -1].float()
+
+
+def require_same(name: str, theirs_BV: Tensor, mine_BV: Tensor, dtype: torch.dtype) -> None:
+    """Raises `ValueError` if these logits, of a prefill or of the first step, are not ours."""
+    allowed = 1e-3 if dtype == torch.float32 else 0.25  # a near-tie may flip an expert in bf16
     error = float((mine_BV - theirs_BV).norm() / theirs_BV.norm())
     if not error < allowed:
         raise ValueError(f"{name} computes a different result: relative error {error:.1e}")
@@ -428,18 +387,23 @@ def time_cell(
     """(milliseconds of a prefill or of one decoded token, a value per round for each; the floor of the latter)."""
     torch.compiler.reset()  # else this cell's sizes are compiled as variable ones, and the last one's graphs are kept
     free()
-    with told_seconds(f"{cell}: ours"):
+    device = torch.device(options.device)
+    with told_seconds(f"{cell}: ours"), work_of("ours", cell, device):
         built = ours(options, cell, loaded.weights)
+        mine_BV = our_logits(cell, built).clone()
     peers: dict[str, Peer | PlainPeer] = {}
     for name in options.peers:
         try:
-            with told_seconds(f"{cell}: {name}"):
-                peers[name] = peer_of(options, name, cell, built, loaded)
+            with told_seconds(f"{cell}: {name}"), work_of(name, cell, device):
+                peers[name] = peer_of(options, name, cell, built, loaded, mine_BV, turns)
         except Exception as error:
             tell(name, error)
+            peers.pop(name, None)
         free()
+    with work_of("ours", cell, device):  # whose weights and cache the peers had
+        require_same("ours, after the peers,", our_logits(cell, built), mine_BV, built.dtype)
     with told_seconds(f"{cell}: its turn, with waiting for it"), turns.alone(), told_seconds(f"{cell}: its turn"):
-        wait_until_quiet(options.device)
+        wait_until_quiet(device)
         return time_rounds(options, cell, built, peers)
 
 
@@ -447,24 +411,25 @@ def time_rounds(
     options: argparse.Namespace, cell: Cell, built: Built, peers: Mapping[str, Peer | PlainPeer]
 ) -> tuple[dict[str, np.ndarray], float | None]:
     """See `time_cell`."""
-    step, phase, length = built.ready_step(), cell.phase, cell.length
+    step, phase, length, device = built.ready_step(), cell.phase, cell.length, built.device
     floor_ms = None
     if phase == "decode":
         floor_ms = built.least_bytes(4) / measured_peaks(built.device, built.dtype)["bytes_per_s"] * 1e3
-    for peer in peers.values():
-        peer.settle()
+    for name, peer in peers.items():
+        with work_of(name, cell, device):
+            peer.settle()
 
     def one_round(name: str) -> float:
         if name == "ours":
             if phase == "prefill":
                 return float(np.median(step.time_block(repeats).ms))
             built.task.seek(0)
-            return time_cuda(lambda: [(step(), built.task.advance()) for _ in range(STEPS)], options.device) / STEPS
+            return time_cuda(lambda: [(step(), built.task.advance()) for _ in range(STEPS)], device) / STEPS
         peer = peers[name]
-        peer.choose()
+        peer.begin()
         if phase == "prefill":
-            return float(np.median([time_cuda(peer.prefill, options.device) for _ in range(repeats)]))
-        return time_cuda(lambda: [peer.step(length + i) for i in range(STEPS)], options.device) / STEPS
+            return float(np.median([time_cuda(peer.prefill, device) for _ in range(repeats)]))
+        return time_cuda(lambda: [peer.step(length + i) for i in range(STEPS)], device) / STEPS
 
     repeats = 1
     repeats = max(1, round(LEAST_S * 1e3 / one_round("ours")))
@@ -473,12 +438,14 @@ def time_rounds(
     ms = {name: np.empty(options.rounds) for name in order}
     with unchecked():  # as a run is timed
         for name in order:  # warm-up
-            for _ in range(3):
-                one_round(name)
+            with work_of(name, cell, device):
+                for _ in range(3):
+                    one_round(name)
         for r in range(options.rounds):
             shuffle(order)
             for name in order:
-                ms[name][r] = one_round(name)
+                with work_of(name, cell, device):
+                    ms[name][r] = one_round(name)
     return ms, floor_ms
 
 

@@ -11,6 +11,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -40,9 +41,22 @@ class Turns:
             stack.enter_context(_locked(self.folder / "turn"))
             if groups := self._others():
                 stack.enter_context(_waking(groups))
+                stack.callback(self._note_since, time.perf_counter())
                 for group in groups:
                     _stop(group)
             yield
+
+    def clock(self) -> float:
+        """Seconds, without those of the turns that have ended; a turn whose process was killed counts."""
+        turns = self.folder / "seconds" if self.folder is not None else None
+        noted = turns.read_text().split() if turns is not None and turns.exists() else []
+        return time.perf_counter() - sum(map(float, noted))
+
+    def _note_since(self, begun: float) -> None:
+        """Before the others go on: they may look at the clock at once."""
+        assert self.folder is not None
+        with open(self.folder / "seconds", "a") as file:
+            print(time.perf_counter() - begun, file=file)
 
     def _others(self) -> list[int]:
         """The groups of the processes that live; the file of one that has ended is removed."""

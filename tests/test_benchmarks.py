@@ -17,7 +17,7 @@ from benchmarks import add_rms_norm, check, decode_kernels, energy_profiles, pac
 from tests import tiny
 
 FOLDER = tiny.ROOT / "benchmarks"
-HELPERS = {"__init__", "browser", "peer_stubs", "plain_decoder", "synthetic", "turns"}
+HELPERS = {"__init__", "browser", "peer_stubs", "plain_decoder", "synthetic", "transformers_peer", "turns"}
 """What benchmarks and tests share; not started themselves."""
 NAMES = sorted({path.stem for path in FOLDER.glob("*.py")} - HELPERS)
 ROWS = re.findall(

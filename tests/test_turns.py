@@ -123,8 +123,38 @@ def test_one_turn_at_a_time(tmp_path: Path) -> None:
         third.wait()
 
 
+WATCHES = """
+import sys, time
+from pathlib import Path
+from benchmarks.turns import Turns
+turns = Turns(Path(sys.argv[1]))
+clock, other = turns.clock(), time.perf_counter()
+print("here", flush=True)
+for _ in range(10**4):
+    if (Path(sys.argv[1]) / "seconds").exists():
+        break
+    time.sleep(0.001)
+print(turns.clock() - clock, time.perf_counter() - other, flush=True)
+"""
+
+
+@pytest.mark.usefixtures("in_a_group")
+def test_the_clock_stands_still_in_turns_of_others(tmp_path: Path) -> None:
+    """So a limit of seconds is one of those in which a process runs."""
+    turns = Turns(tmp_path)
+    with started(WATCHES, tmp_path) as other:
+        with turns.alone():
+            while state(other) != "T":
+                time.sleep(0.01)
+            time.sleep(1)
+        assert other.stdout is not None
+        ran, passed = map(float, other.stdout.readline().split())
+    assert passed > 1 and ran < passed - 1
+
+
 def test_without_a_folder_nobody_is_stopped() -> None:
     """And no group is made."""
-    before = os.getpgrp()
+    before, clock = os.getpgrp(), Turns(None).clock()
     with Turns(None).alone():
         assert os.getpgrp() == before
+    assert 0 <= time.perf_counter() - clock < 60

@@ -129,9 +129,9 @@ def _text(directory: Path, tables: aggregate.Aggregate, drawn: plots.Drawn, lice
     for record in records:
         for warning in _of_the_run(record.warnings):
             kinds.setdefault(warning.split(":")[0], []).append(warning)
-    made = environment("moe_lab.cli", html=False)
-    made.filters["md"] = markdown
-    return made.get_template("card.md.jinja").render(
+    templates = environment("moe_lab.cli", html=False)
+    templates.filters["md"] = markdown
+    return templates.get_template("card.md.jinja").render(
         front=yaml.safe_dump(_front(name, license_id), sort_keys=False, allow_unicode=True, width=1000),
         name=name,
         facts=facts(directory, runs, plan, sorted(summary["anchor"].dropna().unique())),

@@ -140,12 +140,12 @@ def write(directory: Path, aggregate: Aggregate, plotly: str | None = None) -> P
 
 
 def _template() -> Template:
-    made = environment("moe_lab.results")
+    templates = environment("moe_lab.results")
     # The keys of a setting, the model first; without spaces the data of the plots is a tenth smaller.
-    made.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
-    made.filters |= {"mark": glossary.mark, "term": glossary.term, "ident": glossary.ident}
-    made.filters["unbroken"] = _whole_numbers
-    return made.get_template("report.html.jinja")
+    templates.policies["json.dumps_kwargs"] = {"sort_keys": False, "separators": (",", ":")}
+    templates.filters |= {"mark": glossary.mark, "term": glossary.term, "ident": glossary.ident}
+    templates.filters["unbroken"] = _whole_numbers
+    return templates.get_template("report.html.jinja")
 
 
 def _library() -> bytes:

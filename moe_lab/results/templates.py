@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def environment(package: str, *, html: bool = True) -> Environment:
-    """For the templates of a package, `moe_lab.results`; what is put into `html` is escaped."""
+    """For the templates of a package, such as `moe_lab.results`. With `html`, values are escaped."""
     return Environment(
         loader=PackageLoader(package, "."),
         autoescape=html,

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import shutil
 import tempfile
 import weakref
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
-_PREFIX = "moe-lab-scratch-"
+_STEM = f"moe-lab-scratch-{platform.node()}"  # several nodes may share the folder, and not see each other's locks
 
 
 class Scratch:
-    """A folder, `path`, until `close` or the end of the process; the first thing is to remove those of killed ones."""
+    """A folder, `path`, until `close` or the end of the process.
+
+    Making the first one removes the folders that killed processes of this node left.
+    """
 
     def __init__(self) -> None:
-        hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))  # held before others see it
-        _remove_left(hidden.parent)
-        descriptor = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY)
-        with suppress(OSError):  # a file system without locks, where nothing is removed
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        self.path = hidden.rename(hidden.with_name(hidden.name[1:]))
+        _remove_left(tempfile.gettempdir())
+        self.path, descriptor = _make()
         self.close = weakref.finalize(self, _remove, self.path, descriptor)
+
+
+def _make() -> tuple[Path, int]:
+    """(a folder, the descriptor that holds it). Another process may remove it before it is held: then make another."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=f"{_STEM}-"))
+        with suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            with suppress(OSError):  # a file system without locks, where nothing is removed
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if path.is_dir():
+                return path, descriptor
+            os.close(descriptor)
 
 
 def _remove(path: Path, descriptor: int) -> None:
@@ -31,8 +45,12 @@ def _remove(path: Path, descriptor: int) -> None:
     os.close(descriptor)
 
 
-def _remove_left(parent: Path) -> None:
-    for path in parent.glob(f"{_PREFIX}*"):
+@cache
+def _remove_left(parent: str) -> None:
+    """Once in a process: a large folder takes a while."""
+    for path in Path(parent).iterdir():
+        if path.name.rpartition("-")[0] != _STEM:  # what `mkdtemp` adds has no dash
+            continue
         with suppress(OSError):  # held, another user's, or gone meanwhile
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
