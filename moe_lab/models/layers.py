@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_lab.experts.weights import Activation, activated
 from moe_lab.ops import gemv
 from moe_lab.ops.add_rms_norm import add_rms_norm
-from moe_lab.ops.library import resolve_implementation
+from moe_lab.ops.library import is_compiled, resolve_implementation
 from moe_lab.ops.rms_norm import rms_norm
 
 
@@ -28,7 +28,7 @@ class Linear(nn.Module):
         return self.product(x, self.weight, self.bias)
 
     def implementation(self, x: Tensor) -> str:
-        """Who computes the product of an eager pass with x [..., in], or [T, 0] to ask: `torch`, or the kernels."""
+        """Who computes the product with x [..., in], or [T, 0] to ask: `torch`, or the kernels."""
         if x.shape[:-1].numel() > gemv.MOST_ROWS:
             return "torch"  # no need of rows to ask with
         rows = x.new_empty(*x.shape[:-1], self.weight.shape[1])
@@ -47,7 +47,7 @@ class Linear(nn.Module):
 
     def takes(self, x: Tensor, *others: Tensor | None, norms: bool = False) -> bool:
         """Whether the kernels for a few rows compute it."""
-        is_asked = self.uses_gemv and not torch.compiler.is_compiling() and gemv.is_faster(x.device)
+        is_asked = self.uses_gemv and not is_compiled() and gemv.is_faster(x.device)
         return is_asked and gemv.takes(x, *others, norms=norms)
 
     def use_reference(self) -> None:
@@ -117,7 +117,7 @@ def _split(y: Tensor, layers: Sequence[Linear]) -> tuple[Tensor, ...]:
 
 def _joined_parameters(layers: Sequence[Linear]) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of all as one; None where they do not lie together, or while a pass is compiled."""
-    if torch.compiler.is_compiling():  # where weights lie cannot be asked
+    if is_compiled():  # where weights lie cannot be asked
         return None
     weight = rows_together([layer.weight for layer in layers])
     biases = [part for layer in layers if (part := layer.bias) is not None]

@@ -10,7 +10,7 @@ from moe_lab.experts import grouped
 from moe_lab.models import layers
 from moe_lab.models.attention import Attention
 from moe_lab.models.layers import Linear
-from moe_lab.ops import one_token_attention
+from moe_lab.ops import extension, one_token_attention
 from moe_lab.routers.selection import SelectionRouter
 from moe_lab.runs import build
 from moe_lab.runs.built import Built
@@ -165,6 +165,18 @@ def test_a_kernel_of_few_rows_is_named(
         if isinstance(module, Linear):
             module.uses_gemv = flagged in ("all", "head" if name == "head" else "blocks")
     assert built.implementation().get("linear") == kernel
+
+
+@pytest.mark.parametrize("execution", [pytest.param(name, id=name) for name in ("eager", "compile")])
+def test_a_compiled_pass_is_asked_who_sorts_few_tokens(execution: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU only an eager one sorts them in Python; the record and a plan say the same."""
+    monkeypatch.setattr(extension, "sorts", lambda device, n: True)
+    monkeypatch.setattr(extension, "computes", lambda device: True)
+    cfg = tiny.decoder_moe("experts=grouped", "batch=2", "seq_len=3", f"execution={execution}")
+    by = Built.of(cfg, torch.device("cpu")).implementation()
+    sorts = {"dispatch", "combine"} & set(by)
+    assert sorts == {"dispatch", "combine"} & set(build.check_available(cfg)[1])
+    assert sorts == ({"dispatch", "combine"} if execution == "compile" else set())
 
 
 @pytest.mark.parametrize(
