@@ -123,6 +123,9 @@ class Built:
         with asked_of(self.cfg.execution.name):
             ran = passes.of_all_passes(self._in_pass(self._rows(n)) for n in passes.tokens_at_once(self.cfg))
             attention = self._attention()
+        for part in ("linear", "gate"):  # torch is named only beside a kernel
+            if ran.get(part) == "torch":
+                del ran[part]
         if isinstance(self.model, Checkpoint) and self.model.form is not None:
             ran["weights"] = str(self.model.form)
         if attention:
@@ -130,8 +133,9 @@ class Built:
         return ran
 
     def _in_pass(self, x_T0: Tensor) -> dict[str, str]:
-        """Who computes what but attention in a pass over these tokens."""
+        """As `implementation`, for one pass and without attention."""
         ran: dict[str, str] = {}
+        linear: dict[str, None] = {}
         joined: set[nn.Module] = set()  # norms that are computed with what reads them
         for module in self.model.modules():
             if isinstance(module, TransformerDecoder) and len(x_T0) <= MOST_ROWS:
@@ -149,17 +153,15 @@ class Built:
                 ran["delta_net"] = f"torch: {'recurrent' if len(x_T0) == self.cfg.batch else 'chunked'}"
             elif isinstance(module, Linear):
                 reads_last = isinstance(self.task, Prefill) and module is self.task.decoder.head
-                kernel = module.implementation(self._rows(self.cfg.batch) if reads_last else x_T0)
-                if kernel != "torch":
-                    ran["linear"] = kernel
+                linear[module.implementation(self._rows(self.cfg.batch) if reads_last else x_T0)] = None
         for layer in moe_layers(self.model):
             ran["router"] = (
                 layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"
             )
-            if self.forced is None and layer.multiplies_gate(x_T0):
-                ran["gate"] = layer.router.implementation()
+            if self.forced is None:
+                ran["gate"] = layer.router.implementation() if layer.multiplies_gate(x_T0) else "torch"
             ran |= layer.experts.implementation(x_T0, layer.weights)
-        return ran
+        return ran | ({"linear": "+".join(linear)} if linear else {})
 
     def _attention(self) -> str:
         """Who computes attention, and by which of torch's backends that of many tokens; empty if nobody does."""
