@@ -40,7 +40,7 @@ MOE_LAB_MULTIPLY(__nv_bfloat16, "bf16")
 MOE_LAB_MULTIPLY(__half, "f16")
 
 // The rows of x into shared memory, a warp a row: with a norm x + residual, rounded, which one of the blocks also
-// writes to `total`, and then normed. Columns that there are not are zeros.
+// writes to `total`, and then normed. Missing columns are zeros.
 template <class T>
 __device__ __forceinline__ void take_rows(const GemvArguments& a, uint4* shared_x, const uint4* norm) {
   constexpr int kAtOnce = 8;  // vectors that a lane asks for before it needs one
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
   take_rows<T>(a, shared.x, norm);
   __syncthreads();
 
-  // Rows of x that there are not are the last one again: what comes of them is not written.
+  // Lanes without a row of x use the last one; their results are dropped.
   const uint32_t x = shared_address(shared.x + min(row, a.T - 1) * vectors + part);
   int stage = 0, turn = 0;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {

@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(kThreads, 2) one_token_kernel(const ExpertsArg
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (lane < kStages) Barrier{shared_address(&shared.full[warp][lane])}.init(1);
   fence_barriers();
-  // All blocks run once it has effect, so the next kernel's take no place from them. What that one asks for comes while
-  // the gate is computed, which leaves the memory idle.
+  // It takes effect when all blocks are running, so the next kernel cannot displace one. What that one asks for comes
+  // while the gate is computed, which leaves the memory idle.
   let_next_begin();
   wait_for_results_before();
   if (warp == 0) choose(shared.chosen, a);

@@ -495,7 +495,8 @@ Tensor hopper_gemv(const Tensor& x, std::optional<Tensor> residual, std::optiona
                    const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> total) {
   const DeviceGuard guard(x.get_device_index());
   const Device device = sm_90_of(x);
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && weight.size(0) > 0, "x and weight: must be [T, K] and [N, K]");
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && weight.size(0) > 0,
+                  "x and weight: must be [T, K] and [N, K], N at least 1");
   const int64_t T = x.size(0), N = weight.size(0), K = weight.size(1);
   STD_TORCH_CHECK(K > 0 && K % 8 == 0 && K <= (norm.has_value() ? kMostColumns : kMostColumnsAlone),
                   "weight: K must be a multiple of 8, at most ", norm.has_value() ? kMostColumns : kMostColumnsAlone);

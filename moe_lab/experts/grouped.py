@@ -1,7 +1,7 @@
 """experts=grouped: slots sorted by expert, then one grouped matrix product per projection.
 
-On CUDA few tokens, as in decoding, are not sorted (16 in fp32, 64 in 16 bits): `ops/few_tokens.py`. On a CPU,
-in fp32, Python sorts those of few tokens.
+On CUDA few tokens, as in decoding, are not sorted (16 in fp32, 64 in 16 bits): `ops/few_tokens.py`. On a CPU in fp32
+up to 16 tokens are sorted in Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moe_lab.ops import extension
 from moe_lab.ops.combine import combine
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.ops.few_tokens import few_tokens_mlp, most_tokens
-from moe_lab.ops.library import HAS_TRITON
+from moe_lab.ops.library import HAS_TRITON, is_compiled
 from moe_lab.ops.segment_mm import implementation_for, segment_loop, segment_mm
 from moe_lab.routers.base import Routing
 
@@ -51,12 +51,14 @@ class Grouped(Experts):
         return not (_takes_few_tokens(x_TD) or _takes_few_on_cpu(x_TD))
 
     def implementation(self, x_TD: Tensor, weights: ExpertWeights) -> dict[str, str]:
-        """See `Experts`: `grouped:few_tokens`, or `grouped` and what computes `segment_mm`.
+        """See `Experts`: `grouped:few_tokens` or `grouped:one_token`, or `grouped` and what computes `segment_mm`.
 
         Where the extension sorts and sums: `dispatch` and `combine` too. Else torch does, or Python.
         """
         if _takes_few_tokens(x_TD):
             return {"experts": "grouped:few_tokens"}
+        if _takes_few_on_cpu(x_TD) and len(x_TD) == 1:
+            return {"experts": "grouped:one_token"}
         ran = {"experts": "grouped", "segment_mm": _segment_mm_for(x_TD, weights)}
         if _takes_few_on_cpu(x_TD):
             return ran
@@ -109,7 +111,7 @@ _FEW_TOKENS = 16  # whose slots Python sorts sooner than ten calls of torch do
 
 def _takes_few_on_cpu(x_TD: Tensor) -> bool:
     """Whether so few tokens are sorted on the host (`_one_token`, `_few_on_cpu`)."""
-    on_cpu = x_TD.device.type == "cpu" and x_TD.dtype == torch.float32 and not torch.compiler.is_compiling()
+    on_cpu = x_TD.device.type == "cpu" and x_TD.dtype == torch.float32 and not is_compiled()
     return on_cpu and 0 < len(x_TD) <= _FEW_TOKENS
 
 

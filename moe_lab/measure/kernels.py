@@ -246,12 +246,12 @@ def table(kernels: Sequence[Kernel], implementation: Callable[[str, str | None],
 def implementation_of(ran: Mapping[str, str]) -> Callable[[str, str | None], str]:
     """Who launched a kernel of this name and phase, from a record's `implementation`.
 
-    A phase that it does not name stands for itself. The kernel of single rows serves several phases.
+    A phase that it does not name stands for itself. The kernels of few rows serve several phases.
     """
 
     def of(name: str, phase: str | None) -> str:
-        if "linear" in ran and base_name(name) == f"{ran['linear']}_kernel":
-            return f"linear={ran['linear']}"
+        if "gemv" in ran.get("linear", "") and base_name(name) in ("gemv_kernel", "rows_kernel"):  # of one and of more
+            return "linear=gemv"
         first = (phase or "other").split("+")[0]
         part = first if first in ran or first not in ("dispatch", "combine") else "experts"
         return f"{part}={ran[part]}" if part in ran else part

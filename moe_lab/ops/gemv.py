@@ -24,7 +24,7 @@ def gemv(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tenso
     """[T, N] = x W^T + b, summed in fp32; on a GPU the extension must be loaded.
 
     Args:
-        x_TK: at most `MOST_ROWS` rows of fp16 or bf16, contiguous.
+        x_TK: 1 to `MOST_ROWS` rows of fp16 or bf16, contiguous.
         weight_NK: contiguous, of the same dtype. No kernel that may still be running may write it: it is read before
             those ahead have ended (ops/dependent_launch.py).
     """
@@ -56,7 +56,7 @@ def is_faster(device: torch.device) -> bool:
 
 
 def takes(x: Tensor, *others: Tensor | None, norms: bool = False) -> bool:
-    """Whether the kernels take the rows x [..., K], of which there must be one, with a weight, bias and norm."""
+    """Whether the kernels take x [..., K], 1 to `MOST_ROWS` rows, with a weight, bias and norm."""
     K = x.shape[-1]
     most = _MOST_COLUMNS if norms else _MOST_COLUMNS_ALONE
     has_one_dtype = x.dtype.itemsize == 2 and all(other is None or other.dtype == x.dtype for other in others)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -23,6 +25,24 @@ def constant_when_compiled(function: _Function) -> _Function:
     """As torch.compiler.assume_constant_result, which imports the compiler: more than a second of every process."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+_IS_ASKED_OF_COMPILED = ContextVar("is_asked_of_compiled", default=False)
+
+
+@contextmanager
+def asked_of(execution: str) -> Iterator[None]:
+    """Inside, who says what computes a pass says it of a pass of this execution (`is_compiled`)."""
+    token = _IS_ASKED_OF_COMPILED.set(execution == "compile")
+    try:
+        yield
+    finally:
+        _IS_ASKED_OF_COMPILED.reset(token)
+
+
+def is_compiled() -> bool:
+    """Whether the pass that is computed, or asked about, is a compiled one."""
+    return torch.compiler.is_compiling() or _IS_ASKED_OF_COMPILED.get()
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_lab.ops.gemv import MOST_ROWS
 from moe_lab.ops.route import Routed, arguments
 from moe_lab.ops.selection import Selection
 
-MOST_TOKENS, MOST_WIDTH, MOST_EXPERTS, MOST_ELEMENTS = 8, 8192, 256, 2**20  # as kernels/decode.h and route.h say
+MOST_WIDTH, MOST_EXPERTS, MOST_ELEMENTS = 8192, 256, 2**20  # as kernels/route.h says
 
 
 def norms_input(computes: str, n_tokens: int, norm_weight_D: Tensor, gate_ED: Tensor, dtype: torch.dtype) -> bool:
     """Whether a router computed by `computes` (`cuda_ext:sm_90`, say) has `norm_gate_route` for x of this dtype."""
     E, D = gate_ED.shape
     return (
-        1 <= n_tokens <= MOST_TOKENS
+        1 <= n_tokens <= MOST_ROWS
         and computes == "cuda_ext:sm_90"
         and dtype in (torch.float16, torch.bfloat16)
         and norm_weight_D.dtype == gate_ED.dtype == dtype  # no copy, which would be written in the same pass
@@ -44,7 +45,7 @@ def norm_gate_route(
     gate_bias_E: Tensor | None = None,
     bias_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Routed]:
-    """(normed, total, what is chosen) where `norms_input`."""
+    """Only where `norms_input` is true: (normed, total, what is chosen)."""
     inputs = (x_TD.contiguous(), residual_TD.contiguous(), norm_weight_D, eps, gate_ED)
     normed_TD, total_TD, *routed = torch.ops.moe_lab.norm_gate_route(*inputs, *arguments(how, gate_bias_E, bias_E))
     return normed_TD, total_TD, Routed(*routed)

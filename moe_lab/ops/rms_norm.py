@@ -16,9 +16,10 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def _by_few_passes(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Torch's own makes four tensors of x's size on a CPU; and a number beside a tensor costs as much as one more call.
+    """Torch's own makes four tensors of x's size on a CPU.
 
-    So a small norm takes 0.8 of its time, and a large one 0.6 and less (one Xeon core, torch 2.13).
+    Mixing a Python number with a tensor costs as much as another op. So a small norm takes 0.8 of torch's time, and a
+    large one 0.6 and less (one Xeon core, torch 2.13).
     """
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = torch.full_like(length, eps).addcmul_(length, length, value=1 / x.shape[-1]).rsqrt_()

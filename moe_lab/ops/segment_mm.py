@@ -113,19 +113,23 @@ def segment_loop(x_ND: Tensor, w_EFD: Tensor, rows: Mapping[int, int]) -> Tensor
     return y_NF
 
 
-def _check(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor | None = None) -> None:
+def _check(x_ND: Tensor, w_EFD: Tensor) -> None:
     if x_ND.dim() != 2 or w_EFD.dim() != 3 or x_ND.shape[1] != w_EFD.shape[2] or x_ND.dtype != w_EFD.dtype:
         raise ValueError(
             f"segment_mm: x {tuple(x_ND.shape)} {x_ND.dtype} does not match w {tuple(w_EFD.shape)} {w_EFD.dtype}"
         )
-    if offsets_E1 is not None and (offsets_E1.shape != (w_EFD.shape[0] + 1,) or offsets_E1.dtype != torch.int32):
+
+
+def _check_offsets(offsets_E1: Tensor, w_EFD: Tensor) -> None:
+    if offsets_E1.shape != (w_EFD.shape[0] + 1,) or offsets_E1.dtype != torch.int32:
         raise ValueError(f"segment_mm: offsets {tuple(offsets_E1.shape)} {offsets_E1.dtype} must be int32 [E + 1]")
 
 
 def _compute(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor, implementation: str) -> Tensor:
-    _check(x_ND, w_EFD, offsets_E1)
-    if implementation == "loop":
+    _check_offsets(offsets_E1, w_EFD)
+    if implementation == "loop":  # which checks the others
         return _loop(x_ND, w_EFD, offsets_E1)
+    _check(x_ND, w_EFD)
     if implementation == "grouped_mm":
         return F.grouped_mm(x_ND, w_EFD.transpose(1, 2), offs=offsets_E1[1:])
     assert implementation == "triton", implementation
@@ -135,7 +139,8 @@ def _compute(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor, implementation: st
 
 
 def _fake(x_ND: Tensor, w_EFD: Tensor, offsets_E1: Tensor, implementation: str) -> Tensor:
-    _check(x_ND, w_EFD, offsets_E1)
+    _check(x_ND, w_EFD)
+    _check_offsets(offsets_E1, w_EFD)
     return x_ND.new_empty(x_ND.shape[0], w_EFD.shape[1])
 
 

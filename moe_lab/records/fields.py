@@ -57,7 +57,13 @@ def _with_interval(name: str, unit: str, meaning: str) -> Fields:
 
 IMPLEMENTATION = (
     Field("router", str, "", "implementation of the routing"),
-    Field("gate", str, "", "kernels of the router, if they include the gate's matrix product"),
+    Field(
+        "gate",
+        str,
+        "",
+        "kernels of the router, if they include the gate's matrix product; `torch+` before them if torch computes that "
+        "of longer chunks",
+    ),
     Field("mlp_norm", str, "", "kernels of the router, if they include the norm before the MLP"),
     Field("experts", str, "", "implementation of the experts"),
     Field(
@@ -77,7 +83,8 @@ IMPLEMENTATION = (
         "linear",
         str,
         "",
-        "kernels of projections of a few rows and norms ahead of them; missing if torch computes all",
+        "kernels of projections of a few rows and norms ahead of them, as `gemv`; `torch+gemv` if torch computes the "
+        "other projections; missing if torch computes all",
     ),
     Field("segment_mm", str, "", "implementation of the matrix products of `experts=grouped`"),
     Field("tiles", str, "", "of `experts=fused`: up_rows-up_tokens-down_rows-down_tokens-pieces"),

@@ -22,7 +22,7 @@ from moe_lab.models.serving import Decode, Prefill
 from moe_lab.models.soft_moe import SoftMoELayer
 from moe_lab.models.transformer_decoder import TransformerDecoder
 from moe_lab.ops import extension
-from moe_lab.ops.library import DTYPES
+from moe_lab.ops.library import DTYPES, asked_of
 from moe_lab.records.identity import digest, option_name
 from moe_lab.records.weight_changes import active, other_keys
 from moe_lab.routers.base import Router, Routing
@@ -324,7 +324,8 @@ def implementation(cfg: DictConfig, model: nn.Module, device: torch.device) -> d
     if not (layers := moe_layers(model)):
         return {}
     router, experts, weights = layers[0].router, layers[0].experts, layers[0].weights
-    by_experts = of_all_passes(experts.implementation(x_T0, weights) for x_T0 in _rows_at_once(cfg, device))
+    with asked_of(cfg.execution.name):
+        by_experts = of_all_passes(experts.implementation(x_T0, weights) for x_T0 in _rows_at_once(cfg, device))
     return {"router": router.implementation(), **by_experts}
 
 

@@ -20,7 +20,7 @@ from moe_lab.models.parameters import reference_twin
 from moe_lab.models.serving import Decode, Prefill, Serving
 from moe_lab.models.transformer_decoder import Block, TransformerDecoder
 from moe_lab.ops.gemv import MOST_ROWS
-from moe_lab.ops.library import DTYPES
+from moe_lab.ops.library import DTYPES, asked_of
 from moe_lab.routers.base import PROPERTIES, Routing
 from moe_lab.runs import build, passes
 from moe_lab.workloads.forced import force_load
@@ -120,20 +120,25 @@ class Built:
 
     def implementation(self) -> dict[str, str]:
         """Who computes what in the passes of an iteration (`passes.of_all_passes`)."""
-        ran = passes.of_all_passes(self._in_pass(self._rows(n)) for n in passes.tokens_at_once(self.cfg))
+        with asked_of(self.cfg.execution.name):
+            ran = passes.of_all_passes(self._in_pass(self._rows(n)) for n in passes.tokens_at_once(self.cfg))
+            attention = self._attention()
+        for part in ("linear", "gate"):  # torch is named only beside a kernel
+            if ran.get(part) == "torch":
+                del ran[part]
         if isinstance(self.model, Checkpoint) and self.model.form is not None:
             ran["weights"] = str(self.model.form)
-        if attention := self._attention():
+        if attention:
             ran["attention"] = attention
         return ran
 
     def _in_pass(self, x_T0: Tensor) -> dict[str, str]:
-        """Who computes what but attention in a pass over these tokens."""
+        """As `implementation`, for one pass and without attention."""
         ran: dict[str, str] = {}
-        compiled = self.cfg.execution.name == "compile"
+        linear: dict[str, None] = {}
         joined: set[nn.Module] = set()  # norms that are computed with what reads them
         for module in self.model.modules():
-            if isinstance(module, TransformerDecoder) and len(x_T0) <= MOST_ROWS and not compiled:
+            if isinstance(module, TransformerDecoder) and len(x_T0) <= MOST_ROWS:
                 joined |= module.joined_norms(x_T0.new_empty(len(x_T0), module.d_model))
             if isinstance(module, AddRMSNorm):
                 if module not in joined:
@@ -148,17 +153,15 @@ class Built:
                 ran["delta_net"] = f"torch: {'recurrent' if len(x_T0) == self.cfg.batch else 'chunked'}"
             elif isinstance(module, Linear):
                 reads_last = isinstance(self.task, Prefill) and module is self.task.decoder.head
-                kernel = module.implementation(self._rows(self.cfg.batch) if reads_last else x_T0)
-                if kernel != "torch" and not compiled:  # a compiler computes them as torch does
-                    ran["linear"] = kernel
+                linear[module.implementation(self._rows(self.cfg.batch) if reads_last else x_T0)] = None
         for layer in moe_layers(self.model):
             ran["router"] = (
                 layer.router.implementation() if self.forced is None else f"forced: {self.cfg.workload.load}"
             )
-            if self.forced is None and layer.multiplies_gate(x_T0):
-                ran["gate"] = layer.router.implementation()
+            if self.forced is None:
+                ran["gate"] = layer.router.implementation() if layer.multiplies_gate(x_T0) else "torch"
             ran |= layer.experts.implementation(x_T0, layer.weights)
-        return ran
+        return ran | ({"linear": "+".join(linear)} if linear else {})
 
     def _attention(self) -> str:
         """Who computes attention, and by which of torch's backends that of many tokens; empty if nobody does."""
@@ -167,8 +170,6 @@ class Built:
             backends = passes.prefill_backends(*given)
             return f"torch:{'+'.join(backends)}" if backends else ""
         ran = {attention.decoded_by(self.task.window) for attention in passes.attentions_of(self.model)}
-        if self.cfg.execution.name == "compile":  # see Attention.decoded_by
-            ran = {"torch" if by == "torch" else "triton" for by in ran}
         if backends := passes.step_backends(*given):
             ran = ran - {"torch"} | {f"torch:{'+'.join(backends)}"}
         return "+".join(sorted(ran))

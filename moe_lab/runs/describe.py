@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from moe_lab.config import targets
 from moe_lab.errors import UnavailableError
 from moe_lab.experts.weights import ExpertWeights
-from moe_lab.ops.library import DTYPES
+from moe_lab.ops.library import DTYPES, asked_of
 from moe_lab.routers.base import PROPERTIES
 from moe_lab.runs import build, passes
 
@@ -59,7 +59,8 @@ def _experts(cfg: DictConfig, device: torch.device) -> Description:
     experts = experts.for_layer(weights, sizes.top_k)
     experts.compute_on(device, load=False)
     x_T0 = torch.empty(passes.n_tokens(cfg), 0, dtype=DTYPES[cfg.dtype.name], device=device)
-    declared = {"graph_safe": experts.graph_safe, "reads_dispatch": experts.reads_dispatch(x_T0)}
-    kernels = experts.implementation(x_T0, weights).items()
+    with asked_of(cfg.execution.name):
+        declared = {"graph_safe": experts.graph_safe, "reads_dispatch": experts.reads_dispatch(x_T0)}
+        kernels = experts.implementation(x_T0, weights).items()
     implementations = [name if op == "experts" else f"{op}={name}" for op, name in kernels]
     return Description([name for name, is_true in declared.items() if is_true], implementations)

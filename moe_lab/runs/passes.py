@@ -35,11 +35,14 @@ def tokens_at_once(cfg: Any) -> list[int]:
 
 
 def of_all_passes(ran: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Who computes what in several passes: `a+b` where they differ. What only some of them name stands alone."""
+    """Who computes what in several passes: `a+b` where they differ.
+
+    A part named by only some passes keeps that name.
+    """
     by: dict[str, dict[str, None]] = {}
     for of_pass in ran:
-        for part, name in of_pass.items():
-            by.setdefault(part, {})[name] = None
+        for part, names in of_pass.items():
+            by.setdefault(part, {}).update(dict.fromkeys(names.split("+")))
     return {part: "+".join(names) for part, names in by.items()}
 
 

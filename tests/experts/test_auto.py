@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import moe_lab
 from moe_lab.errors import UnavailableError
 from moe_lab.experts import auto, table
 from moe_lab.experts.auto import Auto, preferred
+from moe_lab.experts.base import Experts
 from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.table import Choice, Shape
 from moe_lab.experts.weights import ExpertWeights, Scale
@@ -67,16 +69,18 @@ def decided(E: int = 5, K: int = 2, D: int = 32, F: int = 16) -> Auto:
     return experts
 
 
-def ran(experts: Auto, T: int, dtype: torch.dtype = torch.bfloat16) -> str:
+def ran(experts: Experts, T: int, dtype: torch.dtype = torch.bfloat16) -> str:
     x_T0 = torch.empty(T, 0, dtype=dtype)
     return experts.implementation(x_T0, make_weights(5, 32, 16))["experts"]
 
 
 def test_on_a_cpu_it_is_grouped() -> None:
-    """In every dtype, for any number of tokens, of a layer or not; it declares what grouped does."""
+    """In every dtype, for any number of tokens, of a layer or not; it declares and names what grouped does."""
     for experts in (Auto(), decided()):
-        assert {ran(experts, T, dtype) for T in (0, 1, 37) for dtype in (torch.float32, torch.bfloat16)} == {"grouped"}
-        assert [experts.reads_dispatch(torch.empty(T, 0)) for T in (1, 2)] == [False, True]
+        for T, dtype in itertools.product((0, 1, 16, 17), (torch.float32, torch.bfloat16)):
+            x_T0 = torch.empty(T, 0, dtype=dtype)
+            assert ran(experts, T, dtype) == ran(Grouped(), T, dtype)
+            assert experts.reads_dispatch(x_T0) == Grouped().reads_dispatch(x_T0)
     assert Auto.graph_safe is Grouped.graph_safe is True
     assert preferred(CPU) == "grouped"
 

@@ -15,6 +15,7 @@ from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.loop import Loop
 from moe_lab.experts.weights import Clamped, ExpertWeights, Scale
 from moe_lab.ops import extension
+from moe_lab.ops.library import asked_of
 from moe_lab.routers.base import Routing
 from tests.experts.cases import make_routing, make_weights, make_x
 
@@ -36,15 +37,40 @@ def test_a_class_that_declares_nothing_is_not_taken_for_safe() -> None:
         Experts()(x_TD, make_routing(37, 5, 2), weights)
 
 
-@pytest.mark.parametrize("tokens", [pytest.param(T, id=f"T={T}") for T in (0, 1, 2, 37)])
+@pytest.mark.parametrize("tokens", [pytest.param(T, id=f"T={T}") for T in (0, 1, 2, 16, 17)])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")])
 def test_the_packages_own_say_what_runs_on_a_cpu(tokens: int, dtype: torch.dtype) -> None:
     """Only the number of tokens, the device and the dtype matter: the input may have no columns."""
     weights, x_T0 = make_weights(5, 9, 7, dtype), torch.empty(tokens, 0, dtype=dtype)
     assert Loop().implementation(x_T0, weights) == {"experts": "loop"}
-    assert Grouped().implementation(x_T0, weights) == {"experts": "grouped", "segment_mm": "loop"}
+    alone = {"experts": "grouped:one_token"} if tokens == 1 and dtype == torch.float32 else None
+    assert Grouped().implementation(x_T0, weights) == (alone or {"experts": "grouped", "segment_mm": "loop"})
     assert not Loop().reads_dispatch(x_T0)
-    assert Grouped().reads_dispatch(x_T0) == (tokens != 1 or dtype != torch.float32)
+    assert Grouped().reads_dispatch(x_T0) == (not 1 <= tokens <= 16 or dtype != torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(T, id=f"T={T}") for T in (1, 16)])
+def test_a_compiled_pass_sorts_few_tokens_as_many(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the products of sorted slots in its graph, and says so when it is asked about beforehand."""
+    monkeypatch.setattr(extension, "sorts", lambda device, n: True)
+    monkeypatch.setattr(extension, "computes", lambda device: True)
+    weights, x_TD, nodes = make_weights(5, 9, 7), make_x(tokens, 9), []
+    with asked_of("compile"):
+        assert Grouped().reads_dispatch(x_TD)
+        found = Grouped().implementation(x_TD, weights)
+    with asked_of("eager"):
+        assert not Grouped().reads_dispatch(x_TD) and "dispatch" not in Grouped().implementation(x_TD, weights)
+    monkeypatch.undo()
+
+    def noted(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        nodes.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compile(lambda *args: Grouped()(*args), fullgraph=True, backend=noted)(
+        x_TD, make_routing(tokens, 5, 2), weights
+    )
+    assert found == {"experts": "grouped", "segment_mm": "loop", "dispatch": "cuda_ext:cpp", "combine": "cuda_ext:cpp"}
+    assert sum("segment_mm" in node for node in nodes) == 2
 
 
 @pytest.mark.parametrize("n_experts", [pytest.param(5, id="sorts"), pytest.param(7, id="sums only")])

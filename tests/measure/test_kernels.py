@@ -259,10 +259,12 @@ def test_who_computes_a_phase(phase: str | None, expected: str) -> None:
     assert implementation_of({})("k", "attention") == "attention"
 
 
-def test_the_kernel_of_single_rows_is_named_in_every_phase() -> None:
-    """It is neither attention's nor nobody's."""
-    of = implementation_of({"attention": "cuda_ext", "linear": "gemv"})
-    name = "void moe_lab::(anonymous namespace)::gemv_kernel<__nv_bfloat16>(moe_lab::GemvArguments)"
+@pytest.mark.parametrize("linear", [pytest.param(name, id=name) for name in ("gemv", "torch+gemv")])
+@pytest.mark.parametrize("kernel", [pytest.param(name, id=name) for name in ("gemv_kernel", "rows_kernel")])
+def test_the_kernels_of_few_rows_are_named_in_every_phase(linear: str, kernel: str) -> None:
+    """They are neither attention's nor nobody's."""
+    of = implementation_of({"attention": "cuda_ext", "linear": linear})
+    name = f"void moe_lab::(anonymous namespace)::{kernel}<__nv_bfloat16>(moe_lab::GemvArguments)"
     assert of(name, "attention") == of(name, None) == "linear=gemv"
     assert of("decode_attention_kernel", "attention") == "attention=cuda_ext"
 

@@ -216,9 +216,13 @@ def test_the_projections_of_every_model_lie_together() -> None:
 def test_kernels_compute_where_they_can_and_never_the_reference() -> None:
     """Decided by the device."""
     attention = attention_of()
-    for device, fuses in (("cuda", HAS_TRITON), ("cpu", False)):
-        attention.compute_on(torch.device(device))
-        assert attention.fuses is fuses and attention.joins is (fuses or device == "cpu")
+    for device, dtype, fuses, joins in (
+        ("cuda", torch.float32, HAS_TRITON, HAS_TRITON),
+        ("cpu", torch.float32, False, False),
+        ("cpu", torch.bfloat16, False, True),
+    ):
+        attention.to(dtype).compute_on(torch.device(device))
+        assert (attention.fuses, attention.joins) == (fuses, joins)
     attention.compute_on(torch.device("cuda"))
     attention.use_reference()
     assert not attention.fuses and not attention.joins

@@ -158,6 +158,13 @@ def test_memory_that_is_full_is_no_reason_against_a_backend(monkeypatch: pytest.
     assert why_not("flash", asked) is None
 
 
+def test_the_mask_of_torchs_kernels_is_that_of_its_causal_bias() -> None:
+    """Its number is written here, because the module that has it is slow to import."""
+    from torch.nn.attention.bias import CausalVariant
+
+    assert int(CausalVariant.LOWER_RIGHT) == attention_backend._LOWER_RIGHT
+
+
 def test_the_configuration_knows_every_backend() -> None:
     """Its own list, for it imports no torch."""
     assert {"auto", *BACKENDS} == {*ATTENTIONS}

@@ -79,6 +79,36 @@ def test_layers_that_lie_together_are_one_product(bias: bool) -> None:
         assert torch.equal(y, layer(x))
 
 
+def replace(layer: Linear) -> None:
+    layer.weight = nn.Parameter(-layer.weight, requires_grad=False)
+
+
+def move(layer: Linear) -> None:
+    layer.bias.data = -layer.bias.data
+
+
+def shorten(layer: Linear) -> None:
+    for part in layer.parameters():
+        part.data = part.data[:2]
+
+
+@pytest.mark.parametrize("change", [pytest.param(f, id=f.__name__) for f in (replace, move, shorten)])
+@pytest.mark.parametrize("index", [pytest.param(i, id=f"layer {i}") for i in range(3)])
+def test_parameters_that_change_between_two_passes_are_seen(change: Callable[[Linear], None], index: int) -> None:
+    """Also where a shorter one begins at the same address."""
+    layers, x = [Linear(7, n, bias=True) for n in (6, 5, 3)], random(2, 7)
+    place_together(*layers)
+    for seed, layer in enumerate(layers):
+        initialize(layer, seed)
+    before = layers[index](x)
+    project_together(x, *layers)
+    change(layers[index])
+    after = project_together(x, *layers)
+    assert after[index].shape != before.shape or not torch.allclose(after[index], before)
+    for y, layer in zip(after, layers, strict=True):
+        torch.testing.assert_close(y, layer(x), rtol=1e-6, atol=1e-6)
+
+
 def test_layers_in_another_order_are_not_taken_for_one_product() -> None:
     layers, x = [Linear(7, 3) for _ in range(3)], random(2, 7)
     place_together(*layers)

@@ -182,6 +182,32 @@ def test_a_copy_shares_every_parameter_and_nothing_else(make: Callable[[nn.Modul
     assert not {id(module) for module in model.modules()} & {id(module) for module in twin.modules()}
 
 
+def test_the_twin_of_a_model_that_ran_has_no_tensor_of_its_own() -> None:
+    """Nothing that a pass leaves in a module is copied, in parameters, buffers or attributes."""
+    model = moe_lab.build_model(tiny.decoder_moe("dtype=bf16"))
+    cache, ids_BS = model.make_cache(1, 3), torch.zeros(1, 1, dtype=torch.int64)
+    model(ids_BS, cache=cache, position_S=torch.tensor([0]))
+    assert storages(model) == storages(reference_twin(model))
+
+
+def storages(model: nn.Module) -> set[int]:
+    """Of all tensors that the modules hold, in lists, tuples and dicts too."""
+    found: set[int] = set()
+
+    def look(value: object) -> None:
+        if isinstance(value, Tensor):
+            found.add(value.untyped_storage().data_ptr())
+        elif isinstance(value, list | tuple):
+            for each in value:
+                look(each)
+        elif isinstance(value, dict):
+            look(list(value.values()))
+
+    for module in model.modules():
+        look(vars(module))
+    return found
+
+
 def test_the_twin_computes_by_the_references() -> None:
     """One expert at a time, the router in plain torch, the norms in plain torch, everything in fp32."""
     twin = reference_twin(moe_lab.build_model(tiny.decoder_moe("dtype=bf16", "router=sinkhorn")))

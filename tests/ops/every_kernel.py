@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,10 @@ def decoding_steps() -> None:
             torch.cuda.synchronize()  # the kernels read weights, and what is cached, that nobody writes any more
             gemv(x, weight, weight[:, 0].contiguous())
             norm_gemv(x, x, norm, 1e-6, weight)
+    for T, dtype in itertools.product((1, 4), (torch.float16, torch.bfloat16)):  # rows too wide for a norm
+        x, weight = normal(T, 16384).to(dtype), normal(5, 16384).to(dtype)
+        torch.cuda.synchronize()
+        gemv(x, weight)
     for B, H, d, position in ((1, 3, 64, 0), (1, 16, 128, 699), (30, 5, 64, 41)):
         for dtype in (torch.float16, torch.bfloat16):
             q, k, v = normal(B, 3 * H * d).to(dtype).split(H * d, dim=1)

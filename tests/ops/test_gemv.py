@@ -51,12 +51,12 @@ def settled(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def assert_is_the_product(y_1N: Tensor, x_1K: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
+def assert_is_the_product(y_TN: Tensor, x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
     """Up to the rounding of the result, and of sums in fp32."""
-    want = torch.nn.functional.linear(x_1K.double(), weight_NK.double(), None if bias_N is None else bias_N.double())
-    assert y_1N.shape == want.shape and y_1N.dtype == x_1K.dtype and y_1N.is_contiguous()
-    eps = torch.finfo(y_1N.dtype).eps
-    torch.testing.assert_close(y_1N.double(), want, rtol=eps, atol=1e-6 * weight_NK.shape[1] ** 0.5 + eps)
+    want = torch.nn.functional.linear(x_TK.double(), weight_NK.double(), None if bias_N is None else bias_N.double())
+    assert y_TN.shape == want.shape and y_TN.dtype == x_TK.dtype and y_TN.is_contiguous()
+    eps = torch.finfo(y_TN.dtype).eps
+    torch.testing.assert_close(y_TN.double(), want, rtol=eps, atol=1e-6 * weight_NK.shape[1] ** 0.5 + eps)
 
 
 @SIZES
@@ -116,9 +116,10 @@ def test_a_row_of_a_larger_tensor_will_do() -> None:
 
 
 @HALVES
-def test_a_wide_row(dtype: torch.dtype) -> None:
-    """As wide as the kernel takes without a norm."""
-    x, weight = settled(normal(1, 16384, dtype=dtype), normal(5, 16384, dtype=dtype))
+@pytest.mark.parametrize("T", [pytest.param(T, id=f"T={T}") for T in (1, 4)])
+def test_wide_rows(T: int, dtype: torch.dtype) -> None:
+    """As wide and as many as the kernels take without a norm."""
+    x, weight = settled(normal(T, 16384, dtype=dtype), normal(5, 16384, dtype=dtype))
     assert_is_the_product(gemv(x, weight), x, weight)
 
 
@@ -153,6 +154,7 @@ def test_a_bias_may_begin_anywhere(dtype: torch.dtype) -> None:
         pytest.param((1, 42), torch.float16, False, False, id="not a multiple of 8"),
         pytest.param((1, 40), torch.float32, False, False, id="fp32"),
         pytest.param((1, 16384), torch.float16, False, True, id="wide"),
+        pytest.param((4, 16384), torch.float16, False, True, id="wide, as many elements as it takes"),
         pytest.param((1, 8200), torch.float16, True, False, id="too wide for a norm"),
     ],
 )

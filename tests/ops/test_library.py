@@ -82,3 +82,13 @@ def test_ops_are_registered_under_moe_lab(op: str) -> None:
 def test_a_constant_is_marked_as_torch_marks_it() -> None:
     """For the compiler, which is not imported for that."""
     assert vars(library.constant_when_compiled(lambda: 1)) == vars(torch.compiler.assume_constant_result(lambda: 1))
+
+
+@pytest.mark.parametrize(
+    ("execution", "expected"), [pytest.param("compile", True, id="compile"), pytest.param("eager", False, id="eager")]
+)
+def test_a_pass_can_be_asked_about_before_it_is_compiled(execution: str, expected: bool) -> None:
+    """Inside the block alone."""
+    with library.asked_of(execution):
+        assert library.is_compiled() is expected
+    assert not library.is_compiled()

@@ -10,7 +10,7 @@ from moe_lab.experts import grouped
 from moe_lab.models import layers
 from moe_lab.models.attention import Attention
 from moe_lab.models.layers import Linear
-from moe_lab.ops import one_token_attention
+from moe_lab.ops import extension, one_token_attention
 from moe_lab.routers.selection import SelectionRouter
 from moe_lab.runs import build
 from moe_lab.runs.built import Built
@@ -134,21 +134,21 @@ def test_joined_norms_are_not_named_alone(monkeypatch: pytest.MonkeyPatch) -> No
     [
         pytest.param(("workload.phase=decode", "batch=1"), "all", "gemv", id="decode"),
         pytest.param(("workload.phase=decode", "batch=1"), "none", None, id="elsewhere"),
-        pytest.param(("workload.phase=decode", "batch=1"), "head", "gemv", id="one-of-them"),
+        pytest.param(("workload.phase=decode", "batch=1"), "head", "torch+gemv", id="one-of-them"),
         pytest.param(("workload.phase=decode", "batch=8"), "all", "gemv", id="eight-rows"),
         pytest.param(("workload.phase=decode", "batch=9"), "all", None, id="nine-rows"),
         pytest.param(("workload.phase=decode", "batch=2", "workload.window=2"), "all", "gemv", id="window"),
         pytest.param(("workload.phase=decode", "batch=5", "workload.window=2"), "all", None, id="long-window"),
         pytest.param(("workload.phase=decode", "batch=1", "dtype=fp32"), "all", None, id="fp32"),
         pytest.param(("workload.phase=decode", "batch=1", "execution=compile"), "all", None, id="compiled"),
-        pytest.param(("workload.phase=prefill", "batch=3"), "head", "gemv", id="prefill-head"),
+        pytest.param(("workload.phase=prefill", "batch=3"), "head", "torch+gemv", id="prefill-head"),
         pytest.param(("workload.phase=prefill", "batch=3"), "blocks", None, id="prefill-blocks"),
         pytest.param(("batch=3",), "all", None, id="pass"),
         pytest.param(("batch=2",), "all", "gemv", id="short-pass"),
         pytest.param(
             ("workload.phase=prefill", "batch=3", "seq_len=10", "workload.prefill_chunk=8"),
             "blocks",
-            "gemv",
+            "torch+gemv",
             id="a short last chunk",
         ),
     ],
@@ -165,6 +165,36 @@ def test_a_kernel_of_few_rows_is_named(
         if isinstance(module, Linear):
             module.uses_gemv = flagged in ("all", "head" if name == "head" else "blocks")
     assert built.implementation().get("linear") == kernel
+
+
+@pytest.mark.parametrize(
+    ("chunk", "gate"),
+    [
+        pytest.param(8, "torch+torch-kernels", id="the last chunk"),
+        pytest.param(2, "torch-kernels", id="all chunks"),
+        pytest.param(10, None, id="none"),
+    ],
+)
+def test_a_router_that_multiplies_the_gate_of_few_tokens_is_named(
+    chunk: int, gate: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside torch, if that multiplies in other chunks."""
+    monkeypatch.setattr(SelectionRouter, "multiplies_gate", lambda _, n_tokens, *__: n_tokens <= 6)
+    monkeypatch.setattr(SelectionRouter, "implementation", lambda _: "torch-kernels")
+    more = ("workload.phase=prefill", "batch=3", "seq_len=10", f"workload.prefill_chunk={chunk}", "experts=loop")
+    assert tiny.built(tiny.decoder_moe(*more)).built.implementation().get("gate") == gate
+
+
+@pytest.mark.parametrize("execution", [pytest.param(name, id=name) for name in ("eager", "compile")])
+def test_a_compiled_pass_is_asked_who_sorts_few_tokens(execution: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU only an eager one sorts them in Python; the record and a plan say the same."""
+    monkeypatch.setattr(extension, "sorts", lambda device, n: True)
+    monkeypatch.setattr(extension, "computes", lambda device: True)
+    cfg = tiny.decoder_moe("experts=grouped", "batch=2", "seq_len=3", f"execution={execution}")
+    by = Built.of(cfg, torch.device("cpu")).implementation()
+    sorts = {"dispatch", "combine"} & set(by)
+    assert sorts == {"dispatch", "combine"} & set(build.check_available(cfg)[1])
+    assert sorts == ({"dispatch", "combine"} if execution == "compile" else set())
 
 
 @pytest.mark.parametrize(

@@ -36,13 +36,23 @@ def test_what_a_checkpoints_router_declares_is_known_without_its_weights(
     ("more", "expected"),
     [
         pytest.param(["experts=loop"], Description([], ["loop"]), id="loop"),
-        pytest.param([], Description(["graph_safe", "reads_dispatch"], ["grouped", "segment_mm=loop"]), id="auto"),
+        pytest.param(
+            ["batch=17", "seq_len=1"],
+            Description(["graph_safe", "reads_dispatch"], ["grouped", "segment_mm=loop"]),
+            id="T=17",
+        ),
+        pytest.param(["batch=2", "seq_len=8"], Description(["graph_safe"], ["grouped", "segment_mm=loop"]), id="T=16"),
+        pytest.param(
+            ["batch=2", "seq_len=8", "execution=compile"],
+            Description(["graph_safe", "reads_dispatch"], ["grouped", "segment_mm=loop"]),
+            id="compiled",
+        ),
         pytest.param(
             ["experts=grouped", "batch=1", "seq_len=1"],
-            Description(["graph_safe"], ["grouped", "segment_mm=loop"]),
+            Description(["graph_safe"], ["grouped:one_token"]),
             id="grouped-T=1",
         ),
-        pytest.param(["batch=1", "seq_len=1"], Description(["graph_safe"], ["grouped", "segment_mm=loop"]), id="T=1"),
+        pytest.param(["batch=1", "seq_len=1"], Description(["graph_safe"], ["grouped:one_token"]), id="T=1"),
     ],
 )
 def test_experts_are_described_for_the_tokens_of_the_configuration(

@@ -129,10 +129,11 @@ def test_a_step_that_torch_cannot_compute_is_unavailable_before_anything_runs(
 
 
 def test_passes_that_differ_are_named_side_by_side() -> None:
-    """In their order, each once; what one of them does not name is the others'."""
+    """In their order, each once, also where one pass has several; what one of them does not name is the others'."""
     full, last = {"router": "torch", "experts": "fused", "tiles": "1-2"}, {"router": "torch", "experts": "a"}
     wanted = {"router": "torch", "experts": "fused+a", "tiles": "1-2"}
     assert of_all_passes([full, last]) == of_all_passes([full, last, full]) == wanted
+    assert of_all_passes([{"linear": "torch+gemv"}, {"linear": "gemv"}]) == {"linear": "torch+gemv"}
 
 
 def test_what_torch_cannot_compute_here_is_unavailable_before_anything_runs() -> None:
