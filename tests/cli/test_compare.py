@@ -370,5 +370,5 @@ def test_a_threshold_that_is_no_number(text: str) -> None:
 def test_comparing_loads_no_torch(sets: tuple[Path, Path]) -> None:
     """Results are read on machines without it."""
     imports = "import sys; from moe_lab.cli.compare import main"
-    code = f"{imports}; main(sys.argv[1:]); print({{'torch'}} & set(sys.modules))"
+    code = f"{imports}; main(sys.argv[1:]); print({{'torch', 'triton'}} & set(sys.modules))"
     assert tiny.python(code, *sets).endswith("set()\n")

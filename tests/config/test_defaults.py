@@ -21,17 +21,7 @@ from tests.config.test_options import CONF, EIGHT, OPTIONS, choose
 
 SCHEMAS = {kind for group in schemas.SCHEMAS.values() for kind in group.values()} | {schemas.Config, schemas.Sweep}
 CALLED = [option for option in OPTIONS if option.rpartition("/")[0] in ("model", "router", "workload")]
-called = pytest.mark.parametrize(
-    "option",
-    [
-        pytest.param(
-            option,
-            id=option.replace("/", "-"),
-            marks=pytest.mark.slow if option.removeprefix("router/") in quick.RELATED else (),
-        )
-        for option in CALLED
-    ],
-)
+called = pytest.mark.parametrize("option", [pytest.param(option, id=option.replace("/", "-")) for option in CALLED])
 
 
 @pytest.mark.parametrize("schema", [pytest.param(kind, id=kind.__name__) for kind in sorted(SCHEMAS, key=str)])
@@ -54,7 +44,17 @@ def test_what_an_option_names_has_no_default_for_its_keys(option: str) -> None:
         assert parameters[key].kind is inspect.Parameter.KEYWORD_ONLY, key
 
 
-@called
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(
+            option,
+            id=option.replace("/", "-"),
+            marks=pytest.mark.slow if option.removeprefix("router/") in quick.RELATED else (),
+        )
+        for option in CALLED
+    ],
+)
 def test_an_option_gives_all_that_its_class_asks_for(option: str) -> None:
     """The model of a small run is made with it, and its input."""
     group, _, name = option.partition("/")
