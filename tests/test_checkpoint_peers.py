@@ -108,6 +108,7 @@ def test_bench_check_reads_the_last_ratio_of_a_line() -> None:
     assert quote.find(quote.printed, line) == 0.8
 
 
+@pytest.mark.slow
 def test_what_fails_leaves_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -137,6 +137,7 @@ def test_a_terminal_is_not_too_narrow(
     assert all(word in " ".join(lines) for word in ("batch", "verdict", "note"))
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_cuts_no_number(sets: tuple[Path, Path], tmp_path: Path) -> None:
     """Names are folded; half a number would be another number."""
     program = (
@@ -202,7 +203,13 @@ MATCHES = {
 }
 
 
-@pytest.mark.parametrize("words", [pytest.param(word, id=word) for word in (*MATCHES, "slower,failed", "any,failed")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(word, id=word, marks=() if word in ("slower", "missing", "any,failed") else pytest.mark.slow)
+        for word in (*MATCHES, "slower,failed", "any,failed")
+    ],
+)
 def test_each_word_matches_its_cells(gate: Gate, words: str) -> None:
     """Of each kind of pair, beside a cell that is the same in both; what is neither is named, not passed over."""
     expected = set().union(*(MATCHES[word] for word in words.split(",")))
@@ -251,6 +258,7 @@ def test_without_fail_on_it_only_shows(gate: Gate) -> None:
     assert code == 2 and "no cell is ok in both" in said
 
 
+@pytest.mark.slow
 def test_the_gate_is_below_the_table(sets: tuple[Path, Path], tmp_path: Path) -> None:
     """The table is printed in any case; what was found is said on stderr."""
     done = run(*sets, "--fail-on", "slower,missing", cache=tmp_path)

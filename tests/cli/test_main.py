@@ -192,6 +192,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert not list(tmp_path.glob("outputs/runs/*"))
 
 
+@pytest.mark.slow
 def test_hydra_full_error_shows_the_traceback(tmp_path: Path) -> None:
     """The variable that Hydra's users know works for mistakes found while composing and while checking."""
     for mistake in ("batch=abc", "model.n_heads=7"):
@@ -238,6 +239,7 @@ def test_what_does_not_go_together_is_one_line_alone_and_a_skip_in_a_sweep(
     assert "skipped (2 cells): unavailable" in sweep.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
     [

@@ -247,6 +247,7 @@ def test_a_png_has_the_size_and_the_dots(sweep: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "a").size == (500, 400)
 
 
+@pytest.mark.slow
 def test_a_figure_grows_until_its_text_has_room(tmp_path: Path) -> None:
     """Unless a size was asked for: then that is a mistake."""
     router = tiny_config()["router"]

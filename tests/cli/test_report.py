@@ -94,6 +94,7 @@ def test_a_folder_without_records_is_a_mistake(tmp_path: Path) -> None:
         main([str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_plotly_lies_where_the_command_or_else_the_sweep_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

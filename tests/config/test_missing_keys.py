@@ -168,6 +168,7 @@ def test_a_single_run_reads_no_entries(tmp_path: Path) -> None:
         moe_lab.compose(["experiment=x", "router.iters=5"], config_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_answer_needs_no_torch() -> None:
     """From the command line, where a run would import it."""
     code = (

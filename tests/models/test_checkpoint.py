@@ -55,7 +55,10 @@ GROUPS = {"n_routed_experts": 6, "n_group": 3, "topk_group": 1}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-ONE_OF = {"tied": "olmoe", "eps": "olmoe", "one_key_head": "olmoe", "theta": "mixtral"}
+ONE_OF = {"tied": "olmoe", "eps": "olmoe", "one_key_head": "olmoe", "theta": "mixtral", "all_experts": "mixtral"}
+ONE_OF |= {"head_dim": "mixtral", "a_key_head_per_head": "mixtral", "yarn": "mixtral", "llama3": "mixtral"}
+ONE_OF |= {"no_dense_layer": "deepseek_v3", "not_renormalized": "deepseek_v3", "scale": "deepseek_v3"}
+ONE_OF |= {"one_group": "deepseek_v3", "two_groups": "deepseek_v3", "plain_queries": "deepseek_v3"}
 """What all read from the same key: fast for this architecture, slow for the others."""
 
 

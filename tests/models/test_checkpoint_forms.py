@@ -142,11 +142,13 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
             lambda c: c.update({O_PROJ + SCALE: torch.ones(1, 1)}),
             [O_PROJ + SCALE, "has shape [1, 1] instead of [2, 5]"],
             id="shape_of_a_scale",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             lambda c: c.update({O_PROJ + SCALE: torch.ones(2, 5, dtype=torch.int32)}),
             [O_PROJ + SCALE, "has dtype I32"],
             id="dtype_of_a_scale",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             lambda c: c.update({O_PROJ + SCALE: torch.full((2, 5), torch.nan)}),
@@ -157,11 +159,13 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
             lambda c: c.update({O_PROJ: torch.full_like(c[O_PROJ].float(), torch.nan).to(torch.float8_e4m3fn)}),
             [O_PROJ, "NaN"],
             id="nan_in_a_matrix",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             lambda c: c.update({"model.norm.weight_scale_inv": torch.ones(1)}),
             ["1 unexpected", "model.norm.weight_scale_inv"],
             id="a_scale_of_nothing",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             lambda c: c.update({O_PROJ: c[O_PROJ].float()}), ["1 unexpected", O_PROJ + SCALE], id="a_scale_too_many"

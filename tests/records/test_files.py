@@ -75,6 +75,7 @@ def test_a_record(kind: str, tmp_path: Path) -> None:
         assert sorted(listed) == ["a/result.unreadable-2.json", "a/result.unreadable.json"]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in (store.SAMPLES, store.ROUTING)])
 @pytest.mark.parametrize("kind", EVERY)
 def test_arrays(kind: str, name: str, tmp_path: Path) -> None:

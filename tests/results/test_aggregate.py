@@ -499,19 +499,27 @@ def _change_plan(sweep: Path) -> None:
     "change",
     [
         pytest.param(_change_record, id="a_record_changed"),
-        pytest.param(_break_record, id="a_record_broke"),
-        pytest.param(_remove_record, id="a_record_went"),
+        pytest.param(_break_record, id="a_record_broke", marks=pytest.mark.slow),
+        pytest.param(_remove_record, id="a_record_went", marks=pytest.mark.slow),
         pytest.param(_add_record, id="a_record_came"),
         pytest.param(_change_samples, id="samples_changed"),
         pytest.param(_change_routing, id="routing_changed"),
-        pytest.param(_break_routing, id="routing_broke"),
+        pytest.param(_break_routing, id="routing_broke", marks=pytest.mark.slow),
         pytest.param(_break("coactivation.parquet", _change_routing), id="the_table_of_pairs_broke"),
-        pytest.param(_break("samples.parquet", _change_samples), id="the_table_of_samples_broke_too"),
-        pytest.param(_break("runs.parquet", _change_record), id="the_table_of_runs_broke"),
+        pytest.param(
+            _break("samples.parquet", _change_samples), id="the_table_of_samples_broke_too", marks=pytest.mark.slow
+        ),
+        pytest.param(_break("runs.parquet", _change_record), id="the_table_of_runs_broke", marks=pytest.mark.slow),
         pytest.param(_change_plan, id="the_plan_went"),
         pytest.param(lambda sweep: (sweep / "runs.csv").unlink(), id="an_output_went"),
-        pytest.param(lambda sweep: (sweep / "summary.csv").write_text("mine"), id="an_output_was_edited"),
-        pytest.param(lambda sweep: (sweep / "samples.parquet").write_text("mine"), id="the_samples_table_broke"),
+        pytest.param(
+            lambda sweep: (sweep / "summary.csv").write_text("mine"), id="an_output_was_edited", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            lambda sweep: (sweep / "samples.parquet").write_text("mine"),
+            id="the_samples_table_broke",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(lambda sweep: (sweep / CACHE).write_text("no Parquet"), id="foreign_cache"),
     ],
 )

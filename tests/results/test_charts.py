@@ -170,6 +170,7 @@ def decoding(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**{CONTEXT: long, "config.workload.phase": "decode", "seq_len": 64})
 
 
+@pytest.mark.slow
 def test_decoding_is_drawn_over_the_context(sweep: tuple[Path, Aggregate]) -> None:
     """Where it varies, all else equal; where there is none, nothing is said of it."""
     directory, found = sweep

@@ -635,6 +635,7 @@ def test_the_printed_page_has_every_row(chromium: Any, sweep: Path) -> None:
         assert driver.execute_script(colours) == ["rgb(255, 255, 255)", "rgb(0, 0, 0)"]
 
 
+@pytest.mark.slow
 def test_exports_are_listed_with_their_parity(tmp_path: Path) -> None:
     """A link where the pair still lies below its cell; a path as text where it lies elsewhere."""
     folders = synthetic.sweep(tmp_path, 3)

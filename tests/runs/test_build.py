@@ -52,6 +52,7 @@ def test_a_model_with_a_donor_computes_what_it_computes_alone(dtype: str, tied: 
     assert (model.head.weight is model.embed.weight) == (tied == "true")
 
 
+@pytest.mark.slow
 def test_a_model_with_a_donor_takes_no_memory_for_its_parameters() -> None:
     """Sweeps hold many variants of one model."""
     if memory.resident_peak_bytes() is None:

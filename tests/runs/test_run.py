@@ -265,6 +265,7 @@ def test_ctrl_c_leaves_a_record_and_exit_code_130(tmp_path: Path) -> None:
     assert (record.status, record.reason) == ("failed", "interrupted")
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_no_half_written_file(tmp_path: Path) -> None:
     """A killed run has a record that says so, and the next run in the folder is whole."""
     process = start(tmp_path)

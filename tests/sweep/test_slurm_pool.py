@@ -83,6 +83,7 @@ def _no_jobs_are_left(slurm_cluster: cluster.Cluster) -> Iterator[None]:
     becomes_true(lambda: not [*jobs("RUNNING"), *jobs("COMPLETING"), *jobs("PENDING")])
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_in_jobs(tmp_path: Path) -> None:
     """Two at once take five groups. The record says where each ran and on which CPUs."""
     code, said = run(tmp_path, "-m", *SMALL, "batch=1,2,3,4,5", "sweep.slots.cpu=2")

@@ -103,6 +103,7 @@ def test_a_group_is_timed_in_rounds_that_cover_every_member(four: list[Cell]) ->
     assert max(alone) < min(steps.index((cell_id, "time")) for cell_id in ids)
 
 
+@pytest.mark.slow
 def test_all_of_a_group_know_what_else_the_machine_did(four: list[Cell]) -> None:
     """Another run on the same CPUs is counted, of another device it is not; own processes are no others."""
     assert four[0].device_id is not None

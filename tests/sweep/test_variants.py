@@ -285,6 +285,7 @@ def test_the_commands_of_the_page_are_sweeps(words: list[str], tmp_path: Path) -
     assert ("excluded" in {cell.status for cell in made.cells}) == ("exclude" in words[-1])
 
 
+@pytest.mark.slow
 def test_the_yaml_of_the_page_is_a_sweep(tmp_path: Path) -> None:
     """Three entries, the last of which changes nothing."""
     (content,) = re.findall(r"```yaml\n# @package _global_\n(.*?)```", PAGE, re.DOTALL)
