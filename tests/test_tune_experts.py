@@ -200,6 +200,7 @@ def test_what_was_measured_so_far_is_on_the_disk(tmp_path: Path) -> None:
     assert (choice["T"], choice["implementation"], choice["tiles"]) == (16, "fused", list(ONE))
 
 
+@pytest.mark.slow
 def test_cells_follow_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -324,6 +324,7 @@ def test_files_and_standard_output(sets: tuple[Path, Path], tmp_path: Path) -> N
     assert (tmp_path / "x.md").read_text() == to_markdown(compare(*sets, floors={}))
 
 
+@pytest.mark.slow
 def test_a_broken_floor_warns_in_one_line(tmp_path: Path) -> None:
     """And the comparison goes on."""
     sides = [write(tmp_path / side, record(1.0), record(1.0, config={"batch": 5})) for side in "ab"]

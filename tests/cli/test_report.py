@@ -48,6 +48,7 @@ def test_without_it_there_are_plots_and_a_page(tmp_path: Path) -> None:
     assert (folder / "report.html").is_file() and (folder / "plots").is_dir()
 
 
+@pytest.mark.slow
 def test_what_to_take_is_broken_between_words_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,10 +103,16 @@ SWEPT = [
         id="of-the-default",
     ),
     pytest.param(
-        ["router=oea,torch", "router.iters=5"], "router=oea, torch have no such key; router=sinkhorn", id="none"
+        ["router=oea,torch", "router.iters=5"],
+        "router=oea, torch have no such key; router=sinkhorn",
+        id="none",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
-        ["router=glob(s*)", "router.iters=5"], "router=soft, sparse_mixer, switch have no such key", id="glob"
+        ["router=glob(s*)", "router.iters=5"],
+        "router=soft, sparse_mixer, switch have no such key",
+        id="glob",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
         ["sweep.variants=[{router: torch}, {router: sinkhorn, router.temperature: 0.25}]", "router.iters=5"],
@@ -117,6 +123,7 @@ SWEPT = [
         ["sweep.variants=[{}, {router: sinkhorn}]", "router.iters=5"],
         "router.iters: router=torch has no such key; router=sinkhorn has it. Write it in the entries",
         id="empty-entry",
+        marks=pytest.mark.slow,
     ),
 ]
 

@@ -259,15 +259,21 @@ def nested(field: str) -> bytes:
     "content",
     [
         pytest.param(b"", id="empty"),
-        pytest.param(b'{"schema": 1', id="cut_off"),
+        pytest.param(b'{"schema": 1', id="cut_off", marks=pytest.mark.slow),
         pytest.param(b"\xff\xfe\x00", id="no_text"),
         pytest.param(b"[" * 100_000, id="deep"),
-        pytest.param(b"[1]", id="a_list"),
-        pytest.param(json.dumps({**tiny.record().to_dict(), "cell_id": None}).encode(), id="no_cell_id"),
+        pytest.param(b"[1]", id="a_list", marks=pytest.mark.slow),
+        pytest.param(
+            json.dumps({**tiny.record().to_dict(), "cell_id": None}).encode(), id="no_cell_id", marks=pytest.mark.slow
+        ),
         pytest.param(nested("config"), id="configuration_nested_without_end"),
-        pytest.param(nested("quality"), id="value_nested_without_end"),
+        pytest.param(nested("quality"), id="value_nested_without_end", marks=pytest.mark.slow),
         pytest.param(json.dumps({**tiny.record().to_dict(), "config": {"model": 3}}).encode(), id="model_is_a_number"),
-        pytest.param(json.dumps({**tiny.record().to_dict(), "elapsed_s": "long"}).encode(), id="text_for_a_number"),
+        pytest.param(
+            json.dumps({**tiny.record().to_dict(), "elapsed_s": "long"}).encode(),
+            id="text_for_a_number",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(json.dumps({**tiny.record().to_dict(), "memory": {"x": 10**400}}).encode(), id="too_many_bits"),
         pytest.param(json.dumps({**tiny.record().to_dict(), "name": "\ud800"}).encode(), id="half_a_surrogate_pair"),
     ],

@@ -165,6 +165,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     assert of == "error: it has another vocabulary or tokenizer, so its tokens are others"
 
 
+@pytest.mark.slow
 def test_a_decoder_without_a_checkpoint_is_compared() -> None:
     """In bf16: some tokens change, and hardly one that is not a near-tie."""
     first = First.of(quick.compose("checkpoint", *DECODER), [], 1024)

@@ -351,6 +351,7 @@ def test_a_planted_fault_fails_where_it_was_planted(
     assert fault_found(run).where == where
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("layer", [pytest.param(index, id=f"layer{index}") for index in range(tiny.LAYERS)])
 @pytest.mark.parametrize("batch", OFTEN_THREE)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -389,6 +390,7 @@ def test_a_fault_fails_under_a_forced_load(load: str) -> None:
         assert fault_found(run).where == "layers"
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("step", [pytest.param(step, id=f"step{step}") for step in (0, 5, 9)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_fault_of_one_step_of_the_measured_execution_fails(step: int, dtype: str) -> None:
@@ -545,6 +547,7 @@ def test_of_a_forced_load_no_chunk_decides() -> None:
     assert not any("prefill_chunk" in text for text in tiny.built(tiny.decoder_moe(*more)).warnings)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("router", "warned"),
     [pytest.param(*each, id=each[0]) for each in (("sinkhorn", True), ("capacity", True), ("mixtral", False))],

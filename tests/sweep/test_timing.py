@@ -162,6 +162,7 @@ def test_blocks_between_those_of_others_count_for_their_own_cell(
         assert found["resolution_share"] == pytest.approx(found["resolution_s"] / np.median(found["block_seconds"]))
 
 
+@pytest.mark.slow
 def test_launches_are_not_timed_in_a_process_that_has_profiled(four: list[Cell]) -> None:
     """An eager cell on a GPU is built in a fresh one; a graph is launched once, and a CPU has no CUPTI."""
 
@@ -270,6 +271,7 @@ def test_a_group_is_split_by_the_peaks_on_the_device(tmp_path: Path) -> None:
     assert all(record.status == "ok" and 1 <= len(record.interleaved_with) < 3 for record in records)
 
 
+@pytest.mark.slow
 def test_what_fits_only_alone_is_timed_alone(four: list[Cell]) -> None:
     """Then there is no ratio, and no peer is named."""
     for cell in four[:2]:

@@ -106,6 +106,7 @@ def test_what_all_typed_entries_set_takes_the_place_of_an_experiments_axis(tmp_p
         make(tmp_path, "experiment=y", config_dir=both)
 
 
+@pytest.mark.slow
 def test_a_typed_key_of_all_entries_takes_the_place_of_an_experiments_variants(tmp_path: Path) -> None:
     """An axis or one value; a key that only some of them set is an error, as it is not said which of the two holds."""
     mine = experiment(tmp_path, f"sweep: {{variants: {TWO.partition('=')[2]}}}")
