@@ -89,6 +89,7 @@ def test_a_line_of_the_table(ms: dict[str, list[float]], line: str, is_slower: b
     )
 
 
+@pytest.mark.slow
 def test_the_floor_is_that_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes of four steps of the tokens that are timed; a prefill has none, for it computes more than it reads."""
     monkeypatch.setattr(checkpoint_peers, "measured_peaks", lambda device, dtype: {"bytes_per_s": 1e9})

@@ -91,6 +91,7 @@ def tuned() -> tuple[Cell, pd.DataFrame]:
     return cell, pd.DataFrame(cell.rows)
 
 
+@pytest.mark.slow
 def test_a_cell_is_tuned_product_by_product() -> None:
     """Tiles of up, then those of down beside the fastest of up; grouped with each; the wrong ones are left out."""
     cell, rows = tuned()

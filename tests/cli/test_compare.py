@@ -90,6 +90,7 @@ def unescaped_cells(line: str) -> list[str]:
     return [re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.findall(r"\|((?:\\.|[^|\\])*)(?=\|)", line)]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(text=st.text(st.sampled_from("ab|\\`<[ ~_\n\r\t")))
 def test_markdown_cells_survive_any_text(text: str) -> None:

@@ -151,6 +151,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 def test_a_callback_found_through_a_search_path_is_not_trusted(tmp_path: Path) -> None:
     """Hydra would run it before the application; it is refused before that."""
     (tmp_path / "there" / "experiment").mkdir(parents=True)

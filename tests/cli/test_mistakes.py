@@ -292,6 +292,7 @@ def test_no_torch_is_loaded_to_find_a_mistake(tmp_path: Path) -> None:
     assert done.stdout == "2 False\n" * len(MISSING), done.stderr
 
 
+@pytest.mark.slow
 def test_options_may_stand_between_overrides(tmp_path: Path) -> None:
     """Before, behind or between: the same composition, and the same folder of a sweep."""
     orders = (["batch=1", "--cfg", "job", "seq_len=8"], ["--cfg", "job", "batch=1", "seq_len=8"])

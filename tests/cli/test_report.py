@@ -37,6 +37,7 @@ def test_tables_are_written_alone_and_counted(tmp_path: Path) -> None:
     assert not (folder / "plots").exists() and not (folder / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_without_it_there_are_plots_and_a_page(tmp_path: Path) -> None:
     """It prints where they are, and then the table of the records."""
     folder = write(tmp_path / "sweep", record(1.0))

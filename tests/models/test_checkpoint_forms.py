@@ -103,6 +103,7 @@ def test_a_matrix_is_dequantized_in_pieces(at_once: int, dtype: torch.dtype, mon
     assert torch.equal(target, (values.float() * expanded(scale, weight.shape, 4, 5)).to(dtype))
 
 
+@pytest.mark.slow
 def test_a_scale_may_be_in_another_file(tmp_path: Path) -> None:
     """As where a shard ends between a matrix and its scales."""
     folder = checkpoint("deepseek_v3", tmp_path)
@@ -119,6 +120,7 @@ def test_a_scale_may_be_in_another_file(tmp_path: Path) -> None:
     assert torch.equal(load(folder)(ids(1, 5)).y, want(ids(1, 5)).y)
 
 
+@pytest.mark.slow
 def test_some_matrices_may_be_left_in_bf16(tmp_path: Path) -> None:
     """What is quantised says the dtype in the file."""
     folder = checkpoint("deepseek_v3", tmp_path)
@@ -226,6 +228,7 @@ def test_another_key_of_the_quantization_is_warned_of(tmp_path: Path) -> None:
     assert "quantization_config.hadamard" in keys
 
 
+@pytest.mark.slow
 def test_the_record_says_what_the_files_were(tmp_path: Path) -> None:
     """Beside who computes, and in a warning; a checkpoint in bf16 has neither."""
     for kind, said in (("fp8", "fp8 with a scale per 16x8 block"), ("plain", None)):

@@ -587,6 +587,7 @@ def test_a_cache_that_does_not_fit_is_ignored(sweep: Path, forge: Any) -> None:
     assert contents(sweep) == expected
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_ignored(sweep: Path) -> None:
     """One byte changed anywhere in its data."""
     aggregate(sweep)
@@ -621,6 +622,7 @@ def test_a_folder_in_the_place_of_a_table_is_set_aside(sweep: Path) -> None:
     assert (sweep / "summary.unreadable.csv" / "x").is_dir()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_tables_whole(sweep: Path) -> None:
     """No file may grow beyond a limit: the error names the first that would, and none is cut off."""
     aggregate(sweep)

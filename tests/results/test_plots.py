@@ -136,6 +136,7 @@ def test_phases_that_are_not_the_latency_are_shares(sweep: tuple[Path, Aggregate
     assert "as shares" in shares.title and shares.x_label == "share of an eager pass"
 
 
+@pytest.mark.slow
 def test_cells_with_the_same_load_share_a_map(sweep: tuple[Path, Aggregate], tmp_path: Path) -> None:
     """And a file that cannot be read is named, not dropped."""
     directory, found = sweep

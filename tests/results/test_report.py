@@ -255,6 +255,7 @@ def test_unreadable_records_are_listed(tmp_path: Path) -> None:
     assert "Unreadable" in words and f"{broken.name}/{RESULT}" in words
 
 
+@pytest.mark.slow
 def test_cells_of_the_plan_without_a_record_are_counted(tmp_path: Path) -> None:
     """A sweep that was interrupted; where every cell has one, nothing is said."""
     folders = synthetic.sweep(tmp_path, 8)
@@ -268,8 +269,8 @@ def test_cells_of_the_plan_without_a_record_are_counted(tmp_path: Path) -> None:
     "plan",
     [
         pytest.param(None, id="none"),
-        pytest.param("{", id="cut_off"),
-        pytest.param("[1]", id="a_list"),
+        pytest.param("{", id="cut_off", marks=pytest.mark.slow),
+        pytest.param("[1]", id="a_list", marks=pytest.mark.slow),
         pytest.param('{"schema": 1, "name": 3, "commands": 7, "compare": ["router"], "cells": [3]}', id="wrong_types"),
     ],
 )
@@ -295,6 +296,7 @@ def of_two_machines(directory: Path) -> Path:
     return written(directory)
 
 
+@pytest.mark.slow
 def test_several_machines_stand_side_by_side(tmp_path: Path) -> None:
     """What differs between them, and how many cells are of each; the table has a part for each."""
     words = shown(of_two_machines(tmp_path))

@@ -369,6 +369,7 @@ def test_what_is_not_trained_is_0_and_named(native: Checkpoint) -> None:
     assert native.untrained() == []
 
 
+@pytest.mark.slow
 def test_a_router_is_fitted_to_the_text(native: Checkpoint, tmp_path: Path) -> None:
     """The same every time, other biases on another text; afterwards the load is more even on the run's own tokens."""
     cfg = checkpoint("router=loss_free", "batch=8", "seq_len=64", "router.calibration_tokens=2048")

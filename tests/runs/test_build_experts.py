@@ -186,6 +186,7 @@ def test_who_cannot_run_here_says_so(plugin: Path, tmp_path: Path) -> None:
             act(cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [pytest.param(name, id=name) for name in ("mine", "function", "loop")])
 def test_who_does_not_declare_it_is_not_captured(experts: str, plugin: Path) -> None:
     """A class by default, and every function."""

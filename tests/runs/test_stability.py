@@ -134,6 +134,7 @@ def test_experts_that_changed_places_are_counted_exactly(tmp_path: Path) -> None
     assert not of.changed_LW[0].any() and of.kl_W.max() < 1e-6 and not of.argmax_W.any()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_says_why(tmp_path: Path) -> None:
     """Not here, other layers, weights that are cut off; the others are compared all the same."""
     cut = altered(tmp_path / "cut", lambda tensors: None)

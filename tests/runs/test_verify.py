@@ -238,6 +238,7 @@ def correct_bf16() -> list[Check]:
     return checks
 
 
+@pytest.mark.slow
 def test_free_error_and_changed_sets_decide_nothing() -> None:
     """A correct bf16 run whose near-ties flip experts in fp32 is far from the free reference, and passes."""
     sizes = ("dtype=bf16", "batch=4", "seq_len=16")

@@ -194,6 +194,7 @@ def test_whole_sequences_are_compared_in_parts_that_do_not_matter(monkeypatch: p
     assert parts.free_rel_error == pytest.approx(whole.free_rel_error, rel=0.2)
 
 
+@pytest.mark.slow
 def test_the_free_reference_decides_nothing() -> None:
     """A step that went to other experts than fp32 would is counted, and passes with those it went to."""
     sizes = ("dtype=bf16", "batch=16")

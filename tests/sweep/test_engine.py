@@ -157,6 +157,7 @@ def test_after_an_interrupted_call_settle_reads_its_reply(worker: Worker, talker
     worker.settle(0)  # nothing is pending: nothing to wait for
 
 
+@pytest.mark.slow
 def test_renew_is_another_process_in_which_nothing_is_built(worker: Worker, talker: Path, tmp_path: Path) -> None:
     """A higher life says so to whoever holds a run."""
     content = config(talker)

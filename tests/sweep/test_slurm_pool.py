@@ -426,6 +426,7 @@ def test_a_folder_that_nodes_do_not_share_is_one_line(slurm_cluster: cluster.Clu
     assert f"does not see {tmp_path}/outputs/s; set hydra.sweep.dir to a folder that all nodes share" in line
 
 
+@pytest.mark.slow
 def test_what_cannot_be_submitted_is_one_line(tmp_path: Path) -> None:
     """Exit code 2. Slurm's own words, behind the key."""
     code, said = run(tmp_path, "-m", *SMALL, "batch=1,2", "sweep.slurm.partition=nowhere")

@@ -214,6 +214,7 @@ def test_a_slow_router_has_a_large_ratio(plugin: Path, tmp_path: Path) -> None:
     assert quick_.ratio_to_anchor.p50 < 0.5
 
 
+@pytest.mark.slow
 def test_an_anchor_that_is_done_runs_along_and_keeps_its_files(four: list[Cell]) -> None:
     """What is added later has a ratio to it, and nothing of it is left elsewhere."""
     anchor, added = four[:2]
@@ -334,7 +335,9 @@ class _Lost(InProcess):
         return reply
 
 
-@pytest.mark.parametrize("step", [pytest.param(step, id=step) for step in ("observe", "release")])
+@pytest.mark.parametrize(
+    "step", [pytest.param("observe", id="observe"), pytest.param("release", id="release", marks=pytest.mark.slow)]
+)
 def test_a_finished_record_stays_though_the_worker_is_lost(step: str, four: list[Cell]) -> None:
     """The record and its arrays; every cell ends once."""
     ended: list[str] = []
@@ -353,7 +356,13 @@ def test_a_finished_record_stays_though_the_worker_is_lost(step: str, four: list
         assert (cell.directory / "samples.npz").exists() and (cell.directory / "routing.npz").exists()
 
 
-@pytest.mark.parametrize("step", [pytest.param(step, id=step) for step in ("build", "verify", "block")])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(step, id=step, marks=() if step == "block" else pytest.mark.slow)
+        for step in ("build", "verify", "block")
+    ],
+)
 def test_a_worker_lost_before_is_a_failure(step: str, four: list[Cell]) -> None:
     """Though the folder had a result that is ok, of other code: that is set aside."""
     time(four[:1], None)

@@ -58,6 +58,7 @@ def experiment(tmp_path: Path, content: str, name: str = "x") -> Path:
     return folder.parent
 
 
+@pytest.mark.slow
 def test_a_cell_is_the_one_that_the_same_overrides_typed_alone_have(tmp_path: Path) -> None:
     """cell_id, folder and the overrides in the record; a group's option holds wherever it stands in the entry."""
     made = make(tmp_path, TWO, "batch=1,8")
