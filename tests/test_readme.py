@@ -26,7 +26,7 @@ FENCED = re.findall(r"^\.venv/bin/(moe-lab .+)$", README, re.MULTILINE)
 IN_TABLE = re.findall(r"^\| `[^|]*\| `(moe-lab [^`]+)`|`(moe-lab measure[^`]+)`", README, re.MULTILINE)
 COMMANDS = list(dict.fromkeys(FENCED + [first or second for first, second in IN_TABLE]))
 # Those of the table and the first build a model of the demo's size; a sweep, a text and an OLMoE layer take a while.
-SLOW = {"model=moe_layer", "model=decoder_moe", "generate"}
+SLOW = {"model=moe_layer", "model=decoder_moe", "generate", "plan"}
 QUICK = [command for command in FENCED if not SLOW & set(command.split())]
 TRIED = [
     pytest.param(command, id=command.replace("moe-lab ", "")[:60], marks=[] if command in QUICK else [pytest.mark.slow])

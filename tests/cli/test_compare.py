@@ -314,6 +314,7 @@ def test_mistakes_are_one_line(sets: tuple[Path, Path], tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_files_and_standard_output(sets: tuple[Path, Path], tmp_path: Path) -> None:
     """`-` takes the place of the table, so that it can be piped; a file does not."""
     piped = run(*sets, "--csv", "-", cache=tmp_path)

@@ -40,14 +40,21 @@ ALONE = [
         id="inner",
     ),
     pytest.param(["model.shape.top_k=3"], "model.shape: model=decoder_moe has no such key; model=moe_layer", id="node"),
-    pytest.param(["router.iters=1", "router.factor=2"], "router.iters: router=torch has no such key", id="two"),
+    pytest.param(
+        ["router.iters=1", "router.factor=2"],
+        "router.iters: router=torch has no such key",
+        id="two",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         ["router.temprature=1"],
         "router.temprature: unknown key. Did you mean router.temperature? router=torch has no such key; router=sink",
         id="misspelt",
     ),
-    pytest.param(["router.renormalise=1"], "Did you mean renormalize?", id="misspelt-of-its-own"),
-    pytest.param(["router.foo=1"], "router.foo: unknown key; router has ", id="of-no-router"),
+    pytest.param(
+        ["router.renormalise=1"], "Did you mean renormalize?", id="misspelt-of-its-own", marks=pytest.mark.slow
+    ),
+    pytest.param(["router.foo=1"], "router.foo: unknown key; router has ", id="of-no-router", marks=pytest.mark.slow),
     pytest.param(["batchh=1"], "batchh: unknown key", id="of-no-group"),
 ]
 

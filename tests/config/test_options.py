@@ -36,8 +36,11 @@ def choose(option: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "option",
-    [  # test_defaults.py composes the others, too, and looks up what they name
-        pytest.param(o, id=o.replace("/", "-"), marks=pytest.mark.slow if o in CALLED else ()) for o in OPTIONS
+    [  # test_defaults.py composes the others, too, and looks up what they name; each of the experts runs below
+        pytest.param(
+            o, id=o.replace("/", "-"), marks=pytest.mark.slow if o in CALLED or o.startswith("experts/") else ()
+        )
+        for o in OPTIONS
     ],
 )
 def test_every_option_composes_and_names_what_exists(option: str) -> None:

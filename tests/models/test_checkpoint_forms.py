@@ -170,7 +170,10 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            lambda c: c.update({O_PROJ: c[O_PROJ].float()}), ["1 unexpected", O_PROJ + SCALE], id="a_scale_too_many"
+            lambda c: c.update({O_PROJ: c[O_PROJ].float()}),
+            ["1 unexpected", O_PROJ + SCALE],
+            id="a_scale_too_many",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             lambda c: c.update({O_PROJ: c[O_PROJ].float().to(torch.float8_e5m2)}),

@@ -516,8 +516,8 @@ def _change_plan(sweep: Path) -> None:
             _break("samples.parquet", _change_samples), id="the_table_of_samples_broke_too", marks=pytest.mark.slow
         ),
         pytest.param(_break("runs.parquet", _change_record), id="the_table_of_runs_broke", marks=pytest.mark.slow),
-        pytest.param(_change_plan, id="the_plan_went"),
-        pytest.param(lambda sweep: (sweep / "runs.csv").unlink(), id="an_output_went"),
+        pytest.param(_change_plan, id="the_plan_went", marks=pytest.mark.slow),
+        pytest.param(lambda sweep: (sweep / "runs.csv").unlink(), id="an_output_went", marks=pytest.mark.slow),
         pytest.param(
             lambda sweep: (sweep / "summary.csv").write_text("mine"), id="an_output_was_edited", marks=pytest.mark.slow
         ),

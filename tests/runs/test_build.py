@@ -353,6 +353,7 @@ def test_the_seed_and_the_router_are_not_in_a_checkpoints_weights(native: Checkp
     assert build.weights_key(checkpoint("model.path=elsewhere"), CPU) != key
 
 
+@pytest.mark.slow
 def test_what_is_not_trained_is_0_and_named(native: Checkpoint) -> None:
     """DeepSeek's selection bias; not what is fitted, and nothing of a router without parameters."""
     for router, untrained in (

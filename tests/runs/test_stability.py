@@ -76,6 +76,7 @@ def test_kl_by_hand() -> None:
     assert _predictions(q, q)[0].tolist() == [0] and not _predictions(q, q)[1].any()
 
 
+@pytest.mark.slow
 def test_the_batch_changes_nothing_but_rounding() -> None:
     """Batches of 1, 3 and 2: windows are paired whatever the batch; 2 again is exactly the same."""
     first, found = compared(*(quick.compose("checkpoint", f"batch={batch}") for batch in (1, 3, 2)))

@@ -44,6 +44,7 @@ def test_a_slot_needs_a_worker(override: str, tmp_path: Path) -> None:
         test_plan.make(tmp_path, override, "sweep.worker=false")
 
 
+@pytest.mark.slow
 def test_another_launcher_has_no_slots(tmp_path: Path) -> None:
     """It decides itself what runs when; nothing is left behind."""
     done = subprocess.run(
