@@ -93,7 +93,12 @@ def ray_cluster(_ray: cluster.Cluster, monkeypatch: pytest.MonkeyPatch) -> clust
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Thin out the tests that are marked so; skip `gpu` tests where there is no CUDA device."""
+    """Skip what is marked so; thin out what is left; skip `gpu` tests where there is no CUDA device."""
+    for item in items:
+        for marker in item.iter_markers("skip_where"):
+            assert isinstance(item, pytest.Function)
+            if marker.args[0](item.callspec.params):
+                item.add_marker(pytest.mark.skip(**marker.kwargs))
     thinning.thin(items)
     if torch.cuda.is_available():
         return

@@ -53,7 +53,7 @@ RELATED = {
     "moe_spec",
     "triton",
 }
-"""Routers that share their code with others: a checkpoint and an export with them are left to the slow tests."""
+"""Routers that share their code with others: runs of them are left to the slow tests."""
 
 
 def overrides(model: str, *more: str, device: str = "cpu") -> list[str]:

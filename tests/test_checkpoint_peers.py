@@ -90,6 +90,7 @@ def test_a_line_of_the_table(ms: dict[str, list[float]], line: str, is_slower: b
     )
 
 
+@pytest.mark.slow
 def test_the_floor_is_that_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes of four steps of the tokens that are timed; a prefill has none, for it computes more than it reads."""
     monkeypatch.setattr(checkpoint_peers, "measured_peaks", lambda device, dtype: {"bytes_per_s": 1e9})
@@ -109,6 +110,7 @@ def test_bench_check_reads_the_last_ratio_of_a_line() -> None:
     assert quote.find(quote.printed, line) == 0.8
 
 
+@pytest.mark.slow
 def test_what_fails_leaves_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

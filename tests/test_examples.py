@@ -19,6 +19,7 @@ from tests.ops.compiling import assert_compiles
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.slow
 def test_a_router_of_ones_own_is_compared_with_ours(tmp_path: Path) -> None:
     """The sweep runs both; the row of the new one is verified and names it."""
     shutil.copytree(EXAMPLES / "my_router", tmp_path / "my_router")

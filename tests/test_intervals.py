@@ -75,6 +75,7 @@ def test_the_interval_of_a_mean_by_hand() -> None:
     assert (math.log(low), math.log(high)) == pytest.approx((1 - half, 1 + half))
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says() -> None:
     """95 % of the time, for three replicates."""
     rng = np.random.default_rng(0)
@@ -127,6 +128,7 @@ def test_an_interval_needs_two_replicates(a: int, b: int) -> None:
         mean_interval([1.0] * min(a, b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sd", [pytest.param(sd, id=f"noise_{sd}") for sd in (0.005, 0.02, 0.07)])
 def test_what_is_alike_is_rarely_called_different(sd: float) -> None:
     """Three replicates of the same on both sides: slower or faster in under 5 % of the cells."""

@@ -25,8 +25,9 @@ README = CONF.with_name("README.md").read_text()
 FENCED = re.findall(r"^\.venv/bin/(moe-lab .+)$", README, re.MULTILINE)
 IN_TABLE = re.findall(r"^\| `[^|]*\| `(moe-lab [^`]+)`|`(moe-lab measure[^`]+)`", README, re.MULTILINE)
 COMMANDS = list(dict.fromkeys(FENCED + [first or second for first, second in IN_TABLE]))
-# Each of the table's and the first build a model of the demo's size; a sweep and an OLMoE layer take a while, too.
-QUICK = [command for command in FENCED if not {"model=moe_layer", "model=decoder_moe"} & set(command.split())]
+# Those of the table and the first build a model of the demo's size; a sweep, a text and an OLMoE layer take a while.
+SLOW = {"model=moe_layer", "model=decoder_moe", "generate", "plan"}
+QUICK = [command for command in FENCED if not SLOW & set(command.split())]
 TRIED = [
     pytest.param(command, id=command.replace("moe-lab ", "")[:60], marks=[] if command in QUICK else [pytest.mark.slow])
     for command in COMMANDS

@@ -6,7 +6,7 @@ from itertools import combinations, product
 
 import pytest
 
-from tests.thinning import Case, covering
+from tests.thinning import Case, covering, thin
 
 
 def cases(*sizes: int) -> list[Case]:
@@ -35,13 +35,51 @@ def test_a_hole_in_the_product_does_no_harm() -> None:
     """What only one case has, it keeps."""
     few = [("0", "0"), ("1", "0"), ("1", "1")]
     assert covering(few, 1) == [few[0], few[2]]
-    assert sorted(covering(few, 2)) == few
+    assert sorted(map(tuple, covering(few, 2))) == few
 
 
 def test_values_that_come_often_come_with_different_ones() -> None:
     """Not the rest of them with the first value."""
     chosen = covering(cases(36, 6), 1)
     assert [sum(case[1] == str(value) for case in chosen) for value in range(6)] == [6] * 6
+
+
+@pytest.mark.parametrize("of", [pytest.param(1, id="values"), pytest.param(2, id="pairs")])
+def test_what_checks_little_stands_for_itself(of: int) -> None:
+    """What a case without 0 and x has is there in such a case; what none of them has (c, 0, x) is there too."""
+    every = [case for case in product("0123", "abc", "xy") if case[1:] != ("c", "y")]
+    chosen = covering(every, of, empty=("0", "x"))
+
+    def parts(some: list[Case]) -> set[tuple[tuple[int, str], ...]]:
+        return {part for case in some for part in combinations(enumerate(case), of)}
+
+    def full(some: list[Case]) -> list[Case]:
+        return [case for case in some if case[0] != "0" and case[2] != "x"]
+
+    assert parts(chosen) == parts(list(every))
+    assert parts(full(chosen)) == parts(full(list(every)))
+
+
+@pytest.mark.thinned(1)
+@pytest.mark.skip_where(lambda case: case["b"] == 2 and case["a"] < 4, reason="of this very test")
+@pytest.mark.parametrize("a", [pytest.param(n, id=str(n)) for n in range(5)])
+@pytest.mark.parametrize("b", [pytest.param(n, id=str(n)) for n in range(3)])
+def test_what_is_skipped_stands_for_nothing(a: int, b: int, request: pytest.FixtureRequest) -> None:
+    """The one case with b=2 that runs is fast."""
+    assert b < 2 or a == 4
+    assert (a, b) != (4, 2) or not request.node.get_closest_marker("slow")
+
+
+@pytest.mark.parametrize("beside", [pytest.param(name, id=name) for name in ("slow", "gpu")])
+def test_a_mark_without_effect_is_refused(beside: str, request: pytest.FixtureRequest) -> None:
+    """The whole function is left out anyway."""
+
+    def test() -> None: ...
+
+    for mark in (pytest.mark.thinned(1), getattr(pytest.mark, beside)):
+        mark(test)
+    with pytest.raises(pytest.UsageError, match="test: `thinned` has no effect"):
+        thin([pytest.Function.from_parent(request.node.parent, name="test", callobj=test)])
 
 
 @pytest.mark.thinned(1)

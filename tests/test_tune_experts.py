@@ -91,6 +91,7 @@ def tuned() -> tuple[Cell, pd.DataFrame]:
     return cell, pd.DataFrame(cell.rows)
 
 
+@pytest.mark.slow
 def test_a_cell_is_tuned_product_by_product() -> None:
     """Tiles of up, then those of down beside the fastest of up; grouped with each; the wrong ones are left out."""
     cell, rows = tuned()
@@ -200,6 +201,7 @@ def test_what_was_measured_so_far_is_on_the_disk(tmp_path: Path) -> None:
     assert (choice["T"], choice["implementation"], choice["tiles"]) == (16, "fused", list(ONE))
 
 
+@pytest.mark.slow
 def test_cells_follow_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,7 @@ def test_analyses_are_chosen(trace: Path, tmp_path: Path) -> None:
     assert not (folder / "placement.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_phase_is_chosen(trace: Path, tmp_path: Path) -> None:
     """One that the trace does not have is a mistake."""
     with pytest.raises(ValueError, match=r"phase=decode: .* only prefill"):

@@ -45,6 +45,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     assert Path.cwd() == tmp_path
 
 
+@pytest.mark.slow
 def test_a_sweep_twice_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A record per cell in the order of the command; again, nothing is measured; progress is not on standard output."""
     first = moe_lab.multirun(words("sweep.name=s"))
@@ -169,6 +170,7 @@ def test_in_a_script_with_a_worker(tmp_path: Path) -> None:
     assert (tmp_path / "outputs/s/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_in_a_thread(tmp_path: Path) -> None:
     """As a notebook's server may do; a second one meanwhile is a mistake."""
     found: list[Any] = []

@@ -13,6 +13,7 @@ from moe_lab.cli.main import main
 from tests.analyses import steps, traces
 
 
+@pytest.mark.slow
 def test_the_sentences_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And where the rest lies; what is too small is said on standard error."""
     path = traces.random(tmp_path / "x.trace", 8, 20)

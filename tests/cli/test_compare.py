@@ -90,6 +90,7 @@ def unescaped_cells(line: str) -> list[str]:
     return [re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.findall(r"\|((?:\\.|[^|\\])*)(?=\|)", line)]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(text=st.text(st.sampled_from("ab|\\`<[ ~_\n\r\t")))
 def test_markdown_cells_survive_any_text(text: str) -> None:
@@ -137,6 +138,7 @@ def test_a_terminal_is_not_too_narrow(
     assert all(word in " ".join(lines) for word in ("batch", "verdict", "note"))
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_cuts_no_number(sets: tuple[Path, Path], tmp_path: Path) -> None:
     """Names are folded; half a number would be another number."""
     program = (
@@ -202,7 +204,13 @@ MATCHES = {
 }
 
 
-@pytest.mark.parametrize("words", [pytest.param(word, id=word) for word in (*MATCHES, "slower,failed", "any,failed")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(word, id=word, marks=() if word in ("slower", "missing", "any,failed") else pytest.mark.slow)
+        for word in (*MATCHES, "slower,failed", "any,failed")
+    ],
+)
 def test_each_word_matches_its_cells(gate: Gate, words: str) -> None:
     """Of each kind of pair, beside a cell that is the same in both; what is neither is named, not passed over."""
     expected = set().union(*(MATCHES[word] for word in words.split(",")))
@@ -251,6 +259,7 @@ def test_without_fail_on_it_only_shows(gate: Gate) -> None:
     assert code == 2 and "no cell is ok in both" in said
 
 
+@pytest.mark.slow
 def test_the_gate_is_below_the_table(sets: tuple[Path, Path], tmp_path: Path) -> None:
     """The table is printed in any case; what was found is said on stderr."""
     done = run(*sets, "--fail-on", "slower,missing", cache=tmp_path)
@@ -305,6 +314,7 @@ def test_mistakes_are_one_line(sets: tuple[Path, Path], tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_files_and_standard_output(sets: tuple[Path, Path], tmp_path: Path) -> None:
     """`-` takes the place of the table, so that it can be piped; a file does not."""
     piped = run(*sets, "--csv", "-", cache=tmp_path)
@@ -316,6 +326,7 @@ def test_files_and_standard_output(sets: tuple[Path, Path], tmp_path: Path) -> N
     assert (tmp_path / "x.md").read_text() == to_markdown(compare(*sets, floors={}))
 
 
+@pytest.mark.slow
 def test_a_broken_floor_warns_in_one_line(tmp_path: Path) -> None:
     """And the comparison goes on."""
     sides = [write(tmp_path / side, record(1.0), record(1.0, config={"batch": 5})) for side in "ab"]
@@ -370,5 +381,5 @@ def test_a_threshold_that_is_no_number(text: str) -> None:
 def test_comparing_loads_no_torch(sets: tuple[Path, Path]) -> None:
     """Results are read on machines without it."""
     imports = "import sys; from moe_lab.cli.compare import main"
-    code = f"{imports}; main(sys.argv[1:]); print({{'torch'}} & set(sys.modules))"
+    code = f"{imports}; main(sys.argv[1:]); print({{'torch', 'triton'}} & set(sys.modules))"
     assert tiny.python(code, *sets).endswith("set()\n")

@@ -133,6 +133,7 @@ def read_until(descriptor: int, text: str) -> str:
     return shown
 
 
+@pytest.mark.slow
 def test_the_tab_key_in_a_terminal(terminal: int) -> None:
     """Typed, not called: a word, and behind `plan` a value that Hydra knows."""
     os.write(terminal, b"moe-lab doc\t")

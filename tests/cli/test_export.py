@@ -265,6 +265,7 @@ def test_the_last_words_of_an_export() -> None:
     assert text.count("\n") == 1 and "moe-lab export --verify DIR --open" in text
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_last_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,6 +56,7 @@ def test_every_group(document: Any) -> None:
     assert document("list", "model", "--json")["groups"] == {"model": everything["groups"]["model"]}
 
 
+@pytest.mark.slow
 def test_the_experts_with_what_they_declare(document: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As plain data of the worker's answer."""
     answer = {"properties": ["graph_safe"], "implementations": ["x"], "chosen": None, "skip": None, "undeclared": []}

@@ -1,4 +1,4 @@
-"""cli/plan.py: `moe-lab plan` in processes of its own."""
+"""cli/plan.py: `moe-lab plan`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_lab.cli.main import main
 from tests import quick, tiny
 from tests.sweep import faulty, test_plan
 
@@ -99,12 +100,18 @@ def test_checkpoints_and_phases_are_told_apart(tmp_path: Path) -> None:
         assert row.startswith(f"native  tiny-olmoe text(phase={text}")
 
 
-@pytest.mark.slow
-def test_cells_that_differ_in_their_seed_are_told_apart(tmp_path: Path) -> None:
-    """By a column that is there only then."""
-    several = plan(*quick.overrides("moe_layer", "seed=0,37"), cwd=tmp_path).stdout
-    one = plan(*quick.overrides("moe_layer", "seed=37"), cwd=tmp_path).stdout
-    assert "seq_len seed " in several and " 37 " in several and " seed " not in one
+def test_cells_that_differ_in_their_seed_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a column that is there only then; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *quick.overrides("moe_layer", "seed=0,37")]) == 0
+    head, *rows, last = capsys.readouterr().out.splitlines()
+    assert "seq_len seed " in head and "2 cells, 2 to run" in last
+    assert [row.split()[4] for row in rows] == ["0", "37"] and all("to do" in row for row in rows)
+    assert main(["plan", *quick.overrides("moe_layer", "seed=37")]) == 0
+    assert " seed " not in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_a_picture_is_written_where_it_says(
     assert Image.open(tmp_path / "here" / "a.png").format == "PNG"
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_column_is_one_line(sweep: Path, tmp_path: Path) -> None:
     """With the nearest name and exit code 2; nothing is drawn."""
     done = moe_lab("plot", str(sweep), "btch", "latency_ms.p50", "-o", "a.png", cwd=tmp_path)
@@ -247,6 +248,7 @@ def test_a_png_has_the_size_and_the_dots(sweep: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "a").size == (500, 400)
 
 
+@pytest.mark.slow
 def test_a_figure_grows_until_its_text_has_room(tmp_path: Path) -> None:
     """Unless a size was asked for: then that is a mistake."""
     router = tiny_config()["router"]

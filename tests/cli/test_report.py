@@ -37,6 +37,7 @@ def test_tables_are_written_alone_and_counted(tmp_path: Path) -> None:
     assert not (folder / "plots").exists() and not (folder / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_without_it_there_are_plots_and_a_page(tmp_path: Path) -> None:
     """It prints where they are, and then the table of the records."""
     folder = write(tmp_path / "sweep", record(1.0))
@@ -48,6 +49,7 @@ def test_without_it_there_are_plots_and_a_page(tmp_path: Path) -> None:
     assert (folder / "report.html").is_file() and (folder / "plots").is_dir()
 
 
+@pytest.mark.slow
 def test_what_to_take_is_broken_between_words_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +96,7 @@ def test_a_folder_without_records_is_a_mistake(tmp_path: Path) -> None:
         main([str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_plotly_lies_where_the_command_or_else_the_sweep_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ def test_variants_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert len(pd.read_parquet(out / "stability_layers.parquet")) == 2 * 4
 
 
+@pytest.mark.slow
 def test_a_batch_that_takes_more_tokens_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The windows are a multiple of each batch; nothing is said where about as many as asked for are that."""
     words = ["stability", *MODEL, "--out", str(tmp_path / "o"), "--variants", "batch=3"]

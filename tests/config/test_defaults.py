@@ -17,21 +17,10 @@ from moe_lab.config import schemas, targets
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 from moe_lab.runs import build
 from tests import quick
-from tests.config.test_options import CONF, EIGHT, OPTIONS, choose
+from tests.config.test_options import CALLED, CONF, EIGHT, OPTIONS, choose
 
 SCHEMAS = {kind for group in schemas.SCHEMAS.values() for kind in group.values()} | {schemas.Config, schemas.Sweep}
-CALLED = [option for option in OPTIONS if option.rpartition("/")[0] in ("model", "router", "workload")]
-called = pytest.mark.parametrize(
-    "option",
-    [
-        pytest.param(
-            option,
-            id=option.replace("/", "-"),
-            marks=pytest.mark.slow if option.removeprefix("router/") in quick.RELATED else (),
-        )
-        for option in CALLED
-    ],
-)
+called = pytest.mark.parametrize("option", [pytest.param(option, id=option.replace("/", "-")) for option in CALLED])
 
 
 @pytest.mark.parametrize("schema", [pytest.param(kind, id=kind.__name__) for kind in sorted(SCHEMAS, key=str)])
@@ -44,8 +33,9 @@ def test_a_schema_has_names_and_types_only(schema: type) -> None:
 @called
 def test_what_an_option_names_has_no_default_for_its_keys(option: str) -> None:
     """Called without one of them, it says which is missing."""
-    group = option.partition("/")[0]
+    group, _, name = option.partition("/")
     node = moe_lab.compose(choose(option))[group]
+    assert node.name == name
     parameters = inspect.signature(targets.locate(node._target_)).parameters
     keys = [str(key) for key in node if key in parameters and key != "top_k"]  # of a router it is passed on otherwise
     assert keys
@@ -54,7 +44,17 @@ def test_what_an_option_names_has_no_default_for_its_keys(option: str) -> None:
         assert parameters[key].kind is inspect.Parameter.KEYWORD_ONLY, key
 
 
-@called
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(
+            option,
+            id=option.replace("/", "-"),
+            marks=pytest.mark.slow if option.startswith("router/") else (),  # test_options.py runs with each router
+        )
+        for option in CALLED
+    ],
+)
 def test_an_option_gives_all_that_its_class_asks_for(option: str) -> None:
     """The model of a small run is made with it, and its input."""
     group, _, name = option.partition("/")

@@ -33,7 +33,10 @@ def look(overrides: list[str]) -> None:
     build.build_input(cfg, build.build_model(cfg), build.resolve_device(cfg))
 
 
-@pytest.mark.parametrize(("group", "option", "sign"), [pytest.param(*case, id="-".join(case)) for case in CASES])
+@pytest.mark.parametrize(
+    ("group", "option", "sign"),
+    [pytest.param(*case, id="-".join(case), marks=pytest.mark.slow if case[2] == "++" else ()) for case in CASES],
+)
 def test_a_key_that_the_option_does_not_have_is_refused(group: str, option: str, sign: str) -> None:
     """By the group's schema, or by the arguments of its target; `+` adds what a schema would refuse."""
     model = {"model": option, "router": "checkpoint" if option == "native" else "moe_layer"}.get(group, "moe_layer")

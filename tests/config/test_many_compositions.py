@@ -109,6 +109,7 @@ def test_a_search_path_of_its_own(tmp_path: Path) -> None:
             loader.load_sweep_config(master, ["router=mine"])
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what was forgotten is composed again."""
     monkeypatch.setattr(many_compositions, "_MOST", 1)

@@ -40,14 +40,21 @@ ALONE = [
         id="inner",
     ),
     pytest.param(["model.shape.top_k=3"], "model.shape: model=decoder_moe has no such key; model=moe_layer", id="node"),
-    pytest.param(["router.iters=1", "router.factor=2"], "router.iters: router=torch has no such key", id="two"),
+    pytest.param(
+        ["router.iters=1", "router.factor=2"],
+        "router.iters: router=torch has no such key",
+        id="two",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         ["router.temprature=1"],
         "router.temprature: unknown key. Did you mean router.temperature? router=torch has no such key; router=sink",
         id="misspelt",
     ),
-    pytest.param(["router.renormalise=1"], "Did you mean renormalize?", id="misspelt-of-its-own"),
-    pytest.param(["router.foo=1"], "router.foo: unknown key; router has ", id="of-no-router"),
+    pytest.param(
+        ["router.renormalise=1"], "Did you mean renormalize?", id="misspelt-of-its-own", marks=pytest.mark.slow
+    ),
+    pytest.param(["router.foo=1"], "router.foo: unknown key; router has ", id="of-no-router", marks=pytest.mark.slow),
     pytest.param(["batchh=1"], "batchh: unknown key", id="of-no-group"),
 ]
 
@@ -103,10 +110,16 @@ SWEPT = [
         id="of-the-default",
     ),
     pytest.param(
-        ["router=oea,torch", "router.iters=5"], "router=oea, torch have no such key; router=sinkhorn", id="none"
+        ["router=oea,torch", "router.iters=5"],
+        "router=oea, torch have no such key; router=sinkhorn",
+        id="none",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
-        ["router=glob(s*)", "router.iters=5"], "router=soft, sparse_mixer, switch have no such key", id="glob"
+        ["router=glob(s*)", "router.iters=5"],
+        "router=soft, sparse_mixer, switch have no such key",
+        id="glob",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
         ["sweep.variants=[{router: torch}, {router: sinkhorn, router.temperature: 0.25}]", "router.iters=5"],
@@ -117,6 +130,7 @@ SWEPT = [
         ["sweep.variants=[{}, {router: sinkhorn}]", "router.iters=5"],
         "router.iters: router=torch has no such key; router=sinkhorn has it. Write it in the entries",
         id="empty-entry",
+        marks=pytest.mark.slow,
     ),
 ]
 
@@ -168,6 +182,7 @@ def test_a_single_run_reads_no_entries(tmp_path: Path) -> None:
         moe_lab.compose(["experiment=x", "router.iters=5"], config_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_answer_needs_no_torch() -> None:
     """From the command line, where a run would import it."""
     code = (

@@ -20,6 +20,7 @@ OPTIONS = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in C
 OPTIONS = [option for option in OPTIONS if not option.startswith(("_", "analy", "hydra")) and option != "config"]
 ROUTERS = sorted(path.stem for path in (CONF / "router").glob("*.yaml"))
 EXPERTS = sorted(path.stem for path in (CONF / "experts").glob("*.yaml"))
+CALLED = [option for option in OPTIONS if option.rpartition("/")[0] in ("model", "router", "workload")]
 UNAVAILABLE = {("moe_layer", "hash"), ("moe_layer", "lookahead")}
 ON_A_GPU = ("deepgemm", "flashinfer", "flashinfer_low", "fused", "sonic", "vllm")
 EIGHT = {"decoder_moe": "model.n_experts=8", "moe_layer": "model.shape.n_experts=8"}  # for routers with 8 groups
@@ -33,7 +34,15 @@ def choose(option: str) -> list[str]:
     return [*needs.get(group, []), f"{group}={name}", *paths.get(option, [])]
 
 
-@pytest.mark.parametrize("option", [pytest.param(o, id=o.replace("/", "-")) for o in OPTIONS])
+@pytest.mark.parametrize(
+    "option",
+    [  # test_defaults.py composes the others, too, and looks up what they name; each of the experts runs below
+        pytest.param(
+            o, id=o.replace("/", "-"), marks=pytest.mark.slow if o in CALLED or o.startswith("experts/") else ()
+        )
+        for o in OPTIONS
+    ],
+)
 def test_every_option_composes_and_names_what_exists(option: str) -> None:
     """The option is in the composed configuration under its own name, and each target can be imported."""
     cfg = moe_lab.compose(choose(option))
@@ -117,6 +126,7 @@ def test_a_checkpoint_runs_with_every_router(router: str, native: Record, tmp_pa
     assert record.quality["native_bits_per_byte"] == pytest.approx(native.quality["bits_per_byte"], rel=1e-5)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("prefill", "decode")])
 @pytest.mark.parametrize(
     "router",

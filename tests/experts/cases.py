@@ -31,6 +31,9 @@ UNUSED = pytest.mark.parametrize(
     [pytest.param(0.0, id="all used"), pytest.param(0.4, id="some unused"), pytest.param(1.1, id="none used")],
 )
 
+EMPTY = ("T=0", "none used")
+"""Values with which there is nothing to compute."""
+
 KINDS = pytest.mark.parametrize(
     "kind",
     [

@@ -18,7 +18,18 @@ from moe_lab.experts.loop import Loop
 from moe_lab.experts.weights import Clamped, ExpertWeights, Scale
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.routers.base import Routing
-from tests.experts.cases import KINDS, SCALES, SIZES, UNUSED, assert_near, formula, make_routing, make_weights, make_x
+from tests.experts.cases import (
+    EMPTY,
+    KINDS,
+    SCALES,
+    SIZES,
+    UNUSED,
+    assert_near,
+    formula,
+    make_routing,
+    make_weights,
+    make_x,
+)
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "experts",
@@ -26,7 +37,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(2, empty=EMPTY)
 @IMPLEMENTATIONS
 @SIZES
 @UNUSED
@@ -53,7 +64,7 @@ def test_the_output_is_the_weighted_sum_of_the_chosen_experts(
     assert torch.equal(x_TD, before_TD)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(2, empty=EMPTY)
 @pytest.mark.parametrize(
     "experts",
     [

@@ -160,7 +160,6 @@ def test_rows_that_are_copied_need_sorted_slots() -> None:
     assert fused_experts.reads_dispatch((256, 192, 128, 64, 1), 513, 1024)
 
 
-@pytest.mark.thinned(2)
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16")])
 @pytest.mark.parametrize("T", [0, 1, 37, 199, 3000])

@@ -18,7 +18,7 @@ from moe_lab.experts.loop import Loop
 from moe_lab.experts.weights import Scale
 from moe_lab.ops.dispatch import dispatch
 from moe_lab.routers.base import Routing
-from tests.experts.cases import SCALES, SIZES, UNUSED, assert_near, make_routing, make_weights, make_x
+from tests.experts.cases import EMPTY, SCALES, SIZES, UNUSED, assert_near, make_routing, make_weights, make_x
 
 grouped, loop = Grouped(), Loop()
 FEW = module._FEW_TOKENS
@@ -33,7 +33,7 @@ CUDA_DTYPES = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(2, empty=EMPTY)
 @SIZES
 @UNUSED
 @SCALES

@@ -202,6 +202,7 @@ def m_grouped_bf16_gemm_nt_contiguous(a, b, d, grouped_layout, use_psum_layout):
 """
 
 
+@pytest.mark.thinned(1, empty=("T=0", "none used"))
 @pytest.mark.parametrize(
     ("T", "E", "K", "unused"),
     [

@@ -56,7 +56,7 @@ def check(folder: Path, found: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "router",
     [
-        pytest.param(name, id=name, marks=() if name in ("torch", "deepseek_v3", "expert_choice") else pytest.mark.slow)
+        pytest.param(name, id=name, marks=() if name in ("torch", "deepseek_v3") else pytest.mark.slow)
         for name in EXPORTABLE
         if name not in ("hash", "lookahead")
     ],
@@ -103,6 +103,7 @@ def test_tables_of_the_first_layers_are_exported(tmp_path: Path) -> None:
     check(tmp_path / "pair", found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     [
@@ -122,7 +123,12 @@ def test_every_policy_of_a_capacity_computes_the_same(policy: str, tmp_path: Pat
     ("model", "overrides"),
     [
         pytest.param("minimal", (), id="minimal"),
-        pytest.param("transformer_decoder", ("model.tie_embeddings=true",), id="transformer_decoder, tied"),
+        pytest.param(
+            "transformer_decoder",
+            ("model.tie_embeddings=true",),
+            id="transformer_decoder, tied",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "transformer_decoder",
             ("model.qk_norm=head", "model.n_kv_heads=2"),
@@ -176,6 +182,7 @@ def test_sinkhorn_iterates_in_a_loop(tmp_path: Path) -> None:
     assert len(sizes) == 1
 
 
+@pytest.mark.slow
 def test_all_weights_lie_in_one_file_under_their_names(tmp_path: Path) -> None:
     """Values, alignment, equal norms too; the graph holds none, and nothing of this machine."""
     cfg = pairs.compose("decoder_moe", "router=loss_free")
@@ -282,6 +289,7 @@ def test_the_experts_implementation_is_not_part_of_the_mathematics(experts: str,
     assert digests[0] == digests[1]
 
 
+@pytest.mark.slow
 def test_routing_depends_on_the_data(tmp_path: Path) -> None:
     """ONNX Runtime alone, from another folder: other ids, other experts, as torch has it."""
     _, model = pairs.export(pairs.compose("decoder_moe"), tmp_path / "pair")

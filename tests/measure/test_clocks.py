@@ -184,6 +184,7 @@ def test_a_step_leaves_gradients_alone() -> None:
     assert not torch.is_inference_mode_enabled()
 
 
+@pytest.mark.slow
 @needs_cxx
 def test_compiled_step_computes_what_eager_computes() -> None:
     """The whole forward pass of model=minimal, whose custom op Inductor must leave as it is."""

@@ -122,7 +122,9 @@ def test_the_limit_of_a_control_group_counts(
     assert available is not None and (available == limit if limit else available > 100 * MB)
 
 
-@pytest.mark.parametrize("limit", ["AS", "DATA"])
+@pytest.mark.parametrize(
+    "limit", [pytest.param("AS", id="AS"), pytest.param("DATA", id="DATA", marks=pytest.mark.slow)]
+)
 def test_the_limit_of_the_process_counts(limit: str) -> None:
     """As `ulimit` sets it: with 2 GB more than it takes now, no more than that and what is resident."""
     code = (

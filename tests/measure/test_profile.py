@@ -56,6 +56,7 @@ def test_nobody_listens_after_a_profile_that_failed() -> None:
     assert marks._listener is None
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_timeline_and_its_ten_longest_operations(tmp_path: Path) -> None:
     """The file is what ui.perfetto.dev reads; another run without a profile takes it away."""
     record = moe_lab.run(quick.compose("decoder_moe", "measure.profile=true"), tmp_path)

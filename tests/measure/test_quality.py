@@ -262,6 +262,7 @@ def test_of_windows_of_equal_weight_it_is_students_interval_of_the_mean() -> Non
         assert interval(found, name) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_intervals_contain_the_truth_as_often_as_they_say() -> None:
     """Of 400 texts drawn from one distribution 95 %; 91 to 98 % may be the luck of the draw."""
     V, W, S = 11, 24, 6

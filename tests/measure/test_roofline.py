@@ -152,6 +152,7 @@ def test_least_bytes_do_not_depend_on_the_number_of_heads() -> None:
     assert len(sizes) == 1
 
 
+@pytest.mark.slow
 def test_peaks_are_positive_and_measured_once() -> None:
     """The second look is the first one's result."""
     peaks = measured_peaks(CPU, torch.float32)

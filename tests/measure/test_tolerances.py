@@ -48,6 +48,7 @@ def test_convolutions_are_exact_within_and_as_before_after(allowed: bool, monkey
     assert cudnn.allow_tf32 is allowed
 
 
+@pytest.mark.slow
 def test_the_newer_switch_of_convolutions_is_kept_too() -> None:
     """Once it is set, torch refuses to read the older one; in a process of its own, for it cannot be undone."""
     program = """

@@ -278,7 +278,14 @@ def test_sequences_of_one_chunk_and_more_are_those_of_transformers(kind: str, le
 WIDE = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
 
 
-@pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("forward", "prefill", "decode")])
+@pytest.mark.parametrize(
+    "phase",
+    [
+        pytest.param("forward", id="forward", marks=pytest.mark.slow),
+        pytest.param("prefill", id="prefill", marks=pytest.mark.slow),
+        pytest.param("decode", id="decode"),
+    ],
+)
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [

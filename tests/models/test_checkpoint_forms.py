@@ -103,6 +103,7 @@ def test_a_matrix_is_dequantized_in_pieces(at_once: int, dtype: torch.dtype, mon
     assert torch.equal(target, (values.float() * expanded(scale, weight.shape, 4, 5)).to(dtype))
 
 
+@pytest.mark.slow
 def test_a_scale_may_be_in_another_file(tmp_path: Path) -> None:
     """As where a shard ends between a matrix and its scales."""
     folder = checkpoint("deepseek_v3", tmp_path)
@@ -119,6 +120,7 @@ def test_a_scale_may_be_in_another_file(tmp_path: Path) -> None:
     assert torch.equal(load(folder)(ids(1, 5)).y, want(ids(1, 5)).y)
 
 
+@pytest.mark.slow
 def test_some_matrices_may_be_left_in_bf16(tmp_path: Path) -> None:
     """What is quantised says the dtype in the file."""
     folder = checkpoint("deepseek_v3", tmp_path)
@@ -142,11 +144,13 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
             lambda c: c.update({O_PROJ + SCALE: torch.ones(1, 1)}),
             [O_PROJ + SCALE, "has shape [1, 1] instead of [2, 5]"],
             id="shape_of_a_scale",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             lambda c: c.update({O_PROJ + SCALE: torch.ones(2, 5, dtype=torch.int32)}),
             [O_PROJ + SCALE, "has dtype I32"],
             id="dtype_of_a_scale",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             lambda c: c.update({O_PROJ + SCALE: torch.full((2, 5), torch.nan)}),
@@ -157,14 +161,19 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
             lambda c: c.update({O_PROJ: torch.full_like(c[O_PROJ].float(), torch.nan).to(torch.float8_e4m3fn)}),
             [O_PROJ, "NaN"],
             id="nan_in_a_matrix",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             lambda c: c.update({"model.norm.weight_scale_inv": torch.ones(1)}),
             ["1 unexpected", "model.norm.weight_scale_inv"],
             id="a_scale_of_nothing",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
-            lambda c: c.update({O_PROJ: c[O_PROJ].float()}), ["1 unexpected", O_PROJ + SCALE], id="a_scale_too_many"
+            lambda c: c.update({O_PROJ: c[O_PROJ].float()}),
+            ["1 unexpected", O_PROJ + SCALE],
+            id="a_scale_too_many",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             lambda c: c.update({O_PROJ: c[O_PROJ].float().to(torch.float8_e5m2)}),
@@ -222,6 +231,7 @@ def test_another_key_of_the_quantization_is_warned_of(tmp_path: Path) -> None:
     assert "quantization_config.hadamard" in keys
 
 
+@pytest.mark.slow
 def test_the_record_says_what_the_files_were(tmp_path: Path) -> None:
     """Beside who computes, and in a warning; a checkpoint in bf16 has neither."""
     for kind, said in (("fp8", "fp8 with a scale per 16x8 block"), ("plain", None)):

@@ -206,6 +206,7 @@ def test_layers_of_further_tokens_stay_in_the_files(tmp_path: Path) -> None:
     assert "unexpected: model.layers.3." in complaint(lambda: load(folder))
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("phase", [pytest.param(phase, id=phase) for phase in ("prefill", "decode")])
 @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind) for kind in ("deepseek_v2", "deepseek_v3")])
 def test_a_run_is_verified_and_says_what_a_token_keeps(kind: str, phase: str, tmp_path: Path) -> None:

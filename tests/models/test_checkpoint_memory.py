@@ -46,6 +46,7 @@ _WIDTH = 1024
 _WIDE_HEADS = {"linear_key_head_dim": 256, "linear_value_head_dim": 512, "full_attention_interval": 2, "head_dim": 512}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize(
     ("kind", "n_experts", "keys"),

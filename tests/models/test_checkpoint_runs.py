@@ -28,6 +28,7 @@ def ran(folder: Path, name: str, *overrides: str) -> Record:
     return record
 
 
+@pytest.mark.slow
 @kinds
 def test_routers_are_swapped_on_text(kind: str, tmp_path: Path) -> None:
     """The quality of both is known, and what the native one chose is replayed."""

@@ -39,6 +39,13 @@ from tests.models.checkpoints import (
 )
 
 INDEX = checkpoint_weights.INDEX
+each_tensor_in_turn = pytest.mark.parametrize(
+    "kind",
+    [  # by expert, stacked, and stacked with biases: the others take ten seconds
+        pytest.param(kind, id=kind, marks=() if kind in ("mixtral", "granitemoe", "gpt_oss") else pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 
 
 def sharded(folder: Path) -> Path:
@@ -353,8 +360,7 @@ def test_one_expert_that_is_missing_is_named(kind: str, tmp_path: Path) -> None:
     assert ".experts.2." not in message and "unexpected" not in message and "wrong shape" not in message
 
 
-@pytest.mark.thinned(1)
-@kinds
+@each_tensor_in_turn
 @pytest.mark.parametrize("stacked", [pytest.param(False, id="by_expert"), pytest.param(True, id="stacked")])
 def test_any_one_tensor_that_is_missing_is_named(kind: str, stacked: bool, tmp_path: Path) -> None:
     """Each of them in turn."""
@@ -562,7 +568,7 @@ def test_loading_says_nothing_where_nobody_looks(tmp_path: Path, capfd: pytest.C
 # Values that are not finite
 
 
-@kinds
+@each_tensor_in_turn
 @pytest.mark.parametrize(
     ("bad", "place"),
     [

@@ -54,6 +54,7 @@ def test_there_are_logits_for_each_token_and_a_routing_for_each_layer(router: st
         assert routing.expert_ids_TK.dtype == torch.int32 and routing.weights_TK.dtype == torch.float32
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("router", [pytest.param(name, id=name) for name in ("torch", "sinkhorn")])
 @pytest.mark.parametrize("experts", [pytest.param(name, id=name) for name in ("loop", "grouped")])
 @pytest.mark.parametrize("dtype", [pytest.param(name, id=name) for name in ("fp32", "bf16")])

@@ -84,6 +84,7 @@ def test_it_is_its_definition_in_float64(q_rank: int | None, S: int) -> None:
         torch.testing.assert_close(got[row].double(), defined(attention, x[row]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.thinned(2)
 @with_queries
 @pytest.mark.parametrize("context", [pytest.param(n, id=f"behind_{n}") for n in (1, 4, 8)])
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ contexts = pytest.mark.parametrize("context_len", [pytest.param(n, id=f"context{
 batches = pytest.mark.parametrize("batch", [pytest.param(b, id=f"b{b}") for b in (1, 3)])
 
 
+@pytest.mark.thinned(2)
 @models
 @batches
 @contexts
@@ -183,6 +184,7 @@ def test_advance_visits_each_position_after_the_context_in_turn(context_len: int
     assert decode.position_g is position_g and position_g.dtype == torch.int64
 
 
+@pytest.mark.thinned(1)
 @models
 @pytest.mark.parametrize(
     ("window", "by_kernels"),
@@ -397,6 +399,7 @@ def same_caches(one: KVCache, other: KVCache) -> None:
         assert_close(kept, wanted)
 
 
+@pytest.mark.thinned(1)
 @all_models
 @chunked
 def test_a_prefill_in_chunks_is_the_whole(options: dict[str, Any], chunk: int) -> None:
@@ -413,6 +416,7 @@ def test_a_prefill_in_chunks_is_the_whole(options: dict[str, Any], chunk: int) -
         same_caches(cut.cache, whole.cache)
 
 
+@pytest.mark.thinned(1)
 @all_models
 @chunked
 def test_a_context_in_chunks_is_the_whole(options: dict[str, Any], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:

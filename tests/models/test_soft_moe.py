@@ -312,6 +312,7 @@ def assert_verified(cfg: DictConfig) -> None:
     assert run.verification is not None and run.verification.check.passed
 
 
+@pytest.mark.thinned(1)
 @MODELS
 @DTYPES
 @pytest.mark.parametrize("experts", [pytest.param(name, id=name) for name in ("loop", "grouped")])
@@ -413,6 +414,7 @@ def with_the_weights_of_another_token(layer: SoftMoELayer) -> None:
     layer.router.select = faulty  # type: ignore[method-assign]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("plant", "where"),
     [

@@ -89,7 +89,7 @@ def assert_is_the_sum(y_TD: Tensor, inputs: Operands, scales_input: bool, *kind:
     )
 
 
-@pytest.mark.thinned(1)
+@pytest.mark.thinned(1, empty=("T=0",))
 @SIZES
 @SCALES
 @DTYPES
@@ -154,7 +154,7 @@ def test_unused_slots_may_stand_anywhere(scales_input: bool, data: st.DataObject
     assert_is_the_sum(few_tokens_mlp(*inputs, scales_input), inputs, scales_input)
 
 
-@pytest.mark.thinned(1)
+@pytest.mark.thinned(1, empty=("none at all",))
 @SCALES
 @DTYPES
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def _loaded() -> None:
     extension.load()
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(2, empty=("T0",))
 @pytest.mark.parametrize("device", ON)
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16")])
 @pytest.mark.parametrize("sizes", SIZES)
@@ -181,7 +181,7 @@ def test_one_expert_takes_all_and_a_dispatch_may_be_given(device: str, tiles: tu
     assert torch.equal(y_TD, case.run(tiles, dispatch=dispatch(case.ids_TK, case.E)))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(2, empty=("T0",))
 @pytest.mark.parametrize("device", ON)
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="fp16")])
 @pytest.mark.parametrize("sizes", OF_ONE_TOKEN)

@@ -69,7 +69,7 @@ def by_loops(logits_TE: Tensor, ids_TK: Tensor, weights_TK: Tensor, first_T: Ten
     return pairs_EE, p_TE.sum(0), sums
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(2, empty=("T=0", "no slots"))
 @IMPLEMENTATIONS
 @SIZES
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")])

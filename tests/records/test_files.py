@@ -24,6 +24,8 @@ from moe_lab.workloads import forced, text
 from tests import odd, quick, tiny
 
 EVERY = [pytest.param(kind, id=kind) for kind in odd.KINDS]
+_QUICK = {"folder-with-a-file", "pipe", "link-to-zero", "broken-link", "link-to-itself", "not-utf-8", "deep", "half"}
+SOME = [pytest.param(kind, id=kind, marks=() if kind in _QUICK else pytest.mark.slow) for kind in odd.KINDS]
 GONE = {"broken-link"}  # as if it were not there
 
 
@@ -47,7 +49,7 @@ def a_sweep(folder: Path) -> Path:
     return folder / "a"
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", SOME)
 def test_a_record(kind: str, tmp_path: Path) -> None:
     """It is no record, is set aside whole, the other one is still read, and a new one takes its place."""
     cell = a_sweep(tmp_path)
@@ -75,6 +77,7 @@ def test_a_record(kind: str, tmp_path: Path) -> None:
         assert sorted(listed) == ["a/result.unreadable-2.json", "a/result.unreadable.json"]
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in (store.SAMPLES, store.ROUTING)])
 @pytest.mark.parametrize("kind", EVERY)
 def test_arrays(kind: str, name: str, tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ def test_the_tables_of_before(kind: str, name: str, tmp_path: Path) -> None:
     assert (tmp_path / name).is_file() and not (tmp_path / name).is_symlink()
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", SOME)
 def test_a_plan(kind: str, tmp_path: Path) -> None:
     """A sweep that resumes writes a new one, and the tables do without."""
     a_sweep(tmp_path)

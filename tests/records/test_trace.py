@@ -64,7 +64,7 @@ def written(
     }
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(lengths=st.lists(st.integers(0, 13), min_size=1, max_size=5).filter(any), piece=st.integers(1, 17))
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], piece: int) -> None:
     """However it was cut into parts and pieces."""

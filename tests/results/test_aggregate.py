@@ -259,15 +259,21 @@ def nested(field: str) -> bytes:
     "content",
     [
         pytest.param(b"", id="empty"),
-        pytest.param(b'{"schema": 1', id="cut_off"),
+        pytest.param(b'{"schema": 1', id="cut_off", marks=pytest.mark.slow),
         pytest.param(b"\xff\xfe\x00", id="no_text"),
         pytest.param(b"[" * 100_000, id="deep"),
-        pytest.param(b"[1]", id="a_list"),
-        pytest.param(json.dumps({**tiny.record().to_dict(), "cell_id": None}).encode(), id="no_cell_id"),
+        pytest.param(b"[1]", id="a_list", marks=pytest.mark.slow),
+        pytest.param(
+            json.dumps({**tiny.record().to_dict(), "cell_id": None}).encode(), id="no_cell_id", marks=pytest.mark.slow
+        ),
         pytest.param(nested("config"), id="configuration_nested_without_end"),
-        pytest.param(nested("quality"), id="value_nested_without_end"),
+        pytest.param(nested("quality"), id="value_nested_without_end", marks=pytest.mark.slow),
         pytest.param(json.dumps({**tiny.record().to_dict(), "config": {"model": 3}}).encode(), id="model_is_a_number"),
-        pytest.param(json.dumps({**tiny.record().to_dict(), "elapsed_s": "long"}).encode(), id="text_for_a_number"),
+        pytest.param(
+            json.dumps({**tiny.record().to_dict(), "elapsed_s": "long"}).encode(),
+            id="text_for_a_number",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(json.dumps({**tiny.record().to_dict(), "memory": {"x": 10**400}}).encode(), id="too_many_bits"),
         pytest.param(json.dumps({**tiny.record().to_dict(), "name": "\ud800"}).encode(), id="half_a_surrogate_pair"),
     ],
@@ -499,19 +505,27 @@ def _change_plan(sweep: Path) -> None:
     "change",
     [
         pytest.param(_change_record, id="a_record_changed"),
-        pytest.param(_break_record, id="a_record_broke"),
-        pytest.param(_remove_record, id="a_record_went"),
+        pytest.param(_break_record, id="a_record_broke", marks=pytest.mark.slow),
+        pytest.param(_remove_record, id="a_record_went", marks=pytest.mark.slow),
         pytest.param(_add_record, id="a_record_came"),
         pytest.param(_change_samples, id="samples_changed"),
         pytest.param(_change_routing, id="routing_changed"),
-        pytest.param(_break_routing, id="routing_broke"),
+        pytest.param(_break_routing, id="routing_broke", marks=pytest.mark.slow),
         pytest.param(_break("coactivation.parquet", _change_routing), id="the_table_of_pairs_broke"),
-        pytest.param(_break("samples.parquet", _change_samples), id="the_table_of_samples_broke_too"),
-        pytest.param(_break("runs.parquet", _change_record), id="the_table_of_runs_broke"),
-        pytest.param(_change_plan, id="the_plan_went"),
-        pytest.param(lambda sweep: (sweep / "runs.csv").unlink(), id="an_output_went"),
-        pytest.param(lambda sweep: (sweep / "summary.csv").write_text("mine"), id="an_output_was_edited"),
-        pytest.param(lambda sweep: (sweep / "samples.parquet").write_text("mine"), id="the_samples_table_broke"),
+        pytest.param(
+            _break("samples.parquet", _change_samples), id="the_table_of_samples_broke_too", marks=pytest.mark.slow
+        ),
+        pytest.param(_break("runs.parquet", _change_record), id="the_table_of_runs_broke", marks=pytest.mark.slow),
+        pytest.param(_change_plan, id="the_plan_went", marks=pytest.mark.slow),
+        pytest.param(lambda sweep: (sweep / "runs.csv").unlink(), id="an_output_went", marks=pytest.mark.slow),
+        pytest.param(
+            lambda sweep: (sweep / "summary.csv").write_text("mine"), id="an_output_was_edited", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            lambda sweep: (sweep / "samples.parquet").write_text("mine"),
+            id="the_samples_table_broke",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(lambda sweep: (sweep / CACHE).write_text("no Parquet"), id="foreign_cache"),
     ],
 )
@@ -573,6 +587,7 @@ def test_a_cache_that_does_not_fit_is_ignored(sweep: Path, forge: Any) -> None:
     assert contents(sweep) == expected
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_ignored(sweep: Path) -> None:
     """One byte changed anywhere in its data."""
     aggregate(sweep)
@@ -607,6 +622,7 @@ def test_a_folder_in_the_place_of_a_table_is_set_aside(sweep: Path) -> None:
     assert (sweep / "summary.unreadable.csv" / "x").is_dir()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_earlier_tables_whole(sweep: Path) -> None:
     """No file may grow beyond a limit: the error names the first that would, and none is cut off."""
     aggregate(sweep)

@@ -40,6 +40,7 @@ def drawn(sweep: tuple[Path, Aggregate], name: str) -> Chart:
     return chart(charts.charts(sweep[0], sweep[1].runs, sweep[1].summary), name)
 
 
+@pytest.mark.slow
 def test_latency_against_bits_has_every_cell_and_a_front(sweep: tuple[Path, Aggregate]) -> None:
     """A panel per setting; what is slower and predicts worse is beaten."""
     summary = sweep[1].summary
@@ -60,6 +61,7 @@ def test_latency_against_bits_has_every_cell_and_a_front(sweep: tuple[Path, Aggr
             assert 1.75 not in front(panel)[0]
 
 
+@pytest.mark.slow
 def test_what_changed_weights_take_is_drawn_beside_the_unchanged_models(sweep: tuple[Path, Aggregate]) -> None:
     """In their formats; a model without a change takes what it holds. Without changed weights there is no chart."""
     directory, found = sweep
@@ -115,6 +117,7 @@ def test_experts_by_text_are_shared_by_what_routes_alike(sweep: tuple[Path, Aggr
         assert relative_load(panel.counts_LGE).mean(axis=-1) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_texts_of_other_names_are_another_map(sweep: tuple[Path, Aggregate], tmp_path: Path) -> None:
     """Even where the counts are equal."""
     copy = tmp_path / "copy"
@@ -170,6 +173,7 @@ def decoding(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(**{CONTEXT: long, "config.workload.phase": "decode", "seq_len": 64})
 
 
+@pytest.mark.slow
 def test_decoding_is_drawn_over_the_context(sweep: tuple[Path, Aggregate]) -> None:
     """Where it varies, all else equal; where there is none, nothing is said of it."""
     directory, found = sweep

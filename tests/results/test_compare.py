@@ -71,6 +71,7 @@ def test_the_sides_mirror(sets: tuple[Path, Path]) -> None:
     assert back["p50_a_ms"].equals(there["p50_b_ms"].rename("p50_a_ms"))
 
 
+@pytest.mark.slow
 def test_two_sets_of_the_same_rarely_differ(tmp_path: Path) -> None:
     """A/A: 1000 cells, three replicates, 4 % of noise between processes; slower or faster in under 5 %."""
     rng = np.random.default_rng(5)

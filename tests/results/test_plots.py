@@ -14,21 +14,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-from benchmarks import synthetic
 from moe_lab.results import charts, plots, style
-from moe_lab.results.aggregate import Aggregate, aggregate
+from moe_lab.results.aggregate import Aggregate
 from moe_lab.results.figures import figures
 from moe_lab.results.panels import FILE_PANELS, Chart, Heat, Pairs, Panel, Series, Texts, front, relative_load
+from tests.results import drawn
 
 OF_THE_ROUTING = {"expert_load", "coactivation", "phases", "phase_shares"}
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Aggregate]:
+def sweep() -> tuple[Path, Aggregate]:
     """A synthetic sweep over batch and seq_len for two models."""
-    directory = tmp_path_factory.mktemp("sweep")
-    synthetic.sweep(directory, 48)
-    return directory, aggregate(directory)
+    return drawn.sweep()[:2]
 
 
 def kept(sweep: tuple[Path, Aggregate], **wanted: object) -> charts.Charts:
@@ -45,27 +43,23 @@ def chart(found: charts.Charts, name: str) -> Chart:
     return next(one for one in found.drawn if one.name == name)
 
 
-def test_every_plot_is_a_png_and_an_svg(sweep: tuple[Path, Aggregate]) -> None:
+def test_every_plot_is_a_png_and_an_svg() -> None:
     """Those that exist can be opened; what does not fit into them is said."""
-    directory, found = sweep
-    (directory / "plots").mkdir(exist_ok=True)
-    (directory / "plots" / "latency.png").write_bytes(b"of an earlier sweep")
-    (directory / "plots" / "mine.png").write_bytes(b"of somebody else")
-    drawn = plots.draw(directory, found.runs, found.summary)
-    names = {path.stem for path in drawn.paths}
+    directory, found, made = drawn.sweep()
+    names = {path.stem for path in made.paths}
     over = {"latency_over_batch", "latency_over_seq_len", "throughput_over_seq_len"}  # which has more values
     assert names == {*over, "load_against_latency", "latency_against_error", "bytes_against_error", *OF_THE_ROUTING}
     assert all(map(charts.is_name, names))
-    assert {path.name for path in drawn.paths} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
-    assert {path.name for path in (directory / "plots").iterdir()} - {path.name for path in drawn.paths} == {"mine.png"}
-    for path in drawn.paths:
+    assert {path.name for path in made.paths} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert {path.name for path in (directory / "plots").iterdir()} - {path.name for path in made.paths} == {"mine.png"}
+    for path in made.paths:
         if path.suffix == ".png":
             with Image.open(path) as image:
                 assert min(image.size) > 200
         else:
             assert "<svg" in path.read_text() and "<script" not in path.read_text()
     for one in charts.charts(directory, found.runs, found.summary).drawn:
-        said = any(f"plots/{one.name} " in text and str(len(one.panels)) in text for text in drawn.left_out)
+        said = any(f"plots/{one.name} " in text and str(len(one.panels)) in text for text in made.left_out)
         assert said == (len(one.panels) > FILE_PANELS)
 
 
@@ -142,6 +136,7 @@ def test_phases_that_are_not_the_latency_are_shares(sweep: tuple[Path, Aggregate
     assert "as shares" in shares.title and shares.x_label == "share of an eager pass"
 
 
+@pytest.mark.slow
 def test_cells_with_the_same_load_share_a_map(sweep: tuple[Path, Aggregate], tmp_path: Path) -> None:
     """And a file that cannot be read is named, not dropped."""
     directory, found = sweep

@@ -63,6 +63,7 @@ def test_two_settings_with_two_answers_make_two() -> None:
     assert said(["a", "b"], [{"batch": 1}, {"batch": 8}]) == {"batch 1": "a", "batch 8": "b"}
 
 
+@pytest.mark.slow
 def test_every_setting_is_in_one_region_and_never_counted_for_another_answer() -> None:
     """Whatever the answers are."""
     for answers in itertools.product("abc", repeat=6):

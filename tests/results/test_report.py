@@ -19,11 +19,11 @@ from benchmarks import synthetic
 from moe_lab.config.schemas import PLOTLY
 from moe_lab.records.schema import LAUNCH_BOUND, Record
 from moe_lab.records.store import RESULT, ROUTING, read_record, write_record
-from moe_lab.results import glossary, plots, report
+from moe_lab.results import glossary, report
 from moe_lab.results.aggregate import aggregate
 from moe_lab.results.charts import Charts
 from moe_lab.results.panels import NO_INTERVAL, Chart, Panel, Series
-from tests.results import browser, observed, searched, texts
+from tests.results import browser, drawn, observed, searched, texts
 
 EVIL = "<b>&lt;</b></script><script>window.ran = 1</script><img src=x onerror='window.ran=2'>\"'`${window.ran=3}"
 
@@ -43,12 +43,9 @@ def change(folder: Path, edit: Callable[[Record], None]) -> None:
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of 48 cells, with its plots."""
-    directory = tmp_path_factory.mktemp("sweep")
-    folders = synthetic.sweep(directory, 48)
-    (folders[1] / "run.log").write_text("what happened")
-    found = aggregate(directory)
-    plots.draw(directory, found.runs, found.summary)
-    return report.write(directory, found)
+    directory = shutil.copytree(drawn.sweep().directory, tmp_path_factory.mktemp("sweep") / "sweep")
+    (next(directory.glob("*/result.json")).parent / "run.log").write_text("what happened")
+    return written(directory)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +89,7 @@ def test_what_was_compared_stands_above_the_answers_and_these_above_all(sweep: P
     assert len(answered(sweep)) <= 12
 
 
+@pytest.mark.slow
 def test_launch_bound_cells_are_counted_in_the_answers(tmp_path: Path) -> None:
     """With what to do about it; without such a cell nothing is said."""
     folders = synthetic.sweep(tmp_path, 16)
@@ -257,6 +255,7 @@ def test_unreadable_records_are_listed(tmp_path: Path) -> None:
     assert "Unreadable" in words and f"{broken.name}/{RESULT}" in words
 
 
+@pytest.mark.slow
 def test_cells_of_the_plan_without_a_record_are_counted(tmp_path: Path) -> None:
     """A sweep that was interrupted; where every cell has one, nothing is said."""
     folders = synthetic.sweep(tmp_path, 8)
@@ -270,8 +269,8 @@ def test_cells_of_the_plan_without_a_record_are_counted(tmp_path: Path) -> None:
     "plan",
     [
         pytest.param(None, id="none"),
-        pytest.param("{", id="cut_off"),
-        pytest.param("[1]", id="a_list"),
+        pytest.param("{", id="cut_off", marks=pytest.mark.slow),
+        pytest.param("[1]", id="a_list", marks=pytest.mark.slow),
         pytest.param('{"schema": 1, "name": 3, "commands": 7, "compare": ["router"], "cells": [3]}', id="wrong_types"),
     ],
 )
@@ -297,6 +296,7 @@ def of_two_machines(directory: Path) -> Path:
     return written(directory)
 
 
+@pytest.mark.slow
 def test_several_machines_stand_side_by_side(tmp_path: Path) -> None:
     """What differs between them, and how many cells are of each; the table has a part for each."""
     words = shown(of_two_machines(tmp_path))
@@ -635,6 +635,7 @@ def test_the_printed_page_has_every_row(chromium: Any, sweep: Path) -> None:
         assert driver.execute_script(colours) == ["rgb(255, 255, 255)", "rgb(0, 0, 0)"]
 
 
+@pytest.mark.slow
 def test_exports_are_listed_with_their_parity(tmp_path: Path) -> None:
     """A link where the pair still lies below its cell; a path as text where it lies elsewhere."""
     folders = synthetic.sweep(tmp_path, 3)

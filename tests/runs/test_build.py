@@ -52,6 +52,7 @@ def test_a_model_with_a_donor_computes_what_it_computes_alone(dtype: str, tied: 
     assert (model.head.weight is model.embed.weight) == (tied == "true")
 
 
+@pytest.mark.slow
 def test_a_model_with_a_donor_takes_no_memory_for_its_parameters() -> None:
     """Sweeps hold many variants of one model."""
     if memory.resident_peak_bytes() is None:
@@ -352,6 +353,7 @@ def test_the_seed_and_the_router_are_not_in_a_checkpoints_weights(native: Checkp
     assert build.weights_key(checkpoint("model.path=elsewhere"), CPU) != key
 
 
+@pytest.mark.slow
 def test_what_is_not_trained_is_0_and_named(native: Checkpoint) -> None:
     """DeepSeek's selection bias; not what is fitted, and nothing of a router without parameters."""
     for router, untrained in (
@@ -368,6 +370,7 @@ def test_what_is_not_trained_is_0_and_named(native: Checkpoint) -> None:
     assert native.untrained() == []
 
 
+@pytest.mark.slow
 def test_a_router_is_fitted_to_the_text(native: Checkpoint, tmp_path: Path) -> None:
     """The same every time, other biases on another text; afterwards the load is more even on the run's own tokens."""
     cfg = checkpoint("router=loss_free", "batch=8", "seq_len=64", "router.calibration_tokens=2048")

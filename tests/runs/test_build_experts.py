@@ -101,11 +101,17 @@ def compose(plugin: Path, *more: str, model: str = "moe_layer") -> Any:
     ("experts", "more", "block", "ran"),
     [
         pytest.param("mine", [], 16, {"experts": "mine:16", "gemm": "14"}, id="class-yaml"),
-        pytest.param("mine", ["experts.block=32"], 32, {"experts": "mine:32", "gemm": "14"}, id="class"),
+        pytest.param(
+            "mine", ["experts.block=32"], 32, {"experts": "mine:32", "gemm": "14"}, id="class", marks=pytest.mark.slow
+        ),
         pytest.param("mine", ["~experts.block"], 64, {"experts": "mine:64", "gemm": "14"}, id="class-default"),
         pytest.param("function", [], 16, {"experts": "function"}, id="function-yaml"),
-        pytest.param("function", ["experts.block=32"], 32, {"experts": "function"}, id="function"),
-        pytest.param("function", ["~experts.block"], 64, {"experts": "function"}, id="function-default"),
+        pytest.param(
+            "function", ["experts.block=32"], 32, {"experts": "function"}, id="function", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "function", ["~experts.block"], 64, {"experts": "function"}, id="function-default", marks=pytest.mark.slow
+        ),
         pytest.param("any_keys", ["experts.block=32"], 32, {"experts": "any_keys"}, id="function-any-keys"),
         pytest.param("named", ["experts.block=32"], 32, {"experts": "named"}, id="function-by-name-or-place"),
     ],
@@ -180,6 +186,7 @@ def test_who_cannot_run_here_says_so(plugin: Path, tmp_path: Path) -> None:
             act(cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [pytest.param(name, id=name) for name in ("mine", "function", "loop")])
 def test_who_does_not_declare_it_is_not_captured(experts: str, plugin: Path) -> None:
     """A class by default, and every function."""

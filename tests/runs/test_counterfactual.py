@@ -78,6 +78,7 @@ def test_routes_are_drawn_by_the_routers_probabilities() -> None:
     assert abs(float((after_0 == 1).float().mean()) - 0.3 / 0.6) < 0.02
 
 
+@pytest.mark.slow
 def test_a_trace_has_them_and_is_the_same_again(tmp_path: Path) -> None:
     """With and without guesses, whose columns the other passes do not touch; the routes are the native ones."""
     cfg = quick.compose("checkpoint")

@@ -265,6 +265,7 @@ def test_ctrl_c_leaves_a_record_and_exit_code_130(tmp_path: Path) -> None:
     assert (record.status, record.reason) == ("failed", "interrupted")
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_no_half_written_file(tmp_path: Path) -> None:
     """A killed run has a record that says so, and the next run in the folder is whole."""
     process = start(tmp_path)
@@ -418,6 +419,7 @@ def test_a_recorded_routing_is_replayed(tmp_path: Path) -> None:
     assert {tuple(row) for row in drawn_LTK[1].tolist()} <= rows
 
 
+@pytest.mark.slow
 def test_windows_of_a_recording_are_replayed(tmp_path: Path) -> None:
     """Each is consecutive tokens of one sequence, the same in all layers; what has none is said."""
     moe_lab.run(quick.compose("decoder_moe", "measure.record_routing=true"), tmp_path / "first")

@@ -76,6 +76,7 @@ def test_kl_by_hand() -> None:
     assert _predictions(q, q)[0].tolist() == [0] and not _predictions(q, q)[1].any()
 
 
+@pytest.mark.slow
 def test_the_batch_changes_nothing_but_rounding() -> None:
     """Batches of 1, 3 and 2: windows are paired whatever the batch; 2 again is exactly the same."""
     first, found = compared(*(quick.compose("checkpoint", f"batch={batch}") for batch in (1, 3, 2)))
@@ -134,6 +135,7 @@ def test_experts_that_changed_places_are_counted_exactly(tmp_path: Path) -> None
     assert not of.changed_LW[0].any() and of.kl_W.max() < 1e-6 and not of.argmax_W.any()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_says_why(tmp_path: Path) -> None:
     """Not here, other layers, weights that are cut off; the others are compared all the same."""
     cut = altered(tmp_path / "cut", lambda tensors: None)
@@ -165,6 +167,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     assert of == "error: it has another vocabulary or tokenizer, so its tokens are others"
 
 
+@pytest.mark.slow
 def test_a_decoder_without_a_checkpoint_is_compared() -> None:
     """In bf16: some tokens change, and hardly one that is not a near-tie."""
     first = First.of(quick.compose("checkpoint", *DECODER), [], 1024)

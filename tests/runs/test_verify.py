@@ -238,6 +238,7 @@ def correct_bf16() -> list[Check]:
     return checks
 
 
+@pytest.mark.slow
 def test_free_error_and_changed_sets_decide_nothing() -> None:
     """A correct bf16 run whose near-ties flip experts in fp32 is far from the free reference, and passes."""
     sizes = ("dtype=bf16", "batch=4", "seq_len=16")
@@ -267,7 +268,7 @@ def test_counted_operations_are_of_the_reference() -> None:
         pytest.param(5, 2, 14, id="few_experts"),
         pytest.param(64, 8, 128, id="many_experts", marks=pytest.mark.slow),
         pytest.param(64, 8, 16, id="many_experts_few_tokens"),
-        pytest.param(64, 1, 16, id="many_experts_top_1"),
+        pytest.param(64, 1, 16, id="many_experts_top_1", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(

@@ -117,11 +117,11 @@ def test_any_number_of_steps_behind_any_context_is_checked(
         pytest.param(["model.n_kv_heads=2", "model.qk_norm=head"], id="grouped_queries"),
         pytest.param(["model.qk_norm=full"], id="norm_of_all_heads"),
         pytest.param(["model.n_dense_layers=1", "model.shared_expert_hidden_dim=9"], id="dense_and_shared"),
-        pytest.param(["model.tie_embeddings=true"], id="tied"),
-        pytest.param(["router=expert_choice"], id="expert_choice"),
+        pytest.param(["model.tie_embeddings=true"], id="tied", marks=pytest.mark.slow),
+        pytest.param(["router=expert_choice"], id="expert_choice", marks=pytest.mark.slow),
         pytest.param(["router=top_p"], id="any_number_of_slots"),
         pytest.param(["router=hash"], id="token_ids"),
-        pytest.param(["experts=loop"], id="loop"),
+        pytest.param(["experts=loop"], id="loop", marks=pytest.mark.slow),
         pytest.param(["model.top_k=[1,3]"], id="k_by_layer"),
     ],
 )
@@ -194,6 +194,7 @@ def test_whole_sequences_are_compared_in_parts_that_do_not_matter(monkeypatch: p
     assert parts.free_rel_error == pytest.approx(whole.free_rel_error, rel=0.2)
 
 
+@pytest.mark.slow
 def test_the_free_reference_decides_nothing() -> None:
     """A step that went to other experts than fp32 would is counted, and passes with those it went to."""
     sizes = ("dtype=bf16", "batch=16")
@@ -351,6 +352,7 @@ def test_a_planted_fault_fails_where_it_was_planted(
     assert fault_found(run).where == where
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("layer", [pytest.param(index, id=f"layer{index}") for index in range(tiny.LAYERS)])
 @pytest.mark.parametrize("batch", OFTEN_THREE)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -389,6 +391,7 @@ def test_a_fault_fails_under_a_forced_load(load: str) -> None:
         assert fault_found(run).where == "layers"
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize("step", [pytest.param(step, id=f"step{step}") for step in (0, 5, 9)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_fault_of_one_step_of_the_measured_execution_fails(step: int, dtype: str) -> None:
@@ -545,6 +548,7 @@ def test_of_a_forced_load_no_chunk_decides() -> None:
     assert not any("prefill_chunk" in text for text in tiny.built(tiny.decoder_moe(*more)).warnings)
 
 
+@pytest.mark.thinned(1)
 @pytest.mark.parametrize(
     ("router", "warned"),
     [pytest.param(*each, id=each[0]) for each in (("sinkhorn", True), ("capacity", True), ("mixtral", False))],

@@ -296,6 +296,7 @@ def test_sizes_are_those_of_what_is_left() -> None:
     assert whole - fewer == 4 * 4 * (3 * 128 * 128 + 128) * 4  # layers, experts, numbers, bytes
 
 
+@pytest.mark.slow
 def test_weights_are_shared_between_cells_with_equal_keys_alone(tmp_path: Path) -> None:
     """Another router has the changed tensors and knows how they were changed; another change has its own."""
     bench, found = Bench(), {}

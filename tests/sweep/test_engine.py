@@ -157,6 +157,7 @@ def test_after_an_interrupted_call_settle_reads_its_reply(worker: Worker, talker
     worker.settle(0)  # nothing is pending: nothing to wait for
 
 
+@pytest.mark.slow
 def test_renew_is_another_process_in_which_nothing_is_built(worker: Worker, talker: Path, tmp_path: Path) -> None:
     """A higher life says so to whoever holds a run."""
     content = config(talker)
@@ -169,7 +170,9 @@ def test_renew_is_another_process_in_which_nothing_is_built(worker: Worker, talk
         worker.call("verify", identity.cell_id(content))
 
 
-@pytest.mark.parametrize("how", [pytest.param(how, id=how) for how in ("call", "settle")])
+@pytest.mark.parametrize(
+    "how", [pytest.param("call", id="call"), pytest.param("settle", id="settle", marks=pytest.mark.slow)]
+)
 def test_a_step_out_of_time_is_named_and_its_process_ended(
     worker: Worker, talker: Path, tmp_path: Path, how: str
 ) -> None:
@@ -282,6 +285,7 @@ worker.call("verify", identity.cell_id(content))
 """
 
 
+@pytest.mark.slow
 def test_what_a_worker_started_ends_with_the_sweep(talker: Path, tmp_path: Path) -> None:
     """After kill -9 of the parent: the worker and its child are gone."""
     process = subprocess.Popen([sys.executable, "-c", _KILLED, str(talker), str(tmp_path)], cwd=ROOT)

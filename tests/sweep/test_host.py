@@ -62,6 +62,7 @@ def task(plan: Plan, **more: object) -> Task:
     return replace(Task(1, cells, cells[0], 60.0, False), **more)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_group_is_timed_on_the_cpus_of_the_slot(tmp_path: Path, slotted: Slotted) -> None:
     """What is told, in order; the record says which CPUs; the next group has the same worker; nothing is left."""
     plan = test_plan.make(tmp_path / "s", AXIS)

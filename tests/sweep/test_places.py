@@ -44,6 +44,7 @@ def test_a_slot_needs_a_worker(override: str, tmp_path: Path) -> None:
         test_plan.make(tmp_path, override, "sweep.worker=false")
 
 
+@pytest.mark.slow
 def test_another_launcher_has_no_slots(tmp_path: Path) -> None:
     """It decides itself what runs when; nothing is left behind."""
     done = subprocess.run(
@@ -68,6 +69,7 @@ def test_without_ray_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         places.open_pool(sweep, tmp_path, print)
 
 
+@pytest.mark.slow
 def test_slots_that_cannot_be_had_leave_nothing_behind(tmp_path: Path) -> None:
     """Neither a folder nor a lock: the next command gets in."""
     done = faulty.sweep("sweep.slots.cpu=10000", cwd=tmp_path)

@@ -132,11 +132,25 @@ def test_cells_that_the_model_makes_equal_are_one(tmp_path: Path) -> None:
     ("axes", "n_cells", "n_equal"),
     [
         pytest.param(["model.timed=layer,experts", "workload.load=zipf"], 1, 1, id="no router runs"),
-        pytest.param(["model.timed=layer,experts", "workload.load=native,zipf"], 3, 1, id="one of both runs"),
+        pytest.param(
+            ["model.timed=layer,experts", "workload.load=native,zipf"],
+            3,
+            1,
+            id="one of both runs",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["workload.load=balanced,zipf", "workload.zipf_exponent=1,2"], 3, 1, id="not zipf"),
-        pytest.param(["workload.load=native,hot", "workload.hot_share=0.3,0.5"], 3, 1, id="not hot"),
+        pytest.param(
+            ["workload.load=native,hot", "workload.hot_share=0.3,0.5"], 3, 1, id="not hot", marks=pytest.mark.slow
+        ),
         pytest.param(["router=torch,switch", "model.shape.top_k=1,2"], 4, 0, id="a variant of both settings"),
-        pytest.param(["router=capacity", "router.policy=weight,dropless", "router.factor=1,2"], 3, 1, id="dropless"),
+        pytest.param(
+            ["router=capacity", "router.policy=weight,dropless", "router.factor=1,2"],
+            3,
+            1,
+            id="dropless",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_cells_that_differ_in_what_they_do_not_read_are_one(
@@ -226,7 +240,13 @@ def test_a_label_cannot_be_overridden_in_a_sweep_either(tmp_path: Path) -> None:
         pytest.param({"cell_id": "f" * 12}, [], "stale", id="configuration"),
         pytest.param({"code_id": "f" * 12}, ["sweep.stale=keep"], "done", id="keep"),
         pytest.param({"status": "failed", "reason": "out_of_memory"}, [], "done", id="failed"),
-        pytest.param({"status": "failed", "reason": "crash: SIGSEGV", "env_id": None}, [], "done", id="no-machine"),
+        pytest.param(
+            {"status": "failed", "reason": "crash: SIGSEGV", "env_id": None},
+            [],
+            "done",
+            id="no-machine",
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"status": "failed", "reason": "out_of_memory"}, ["sweep.retry_failed=true"], "to do", id="retry"),
         *(
             pytest.param({"status": "failed", "reason": "crash: SIGSEGV", key: "f" * 12}, more, expected, id=case)
@@ -241,7 +261,11 @@ def test_a_label_cannot_be_overridden_in_a_sweep_either(tmp_path: Path) -> None:
         ),
         pytest.param({"status": "failed", "reason": "interrupted"}, [], "to do", id="interrupted"),
         pytest.param(
-            {"status": "failed", "reason": "interrupted", "code_id": "f" * 12}, [], "to do", id="interrupted-other-code"
+            {"status": "failed", "reason": "interrupted", "code_id": "f" * 12},
+            [],
+            "to do",
+            id="interrupted-other-code",
+            marks=pytest.mark.slow,
         ),
         pytest.param({"status": "skipped", "reason": "unavailable: x"}, [], "to do", id="now-available"),
     ],
@@ -414,9 +438,14 @@ def test_an_exclusion_of_no_cell_is_said(tmp_path: Path) -> None:
         pytest.param(
             "{router.zzzz: 1}", "router.zzzz that changes its result (router: gate_bias, impl, ", id="none-near"
         ),
-        pytest.param("{router.name.x: 1}", "router.name.x that changes its result", id="below-a-value"),
         pytest.param(
-            "{measure.max_time_s: 1}", "measure.max_time_s that changes its result (measure: cache)", id="how-long"
+            "{router.name.x: 1}", "router.name.x that changes its result", id="below-a-value", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "{measure.max_time_s: 1}",
+            "measure.max_time_s that changes its result (measure: cache)",
+            id="how-long",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -49,6 +49,7 @@ def compared(cwd: Path) -> dict[str, Any]:
     return {record.cell_id: (record.status, record.check.passed, record.routing) for record in records if record.check}
 
 
+@pytest.mark.slow
 @needs_ray
 def test_a_small_sweep_on_a_cluster_that_is_started_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without RAY_ADDRESS, which is said. Every cell is measured; slots, CPUs and nodes are in the records."""

@@ -69,6 +69,7 @@ def wait_for_results(tmp_path: Path, process: subprocess.Popen[bytes], n: int) -
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed", [pytest.param(seed, id=f"seed-{seed}", marks=[pytest.mark.slow] if seed else []) for seed in range(3)]
 )

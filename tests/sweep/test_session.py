@@ -30,6 +30,7 @@ REASONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "faults"),
     [
@@ -301,6 +302,7 @@ def test_cells_that_the_model_makes_equal_run_once(tmp_path: Path) -> None:
     assert len(faulty.records_list(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_what_is_there_and_says_how_to_go_on(tmp_path: Path) -> None:
     """Exit code 130; the group that was timed is `interrupted` with its samples; the same command finishes."""
     arguments = ("router=torch,sinkhorn", "batch=1,2", "measure.max_time_s=30", "measure.target_ci=1e-9")

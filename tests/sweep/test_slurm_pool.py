@@ -83,6 +83,7 @@ def _no_jobs_are_left(slurm_cluster: cluster.Cluster) -> Iterator[None]:
     becomes_true(lambda: not [*jobs("RUNNING"), *jobs("COMPLETING"), *jobs("PENDING")])
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_in_jobs(tmp_path: Path) -> None:
     """Two at once take five groups. The record says where each ran and on which CPUs."""
     code, said = run(tmp_path, "-m", *SMALL, "batch=1,2,3,4,5", "sweep.slots.cpu=2")
@@ -425,6 +426,7 @@ def test_a_folder_that_nodes_do_not_share_is_one_line(slurm_cluster: cluster.Clu
     assert f"does not see {tmp_path}/outputs/s; set hydra.sweep.dir to a folder that all nodes share" in line
 
 
+@pytest.mark.slow
 def test_what_cannot_be_submitted_is_one_line(tmp_path: Path) -> None:
     """Exit code 2. Slurm's own words, behind the key."""
     code, said = run(tmp_path, "-m", *SMALL, "batch=1,2", "sweep.slurm.partition=nowhere")

@@ -82,7 +82,13 @@ def killed(folder: Path, engine: str) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("engine", [pytest.param(engine, id=engine) for engine in ("worker", "ray", "slurm")])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(engine, id=engine, marks=() if engine == "worker" else pytest.mark.slow)
+        for engine in ("worker", "ray", "slurm")
+    ],
+)
 def test_slots_of_a_killed_driver_are_not_shown(engine: str, tmp_path: Path) -> None:
     """They ended with it: what it wrote of them is old."""
     killed(tmp_path / "s", engine)
@@ -124,7 +130,13 @@ def test_another_folder_is_one_line(content: str | None, tmp_path: Path) -> None
         status.read(tmp_path)
 
 
-@pytest.mark.parametrize("what", [pytest.param(name, id=name) for name in ("plan", "cell", "record")])
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(name, id=name, marks=() if name == "cell" else pytest.mark.slow)
+        for name in ("plan", "cell", "record")
+    ],
+)
 def test_what_may_not_be_read_is_not_taken_for_missing(what: str) -> None:
     """One line with its path. Root may read all, so another user looks then."""
     folder = Path(tempfile.mkdtemp())  # that of pytest is for its user only

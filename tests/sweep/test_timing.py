@@ -103,6 +103,7 @@ def test_a_group_is_timed_in_rounds_that_cover_every_member(four: list[Cell]) ->
     assert max(alone) < min(steps.index((cell_id, "time")) for cell_id in ids)
 
 
+@pytest.mark.slow
 def test_all_of_a_group_know_what_else_the_machine_did(four: list[Cell]) -> None:
     """Another run on the same CPUs is counted, of another device it is not; own processes are no others."""
     assert four[0].device_id is not None
@@ -161,6 +162,7 @@ def test_blocks_between_those_of_others_count_for_their_own_cell(
         assert found["resolution_share"] == pytest.approx(found["resolution_s"] / np.median(found["block_seconds"]))
 
 
+@pytest.mark.slow
 def test_launches_are_not_timed_in_a_process_that_has_profiled(four: list[Cell]) -> None:
     """An eager cell on a GPU is built in a fresh one; a graph is launched once, and a CPU has no CUPTI."""
 
@@ -212,6 +214,7 @@ def test_a_slow_router_has_a_large_ratio(plugin: Path, tmp_path: Path) -> None:
     assert quick_.ratio_to_anchor.p50 < 0.5
 
 
+@pytest.mark.slow
 def test_an_anchor_that_is_done_runs_along_and_keeps_its_files(four: list[Cell]) -> None:
     """What is added later has a ratio to it, and nothing of it is left elsewhere."""
     anchor, added = four[:2]
@@ -269,6 +272,7 @@ def test_a_group_is_split_by_the_peaks_on_the_device(tmp_path: Path) -> None:
     assert all(record.status == "ok" and 1 <= len(record.interleaved_with) < 3 for record in records)
 
 
+@pytest.mark.slow
 def test_what_fits_only_alone_is_timed_alone(four: list[Cell]) -> None:
     """Then there is no ratio, and no peer is named."""
     for cell in four[:2]:
@@ -331,7 +335,9 @@ class _Lost(InProcess):
         return reply
 
 
-@pytest.mark.parametrize("step", [pytest.param(step, id=step) for step in ("observe", "release")])
+@pytest.mark.parametrize(
+    "step", [pytest.param("observe", id="observe"), pytest.param("release", id="release", marks=pytest.mark.slow)]
+)
 def test_a_finished_record_stays_though_the_worker_is_lost(step: str, four: list[Cell]) -> None:
     """The record and its arrays; every cell ends once."""
     ended: list[str] = []
@@ -350,7 +356,13 @@ def test_a_finished_record_stays_though_the_worker_is_lost(step: str, four: list
         assert (cell.directory / "samples.npz").exists() and (cell.directory / "routing.npz").exists()
 
 
-@pytest.mark.parametrize("step", [pytest.param(step, id=step) for step in ("build", "verify", "block")])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(step, id=step, marks=() if step == "block" else pytest.mark.slow)
+        for step in ("build", "verify", "block")
+    ],
+)
 def test_a_worker_lost_before_is_a_failure(step: str, four: list[Cell]) -> None:
     """Though the folder had a result that is ok, of other code: that is set aside."""
     time(four[:1], None)

@@ -58,6 +58,7 @@ def experiment(tmp_path: Path, content: str, name: str = "x") -> Path:
     return folder.parent
 
 
+@pytest.mark.slow
 def test_a_cell_is_the_one_that_the_same_overrides_typed_alone_have(tmp_path: Path) -> None:
     """cell_id, folder and the overrides in the record; a group's option holds wherever it stands in the entry."""
     made = make(tmp_path, TWO, "batch=1,8")
@@ -106,6 +107,7 @@ def test_what_all_typed_entries_set_takes_the_place_of_an_experiments_axis(tmp_p
         make(tmp_path, "experiment=y", config_dir=both)
 
 
+@pytest.mark.slow
 def test_a_typed_key_of_all_entries_takes_the_place_of_an_experiments_variants(tmp_path: Path) -> None:
     """An axis or one value; a key that only some of them set is an error, as it is not said which of the two holds."""
     mine = experiment(tmp_path, f"sweep: {{variants: {TWO.partition('=')[2]}}}")
@@ -285,6 +287,7 @@ def test_the_commands_of_the_page_are_sweeps(words: list[str], tmp_path: Path) -
     assert ("excluded" in {cell.status for cell in made.cells}) == ("exclude" in words[-1])
 
 
+@pytest.mark.slow
 def test_the_yaml_of_the_page_is_a_sweep(tmp_path: Path) -> None:
     """Three entries, the last of which changes nothing."""
     (content,) = re.findall(r"```yaml\n# @package _global_\n(.*?)```", PAGE, re.DOTALL)
