@@ -19,7 +19,7 @@ from typing import IO
 
 
 class Turns:
-    """This process, which leads a process group from here on, among those of `folder`; None: there are no others."""
+    """The turns of this process, which leads a process group from here on. Without a folder it is alone."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
