@@ -11,8 +11,12 @@ copies weights anywhere.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +25,38 @@ from torch import Tensor
 from moe_lab.errors import UnavailableError
 from moe_lab.ops.library import call, register, resolve_implementation
 
-# Of large matrices MKL is quicker at (w @ x.T).T than at x @ w.T for few rows, and at its best for a multiple of 8 of
-# them: for 2048 x 2048 in fp32 on two EPYC cores (MKL 2024.2) 1.0 ms against 2.6 at 3 rows, 2.2 against 3.3 at 31, 6.0
-# against 6.3 at 127. So a segment's product takes the rows beside it along and drops their results. From _MANY_ROWS on
-# both are the same. Of small matrices x @ w.T is quicker, which torch writes in place: for 256 x 128 on one Xeon core
-# 9 us against 28 at 2 rows, 14 against 21 at 16. In bf16 (oneDNN) x @ w.T is never slower: for 512 x 2048 on one core
-# 0.10 ms against 0.38 at 1 row (mv) and at 2, 0.23 against 0.39 at 16, 0.67 against 0.65 at 64.
-_FEW_ROWS, _MANY_ROWS, _WHOLE, _SMALL = 5, 256, 8, 1 << 17
+_WHOLE = 8  # rows that MKL's product by a transposed matrix takes at once
+
+
+@dataclass(frozen=True)
+class _Transposed:
+    """Where MKL's (w @ x.T).T is quicker than its x @ w.T in fp32: from `least` rows to `most`, above `small` elements.
+
+    It is at its best for a multiple of 8 rows. So a segment takes the rows beside it along and drops their results,
+    from `padded` rows on. In bf16 (oneDNN) x @ w.T is never slower.
+    """
+
+    least: int
+    most: int
+    padded: int
+    small: int
+
+
+# MKL 2024.2 takes other products on other processors. Two EPYC cores, 2048 x 2048: 1.0 ms against 2.6 at 3 rows, 2.2
+# against 3.3 at 31, 6.0 against 6.3 at 127. Two Xeon cores, 2048 x 2048: 1.18 ms against 0.61 at 3 rows, 1.17 against
+# 1.15 at 6, 1.17 against 1.75 at 12, 1.37 against 1.57 at 24, 2.55 against 2.35 at 64; one core, 1024 x 512: slower.
+_TRANSPOSED = {
+    "AuthenticAMD": _Transposed(least=2, most=255, padded=6, small=1 << 17),
+    "GenuineIntel": _Transposed(least=7, most=48, padded=7, small=1 << 20),
+}
+
+
+@cache
+def _transposed() -> _Transposed | None:
+    """This processor's; None where nothing was measured."""
+    info = Path("/proc/cpuinfo")
+    names = info.read_text() if info.exists() else platform.processor()
+    return next((found for vendor, found in _TRANSPOSED.items() if vendor in names), None)
 
 
 def implementation_for(device: torch.device, dtype: torch.dtype, *widths: int) -> str:
@@ -97,15 +126,17 @@ def segment_loop(x_ND: Tensor, w_EFD: Tensor, rows: Mapping[int, int]) -> Tensor
     *y_of, rest = y_NF.split(sizes)
     if sizes[-1]:
         rest.zero_()
-    is_best, start = x_ND.dtype != torch.float32 or D * F_ <= _SMALL, 0
+    transposed, start = _transposed() if x_ND.dtype == torch.float32 else None, 0
+    if transposed is not None and transposed.small >= D * F_:
+        transposed = None
     for expert, x_nD, y_nF in zip(rows, x_of, y_of, strict=True):
         n = len(x_nD)
-        if is_best or n >= _MANY_ROWS:
-            torch.mm(x_nD, w_EDF[expert], out=y_nF)
-        elif n == 1:
+        if n == 1 and x_ND.dtype == torch.float32:
             torch.mv(w_EFD[expert], x_nD[0], out=y_nF[0])
+        elif transposed is None or not transposed.least <= n <= transposed.most:
+            torch.mm(x_nD, w_EDF[expert], out=y_nF)
         else:
-            whole = n if n <= _FEW_ROWS else min(-(-n // _WHOLE) * _WHOLE, N)
+            whole = n if n < transposed.padded else min(-(-n // _WHOLE) * _WHOLE, N)
             first = min(start, N - whole)
             product_Fn = torch.mm(w_EFD[expert], x_ND[first : first + whole].T)
             y_nF.copy_(product_Fn[:, start - first : start - first + n].T)

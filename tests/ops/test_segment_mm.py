@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from moe_lab.errors import UnavailableError
 from moe_lab.ops import segment_mm as module
 from moe_lab.ops.segment_mm import implementation_for, reference, segment_mm
 
-FEW_ROWS = module._FEW_ROWS  # up to here the loop multiplies large matrices by a segment's own rows
+AMD, INTEL = module._TRANSPOSED["AuthenticAMD"], module._TRANSPOSED["GenuineIntel"]
 TWELVE_SEGMENTS = [3, 0, 17, 1, 0, 64, 2, 7, 6, 33, 0, 66]
 
 KERNELS = pytest.mark.parametrize(
@@ -35,7 +37,7 @@ SEGMENTS = pytest.mark.parametrize(
     [
         pytest.param([37], id="E=1"),
         pytest.param([1], id="one row"),
-        pytest.param([1, 2, FEW_ROWS, FEW_ROWS + 1, 3], id="E=5, around the loop's thresholds"),
+        pytest.param([1, 2, AMD.padded - 1, INTEL.least, 3, INTEL.most, INTEL.most + 1], id="thresholds of the loop"),
         pytest.param([0, 3, 1, 4, 2], id="first empty"),
         pytest.param([3, 1, 0, 4, 0], id="middle and last empty"),
         pytest.param([0, 0, 37, 0, 0], id="all rows in one segment"),
@@ -83,13 +85,34 @@ def test_every_implementation_is_the_product_of_each_segment(
 
 @SEGMENTS
 @pytest.mark.parametrize("tail", [pytest.param(0, id="all used"), pytest.param(19, id="some unused")])
+@pytest.mark.parametrize("processor", [pytest.param(AMD, id="amd"), pytest.param(INTEL, id="intel")])
 def test_the_loop_is_the_product_of_large_matrices(
-    counts: list[int], tail: int, monkeypatch: pytest.MonkeyPatch
+    counts: list[int], tail: int, processor: module._Transposed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which it multiplies in another way: transposed, with rows of other segments beside."""
-    monkeypatch.setattr(module, "_SMALL", 37 * 65 - 1)
+    monkeypatch.setattr(module, "_transposed", lambda: replace(processor, small=37 * 65 - 1))
     inputs = operands(counts, 37, 65, torch.float32, torch.device("cpu"), tail)
     assert_is_the_product(segment_mm(*inputs, "loop"), *inputs)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        pytest.param("vendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n", AMD, id="amd"),
+        pytest.param("vendor_id\t: GenuineIntel\nmodel name\t: Intel(R) Xeon(R)\n", INTEL, id="intel"),
+        pytest.param("CPU implementer\t: 0x41\n", None, id="arm"),
+        pytest.param(None, INTEL, id="no such file"),
+    ],
+)
+def test_the_processor_chooses_the_product(
+    names: str | None, expected: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the vendor in /proc/cpuinfo, elsewhere by what Python calls the processor."""
+    if names is not None:
+        (tmp_path / "cpuinfo").write_text(names)
+    monkeypatch.setattr(module, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(module.platform, "processor", lambda: "Intel64 Family 6 Model 143, GenuineIntel")
+    assert module._transposed.__wrapped__() is expected
 
 
 @pytest.mark.thinned(1, empty=("N=0",))
@@ -137,7 +160,7 @@ def test_the_matrices_of_empty_segments_are_not_used(
 
 @KERNELS
 @pytest.mark.parametrize(
-    "rows", [pytest.param(1, id="1 row"), pytest.param(3, id="3 rows"), pytest.param(FEW_ROWS + 1, id="many rows")]
+    "rows", [pytest.param(1, id="1 row"), pytest.param(3, id="3 rows"), pytest.param(INTEL.least, id="7 rows")]
 )
 def test_sums_are_accumulated_in_fp32(implementation: str, dtype: torch.dtype, rows: int, device: torch.device) -> None:
     """4000 ones sum to 4000, which an fp16 or bf16 accumulator cannot reach."""
