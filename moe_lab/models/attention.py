@@ -82,7 +82,7 @@ def _softmax_product(
         seen_SN = None if seen_SN is None else F.pad(seen_SN, (1, 0), value=True)
         q = F.pad(q, (0, 0, 1, 0)) if is_whole else q  # a query beside the sink: the others stay beside their keys
     shares, d = q.shape[1] != k.shape[1], q.shape[3]
-    if shares and S == 1 and seen_SN is not None:  # heads that share a key are queries of one head: no copy of the keys
+    if shares and S == 1 and not causal:  # heads that share a key are queries of one: torch would read keys for each
         grouped = q.reshape(B, k.shape[1], -1, d)
         y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=seen_SN, scale=scale).reshape(B, H, 1, v.shape[3])
     elif is_exporting() or S == 1:
