@@ -9,8 +9,8 @@ import dataclasses
 import itertools
 import math
 import os
-import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from moe_lab.results.noise import noise_file, read_floor, write_floor
 from moe_lab.sweep import multirun, session
 from moe_lab.sweep import plan as planning
 from moe_lab.sweep.engine import Worker
+from moe_lab.sweep.scratch import Scratch
 from moe_lab.terminal import Console
 
 _PROCESSES = 10
@@ -151,8 +152,9 @@ def measure_noise() -> None:
     """
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"running the same four cells in {_PROCESSES} fresh processes; this takes some minutes")
-    with tempfile.TemporaryDirectory(prefix="moe-lab-noise-") as folder:
-        records = _run([*_NOISE_SWEEP, f"measure.replicates={_PROCESSES}", f"hydra.sweep.dir={folder}"], Path(folder))
+    with closing(Scratch()) as scratch:
+        sweep = [*_NOISE_SWEEP, f"measure.replicates={_PROCESSES}", f"hydra.sweep.dir={scratch.path}"]
+        records = _run(sweep, scratch.path)
     if any(record.status != "ok" or record.latency_ms is None for record in records):
         raise ValueError(f"the measurement failed: {', '.join(record.reason or 'ok' for record in records)}")
     medians = {_name(record.config): record.latency_ms.replicate_p50 for record in records if record.latency_ms}

@@ -58,10 +58,10 @@ def test_all_experts_with_what_they_declare(capsys: pytest.CaptureFixture[str]) 
 def test_a_router_of_ones_own_stands_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the folder of examples."""
     shutil.copytree(tiny.ROOT / "examples" / "my_router", tmp_path / "my_router")
-    (tmp_path / "my_router" / "quiet_router.py").write_text(
+    (tmp_path / "my_router" / "listed_router.py").write_text(
         "from moe_lab.routers.base import Router\nclass Quiet(Router):\n    causal = True\n"
     )
-    (tmp_path / "my_router" / "router" / "quiet.yaml").write_text("_target_: quiet_router.Quiet\nname: quiet\n")
+    (tmp_path / "my_router" / "router" / "quiet.yaml").write_text("_target_: listed_router.Quiet\nname: quiet\n")
     targets.trust(tmp_path / "my_router")
     implementations.show("router", str(tmp_path / "my_router"))
     text = capsys.readouterr().out
