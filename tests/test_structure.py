@@ -128,6 +128,10 @@ def test_files_and_functions_are_short() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
                 assert node.end_lineno - node.lineno + 1 <= MOST_LINES_OF_A_FUNCTION, f"{path}: {node.name}"
+    sources = [path for path in (ROOT / "kernels").iterdir() if path.is_file()]
+    assert len(sources) > 40
+    for path in sources:
+        assert len(path.read_text().splitlines()) <= MOST_LINES, path
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:

@@ -38,7 +38,17 @@ log = logging.getLogger("moe_lab.extension")
 
 OLDEST = "80"
 """The oldest architecture that the CUDA sources compile for."""
-_CPP = ("ops.cpp", "route_cpu.cpp", "sinkhorn_cpu.cpp", "sort_cpu.cpp", "combine_cpu.cpp", "experts_cpu.cpp")
+_CPP = (
+    "ops_experts.cpp",
+    "ops_route.cpp",
+    "ops_decode.cpp",
+    "ops.cpp",
+    "route_cpu.cpp",
+    "sinkhorn_cpu.cpp",
+    "sort_cpu.cpp",
+    "combine_cpu.cpp",
+    "experts_cpu.cpp",
+)
 _CUDA = (
     "gate.cu",
     "gate_few_experts.cu",

@@ -126,7 +126,7 @@ def test_tiles_that_the_kernels_do_not_offer_are_a_mistake(tiles: tuple[int, ...
     ],
 )
 def test_more_pieces_than_the_kernels_make_are_a_mistake(F: int, pieces: int, most: int | None) -> None:
-    """The record would have what was asked for. As kernels/ops.cpp lowers them."""
+    """The record would have what was asked for. As kernels/ops_experts.cpp lowers them."""
     steps = -(-F // 64)
     each = -(-steps // pieces)
     assert -(-steps // each) == (most or pieces)
