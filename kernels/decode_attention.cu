@@ -229,7 +229,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const int at = (n / 8 * kTeam + member) * 8 + n % 8;
-      k[n] = shared.k[at], v[0][n] = shared.v[at];
+      k[n] = shared.k[at];
+      v[0][n] = team == 0 ? shared.v[at] : 0.0f;  // the others have no such key, and 0 times infinity is NaN
     }
     const float score = score_of(k);
     scores[0] = team == 0 ? score : -INFINITY;

@@ -89,8 +89,9 @@ Tensor hopper_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::
   const auto cache_of = [&](const Tensor& x, const char* name) {
     STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == B && x.size(1) == H && x.size(2) == N && x.size(3) == d &&
                         x.stride(3) == 1 && x.stride(2) == d && x.stride(1) == N * d &&
-                        x.stride(0) == k_cache.stride(0) && x.scalar_type() == q.scalar_type() &&
-                        x.device() == q.device() && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0,
+                        x.stride(0) == k_cache.stride(0) && (B < 2 || x.stride(0) % 8 == 0) &&
+                        x.scalar_type() == q.scalar_type() && x.device() == q.device() &&
+                        reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0,
                     name, ": must be [B, H, N, d] of q's dtype, the positions of a head together");
     return x.data_ptr();
   };
@@ -104,6 +105,8 @@ Tensor hopper_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::
       position.numel() == 1 && position.scalar_type() == ScalarType::Long && position.device() == q.device(),
       "position: must be int64 [1]");
   STD_TORCH_CHECK(q_norm.has_value() == k_norm.has_value(), "k_norm: goes with q_norm");
+  STD_TORCH_CHECK(!turn_first || !q_norm.has_value() || q_norm->size(0) == d,
+                  "turn_first: goes with norms of each head");
   Tensor y = torch::stable::new_empty(q, {B, H, d});
   const int64_t width = of_head ? d : H * d;
   DecodeAttentionArguments a = {};

@@ -153,13 +153,14 @@ class GraphStep(Step):
                 self._forward(x)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         torch.cuda.synchronize(self.device)
+        gc.collect()  # a graph or a kernel that is unloaded during the capture would end it
         # A graph keeps the address of cuBLAS's workspace. One that was there before lies in memory of others, which go.
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.reset_peak_memory_stats(self.device)
         self._graph = torch.cuda.CUDAGraph()
         self._start = torch.cuda.Event(enable_timing=True, external=True)
         self._stop = torch.cuda.Event(enable_timing=True, external=True)
-        with torch.inference_mode(), torch.cuda.graph(self._graph):
+        with _no_garbage_collection(), torch.inference_mode(), torch.cuda.graph(self._graph):
             self._start.record()
             for _ in range(self.calls):
                 self._output: Output = self._forward(x)

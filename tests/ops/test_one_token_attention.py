@@ -160,6 +160,16 @@ def test_nan_stays_in_its_sequence(dtype: torch.dtype, device: torch.device) -> 
     assert is_nan_BH.tolist() == [[False, True], [False, False], [True, False]]
 
 
+@HALVES
+def test_an_infinite_new_value_is_seen_in_its_own_place(dtype: torch.dtype, device: torch.device) -> None:
+    """As one that is cached: the others stay finite, and nothing is NaN."""
+    case = Case(3, 2, 64, "none", dtype, device)
+    case.v[1, 64 + 5] = math.inf
+    case.v_BHNd[2, 0, 40, 7] = -math.inf
+    y_BHd = case.run(100, None, None)
+    assert y_BHd.isinf().nonzero().tolist() == [[1, 1, 5], [2, 0, 7]] and not y_BHd.isnan().any()
+
+
 @pytest.mark.gpu
 @HALVES
 def test_one_graph_serves_every_position_bit_for_bit(dtype: torch.dtype, device: torch.device) -> None:
