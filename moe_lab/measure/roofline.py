@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from moe_lab.models import Output
+from moe_lab.models.attention import products_counted
 from moe_lab.models.layers import Embedding
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import parameter_bytes
@@ -48,11 +49,13 @@ _ATTENTION = {
 def count_flops(forward: Callable[[], Output]) -> tuple[Output, int]:
     """The forward pass's output and its floating-point operations in matrix products (2 per multiply-add).
 
-    Attention counts as the full square, causal or not, as torch counts it.
+    Attention counts as the keys that each query sees. A model that asks torch for it itself, not `attention.attend`,
+    has the full square counted, causal or not, as torch counts it.
     """
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+    of_attention: list[int] = []
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter, products_counted(of_attention.append):
         output = forward()
-    return output, int(counter.get_total_flops())
+    return output, int(counter.get_total_flops()) + sum(of_attention)
 
 
 def least_bytes(model: nn.Module, x: Tensor, output: Output) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_lab.models.attention_backend import Call, kind_of, softmax_product
 from moe_lab.models.kv_cache import LayerCache
@@ -17,6 +20,21 @@ from moe_lab.ops.library import is_compiled, is_exporting, resolve_implementatio
 from moe_lab.ops.rotate import rotate_both
 
 _SINK_WIDTH = 8  # dimensions that sinks add to a head: kernels want multiples
+_count: Callable[[int], None] | None = None
+
+
+@contextmanager
+def products_counted(count: Callable[[int], None]) -> Iterator[None]:
+    """Inside, `count` is given the operations of each `attend` (2 per multiply-add), those of the seen keys alone.
+
+    What torch computes for it, often a whole square, no counter of torch sees.
+    """
+    global _count
+    before, _count = _count, count
+    try:
+        yield
+    finally:
+        _count = before
 
 
 def attend(
@@ -40,6 +58,27 @@ def attend(
     Returns:
         [B, H, S, width of v]; k and v may have fewer heads, each for as many neighbouring ones of q.
     """
+    given = (q_BHSd, k_BHNd, v_BHNd, position_S, window, scale, sinks_H, backend)
+    if _count is None:
+        return _attend(*given)
+    (B, H, S, d), N = q_BHSd.shape, k_BHNd.shape[2]
+    with _disable_current_modes():
+        positions = range(N - S, N) if position_S is None else position_S.tolist()
+        seen = sum(position + 1 if window is None else min(position + 1, window) for position in positions)
+        _count(2 * B * H * seen * (d + v_BHNd.shape[3]))
+        return _attend(*given)
+
+
+def _attend(
+    q_BHSd: Tensor,
+    k_BHNd: Tensor,
+    v_BHNd: Tensor,
+    position_S: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    sinks_H: Tensor | None,
+    backend: str,
+) -> Tensor:
     S, N = q_BHSd.shape[2], k_BHNd.shape[2]
     # An exported graph is one for every length, so there a window is a mask.
     if position_S is None and (window is None or (not is_exporting() and window >= N)):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_lab.measure.roofline import count_flops, least_bytes, measured_peaks, roofline
 from moe_lab.models import Output
+from moe_lab.models.attention import attend
 from moe_lab.routers.base import Routing
 from tests import tiny
 from tests.tiny import BATCH, HEADS, LAYERS, SEQ, VOCAB, D, E, F, K, T
@@ -24,7 +25,7 @@ def layer_flops(tokens: int, slots: int) -> int:
 
 def decoder_flops() -> int:
     projections = 4 * 2 * T * D * D
-    scores_and_values = 2 * 2 * BATCH * SEQ * SEQ * D
+    scores_and_values = 2 * 2 * BATCH * (SEQ * (SEQ + 1) // 2) * D
     return LAYERS * (projections + scores_and_values + layer_flops(T, T * K)) + 2 * T * D * VOCAB
 
 
@@ -56,10 +57,43 @@ def test_unused_slots_cost_no_operations() -> None:
 
 
 def test_operations_of_a_decoder_are_those_of_its_matrices() -> None:
-    """Projections, attention (both halves of the square), layers and head."""
+    """Projections, attention (a query's products with the keys up to its own), layers and head."""
     run = tiny.built(tiny.decoder_moe())
     _, flops = count_flops(lambda: run.built.twin(run.built.x))
     assert flops == decoder_flops()
+
+
+@pytest.mark.parametrize("heads", [pytest.param(4, id="own_keys"), pytest.param(2, id="shared_keys")])
+@pytest.mark.parametrize(
+    ("S", "N", "positions", "window", "seen"),
+    [
+        pytest.param(5, 5, None, None, 1 + 2 + 3 + 4 + 5, id="whole"),
+        pytest.param(5, 9, None, None, 5 + 6 + 7 + 8 + 9, id="behind a cache"),
+        pytest.param(5, 5, None, 3, 1 + 2 + 3 + 3 + 3, id="window"),
+        pytest.param(3, 9, None, 2, 2 + 2 + 2, id="window behind a cache"),
+        pytest.param(1, 9, [6], None, 7, id="one token"),
+        pytest.param(2, 9, [1, 2], 2, 2 + 2, id="two tokens in a window"),
+        pytest.param(0, 9, None, None, 0, id="none"),
+    ],
+)
+def test_operations_of_attention_are_those_of_the_seen_keys(
+    S: int, N: int, positions: list[int] | None, window: int | None, seen: int, heads: int
+) -> None:
+    """Not of the square that a kernel may compute: the floor is what any implementation does."""
+    q, k, v = torch.randn(3, 4, S, 8), torch.randn(3, heads, N, 8), torch.randn(3, heads, N, 6)
+    position_S = None if positions is None else torch.tensor(positions)
+    y, flops = count_flops(lambda: attend(q, k, v, position_S, window))  # type: ignore[arg-type, return-value]
+    assert flops == 2 * 3 * 4 * seen * (8 + 6)
+    torch.testing.assert_close(y, attend(q, k, v, position_S, window))
+
+
+@pytest.mark.parametrize("chunk", [pytest.param(3, id="chunks"), pytest.param("null", id="whole")])
+def test_a_prefill_in_chunks_has_no_more_operations(chunk: int | str) -> None:
+    """Than a forward pass, but for the head: it reads the last position alone."""
+    run = tiny.built(tiny.decoder_moe("workload.phase=prefill", f"workload.prefill_chunk={chunk}"))
+    run.verify()
+    assert run.verification is not None
+    assert run.verification.flops == decoder_flops() - 2 * (T - BATCH) * D * VOCAB
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> None:
