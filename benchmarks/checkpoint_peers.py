@@ -119,6 +119,20 @@ def ours(options: argparse.Namespace, cell: Cell, weights: dict[str, Tensor]) ->
     return built
 
 
+class Timed(NamedTuple):
+    """A cell.
+
+    Attributes:
+        ms: of a prefill or of one decoded token, a value per round for each implementation.
+        how: each was run: compiled or not, and the way that it is written in.
+        floor_ms: of a decoded token.
+    """
+
+    ms: dict[str, np.ndarray]
+    how: dict[str, str]
+    floor_ms: float | None
+
+
 class PlainStep(nn.Module):
     """The plain decoder, written in one way, as what a run repeats."""
 
@@ -152,9 +166,11 @@ class PlainPeer:
         self.position_S = torch.arange(start, start + n_new, device=built.x.device)
         decoder = PlainDecoder(built.model, built.task.cache, compiled=built.x.is_cuda)
         self.steps: dict[Way, Step] = {}
+        self.how, self.left_out = "", list[Way]()
         begun = clock()
         for way in decoder.ways(*self.ids_BS.shape):
             if self.steps and clock() - begun > limit_s:
+                self.left_out.append(way)
                 print(f"{PLAIN} ({way}): left out after {limit_s:g} s", file=sys.stderr)
                 continue
             name = f"{PLAIN} ({way})"
@@ -176,7 +192,10 @@ class PlainPeer:
         ms = {way: float(np.median(step.time_block(7).ms)) for way, step in self.steps.items()}
         for way in ms:
             print(f"{PLAIN} ({way}): {ms[way]:.4g} ms", file=sys.stderr)
-        self.run = self.steps[min(ms, key=lambda way: ms[way])]
+        fastest = min(ms, key=lambda way: ms[way])
+        self.run = self.steps[fastest]
+        compiled = "compiled" if self.ids_BS.is_cuda else "not compiled"
+        self.how = "; not tried: ".join([f"{compiled}: {fastest}", *map(str, self.left_out)])
 
     def begin(self) -> None:
         """Nothing: the way was chosen once, and nothing is counted."""
@@ -291,29 +310,30 @@ def main() -> int:
         + " | ours / best [95 %] |"
     )
     print("|---|" + "---|" * (len(options.peers) + 3))
-    rows: list[tuple[str, int, str, float]] = []
+    rows: list[tuple[Any, ...]] = []
     turns, loaded, failed = Turns(options.turns), Loaded({}), False
     with torch.inference_mode(), exact_products():
         for cell in options.cells:
             try:
-                ms, floor_ms = time_cell(options, cell, loaded, turns)
+                timed = time_cell(options, cell, loaded, turns)
             except Exception as error:
                 tell(f"{cell}: ours", error)
-                ms, floor_ms, failed = {}, None, True
-            text, is_slower = row(cell, ms, options.peers, floor_ms)
+                timed, failed = Timed({}, {}, None), True
+            text, is_slower = row(cell, timed.ms, options.peers, timed.floor_ms)
             print(text, flush=True)
             failed |= is_slower
-            rows += [(str(cell), r, name, value) for name, values in ms.items() for r, value in enumerate(values)]
+            for name, values in timed.ms.items():
+                rows += [(cell, r, name, ms, timed.floor_ms, timed.how[name]) for r, ms in enumerate(values)]
             if options.out:
                 save(options.out, rows)  # so far: a machine may be taken away
     return 1 if failed else 0
 
 
-def save(folder: Path, rows: list[tuple[str, int, str, float]]) -> None:
+def save(folder: Path, rows: list[tuple[Any, ...]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "checkpoint_peers.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("cell", "round", "implementation", "ms"))
+        writer.writerow(("cell", "round", "implementation", "ms", "floor_ms", "how"))
         writer.writerows(rows)
 
 
@@ -362,6 +382,7 @@ def peer_of(
         theirs.append(y[:, -1].clone().float())
     if cell.phase == "decode":
         peer.require_counted(cell.length + len(theirs))
+        peer.require_graphs()
     require_same(name, theirs[0], mine_BV, built.dtype)
     return peer
 
@@ -381,10 +402,8 @@ def require_same(name: str, theirs_BV: Tensor, mine_BV: Tensor, dtype: torch.dty
         raise ValueError(f"{name} computes a different result: relative error {error:.1e}")
 
 
-def time_cell(
-    options: argparse.Namespace, cell: Cell, loaded: Loaded, turns: Turns
-) -> tuple[dict[str, np.ndarray], float | None]:
-    """(milliseconds of a prefill or of one decoded token, a value per round for each; the floor of the latter)."""
+def time_cell(options: argparse.Namespace, cell: Cell, loaded: Loaded, turns: Turns) -> Timed:
+    """Raises whatever ours fails of; a peer that fails is left out."""
     torch.compiler.reset()  # else this cell's sizes are compiled as variable ones, and the last one's graphs are kept
     free()
     device = torch.device(options.device)
@@ -407,14 +426,12 @@ def time_cell(
         return time_rounds(options, cell, built, peers)
 
 
-def time_rounds(
-    options: argparse.Namespace, cell: Cell, built: Built, peers: Mapping[str, Peer | PlainPeer]
-) -> tuple[dict[str, np.ndarray], float | None]:
+def time_rounds(options: argparse.Namespace, cell: Cell, built: Built, peers: Mapping[str, Peer | PlainPeer]) -> Timed:
     """See `time_cell`."""
     step, phase, length, device = built.ready_step(), cell.phase, cell.length, built.device
     floor_ms = None
     if phase == "decode":
-        floor_ms = built.least_bytes(4) / measured_peaks(built.device, built.dtype)["bytes_per_s"] * 1e3
+        floor_ms = built.least_bytes(STEPS) / measured_peaks(built.device, built.dtype)["bytes_per_s"] * 1e3
     for name, peer in peers.items():
         with work_of(name, cell, device):
             peer.settle()
@@ -422,7 +439,7 @@ def time_rounds(
     def one_round(name: str) -> float:
         if name == "ours":
             if phase == "prefill":
-                return float(np.median(step.time_block(repeats).ms))
+                return float(np.median([time_cuda(step, device) for _ in range(repeats)]))
             built.task.seek(0)
             return time_cuda(lambda: [(step(), built.task.advance()) for _ in range(STEPS)], device) / STEPS
         peer = peers[name]
@@ -446,7 +463,7 @@ def time_rounds(
             for name in order:
                 with work_of(name, cell, device):
                     ms[name][r] = one_round(name)
-    return ms, floor_ms
+    return Timed(ms, {"ours": options.execution} | {name: peer.how for name, peer in peers.items()}, floor_ms)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ class Peer:
     def __init__(self, model: Any, experts: str, built: Built, context: int | None):
         self.model, self.experts, self.ids_BN, self.context = model, experts, built.x, context
         self.cache: Any = None
+        self.how = f"{model.config._attn_implementation}, not compiled"
         self.forward: Callable[..., Any] = model
         if context is None:
             return
@@ -66,6 +67,7 @@ class Peer:
             model(built.x[:, :context], past_key_values=self.cache, logits_to_keep=1)
         if built.x.is_cuda:
             self.forward = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+            self.how = f"{model.config._attn_implementation}, compiled"
         self.token_B1, self.position_1 = built.x[:, :1].clone(), built.x.new_tensor([context])
 
     def settle(self) -> None:
@@ -92,6 +94,12 @@ class Peer:
         return self.forward(
             self.token_B1, past_key_values=self.cache, position_ids=self.position_1.unsqueeze(0), logits_to_keep=1
         ).logits
+
+    def require_graphs(self) -> None:
+        """Raises `ValueError` if what was compiled runs without CUDA graphs, whose launches would then be timed."""
+        skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+        if self.forward is not self.model and skipped:
+            raise ValueError(f"torch.compile left out CUDA graphs ({skipped} times); TORCH_LOGS=perf_hints says why")
 
     def require_counted(self, length: int) -> None:
         """Raises `ValueError` if the cache counts in another way than `begin` relies on; a full window stands still."""

@@ -92,14 +92,15 @@ def test_a_line_of_the_table(ms: dict[str, list[float]], line: str, is_slower: b
 
 @pytest.mark.slow
 def test_the_floor_is_that_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes of four steps of the tokens that are timed; a prefill has none, for it computes more than it reads."""
+    """The bytes of the steps that are timed; a prefill has none, for it computes more than it reads."""
     monkeypatch.setattr(checkpoint_peers, "measured_peaks", lambda device, dtype: {"bytes_per_s": 1e9})
     options = argparse.Namespace(**vars(_options()), peers=[], rounds=1)
     with torch.inference_mode():
-        _, floor_ms = checkpoint_peers.time_cell(options, Cell("decode", 2, 9), Loaded({}), Turns(None))
-        _, none = checkpoint_peers.time_cell(options, Cell("prefill", 2, 9), Loaded({}), Turns(None))
+        cells = (Cell("decode", 2, 9), Cell("prefill", 2, 9))
+        decode, prefill = (checkpoint_peers.time_cell(options, cell, Loaded({}), Turns(None)) for cell in cells)
     built = checkpoint_peers.ours(options, Cell("decode", 2, 9), {})
-    assert floor_ms == pytest.approx(built.least_bytes(4) / 1e6) and none is None
+    assert decode.floor_ms == pytest.approx(built.least_bytes(checkpoint_peers.STEPS) / 1e6)
+    assert prefill.floor_ms is None
 
 
 def test_bench_check_reads_the_last_ratio_of_a_line() -> None:
@@ -129,7 +130,11 @@ def test_what_fails_leaves_the_others(
     assert "no_such does not run here: ValueError" in err and "decode:1:5000: ours does not run here" in err
     assert "plain (attention sums, products torch, experts gathered): " in err
     with open(tmp_path / "checkpoint_peers.csv", newline="") as file:
-        assert len(list(csv.reader(file))) == 1 + 2 * 3 * 2
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3 * 2 and all((row["floor_ms"] == "") == row["cell"].startswith("prefill") for row in rows)
+    how = {row["implementation"]: row["how"] for row in rows if row["cell"] == "decode:2:9"}
+    assert how["ours"] == "eager" and how["grouped_mm"] == "sdpa, not compiled"
+    assert re.fullmatch(r"not compiled: attention \w+, products torch, experts \w+", how["plain"])
 
 
 def test_a_peer_that_computes_something_else_fails(
@@ -176,13 +181,15 @@ def test_the_fastest_way_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     peer = PlainPeer(cell, built, mine_BV)
     peer.settle()
     peer.step(9)
-    assert ran[-1] == Way("sums", "torch", "gathered")
+    assert ran[-1] == Way("sums", "torch", "gathered") and peer.how == f"not compiled: {ran[-1]}"
     err = capsys.readouterr().err
     assert "plain (attention sdpa, products torch, experts grouped) does not run here: RuntimeError: out of mem" in err
     assert re.findall(r"^plain \(attention (\w+), products torch, experts (\w+)\): (\d) ms$", err, re.MULTILINE) == [
         (*way, f"{value:g}") for way, value in ms.items()
     ]
-    assert list(PlainPeer(cell, built, mine_BV, limit_s=0).steps) == [Way("sums", "torch", "grouped")]
+    cut = PlainPeer(cell, built, mine_BV, limit_s=0)
+    cut.settle()
+    assert list(cut.steps) == [Way("sums", "torch", "grouped")] and cut.how.count("; not tried: attention ") == 3
     assert len(PlainPeer(cell, built, mine_BV, limit_s=0, clock=lambda: 7.0).steps) == 3  # it stands still in turns
     broken += ran
     with pytest.raises(RuntimeError, match="no way that it can be written in runs"):
