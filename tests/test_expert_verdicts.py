@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import expert_verdicts as module
+from tests import tiny
 
 SHAPE = {"config.model.shape.name": "olmoe_1b_7b", "seq_len": 64, "status": "ok", "roofline.floor_ms": 0.5}
 PEERS = pd.DataFrame(
@@ -40,9 +41,9 @@ def sweep(folder: Path, ours: float, vllm: float, *, load: str | None = None) ->
     return folder
 
 
-def found(*folders: Path) -> pd.Series:
-    ran = module.joined(pd.concat([module.cells(folder) for folder in folders]))
-    rows = module.verdicts(ran, PEERS, module.witness(ran, PEERS))
+def found(*folders: Path, peers: pd.DataFrame = PEERS, more: pd.DataFrame | None = None) -> pd.Series:
+    ran = module.read([*folders])
+    rows = module.verdicts(ran, peers, module.witness(ran, peers), more)
     assert len(rows) == 1
     return rows.iloc[0]
 
@@ -69,6 +70,58 @@ def test_peers_of_another_day_are_scaled_by_the_witness(tmp_path: Path) -> None:
     assert (row.absent, row.over_absent) == ("sonic", pytest.approx(1 / 6))
     row = found(sweep(tmp_path / "two", 1.9, 0.5, load="zipf"))
     assert pd.isna(row.over_absent)  # they were measured with the native load
+
+
+@pytest.mark.parametrize(
+    ("ms", "verdict"),
+    [
+        pytest.param(3.0, "ahead", id="far"),
+        pytest.param(1.0, "unknown", id="within what the scale may be off by"),
+        pytest.param(0.4, "behind", id="far behind"),
+    ],
+)
+def test_what_only_the_scale_decides_is_unknown(tmp_path: Path, ms: float, verdict: str) -> None:
+    """Of two witnesses one took as long as that day, the other half as long."""
+    day = [("olmoe_1b_7b", 64, "vllm", 2.0), ("olmoe_1b_7b", 64, "sonic", ms), ("demo", 64, "vllm", 2.0)]
+    peers = pd.DataFrame(day, columns=PEERS.columns)
+    folder = sweep(tmp_path / "one", 0.8, 2.0)
+    runs = pd.read_csv(folder / "runs.csv")
+    other = runs[runs.experts == "vllm"].assign(**{"config.model.shape.name": "demo", "latency_ms.p50": 1.0})
+    pd.concat([runs, other]).to_csv(folder / "runs.csv")
+    row = found(folder, peers=peers)
+    assert (row.verdict, row.absent) == (verdict, "sonic")
+    assert row.over_absent == pytest.approx(0.8 / (ms * 0.5**0.5))
+    assert (row.over_absent_low, row.over_absent_high) == pytest.approx((0.8 / ms, 1.6 / ms))
+
+
+@pytest.mark.parametrize(
+    ("low", "verdict"),
+    [pytest.param(0.95, "behind", id="interval"), pytest.param(None, "ahead", id="no interval: the median")],
+)
+def test_peers_of_other_sweeps_stand_beside(tmp_path: Path, low: float | None, verdict: str) -> None:
+    """In the ratio to their own `auto`; the table then has nothing to say of them."""
+    columns = ["shape", "load", "tokens", "experts", "ms", "ratio", "ratio_low"]
+    rows = [("olmoe_1b_7b", "native", 64, "sonic tuned", 1.2, 1.05, low)]
+    row = found(sweep(tmp_path / "one", 1.0, 2.0), more=pd.DataFrame(rows, columns=columns))
+    assert (row.verdict, row.beside, row.absent) == (verdict, "sonic tuned", "old")
+    assert row.over_beside == pytest.approx(1 / 1.05) and row.over_beside_high == pytest.approx(1 / (low or 1.05))
+
+
+def test_the_page_says_what_its_tables_come_to() -> None:
+    """By the command that it names, of the files beside it."""
+    folder = tiny.ROOT / "docs/results/h200"
+    ran, peers = pd.read_csv(folder / "experts.csv"), pd.read_csv(folder / "expert_peers.csv")
+    more = pd.concat([pd.read_csv(folder / f"experts_{name}.csv") for name in ("flashinfer", "sonic")])
+    rows = module.verdicts(ran, peers, module.witness(ran, peers), more)
+    committed = pd.read_csv(folder / "expert_verdicts.csv")
+    assert rows.verdict.tolist() == committed.verdict.tolist() and len(rows) == 30
+    of = rows.verdict.value_counts()
+    real = module.mean_of(rows[rows["shape"] != "demo"])
+    page = " ".join((folder / "experts.md").read_text().split())
+    assert f"{of['ahead']} cells are ahead, {of['level']} level, {of['behind']} behind" in page
+    assert f"over the 24 cells of real shapes, is {real:.3f}" in page
+    readme = " ".join((tiny.ROOT / "README.md").read_text().split())
+    assert f"ahead of every peer in {of['ahead']}, level in {of['level']} and behind in {of['behind']}" in readme
 
 
 def test_processes_are_joined(tmp_path: Path) -> None:

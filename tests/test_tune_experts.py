@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -31,6 +32,7 @@ from moe_lab.experts.base import Experts
 from moe_lab.experts.grouped import Grouped
 from moe_lab.experts.table import Shape
 from moe_lab.experts.tiles import Tiles, candidates, gpu_of, predicted_s, ranked
+from tests import tiny
 
 H200 = gpu_of("NVIDIA H200", 132)
 SMALL = Shape(8, 2, 64, 512)
@@ -156,6 +158,25 @@ def test_the_regret_is_of_the_models_choice() -> None:
     assert found["regret"] == pytest.approx(0.2)
     (found,) = summary(pd.DataFrame([rows[0], rows[2]])).to_dict("records")
     assert found["regret"] == float("inf")
+
+
+def test_the_regret_is_of_grouped_where_that_is_chosen() -> None:
+    """And over whichever is the best: tiles may be faster, and so may grouped where the model takes tiles."""
+    few = {"T": 4, "E": 32, "K": 8}
+    rows = [row("grouped", 12.0), row("fused", 10.0, ONE, of_model=True), row("fused", 15.0, OTHER, of_model=False)]
+    (found,) = summary(pd.DataFrame([{**each, **few} for each in rows])).to_dict("records")
+    assert found["model_us"] == 12.0 and found["regret"] == pytest.approx(0.2)
+    (found,) = summary(pd.DataFrame([{**rows[0], "us": 8.0}, *rows[1:]])).to_dict("records")
+    assert found["model_us"] == 10.0 and found["regret"] == pytest.approx(0.25)
+
+
+def test_the_page_says_what_its_timings_come_to() -> None:
+    """docs/results/h200/experts.md, of expert_tiles.csv."""
+    folder = tiny.ROOT / "docs/results/h200"
+    regret = summary(pd.read_csv(folder / "expert_tiles.csv")).regret
+    page = " ".join((folder / "experts.md").read_text().split())
+    assert f"it takes {np.exp(np.log1p(regret).mean()) - 1:.1%} more".replace("%", " %") in page
+    assert f"and {regret.max():.1%} at worst".replace("%", " %") in page and regret.max() < module.LIMIT
 
 
 def test_the_table_keeps_what_was_not_measured_again() -> None:

@@ -404,8 +404,8 @@ def test_the_kernels_around_them_compile_for_a_gpu(tmp_path: Path) -> None:
 
 
 def test_the_fastest_is_what_took_the_least_time_and_was_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shortest of three calls counts; a candidate that the kernels refuse is left out."""
-    took = {(1, 1): [9.0, 9.0, 9.0], (2, 2): [8.0, 1.0, 8.0], (4, 4): [2.0, 2.0, 2.0]}
+    """The median of the calls counts; a candidate that the kernels refuse is left out."""
+    took = {(1, 1): [9.0] * 7, (2, 2): [8.0, 1.0, 1.0, 8.0, 1.0, 1.0, 8.0], (4, 4): [0.5, *[2.0] * 6]}
 
     def call(*candidate: int) -> torch.Tensor:
         if candidate == (8, 8):

@@ -90,6 +90,22 @@ def test_the_fastest_is_that_of_the_nearest_measured_number_of_tokens(write: Cal
 
 
 @pytest.mark.parametrize(
+    ("T", "E", "expected"),
+    [
+        pytest.param(1, 64, "fused", id="one"),
+        pytest.param(2, 64, "fused", id="nearer to one"),
+        pytest.param(3, 64, "grouped", id="few"),
+        pytest.param(8, 64, "grouped", id="an expert each"),
+        pytest.param(9, 64, "fused", id="they share"),
+        pytest.param(8, 8, "fused", id="few experts"),
+    ],
+)
+def test_where_nobody_measured_few_tokens_that_share_no_expert_are_grouped(T: int, E: int, expected: str) -> None:
+    """Eight experts a token; as the cells of the H200 came out."""
+    assert fastest("NVIDIA Test", "bf16", Shape(E, 8, 2048, 1024), T) == expected
+
+
+@pytest.mark.parametrize(
     ("dtype", "shape"),
     [
         pytest.param("fp32", SHAPE, id="fp32"),
