@@ -1,14 +1,18 @@
 """Compares router kernels with the fastest peer of each cell, from folders of sweeps and a table of peers.
 
     python -m benchmarks.router_verdicts outputs/route_1 outputs/route_2 outputs/gate_1 --out outputs/verdicts
+    python -m benchmarks.router_verdicts docs/results/h200/routers.csv
 
 Each folder is one process of the same sweep. The medians are taken over the folders, and the intervals cover all of
-theirs.
+theirs. In place of folders, the `routers.csv` that `--out` wrote of them.
 
 A peer that ran in the sweep itself is compared in its interleaved rounds (the sweep's anchor must be `cuda_ext`). The
 other peers of the table were measured on another day. The peers that are in both (the witnesses) show how much the days
-differ: the table is scaled by the geometric mean of their ratios, and the interval has 95 % of these ratios. moe-lab is
-ahead in a cell if the upper end of the ratio to each of the two fastest peers is below 1.
+differ: the table is scaled by the geometric mean of their ratios, and may be off by as much as the least and the
+largest of them. moe-lab is ahead in a cell if the upper end of the ratio to each of the two fastest peers is below 1.
+
+The verdict is of hot replays. Of cold ones there are medians only: the ratio to the peer in the sweep that is then the
+fastest stands beside it.
 """
 
 from __future__ import annotations
@@ -86,12 +90,12 @@ def witness(ran: pd.DataFrame, peers: pd.DataFrame) -> tuple[float, float, float
     both = ran.merge(known, on=[*CELL, "impl"], suffixes=("", "_table"))
     both = both[both.table != "route_and_sort"]  # there the table's peers sort too
     ratio = both.us / both.us_table
-    return float(np.exp(np.log(ratio).mean())), float(ratio.quantile(0.025)), float(ratio.quantile(0.975))
+    return float(np.exp(np.log(ratio).mean())), float(ratio.min()), float(ratio.max())
 
 
 def verdicts(ran: pd.DataFrame, peers: pd.DataFrame, scale: tuple[float, float, float]) -> pd.DataFrame:
     """A row for each cell of ours: the best peer that ran beside it, and the best of the table that did not."""
-    ours = ran.loc[ran.impl == "cuda_ext", [*CELL, "us", "us_low", "us_high", "replicates"]]
+    ours = ran.loc[ran.impl == "cuda_ext", [*CELL, "us", "us_low", "us_high", "us_cold", "replicates"]]
     beside = ran[ran.impl.isin([*SAME.values(), "transformers"])]
     ran_too = peers.assign(impl=peers.peer.map(SAME)).merge(
         beside[[*CELL, "impl"]], on=[*CELL, "impl"], how="left", indicator=True
@@ -99,11 +103,14 @@ def verdicts(ran: pd.DataFrame, peers: pd.DataFrame, scale: tuple[float, float, 
     absent = peers[(ran_too._merge == "left_only").to_numpy()]
     best = absent.loc[absent.groupby(CELL, dropna=False).us.idxmin(), [*CELL, "peer", "us"]]
     found = ours.merge(best.rename(columns={"us": "table_us"}), on=CELL, how="left")
+    coldest = beside.groupby(CELL, dropna=False).us_cold.min().rename("beside_cold").reset_index()
     beside = beside.loc[beside.groupby(CELL, dropna=False).us.idxmin(), [*CELL, "impl", "us", "ratio", "ratio_low"]]
     found = found.merge(beside.rename(columns={"impl": "beside", "us": "beside_us"}), on=CELL, how="left")
     found["over_table"] = found.us / (found.table_us * scale[0])
     found["over_table_high"] = found.us_high / (found.table_us * scale[1])
     found["over_beside"], found["over_beside_high"] = 1 / found.pop("ratio"), 1 / found.pop("ratio_low")
+    found = found.merge(coldest, on=CELL, how="left")
+    found["cold_over_beside"] = found.pop("us_cold") / found.pop("beside_cold")
     highs = found[["over_table_high", "over_beside_high"]]
     found["verdict"] = np.where(
         highs.isna().all(axis=1), "no peer", np.where(highs.max(axis=1) < 1, "ahead", "not ahead")
@@ -118,16 +125,22 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=Path("docs/results/h200/peers.csv"))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    ran, peers = joined(pd.concat([cells(folder) for folder in args.sweeps])), pd.read_csv(args.peers)
+    is_table = len(args.sweeps) == 1 and args.sweeps[0].is_file()
+    ran = pd.read_csv(args.sweeps[0]) if is_table else joined(pd.concat([cells(folder) for folder in args.sweeps]))
+    peers = pd.read_csv(args.peers)
     scale = witness(ran, peers)
     found = verdicts(ran, peers, scale)
-    print(f"witnesses over the table: {scale[0]:.3f}, 95 % of them in [{scale[1]:.3f}, {scale[2]:.3f}]")
+    print(f"witnesses over the table: {scale[0]:.3f}, all of them in [{scale[1]:.3f}, {scale[2]:.3f}]")
     print(found.to_string(index=False, float_format=lambda x: f"{x:.3f}"))
     for table, rows in found.groupby("table"):
-        worst = rows[["over_table", "over_beside"]].max(axis=1)
+        worst, cold = rows[["over_table", "over_beside"]].max(axis=1), rows.cold_over_beside.dropna()
         counts = ", ".join(f"{n} {verdict}" for verdict, n in rows.verdict.value_counts().items())
         mean = np.exp(-np.log(worst).mean())
-        print(f"{table}: {counts}; geometric mean of the better peer's time over ours {mean:.2f}")
+        by_table = (rows.over_table_high.fillna(0) > rows.over_beside_high.fillna(0)).sum()
+        print(f"{table}: {counts}, {by_table} by the table; geometric mean of the better peer's over ours {mean:.2f}")
+        if len(cold):
+            mean = np.exp(-np.log(cold).mean())
+            print(f"    cold, beside the sweep's own peers: {(cold < 1).sum()} of {len(cold)} faster, {mean:.2f}")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         ran.sort_values([*CELL, "impl"]).to_csv(args.out / "routers.csv", index=False, float_format="%.5g")
