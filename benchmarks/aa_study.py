@@ -1,4 +1,4 @@
-"""Measures how often `moe-lab compare` reports a difference for the same code, and how often it finds a 10 % slowdown.
+"""Measures how often `moe-lab compare` reports a difference for the same code, and how often it finds a real one.
 
     python -m benchmarks.aa_study --pairs 20              # an idle machine
     OMP_NUM_THREADS=1 python -m benchmarks.aa_study --pairs 20 --load 2     # with 2 other busy processes
@@ -10,6 +10,9 @@ Each pair is two sweeps of the same code, one after the other, with 3 replicates
 5 % of the cells faster or slower. Every sweep also has a second router: the first one plus a wait of 10 % of a
 pass. The ratio of the cell to the anchor, computed in the same rounds, should find it in at least 90 % of the cells
 (interval above 1).
+
+Then, for each share of `--slower`, a sweep in which the second router waits for that share of a pass more, as if a
+change of the code had made it slower. `compare` should call its cells slower than those of the pair's first sweep.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from moe_lab.results.compare import compare
 
 _SLOWER = '''
 import time
+from pathlib import Path
 from moe_lab.routers.softmax_topk import SoftmaxTopK
 
 class Slower(SoftmaxTopK):
@@ -38,15 +42,18 @@ class Slower(SoftmaxTopK):
 
     def __init__(self, n_experts, top_k, wait_ms):
         super().__init__(n_experts, top_k, impl="auto", renormalize=True, gate_bias=False)
-        self.wait_ms = {int(tokens): ms for tokens, ms in wait_ms.items()}
+        times = float(Path(__file__).with_name("times").read_text())
+        self.wait_ms = {int(tokens): times * ms for tokens, ms in wait_ms.items()}
 
     def select(self, logits_TE, ctx=None):
-        end = time.perf_counter() + self.wait_ms[logits_TE.shape[0]] / 1e3
+        wait_ms = self.wait_ms.get(logits_TE.shape[0], 0)  # a check of the router's properties has other tokens
+        end = time.perf_counter() + wait_ms / 1e3
         routing = super().select(logits_TE, ctx)
         while time.perf_counter() < end:
             pass
         return routing
 '''
+_WAIT = 0.1  # of a pass
 _AXES = ["model=moe_layer", "batch=1,16", "seq_len=4", "device=cpu"]
 _MEASURE = ["measure.replicates=3", "measure.max_time_s=0.4", "measure.warmup_s=0.1"]
 _LESS = ["measure.phases=false", "measure.roofline=false", "measure.routing=false"]
@@ -60,14 +67,20 @@ def sweep(folder: Path, name: str, routers: str = "torch,slower") -> Path:
 
 
 def plant(folder: Path) -> None:
-    """A router that waits for a tenth of what a pass takes here and now."""
+    """A router that waits for `_WAIT` of what a pass takes here and now."""
     (folder / "mine" / "router").mkdir(parents=True)
     records = [read_record(path.parent) for path in sweep(folder, "before", "torch").glob("*/result.json")]
-    waits = {r.config["batch"] * r.config["seq_len"]: 0.1 * r.latency_ms.p50 for r in records if r.latency_ms}
+    waits = {r.config["batch"] * r.config["seq_len"]: _WAIT * r.latency_ms.p50 for r in records if r.latency_ms}
     print(f"waits in ms by tokens: {waits}", flush=True)
     (folder / "mine" / "slower_router.py").write_text(_SLOWER)
+    slow_down(folder, 0)
     yaml = {"_target_": "slower_router.Slower", "name": "slower", "wait_ms": waits}
     (folder / "mine" / "router" / "slower.yaml").write_text(json.dumps(yaml).replace('"', ""))
+
+
+def slow_down(folder: Path, share: float) -> None:
+    """From now on the router waits for this share of a pass more."""
+    (folder / "mine" / "times").write_text(str(1 + share / _WAIT))
 
 
 def main() -> None:
@@ -79,6 +92,7 @@ def main() -> None:
         default=0,
         help="number of single-threaded processes that multiply matrices during the study",
     )
+    parser.add_argument("--slower", type=float, nargs="*", default=[0.1, 0.5], metavar="SHARE", help="of a pass")
     given = parser.parse_args()
     noise = "import numpy as np\na = np.ones((512, 512))\nwhile True: a @ a"
     one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
@@ -86,6 +100,7 @@ def main() -> None:
     verdicts: Counter[str] = Counter()
     found: Counter[str] = Counter()
     ratios: list[float] = []
+    between: dict[float, Counter[str]] = {share: Counter() for share in given.slower}
     try:
         with tempfile.TemporaryDirectory() as text:
             folder = Path(text)
@@ -99,7 +114,13 @@ def main() -> None:
                     assert ratio.ci95_low is not None
                     ratios.append(ratio.p50)
                     found["found" if ratio.ci95_low > 1 else "missed"] += 1
-                print(f"pair {pair}: {dict(verdicts)}; 10 % slower: {dict(found)}", flush=True)
+                for share, called in between.items():
+                    slow_down(folder, share)
+                    rows = compare(a, sweep(folder, f"c{pair}-{share}"))
+                    called.update(rows["verdict"][rows["router"] == "slower"])
+                slow_down(folder, 0)
+                told = {share: dict(called) for share, called in between.items()}
+                print(f"pair {pair}: {dict(verdicts)}; 10 % slower: {dict(found)}; between sweeps: {told}", flush=True)
     finally:
         for other in others:
             other.kill()
@@ -115,6 +136,10 @@ def main() -> None:
     for verdict in ("same", "inconclusive"):
         print(f"| same code called {verdict} | {verdicts[verdict]} of {cells} | {verdicts[verdict] / cells:.1%} |")
     print(f"| planted 10 % found | {found['found']} of {len(ratios)} | {found['found'] / len(ratios):.1%} |")
+    for share, called in between.items():
+        for verdict in ("slower", "same", "inconclusive", "faster"):
+            what = f"another sweep {share:.0%} slower, called {verdict}"
+            print(f"| {what} | {called[verdict]} of {called.total()} | {called[verdict] / called.total():.1%} |")
     low, middle, high = (ratios[int(share * (len(ratios) - 1))] for share in (0.05, 0.5, 0.95))
     print(f"\nratio of the slowed router: median {middle:.3f}, 5 to 95 % of cells [{low:.3f}, {high:.3f}]")
 
