@@ -13,6 +13,7 @@ import pytest
 from moe_lab.errors import UnavailableError
 from moe_lab.sweep import slots
 from moe_lab.sweep.slots import Claim, Slot, by_core, cpus_each, gpus_here, slots_here, usable_cpus
+from tests import tiny
 
 N = len(usable_cpus())
 needs_two = pytest.mark.skipif(N < 2, reason="one CPU")
@@ -67,7 +68,8 @@ def test_a_gpu_has_one_slot() -> None:
 def test_the_claims_of_a_process_that_was_killed_are_free() -> None:
     """As after kill -9 of a driver."""
     code = "from tests.sweep.test_slots import *; Claim(slot(N)); print('held', flush=True); sys.stdin.read()"
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], **pipes, cwd=tiny.ROOT)  # type: ignore[call-overload]
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
     with pytest.raises(UnavailableError):
         Claim(slot())
