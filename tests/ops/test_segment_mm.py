@@ -90,6 +90,7 @@ def test_the_loop_is_the_product_of_large_matrices(
     counts: list[int], tail: int, processor: module._Transposed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which it multiplies in another way: transposed, with rows of other segments beside."""
+    monkeypatch.setattr(module, "_SMALL", 37 * 65 - 1)
     monkeypatch.setattr(module, "_transposed", lambda: replace(processor, small=37 * 65 - 1))
     inputs = operands(counts, 37, 65, torch.float32, torch.device("cpu"), tail)
     assert_is_the_product(segment_mm(*inputs, "loop"), *inputs)
