@@ -1,9 +1,8 @@
 """experts=auto: the fastest of the package's own that can run, by device, dtype, shape and number of tokens.
 
 Where the kernels of `fused` can run it is what was measured to be the fastest, or likely is (table.py); elsewhere
-`grouped`. `loop` is not taken: it is the reference that every run is compared with. On a CPU
-`grouped` took 0.25 to 1.2 of its time for two to 64 experts (one EPYC core, 1 to 256 tokens, fp32 and bf16), and only
-for a single expert more.
+`grouped`. `loop` is not taken: it is the reference that every run is compared with. On a CPU `grouped` took 0.25 to 1.2
+of its time for two to 64 experts (one EPYC core, 1 to 256 tokens, fp32 and bf16), and only for a single expert more.
 """
 
 from __future__ import annotations
