@@ -34,6 +34,7 @@ TESTED_IN = {
     "config/schemas.py": "config/test_compose.py",
     "config/weight_changes.py": "records/test_weight_changes.py",
     "experts/exported.py": "ops/test_onnx_bodies.py",
+    "models/attend.py": "models/test_attention.py",
     "models/checkpoint_layouts.py": "models/test_checkpoint_weights.py",
     "models/checkpoint_plain.py": "models/test_checkpoint_config.py",
     "models/mixers.py": "models/test_gated_delta_net.py",

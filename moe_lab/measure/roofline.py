@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from moe_lab.models import Output
-from moe_lab.models.attention import products_counted
+from moe_lab.models.attend import products_counted
 from moe_lab.models.layers import Embedding
 from moe_lab.models.moe_layer import moe_layers
 from moe_lab.models.parameters import parameter_bytes
@@ -49,7 +49,7 @@ _ATTENTION = {
 def count_flops(forward: Callable[[], Output]) -> tuple[Output, int]:
     """The forward pass's output and its floating-point operations in matrix products (2 per multiply-add).
 
-    Attention counts as the keys that each query sees. A model that asks torch for it itself, not `attention.attend`,
+    Attention counts as the keys that each query sees. A model that asks torch for it itself, not `models/attend.py`,
     has the full square counted, causal or not, as torch counts it.
     """
     of_attention: list[int] = []

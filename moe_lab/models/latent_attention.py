@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_lab.models.attention import attend
+from moe_lab.models.attend import attend
 from moe_lab.models.attention_backend import Call, kind_of
 from moe_lab.models.kv_cache import LatentCache, LayerCache
 from moe_lab.models.layers import Linear, RMSNorm

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe_lab.measure.roofline import count_flops, least_bytes, measured_peaks, roofline
 from moe_lab.models import Output
-from moe_lab.models.attention import attend
+from moe_lab.models.attend import attend
 from moe_lab.routers.base import Routing
 from tests import tiny
 from tests.tiny import BATCH, HEADS, LAYERS, SEQ, VOCAB, D, E, F, K, T

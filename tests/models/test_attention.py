@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_lab.models.attention import Attention, attend
+from moe_lab.models.attend import attend
+from moe_lab.models.attention import Attention
 from moe_lab.models.layers import project_together
 from moe_lab.models.parameters import initialize, reference_twin, shareable
 from moe_lab.models.rope import rope_tables
