@@ -242,7 +242,9 @@ def test_cells_follow_each_other(
     files = module.Files(tmp_path, "NVIDIA Test", dict.fromkeys(("moe_lab", "git_sha", "torch", "cuda", "driver"), "1"))
     cells, troubles = module.measured(args, H200, torch.device("cpu"), files)
     assert list(cells["T"]) == [1, 5] and list(cells["tiles"]) == [[1] * 5, [256, 16, 128, 16, 1]]
-    assert list(cells.regret) == pytest.approx([0.0, 3.0], rel=0.01)  # of one token its own; 4 ms, and 1 ms
+    over_tiles = list(cells.model_us / cells.best_us - 1)
+    assert over_tiles == pytest.approx([0.0, 3.0], rel=0.01)  # of one token its own; 4 ms, and 1 ms
+    assert list(cells.regret) == pytest.approx(list(cells.model_us / cells.grouped_us - 1))  # planted to be the fastest
     wrong = "the output with tiles (256, 16, 128, 16, 2) is wrong"
     assert troubles == [
         *(f"{names[0]} bf16 T={T}: {wrong}" for T in (1, 5)),
