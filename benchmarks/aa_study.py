@@ -1,6 +1,7 @@
 """Measures how often `moe-lab compare` reports a difference for the same code, and how often it finds a real one.
 
     python -m benchmarks.aa_study --pairs 20              # an idle machine
+    python -m benchmarks.aa_study --pairs 4 --slower 0.1 0.5                # between two sweeps: twice as long
     OMP_NUM_THREADS=1 python -m benchmarks.aa_study --pairs 20 --load 2     # with 2 other busy processes
 
 (Use one thread under load. With more, OpenMP's threads wait for each other while the busy processes use the cores, and
@@ -92,7 +93,9 @@ def main() -> None:
         default=0,
         help="number of single-threaded processes that multiply matrices during the study",
     )
-    parser.add_argument("--slower", type=float, nargs="*", default=[0.1, 0.5], metavar="SHARE", help="of a pass")
+    parser.add_argument(
+        "--slower", type=float, nargs="*", default=[], metavar="SHARE", help="of a pass, between two sweeps"
+    )
     given = parser.parse_args()
     noise = "import numpy as np\na = np.ones((512, 512))\nwhile True: a @ a"
     one_thread = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}

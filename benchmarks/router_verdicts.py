@@ -11,8 +11,8 @@ other peers of the table were measured on another day. The peers that are in bot
 differ: the table is scaled by the geometric mean of their ratios, and may be off by as much as the least and the
 largest of them. moe-lab is ahead in a cell if the upper end of the ratio to each of the two fastest peers is below 1.
 
-The verdict is of hot replays. Of cold ones there are medians only: the ratio to the peer in the sweep that is then the
-fastest stands beside it.
+The verdict is of hot replays. Cold ones have medians only and get no verdict; the table has their ratio to the peer of
+the sweep that is the fastest when cold.
 """
 
 from __future__ import annotations

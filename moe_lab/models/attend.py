@@ -19,7 +19,7 @@ _count: Callable[[int], None] | None = None
 
 
 @contextmanager
-def products_counted(count: Callable[[int], None]) -> Iterator[None]:
+def products_counted(count: Callable[[int], None] | None) -> Iterator[None]:
     """Inside, `count` is given the operations of each `attend` (2 per multiply-add), those of the seen keys alone.
 
     What torch computes for it, often a whole square, no counter of torch sees.
@@ -53,28 +53,13 @@ def attend(
     Returns:
         [B, H, S, width of v]; k and v may have fewer heads, each for as many neighbouring ones of q.
     """
-    given = (q_BHSd, k_BHNd, v_BHNd, position_S, window, scale, sinks_H, backend)
-    if _count is None:
-        return _attend(*given)
     (B, H, S, d), N = q_BHSd.shape, k_BHNd.shape[2]
-    with _disable_current_modes():
-        positions = range(N - S, N) if position_S is None else position_S.tolist()
-        seen = sum(position + 1 if window is None else min(position + 1, window) for position in positions)
-        _count(2 * B * H * seen * (d + v_BHNd.shape[3]))
-        return _attend(*given)
-
-
-def _attend(
-    q_BHSd: Tensor,
-    k_BHNd: Tensor,
-    v_BHNd: Tensor,
-    position_S: Tensor | None,
-    window: int | None,
-    scale: float | None,
-    sinks_H: Tensor | None,
-    backend: str,
-) -> Tensor:
-    S, N = q_BHSd.shape[2], k_BHNd.shape[2]
+    if (count := _count) is not None:
+        with _disable_current_modes(), products_counted(None):
+            positions = range(N - S, N) if position_S is None else position_S.tolist()
+            seen = sum(position + 1 if window is None else min(position + 1, window) for position in positions)
+            count(2 * B * H * seen * (d + v_BHNd.shape[3]))
+            return attend(q_BHSd, k_BHNd, v_BHNd, position_S, window, scale, sinks_H, backend)
     # An exported graph is one for every length, so there a window is a mask.
     if position_S is None and (window is None or (not is_exporting() and window >= N)):
         return _softmax_product(q_BHSd, k_BHNd, v_BHNd, scale, sinks_H, backend, causal=True)
