@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "combine.h"
 #include "decode.h"
 #include "experts.h"
@@ -26,11 +28,14 @@ struct Launch {
   size_t shared_bytes = 0;
   int cluster = 1;
   bool cooperative = false;  // the blocks wait for each other, so all must run at once
+  bool apart = false;        // no two of its blocks share a multiprocessor; blocks of other kernels may be beside them
 };
 
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, const Device& device, Parameters... parameters) {
-  if (how.shared_bytes > 48 * 1024) {  // as much as there is: another thread may be about to launch with more than this
+  size_t shared_bytes = how.shared_bytes;
+  if (how.apart) shared_bytes = std::max(shared_bytes, static_cast<size_t>(device.shared_bytes / 2 + 1));
+  if (shared_bytes > 48 * 1024) {  // as much as there is: another thread may be about to launch with more than this
     const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                             static_cast<int>(device.shared_bytes));
     if (error != cudaSuccess) return error;
@@ -39,7 +44,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how, const Devic
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
-  config.dynamicSmemBytes = how.shared_bytes;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = device.stream;
   config.attrs = attributes;
   if (how.cooperative) {

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kStages = 2;
+constexpr int kBlocks = 3;       // of a multiprocessor: no more have room, so all have as many
 constexpr int kPart = 1024;      // elements of each of the two rows of a stage
 constexpr int kRow = 2 * kPart;  // bytes
 constexpr int kAtOnce = 256;     // elements that a warp multiplies at once, 16 bytes a lane
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 5) gemv_kernel(const __grid_constant
   fence_barriers();
   __syncwarp();
 
-  const int step = 2 * kWarps * gridDim.x, first = 2 * (warp * gridDim.x + blockIdx.x);
+  const int step = 2 * kWarps * gridDim.x, first = 2 * (blockIdx.x * kWarps + warp);
   int next_row = first, next_part = 0;  // what is asked for next
   const auto ask = [&](int stage) {
     if (next_row >= a.N) return;
@@ -82,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, 5) gemv_kernel(const __grid_constant
     }
     if ((next_part += kPart) >= a.K) next_part = 0, next_row += step;
   };
-  // The second half of the blocks begins when the kernel before ends, and what it asks for delays the row.
-  const int ahead = 2 * blockIdx.x < gridDim.x ? kStages : 1;
+  // The first blocks begin beside the kernel before, the others when it ends: what they ask for delays the row.
+  const int ahead = kBlocks * blockIdx.x < gridDim.x ? kStages : 1;
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     if (stage < ahead) ask(stage);
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 5) gemv_kernel(const __grid_constant
 }  // namespace
 
 cudaError_t gemv(const GemvArguments& a, const Device& device) {
-  const Launch how{std::min<int64_t>(2 * device.multiprocessors, ceil_div(a.N, 2 * kWarps)), kThreads,
+  const Launch how{std::min<int64_t>(kBlocks * device.multiprocessors, ceil_div(a.N, 2 * kWarps)), kThreads,
                    sizeof(Shared) + 2 * static_cast<size_t>(a.K)};
   return launch(a.dtype == Dtype::kBFloat16 ? gemv_kernel<__nv_bfloat16> : gemv_kernel<__half>, how, device, a);
 }

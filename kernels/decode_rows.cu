@@ -145,7 +145,9 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const __grid_constant
 
 cudaError_t gemv_of_rows(const GemvArguments& a, const Device& device) {
   const size_t x_bytes = 16 * static_cast<size_t>(a.T * vectors_of(a.K) + (a.norm == nullptr ? 0 : a.K / 8));
-  const Launch how{std::min<int64_t>(device.multiprocessors, ceil_div(a.N, kTile)), kThreads, sizeof(Shared) + x_bytes};
+  Launch how{std::min<int64_t>(device.multiprocessors, ceil_div(a.N, kTile)), kThreads, sizeof(Shared) + x_bytes};
+  // Else blocks that begin beside the kernel before are two on some multiprocessors, and none on others.
+  how.apart = true;
   return launch(a.dtype == Dtype::kBFloat16 ? rows_kernel<__nv_bfloat16> : rows_kernel<__half>, how, device, a);
 }
 

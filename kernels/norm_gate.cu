@@ -13,7 +13,9 @@ namespace moe_lab {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kVectors = 2;  // of 16 bytes, that a thread norms
+constexpr int kFewBlocks = 8;        // of a cluster, where a block's part of the gate is small
+constexpr int kSmallGate = 1 << 18;  // elements
+constexpr int kVectors = 2;          // of 16 bytes, that a thread norms
 static_assert(kMostNormWidth == 8 * kVectors * kThreads);
 
 // Block b of `blocks` has the experts b, b + blocks, ..., `experts` of them at most; of each `parts` warps share D.
@@ -138,8 +140,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-NormGrid grid_of(const RouteArguments& a, const Device& device) {
-  const int blocks = std::min(device.cluster, a.E), experts = static_cast<int>(ceil_div(a.E, blocks));
+NormGrid grid_of(const RouteArguments& a, const NormGateArguments& g, const Device& device) {
+  const int most = int64_t{a.E} * g.D <= kSmallGate ? kFewBlocks : device.cluster;
+  const int blocks = std::min(most, a.E), experts = static_cast<int>(ceil_div(a.E, blocks));
   int log2_parts = 0;  // so that all warps have something to do
   while ((2 << log2_parts) * experts <= kWarps) ++log2_parts;
   return {blocks, experts, log2_parts};
@@ -152,7 +155,7 @@ size_t shared_bytes(const RouteArguments& a, const NormGateArguments& g, const N
 
 template <class Rows>
 cudaError_t run_norm_gate(const RouteArguments& a, const NormGateArguments& g, const Device& device) {
-  const NormGrid grid = grid_of(a, device);
+  const NormGrid grid = grid_of(a, g, device);
   const Launch how = {a.T * grid.blocks, kThreads, shared_bytes(a, g, grid), grid.blocks};
   return a.dtype == Dtype::kFloat16 ? launch(norm_gate_kernel<__half, Rows>, how, device, a, g, grid)
                                     : launch(norm_gate_kernel<__nv_bfloat16, Rows>, how, device, a, g, grid);
@@ -164,7 +167,7 @@ bool can_norm_and_route(const RouteArguments& a, const NormGateArguments& g, con
   // One expert would be one block, which has no cluster to send to.
   return device.is_hopper && a.T <= kMostRows && a.E > 1 && g.D > 0 && g.D % 8 == 0 && g.D <= kMostNormWidth &&
          a.E <= kMostNormExperts && int64_t{a.E} * g.D <= kMostNormGate &&
-         static_cast<int64_t>(shared_bytes(a, g, grid_of(a, device))) <= device.shared_bytes;
+         static_cast<int64_t>(shared_bytes(a, g, grid_of(a, g, device))) <= device.shared_bytes;
 }
 
 cudaError_t norm_and_route(RouteArguments a, const NormGateArguments& g, const Device& device) {

@@ -1,4 +1,4 @@
-"""The Triton kernels of `few_tokens_mlp`: up, down, and the sum over a token's slots.
+"""The Triton kernels of `few_tokens_mlp`: up, and down with the sum over a token's slots.
 
 A program belongs to a slot and a piece of the width; of the slots with one expert the first does the work for all.
 """
@@ -32,13 +32,17 @@ def _own_slot(ids_ptr, expert, T, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _up_kernel(
-    x_ptr, ids_ptr, weights_ptr, w_ptr, bias_ptr, h_ptr, T, K, D, F, alpha, limit,
+    x_ptr, ids_ptr, weights_ptr, w_ptr, bias_ptr, h_ptr, arrived_ptr, T, K, D, F, n_arrived, alpha, limit,
     SCALES: tl.constexpr, BIAS: tl.constexpr, CLAMPED: tl.constexpr, GELU: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     begin(DEPENDENT)
     slot = tl.program_id(0)
+    if (slot == 0) & (tl.program_id(1) == 0):
+        for start in range(0, n_arrived, 128):
+            n = start + tl.arange(0, 128)
+            tl.store(arrived_ptr + n, tl.zeros((128,), tl.int32), mask=n < n_arrived)
     expert = tl.load(ids_ptr + slot)
     if expert < 0:
         return
@@ -83,51 +87,61 @@ def _up_kernel(
 
 @triton.jit
 def _down_kernel(
-    h_ptr, ids_ptr, w_ptr, bias_ptr, o_ptr, T, K, D, F, BIAS: tl.constexpr,
+    h_ptr, ids_ptr, weights_ptr, w_ptr, bias_ptr, o_ptr, y_ptr, arrived_ptr, T, K, D, F,
+    SCALES: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     begin(DEPENDENT)
     slot = tl.program_id(0)
-    expert = tl.load(ids_ptr + slot)
-    if expert < 0:
-        return
-    if not _is_first(ids_ptr, slot, expert, BLOCK_N):
-        return
-    own = _own_slot(ids_ptr, expert, T, K, ROWS, BLOCK_K)
-    t = tl.arange(0, ROWS)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    f = tl.arange(0, BLOCK_F)
-    w_at = w_ptr + expert.to(tl.int64) * D * F + d[None, :].to(tl.int64) * F + f[:, None]
-    o = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for start in range(0, F, BLOCK_F):
-        h = tl.load(
-            h_ptr + (t * K + own)[:, None] * F + f[None, :] + start,
-            mask=(own[:, None] >= 0) & (f[None, :] + start < F), other=0.0,
-        )  # fmt: skip
-        w = tl.load(w_at + start, mask=(d[None, :] < D) & (f[:, None] + start < F), other=0.0)
-        o += tl.dot(h, w, input_precision="ieee")
-    if BIAS:
-        o += tl.load(bias_ptr + expert.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    where = o_ptr + (t * K + own)[:, None] * D + d[None, :]
-    tl.store(where, o.to(o_ptr.dtype.element_ty), mask=(own[:, None] >= 0) & (d[None, :] < D))
+    expert = tl.load(ids_ptr + slot)
+    works = expert >= 0
+    if works:
+        works = _is_first(ids_ptr, slot, expert, BLOCK_N)
+    if works:
+        t = tl.arange(0, ROWS)
+        f = tl.arange(0, BLOCK_F)
+        own = _own_slot(ids_ptr, expert, T, K, ROWS, BLOCK_K)
+        w_at = w_ptr + expert.to(tl.int64) * D * F + d[None, :].to(tl.int64) * F + f[:, None]
+        o = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        for start in range(0, F, BLOCK_F):
+            h = tl.load(
+                h_ptr + (t * K + own)[:, None] * F + f[None, :] + start,
+                mask=(own[:, None] >= 0) & (f[None, :] + start < F), other=0.0,
+            )  # fmt: skip
+            w = tl.load(w_at + start, mask=(d[None, :] < D) & (f[:, None] + start < F), other=0.0)
+            o += tl.dot(h, w, input_precision="ieee")
+        if BIAS:
+            o += tl.load(bias_ptr + expert.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        where = o_ptr + (t * K + own)[:, None] * D + d[None, :]
+        tl.store(where, o.to(o_ptr.dtype.element_ty), mask=(own[:, None] >= 0) & (d[None, :] < D))
+    # The last program of these columns adds up the slots: what it reads all have written before they arrived.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr + tl.program_id(1), 1, sem="acq_rel") == T * K - 1:
+        _add_slots(o_ptr, ids_ptr, weights_ptr, y_ptr, d, T, K, D, SCALES, ROWS, BLOCK_D)
 
 
 @triton.jit
-def _sum_kernel(
-    o_ptr, ids_ptr, weights_ptr, y_ptr, K, D,
-    SCALES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    begin(DEPENDENT)
-    t = tl.program_id(0)
-    k = tl.arange(0, BLOCK_K)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    used = tl.load(ids_ptr + t * K + k, mask=k < K, other=-1) >= 0
-    o = tl.load(o_ptr + (t * K + k)[:, None] * D + d[None, :], mask=used[:, None] & (d[None, :] < D), other=0.0)
-    o = o.to(tl.float32)
-    if not SCALES:
-        o *= tl.load(weights_ptr + t * K + k, mask=used, other=0.0)[:, None]
-    tl.store(y_ptr + t * D + d, tl.sum(o, axis=0).to(y_ptr.dtype.element_ty), mask=d < D)
+def _add_slots(
+    o_ptr, ids_ptr, weights_ptr, y_ptr, d, T, K, D, SCALES: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The columns d of y."""
+    AT_ONCE: tl.constexpr = 4  # loads under way
+    t = tl.arange(0, ROWS)
+    y = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for first in range(0, K, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            k = tl.zeros_like(t) + (first + i)
+            used = tl.load(ids_ptr + t * K + k, mask=(t < T) & (k < K), other=-1) >= 0
+            at = o_ptr + (t * K + k)[:, None] * D + d[None, :]
+            # Not from the L1 cache, which does not see what others write.
+            o = tl.load(at, mask=used[:, None] & (d[None, :] < D), other=0.0, cache_modifier=".cg").to(tl.float32)
+            if not SCALES:
+                o *= tl.load(weights_ptr + t * K + k, mask=used, other=0.0)[:, None]
+            y += o
+    where = y_ptr + t[:, None] * D + d[None, :]
+    tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(t[:, None] < T) & (d[None, :] < D))
 
 
 def launch(
@@ -142,21 +156,20 @@ def launch(
     x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
     h, o = x.new_empty(T * K, F), x.new_empty(T * K, D)
     wide = x.dtype == torch.float32
+    depth, width = 64 if wide else 128, 32
+    columns = triton.cdiv(D, width)
+    arrived = ids.new_empty(columns)  # programs of `down` for each block of columns; `up` writes zeros
     rows = max(16, triton.next_power_of_2(T))  # a matrix unit takes no fewer
     blocks = {"ROWS": rows, "BLOCK_N": triton.next_power_of_2(T * K), "BLOCK_K": triton.next_power_of_2(K)}
-    depth, width = 64 if wide else 128, 32
     dependent = is_dependent(x.device)
-    how = {"DEPENDENT": dependent, "launch_pdl": dependent, "num_warps": 4}
+    how = {"SCALES": scales_input, "DEPENDENT": dependent, "launch_pdl": dependent, "num_warps": 4, "num_stages": 3}
     _up_kernel[(T * K, triton.cdiv(F, width))](
-        x, ids, weights, w_gate_up, w_gate_up if up_bias is None else up_bias, h, T, K, D, F, alpha, limit,
-        SCALES=scales_input, BIAS=up_bias is not None, CLAMPED=limit > 0, GELU=gelu, **blocks,
-        BLOCK_F=width, BLOCK_D=depth, num_stages=3, **how,
+        x, ids, weights, w_gate_up, w_gate_up if up_bias is None else up_bias, h, arrived, T, K, D, F, columns,
+        alpha, limit, BIAS=up_bias is not None, CLAMPED=limit > 0, GELU=gelu, **blocks, BLOCK_F=width, BLOCK_D=depth,
+        **how,
     )  # fmt: skip
-    _down_kernel[(T * K, triton.cdiv(D, width))](
-        h, ids, w_down, w_down if down_bias is None else down_bias, o, T, K, D, F, BIAS=down_bias is not None,
-        **blocks, BLOCK_F=depth, BLOCK_D=width, num_stages=3, **how,
+    _down_kernel[(T * K, columns)](
+        h, ids, weights, w_down, w_down if down_bias is None else down_bias, o, y, arrived, T, K, D, F,
+        BIAS=down_bias is not None, **blocks, BLOCK_F=depth, BLOCK_D=width, **how,
     )  # fmt: skip
-    _sum_kernel[(T, triton.cdiv(D, 512))](
-        o, ids, weights, y, K, D, SCALES=scales_input, BLOCK_K=blocks["BLOCK_K"], BLOCK_D=512, **how
-    )
     return y

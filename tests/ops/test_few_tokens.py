@@ -265,6 +265,17 @@ def test_slots_are_summed_in_fp32(dtype: torch.dtype, device: torch.device) -> N
     assert of([0, 1, 2], [1.0, 0.5, 0.25]) == pytest.approx(1.75 * alone, rel=2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.gpu
+def test_the_sum_waits_for_all_slots() -> None:
+    """The last program of some columns adds them up: each of many calls gives the bits of the first."""
+    inputs = operands(64, 64, 8, 2048, 256, torch.bfloat16, torch.device("cuda"))
+    first_TD = few_tokens_mlp(*inputs, False)
+    calls = [few_tokens_mlp(*inputs, False) for _ in range(200)]
+    assert all(torch.equal(y_TD, first_TD) for y_TD in calls)
+    unused = (inputs[0], torch.full_like(inputs[1], -1), *inputs[2:])
+    assert not few_tokens_mlp(*unused, False).any()
+
+
 @SCALES
 def test_strides_of_the_inputs_change_nothing(scales_input: bool, device: torch.device) -> None:
     """Tokens, ids and weights that are views give what their copies give."""
