@@ -288,7 +288,9 @@ def main() -> int:
     parser.add_argument("--execution", default="eager")
     cells = [Cell("prefill", 8, 512), Cell("decode", 1, 256), Cell("decode", 8, 256)]
     parser.add_argument("--cells", nargs="+", type=Cell.parse, default=cells, metavar="PHASE:BATCH:LENGTH")
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), help=f"default: {' '.join(PEERS)}; also {PLAIN}")
+    parser.add_argument(
+        "--peers", nargs="*", default=list(PEERS), help=f"default: {' '.join(PEERS)}; also {PLAIN}; no name: ours alone"
+    )
     parser.add_argument("--attention", default="sdpa", help="of transformers; gpt-oss has no sdpa: eager")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--turns", type=Path, help=TURNS_HELP)
@@ -304,11 +306,8 @@ def main() -> int:
     print(
         f"code: {env['git_sha'] or 'not committed'}{' (dirty)' if env['git_dirty'] else ''}, {options.rounds} rounds\n"
     )
-    print(
-        f"| cell | floor [ms] | ours {options.execution} [ms] | "
-        + " | ".join(f"{name} [ms]" for name in options.peers)
-        + " | ours / best [95 %] |"
-    )
+    times = [f"{name} [ms]" for name in (f"ours {options.execution}", *options.peers)]
+    print(f"| {' | '.join(['cell', 'floor [ms]', *times, 'ours / best [95 %]'])} |")
     print("|---|" + "---|" * (len(options.peers) + 3))
     rows: list[tuple[Any, ...]] = []
     turns, loaded, failed = Turns(options.turns), Loaded({}), False

@@ -301,8 +301,8 @@ cudaError_t run(const DecodeAttentionArguments& a, const Device& device, int blo
 }
 
 // A block that cannot begin beside the projections' asks for its first positions late, and the query waits behind
-// these. Of one sequence those are two blocks a multiprocessor (decode_gemv.cu), which leave room for two stages; of
-// more they are one (decode_rows.cu), which leaves room for three.
+// these. Of one sequence those are three blocks a multiprocessor (decode_gemv.cu), of which the first one to end leaves
+// room for two stages; of more they are one (decode_rows.cu), which leaves room for three.
 template <class T, int D>
 cudaError_t run(const DecodeAttentionArguments& a, const Device& device) {
   int blocks = 1;
