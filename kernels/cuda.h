@@ -28,7 +28,7 @@ struct Launch {
   size_t shared_bytes = 0;
   int cluster = 1;
   bool cooperative = false;  // the blocks wait for each other, so all must run at once
-  bool apart = false;        // no two of its blocks share a multiprocessor; blocks of other kernels may be beside them
+  bool apart = false;        // no two of its blocks share a multiprocessor, for want of shared memory
 };
 
 template <class... Parameters>

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kStages = 2;
-constexpr int kBlocks = 3;       // of a multiprocessor: no more have room, so all have as many
+constexpr int kBlocks = 3;       // of a multiprocessor, at most: no more would have room
 constexpr int kPart = 1024;      // elements of each of the two rows of a stage
 constexpr int kRow = 2 * kPart;  // bytes
 constexpr int kAtOnce = 256;     // elements that a warp multiplies at once, 16 bytes a lane
@@ -138,8 +138,9 @@ __global__ void __launch_bounds__(kThreads, 5) gemv_kernel(const __grid_constant
 }  // namespace
 
 cudaError_t gemv(const GemvArguments& a, const Device& device) {
-  const Launch how{std::min<int64_t>(kBlocks * device.multiprocessors, ceil_div(a.N, 2 * kWarps)), kThreads,
-                   sizeof(Shared) + 2 * static_cast<size_t>(a.K)};
+  const size_t shared_bytes = sizeof(Shared) + 2 * static_cast<size_t>(a.K);
+  const int64_t blocks = std::min<int64_t>(kBlocks, (device.shared_bytes + 1024) / (shared_bytes + 1024));
+  const Launch how{std::min(blocks * device.multiprocessors, ceil_div(a.N, 2 * kWarps)), kThreads, shared_bytes};
   return launch(a.dtype == Dtype::kBFloat16 ? gemv_kernel<__nv_bfloat16> : gemv_kernel<__half>, how, device, a);
 }
 

@@ -267,13 +267,17 @@ def test_slots_are_summed_in_fp32(dtype: torch.dtype, device: torch.device) -> N
 
 @pytest.mark.gpu
 def test_the_sum_waits_for_all_slots() -> None:
-    """The last program of some columns adds them up: each of many calls gives the bits of the first."""
-    inputs = operands(64, 64, 8, 2048, 256, torch.bfloat16, torch.device("cuda"))
-    first_TD = few_tokens_mlp(*inputs, False)
-    calls = [few_tokens_mlp(*inputs, False) for _ in range(200)]
-    assert all(torch.equal(y_TD, first_TD) for y_TD in calls)
-    unused = (inputs[0], torch.full_like(inputs[1], -1), *inputs[2:])
-    assert not few_tokens_mlp(*unused, False).any()
+    """The last program of some columns adds them up: each of many calls gives the bits of its first.
+
+    Two inputs take turns, so that what a call before has left is not what this one must read.
+    """
+    x_TD, ids_TK, *others = operands(64, 64, 8, 2048, 256, torch.bfloat16, torch.device("cuda"))
+    inputs = [(x_TD, ids_TK, *others), (2 * x_TD, ids_TK.flip(0), *others)]
+    first = [few_tokens_mlp(*each, False).clone() for each in inputs]
+    assert not torch.equal(*first)
+    calls = [few_tokens_mlp(*inputs[i % 2], False) for i in range(200)]
+    assert all(torch.equal(y_TD, first[i % 2]) for i, y_TD in enumerate(calls))
+    assert not few_tokens_mlp(x_TD, torch.full_like(ids_TK, -1), *others, False).any()
 
 
 @SCALES
