@@ -17,8 +17,8 @@ class UnavailableError(RuntimeError):
 class MismatchError(RuntimeError):
     """The run's output disagrees with the fp32 reference, or the router with what it declares.
 
-    `where` is `route`, `layers`, `replay`, `export`, or the property that does not hold: `causal`, `batch_invariant`,
-    `static_k`.
+    `where` is `route`, `layers`, `timing`, `replay`, `export`, or the property that does not hold: `causal`,
+    `batch_invariant`, `static_k`.
 
     `clause`: of the router's contract, where that is what was broken. `found`: what is known of an export.
     """

@@ -47,7 +47,7 @@ def compare_routes(
             f"{sorted(reference.expert_ids_TK[token].tolist())})",
         )
     off_T = _weight_errors(ran, reference, n_experts, weights_TK, changed_T)
-    if off_T.numel() and float(off_T.max()) > tolerance.weight:
+    if off_T.numel() and not float(off_T.max()) <= tolerance.weight:  # NaN too
         raise MismatchError(
             "route",
             f"layer {layer}: a routing weight of token {int(off_T.argmax())} differs by {float(off_T.max()):.2e} "
@@ -57,17 +57,27 @@ def compare_routes(
 
 
 def differing_tokens(
-    got: Routing, wanted: Routing, n_experts: int, tolerance: Tolerance, weights_TK: Tensor | None
+    got: Routing,
+    wanted: Routing,
+    n_experts: int,
+    tolerance: Tolerance,
+    weights_TK: Tensor | None,
+    logits_TE: Tensor,
 ) -> Tensor:
     """[T] bool: whose experts or weights differ, but for near-ties; arguments as in `compare_routes`."""
-    changed_T, near_T = _changed_sets(got, wanted, n_experts, tolerance, None, fills_slots(got, wanted))
+    changed_T, near_T = _changed_sets(got, wanted, n_experts, tolerance, logits_TE, fills_slots(got, wanted))
     off_T = _weight_errors(got, wanted, n_experts, weights_TK, changed_T)
-    return (changed_T & ~near_T) | (off_T > tolerance.weight)
+    return (changed_T & ~near_T) | ~(off_T <= tolerance.weight)  # NaN too
 
 
 def fills_slots(*routings: Routing) -> bool:
     """Whether every token has an expert in each slot: what `scores_TE` then says is a ranking, else a margin."""
     return all(bool((routing.expert_ids_TK >= 0).all()) for routing in routings)
+
+
+def is_constant(values_TE: Tensor) -> Tensor:
+    """[T] bool: whose values are all equal."""
+    return values_TE.amax(1) == values_TE.amin(1)
 
 
 def scored_selection(router: Router, logits_TE: Tensor, ctx: RouteContext) -> Routing:
@@ -108,6 +118,8 @@ def _changed_sets(
         near_T = changed_T & (highest_T - lowest_T <= allowed_T) & (ran_TE.sum(-1) == want_TE.sum(-1))
     else:
         near_T = changed_T & (torch.maximum(highest_T, -lowest_T) <= allowed_T)
+    if logits_TE is not None:  # where all scores of a token are equal and its logits are not, nothing says it is one
+        near_T &= ~is_constant(scores_TE) | is_constant(logits_TE)
     return changed_T, near_T
 
 

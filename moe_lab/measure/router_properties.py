@@ -28,7 +28,7 @@ from moe_lab.measure.tolerances import TOLERANCES
 from moe_lab.models.moe_layer import MoELayer, hooked, indexed_moe_layers, moe_layers
 from moe_lab.records.schema import DOES_NOT_HOLD, VERIFIED
 from moe_lab.routers.base import RouteContext, Router, Routing
-from moe_lab.routers.contract import members
+from moe_lab.routers.contract import check_contract
 
 # So many layers and, of each, prefixes and what is selected alone, so that it takes milliseconds.
 _LAYERS, _SEQUENCES, _PREFIXES = 4, 4, 6
@@ -170,7 +170,9 @@ class _OfRun:
         names = ("token_ids_T", "valid_T", "previous_TD", "guess_TE")
         of_tokens = {name: values_T[tokens_N] for name in names if (values_T := getattr(self.ctx, name)) is not None}
         ctx = self.ctx._replace(seq_start_B1=starts_B1, **of_tokens)
-        return scored_selection(self.router, self.logits_TE[tokens_N], ctx)
+        routing = scored_selection(self.router, self.logits_TE[tokens_N], ctx)
+        check_contract(routing, len(tokens_N), self.logits_TE.shape[1], self.layer)
+        return routing
 
     def _compare(self, name: str, words: str, whole: Batch, parts: Sequence[Batch]) -> None:
         """Raise `MismatchError` if a token of `parts` selects otherwise than in `whole`."""
@@ -184,10 +186,7 @@ class _OfRun:
             got, wanted = _rows(self._select(batch), rows_N), _rows(every, tokens_N - whole[0].start)
             logits_NE = self.logits_TE[tokens_N]
             given_NK = self.router.weigh(logits_NE, got.expert_ids_TK)
-            differs_N = differing_tokens(got, wanted, E, TOLERANCES[torch.float32], given_NK)
-            # Where all scores of a token are equal and its logits are not, nothing says that it is a near-tie.
-            ranks_nothing_N = _is_constant(wanted.scores_TE) & ~_is_constant(logits_NE)
-            differs_N |= ranks_nothing_N & (members(got.expert_ids_TK, E) != members(wanted.expert_ids_TK, E)).any(1)
+            differs_N = differing_tokens(got, wanted, E, TOLERANCES[torch.float32], given_NK, logits_NE)
             if bool(differs_N.any()):
                 first = int(differs_N.nonzero()[0, 0])
                 have, want = (sorted(routing.expert_ids_TK[first].tolist()) for routing in (got, wanted))
@@ -203,9 +202,3 @@ def _rows(routing: Routing, rows_N: Tensor) -> Routing:
     assert routing.scores_TE is not None
     ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
     return Routing(ids_TK[rows_N], weights_TK[rows_N], scores_TE=routing.scores_TE[rows_N])
-
-
-def _is_constant(values_TE: Tensor | None) -> Tensor:
-    """[T] bool: whose values are all equal."""
-    assert values_TE is not None
-    return values_TE.amax(1) == values_TE.amin(1)

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from moe_lab.config.unread import unread
 from moe_lab.errors import MismatchError, UnavailableError
 from moe_lab.measure import contention, energy, environment, memory, statistics
 from moe_lab.measure.blocks import Blocks
-from moe_lab.measure.clocks import Block
+from moe_lab.measure.clocks import Block, Step
 from moe_lab.measure.device_lock import DeviceLock
 from moe_lab.measure.energy import Meter
 from moe_lab.measure.kernels import Event
@@ -42,7 +42,7 @@ from moe_lab.records import identity
 from moe_lab.records.schema import UNFINISHED, Latency, Ratio, Record
 from moe_lab.records.weight_changes import active
 from moe_lab.routers.base import Router, Routing
-from moe_lab.runs import build, memory_estimate, passes, trained, weight_changes
+from moe_lab.runs import after_timing, build, memory_estimate, passes, trained, weight_changes
 from moe_lab.runs import record as recording
 from moe_lab.runs.built import Built
 from moe_lab.runs.export import exporter, make_inputs
@@ -51,7 +51,7 @@ from moe_lab.runs.place import Place
 from moe_lab.runs.record import TimedBlock
 from moe_lab.runs.trace import RunTrace
 from moe_lab.runs.unchanged import unchanged_process
-from moe_lab.runs.verify import Verification, verify
+from moe_lab.runs.verify import Verification, routers_watched, verify
 from moe_lab.runs.verify_decode import verify_decode
 from moe_lab.workloads.forced import load_difference, repeated
 
@@ -76,6 +76,8 @@ class Run:
         self.device: torch.device | None = None
         self.built: Built | None = None
         self.verification: Verification | None = None
+        self._given: after_timing.Given | None = None  # before the first pass
+        self._verified: after_timing.Pass | None = None
         self.peak_bytes: int | None = None
         self.blocks: list[TimedBlock] = []
         self.peers: list[str] = []  # cell_ids of the runs whose blocks were interleaved with these
@@ -178,7 +180,9 @@ class Run:
             ValueError: router logits that are not finite; the message names the layer.
         """
         step = self.made().ready_step()
-        step()  # what is allocated once is allocated now
+        self._given = after_timing.Given.of(self.made())
+        with routers_watched(self.made().model) if type(step) is Step else nullcontext():
+            step()  # what is allocated once is allocated now
         peak_bytes = memory.peak_bytes(step)  # before the reference leaves its traces
         self._verify_step()
         self.peak_bytes = peak_bytes
@@ -189,13 +193,16 @@ class Run:
         if isinstance(task, Decode):
             assert isinstance(twin, TransformerDecoder) and built.context is not None
             steps = [_kept(output) for output in built.outputs()]
+            self._verified = after_timing.Pass.of(steps[0])
             self.verification = verify_decode(task, twin, built.x, steps, built.context, built.dtype, **options)
             task.seek(0)
         else:
             if isinstance(task, Prefill):
                 assert isinstance(twin, TransformerDecoder)
                 twin = task.on(twin)
-            self.verification = verify(task, twin, built.x, step(), built.dtype, **options)
+            output = step()
+            self._verified = after_timing.Pass.of(output)  # before another pass writes into it
+            self.verification = verify(task, twin, built.x, output, built.dtype, **options)
         if built.x.is_cuda:
             torch.cuda.empty_cache()  # what the reference took
         log.info("verified: %s", self.verification.check)
@@ -266,6 +273,7 @@ class Run:
 
     def observe(self) -> None:
         """Look at what `measure` asks for. The latency stands whether or not that succeeds (`Observer.observe`)."""
+        self._verify_what_was_timed()
         assert self.verification is not None
         latency = self._latency()
         p50_ms = latency.p50 if latency is not None else math.nan
@@ -277,6 +285,18 @@ class Run:
             self.routing_arrays |= observer.routing_arrays
             self.trace, self.timeline = observer.trace, observer.timeline
             self.warnings += observer.warnings
+
+    def _verify_what_was_timed(self) -> None:
+        """See `after_timing`. Raises `MismatchError`; the times are then of something else, and are dropped."""
+        verification, verified = self.verification, self._verified
+        assert verification is not None and self._given is not None and verified is not None
+        try:
+            after_timing.require_the_same(self.made(), self._given, verified, self._verify_step)
+        except MismatchError:
+            verification.check.passed, self.blocks = False, []
+            raise
+        finally:
+            self.verification = verification
 
     @property
     def _export_dir(self) -> Path | None:

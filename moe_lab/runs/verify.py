@@ -14,7 +14,8 @@ free    the reference with its own routing: recorded, decides nothing (a near-ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from moe_lab.models import Output
 from moe_lab.models.moe_layer import MoELayer, indexed_moe_layers
 from moe_lab.models.serving import Prefill
 from moe_lab.records.schema import Check
+from moe_lab.routers.base import Routing
 from moe_lab.routers.contract import changed_sets, check_contract
 from moe_lab.runs.compared_cache import ComparedCache
 
@@ -135,6 +137,33 @@ def keeps_contract(
         result.mismatch = error
         return False
     return True
+
+
+@contextmanager
+def routers_watched(model: nn.Module) -> Iterator[None]:
+    """If an eager pass fails inside of what a router chose, raise the `MismatchError` that names the clause."""
+    broken: list[MismatchError] = []
+
+    def hook(index: int, n_experts: int) -> Callable[..., None]:
+        def look(router: nn.Module, given: tuple[Any, ...], routing: Routing) -> None:
+            try:
+                check_contract(routing, len(given[0]), n_experts, index)
+            except MismatchError as error:
+                broken.append(error)
+
+        return look
+
+    layers = indexed_moe_layers(model)
+    handles = [layer.router.register_forward_hook(hook(index, layer.weights.n_experts)) for index, layer in layers]
+    try:
+        yield
+    except Exception as error:
+        if broken:
+            raise broken[0] from error
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def probe_layers(result: Verification, probe: LayerProbe, run: Callable[[], Any]) -> None:

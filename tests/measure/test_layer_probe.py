@@ -72,6 +72,27 @@ def test_logits_that_are_not_the_runs_own_widen_the_tie_by_their_typical_size() 
                 compare_routes(other, reference, 4, 0, tolerance, None, scores_TE * 10)
 
 
+def test_scores_that_are_all_equal_rank_nothing() -> None:
+    """Of unequal logits they are no tie; of equal ones they are."""
+    reference = routing([[0]], [[1.0]])._replace(scores_TE=torch.zeros(1, 3))
+    other, tolerance = routing([[1]], [[1.0]]), TOLERANCES[torch.float32]
+    with pytest.raises(MismatchError):
+        compare_routes(other, reference, 3, 0, tolerance, None, torch.tensor([[1.0, 2.0, 3.0]]))
+    assert compare_routes(other, reference, 3, 0, tolerance, None, torch.ones(1, 3)) == 1
+
+
+@pytest.mark.parametrize("tied", [pytest.param(False, id="same experts"), pytest.param(True, id="near-tie")])
+def test_weights_that_are_nan_in_the_reference_are_no_agreement(tied: bool) -> None:
+    """A comparison with NaN is false: neither the worst token nor any other may be taken for right."""
+    scores_TE = torch.tensor([[1.0, 1.0, 0.0]] * 2)
+    weights = [[1.0], [1.0]] if tied else [[float("nan")], [1.0]]
+    reference = routing([[0], [0]], weights)._replace(scores_TE=scores_TE)
+    ran = routing([[1 if tied else 0], [0]], [[1.0], [1.0]])
+    given_TK = torch.tensor([[float("nan")], [1.0]]) if tied else None
+    with pytest.raises(MismatchError, match="a routing weight of token 0 differs by nan"):
+        compare_routes(ran, reference, 3, 0, TOLERANCES[torch.float32], given_TK, scores_TE)
+
+
 def test_closing_a_probe_twice_is_harmless() -> None:
     """A probe takes its hooks with it."""
     run = tiny.built(tiny.decoder_moe())

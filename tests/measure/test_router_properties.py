@@ -230,6 +230,18 @@ def test_our_own_routers_declare_all_and_hold_it(name: str, T: int, ctx: RouteCo
     assert found == {name: "verified" for name in WEIGHED if getattr(router, name)}
 
 
+def test_nan_of_a_token_alone_is_found_out() -> None:
+    """Weights divided by a deviation over the batch, which a single token has not."""
+
+    class ByDeviation(Weighing):
+        def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
+            routing = super().select(logits_TE, ctx)
+            return routing._replace(weights_TK=routing.weights_TK / logits_TE.std(0).mean())
+
+    with pytest.raises(MismatchError, match="a weight is NaN or infinite"):
+        check_properties(ByDeviation(as_it_is, batch_invariant=True), logits(8), sequences(8, 1), 0)
+
+
 def test_who_goes_by_the_order_is_found_out() -> None:
     """Alone each token selects as beside the others; backwards it does not."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -629,3 +630,18 @@ def test_what_failed_before_stays_the_reason() -> None:
     first = MismatchError("route", "planted")
     result = judged(Verification(nothing_known(), first), TOLERANCES[torch.float32], torch.float32)
     assert result.mismatch is first and not result.check.passed
+
+
+@pytest.mark.parametrize("experts", [pytest.param(name, id=name) for name in ("loop", "grouped")])
+def test_an_id_that_is_too_large_names_the_clause(experts: str, tmp_path: Path) -> None:
+    """Before the experts fail of it."""
+    run = tiny.built(tiny.decoder_moe(f"experts={experts}"))
+    for layer in moe_layers(run.built.model):
+        layer.router = Tampering(
+            layer.router, lambda routing: routing._replace(expert_ids_TK=routing.expert_ids_TK + E)
+        )
+    with pytest.raises(
+        MismatchError, match="layer 0: the router breaks its contract: an expert id is outside"
+    ) as raised:
+        run.verify()
+    assert raised.value.clause is not None
