@@ -10,7 +10,7 @@ import pandas as pd
 
 from moe_lab.results.regions import TOKENS
 from moe_lab.results.settings import places
-from moe_lab.results.verdicts import judged
+from moe_lab.results.verdicts import judged, per_token, tokens_of_a_pass
 
 SAME_BITS = 0.01
 """Differences of bits per byte up to this do not matter."""
@@ -73,7 +73,7 @@ class Cell(NamedTuple):
     variant: str
     is_anchor: bool
     ratio: tuple[float, float, float]
-    """Its latency over the anchor's, and the interval of that: NaN where they were not timed together, or too short."""
+    """Its latency for a token over the anchor's, with interval; NaN if they were not timed together, or too short."""
     quality: Quality | None
     is_causal: bool | None
     choice: str
@@ -120,19 +120,19 @@ def settings(runs: pd.DataFrame, summary: pd.DataFrame) -> list[Setting]:
     keys = [str(name) for name in summary if str(name).startswith(("config.router.", "config.model."))]
     found: dict[tuple[str, str], Setting] = {}
     read = [name for name in summary if name in _READ or name in keys or str(name).startswith("quality.")]
-    for row, place in zip(summary[read].to_dict("records"), places(summary), strict=True):
+    for row, place, share in zip(summary[read].to_dict("records"), places(summary), per_token(summary), strict=True):
         if row["status"] != "ok" or pd.isna(row["variant"]):
             continue
         setting = found.setdefault(
             (str(row["setting_id"]), str(row["env_id"])),
-            Setting({TOKENS: _tokens(row), **place}, str(row["anchor"]), []),
+            Setting({TOKENS: tokens_of_a_pass(row), **place}, str(row["anchor"]), []),
         )
         is_causal = causal[row["directory"]]
         setting.cells.append(
             Cell(
                 variant=str(row["variant"]),
                 is_anchor=bool(row["is_anchor"]),
-                ratio=_ratio(row),
+                ratio=_ratio(row, share),
                 quality=_quality(row),
                 is_causal=None if pd.isna(is_causal) else bool(is_causal),
                 choice=_choice(row, keys),
@@ -156,20 +156,14 @@ def best(cells: Sequence[Cell]) -> list[Cell]:
     return [cell for cell, quality in known if not any(quality.is_worse_than(other) for _, other in known)]
 
 
-def _tokens(row: Mapping[Any, Any]) -> int | None:
-    """Of a pass; of decoding one of each sequence."""
-    decodes = not pd.isna(row.get("throughput.time_per_output_token_ms"))
-    sizes = [row[key] for key in (("batch",) if decodes else ("batch", "seq_len")) if not pd.isna(row[key])]
-    return math.prod(map(int, sizes)) if sizes else None
-
-
-def _ratio(row: Mapping[Any, Any]) -> tuple[float, float, float]:
+def _ratio(row: Mapping[Any, Any], per_token: float) -> tuple[float, float, float]:
+    """To the anchor, for each token."""
     if row["is_anchor"] and _known(row["latency_ms.p50"]):
         return 1.0, 1.0, 1.0
     paired = row["ratio_to_anchor.paired"]
     if pd.isna(paired) or not paired:
         return math.nan, math.nan, math.nan
-    middle, low, high = (float(row[key]) if _known(row[key]) else math.nan for key in _RATIO)
+    middle, low, high = (float(row[key]) * per_token if _known(row[key]) else math.nan for key in _RATIO)
     if any(value <= 0 or math.isinf(value) for value in (middle, low, high)):  # of a clock that stood still
         return math.nan, math.nan, math.nan
     return middle, low, high

@@ -89,7 +89,7 @@ TERMS = {
     "counter share": (
         "How much of the energy may be that of what ran before, because the counter is renewed only now and then."
     ),
-    "T": "The tokens of a pass: batch x seq_len. Of decoding it is batch.",
+    "T": "The tokens of a pass: batch x seq_len. Of decoding it is batch x workload.window.",
 }
 """Word -> meaning."""
 

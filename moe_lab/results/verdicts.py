@@ -19,7 +19,7 @@ _RATIO = ("ratio_to_anchor.p50", "ratio_to_anchor.ci95_low", "ratio_to_anchor.ci
 
 _READ = (
     *("variant", "size", "is_unstable", "status", "reason", "anchor", "is_anchor", "ratio_to_anchor.paired", *_RATIO),
-    *("batch", "seq_len", "throughput.time_per_output_token_ms"),
+    *("batch", "seq_len", "latency_ms.p50", "throughput.time_per_output_token_ms", "per_token"),
 )
 
 Kind = Literal["faster", "slower", "same", "inconclusive", "not timed together", "failed", "skipped"]
@@ -68,6 +68,29 @@ class _Cell(NamedTuple):
     """Whether its latency or that of its anchor is."""
 
 
+def window(row: Mapping[Any, Any]) -> int | None:
+    """The tokens that a decoding step adds to each sequence; None where a pass is no such step, or was not timed."""
+    ms, of_token = (row.get(name, math.nan) for name in ("latency_ms.p50", "throughput.time_per_output_token_ms"))
+    return None if pd.isna(ms) or pd.isna(of_token) or not of_token > 0 else max(round(float(ms) / float(of_token)), 1)
+
+
+def tokens_of_a_pass(row: Mapping[Any, Any]) -> int | None:
+    """batch x seq_len, of decoding batch x `window`; None where the sizes are not known."""
+    of_step = window(row)
+    sizes = [row["batch"], row["seq_len"] if of_step is None else of_step]
+    known = [int(size) for size in sizes if not pd.isna(size)]
+    return math.prod(known) if known else None
+
+
+def per_token(summary: pd.DataFrame) -> list[float]:
+    """By row, what turns its ratio to the anchor into one for each token: 1 but where their windows differ."""
+    rows = summary[[name for name in _READ if name in summary]].to_dict("records")
+    settings = list(zip(summary["setting_id"], summary["env_id"].astype(str), strict=True))
+    anchors = {setting: window(row) for setting, row in zip(settings, rows, strict=True) if _true(row["is_anchor"])}
+    pairs = [(anchors.get(setting), window(row)) for setting, row in zip(settings, rows, strict=True)]
+    return [of_anchor / own if of_anchor and own else 1.0 for of_anchor, own in pairs]
+
+
 def verdicts(summary: pd.DataFrame) -> list[Verdict]:
     """One sentence per variant and class of its cells, for each model and whatever else varies but batch and seq_len.
 
@@ -76,12 +99,14 @@ def verdicts(summary: pd.DataFrame) -> list[Verdict]:
     no interval, `inconclusive`; a ratio that was not paired is never a verdict but `not timed together`. Cells of one
     class make one sentence, whose ratio is the median over them and whose bracket is the hull of their intervals; of
     `faster` both are inverted, so that they count times faster. T are the tokens of a pass, batch x seq_len, or of
-    decoding batch; "T <= t" and "T >= t" speak of the sizes that were measured. Failed and skipped cells, the anchor's
-    too, are named with their reasons. A sentence says of how many of its cells a latency is not stable.
+    decoding batch x window; steps of unlike windows are compared for each token. "T <= t" and "T >= t" speak of the
+    sizes that were measured. Failed and skipped cells, the anchor's too, are named with their reasons. A sentence says
+    of how many of its cells a latency is not stable.
     """
     sentences: list[Verdict] = []
     if summary.empty:
         return sentences
+    summary = summary.assign(per_token=per_token(summary))
     anchors = summary[summary["is_anchor"].fillna(False).astype(bool) & _unstable(summary)]
     unstable_anchors = set(zip(anchors["setting_id"], anchors["env_id"].astype(str), strict=True))
     for group, group_rows in summary.groupby(describe(summary, without=("batch", "seq_len")), sort=False):
@@ -118,10 +143,8 @@ def _true(value: Any) -> bool:
 
 def _cell(row: Mapping[Any, Any]) -> _Cell:
     """Which class a row of the summary belongs to."""
-    decodes = not pd.isna(row.get("throughput.time_per_output_token_ms", math.nan))
-    sizes = ("batch",) if decodes else ("batch", "seq_len")
-    tokens = math.prod(int(row[key]) for key in sizes if not pd.isna(row[key]))
-    ratio = tuple(float(row[key]) if not pd.isna(row[key]) else np.nan for key in _RATIO)
+    tokens = tokens_of_a_pass(row) or 1
+    ratio = tuple(float(row[key]) * row["per_token"] if not pd.isna(row[key]) else np.nan for key in _RATIO)
     _, low, high = ratio
     kind: Kind | None
     if row["status"] != "ok":

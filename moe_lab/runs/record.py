@@ -73,10 +73,10 @@ def noise_warnings(latency: Latency | None, target_ci: float) -> list[str]:
     ]
 
 
-def throughput(p50_ms: float, n_tokens: int, *, decodes: bool) -> dict[str, float]:
-    """The record's `throughput` of iterations of `n_tokens` tokens."""
+def throughput(p50_ms: float, n_tokens: int, *, window: int | None) -> dict[str, float]:
+    """The record's `throughput` of iterations of `n_tokens` tokens; of decoding `window` of each sequence."""
     rates = {"tokens_per_s": n_tokens / (p50_ms / 1e3), "time_per_token_us": p50_ms * 1e3 / n_tokens}
-    return {**rates, "time_per_output_token_ms": p50_ms} if decodes else rates
+    return rates if window is None else {**rates, "time_per_output_token_ms": p50_ms / window}
 
 
 def failure_of(error: BaseException) -> tuple[str, str]:

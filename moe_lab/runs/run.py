@@ -332,7 +332,7 @@ class Run:
         cfg, built, target_ci = self.cfg, self.built, self.cfg.measure.target_ci
         env = environment.capture(self.device) if self.device is not None else {}
         latency = self._latency()
-        decodes = bool(cfg.workload.get("phase") == "decode")
+        window = int(cfg.workload.get("window", 1)) if cfg.workload.get("phase") == "decode" else None
         return Record(
             status=status,  # type: ignore[arg-type]
             reason=reason,
@@ -346,7 +346,7 @@ class Run:
             implementation=built.implementation() if built is not None else {},
             latency_ms=latency,
             ratio_to_anchor=self.ratio,
-            throughput=recording.throughput(latency.p50, passes.n_tokens(cfg), decodes=decodes) if latency else None,
+            throughput=recording.throughput(latency.p50, passes.n_tokens(cfg), window=window) if latency else None,
             memory=self._memory(),
             check=self.verification.check if self.verification else None,
             router=built.router_properties() if built is not None else None,

@@ -62,6 +62,16 @@ def test_a_cell_is_judged_by_its_interval(ratio: Interval, text: str) -> None:
     assert texts(row("torch"), row("sinkhorn", ratio=ratio)) == [text]
 
 
+def test_steps_of_unlike_windows_are_compared_for_each_token() -> None:
+    """Four tokens of each sequence in 1.5 times a step of one are faster, and are a pass of more tokens."""
+    of_one = {"latency_ms.p50": 2.0, "throughput.time_per_output_token_ms": 2.0}
+    of_four = {"latency_ms.p50": 3.0, "throughput.time_per_output_token_ms": 0.75}
+    (text,) = texts(row("torch", 2, **of_one), row("window=4", 2, (1.5, 1.48, 1.52), **of_four))
+    assert text == "window=4 is 2.67x faster than torch at T = 8, [2.63, 2.7]"
+    (text,) = texts(row("torch", 2, **of_four), row("window=4", 2, (1.5, 1.48, 1.52), **of_four))
+    assert text == "window=4 is 1.5x slower than torch at T = 8, [1.48, 1.52]"
+
+
 def test_a_ratio_that_was_not_paired_is_no_verdict() -> None:
     """However large it is."""
     unpaired = row("sinkhorn", ratio=(9.0, None, None)) | {"ratio_to_anchor.paired": False}

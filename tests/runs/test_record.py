@@ -46,9 +46,10 @@ def test_samples_stay_in_order() -> None:
 
 def test_throughput_by_hand() -> None:
     """500 tokens in 2 ms; only decoding has a time for an output token of a sequence."""
-    rates = throughput(2.0, 500, decodes=False)
+    rates = throughput(2.0, 500, window=None)
     assert rates == pytest.approx({"tokens_per_s": 250_000, "time_per_token_us": 4.0})
-    assert throughput(2.0, 500, decodes=True) == pytest.approx({**rates, "time_per_output_token_ms": 2.0})
+    assert throughput(2.0, 500, window=1) == pytest.approx({**rates, "time_per_output_token_ms": 2.0})
+    assert throughput(2.0, 500, window=4) == pytest.approx({**rates, "time_per_output_token_ms": 0.5})
 
 
 @pytest.mark.parametrize(
