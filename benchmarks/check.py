@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _SWEEPS, _CHECKPOINT = "docs/results/cpu/sweeps.md", "docs/results/cpu/checkpoint.md"
-_NUMBER = r"(\d+(?:\.\d+)?)"
+_NUMBER = r"(\d+(?:\.\d+)?)(?![\d.]*[eE\d])"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Quote:
         """What is wrong, None if the quote holds."""
         if quoted is None or today is None:
             return "not quoted once" if quoted is None else "not printed"
+        if today == 0:
+            return "is 0: nothing was measured"
         if self.limit is not None and today > self.limit:
             return f"above its limit of {self.limit:g}"
         if today > quoted * (1 + self.tolerance):

@@ -79,14 +79,15 @@ def validate(cfg: DictConfig) -> None:
 
     _refuse_unknown_keys(cfg)
     _require_keys(cfg)
+    _refuse_wide_numbers(cfg)
     _at_least(cfg, "batch seq_len", 1)
-    _at_least(cfg, "seed measure.warmup_s workload.trace_layer", 0)
+    _at_least(cfg, "seed measure.warmup_s workload.trace_layer workload.zipf_exponent", 0)
     _more_than_zero(cfg, "measure.target_ci measure.max_time_s sweep.timeout_s")
-    _at_least(cfg, "measure.replicates", 1)
+    _at_least(cfg, "measure.replicates measure.quality_tokens", 1)
     validate_sweep(cfg)
     for key in _OF_FEW:
         _one_of(cfg, key, CHOICES[key])
-    _at_least(cfg, "workload.context_len workload.prefill_chunk workload.window measure.quality_tokens", 1)
+    _at_least(cfg, "workload.context_len workload.prefill_chunk workload.window workload.hot_experts", 1)
     if cfg.workload.phase == "decode" and cfg.seq_len % (cfg.workload.get("window") or 1):
         raise ValueError(
             f"workload.window={cfg.workload.window}: must divide seq_len={cfg.seq_len}, the number of tokens that are "
@@ -101,8 +102,6 @@ def validate(cfg: DictConfig) -> None:
             f"workload.load={load}: set workload.trace to a trace file, or to the folder of a run with "
             "measure.record_routing=true."
         )
-    _at_least(cfg, "workload.hot_experts", 1)
-    _at_least(cfg, "workload.zipf_exponent", 0)
     if not 0 <= cfg.workload.get("hot_share", 0.0) <= 1:
         raise ValueError(
             f"workload.hot_share={cfg.workload.hot_share}: must be between 0 and 1 (a share of the slots)."
@@ -163,6 +162,16 @@ def _refuse_unknown_keys(cfg: DictConfig) -> None:
                 )
 
 
+def _refuse_wide_numbers(node: Any, place: str = "") -> None:
+    """Raise `ValueError` for an integer that no column of a table holds."""
+    if isinstance(node, int) and not -(2**63) <= node < 2**63:
+        raise ValueError(f"{place}={node}: must be between -2^63 and 2^63 - 1.")
+    keys: Iterable[Any] = range(len(node)) if isinstance(node, ListConfig) else ()
+    for key in map(str, node) if isinstance(node, DictConfig) else keys:
+        if not OmegaConf.is_missing(node, key):
+            _refuse_wide_numbers(node[key], f"{place}.{key}".lstrip("."))
+
+
 def refuse_unknown(node: DictConfig, place: str) -> None:
     """Raise `ValueError` for a key that a node's schema does not have, here or deeper; `+` gets past Hydra's look."""
     kind: Any = OmegaConf.get_type(node)
@@ -194,6 +203,8 @@ def validate_sweep(cfg: DictConfig) -> None:
         _one_of(cfg, choice, CHOICES[choice])
     _at_least(cfg, "sweep.max_cells sweep.slots.cpu sweep.slots.cuda sweep.slots.cpus_each", 1)
     _validate_places(sweep)
+    if not sweep.compare:
+        raise ValueError("sweep.compare=[]: must name a group at least, such as [router].")
     for key in sweep.compare:
         if key not in GROUPS:
             raise ValueError(
@@ -263,6 +274,12 @@ def _validate_model(cfg: DictConfig) -> None:
         raise ValueError(
             f"model.shape.top_k={shape.top_k}: must be <= model.shape.n_experts={shape.n_experts}; "
             "lower model.shape.top_k or raise model.shape.n_experts."
+        )
+    load = cfg.workload.get("load", "native")
+    if cfg.model.get("name") == "router" and load != "native" and not cfg.model.sort:
+        raise ValueError(
+            f"workload.load={load}: no router runs with it, so model=router has nothing to compute; set "
+            "model.sort=true to time the sorting of its slots, or use model=moe_layer."
         )
     _validate_top_k(cfg)
     _validate_weight_changes(cfg)

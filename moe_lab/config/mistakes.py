@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 from hydra.core.override_parser.types import Sweep
@@ -22,6 +23,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error.__cause__, OSError) and str(error).startswith("Unable to configure"):  # logging's own words
         error = error.__cause__
     if not isinstance(error, HydraException | OmegaConfBaseException):
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return f"{error}; free some space, or choose another folder, and give the same command again."
         text = _one_line(str(error) if isinstance(error, _IN_WORDS) else f"{type(error).__name__}: {error}")
         place = targets.place_of(error)
         return f"{text.rstrip('.')}; HYDRA_FULL_ERROR=1 shows the traceback{place}" if place else text

@@ -101,7 +101,8 @@ def compare(a: Path, b: Path, *, threshold: float = 0.03, floors: Mapping[str, f
     `p50_*_ms` are the medians of the records (of several, the geometric mean), `ratio` is B/A of the replicates'
     medians and `ratio_low` to `ratio_high` its 95 % interval, `also` tells apart cells of the same names, `unstable`
     names the sides whose latency is not stable. `verdict` is `slower`, `faster`, `same` or `inconclusive` (the rule:
-    `intervals.judge`) where the cell is ok in both sets; else it says where the cell is missing or failed.
+    `intervals.judge`) where the cell is ok in both sets; else it says where the cell is missing or failed. Where a
+    record is on both sides it is `inconclusive`, because it would be compared with itself.
 
     Args:
         threshold: the smallest difference that matters, a ratio minus 1.
@@ -132,6 +133,9 @@ def compare(a: Path, b: Path, *, threshold: float = 0.03, floors: Mapping[str, f
             row[f"p50_{side.lower()}_ms"] = _p50(runs) if runs else None
         if timed["A"] and timed["B"]:
             row.update(_judged(timed, threshold, floor_of, notes))
+            if any(a.record.to_dict() == b.record.to_dict() for a in timed["A"] for b in timed["B"]):
+                row["verdict"] = "inconclusive"
+                notes.append("a record of A is in B too: give two measurements")
         rows.append({**row, "why": "; ".join(notes)})
         contents.append(first.content)
     _tell_apart(rows, contents)

@@ -457,7 +457,8 @@ def build_input(
     if longest is not None and seq_len > longest:
         raise ValueError(
             f"seq_len={cfg.seq_len}: with workload.phase={cfg.workload.phase} a sequence has {seq_len} tokens, but the "
-            f"model supports at most {longest}; lower seq_len or workload.context_len."
+            f"model supports at most {longest}; lower seq_len"
+            f"{' or workload.context_len' if cfg.workload.phase == 'decode' else ''}."
         )
     x: Tensor = instantiate(
         OmegaConf.masked_copy(cfg.workload, ["_target_", *_own_keys(cfg.workload)]),

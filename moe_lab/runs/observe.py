@@ -285,6 +285,12 @@ class Observer:
             return None
         if built.decodes or built.forced is not None:
             return None  # whole sequences are not what decoding computes, nor a forced load what a router chooses
+        if any(passes.chunk_warning(cfg, layer.router) is not None for layer in moe_layers(built.model)):
+            self.warnings.append(
+                "quality: left out, because it is that of whole sequences, and the routes of chunks are others "
+                f"(workload.prefill_chunk={cfg.workload.prefill_chunk})."
+            )
+            return None
         vocab_size: Any = built.model.vocab_size
         domains = text.read_domains(cfg.workload.path, vocab_size, getattr(built.model, "tokenizer_file", None))
         wanted = cfg.measure.quality_tokens

@@ -40,11 +40,15 @@ def record(*medians: float, config: dict[str, Any] | None = None, cache: str = "
 
 
 def write(folder: Path, *records: Record) -> Path:
-    """Each in a folder of its own; plain writes, because hundreds of flushed ones take seconds."""
+    """Each in a folder of its own; plain writes, because hundreds of flushed ones take seconds.
+
+    A record that does not say when it started did so at a time of this folder's.
+    """
     for position, one in enumerate(records):
         directory = folder / f"cell-{position}"
         directory.mkdir(parents=True)
-        (directory / RESULT).write_text(json.dumps(one.to_dict()))
+        content = one.to_dict()
+        (directory / RESULT).write_text(json.dumps({**content, "started": content["started"] or folder.name}))
     return folder
 
 

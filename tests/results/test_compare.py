@@ -223,6 +223,13 @@ def test_a_copy_is_no_replicate(tmp_path: Path) -> None:
     assert "copies in A" in only["why"] and "copies in B" in only["why"]
 
 
+def test_a_record_is_not_compared_with_itself(tmp_path: Path) -> None:
+    """A wrong folder must not pass for no change."""
+    only = row(tmp_path, [record(*QUIET, started="now")], [record(*QUIET, started="now")])
+    assert only["verdict"] == "inconclusive" and "a record of A is in B too" in only["why"]
+    assert row(tmp_path / "x", [record(*QUIET, started="now")], [record(*QUIET, started="later")])["verdict"] == "same"
+
+
 def test_a_failure_beside_a_success_is_told(tmp_path: Path) -> None:
     """The cell is judged by what was timed."""
     failed = record(status="failed", reason="timeout: verify")

@@ -5,14 +5,17 @@ The rest is tested in test_run.py.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import moe_lab
 from moe_lab.measure.kernels import Kernel, matched
 from moe_lab.measure.profile import Profile
 from moe_lab.records.schema import LAUNCH_BOUND
 from moe_lab.runs.observe import Observer
-from tests import tiny
+from tests import quick, tiny
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,16 @@ def test_phases_of_a_graph_say_whose_they_are(
     else:
         (line,) = observer.warnings
         assert line.startswith("phases_ms is of an eager pass") and ("CUPTI" if known is None else "eagerly") in line
+
+
+@pytest.mark.parametrize("router", [pytest.param("native", id="causal"), pytest.param("sinkhorn", id="not causal")])
+def test_the_quality_of_whole_sequences_is_not_that_of_chunks_that_route_otherwise(router: str, tmp_path: Path) -> None:
+    """Where the routes do not depend on the chunks it is the same."""
+    weights = [] if router == "native" else ["router.renormalize=false"]
+    more = (f"router={router}", *weights, "workload.phase=prefill", "workload.prefill_chunk=5")
+    record = moe_lab.run(quick.compose("checkpoint", *more), tmp_path)
+    assert record.status == "ok" and (record.quality is None) == (router == "sinkhorn")
+    assert any("quality: left out" in text for text in record.warnings) == (router == "sinkhorn")
 
 
 def test_what_is_seen_of_a_prefill_in_chunks_is_of_all_of_its_tokens() -> None:
