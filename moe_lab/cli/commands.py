@@ -105,6 +105,9 @@ def _generate(arguments: list[str]) -> int:
     from moe_lab.records import inputs
 
     refuse_twice(given.overrides, sweeps=False)
+    for override in given.overrides:
+        if override.lstrip("+").startswith("workload.prefill_chunk="):
+            raise ValueError(f"{override}: give --prefill-chunk {override.partition('=')[2]} instead.")
     cfg = compose(["model=checkpoint", "router=native", *given.overrides], config_dir=given.config_dir)
     inputs.require(cfg)  # before torch is loaded
 

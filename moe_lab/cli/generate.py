@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from moe_lab.config.checks import refuse_other_keys
+from moe_lab.config.unread import key_of
 from moe_lab.measure.clocks import STEPS
 from moe_lab.measure.tolerances import exact_products
 from moe_lab.models import generation_config
@@ -139,6 +140,8 @@ def generate(
     assert isinstance(model, Checkpoint)
     if not any(layer.router.calibrates for layer in moe_layers(model)):
         refuse_other_keys(cfg.overrides, _READ, _COMMAND)
+        if temperature == 0 and (seed := next((each for each in cfg.overrides if key_of(each) == "seed"), None)):
+            raise ValueError(f"{seed}: has no effect with --temperature 0, which draws nothing.")
     tokenizer = _tokenizer_of(model)
     ids = _encode(tokenizer, prompt, model.max_positions)
     cfg.workload.phase, cfg.workload.prefill_chunk = "decode", prefill_chunk
@@ -213,18 +216,31 @@ def main(prompt: str, cfg: DictConfig, max_tokens: int, temperature: float, pref
         raise ValueError(f"--temperature {temperature}: must be a number >= 0.")
     if prefill_chunk is not None and prefill_chunk < 1:
         raise ValueError(f"--prefill-chunk {prefill_chunk}: must be an integer >= 1.")
-    stamps = []
+    stamps, later = list[float](), list[str]()
+    writes = False
+
+    def say(text: str) -> None:
+        if writes:  # not into the text
+            later.append(text)
+        else:
+            warn(text)
+
     with exact_products():
-        pieces = generate(cfg, prompt, max_tokens, temperature, prefill_chunk=prefill_chunk)
-        first = next(pieces, "")  # a mistake is found before anything is printed
+        pieces = generate(cfg, prompt, max_tokens, temperature, say, prefill_chunk)
+        first = list(itertools.islice(pieces, 1))  # a mistake is found before anything is printed
         write_data(prompt)
+        writes = True
         try:
-            for piece in itertools.chain([first], pieces):
+            for piece in itertools.chain(first, pieces):
                 write_data(piece)
                 sys.stdout.flush()
                 stamps.append(time.perf_counter())
         finally:
             print()
+            for text in later:
+                warn(text)
+    if not stamps:
+        print("moe-lab: no token: the model ended the text at once", file=sys.stderr)
     if len(stamps) > 1:
         ms = (stamps[-1] - stamps[0]) * 1e3 / (len(stamps) - 1)
         rate = f"{ms:.3g} ms each after the first, {1e3 / ms:.3g} tokens/s"

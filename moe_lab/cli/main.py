@@ -218,7 +218,7 @@ def _main(argv: list[str] | None) -> int:
             _compose_and_run(arguments)
     except KeyboardInterrupt:
         is_command = bool(arguments) and arguments[0] in COMMANDS  # these leave no record
-        known = "" if is_command else "; the record has the results up to this point"
+        known = "" if is_command else "; a record that was begun has the results up to this point"
         print(f"moe-lab: interrupted{known}", file=sys.stderr)
         try:
             _show(sends=False)  # nobody who stops a sweep waits for a server; the next run sends it

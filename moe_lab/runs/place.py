@@ -60,5 +60,7 @@ class Place(ExitStack):
             return
         identities = [(one.cell_id, one.code_id, one.env_id or record.env_id) for one in (earlier, record)]
         lost = earlier.agreement is not None and record.agreement is None  # the comparison with another router
+        for name in (store.TRACE, store.TIMELINE):
+            lost |= (self._folder / f"{self._stale}{name}").exists() and not (self._folder / name).exists()
         if identities[0] == identities[1] and not lost:
             store.remove(self._folder, self._stale)

@@ -177,7 +177,7 @@ def test_ctrl_c_again_while_the_tables_are_written_is_one_more_line(
     monkeypatch.setattr("moe_lab.cli.main._show", interrupted)
     assert main(["-m", "router=torch,switch"]) == 130
     first, again = capsys.readouterr().err.splitlines()
-    assert first == "moe-lab: interrupted; the record has the results up to this point"
+    assert first == "moe-lab: interrupted; a record that was begun has the results up to this point"
     assert again == "moe-lab: interrupted again, before the tables were written; moe-lab report does it"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -374,6 +376,37 @@ def test_the_command_prints_the_text_as_it_is_and_notes_elsewhere(
     out, err = capsys.readouterr()
     assert out == "abc\x07\n"
     assert err.startswith("warning: --max-tokens 8: the text ends after 3") and "moe-lab: 3 tokens" in err
+
+
+def test_a_note_does_not_stand_in_the_text(tmp_path: Path) -> None:
+    """On a terminal both are on one screen: the text's line ends first."""
+    path = checkpoints.writes(tmp_path / "m", LETTERS, max_position_embeddings=4)
+    command = [sys.executable, "-m", "moe_lab", "generate", "a", f"model.path={path}", "--max-tokens=8", "device=cpu"]
+    both = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True).stdout
+    assert b"abc\x07\nwarning: --max-tokens 8" in both
+
+
+def test_no_token_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model may end the text at once."""
+    (first,) = generate(composed(), PROMPT, 1)
+    path = copied(tmp_path / "at_once", eos_token_id=ord(first))
+    generate_module.main(PROMPT, composed(path=path), 8, 0.0)
+    out, err = capsys.readouterr()
+    assert out == f"{PROMPT}\n" and err == "moe-lab: no token: the model ended the text at once\n"
+
+
+def test_a_seed_that_nothing_is_drawn_with_is_refused(tmp_path: Path) -> None:
+    """With a temperature it chooses the draws."""
+    path = checkpoints.writes(tmp_path / "m", LETTERS)
+    complaint = checkpoints.complaint(lambda: written(path, "seed=1"))
+    assert complaint == "seed=1: has no effect with --temperature 0, which draws nothing."
+    assert written(path, "seed=1", temperature=1.0)[0]
+
+
+def test_the_key_of_a_run_is_not_that_of_the_command() -> None:
+    """It is told which option to give."""
+    with pytest.raises(ValueError, match=r"^workload\.prefill_chunk=4: give --prefill-chunk 4 instead"):
+        COMMANDS["generate"](["a", "model.path=x", "workload.prefill_chunk=4"])
 
 
 @pytest.mark.parametrize("value", [pytest.param(v, id=str(v)) for v in (float("nan"), float("inf"), -0.1)])

@@ -78,6 +78,17 @@ def test_another_result_is_kept_aside(values: dict[str, Any], tmp_path: Path) ->
     assert len(new) == 7
 
 
+@pytest.mark.parametrize("name", [pytest.param(name, id=name) for name in (store.TRACE, store.TIMELINE)])
+def test_what_only_the_earlier_run_wrote_is_kept_aside(name: str, tmp_path: Path) -> None:
+    """A replay may read it."""
+    moe_lab.run(quick.compose("minimal"), tmp_path)
+    (tmp_path / name).write_bytes(b"routes")
+    moe_lab.run(quick.compose("minimal"), tmp_path)
+    (kept,) = tmp_path.glob(f"stale-*.{name}")
+    assert kept.read_bytes() == b"routes" and not (tmp_path / name).exists()
+    assert kept.with_name(kept.name.replace(name, store.RESULT)).exists()
+
+
 def test_a_failure_does_not_cost_an_earlier_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the same identity: kept aside."""
     moe_lab.run(quick.compose("minimal"), tmp_path)

@@ -260,7 +260,9 @@ def test_ctrl_c_leaves_a_record_and_exit_code_130(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.strip().splitlines() == ["moe-lab: interrupted; the record has the results up to this point"]
+    assert errors.strip().splitlines() == [
+        "moe-lab: interrupted; a record that was begun has the results up to this point"
+    ]
     record = read_record(tmp_path)
     assert (record.status, record.reason) == ("failed", "interrupted")
 
