@@ -92,7 +92,7 @@ def _inspect(arguments: list[str]) -> int:
 def _generate(arguments: list[str]) -> int:
     parser = Parser(prog="moe-lab generate", description="Generate text with a checkpoint.")
     parser.add_argument("prompt", help="the text to continue")
-    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="model.path=DIR, router=..., dtype=..., ...")
+    parser.add_argument("overrides", nargs="+", metavar="model.path=DIR", help="also router=..., dtype=..., KEY=VALUE")
     parser.add_argument("--max-tokens", type=int, default=200, help="at most this many tokens (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely token")
     parser.add_argument(

@@ -97,12 +97,7 @@ IMPLEMENTATION = (
 THROUGHPUT = (
     Field("tokens_per_s", float, "tokens/s", "tokens of an iteration divided by the median latency"),
     Field("time_per_token_us", float, "us", "inverse of `tokens_per_s`"),
-    Field(
-        "time_per_output_token_ms",
-        float,
-        "ms",
-        "decoding only: a step over the tokens it adds to each sequence",
-    ),
+    Field("time_per_output_token_ms", float, "ms", "decoding only: a step over the tokens it adds to each sequence"),
 )
 
 PHASES = (

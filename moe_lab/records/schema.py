@@ -184,7 +184,11 @@ class Record:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Record:
-        """The inverse of `to_dict`. Raises `ValueError` for another schema or unknown or missing fields."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: another schema, unknown or missing fields, or a record that contradicts itself.
+        """
         if content.get("schema") != SCHEMA:
             raise ValueError(f"schema={content.get('schema')!r}: this version of moe-lab reads schema {SCHEMA}.")
         values = dict(content)
@@ -192,9 +196,25 @@ class Record:
             for name, kind in (("latency_ms", Latency), ("ratio_to_anchor", Ratio), ("check", Check)):
                 if values.get(name) is not None:
                     values[name] = kind(**values[name])
-            return cls(**values)
+            record = cls(**values)
         except TypeError as error:
             raise ValueError(f"not a record of schema {SCHEMA}: {error}") from error
+        if (contradiction := _contradiction(record)) is not None:
+            raise ValueError(f"the record contradicts itself: {contradiction}; was it edited?")
+        return record
+
+
+def _contradiction(record: Record) -> str | None:
+    if record.status == "ok" and record.check is not None and record.check.passed is False:
+        return "status is ok, and check.passed false"
+    latency = record.latency_ms
+    ends = (None, None) if latency is None else (latency.ci95_low, latency.ci95_high)
+    if latency is not None and all(isinstance(value, int | float) for value in (latency.p50, *ends)):
+        low, high = ends
+        assert low is not None and high is not None
+        if latency.p50 < low or latency.p50 > high:
+            return f"latency_ms.p50={latency.p50} lies outside of its interval, [{low}, {high}]"
+    return None
 
 
 def fields_of(kind: Any) -> Fields:

@@ -87,8 +87,8 @@ MISTAKES = {
     "doctor now": "doctor: unrecognized arguments: now",
     "compare a": "compare: .*required: B",
     "compare nowhere nowhere": "nowhere: folder not found",
-    "generate": "generate: .*required: prompt, KEY=VALUE",
-    "generate abc": "generate: .*required: KEY=VALUE",
+    "generate": "generate: .*required: prompt, model.path=DIR",
+    "generate abc": "generate: .*required: model.path=DIR",
     "generate abc model.path=d --max-tokens few": "generate: .*--max-tokens: invalid int value: 'few'",
     "generate abc model.path=d --loud": "generate: unrecognized arguments: --loud",
 }

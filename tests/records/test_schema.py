@@ -63,6 +63,12 @@ def full() -> Record:
     )
 
 
+def edited(part: str, **values: object) -> dict[str, Any]:
+    """The full record with other values in one part."""
+    content = full().to_dict()
+    return {**content, part: {**content[part], **values}}
+
+
 def without(content: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name != key}
 
@@ -106,6 +112,8 @@ def test_where_a_record_lies_is_not_part_of_it() -> None:
         pytest.param({**full().to_dict(), "latency_ms": {"n": 1}}, "mean", id="half_a_latency"),
         pytest.param({**full().to_dict(), "check": {"passed": True}}, "rel_error", id="half_a_check"),
         pytest.param({**full().to_dict(), "latency_ms": 3.0}, "schema 1", id="latency_is_no_object"),
+        pytest.param(edited("check", passed=False), "status is ok, and check.passed false", id="ok_though_it_failed"),
+        pytest.param(edited("latency_ms", p50=1.0), r"p50=1.0 lies outside .* \[1.5, 2.5\]", id="median_outside"),
     ],
 )
 def test_what_is_no_record_of_this_schema_is_refused(content: dict[str, Any], message: str) -> None:
