@@ -236,7 +236,7 @@ def main(prompt: str, cfg: DictConfig, max_tokens: int, temperature: float, pref
                 sys.stdout.flush()
                 stamps.append(time.perf_counter())
         finally:
-            print()
+            print(flush=True)
             for text in later:
                 warn(text)
     if not stamps:
