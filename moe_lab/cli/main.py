@@ -105,6 +105,17 @@ def _report(errors: Sequence[BaseException], wants_traceback: bool) -> None:
             print(f"moe-lab: {line}", file=sys.stderr)
 
 
+def _of_the_results_folder(error: Exception, arguments: Sequence[str]) -> Exception:
+    """With the key and the remedy, if the folder for the results is what could not be made."""
+    given = [word.partition("=")[::2] for word in arguments if word.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+    usual = "hydra.sweep.dir" if {"-m", "--multirun"} & set(arguments) else "hydra.run.dir"
+    key, folder = given[-1] if given else (usual, "outputs")
+    if not isinstance(error, OSError) or not str(error.filename).startswith(folder):
+        return error
+    text = f"{key}={folder}: {error.filename}: {error.strerror}; choose another folder for the results."
+    return ValueError(text).with_traceback(error.__traceback__)
+
+
 def _words() -> dict[str, list[str]]:
     """The commands and what may stand behind them."""
     options = {
@@ -226,7 +237,7 @@ def _main(argv: list[str] | None) -> int:
             print("moe-lab: interrupted again, before the tables were written; moe-lab report does it", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:  # tasks raise nothing: this is a configuration that could not be composed
-        _report([error], wants_traceback)
+        _report([_of_the_results_folder(error, arguments)], wants_traceback)
         return MISTAKE
     except foreign.RefusedError as error:
         _report([error.__cause__ or error], wants_traceback)

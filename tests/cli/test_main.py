@@ -244,17 +244,20 @@ def test_what_does_not_go_together_is_one_line_alone_and_a_skip_in_a_sweep(
 @pytest.mark.parametrize(
     "target",
     [
-        pytest.param("/proc/nowhere", id="not-a-place"),
-        pytest.param("file/below", id="below-a-file"),
+        pytest.param("hydra.run.dir=/proc/nowhere", id="not-a-place"),
+        pytest.param("hydra.run.dir=file/below", id="below-a-file"),
+        pytest.param("hydra.run.dir=file", id="a-file"),
+        pytest.param("hydra.sweep.dir=file/below", id="of-a-sweep"),
     ],
 )
 def test_an_output_directory_that_cannot_be_written_is_one_line(target: str, tmp_path: Path) -> None:
-    """Exit code 2 before anything is computed."""
+    """Exit code 2 before anything is computed; the line has the key and the remedy."""
     (tmp_path / "file").write_text("")
-    done = moe_lab(*quick.overrides("minimal"), f"hydra.run.dir={target}", cwd=tmp_path)
+    more = ["-m"] if "sweep" in target else []
+    done = moe_lab(*more, *quick.overrides("minimal"), target, cwd=tmp_path)
     assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert target.split("/")[0] in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"moe-lab: {target}: ") and line.endswith("; choose another folder for the results.")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
