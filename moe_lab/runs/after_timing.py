@@ -8,7 +8,7 @@ other   a pass over other values in the same memory: an output that does not cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,8 +108,8 @@ def bits(tensor: Tensor) -> int:
 
 def bits_of_parameters(model: nn.Module) -> int:
     """The sum of all parameters' words; of large models the order would take long."""
-    sums: Sequence[Tensor] = [_words(parameter).sum(dtype=torch.int64) for parameter in model.parameters()]
-    return sum(int(each) for each in torch.stack(list(sums)).tolist()) if sums else 0
+    sums = [_words(parameter).sum(dtype=torch.int64) for parameter in model.parameters()]
+    return int(torch.stack(sums).sum()) if sums else 0
 
 
 def _words(tensor: Tensor) -> Tensor:
