@@ -69,7 +69,7 @@ class _Cell(NamedTuple):
 
 
 def window(row: Mapping[Any, Any]) -> int | None:
-    """The tokens that a decoding step adds to each sequence; None where a pass is no such step, or was not timed."""
+    """How many tokens a decoding step adds to each sequence; None for other passes, and where nothing was timed."""
     ms, of_token = (row.get(name, math.nan) for name in ("latency_ms.p50", "throughput.time_per_output_token_ms"))
     return None if pd.isna(ms) or pd.isna(of_token) or not of_token > 0 else max(round(float(ms) / float(of_token)), 1)
 
