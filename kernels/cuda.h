@@ -82,8 +82,9 @@ cudaError_t experts(const ExpertsArguments& a, const Device& device);
 // As `experts`; of one row, and of more. K is a multiple of 8, and x is within the limits of decode.h.
 cudaError_t gemv(const GemvArguments& a, const Device& device);
 cudaError_t gemv_of_rows(const GemvArguments& a, const Device& device);
-// As `experts`; d is 64 or 128.
+// As `experts`; d is 64 or 128, and G is 1 or, of the second, at most `kMostQueries`.
 cudaError_t decode_attention(const DecodeAttentionArguments& a, const Device& device);
+cudaError_t decode_attention_grouped(const DecodeAttentionArguments& a, const Device& device);
 // Few tokens or few experts, T not 0; the logits of `a` may be written.
 bool can_route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);
 cudaError_t route_by_gate(const RouteArguments& a, const GateArguments& g, const Device& device);

@@ -58,4 +58,18 @@ __device__ __forceinline__ float sum_of_warp(float x) {
   return x;
 }
 
+// d (8 x 8) += x (8 x 16) w (8 x 16)^T. The instruction has room for 16 rows of x. Lane 4 g + m has of d the columns 2
+// m and 2 m + 1 of row g, and of both factors of row g four elements, the same ones.
+#define MOE_LAB_MULTIPLY(T, NAME)                                                                                 \
+  __device__ __forceinline__ void multiply_16(float2& d, uint32_t x0, uint32_t x1, uint32_t w0, uint32_t w1, T) { \
+    asm("{\n.reg .f32 none0, none1;\n"                                                                            \
+        "mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, none0, none1}, {%2, %6, %3, %6}, "  \
+        "{%4, %5}, {%0, %1, %7, %7};\n}"                                                                          \
+        : "+f"(d.x), "+f"(d.y)                                                                                    \
+        : "r"(x0), "r"(x1), "r"(w0), "r"(w1), "r"(0), "f"(0.0f));                                                 \
+  }
+MOE_LAB_MULTIPLY(__nv_bfloat16, "bf16")
+MOE_LAB_MULTIPLY(__half, "f16")
+#undef MOE_LAB_MULTIPLY
+
 }  // namespace moe_lab

@@ -25,20 +25,22 @@ struct GemvArguments {
   Dtype dtype;
 };
 
+constexpr int kMostQueries = 8;  // heads that share one of keys
+
 enum class QueryNorm : int { kNone, kHead, kAll, kHeadTurned };  // of each head, of all as one, of each once turned
 
-// One new token of each sequence on its cache, all at the same position, where each head of queries has one of keys.
-// All tensors but the tables have one dtype of 16 bits.
+// One new token of each sequence on its cache, all at the same position. Each `G` neighbouring heads of queries share
+// one of keys. All tensors but the tables have one dtype of 16 bits.
 struct DecodeAttentionArguments {
-  const void *q, *k, *v;  // [B, H d], rows `q_row`, `k_row`, `v_row` elements apart
+  const void *q, *k, *v;  // [B, H d] and [B, H/G d], rows `q_row`, `k_row`, `v_row` elements apart
   const void *q_norm, *k_norm;
   const float *cos, *sin;   // [d]
   const int64_t* position;  // of the token
-  void *k_cache, *v_cache;  // [B, H, N, d], sequences `cache_row` elements apart
+  void *k_cache, *v_cache;  // [B, H/G, N, d], sequences `cache_row` elements apart
   const void* sinks;        // [H], or null
   void* y;                  // [B, H, d]
   int64_t q_row, k_row, v_row, cache_row;
-  int B, H, N, d, window;
+  int B, H, G, N, d, window;
   float eps, clip, scale;
   QueryNorm norm;
   Dtype dtype;

@@ -1,5 +1,6 @@
 // Attention of one new token of each sequence, in one launch: queries and keys are normed, clamped and turned, key and
-// value go into the cache, and softmax(scale q k^T) v is computed over the cached positions.
+// value go into the cache, and softmax(scale q k^T) v is computed over the cached positions. Here each head of queries
+// has one of keys; decode_attention_grouped.cu is for heads that share keys.
 //
 // A cluster has a head of a sequence. Its warps take the cached positions by turns, eight at a time, into rings of
 // their own: the first ones before they wait for the projections, which write none of them. Eight lanes share a
@@ -11,7 +12,7 @@
 
 #include "cuda.h"
 #include "decode.h"
-#include "decode.cuh"
+#include "decode_turn.cuh"
 
 namespace moe_lab {
 namespace {
@@ -22,7 +23,6 @@ constexpr int kTeam = 8;        // lanes that share a position
 constexpr int kTeams = 32 / kTeam;
 constexpr int kKeys = 8;  // positions of a stage
 constexpr int kEach = kKeys / kTeams;
-constexpr float kLog2e = 1.4426950408889634f;
 
 template <class T, int D, int kStages>
 struct Shared {
@@ -40,73 +40,6 @@ struct Shared {
   // From each block of the cluster, of the acc its share of the dimensions.
   float best[kMostBlocks], total[kMostBlocks], acc[D];
 };
-
-__device__ __forceinline__ float clamped(float x, float clip) { return x > clip ? clip : x < -clip ? -clip : x; }
-
-// What a lane turns one head with: the dimensions lane + 32 i of the norm's weight and of the tables.
-template <int N>
-struct Turn {
-  float weight[N], cos[N], sin[N];
-
-  template <class T>
-  __device__ __forceinline__ void load(const DecodeAttentionArguments& a, const void* weights, int head) {
-    const int lane = threadIdx.x % 32, first = a.norm == QueryNorm::kAll ? head * 32 * N : 0;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int at = lane + 32 * i;
-      weight[i] = weights == nullptr ? 1.0f : static_cast<float>(static_cast<const T*>(weights)[first + at]);
-      cos[i] = a.cos[at], sin[i] = a.sin[at];
-    }
-  }
-};
-
-// Head `head` of a row of all, normed, clamped, turned and rounded.
-template <class T, int N>
-__device__ __forceinline__ void turned(float (&y)[N], const DecodeAttentionArguments& a, const T* row,
-                                       const Turn<N>& turn, int head) {
-  constexpr int kAtOnce = 8;  // of 16 bytes a lane
-  const int lane = threadIdx.x % 32, all = a.H * 32 * N;
-  float x[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = static_cast<float>(row[head * 32 * N + lane + 32 * i]);
-  if (a.norm == QueryNorm::kAll) {
-    float squares = 0.0f;
-    for (int first = lane; first < all / 8; first += 32 * kAtOnce) {
-      uint4 part[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = first + 32 * j;
-        part[j] = i < all / 8 ? __ldcg(reinterpret_cast<const uint4*>(row) + i) : uint4{};
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) squares += sum_of_squares<T>(part[j]);
-    }
-    const float scale = rsqrtf(sum_of_warp(squares) / all + a.eps);
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] *= scale * turn.weight[i];
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = clamped(x[i], a.clip);
-  const auto norm_of_head = [&](float (&z)[N]) {
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < N; ++i) squares += z[i] * z[i];
-    const float scale = rsqrtf(sum_of_warp(squares) / (32 * N) + a.eps);
-#pragma unroll
-    for (int i = 0; i < N; ++i) z[i] *= scale * turn.weight[i];
-  };
-  if (a.norm == QueryNorm::kHead) norm_of_head(x);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float other = i < N / 2 ? -x[i + N / 2] : x[i - N / 2];
-    y[i] = x[i] * turn.cos[i] + other * turn.sin[i];
-  }
-  if (a.norm == QueryNorm::kHeadTurned) norm_of_head(y);
-#pragma unroll
-  for (int i = 0; i < N; ++i) y[i] = static_cast<float>(static_cast<T>(y[i]));
-}
-
-__device__ __forceinline__ float known(float best) { return best == -INFINITY ? 0.0f : best; }  // nothing seen yet
 
 template <class T, int D, int kStages>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -148,17 +81,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (is_key) turn.template load<T>(a, a.k_norm, head);
   let_next_begin();
   wait_for_results_before();
-  float x[D / 32];
-  if (warp == 0) {
-    turned<T>(x, a, static_cast<const T*>(a.q) + b * a.q_row, turn, head);
+  const auto turn_own = [&](T(&y)[D / 32], const T* row) {
+    float x[D / 32];
 #pragma unroll
-    for (int i = 0; i < D / 32; ++i) shared.q[lane + 32 * i] = x[i] * (a.scale * kLog2e);
+    for (int i = 0; i < D / 32; ++i) x[i] = static_cast<float>(row[head * D + lane + 32 * i]);
+    turned<T>(y, x, a, row, turn, a.H);
+  };
+  T y[D / 32];
+  if (warp == 0) {
+    turn_own(y, static_cast<const T*>(a.q) + b * a.q_row);
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) shared.q[lane + 32 * i] = static_cast<float>(y[i]) * (a.scale * kLog2e);
   } else if (is_key) {
-    turned<T>(x, a, static_cast<const T*>(a.k) + b * a.k_row, turn, head);
+    turn_own(y, static_cast<const T*>(a.k) + b * a.k_row);
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
-      shared.k[lane + 32 * i] = x[i];
-      keys[static_cast<int64_t>(last) * D + lane + 32 * i] = static_cast<T>(x[i]);
+      shared.k[lane + 32 * i] = static_cast<float>(y[i]);
+      keys[static_cast<int64_t>(last) * D + lane + 32 * i] = y[i];
     }
   } else if (is_value) {
     const T* const row = static_cast<const T*>(a.v) + b * a.v_row + head * D;

@@ -27,18 +27,6 @@ struct Shared {
 // Vectors of a row of x in shared memory: whole chunks, and half a line more, so that rows lie in other banks.
 __host__ __device__ constexpr int vectors_of(int K) { return static_cast<int>(ceil_div(K, kChunk)) * kChunk / 8 + 4; }
 
-// d += the products of eight rows of x and eight of the matrix, of 16 columns. The instruction has room for 16 of x.
-#define MOE_LAB_MULTIPLY(T, NAME)                                                                                 \
-  __device__ __forceinline__ void multiply_16(float2& d, uint32_t x0, uint32_t x1, uint32_t w0, uint32_t w1, T) { \
-    asm("{\n.reg .f32 none0, none1;\n"                                                                            \
-        "mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, none0, none1}, {%2, %6, %3, %6}, "  \
-        "{%4, %5}, {%0, %1, %7, %7};\n}"                                                                          \
-        : "+f"(d.x), "+f"(d.y)                                                                                    \
-        : "r"(x0), "r"(x1), "r"(w0), "r"(w1), "r"(0), "f"(0.0f));                                                 \
-  }
-MOE_LAB_MULTIPLY(__nv_bfloat16, "bf16")
-MOE_LAB_MULTIPLY(__half, "f16")
-
 // The rows of x into shared memory, a warp a row: with a norm x + residual, rounded, which one of the blocks also
 // writes to `total`, and then normed. Missing columns are zeros.
 template <class T>

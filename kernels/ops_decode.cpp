@@ -75,24 +75,27 @@ Tensor hopper_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::
                         double scale, std::optional<Tensor> sinks) {
   const DeviceGuard guard(q.get_device_index());
   const Device device = sm_90_of(q);
-  STD_TORCH_CHECK(k_cache.dim() == 4 && q.dim() == 2, "q: must be [B, H d], and the caches [B, H, N, d]");
-  const int64_t B = k_cache.size(0), H = k_cache.size(1), N = k_cache.size(2), d = k_cache.size(3);
+  STD_TORCH_CHECK(k_cache.dim() == 4 && q.dim() == 2, "q: must be [B, H d], and the caches [B, H/G, N, d]");
+  const int64_t B = k_cache.size(0), key_heads = k_cache.size(1), N = k_cache.size(2), d = k_cache.size(3);
   STD_TORCH_CHECK(d == 64 || d == 128, "k_cache: d must be 64 or 128");
+  const int64_t H = q.size(1) / d, G = key_heads > 0 ? H / key_heads : 0;
+  STD_TORCH_CHECK(G >= 1 && G <= kMostQueries && H == G * key_heads, "q: must have 1 to ", kMostQueries,
+                  " heads for each of the cache");
   const bool of_head = q_norm.has_value() && q_norm->size(0) == d && H > 1;
-  const auto row_of = [&](const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == B && x.size(1) == H * d && x.stride(1) == 1 && x.stride(0) % 8 == 0 &&
-                        x.scalar_type() == q.scalar_type() && x.device() == q.device() &&
+  const auto row_of = [&](const Tensor& x, int64_t heads, const char* name) {
+    STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == B && x.size(1) == heads * d && x.stride(1) == 1 &&
+                        x.stride(0) % 8 == 0 && x.scalar_type() == q.scalar_type() && x.device() == q.device() &&
                         reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0,
-                    name, ": must be [B, H d] of 16 bits, with rows on boundaries of 16 bytes");
+                    name, ": must be [B, heads * d] of 16 bits, with rows on boundaries of 16 bytes");
     return x.stride(0);
   };
   const auto cache_of = [&](const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == B && x.size(1) == H && x.size(2) == N && x.size(3) == d &&
+    STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == B && x.size(1) == key_heads && x.size(2) == N && x.size(3) == d &&
                         x.stride(3) == 1 && x.stride(2) == d && x.stride(1) == N * d &&
                         x.stride(0) == k_cache.stride(0) && (B < 2 || x.stride(0) % 8 == 0) &&
                         x.scalar_type() == q.scalar_type() && x.device() == q.device() &&
                         reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0,
-                    name, ": must be [B, H, N, d] of q's dtype, the positions of a head together");
+                    name, ": must be [B, H/G, N, d] of q's dtype, the positions of a head together");
     return x.data_ptr();
   };
   const auto table_of = [&](const Tensor& x, const char* name) {
@@ -108,22 +111,23 @@ Tensor hopper_attention(const Tensor& q, const Tensor& k, const Tensor& v, std::
   STD_TORCH_CHECK(!turn_first || !q_norm.has_value() || q_norm->size(0) == d,
                   "turn_first: goes with norms of each head");
   Tensor y = torch::stable::new_empty(q, {B, H, d});
-  const int64_t width = of_head ? d : H * d;
   DecodeAttentionArguments a = {};
   a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr();
-  a.q_row = row_of(q, "q"), a.k_row = row_of(k, "k"), a.v_row = row_of(v, "v");
-  a.q_norm = piece(q_norm, q, {width}, "q_norm"), a.k_norm = piece(k_norm, q, {width}, "k_norm");
+  a.q_row = row_of(q, H, "q"), a.k_row = row_of(k, key_heads, "k"), a.v_row = row_of(v, key_heads, "v");
+  a.q_norm = piece(q_norm, q, {of_head ? d : H * d}, "q_norm");
+  a.k_norm = piece(k_norm, q, {of_head ? d : key_heads * d}, "k_norm");
   a.cos = table_of(cos, "cos"), a.sin = table_of(sin, "sin");
   a.position = static_cast<const int64_t*>(position.data_ptr());
   a.k_cache = cache_of(k_cache, "k_cache"), a.v_cache = cache_of(v_cache, "v_cache");
   a.cache_row = k_cache.stride(0);
   a.sinks = piece(sinks, q, {H}, "sinks"), a.y = y.data_ptr();
-  a.B = static_cast<int>(B), a.H = static_cast<int>(H), a.N = static_cast<int>(N), a.d = static_cast<int>(d);
+  a.B = static_cast<int>(B), a.H = static_cast<int>(H), a.G = static_cast<int>(G), a.N = static_cast<int>(N),
+  a.d = static_cast<int>(d);
   a.window = static_cast<int>(std::min<int64_t>(window, N));
   a.eps = static_cast<float>(eps), a.clip = static_cast<float>(clip), a.scale = static_cast<float>(scale);
   if (q_norm.has_value()) a.norm = turn_first ? QueryNorm::kHeadTurned : of_head ? QueryNorm::kHead : QueryNorm::kAll;
   a.dtype = dtype_of(q.scalar_type(), "q");
-  if (B > 0) check(decode_attention(a, device));
+  if (B > 0) check(G == 1 ? decode_attention(a, device) : decode_attention_grouped(a, device));
   return y;
 }
 

@@ -63,6 +63,7 @@ HOPPER, HOPPER_CAPABILITY = "90", (9, 0)
 """The architecture whose own instructions the kernels of the experts and of a decoding step use (as 90a)."""
 _HOPPER = (
     "decode_attention.cu",
+    "decode_attention_grouped.cu",
     "decode_gemv.cu",
     "decode_rows.cu",
     "experts.cu",

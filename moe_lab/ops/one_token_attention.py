@@ -1,7 +1,7 @@
 """`rope_append` and `cached_attention` of one new token per sequence in one launch, on Hopper.
 
-The extension's kernel is for models in which each head of queries has one of keys. Where several share one, the Triton
-kernels of `decode_attention` are as quick, whose products are made for it (docs/kernels.md). On a CPU: plain torch.
+On a CPU: plain torch. `takes` says for which models the extension has its kernel; the others, and compiled passes, have
+the Triton kernels of `decode_attention`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from moe_lab.ops.library import call, register
 from moe_lab.ops.rotate import rotate
 
 _HEAD_DIMS = (64, 128)
+_MOST_QUERIES = 8  # that share a key; kMostQueries in kernels/decode.h
 
 
 def one_token_attention(
     q_Bn: Tensor,
-    k_Bn: Tensor,
-    v_Bn: Tensor,
+    k_Bm: Tensor,
+    v_Bm: Tensor,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
@@ -42,8 +43,8 @@ def one_token_attention(
     result: Tensor = call(
         "one_token_attention",
         q_Bn,
-        k_Bn,
-        v_Bn,
+        k_Bm,
+        v_Bm,
         q_norm,
         k_norm,
         eps,
@@ -69,7 +70,7 @@ def takes(n_tokens: int, queries_per_key: int, head_dim: int, *tensors: Tensor |
     """Whether the kernel takes so many new tokens of a sequence, and tensors of these dtypes."""
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
     is_half = dtypes in ({torch.float16}, {torch.bfloat16})
-    return is_half and n_tokens == 1 and queries_per_key == 1 and head_dim in _HEAD_DIMS
+    return is_half and n_tokens == 1 and queries_per_key <= _MOST_QUERIES and head_dim in _HEAD_DIMS
 
 
 def _compute(
@@ -89,7 +90,8 @@ def _reference(
     cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, turn_first: bool, window: int,
     scale: float, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    _, H, N, d = k_cache.shape
+    B, key_heads, N, d = k_cache.shape
+    H = q.shape[1] // d
 
     def turned(x_Bn: Tensor, weight: Tensor | None) -> Tensor:
         def normed(x: Tensor) -> Tensor:
@@ -97,21 +99,23 @@ def _reference(
 
         of_head = weight is not None and len(weight) == d and H > 1
         x = x_Bn.float() if of_head or turn_first else normed(x_Bn.float())
-        x_BHd = x.clamp(-clip, clip).view(-1, H, d)
+        x_BHd = x.clamp(-clip, clip).view(B, -1, d)
         x_BHd = normed(x_BHd) if of_head and not turn_first else x_BHd
         x_BHd = rotate(x_BHd, cos, sin)
         return (normed(x_BHd) if turn_first else x_BHd).to(x_Bn.dtype)
 
     k_cache.index_copy_(2, position, turned(k, k_norm).unsqueeze(2))
-    v_cache.index_copy_(2, position, v.clamp(-clip, clip).view(-1, H, 1, d))
-    logits_BHN = torch.einsum("bhd,bhnd->bhn", turned(q, q_norm).float(), k_cache.float()) * scale
+    v_cache.index_copy_(2, position, v.clamp(-clip, clip).view(B, -1, 1, d))
+    q_BHGd = turned(q, q_norm).float().view(B, key_heads, -1, d)
+    logits_BHN = torch.einsum("bhgd,bhnd->bhgn", q_BHGd, k_cache.float()).flatten(1, 2) * scale
     key_N = torch.arange(N, device=q.device)
     seen_N = (key_N <= position) & (key_N > position - window)
     logits_BHN = logits_BHN.masked_fill(~seen_N, float("-inf"))
     if sinks is not None:
-        logits_BHN = torch.cat([logits_BHN, sinks.float().view(1, H, 1).expand(len(q), H, 1)], dim=2)
+        logits_BHN = torch.cat([logits_BHN, sinks.float().view(1, H, 1).expand(B, H, 1)], dim=2)
     values = v_cache.float().masked_fill(~seen_N.view(-1, 1), 0)  # what is not there yet may be NaN
-    return torch.einsum("bhn,bhnd->bhd", logits_BHN.softmax(2)[..., :N], values).to(q.dtype)
+    weights_BHGN = logits_BHN.softmax(2)[..., :N].unflatten(1, (key_heads, -1))
+    return torch.einsum("bhgn,bhnd->bhgd", weights_BHGN, values).flatten(1, 2).to(q.dtype)
 
 
 def _fake(
@@ -119,8 +123,8 @@ def _fake(
     cos: Tensor, sin: Tensor, position: Tensor, k_cache: Tensor, v_cache: Tensor, turn_first: bool, window: int,
     scale: float, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    B, H, _, d = k_cache.shape
-    return q.new_empty(B, H, d)
+    d = k_cache.shape[3]
+    return q.new_empty(q.shape[0], q.shape[1] // d, d)
 
 
 register(

@@ -74,10 +74,11 @@ def decoding_steps() -> None:
         x, weight = normal(T, 16384).to(dtype), normal(5, 16384).to(dtype)
         torch.cuda.synchronize()
         gemv(x, weight)
-    for B, H, d, position in ((1, 3, 64, 0), (1, 16, 128, 699), (30, 5, 64, 41)):
+    attentions = ((1, 3, 1, 64, 0), (1, 16, 1, 128, 699), (30, 5, 1, 64, 41), (1, 4, 8, 128, 699), (40, 4, 3, 64, 41))
+    for B, heads, G, d, position in attentions:
         for dtype in (torch.float16, torch.bfloat16):
-            q, k, v = normal(B, 3 * H * d).to(dtype).split(H * d, dim=1)
-            caches = [normal(B, H, 700, d).to(dtype) for _ in range(2)]
+            q, k, v = normal(B, (G + 2) * heads * d).to(dtype).split([G * heads * d, heads * d, heads * d], dim=1)
+            caches = [normal(B, heads, 700, d).to(dtype) for _ in range(2)]
             turns = ((normal(1, d), normal(1, d)), torch.tensor([position]).cuda())
             torch.cuda.synchronize()
             one_token_attention(q, k, v, None, None, 1e-6, None, *turns, *caches)

@@ -20,12 +20,15 @@ HALVES = pytest.mark.parametrize(
     "dtype", [pytest.param(torch.float16, id="fp16"), pytest.param(torch.bfloat16, id="bf16")]
 )
 SHAPES = pytest.mark.parametrize(
-    ("B", "H", "d"),
+    ("B", "H", "G", "d"),
     [
-        pytest.param(1, 16, 128, id="B=1, 16 heads, d=128"),
-        pytest.param(3, 1, 64, id="B=3, one head, d=64"),
-        pytest.param(1, 5, 64, id="B=1, 5 heads, d=64"),
-        pytest.param(10, 7, 128, id="B=10, 7 heads, d=128: a block a head"),
+        pytest.param(1, 16, 1, 128, id="B=1, 16 heads, d=128"),
+        pytest.param(3, 1, 1, 64, id="B=3, one head, d=64"),
+        pytest.param(1, 5, 1, 64, id="B=1, 5 heads, d=64"),
+        pytest.param(10, 7, 1, 128, id="B=10, 7 heads, d=128: a block a head"),
+        pytest.param(1, 32, 8, 128, id="B=1, 8 of 32 heads share a key, d=128"),
+        pytest.param(3, 21, 7, 64, id="B=3, 7 of 21 heads, d=64"),
+        pytest.param(40, 12, 3, 128, id="B=40, 3 of 12 heads, d=128: a block for a key head"),
     ],
 )
 N = 300
@@ -43,17 +46,20 @@ def loaded(device: torch.device) -> None:
 class Case:
     """What a new token brings, and caches whose unseen positions are NaN."""
 
-    def __init__(self, B: int, H: int, d: int, norm: str, dtype: torch.dtype, device: torch.device, length: int = N):
+    def __init__(
+        self, B: int, H: int, d: int, norm: str, dtype: torch.dtype, device: torch.device, length: int = N, G: int = 1
+    ):
         generator = torch.Generator().manual_seed(B + 31 * H + d)
 
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device, dtype)
 
         self.H, self.d, self.norm, self.device = H, d, norm, device
-        self.q, self.k, self.v = random(B, 3 * H * d).split(H * d, dim=1)
-        width = {"none": 0, "head": d, "full": H * d}[norm]
-        self.q_norm, self.k_norm = (1 + 0.3 * random(width) if width else None for _ in range(2))
-        self.k_BHNd, self.v_BHNd = random(B, H, length, d), random(B, H, length, d)
+        kept = (B, H // G, length, d)
+        self.q, self.k, self.v = random(B, (H + 2 * H // G) * d).split([H * d, H // G * d, H // G * d], dim=1)
+        widths = [{"none": 0, "head": d, "full": heads * d}[norm] for heads in (H, H // G)]
+        self.q_norm, self.k_norm = (1 + 0.3 * random(width) if width else None for width in widths)
+        self.k_BHNd, self.v_BHNd = random(*kept), random(*kept)
         self.sinks_H = random(H)
 
     def run(
@@ -77,18 +83,18 @@ class Case:
 @pytest.mark.parametrize("position", [pytest.param(p, id=f"at {p}") for p in (0, 1, 8, 63, 299)])
 @HALVES
 def test_it_is_its_definition_in_float64(
-    B: int, H: int, d: int, norm: str, clip: float | None, position: int, window: int | None, dtype: torch.dtype,
-    device: torch.device,
+    B: int, H: int, G: int, d: int, norm: str, clip: float | None, position: int, window: int | None,
+    dtype: torch.dtype, device: torch.device,
 ) -> None:  # fmt: skip
     """The new key and value stand at the position, nothing else of the caches changes, and the unseen is not read."""
     norm = "full" if H == 1 and norm == "head" else norm
-    case = Case(B, H, d, norm, dtype, device)
+    case = Case(B, H, d, norm, dtype, device, G=G)
     hide_the_unseen(case.k_BHNd, case.v_BHNd, position - 1, None if window is None else window - 1)
     before = [cache.clone() for cache in (case.k_BHNd, case.v_BHNd)]
     y_BHd = case.run(position, clip, window)
     bound = math.inf if clip is None else clip
     new_k = turned(case.k, case.k_norm, norm, clip, position, d)
-    new_v = case.v.clamp(-bound, bound).view(B, H, d)
+    new_v = case.v.clamp(-bound, bound).view(B, H // G, d)
     assert_near(case.k_BHNd[:, :, position], new_k, roundings=2)
     assert torch.equal(case.v_BHNd[:, :, position], new_v)
     for cache, old in zip((case.k_BHNd, case.v_BHNd), before, strict=True):
@@ -99,10 +105,11 @@ def test_it_is_its_definition_in_float64(
 
 
 @pytest.mark.parametrize("sink", [pytest.param(0.0, id="sinks"), pytest.param(30.0, id="large sinks")])
+@pytest.mark.parametrize("G", [pytest.param(1, id="a key a head"), pytest.param(3, id="three heads a key")])
 @HALVES
-def test_a_scale_and_sinks(sink: float, dtype: torch.dtype, device: torch.device) -> None:
+def test_a_scale_and_sinks(sink: float, G: int, dtype: torch.dtype, device: torch.device) -> None:
     """Of each head its own sink."""
-    case = Case(2, 6, 64, "none", dtype, device)
+    case = Case(2, 6, 64, "none", dtype, device, G=G)
     sinks_H = case.sinks_H + sink
     y_BHd = case.run(150, None, 70, 0.3, sinks_H)
     q_BHd = turned(case.q, None, "none", None, 150, 64).to(dtype)
@@ -110,16 +117,18 @@ def test_a_scale_and_sinks(sink: float, dtype: torch.dtype, device: torch.device
 
 
 @pytest.mark.parametrize(
-    ("B", "H", "d", "position"),
+    ("B", "H", "G", "d", "position"),
     [
-        pytest.param(1, 2, 128, 1990, id="eight blocks, d=128"),
-        pytest.param(1, 2, 64, 1990, id="eight blocks, d=64"),
-        pytest.param(40, 2, 64, 290, id="a block a head, d=64"),
+        pytest.param(1, 2, 1, 128, 3990, id="a cluster a head, d=128"),
+        pytest.param(1, 2, 1, 64, 3990, id="a cluster a head, d=64"),
+        pytest.param(40, 2, 1, 64, 290, id="a block a head, d=64"),
+        pytest.param(1, 8, 4, 128, 3990, id="a cluster for four heads, d=128"),
+        pytest.param(40, 8, 4, 64, 290, id="a block for four heads, d=64"),
     ],
 )
-def test_rings_go_round(B: int, H: int, d: int, position: int, device: torch.device) -> None:
+def test_rings_go_round(B: int, H: int, G: int, d: int, position: int, device: torch.device) -> None:
     """More positions than the warps' rings have room for."""
-    case = Case(B, H, d, "none", torch.float16, device, length=position + 3)
+    case = Case(B, H, d, "none", torch.float16, device, length=position + 3, G=G)
     y_BHd = case.run(position, None, None)
     q_BHd = turned(case.q, None, "none", None, position, d).to(torch.float16)
     assert_near(y_BHd, attended(q_BHd, case.k_BHNd, case.v_BHNd, position, None), roundings=3)
@@ -158,6 +167,11 @@ def test_nan_stays_in_its_sequence(dtype: torch.dtype, device: torch.device) -> 
     case.q[2, 3] = math.nan
     is_nan_BH = case.run(100, 1.0, None).isnan().any(2)
     assert is_nan_BH.tolist() == [[False, True], [False, False], [True, False]]
+    case = Case(3, 4, 64, "none", dtype, device, G=2)
+    case.v_BHNd[0, 1, 40] = math.nan
+    case.q[2, 3] = math.nan
+    is_nan_BH = case.run(100, 1.0, None).isnan().any(2)
+    assert is_nan_BH.tolist() == [[False, False, True, True], [False] * 4, [True, False, False, False]]
 
 
 @HALVES
@@ -168,13 +182,19 @@ def test_an_infinite_new_value_is_seen_in_its_own_place(dtype: torch.dtype, devi
     case.v_BHNd[2, 0, 40, 7] = -math.inf
     y_BHd = case.run(100, None, None)
     assert y_BHd.isinf().nonzero().tolist() == [[1, 1, 5], [2, 0, 7]] and not y_BHd.isnan().any()
+    case = Case(2, 4, 64, "none", dtype, device, G=2)
+    case.v[0, 5], case.v_BHNd[1, 1, 40, 7] = math.inf, -math.inf
+    y_BHd = case.run(100, None, None)
+    wanted = [[0, 0, 5], [0, 1, 5], [1, 2, 7], [1, 3, 7]]
+    assert y_BHd.isinf().nonzero().tolist() == wanted and not y_BHd.isnan().any()
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("G", [pytest.param(1, id="a key a head"), pytest.param(8, id="eight heads a key")])
 @HALVES
-def test_one_graph_serves_every_position_bit_for_bit(dtype: torch.dtype, device: torch.device) -> None:
+def test_one_graph_serves_every_position_bit_for_bit(G: int, dtype: torch.dtype, device: torch.device) -> None:
     """Replays give what eager calls give, at positions that the graph was not recorded at."""
-    case, eager = Case(1, 16, 128, "full", dtype, device), Case(1, 16, 128, "full", dtype, device)
+    case, eager = (Case(1, 16, 128, "full", dtype, device, G=G) for _ in range(2))
     position, turns = at(5, device), tables(5, 128, device)
     of_new = (case.q, case.k, case.v, case.q_norm, case.k_norm, EPS, None, turns, position, case.k_BHNd, case.v_BHNd)
     one_token_attention(*of_new)
@@ -198,7 +218,8 @@ def test_one_graph_serves_every_position_bit_for_bit(dtype: torch.dtype, device:
         pytest.param(1, 1, 128, (torch.bfloat16,), True, id="bf16"),
         pytest.param(1, 1, 64, (torch.float32,), False, id="fp32"),
         pytest.param(2, 1, 64, (torch.float16,), False, id="two tokens"),
-        pytest.param(1, 2, 64, (torch.float16,), False, id="two heads a key"),
+        pytest.param(1, 8, 64, (torch.float16,), True, id="eight heads a key"),
+        pytest.param(1, 9, 64, (torch.float16,), False, id="nine heads a key"),
         pytest.param(1, 1, 96, (torch.float16,), False, id="d=96"),
         pytest.param(1, 1, 64, (torch.float16, torch.float32), False, id="a wide norm"),
     ],
@@ -206,20 +227,23 @@ def test_one_graph_serves_every_position_bit_for_bit(dtype: torch.dtype, device:
 def test_what_it_takes(
     n_tokens: int, queries_per_key: int, head_dim: int, dtypes: tuple[torch.dtype, ...], taken: bool
 ) -> None:
-    """One token, a key for each head, dtypes and widths of the kernel."""
+    """One token, heads that share a key, dtypes and widths of the kernel."""
     tensors = [torch.empty(1, dtype=dtype) for dtype in dtypes]
     assert takes(n_tokens, queries_per_key, head_dim, *tensors, None) == taken
 
 
 @pytest.mark.parametrize("norm", [pytest.param(kind, id=f"norm={kind}") for kind in ("none", "head", "full")])
-def test_the_layer_is_the_same_with_it(norm: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key_heads", [pytest.param(3, id="a key a head"), pytest.param(1, id="three heads a key")])
+def test_the_layer_is_the_same_with_it(
+    key_heads: int, norm: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As torch computes the layer, up to the rounding of 16 bits; and it is called."""
-    layer = Attention(96, 3, 3, 64, norm, EPS).to(device, torch.float16)
+    layer = Attention(96, 3, key_heads, 64, norm, EPS).to(device, torch.float16)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in layer.named_parameters():
         value = torch.randn(parameter.shape, generator=generator)
         parameter.copy_(1 + 0.1 * value if "norm" in name else value / parameter.shape[-1] ** 0.5)
-    kept = [torch.randn(2, 3, 40, 64, generator=generator).to(device, torch.float16) for _ in range(2)]
+    kept = [torch.randn(2, key_heads, 40, 64, generator=generator).to(device, torch.float16) for _ in range(2)]
     x = torch.randn(2, 1, 96, generator=generator).to(device, torch.float16)
     arguments = (*tables(20, 64, device), LayerCache(kept[0].clone(), kept[1].clone()), at(20, device))
     layer.use_reference()
