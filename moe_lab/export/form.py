@@ -26,7 +26,7 @@ class Form(nn.Module):
                 module.experts = Exported()
                 module.router.use_reference()
             elif isinstance(module, Rope):
-                module.cos_Nd = module.sin_Nd = None  # computed in the graph, for every length
+                module.tables_2Nd = None  # computed in the graph, for every length
             elif wide or not isinstance(module, Embedding):  # the reference of an embedding gives fp32
                 getattr(module, "use_reference", lambda: None)()
 

@@ -107,8 +107,7 @@ def rope_tables(
 class Rope(nn.Module):
     """The tables of a model, which `reserve` keeps so that a pass need not compute them."""
 
-    cos_Nd: Tensor | None
-    sin_Nd: Tensor | None
+    tables_2Nd: Tensor | None
 
     def __init__(
         self,
@@ -119,23 +118,23 @@ class Rope(nn.Module):
     ):
         super().__init__()
         self.head_dim, self.theta, self.scaling, self.rotary_dim = head_dim, theta, scaling, rotary_dim
-        self.register_buffer("cos_Nd", None, persistent=False)
-        self.register_buffer("sin_Nd", None, persistent=False)
+        self.register_buffer("tables_2Nd", None, persistent=False)
 
     def reserve(self, length: int, device: torch.device) -> None:
         """Keep the tables of the first `length` positions."""
-        self.cos_Nd, self.sin_Nd = self._tables(length, device)
+        self.tables_2Nd = torch.stack(self._tables(length, device))
 
     def forward(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(cos, sin) [length, head_dim]; what was not reserved is computed."""
-        if self.cos_Nd is None or self.sin_Nd is None or len(self.cos_Nd) < length:
+        if self.tables_2Nd is None or self.tables_2Nd.shape[1] < length:
             return self._tables(length, device)
-        return self.cos_Nd[:length], self.sin_Nd[:length]
+        return self.tables_2Nd[0, :length], self.tables_2Nd[1, :length]
 
     def at(self, position_S: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin) [S, head_dim] of these positions, which must be reserved."""
-        assert self.cos_Nd is not None and self.sin_Nd is not None
-        return self.cos_Nd.index_select(0, position_S), self.sin_Nd.index_select(0, position_S)
+        assert self.tables_2Nd is not None
+        cos_Sd, sin_Sd = self.tables_2Nd.index_select(1, position_S)  # one kernel for both
+        return cos_Sd, sin_Sd
 
     def _tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         return rope_tables(length, self.head_dim, self.theta, device, self.scaling, self.rotary_dim)

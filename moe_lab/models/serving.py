@@ -95,9 +95,10 @@ class Decode(Serving):
                 "use workload.window=1"
             )
         self.context_len, self.window, self.chunk, self._step = context_len, window, chunk, 0
-        self.register_buffer("_offset_g", torch.arange(window, device=decoder.embed.weight.device), persistent=False)
+        positions_N = torch.arange(context_len, cache.length, device=decoder.embed.weight.device)
+        self.register_buffer("_positions_Sg", positions_N.view(-1, window), persistent=False)
         if position_g is None:
-            position_g = context_len + self.get_buffer("_offset_g")
+            position_g = positions_N[:window].clone()
         self.register_buffer("position_g", position_g, persistent=False)
 
     @property
@@ -129,14 +130,17 @@ class Decode(Serving):
     def seek(self, step: int) -> None:
         """Go to a step, counted from 0; where `cache.in_order`, to the first one or to the next."""
         assert not self.cache.in_order or step in (0, self._step, self._step + 1), "the state before it is not there"
-        self._step = step
-        self.position_g.copy_(self.get_buffer("_offset_g") + (self.context_len + step * self.window))
+        assert 0 <= step < self.n_steps, "there is no such step"
+        self._go_to(step)
 
     def advance(self) -> None:
         """Go to the next step, without a look at the host."""
-        self._step = (self._step + 1) % self.n_steps
-        n_positions = self.n_steps * self.window
-        self.position_g.sub_(self.context_len - self.window).remainder_(n_positions).add_(self.context_len)
+        self._go_to((self._step + 1) % self.n_steps)
+
+    def _go_to(self, step: int) -> None:
+        """One small copy on the device."""
+        self._step = step
+        self.position_g.copy_(self.get_buffer("_positions_Sg")[step])
 
     def forward(self, ids_BN: Tensor, forced_routing: ForcedRouting = None) -> Output:
         """ids [B, N] -> logits [B, window, V] of the present step."""

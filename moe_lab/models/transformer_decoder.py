@@ -231,7 +231,8 @@ class TransformerDecoder(nn.Module):
         """
         B, S = ids_BS.shape
         ropes = self.ropes.tables(S, ids_BS.device, position_S, 0 if cache is None else cache.start)
-        starts_B1 = torch.arange(B + 1, dtype=torch.int32, device=ids_BS.device) * S
+        starts_B1 = torch.arange(B + 1, dtype=torch.int32, device=ids_BS.device)
+        starts_B1 = starts_B1 if S == 1 else starts_B1 * S
         kind = "forward" if cache is None else "prefill" if position_S is None else "decode"
         ctx = RouteContext(token_ids_T=ids_BS.flatten(), seq_start_B1=starts_B1, phase=kind)
         forced = iter(forced_routing) if forced_routing is not None else None

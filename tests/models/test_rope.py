@@ -216,8 +216,8 @@ def test_kept_computed_and_looked_up_tables_agree(scaling: dict[str, Any]) -> No
     for length in (1, 7, 20, 21):  # more than is kept is computed
         for one, other in zip(fresh(length, CPU), kept(length, CPU), strict=True):
             assert one.shape == (length, 16) and torch.equal(one, other)
-        assert kept.cos_Nd is not None
-        assert (kept(length, CPU)[0].data_ptr() == kept.cos_Nd.data_ptr()) == (length <= 20)
+        assert kept.tables_2Nd is not None
+        assert (kept(length, CPU)[0].data_ptr() == kept.tables_2Nd.data_ptr()) == (length <= 20)
     position_S = torch.tensor([19, 0, 7, 7])
     for whole, found in zip(fresh(20, CPU), kept.at(position_S), strict=True):
         assert torch.equal(whole[position_S], found)
@@ -228,7 +228,7 @@ def test_a_second_reservation_replaces_the_first() -> None:
     rope = Rope(8, 1e4)
     for length in (5, 12, 3):
         rope.reserve(length, CPU)
-        assert rope.cos_Nd is not None and len(rope.cos_Nd) == length
+        assert rope.tables_2Nd is not None and rope.tables_2Nd.shape[1] == length
 
 
 def test_kept_tables_are_part_of_no_state() -> None:

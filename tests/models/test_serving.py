@@ -368,7 +368,7 @@ def test_a_cache_is_reserved_with_its_tables_for_the_models_sizes() -> None:
     assert len(cache.layers) == LAYERS and cache.length == 10
     assert all(buffer.shape == (3, 2, 10, 8) and not buffer.any() for buffer in cache.buffers())
     assert {buffer.dtype for buffer in cache.buffers()} == {torch.bfloat16}
-    assert model.ropes[0].cos_Nd is not None and len(model.ropes[0].cos_Nd) == 10
+    assert model.ropes[0].tables_2Nd is not None and model.ropes[0].tables_2Nd.shape[1] == 10
 
 
 LATENT = {"nope_dim": 5, "rope_dim": 6, "v_dim": 7, "kv_rank": 9, "q_rank": 8, "bias": False, "growth": (0.3, 4)}

@@ -449,7 +449,7 @@ def test_the_task_is_the_phase(model: str) -> None:
         x = build.build_input(cfg, decoder, CPU)
         task, context = build.build_task(cfg, decoder, x)
         assert isinstance(task, kind) and x.shape == (2, length)
-        assert decoder.ropes[0].cos_Nd is not None and len(decoder.ropes[0].cos_Nd) == length
+        assert decoder.ropes[0].tables_2Nd is not None and decoder.ropes[0].tables_2Nd.shape[1] == length
         assert (context is not None) == (phase == "decode")
         if isinstance(task, Prefill | Decode):
             assert task.cache.length == length

@@ -262,7 +262,7 @@ def one_step_behind(run: Run) -> None:
     """Each step takes the token before its own; the first, the last of the context."""
     assert isinstance(run.built.task, Decode)
     task, seek = run.built.task, run.built.task.seek
-    task.seek = lambda step: seek(step - 1)  # type: ignore[method-assign]
+    task.seek = lambda step: (seek(step), task.position_g.sub_(1))  # type: ignore[method-assign, assignment, return-value]
 
 
 def eps_of_the_last_norm(run: Run) -> None:
