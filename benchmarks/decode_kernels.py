@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +23,10 @@ from torch import Tensor, nn
 from moe_lab.measure.clocks import make_step
 from moe_lab.measure.roofline import measured_peaks
 from moe_lab.models import Output
-from moe_lab.ops.decode_attention import cached_attention
+from moe_lab.ops import extension
+from moe_lab.ops.decode_attention import cached_attention, rope_append
 from moe_lab.ops.gemv import gemv
+from moe_lab.ops.one_token_attention import one_token_attention
 
 PRODUCTS = {
     "olmoe_1b_7b, q k v and o of 16 layers": [(6144, 2048), (2048, 2048)] * 16,
@@ -78,23 +82,40 @@ def products(bytes_per_us: float) -> None:
         print(f"{name}, {rows} rows: torch {torch_us:.1f} us, gemv {gemv_us:.1f} us, floor {floor:.1f} us", flush=True)
 
 
+def by_triton(q: Tensor, k: Tensor, v: Tensor, *kept: Any) -> Tensor:
+    """What `one_token_attention` computes, by the other kernels."""
+    tables, position_1, k_BHNd, v_BHNd = kept
+    q_BHd = rope_append(q, k, v, None, None, 0.0, None, tables, position_1, k_BHNd, v_BHNd)
+    return cached_attention(q_BHd, k_BHNd, v_BHNd, position_1, None)
+
+
+def in_one_launch(q: Tensor, k: Tensor, v: Tensor, *kept: Any) -> Tensor:
+    return one_token_attention(q, k, v, None, None, 0.0, None, *kept)
+
+
+def fed(way: Callable[..., Tensor], kept: Any, caches: list[Tensor], q: Tensor) -> Tensor:
+    """What the last cache gives, each fed by the one before."""
+    for k_BHNd, v_BHNd in caches:
+        n = k_BHNd.shape[1] * k_BHNd.shape[3]
+        q = way(q, q[:, :n], q[:, -n:], *kept, k_BHNd, v_BHNd).flatten(1)
+    return q
+
+
 def attention(bytes_per_us: float) -> None:
     """A line for each shape and size."""
     for (name, (H, H_KV, d)), B, context in product(ATTENTION.items(), SEQUENCES, POSITIONS):
         of_a_position = 4 * B * H_KV * d  # bytes: a key and a value
         n_caches = min(max(round(AT_ONCE / of_a_position / context), 2), 512)
         caches = [torch.randn(2, B, H_KV, context + 16, d, **BF16) for _ in range(n_caches)]
-        position_1 = torch.tensor([context], device="cuda")
-
-        def run(q: Tensor, caches: list[Tensor] = caches, position_1: Tensor = position_1) -> Tensor:
-            for k_BHNd, v_BHNd in caches:
-                y = cached_attention(q, k_BHNd, v_BHNd, position_1, None)
-            return y
-
-        us = replay_us(run, torch.randn(B, H, d, **BF16)) / n_caches
+        kept = (torch.ones(1, d, device="cuda"), torch.zeros(1, d, device="cuda")), torch.tensor([context]).cuda()
+        x = torch.randn(B, H * d, **BF16)
+        us = {
+            way.__name__: replay_us(partial(fed, way, kept, caches), x) / n_caches for way in (by_triton, in_one_launch)
+        }
+        times = ", ".join(f"{way} {time:.2f} us" for way, time in us.items())
         floor = of_a_position * (context + 1) / bytes_per_us
-        print(f"{name}, batch {B}, {context} positions: {us:.2f} us, floor {floor:.2f} us", flush=True)
-        del caches, run  # before the next ones are made
+        print(f"{name}, batch {B}, {context} positions: {times}, floor {floor:.2f} us", flush=True)
+        del caches  # before the next ones are made
 
 
 def main() -> None:
@@ -102,6 +123,7 @@ def main() -> None:
     parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA device is needed")
+    extension.load()
     bytes_per_us = measured_peaks(torch.device("cuda"), torch.bfloat16)["bytes_per_s"] / 1e6
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {bytes_per_us / 1e6:.2f} TB/s")
     with torch.inference_mode():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_lab.errors import UnavailableError
 from moe_lab.ops import cxx
+from moe_lab.ops.norm_gate_route import MOST_ROWS
 from moe_lab.ops.route import gate_route
 from moe_lab.ops.selection import Selection
 from moe_lab.ops.softmax_topk import chosen
@@ -103,7 +104,7 @@ def test_a_router_multiplies_by_its_gate_where_that_is_faster(
     "new_router", [pytest.param(partial(make, "mixtral"), id="softmax"), pytest.param(SCORED, id="scored")]
 )
 def test_a_router_norms_what_it_multiplies(new_router: Callable[..., Router], impl: str) -> None:
-    """Of one token; compiled too."""
+    """Of a few tokens; compiled too."""
     with torch.device("cuda"):
         router = new_router(64, 6, impl=impl).compute_on(torch.device("cuda"))
         x_TD, residual_TD, weight_D = (torch.randn(shape).bfloat16() for shape in ((1, 2048), (1, 2048), (2048,)))
@@ -111,7 +112,8 @@ def test_a_router_norms_what_it_multiplies(new_router: Callable[..., Router], im
     torch.cuda.synchronize()
     is_sm_90 = torch.cuda.get_device_capability() == (9, 0)
     assert router.norms_input(1, weight_D, gate_ED, x_TD.dtype) == is_sm_90
-    assert not router.norms_input(2, weight_D, gate_ED, x_TD.dtype)
+    assert router.norms_input(MOST_ROWS, weight_D, gate_ED, x_TD.dtype) == is_sm_90
+    assert not router.norms_input(MOST_ROWS + 1, weight_D, gate_ED, x_TD.dtype)
     inputs = (residual_TD, weight_D, 1e-5, gate_ED)
     normed_TD, _, fused = router.norm_and_route(x_TD, *inputs)
     assert torch.equal(fused.expert_ids_TK.sort().values, router.route(normed_TD, gate_ED).expert_ids_TK.sort().values)
