@@ -14,6 +14,7 @@ from moe_lab.routers.base import RouteContext, Router, Routing, check_finite
 from moe_lab.routers.contract import members, weights_by_expert
 
 _ROWS_AT_ONCE = 1 << 13  # what the checks compute in one piece, so that they need little memory beside the run's own
+_LEAST = 1e-30  # squared length of an output: below it nothing is divided by it
 
 
 def compare_routes(
@@ -143,12 +144,18 @@ class LayerProbe:
     def __init__(self, model: nn.Module, twin: nn.Module, tolerance: Tolerance, *, routes: bool = True):
         self.tolerance, self.near_ties, self.routes = tolerance, 0, routes
         self.expert_error, self.token_error = 0.0, 0.0
+        self.n_outputs, self._along, self._size = 0, 0.0, 0.0
         self.looks = True
         """Whether a pass is looked at."""
         self._handles = []
         self.n_layers = len(moe_layers(model))
         for (index, layer), reference in zip(indexed_moe_layers(model), moe_layers(twin), strict=True):
             self._handles.append(layer.register_forward_hook(self._hook(index, reference)))
+
+    @property
+    def scale_error(self) -> float:
+        """By what share the outputs of all experts, taken together, are too large or too small."""
+        return abs(self._along) / max(self._size, _LEAST)
 
     def close(self) -> None:
         for handle in self._handles:
@@ -165,7 +172,8 @@ class LayerProbe:
             y_TD = layer.routed(x_TD, routing, ctx)
             with exact_products():
                 y_reference_TD = reference.routed(x_TD.float(), routing, ctx)
-            self._keep_worst("token_error", *_squares(y_TD, y_reference_TD))
+            off_T, _, size_T = _compared(y_TD, y_reference_TD)
+            self._keep_worst("token_error", (off_T / size_T).sqrt())
             self._compare_experts(layer, reference, *layer.rows(x_TD, routing, ctx))
 
         return look
@@ -192,25 +200,30 @@ class LayerProbe:
         experts = layer.experts.chosen(x_TD)
         E, K = layer.weights.n_experts, routing.expert_ids_TK.shape[1]
         ids_N = routing.expert_ids_TK.flatten()
-        off_E, size_E = torch.zeros(2, E, device=x_TD.device, dtype=torch.float64)
+        sums_3E = torch.zeros(3, E, device=x_TD.device, dtype=torch.float64)
         for slot_N in (ids_N >= 0).nonzero().squeeze(1).split(_ROWS_AT_ONCE):
             alone = Routing(ids_N[slot_N, None], torch.ones(len(slot_N), 1, device=x_TD.device))
             x_ND = x_TD[slot_N // K]
             y_ND = layer.compute(x_ND, alone, experts)
             with exact_products():
                 y_reference_ND = reference.compute(x_ND.float(), alone)
-            off_N, size_N = _squares(y_ND, y_reference_ND)
-            off_E.index_add_(0, ids_N[slot_N], off_N.double())
-            size_E.index_add_(0, ids_N[slot_N], size_N.double())
-        self._keep_worst("expert_error", off_E, size_E)
+            sums_3E.index_add_(1, ids_N[slot_N], _compared(y_ND, y_reference_ND).double())
+        off_E, along_E, size_E = sums_3E
+        self._keep_worst("expert_error", (off_E / size_E.clamp(min=_LEAST)).sqrt())
+        self.n_outputs += int((ids_N >= 0).sum())
+        self._along, self._size = self._along + float(along_E.sum()), self._size + float(size_E.sum())
 
-    def _keep_worst(self, name: str, off: Tensor, size: Tensor) -> None:
-        """Note the largest sqrt(off / size) under `name`; infinity if anything is not finite."""
-        if off.numel():
-            error = float((off / size.clamp(min=1e-30)).max().sqrt()) if bool(off.isfinite().all()) else float("inf")
+    def _keep_worst(self, name: str, errors: Tensor) -> None:
+        """Note the largest under `name`; infinity if any is not finite."""
+        if errors.numel():
+            error = float(errors.max()) if bool(errors.isfinite().all()) else float("inf")
             setattr(self, name, max(getattr(self, name), error))
 
 
-def _squares(y: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row: squared distance to the reference, and the reference's squared length."""
-    return (y.float() - reference).square().sum(-1), reference.square().sum(-1)
+def _compared(y: Tensor, reference: Tensor) -> Tensor:
+    """[3, rows]: of the difference to the reference the squared length, and how much of it lies along the reference;
+    the reference's squared length.
+    """
+    off = y.float() - reference
+    size = reference.square().sum(-1).clamp(min=_LEAST)
+    return torch.stack([off.square().sum(-1), (off * reference).sum(-1), size])

@@ -28,6 +28,10 @@ class Tolerance:
     logit: float = 0.0  # of a router logit, as a share of the token's median one, where the run's own are not at hand
     cache: float = 0.0  # of a token's keys or values in a layer's cache: `token` times the square root of the depth
 
+    def scale(self, n_outputs: int) -> float:
+        """By what share so many outputs of experts may be too large together: rounding is up as often as down."""
+        return self.expert * max(max(n_outputs, 1) ** -0.5, 0.1)
+
 
 TOLERANCES = {
     torch.float32: Tolerance(model=1e-5, expert=1e-5, token=3e-5, score=1e-6, weight=1e-5),

@@ -95,6 +95,9 @@ class Check:
     max_abs_error: Annotated[float | None, "1", "largest absolute error of the output"]
     expert_rel_error: Annotated[float | None, "1", "relative error of the worst expert"]
     token_rel_error: Annotated[float | None, "1", "relative error of the worst token of an MoE layer"]
+    expert_scale_error: Annotated[
+        float | None, "1", "by what share the outputs of all experts, taken together, are too large or too small"
+    ] = None
     cache_rel_error: Annotated[
         float | None, "1", "prefill and decoding only: relative error of the worst token's keys or values in a KV cache"
     ] = None

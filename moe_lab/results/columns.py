@@ -156,6 +156,7 @@ _SUMMARY_NAMES = (
     "check.passed",
     "check.rel_error",
     "check.expert_rel_error",
+    "check.expert_scale_error",
     "check.token_rel_error",
     "check.free_rel_error",
     "check.near_ties",

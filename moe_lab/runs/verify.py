@@ -39,10 +39,11 @@ from moe_lab.runs.compared_cache import ComparedCache
 
 @dataclass
 class Verification:
-    """The record's check, why it failed if it did, and the operations counted on the way."""
+    """The record's check, why it failed if it did, and what was counted on the way: outputs of experts, operations."""
 
     check: Check
     mismatch: MismatchError | None = None
+    n_outputs: int = 0
     flops: int = 0
 
 
@@ -173,6 +174,7 @@ def probe_layers(result: Verification, probe: LayerProbe, run: Callable[[], Any]
         run()
         if probe.n_layers:
             check.expert_rel_error, check.token_rel_error = probe.expert_error, probe.token_error
+            check.expert_scale_error, result.n_outputs = probe.scale_error, probe.n_outputs
             check.near_ties = probe.near_ties if probe.routes else None
     except MismatchError as error:
         result.mismatch = error
@@ -183,16 +185,18 @@ def probe_layers(result: Verification, probe: LayerProbe, run: Callable[[], Any]
 def judged(result: Verification, tolerance: Tolerance, dtype: torch.dtype) -> Verification:
     """`result` with its verdict."""
     if result.mismatch is None:
-        result.mismatch = _beyond(result.check, tolerance, dtype)
+        result.mismatch = _beyond(result, tolerance, dtype)
     result.check.passed = result.mismatch is None
     return result
 
 
-def _beyond(check: Check, tolerance: Tolerance, dtype: torch.dtype) -> MismatchError | None:
+def _beyond(result: Verification, tolerance: Tolerance, dtype: torch.dtype) -> MismatchError | None:
     """The mismatch of the layers check, if an error is larger than its tolerance (or NaN)."""
+    check = result.check
     limits = (
         ("model", check.rel_error, tolerance.model),
         ("expert", check.expert_rel_error, tolerance.expert),
+        ("scale of the experts", check.expert_scale_error, tolerance.scale(result.n_outputs)),
         ("token", check.token_rel_error, tolerance.token),
         ("cache", check.cache_rel_error, tolerance.cache),
     )

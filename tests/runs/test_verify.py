@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -207,7 +208,8 @@ def test_every_option_of_the_decoder_is_verified(overrides: list[str], dtype: st
 
 
 @pytest.mark.parametrize(
-    "field", [pytest.param(field, id=field) for field in ("rel_error", "expert_rel_error", "token_rel_error")]
+    "field",
+    [pytest.param(field, id=field) for field in ("rel_error", "expert_rel_error", "token_rel_error")],
 )
 @pytest.mark.slow
 def test_correct_bf16_runs_stay_below_half_of_each_tolerance(field: str, correct_bf16: list[Check]) -> None:
@@ -217,7 +219,8 @@ def test_correct_bf16_runs_stay_below_half_of_each_tolerance(field: str, correct
 
 
 @pytest.mark.parametrize(
-    "field", [pytest.param(field, id=field) for field in ("rel_error", "expert_rel_error", "token_rel_error")]
+    "field",
+    [pytest.param(field, id=field) for field in ("rel_error", "expert_rel_error", "token_rel_error")],
 )
 @pytest.mark.slow
 def test_correct_bf16_runs_reach_a_fifteenth_of_each_tolerance(field: str, correct_bf16: list[Check]) -> None:
@@ -300,6 +303,15 @@ def test_one_expert_5_percent_off_fails_in_any_layer_of_a_decoder(layer: int, dt
     busiest = int(run.built.step().routings[layer].expert_ids_TK.flatten().bincount().argmax())
     in_experts(run, scaled(busiest, 1.05), layer)
     assert fault_found(run).where == "layers"
+
+
+@pytest.mark.parametrize("by", [pytest.param(0.99, id="too small"), pytest.param(1.01, id="too large")])
+@pytest.mark.parametrize("model", MODELS)
+def test_experts_1_percent_off_fail_in_bf16(model: str, by: float) -> None:
+    """Below the rounding of a single output, but all of them are off the same way."""
+    run = tiny.built(config(model, "dtype=bf16"))
+    in_experts(run, lambda routing: routing._replace(weights_TK=by * routing.weights_TK))
+    assert "scale of the experts" in str(fault_found(run))
 
 
 @pytest.mark.thinned(2)
@@ -610,7 +622,12 @@ def test_a_correct_run_passes_on_cuda_and_a_faulty_one_fails(model: str, router:
         assert fault_found(faulty).where == where
 
 
-LIMITS = {"rel_error": "model", "expert_rel_error": "expert", "token_rel_error": "token", "cache_rel_error": "cache"}
+LIMITS = {
+    "rel_error": "model",
+    "expert_rel_error": "expert",
+    "token_rel_error": "token",
+    "cache_rel_error": "cache",
+}
 
 
 @pytest.mark.parametrize("field", [pytest.param(field, id=name) for field, name in LIMITS.items()])
@@ -623,6 +640,26 @@ def test_each_error_has_a_limit_of_its_own(field: str) -> None:
         mismatch = judged(result, tolerance, torch.float32).mismatch
         assert result.check.passed is passes is (mismatch is None)
         assert mismatch is None or str(mismatch).endswith(f"{LIMITS[field]} {error:.2e} > {most:.1e}")
+
+
+@pytest.mark.parametrize(("n_outputs", "most"), [(1, 0.2), (16, 0.05), (10000, 0.02)], ids=str)
+def test_the_more_outputs_the_less_they_may_be_off_together(n_outputs: int, most: float) -> None:
+    """Down to a tenth of what one may be off."""
+    tolerance = Tolerance(model=0.1, expert=0.2, token=0.3, score=0.0, weight=0.0)
+    for error, passes in ((0.999 * most, True), (1.001 * most, False), (math.nan, False)):
+        result = Verification(dataclasses.replace(nothing_known(), expert_scale_error=error), n_outputs=n_outputs)
+        assert judged(result, tolerance, torch.float32).check.passed is passes
+
+
+@pytest.mark.slow
+def test_correct_bf16_runs_stay_below_half_of_what_their_experts_may_be_off_together() -> None:
+    """Of few outputs and of many."""
+    tolerance = TOLERANCES[torch.bfloat16]
+    for seed, tokens in itertools.product(range(8), (1, 3, 37, 199)):
+        run = tiny.built(tiny.moe_layer("dtype=bf16", f"seed={seed}", n_experts=8, top_k=2, tokens=tokens))
+        result = verified(run)
+        assert result.n_outputs == 2 * tokens and result.check.expert_scale_error is not None
+        assert result.check.expert_scale_error < tolerance.scale(result.n_outputs) / 2
 
 
 def test_what_failed_before_stays_the_reason() -> None:
