@@ -85,11 +85,16 @@ def scored_selection(router: Router, logits_TE: Tensor, ctx: RouteContext) -> Ro
     """What `router` selects, with what it ranked.
 
     Raises:
-        ValueError: it does not say that.
+        ValueError: it does not say that of each expert.
     """
     routing = router.select(logits_TE, ctx._replace(want_scores=True, want_dispatch=False))
     if routing.scores_TE is None:
         raise ValueError(f"router: {type(router).__name__}.select must fill scores_TE if ctx.want_scores.")
+    if routing.scores_TE.shape != logits_TE.shape:
+        raise ValueError(
+            f"router: {type(router).__name__}.select gives scores_TE {tuple(routing.scores_TE.shape)} of logits "
+            f"{tuple(logits_TE.shape)}; the shapes must be equal."
+        )
     return routing
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ class Tolerance:
 
     def scale(self, n_outputs: int) -> float:
         """By what share so many outputs of experts may be too large together: rounding is up as often as down."""
-        return self.expert * max(max(n_outputs, 1) ** -0.5, 0.1)
+        return self.expert * max(1 / math.sqrt(max(n_outputs, 1)), 0.1)
 
 
 TOLERANCES = {

@@ -10,7 +10,15 @@ from torch import Tensor
 from moe_lab.errors import MismatchError
 from moe_lab.ops.by_expert import by_expert
 from moe_lab.ops.dispatch import dispatch_by_torch
-from moe_lab.routers.base import Routing
+from moe_lab.routers.base import PROPERTIES, Router, Routing
+
+
+def check_declarations(router: Router) -> None:
+    """Raise `ValueError` for a property that is neither true nor false, nor left open."""
+    for name in PROPERTIES:
+        value = getattr(router, name)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"router: {type(router).__name__}.{name}={value!r}: must be True, False or None.")
 
 
 def check_contract(routing: Routing, n_tokens: int, n_experts: int, layer: int) -> None:

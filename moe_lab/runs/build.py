@@ -26,6 +26,7 @@ from moe_lab.ops.library import DTYPES, asked_of
 from moe_lab.records.identity import digest, option_name
 from moe_lab.records.weight_changes import active, other_keys
 from moe_lab.routers.base import Router, Routing
+from moe_lab.routers.contract import check_declarations
 from moe_lab.routers.soft import SoftMoE
 from moe_lab.runs import trained, weight_changes
 from moe_lab.runs.memory_estimate import require_memory
@@ -344,7 +345,7 @@ def require_runnable(cfg: DictConfig, model: nn.Module, device: torch.device) ->
     """Raise `UnavailableError` if a part of `model` does not support the rest of the configuration on `device`.
 
     Raises:
-        ValueError: the router needs its own MoE layer, but the model makes another.
+        ValueError: the router needs its own MoE layer, but the model makes another; or it declares what is no property.
     """
     router, load = option_name(cfg.router), cfg.workload.get("load", "native")
     kind = cfg.workload.get("phase", "forward")
@@ -354,6 +355,7 @@ def require_runnable(cfg: DictConfig, model: nn.Module, device: torch.device) ->
             "have; use workload.phase=forward, or model=decoder_moe, transformer_decoder or checkpoint"
         )
     for layer in moe_layers(model):
+        check_declarations(layer.router)
         if isinstance(layer.router, SoftMoE) and not isinstance(layer, SoftMoELayer):
             raise ValueError(
                 f"router={router} needs its own MoE layer, but model={option_name(cfg.model)} makes another; create "

@@ -305,6 +305,18 @@ def test_who_does_not_say_what_it_ranked_cannot_be_checked() -> None:
         check_properties(Silent(as_it_is, causal=True), logits(9), NO_CONTEXT, 0)
 
 
+def test_scores_of_some_experts_cannot_be_compared() -> None:
+    """They are of the slots, say."""
+
+    class OfSlots(Ranked):
+        def select(self, logits_TE: Tensor, ctx: RouteContext = NO_CONTEXT) -> Routing:
+            routing = super().select(logits_TE, ctx)
+            return routing._replace(scores_TE=routing.weights_TK)
+
+    with pytest.raises(ValueError, match=r"OfSlots\.select gives scores_TE \(9, .\) of logits \(9, .\)"):
+        check_properties(OfSlots(as_it_is, causal=True), logits(9), NO_CONTEXT, 0)
+
+
 MODELS = [
     pytest.param(tiny.moe_layer(), id="moe_layer"),
     pytest.param(tiny.decoder_moe(), id="decoder_moe"),

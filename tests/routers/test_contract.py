@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from moe_lab.errors import MismatchError
-from moe_lab.routers.base import Routing
-from moe_lab.routers.contract import changed_sets, check_contract, members, weights_by_expert
+from moe_lab.routers.base import Router, Routing
+from moe_lab.routers.contract import changed_sets, check_contract, check_declarations, members, weights_by_expert
 
 
 def routing(
@@ -60,6 +62,16 @@ def test_each_broken_clause_of_the_contract_is_named(broken: Routing, clause: st
 def test_a_routing_that_keeps_the_contract_is_let_through(kept: Routing) -> None:
     """Weights need not sum to 1, and slots may be empty."""
     assert check_contract(kept, n_tokens=2, n_experts=5, layer=0) is None
+
+
+@pytest.mark.parametrize("value", [pytest.param("no", id="text"), pytest.param(1, id="a number")])
+def test_a_property_is_true_or_false_or_left_open(value: Any) -> None:
+    """A text would count as declared, whatever it says."""
+    router = Router(4, 2)
+    check_declarations(router)
+    router.causal = value
+    with pytest.raises(ValueError, match=rf"^router: Router\.causal={value!r}: must be True, False or None"):
+        check_declarations(router)
 
 
 def test_members_and_weights_are_spread_over_the_experts() -> None:
