@@ -64,6 +64,8 @@ _ALLOWED = {
     "specialisation.guess": guesses.GUESSES,
 }
 _MOST = {"speculation.acceptance": 1.0}
+_NEEDS = {"stability": "against", "speculation": "results"}
+"""The key without which an analysis is left out."""
 _LEAST = {"placement.age": 0, "placement.copies": 0}  # of the other whole numbers: 1
 
 
@@ -88,6 +90,10 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     for name in ANALYSES:
         for key, value in (cfg[name] or {}).items():
             _check(f"{name}.{key}", value)
+    for name, key in _NEEDS.items():
+        typed = [word for word in overrides if word.startswith(f"{name}.") and not word.startswith(f"{name}.{key}=")]
+        if typed and cfg[name] is not None and cfg[name][key] is None:
+            raise ValueError(f"{typed[0]}: has no effect without {name}.{key}; set it too.")
     return cfg
 
 
@@ -145,15 +151,13 @@ def analyze(path: Path, cfg: DictConfig) -> tuple[Path, list[Findings]]:
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     asked = {name: plain[name] for name in ANALYSES if plain[name] is not None}
+    for name, key in _NEEDS.items():
+        if name in asked and asked[name][key] is None:
+            del asked[name]
     if "stability" in asked:
         asked["stability"]["phase"] = plain["phase"]
-        if asked["stability"]["against"] is None:
-            del asked["stability"]
     if "speculation" in asked:
-        if asked["speculation"]["results"] is None:
-            del asked["speculation"]
-        else:
-            asked["speculation"]["cells"] = speculation.cells(asked["speculation"]["results"])
+        asked["speculation"]["cells"] = speculation.cells(asked["speculation"]["results"])
     with Trace(path) as trace:
         if "expert_cache" in asked:
             measured = token_time.rates(asked["expert_cache"], trace.source)

@@ -130,6 +130,11 @@ def test_names_in_a_trace_cannot_write_into_the_page(tmp_path: Path) -> None:
         pytest.param(["phase=deocde"], "phase=deocde: must be one of", id="phase"),
         pytest.param(["processes=0"], "processes=0: must be", id="processes"),
         pytest.param(["+nothing=1"], "nothing: unknown key; analyze has", id="key"),
+        pytest.param(
+            ["speculation.acceptance=0.5"],
+            "acceptance=0.5: has no effect without speculation.results; set it too",
+            id="what an analysis that is left out would use",
+        ),
     ],
 )
 def test_a_mistake_names_the_key(words: list[str], message: str) -> None:
