@@ -21,7 +21,7 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kMostBlocks = 16;  // of a cluster
 constexpr int kKeys = 8;         // positions of a tile
-constexpr int kStages = 2;       // 64 KB of a block: with more it begins later beside the projections' blocks
+constexpr int kStages = 2;       // at most 64 KB of a block: with more it begins later beside the projections' blocks
 
 template <class T, int D>
 struct Shared {
@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) ask(first + stage * stride, stage);
   // Warps turn the queries; of one block, also the new key, and take the new value. A warp has two of these at most.
+  static_assert(kMostQueries + 2 <= 2 * kWarps);
   const bool has_new = rank == blocks - 1;
   const int items = has_new ? G + 2 : G;
   const T* rows[2];

@@ -36,6 +36,7 @@ from moe_lab.config import analyses as schemas
 from moe_lab.config.compose import composing
 from moe_lab.config.hydra_patches import register
 from moe_lab.config.mistakes import explain
+from moe_lab.config.unread import key_of
 from moe_lab.errors import nearest
 from moe_lab.records.trace import PHASES, Trace
 
@@ -91,7 +92,8 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         for key, value in (cfg[name] or {}).items():
             _check(f"{name}.{key}", value)
     for name, key in _NEEDS.items():
-        typed = [word for word in overrides if word.startswith(f"{name}.") and not word.startswith(f"{name}.{key}=")]
+        keys = {key_of(word): word for word in overrides}
+        typed = [word for typed, word in keys.items() if typed.startswith(f"{name}.") and typed != f"{name}.{key}"]
         if typed and cfg[name] is not None and cfg[name][key] is None:
             raise ValueError(f"{typed[0]}: has no effect without {name}.{key}; set it too.")
     return cfg

@@ -84,12 +84,6 @@ _RULES = (
         "with workload.load other than native no router runs, so the experts alone are timed",
         is_refused=False,
     ),
-    _Rule(
-        "router",
-        lambda c: c.workload.get("load", "native") == "native" or own_top_k(c.router) is not None,
-        "with workload.load other than native no router runs; it only gives the experts' outputs their weights",
-        is_refused=False,
-    ),
     _Rule("workload.zipf_exponent", lambda c: c.workload.get("load") == "zipf", "only used with workload.load=zipf"),
     _Rule(
         "workload.hot_experts workload.hot_share",

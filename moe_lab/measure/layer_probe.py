@@ -149,7 +149,7 @@ class LayerProbe:
     def __init__(self, model: nn.Module, twin: nn.Module, tolerance: Tolerance, *, routes: bool = True):
         self.tolerance, self.near_ties, self.routes = tolerance, 0, routes
         self.expert_error, self.token_error = 0.0, 0.0
-        self.n_outputs, self._along, self._size = 0, 0.0, 0.0
+        self._along, self._size, self._size_squared = 0.0, 0.0, 0.0
         self.looks = True
         """Whether a pass is looked at."""
         self._handles = []
@@ -161,6 +161,11 @@ class LayerProbe:
     def scale_error(self) -> float:
         """By what share the outputs of all experts, taken together, are too large or too small."""
         return abs(self._along) / max(self._size, _LEAST)
+
+    @property
+    def n_outputs(self) -> float:
+        """How many outputs that is: as many as would weigh the same if they were equally large."""
+        return self._size**2 / self._size_squared if self._size_squared else 0.0
 
     def close(self) -> None:
         for handle in self._handles:
@@ -206,17 +211,20 @@ class LayerProbe:
         E, K = layer.weights.n_experts, routing.expert_ids_TK.shape[1]
         ids_N = routing.expert_ids_TK.flatten()
         sums_3E = torch.zeros(3, E, device=x_TD.device, dtype=torch.float64)
+        squared = torch.zeros((), device=x_TD.device, dtype=torch.float64)
         for slot_N in (ids_N >= 0).nonzero().squeeze(1).split(_ROWS_AT_ONCE):
             alone = Routing(ids_N[slot_N, None], torch.ones(len(slot_N), 1, device=x_TD.device))
             x_ND = x_TD[slot_N // K]
             y_ND = layer.compute(x_ND, alone, experts)
             with exact_products():
                 y_reference_ND = reference.compute(x_ND.float(), alone)
-            sums_3E.index_add_(1, ids_N[slot_N], _compared(y_ND, y_reference_ND).double())
+            compared_3N = _compared(y_ND, y_reference_ND).double()
+            sums_3E.index_add_(1, ids_N[slot_N], compared_3N)
+            squared += compared_3N[2].square().sum()
         off_E, along_E, size_E = sums_3E
         self._keep_worst("expert_error", (off_E / size_E.clamp(min=_LEAST)).sqrt())
-        self.n_outputs += int((ids_N >= 0).sum())
         self._along, self._size = self._along + float(along_E.sum()), self._size + float(size_E.sum())
+        self._size_squared += float(squared)
 
     def _keep_worst(self, name: str, errors: Tensor) -> None:
         """Note the largest under `name`; infinity if any is not finite."""

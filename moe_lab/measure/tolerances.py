@@ -29,9 +29,12 @@ class Tolerance:
     logit: float = 0.0  # of a router logit, as a share of the token's median one, where the run's own are not at hand
     cache: float = 0.0  # of a token's keys or values in a layer's cache: `token` times the square root of the depth
 
-    def scale(self, n_outputs: int) -> float:
-        """By what share so many outputs of experts may be too large together: rounding is up as often as down."""
-        return self.expert * max(1 / math.sqrt(max(n_outputs, 1)), 0.1)
+    def scale(self, n_outputs: float) -> float:
+        """By what share so many outputs of experts may be too large together: rounding is up as often as down.
+
+        Down to what one element may be rounded by, which all of them may have in common.
+        """
+        return self.expert * max(1 / math.sqrt(max(n_outputs, 1)), 0.25)
 
 
 TOLERANCES = {

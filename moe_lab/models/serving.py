@@ -107,7 +107,9 @@ class Decode(Serving):
         return (self.cache.length - self.context_len) // self.window
 
     def on(self, decoder: TransformerDecoder) -> Decode:
-        return Decode(decoder, self.cache, self.context_len, self.window, self.position_g, self.chunk)
+        twin = Decode(decoder, self.cache, self.context_len, self.window, self.position_g, self.chunk)
+        twin._step = self._step
+        return twin
 
     def cached_bytes(self) -> int:
         """See `Serving.cached_bytes`: what came before is read, the step's positions and the states written.

@@ -92,12 +92,12 @@ def _reference(
 ) -> Tensor:  # fmt: skip
     B, key_heads, N, d = k_cache.shape
     H = q.shape[1] // d
+    of_head = q_norm is not None and len(q_norm) == d and H > 1
 
     def turned(x_Bn: Tensor, weight: Tensor | None) -> Tensor:
         def normed(x: Tensor) -> Tensor:
             return x if weight is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
-        of_head = weight is not None and len(weight) == d and H > 1
         x = x_Bn.float() if of_head or turn_first else normed(x_Bn.float())
         x_BHd = x.clamp(-clip, clip).view(B, -1, d)
         x_BHd = normed(x_BHd) if of_head and not turn_first else x_BHd

@@ -43,7 +43,7 @@ class Verification:
 
     check: Check
     mismatch: MismatchError | None = None
-    n_outputs: int = 0
+    n_outputs: float = 0.0
     flops: int = 0
 
 

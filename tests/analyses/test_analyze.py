@@ -135,6 +135,11 @@ def test_names_in_a_trace_cannot_write_into_the_page(tmp_path: Path) -> None:
             "acceptance=0.5: has no effect without speculation.results; set it too",
             id="what an analysis that is left out would use",
         ),
+        pytest.param(
+            ["++stability.against=null", "++speculation.draft_ms=1"],
+            "draft_ms=1: has no effect without speculation.results; set it too",
+            id="... added",
+        ),
     ],
 )
 def test_a_mistake_names_the_key(words: list[str], message: str) -> None:

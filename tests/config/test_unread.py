@@ -190,22 +190,6 @@ def test_a_layer_whose_router_does_not_run_is_said_to_be_its_experts() -> None:
         assert any(text.startswith(said) for text in Run(cfg).warnings) == says
 
 
-@pytest.mark.parametrize(
-    ("router", "load", "says"),
-    [
-        pytest.param("router=torch", "native", False, id="it runs"),
-        pytest.param("router=torch", "zipf", True, id="a load"),
-        pytest.param("router.gate_bias=true", "balanced", True, id="a key of it"),
-        pytest.param("router.top_k=1", "balanced", False, id="how many experts a token has"),
-    ],
-)
-def test_a_router_that_does_not_run_is_said_to_have_no_effect(router: str, load: str, says: bool) -> None:
-    """With a forced load, but for the number of experts."""
-    cfg = moe_lab.compose(quick.overrides("moe_layer", router, f"workload.load={load}"))
-    said = f"{router}: has no effect; with workload.load other than native no router runs; it only gives"
-    assert any(text.startswith(said) for text in Run(cfg).warnings) == says
-
-
 def test_in_a_sweep_it_is_named_and_not_refused() -> None:
     """Another cell may use it; the keys of a sweep are used."""
     cfg = moe_lab.compose(quick.overrides("moe_layer"))

@@ -324,6 +324,9 @@ def test_on_another_decoder_a_phase_has_the_same_cache_and_position() -> None:
     prefill = Prefill(model, decode.cache)
     assert prefill.on(twin.decoder).cache is decode.cache
     assert prefill.on(twin.decoder)(ids_BN).y.dtype == torch.float32
+    later = decode.on(twin.decoder)
+    later.advance()
+    assert int(decode.position_g) == 6
 
 
 def test_on_the_same_decoder_a_phase_is_the_same() -> None:

@@ -28,6 +28,7 @@ SHAPES = pytest.mark.parametrize(
         pytest.param(10, 7, 1, 128, id="B=10, 7 heads, d=128: a block a head"),
         pytest.param(1, 32, 8, 128, id="B=1, 8 of 32 heads share a key, d=128"),
         pytest.param(3, 21, 7, 64, id="B=3, 7 of 21 heads, d=64"),
+        pytest.param(2, 4, 4, 64, id="B=2, all 4 heads share a key, d=64"),
         pytest.param(40, 12, 3, 128, id="B=40, 3 of 12 heads, d=128: a block for a key head"),
     ],
 )
@@ -134,10 +135,11 @@ def test_rings_go_round(B: int, H: int, G: int, d: int, position: int, device: t
     assert_near(y_BHd, attended(q_BHd, case.k_BHNd, case.v_BHNd, position, None), roundings=3)
 
 
+@pytest.mark.parametrize("G", [pytest.param(1, id="a key a head"), pytest.param(3, id="three heads a key")])
 @HALVES
-def test_a_norm_may_come_after_the_rotation(dtype: torch.dtype, device: torch.device) -> None:
+def test_a_norm_may_come_after_the_rotation(G: int, dtype: torch.dtype, device: torch.device) -> None:
     """Of each head, of queries and of keys."""
-    case = Case(2, 3, 64, "head", dtype, device)
+    case = Case(2, 3, 64, "head", dtype, device, G=G)
 
     def normed(x_Bn: Tensor, weight_d: Tensor | None) -> Tensor:
         assert weight_d is not None

@@ -104,7 +104,7 @@ def test_a_router_multiplies_by_its_gate_where_that_is_faster(
     "new_router", [pytest.param(partial(make, "mixtral"), id="softmax"), pytest.param(SCORED, id="scored")]
 )
 def test_a_router_norms_what_it_multiplies(new_router: Callable[..., Router], impl: str) -> None:
-    """Of a few tokens; compiled too."""
+    """Of one token; compiled too. It says of how many it would."""
     with torch.device("cuda"):
         router = new_router(64, 6, impl=impl).compute_on(torch.device("cuda"))
         x_TD, residual_TD, weight_D = (torch.randn(shape).bfloat16() for shape in ((1, 2048), (1, 2048), (2048,)))

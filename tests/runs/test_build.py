@@ -167,6 +167,18 @@ def test_a_key_that_a_part_refuses_is_a_value_error(tmp_path: Path) -> None:
         build.check_available(cfg)
 
 
+def test_a_property_that_is_neither_true_nor_false_is_refused(tmp_path: Path) -> None:
+    """Before anything is computed."""
+    (tmp_path / "router").mkdir()
+    (tmp_path / "router" / "vague.yaml").write_text("_target_: vague_router.Vague\nname: vague\nimpl: auto\n")
+    (tmp_path / "vague_router.py").write_text(
+        "from moe_lab.routers.base import Router\nclass Vague(Router):\n    causal = 'no'\n"
+    )
+    cfg = moe_lab.compose(quick.overrides("moe_layer", "router=vague"), config_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"^router: Vague\.causal='no': must be True, False or None"):
+        build.check_available(cfg)
+
+
 def test_a_model_that_makes_its_layers_itself_is_refused_a_layer_of_the_routers_own(tmp_path: Path) -> None:
     """Every token would go to every expert, under the name of a Soft MoE."""
     (tmp_path / "model").mkdir()

@@ -208,8 +208,7 @@ def test_every_option_of_the_decoder_is_verified(overrides: list[str], dtype: st
 
 
 @pytest.mark.parametrize(
-    "field",
-    [pytest.param(field, id=field) for field in ("rel_error", "expert_rel_error", "token_rel_error")],
+    "field", [pytest.param(field, id=field) for field in ("rel_error", "expert_rel_error", "token_rel_error")]
 )
 @pytest.mark.slow
 def test_correct_bf16_runs_stay_below_half_of_each_tolerance(field: str, correct_bf16: list[Check]) -> None:
@@ -219,8 +218,7 @@ def test_correct_bf16_runs_stay_below_half_of_each_tolerance(field: str, correct
 
 
 @pytest.mark.parametrize(
-    "field",
-    [pytest.param(field, id=field) for field in ("rel_error", "expert_rel_error", "token_rel_error")],
+    "field", [pytest.param(field, id=field) for field in ("rel_error", "expert_rel_error", "token_rel_error")]
 )
 @pytest.mark.slow
 def test_correct_bf16_runs_reach_a_fifteenth_of_each_tolerance(field: str, correct_bf16: list[Check]) -> None:
@@ -622,12 +620,7 @@ def test_a_correct_run_passes_on_cuda_and_a_faulty_one_fails(model: str, router:
         assert fault_found(faulty).where == where
 
 
-LIMITS = {
-    "rel_error": "model",
-    "expert_rel_error": "expert",
-    "token_rel_error": "token",
-    "cache_rel_error": "cache",
-}
+LIMITS = {"rel_error": "model", "expert_rel_error": "expert", "token_rel_error": "token", "cache_rel_error": "cache"}
 
 
 @pytest.mark.parametrize("field", [pytest.param(field, id=name) for field, name in LIMITS.items()])
@@ -642,9 +635,9 @@ def test_each_error_has_a_limit_of_its_own(field: str) -> None:
         assert mismatch is None or str(mismatch).endswith(f"{LIMITS[field]} {error:.2e} > {most:.1e}")
 
 
-@pytest.mark.parametrize(("n_outputs", "most"), [(1, 0.2), (16, 0.05), (10000, 0.02)], ids=str)
+@pytest.mark.parametrize(("n_outputs", "most"), [(1, 0.2), (4, 0.1), (10000, 0.05)], ids=str)
 def test_the_more_outputs_the_less_they_may_be_off_together(n_outputs: int, most: float) -> None:
-    """Down to a tenth of what one may be off."""
+    """Down to a quarter of what one may be off."""
     tolerance = Tolerance(model=0.1, expert=0.2, token=0.3, score=0.0, weight=0.0)
     for error, passes in ((0.999 * most, True), (1.001 * most, False), (math.nan, False)):
         result = Verification(dataclasses.replace(nothing_known(), expert_scale_error=error), n_outputs=n_outputs)
@@ -658,8 +651,26 @@ def test_correct_bf16_runs_stay_below_half_of_what_their_experts_may_be_off_toge
     for seed, tokens in itertools.product(range(8), (1, 3, 37, 199)):
         run = tiny.built(tiny.moe_layer("dtype=bf16", f"seed={seed}", n_experts=8, top_k=2, tokens=tokens))
         result = verified(run)
-        assert result.n_outputs == 2 * tokens and result.check.expert_scale_error is not None
+        assert tokens / 2 < result.n_outputs <= 2.001 * tokens and result.check.expert_scale_error is not None
         assert result.check.expert_scale_error < tolerance.scale(result.n_outputs) / 2
+
+
+@pytest.mark.parametrize("seed", range(4), ids=str)
+def test_one_large_output_counts_as_one(seed: int) -> None:
+    """Its largest element is rounded by more than many may be off together, and the run is correct."""
+    run = tiny.built(
+        tiny.moe_layer("dtype=bf16", f"seed={seed}", n_experts=8, top_k=2, d_model=64, hidden=64, tokens=256)
+    )
+    (model,), (twin,) = layers_of(run), moe_layers(run.built.twin)
+    token_D = run.built.x.view(-1, 64)[0].float()
+    for gate_up_FD, down_DF in zip(model.weights.w_gate_up_E2FD, model.weights.w_down_EDF, strict=True):
+        gate_up_FD[0] = gate_up_FD[64] = 3 * token_D / token_D.norm()
+        down_DF[5, 0] = 20
+    run.built.x.view(-1, 64)[0] *= 20
+    for name in ("w_gate_up_E2FD", "w_down_EDF"):
+        getattr(twin.weights, name).copy_(getattr(model.weights, name))
+    result = verified(run)
+    assert result.check.passed and result.n_outputs < 4
 
 
 def test_what_failed_before_stays_the_reason() -> None:
