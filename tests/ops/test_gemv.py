@@ -289,3 +289,12 @@ def test_a_chain_in_a_graph_waits_for_what_it_reads(T: int) -> None:
             else:
                 (step,) = settled(gemv(step, weight))
         assert torch.equal(replayed, step)
+
+
+def test_its_limits_are_the_kernels() -> None:
+    """The header names them too."""
+    header = (extension.sources() / "decode.h").read_text()
+    columns, alone = gemv_module._MOST_COLUMNS, gemv_module._MOST_COLUMNS_ALONE
+    assert f"kMostColumns = {columns}, kMostColumnsAlone = {alone};" in header
+    bits = gemv_module._MOST_ELEMENTS.bit_length() - 1
+    assert f"kMostRows = {gemv_module.MOST_ROWS}, kMostElements = 1 << {bits};" in header

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_lab.ops import cxx, extension
 from moe_lab.ops.add_rms_norm import add_rms_norm
-from moe_lab.ops.norm_gate_route import norm_gate_route, norms_input
+from moe_lab.ops.norm_gate_route import MOST_ELEMENTS, MOST_EXPERTS, MOST_WIDTH, norm_gate_route, norms_input
 from moe_lab.ops.route import Routed, gate_route, route
 from moe_lab.ops.selection import Selection
 
@@ -272,3 +272,10 @@ def test_fake_tensors_have_the_real_shapes() -> None:
     assert normed_TD.shape == total_TD.shape == x_TD.shape and normed_TD.dtype == total_TD.dtype == torch.float16
     assert routed.expert_ids_TK.shape == routed.weights_TK.shape == (2, 3)
     assert (routed.expert_ids_TK.dtype, routed.weights_TK.dtype) == (torch.int32, torch.float32)
+
+
+def test_its_limits_are_the_kernels() -> None:
+    """The header names them too."""
+    header = (extension.sources() / "route.h").read_text()
+    assert f"kMostNormWidth = {MOST_WIDTH}, kMostNormExperts = {MOST_EXPERTS};" in header
+    assert f"kMostNormGate = 1 << {MOST_ELEMENTS.bit_length() - 1};" in header

@@ -272,3 +272,9 @@ def test_its_fake_has_its_shape(dtype: torch.dtype) -> None:
             q, q, q, None, None, EPS, 1.0, table, table, position, cache, cache, False, 9, 0.1, None
         )
     assert y.shape == (2, 4, 64) and y.dtype == dtype
+
+
+def test_its_limit_is_the_kernels() -> None:
+    """The header names it too."""
+    header = (extension.sources() / "decode.h").read_text()
+    assert f"kMostQueries = {one_token_module._MOST_QUERIES};" in header
