@@ -36,7 +36,7 @@ def make(overrides: list[str], config_dir: str | None) -> Plan:
 
         def made(place: HasKinds) -> Plan:
             kinds = Kinds(place, config.sweep.require)
-            plan = planning.make(jobs, directory, kinds, multirun.command(), composer.typed)
+            plan = planning.make(jobs, directory, kinds, multirun.command(), composer.typed, composer.of_experiment)
             plan.kinds = kinds.content() if places.has_slots(config.sweep) else []
             plan.note = note
             return plan

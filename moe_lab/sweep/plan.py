@@ -164,18 +164,20 @@ def make(
     engine: Asked,
     command: list[str],
     typed: Collection[str] | None = None,
+    of_experiment: Sequence[str] = (),
 ) -> Plan:
     """The plan for composed configurations, each with its overrides and its folder.
 
     Args:
         typed: the keys that the person set; None if this is only a part of a sweep. What has no effect in any cell is
             refused if it was typed, and else, for an experiment set it, named in `Plan.without_effect`.
+        of_experiment: `key=value` of what an experiment sets in all cells.
 
     Raises:
         ValueError: a mistake that is in every cell, something that was typed and has no effect in any cell, or
             `sweep.stale=refuse` and there are stale results.
     """
-    cells, n_equal, jobs, sweep, unread_everywhere = _cells(composed)
+    cells, n_equal, jobs, sweep, unread_everywhere = _cells(composed, of_experiment)
     folders.check(directory, [cell.directory for cell in cells])
     for cell, label in zip(cells, variants.labels([cell.content for cell in cells], sweep["compare"]), strict=True):
         cell.variant = label
@@ -233,7 +235,7 @@ def _why_none(plan: Plan, partial: Mapping[str, Any]) -> str:
 
 
 def _cells(
-    composed: Iterable[tuple[DictConfig, Sequence[str], Path]],
+    composed: Iterable[tuple[DictConfig, Sequence[str], Path]], of_experiment: Sequence[str]
 ) -> tuple[list[Cell], int, list[str], dict[str, Any], dict[str, str]]:
     cells: dict[str, Cell] = {}
     unread_somewhere: dict[str, str] = {}
@@ -244,8 +246,11 @@ def _cells(
         cfg.overrides = list(overrides)
         check_overrides(cfg, overrides, in_a_sweep=True)
         here = unread(cfg, overrides, in_a_sweep=True)
-        unread_somewhere = {**here, **unread_somewhere}
+        waiting = [override for override in of_experiment if key_of(override) not in read]
+        of_others = unread(cfg, waiting, in_a_sweep=True)
+        unread_somewhere = {**of_others, **here, **unread_somewhere}
         read |= {key for override in overrides if (key := key_of(override)) not in here}
+        read |= {key for override in waiting if (key := key_of(override)) not in of_others}
         mistake = None
         try:
             validate(cfg)

@@ -370,7 +370,7 @@ def test_what_an_experiment_sets_is_said_where_it_has_no_effect(tmp_path: Path) 
     """Who types another axis did not ask for it, so it is not refused."""
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "x.yaml").write_text(
-        "# @package _global_\nsweep: {anchor: {router: hash}}\n"
+        "# @package _global_\nsweep: {anchor: {router: hash}}\nworkload: {context_len: 64, load: native}\n"
         "hydra: {sweeper: {params: {workload.zipf_exponent: '1.5'}}}\n"
     )
     overrides = [
@@ -381,8 +381,9 @@ def test_what_an_experiment_sets_is_said_where_it_has_no_effect(tmp_path: Path) 
     with composing_multirun(overrides, tmp_path / "mine") as (loader, config):
         composer = multirun.JobComposer(loader, config)
         jobs = composer.jobs(multirun.expand(loader, config))
-        made = plan.make(jobs, tmp_path / "s", InProcess(), ["moe-lab"], composer.typed)
-    assert [line.split("=")[0] for line in made.without_effect] == ["workload.zipf_exponent", "sweep.anchor"]
+        made = plan.make(jobs, tmp_path / "s", InProcess(), ["moe-lab"], composer.typed, composer.of_experiment)
+    keys = ["workload.context_len", "workload.zipf_exponent", "sweep.anchor"]
+    assert [line.split("=")[0] for line in made.without_effect] == keys
     assert [cell.status for cell in made.cells] == ["to do", "to do"]
 
 
