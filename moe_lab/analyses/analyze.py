@@ -91,11 +91,12 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     for name in ANALYSES:
         for key, value in (cfg[name] or {}).items():
             _check(f"{name}.{key}", value)
-    for name, key in _NEEDS.items():
-        keys = {key_of(word): word for word in overrides}
-        typed = [word for typed, word in keys.items() if typed.startswith(f"{name}.") and typed != f"{name}.{key}"]
-        if typed and cfg[name] is not None and cfg[name][key] is None:
-            raise ValueError(f"{typed[0]}: has no effect without {name}.{key}; set it too.")
+    for name, needed in _NEEDS.items():
+        typed = [
+            word for word in overrides if (key := key_of(word)).startswith(f"{name}.") and key != f"{name}.{needed}"
+        ]
+        if typed and cfg[name] is not None and cfg[name][needed] is None:
+            raise ValueError(f"{typed[0]}: has no effect without {name}.{needed}; set it too.")
     return cfg
 
 

@@ -132,7 +132,7 @@ class Decode(Serving):
     def seek(self, step: int) -> None:
         """Go to a step, counted from 0; where `cache.in_order`, to the first one or to the next."""
         assert not self.cache.in_order or step in (0, self._step, self._step + 1), "the state before it is not there"
-        assert 0 <= step < self.n_steps, "there is no such step"
+        assert 0 <= step < self.n_steps, "a step is one of 0 to n_steps - 1"
         self._go_to(step)
 
     def advance(self) -> None:

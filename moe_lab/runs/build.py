@@ -345,7 +345,7 @@ def require_runnable(cfg: DictConfig, model: nn.Module, device: torch.device) ->
     """Raise `UnavailableError` if a part of `model` does not support the rest of the configuration on `device`.
 
     Raises:
-        ValueError: the router needs its own MoE layer, but the model makes another; or it declares what is no property.
+        ValueError: the router needs its own MoE layer, but the model makes another; or see `check_declarations`.
     """
     router, load = option_name(cfg.router), cfg.workload.get("load", "native")
     kind = cfg.workload.get("phase", "forward")
