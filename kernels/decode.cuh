@@ -11,6 +11,35 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
   return v;
 }
 
+// Zeros where not `in`.
+__device__ __forceinline__ uint4 load_shared(uint32_t from, bool in) {
+  uint4 v;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+               "mov.u32 %0, 0;\nmov.u32 %1, 0;\nmov.u32 %2, 0;\nmov.u32 %3, 0;\n"
+               "@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+               : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+               : "r"(from), "r"(static_cast<int>(in)));
+  return v;
+}
+
+// The address, computed once: ptxas would do so at each use, from a special register that is slow to read.
+__device__ __forceinline__ uint32_t kept(uint32_t at) {
+  asm volatile("mov.u32 %0, %0;" : "+r"(at));
+  return at;
+}
+
+// Adds to an integer in shared memory, once for a warp. All lanes get what it was.
+__device__ __forceinline__ int add_shared(uint32_t at, int number) {
+  int before = 0;
+  if (threadIdx.x % 32 == 0)
+    asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(at), "r"(number) : "memory");
+  return __shfl_sync(0xFFFFFFFFu, before, 0);
+}
+
+__device__ __forceinline__ void store_shared(uint32_t to, const uint4& v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 template <class T>
 __device__ __forceinline__ void unpack(float* y, const uint4& a) {
   const uint32_t as[4] = {a.x, a.y, a.z, a.w};
@@ -57,6 +86,42 @@ __device__ __forceinline__ float sum_of_warp(float x) {
   for (int s = 16; s > 0; s /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, s);
   return x;
 }
+
+// d (16 x 8) += a (16 x 16) b (8 x 16)^T. Lane 4 g + m has of d the columns 2 m and 2 m + 1 of rows g and g + 8, of a
+// four elements of row g (x and z) and of row g + 8 (y and w), and of b the same four of row g.
+#define MOE_LAB_MULTIPLY(T, NAME)                                                                                    \
+  __device__ __forceinline__ void multiply_16x8(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1, T) {        \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+        "{%0, %1, %2, %3};"                                                                                          \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                             \
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));                                                 \
+  }
+MOE_LAB_MULTIPLY(__nv_bfloat16, "bf16")
+MOE_LAB_MULTIPLY(__half, "f16")
+#undef MOE_LAB_MULTIPLY
+
+// The order of eight neighbouring elements of a vector in which `Sum` takes them.
+__device__ __forceinline__ uint4 for_sum(const uint4& v) { return {v.x, v.z, v.y, v.w}; }
+
+// The sum of products of a row of weights with a vector, 256 elements at once, of which a lane has eight neighbours.
+// Two instructions do it for 24 that unpack and multiply: to the first, lane 4 g + m gives elements of row g of one
+// factor and of column g of the other, to the second those of row g + 8. So the sums stand on diagonals; the rest is
+// dropped.
+struct Sum {
+  float low[4] = {}, high[4] = {};
+
+  template <class T>
+  __device__ __forceinline__ void add(const uint4& weights, const uint4& vector) {
+    multiply_16x8(low, weights, vector.x, vector.y, T());
+    multiply_16x8(high, weights, vector.z, vector.w, T());
+  }
+
+  // What the lane has of it.
+  __device__ __forceinline__ float part() const {
+    const int lane = threadIdx.x % 32;
+    return lane % 4 != lane / 8 ? 0.0f : lane / 4 % 2 == 0 ? low[0] + high[2] : low[1] + high[3];
+  }
+};
 
 // d (8 x 8) += x (8 x 16) w (8 x 16)^T. The instruction has room for 16 rows of x. Lane 4 g + m has of d the columns 2
 // m and 2 m + 1 of row g, and of both factors of row g four elements, the same ones.

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 5) gemv_kernel(const __grid_constant
   int next_row = first, next_part = 0;  // what is asked for next
   const auto ask = [&](int stage) {
     if (next_row >= a.N) return;
-    if (lane == 0) {
+    if (elect()) {
       const int bytes = 2 * min(kPart, a.K - next_part);
       const bool has_two = next_row + 1 < a.N;
       const T* const from = static_cast<const T*>(a.weight) + static_cast<int64_t>(next_row) * a.K + next_part;
