@@ -22,11 +22,12 @@ from omegaconf import DictConfig
 from moe_lab.cli import completion, foreign, listing, typed
 from moe_lab.cli.commands import COMMANDS
 from moe_lab.cli.help import help_text
-from moe_lab.config import targets
+from moe_lab.config import experiments, targets
 from moe_lab.config.checks import refuse_hydras_keys
-from moe_lab.config.compose import CONFIG_MODULE, finish, name_sweep
+from moe_lab.config.compose import CONFIG_MODULE, config_loader, finish, name_sweep
 from moe_lab.config.hydra_patches import VERSION_BASE, register, register_plugins
 from moe_lab.config.mistakes import explain
+from moe_lab.config.unread import unread
 from moe_lab.records import inputs, store
 from moe_lab.records.schema import Record
 from moe_lab.terminal import Filtered
@@ -57,6 +58,8 @@ def _task(cfg: DictConfig, trusted: Sequence[str], environment: Mapping[str, str
         else:
             refuse_hydras_keys(hydra_config.overrides.hydra, in_a_sweep=False)
             cfg = finish(cfg, overrides)
+            for line in unread(cfg, experiments.set_by(config_loader(), hydra_config), in_a_sweep=False).values():
+                _say(line)
             inputs.require(cfg)
             _say_what_takes_long()
             outbox = Outbox(cfg.tracker, directory, is_sweep=False)

@@ -9,14 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from moe_lab.config import checks, entries, many_compositions
+from moe_lab.config import checks, entries, experiments, many_compositions
 from moe_lab.config.unread import key_of
 from moe_lab.errors import UnavailableError
 from moe_lab.records import files, store, variants
@@ -185,7 +184,7 @@ class JobComposer:
         loader.load_sweep_config = self._remember  # type: ignore[method-assign]
         self.typed = {key_of(override) for override in config.hydra.overrides.task}
         """The keys that the person set, not an experiment."""
-        self.of_experiment = _set_by_experiment(loader, config)
+        self.of_experiment = experiments.set_by(loader, config.hydra)
         """`key=value` of what the experiment's own file sets, its sweep aside."""
         if entries.KEY in self.typed:
             self.typed |= entries.keys_of(entries.overrides_of(config.sweep.variants, may_have_axes=True))
@@ -229,25 +228,6 @@ class JobComposer:
                 f"{keys[0]}: has no effect in an experiment that only some cells have (an axis, or in an entry of "
                 f"{entries.KEY}); choose experiment={composed.hydra.runtime.choices.experiment} for the whole sweep."
             )
-
-
-def _set_by_experiment(loader: ConfigLoader, config: DictConfig) -> list[str]:
-    """Of the experiment that was chosen for the whole sweep."""
-    if not (name := config.hydra.runtime.choices.get("experiment")):
-        return []
-    assert isinstance(loader, ConfigLoaderImpl)
-    searched = list(config.hydra.overrides.hydra)  # the folder of --config-dir, say
-    _, repository = loader._parse_overrides_and_create_caching_repo("config", searched)
-    found = repository.load_config(f"experiment/{name}")
-    return [] if found is None else _leaves(OmegaConf.to_container(found.config, resolve=False))
-
-
-def _leaves(node: Any, above: str = "") -> list[str]:
-    if not isinstance(node, dict):
-        return [f"{above}={node}"]
-    asides = ("defaults", "hydra", "sweep", "tracker") if not above else ()
-    inside = {f"{above}.{key}" if above else str(key): value for key, value in node.items() if key not in asides}
-    return [leaf for key, value in inside.items() for leaf in _leaves(value, key)]
 
 
 def expand(loader: ConfigLoader, config: DictConfig) -> list[list[str]]:

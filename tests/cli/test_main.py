@@ -151,6 +151,21 @@ MISTAKES = {
 }
 
 
+def test_a_run_says_what_its_experiment_sets_in_vain(tmp_path: Path) -> None:
+    """The person did not ask for it, so the run goes on."""
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "x.yaml").write_text(
+        "# @package _global_\nworkload: {context_len: 64, load: native, zipf_exponent: 1.5}\n"
+    )
+    done = moe_lab("--config-dir", "mine", "experiment=x", *quick.overrides("moe_layer"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "has no effect" in line]
+    assert said == [
+        "moe-lab: workload.context_len=64: has no effect; only used with workload.phase=decode.",
+        "moe-lab: workload.zipf_exponent=1.5: has no effect; only used with workload.load=zipf.",
+    ]
+
+
 @pytest.mark.slow
 def test_a_callback_found_through_a_search_path_is_not_trusted(tmp_path: Path) -> None:
     """Hydra would run it before the application; it is refused before that."""
