@@ -22,7 +22,7 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from, bool in) {
   return v;
 }
 
-// The address, computed once: ptxas would do so at each use, from a special register that is slow to read.
+// The address. ptxas would compute it again at each use, from a special register that is slow to read.
 __device__ __forceinline__ uint32_t kept(uint32_t at) {
   asm volatile("mov.u32 %0, %0;" : "+r"(at));
   return at;
@@ -100,13 +100,14 @@ MOE_LAB_MULTIPLY(__nv_bfloat16, "bf16")
 MOE_LAB_MULTIPLY(__half, "f16")
 #undef MOE_LAB_MULTIPLY
 
-// The order of eight neighbouring elements of a vector in which `Sum` takes them.
+// A vector's eight elements for `Sum`: words 0 and 2 side by side, then 1 and 3, as each product takes two neighbouring
+// registers.
 __device__ __forceinline__ uint4 for_sum(const uint4& v) { return {v.x, v.z, v.y, v.w}; }
 
 // The sum of products of a row of weights with a vector, 256 elements at once, of which a lane has eight neighbours.
-// Two instructions do it for 24 that unpack and multiply: to the first, lane 4 g + m gives elements of row g of one
-// factor and of column g of the other, to the second those of row g + 8. So the sums stand on diagonals; the rest is
-// dropped.
+// Two instructions do it for 24 that unpack and multiply. The weights of lane 4 g + m are words of rows g and g + 8 of
+// the first factor. As column g of the other, `low` gets the words of the vector that go with row g, and `high` those
+// that go with row g + 8. So the sums stand at (g, g) of `low` and (g + 8, g) of `high`; the rest is dropped.
 struct Sum {
   float low[4] = {}, high[4] = {};
 

@@ -2,13 +2,13 @@
 //
 // A warp multiplies two rows of the weights at a time: of `up` the gate row and the up row of a feature, of `down` the
 // rows of two experts for one element of y. Features are dealt evenly to the blocks, and each warp takes the block's
-// next one when it has asked for all of the last one. Rows of `down` are dealt evenly to the warps. Each warp has a
+// next one when it has asked for all of the one before. Rows of `down` are dealt evenly to the warps. Each warp has a
 // ring of stages of its own and asks for the next rows as it empties one. So the first weights of `down` come while the
 // blocks wait for each other's h, and the sum over the experts stays within a warp. One loop serves both products: code
 // is read from memory too.
 //
-// What counts in a stage is how long a warp takes from its arrival to asking for the next one. So what is asked for is
-// known before, and sums are put together after that.
+// What counts is the time from a stage's arrival to the request for the next one. So a warp knows beforehand what it
+// will ask for, and puts sums together afterwards.
 #include <cooperative_groups.h>
 
 #include <cstddef>
@@ -37,13 +37,13 @@ struct Chosen {
 };
 
 // Of `up`: the gate row and the up row of feature `row` of an expert. Of `down`: row `row` of an expert and of the next
-// one. A part of them is in a stage.
+// one. A stage holds a part of both.
 struct alignas(16) Place {
   int row;
   int left;         // elements of a row from the part on
-  int vector;       // the byte of x or h that goes with the first one
+  int vector;       // the byte of x or h where the part begins
   uint16_t expert;  // as `Chosen` counts them
-  uint8_t rows;     // that there are: 2, or of `down` 1 or 0
+  uint8_t rows;     // in the stage: 2; of `down` 1 where no expert is left for the second, 0 where no row is left
   bool up;
 };
 static_assert(sizeof(Place) == sizeof(uint4));
@@ -53,8 +53,8 @@ struct Shared {
   Place places[kWarps][kStages];  // what a stage holds
   uint64_t full[kWarps][kStages];
   Chosen chosen;
-  int next_feature;               // of those of the block
-  alignas(16) uint8_t vectors[];  // x [D], then h [n, F], `for_sum`
+  int next_feature;               // of the block's features, from 0
+  alignas(16) uint8_t vectors[];  // x [D], later h [n, F], `for_sum`
 };
 static_assert(sizeof(Shared) + 2 * kMostVectorsOfOne <= 227 * 1024, "what a block may have");
 
@@ -84,7 +84,7 @@ struct Asks {
   const Chosen& chosen;
   uint32_t next_feature;  // the address of the one in `Shared`
   uint64_t policy;
-  uint32_t per_feature;  // 2^32 / F, rounded up: a feature times it has the feature's expert in the upper half
+  uint32_t per_feature;  // 2^32 / F, rounded up: a feature's number times this has its expert in the upper half
   Place next;
   const T *one, *two;  // the rows at `next`
 

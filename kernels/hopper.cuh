@@ -127,7 +127,7 @@ __device__ __forceinline__ void add_release(int* to, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
-// True of one lane of the warp. ptxas knows so, and makes no loop over lanes around asynchronous copies.
+// True of one lane of the warp; all lanes call it. ptxas knows so, and makes no loop over lanes around a copy.
 __device__ __forceinline__ bool elect() {
   uint32_t is_elected;
   asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(is_elected));
