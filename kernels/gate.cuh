@@ -1,28 +1,12 @@
 // What the kernels that multiply with the gate share.
 #pragma once
 
+#include "products.cuh"
 #include "route_kernels.cuh"
 
 namespace moe_lab {
 
 constexpr int kStep = 32;  // elements of D that a warp multiplies at once: 16 bytes a lane, four lanes a row
-
-// sum += a b, 16 tokens by 16 of D by 8 experts.
-template <class Half>
-__device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                         uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<Half, __nv_bfloat16>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  }
-}
 
 // Where a lane's rows begin: of the gate the expert lane / 4, of x the tokens lane / 4 and 8 further of each tile of
 // 16, or null where there is none.
@@ -59,8 +43,8 @@ __device__ __forceinline__ void multiply_steps(float (&sums)[TILES][4], const Ga
   for (int i = 0; i < N; ++i) {
 #pragma unroll
     for (int j = 0; j < TILES; ++j) {
-      multiply<Half>(sums[j], low[i][j].x, high[i][j].x, low[i][j].y, high[i][j].y, w[i].x, w[i].y);
-      multiply<Half>(sums[j], low[i][j].z, high[i][j].z, low[i][j].w, high[i][j].w, w[i].z, w[i].w);
+      multiply_16x8(sums[j], {low[i][j].x, high[i][j].x, low[i][j].y, high[i][j].y}, w[i].x, w[i].y, Half());
+      multiply_16x8(sums[j], {low[i][j].z, high[i][j].z, low[i][j].w, high[i][j].w}, w[i].z, w[i].w, Half());
     }
   }
 }
